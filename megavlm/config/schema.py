@@ -1,0 +1,317 @@
+"""The typed tree that a recipe fills: every key of ``megavlm train``, its type, default and meaning.
+
+The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
+Values that come from a preset have no default here; ``megavlm.models.registry`` fills them in first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as _pydantic_dataclass
+from typing_extensions import dataclass_transform
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, dataclasses.field))
+def _config(cls: type) -> Any:
+    """Make ``cls`` a frozen, keyword-only dataclass that refuses unknown keys and keeps field docstrings."""
+    rules = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    return _pydantic_dataclass(cls, frozen=True, kw_only=True, config=rules)
+
+
+@_config
+class VisionConfig:
+    """The vision tower: a ViT on square images, without a class token."""
+
+    preset: str
+    """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
+    image_size: int = Field(gt=0)
+    """Side of the square that an image is resized to, in pixels; a multiple of patch_size."""
+    patch_size: int = Field(gt=0)
+    """Side of one patch, in pixels."""
+    hidden_size: int = Field(gt=0)
+    """Width of the tower."""
+    num_layers: int = Field(gt=0)
+    """Number of transformer layers."""
+    num_attention_heads: int = Field(gt=0)
+    """Attention heads; divides hidden_size, and is divisible by the tensor-parallel size."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width of the MLP."""
+    positional_grid: int = Field(gt=0)
+    """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
+    layernorm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of the LayerNorms."""
+    init_method_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    gradient_checkpointing: bool = False
+    """Recompute every layer of the tower in the backward pass, to save activation memory."""
+
+    @property
+    def patches_per_image(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@_config
+class ConnectorConfig:
+    """The module between tower and language model."""
+
+    preset: str
+    """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
+    num_queries: int | None = Field(default=None, gt=0)
+    """Queries of the resampler, a square number: the tokens that one image becomes. Null for linear and mlpNx_gelu, which keep one token per patch."""
+    head_dim: int | None = Field(default=None, gt=0)
+    """Width of one attention head of the resampler; divides the language model's hidden_size. Null for the others."""
+    init_method_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+
+@_config
+class LanguageConfig:
+    """The decoder-only language model."""
+
+    preset: str
+    """Name of a registered language preset; it gives the other keys of this branch their defaults."""
+    num_layers: int = Field(gt=0)
+    """Number of transformer layers."""
+    hidden_size: int = Field(gt=0)
+    """Width of the model."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
+    num_attention_heads: int = Field(gt=0)
+    """Attention heads; divisible by the tensor-parallel size."""
+    num_query_groups: int = Field(gt=0)
+    """Key/value heads; equal to num_attention_heads for multi-head attention."""
+    kv_channels: int = Field(gt=0)
+    """Width of one attention head."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
+    vocab_divisor: int = Field(default=128, gt=0)
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    max_position_embeddings: int = Field(gt=0)
+    """Longest segment that the model is meant for."""
+    rotary_base: int = Field(default=10000, gt=0)
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of the RMSNorms."""
+    add_qkv_bias: bool = True
+    """Whether the QKV projection has a bias (Qwen: yes)."""
+    tie_word_embeddings: bool = False
+    """Whether embedding and output layer share their weight (Qwen v1: no)."""
+    init_method_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+
+
+@_config
+class ModelConfig:
+    """What is trained: a vision tower, a connector and a language model."""
+
+    preset: str | None = None
+    """Name of a registered whole model (tiny, qwen_vl_7b, codefuse_vl_14b): sets the presets of the three branches."""
+    vision: VisionConfig
+    """The vision tower."""
+    connector: ConnectorConfig
+    """The connector."""
+    language: LanguageConfig
+    """The language model."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Language-model positions that the features of one image fill (without ``<img>`` and ``</img>``)."""
+        return self.connector.num_queries or self.vision.patches_per_image
+
+
+@_config
+class ParallelConfig:
+    """How the model is spread over processes; the data-parallel size is what remains of the world size."""
+
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each layer (TP)."""
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Pipeline stages (PP). The tower and the connector sit on the first."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
+    """Model chunks per pipeline stage (VPP, interleaved schedule); null for one."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Language layers of the first stage, to leave room for the tower; null to split evenly."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence (SP); needs TP > 1."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state (and fp32 master weights) over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and use_distributed_optimizer."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activation recompute in the language model: full layers, only the core attention, or null for none."""
+    recompute_num_layers: int | None = Field(default=None, gt=0)
+    """With full recompute, layers that share one saved input (uniform method); null means 1."""
+    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layer implementation: Transformer Engine, plain torch, or auto (Transformer Engine where CUDA and it are there)."""
+    distributed_timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that waits longer than this ends the job."""
+
+
+@_config
+class DataSource:
+    """One data set of a blend."""
+
+    path: str
+    """Directory that megavlm prepare wrote."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this data set in the blend, relative to the others."""
+    name: str | None = None
+    """Name in logs and TensorBoard; null for the directory's name."""
+
+
+@_config
+class DataConfig:
+    """Where samples come from and how they become micro-batches."""
+
+    train: tuple[DataSource, ...] = Field(min_length=1)
+    """Data sets to train on, blended by weight."""
+    validation: tuple[DataSource, ...] = ()
+    """Held-out data sets, each evaluated for itself."""
+    tokenizer: str
+    """Tokenizer file: a SentencePiece .model or a .tiktoken file."""
+    sequence_length: int = Field(gt=0)
+    """Tokens of one pack (one micro-batch)."""
+    packing: Literal["carry_over", "none"] = "carry_over"
+    """carry_over fills packs exactly and carries samples over; none puts one sample in each pack."""
+    packing_buffer_size: int = Field(default=256, gt=0)
+    """Samples among which the packer chooses."""
+    shuffle_buffer_size: int = Field(default=256, gt=0)
+    """Samples among which the reader shuffles."""
+    num_workers: int = Field(default=1, ge=0)
+    """Reader processes per data-parallel rank."""
+    image_decoder: Literal["auto", "dali", "simplejpeg", "pil"] = "auto"
+    """Image decoding: auto takes DALI where a GPU is, else simplejpeg."""
+    prefetch_steps: int = Field(default=2, gt=0)
+    """Steps that are read and decoded ahead."""
+    system_message: str = "You are a helpful assistant."
+    """System turn put before each conversation that has none; empty for none."""
+
+
+@_config
+class ModuleTraining:
+    """How one of the three modules learns."""
+
+    freeze: bool = False
+    """Keep this module's weights as they are."""
+    lr_multiplier: float = Field(default=1.0, gt=0)
+    """Factor on the learning rate."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1.0)
+    """Layer-wise decay: the learning rate of layer i is multiplied by this to the power of its distance from the top."""
+
+
+@_config
+class ModulesConfig:
+    """Training of the parts: frozen or not, with which share of the learning rate."""
+
+    vision: ModuleTraining = Field(default_factory=ModuleTraining)
+    """The vision tower."""
+    connector: ModuleTraining = Field(default_factory=ModuleTraining)
+    """The connector; layer_decay must stay 1."""
+    language: ModuleTraining = Field(default_factory=ModuleTraining)
+    """The language model; layer_decay must stay 1."""
+
+
+@_config
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "constant", "WSD"] = "cosine"
+    """Shape after warm-up: cosine to min_lr, constant, or warm-up-stable-decay."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from 0."""
+    wsd_decay_steps: int | None = Field(default=None, gt=0)
+    """With WSD: steps of the final decay (cosine) to min_lr."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; biases and norms have none."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW beta2."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW epsilon."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@_config
+class TrainingConfig:
+    """The loop."""
+
+    train_steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(gt=0)
+    """Packs per step over all data-parallel ranks; divisible by the data-parallel size."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute type; bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    seed: int = Field(default=1234, ge=0)
+    """Seed of the initial weights and of the data order."""
+    exit_after_minutes: float | None = Field(default=None, gt=0)
+    """Save a checkpoint and leave with exit code 0 after this time; null for never."""
+    validation_interval: int | None = Field(default=None, gt=0)
+    """Steps between validations; null for none."""
+    validation_packs: int = Field(default=16, gt=0)
+    """Packs per validation data set, over all data-parallel ranks."""
+
+
+@_config
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    save_interval: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; null saves only at the end (and when exit_after_minutes ends the run)."""
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints to keep."""
+    resume: bool = True
+    """Go on from the newest checkpoint in output_dir, if there is one."""
+    load: str | None = None
+    """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+
+
+@_config
+class LoggingConfig:
+    """What is shown while training."""
+
+    log_interval: int = Field(default=10, gt=0)
+    """Steps between progress lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard files to output_dir/tensorboard."""
+    panel_interval: int | None = Field(default=None, gt=0)
+    """Steps between panels of held-out images with the model's answers; null for none. Needs data.validation."""
+    panel_samples: int = Field(default=6, gt=0)
+    """Samples on a panel."""
+    panel_max_new_tokens: int = Field(default=24, gt=0)
+    """Longest answer on a panel."""
+
+
+@_config
+class Recipe:
+    """A whole training run."""
+
+    output_dir: str
+    """Directory of the run: checkpoints, TensorBoard files, the resolved recipe."""
+    model: ModelConfig
+    """The model."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """The layout."""
+    data: DataConfig
+    """The data."""
+    modules: ModulesConfig = Field(default_factory=ModulesConfig)
+    """Training of the parts."""
+    optimizer: OptimizerConfig
+    """Optimizer and schedule."""
+    training: TrainingConfig
+    """The loop."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """Logs."""

@@ -1,0 +1,1 @@
+"""Vision-language models built from Megatron-Core blocks. Presets are data: see :mod:`megavlm.models.registry`."""

@@ -1,0 +1,25 @@
+"""Whole models: a vision preset, a connector and a language preset, with what they adjust in each other."""
+
+from megavlm.models.registry import MODELS
+
+MODELS.register(
+    "tiny",
+    "megavlm.models.vlm",
+    vision={"preset": "tiny_vit"},
+    connector={"preset": "resampler", "num_queries": 16, "head_dim": 32},
+    language={"preset": "tiny_qwen"},
+)
+MODELS.register(
+    "qwen_vl_7b",
+    "megavlm.models.vlm",
+    vision={"preset": "openclip_vit_bigg"},
+    connector={"preset": "resampler"},
+    language={"preset": "qwen_7b"},
+)
+MODELS.register(
+    "codefuse_vl_14b",
+    "megavlm.models.vlm",
+    vision={"preset": "openclip_vit_bigg"},
+    connector={"preset": "resampler"},
+    language={"preset": "qwen_14b"},
+)
