@@ -212,13 +212,17 @@ def _word_mask(word: str, image_size: int) -> Image.Image:
     """The word, cropped to its ink plus a border, as large as fits the picture comfortably."""
     font_size = image_size * 27 // 64
     widest = image_size * 54 // 64
+    stroke = image_size / 128
     while True:
         font = ImageFont.load_default(font_size)
-        left, top, right, bottom = (round(value) for value in font.getbbox(word))
+        left, top, right, bottom = (
+            round(value) for value in font.getbbox(word, stroke_width=stroke)
+        )
         if right - left <= widest or font_size <= 6:
             break
         font_size -= 1
     border = max(1, image_size // 21)
     mask = Image.new("L", (right - left + 2 * border, bottom - top + 2 * border), 0)
-    ImageDraw.Draw(mask).text((border - left, border - top), word, fill=255, font=font)
+    draw = ImageDraw.Draw(mask)
+    draw.text((border - left, border - top), word, fill=255, font=font, stroke_width=stroke)
     return mask

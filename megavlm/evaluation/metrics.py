@@ -1,0 +1,93 @@
+"""Scores of held-out answers: exact match, boxes and the summary over a set of records."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Box = tuple[int, int, int, int]
+"""``(x1, y1, x2, y2)`` in thousandths of the picture's sides."""
+
+_NUMBER = r"\s*(\d{1,4})\s*"
+_BOX = re.compile(
+    r"(?:<ref>(?P<ref>[^<]*)</ref>\s*)?"
+    rf"<box>\s*\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)\s*</box>"
+)
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether both are the same but for case and surrounding white space."""
+    return prediction.strip().lower() == answer.strip().lower()
+
+
+def parse_boxes(text: str) -> list[tuple[str | None, Box]]:
+    """All well-formed boxes in Qwen-VL's notation, each with its ``<ref>`` text if it has one.
+
+    A box is skipped if it is malformed, has a coordinate above 1000, or has no area.
+    """
+    boxes: list[tuple[str | None, Box]] = []
+    for match in _BOX.finditer(text):
+        x1, y1, x2, y2 = (int(match[group]) for group in range(2, 6))
+        if x1 < x2 <= 1000 and y1 < y2 <= 1000:
+            name = match["ref"]
+            boxes.append((name.strip() if name is not None else None, (x1, y1, x2, y2)))
+    return boxes
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Area of the intersection by area of the union; 0 where both boxes are empty."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(0.0, width) * max(0.0, height)
+    union = _area(first) + _area(second) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def box_hit(prediction: str, answer: str, threshold: float = 0.5) -> bool:
+    """Whether the first box predicted overlaps the answer's first by IoU >= ``threshold``."""
+    predicted, expected = parse_boxes(prediction), parse_boxes(answer)
+    if not expected:
+        raise ValueError(f"the answer has no box: {answer!r}")
+    return bool(predicted) and box_iou(predicted[0][1], expected[0][1]) >= threshold
+
+
+def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> dict[str, Any]:
+    """Summary of the predictions for held-out ``records`` (``task``, ``answer``, ``choices``).
+
+    ``accuracy`` (exact match) and ``counts`` are per task, ``box_iou50`` is over the answers with a
+    box. ``heldout_accuracy`` and ``chance_accuracy`` are over the closed questions, those with
+    ``choices``; chance is the mean of 1 / number of choices. What has no records is ``None``.
+    """
+    if len(records) != len(predictions):
+        raise ValueError(f"{len(records)} records, but {len(predictions)} predictions")
+    by_task: defaultdict[str, list[float]] = defaultdict(list)
+    closed: list[float] = []
+    chance: list[float] = []
+    hits: list[float] = []
+    for record, prediction in zip(records, predictions, strict=True):
+        answer = record["answer"]
+        right = float(exact_match(prediction, answer))
+        by_task[record["task"]].append(right)
+        if record["choices"]:
+            closed.append(right)
+            chance.append(1 / len(record["choices"]))
+        if parse_boxes(answer):
+            hits.append(float(box_hit(prediction, answer)))
+    tasks = sorted(by_task)
+    return {
+        "heldout_accuracy": _mean(closed),
+        "chance_accuracy": _mean(chance),
+        "box_iou50": _mean(hits),
+        "accuracy": {task: _mean(by_task[task]) for task in tasks},
+        "counts": {task: len(by_task[task]) for task in tasks},
+    }
+
+
+def _area(box: Sequence[float]) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
