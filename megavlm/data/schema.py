@@ -1,0 +1,154 @@
+"""Training records in Qwen-VL's JSON form, checked and turned into plain conversations.
+
+A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n..."}, ...]}``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+IMAGE_PLACEHOLDER = "<img></img>"
+"""What stands in a turn's text where an image was."""
+
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<imgpad>")
+"""Tokens that text must not contain: they would forge turns or image slots."""
+
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_IMAGE_TAG = re.compile(r"</?img>")
+_BOX_TAG = re.compile(r"</?box>")
+_BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
+_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    text: str
+    """What is said; every image is an :data:`IMAGE_PLACEHOLDER`."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked record."""
+
+    id: str
+    """The record's id, empty where it has none."""
+    turns: tuple[Turn, ...]
+    """Perhaps a system turn, then user and assistant in turns; the last is the assistant's."""
+    images: tuple[str, ...]
+    """Paths of the images, relative to the image directory, in order of appearance."""
+    task: str
+    """The record's ``task``, empty where it has none."""
+
+
+def parse_conversation(record: Any) -> Conversation:
+    """Check one record.
+
+    Args:
+        record: What ``json.load`` gave for it.
+
+    Returns:
+        The conversation, its image paths taken out of the text.
+
+    Raises:
+        ValueError: The record breaks a rule; the message is one line.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    messages = record.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no turns: 'conversations' must be a list that is not empty")
+    turns: list[Turn] = []
+    images: list[str] = []
+    for index, message in enumerate(messages):
+        turn, paths = _parse_turn(index, message)
+        turns.append(turn)
+        images += paths
+    _check_order([turn.role for turn in turns])
+    return Conversation(
+        id=_optional_text(record, "id"),
+        turns=tuple(turns),
+        images=tuple(images),
+        task=_optional_text(record, "task"),
+    )
+
+
+def check_text(text: str, where: str = "text") -> None:
+    """Refuse text that would forge turns or image slots.
+
+    Raises:
+        ValueError: ``text`` contains one of :data:`CONTROL_TOKENS`.
+    """
+    for token in CONTROL_TOKENS:
+        if token in text:
+            raise ValueError(f"{where} contains the control token {token}")
+
+
+def _optional_text(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, (str, int)):
+        raise ValueError(f"'{key}' must be text or a number, not {type(value).__name__}")
+    return str(value)
+
+
+def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
+    where = f"turn {index}"
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} must be an object, not {type(message).__name__}")
+    role = _ROLES.get(message.get("from")) if isinstance(message.get("from"), str) else None
+    if role is None:
+        raise ValueError(f"{where}: unknown role {message.get('from')!r}; use user, assistant or system")
+    text = message.get("value")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where} ({role}) has no text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} ({role}) is not valid Unicode text") from None
+    check_text(text, f"{where} ({role})")
+    _check_boxes(text, where)
+    tags = _IMAGE_TAG.findall(text)
+    if tags != ["<img>", "</img>"] * (len(tags) // 2):
+        raise ValueError(f"{where} ({role}) has unbalanced <img> tags")
+    if tags and role != "user":
+        raise ValueError(f"{where} ({role}) has an image; only user turns may")
+    paths = [path.strip() for path in _IMAGE.findall(text)]
+    for path in paths:
+        _check_path(path, where)
+    return Turn(role, _IMAGE.sub(IMAGE_PLACEHOLDER, text)), paths
+
+
+def _check_order(roles: list[str]) -> None:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken:
+        raise ValueError("no turns after the system turn")
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(f"roles must alternate user, assistant and end with assistant, not {', '.join(roles[:8])}")
+
+
+def _check_boxes(text: str, where: str) -> None:
+    if 2 * len(_BOX.findall(text)) != len(_BOX_TAG.findall(text)):
+        raise ValueError(f"{where} has a malformed <box>; write <box>(x1,y1),(x2,y2)</box> with integers from 0 to 999")
+
+
+def _check_path(path: str, where: str) -> None:
+    if not path or "\0" in path or "\n" in path:
+        raise ValueError(f"{where} has an empty or broken image path")
+    if _URL.match(path):
+        raise ValueError(f"{where}: image {path!r} is a URL; download it into the image directory")
+    if PurePosixPath(path).is_absolute():
+        raise ValueError(f"{where}: image {path!r} is absolute; make it relative to the image directory")
+    depth = 0
+    for part in PurePosixPath(path).parts:
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            raise ValueError(f"{where}: image {path!r} leaves the image directory")
