@@ -1,1 +1,1 @@
-"""TODO."""
+"""Everything that depends on the hardware: CUDA or CPU over gloo, process groups, layer specs (TE or torch)."""

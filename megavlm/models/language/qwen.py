@@ -1,0 +1,94 @@
+"""Qwen v1 on Megatron-Core's GPTModel: RMSNorm, rotary positions, gated SiLU MLP, bias on QKV only."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm.config.schema import LanguageConfig
+from megavlm.models.context import BuildContext
+from megavlm.parallel.device import has_cuda
+from megavlm.parallel.specs import block_submodules, layer_modules
+
+
+def transformer_config(language: LanguageConfig, context: BuildContext) -> TransformerConfig:
+    """Return the TransformerConfig of the language model, which also steers the pipeline schedule."""
+    parallel = context.parallel
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    full = parallel.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=language.add_qkv_bias,
+        init_method_std=language.init_method_std,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=context.dtype,
+        # Over gloo, outputs that were freed early and batched sends train wrongly (facts: Megatron on CPU, trap 4).
+        deallocate_pipeline_outputs=has_cuda(),
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
+        bias_activation_fusion=has_cuda(),
+        apply_rope_fusion=context.transformer_engine,
+        cross_entropy_loss_fusion=False,
+        **context.transformer_settings(),
+    )
+
+
+def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
+    """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
+    multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
+    return -(-language.vocab_size // multiple) * multiple
+
+
+def build(
+    language: LanguageConfig,
+    context: BuildContext,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build the chunk of this pipeline stage (the function that every module of this folder has).
+
+    Args:
+        language: the recipe's ``model.language`` branch.
+        context: layout, number type, layer implementation.
+        pre_process: the chunk holds the embedding.
+        post_process: the chunk holds the final norm and the output layer.
+        vp_stage: index of the chunk on its stage, with a virtual pipeline.
+    """
+    config = transformer_config(language, context)
+    modules = layer_modules(transformer_engine=context.transformer_engine, causal=True)
+    layers = get_num_layers_to_build(config, vp_stage)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block_submodules(modules, layers),
+        vocab_size=padded_vocab_size(language, context),
+        max_sequence_length=language.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=language.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=language.rotary_base,
+        # Image features are spliced in first; then the model scatters the sequence itself.
+        scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
+    )

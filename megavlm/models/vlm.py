@@ -1,0 +1,167 @@
+"""The vision-language model: a tower and a connector in front of a language model, cut into pipeline stages.
+
+Shape legend: S positions of a pack, N images, Q tokens of an image, E width of the language model, V the padded
+vocabulary; 1 stands for the batch dimension: a micro-batch is one pack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megavlm.config.schema import ModelConfig
+from megavlm.models import registry
+from megavlm.models.context import BuildContext
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline chunk of the whole model; only the first chunk holds tower and connector.
+
+    Args:
+        model: the recipe's ``model`` branch.
+        context: layout, number type, layer implementation.
+        image_token_id: the token whose embedding is replaced by image features (``<imgpad>``).
+        pre_process: this is the first chunk.
+        post_process: this is the last chunk.
+        vp_stage: index of the chunk on its stage, with a virtual pipeline.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        context: BuildContext,
+        image_token_id: int,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        registry.load_presets()
+        language = registry.LANGUAGE.find(model.language.preset).build(
+            model.language, context, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+        )
+        super().__init__(config=language.config)
+        self.image_size = model.vision.image_size
+        self.image_token_id = image_token_id
+        # What Megatron-Core's schedules and gradient finalisation look for.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+        self.vision: Any = None
+        self.connector: Any = None
+        if pre_process:
+            self.vision = registry.VISION.find(model.vision.preset).build(model.vision, context)
+            self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+        self.language = language
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the activations of the previous stage (called by Megatron-Core's schedules)."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Return the weight that embedding and output layer share, for Megatron-Core."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        packed_seq_params: PackedSeqParams,
+        labels: Tensor | None = None,
+        images: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
+        """Run this chunk.
+
+        Args:
+            tokens: [1, S] int64.
+            position_ids: [1, S] int64, from 0 in each segment.
+            packed_seq_params: segment borders, for every stage.
+            labels: [1, S] int64 token to predict; positions that do not count hold any valid id.
+            images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0.
+            image_features: first chunk: [Q, N, E] instead of ``images``, where they are known already.
+
+        Returns:
+            Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
+            activations (S / TP with sequence parallelism).
+        """
+        decoder_input = None
+        if self.pre_process:
+            embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
+            if image_features is None:
+                image_features = self.encode_images(images)
+            embeddings_S1E = self._splice(embeddings_S1E, tokens, image_features)
+            if self.config.sequence_parallel:
+                embeddings_S1E = scatter_to_sequence_parallel_region(embeddings_S1E)
+            if torch.is_grad_enabled() and not embeddings_S1E.requires_grad:
+                # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
+                embeddings_S1E = embeddings_S1E.detach().requires_grad_()
+            decoder_input = embeddings_S1E
+        return self.language(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def encode_images(self, images: Tensor | None) -> Tensor | None:
+        """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.
+
+        For a training micro-batch without images, one empty picture stands in wherever tower or connector
+        learn; :meth:`forward` gives it no weight. Gradients are then zero rather than missing: overlapped gradient
+        reduction would wait for missing ones forever.
+        """
+        assert self.vision is not None and self.connector is not None
+        trains_vision = any(p.requires_grad for p in self.vision.parameters())
+        if images is None or images.size(0) == 0:
+            trains = trains_vision or any(p.requires_grad for p in self.connector.parameters())
+            if not (trains and torch.is_grad_enabled()):
+                return None
+            shape = (1, 3, self.image_size, self.image_size)
+            images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
+            features = self.vision(images)
+        return self.connector(features)
+
+    def connector_device(self) -> torch.device:
+        """Return the device that images belong on."""
+        return next(self.connector.parameters()).device
+
+    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_QNE: Tensor | None) -> Tensor:
+        """Put image features where ``tokens`` holds the image token, image by image."""
+        if features_QNE is None:
+            return embeddings_S1E
+        positions = (tokens[0] == self.image_token_id).nonzero().squeeze(1)
+        flat = features_QNE.transpose(0, 1).flatten(0, 1).to(embeddings_S1E.dtype)
+        if positions.numel() == 0:  # the empty picture of an image-less micro-batch
+            return embeddings_S1E + 0.0 * flat.sum()
+        assert positions.numel() == flat.size(0), f"{positions.numel()} image slots, {flat.size(0)} image features"
+        return embeddings_S1E.index_copy(0, positions, flat.unsqueeze(1))
+
+
+def build_chunks(model: ModelConfig, context: BuildContext, image_token_id: int) -> list[VisionLanguageModel]:
+    """Build the chunks of this rank's pipeline stage (one, or several with a virtual pipeline)."""
+    virtual = context.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunks.append(
+            VisionLanguageModel(
+                model,
+                context,
+                image_token_id,
+                pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            )
+        )
+    return chunks

@@ -1,0 +1,84 @@
+"""AdamW with the state layout of NVIDIA's FusedAdam, for machines without Transformer Engine or Apex.
+
+Megatron-Core's distributed optimizer saves and loads ``step`` per parameter group and ``exp_avg`` and
+``exp_avg_sq`` per parameter. PyTorch's AdamW keeps ``step`` per parameter, which makes a resumed run silently
+wrong. This class keeps FusedAdam's layout over PyTorch's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) with ``step`` in the parameter group.
+
+    Args:
+        params: parameters or groups; an empty group is allowed (a pipeline stage may train nothing).
+        lr: learning rate.
+        betas: decay of the first and second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        adam_w_mode: must be True; the argument is FusedAdam's.
+
+    Raises:
+        ValueError: ``adam_w_mode`` is False.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        if not adam_w_mode:
+            raise ValueError("only decoupled weight decay (AdamW) is supported")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "Megatron-Core calls step() without a closure"
+        for group in self.param_groups:
+            # A loaded checkpoint may hold the step as a tensor.
+            group["step"] = int(group.get("step", 0)) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            # The functional form adds one to each step it is given.
+            before = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            adamw(
+                params,
+                [p.grad for p in params],  # type: ignore[misc]
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                before,
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def install() -> None:
+    """Make Megatron-Core use :class:`AdamW` where it found neither Transformer Engine nor Apex."""
+    import megatron.core.optimizer as optimizer  # noqa: PLC0415  (not before prepare_device)
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = AdamW
+        optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -1,0 +1,112 @@
+"""Core attention in plain torch, plugged into Megatron-Core's layers by spec where Transformer Engine is not.
+
+Shape legend: S query positions, K key positions, B batch, T = tokens of a pack, N query heads and G key/value
+heads of this tensor-parallel rank, D width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class TorchAttention(MegatronModule):
+    """``scaled_dot_product_attention`` behind Megatron-Core's core-attention interface.
+
+    Unpacked input is [S, B, N, D]. Packed input (``qkv_format="thd"``) is [T, N, D]; each segment attends to
+    itself alone, and what follows the last segment gets zeros.
+
+    Raises:
+        ValueError: an explicit attention mask, attention dropout in a packed batch, or a mask type that is
+            neither causal nor no_mask.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, N, D] or [T, N, D].
+            key: [K, B, G, D] or [T, G, D].
+            value: like ``key``.
+            attention_mask: must be None: the mask follows from the mask type and the packing.
+            attn_mask_type: overrides the mask type of the constructor.
+            attention_bias: must be None.
+            packed_seq_params: segment borders of a packed input.
+
+        Returns:
+            [S, B, N * D], or [T, N, D] where the input was packed.
+        """
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("TorchAttention takes no explicit mask or bias")
+        mask_type = attn_mask_type or self.attn_mask_type
+        if mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            causal = True
+        elif mask_type in (AttnMaskType.no_mask, AttnMaskType.padding):
+            causal = False
+        else:
+            raise ValueError(f"TorchAttention knows causal and no_mask, not {mask_type}")
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            return self._packed(query, key, value, causal, packed_seq_params)
+        context_BNSD = self._attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal)
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams) -> Tensor:
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        total = sum(lengths)
+        rest = query_TND.size(0) - total
+        parts = []
+        for q, k, v in zip(
+            query_TND[:total].split(lengths), key_TGD[:total].split(lengths), value_TGD[:total].split(lengths), strict=True
+        ):
+            context_BNSD = self._attend(
+                q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), causal
+            )
+            parts.append(context_BNSD.squeeze(0).transpose(0, 1))
+        if rest:
+            parts.append(query_TND.new_zeros(rest, *query_TND.shape[1:]))
+        return torch.cat(parts)
+
+    def _attend(self, query_BNSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query_BNSD,
+            key_BGKD,
+            value_BGKD,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query_BNSD.size(1) != key_BGKD.size(1),
+        )

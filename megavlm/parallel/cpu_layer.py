@@ -1,0 +1,138 @@
+"""What Megatron-Core needs to run without CUDA: a few ``torch.cuda`` names that mean the CPU.
+
+Only names that raise without a GPU are replaced, and only in a process that has none. Each entry was found by
+running Megatron-Core 0.16 on gloo; the reasons stand beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Replace the names. Called once, by :func:`megavlm.parallel.device.prepare_device`."""
+    # That neither Apex nor Transformer Engine is here is known.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    _streams_and_devices()
+    _random_state()
+    _factories()
+    _tensor_methods()
+    _keep_python_functions()
+    _slips_of_megatron()
+
+
+class _Event(torch.cpu.Event):
+    """A CUDA event on a device whose work is done when the call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+
+class _Stream(torch.cpu.Stream):
+    """A CUDA stream on a device that has one order of work."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: _Event | None = None) -> _Event:  # type: ignore[override]
+        """Return ``event``, or a new one (``torch.cpu.Stream`` returns None)."""
+        return event or _Event()
+
+
+def _streams_and_devices() -> None:
+    the_stream = _Stream()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: "cpu"
+    cuda.current_stream = lambda device=None: the_stream
+    cuda.default_stream = lambda device=None: the_stream
+    cuda.device_count = lambda: 1
+    cuda.set_device = lambda device: None
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.set_stream = lambda stream: None
+    cuda.synchronize = lambda device=None: None
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+
+
+def _random_state() -> None:
+    generator = torch.default_generator
+
+    def get_rng_state(device: Any = "cuda") -> torch.Tensor:
+        return generator.get_state()
+
+    def set_rng_state(state: torch.Tensor, device: Any = "cuda") -> None:
+        generator.set_state(state)
+
+    def run_now(call: Callable[[], None], **_: Any) -> None:
+        call()
+
+    cuda: Any = torch.cuda
+    cuda.default_generators = {"cpu": generator, 0: generator}  # indexed with current_device()
+    cuda.manual_seed = lambda seed: generator.manual_seed(seed)
+    cuda._lazy_call = run_now
+    for module in (cuda, cuda.random):
+        module.get_rng_state = get_rng_state
+        module.set_rng_state = set_rng_state
+
+
+def _factories() -> None:
+    for name in ("empty", "empty_like", "ones", "tensor", "zeros"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory: ``device="cuda"`` means the CPU, and memory is not pinned."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _tensor_methods() -> None:
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by the name of their type, and know the CUDA names only.
+        if args or kwargs:
+            return plain_type(self, *args, **kwargs)
+        return plain_type(self).replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+
+
+def _keep_python_functions() -> None:
+    """Let Megatron's ``jit_fuser`` keep plain functions: compiling them on a CPU takes minutes and gains nothing."""
+    compile_ = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        import megatron.core.jit  # noqa: F401, PLC0415  (takes torch.compile when it is imported)
+    finally:
+        torch.compile = compile_
+
+
+def _slips_of_megatron() -> None:
+    """Mend what only shows without Transformer Engine: a default of False that is read as "fp8 is on"."""
+    import megatron.core.tensor_parallel.random as random  # noqa: PLC0415
+
+    plain_init = random.CheckpointWithoutOutput.__init__
+
+    def init(self: Any, fp8: Any = None) -> None:
+        plain_init(self, fp8 or None)
+
+    random.CheckpointWithoutOutput.__init__ = init

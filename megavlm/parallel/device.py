@@ -1,0 +1,85 @@
+"""The device that this process computes on, and what Megatron-Core needs to be told about it.
+
+:func:`prepare_device` is the first thing that a program calls, before Megatron-Core is imported. With CUDA it
+does nothing. Without, it makes the few ``torch.cuda`` names that Megatron-Core uses mean the CPU, so that its
+own schedules, layers, optimizer and checkpoints run over gloo.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Dense peak of the tensor cores in bf16, FLOP/s, from NVIDIA's data sheets (without sparsity).
+_PEAK_BF16_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+_prepared = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def prepare_device() -> None:
+    """Make Megatron-Core usable on this machine; call it before the first ``import megatron.core``.
+
+    Raises:
+        RuntimeError: there is no CUDA device and Megatron-Core was imported before this call.
+    """
+    global _prepared
+    if _prepared or has_cuda():
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("call megavlm.parallel.device.prepare_device() before importing megatron.core")
+    from megavlm.parallel import cpu_layer  # noqa: PLC0415  (patches torch when imported by a CPU process only)
+
+    cpu_layer.install()
+    _prepared = True
+
+
+def local_device() -> torch.device:
+    """Return the device of this process: its own CUDA device, or the CPU."""
+    return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
+
+
+def local_rank() -> int:
+    """Return the rank of this process on its node (``LOCAL_RANK``, which torchrun sets)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def backend() -> str:
+    """Return the torch.distributed backend of this machine."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall-clock time is honest."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def max_memory_gib() -> float | None:
+    """Return the peak of allocated device memory in GiB, or None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if has_cuda() else None
+
+
+def peak_flops(precision: str) -> float | None:
+    """Return the device's peak FLOP/s for ``precision`` ("bf16"), or None where it is not known."""
+    if not has_cuda() or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name()
+    matches = [known for known in _PEAK_BF16_FLOPS if name.startswith(known)]
+    return _PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None

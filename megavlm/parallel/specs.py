@@ -1,0 +1,94 @@
+"""Layer specs: which classes Megatron-Core builds a transformer layer from, Transformer Engine or plain torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megavlm.parallel.attention import TorchAttention
+from megavlm.parallel.device import has_cuda
+from megavlm.parallel.norm import TorchNorm
+
+
+def use_transformer_engine(choice: str) -> bool:
+    """Resolve the recipe's ``parallel.transformer_impl``: auto, transformer_engine or torch.
+
+    Raises:
+        ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if choice == "transformer_engine" and not (installed and has_cuda()):
+        missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
+        raise ValueError(
+            f"parallel.transformer_impl: transformer_engine is asked for, but {missing}; "
+            "install transformer-engine[pytorch] on a CUDA machine, or set it to torch or auto"
+        )
+    return choice != "torch" and installed and has_cuda()
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The parts from which a layer is built."""
+
+    core_attention: Any
+    norm: Any
+    layer: ModuleSpec
+    column_parallel: Any = ColumnParallelLinear
+    row_parallel: Any = RowParallelLinear
+
+
+def layer_modules(*, transformer_engine: bool, causal: bool) -> Modules:
+    """Return the parts for a decoder (``causal``) or an encoder."""
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
+
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        return Modules(TEDotProductAttention, TENorm, layer)
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=TorchAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # The names that Transformer Engine's fused norm-and-linear has: one checkpoint serves both.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return Modules(TorchAttention, TorchNorm, layer)
+
+
+def block_submodules(modules: Modules, num_layers: int) -> TransformerBlockSubmodules:
+    """Return the submodules of a block of ``num_layers`` (those of this pipeline stage) with a final norm."""
+    return TransformerBlockSubmodules(layer_specs=[modules.layer] * num_layers, layer_norm=modules.norm)

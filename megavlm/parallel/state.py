@@ -1,0 +1,73 @@
+"""Process groups: joining the job, Megatron-Core's parallel state, and leaving again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+from megavlm.config.schema import ParallelConfig
+from megavlm.parallel import adam
+from megavlm.parallel.device import backend, has_cuda, local_device
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """Join the job that ``torchrun`` describes (or run alone) and build Megatron-Core's groups.
+
+    Args:
+        parallel: the layout.
+        seed: seed of weights and dropout; tensor- and pipeline-parallel ranks get their own streams from it.
+    """
+    if has_cuda():
+        torch.cuda.set_device(local_device())
+    if "RANK" in os.environ:
+        init = {"init_method": "env://"}
+    else:
+        init = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[dict-item]
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    dist.init_process_group(backend(), timeout=timeout, **init)  # type: ignore[arg-type]
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # type: ignore[arg-type]
+            create_gloo_process_groups=True,
+        )
+        adam.install()
+        torch.manual_seed(seed + 100 * mpu.get_pipeline_model_parallel_rank())
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_reader() -> bool:
+    """Whether this rank reads data: tensor rank 0 of the first pipeline stage, once per data-parallel rank."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and mpu.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_first_stage() -> bool:
+    """Whether this rank holds the first pipeline stage, with tower and connector."""
+    return mpu.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the last pipeline stage, where the loss is."""
+    return mpu.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def is_logging_rank() -> bool:
+    """Whether this rank writes the log: the last rank of the job, which has the loss."""
+    return dist.get_rank() == dist.get_world_size() - 1
