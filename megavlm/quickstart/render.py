@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ _READ_SHARE = 0.15
 _PAIR_SHARE = 0.20
 _TEXT_SHARE = 0.06
 _MAX_TURNS = 5
-_JPEG = {"quality": 92, "subsampling": 0}
+_JPEG: dict[str, Any] = {"quality": 92, "subsampling": 0}
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,11 @@ def _fill_train(split: _Split, images: int, text_turns: list[Turn]) -> None:
     singles: list[tuple[str, Scene]] = []
     for _ in range(images):
         if rng.random() < _READ_SHARE:
-            scene = split.pick(lambda: draw_lettering(rng))
+            scene = split.pick(partial(draw_lettering, rng))
             split.add([split.save(scene)], [ask_read(scene)])
             continue
         number = rng.choice((1, 1, 2, 3))
-        scene = split.pick(lambda number=number: draw_items(rng, number))
+        scene = split.pick(partial(draw_items, rng, number))
         path = split.save(scene)
         if number == 1:
             singles.append((path, scene))
@@ -189,7 +190,7 @@ def _fill_train(split: _Split, images: int, text_turns: list[Turn]) -> None:
 
 def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
     """Two to five different questions about the scene in random order."""
-    turns = []
+    turns: list[Turn] = []
     for task in SCENE_TASKS:
         asked = scene.items if task in ("colour", "shape", "box") else scene.items[:1]
         turns.extend(ask_scene(task, scene, item) for item in asked)
@@ -240,7 +241,7 @@ def _fill_heldout(split: _Split, images: int, text_turns: list[Turn]) -> None:
             _add_heldout_pair(split, index)
         elif task == "read":
             word = WORDS[index % len(WORDS)]
-            scene = split.pick(lambda word=word: draw_lettering(rng, word))
+            scene = split.pick(partial(draw_lettering, rng, word))
             split.add([split.save(scene)], [ask_read(scene)])
         else:
             _add_heldout_scene(split, task, index)
@@ -254,7 +255,7 @@ def _add_heldout_scene(split: _Split, task: str, index: int) -> None:
     colours = tuple(COLOURS)
     colour = colours[index % len(colours)] if task == "colour" else rng.choice(colours)
     number = index % 3 + 1 if task == "count" else rng.choice((1, 1, 2, 3))
-    scene = split.pick(lambda: draw_items(rng, number, shape=shape, colour=colour))
+    scene = split.pick(partial(draw_items, rng, number, shape=shape, colour=colour))
     item = scene.find(shape)
     assert item is not None
     split.add([split.save(scene)], [ask_scene(task, scene, item)])
@@ -276,7 +277,7 @@ def _add_heldout_pair(split: _Split, index: int) -> None:
     if kind == "shape_of":
         shapes[target] = SHAPES[index % len(SHAPES)]
     scenes = [
-        split.pick(lambda s=shape, c=colour: draw_items(rng, 1, shape=s, colour=c))
+        split.pick(partial(draw_items, rng, 1, shape=shape, colour=colour))
         for shape, colour in zip(shapes, colours, strict=True)
     ]
     turn = ask_multi(kind, scenes[0].items[0], scenes[1].items[0], target)

@@ -112,8 +112,8 @@ def text_facts() -> list[tuple[Turn, Turn]]:
         facts.append(_fact(wordings, sides, ("0", "3", "4")))
     mixtures = (("red", "yellow", "orange"), ("blue", "yellow", "green"), ("red", "blue", "purple"))
     for one, other, result in mixtures:
-        for a, b in ((one, other), (other, one)):
-            wordings = (f"Which colour do {a} and {b} make?", f"Mix {a} and {b}.")
+        for left, right in ((one, other), (other, one)):
+            wordings = (f"Which colour do {left} and {right} make?", f"Mix {left} and {right}.")
             facts.append(_fact(wordings, result, ("orange", "green", "purple")))
     return facts
 
