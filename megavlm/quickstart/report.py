@@ -19,7 +19,7 @@ def _rate(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    if value < 60:
+    if round(value, 1) < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest:02d} s"
