@@ -1,0 +1,59 @@
+# Targets for a machine that has Python and make. GPU machines: see gpu-check, and the Dockerfile.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A stamp's name holds the digest of what it installed, so that a second run installs nothing.
+KEY := $(shell cat setup.py constraints.txt | sha256sum | cut -c1-16)
+BASE := $(VENV)/.base-$(KEY)
+DEV := $(VENV)/.dev-$(KEY)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev quickstart test lint typecheck gpu-check bench clean
+.DELETE_ON_ERROR:
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(BASE) ## make .venv and install megavlm with its base packages
+
+dev: $(DEV) ## the same, with what tests, lint and types need
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "megavlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	       "Try: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(BASE): | $(BIN)/python
+	$(PIP) -e .
+	@rm -f $(VENV)/.base-* && touch $@
+
+$(DEV): | $(BASE)
+	$(PIP) -e '.[dev]'
+	@rm -f $(VENV)/.dev-* && touch $@
+
+quickstart: $(BASE) ## train a tiny model on generated images, on this machine
+	$(BIN)/megavlm quickstart
+
+test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
+	$(BIN)/python -m pytest tests -q $(PYTEST_ARGS)
+
+lint: $(DEV) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(DEV) ## mypy
+	$(BIN)/mypy
+
+# A GPU machine brings its own torch, which nothing here replaces.
+gpu-check: ## short checks on a GPU, with this machine's own Python and torch
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
+
+bench: $(BASE) ## the benchmarks of this machine
+	$(BIN)/python benchmarks/run.py
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,206 @@
+"""From a YAML file and ``key=value`` overrides to a checked :class:`Recipe`.
+
+The values must have the type of their key: nothing is converted, except that a whole number may be written
+as ``1e6``, and an integer given for a number. Every failure is a :class:`RecipeError` for the user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megavlm.config import yaml12
+from megavlm.config.errors import RecipeError
+from megavlm.config.keys import all_keys, find_key
+from megavlm.config.schema import Recipe
+
+__all__ = ["SHIPPED", "RecipeError", "load_recipe", "shipped_recipes"]
+
+SHIPPED = Path(__file__).parent / "recipes"
+"""Directory of the recipes that come with megavlm."""
+
+Tree = dict[str, Any]
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with megavlm."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(
+    recipe: str | Path, overrides: Sequence[str] = (), expand: Callable[[Tree], Tree] = lambda tree: tree
+) -> Recipe:
+    """Read a recipe, apply the overrides, fill in the presets and check the types.
+
+    Args:
+        recipe: Path of a YAML file, or the name of a shipped recipe.
+        overrides: ``a.b.c=value`` each; the value is YAML, and a number in the key is a position in a list.
+        expand: Fills in what presets give (``megavlm.models.registry.expand_presets``).
+
+    Raises:
+        RecipeError: the file, an override or a value is wrong.
+    """
+    tree = _read(_find(recipe))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        expanded = expand(tree)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    try:
+        return TypeAdapter(Recipe).validate_json(json.dumps(expanded), strict=True)
+    except ValidationError as error:
+        raise RecipeError.of(_explain(error)) from None
+
+
+def _find(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a directory; give a recipe's YAML file")
+    names = shipped_recipes()
+    if str(recipe) in names:
+        return SHIPPED / f"{recipe}.yaml"
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise RecipeError(f"{path}: no such file; give a recipe's YAML file, or one of {', '.join(names)}")
+    hint = _did_you_mean(str(recipe), names)
+    raise RecipeError(f"{recipe}: no such recipe{hint}; give a YAML file, or one of {', '.join(names)}")
+
+
+def _read(path: Path) -> Tree:
+    try:
+        tree = yaml12.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not UTF-8 text; give a recipe's YAML file") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: not valid YAML, {error}; correct the file") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys such as 'model' and 'data', got {_show(tree)}")
+    return tree
+
+
+def _override(tree: Tree, override: str) -> None:
+    """Apply one ``a.b.c=value`` to ``tree``, in place."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    parts = key.split(".")
+    if not equals:
+        raise RecipeError(f"{override}: an override has the form key=value, such as optimizer.lr=1e-4; add '='")
+    if not all(parts):
+        raise RecipeError(f"{override}: {key!r} is not a dotted key; write it like optimizer.lr=1e-4")
+    try:
+        value = yaml12.parse(text)
+    except ValueError as error:
+        raise RecipeError(f"{key}: {text!r} is not valid YAML, {error}; quote the value") from None
+    here: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        child = _get(here, part, key)
+        if child is None:
+            child = [] if parts[depth + 1].isdigit() else {}
+        if not isinstance(child, dict | list):
+            branch = ".".join(parts[: depth + 1])
+            raise RecipeError(f"{key}: {branch} is a value, {_show(child)}, not a branch; set {branch} itself")
+        _set(here, part, child)
+        here = child
+    _get(here, parts[-1], key)
+    _set(here, parts[-1], value)
+
+
+def _get(parent: Any, part: str, key: str) -> Any:
+    """Return the child called ``part``, or None where there is none yet."""
+    if isinstance(parent, dict):
+        return parent.get(part)
+    if not part.isdigit():
+        raise RecipeError(f"{key}: {part!r} is not a position in a list; write a number from 0 to {len(parent)}")
+    if int(part) > len(parent):
+        raise RecipeError(f"{key}: the list has {len(parent)} entries; write a number from 0 to {len(parent)}")
+    return parent[int(part)] if int(part) < len(parent) else None
+
+
+def _set(parent: Any, part: str, value: Any) -> None:
+    if isinstance(parent, dict):
+        parent[part] = value
+    elif int(part) == len(parent):
+        parent.append(value)
+    else:
+        parent[int(part)] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """Return a line for each thing that is wrong, unknown keys first: they often cause the others."""
+    unknown: list[str] = []
+    wrong: list[str] = []
+    missing: list[tuple[str, str]] = []
+    strays: set[str] = set()
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "unexpected_keyword_argument":
+            strays.add(path.rpartition(".")[0])
+            unknown.append(f"{path}: unknown key{_suggest(path)}; remove it or correct its name")
+        elif item["type"] == "missing":
+            missing.append((path.rpartition(".")[0], path))
+        else:
+            wrong.append(_wrong_value(path, item["type"], item["input"]))
+    absent = [_missing_value(path) for parent, path in missing if parent not in strays]
+    return unknown + wrong + absent
+
+
+def _wrong_value(path: str, rule: str, value: Any) -> str:
+    key = find_key(path)
+    if rule == "too_short":
+        return f"{path}: the list must have at least one entry; add one"
+    if key is not None and key.branch and key.type == "list":
+        return f"{path}: expected a list, got {_show(value)}; write its entries with '-' or in brackets"
+    if key is None or key.branch:
+        return f"{path}: expected keys under it, got {_show(value)}; give the keys, or leave the branch out"
+    hint = ""
+    if key.type.startswith("text"):
+        hint = "quote it, or write '' for empty"
+    elif "|" in key.type and isinstance(value, str):
+        choices = key.type.removesuffix(" or null").split(" | ")
+        hint = _did_you_mean(value, choices).removeprefix(", ")
+    return f"{path}: expected {key.type}, got {_show(value)}; {hint or 'change the value'}"
+
+
+def _missing_value(path: str) -> str:
+    key = find_key(path)
+    branch = path.rpartition(".")[0]
+    meaning = f" ({key.meaning.rstrip('.')})" if key else ""
+    preset = f", or name a preset in {branch}.preset" if branch.startswith("model.") and not path.endswith(".preset") else ""
+    return f"{path}: missing{meaning}; set it{preset}"
+
+
+def _suggest(path: str) -> str:
+    """Return ', did you mean ...?' with the nearest key beside ``path``, or one of that name elsewhere."""
+    parent, _, name = path.rpartition(".")
+    generic = ".".join("<i>" if part.isdigit() else part for part in path.split(".")).rpartition(".")[0]
+    paths = [key.path for key in all_keys()]
+    siblings = {leaf for whole in paths for above, _, leaf in [whole.rpartition(".")] if above == generic}
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if near:
+        return f", did you mean {parent + '.' if parent else ''}{near[0]}?"
+    elsewhere = [whole for whole in paths if whole.rpartition(".")[2] == name]
+    if not elsewhere:
+        leaves = {whole.rpartition(".")[2] for whole in paths}
+        close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
+        elsewhere = [whole for whole in paths if close and whole.rpartition(".")[2] == close[0]]
+    return f", did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else ""
+
+
+def _did_you_mean(given: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, choices, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _show(value: Any) -> str:
+    """Return ``value`` as a recipe would show it, shortened, on one line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

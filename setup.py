@@ -1,0 +1,45 @@
+"""Packaging of megavlm. The ranges below are what the code needs; constraints.txt pins what it is tested with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").read_text(encoding="utf-8"))[1]
+README = HERE / "README.md"
+
+DALI = ["nvidia-dali-cuda120>=1.40"]
+
+setup(
+    name="megavlm",
+    version=VERSION,
+    description="A Megatron-style 3D-parallel trainer for vision-language models",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megavlm", "megavlm.*"]),
+    package_data={"megavlm": ["py.typed"], "megavlm.config": ["recipes/*.yaml"]},
+    entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.17",
+        "megatron-energon>=7.4.1,<8",
+        "numpy>=1.26",
+        "pillow>=10.0.1",
+        "pydantic>=2.11",
+        "pyyaml>=6.0",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "simplejpeg>=1.7",
+        "tensorboard>=2.15",
+        "tiktoken>=0.7",
+        "typing-extensions>=4.10",
+    ],
+    extras_require={
+        "dali": DALI,
+        "te": ["transformer-engine[pytorch]"],
+        "dev": [*DALI, "mypy", "pre-commit", "pytest", "ruff", "transformers", "types-PyYAML"],
+    },
+)
