@@ -1,6 +1,6 @@
-"""Training records in Qwen-VL's JSON form, checked and turned into plain conversations.
+r"""Training records in Qwen-VL's JSON form, checked and turned into plain conversations.
 
-A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n..."}, ...]}``.
+A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\n..."}, ...]}``.
 """
 
 from __future__ import annotations
@@ -104,9 +104,10 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     where = f"turn {index}"
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object, not {type(message).__name__}")
-    role = _ROLES.get(message.get("from")) if isinstance(message.get("from"), str) else None
+    speaker = message.get("from")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise ValueError(f"{where}: unknown role {message.get('from')!r}; use user, assistant or system")
+        raise ValueError(f"{where}: unknown role {speaker!r}; use user, assistant or system")
     text = message.get("value")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} ({role}) has no text")

@@ -82,7 +82,7 @@ class TiktokenTokenizer(Tokenizer):
     """Qwen v1's tokenizer, from its ``.tiktoken`` file. Text is normalised to NFC, as Qwen does."""
 
     def __init__(self, path: str | Path) -> None:
-        import tiktoken
+        import tiktoken  # noqa: PLC0415 - optional
 
         path = Path(path)
         ranks = _read_ranks(path)
@@ -106,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with byte fallback, as :func:`train_sentencepiece` makes; text survives exactly."""
 
     def __init__(self, path: str | Path) -> None:
-        import sentencepiece
+        import sentencepiece  # noqa: PLC0415 - optional
 
         path = Path(path)
         self._model = sentencepiece.SentencePieceProcessor()
@@ -177,7 +177,7 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | Path, vocab_size: 
     Raises:
         ValueError: ``vocab_size`` is too small for the special tokens and the texts, or there are no texts.
     """
-    import sentencepiece
+    import sentencepiece  # noqa: PLC0415 - optional
 
     model = io.BytesIO()
     try:

@@ -1,24 +1,18 @@
-"""Shared pieces: a small tokenizer, synthetic images, and prepared data sets."""
+"""Shared pieces: a small tokenizer and prepared data sets."""
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
 import random
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
-WORDS = "red green blue circle square triangle large small left right above below how many shapes".split()
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def sentence(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(words)) + "."
+from data_helpers import make_records, prepare, sentence
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +29,10 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_path)
 
 
-def smooth_image(seed: int, width: int, height: int) -> Image.Image:
-    """An RGB image with gradients and a rectangle, as photographs are smooth in most places."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    planes = [128 + 100 * np.sin(x * rng.uniform(0.005, 0.05) + y * rng.uniform(0.005, 0.05) + c) for c in range(3)]
-    pixels = np.stack(planes, -1)
-    pixels[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 255, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def encode_image(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+@pytest.fixture(scope="session")
+def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data sets ``a`` (200 samples with images) and ``b`` (120 without)."""
+    root = tmp_path_factory.mktemp("datasets")
+    a = prepare(root, make_records(root / "images", 200), name="a", images=root / "images")
+    b = prepare(root, make_records(root / "images-b", 120, seed=1, text_only=1.1), name="b", images=root / "images-b")
+    return a, b

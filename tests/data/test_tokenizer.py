@@ -31,7 +31,8 @@ def random_texts(count: int) -> list[str]:
 
 
 def test_sentencepiece_round_trips_any_text(tokenizer: Tokenizer) -> None:
-    texts = random_texts(1500) + [
+    texts = [
+        *random_texts(1500),
         "",
         " ",
         "\n",

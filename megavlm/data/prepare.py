@@ -1,0 +1,237 @@
+"""``megavlm prepare``: training JSON and images become a checked webdataset that the reader can train from.
+
+The directory is built beside ``--out`` and renamed at the end, so a half-written one is never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.images import ImageError, decode_with_pil, read_header
+from megavlm.data.schema import parse_conversation
+
+logger = logging.getLogger(__name__)
+
+REJECTED_FILE = "rejected.jsonl"
+_LOGGED_REJECTIONS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("json", type=Path, help="training JSON: a list of Qwen-VL conversation records")
+    parser.add_argument("--images", type=Path, required=True, help="directory that the image paths are relative to")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of one tar file (default 1000)")
+    parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
+    parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is not empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the data set.
+
+    Returns:
+        0, also when some records were rejected (they are in ``rejected.jsonl``).
+
+    Raises:
+        FileNotFoundError: The JSON file or the image directory is missing.
+        ValueError: An argument is wrong, ``--out`` is not empty, or no record is usable.
+    """
+    records = _load_records(args.json)
+    _check_arguments(args)
+    name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.stem)
+    out = args.out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        summary = _write_shards(records, partial, name, args)
+        if not summary.samples:
+            raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
+        _write_metadata(partial, summary.shards)
+        _publish(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info(
+        "%s: %d samples with %d images in %d shards; %d rejected%s",
+        args.out,
+        summary.samples,
+        summary.images,
+        len(summary.shards),
+        summary.rejected,
+        f" (see {args.out / REJECTED_FILE})" if summary.rejected else "",
+    )
+    return 0
+
+
+@dataclass
+class _Summary:
+    samples: int = 0
+    images: int = 0
+    rejected: int = 0
+    first_reason: str = ""
+    shards: tuple[str, ...] = ()
+
+
+def _load_records(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        records = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path} must hold a list of records that is not empty")
+    return records
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not args.images.is_dir():
+        raise FileNotFoundError(f"image directory {args.images} does not exist")
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard must be at least 1, not {args.samples_per_shard}")
+    if args.resize is not None and args.resize < 1:
+        raise ValueError(f"--resize must be at least 1, not {args.resize}")
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
+        raise ValueError(f"--name may hold letters, digits, - and _ only, not {args.name!r}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is not a directory")
+    if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
+        raise ValueError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
+
+
+def _write_shards(records: list[Any], directory: Path, name: str, args: argparse.Namespace) -> _Summary:
+    summary = _Summary()
+    root = args.images.resolve()
+    with _ShardWriter(directory, args.samples_per_shard) as writer, (directory / REJECTED_FILE).open("w") as rejected:
+        for index, record in enumerate(records):
+            try:
+                members = list(_sample_members(record, root, args.resize))
+            except (ValueError, OSError) as error:
+                reason = " ".join(str(error).split())
+                summary.rejected += 1
+                summary.first_reason = summary.first_reason or reason
+                record_id = record.get("id") if isinstance(record, dict) else None
+                rejected.write(json.dumps({"index": index, "id": record_id, "reason": reason}) + "\n")
+                if summary.rejected <= _LOGGED_REJECTIONS:
+                    logger.warning("record %d rejected: %s", index, reason)
+                continue
+            writer.write(f"{name}-{index:08d}", members)
+            summary.samples += 1
+            summary.images += len(members) - 1
+    if summary.rejected > _LOGGED_REJECTIONS:
+        logger.warning("%d more rejected; %s has them all", summary.rejected - _LOGGED_REJECTIONS, REJECTED_FILE)
+    summary.shards = tuple(writer.names)
+    return summary
+
+
+def _sample_members(record: Any, root: Path, resize: int | None) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a sample's files: the record, then its images."""
+    conversation = parse_conversation(record)
+    kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
+    yield "json", json.dumps(kept).encode()
+    for number, path in enumerate(conversation.images):
+        try:
+            resolved = (root / path).resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise ValueError(f"image {path!r} does not exist in {root}") from None
+        if not resolved.is_relative_to(root):
+            raise ValueError(f"image {path!r} leads out of {root}")
+        if not resolved.is_file():
+            raise ValueError(f"image {path!r} is not a file")
+        data = resolved.read_bytes()
+        try:
+            yield f"img{number}", _check_image(data, resize)
+        except ImageError as error:
+            raise ValueError(f"image {path!r}: {error}") from None
+
+
+def _check_image(data: bytes, resize: int | None) -> bytes:
+    header = read_header(data)
+    if not header.plain:
+        # Odd files are few; decoding them now finds what the header does not tell.
+        decode_with_pil(data)
+    if resize is None or header.kind != "jpeg" or max(header.width, header.height) <= resize:
+        return data
+    image = decode_with_pil(data)
+    image.thumbnail((resize, resize))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+class _ShardWriter:
+    """Writes samples into tar files of a fixed number of samples; equal input gives equal bytes."""
+
+    def __init__(self, directory: Path, samples_per_shard: int) -> None:
+        self.names: list[str] = []
+        self._directory = directory
+        self._limit = samples_per_shard
+        self._count = 0
+        self._tar: tarfile.TarFile | None = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tar is not None:
+            self._tar.close()
+
+    def write(self, key: str, members: list[tuple[str, bytes]]) -> None:
+        """Add one sample: its members are ``<key>.<name>``."""
+        if self._tar is None or self._count == self._limit:
+            self.__exit__()
+            self.names.append(f"shard-{len(self.names):06d}.tar")
+            path = self._directory / self.names[-1]
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in __exit__
+            self._count = 0
+        for name, data in members:
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(data)
+            info.mode = 0o644
+            self._tar.addfile(info, io.BytesIO(data))
+        self._count += 1
+
+
+def _write_metadata(directory: Path, shards: tuple[str, ...]) -> None:
+    """Write Energon's ``.nv-meta``: index, shard counts, the split (train only) and the data set's class."""
+    from megatron.energon.flavors import CrudeWebdataset  # noqa: PLC0415 - loads torch
+
+    # Energon reports its progress with print.
+    with contextlib.redirect_stdout(io.StringIO()):
+        CrudeWebdataset.prepare_dataset(
+            directory,
+            list(shards),
+            split_parts_ratio=[("train", 1.0)],
+            shuffle_seed=None,
+            workers=min(4, len(shards)),
+        )
+    (directory / ".nv-meta" / "dataset.yaml").write_text(
+        "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
+    )
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Put the finished directory in place; an old one is moved aside first and removed last."""
+    old = None
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+        out.rename(old / out.name)
+    partial.rename(out)
+    if old is not None:
+        shutil.rmtree(old)

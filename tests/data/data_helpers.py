@@ -1,0 +1,94 @@
+"""Synthetic images, records and prepared data sets for the tests of the data path."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from megavlm.data.prepare import add_arguments, run
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "triangle",
+    "large",
+    "small",
+    "left",
+    "right",
+    "above",
+    "below",
+    "how",
+    "many",
+    "shapes",
+]
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words)) + "."
+
+
+def smooth_image(seed: int, width: int, height: int) -> Image.Image:
+    """An RGB image with gradients and a rectangle, as photographs are smooth in most places."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [128 + 100 * np.sin(x * rng.uniform(0.005, 0.05) + y * rng.uniform(0.005, 0.05) + c) for c in range(3)]
+    pixels = np.stack(planes, -1)
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 255, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encode_image(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def make_records(directory: Path, count: int, seed: int = 0, text_only: float = 0.2) -> list[dict]:
+    """Write small JPEGs and records of varied length; some have two images, some none."""
+    rng = random.Random(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(count):
+        draw = rng.random()
+        number = 0 if draw < text_only else 2 if draw > 0.9 else 1
+        prompt = ""
+        for j in range(number):
+            name = f"{i}-{j}.jpg"
+            image = Image.new("RGB", (24 + i % 7, 20 + j), (rng.randrange(256), i % 256, 0))
+            (directory / name).write_bytes(encode_image(image))
+            prompt += f"Picture {j + 1}: <img>{name}</img>\n"
+        turns = []
+        for _ in range(rng.choice([1, 1, 2])):
+            turns += [
+                {"from": "user", "value": prompt + sentence(rng, rng.randrange(1, 12))},
+                {"from": "assistant", "value": sentence(rng, rng.randrange(1, 25))},
+            ]
+            prompt = ""
+        records.append({"id": f"r{i}", "conversations": turns})
+    return records
+
+
+def prepare(
+    directory: Path, records: list, *, name: str, images: Path, samples_per_shard: int = 40, **options: object
+) -> Path:
+    """Run ``megavlm prepare`` on records and return the data set's directory."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    source = directory / f"{name}.json"
+    source.write_text(json.dumps(records))
+    out = directory / name
+    words = [str(source), "--images", str(images), "--out", str(out), "--samples-per-shard", str(samples_per_shard)]
+    args = parser.parse_args(words)
+    for key, value in options.items():
+        setattr(args, key, value)
+    assert run(args) == 0
+    return out
