@@ -11,7 +11,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 
 # From its source: the package called `apex` on PyPI is something else. The build takes long.
 ARG APEX=0
-ARG APEX_TAG=25.04
+ARG APEX_TAG=25.09
 RUN if [ "${APEX}" = "1" ]; then \
       git clone --depth 1 --branch "${APEX_TAG}" https://github.com/NVIDIA/apex /tmp/apex \
       && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation /tmp/apex \

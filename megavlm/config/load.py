@@ -70,7 +70,7 @@ def _find(recipe: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise RecipeError(f"{path}: no such file; give a recipe's YAML file, or one of {', '.join(names)}")
     hint = _did_you_mean(str(recipe), names)
-    raise RecipeError(f"{recipe}: no such recipe{hint}; give a YAML file, or one of {', '.join(names)}")
+    raise RecipeError(f"{recipe}: no such recipe; {hint}give a YAML file, or one of {', '.join(names)}")
 
 
 def _read(path: Path) -> Tree:
@@ -144,12 +144,18 @@ def _explain(error: ValidationError) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "unexpected_keyword_argument":
             strays.add(path.rpartition(".")[0])
-            unknown.append(f"{path}: unknown key{_suggest(path)}; remove it or correct its name")
+            unknown.append(f"{path}: unknown key; {_suggest(path) or 'remove it, or correct its name'}")
         elif item["type"] == "missing":
             missing.append((path.rpartition(".")[0], path))
         else:
             wrong.append(_wrong_value(path, item["type"], item["input"]))
-    absent = [_missing_value(path) for parent, path in missing if parent not in strays]
+    # A branch without a preset lacks nearly everything: the preset alone is worth a line.
+    bare = {parent for parent, path in missing if path == f"{parent}.preset"}
+    absent = [
+        _missing_value(path)
+        for parent, path in missing
+        if parent not in strays and (parent not in bare or path == f"{parent}.preset")
+    ]
     return unknown + wrong + absent
 
 
@@ -166,7 +172,7 @@ def _wrong_value(path: str, rule: str, value: Any) -> str:
         hint = "quote it, or write '' for empty"
     elif "|" in key.type and isinstance(value, str):
         choices = key.type.removesuffix(" or null").split(" | ")
-        hint = _did_you_mean(value, choices).removeprefix(", ")
+        hint = _did_you_mean(value, choices).strip()
     return f"{path}: expected {key.type}, got {_show(value)}; {hint or 'change the value'}"
 
 
@@ -174,30 +180,32 @@ def _missing_value(path: str) -> str:
     key = find_key(path)
     branch = path.rpartition(".")[0]
     meaning = f" ({key.meaning.rstrip('.')})" if key else ""
-    preset = f", or name a preset in {branch}.preset" if branch.startswith("model.") and not path.endswith(".preset") else ""
+    preset = (
+        f", or name a preset in {branch}.preset" if branch.startswith("model.") and not path.endswith(".preset") else ""
+    )
     return f"{path}: missing{meaning}; set it{preset}"
 
 
 def _suggest(path: str) -> str:
-    """Return ', did you mean ...?' with the nearest key beside ``path``, or one of that name elsewhere."""
+    """Return 'did you mean ...?' with the nearest key beside ``path``, or one of that name elsewhere."""
     parent, _, name = path.rpartition(".")
     generic = ".".join("<i>" if part.isdigit() else part for part in path.split(".")).rpartition(".")[0]
     paths = [key.path for key in all_keys()]
     siblings = {leaf for whole in paths for above, _, leaf in [whole.rpartition(".")] if above == generic}
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if near:
-        return f", did you mean {parent + '.' if parent else ''}{near[0]}?"
+        return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
     elsewhere = [whole for whole in paths if whole.rpartition(".")[2] == name]
     if not elsewhere:
         leaves = {whole.rpartition(".")[2] for whole in paths}
         close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
         elsewhere = [whole for whole in paths if close and whole.rpartition(".")[2] == close[0]]
-    return f", did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else ""
+    return f"did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else ""
 
 
 def _did_you_mean(given: str, choices: Sequence[str]) -> str:
     near = difflib.get_close_matches(given, choices, n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _show(value: Any) -> str:

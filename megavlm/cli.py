@@ -1,0 +1,169 @@
+"""The command line: ``megavlm train | prepare | eval | quickstart``.
+
+A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
+and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megavlm import __version__
+
+_MODULES = {
+    "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
+    "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
+    "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
+}
+_COMMANDS = {"train": "train a model by a recipe", **{name: text for name, (_, text) in _MODULES.items()}}
+
+WRONG_INPUT = 2
+"""Exit code of wrong input."""
+TRACEBACK = "MEGAVLM_TRACEBACK"
+"""Environment variable: set it to 1 to see where an error for users was raised."""
+
+
+class _UsageError(ValueError):
+    """The command line is wrong."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are exceptions, so that all errors for users look the same."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (None: that of the process) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command = _top_parser().parse_args(words[:1]).command
+        return _train(words[1:]) if command == "train" else _delegate(command, words[1:])
+    except (ValueError, FileNotFoundError) as error:
+        if not _for_users(error):
+            raise
+        _report(error)
+        return WRONG_INPUT
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, _COMMANDS)) + 2
+    listing = "\n".join(f"  {name:{width}}{text}" for name, text in _COMMANDS.items())
+    parser = _Parser(
+        prog="megavlm",
+        usage="megavlm [-h] [--version] command ...",
+        description="A Megatron-style 3D-parallel trainer for vision-language models.",
+        epilog=f"commands:\n{listing}\n\nmegavlm <command> --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megavlm {__version__}")
+    parser.add_argument("command", choices=tuple(_COMMANDS), help="what to do", metavar="command")
+    return parser
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    from megavlm.config.load import shipped_recipes
+
+    parser = _Parser(
+        prog="megavlm train",
+        usage="megavlm train RECIPE [key=value ...] [--print-config]",
+        description="Train a model by a recipe. Start it under torchrun for more than one process.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    names = ", ".join(shipped_recipes())
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and every key of a recipe")
+    return parser
+
+
+def _train(words: Sequence[str]) -> int:
+    """Check the recipe, then hand it to the training loop."""
+    from megavlm.config.checks import check_paths, check_recipe
+    from megavlm.config.help import keys_help, to_yaml
+    from megavlm.config.load import load_recipe
+    from megavlm.models.registry import expand_presets
+
+    parser = _train_parser()
+    if "-h" in words or "--help" in words:
+        print(parser.format_help() + "\n" + keys_help())
+        return 0
+    args = parser.parse_intermixed_args(words)
+    recipe = load_recipe(args.recipe, args.overrides, expand_presets)
+    if args.print_config:
+        # Often asked on another machine than the one that trains: the number of processes may be unknown.
+        check_recipe(recipe, _world_size(None))
+        print(to_yaml(recipe), end="")
+        return 0
+    check_recipe(recipe, _world_size(1))
+    check_paths(recipe)
+    run: Callable[..., int] = importlib.import_module("megavlm.training.main").run
+    return run(recipe)
+
+
+def _delegate(command: str, words: Sequence[str]) -> int:
+    """Run a subcommand whose module brings its own arguments."""
+    module_name, text = _MODULES[command]
+    module = importlib.import_module(module_name)
+    parser = _Parser(prog=f"megavlm {command}", description=text.capitalize() + ".", allow_abbrev=False)
+    module.add_arguments(parser)
+    run: Callable[..., int] = module.run
+    return run(parser.parse_args(words))
+
+
+def _world_size(default: int | None) -> int | None:
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) == 0:
+        raise _UsageError(f"WORLD_SIZE: {text!r} is not a number of processes; start with torchrun, or unset it")
+    return int(text)
+
+
+def _for_users(error: BaseException) -> bool:
+    """Whether ``error`` is about the user's input: a missing file, or a ValueError that megavlm itself raised.
+
+    A ValueError out of a library is a bug, and its traceback is wanted.
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _report(error: BaseException) -> None:
+    """Print ``error`` for the user, once per job, and leave it to torchrun in the way that it expects."""
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        lines = [f"{error.filename}: no such file or directory"]
+    else:
+        lines = str(error).splitlines() or [type(error).__name__]
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in lines:
+            print(f"megavlm: error: {line}", file=sys.stderr)
+    # What another rank alone ran into would be lost: torchrun shows the first failure from this file.
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": "; ".join(lines), "extraInfo": extra}}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

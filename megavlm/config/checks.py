@@ -1,0 +1,280 @@
+"""Rules between keys: what the types alone cannot say, checked before any process group starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megavlm.config.errors import RecipeError
+from megavlm.config.schema import DataSource, Recipe
+
+__all__ = ["RecipeError", "check_paths", "check_recipe"]
+
+TEXT_TOKENS = 8
+"""The least text that must fit beside one image in a sequence: less than a ChatML turn leaves nothing to train on."""
+
+_PREPARED = ".nv-meta"
+"""What ``megavlm prepare`` leaves in a data set's directory (Megatron-Energon's index)."""
+
+
+def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
+    """Check the rules between keys.
+
+    Args:
+        recipe: The recipe.
+        world_size: Number of processes; None leaves out the rules that need it.
+
+    Raises:
+        RecipeError: with a line for each broken rule: key, rule, remedy.
+    """
+    rules = (_vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals)
+    lines = [line for rule in rules for line in rule(recipe)]
+    if world_size is not None:
+        lines += _world(recipe, world_size)
+    if lines:
+        raise RecipeError.of(lines)
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Check that the files and directories of the recipe are there.
+
+    Raises:
+        RecipeError: with a line for each that is not.
+    """
+    lines: list[str] = []
+    if not Path(recipe.data.tokenizer).is_file():
+        lines.append(f"data.tokenizer: no file {recipe.data.tokenizer!r}; give the path of a tokenizer file")
+    for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        for position, source in enumerate(sources):
+            name = f"{key}.{position}.path"
+            if not Path(source.path).is_dir():
+                lines.append(f"{name}: no directory {source.path!r}; make it with megavlm prepare, or correct the path")
+            elif not (Path(source.path) / _PREPARED).is_dir():
+                lines.append(f"{name}: {source.path!r} has no {_PREPARED}; make the data set with megavlm prepare")
+    load = recipe.checkpoint.load
+    if load is not None and not Path(load).exists():
+        lines.append(f"checkpoint.load: no checkpoint {load!r}; correct the path, or leave the key out")
+    if Path(recipe.output_dir).exists() and not Path(recipe.output_dir).is_dir():
+        lines.append(f"output_dir: {recipe.output_dir!r} is a file; name a directory")
+    if lines:
+        raise RecipeError.of(lines)
+
+
+def _divides(key: str, value: int, by: int, what: str) -> Iterator[str]:
+    """Yield a line if ``value`` is not a multiple of ``by``, which the text ``what`` names."""
+    if value % by:
+        yield f"{key}: {value} is not divisible by {what} ({by}); change one of the two"
+
+
+_TP = "parallel.tensor_model_parallel_size"
+_PP = "parallel.pipeline_model_parallel_size"
+_VPP = "parallel.virtual_pipeline_model_parallel_size"
+_FIRST = "parallel.num_layers_in_first_pipeline_stage"
+
+
+def _vision(recipe: Recipe) -> Iterator[str]:
+    vision, tp = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
+    own = "model.vision"
+    yield from _divides(f"{own}.image_size", vision.image_size, vision.patch_size, f"{own}.patch_size")
+    heads = vision.num_attention_heads
+    yield from _divides(f"{own}.hidden_size", vision.hidden_size, heads, f"{own}.num_attention_heads")
+    yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
+    yield from _divides(f"{own}.ffn_hidden_size", vision.ffn_hidden_size, tp, _TP)
+
+
+def _connector(recipe: Recipe) -> Iterator[str]:
+    connector, hidden = recipe.model.connector, recipe.model.language.hidden_size
+    own = "model.connector"
+    if connector.preset == "linear" or re.fullmatch("mlp[0-9]+x_gelu", connector.preset):
+        for name in ("num_queries", "head_dim"):
+            if getattr(connector, name) is not None:
+                yield f"{own}.{name}: belongs to the resampler, not to {connector.preset!r}; set it to null"
+        return
+    if connector.preset == "resampler":
+        for name in ("num_queries", "head_dim"):
+            if getattr(connector, name) is None:
+                yield f"{own}.{name}: the resampler needs it; set it to a number"
+        # The 2D sin-cos table: halves for column and row, each with as many sines as cosines.
+        yield from _divides("model.language.hidden_size", hidden, 4, "4, as the resampler's sin-cos positions ask")
+    if connector.num_queries is not None and math.isqrt(connector.num_queries) ** 2 != connector.num_queries:
+        side = math.isqrt(connector.num_queries)
+        yield (
+            f"{own}.num_queries: {connector.num_queries} is not a square number, which a grid of queries needs;"
+            f" take {side**2 or 1} or {(side + 1) ** 2}"
+        )
+    if connector.head_dim is not None:
+        if hidden % connector.head_dim:
+            yield f"{own}.head_dim: {connector.head_dim} does not divide model.language.hidden_size ({hidden}); change it"
+        else:
+            heads = hidden // connector.head_dim
+            tp = recipe.parallel.tensor_model_parallel_size
+            if heads % tp:
+                yield f"{own}.head_dim: gives {heads} heads, not divisible by {_TP} ({tp}); change one of the two"
+
+
+def _language(recipe: Recipe) -> Iterator[str]:
+    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
+    own = "model.language"
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
+    yield from _divides(f"{own}.num_attention_heads", heads, groups, f"{own}.num_query_groups")
+    yield from _divides(f"{own}.num_query_groups", groups, tp, _TP)
+    yield from _divides(f"{own}.ffn_hidden_size", language.ffn_hidden_size, tp, _TP)
+    if language.kv_channels % 2:
+        yield f"{own}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
+
+
+def _stages(recipe: Recipe) -> Iterator[str]:
+    """Check how the language model's layers fall on stages and chunks."""
+    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage
+    if pp == 1:
+        for key, value in ((_VPP, vpp), (_FIRST, first)):
+            if value is not None:
+                yield f"{key}: needs {_PP} > 1; raise that, or set this to null"
+        yield from _recompute(recipe, [layers])
+        return
+    if first is None:
+        if layers % pp:
+            yield (
+                f"{_PP}: model.language.num_layers ({layers}) is not divisible by it ({pp}); change it, or set {_FIRST}"
+            )
+            return
+        stages = [layers // pp] * 2
+    else:
+        rest = layers - first
+        if rest < pp - 1 or rest % (pp - 1):
+            fitting = [layers - per * (pp - 1) for per in range(1, layers) if layers - per * (pp - 1) > 0]
+            choice = f"take one of {_choices(fitting)}" if fitting else f"lower {_PP}"
+            yield (
+                f"{_FIRST}: {first} of {layers} layers leaves {rest},"
+                f" which do not split evenly over the {pp - 1} other stages; {choice}"
+            )
+            return
+        stages = [first, rest // (pp - 1)]
+    if vpp is not None and any(stage % vpp for stage in stages):
+        counts = str(stages[0]) if stages[0] == stages[1] else f"{stages[0]} in the first, {stages[1]} in the others"
+        yield f"{_VPP}: the layers of a stage ({counts}) are not divisible by it ({vpp}); change it, or the split"
+        return
+    yield from _recompute(recipe, [stage // (vpp or 1) for stage in stages])
+
+
+def _recompute(recipe: Recipe, chunks: Sequence[int]) -> Iterator[str]:
+    parallel = recipe.parallel
+    key, unit = "parallel.recompute_num_layers", parallel.recompute_num_layers
+    if unit is None:
+        return
+    if parallel.recompute_granularity != "full":
+        yield f"{key}: only goes with parallel.recompute_granularity 'full'; set that, or set this to null"
+    elif any(chunk % unit for chunk in chunks):
+        counts = " and ".join(str(chunk) for chunk in sorted(set(chunks)))
+        yield f"{key}: {unit} does not divide the layers of a model chunk ({counts}); take a divisor"
+
+
+def _choices(values: Sequence[int]) -> str:
+    shown = [str(value) for value in sorted(values)]
+    return ", ".join(shown) if len(shown) <= 6 else ", ".join([*shown[:5], "...", shown[-1]])
+
+
+def _parallel(recipe: Recipe) -> Iterator[str]:
+    parallel = recipe.parallel
+    tp = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel:
+        if tp == 1:
+            yield f"parallel.sequence_parallel: needs {_TP} > 1; raise that, or set this to false"
+        yield from _divides(
+            "data.sequence_length", recipe.data.sequence_length, tp, f"{_TP}, as sequence_parallel asks"
+        )
+    if parallel.overlap_param_gather:
+        for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
+            if not getattr(parallel, name):
+                yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    needed = recipe.model.tokens_per_image + 2 + TEXT_TOKENS
+    if recipe.data.sequence_length < needed:
+        yield (
+            f"data.sequence_length: {recipe.data.sequence_length} is too short: one image takes"
+            f" {recipe.model.tokens_per_image + 2} positions, and text must fit beside it; take at least {needed}"
+        )
+    for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
+        seen: dict[str, int] = {}
+        for position, source in enumerate(sources):
+            name = source_name(source)
+            if name in seen:
+                yield (
+                    f"{key}.{position}.name: {name!r} is the name of {key}.{seen[name]} as well;"
+                    " give one of them another name"
+                )
+            seen.setdefault(name, position)
+
+
+def source_name(source: DataSource) -> str:
+    """Return the name of a data set in logs: its own, or its directory's."""
+    return source.name if source.name is not None else Path(source.path).name
+
+
+def _modules(recipe: Recipe) -> Iterator[str]:
+    modules = recipe.modules
+    if modules.vision.freeze and modules.connector.freeze and modules.language.freeze:
+        yield "modules: all three parts are frozen, so nothing would be trained; set freeze to false for one of them"
+    for name in ("connector", "language"):
+        if getattr(modules, name).layer_decay != 1.0:
+            yield f"modules.{name}.layer_decay: only the vision tower has layer-wise decay; set it to 1"
+
+
+def _optimizer(recipe: Recipe) -> Iterator[str]:
+    optimizer, steps = recipe.optimizer, recipe.training.train_steps
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr ({optimizer.lr:g}); lower it"
+    decay = optimizer.wsd_decay_steps
+    if optimizer.schedule == "WSD" and decay is None:
+        yield "optimizer.wsd_decay_steps: the WSD schedule needs it; set it to the steps of the final decay"
+    if optimizer.schedule != "WSD" and decay is not None:
+        yield f"optimizer.wsd_decay_steps: the {optimizer.schedule} schedule has none; set it to null"
+        decay = None
+    warmup = optimizer.warmup_steps
+    # Megatron's scheduler asserts that something is left after the warm-up.
+    if warmup >= steps:
+        yield f"optimizer.warmup_steps: {warmup} must be below training.train_steps ({steps}); lower it"
+    elif warmup + (decay or 0) > steps:
+        yield (
+            f"optimizer.wsd_decay_steps: with optimizer.warmup_steps it makes {warmup + (decay or 0)} steps,"
+            f" above training.train_steps ({steps}); lower one of the two"
+        )
+
+
+def _intervals(recipe: Recipe) -> Iterator[str]:
+    if recipe.data.validation:
+        return
+    for key, value in (
+        ("logging.panel_interval", recipe.logging.panel_interval),
+        ("training.validation_interval", recipe.training.validation_interval),
+    ):
+        if value is not None:
+            yield f"{key}: needs held-out data; add data.validation, or set this to null"
+
+
+def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Check the rules that depend on the number of processes."""
+    parallel = recipe.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        yield (
+            f"{_TP}: {tp} x {_PP} ({pp}) = {tp * pp} does not divide the {world_size} processes of this job;"
+            " change the layout, or start as many processes with torchrun --nproc-per-node"
+        )
+        return
+    dp, batch = world_size // (tp * pp), recipe.training.global_batch_size
+    key = "training.global_batch_size"
+    if batch % dp:
+        yield f"{key}: {batch} is not divisible by the data-parallel size ({dp}); take a multiple of it"
+    elif parallel.virtual_pipeline_model_parallel_size is not None and (batch // dp) % pp:
+        yield (
+            f"{key}: {batch} gives {batch // dp} micro-batches per data-parallel rank; the interleaved schedule needs"
+            f" a multiple of {_PP} ({pp}); take a multiple of {dp * pp}"
+        )
