@@ -1,0 +1,267 @@
+"""The Energon side of the reader: raw samples -> token ids -> packs that carry samples over.
+
+Everything here runs where Energon reads: in its worker processes, or in the calling one without workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.energon import Cooker, CrudeWebdataset, SavableDataset, TaskEncoder, WorkerConfig, stateless
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.base_dataset import set_sample_restore_key
+from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from megatron.energon.wrappers import PackingDataset
+from megatron.energon.wrappers.base import SampleIndex, get_sample_restore_key
+from megatron.energon.wrappers.buffer import SavableSampleBuffer
+
+from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.batch import Pack
+from megavlm.data.chat import encode_conversation
+from megavlm.data.images import ImageError, read_header
+from megavlm.data.packing import PackableSample, build_pack, choose_pack
+from megavlm.data.schema import parse_conversation
+from megavlm.data.tokenizer import Tokenizer
+
+MAX_BROKEN_IN_A_ROW = 1000
+"""Reading stops with an error after so many unusable samples one after the other."""
+
+
+@dataclass
+class RawSample:
+    """A sample's files as they lie in the shard."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    files: dict[str, bytes]
+    source: int
+
+
+@dataclass
+class CheckedSample:
+    """A sample ready to be packed, or the reason why it cannot be."""
+
+    __key__: str
+    __restore_key__: tuple[Any, ...]
+    sample: PackableSample | None
+    reason: str = ""
+
+
+@dataclass
+class PackedSample:
+    """A pack with the key that Energon can make it again from."""
+
+    pack: Pack
+    __restore_key__: tuple[Any, ...] = ()
+
+
+class BrokenSampleError(ValueError):
+    """A sample that cannot be trained on; the text is a short cause, the same for all of its kind."""
+
+
+@stateless
+def _cook(sample: dict[str, Any]) -> RawSample:
+    files = {key: value for key, value in sample.items() if not key.startswith("__")}
+    source = sample["__subflavors__"]["source"]
+    return RawSample(sample["__key__"], sample["__restore_key__"], files, source)
+
+
+class PackEncoder(TaskEncoder):
+    """Tokenises samples and packs them.
+
+    Args:
+        data: The data branch of the recipe.
+        names: Name of each data set, for sample keys.
+        tokenizer: The tokenizer.
+        tokens_per_image: ``<imgpad>`` slots of one image.
+    """
+
+    decoder = None
+    cookers = (Cooker(_cook),)
+
+    def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, tokens_per_image: int) -> None:
+        self.data = data
+        self.names = names
+        self.tokenizer = tokenizer
+        self.tokens_per_image = tokens_per_image
+
+    @stateless
+    def encode_sample(self, sample: RawSample) -> CheckedSample:
+        """Tokenise; what is wrong becomes the result's reason, never an exception."""
+        try:
+            encoded: PackableSample | None = self._encode(sample)
+            reason = ""
+        except BrokenSampleError as error:
+            encoded, reason = None, str(error)
+        return CheckedSample(sample.__key__, sample.__restore_key__, encoded, reason)
+
+    def _encode(self, sample: RawSample) -> PackableSample:
+        if "json" not in sample.files:
+            raise BrokenSampleError("no record")
+        try:
+            conversation = parse_conversation(json.loads(sample.files["json"]))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise BrokenSampleError("bad JSON") from None
+        except ValueError:
+            raise BrokenSampleError("bad record") from None
+        images = [name for name in sample.files if name.startswith("img")]
+        wanted = [f"img{i}" for i in range(len(conversation.images))]
+        if not set(wanted) <= set(images):
+            raise BrokenSampleError("image missing")
+        if len(images) > len(wanted):
+            raise BrokenSampleError("more images than slots")
+        try:
+            for name in wanted:
+                read_header(sample.files[name])
+        except ImageError as error:
+            raise BrokenSampleError(f"bad image ({error.cause})") from None
+        encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
+        if len(encoded.tokens) > self.data.sequence_length:
+            raise BrokenSampleError("too long")
+        return PackableSample(
+            encoded=encoded,
+            images=tuple(sample.files[name] for name in wanted),
+            key=f"{self.names[sample.source]}/{sample.__key__}",
+            source=sample.source,
+        )
+
+    @stateless
+    def pack_selected_samples(self, samples: list[CheckedSample]) -> PackedSample:
+        """Lay the chosen samples out as one pack."""
+        chosen = [sample.sample for sample in samples if sample.sample is not None]
+        return PackedSample(build_pack(chosen, self.data.sequence_length, self.tokenizer.eos_id))
+
+    def build_batch(self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any) -> SavableDataset:
+        """Put the packer after the tokeniser; a pack is a micro-batch, so nothing is batched."""
+        return CarryOverPackingDataset(
+            dataset,
+            # Without packing, the oldest sample is always the whole pack: a buffer of one does that.
+            buffer_size=self.data.packing_buffer_size if self.data.packing == "carry_over" else 1,
+            capacity=self.data.sequence_length,
+            final_packer=self.pack_selected_samples,
+            worker_config=worker_config,
+        )
+
+
+class CarryOverPackingDataset(PackingDataset):
+    """Energon's packing stage with :func:`choose_pack`: what one pack leaves waits for the next.
+
+    Broken samples are counted by reason; each pack carries the counts since the one before.
+    """
+
+    _savable_fields = ("_reading_buffer", "_final_packing_sample_index", "_dropped")
+
+    def __init__(
+        self,
+        dataset: SavableDataset,
+        *,
+        buffer_size: int,
+        capacity: int,
+        final_packer: Any,
+        worker_config: WorkerConfig,
+    ) -> None:
+        self.capacity = capacity
+        super().__init__(
+            dataset,
+            buffer_size,
+            pre_packer=choose_pack,
+            final_packer=final_packer,
+            final_packer_stateless=True,
+            worker_config=worker_config,
+        )
+
+    def reset_state_own(self) -> None:
+        """Forget all waiting samples."""
+        self._reading_buffer = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
+        self._final_packing_sample_index = SampleIndex(self.worker_config, src=self)
+        self._dropped: dict[str, int] = {}
+        self._broken_in_a_row = 0
+
+    def __iter__(self) -> Iterator[PackedSample]:
+        buffer = self._reading_buffer
+        buffer.worker_start()
+        source = iter(self.dataset)
+        more = True
+        while True:
+            while more and len(buffer.buffer) < self.buffer_size:
+                sample = next(source, None)
+                if sample is None:
+                    more = False
+                else:
+                    self._take_in(sample)
+            if not buffer.buffer:
+                return
+            yield self._next_pack()
+
+    def _take_in(self, sample: CheckedSample) -> None:
+        if sample.sample is not None:
+            self._broken_in_a_row = 0
+            self._reading_buffer.append(sample)
+            return
+        self._dropped[sample.reason] = self._dropped.get(sample.reason, 0) + 1
+        self._broken_in_a_row += 1
+        if self._broken_in_a_row >= MAX_BROKEN_IN_A_ROW:
+            raise ValueError(
+                f"{self._broken_in_a_row} samples in a row are unusable, the last is {sample.__key__}: {self._dropped}"
+            )
+
+    def _next_pack(self) -> PackedSample:
+        buffer = self._reading_buffer
+        if self.buffer_size == 1:
+            chosen = [0]
+        else:
+            chosen = choose_pack([len(waiting.sample) for waiting in buffer.buffer], self.capacity)
+        samples = [buffer.buffer[index] for index in chosen]
+        with self._final_packing_sample_index.ctx() as index:
+            packed = self.final_packer(samples)
+        for position in reversed(chosen):
+            buffer.pop(position)
+        packed.pack.dropped, self._dropped = self._dropped, {}
+        return set_sample_restore_key(packed, index, *(get_sample_restore_key(s) for s in samples), src=self)
+
+
+def build_dataset(
+    sources: Sequence[DataSource],
+    encoder: PackEncoder,
+    worker_config: WorkerConfig,
+    *,
+    training: bool,
+) -> SavableDataset:
+    """Chain data sets, shuffling, blending, tokenising and packing.
+
+    Training repeats for ever and draws from the data sets by weight; else there is one pass in file order.
+
+    Raises:
+        ValueError: A data set has fewer samples than there are readers to share it.
+    """
+    readers = worker_config.world_size * max(1, worker_config.num_workers)
+    datasets = []
+    for index, source in enumerate(sources):
+        dataset = CrudeWebdataset(
+            EPath(source.path),
+            split_part="train",
+            training=training,
+            worker_config=worker_config,
+            subflavors={"source": index},
+            decoder=None,
+            # Runs of this many neighbours are shuffled; the shuffle buffer mixes them further.
+            max_samples_per_sequence=100 if training else None,
+        )
+        if len(dataset) < readers:
+            raise ValueError(
+                f"data set {source.path} has {len(dataset)} samples, too few to share among {readers} readers "
+                f"(data-parallel size x data.num_workers)"
+            )
+        datasets.append(LoadedDataset(dataset=dataset, weight=source.weight))
+    if not training:
+        return encoder.build_val_datasets(datasets=datasets, worker_config=worker_config, batch_size=1)
+    return encoder.build_train_datasets(
+        datasets=datasets,
+        worker_config=worker_config,
+        batch_size=None,
+        shuffle_buffer_size=encoder.data.shuffle_buffer_size,
+        blend_mode=DatasetBlendMode.DATASET_WEIGHT,
+    )

@@ -1,0 +1,214 @@
+"""The training reader: packs from prepared data sets, in an order that a restart continues exactly.
+
+One reader per data-parallel rank. Energon reads, shuffles, blends and keeps the state; this module adds the
+packer, a state that is plain JSON, and the checks that keep a state from being used where it does not fit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
+
+from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.batch import Pack
+from megavlm.data.energon_dataset import PackEncoder, build_dataset
+from megavlm.data.state_codec import from_plain, to_plain
+from megavlm.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+_CHECKPOINT_SECONDS = 15.0
+"""A worker notes its state this often; a restart re-reads at most the packs since then."""
+_ENERGON_IN_PROCESS = threading.Lock()
+"""Energon keeps the active worker in class variables, so one thread of a process may be inside it at a time."""
+
+
+class PackReader:
+    """Reads packs of one data-parallel rank.
+
+    A training reader never ends. A validation reader makes one pass in file order, always in the calling process,
+    and each ``iter()`` starts again from the beginning; its last pack may hold much padding.
+
+    ``next`` may be called from any one thread, but not from two at a time, and not while ``state`` runs.
+
+    Args:
+        sources: Data sets to read; :attr:`Pack.segment_sources` counts them.
+        data: The data branch of the recipe.
+        tokenizer: The tokenizer.
+        tokens_per_image: ``<imgpad>`` slots of one image.
+        rank: Data-parallel rank, from 0.
+        world_size: Data-parallel size.
+        seed: Seed of the data order.
+        training: Shuffle, blend by weight and repeat for ever; else one pass in order.
+
+    Raises:
+        FileNotFoundError: A data set was not prepared.
+        ValueError: There is no data set, or one has fewer samples than there are readers.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[DataSource],
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        tokens_per_image: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        training: bool,
+    ) -> None:
+        if not sources:
+            raise ValueError("there are no data sets to read")
+        self.sources = tuple(sources)
+        self.training = training
+        self.dropped: Counter[str] = Counter()
+        """Samples left out so far, by cause."""
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._num_workers = data.num_workers if training else 0
+        names = [source.name or Path(source.path).name for source in self.sources]
+        self._encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
+        self._data_hash = _hash_data(self.sources, data, tokenizer, tokens_per_image)
+        self._loader = self._build_loader()
+        self._restorer: SavableDataLoader | None = None
+        self._packs: Iterator[Any] | None = None
+
+    def __iter__(self) -> PackReader:
+        if not self.training and self._packs is not None:
+            self._loader, self._packs = self._build_loader(), None
+        return self
+
+    def __next__(self) -> Pack:
+        with self._inside_energon():
+            if self._packs is None:
+                self._packs = iter(self._loader)
+            packed = next(self._packs)
+        pack: Pack = packed.pack
+        self.dropped.update(pack.dropped)
+        pack.restore_key = json.dumps({"key": to_plain(packed.__restore_key__), "dropped": pack.dropped})
+        return pack
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`restore` needs to go on after the last pack: JSON values only."""
+        assert self.training, "a validation reader always starts from the beginning"
+        with self._inside_energon():
+            loader = self._loader.save_state_rank()
+        text = json.dumps(to_plain(loader), separators=(",", ":"))
+        return self._identity() | {"loader": base64.b64encode(zlib.compress(text.encode(), 1)).decode()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state` was called; only before the first pack.
+
+        Raises:
+            ValueError: The state belongs to another rank, data-parallel size, number of workers, seed or data, or
+                is broken.
+        """
+        assert self._packs is None, "restore comes before the first pack"
+        for key, value in self._identity().items():
+            if not isinstance(state, dict) or state.get(key) != value:
+                was = state.get(key) if isinstance(state, dict) else state
+                raise ValueError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
+        try:
+            plain = json.loads(zlib.decompress(base64.b64decode(state["loader"])))
+        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"broken reader state: {error}") from None
+        loader = from_plain(plain)
+        self._loader.restore_state_rank(loader)
+        if loader is not None and self._num_workers:
+            # Energon forgets the offset here: a state saved before each worker gave a pack would repeat packs.
+            self._loader._worker_sample_counters = [
+                (worker.state.sample_index if worker.state else 0) - 1 + worker.offset
+                for worker in loader.worker_states
+            ]
+
+    def restore_pack(self, restore_key: str) -> Pack:
+        """Make a pack again from its :attr:`Pack.restore_key`.
+
+        Raises:
+            ValueError: The key was not made by a reader.
+        """
+        try:
+            content = json.loads(restore_key)
+            key, dropped = from_plain(content["key"]), dict(content["dropped"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"broken restore key: {error}") from None
+        with _ENERGON_IN_PROCESS:
+            if self._restorer is None:
+                # Of its own: files that it opens must not be shared with workers that are forked later.
+                self._restorer = self._build_loader()
+            pack: Pack = self._restorer.restore_sample(key).pack
+        pack.restore_key, pack.dropped = restore_key, dropped
+        self.dropped.update(dropped)
+        return pack
+
+    def close(self) -> None:
+        """End the worker processes; the reader cannot be used any more."""
+        workers = getattr(self._loader, "_iterator", None)
+        if workers is not None:
+            workers._shutdown_workers()
+        self._packs = iter(())
+
+    def _build_loader(self) -> SavableDataLoader:
+        worker_config = WorkerConfig(
+            rank=self._rank,
+            world_size=self._world_size,
+            num_workers=self._num_workers,
+            seed_offset=self._seed,
+        )
+        loader = get_savable_loader(
+            build_dataset(self.sources, self._encoder, worker_config, training=self.training),
+            checkpoint_every_sec=_CHECKPOINT_SECONDS,
+            gc_collect_every_n_steps=10 if self._num_workers else 0,
+            watchdog_timeout_seconds=None,
+        )
+        # A pack holds no tensors to pin; and the loader must not draw from the trainer's random numbers.
+        loader.pin_memory = False
+        loader.generator = torch.Generator()
+        return loader
+
+    def _inside_energon(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._num_workers else _ENERGON_IN_PROCESS
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "num_workers": self._num_workers,
+            "seed": self._seed,
+            "data_hash": self._data_hash,
+        }
+
+
+def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int) -> str:
+    """Digest of everything that decides which packs come in which order; directories may move."""
+    parts: list[Any] = [
+        data.sequence_length,
+        data.packing,
+        data.packing_buffer_size,
+        data.shuffle_buffer_size,
+        data.system_message,
+        tokens_per_image,
+        tokenizer.vocab_size,
+        tokenizer.encode("<|im_start|>The quick brown fox, 0123456789\n\u4f60\u597d"),
+    ]
+    for source in sources:
+        meta = Path(source.path) / ".nv-meta"
+        if not (meta / ".info.json").is_file():
+            raise FileNotFoundError(f"data set {source.path} is not prepared; make it with megavlm prepare")
+        identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""
+        parts += [source.weight, (meta / ".info.json").read_text(), identity]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
