@@ -1,1 +1,1 @@
-"""TODO."""
+"""Distributed checkpoints: saving, publishing and loading a run."""

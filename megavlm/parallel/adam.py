@@ -40,7 +40,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is supported")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -48,7 +48,7 @@ class AdamW(torch.optim.Optimizer):
         assert closure is None, "Megatron-Core calls step() without a closure"
         for group in self.param_groups:
             # A loaded checkpoint may hold the step as a tensor.
-            group["step"] = int(group.get("step", 0)) + 1
+            group["step"] = int(group["step"]) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
@@ -78,7 +78,11 @@ class AdamW(torch.optim.Optimizer):
 def install() -> None:
     """Make Megatron-Core use :class:`AdamW` where it found neither Transformer Engine nor Apex."""
     import megatron.core.optimizer as optimizer  # noqa: PLC0415  (not before prepare_device)
+    from megatron.core.optimizer import distrib_optimizer  # noqa: PLC0415
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam = AdamW
+        distrib_optimizer.Adam = AdamW
+        # "The state has FusedAdam's layout."
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
         optimizer.USING_PYTORCH_OPTIMIZER = False

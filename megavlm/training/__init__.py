@@ -1,1 +1,1 @@
-"""TODO."""
+"""The training loop and what it is made of."""

@@ -1,0 +1,170 @@
+"""Saving and loading a training run with Megatron-Core's distributed checkpoints.
+
+A checkpoint is a directory ``step-00000123`` with Megatron-Core's tensors, the recipe that made it
+(``recipe.yaml``), ``run.json`` (step, counters, version) and one ``reader-N.json`` per data-parallel rank. It is
+written as ``step-00000123.partial`` and renamed when all ranks are done; then the file ``latest`` is replaced.
+What has the final name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megavlm import __version__
+from megavlm.parallel.state import is_reader
+
+logger = logging.getLogger(__name__)
+
+# Optimizer state as full tensors in the model's own shapes: it loads at any TP x PP x DP.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` lies in ``root``."""
+    return root / f"step-{step:08d}"
+
+
+def latest(root: Path) -> Path | None:
+    """Return the newest published checkpoint in ``root``, or None."""
+    pointer = root / "latest"
+    if not pointer.is_file():
+        return None
+    path = root / pointer.read_text(encoding="utf-8").strip()
+    return path if path.is_dir() else None
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return ``run.json`` of the checkpoint at ``path``."""
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+
+
+def _model_state(modules: Sequence[Any]) -> dict[str, Any]:
+    """Return the sharded state of the bare chunks, named as Megatron-Core's optimizer expects."""
+    metadata: dict[str, Any] = {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    if len(modules) == 1:
+        return {"model": modules[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+
+
+def save(
+    root: Path,
+    *,
+    modules: Sequence[Any],
+    optimizer: Any,
+    scheduler: Any,
+    reader_state: Any,
+    run: dict[str, Any],
+    recipe_yaml: str,
+    keep: int,
+) -> Path:
+    """Write and publish a checkpoint; a collective over all ranks.
+
+    Args:
+        root: directory of the run's checkpoints.
+        modules: the bare model chunks of this rank.
+        optimizer: Megatron-Core's optimizer; None saves weights alone.
+        scheduler: Megatron-Core's scheduler, saved with the optimizer.
+        reader_state: on reader ranks, the plain structure that the data feed goes on from.
+        run: JSON-able facts of the run, with at least ``step``.
+        recipe_yaml: the resolved recipe.
+        keep: newest checkpoints to leave in ``root``.
+
+    Returns:
+        The published directory.
+    """
+    final = step_directory(root, run["step"])
+    partial = final.with_suffix(".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _model_state(modules)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_METADATA)
+        state["scheduler"] = scheduler.state_dict()
+    dist_checkpointing.save(state, str(partial), content_metadata=_METADATA)
+    if is_reader():
+        _write(partial / f"reader-{mpu.get_data_parallel_rank()}.json", json.dumps(reader_state))
+    if dist.get_rank() == 0:
+        _write(partial / "recipe.yaml", recipe_yaml)
+        _write(partial / "run.json", json.dumps({**run, "megavlm": __version__}, indent=2))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _publish(partial, final, keep)
+    dist.barrier()
+    return final
+
+
+def _publish(partial: Path, final: Path, keep: int) -> None:
+    if final.exists():  # the same step again, after going on from an older checkpoint
+        shutil.rmtree(final)
+    partial.rename(final)
+    pointer = final.parent / "latest.new"
+    _write(pointer, final.name + "\n")
+    pointer.replace(final.parent / "latest")
+    published = sorted(p for p in final.parent.glob("step-*") if p.suffix != ".partial")
+    for old in published[:-keep]:
+        if old != final:
+            shutil.rmtree(old)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None) -> None:
+    """Load a checkpoint at this run's layout, whatever layout it was saved at; a collective over all ranks.
+
+    Args:
+        path: a published checkpoint.
+        modules: the bare model chunks of this rank, filled in place.
+        optimizer: also load its state; None loads weights alone.
+        scheduler: also load its state.
+
+    Raises:
+        Megatron-Core's CheckpointingException: the checkpoint lacks tensors of this model, or shapes differ.
+    """
+    state = _model_state(modules)
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+    loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    for i, module in enumerate(modules):
+        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=True)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    if scheduler is not None:
+        scheduler.load_state_dict(loaded["scheduler"])
+    logger.info("loaded %s", path)
+
+
+def load_reader_state(path: Path, world_size: int) -> Any:
+    """Return what this reader rank's feed goes on from.
+
+    Args:
+        path: a published checkpoint.
+        world_size: data-parallel size of this run.
+
+    Raises:
+        ValueError: the checkpoint was saved with another data-parallel size.
+    """
+    saved = len(list(path.glob("reader-*.json")))
+    if saved != world_size:
+        raise ValueError(
+            f"{path}: saved with data-parallel size {saved}, this run has {world_size}; the order of samples would "
+            "change. Resume with the same data-parallel size, or start from the weights alone with checkpoint.load"
+        )
+    return json.loads((path / f"reader-{mpu.get_data_parallel_rank()}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,342 @@
+"""From the one reader of a data-parallel replica to all its ranks: micro-batches of a step, on the device.
+
+The reader rank (tensor rank 0 of the first stage) reads, packs and decodes ahead in a thread. Once per step it
+hands tokens, labels and segment borders to every rank of its replica, and uint8 pixels to the first stage only,
+so that nobody decodes twice and all tensor-parallel ranks see equal pixels.
+
+Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.parallel.device import local_device
+from megavlm.parallel.state import is_first_stage, is_reader
+
+if TYPE_CHECKING:
+    from megavlm.data.decode import ImageDecoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MicroBatch:
+    """One pack on the device of one rank."""
+
+    tokens: Tensor
+    """[1, S] int64."""
+    labels: Tensor
+    """[1, S] int64, already shifted; IGNORE_INDEX where there is nothing to predict."""
+    position_ids: Tensor
+    """[1, S] int64, from 0 in each segment."""
+    packed_seq_params: PackedSeqParams
+    """Segment borders for Megatron-Core."""
+    segment_sources: Tensor
+    """[G] int64: index of each segment's data set; -1 for padding."""
+    images: Tensor | None
+    """[N, 3, H, W] uint8 on the first stage; None on the others."""
+    num_images: int
+    """N, on every stage."""
+
+    @property
+    def token_sources(self) -> Tensor:
+        """[S] index of the data set that each position comes from."""
+        lengths = self.packed_seq_params.cu_seqlens_q.diff().long()
+        return torch.repeat_interleave(self.segment_sources, lengths)
+
+
+@dataclass
+class ReadPack:
+    """A pack with its decoded images, on the reader rank."""
+
+    pack: Pack
+    pixels: Tensor
+    """[N, 3, H, W] uint8."""
+
+
+@dataclass
+class FeedCounters:
+    """What happened to samples so far, on the reader rank."""
+
+    dropped: Counter[str] = field(default_factory=Counter)
+    wait_seconds: float = 0.0
+
+
+class PackSource(Protocol):
+    """What the feed needs of a reader: see :class:`megavlm.data.reader.PackReader`."""
+
+    def __iter__(self) -> Iterator[Pack]: ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+    def restore_pack(self, restore_key: Any) -> Pack: ...
+
+
+class Prefetcher:
+    """Reads and decodes packs in a thread, ``depth`` ahead; knows the state that makes a run go on exactly.
+
+    The state is the reader's, taken between two packs, and the restore keys of the packs that were read but not
+    yet handed out.
+
+    Args:
+        source: where packs come from.
+        decoder: makes pixels of image files.
+        image_size: side of the pixels.
+        tokens_per_image: slots of one image in a pack's tokens.
+        image_token_id: the token in those slots.
+        depth: packs to read ahead.
+        state: the state of an earlier run, to go on from.
+    """
+
+    def __init__(
+        self,
+        source: PackSource,
+        decoder: ImageDecoder,
+        image_size: int,
+        tokens_per_image: int,
+        image_token_id: int,
+        depth: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._source, self._decoder, self._image_size = source, decoder, image_size
+        self._tokens_per_image, self._image_token_id = tokens_per_image, image_token_id
+        self.counters = FeedCounters()
+        self._pending: list[Pack] = []  # read again after a restart, before new ones
+        if state is not None:
+            source.restore(state["reader"])
+            self._pending = [source.restore_pack(key) for key in state["in_flight"]]
+        self._queue: queue.Queue[ReadPack | BaseException] = queue.Queue(maxsize=depth)
+        self._in_flight: list[Any] = []
+        self._reading = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="megavlm-prefetch", daemon=True)
+        self._thread.start()
+
+    def take(self) -> ReadPack:
+        """Return the next pack; waits for it.
+
+        Raises:
+            BaseException: what the reader or the decoder raised in its thread.
+        """
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.counters.wait_seconds += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        with self._reading:
+            self._in_flight.pop(0)
+        return item
+
+    def state(self) -> dict[str, Any]:
+        """Return what :class:`Prefetcher` takes as ``state`` to go on after the packs taken so far."""
+        with self._reading:
+            waiting = [pack.restore_key for pack in self._pending]
+            return {"reader": self._source.state(), "in_flight": [*self._in_flight, *waiting]}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        while self._thread.is_alive():
+            with_item = not self._queue.empty()
+            if with_item:
+                self._queue.get_nowait()
+            self._thread.join(timeout=0.05)
+
+    def _run(self) -> None:
+        packs = iter(self._source)
+        while not self._stop.is_set():
+            try:
+                with self._reading:
+                    pack = self._pending.pop(0) if self._pending else next(packs)
+                    self._in_flight.append(pack.restore_key)
+                item: ReadPack | BaseException = self._decode(pack)
+            except BaseException as error:
+                item = error
+            self._put(item)
+            if isinstance(item, BaseException):
+                return
+
+    def _put(self, item: ReadPack | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _decode(self, pack: Pack) -> ReadPack:
+        self.counters.dropped.update(pack.dropped)
+        if not pack.images:
+            return ReadPack(pack, torch.zeros(0, 3, self._image_size, self._image_size, dtype=torch.uint8))
+        decoded = self._decoder.decode(pack.images, self._image_size)
+        if decoded.failed:
+            self._mask_failed(pack, decoded.failed)
+        return ReadPack(pack, decoded.pixels)
+
+    def _mask_failed(self, pack: Pack, failed: list[int]) -> None:
+        """Take the labels off every sample that shows an image which could not be decoded."""
+        slots = np.flatnonzero(pack.tokens == self._image_token_id)
+        firsts = slots[:: self._tokens_per_image]
+        for segment in {int(np.searchsorted(pack.cu_seqlens, firsts[i], side="right")) - 1 for i in failed}:
+            pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
+            self.counters.dropped["image cannot be decoded"] += 1
+
+
+def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> MicroBatch:
+    """Put one pack on a device. ``images`` is [N, 3, H, W] uint8, or None on a later stage."""
+
+    def on_device(array: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    lengths = np.diff(pack.cu_seqlens)
+    # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
+    # longest segment is right for both readings, since then it is the only segment.
+    longest = int(lengths.max())
+    cu_seqlens = on_device(pack.cu_seqlens)
+    return MicroBatch(
+        tokens=on_device(pack.tokens)[None],
+        labels=on_device(pack.labels)[None],
+        position_ids=on_device(pack.position_ids)[None],
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+        segment_sources=on_device(pack.segment_sources.astype(np.int64)),
+        images=None if images is None else images.to(device),
+        num_images=len(pack.images) if images is None else images.size(0),
+    )
+
+
+class Feed:
+    """The micro-batches of each step, on every rank of a data-parallel replica.
+
+    Args:
+        prefetcher: on the reader rank; None on the others.
+        sequence_length: S.
+        image_size: H and W.
+    """
+
+    def __init__(self, prefetcher: Prefetcher | None, sequence_length: int, image_size: int) -> None:
+        assert (prefetcher is not None) == is_reader()
+        self.prefetcher = prefetcher
+        self.sequence_length, self.image_size = sequence_length, image_size
+        self.device = local_device()
+
+    def next_step(self, num_microbatches: int) -> list[MicroBatch]:
+        """Return the next ``num_microbatches``; a collective over the ranks of the replica.
+
+        Raises:
+            RuntimeError: the reader failed (raised on every rank; the reader's own error is logged there).
+        """
+        packs: list[Pack] | None = None
+        pixels: Tensor | None = None
+        if self.prefetcher is not None:
+            try:
+                read = [self.prefetcher.take() for _ in range(num_microbatches)]
+                packs = [item.pack for item in read]
+                pixels = torch.cat([item.pixels for item in read])
+            except Exception:
+                logger.exception("reading data failed")
+        return share_packs(packs, pixels, num_microbatches, self.sequence_length, self.image_size)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+
+
+def share_packs(
+    packs: list[Pack] | None, pixels: Tensor | None, num_packs: int, sequence_length: int, image_size: int
+) -> list[MicroBatch]:
+    """Hand packs from the reader rank to the ranks of its replica.
+
+    Args:
+        packs: on the reader rank, ``num_packs`` packs of ``sequence_length`` tokens; None there means that
+            reading failed.
+        pixels: on the reader rank, [N, 3, H, W] uint8 of all packs.
+        num_packs: how many.
+        sequence_length: S.
+        image_size: H and W.
+
+    Raises:
+        RuntimeError: reading failed on the reader rank.
+    """
+    device = local_device()
+    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+    # Row of the header: segments and images of one pack; -1 says that reading failed.
+    header = torch.full((num_packs, 2), -1, dtype=torch.int64)
+    if packs is not None:
+        header = torch.tensor([[len(p.segment_sources), len(p.images)] for p in packs], dtype=torch.int64)
+    header = header.to(device)
+    dist.broadcast(header, source, group=group)
+    rows = header.tolist()
+    if rows[0][0] < 0:
+        raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
+    segments = sum(row[0] for row in rows)
+    body = torch.empty(num_packs * (2 * sequence_length + 1) + 2 * segments, dtype=torch.int64)
+    if packs is not None:
+        parts = [np.concatenate([p.tokens, p.labels, p.cu_seqlens, p.segment_sources]) for p in packs]
+        body = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    body = body.to(device)
+    dist.broadcast(body, source, group=group)
+    pixels = _share_pixels(pixels, sum(row[1] for row in rows), image_size, device)
+    return _unpack(body.cpu().numpy(), rows, sequence_length, pixels, device)
+
+
+def _share_pixels(pixels: Tensor | None, num_images: int, image_size: int, device: torch.device) -> Tensor | None:
+    """Hand [N, 3, H, W] pixels to the tensor-parallel ranks of the first stage; None on the other stages."""
+    if not is_first_stage():
+        return None
+    if pixels is None:
+        pixels = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
+    pixels = pixels.to(device)
+    if num_images and mpu.get_tensor_model_parallel_world_size() > 1:
+        dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
+    return pixels
+
+
+def _unpack(
+    body: np.ndarray, rows: list[list[int]], sequence_length: int, pixels: Tensor | None, device: torch.device
+) -> list[MicroBatch]:
+    batches, at, image = [], 0, 0
+    for segments, num_images in rows:
+        ends = np.cumsum([sequence_length, sequence_length, segments + 1, segments]) + at
+        tokens, labels, cu_seqlens, sources = np.split(body[at : ends[-1]], ends[:-1] - at)
+        lengths = np.diff(cu_seqlens)
+        positions = np.arange(sequence_length) - np.repeat(cu_seqlens[:-1], lengths)
+        pack = Pack(
+            tokens=tokens,
+            labels=labels,
+            position_ids=positions,
+            cu_seqlens=cu_seqlens.astype(np.int32),
+            segment_sources=sources.astype(np.int32),
+            images=[],
+            sample_keys=[],
+        )
+        own = None if pixels is None else pixels[image : image + num_images]
+        batch = micro_batch(pack, own, device)
+        batch.num_images = num_images
+        batches.append(batch)
+        at, image = int(ends[-1]), image + num_images
+    return batches

@@ -1,0 +1,118 @@
+"""Megatron-Core's optimizer and scheduler, set up from a recipe: one parameter group per learning rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.transformer.module import MegatronModule
+
+from megavlm.config.schema import ModuleTraining, Recipe
+
+MODULES = ("vision", "connector", "language")
+
+
+def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> float:
+    """Return the factor on the learning rate of one parameter.
+
+    With layer-wise decay d, layer i of ``num_layers`` (from 0) gets d ** (num_layers - 1 - i), and what lies below
+    the layers (patch embedding, positions, first norm) d ** num_layers (BEiT's rule, arXiv 2106.08254).
+
+    Args:
+        name: the parameter's name inside its module.
+        module: the recipe's branch of the module.
+        num_layers: layers of the module.
+    """
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    depth = num_layers - 1 - int(layer.group(1)) if layer else num_layers
+    return module.lr_multiplier * module.layer_decay**depth
+
+
+def _module_of(name: str) -> tuple[str, str]:
+    """Split a name such as ``module.module.vision.conv1.weight`` into ``vision`` and ``conv1.weight``."""
+    head, _, tail = name.partition(".")
+    while head not in MODULES:
+        assert tail, f"parameter {name} belongs to no module"
+        head, _, tail = tail.partition(".")
+    return head, tail
+
+
+def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+    """Return Megatron-Core's parameter groups: no decay on biases and norms, and one group per LR factor."""
+    opt = recipe.optimizer
+    no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
+    overrides = {ParamKey(with_name_predicate=no_decay): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+    for module_name in MODULES:
+        module = getattr(recipe.modules, module_name)
+        num_layers = recipe.model.vision.num_layers
+        depths = range(num_layers + 1) if module.layer_decay != 1.0 else (0,)
+        for factor in {module.lr_multiplier * module.layer_decay**depth for depth in depths} - {1.0}:
+
+            def matches(
+                _: Any,
+                name: str,
+                wanted: str = module_name,
+                factor: float = factor,
+                module: ModuleTraining = module,
+                layers: int = num_layers,
+            ) -> bool:
+                owner, rest = _module_of(name)
+                return owner == wanted and learning_rate_factor(rest, module, layers) == factor
+
+            key = ParamKey(with_name_predicate=ParamWithNamePredicate(f"{module_name}x{factor}", matches))
+            overrides[key] = ParamGroupOverride(max_lr=opt.lr * factor, min_lr=opt.min_lr * factor)  # type: ignore[typeddict-item]
+    return overrides
+
+
+def build_optimizer(recipe: Recipe, chunks: Sequence[MegatronModule]) -> MegatronOptimizer:
+    """Build Megatron-Core's (distributed) AdamW over the trainable parameters of the wrapped ``chunks``."""
+    opt = recipe.optimizer
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=opt.lr,
+        min_lr=opt.min_lr,
+        weight_decay=opt.weight_decay,
+        adam_beta1=opt.adam_beta1,
+        adam_beta2=opt.adam_beta2,
+        adam_eps=opt.adam_eps,
+        clip_grad=opt.clip_grad,
+        bf16=recipe.training.precision == "bf16",
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(recipe))
+
+
+def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Build Megatron-Core's schedule; its steps are optimizer steps."""
+    opt = recipe.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=opt.lr,
+        min_lr=opt.min_lr,
+        lr_warmup_steps=opt.warmup_steps,
+        lr_decay_steps=recipe.training.train_steps,
+        lr_decay_style=opt.schedule,
+        start_wd=opt.weight_decay,
+        end_wd=opt.weight_decay,
+        wd_incr_steps=recipe.training.train_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=opt.wsd_decay_steps,
+        lr_wsd_decay_style="cosine",
+    )
+
+
+def learning_rates(recipe: Recipe, optimizer: MegatronOptimizer) -> dict[str, float]:
+    """Return the current learning rate of each trained module (of its top layer, with layer-wise decay)."""
+    base = next((group["lr"] / group["max_lr"] for group in optimizer.param_groups if group["max_lr"]), 0.0)
+    rates = {}
+    for name in MODULES:
+        module = getattr(recipe.modules, name)
+        if not module.freeze:
+            rates[name] = base * recipe.optimizer.lr * module.lr_multiplier
+    return rates

@@ -1,0 +1,106 @@
+"""One optimizer step: forward and backward over all micro-batches on Megatron-Core's schedule, then the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.feed import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step says about itself; equal on all ranks of the last stage, and ``grad_norm`` on all ranks."""
+
+    source_losses: Tensor
+    """[D, 2] fp64: sum of the losses and number of supervised tokens, per data set, over the global batch."""
+    grad_norm: float | None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per supervised token of the global batch, in nats."""
+        total, tokens = self.source_losses.sum(0).tolist()
+        return total / max(tokens, 1.0)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Supervised tokens of the global batch."""
+        return int(self.source_losses[:, 1].sum())
+
+
+def _loss(batch: MicroBatch, num_sources: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
+
+    The third value is [D, 2]: the same per data set.
+    """
+    mask = (batch.labels != IGNORE_INDEX).view(-1)
+    losses = losses.view(-1).float() * mask
+    sources = batch.token_sources.clamp(min=0)
+    report = torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device)
+    report[:, 0].index_add_(0, sources, losses.detach().double())
+    report[:, 1].index_add_(0, sources, mask.double())
+    return losses.sum(), mask.sum().int(), report
+
+
+def forward_step(
+    batches: Iterator[MicroBatch], model: Any, num_sources: int
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """Run one model chunk on the next micro-batch (Megatron-Core's ``forward_step_func``)."""
+    batch = next(batches)
+    output = model(
+        tokens=batch.tokens,
+        position_ids=batch.position_ids,
+        packed_seq_params=batch.packed_seq_params,
+        labels=batch.labels.clamp(min=0),  # masked positions get some valid token; the mask drops their loss
+        images=batch.images,
+    )
+    return output, partial(_loss, batch, num_sources)
+
+
+def run_batches(
+    chunks: Sequence[Any], batches: Sequence[MicroBatch], num_sources: int, *, forward_only: bool = False
+) -> Tensor:
+    """Run all micro-batches through the pipeline; gradients are left in the buffers.
+
+    Returns:
+        [D, 2] fp64 sums of loss and supervised tokens per data set over the global batch, on every rank.
+    """
+    report = torch.zeros(num_sources, 2, dtype=torch.float64, device=batches[0].tokens.device)
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, num_sources=num_sources),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.size(1),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    for item in reports:  # empty but on the last stage
+        report += item
+    dist.all_reduce(report, group=mpu.get_data_parallel_group())
+    dist.broadcast(
+        report, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
+    )
+    return report.cpu()
+
+
+def train_step(
+    chunks: Sequence[Any], optimizer: MegatronOptimizer, batches: Sequence[MicroBatch], num_sources: int
+) -> StepResult:
+    """Take one optimizer step on ``batches``, this replica's share of the global batch."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    report = run_batches(chunks, batches, num_sources)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(report, None if grad_norm is None else float(grad_norm))
