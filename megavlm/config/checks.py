@@ -106,7 +106,7 @@ def _connector(recipe: Recipe) -> Iterator[str]:
         )
     if connector.head_dim is not None:
         if hidden % connector.head_dim:
-            yield f"{own}.head_dim: {connector.head_dim} does not divide model.language.hidden_size ({hidden}); change it"
+            yield f"{own}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden})"
         else:
             heads = hidden // connector.head_dim
             tp = recipe.parallel.tensor_model_parallel_size

@@ -66,7 +66,9 @@ def _child(annotation: Any) -> tuple[type | None, bool]:
     """Return the dataclass that ``annotation`` holds, and whether it is a list of them."""
     if typing.get_origin(annotation) is tuple:
         return typing.get_args(annotation)[0], True
-    return (annotation, False) if dataclasses.is_dataclass(annotation) else (None, False)
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation, False
+    return None, False
 
 
 def _type_text(annotation: Any, metadata: list[Any]) -> str:

@@ -61,7 +61,8 @@ class ConnectorConfig:
     preset: str
     """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
     num_queries: int | None = Field(default=None, gt=0)
-    """Queries of the resampler, a square number: the tokens that one image becomes. Null for linear and mlpNx_gelu, which keep one token per patch."""
+    """Queries of the resampler, a square number: the tokens that one image becomes.
+    Null for linear and mlpNx_gelu, which keep one token per patch."""
     head_dim: int | None = Field(default=None, gt=0)
     """Width of one attention head of the resampler; divides the language model's hidden_size. Null for the others."""
     init_method_std: float = Field(default=0.02, gt=0)
@@ -142,13 +143,15 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and use_distributed_optimizer."""
+    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and
+    use_distributed_optimizer."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute in the language model: full layers, only the core attention, or null for none."""
     recompute_num_layers: int | None = Field(default=None, gt=0)
     """With full recompute, layers that share one saved input (uniform method); null means 1."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation: Transformer Engine, plain torch, or auto (Transformer Engine where CUDA and it are there)."""
+    """Layer implementation: Transformer Engine, plain torch, or auto (Transformer Engine where CUDA and
+    it are there)."""
     distributed_timeout_minutes: float = Field(default=30.0, gt=0)
     """A collective that waits longer than this ends the job."""
 
@@ -202,7 +205,8 @@ class ModuleTraining:
     lr_multiplier: float = Field(default=1.0, gt=0)
     """Factor on the learning rate."""
     layer_decay: float = Field(default=1.0, gt=0, le=1.0)
-    """Layer-wise decay: the learning rate of layer i is multiplied by this to the power of its distance from the top."""
+    """Layer-wise decay: the learning rate of layer i is multiplied by this to the power of its
+    distance from the top."""
 
 
 @_config

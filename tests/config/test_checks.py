@@ -1,0 +1,226 @@
+"""Rules between keys: each broken by the smallest change of a recipe that is accepted."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.config.checks import check_paths, check_recipe
+from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+from megavlm.models.registry import expand_presets
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+TP3 = "parallel.tensor_model_parallel_size=3"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+PP3 = "parallel.pipeline_model_parallel_size=3"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+FIRST = "parallel.num_layers_in_first_pipeline_stage"
+LAYERS = "model.language.num_layers"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ([], 1),
+        ([], 8),
+        ([TP2, "parallel.sequence_parallel=true"], 2),
+        ([TP2, PP2], 8),
+        ([PP2, VPP2], 2),
+        ([PP2, VPP2, f"{FIRST}=2", f"{LAYERS}=6"], 2),
+        ([PP2, f"{FIRST}=1"], 2),
+        ([PP3, f"{FIRST}=2"], 3),
+        (["parallel.recompute_granularity=full", "parallel.recompute_num_layers=2"], 1),
+        (["model.connector.preset=linear"], 1),
+        (["optimizer.schedule=WSD", "optimizer.wsd_decay_steps=4", "optimizer.warmup_steps=6"], 1),
+        (["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"], 1),
+        (["modules.vision.freeze=true", "modules.language.freeze=true", "modules.vision.layer_decay=0.9"], 1),
+        (["data.sequence_length=26"], 1),
+    ],
+)
+def test_accepted(load, overrides, world_size):
+    check_recipe(load(*overrides), world_size)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.vision.image_size=60"], "model.vision.image_size: 60 is not divisible by model.vision.patch_size (8)"),
+        (["model.vision.num_attention_heads=5"], "model.vision.hidden_size: 96 is not divisible"),
+        (["model.connector.num_queries=15"], "model.connector.num_queries: 15 is not a square number"),
+        (["model.connector.head_dim=48"], "model.connector.head_dim: 48 is no divisor of model.language.hidden_size"),
+        (["model.connector.head_dim=null"], "model.connector.head_dim: the resampler needs it"),
+        (["model.connector.num_queries=null"], "model.connector.num_queries: the resampler needs it"),
+        (
+            ["model.connector.preset=linear", "model.connector.num_queries=16"],
+            "model.connector.num_queries: belongs to the resampler, not to 'linear'; set it to null",
+        ),
+        (
+            ["model.connector.preset=mlp2x_gelu", "model.connector.head_dim=32"],
+            "model.connector.head_dim: belongs to the resampler, not to 'mlp2x_gelu'; set it to null",
+        ),
+        (
+            ["model.language.hidden_size=126", "model.connector.head_dim=2"],
+            "model.language.hidden_size: 126 is not div",
+        ),
+        (
+            ["model.language.num_query_groups=3"],
+            "model.language.num_attention_heads: 4 is not divisible by model.langua",
+        ),
+        (["model.language.kv_channels=33"], "model.language.kv_channels: 33 is odd"),
+        ([f"{FIRST}=2"], f"{FIRST}: needs parallel.pipeline_model_parallel_size > 1"),
+        ([VPP2], "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size > 1"),
+        (
+            ["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size > 1",
+        ),
+        (["parallel.recompute_num_layers=2"], "parallel.recompute_num_layers: only goes with"),
+        (
+            ["parallel.recompute_granularity=selective", "parallel.recompute_num_layers=2"],
+            "parallel.recompute_num_layers: only goes with parallel.recompute_granularity 'full'",
+        ),
+        (
+            ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=3"],
+            "parallel.recompute_num_layers: 3 does not divide the layers of a model chunk (4)",
+        ),
+        (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce"),
+        (
+            [
+                "parallel.overlap_param_gather=true",
+                "parallel.overlap_grad_reduce=true",
+                "parallel.use_distributed_optimizer=false",
+            ],
+            "parallel.overlap_param_gather: needs parallel.use_distributed_optimizer",
+        ),
+        (["data.sequence_length=25"], "data.sequence_length: 25 is too short: one image takes 18 positions"),
+        (["data.train.1.path=/x/train"], "data.train.1.name: 'train' is the name of data.train.0 as well"),
+        (["optimizer.min_lr=1"], "optimizer.min_lr: 1 is above optimizer.lr (0.001)"),
+        (["optimizer.schedule=WSD"], "optimizer.wsd_decay_steps: the WSD schedule needs it"),
+        (["optimizer.wsd_decay_steps=4"], "optimizer.wsd_decay_steps: the cosine schedule has none"),
+        (
+            ["optimizer.schedule=WSD", "optimizer.wsd_decay_steps=4", "optimizer.warmup_steps=7"],
+            "optimizer.wsd_decay_steps: with optimizer.warmup_steps it makes 11 steps, above training.train_steps (10)",
+        ),
+        (["optimizer.warmup_steps=10"], "optimizer.warmup_steps: 10 must be below training.train_steps (10)"),
+        (["modules.connector.layer_decay=0.9"], "modules.connector.layer_decay: only the vision tower"),
+        (["modules.language.layer_decay=0.9"], "modules.language.layer_decay: only the vision tower"),
+        (["logging.panel_interval=5"], "logging.panel_interval: needs held-out data; add data.validation"),
+        (["training.validation_interval=5"], "training.validation_interval: needs held-out data; add data.validation"),
+        (
+            [f"modules.{part}.freeze=true" for part in ("vision", "connector", "language")],
+            "modules: all three parts are frozen",
+        ),
+    ],
+)
+def test_refused_on_one_process(refused, overrides, expected):
+    (line,) = refused(*overrides)
+    assert line.startswith(expected), line
+    assert ";" in line, "a remedy is named"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([PP3], 3, "parallel.pipeline_model_parallel_size: model.language.num_layers (4) is not divisible by it (3)"),
+        ([PP2, f"{FIRST}=4"], 2, f"{FIRST}: 4 of 4 layers leaves 0"),
+        (
+            [PP3, f"{FIRST}=1"],
+            3,
+            f"{FIRST}: 1 of 4 layers leaves 3, which do not split evenly over the 2 other stages;",
+        ),
+        ([PP2, VPP2, f"{LAYERS}=6"], 2, "parallel.virtual_pipeline_model_parallel_size: the layers of a stage (3)"),
+        (
+            [PP2, VPP2, f"{FIRST}=1"],
+            2,
+            "parallel.virtual_pipeline_model_parallel_size: the layers of a stage (1 in the first, 3 in the others)",
+        ),
+        (
+            [PP2, VPP2, f"{LAYERS}=8", "parallel.recompute_granularity=full", "parallel.recompute_num_layers=4"],
+            2,
+            "parallel.recompute_num_layers: 4 does not divide the layers of a model chunk (2)",
+        ),
+        (
+            [TP2, PP2],
+            2,
+            "parallel.tensor_model_parallel_size: 2 x parallel.pipeline_model_parallel_size (2) = 4 does not",
+        ),
+        ([], 3, "training.global_batch_size: 8 is not divisible by the data-parallel size (3)"),
+        (
+            [PP2, VPP2, "training.global_batch_size=3"],
+            2,
+            "training.global_batch_size: 3 gives 3 micro-batches per data-parallel rank; the interleaved schedule ",
+        ),
+        (
+            [TP2, "parallel.sequence_parallel=true", "data.sequence_length=257"],
+            2,
+            "data.sequence_length: 257 is not divisible by parallel.tensor_model_parallel_size, as sequence_par",
+        ),
+    ],
+)
+def test_refused_on_several_processes(refused, overrides, world_size, expected):
+    (line,) = refused(*overrides, world_size=world_size)
+    assert line.startswith(expected), line
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.vision.num_layers=3", "model.vision.num_attention_heads"),
+        ("model.vision.ffn_hidden_size=384", "model.vision.num_attention_heads"),
+        ("model.language.ffn_hidden_size=352", "model.language.ffn_hidden_size"),
+        ("model.language.num_layers=4", "model.language.num_attention_heads"),
+        ("model.language.num_layers=4", "model.language.num_query_groups"),
+        ("model.connector.head_dim=32", "model.connector.head_dim"),
+    ],
+)
+def test_tensor_parallel_size_divides_heads_and_widths(load, override, key):
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load(TP3, override), 3)
+    assert any(line.startswith(f"{key}: ") for line in str(error.value).splitlines()), str(error.value)
+
+
+def test_a_tower_mlp_that_does_not_split(load):
+    with pytest.raises(RecipeError, match=r"^model\.vision\.ffn_hidden_size: 385 is not divisible"):
+        check_recipe(load(TP2, "model.vision.ffn_hidden_size=385"))
+
+
+def test_the_suggested_first_stage_is_accepted(load):
+    with pytest.raises(RecipeError, match="take one of 2"):
+        check_recipe(load(PP3, f"{FIRST}=1"))
+    check_recipe(load(PP3, f"{FIRST}=2"))
+
+
+def test_same_name_in_training_and_validation_is_fine(load):
+    check_recipe(load("data.validation.0.path=/other/train"))
+    with pytest.raises(RecipeError, match=r"data\.validation\.1\.name"):
+        check_recipe(load("data.validation.0.path=/a/x", "data.validation.1={path: /b/y, name: x}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.tokenizer=/absent/t.model"], "data.tokenizer: no file '/absent/t.model'"),
+        (["data.train.0.path=/absent"], "data.train.0.path: no directory '/absent'"),
+        (
+            ["data.validation.0.path=/usr"],
+            "data.validation.0.path: '/usr' has no .nv-meta; make the data set with megavlm",
+        ),
+        (["checkpoint.load=/absent"], "checkpoint.load: no checkpoint '/absent'"),
+        (["output_dir=/etc/passwd"], "output_dir: '/etc/passwd' is a file"),
+    ],
+)
+def test_paths(refused, overrides, expected):
+    (line,) = refused(*overrides)
+    assert line.startswith(expected)
+
+
+def test_paths_that_exist(load):
+    check_paths(load())
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_keep_the_rules(name):
+    recipe = load_recipe(name, (), expand_presets)
+    check_recipe(recipe)
+    parallel = recipe.parallel
+    least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    for copies in (1, 2):
+        check_recipe(recipe, least * copies)

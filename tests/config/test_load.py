@@ -1,0 +1,182 @@
+"""Loading: what a recipe and its overrides become, and the line that each mistake costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megavlm.config import yaml12
+from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+
+
+def test_values_of_presets_file_and_overrides(load):
+    recipe = load("optimizer.lr=2e-4", "model.vision.num_layers=2", "training.train_steps=1e3")
+    assert recipe.optimizer.lr == 2e-4
+    assert recipe.training.train_steps == 1000 and isinstance(recipe.training.train_steps, int)
+    assert recipe.model.vision.num_layers == 2
+    assert recipe.model.vision.hidden_size == 96  # from the preset
+    assert recipe.parallel.tensor_model_parallel_size == 1  # the default
+
+
+def test_overrides_reach_lists_and_absent_branches(load):
+    recipe = load(
+        "data.train.0.weight=2",
+        "data.train.1.path=/b",
+        "data.validation.0.path=/v",
+        "parallel.sequence_parallel=false",
+        "modules.vision.layer_decay=0.95",
+        "checkpoint=null",
+        "checkpoint.keep=3",
+        "data.system_message=''",
+        "logging={log_interval: 5, tensorboard: false}",
+    )
+    assert [source.weight for source in recipe.data.train] == [2.0, 1.0]
+    assert isinstance(recipe.data.train[0].weight, float)
+    assert recipe.data.train[1].path == "/b"
+    assert recipe.data.validation[0].path == "/v"
+    assert recipe.modules.vision.layer_decay == 0.95
+    assert recipe.checkpoint.keep == 3
+    assert recipe.data.system_message == ""
+    assert (recipe.logging.log_interval, recipe.logging.tensorboard) == (5, False)
+
+
+def test_an_override_may_hold_an_equals_sign(load):
+    assert load("output_dir=/runs/a=b").output_dir == "/runs/a=b"
+
+
+def test_another_connector_drops_what_the_whole_model_set_for_its_own(load):
+    recipe = load("model.connector.preset=mlp2x_gelu")
+    assert recipe.model.connector.num_queries is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 100000),
+        ("1.5e3", 1500),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("-3", -3),
+        ("true", True),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("~", None),
+        ("", None),
+        ("[1, 2]", [1, 2]),
+    ],
+)
+def test_plain_scalars(text, value):
+    parsed = yaml12.parse(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "no", "010", "1:30", "2024-01-01", "~", "", "true", "<<", "a: b", "a\n b\n"])
+def test_written_text_reads_back(text):
+    assert yaml12.parse(yaml12.dump({"key": text})) == {"key": text}
+
+
+def test_merge_keys_are_not_duplicates():
+    assert yaml12.parse("a: &x {p: 1, q: 2}\nb:\n  <<: *x\n  q: 3")["b"] == {"p": 1, "q": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+        (["lr=1"], "lr: unknown key; did you mean optimizer.lr?"),
+        (["optimzer.lr=1"], "optimzer: unknown key; did you mean optimizer?"),
+        (["parallel.xyzzy=1"], "parallel.xyzzy: unknown key; remove it, or correct its name"),
+        (["data.train.0.wieght=1"], "data.train.0.wieght: unknown key; did you mean data.train.0.weight?"),
+        (["optimizer.lr=abc"], 'optimizer.lr: expected number > 0, got "abc"; change the value'),
+        (["optimizer.lr=true"], "optimizer.lr: expected number > 0, got true; change the value"),
+        (["optimizer.lr=.nan"], "optimizer.lr: '.nan' is not valid YAML, nan is not a finite number; quote the value"),
+        (["optimizer.lr=-1"], "optimizer.lr: expected number > 0, got -1; change the value"),
+        (["training.train_steps=2.5"], "training.train_steps: expected integer > 0, got 2.5; change the value"),
+        (["training.train_steps=true"], "training.train_steps: expected integer > 0, got true; change the value"),
+        (["training.train_steps='7'"], 'training.train_steps: expected integer > 0, got "7"; change the value'),
+        (["parallel.sequence_parallel=yes"], 'parallel.sequence_parallel: expected true or false, got "yes"'),
+        (["parallel.sequence_parallel=1"], "parallel.sequence_parallel: expected true or false, got 1"),
+        (["optimizer.schedule=cosin"], 'expected cosine | constant | WSD, got "cosin"; did you mean cosine?'),
+        (["output_dir=3"], "output_dir: expected text, got 3; quote it, or write '' for empty"),
+        (["data.system_message="], "data.system_message: expected text, got null; quote it, or write '' for empty"),
+        (["data.train=[]"], "data.train: the list must have at least one entry; add one"),
+        (["data.train=/a"], "data.train: expected a list, got \"/a\"; write its entries with '-' or in brackets"),
+        (["training=7"], "training: expected keys under it, got 7"),
+        (["data.tokenizer=null"], "data.tokenizer: expected text, got null"),
+        (["training={train_steps: 5}"], "training.global_batch_size: missing (Packs per step over all"),
+        (["model.preset=tyni"], "model.preset: no model preset 'tyni'; there are"),
+        (["model.vision.preset=nope"], "model.vision.preset: no vision preset 'nope'; there are"),
+        (
+            ["model={preset: null, vision: {preset: tiny_vit}, connector: {preset: linear}}"],
+            "model.language.preset: missi",
+        ),
+        (["optimizer.lr"], "optimizer.lr: an override has the form key=value, such as optimizer.lr=1e-4; add '='"),
+        (["optimizer..lr=1"], "'optimizer..lr' is not a dotted key"),
+        (["=1"], "'' is not a dotted key"),
+        (["optimizer.lr=[1"], "optimizer.lr: '[1' is not valid YAML, line 1"),
+        (["optimizer.lr.x=1"], "optimizer.lr.x: optimizer.lr is a value, 0.001, not a branch; set optimizer.lr itself"),
+        (["data.train.5.path=/a"], "data.train.5.path: the list has 1 entries; write a number from 0 to 1"),
+        (["data.train.first.path=/a"], "data.train.first.path: 'first' is not a position in a list"),
+    ],
+)
+def test_wrong_values_cost_one_line(refused, overrides, expected):
+    (line,) = refused(*overrides)
+    assert expected in line
+
+
+def test_several_mistakes_cost_a_line_each_and_at_most_five(refused):
+    lines = refused("optimizer.lr=x", "optimizer.min_lr=y", "bogus=1")
+    assert [line.partition(":")[0] for line in lines] == ["bogus", "optimizer.lr", "optimizer.min_lr"]
+    lines = refused(*(f"bogus{number}=1" for number in range(8)))
+    assert len(lines) == 5 and lines[-1].endswith("(and 3 more)")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\na: 2\n", "not valid YAML, line 2, column 1: duplicate key 'a'; correct the file"),
+        ("model:\n  preset: tiny\n data: 3\n", "not valid YAML, line 3"),
+        ("- a\n", "a recipe is a mapping of keys"),
+        ("", "a recipe is a mapping of keys"),
+        ("1: 2\n", "line 1, column 1: key 1 is not text"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+        ("a: !!bool maybe\n", "not valid YAML"),
+    ],
+)
+def test_wrong_files_cost_one_line(refused, tmp_path, text, expected):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    (line,) = refused(recipe=path)
+    assert line.startswith(f"{path}: ") and expected in line
+
+
+def test_absent_recipes(refused, tmp_path):
+    (line,) = refused(recipe=tmp_path / "absent.yaml")
+    assert line.startswith(f"{tmp_path}/absent.yaml: no such file") and "qwen_vl_7b" in line
+    (line,) = refused(recipe="qwen_vl_8b")
+    assert line.startswith("qwen_vl_8b: no such recipe; did you mean qwen_vl_7b?") and "codefuse_vl_14b" in line
+    (line,) = refused(recipe=tmp_path)
+    assert "is a directory" in line
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    (line,) = refused(recipe=binary)
+    assert "is not UTF-8 text" in line
+
+
+def test_the_shipped_recipes_load(tmp_path, monkeypatch):
+    from megavlm.models.registry import expand_presets
+
+    monkeypatch.chdir(tmp_path)
+    assert {"qwen_vl_7b", "codefuse_vl_14b"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        assert load_recipe(name, (), expand_presets).output_dir
+
+
+def test_without_presets_every_value_is_asked_for(recipe_file: Path):
+    with pytest.raises(RecipeError, match=r"model\.vision: missing"):
+        load_recipe(recipe_file)

@@ -1,0 +1,185 @@
+"""The command line: what it prints, what it exits with, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+import megavlm
+from megavlm import cli
+from megavlm.config.keys import leaf_keys
+
+RECIPE = """\
+output_dir: {root}/run
+model: {{preset: tiny}}
+data: {{train: [{{path: {root}/train}}], tokenizer: {root}/tokenizer.model, sequence_length: 256}}
+optimizer: {{lr: 1e-3}}
+training: {{train_steps: 10, global_batch_size: 8}}
+"""
+
+WATCH = """\
+import sys
+from megavlm.cli import main
+code = main(sys.argv[1:])
+loaded = [name for name in ("torch", "megatron", "numpy") if name in sys.modules]
+sys.exit(f"imported {loaded}" if loaded else code)
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    (tmp_path / "train" / ".nv-meta").mkdir(parents=True)
+    (tmp_path / "tokenizer.model").write_text("tokenizer")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(root=tmp_path))
+    return path
+
+
+@pytest.fixture
+def fake_module(monkeypatch):
+    """Put a module in a subcommand's place."""
+
+    def put(name, run, add_arguments=lambda parser: None):
+        module = types.ModuleType(name)
+        module.run, module.add_arguments = run, add_arguments
+        monkeypatch.setitem(sys.modules, name, module)
+
+    for variable in ("WORLD_SIZE", "RANK", "TORCHELASTIC_ERROR_FILE", cli.TRACEBACK):
+        monkeypatch.delenv(variable, raising=False)
+    return put
+
+
+def start(*words, **environment):
+    clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
+    return subprocess.run(
+        [sys.executable, *words], env=clean | environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_wrong_key_in_a_real_process(recipe_file):
+    done = start("-m", "megavlm", "train", str(recipe_file), "optimizer.lrr=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "megavlm: error: optimizer.lrr: unknown key; did you mean optimizer.lr?\n"
+
+
+def test_a_wrong_layout_is_refused_before_torch_is_imported(recipe_file):
+    done = start("-c", WATCH, "train", str(recipe_file), "parallel.pipeline_model_parallel_size=3", WORLD_SIZE="3")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("megavlm: error: parallel.pipeline_model_parallel_size: ")
+
+
+def test_other_ranks_exit_silently(recipe_file):
+    done = start("-m", "megavlm", "train", str(recipe_file), "optimizer.lr=x", WORLD_SIZE="2", RANK="1")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_help_needs_neither_torch_nor_the_training_code():
+    done = start("-c", WATCH, "train", "--help")
+    assert done.returncode == 0, done.stderr
+    for key in leaf_keys():
+        assert key.path in done.stdout
+
+
+def test_train_hands_over_the_checked_recipe(recipe_file, fake_module):
+    got = []
+    fake_module("megavlm.training.main", lambda recipe: got.append(recipe) or 7)
+    assert cli.main(["train", str(recipe_file), "optimizer.lr=2e-3"]) == 7
+    assert got[0].optimizer.lr == 2e-3
+
+
+def test_print_config_prints_what_loads_again(recipe_file, tmp_path, capsys, fake_module):
+    # An absent tokenizer and a layout of 2 processes: printing asks for neither.
+    words = ["parallel.tensor_model_parallel_size=2", "--print-config", "data.tokenizer=/absent"]
+    assert cli.main(["train", str(recipe_file), *words]) == 0
+    printed = capsys.readouterr().out
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    assert cli.main(["train", str(again), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+    assert "tensor_model_parallel_size: 2\n" in printed
+
+
+def test_print_config_still_checks_the_rules(recipe_file, capsys, fake_module):
+    assert cli.main(["train", str(recipe_file), "--print-config", "optimizer.min_lr=1"]) == 2
+    assert capsys.readouterr().err.startswith("megavlm: error: optimizer.min_lr: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("prepare", "megavlm.data.prepare"),
+        ("eval", "megavlm.evaluation.main"),
+        ("quickstart", "megavlm.quickstart.main"),
+    ],
+)
+def test_subcommands_bring_their_arguments(command, module, fake_module, capsys):
+    fake_module(module, lambda args: args.number, lambda parser: parser.add_argument("--number", type=int))
+    assert cli.main([command, "--number", "3"]) == 3
+    assert cli.main([command, "--number", "three"]) == 2
+    assert capsys.readouterr().err == (
+        f"megavlm: error: argument --number: invalid int value: 'three'; see megavlm {command} --help\n"
+    )
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([command, "--help"])
+    assert exit_info.value.code == 0 and "--number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "required: command"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: RECIPE;"),
+        (["train", "qwen_vl_7b", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+    ],
+)
+def test_usage_errors_cost_one_line(words, expected, capsys, fake_module):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("megavlm: error: ") and expected in error
+
+
+def test_version_and_help(capsys):
+    for words, expected in ((["--version"], f"megavlm {megavlm.__version__}\n"), (["--help"], "quickstart")):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(words)
+        assert exit_info.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_a_wrong_world_size(recipe_file, monkeypatch, capsys, fake_module):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert cli.main(["train", str(recipe_file)]) == 2
+    assert "WORLD_SIZE: 'many' is not a number of processes" in capsys.readouterr().err
+
+
+def test_missing_files_cost_one_line_wherever_they_are_opened(fake_module, capsys, tmp_path):
+    fake_module("megavlm.data.prepare", lambda args: (tmp_path / "absent.json").read_text())
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == f"megavlm: error: {tmp_path}/absent.json: no such file or directory\n"
+
+
+def test_a_library_s_value_error_keeps_its_traceback(fake_module):
+    def run(args):
+        json.loads("{")
+
+    fake_module("megavlm.data.prepare", run)
+    with pytest.raises(ValueError, match="Expecting property name"):
+        cli.main(["prepare"])
+
+
+def test_torchrun_gets_the_error_of_any_rank(recipe_file, tmp_path, monkeypatch, capsys, fake_module):
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", str(recipe_file), "optimizer.lr=x"]) == 2
+    assert capsys.readouterr().err == ""
+    message = json.loads(error_file.read_text())["message"]
+    assert message["message"].startswith("optimizer.lr: expected number > 0")
+    assert int(message["extraInfo"]["timestamp"]) > 0
