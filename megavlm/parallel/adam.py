@@ -59,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
             before = [torch.tensor(float(group["step"] - 1)) for _ in params]
             adamw(
                 params,
-                [p.grad for p in params],  # type: ignore[misc]
+                [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],

@@ -81,16 +81,23 @@ class TorchAttention(MegatronModule):
             raise ValueError(f"TorchAttention knows causal and no_mask, not {mask_type}")
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             return self._packed(query, key, value, causal, packed_seq_params)
-        context_BNSD = self._attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal)
+        context_BNSD = self._attend(
+            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal
+        )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams) -> Tensor:
+    def _packed(
+        self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams
+    ) -> Tensor:
         lengths = packed.cu_seqlens_q.diff().tolist()
         total = sum(lengths)
         rest = query_TND.size(0) - total
         parts = []
         for q, k, v in zip(
-            query_TND[:total].split(lengths), key_TGD[:total].split(lengths), value_TGD[:total].split(lengths), strict=True
+            query_TND[:total].split(lengths),
+            key_TGD[:total].split(lengths),
+            value_TGD[:total].split(lengths),
+            strict=True,
         ):
             context_BNSD = self._attend(
                 q.transpose(0, 1).unsqueeze(0), k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), causal

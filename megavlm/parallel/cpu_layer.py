@@ -85,6 +85,10 @@ def _random_state() -> None:
 
 
 def _factories() -> None:
+    with torch.device("meta"):
+        # A device context knows factories by identity and looks them up once: let it see the plain ones, or
+        # `with torch.device("meta")` would have no effect on what is replaced here.
+        torch.empty(0)
     for name in ("empty", "empty_like", "ones", "tensor", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -111,7 +115,7 @@ def _tensor_methods() -> None:
             return plain_type(self, *args, **kwargs)
         return plain_type(self).replace("torch.", "torch.cuda.")
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 

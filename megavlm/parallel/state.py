@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,17 +32,17 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     if has_cuda():
         torch.cuda.set_device(local_device())
     if "RANK" in os.environ:
-        init = {"init_method": "env://"}
+        init: dict[str, Any] = {"init_method": "env://"}
     else:
-        init = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[dict-item]
+        init = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    dist.init_process_group(backend(), timeout=timeout, **init)  # type: ignore[arg-type]
+    dist.init_process_group(backend(), timeout=timeout, **init)
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-            distributed_timeout_minutes=parallel.distributed_timeout_minutes,  # type: ignore[arg-type]
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=True,
         )
         adam.install()

@@ -103,7 +103,11 @@ class Resampler(MegatronModule):
         key_PNA = self.linear_k(x_PNE + key_positions_PE.unsqueeze(1))[0]
         value_PNA = self.linear_v(x_PNE)[0]
         context_QNA = self.core_attention(
-            self._heads(query_QNA), self._heads(key_PNA), self._heads(value_PNA), None, attn_mask_type=AttnMaskType.no_mask
+            self._heads(query_QNA),
+            self._heads(key_PNA),
+            self._heads(value_PNA),
+            None,
+            attn_mask_type=AttnMaskType.no_mask,
         )
         x_QNE = self.ln_post(self.out_proj(context_QNA)[0])
         return self.proj(x_QNE)[0]
