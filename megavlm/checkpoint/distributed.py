@@ -22,31 +22,13 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megavlm import __version__
+from megavlm.checkpoint.paths import step_directory
 from megavlm.parallel.state import is_reader
 
 logger = logging.getLogger(__name__)
 
 # Optimizer state as full tensors in the model's own shapes: it loads at any TP x PP x DP.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def step_directory(root: Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` lies in ``root``."""
-    return root / f"step-{step:08d}"
-
-
-def latest(root: Path) -> Path | None:
-    """Return the newest published checkpoint in ``root``, or None."""
-    pointer = root / "latest"
-    if not pointer.is_file():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    return path if path.is_dir() else None
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """Return ``run.json`` of the checkpoint at ``path``."""
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def _model_state(modules: Sequence[Any]) -> dict[str, Any]:

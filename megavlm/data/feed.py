@@ -184,20 +184,29 @@ class Prefetcher:
 
     def _decode(self, pack: Pack) -> ReadPack:
         self.counters.dropped.update(pack.dropped)
-        if not pack.images:
-            return ReadPack(pack, torch.zeros(0, 3, self._image_size, self._image_size, dtype=torch.uint8))
-        decoded = self._decoder.decode(pack.images, self._image_size)
-        if decoded.failed:
-            self._mask_failed(pack, decoded.failed)
-        return ReadPack(pack, decoded.pixels)
+        read, masked = decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
+        if masked:
+            self.counters.dropped["image cannot be decoded"] += masked
+        return read
 
-    def _mask_failed(self, pack: Pack, failed: list[int]) -> None:
-        """Take the labels off every sample that shows an image which could not be decoded."""
-        slots = np.flatnonzero(pack.tokens == self._image_token_id)
-        firsts = slots[:: self._tokens_per_image]
-        for segment in {int(np.searchsorted(pack.cu_seqlens, firsts[i], side="right")) - 1 for i in failed}:
-            pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
-            self.counters.dropped["image cannot be decoded"] += 1
+
+def decode_pack(
+    pack: Pack, decoder: ImageDecoder, image_size: int, tokens_per_image: int, image_token_id: int
+) -> tuple[ReadPack, int]:
+    """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels.
+
+    Returns:
+        The pack with its pixels, and the number of samples that lost their labels.
+    """
+    if not pack.images:
+        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)), 0
+    decoded = decoder.decode(pack.images, image_size)
+    slots = np.flatnonzero(pack.tokens == image_token_id)
+    firsts = slots[::tokens_per_image]
+    bad = {int(np.searchsorted(pack.cu_seqlens, firsts[i], side="right")) - 1 for i in decoded.failed}
+    for segment in bad:
+        pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
+    return ReadPack(pack, decoded.pixels), len(bad)
 
 
 def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> MicroBatch:

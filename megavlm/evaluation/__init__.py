@@ -1,1 +1,1 @@
-"""TODO."""
+"""Benchmarks and their metrics. Imports inference, checkpoint, data, models, parallel and config."""

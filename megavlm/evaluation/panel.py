@@ -70,9 +70,7 @@ def draw_panel(
     columns = min(columns, len(items))
     inner = card_width - 2 * _PAD
     texts = [_lines(item, font, inner, max_lines) for item in items]
-    rows = [
-        range(first, min(first + columns, len(items))) for first in range(0, len(items), columns)
-    ]
+    rows = [range(first, min(first + columns, len(items))) for first in range(0, len(items), columns)]
     heights = [inner + 3 * _PAD + _LINE * max(len(texts[n]) for n in row) for row in rows]
     width = columns * (card_width + _MARGIN) + _MARGIN
     panel = Image.new("RGB", (width, sum(heights) + _MARGIN * (len(rows) + 1)), _PAGE)

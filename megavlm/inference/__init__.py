@@ -1,1 +1,1 @@
-"""TODO."""
+"""Generation over the pipeline. Imports checkpoint, data, models and parallel."""

@@ -70,5 +70,44 @@ def is_last_stage() -> bool:
 
 
 def is_logging_rank() -> bool:
-    """Whether this rank writes the log: the last rank of the job, which has the loss."""
-    return dist.get_rank() == dist.get_world_size() - 1
+    """Whether this rank writes the log: the first of the job, which also reads data."""
+    return dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def agreed(what: str) -> Iterator[None]:
+    """Make what may fail on one rank fail on all of them; a collective over the whole job at the end of the block.
+
+    Without it, a rank that raises leaves the others waiting in their next collective until it times out.
+
+    Args:
+        what: the work in words, for the ranks that did not fail themselves.
+
+    Raises:
+        Exception: the block's own error, where it failed.
+        RuntimeError: another rank failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = any_rank(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError(f"{what} failed on another rank; its message says why")
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one rank; a collective over the whole job."""
+    votes = torch.tensor([int(flag)], dtype=torch.int32, device=local_device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def configure_logging() -> None:
+    """Log progress on the first rank of the job, and warnings on the others."""
+    level = logging.INFO if is_logging_rank() else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megavlm").setLevel(level)

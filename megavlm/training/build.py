@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 
 from megavlm.config.schema import Recipe
-from megavlm.models.context import BuildContext
-from megavlm.models.vlm import VisionLanguageModel, build_chunks
-from megavlm.parallel.device import local_device
-from megavlm.parallel.specs import use_transformer_engine
-from megavlm.training.optimizer import MODULES, build_optimizer, build_scheduler
+from megavlm.models.build import build_model, unwrap
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.training.optimizer import build_optimizer, build_scheduler
 
 
 @dataclass
@@ -33,35 +31,18 @@ class TrainingModel:
         """The bare chunks."""
         return [unwrap(chunk) for chunk in self.chunks]
 
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """Have all parameters in place inside the block: for saving, validation and generation.
 
-def unwrap(chunk: Any) -> VisionLanguageModel:
-    """Return the model inside Megatron-Core's wrappers."""
-    while not isinstance(chunk, VisionLanguageModel):
-        chunk = chunk.module
-    return chunk
-
-
-def build_context(recipe: Recipe) -> BuildContext:
-    """Return how the recipe wants its modules built."""
-    return BuildContext(
-        parallel=recipe.parallel,
-        dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
-        transformer_engine=use_transformer_engine(recipe.parallel.transformer_impl),
-    )
-
-
-def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
-    """Build this rank's chunks in the recipe's precision, on the device, without wrapping them for training."""
-    chunks: list[Any] = build_chunks(recipe.model, build_context(recipe), image_token_id)
-    for i, chunk in enumerate(chunks):
-        for name in MODULES:
-            part = getattr(chunk, name)
-            if part is not None and getattr(recipe.modules, name).freeze:
-                part.requires_grad_(False)
-        chunk.to(local_device())
-        if recipe.training.precision == "bf16":
-            chunks[i] = Float16Module(chunk.config, chunk)
-    return chunks
+        With ``overlap_param_gather`` they arrive during the next training forward pass only.
+        """
+        waiting = [c for c in self.chunks if c.ddp_config.overlap_param_gather and c.use_forward_hook]
+        for chunk in waiting:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in waiting:
+            chunk.enable_forward_pre_hook()
 
 
 def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:

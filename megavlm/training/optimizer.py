@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
@@ -12,8 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModuleTraining, Recipe
+from megavlm.models.build import MODULES
 
-MODULES = ("vision", "connector", "language")
+_GROUP_SETTINGS = ("max_lr", "min_lr", "wd_mult", "betas", "eps")
 
 
 def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> float:
@@ -104,7 +106,24 @@ def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPa
         wd_incr_style="constant",
         wsd_decay_steps=opt.wsd_decay_steps,
         lr_wsd_decay_style="cosine",
+        # The recipe of this run rules, not what a checkpoint was made with.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
     )
+
+
+@contextlib.contextmanager
+def recipe_settings_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Keep the recipe's rates, decay and betas of each group while a checkpoint's optimizer state is loaded.
+
+    Megatron-Core restores them from the checkpoint, and a changed recipe would have no effect without a word.
+    """
+    kept = [{key: group[key] for key in _GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
+    yield
+    groups = optimizer.param_groups
+    assert len(groups) == len(kept), f"{len(groups)} parameter groups after loading, {len(kept)} before"
+    for group, settings in zip(groups, kept, strict=True):
+        group.update(settings)
 
 
 def learning_rates(recipe: Recipe, optimizer: MegatronOptimizer) -> dict[str, float]:

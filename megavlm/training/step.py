@@ -88,9 +88,7 @@ def run_batches(
     for item in reports:  # empty but on the last stage
         report += item
     dist.all_reduce(report, group=mpu.get_data_parallel_group())
-    dist.broadcast(
-        report, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group()
-    )
+    dist.broadcast(report, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
     return report.cpu()
 
 

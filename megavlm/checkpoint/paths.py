@@ -1,0 +1,41 @@
+"""Where checkpoints lie: what can be asked without loading one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def step_directory(root: Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` lies in ``root``."""
+    return root / f"step-{step:08d}"
+
+
+def latest(root: Path) -> Path | None:
+    """Return the newest published checkpoint in ``root``, or None."""
+    pointer = root / "latest"
+    if not pointer.is_file():
+        return None
+    path = root / pointer.read_text(encoding="utf-8").strip()
+    return path if path.is_dir() else None
+
+
+def resolve(path: Path) -> Path:
+    """Return the checkpoint that ``path`` means: itself, or the newest one of a run's directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if (path / "run.json").is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        newest = latest(root)
+        if newest is not None:
+            return newest
+    raise FileNotFoundError(f"{path}: no checkpoint; give a step-... directory, or a run's output_dir")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return ``run.json`` of the checkpoint at ``path``."""
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))

@@ -1,0 +1,47 @@
+"""From a recipe to the model chunks of this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import Float16Module
+
+from megavlm.config.schema import Recipe
+from megavlm.models.context import BuildContext
+from megavlm.models.vlm import VisionLanguageModel, build_chunks
+from megavlm.parallel.device import local_device
+from megavlm.parallel.specs import use_transformer_engine
+
+MODULES = ("vision", "connector", "language")
+"""The parts of a model, as recipes and parameter names call them."""
+
+
+def unwrap(chunk: Any) -> VisionLanguageModel:
+    """Return the model inside Megatron-Core's wrappers."""
+    while not isinstance(chunk, VisionLanguageModel):
+        chunk = chunk.module
+    return chunk
+
+
+def build_context(recipe: Recipe) -> BuildContext:
+    """Return how the recipe wants its modules built."""
+    return BuildContext(
+        parallel=recipe.parallel,
+        dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
+        transformer_engine=use_transformer_engine(recipe.parallel.transformer_impl),
+    )
+
+
+def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
+    """Build this rank's chunks in the recipe's precision, on the device, without wrapping them for training."""
+    chunks: list[Any] = build_chunks(recipe.model, build_context(recipe), image_token_id)
+    for i, chunk in enumerate(chunks):
+        for name in MODULES:
+            part = getattr(chunk, name)
+            if part is not None and getattr(recipe.modules, name).freeze:
+                part.requires_grad_(False)
+        chunk.to(local_device())
+        if recipe.training.precision == "bf16":
+            chunks[i] = Float16Module(chunk.config, chunk)
+    return chunks

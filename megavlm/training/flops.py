@@ -1,0 +1,79 @@
+"""Floating-point operations of a training step, counted from the model's shapes (for MFU).
+
+A multiply-add is two operations. Counted are the matrix products that the model needs: projections, MLPs,
+attention inside the segments, output layer, tower and connector. Recomputed activations are not: MFU is about the
+model, not about the hardware (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from megavlm.config.schema import LanguageConfig, ModelConfig, ModuleTraining, Recipe, VisionConfig
+
+
+def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:
+    """Return the forward operations of the language model.
+
+    Args:
+        language: its shape.
+        tokens: tokens of all segments.
+        squared_lengths: sum of the squares of the segments' lengths.
+    """
+    hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
+    key_value = 2 * language.num_query_groups * language.kv_channels
+    weights = hidden * (width + key_value) + width * hidden + 3 * hidden * language.ffn_hidden_size
+    # Scores and their product with the values, over half of the square (causal).
+    attention = 2 * width * squared_lengths
+    return language.num_layers * (2 * tokens * weights + attention) + 2 * tokens * hidden * language.vocab_size
+
+
+def vision_flops(vision: VisionConfig, images: int) -> int:
+    """Return the forward operations of the tower for ``images`` images."""
+    patches, width = vision.patches_per_image, vision.hidden_size
+    weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
+    layer = 2 * patches * weights + 4 * patches * patches * width
+    embedding = 2 * patches * 3 * vision.patch_size**2 * width
+    return images * (vision.num_layers * layer + embedding)
+
+
+def connector_flops(model: ModelConfig, images: int) -> int:
+    """Return the forward operations of the connector for ``images`` images."""
+    patches, width, hidden = model.vision.patches_per_image, model.vision.hidden_size, model.language.hidden_size
+    queries = model.connector.num_queries
+    if queries is None:  # linear layers on every patch
+        digits = "".join(c for c in model.connector.preset.split("x")[0] if c.isdigit())
+        depth = int(digits or 1)
+        return images * 2 * patches * (width * hidden + (depth - 1) * hidden * hidden)
+    into = 0 if width == hidden else 2 * patches * width * hidden
+    keys_values = 2 * patches * 2 * hidden * hidden
+    attention = 4 * queries * patches * hidden
+    return images * (into + keys_values + attention + 2 * queries * 3 * hidden * hidden)
+
+
+def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+    """Return the operations of one step, forward and backward, over the global batch.
+
+    A backward pass costs as much as the forward pass for the gradients of the inputs, and once more for those of
+    the weights; a frozen module needs the first only where something below it learns, and never the second.
+
+    Args:
+        recipe: the run.
+        tokens: tokens of all segments without padding.
+        squared_lengths: sum of the squares of the segments' lengths.
+        images: images.
+    """
+    modules, model = recipe.modules, recipe.model
+    vision = _passes(modules.vision, below_learns=False)
+    connector = _passes(modules.connector, below_learns=not modules.vision.freeze)
+    language = _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze))
+    return (
+        vision * vision_flops(model.vision, images)
+        + connector * connector_flops(model, images)
+        + language * language_flops(model.language, tokens, squared_lengths)
+    )
+
+
+def _passes(module: ModuleTraining, *, below_learns: bool) -> int:
+    """Return what forward and backward of a module cost, in forward passes."""
+    if not module.freeze:
+        return 3
+    return 2 if below_learns else 1

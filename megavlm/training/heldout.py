@@ -1,0 +1,119 @@
+"""Held-out packs: read once, kept by the reader ranks, and run forward at every validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megavlm.config.checks import source_name
+from megavlm.config.schema import Recipe
+from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.decode import ImageDecoder
+from megavlm.data.feed import ReadPack, decode_pack, share_packs
+from megavlm.data.reader import PackReader
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.parallel.device import local_device
+from megavlm.parallel.state import agreed, is_reader
+from megavlm.training.step import run_batches
+
+
+@dataclass
+class HeldOut:
+    """The packs of one held-out data set."""
+
+    name: str
+    packs: list[ReadPack] | None
+    """On the reader rank, this replica's share; None on the others."""
+    count: int
+    """Packs of each replica, the same on all ranks."""
+
+
+def empty_pack(sequence_length: int, pad_token: int) -> Pack:
+    """Return a pack that holds nothing but padding."""
+    return Pack(
+        tokens=np.full(sequence_length, pad_token, np.int64),
+        labels=np.full(sequence_length, IGNORE_INDEX, np.int64),
+        position_ids=np.arange(sequence_length, dtype=np.int64),
+        cu_seqlens=np.array([0, sequence_length], np.int32),
+        segment_sources=np.array([-1], np.int32),
+        images=[],
+        sample_keys=[],
+    )
+
+
+def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | None) -> list[HeldOut]:
+    """Read the first ``validation_packs`` packs of each held-out data set; a collective over the job.
+
+    Replicas that have fewer than others fill up with empty packs, so that all take part equally often.
+
+    Args:
+        recipe: the run.
+        tokenizer: its tokenizer.
+        decoder: on reader ranks, for the images.
+    """
+    size = mpu.get_data_parallel_world_size()
+    wanted = -(-recipe.training.validation_packs // size)
+    virtual = recipe.parallel.virtual_pipeline_model_parallel_size
+    multiple = recipe.parallel.pipeline_model_parallel_size if virtual else 1
+    held_out = []
+    for source in recipe.data.validation:
+        name = source_name(source)
+        packs: list[ReadPack] | None = None
+        with agreed(f"reading data.validation {name}"):
+            if is_reader():
+                assert decoder is not None
+                reader = PackReader(
+                    [source],
+                    recipe.data,
+                    tokenizer,
+                    recipe.model.tokens_per_image,
+                    rank=mpu.get_data_parallel_rank(),
+                    world_size=size,
+                    seed=recipe.training.seed,
+                    training=False,
+                )
+                packs = [_decode(pack, decoder, recipe, tokenizer) for pack in islice(reader, wanted)]
+        most = torch.tensor([0 if packs is None else len(packs)], device=local_device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        count = max(-(-int(most) // multiple) * multiple, multiple)
+        if packs is not None:
+            empty = empty_pack(recipe.data.sequence_length, tokenizer.eos_id)
+            filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
+            packs += [filler] * (count - len(packs))
+        held_out.append(HeldOut(name, packs, count))
+    return held_out
+
+
+def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokenizer) -> ReadPack:
+    read, _ = decode_pack(
+        pack, decoder, recipe.model.vision.image_size, recipe.model.tokens_per_image, tokenizer.imgpad_id
+    )
+    return ReadPack(read.pack, read.pixels.cpu())
+
+
+def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe) -> dict[str, float]:
+    """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    losses = {}
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for data in held_out:
+            packs = None if data.packs is None else [item.pack for item in data.packs]
+            pixels = None if data.packs is None else torch.cat([item.pixels for item in data.packs])
+            batches = share_packs(
+                packs, pixels, data.count, recipe.data.sequence_length, recipe.model.vision.image_size
+            )
+            result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
+            sums += result
+            losses[f"validation_loss/{data.name}"] = float(result[0] / result[1].clamp(min=1))
+    for chunk in chunks:
+        chunk.train()
+    return {"validation_loss": float(sums[0] / sums[1].clamp(min=1)), **losses}

@@ -1,0 +1,209 @@
+"""The training loop of one run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megavlm.checkpoint import distributed as checkpoint
+from megavlm.checkpoint.paths import latest, read_run, resolve
+from megavlm.config import yaml12
+from megavlm.config.errors import RecipeError
+from megavlm.config.help import to_tree, to_yaml
+from megavlm.config.schema import Recipe
+from megavlm.data.decode import make_decoder
+from megavlm.data.feed import Feed, Prefetcher
+from megavlm.data.reader import PackReader
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.parallel.layout import describe
+from megavlm.parallel.state import agreed, is_reader
+from megavlm.training.build import build_training
+from megavlm.training.heldout import read_held_out, validate
+from megavlm.training.metrics import Metrics
+from megavlm.training.optimizer import learning_rates, recipe_settings_kept
+from megavlm.training.panel import answer_panel
+from megavlm.training.progress import Deadline, Progress
+from megavlm.training.step import StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run on this rank: built from a recipe, at its newest checkpoint if it has one.
+
+    Args:
+        recipe: the run, checked.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: the data or the checkpoint does not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.deadline = Deadline(recipe.training.exit_after_minutes)
+        self.checkpoints = Path(recipe.output_dir) / "checkpoints"
+        self.replicas = mpu.get_data_parallel_world_size()
+        self.num_microbatches = recipe.training.global_batch_size // self.replicas
+        logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
+        self.training = build_training(recipe, tokenizer.imgpad_id)
+        self.progress, reader_state = self._load()
+        decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
+        self.held_out = read_held_out(recipe, tokenizer, decoder)
+        self.feed = self._open_feed(decoder, reader_state)
+        prefetcher = self.feed.prefetcher
+        self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
+
+    def train(self) -> Progress:
+        """Train to the last step, or until time is up; a checkpoint is saved at the end."""
+        progress, training, settings = self.progress, self.training, self.recipe.training
+        if progress.step >= settings.train_steps:
+            logger.info("nothing to do: the run is complete at step %d", progress.step)
+        while progress.step < settings.train_steps:
+            self.metrics.begin()
+            batches = self.feed.next_step(self.num_microbatches)
+            training.scheduler.step(1)
+            result = train_step(training.chunks, training.optimizer, batches, len(self.recipe.data.train))
+            self._check(result)
+            self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
+            if self._due(settings.validation_interval):
+                self.validate()
+            if self._due(self.recipe.logging.panel_interval):
+                self.draw_panel()
+            time_is_up = self.deadline.passed()
+            if time_is_up or progress.step == settings.train_steps or self._due(self.recipe.checkpoint.save_interval):
+                self.save()
+            if time_is_up:
+                logger.info("training.exit_after_minutes: time is up at step %d; start again to go on", progress.step)
+                break
+        return progress
+
+    def validate(self) -> None:
+        """Report the loss on each held-out data set."""
+        with self.training.settled():
+            losses = validate(self.training.chunks, self.held_out, self.recipe)
+        logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
+        self.metrics.write(losses)
+
+    def draw_panel(self) -> None:
+        """Put held-out images with the model's answers on TensorBoard."""
+        if mpu.get_data_parallel_rank() == 0:
+            with self.training.settled():
+                picture = answer_panel(self.training.chunks, self.held_out[0].packs, self.recipe, self.tokenizer)
+            if picture is not None:
+                self.metrics.image("held_out", picture)
+
+    def save(self) -> None:
+        """Publish a checkpoint that the run goes on from exactly."""
+        self.metrics.flush()
+        with self.training.settled():
+            path = checkpoint.save(
+                self.checkpoints,
+                modules=self.training.modules,
+                optimizer=self.training.optimizer,
+                scheduler=self.training.scheduler,
+                reader_state=self.feed.prefetcher.state() if self.feed.prefetcher else None,
+                run=self.progress.to_json(),
+                recipe_yaml=to_yaml(self.recipe),
+                keep=self.recipe.checkpoint.keep,
+            )
+        logger.info("saved %s", path)
+
+    def close(self) -> None:
+        """End threads and files."""
+        self.feed.close()
+        self.metrics.close()
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.progress.step % interval == 0
+
+    def _check(self, result: StepResult) -> None:
+        """Stop where a step went wrong; all ranks see the same figures, so they stop together."""
+        norm = result.grad_norm
+        if math.isfinite(result.loss) and (norm is None or math.isfinite(norm)):
+            return
+        raise RuntimeError(
+            f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {norm}; nothing was saved. Start again "
+            "to go on from the last checkpoint, with a lower optimizer.lr or a longer optimizer.warmup_steps"
+        )
+
+    def _load(self) -> tuple[Progress, Any]:
+        """Load where the run stands: its newest checkpoint, given weights, or nothing."""
+        training, settings = self.training, self.recipe.checkpoint
+        newest = latest(self.checkpoints) if settings.resume else None
+        if newest is not None:
+            with agreed(f"resuming from {newest}"):
+                _check_same_model(newest, self.recipe)
+                state = checkpoint.load_reader_state(newest, self.replicas) if is_reader() else None
+            with recipe_settings_kept(training.optimizer):
+                checkpoint.load(
+                    newest, modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler
+                )
+            progress = Progress.from_json(read_run(newest))
+            logger.info("resumed from %s at step %d", newest, progress.step)
+            return progress, state
+        if settings.load is not None:
+            path = resolve(Path(settings.load))
+            with agreed(f"loading {path}"):
+                _check_same_model(path, self.recipe)
+            checkpoint.load(path, modules=training.modules)
+            training.optimizer.reload_model_params()
+        return Progress(), None
+
+    def _open_feed(self, decoder: Any, state: Any) -> Feed:
+        """Open the training data on reader ranks."""
+        recipe, prefetcher = self.recipe, None
+        with agreed("opening data.train"):
+            if is_reader():
+                reader = PackReader(
+                    recipe.data.train,
+                    recipe.data,
+                    self.tokenizer,
+                    recipe.model.tokens_per_image,
+                    rank=mpu.get_data_parallel_rank(),
+                    world_size=self.replicas,
+                    seed=recipe.training.seed,
+                    training=True,
+                )
+                prefetcher = Prefetcher(
+                    reader,
+                    decoder,
+                    recipe.model.vision.image_size,
+                    recipe.model.tokens_per_image,
+                    self.tokenizer.imgpad_id,
+                    depth=recipe.data.prefetch_steps * self.num_microbatches,
+                    state=state,
+                )
+        return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size)
+
+
+def _list_losses(losses: dict[str, float]) -> str:
+    names = [(name.partition("/")[2], value) for name, value in losses.items() if "/" in name]
+    return ", ".join(f"{value:.4f} ({name})" for name, value in names)
+
+
+def _check_same_model(path: Path, recipe: Recipe) -> None:
+    """Refuse a checkpoint of another model, by the first key that differs.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    saved = yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+    wanted = to_tree(recipe)["model"]
+    for branch in ("vision", "connector", "language"):
+        for key, value in wanted[branch].items():
+            if key in _SHAPE_FREE or saved[branch].get(key) == value:
+                continue
+            raise RecipeError(
+                f"model.{branch}.{key}: {value!r}, but {path} was saved with {saved[branch].get(key)!r}; "
+                "set it to that, or choose another output_dir or checkpoint.load"
+            )
+
+
+# What may differ between a checkpoint and the run that loads it.
+_SHAPE_FREE = ("init_method_std", "gradient_checkpointing", "max_position_embeddings")

@@ -1,0 +1,224 @@
+"""What a run says while it trains: a progress line, TensorBoard, and ``metrics.jsonl`` in the run's directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megavlm.config.checks import source_name
+from megavlm.config.schema import Recipe
+from megavlm.data.feed import FeedCounters, MicroBatch
+from megavlm.parallel.device import local_device, max_memory_gib, peak_flops, synchronize
+from megavlm.parallel.state import is_logging_rank
+from megavlm.training.flops import step_flops
+from megavlm.training.progress import Progress
+from megavlm.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Sums steps up over a window of ``logging.log_interval`` and reports each window.
+
+    Every rank has one and calls :meth:`step`; only the logging rank writes.
+
+    Args:
+        recipe: the run.
+        progress: the run's counters, kept up to date here.
+        counters: of this rank's feed; None where it reads nothing.
+    """
+
+    def __init__(self, recipe: Recipe, progress: Progress, counters: FeedCounters | None) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.sources = [source_name(source) for source in recipe.data.train]
+        self._counters = counters or FeedCounters()
+        self._waited, self._dropped = self._counters.wait_seconds, Counter[str]()
+        self._first_step = progress.step + 1
+        self._writer: Any = None
+        self._file: Any = None
+        if is_logging_rank():
+            directory = Path(recipe.output_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - until close
+            if recipe.logging.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
+
+                # After a restart from a checkpoint, points of lost steps disappear.
+                self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.step + 1)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
+        # Of this replica: tokens, squared segment lengths, padding, images.
+        self._counts = torch.zeros(4, dtype=torch.float64)
+        self._steps = 0
+        self._seconds = 0.0
+
+    def begin(self) -> None:
+        """Start the clock of a step, before its data is fetched."""
+        self._start = time.perf_counter()
+
+    def step(self, result: StepResult, batches: Sequence[MicroBatch], rates: Mapping[str, float]) -> None:
+        """Take in the step since :meth:`begin`; reports where the window ends (a collective then)."""
+        synchronize()
+        self._seconds += time.perf_counter() - self._start
+        self._losses += result.source_losses
+        self._steps += 1
+        for batch in batches:
+            self._counts += _counts(batch)
+        step = self.progress.step + 1
+        self.progress.step = step
+        self.progress.packs += self.recipe.training.global_batch_size
+        self.progress.supervised_tokens += result.supervised_tokens
+        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.train_steps
+        if ends or step == self._first_step:
+            self.report(result.grad_norm, rates)
+
+    def flush(self) -> None:
+        """Bring the run's counters up to date, before a checkpoint; a collective."""
+        if self._steps:
+            self._collect()
+
+    def _collect(self) -> dict[str, float]:
+        """Sum the window over the job, add it to the progress and start a new one."""
+        device = local_device()
+        counts = self._counts.to(device)
+        dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+        slowest = torch.tensor([self._counters.wait_seconds - self._waited, self._seconds], dtype=torch.float64).to(
+            device
+        )
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        tokens, squares, padding, images = counts.tolist()
+        waited, seconds = slowest.tolist()
+        total, supervised = self._losses.sum(0).tolist()
+        flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
+        values = {
+            "loss": total / max(supervised, 1.0),
+            "useful_tokens_per_second": supervised / seconds,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+            "padding_fraction": padding / max(tokens + padding, 1.0),
+            "data_wait_fraction": waited / seconds,
+            "step_seconds": seconds / self._steps,
+        }
+        for name, (loss, count) in zip(self.sources, self._losses.tolist(), strict=True):
+            if count:
+                values[f"loss/{name}"] = loss / count
+        peak = peak_flops(self.recipe.training.precision)
+        if peak is not None:
+            values["mfu"] = flops / seconds / (peak * dist.get_world_size())
+        memory = max_memory_gib()
+        if memory is not None:
+            values["memory_gib"] = memory
+        progress = self.progress
+        progress.tokens += int(tokens)
+        progress.padding_tokens += int(padding)
+        progress.images += int(images)
+        progress.seconds += seconds
+        self._waited = self._counters.wait_seconds
+        self._reset()
+        return values
+
+    def report(self, grad_norm: float | None, rates: Mapping[str, float]) -> None:
+        """Write the window's figures; a collective."""
+        values = self._collect()
+        if grad_norm is not None:
+            values["grad_norm"] = grad_norm
+        values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        self._report_dropped()
+        if not is_logging_rank():
+            return
+        step, steps = self.progress.step, self.recipe.training.train_steps
+        logger.info("%s", progress_line(values, step, steps))
+        self.write(values)
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Write figures of the current step to TensorBoard and ``metrics.jsonl`` (logging rank only)."""
+        if self._file is None:
+            return
+        print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(_TAGS.get(name, name), value, self.progress.step)
+            self._writer.flush()
+
+    def image(self, name: str, pixels_HWC: Tensor) -> None:
+        """Put a picture, [H, W, 3] uint8, on TensorBoard (logging rank only)."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
+            self._writer.flush()
+
+    def _report_dropped(self) -> None:
+        """Warn of samples that were left out, on the rank that read them."""
+        for cause, count in self._counters.dropped.items():
+            if count > self._dropped[cause]:
+                logger.warning("left out %d samples so far: %s", count, cause)
+        self._dropped = Counter(self._counters.dropped)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._file is not None:
+            self._file.close()
+
+
+# TensorBoard's groups.
+_TAGS = {
+    "loss": "loss/total",
+    "validation_loss": "validation/total",
+    "grad_norm": "optimizer/grad_norm",
+    "useful_tokens_per_second": "speed/useful_tokens_per_second",
+    "tokens_per_second": "speed/tokens_per_second",
+    "images_per_second": "speed/images_per_second",
+    "step_seconds": "speed/step_seconds",
+    "data_wait_fraction": "speed/data_wait_fraction",
+    "padding_fraction": "data/padding_fraction",
+    "mfu": "speed/mfu",
+    "memory_gib": "speed/memory_gib",
+}
+
+
+def _counts(batch: MicroBatch) -> Tensor:
+    """[4] fp64: tokens, squared lengths of the segments, padding, images."""
+    lengths = batch.packed_seq_params.cu_seqlens_q.diff().double().cpu()
+    real = batch.segment_sources.cpu() >= 0
+    tokens = lengths[real]
+    return torch.stack(
+        [tokens.sum(), tokens.square().sum(), lengths[~real].sum(), torch.tensor(float(batch.num_images)).double()]
+    )
+
+
+def progress_line(values: Mapping[str, float], step: int, steps: int) -> str:
+    """Return the console's line for one window."""
+    remaining = (steps - step) * values["step_seconds"]
+    rates = [value for name, value in values.items() if name.startswith("lr/")]
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {max(rates, default=0.0):.2e}",
+        f"grad norm {values.get('grad_norm', math.nan):.3f}",
+        f"{values['useful_tokens_per_second']:,.0f} useful tok/s",
+        f"{values['tokens_per_second']:,.0f} tok/s",
+        f"padding {values['padding_fraction']:.1%}",
+        f"data wait {values['data_wait_fraction']:.0%}",
+        f"{values['step_seconds']:.2f} s/step",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    parts.append(f"ETA {timedelta(seconds=round(remaining))}")
+    return " | ".join(parts)

@@ -1,0 +1,138 @@
+"""The panel: held-out questions with the model's answers, drawn for TensorBoard every N steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from megavlm.config.schema import Recipe
+from megavlm.data.feed import ReadPack
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.evaluation.panel import PanelItem, draw_panel
+from megavlm.inference.generate import generate
+from megavlm.inference.prompt import Prompt
+from megavlm.parallel.device import local_device
+from megavlm.parallel.state import is_first_stage, is_reader
+
+_SMALLEST_PICTURE = 224
+
+
+@dataclass
+class Question:
+    """The first exchange of a held-out sample."""
+
+    prompt: NDArray[np.int64]
+    """[T] tokens up to the answer."""
+    expected: NDArray[np.int64]
+    """[A] tokens of the answer."""
+    pixels: Tensor | None
+    """[N, 3, H, W] uint8 of the prompt's images; None on ranks that do not read."""
+    num_images: int
+
+
+def find_questions(
+    packs: Sequence[ReadPack], tokenizer: Tokenizer, tokens_per_image: int, room: int, count: int
+) -> list[Question]:
+    """Return the first ``count`` questions of ``packs`` whose prompt has at most ``room`` tokens."""
+    header = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+    questions: list[Question] = []
+    for item in packs:
+        pack, image = item.pack, 0
+        bounds = pack.cu_seqlens.tolist()
+        for start, end, source in zip(bounds, bounds[1:], pack.segment_sources.tolist(), strict=False):
+            if source < 0:
+                continue
+            tokens = pack.tokens[start:end]
+            answer = _find(tokens, header)
+            shown = int((tokens == tokenizer.imgpad_id).sum()) // tokens_per_image
+            if answer is not None and answer <= room and len(questions) < count:
+                prompt = tokens[:answer]
+                used = int((prompt == tokenizer.imgpad_id).sum()) // tokens_per_image
+                stop = np.flatnonzero(tokens[answer:] == tokenizer.im_end_id)
+                expected = tokens[answer : answer + (int(stop[0]) if len(stop) else 0)]
+                questions.append(Question(prompt, expected, item.pixels[image : image + used], used))
+            image += shown
+    return questions
+
+
+def _find(tokens: NDArray[np.int64], wanted: list[int]) -> int | None:
+    """Position after the first occurrence of ``wanted``."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted)) if len(tokens) >= len(wanted) else []
+    hits = np.flatnonzero((windows == np.array(wanted)).all(-1)) if len(windows) else []
+    return int(hits[0]) + len(wanted) if len(hits) else None
+
+
+def answer_panel(
+    chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer
+) -> Tensor | None:
+    """Answer held-out questions and draw them; a collective over the ranks of one data-parallel replica.
+
+    Args:
+        chunks: the model chunks of this rank.
+        packs: on the reader rank, held-out packs.
+        recipe: the run.
+        tokenizer: its tokenizer.
+
+    Returns:
+        [H, W, 3] uint8 on the reader rank; None on the others, and where no question fits.
+    """
+    settings = recipe.logging
+    room = recipe.data.sequence_length - settings.panel_max_new_tokens
+    questions: list[Question] = []
+    if packs is not None:
+        questions = find_questions(packs, tokenizer, recipe.model.tokens_per_image, room, settings.panel_samples)
+    questions = _share(questions, recipe.model.vision.image_size)
+    prompts = [Prompt(question.prompt, question.pixels) for question in questions]
+    answers = generate(
+        chunks,
+        prompts,
+        max_new_tokens=settings.panel_max_new_tokens,
+        stop_ids=[tokenizer.im_end_id, tokenizer.eos_id],
+        vocab_size=tokenizer.vocab_size,
+        pack_length=recipe.data.sequence_length,
+    )
+    if not is_reader() or not questions:
+        return None
+    items = [_item(question, answer, tokenizer) for question, answer in zip(questions, answers, strict=True)]
+    return torch.from_numpy(np.array(draw_panel(items)))
+
+
+def _share(questions: list[Question], image_size: int) -> list[Question]:
+    """Hand the reader's questions to the ranks of its replica; pixels to the first stage only."""
+    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+    box: list[Any] = [[(question.prompt, question.expected, question.num_images) for question in questions]]
+    dist.broadcast_object_list(box, source, group=group)
+    if not is_first_stage():
+        return [Question(prompt, expected, None, count) for prompt, expected, count in box[0]]
+    counts = [count for _, _, count in box[0]]
+    pixels = torch.zeros(sum(counts), 3, image_size, image_size, dtype=torch.uint8)
+    if questions:
+        pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
+    pixels = pixels.to(local_device())
+    if len(pixels):
+        dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
+    parts = pixels.split(counts)
+    return [Question(prompt, expected, part, n) for (prompt, expected, n), part in zip(box[0], parts, strict=True)]
+
+
+def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
+    """What a card shows: the last user turn, both answers, and the pictures."""
+    text = tokenizer.decode([int(i) for i in question.prompt if i != tokenizer.imgpad_id])
+    asked = text.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+    assert question.pixels is not None
+    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]
+    return PanelItem(
+        question=asked,
+        expected=tokenizer.decode([int(i) for i in question.expected]),
+        predicted=tokenizer.decode(answer),
+        images=[picture.resize([max(side, _SMALLEST_PICTURE) for side in picture.size]) for picture in pictures],
+    )

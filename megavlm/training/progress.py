@@ -1,0 +1,56 @@
+"""How far a run has come: what a checkpoint carries besides tensors, and when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megavlm.parallel.state import any_rank
+
+
+@dataclass
+class Progress:
+    """Counters of a run over all its restarts, over the whole job."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    packs: int = 0
+    """Packs trained on."""
+    tokens: int = 0
+    """Tokens trained on, without padding."""
+    supervised_tokens: int = 0
+    """Tokens with a label among them."""
+    padding_tokens: int = 0
+    """Positions that held no sample."""
+    images: int = 0
+    """Images trained on."""
+    seconds: float = 0.0
+    """Wall-clock time of the steps."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counters for ``run.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        """Return the counters that ``run.json`` holds; keys of others are left alone."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
+
+
+class Deadline:
+    """``training.exit_after_minutes``: the clock starts when the run starts.
+
+    Args:
+        minutes: time until the run is to stop; None for never.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def passed(self) -> bool:
+        """Whether time is up, as agreed by all ranks (a collective, unless there is no limit)."""
+        return self._end is not None and any_rank(time.monotonic() >= self._end)
