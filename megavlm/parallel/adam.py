@@ -56,7 +56,7 @@ class AdamW(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             # The functional form adds one to each step it is given.
-            before = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            before = [torch.full((), group["step"] - 1.0, device=p.device) for p in params]
             adamw(
                 params,
                 [p.grad for p in params],
@@ -64,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
                 before,
-                foreach=True,
+                fused=True,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,23 @@ def install() -> None:
     """Replace the names. Called once, by :func:`megavlm.parallel.device.prepare_device`."""
     # That neither Apex nor Transformer Engine is here is known.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    _hide_cuda_packages()
     _streams_and_devices()
     _random_state()
     _factories()
     _tensor_methods()
-    _keep_python_functions()
+    keep_python_functions()
     _slips_of_megatron()
+    _collectives_of_one()
+
+
+def _hide_cuda_packages() -> None:
+    """Make Megatron-Core find neither Transformer Engine nor Apex: their optimizer and norms need a GPU.
+
+    That matters on a GPU machine in a process that may see none of its GPUs.
+    """
+    for name in ("transformer_engine", "apex", "amp_C", "flash_attn"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  (``import`` then raises ImportError)
 
 
 class _Event(torch.cpu.Event):
@@ -120,8 +132,11 @@ def _tensor_methods() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
 
-def _keep_python_functions() -> None:
-    """Let Megatron's ``jit_fuser`` keep plain functions: compiling them on a CPU takes minutes and gains nothing."""
+def keep_python_functions() -> None:
+    """Let Megatron's ``jit_fuser`` keep plain functions: compiling them on a CPU takes minutes and gains nothing.
+
+    Also for a GPU machine without a C compiler, which torch.compile needs.
+    """
     compile_ = torch.compile
     torch.compile = lambda function: function  # type: ignore[assignment]
     try:
@@ -140,3 +155,24 @@ def _slips_of_megatron() -> None:
         plain_init(self, fp8 or None)
 
     random.CheckpointWithoutOutput.__init__ = init
+
+
+def _collectives_of_one() -> None:
+    """Skip the distributed optimizer's collectives over one rank, whose input and output are the same memory.
+
+    NCCL returns at once; gloo copies the whole gradient and parameter buffers several times over.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers  # noqa: PLC0415
+
+    def skipping(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(output: torch.Tensor, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            same = output.data_ptr() == data.data_ptr() and output.shape == data.shape
+            if same and kwargs["group"].size() == 1 and not kwargs.get("async_op"):
+                return None
+            return collective(output, data, *args, **kwargs)
+
+        return call
+
+    buffers.dist_reduce_scatter_func = skipping(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = skipping(buffers.dist_all_gather_func)

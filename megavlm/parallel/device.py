@@ -1,14 +1,16 @@
 """The device that this process computes on, and what Megatron-Core needs to be told about it.
 
 :func:`prepare_device` is the first thing that a program calls, before Megatron-Core is imported. With CUDA it
-does nothing. Without, it makes the few ``torch.cuda`` names that Megatron-Core uses mean the CPU, so that its
-own schedules, layers, optimizer and checkpoints run over gloo.
+does nothing (or, without a C compiler, keeps Megatron-Core from compiling). Without, it makes the few
+``torch.cuda`` names that Megatron-Core uses mean the CPU, so that its own schedules, layers, optimizer and
+checkpoints run over gloo.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 
 import torch
@@ -40,7 +42,15 @@ def prepare_device() -> None:
         RuntimeError: there is no CUDA device and Megatron-Core was imported before this call.
     """
     global _prepared
-    if _prepared or has_cuda():
+    if _prepared:
+        return
+    if has_cuda():
+        if not _has_compiler() and "megatron.core" not in sys.modules:
+            from megavlm.parallel import cpu_layer  # noqa: PLC0415
+
+            logger.warning("no C compiler, which torch.compile needs: Megatron-Core's fused functions run unfused")
+            cpu_layer.keep_python_functions()
+        _prepared = True
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("call megavlm.parallel.device.prepare_device() before importing megatron.core")
@@ -48,6 +58,10 @@ def prepare_device() -> None:
 
     cpu_layer.install()
     _prepared = True
+
+
+def _has_compiler() -> bool:
+    return "CC" in os.environ or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def local_device() -> torch.device:

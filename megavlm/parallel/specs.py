@@ -17,13 +17,16 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import TorchAttention
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.norm import TorchNorm
 
 
-def use_transformer_engine(choice: str) -> bool:
+def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     """Resolve the recipe's ``parallel.transformer_impl``: auto, transformer_engine or torch.
+
+    In fp32 auto means torch: Transformer Engine's attention on packed samples knows 16-bit types only.
 
     Raises:
         ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
@@ -35,6 +38,8 @@ def use_transformer_engine(choice: str) -> bool:
             f"parallel.transformer_impl: transformer_engine is asked for, but {missing}; "
             "install transformer-engine[pytorch] on a CUDA machine, or set it to torch or auto"
         )
+    if choice == "auto" and precision == "fp32":
+        return False
     return choice != "torch" and installed and has_cuda()
 
 
@@ -76,7 +81,12 @@ def layer_modules(*, transformer_engine: bool, causal: bool) -> Modules:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=swiglu,  # only where the configuration says use_te_activation_func
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             # The names that Transformer Engine's fused norm-and-linear has: one checkpoint serves both.

@@ -45,6 +45,8 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
         recompute_method="uniform" if full else None,
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
         bias_activation_fusion=has_cuda(),
+        # Megatron's name for "the activation that the layer spec brings", which is ours: parallel/activation.py.
+        use_te_activation_func=not has_cuda(),
         apply_rope_fusion=context.transformer_engine,
         cross_entropy_loss_fusion=False,
         **context.transformer_settings(),
