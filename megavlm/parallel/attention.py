@@ -25,8 +25,7 @@ class TorchAttention(MegatronModule):
     itself alone, and what follows the last segment gets zeros.
 
     Raises:
-        ValueError: an explicit attention mask, attention dropout in a packed batch, or a mask type that is
-            neither causal nor no_mask.
+        ValueError: an explicit attention mask or bias, or a mask type that is neither causal nor no_mask.
     """
 
     def __init__(
