@@ -15,8 +15,8 @@ from connector_reference import (  # noqa: E402
     reference_mlp,
 )
 from megatron.core import parallel_state as mpu  # noqa: E402
+from samples import recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from vlm_helpers import recipe  # noqa: E402
 
 from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.models.build import build_context  # noqa: E402

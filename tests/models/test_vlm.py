@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from samples import Sample, build, gradients, losses, pack, recipe, sample
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE
 from torch import Tensor
-from vlm_helpers import Sample, build, gradients, losses, pack, recipe, sample
 
 from megavlm.data.feed import MicroBatch
 from megavlm.models.vlm import VisionLanguageModel
