@@ -33,6 +33,8 @@ class Work:
     """What some steps did."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Processor time of this process: what a step costs, whoever else uses the machine."""
     supervised: int = 0
     tokens: int = 0
     """Tokens that are not padding."""
@@ -42,7 +44,7 @@ class Work:
 
     def add(self, other: Work) -> None:
         """Count ``other`` as well; its loss replaces this one's."""
-        for name in ("seconds", "supervised", "tokens", "processed", "images"):
+        for name in ("seconds", "cpu_seconds", "supervised", "tokens", "processed", "images"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.loss = other.loss
 
@@ -263,9 +265,10 @@ def main() -> None:
             total = Work()
             for _ in range(job["steps"]):
                 batch, work = next(ready[key])
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 work.loss = system.step(batch)
                 work.seconds = time.perf_counter() - start
+                work.cpu_seconds = time.process_time() - cpu_start
                 total.add(work)
             print(json.dumps({**asdict(total), "parameters": system.parameters}), file=answers, flush=True)
 
