@@ -106,7 +106,10 @@ def _connector(recipe: Recipe) -> Iterator[str]:
         )
     if connector.head_dim is not None:
         if hidden % connector.head_dim:
-            yield f"{own}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden})"
+            yield (
+                f"{own}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden});"
+                " take a divisor"
+            )
         else:
             heads = hidden // connector.head_dim
             tp = recipe.parallel.tensor_model_parallel_size

@@ -41,7 +41,11 @@ def _entry(key: Key, column: int, width: int) -> list[str]:
     kind = f"{key.type}; {_default(key)}"
     wide = width - column >= _WIDE
     indent = " " * (column if wide else 6)
-    text = textwrap.wrap(kind, width - len(indent)) + textwrap.wrap(key.meaning, width - len(indent))
+    text = [
+        line
+        for part in (kind, key.meaning)
+        for line in textwrap.wrap(part, width - len(indent), break_on_hyphens=False)
+    ]
     head = f"  {key.path}".ljust(column)
     if wide:
         return [head + text[0], *(indent + line for line in text[1:])]
@@ -69,7 +73,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 def to_tree(recipe: Recipe) -> dict[str, Any]:
     """Return ``recipe`` as plain dictionaries and lists, as a checkpoint carries it."""
-    tree: dict[str, Any] = _plain(dataclasses.asdict(recipe))  # type: ignore[call-overload]
+    tree: dict[str, Any] = _plain(dataclasses.asdict(recipe))
     return tree
 
 

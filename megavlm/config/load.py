@@ -145,6 +145,8 @@ def _explain(error: ValidationError) -> list[str]:
         if item["type"] == "unexpected_keyword_argument":
             strays.add(path.rpartition(".")[0])
             unknown.append(f"{path}: unknown key; {_suggest(path) or 'remove it, or correct its name'}")
+        elif item["type"] == "too_short" and item["input"]:
+            continue  # Its entries are wrong, and each has a line of its own.
         elif item["type"] == "missing":
             missing.append((path.rpartition(".")[0], path))
         else:

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
                 continue
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node)
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
             if key in seen:
@@ -61,7 +61,7 @@ class _Dumper(yaml.SafeDumper):
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         """Indent lists as well."""
-        super().increase_indent(flow, False)  # type: ignore[no-untyped-call]
+        super().increase_indent(flow, False)
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write equal parts out each time: nobody wants anchors in a recipe."""
@@ -77,8 +77,8 @@ _Loader.yaml_constructors = {
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_yaml_map)
 for _tag, _pattern, _first in _RULES:
     _letters = ["" if letter == "\0" else letter for letter in _first]
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)  # type: ignore[no-untyped-call]
-    _Dumper.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
+    _Dumper.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _letters)
 
 
 def parse(text: str) -> Any:

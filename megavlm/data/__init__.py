@@ -1,1 +1,1 @@
-"""TODO."""
+"""Data: conversations and images become packed micro-batches; imports config and parallel."""

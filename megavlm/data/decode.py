@@ -59,7 +59,9 @@ class ImageDecoder(ABC):
             size: Side of the result in pixels.
         """
         pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
-        fast, slow, failed = [], [], []
+        fast: list[int] = []
+        slow: list[int] = []
+        failed: list[int] = []
         for index, data in enumerate(images):
             try:
                 (fast if self._is_fast(read_header(data)) else slow).append(index)

@@ -25,7 +25,7 @@ _MAX_BATCH = 32
 def _resize_pipeline(device: str, size: int) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     # Fancy upsampling and no hardware decoder: pixels equal to libjpeg's, whatever the machine.
-    extra = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0} if device == "mixed" else {}
+    extra: dict[str, Any] = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0} if device == "mixed" else {}
     images = fn.decoders.image(encoded, device=device, output_type=types.RGB, **extra)
     return fn.resize(
         images,

@@ -1,5 +1,6 @@
 """All decoders see what PIL sees, and a bad image costs nobody but itself."""
 
+import functools
 import io
 import struct
 
@@ -27,6 +28,7 @@ def reference(data: bytes) -> np.ndarray:
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
+@functools.cache
 def sound_images() -> dict[str, bytes]:
     image = smooth_image(1, 301, 203)
     exif = Image.Exif()
@@ -53,6 +55,7 @@ def sound_images() -> dict[str, bytes]:
     }
 
 
+@functools.cache
 def broken_images() -> dict[str, bytes]:
     jpeg, png = encode_image(smooth_image(4, 200, 150)), encode_image(smooth_image(4, 200, 150), "PNG")
     bomb = bytearray(png)
