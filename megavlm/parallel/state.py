@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -111,3 +112,5 @@ def configure_logging() -> None:
     level = logging.INFO if is_logging_rank() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megavlm").setLevel(level)
+    # Megatron-Core calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
