@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megavlm.config.schema import LanguageConfig
 from megavlm.models.context import BuildContext
@@ -59,6 +63,22 @@ def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
     return -(-language.vocab_size // multiple) * multiple
 
 
+def _mask_padding(model: GPTModel, vocab_size: int) -> None:
+    """Take the rows that pad the vocabulary out of the softmax.
+
+    How many there are follows from TP; without this, the loss would too, and differ from the checkpoint's own.
+    """
+    layer = model.output_layer
+    rows = layer.output_size_per_partition
+    real = min(max(vocab_size - mpu.get_tensor_model_parallel_rank() * rows, 0), rows)
+
+    def mask(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        output[0][..., real:].fill_(float("-inf"))
+
+    if real < rows:
+        layer.register_forward_hook(mask)
+
+
 def build(
     language: LanguageConfig,
     context: BuildContext,
@@ -79,7 +99,7 @@ def build(
     config = transformer_config(language, context)
     modules = layer_modules(transformer_engine=context.transformer_engine, causal=True)
     layers = get_num_layers_to_build(config, vp_stage)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block_submodules(modules, layers),
         vocab_size=padded_vocab_size(language, context),
@@ -94,3 +114,6 @@ def build(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    if post_process:
+        _mask_padding(model, language.vocab_size)
+    return model
