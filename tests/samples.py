@@ -61,15 +61,20 @@ def pack(samples: Sequence[Sample], padding: int = 0) -> MicroBatch:
     return micro_batch(one, torch.from_numpy(np.concatenate([s.pixels for s in samples])), torch.device("cpu"))
 
 
-def recipe(*, vision: dict[str, Any] | None = None, **branches: dict[str, Any]) -> Recipe:
-    """Return the tiny recipe with large initial weights; ``branches`` update its branches, ``vision`` the tower's."""
+def recipe(
+    *, vision: dict[str, Any] | None = None, language: dict[str, Any] | None = None, **branches: dict[str, Any]
+) -> Recipe:
+    """Return the tiny recipe with large initial weights.
+
+    ``branches`` update its branches, ``vision`` and ``language`` those of the model.
+    """
     model: dict[str, Any] = {
         "preset": "tiny",
         "vision": {"image_size": IMAGE_SIZE, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96, **STD}
         | {"num_attention_heads": 4, "positional_grid": 2, **(vision or {})},
         "connector": {"num_queries": TOKENS_PER_IMAGE, "head_dim": 16, **STD},
         "language": {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4}
-        | {"kv_channels": 16, "num_layers": 2, **STD},
+        | {"kv_channels": 16, "num_layers": 2, **STD, **(language or {})},
     }
     return tiny_recipe(**{"model": model, **branches})
 

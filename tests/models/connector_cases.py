@@ -1,27 +1,20 @@
-"""Compare each connector with its single-device reference, at any tensor-parallel size. Also run under torchrun."""
+"""Compare each connector with its single-device reference, at any tensor-parallel size."""
 
 from __future__ import annotations
 
-from megavlm.parallel.device import prepare_device
-
-prepare_device()
-
-import torch  # noqa: E402
-from connector_reference import (  # noqa: E402
+import torch
+from connector_reference import (
     ReferenceResampler,
     fill,
     load_mlp,
     load_resampler,
     reference_mlp,
 )
-from megatron.core import parallel_state as mpu  # noqa: E402
-from samples import recipe  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from samples import recipe
+from torch import Tensor, nn
 
-from megavlm.config.schema import ParallelConfig  # noqa: E402
-from megavlm.models.build import build_context  # noqa: E402
-from megavlm.models.registry import CONNECTORS  # noqa: E402
-from megavlm.parallel.state import process_groups  # noqa: E402
+from megavlm.models.build import build_context
+from megavlm.models.registry import CONNECTORS
 
 IMAGES, PATCHES, WIDTH, EMBED = 3, 16, 48, 64
 # name: (settings of the connector, width of the tower)
@@ -80,10 +73,3 @@ def compare(name: str, size: int = 1, rank: int = 0) -> Tensor:
         mine = ours.get_parameter(parameter.replace("attn.out_proj", "out_proj"))
         torch.testing.assert_close(mine.grad, reference.get_parameter(parameter).grad, rtol=1e-5, atol=1e-4)
     return got
-
-
-if __name__ == "__main__":
-    with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1):
-        for case in CASES:
-            compare(case, 2, mpu.get_tensor_model_parallel_rank())
-            print("equal:", case)

@@ -1,13 +1,10 @@
-"""Connectors equal plain torch modules on one device, alone and on two tensor-parallel ranks."""
+"""Connectors equal plain torch modules on one device, on one rank; test_tensor_parallel.py has two."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from connector_cases import CASES, EMBED, IMAGES, PATCHES, compare
-from launch import torchrun
 
 from megavlm.models.positions import resize_table, sincos_table
 
@@ -16,13 +13,6 @@ from megavlm.models.positions import resize_table, sincos_table
 def test_a_connector_equals_its_reference(name: str) -> None:
     got = compare(name)
     assert got.shape == (CASES[name][0].get("num_queries", PATCHES), IMAGES, EMBED)
-
-
-@pytest.mark.dist
-def test_connectors_on_two_tensor_parallel_ranks() -> None:
-    output = torchrun(Path(__file__).with_name("connector_cases.py"), ranks=2, timeout=120)
-    for name in CASES:
-        assert output.split().count(name) == 2, name
 
 
 def test_the_sincos_table_encodes_columns_first() -> None:

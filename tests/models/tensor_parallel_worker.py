@@ -1,0 +1,59 @@
+"""What must be equal on two tensor-parallel ranks: connectors, and the loss over a padded vocabulary. For torchrun."""
+
+from __future__ import annotations
+
+from megavlm.parallel.device import prepare_device
+
+prepare_device()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from connector_cases import CASES, compare  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
+from samples import losses, pack, recipe, sample  # noqa: E402
+from tiny import IMAGE_TOKEN  # noqa: E402
+
+from megavlm.config.schema import ParallelConfig  # noqa: E402
+from megavlm.data.batch import IGNORE_INDEX  # noqa: E402
+from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.parallel.state import process_groups  # noqa: E402
+
+
+def padded_vocabulary() -> None:
+    """Compare losses with a softmax over the real vocabulary.
+
+    512 + 5 rows are padded to 768 at TP 2: the second rank holds 384 rows, 133 of them real.
+    """
+    made = recipe(parallel={"tensor_model_parallel_size": 2}, language={"vocab_size": 517})
+    model = unwrap(build_model(made, IMAGE_TOKEN)[0])
+    assert model.language.output_layer.weight.size(0) == 384
+    batch = pack([sample(1, 17, 1), sample(2, 30)])
+    got = losses(model, batch)
+    with torch.no_grad():
+        logits = model(
+            tokens=batch.tokens,
+            position_ids=batch.position_ids,
+            packed_seq_params=batch.packed_seq_params,
+            images=batch.images,
+        )
+        whole = gather_from_tensor_model_parallel_region(logits)[0]
+        assert whole[:, 517:].isneginf().all()
+        expected = F.cross_entropy(whole[:, :517], batch.labels[0], reduction="none", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    gradient = model.language.output_layer.weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    if mpu.get_tensor_model_parallel_rank() == 1:
+        assert gradient[133:].abs().max() == 0
+        assert gradient[:133].abs().min(dim=1).values.max() > 0
+
+
+if __name__ == "__main__":
+    with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1):
+        for case in CASES:
+            compare(case, 2, mpu.get_tensor_model_parallel_rank())
+            print(f"<{case}>")
+        padded_vocabulary()
+        print("<vocabulary>")

@@ -1,0 +1,16 @@
+"""Model parts on two tensor-parallel ranks equal their single-device references (one job for all of them)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from connector_cases import CASES
+from launch import torchrun
+
+
+@pytest.mark.dist
+def test_two_tensor_parallel_ranks() -> None:
+    output = torchrun(Path(__file__).with_name("tensor_parallel_worker.py"), ranks=2, timeout=180)
+    for name in (*CASES, "vocabulary"):
+        assert output.count(f"<{name}>") == 2, name
