@@ -90,5 +90,7 @@ class DaliDecoder(ImageDecoder):
         (output,) = pipeline.run()
         tensor = output.as_tensor()
         pixels = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
-        feed_ndarray(tensor, pixels)
+        # On torch's own stream: the memory of ``pixels`` may still be read by kernels that are queued there.
+        stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
+        feed_ndarray(tensor, pixels, cuda_stream=stream)
         return pixels

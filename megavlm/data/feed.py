@@ -9,11 +9,12 @@ Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,12 +28,15 @@ from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage, is_reader
+from megavlm.parallel.state import any_rank, is_first_stage, is_reader
 
 if TYPE_CHECKING:
     from megavlm.data.decode import ImageDecoder
 
 logger = logging.getLogger(__name__)
+
+MASKED = "image cannot be decoded"
+"""Cause under which samples are counted that lost their labels, as an image of theirs is broken."""
 
 
 @dataclass
@@ -67,15 +71,17 @@ class ReadPack:
 
     pack: Pack
     pixels: Tensor
-    """[N, 3, H, W] uint8."""
+    """[N, 3, H, W] uint8 on the decoder's device."""
 
 
 @dataclass
 class FeedCounters:
-    """What happened to samples so far, on the reader rank."""
+    """What happened up to the last pack that was taken, on the reader rank; written by :meth:`Prefetcher.take`."""
 
     dropped: Counter[str] = field(default_factory=Counter)
+    """Samples left out, or left without labels, by cause."""
     wait_seconds: float = 0.0
+    """Time spent waiting for packs."""
 
 
 class PackSource(Protocol):
@@ -83,27 +89,35 @@ class PackSource(Protocol):
 
     def __iter__(self) -> Iterator[Pack]: ...
 
-    def state(self) -> Any: ...
+    def state(self) -> Any:
+        """Return what :meth:`restore` needs to go on after the last pack."""
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: Any) -> None:
+        """Go on where :meth:`state` was called."""
 
-    def restore_pack(self, restore_key: Any) -> Pack: ...
+    def restore_pack(self, restore_key: Any) -> Pack:
+        """Make a pack again from its ``restore_key``."""
+        ...
 
 
 class Prefetcher:
     """Reads and decodes packs in a thread, ``depth`` ahead; knows the state that makes a run go on exactly.
 
     The state is the reader's, taken between two packs, and the restore keys of the packs that were read but not
-    yet handed out.
+    yet handed out. The first pack is read by the constructor, in the calling thread: a reader with worker processes
+    forks them then, before this object has a thread.
 
     Args:
-        source: where packs come from.
+        source: where packs come from; it belongs to the prefetcher from now on, which closes it if it can be closed.
         decoder: makes pixels of image files.
         image_size: side of the pixels.
         tokens_per_image: slots of one image in a pack's tokens.
         image_token_id: the token in those slots.
         depth: packs to read ahead.
         state: the state of an earlier run, to go on from.
+
+    Raises:
+        ValueError: the state does not fit the source.
     """
 
     def __init__(
@@ -119,53 +133,74 @@ class Prefetcher:
         self._source, self._decoder, self._image_size = source, decoder, image_size
         self._tokens_per_image, self._image_token_id = tokens_per_image, image_token_id
         self.counters = FeedCounters()
-        self._pending: list[Pack] = []  # read again after a restart, before new ones
-        if state is not None:
-            source.restore(state["reader"])
-            self._pending = [source.restore_pack(key) for key in state["in_flight"]]
+        # Read, and not handed to the decoder yet.
+        self._pending: deque[Pack] = deque()
+        # Restore keys of the packs after that, until they are taken: being decoded or in the queue.
+        self._in_flight: deque[Any] = deque()
         self._queue: queue.Queue[ReadPack | BaseException] = queue.Queue(maxsize=depth)
-        self._in_flight: list[Any] = []
+        # Held while a pack moves from the reader to _in_flight: the state is taken between two packs.
         self._reading = threading.Lock()
         self._stop = threading.Event()
+        try:
+            if state is not None:
+                source.restore(state["reader"])
+                self._pending.extend(source.restore_pack(key) for key in state["in_flight"])
+            self._packs = iter(source)
+            self._pending.append(next(self._packs))
+        except BaseException:
+            self._close_source()
+            raise
         self._thread = threading.Thread(target=self._run, name="megavlm-prefetch", daemon=True)
         self._thread.start()
 
     def take(self) -> ReadPack:
-        """Return the next pack; waits for it.
+        """Return the next pack; waits for it. One thread may take.
 
         Raises:
-            BaseException: what the reader or the decoder raised in its thread.
+            BaseException: what the reader or the decoder raised in its thread; again on every later call.
+            RuntimeError: the prefetcher was closed.
         """
         start = time.perf_counter()
         item = self._queue.get()
         self.counters.wait_seconds += time.perf_counter() - start
         if isinstance(item, BaseException):
+            # The thread has ended: this is the last item, also for the next call.
+            with contextlib.suppress(queue.Full):
+                self._queue.put_nowait(item)
             raise item
-        with self._reading:
-            self._in_flight.pop(0)
+        # No lock: the thread may hold it for as long as reading a pack takes.
+        self._in_flight.popleft()
+        self.counters.dropped.update(item.pack.dropped)
         return item
 
     def state(self) -> dict[str, Any]:
-        """Return what :class:`Prefetcher` takes as ``state`` to go on after the packs taken so far."""
+        """Return what :class:`Prefetcher` takes as ``state`` to go on after the packs taken so far.
+
+        Waits for the pack that is being read. Not while another thread is in :meth:`take`.
+        """
         with self._reading:
             waiting = [pack.restore_key for pack in self._pending]
             return {"reader": self._source.state(), "in_flight": [*self._in_flight, *waiting]}
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and close the reader; waits for the pack that is being read. May be called again."""
         self._stop.set()
-        while self._thread.is_alive():
-            with_item = not self._queue.empty()
-            if with_item:
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
+        self._thread.join()
+        self._close_source()
+        while not self._queue.empty():  # Nobody else puts or gets any more.
+            self._queue.get_nowait()
+        self._queue.put(RuntimeError("the prefetcher is closed"))
+
+    def _close_source(self) -> None:
+        close = getattr(self._source, "close", None)
+        if close is not None:
+            close()
 
     def _run(self) -> None:
-        packs = iter(self._source)
         while not self._stop.is_set():
             try:
                 with self._reading:
-                    pack = self._pending.pop(0) if self._pending else next(packs)
+                    pack = self._pending.popleft() if self._pending else next(self._packs)
                     self._in_flight.append(pack.restore_key)
                 item: ReadPack | BaseException = self._decode(pack)
             except BaseException as error:
@@ -183,10 +218,9 @@ class Prefetcher:
                 continue
 
     def _decode(self, pack: Pack) -> ReadPack:
-        self.counters.dropped.update(pack.dropped)
         read, masked = decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
         if masked:
-            self.counters.dropped["image cannot be decoded"] += masked
+            pack.dropped = {**pack.dropped, MASKED: masked}
         return read
 
 
@@ -199,7 +233,7 @@ def decode_pack(
         The pack with its pixels, and the number of samples that lost their labels.
     """
     if not pack.images:
-        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)), 0
+        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8, device=decoder.device)), 0
     decoded = decoder.decode(pack.images, image_size)
     slots = np.flatnonzero(pack.tokens == image_token_id)
     firsts = slots[::tokens_per_image]
@@ -253,20 +287,25 @@ class Feed:
         self.device = local_device()
 
     def next_step(self, num_microbatches: int) -> list[MicroBatch]:
-        """Return the next ``num_microbatches``; a collective over the ranks of the replica.
+        """Return the next ``num_microbatches``; a collective over the whole job.
 
         Raises:
-            RuntimeError: the reader failed (raised on every rank; the reader's own error is logged there).
+            RuntimeError: a reader failed (raised on every rank of the job; the reader's own error is logged there).
         """
         packs: list[Pack] | None = None
         pixels: Tensor | None = None
+        failed = False
         if self.prefetcher is not None:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
-                packs = [item.pack for item in read]
                 pixels = torch.cat([item.pixels for item in read])
+                packs = [item.pack for item in read]
             except Exception:
                 logger.exception("reading data failed")
+                failed = True
+        # Replicas whose reader is well must not go on to a step that the others do not take.
+        if any_rank(failed):
+            raise RuntimeError("a reader failed; its rank's log says why")
         return share_packs(packs, pixels, num_microbatches, self.sequence_length, self.image_size)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
+from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack
@@ -92,7 +94,8 @@ class PackReader:
         return self
 
     def __next__(self) -> Pack:
-        with self._inside_energon():
+        # The first call forks the workers, and they inherit what Energon keeps in class variables.
+        with self._inside_energon() if self._packs is not None else _ENERGON_IN_PROCESS:
             if self._packs is None:
                 self._packs = iter(self._loader)
             packed = next(self._packs)
@@ -102,10 +105,14 @@ class PackReader:
         return pack
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` needs to go on after the last pack: JSON values only."""
+        """Return what :meth:`restore` needs to go on after the last pack: JSON values only.
+
+        Raises:
+            RuntimeError: A worker process ended, so that its state is lost.
+        """
         assert self.training, "a validation reader always starts from the beginning"
         with self._inside_energon():
-            loader = self._loader.save_state_rank()
+            loader = self._save_loader()
         text = json.dumps(to_plain(loader), separators=(",", ":"))
         return self._identity() | {"loader": base64.b64encode(zlib.compress(text.encode(), 1)).decode()}
 
@@ -126,6 +133,8 @@ class PackReader:
         except (KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"broken reader state: {error}") from None
         loader = from_plain(plain)
+        if loader is not None and not isinstance(loader, SavableDataLoaderState):
+            raise ValueError("broken reader state: it holds no loader state")
         self._loader.restore_state_rank(loader)
         if loader is not None and self._num_workers:
             # Energon forgets the offset here: a state saved before each worker gave a pack would repeat packs.
@@ -155,11 +164,25 @@ class PackReader:
         return pack
 
     def close(self) -> None:
-        """End the worker processes; the reader cannot be used any more."""
+        """End the worker processes; the reader cannot be used any more. May be called again."""
         workers = getattr(self._loader, "_iterator", None)
         if workers is not None:
             workers._shutdown_workers()
         self._packs = iter(())
+
+    def _save_loader(self) -> SavableDataLoaderState | None:
+        while True:
+            workers = getattr(self._loader, "_iterator", None)
+            for process in workers._workers if workers is not None else ():
+                if not process.is_alive():
+                    # Energon would wait for its answer for ever.
+                    raise RuntimeError(f"a reader process ended (exit code {process.exitcode})")
+            loader = self._loader.save_state_rank()
+            # A worker that is asked in the moment between its start and its first checkpoint answers with nothing
+            # and a sample to skip, and Energon would take that for a state.
+            if workers is None or loader is None or all(worker.state for worker in loader.worker_states):
+                return loader
+            time.sleep(0.01)
 
     def _build_loader(self) -> SavableDataLoader:
         worker_config = WorkerConfig(

@@ -6,12 +6,22 @@ import argparse
 import io
 import json
 import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.batch import Pack
 from megavlm.data.prepare import add_arguments, run
+from megavlm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megavlm.data.reader import PackReader
+
+TOKENS_PER_IMAGE = 6
 
 WORDS = [
     "red",
@@ -92,3 +102,55 @@ def prepare(
         setattr(args, key, value)
     assert run(args) == 0
     return out
+
+
+def open_reader(
+    datasets: Sequence[Path | DataSource],
+    tokenizer: Tokenizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 1,
+    training: bool = True,
+    **options: object,
+) -> PackReader:
+    """Open a reader of prepared data sets; ``options`` are keys of the recipe's data branch."""
+    from megavlm.data.reader import PackReader
+
+    sources = [data if isinstance(data, DataSource) else DataSource(path=str(data)) for data in datasets]
+    keys = {"sequence_length": 192, "num_workers": 0, "packing_buffer_size": 24, "shuffle_buffer_size": 16} | options
+    data = DataConfig(train=tuple(sources), tokenizer="unused", **keys)
+    return PackReader(
+        sources,
+        data,
+        tokenizer,
+        TOKENS_PER_IMAGE,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        training=training,
+    )
+
+
+def content(pack: Pack) -> tuple[object, ...]:
+    """Everything in a pack, to be compared byte for byte."""
+    arrays = (pack.tokens, pack.labels, pack.position_ids, pack.cu_seqlens, pack.segment_sources)
+    described = [(array.dtype.name, array.shape, array.tobytes()) for array in arrays]
+    return (*described, pack.images, pack.sample_keys, pack.restore_key, pack.dropped)
+
+
+def take(reader: Iterator[Pack], count: int) -> list[tuple[object, ...]]:
+    """The contents of the next ``count`` packs."""
+    return [content(next(reader)) for _ in range(count)]
+
+
+def write_raw(directory: Path, samples: Sequence[dict[str, bytes]]) -> Path:
+    """A data set of files as they are, which ``megavlm prepare`` would have refused in part."""
+    from megavlm.data.prepare import _ShardWriter, _write_metadata
+
+    directory.mkdir(parents=True)
+    with _ShardWriter(directory, 40) as writer:
+        for index, files in enumerate(samples):
+            writer.write(f"s-{index:05d}", list(files.items()))
+    _write_metadata(directory, tuple(writer.names))
+    return directory
