@@ -208,11 +208,15 @@ def test_a_frozen_tower_keeps_no_graph() -> None:
     for freeze in (False, True):
         model = build(modules={"vision": {"freeze": freeze}})
         seen: list[bool] = []
-        model.vision.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.requires_grad))
+
+        def look(_: Any, args: Any, out: Tensor, seen: list[bool] = seen) -> None:
+            seen.extend([out.requires_grad, torch.is_grad_enabled()])
+
+        model.vision.register_forward_hook(look)
         features = model.encode_images(images)
         assert features is not None
         assert features.requires_grad
-        assert seen == [not freeze]
+        assert seen == [not freeze, not freeze]
 
 
 def test_a_recomputed_tower_has_the_same_gradients() -> None:
