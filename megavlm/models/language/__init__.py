@@ -40,4 +40,5 @@ LANGUAGE.register(
     kv_channels=32,
     vocab_size=512,
     max_position_embeddings=2048,
+    init_method_std=0.08,  # about 1 / sqrt(width)
 )

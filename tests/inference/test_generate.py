@@ -1,0 +1,60 @@
+"""Generation: packed answers equal plain greedy decoding, at every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import torchrun
+
+from megavlm.inference.generate import _group
+
+WORKER = Path(__file__).with_name("generate_worker.py")
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2-pp2-sp": (
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "pp2-vpp2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+}
+
+
+def run(tmp: Path, name: str, ranks: int, parallel: dict[str, Any], weights: Path) -> dict[str, list[list[int]]]:
+    """Answer the prompts."""
+    job, out = tmp / f"{name}.job.json", tmp / f"{name}.json"
+    job.write_text(json.dumps({"parallel": parallel, "weights": str(weights), "out": str(out)}))
+    torchrun(WORKER, job, ranks=ranks)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[list[int]]]]:
+    """Return the weights and the answers of one process."""
+    tmp = tmp_path_factory.mktemp("single")
+    weights = tmp / "step-00000000"
+    return weights, run(tmp, "single", 1, {}, weights)
+
+
+def test_packed_answers_equal_plain_decoding(single: tuple[Path, dict[str, list[list[int]]]]) -> None:
+    answers = single[1]["answers"]
+    assert answers == single[1]["naive"]
+    assert len({tuple(answer) for answer in answers}) > 4  # else the test would show little
+    assert max(map(len, answers)) == 6
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_agree(name: str, single: tuple[Path, dict[str, list[list[int]]]], tmp_path: Path) -> None:
+    ranks, parallel = LAYOUTS[name]
+    assert run(tmp_path, name, ranks, parallel, single[0])["answers"] == single[1]["answers"]
+
+
+def test_groups_hold_each_prompt_once_and_fit() -> None:
+    lengths = [5, 9, 3, 7, 2, 10]
+    groups = _group(lengths, 10)
+    assert sorted(i for group in groups for i in group) == list(range(6))
+    assert all(sum(lengths[i] for i in group) <= 10 for group in groups)
+    assert len(groups) == 4
+    assert _group([], 10) == []
