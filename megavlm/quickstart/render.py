@@ -73,13 +73,9 @@ def render_dataset(
     No layout occurs in both splits. The result depends on the arguments alone.
     """
     if image_size % GRID or image_size < 4 * GRID:
-        raise ValueError(
-            f"image_size must be a multiple of {GRID} and at least {4 * GRID}, not {image_size}"
-        )
+        raise ValueError(f"image_size must be a multiple of {GRID} and at least {4 * GRID}, not {image_size}")
     if train_images < 2 or heldout_images < 2:
-        raise ValueError(
-            f"both splits need two pictures or more, not {train_images} and {heldout_images}"
-        )
+        raise ValueError(f"both splits need two pictures or more, not {train_images} and {heldout_images}")
     started = time.monotonic()
     out = Path(out)
     images_dir = out / "images"
@@ -202,9 +198,7 @@ def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
     return [lead, *rest[: rng.randint(1, _MAX_TURNS - 1)]]
 
 
-def _pair(
-    singles: list[tuple[str, Scene]], rng: random.Random
-) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
+def _pair(singles: list[tuple[str, Scene]], rng: random.Random) -> tuple[tuple[str, Scene], tuple[str, Scene]]:
     """Two pictures; in about half of the pairs they agree in colour or in shape."""
     first = rng.choice(singles)
     candidates = rng.sample(singles, min(len(singles), 12))

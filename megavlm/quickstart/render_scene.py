@@ -114,9 +114,7 @@ def is_heldout_layout(scene: Scene) -> bool:
     return _hash(scene.key) % 6 == 0
 
 
-def draw_items(
-    rng: random.Random, count: int, *, shape: str | None = None, colour: str | None = None
-) -> Scene:
+def draw_items(rng: random.Random, count: int, *, shape: str | None = None, colour: str | None = None) -> Scene:
     """A random scene of ``count`` objects; some object has ``shape``, the same one ``colour``."""
     shapes = _sample_with(rng, SHAPES, count, shape)
     colours = _sample_with(rng, _COLOUR_NAMES, count, colour)
@@ -127,10 +125,7 @@ def draw_items(
     else:
         cells = 3
         places = rng.sample(_QUADRANTS, count)
-    items = [
-        Item(s, c, column, row, cells)
-        for s, c, (column, row) in zip(shapes, colours, places, strict=True)
-    ]
+    items = [Item(s, c, column, row, cells) for s, c, (column, row) in zip(shapes, colours, places, strict=True)]
     return Scene(tuple(sorted(items, key=lambda item: (item.row, item.column))))
 
 
@@ -165,9 +160,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-def _sample_with(
-    rng: random.Random, pool: Sequence[str], count: int, wanted: str | None
-) -> list[str]:
+def _sample_with(rng: random.Random, pool: Sequence[str], count: int, wanted: str | None) -> list[str]:
     """``count`` distinct members; ``wanted``, if given, is the first."""
     if wanted is None:
         return rng.sample(pool, count)
@@ -215,9 +208,7 @@ def _word_mask(word: str, image_size: int) -> Image.Image:
     stroke = image_size / 128
     while True:
         font = ImageFont.load_default(font_size)
-        left, top, right, bottom = (
-            round(value) for value in font.getbbox(word, stroke_width=stroke)
-        )
+        left, top, right, bottom = (round(value) for value in font.getbbox(word, stroke_width=stroke))
         if right - left <= widest or font_size <= 6:
             break
         font_size -= 1

@@ -53,11 +53,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     ``seconds_training`` and ``seconds_total`` missing ones are left out and ``None`` is a dash.
     ``accuracy`` and ``counts`` are per task, as ``megavlm.evaluation.metrics.score`` returns them.
     """
-    rows = [
-        (label, "-" if result[key] is None else form(result[key]))
-        for key, label, form in _ROWS
-        if key in result
-    ]
+    rows = [(label, "-" if result[key] is None else form(result[key])) for key, label, form in _ROWS if key in result]
     accuracy: Mapping[str, float | None] = result.get("accuracy") or {}
     counts: Mapping[str, int] = result.get("counts") or {}
     tasks = [

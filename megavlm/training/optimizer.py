@@ -47,7 +47,7 @@ def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Return Megatron-Core's parameter groups: no decay on biases and norms, and one group per LR factor."""
     opt = recipe.optimizer
     no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
-    overrides = {ParamKey(with_name_predicate=no_decay): ParamGroupOverride(wd_mult=0.0)}  # type: ignore[typeddict-item]
+    overrides = {ParamKey(with_name_predicate=no_decay): ParamGroupOverride(wd_mult=0.0)}
     for module_name in MODULES:
         module = getattr(recipe.modules, module_name)
         num_layers = recipe.model.vision.num_layers
@@ -66,7 +66,7 @@ def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
                 return owner == wanted and learning_rate_factor(rest, module, layers) == factor
 
             key = ParamKey(with_name_predicate=ParamWithNamePredicate(f"{module_name}x{factor}", matches))
-            overrides[key] = ParamGroupOverride(max_lr=opt.lr * factor, min_lr=opt.min_lr * factor)  # type: ignore[typeddict-item]
+            overrides[key] = ParamGroupOverride(max_lr=opt.lr * factor, min_lr=opt.min_lr * factor)
     return overrides
 
 

@@ -66,8 +66,10 @@ def find_questions(
 
 def _find(tokens: NDArray[np.int64], wanted: list[int]) -> int | None:
     """Position after the first occurrence of ``wanted``."""
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted)) if len(tokens) >= len(wanted) else []
-    hits = np.flatnonzero((windows == np.array(wanted)).all(-1)) if len(windows) else []
+    if len(tokens) < len(wanted):
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted))
+    hits = np.flatnonzero((windows == np.array(wanted)).all(-1))
     return int(hits[0]) + len(wanted) if len(hits) else None
 
 
