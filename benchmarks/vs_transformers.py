@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of each system")
     parser.add_argument("--pack", type=int, default=2048, help="tokens of a pack")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each mix")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds of each mix")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each side in a round")
     parser.add_argument("--samples", type=int, default=800, help="samples (quickstart: pictures) of each mix")
     parser.add_argument("--mixes", nargs="+", choices=[*mixes.DESCRIPTIONS], default=[*mixes.DESCRIPTIONS])
