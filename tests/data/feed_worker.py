@@ -1,6 +1,7 @@
 """Hands packs to the ranks of a layout and checks on every rank what came; run under torchrun.
 
-Arguments: layouts such as 2x1, tensor-parallel times pipeline-parallel size. What fails here fails the test, by the exit code.
+Arguments: layouts such as 2x1, tensor-parallel times pipeline-parallel size. What fails here fails the test, by the
+exit code.
 """
 
 from __future__ import annotations
@@ -71,36 +72,43 @@ def raises(call: Callable[[], object], message: str) -> None:
         raise AssertionError(f"nobody said {message!r}")
 
 
-def run(tp: int, pp: int) -> None:
-    with process_groups(ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp), 1):
-        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        expected = random_packs(4, seed=replica)
-        packs = [pack for pack, _ in expected] if is_reader() else None
-        pixels = torch.cat([torch.from_numpy(p) for _, p in expected]) if is_reader() else None
-        check(share_packs(packs, pixels, 4, SEQUENCE_LENGTH, IMAGE_SIZE), expected)
-        raises(lambda: share_packs(None, None, 4, SEQUENCE_LENGTH, IMAGE_SIZE), "reader of this data-parallel replica")
-        # After an error, the next call works: all ranks are at the same place.
-        texts = [item for item in expected if not len(item[1])]
-        packs, pixels = (packs and [texts[0][0]]), (pixels if pixels is None else pixels[:0])
-        check(share_packs(packs, pixels, 1, SEQUENCE_LENGTH, IMAGE_SIZE), texts[:1])
+def run() -> None:
+    replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    expected = random_packs(4, seed=replica)
+    packs = [pack for pack, _ in expected] if is_reader() else None
+    pixels = torch.cat([torch.from_numpy(p) for _, p in expected]) if is_reader() else None
+    check(share_packs(packs, pixels, 4, SEQUENCE_LENGTH, IMAGE_SIZE), expected)
+    raises(lambda: share_packs(None, None, 4, SEQUENCE_LENGTH, IMAGE_SIZE), "reader of this data-parallel replica")
+    # After an error, the next call works: all ranks are at the same place.
+    texts = [item for item in expected if not len(item[1])]
+    packs, pixels = (packs and [texts[0][0]]), (pixels if pixels is None else pixels[:0])
+    check(share_packs(packs, pixels, 1, SEQUENCE_LENGTH, IMAGE_SIZE), texts[:1])
 
-        prefetcher = None
-        if is_reader():
-            for pack, own in expected:
-                pack.images = [png(image) for image in own]
-            # The last replica's reader breaks in the second step; the others are well.
-            source = Source([pack for pack, _ in (expected[:3] if replica == replicas - 1 else expected)])
-            prefetcher = Prefetcher(source, make_decoder("pil"), IMAGE_SIZE, TOKENS_PER_IMAGE, IMAGE_TOKEN, depth=2)
-        feed = Feed(prefetcher, SEQUENCE_LENGTH, IMAGE_SIZE)
-        check(feed.next_step(2), expected[:2])
-        for _ in range(2):
-            raises(lambda: feed.next_step(2), "a reader failed")
-        feed.close()
-        # One write: lines of several ranks must not mix.
-        sys.stdout.write(f"rank {dist.get_rank()} is well\n")
-        sys.stdout.flush()
+    prefetcher = None
+    if is_reader():
+        for pack, own in expected:
+            pack.images = [png(image) for image in own]
+        # The last replica's reader breaks in the second step; the others are well.
+        source = Source([pack for pack, _ in (expected[:3] if replica == replicas - 1 else expected)])
+        prefetcher = Prefetcher(source, make_decoder("pil"), IMAGE_SIZE, TOKENS_PER_IMAGE, IMAGE_TOKEN, depth=2)
+    feed = Feed(prefetcher, SEQUENCE_LENGTH, IMAGE_SIZE)
+    check(feed.next_step(2), expected[:2])
+    for _ in range(2):
+        raises(lambda: feed.next_step(2), "a reader failed")
+    feed.close()
+    # One write: lines of several ranks must not mix.
+    sys.stdout.write(f"rank {dist.get_rank()} is well\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    with process_groups(ParallelConfig(), 1):
+        for layout in sys.argv[1:]:
+            tp, pp = map(int, layout.split("x"))
+            mpu.destroy_model_parallel()
+            mpu.initialize_model_parallel(tp, pp)
+            run()
 
 
 if __name__ == "__main__":
-    for layout in sys.argv[1:]:
-        run(*map(int, layout.split("x")))
+    main()
