@@ -12,7 +12,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,7 +38,8 @@ def _hide_cuda_packages() -> None:
     That matters on a GPU machine in a process that may see none of its GPUs.
     """
     for name in ("transformer_engine", "apex", "amp_C", "flash_attn"):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  (``import`` then raises ImportError)
+        # ``import`` then raises ImportError.
+        cast(dict[str, Any], sys.modules).setdefault(name, None)
 
 
 def _keep_freed_memory() -> None:
