@@ -83,11 +83,15 @@ def _array_to_plain(array: np.ndarray) -> list[Any]:
     return [array.dtype.name, list(array.shape), base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()]
 
 
+def _bytes_from_plain(content: str) -> bytes:
+    return base64.b64decode(content, validate=True)
+
+
 def _array_from_plain(content: list[Any]) -> np.ndarray:
     dtype, shape, data = content
     if dtype not in _DTYPES:
         raise ValueError(f"broken reader state: array of {dtype!r}")
-    return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
+    return np.frombuffer(_bytes_from_plain(data), np.dtype(dtype)).reshape(shape).copy()
 
 
 def _class_from_plain(content: list[Any]) -> Any:
@@ -97,7 +101,7 @@ def _class_from_plain(content: list[Any]) -> Any:
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$tuple": lambda content: tuple(from_plain(item) for item in content),
-    "$bytes": base64.b64decode,
+    "$bytes": _bytes_from_plain,
     "$dict": lambda content: {from_plain(key): from_plain(item) for key, item in content},
     "$flex": lambda content: FlexState((from_plain(key), from_plain(item)) for key, item in content),
     "$tensor": lambda content: torch.from_numpy(_array_from_plain(content)),
