@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -123,8 +124,12 @@ def _delegate(command: str, words: Sequence[str]) -> int:
     module = importlib.import_module(module_name)
     parser = _Parser(prog=f"megavlm {command}", description=text.capitalize() + ".", allow_abbrev=False)
     module.add_arguments(parser)
+    args = parser.parse_args(words)
+    # What the libraries have to say stays quiet unless it is a warning.
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megavlm").setLevel(logging.INFO)
     run: Callable[..., int] = module.run
-    return run(parser.parse_args(words))
+    return run(args)
 
 
 def _world_size(default: int | None) -> int | None:

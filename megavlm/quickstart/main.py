@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an override is wrong, or ``--out`` holds something else.
         RuntimeError: training or evaluation failed; its output says why.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     start = time.perf_counter()
     out: Path = args.out
     overrides = _overrides(out, args.overrides)

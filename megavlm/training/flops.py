@@ -46,7 +46,8 @@ def connector_flops(model: ModelConfig, images: int) -> int:
     into = 0 if width == hidden else 2 * patches * width * hidden
     keys_values = 2 * patches * 2 * hidden * hidden
     attention = 4 * queries * patches * hidden
-    return images * (into + keys_values + attention + 2 * queries * 3 * hidden * hidden)
+    # out_proj and proj; the queries themselves are the same for all images and projected once.
+    return images * (into + keys_values + attention + 2 * queries * 2 * hidden * hidden)
 
 
 def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:

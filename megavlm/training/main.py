@@ -23,7 +23,7 @@ def run(recipe: Recipe) -> int:
     from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
 
-    use_transformer_engine(recipe.parallel.transformer_impl)
+    use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
     with process_groups(recipe.parallel, recipe.training.seed):
         configure_logging()
         trainer = Trainer(recipe, tokenizer)

@@ -110,9 +110,7 @@ def test_score_on_a_worked_example() -> None:
     assert result["heldout_accuracy"] == pytest.approx(2 / 3)
     assert result["chance_accuracy"] == pytest.approx((1 / 4 + 1 / 4 + 1 / 2) / 3)
     assert result["box_iou50"] == pytest.approx(2 / 3)
-    assert result["accuracy"] == pytest.approx(
-        {"box": 1 / 3, "caption": 1.0, "colour": 0.5, "multi": 1.0}
-    )
+    assert result["accuracy"] == pytest.approx({"box": 1 / 3, "caption": 1.0, "colour": 0.5, "multi": 1.0})
     assert result["counts"] == {"box": 3, "caption": 1, "colour": 2, "multi": 1}
 
 

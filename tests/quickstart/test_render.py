@@ -70,9 +70,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(render._Split, "save", spy)
-        data = render_dataset(
-            tmp_path_factory.mktemp("data"), train_images=500, heldout_images=240, seed=7
-        )
+        data = render_dataset(tmp_path_factory.mktemp("data"), train_images=500, heldout_images=240, seed=7)
     train = json.loads(data.train_json.read_text())
     return Rendered(data, train, json.loads(data.heldout_json.read_text()), scenes)
 
@@ -106,9 +104,7 @@ def test_format_is_qwen_vl_s(rendered: Rendered) -> None:
         assert len({record["id"] for record in records}) == len(records)
         for record in records:
             conversations = record["conversations"]
-            assert [t["from"] for t in conversations] == ["user", "assistant"] * (
-                len(conversations) // 2
-            )
+            assert [t["from"] for t in conversations] == ["user", "assistant"] * (len(conversations) // 2)
             assert len(record["tasks"]) * 2 == len(conversations)
             assert record["task"] == record["tasks"][0] and record["task"] in TASKS
             names = names_of_images(record)
@@ -158,9 +154,7 @@ def test_splits_share_no_layout_picture_or_text_question(rendered: Rendered) -> 
     assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
-def test_a_layout_in_both_splits_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layout_in_both_splits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render._Split, "pick", lambda self, draw: _picked(self, draw()))
     with pytest.raises(RuntimeError, match="both splits"):
         render_dataset(tmp_path, train_images=200, heldout_images=100, seed=1)
@@ -195,8 +189,7 @@ def test_pair_answers_agree_with_the_pixels(rendered: Rendered) -> None:
         names = names_of_images(record)
         items = [rendered.scenes[name].items[0] for name in names]
         colours = [
-            colour_at(pixels(rendered.data, name), *centre(item))
-            for name, item in zip(names, items, strict=True)
+            colour_at(pixels(rendered.data, name), *centre(item)) for name, item in zip(names, items, strict=True)
         ]
         shapes = [item.shape for item in items]
         for _, question, answer in turns_of(record):
@@ -323,16 +316,10 @@ def test_other_image_sizes(tmp_path: Path, size: int) -> None:
             assert image.size == (size, size)
 
 
-@pytest.mark.parametrize(
-    ("size", "train", "heldout"), [(60, 10, 10), (16, 10, 10), (64, 1, 10), (64, 10, 0)]
-)
-def test_unusable_arguments_are_refused(
-    tmp_path: Path, size: int, train: int, heldout: int
-) -> None:
+@pytest.mark.parametrize(("size", "train", "heldout"), [(60, 10, 10), (16, 10, 10), (64, 1, 10), (64, 10, 0)])
+def test_unusable_arguments_are_refused(tmp_path: Path, size: int, train: int, heldout: int) -> None:
     with pytest.raises(ValueError):
-        render_dataset(
-            tmp_path, train_images=train, heldout_images=heldout, image_size=size, seed=0
-        )
+        render_dataset(tmp_path, train_images=train, heldout_images=heldout, image_size=size, seed=0)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,96 @@
+"""``megavlm eval`` on a checkpoint of a short run: the same answers at every layout, and refusals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from launch import torchrun
+from PIL import Image
+from run_data import RunData
+
+from megavlm.evaluation import main
+from megavlm.evaluation.records import read_records
+
+
+@pytest.fixture(scope="module")
+def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of three steps."""
+    output = tmp_path_factory.mktemp("trained")
+    torchrun("megavlm", *run_data.words(output, "training.train_steps=3"), module=True)
+    return output
+
+
+def evaluate(data: RunData, run: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    """Run ``megavlm eval`` on 12 records; return the predictions."""
+    words = ["eval", run, *overrides, "--data", data.heldout_json, "--images", data.images, "--out", out]
+    torchrun("megavlm", *words, "--max-new-tokens=5", "--limit=12", "--panel-samples=4", ranks=ranks, module=True)
+    lines = (out / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+def test_layouts_answer_alike(run_data: RunData, trained: Path, tmp_path: Path) -> None:
+    alone = evaluate(run_data, trained, tmp_path / "one")
+    assert len(alone) == 12
+    # Trained on one process, evaluated on two replicas of two tensor-parallel ranks.
+    words = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    assert evaluate(run_data, trained, tmp_path / "four", *words, ranks=4) == alone
+    scores = json.loads((tmp_path / "one" / "scores.json").read_text())
+    assert scores["records"] == 12
+    assert sum(scores["counts"].values()) == 12
+    assert 0 < scores["chance_accuracy"] < 1
+    assert scores["checkpoint"].endswith("step-00000003")
+    with Image.open(tmp_path / "one" / "panel.png") as panel:
+        assert panel.width > 400
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    """Parse the command's arguments."""
+    parser = argparse.ArgumentParser()
+    main.add_arguments(parser)
+    return parser.parse_args(list(words))
+
+
+def test_refusals(run_data: RunData, trained: Path, tmp_path: Path) -> None:
+    common = [f"--data={run_data.heldout_json}", f"--images={run_data.images}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        main.run(arguments(str(tmp_path), *common))
+    with pytest.raises(ValueError, match="not divisible"):
+        main.run(arguments(str(trained), "parallel.tensor_model_parallel_size=3", *common))
+    with pytest.raises(ValueError, match=r"data\.sequence_length: record .* takes"):
+        main.run(arguments(str(trained), "--max-new-tokens=180", *common))
+    with pytest.raises(ValueError, match="--limit must be at least 1"):
+        main.run(arguments(str(trained), "--limit=0", *common))
+    assert not (tmp_path / "out").exists()
+
+
+def test_records(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    turns = [
+        {"from": "user", "value": "<img>a.jpg</img>Colour?"},
+        {"from": "assistant", "value": "black"},
+        {"from": "user", "value": "<img>missing.jpg</img>And this?"},  # after the first answer: not asked
+        {"from": "assistant", "value": "white"},
+    ]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns, "answer": "Black", "task": "t"}]))
+    first, second = read_records(path, tmp_path)
+    assert (first.id, first.task, first.answer, first.choices) == ("0", "all", "black", [])
+    assert [turn.role for turn in first.question] == ["user"]
+    assert first.images == [tmp_path / "a.jpg"]
+    assert (second.task, second.answer) == ("t", "Black")
+    turns[0]["value"] = "<img>b.jpg</img>Colour?"
+    path.write_text(json.dumps([{"conversations": turns}]))
+    with pytest.raises(FileNotFoundError, match=r"record 0: no image 'b\.jpg'"):
+        read_records(path, tmp_path)
+    path.write_text(json.dumps([{"conversations": []}]))
+    with pytest.raises(ValueError, match="record 0: no turns"):
+        read_records(path, tmp_path)
+
+
+def test_spread_takes_all_tasks_in_turn() -> None:
+    assert main.spread(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
+    assert main.spread(["a", "b"], 5) == [0, 1]
+    assert main.spread([], 3) == []

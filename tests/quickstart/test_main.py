@@ -1,0 +1,74 @@
+"""``megavlm quickstart``: the wiring at a size that teaches nothing, and (marked ``full``) what the README promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import ROOT
+
+KEYS = {
+    "loss_first",
+    "loss_last",
+    "heldout_accuracy",
+    "chance_accuracy",
+    "box_iou50",
+    "useful_tokens_per_second",
+    "padding_fraction",
+    "seconds_total",
+    "seconds_training",
+    "layout",
+}
+
+
+def quickstart(out: Path, *words: str, timeout: float) -> tuple[int, str]:
+    """Run the command; return exit code and output."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "megavlm", "quickstart", f"--out={out}", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=env, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_wiring(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    steps = ["training.train_steps=2", "optimizer.warmup_steps=1", "training.validation_interval=null"]
+    code, text = quickstart(out, "--train-images=80", "--heldout-images=16", *steps, timeout=400)
+    assert code == 0, text[-4000:]
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) >= KEYS
+    assert result["layout"] == "TP 2 x PP 2 x DP 1 + SP"
+    assert 0 <= result["heldout_accuracy"] <= 1
+    assert result["seconds_total"] > result["seconds_training"] > 0
+    assert (out / "heldout.png").stat().st_size > 10_000
+    assert "held-out accuracy" in text and str(out / "result.json") in text
+
+
+def test_refusals_come_before_any_work(tmp_path: Path) -> None:
+    code, text = quickstart(tmp_path / "out", "optimizer.lrr=1", timeout=60)
+    assert code == 2 and "optimizer.lrr" in text
+    code, text = quickstart(tmp_path / "out", "model.language.num_attention_heads=3", timeout=60)
+    assert code == 2 and "model.language.num_attention_heads" in text
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    code, text = quickstart(tmp_path / "mine", timeout=60)
+    assert code == 2 and "is no quickstart's" in text
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.full
+def test_the_readme_is_true(tmp_path: Path) -> None:
+    code, text = quickstart(tmp_path / "out", timeout=2400)
+    assert code == 0, text[-4000:]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    print(text[text.rindex("---\nlayout") :] if "---\nlayout" in text else text[-2000:])
+    assert result["accuracy"]["colour"] >= 0.9
+    assert result["accuracy"]["shape"] >= 0.9
+    assert result["heldout_accuracy"] > 2 * result["chance_accuracy"]
+    assert result["padding_fraction"] <= 0.01
+    assert result["loss_last"] < 0.2 * result["loss_first"]

@@ -1,0 +1,76 @@
+"""The operations counted for MFU equal those that torch counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from samples import build, losses, pack, recipe, sample
+from tiny import IMAGE_TOKEN, tiny_recipe
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megavlm.config.schema import ParallelConfig
+from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.state import process_groups
+from megavlm.training.flops import connector_flops, language_flops, step_flops, vision_flops
+
+LENGTHS, IMAGES = (23, 30, 17), 3
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """Count a forward pass; attention as plain matrix products, since torch does not count its fused form on CPUs."""
+    with (
+        process_groups(ParallelConfig(), seed=1),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        yield counter
+
+
+@pytest.mark.parametrize("connector", ["resampler", "linear", "mlp2x_gelu"])
+def test_tower_and_connector(connector: str) -> None:
+    model: dict[str, Any] = {"preset": "tiny", "connector": {"preset": connector}}
+    if connector == "resampler":
+        model["connector"] |= {"num_queries": 4, "head_dim": 16}
+    own = tiny_recipe(model=model)
+    side = own.model.vision.image_size
+    with counted() as counter:
+        built = unwrap(build_model(own, IMAGE_TOKEN)[0])
+        built.encode_images(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
+    once = 2 * 4 * own.model.language.hidden_size**2 if connector == "resampler" else 0  # the queries' projection
+    expected = counter.get_total_flops() - once
+    assert vision_flops(own.model.vision, IMAGES) + connector_flops(own.model, IMAGES) == expected
+
+
+def test_language_model() -> None:
+    own = recipe()
+    with counted() as counter:
+        losses(build(), pack([sample(i, length) for i, length in enumerate(LENGTHS)]))
+    language = own.model.language
+    tokens, squares = sum(LENGTHS), sum(length**2 for length in LENGTHS)
+    # torch counts the whole square of attention, megavlm its causal half; and padded rows of the vocabulary.
+    upper_half = language.num_layers * 2 * language.num_attention_heads * language.kv_channels * squares
+    padded = -(-language.vocab_size // language.vocab_divisor) * language.vocab_divisor
+    rows = 2 * tokens * language.hidden_size * (padded - language.vocab_size)
+    assert language_flops(language, tokens, squares) + upper_half + rows == counter.get_total_flops()
+
+
+def test_frozen_modules_cost_less() -> None:
+    def total(**modules: dict[str, bool]) -> int:
+        return step_flops(recipe(modules=modules), tokens=100, squared_lengths=2000, images=2)
+
+    own = recipe()
+    vision, connector = vision_flops(own.model.vision, 2), connector_flops(own.model, 2)
+    language = language_flops(own.model.language, 100, 2000)
+    frozen = {"freeze": True}
+    assert total() == 3 * (vision + connector + language)
+    assert total(vision=frozen) == vision + 3 * (connector + language)
+    assert total(vision=frozen, language=frozen) == vision + 3 * connector + 2 * language
+    assert total(vision=frozen, connector=frozen) == vision + connector + 3 * language
+    assert total(language=frozen, connector=frozen) == 3 * vision + 2 * connector + 2 * language
