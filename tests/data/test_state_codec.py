@@ -35,7 +35,10 @@ def test_plain_values_come_back_with_their_types(value: object) -> None:
 
 def test_energon_types_come_back() -> None:
     state = SavableDataLoaderState(
-        worker_states=[SavableDatasetCheckpoint(state=None, offset=3), FlexState({"a": (1, SliceState(index=2, current=3))})],
+        worker_states=[
+            SavableDatasetCheckpoint(state=None, offset=3),
+            FlexState({"a": (1, SliceState(index=2, current=3))}),
+        ],
         next_worker_id=1,
         micro_batch_size=None,
     )
