@@ -35,8 +35,14 @@ def main() -> None:
         weights = Path(job["weights"])
         if not weights.exists():
             checkpoint.save(
-                weights.parent, modules=training.modules, optimizer=None, scheduler=None,
-                reader_state=None, run={"step": 0}, recipe_yaml="", keep=1,
+                weights.parent,
+                modules=training.modules,
+                optimizer=None,
+                scheduler=None,
+                reader_state=None,
+                run={"step": 0},
+                recipe_yaml="",
+                keep=1,
             )
         checkpoint.load(weights, modules=training.modules)
         training.optimizer.reload_model_params()

@@ -66,8 +66,6 @@ class QwenVisionTower(MegatronModule):
         self.transformer = TransformerBlock(
             config=config, spec=block_submodules(modules, vision.num_layers), post_layer_norm=False
         )
-        self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
         if context.initialize:
             torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
 
@@ -81,7 +79,9 @@ class QwenVisionTower(MegatronModule):
             [P, N, W] features, in the number type of the weights.
         """
         if images_NCHW.dtype is torch.uint8:
-            images_NCHW = (images_NCHW.float() / 255.0 - self.mean.float()) / self.std.float()
+            # Not buffers: Megatron's Float16Module would round them to bf16.
+            mean_C11, std_C11 = (torch.tensor(v, device=images_NCHW.device).view(3, 1, 1) for v in (_MEAN, _STD))
+            images_NCHW = (images_NCHW.float() / 255.0 - mean_C11) / std_C11
         x_NWhw = self.conv1(images_NCHW.to(self.conv1.weight.dtype))
         x_PNW = x_NWhw.flatten(2).permute(2, 0, 1)
         x_PNW = x_PNW + resize_table(self.positional_embedding, self.grid).unsqueeze(1)
