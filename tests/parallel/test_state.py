@@ -1,0 +1,14 @@
+"""What one rank runs into, all ranks leave by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launch import torchrun
+
+
+def test_a_failure_on_one_rank_reaches_all() -> None:
+    lines = torchrun(Path(__file__).with_name("state_worker.py"), ranks=2, timeout=90).splitlines()
+    other = "RuntimeError: the work failed on another rank; its message says why"
+    assert f"rank 0: {other} | none | True | False | True | True" in lines
+    assert "rank 1: ValueError: disk full | none | True | False | False | False" in lines
