@@ -184,7 +184,7 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | Path, vocab_size: 
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=(line for text in texts for line in text.splitlines() if line),
             model_writer=model,
-            model_type="unigram",
+            model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             user_defined_symbols=[*SENTENCEPIECE_SPECIALS, "\n"],

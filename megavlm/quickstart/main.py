@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe quickstart to change")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory to write (and empty)")
-    parser.add_argument("--train-images", type=int, default=3000, help="images to render for training (default 3000)")
+    parser.add_argument("--train-images", type=int, default=6000, help="images to render for training (default 6000)")
     parser.add_argument("--heldout-images", type=int, default=320, help="images to hold out (default 320)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
 
@@ -119,7 +119,8 @@ def _make_data(directory: Path, args: argparse.Namespace) -> RenderedData:
         rendered.seconds,
     )
     records = json.loads(rendered.train_json.read_text(encoding="utf-8"))
-    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    # The roles stand in every turn of ChatML: they should be one token each.
+    texts = [f"{turn['from']}\n{turn['value']}" for record in records for turn in record["conversations"]]
     train_sentencepiece(texts, directory / "tokenizer.model", _VOCABULARY)
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)

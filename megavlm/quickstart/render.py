@@ -185,7 +185,11 @@ def _fill_train(split: _Split, images: int, text_turns: list[Turn]) -> None:
 
 
 def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
-    """Two to five different questions about the scene in random order."""
+    """Two to five different questions about the scene: any one, its caption, then others in random order.
+
+    A question tells much about the scene, and later answers can be copied from earlier turns. The caption comes early
+    because it is the answer that needs the picture most.
+    """
     turns: list[Turn] = []
     for task in SCENE_TASKS:
         asked = scene.items if task in ("colour", "shape", "box") else scene.items[:1]
@@ -195,6 +199,7 @@ def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
     turns.sort(key=lambda turn: turn.task != first)
     lead, rest = turns[0], turns[1:]
     rng.shuffle(rest)
+    rest.sort(key=lambda turn: turn.task != "caption")
     return [lead, *rest[: rng.randint(1, _MAX_TURNS - 1)]]
 
 
