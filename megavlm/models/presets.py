@@ -6,7 +6,7 @@ MODELS.register(
     "tiny",
     "megavlm.models.vlm",
     vision={"preset": "tiny_vit"},
-    connector={"preset": "resampler", "num_queries": 16, "head_dim": 32, "init_method_std": 0.08},
+    connector={"preset": "resampler", "num_queries": 16, "head_dim": 32, "init_method_std": 0.1},
     language={"preset": "tiny_qwen"},
 )
 MODELS.register(

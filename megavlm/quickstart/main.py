@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe quickstart to change")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="directory to write (and empty)")
-    parser.add_argument("--train-images", type=int, default=6000, help="images to render for training (default 6000)")
+    parser.add_argument("--train-images", type=int, default=10000, help="images to render for training (default 10000)")
     parser.add_argument("--heldout-images", type=int, default=320, help="images to hold out (default 320)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
 

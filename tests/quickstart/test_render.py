@@ -131,9 +131,9 @@ def test_sizes_and_counts(rendered: Rendered) -> None:
     assert {record["task"] for record in rendered.heldout} == set(TASKS)
     single = sum(len(scene.items) == 1 for scene in rendered.scenes.values())
     objects = sum(bool(scene.items) for scene in rendered.scenes.values())
-    assert 0.4 < single / objects < 0.6
+    assert 0.5 < single / objects < 0.75
     turns = [len(r["tasks"]) for r in rendered.train if r["task"] != "read"]
-    assert min(turns) >= 2 and max(turns) == 5
+    assert min(turns) == 1 and max(turns) == 5
 
 
 def test_splits_share_no_layout_picture_or_text_question(rendered: Rendered) -> None:

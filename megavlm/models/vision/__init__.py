@@ -26,5 +26,5 @@ VISION.register(
     num_attention_heads=4,
     ffn_hidden_size=384,
     positional_grid=8,
-    init_method_std=0.08,  # about 1 / sqrt(width): with 0.02, so narrow a tower passes little on and learns late
+    init_method_std=0.1,  # about 1 / sqrt(width): with 0.02, so narrow a tower passes little on and learns late
 )
