@@ -178,7 +178,7 @@ def test_colour_answers_agree_with_the_pixels(rendered: Rendered) -> None:
             assert item is not None
             assert colour_at(pixels(rendered.data, name), *centre(item)) == answer
             checked += 1
-    assert checked > 200
+    assert checked > 80
 
 
 def test_pair_answers_agree_with_the_pixels(rendered: Rendered) -> None:
@@ -228,7 +228,7 @@ def test_boxes_hold_the_object_tightly(rendered: Rendered) -> None:
             assert np.abs(np.subtract(found, wanted)).max() <= 3
             assert found[0] >= wanted[0] - 1 and found[2] <= wanted[2] + 1
             checked += 1
-    assert checked > 200
+    assert checked > 80
 
 
 def test_count_shape_and_caption_agree_with_the_scene(rendered: Rendered) -> None:
