@@ -44,7 +44,7 @@ _TEXT_SHARE = 0.04
 # Which questions come first, and so cannot be answered from the conversation alone. Colour is learned in no time, and
 # a model that has learned it alone learns shapes late: it is asked for seldom.
 _LEAD_WEIGHTS = {"colour": 1, "shape": 6, "count": 1, "caption": 3, "box": 1}
-# Asked of pictures with one object: in some minutes on a CPU nobody learns which colour goes with which shape.
+# Asked of pictures with one object: which colour goes with which shape is learned late in some minutes on a CPU.
 _ONE_OBJECT = ("colour", "shape")
 _OBJECTS = (1, 1, 1, 2, 3)
 _MAX_TURNS = 5
