@@ -23,7 +23,7 @@ def _config(cls: type) -> Any:
 
 @_config
 class VisionConfig:
-    """The vision tower: a ViT on square images, without a class token."""
+    """The vision tower: a ViT on square images, whose output is one feature per patch."""
 
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
@@ -43,6 +43,21 @@ class VisionConfig:
     """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the LayerNorms."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), or x * sigmoid(1.702 x)
+    (OpenAI CLIP)."""
+    class_token: bool = False
+    """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped."""
+    conv_bias: bool = False
+    """Whether the patch embedding has a bias (SigLIP)."""
+    pre_layernorm: bool = True
+    """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
+    post_layernorm: bool = False
+    """LayerNorm behind the layers (SigLIP)."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue."""
     init_method_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
     gradient_checkpointing: bool = False
@@ -95,10 +110,17 @@ class LanguageConfig:
     """Longest segment that the model is meant for."""
     rotary_base: int = Field(default=10000, gt=0)
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["linear", "llama3"] | None = None
+    """Stretching of rotary positions: linear (positions divided by rope_scaling_factor), llama3 (as Llama 3.1,
+    low and high frequency factors 1 and 4, 8192 original positions), or null."""
+    rope_scaling_factor: float = Field(default=1.0, ge=1)
+    """Factor of rope_scaling; 1 without it."""
     norm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the RMSNorms."""
     add_qkv_bias: bool = True
-    """Whether the QKV projection has a bias (Qwen: yes)."""
+    """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
+    qk_layernorm: bool = False
+    """RMSNorm over each head's queries and keys (Qwen3)."""
     tie_word_embeddings: bool = False
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: float = Field(default=0.02, gt=0)
