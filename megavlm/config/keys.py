@@ -64,7 +64,7 @@ def _walk(owner: type, prefix: str) -> typing.Iterator[Key]:
 
 def _child(annotation: Any) -> tuple[type | None, bool]:
     """Return the dataclass that ``annotation`` holds, and whether it is a list of them."""
-    if typing.get_origin(annotation) is tuple:
+    if typing.get_origin(annotation) is tuple and dataclasses.is_dataclass(typing.get_args(annotation)[0]):
         return typing.get_args(annotation)[0], True
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation, False
@@ -73,7 +73,7 @@ def _child(annotation: Any) -> tuple[type | None, bool]:
 
 def _type_text(annotation: Any, metadata: list[Any]) -> str:
     if typing.get_origin(annotation) is tuple:
-        return "list"
+        return "list" if _child(annotation)[1] else f"list of {len(typing.get_args(annotation))}"
     if dataclasses.is_dataclass(annotation):
         return "branch"
     options = [annotation]

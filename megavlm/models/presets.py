@@ -23,3 +23,11 @@ MODELS.register(
     connector={"preset": "resampler"},
     language={"preset": "qwen_14b"},
 )
+# LLaVA-1.5-7B in Transformers' form (llava-hf/llava-1.5-7b-hf): Vicuna's 32000 tokens, two more, and padding.
+MODELS.register(
+    "llava_1_5_7b",
+    "megavlm.models.vlm",
+    vision={"preset": "clip_vit_l_14_336"},
+    connector={"preset": "mlp2x_gelu"},
+    language={"preset": "llama2_7b", "vocab_size": 32064},
+)

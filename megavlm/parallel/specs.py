@@ -54,15 +54,20 @@ class Modules:
     row_parallel: Any = RowParallelLinear
 
 
-def layer_modules(*, transformer_engine: bool, causal: bool) -> Modules:
-    """Return the parts for a decoder (``causal``) or an encoder."""
+def layer_modules(*, transformer_engine: bool, causal: bool, qk_layernorm: bool = False) -> Modules:
+    """Return the parts for a decoder (``causal``) or an encoder.
+
+    With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
+    the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
+    """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
         return Modules(TEDotProductAttention, TENorm, layer)
+    head_norm = TorchNorm if qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -74,8 +79,8 @@ def layer_modules(*, transformer_engine: bool, causal: bool) -> Modules:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=TorchAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

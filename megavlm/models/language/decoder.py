@@ -1,4 +1,8 @@
-"""Qwen v1 on Megatron-Core's GPTModel: RMSNorm, rotary positions, gated SiLU MLP, bias on QKV only."""
+"""Qwen v1, 2 and 3 and Llama on Megatron-Core's GPTModel: RMSNorm, rotary positions, gated SiLU MLP.
+
+What tells them apart is data: bias on QKV (Qwen v1, Qwen2), RMSNorm on queries and keys (Qwen3), key/value heads,
+tied embeddings, stretched rotary positions.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=language.add_qkv_bias,
+        qk_layernorm=language.qk_layernorm,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -97,7 +102,9 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    modules = layer_modules(transformer_engine=context.transformer_engine, causal=True)
+    modules = layer_modules(
+        transformer_engine=context.transformer_engine, causal=True, qk_layernorm=language.qk_layernorm
+    )
     layers = get_num_layers_to_build(config, vp_stage)
     model = GPTModel(
         config=config,
@@ -110,6 +117,9 @@ def build(
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=language.rotary_base,
+        seq_len_interpolation_factor=language.rope_scaling_factor if language.rope_scaling == "linear" else None,
+        rope_scaling=language.rope_scaling == "llama3",
+        rope_scaling_factor=language.rope_scaling_factor,
         # Image features are spliced in first; then the model scatters the sequence itself.
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
