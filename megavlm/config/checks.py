@@ -44,8 +44,9 @@ def check_paths(recipe: Recipe) -> None:
         RecipeError: with a line for each that is not.
     """
     lines: list[str] = []
-    if not Path(recipe.data.tokenizer).is_file():
-        lines.append(f"data.tokenizer: no file {recipe.data.tokenizer!r}; give the path of a tokenizer file")
+    tokenizer = recipe.data.tokenizer
+    if tokenizer is not None and not Path(tokenizer).exists():
+        lines.append(f"data.tokenizer: no file {tokenizer!r}; give the path of a tokenizer file")
     for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for position, source in enumerate(sources):
             name = f"{key}.{position}.path"
@@ -77,7 +78,12 @@ _FIRST = "parallel.num_layers_in_first_pipeline_stage"
 def _vision(recipe: Recipe) -> Iterator[str]:
     vision, tp = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
     own = "model.vision"
-    yield from _divides(f"{own}.image_size", vision.image_size, vision.patch_size, f"{own}.patch_size")
+    # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
+    if vision.image_size < vision.patch_size:
+        yield (
+            f"{own}.image_size: {vision.image_size} is smaller than one patch ({own}.patch_size {vision.patch_size});"
+            " raise it"
+        )
     heads = vision.num_attention_heads
     yield from _divides(f"{own}.hidden_size", vision.hidden_size, heads, f"{own}.num_attention_heads")
     yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
@@ -127,6 +133,11 @@ def _language(recipe: Recipe) -> Iterator[str]:
     yield from _divides(f"{own}.ffn_hidden_size", language.ffn_hidden_size, tp, _TP)
     if language.kv_channels % 2:
         yield f"{own}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
+    if language.rope_scaling is None and language.rope_scaling_factor != 1:
+        yield (
+            f"{own}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {own}.rope_scaling;"
+            " set that to linear or llama3, or this to 1"
+        )
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:

@@ -28,7 +28,7 @@ class VisionConfig:
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
     image_size: int = Field(gt=0)
-    """Side of the square that an image is resized to, in pixels; a multiple of patch_size."""
+    """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
     patch_size: int = Field(gt=0)
     """Side of one patch, in pixels."""
     hidden_size: int = Field(gt=0)
@@ -198,8 +198,9 @@ class DataConfig:
     """Data sets to train on, blended by weight."""
     validation: tuple[DataSource, ...] = ()
     """Held-out data sets, each evaluated for itself."""
-    tokenizer: str
-    """Tokenizer file: a SentencePiece .model or a .tiktoken file."""
+    tokenizer: str | None = None
+    """Tokenizer file (.tiktoken, tokenizer.json or a SentencePiece .model), or a directory with one in it.
+    Null for the one that lies in the checkpoint that checkpoint.load names."""
     sequence_length: int = Field(gt=0)
     """Tokens of one pack (one micro-batch)."""
     packing: Literal["carry_over", "none"] = "carry_over"

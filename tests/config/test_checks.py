@@ -34,6 +34,8 @@ LAYERS = "model.language.num_layers"
         (["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"], 1),
         (["modules.vision.freeze=true", "modules.language.freeze=true", "modules.vision.layer_decay=0.9"], 1),
         (["data.sequence_length=26"], 1),
+        (["model.vision.image_size=60"], 1),
+        (["model.language.rope_scaling=linear", "model.language.rope_scaling_factor=2"], 1),
     ],
 )
 def test_accepted(load, overrides, world_size):
@@ -43,7 +45,10 @@ def test_accepted(load, overrides, world_size):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.vision.image_size=60"], "model.vision.image_size: 60 is not divisible by model.vision.patch_size (8)"),
+        (
+            ["model.vision.image_size=7"],
+            "model.vision.image_size: 7 is smaller than one patch (model.vision.patch_size 8)",
+        ),
         (["model.vision.num_attention_heads=5"], "model.vision.hidden_size: 96 is not divisible"),
         (["model.connector.num_queries=15"], "model.connector.num_queries: 15 is not a square number"),
         (["model.connector.head_dim=48"], "model.connector.head_dim: 48 is no divisor of model.language.hidden_size"),
@@ -65,6 +70,7 @@ def test_accepted(load, overrides, world_size):
             ["model.language.num_query_groups=3"],
             "model.language.num_attention_heads: 4 is not divisible by model.langua",
         ),
+        (["model.language.rope_scaling_factor=4"], "model.language.rope_scaling_factor: 4 has no effect without"),
         (["model.language.kv_channels=33"], "model.language.kv_channels: 33 is odd"),
         ([f"{FIRST}=2"], f"{FIRST}: needs parallel.pipeline_model_parallel_size > 1"),
         ([VPP2], "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size > 1"),
