@@ -1,4 +1,4 @@
-"""What must be equal on two tensor-parallel ranks: connectors, and the loss over a padded vocabulary. For torchrun."""
+"""What must be equal on two tensor-parallel ranks: parts of a model, and the loss over a padded vocabulary."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ prepare_device()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import transformers_cases  # noqa: E402
 from connector_cases import CASES, compare  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
@@ -54,6 +55,9 @@ if __name__ == "__main__":
     with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1):
         for case in CASES:
             compare(case, 2, mpu.get_tensor_model_parallel_rank())
+            print(f"<{case}>")
+        for case in transformers_cases.CASES:
+            transformers_cases.compare(case)
             print(f"<{case}>")
         padded_vocabulary()
         print("<vocabulary>")

@@ -13,7 +13,7 @@ from megatron.core import parallel_state as mpu
 from pydantic import TypeAdapter
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
-from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 from megavlm.data.feed import micro_batch
 from megavlm.models import registry
 from megavlm.models.build import MODULES
@@ -29,6 +29,28 @@ SIZES = {
     "qwen_vl_7b": {"vision": TOWER, "connector": 92_839_936, "language": 7_721_324_544},
     "codefuse_vl_14b": {"vision": TOWER, "connector": 142_264_320, "language": 14_167_290_880},
 }
+# The public figures of the checkpoints.
+LANGUAGE_SIZES = {
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+}
+
+
+def vit_layer(width: int, ffn: int) -> int:
+    """Return the parameters of one layer: four projections, the MLP, two norms."""
+    return 4 * (width**2 + width) + 2 * width * ffn + ffn + width + 4 * width
+
+
+TOWER_SIZES = {
+    # CLIPVisionModel has 303,507,456: less the last layer and the norm behind it.
+    "clip_vit_l_14_336": 303_507_456 - vit_layer(1024, 4096) - 2 * 1024,
+    # SiglipVisionModel has 428,225,600: less the pooling head (a probe, attention, a norm, an MLP).
+    "siglip_so400m_14_384": 428_225_600 - vit_layer(1152, 4304) + 2 * 1152 - 1152,
+}
+# llava-hf/llava-1.5-7b-hf has 7,063,427,072 with the whole CLIPVisionModel.
+LLAVA = 7_063_427_072 - 303_507_456
 
 
 def whole(preset: str) -> ModelConfig:
@@ -63,6 +85,34 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("preset", LANGUAGE_SIZES)
+def test_language_models_have_the_published_sizes(preset: str) -> None:
+    found = LANGUAGE.find(preset)
+    language = TypeAdapter(LanguageConfig).validate_python({"preset": preset, **found.values})
+    with torch.device("meta"):
+        model = found.build(language, BuildContext(ParallelConfig(), initialize=False))
+    assert count(model) == LANGUAGE_SIZES[preset]
+
+
+@pytest.mark.parametrize("preset", TOWER_SIZES)
+def test_towers_have_the_published_sizes(preset: str) -> None:
+    found = VISION.find(preset)
+    vision = TypeAdapter(VisionConfig).validate_python({"preset": preset, **found.values})
+    with torch.device("meta"):
+        tower = found.build(vision, BuildContext(ParallelConfig(), initialize=False))
+    assert count(tower) == TOWER_SIZES[preset]
+    with torch.device("meta"):
+        features = tower(torch.empty(2, 3, vision.image_size, vision.image_size))
+    assert features.shape == (vision.patches_per_image, 2, vision.hidden_size)
+
+
+def test_llava_has_the_published_size() -> None:
+    tree = {"model": {"preset": "llava_1_5_7b", "language": {"vocab_divisor": 64}}}  # 32064 rows without padding
+    model = build_on_meta(TypeAdapter(ModelConfig).validate_python(expand_presets(tree)["model"]), ParallelConfig())
+    assert count(model.vision) == TOWER_SIZES["clip_vit_l_14_336"]
+    assert count(model.connector) + count(model.language) == LLAVA
+
+
 @pytest.mark.parametrize("first", [None, 2])
 def test_pipeline_stages_add_up_to_the_whole_model(first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = 4 if first is None else 3
@@ -82,7 +132,7 @@ def test_pipeline_stages_add_up_to_the_whole_model(first: int | None, monkeypatc
 
 
 def test_unknown_names_are_answered_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="no vision preset 'vit_huge'; there are openclip_vit_bigg, tiny_vit"):
+    with pytest.raises(ValueError, match=r"no vision preset 'vit_huge'; there are .*openclip_vit_bigg.*, tiny_vit"):
         VISION.find("vit_huge")
     with pytest.raises(ValueError, match=r"^model\.language\.preset: no language preset 'gpt'; .*qwen_7b"):
         expand_presets({"model": {"preset": "tiny", "language": {"preset": "gpt"}}})
