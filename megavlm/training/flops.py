@@ -29,8 +29,9 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
 def vision_flops(vision: VisionConfig, images: int) -> int:
     """Return the forward operations of the tower for ``images`` images."""
     patches, width = vision.patches_per_image, vision.hidden_size
+    positions = patches + int(vision.class_token)
     weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
-    layer = 2 * patches * weights + 4 * patches * patches * width
+    layer = 2 * positions * weights + 4 * positions * positions * width
     embedding = 2 * patches * 3 * vision.patch_size**2 * width
     return images * (vision.num_layers * layer + embedding)
 

@@ -22,7 +22,8 @@ def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> 
     """Return the factor on the learning rate of one parameter.
 
     With layer-wise decay d, layer i of ``num_layers`` (from 0) gets d ** (num_layers - 1 - i), and what lies below
-    the layers (patch embedding, positions, first norm) d ** num_layers (BEiT's rule, arXiv 2106.08254).
+    the layers (patch embedding, positions, first norm) d ** num_layers (BEiT's rule, arXiv 2106.08254). The norm
+    above the layers learns like the last of them.
 
     Args:
         name: the parameter's name inside its module.
@@ -30,7 +31,10 @@ def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> 
         num_layers: layers of the module.
     """
     layer = re.search(r"\blayers\.(\d+)\.", name)
-    depth = num_layers - 1 - int(layer.group(1)) if layer else num_layers
+    if layer:
+        depth = num_layers - 1 - int(layer.group(1))
+    else:
+        depth = 0 if name.startswith("ln_post.") else num_layers
     return module.lr_multiplier * module.layer_decay**depth
 
 

@@ -48,10 +48,22 @@ def test_tower_and_connector(connector: str) -> None:
     assert vision_flops(own.model.vision, IMAGES) + connector_flops(own.model, IMAGES) == expected
 
 
-def test_language_model() -> None:
-    own = recipe()
+@pytest.mark.parametrize("vision", [{"class_token": True}, {"post_layernorm": True, "image_size": 30}])
+def test_other_towers(vision: dict[str, Any]) -> None:
+    """A class token is one position more; pixels beyond the last whole patch cost nothing."""
+    own = recipe(vision=vision, modules={"vision": {"freeze": True}})
+    side = own.model.vision.image_size
     with counted() as counter:
-        losses(build(), pack([sample(i, length) for i, length in enumerate(LENGTHS)]))
+        tower = unwrap(build_model(own, IMAGE_TOKEN)[0]).vision
+        tower(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
+    assert vision_flops(own.model.vision, IMAGES) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("language", [{}, {"num_query_groups": 2, "qk_layernorm": True, "tie_word_embeddings": True}])
+def test_language_model(language: dict[str, Any]) -> None:
+    own = recipe(language=language)
+    with counted() as counter:
+        losses(build(language=language), pack([sample(i, length) for i, length in enumerate(LENGTHS)]))
     language = own.model.language
     tokens, squares = sum(LENGTHS), sum(length**2 for length in LENGTHS)
     # torch counts the whole square of attention, megavlm its causal half; and padded rows of the vocabulary.

@@ -120,6 +120,7 @@ def test_factors_of_names() -> None:
     assert learning_rate_factor("transformer.layers.45.mlp.linear_fc1.weight", module, 48) == 0.5
     for name in ("conv1.weight", "positional_embedding", "ln_pre.bias"):
         assert learning_rate_factor(name, module, 48) == 2.0 * 0.5**48
+    assert learning_rate_factor("ln_post.weight", module, 48) == 2.0
     assert learning_rate_factor("layers.0.weight", ModuleTraining(), 2) == 1.0
 
 
