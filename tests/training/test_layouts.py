@@ -33,6 +33,26 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-recompute-selective": (2, {"pipeline_model_parallel_size": 2, "recompute_granularity": "selective"}),
 }
 
+# Everything that the tiny model lacks and that layouts may get wrong: an embedding tied between the first and the last
+# stage, norms on each rank's own queries and keys, grouped key/value heads, a class token, norms behind the tower.
+OTHER_MODEL: dict[str, Any] = {
+    "preset": "tiny",
+    "vision": {"preset": "clip_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 2, "activation": "quick_gelu"}
+    | {"conv_bias": True, "post_layernorm": True, "init_method_std": 0.1},
+    "connector": {"num_queries": 4, "head_dim": 16},
+    "language": {"preset": "qwen3", "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 4, "vocab_size": 517}
+    | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
+    | {"tie_word_embeddings": True, "init_method_std": 0.08},
+}
+OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": LAYOUTS["tp2"],
+    "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "tp2-pp2-sp": LAYOUTS["tp2-pp2-sp"],
+    "pp2-vpp2": LAYOUTS["pp2-vpp2"],
+    "dp2-pp2-overlap": (4, {"pipeline_model_parallel_size": 2, **LAYOUTS["dp2-overlap"][1]}),
+}
+
 
 def run(tmp: Path, name: str, ranks: int, recipe: dict[str, Any], weights: Path) -> dict[str, list[float]]:
     """Train 3 steps; return losses and gradient norms."""
@@ -55,6 +75,25 @@ def test_layout_equals_one_process(name: str, single: tuple[Path, dict[str, list
     weights, expected = single
     ranks, parallel = LAYOUTS[name]
     got = run(tmp_path, name, ranks, {"parallel": parallel}, weights)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=FP32)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    """Return the same of the other model."""
+    tmp = tmp_path_factory.mktemp("other")
+    weights = tmp / "step-00000000"
+    return weights, run(tmp, "other", 1, {"model": OTHER_MODEL}, weights)
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_another_model_equals_one_process(
+    name: str, other: tuple[Path, dict[str, list[float]]], tmp_path: Path
+) -> None:
+    weights, expected = other
+    ranks, parallel = OTHER_LAYOUTS[name]
+    got = run(tmp_path, name, ranks, {"model": OTHER_MODEL, "parallel": parallel}, weights)
     assert got["loss"] == pytest.approx(expected["loss"], rel=FP32)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
 
