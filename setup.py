@@ -35,6 +35,8 @@ setup(
         "simplejpeg>=1.7",
         "tensorboard>=2.15",
         "tiktoken>=0.7",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
         "typing-extensions>=4.10",
     ],
     extras_require={

@@ -31,13 +31,17 @@ def encode_conversation(
     """Encode a conversation for training.
 
     System and user turns keep ``<|im_start|>``, ``<|im_end|>`` and the newline after it as labels; assistant
-    turns keep these and their content, but not the role and its newline.
+    turns keep these and their content, but not the role and its newline. Header, content and the newline at the
+    end are encoded apart, so that the mask cuts between tokens.
 
     Args:
         conversation: A checked conversation.
         tokenizer: The tokenizer.
         tokens_per_image: ``<imgpad>`` slots of one image; ``<img>`` and ``</img>`` come on top.
         system_message: System turn for a conversation that has none; empty for none.
+
+    Raises:
+        ValueError: A text contains control tokens of this tokenizer.
     """
     tokens: list[int] = []
     labels: list[int] = []
@@ -75,16 +79,44 @@ def encode_prompt(
         check_text(turn.text, f"the {turn.role} turn")
         header, content, end = _encode_turn(turn, tokenizer, tokens_per_image)
         tokens += header + content + end
-    tokens += [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+    tokens += turn_header("assistant", tokenizer)
     return np.asarray(tokens, np.int64)
 
 
+def turn_header(role: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of ``<|im_start|>``, the role and a newline, with which a turn begins."""
+    return [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
+
+
+def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Text of the user's last turn in a prompt that :func:`encode_prompt` made, images as placeholders."""
+    ids = [int(i) for i in prompt]
+    starts = [position for position, i in enumerate(ids) if i == tokenizer.im_start_id]
+    turn = ids[starts[-2] + len(turn_header("user", tokenizer)) : starts[-1]]
+    parts: list[list[int]] = [[]]
+    for i in turn[: turn.index(tokenizer.im_end_id)]:
+        if i == tokenizer.img_start_id:
+            parts.append([])
+        elif i not in (tokenizer.imgpad_id, tokenizer.img_end_id):
+            parts[-1].append(i)
+    return IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
+
+
 def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[int]:
-    """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes ``<img>``, its slots and ``</img>``."""
+    """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes ``<img>``, its slots and ``</img>``.
+
+    Raises:
+        ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it.
+    """
     image = [tokenizer.img_start_id, *[tokenizer.imgpad_id] * tokens_per_image, tokenizer.img_end_id]
     ids: list[int] = []
     for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        ids += (image if index else []) + (tokenizer.encode(part) if part else [])
+        encoded = tokenizer.encode(part) if part else []
+        # Looked for among the ids: names differ between tokenizers, and some normalise the text first.
+        forged = tokenizer.control_ids.intersection(encoded)
+        if forged:
+            raise ValueError(f"text contains the control token {tokenizer.decode([min(forged)])}")
+        ids += (image if index else []) + encoded
     return ids
 
 
@@ -95,7 +127,5 @@ def _with_system(turns: Sequence[Turn], system_message: str) -> list[Turn]:
 
 
 def _encode_turn(turn: Turn, tokenizer: Tokenizer, tokens_per_image: int) -> tuple[list[int], list[int], list[int]]:
-    newline = tokenizer.encode("\n")
-    header = [tokenizer.im_start_id, *tokenizer.encode(turn.role), *newline]
     content = encode_text(turn.text, tokenizer, tokens_per_image)
-    return header, content, [tokenizer.im_end_id, *newline]
+    return turn_header(turn.role, tokenizer), content, [tokenizer.im_end_id, *tokenizer.encode("\n")]

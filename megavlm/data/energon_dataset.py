@@ -118,7 +118,10 @@ class PackEncoder(TaskEncoder):
                 read_header(sample.files[name])
         except ImageError as error:
             raise BrokenSampleError(f"bad image ({error.cause})") from None
-        encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
+        try:
+            encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
+        except ValueError:
+            raise BrokenSampleError("control token") from None
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")
         return PackableSample(

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config.schema import Recipe
+from megavlm.data.chat import last_question, turn_header
 from megavlm.data.feed import ReadPack
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
@@ -43,7 +44,7 @@ def find_questions(
     packs: Sequence[ReadPack], tokenizer: Tokenizer, tokens_per_image: int, room: int, count: int
 ) -> list[Question]:
     """Return the first ``count`` questions of ``packs`` whose prompt has at most ``room`` tokens."""
-    header = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
+    header = turn_header("assistant", tokenizer)
     questions: list[Question] = []
     for item in packs:
         pack, image = item.pack, 0
@@ -128,12 +129,10 @@ def _share(questions: list[Question], image_size: int) -> list[Question]:
 
 def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
     """What a card shows: the last user turn, both answers, and the pictures."""
-    text = tokenizer.decode([int(i) for i in question.prompt if i != tokenizer.imgpad_id])
-    asked = text.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
     assert question.pixels is not None
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]
     return PanelItem(
-        question=asked,
+        question=last_question(question.prompt.tolist(), tokenizer),
         expected=tokenizer.decode([int(i) for i in question.expected]),
         predicted=tokenizer.decode(answer),
         images=[picture.resize([max(side, _SMALLEST_PICTURE) for side in picture.size]) for picture in pictures],

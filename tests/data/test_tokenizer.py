@@ -1,4 +1,4 @@
-"""Both tokenizers keep special tokens whole; the SentencePiece one gives back any text exactly."""
+"""Qwen's and megavlm's own tokenizers keep special tokens whole; the SentencePiece one gives back any text exactly."""
 
 import base64
 import random
@@ -82,6 +82,7 @@ def tiktoken_path(tmp_path: Path) -> Path:
 def test_tiktoken_specials_follow_the_ranks_in_qwens_order(tiktoken_path: Path) -> None:
     tokenizer = load_tokenizer(tiktoken_path)
     shift = 151643 - 259
+    assert tokenizer.added == ()
     assert tokenizer.vocab_size + shift == 151860
     ids = [tokenizer.eos_id, tokenizer.im_start_id, tokenizer.im_end_id]
     assert [i + shift for i in ids] == [151643, 151644, 151645]
@@ -97,7 +98,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_tokenizer(tmp_path / "no.model")
     with pytest.raises(ValueError, match="must end in"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.txt")
     (tmp_path / "x.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path / "x.model")

@@ -1,0 +1,72 @@
+"""Hugging Face's ``tokenizer.json``. It is data: the ``tokenizers`` library reads it, and nothing in it is executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.tokenizer.base import Tokenizer
+
+
+class HFTokenizer(Tokenizer):
+    """A ``tokenizer.json``, as Qwen2, Llama 3 and LLaVA have it.
+
+    Text is encoded without the post-processor, so no BOS is put in front. The files beside it are not read.
+    Where the file's rules put a space before text (Llama's do), the library takes it away again when it
+    decodes, but only at the very start of the ids: an answer comes back as it was, a whole conversation shows
+    a space after its special tokens.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import tokenizers  # noqa: PLC0415 - only where such a file is read
+
+        path = Path(path)
+        text, stated = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer {path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        # A file may carry these from the program that wrote it; text would be cut short silently.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._check(stated, path)
+        roles = self._set_roles(vocabulary, max(vocabulary.values()) + 1, path)
+        # Also those that the file has as ordinary pieces: they keep their ids, and become whole tokens.
+        whole = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False, special=True) for name in roles if name not in whole]
+        )
+        self._check(roles, path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def _check(self, wanted: dict[str, int], path: Path) -> None:
+        """Refuse ids other than ``wanted``: the library numbers added tokens itself, whatever the file says."""
+        for name, number in wanted.items():
+            given = self._tokenizer.token_to_id(name)
+            if given != number:
+                raise ValueError(
+                    f"tokenizer {path} has gaps in its ids: {name} is {number}, but the tokenizers library makes it"
+                    f" {given}; write the file without gaps"
+                )
+
+
+def _read(path: Path) -> tuple[str, dict[str, int]]:
+    """The file's text, and the ids that it gives to its added tokens."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree: Any = json.loads(text)
+        return text, {token["content"]: token["id"] for token in tree.get("added_tokens") or ()}
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise ValueError(f"tokenizer {path} is not valid JSON: {error}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"tokenizer {path} is not a tokenizer.json") from None
