@@ -16,7 +16,7 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
-from megavlm.data.tokenizer import load_tokenizer
+from megavlm.data.tokenizer import load_tokenizer, with_tokenizer
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     recipe, checkpoint = _load_recipe(args)
     records = read_records(args.data, args.images)[: args.limit]
+    assert recipe.data.tokenizer is not None
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     prompts = encode_records(records, tokenizer, recipe, args.max_new_tokens)
     prepare_device()
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
-    """Return the recipe that made the checkpoint, with the overrides, and the checkpoint's directory."""
+    """Return the recipe that made the checkpoint, with the overrides, and the checkpoint's directory.
+
+    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
+    """
     path = resolve(args.checkpoint)
     recipe = load_recipe(path / "recipe.yaml", args.overrides, expand_presets)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,7 +79,7 @@ def _load_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
     for name, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    return recipe, path
+    return with_tokenizer(recipe, path), path
 
 
 def _write(

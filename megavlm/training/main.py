@@ -15,6 +15,7 @@ def run(recipe: Recipe) -> int:
         RecipeError: tokenizer, data or checkpoint do not fit the recipe.
         RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
     """
+    assert recipe.data.tokenizer is not None  # the command line found the file
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
     prepare_device()

@@ -107,7 +107,7 @@ def test_merge_keys_are_not_duplicates():
         (["data.train=[]"], "data.train: the list must have at least one entry; add one"),
         (["data.train=/a"], "data.train: expected a list, got \"/a\"; write its entries with '-' or in brackets"),
         (["training=7"], "training: expected keys under it, got 7"),
-        (["data.tokenizer=null"], "data.tokenizer: expected text, got null"),
+        (["data.tokenizer=3"], "data.tokenizer: expected text or null, got 3"),
         (["training={train_steps: 5}"], "training.global_batch_size: missing (Packs per step over all"),
         (["model.preset=tyni"], "model.preset: no model preset 'tyni'; there are"),
         (["model.vision.preset=nope"], "model.vision.preset: no vision preset 'nope'; there are"),
