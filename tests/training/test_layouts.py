@@ -43,7 +43,7 @@ OTHER_MODEL: dict[str, Any] = {
     "connector": {"num_queries": 4, "head_dim": 16},
     "language": {"preset": "qwen3", "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 4, "vocab_size": 517}
     | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
-    | {"tie_word_embeddings": True, "init_method_std": 0.08},
+    | {"tie_word_embeddings": True, "init_method_std": 0.2},
 }
 OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": LAYOUTS["tp2"],
