@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import content, encode_image, open_reader, prepare, smooth_image, take, write_raw
+from tokenizer_files import write_llama
 
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.reader import PackReader
-from megavlm.data.tokenizer import Tokenizer
+from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.quickstart.render import render_dataset
 
 Datasets = tuple[Path, Path]
@@ -214,6 +215,17 @@ def test_nothing_but_broken_samples_ends_with_an_error(opened: OpenReader, tmp_p
     for num_workers in (0, 1):
         with pytest.raises(ValueError, match=r"1000 samples in a row are unusable.*bad JSON"):
             next(opened([data], num_workers=num_workers))
+
+
+def test_text_that_is_a_control_token_of_this_tokenizer_is_dropped(tmp_path: Path) -> None:
+    """``megavlm prepare`` knows no tokenizer: in Llama's, ``</s>`` ends a document."""
+    data = write_raw(tmp_path / "set", [{"json": record("Yes.", 0)}, {"json": record("Yes.</s>", 0)}] * 20)
+    reader = open_reader([data], load_tokenizer(write_llama(tmp_path)))
+    packs = list(islice(reader, 8))
+    reader.close()
+    keys = [int(key.rpartition("-")[2]) for pack in packs for key in pack.sample_keys]
+    assert keys and all(key % 2 == 0 for key in keys)
+    assert set(reader.dropped) == {"control token"}
 
 
 def test_unusable_data_sets(opened: OpenReader, two_datasets: Datasets, tokenizer: Tokenizer, tmp_path: Path) -> None:
