@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train | prepare | eval | quickstart``.
+"""The command line: ``megavlm train | prepare | convert | eval | quickstart``.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
+    "convert": (
+        "megavlm.checkpoint.hf.main",
+        "bring weights in from Hugging Face, take them out, list and verify them",
+    ),
     "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
     "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
 }

@@ -19,21 +19,24 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megavlm import __version__
+from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import step_directory
+from megavlm.checkpoint.safe import read_metadata
+from megavlm.checkpoint.slots import METADATA
 from megavlm.parallel.state import is_reader
 
 logger = logging.getLogger(__name__)
 
-# Optimizer state as full tensors in the model's own shapes: it loads at any TP x PP x DP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_EXTRA_STATE = "_extra_state"
 
 
 def _model_state(modules: Sequence[Any]) -> dict[str, Any]:
     """Return the sharded state of the bare chunks, named as Megatron-Core's optimizer expects."""
-    metadata: dict[str, Any] = {**_METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     if len(modules) == 1:
         return {"model": modules[0].sharded_state_dict(metadata=metadata)}
     return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
@@ -49,6 +52,8 @@ def save(
     run: dict[str, Any],
     recipe_yaml: str,
     keep: int,
+    parent: Path | None = None,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Write and publish a checkpoint; a collective over all ranks.
 
@@ -61,6 +66,8 @@ def save(
         run: JSON-able facts of the run, with at least ``step``.
         recipe_yaml: the resolved recipe.
         keep: newest checkpoints to leave in ``root``.
+        parent: checkpoint that the run started from, whose ``hf`` folder this one inherits.
+        tokenizer: tokenizer file to keep there if there is no such folder.
 
     Returns:
         The published directory.
@@ -73,12 +80,13 @@ def save(
     dist.barrier()
     state = _model_state(modules)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=METADATA)
         state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(partial), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
     if is_reader():
         _write(partial / f"reader-{mpu.get_data_parallel_rank()}.json", json.dumps(reader_state))
     if dist.get_rank() == 0:
+        assets.inherit(parent, tokenizer, partial)
         _write(partial / "recipe.yaml", recipe_yaml)
         _write(partial / "run.json", json.dumps({**run, "megavlm": __version__}, indent=2))
     dist.barrier()
@@ -119,18 +127,36 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
 
     Raises:
         Megatron-Core's CheckpointingException: the checkpoint lacks tensors of this model, or shapes differ.
+        ValueError: its index is damaged, or is a pickle that would run code.
     """
+    stored = read_metadata(path).state_dict_metadata
     state = _model_state(modules)
+    for name in [name for name in state if name.startswith("model")]:
+        state[name] = _known(state[name], stored)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
     loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     for i, module in enumerate(modules):
-        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=True)
+        result = module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
     logger.info("loaded %s", path)
+
+
+def _known(state: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is no weight and may be missing: extra state of layers, such as Transformer Engine's scales.
+
+    A converted checkpoint has none, and a layer without it starts as a new one does.
+    """
+    return {
+        name: entry
+        for name, entry in state.items()
+        if not (isinstance(entry, ShardedObject) and name.endswith(_EXTRA_STATE) and entry.unique_key not in stored)
+    }
 
 
 def load_reader_state(path: Path, world_size: int) -> Any:

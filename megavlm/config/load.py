@@ -19,7 +19,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.keys import all_keys, find_key
 from megavlm.config.schema import Recipe
 
-__all__ = ["SHIPPED", "RecipeError", "load_recipe", "shipped_recipes"]
+__all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "shipped_recipes"]
 
 SHIPPED = Path(__file__).parent / "recipes"
 """Directory of the recipes that come with megavlm."""
@@ -45,7 +45,7 @@ def load_recipe(
     Raises:
         RecipeError: the file, an override or a value is wrong.
     """
-    tree = _read(_find(recipe))
+    tree = read_recipe(recipe)
     for override in overrides:
         _override(tree, override)
     try:
@@ -56,6 +56,15 @@ def load_recipe(
         return TypeAdapter(Recipe).validate_json(json.dumps(expanded), strict=True)
     except ValidationError as error:
         raise RecipeError.of(_explain(error)) from None
+
+
+def read_recipe(recipe: str | Path) -> Tree:
+    """Return the raw tree of a YAML file or a shipped recipe, neither expanded nor checked.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is no YAML mapping.
+    """
+    return _read(_find(recipe))
 
 
 def _find(recipe: str | Path) -> Path:

@@ -20,6 +20,7 @@ from megavlm.data.decode import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, is_reader
 from megavlm.training.build import build_training
@@ -52,6 +53,7 @@ class Trainer:
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
         self.training = build_training(recipe, tokenizer.imgpad_id)
+        self.parent: Path | None = None
         self.progress, reader_state = self._load()
         decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
@@ -111,7 +113,10 @@ class Trainer:
                 run=self.progress.to_json(),
                 recipe_yaml=to_yaml(self.recipe),
                 keep=self.recipe.checkpoint.keep,
+                parent=self.parent,
+                tokenizer=Path(self.recipe.data.tokenizer) if self.recipe.data.tokenizer else None,
             )
+        self.parent = path
         logger.info("saved %s", path)
 
     def close(self) -> None:
@@ -144,6 +149,7 @@ class Trainer:
                 checkpoint.load(
                     newest, modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler
                 )
+            self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)
             return progress, state
@@ -152,6 +158,7 @@ class Trainer:
             with agreed(f"loading {path}"):
                 _check_same_model(path, self.recipe)
             checkpoint.load(path, modules=training.modules)
+            self.parent = path
             training.optimizer.reload_model_params()
         return Progress(), None
 
@@ -193,17 +200,41 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key.
     """
+    if not (path / "recipe.yaml").is_file():
+        raise RecipeError(
+            f"checkpoint.load: {path} holds parts of a model only; "
+            "compose a whole one with tools/checkpoint_convert/hf_to_megatron.py --language ... --vision ..."
+        )
     saved = yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
     wanted = to_tree(recipe)["model"]
-    for branch in ("vision", "connector", "language"):
+    for branch, registry in (("vision", VISION), ("connector", CONNECTORS), ("language", LANGUAGE)):
         for key, value in wanted[branch].items():
-            if key in _SHAPE_FREE or saved[branch].get(key) == value:
+            there = saved[branch].get(key, value)  # a key that is newer than the checkpoint had its default
+            if key in _SHAPE_FREE or there == value:
+                continue
+            if key == "preset" and registry is not CONNECTORS and _same_builder(registry, there, value):
                 continue
             raise RecipeError(
-                f"model.{branch}.{key}: {value!r}, but {path} was saved with {saved[branch].get(key)!r}; "
+                f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
 
 
-# What may differ between a checkpoint and the run that loads it.
-_SHAPE_FREE = ("init_method_std", "gradient_checkpointing", "max_position_embeddings")
+def _same_builder(registry: Registry, one: str, other: str) -> bool:
+    """Whether two presets are sizes of the same architecture."""
+    try:
+        return registry.find(one).module == registry.find(other).module
+    except ValueError:
+        return False
+
+
+# What may differ between a checkpoint and the run that loads it; the positional table is fitted to the image.
+_SHAPE_FREE = (
+    "init_method_std",
+    "gradient_checkpointing",
+    "max_position_embeddings",
+    "vocab_divisor",
+    "image_size",
+    "image_mean",
+    "image_std",
+)

@@ -1,0 +1,88 @@
+"""The small files of a Hugging Face directory (configuration, tokenizer), kept in a checkpoint's ``hf`` folder.
+
+They travel with every checkpoint that is trained from there, so that an export has them. They are copied and never
+executed, Python files of remote code included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.tokenizer import TOKENIZER_FILES
+
+FOLDER = "hf"
+"""Of a checkpoint's directory."""
+RECORD = "conversion.json"
+"""In that folder: what the converter knows of where the weights come from."""
+CARRIED = "carried"
+"""In that folder: tensors that the model has no parameter for."""
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tar"}
+_LARGEST = 64 << 20
+
+
+def small_files(directory: Path) -> list[Path]:
+    """Return the files of ``directory`` that belong to a model and are no weights."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file()
+        and path.suffix not in _WEIGHTS
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and path.stat().st_size <= _LARGEST
+    )
+
+
+def copy_files(files: list[Path], to: Path) -> None:
+    """Copy ``files`` into the directory ``to``, contents only."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, to / path.name)
+
+
+def write_record(checkpoint: Path, record: dict[str, Any]) -> None:
+    """Write the record into a checkpoint's folder."""
+    (checkpoint / FOLDER).mkdir(exist_ok=True)
+    (checkpoint / FOLDER / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """Return the record of a checkpoint, empty for one that was not made from a Hugging Face directory."""
+    path = checkpoint / FOLDER / RECORD
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return record
+
+
+def inherit(parent: Path | None, tokenizer: Path | None, checkpoint: Path) -> None:
+    """Give ``checkpoint`` a folder: that of the one it was trained from, or one with the run's tokenizer.
+
+    Large files are hard links where the file system has them.
+    """
+    source = parent / FOLDER if parent is not None else None
+    if source is not None and source.is_dir():
+        shutil.copytree(source, checkpoint / FOLDER, copy_function=_link_or_copy)
+    elif tokenizer is not None:
+        copy_files([tokenizer], checkpoint / FOLDER)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files of ``directory`` that belong to its tokenizer."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)

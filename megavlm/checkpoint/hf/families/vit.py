@@ -1,0 +1,89 @@
+"""CLIP and SigLIP towers as Transformers writes them: a whole dual encoder, or its vision half."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from megavlm.checkpoint.hf.families.common import TRANSFORMERS_VISION
+from megavlm.checkpoint.hf.families.towers import transformers_vision, transformers_vision_config
+from megavlm.checkpoint.hf.family import Constants, Family, Tree, config_file
+from megavlm.checkpoint.hf.rules import Aside, Table
+from megavlm.checkpoint.hf.source import Source
+from megavlm.config.schema import ModelConfig, VisionConfig
+
+_OTHER_HALF = Aside(
+    r"{top}text_model\..*|{top}(visual|text)_projection\..*|{top}logit_(scale|bias)",
+    "text tower and projections",
+    carried=True,
+)
+
+
+class ClipFamily(Family):
+    """OpenAI's and LAION's CLIP. Features are those of the layer before the last, as LLaVA takes them."""
+
+    name = "clip"
+    title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
+    parts = ("vision",)
+    styles: ClassVar = {"vision_model.": {}, "": {}}
+    kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
+    feature_layer: ClassVar[int] = -2
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") in self.kinds
+
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return style + "embeddings.patch_embedding.weight"
+
+    def branches(self, source: Source) -> Tree:
+        """Return the vision branch."""
+        half = source.config.get("vision_config", source.config)
+        return {"vision": transformers_vision(half, self.feature_layer, config_file(source))}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        aside = (*TRANSFORMERS_VISION.aside, _OTHER_HALF)
+        return [dataclasses.replace(TRANSFORMERS_VISION, prefix=style, aside=aside, names={"top": ""})]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration of a vision half whose last layer is the last that runs."""
+        config = transformers_vision_config(model.vision)
+        return {**config, "architectures": ["CLIPVisionModel" if model.vision.class_token else "SiglipVisionModel"]}
+
+    def constants(self, model: ModelConfig, style: str) -> Constants:
+        """Return the norm behind the layers, where the features are taken in front of it."""
+        if model.vision.post_layernorm:
+            return {}
+        prefix, shape = style + "post_layernorm.", (model.vision.hidden_size,)
+        return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """A class token and a first norm make a CLIP."""
+        return no_transformers_tower(model.vision, clip=self.name == "clip")
+
+
+class SiglipFamily(ClipFamily):
+    """SigLIP. Features are those of the last layer, behind its norm."""
+
+    name = "siglip"
+    title = "SigLIP vision towers in Transformers' layout"
+    kinds = ("siglip", "siglip_vision_model")
+    feature_layer = -1
+
+
+def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> str | None:
+    """Return why a tower is neither CLIP's nor SigLIP's (or not the one asked for), or None."""
+    if vision.positional_grid != vision.image_size // vision.patch_size:
+        return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
+    is_clip = vision.class_token and not vision.conv_bias and vision.pre_layernorm and not vision.post_layernorm
+    is_siglip = vision.conv_bias and not vision.class_token and not vision.pre_layernorm
+    if clip is None and not (is_clip or is_siglip):
+        return "the vision tower is neither CLIP's nor SigLIP's"
+    if clip is True and not is_clip:
+        return "the vision tower is not CLIP's"
+    if clip is False and not is_siglip:
+        return "the vision tower is not SigLIP's"
+    return None

@@ -1,0 +1,313 @@
+"""Hugging Face checkpoints to a Megatron distributed checkpoint that any layout loads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavlm import __version__
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.hf.accounting import Account, check_source
+from megavlm.checkpoint.hf.families import detect
+from megavlm.checkpoint.hf.family import Family
+from megavlm.checkpoint.hf.recipe import converted_recipe
+from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
+from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
+from megavlm.checkpoint.hf.source import Source
+from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.slots import Slot, build_part, find_slots
+from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.models.build import MODULES
+from megavlm.models.context import BuildContext
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Given:
+    """A source, and the parts that are taken from it."""
+
+    source: Source
+    family: Family
+    style: str
+    parts: tuple[str, ...]
+    branches: Tree
+
+    @staticmethod
+    def open(path: Path, parts: Sequence[str] | None = None) -> Given:
+        """Open a directory or file and recognise its family.
+
+        Raises:
+            ValueError: it is of no known family, or has not got the parts.
+        """
+        source = Source(path)
+        family = detect(source)
+        for part in parts or ():
+            if part not in family.parts:
+                raise ValueError(f"{path}: is a {family.title}; it has no {part}, only {' and '.join(family.parts)}")
+        return Given(source, family, family.style_of(source), tuple(parts or family.parts), family.branches(source))
+
+
+@dataclass
+class Report:
+    """What a conversion did."""
+
+    parts: dict[str, str]
+    """Where each part comes from."""
+    tensors: int = 0
+    bytes: int = 0
+    ignored: dict[str, list[str]] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    """What was initialised rather than converted."""
+    verified: bool = False
+
+    def lines(self) -> list[str]:
+        """Return the report for people."""
+        lines = [f"{part}: {origin}" for part, origin in self.parts.items()]
+        lines += [f"initialised: {what}" for what in self.fresh]
+        lines += [f"ignored: {len(names)} x {why} ({names[0]})" for why, names in self.ignored.items()]
+        if self.carried:
+            lines.append(f"carried beside the model: {len(self.carried)} tensors ({self.carried[0]})")
+        state = "read back and bit-identical" if self.verified else "not read back (--no-verify)"
+        lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB: {state}")
+        return lines
+
+
+def convert(
+    given: Sequence[Given], out: Path, *, seed: int, fresh: Mapping[str, Tree], base: Tree | None, verify: bool
+) -> Report:
+    """Convert whole or composed checkpoints.
+
+    Args:
+        given: sources; no part may be given twice.
+        out: directory to write; it must not exist, or be empty.
+        seed: of the parts that are initialised.
+        fresh: branches of the parts that are initialised.
+        base: raw recipe whose other branches the converted recipe takes; None for defaults.
+        verify: read everything back and compare.
+
+    Raises:
+        ValueError: the sources are wrong, or do not fit together.
+    """
+    branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
+    parts = [part for part in MODULES if part in branches]
+    tokenizer = next(
+        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
+    )
+    report = Report(dict.fromkeys(fresh, "initialised"))
+    if len(given) > 1 or fresh:
+        _grow_vocabulary(branches, tokenizer, report)
+    where = ", ".join(str(one.source.path) for one in given)
+    model = make_model(branches, where)
+    recipe = None
+    dtype = _dtype(given)
+    if len(parts) == len(MODULES):
+        recipe = converted_recipe(model, out, base, dtype)
+    with alone(seed):
+        slots = find_slots(model, parts)
+        plans = [_Plan(one, branches, slots) for one in given]
+        pieces = [piece for plan in plans for piece in plan.pieces]
+        for part in fresh:
+            pieces += _initialise(part, model, slots, dtype, report)
+        report.tensors = sum(len(plan.taken) for plan in plans)
+        total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
+        report.bytes = total
+        for plan in plans:
+            plan.tell(report)
+        with publishing(out, needed_bytes=total) as partial:
+            with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+                write_checkpoint(partial, pieces, bar.update)
+            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer)
+            if verify:
+                _verify(partial, plans, total)
+                report.verified = True
+    return report
+
+
+class _Plan:
+    """One source held against its family's rules, and the pieces that are taken from it."""
+
+    def __init__(self, given: Given, branches: Tree, slots: Mapping[str, Slot]) -> None:
+        self.given = given
+        source, family = given.source, given.family
+        own_model = make_model({**branches, **given.branches}, str(source.path))
+        own_slots = family_slots(family, own_model)
+        rules = make_rules(family, own_model, given.style, own_slots)
+        self.account: Account = check_source(source, family, given.style, own_model, rules)
+        self.rules: list[Rule] = [rule for rule in rules if rule.part in given.parts]
+        self.taken = [name for rule in self.rules for name in rule.row.theirs]
+        self.left = sorted(set(self.account.used) - set(self.taken))
+        self.pieces = [piece for rule in self.rules for piece in self._pieces(rule, slots)]
+
+    def tell(self, report: Report) -> None:
+        """Add to the report."""
+        family, whole = self.given.family, len(self.given.parts) == len(self.given.family.parts)
+        for part in self.given.parts:
+            report.parts[part] = f"{self.given.source.path} ({family.title})"
+        for why, names in self.account.ignored.items():
+            report.ignored.setdefault(why, []).extend(names)
+        if self.left:
+            other = " and ".join(part for part in family.parts if part not in self.given.parts)
+            report.ignored.setdefault(f"{other} of {self.given.source.path}, which is not asked for", []).extend(
+                self.left
+            )
+        if whole:
+            report.carried += self.account.carried
+        elif self.account.carried:
+            report.ignored.setdefault("belongs to what is not taken", []).extend(self.account.carried)
+
+    def read(self, rule: Rule) -> list[Tensor]:
+        """Return Hugging Face's tensors of a rule."""
+        return [self.given.source.get(name) for name in rule.row.theirs]
+
+    def _pieces(self, rule: Rule, slots: Mapping[str, Slot]) -> list[Piece]:
+        pieces = []
+        dtype = self.given.source.tensors[rule.row.theirs[0]].dtype
+        assert isinstance(dtype, torch.dtype)
+        for i, name in enumerate(rule.row.ours):
+            slot, own = slots[name], rule.slots[i]
+            if slot.shape != own.shape and not (slot.vocabulary and slot.shape[1:] == own.shape[1:]):
+                raise ValueError(
+                    f"{self.given.source.path}: {' and '.join(rule.row.theirs)} is made for another model: it gives "
+                    f"{name} the shape {list(own.shape)}, the other parts ask for {list(slot.shape)}"
+                )
+            pieces.append(Piece(slot, dtype, self._reader(rule, i, slot)))
+        return pieces
+
+    def _reader(self, rule: Rule, index: int, slot: Slot) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            tensor = rule.to_ours(self.read(rule))[index]
+            return _grown(tensor, slot) if tuple(tensor.shape) != slot.shape else tensor
+
+        return read
+
+
+_NEW_ROWS_STD = 0.02
+
+
+def _grown(tensor: Tensor, slot: Slot) -> Tensor:
+    """Append rows to an embedding, the same for the same slot."""
+    generator = torch.Generator().manual_seed(slot.shape[0])
+    rows = torch.randn(slot.shape[0] - tensor.size(0), *slot.shape[1:], generator=generator) * _NEW_ROWS_STD
+    return torch.cat([tensor, rows.to(tensor.dtype)])
+
+
+def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> None:
+    """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
+    if tokenizer is None or "language" not in branches:
+        return
+    needed, rows = load_tokenizer(tokenizer).vocab_size, branches["language"]["vocab_size"]
+    if needed > rows:
+        grown = -(-needed // 64) * 64
+        branches["language"] = {**branches["language"], "vocab_size": grown}
+        report.fresh.append(
+            f"{grown - rows} rows of the embedding and output layer, for the tokens that {tokenizer} lacks"
+        )
+
+
+def _dtype(given: Sequence[Given]) -> torch.dtype:
+    """Return the type of the language model's weights, or of any others."""
+    order = sorted(given, key=lambda one: "language" not in one.parts)
+    types = [info.dtype for info in order[0].source.tensors.values() if isinstance(info.dtype, torch.dtype)]
+    return max(set(types), key=types.count) if types else torch.float32
+
+
+def _initialise(
+    part: str, model: ModelConfig, slots: Mapping[str, Slot], dtype: torch.dtype, report: Report
+) -> list[Piece]:
+    """Build a part with its initial weights and return them."""
+    module = build_part(part, model, BuildContext(ParallelConfig(), dtype=dtype))
+    state = {f"{part}.{name}": value.detach().cpu() for name, value in module.named_parameters()}
+    own = {name: slot for name, slot in slots.items() if name.split(".", 1)[0] == part}
+    assert set(own) == set(state), sorted(set(own) ^ set(state))
+    count = sum(value.numel() for value in state.values())
+    report.fresh.append(f"{part}: {getattr(model, part).preset}, {count:,} parameters")
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: state[name][: own[name].shape[0]] if own[name].vocabulary else state[name]
+
+    return [Piece(slot, dtype, reader(name)) for name, slot in own.items()]
+
+
+def _write_rest(
+    partial: Path,
+    given: Sequence[Given],
+    plans: Sequence[_Plan],
+    branches: Tree,
+    parts: Sequence[str],
+    recipe: str | None,
+    report: Report,
+    tokenizer: Path | None,
+) -> None:
+    """Write what a checkpoint has beside its tensors."""
+    one = given[0]
+    whole = len(given) == 1 and one.parts == tuple(one.family.parts) and not report.fresh
+    if whole:
+        assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
+        if report.carried:
+            _write_carried(partial / assets.FOLDER / assets.CARRIED, one.source, report.carried)
+    elif tokenizer is not None:
+        assets.copy_files(assets.tokenizer_files(tokenizer.parent), partial / assets.FOLDER)
+    record = {
+        "family": one.family.name if whole else None,
+        "style": one.style if whole else None,
+        "parts": list(parts),
+        "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
+        "model": {part: branches[part] for part in parts},
+        "origin": report.parts,
+        "initialised": report.fresh,
+        "ignored": report.ignored,
+        "carried": report.carried,
+        "megavlm": __version__,
+    }
+    assets.write_record(partial, record)
+    if recipe is not None:
+        (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    run: dict[str, Any] = {"step": 0, "megavlm": __version__, "converted_from": report.parts}
+    (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
+
+
+def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> None:
+    directory.mkdir(parents=True)
+    entries = []
+    for name in names:
+        info = source.tensors[name]
+        if not isinstance(info.dtype, torch.dtype):
+            raise ValueError(f"{source.path}: {name} is of type {info.dtype}; only floating point is converted")
+        entries.append(Entry(name, info.shape, info.dtype))
+    entries.sort(key=lambda entry: -entry.dtype.itemsize)
+    writer = ShardedWriter(directory, entries)
+    try:
+        for entry in entries:
+            writer.put(entry.name, source.get(entry.name))
+        writer.close()
+    finally:
+        writer.abort()
+
+
+def _verify(checkpoint: Path, plans: Sequence[_Plan], total: int) -> None:
+    """Read every tensor back, turn it into Hugging Face's form and compare it with the source, bit for bit.
+
+    Raises:
+        RuntimeError: something differs: the disk lied, or there is a bug here.
+    """
+    reader = CheckpointReader(checkpoint)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
+        for plan in plans:
+            for rule in plan.rules:
+                ours = [reader.read(slot) for slot in rule.slots]
+                for name, back, there in zip(rule.row.theirs, rule.to_theirs(ours), plan.read(rule), strict=True):
+                    if not same_bits(back, there):
+                        raise RuntimeError(f"{name}: what was written differs from {plan.given.source.path}")
+                bar.update(sum(tensor.nbytes for tensor in ours))

@@ -1,0 +1,237 @@
+"""``megavlm convert``: checkpoints in and out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megavlm.checkpoint.hf.inspect import describe
+from megavlm.checkpoint.paths import resolve
+from megavlm.config.errors import RecipeError
+from megavlm.config.load import read_recipe
+from megavlm.models.registry import CONNECTORS, expand_presets, load_presets
+from megavlm.parallel.device import prepare_device
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of all actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="action")
+    add_incoming(actions.add_parser("hf-to-megatron", help="Hugging Face weights to a checkpoint for training"))
+    add_outgoing(actions.add_parser("megatron-to-hf", help="a checkpoint to a Hugging Face directory"))
+    add_inspect(actions.add_parser("inspect", help="list what a checkpoint of either kind holds"))
+    add_verify(actions.add_parser("verify", help="hold a checkpoint against reference logits"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the action that was chosen."""
+    status: int = args.run(args)
+    return status
+
+
+def add_incoming(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``hf_to_megatron``."""
+    parser.description = (
+        "Convert Hugging Face weights to a Megatron distributed checkpoint that trains at any TP x PP. "
+        "Give one directory with --hf, or compose a model from --language, --vision and --connector."
+    )
+    parser.add_argument(
+        "--hf", type=Path, metavar="DIR", help="a whole checkpoint (or a language model, or a tower, alone)"
+    )
+    parser.add_argument(
+        "--language", type=Path, metavar="DIR", help="compose: checkpoint to take the language model from"
+    )
+    parser.add_argument("--vision", type=Path, metavar="DIR", help="compose: checkpoint to take the vision tower from")
+    parser.add_argument(
+        "--connector",
+        type=Path,
+        metavar="PATH",
+        help="compose: checkpoint, or mm_projector.bin, to take the connector from",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="checkpoint to write; must not exist yet"
+    )
+    parser.add_argument(
+        "--connector-preset", metavar="NAME", help="compose without --connector: kind of the fresh connector"
+        " (default: resampler for Qwen-VL's tower, mlp2x_gelu for others)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="recipe whose data, optimizer and other branches the checkpoint's"
+        " recipe takes, and whose model and training.seed make the parts that are missing"
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="seed of fresh parts (default: the recipe's, or 1234)")
+    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    parser.set_defaults(run=run_incoming)
+
+
+def add_outgoing(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``megatron_to_hf``."""
+    parser.description = (
+        "Write a checkpoint, saved at any layout, as a Hugging Face directory with sharded safetensors."
+    )
+    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint, or a run's output_dir")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
+    parser.add_argument(
+        "--family", metavar="NAME", help="family to write (default: the one that the weights came from)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="number type (default keep)"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes (default 5)"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    parser.set_defaults(run=run_outgoing)
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``inspect``."""
+    parser.description = (
+        "List what a checkpoint holds: a Megatron checkpoint, a run's output_dir, or Hugging Face weights."
+    )
+    parser.add_argument("path", type=Path, metavar="DIR", help="checkpoint, run, directory or weight file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="every tensor; else layers are shown together")
+    parser.set_defaults(run=run_inspect)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``verify``."""
+    parser.description = (
+        "Run the inputs of a reference file through a checkpoint and print the largest differences from the "
+        "reference's logits, image features and losses. Exit code 1 above the tolerance. Works under torchrun at any layout."
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="keys of the checkpoint's recipe to change, such as"
+        " parallel.tensor_model_parallel_size=2"
+    )  # fmt: skip
+    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint, or a run's output_dir")
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="FILE", help="safetensors with sN.input_ids, sN.pixel_values"
+        " (normalised), sN.labels, sN.logits, sN.image_features, sN.loss for N = 0, 1, ...; all but input_ids optional"
+    )  # fmt: skip
+    parser.add_argument("--tolerance", type=float, default=2e-4, help="largest absolute difference (default 2e-4)")
+    parser.set_defaults(run=run_verify)
+
+
+def run_incoming(args: argparse.Namespace) -> int:
+    """Convert to a Megatron checkpoint.
+
+    Raises:
+        ValueError: the arguments or the sources are wrong.
+    """
+    compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
+    if (args.hf is None) == (not compose):
+        raise ValueError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
+    if compose and not {"language", "vision"} & set(compose):
+        raise ValueError("--connector alone makes no model; give --language and --vision too")
+    base = _base_recipe(args.recipe)
+    prepare_device()
+    # Megatron-Core may be imported from here on.
+    from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
+
+    if args.hf is not None:
+        given, fresh = [Given.open(args.hf)], {}
+    else:
+        given = [Given.open(getattr(args, name), [name]) for name in compose]
+        fresh = _fresh(args, given, base)
+    seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
+    report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify)
+    for line in report.lines():
+        logger.info("%s", line)
+    logger.info("wrote %s", args.out)
+    if (args.out / "recipe.yaml").is_file():
+        logger.info("train it with: megavlm train %s data.train.0.path=DATA output_dir=RUN", args.out / "recipe.yaml")
+    return 0
+
+
+def _base_recipe(recipe: str | None) -> dict[str, Any] | None:
+    if recipe is None:
+        return None
+    try:
+        return expand_presets(read_recipe(recipe))
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _fresh(args: argparse.Namespace, given: Sequence[Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the branches of the parts that no source gives.
+
+    Raises:
+        ValueError: a part is missing and nothing says what it should be.
+    """
+    there = {part for one in given for part in one.parts}
+    model = (base or {}).get("model") or {}
+    fresh: dict[str, Any] = {}
+    for part in ("vision", "language"):
+        if part not in there:
+            if part not in model:
+                raise ValueError(
+                    f"--{part} is missing; give it, or a --recipe whose model.{part} says what to initialise"
+                )
+            fresh[part] = dict(model[part])
+    if "connector" in there:
+        if args.connector_preset is not None:
+            raise ValueError("--connector-preset: goes with a fresh connector, not with --connector")
+        return fresh
+    if args.connector_preset is None and "connector" in model:
+        fresh["connector"] = dict(model["connector"])
+        return fresh
+    branches = {part: one.branches[part] for one in given for part in one.parts} | fresh
+    qwen = not branches["vision"].get("class_token") and not branches["vision"].get("conv_bias")
+    name = args.connector_preset or ("resampler" if qwen else "mlp2x_gelu")
+    load_presets()
+    try:
+        CONNECTORS.find(name)
+    except ValueError as error:
+        raise ValueError(f"--connector-preset: {error}") from None
+    fresh["connector"] = {"preset": name}
+    if name == "resampler":
+        fresh["connector"] |= {"num_queries": 256, "head_dim": min(128, branches["language"]["hidden_size"])}
+    return fresh
+
+
+def run_outgoing(args: argparse.Namespace) -> int:
+    """Write a Hugging Face directory.
+
+    Raises:
+        ValueError: the checkpoint is wrong, or no family holds it.
+    """
+    if args.max_shard_size <= 0:
+        raise ValueError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
+    path = resolve(args.megatron)
+    prepare_device()
+    from megavlm.checkpoint.hf.outgoing import DTYPES, export  # noqa: PLC0415
+
+    result = export(
+        path,
+        args.out,
+        family_name=args.family,
+        dtype=DTYPES[args.dtype],
+        shard_bytes=int(args.max_shard_size * 1e9),
+        verify=not args.no_verify,
+    )
+    for line in result.lines():
+        logger.info("%s", line)
+    logger.info("wrote %s", args.out)
+    return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint holds."""
+    print(describe(args.path, as_json=args.json, every=args.all))  # noqa: T201 - what was asked for
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Hold a checkpoint against a reference; exit code 1 above the tolerance."""
+    prepare_device()
+    from megavlm.evaluation.parity import verify  # noqa: PLC0415
+
+    return verify(args.megatron, args.reference, args.set, args.tolerance)

@@ -1,0 +1,301 @@
+"""A Megatron distributed checkpoint, saved at any layout, to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.hf.families import FAMILIES
+from megavlm.checkpoint.hf.family import Family
+from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
+from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
+from megavlm.checkpoint.hf.source import CONFIG, Source, read_json
+from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config import yaml12
+from megavlm.config.help import to_tree
+from megavlm.config.schema import ModelConfig
+from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What may differ between a configuration's model and the checkpoint's without the weights being others.
+_FREE = ("preset", "init_method_std", "gradient_checkpointing", "vocab_divisor", "image_mean", "image_std")
+_VISUAL_CONFIG = "visual_config.json"
+
+
+@dataclass
+class Export:
+    """What an export did."""
+
+    family: str
+    tensors: int = 0
+    bytes: int = 0
+    files: int = 0
+    carried: int = 0
+    constants: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    """Keys of the model in which the written config.json differs from the original one."""
+    verified: bool = False
+
+    def lines(self) -> list[str]:
+        """Return the report for people."""
+        lines = [f"family: {self.family}"]
+        if self.changed:
+            lines.append(f"config.json: written anew for {', '.join(self.changed)}")
+        if self.carried:
+            lines.append(f"carried: {self.carried} tensors that training does not touch, as they came")
+        if self.constants:
+            lines.append(f"without an effect, written for the loader: {', '.join(self.constants)}")
+        state = "read back and bit-identical" if self.verified else "not read back (--no-verify, or another --dtype)"
+        lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB in {self.files} files: {state}")
+        return lines
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    family_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    verify: bool = True,
+) -> Export:
+    """Write a Hugging Face directory.
+
+    Args:
+        checkpoint: a published checkpoint.
+        out: directory to write; it must not exist, or be empty.
+        family_name: family to write; None for the one that the weights came from, or the first that fits.
+        dtype: number type to convert to; None keeps each tensor's.
+        shard_bytes: largest size of a file.
+        verify: read everything back and compare.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another model, or no family can hold it.
+    """
+    record = assets.read_record(checkpoint)
+    branches = _branches(checkpoint, record)
+    model = make_model(branches, str(checkpoint))
+    family = _choose(family_name or record.get("family"), model, tuple(branches), asked=family_name is not None)
+    original = record.get("family") == family.name
+    style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
+    reader = CheckpointReader(checkpoint)
+    result = Export(f"{family.name} ({family.title})")
+    with alone():
+        rules = make_rules(family, model, style, family_slots(family, model))
+        rules.sort(key=lambda rule: -_type(rule, reader, dtype).itemsize)  # the larger first: all stay aligned
+        extra = _extra(checkpoint, family, model, style, result, original=original, dtype=dtype)
+        entries = [e for rule in rules for e in _entries(rule, _type(rule, reader, dtype))]
+        entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
+        result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
+        with publishing(out, needed_bytes=result.bytes) as partial:
+            writer = ShardedWriter(partial, entries, shard_bytes)
+            try:
+                with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+                    for rule in rules:
+                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype), strict=True):
+                            writer.put(name, tensor, bar.update)
+                    for name, tensor in extra.items():
+                        writer.put(name, tensor, bar.update)
+                writer.close()
+            finally:
+                writer.abort()
+            result.files = len(writer.shards)
+            _write_assets(checkpoint, partial, family, model, record, result, original=original)
+            source = Source(partial)
+            left = _differences(family, source, model)
+            assert not left, f"the written config.json gives another model: {left}"
+            if verify and dtype is None:
+                _verify(source, rules, reader, result.bytes)
+                result.verified = True
+    return result
+
+
+def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
+    """Return the branches of the model that a checkpoint holds.
+
+    Raises:
+        ValueError: it has neither a recipe nor a record.
+    """
+    recipe = checkpoint / "recipe.yaml"
+    if recipe.is_file():
+        model = yaml12.parse(recipe.read_text(encoding="utf-8")).get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"{recipe}: has no model")
+        return {part: model[part] for part in ("vision", "connector", "language")}
+    if isinstance(record.get("model"), dict):
+        return dict(record["model"])
+    raise ValueError(
+        f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
+    )
+
+
+def _choose(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
+    """Return the family to write.
+
+    Raises:
+        ValueError: the one asked for cannot hold the model, or none can.
+    """
+    if name is not None:
+        if name not in FAMILIES:
+            raise ValueError(f"--family {name}: there are {', '.join(FAMILIES)}")
+        family = FAMILIES[name]
+        missing = [part for part in family.parts if part not in parts]
+        reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refuses(model)
+        if reason is None:
+            return family
+        if asked:
+            raise ValueError(f"--family {name}: {reason}")
+    reasons = []
+    for family in FAMILIES.values():
+        if set(family.parts) == set(parts):
+            reason = family.refuses(model)
+            if reason is None:
+                return family
+            reasons.append(f"{family.name}: {reason}")
+    raise ValueError(
+        "no Hugging Face family holds this model whole ("
+        + "; ".join(reasons)
+        + "); export its parts with --family "
+        + " or ".join(f.name for f in FAMILIES.values() if len(f.parts) == 1)
+    )
+
+
+def _type(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype or reader.dtype(rule.slots[0])
+
+
+def _entries(rule: Rule, dtype: torch.dtype) -> list[Entry]:
+    return [Entry(name, shape, dtype) for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
+
+
+def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None) -> list[Tensor]:
+    """Return Hugging Face's tensors of a rule."""
+    tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
+    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _extra(
+    checkpoint: Path,
+    family: Family,
+    model: ModelConfig,
+    style: str,
+    result: Export,
+    *,
+    original: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Return tensors that are no parameters: carried ones where they are at hand, else constants."""
+    carried = checkpoint / assets.FOLDER / assets.CARRIED
+    if original and carried.is_dir():
+        source = Source(carried)
+        result.carried = len(source.tensors)
+        tensors = {name: source.get(name) for name in source.tensors}
+    elif original:
+        return {}
+    else:
+        constants = family.constants(model, style)
+        result.constants = list(constants)
+        tensors = {name: torch.full(shape, value) for name, (shape, value) in constants.items()}
+    tensors = {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def _write_assets(
+    checkpoint: Path,
+    partial: Path,
+    family: Family,
+    model: ModelConfig,
+    record: Mapping[str, Any],
+    result: Export,
+    *,
+    original: bool,
+) -> None:
+    """Write configuration and tokenizer files."""
+    folder = checkpoint / assets.FOLDER
+    files = [path for path in assets.small_files(folder) if path.name != assets.RECORD] if folder.is_dir() else []
+    if not original:
+        files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG)]
+    assets.copy_files(files, partial)
+    tokens = _tokens(record, folder)
+    if not original:
+        _write_config(partial, {}, family.config(model, tokens))
+        return
+    result.changed = _differences(family, Source(partial), model)
+    if result.changed:
+        old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
+        _write_config(partial, old, family.config(model, tokens))
+
+
+def _tokens(record: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """Return the ids of ``image`` and ``image_start``."""
+    if record.get("tokens"):
+        return dict(record["tokens"])
+    path = find_tokenizer(folder) if folder.is_dir() else None
+    if path is None:
+        return {}
+    tokenizer: Tokenizer = load_tokenizer(path)
+    return {"image": tokenizer.imgpad_id, "image_start": tokenizer.img_start_id}
+
+
+def _write_config(partial: Path, old: Tree, new: Tree) -> None:
+    """Write ``config.json``, what is new over what was there; the tower's own settings go into their file."""
+    new = dict(new)
+    visual = new.pop("visual_config", None)
+    if visual is not None:
+        (partial / _VISUAL_CONFIG).write_text(json.dumps(visual, indent=2) + "\n", encoding="utf-8")
+    if new:
+        text = json.dumps(_merge(old, new), indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _merge(old: Tree, new: Tree) -> Tree:
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(old.get(key), dict)
+        merged[key] = _merge(old[key], value) if both else value
+    return merged
+
+
+def _differences(family: Family, source: Source, model: ModelConfig) -> list[str]:
+    """Return the keys in which the model of a written directory differs from the checkpoint's."""
+    try:
+        branches = family.branches(source)
+    except ValueError as error:
+        return [str(error)]
+    wanted = to_tree(model)
+    there = to_tree(
+        make_model({**{p: wanted[p] for p in ("vision", "connector", "language")}, **branches}, str(source.path))
+    )
+    return [
+        f"model.{part}.{key}"
+        for part in family.parts
+        for key, value in wanted[part].items()
+        if key not in _FREE and there[part][key] != value
+    ]
+
+
+def _verify(source: Source, rules: Sequence[Rule], reader: CheckpointReader, total: int) -> None:
+    """Read the written files and compare what they say in canonical form with the checkpoint, bit for bit.
+
+    Raises:
+        RuntimeError: something differs: the disk lied, or there is a bug here.
+    """
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
+        for rule in rules:
+            back = rule.to_ours([source.get(name) for name in rule.row.theirs])
+            for slot, ours in zip(rule.slots, back, strict=True):
+                if not same_bits(ours, reader.read(slot)):
+                    raise RuntimeError(f"{slot.key}: what was written differs from the checkpoint")
+                bar.update(ours.nbytes)

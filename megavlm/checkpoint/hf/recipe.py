@@ -1,0 +1,48 @@
+"""The recipe that a converted checkpoint is trained by, ready but for the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from megavlm.config.help import to_tree, to_yaml
+from megavlm.config.schema import ModelConfig, Recipe
+
+Tree = dict[str, Any]
+
+_TEXT_TOKENS = 256
+_DEFAULTS: Tree = {
+    "data": {"train": [{"path": "/path/to/data"}]},
+    "optimizer": {"lr": 1e-5, "warmup_steps": 100, "weight_decay": 0.05, "clip_grad": 1.0},
+    "training": {"train_steps": 5000, "global_batch_size": 128},
+    "checkpoint": {"save_interval": 500},
+}
+
+
+def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: torch.dtype) -> str:
+    """Return a recipe, as YAML, that trains ``model`` from the checkpoint ``out``.
+
+    Args:
+        model: the converted model.
+        out: where the checkpoint will lie.
+        base: raw recipe whose other branches are taken; None for modest defaults.
+        dtype: of the weights; fp32 weights are trained in fp32.
+    """
+    tree: Tree = {**(base or _DEFAULTS)}
+    whole = to_tree(model)
+    tree["model"] = whole
+    if base is None:
+        tree["output_dir"] = str(Path("runs") / out.name)
+        length = max(2048, model.tokens_per_image + _TEXT_TOKENS)
+        tree["data"] = {
+            **tree["data"],
+            "sequence_length": min(length, max(model.language.max_position_embeddings, length)),
+        }
+        tree["training"] = {**tree["training"], "precision": "fp32" if dtype is torch.float32 else "bf16"}
+    tree["checkpoint"] = {**tree.get("checkpoint", {}), "load": str(out.absolute())}
+    recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    return to_yaml(recipe)

@@ -1,0 +1,187 @@
+"""What a family's table is made of: rows from Hugging Face names to canonical names, with few named reshapes.
+
+A row works in both directions. Which rows apply follows from the model: a row whose canonical parameter the model
+does not have (a bias, an untied output layer) is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megavlm.config.schema import ModelConfig
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads that a fused QKV projection is made for."""
+
+    heads: int
+    groups: int
+    """Key/value heads."""
+    dim: int
+    """Width of one head."""
+
+    @staticmethod
+    def of(part: str, model: ModelConfig) -> Heads:
+        """Return the heads of a part of the model."""
+        if part == "language":
+            language = model.language
+            return Heads(language.num_attention_heads, language.num_query_groups, language.kv_channels)
+        vision = model.vision
+        count = vision.num_attention_heads
+        return Heads(count, count, vision.hidden_size // count)
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """A change of layout and its inverse; both work on the meta device too.
+
+    Attributes:
+        name: how messages call it.
+        to_ours: Hugging Face's tensors to the canonical ones.
+        to_theirs: back.
+    """
+
+    name: str
+    to_ours: Callable[[Tensors, Heads], Tensors]
+    to_theirs: Callable[[Tensors, Heads], Tensors]
+
+
+def _group(qkv: Tensors, heads: Heads) -> Tensors:
+    """Q [heads * dim, ...], k and v [groups * dim, ...] to Megatron's [q.., k, v] of one group after the other."""
+    parts = [part.unflatten(0, (heads.groups, -1)) for part in qkv]
+    return [torch.cat(parts, dim=1).flatten(0, 1)]
+
+
+def _ungroup(fused: Tensors, heads: Heads) -> Tensors:
+    """Return q, k and v of Megatron's fused projection."""
+    sizes = [heads.heads // heads.groups * heads.dim, heads.dim, heads.dim]
+    return [part.flatten(0, 1) for part in fused[0].unflatten(0, (heads.groups, -1)).split(sizes, dim=1)]
+
+
+def _blocks(qkv: Tensor, heads: Heads) -> Tensors:
+    """Split [Q; K; V]."""
+    return qkv.split([heads.heads * heads.dim, heads.groups * heads.dim, heads.groups * heads.dim])
+
+
+SAME = Reshape("same", lambda x, _: list(x), lambda x, _: list(x))
+TRANSPOSE = Reshape("transpose", lambda x, _: [x[0].T], lambda x, _: [x[0].T])
+QKV = Reshape("q, k, v to [q, k, v] per group", _group, _ungroup)
+QKV_BLOCKS = Reshape(
+    "[Q; K; V] to [q, k, v] per group",
+    lambda x, heads: _group(_blocks(x[0], heads), heads),
+    lambda x, heads: [torch.cat(list(_ungroup(x, heads)))],
+)
+CONCAT = Reshape("gate and up, one above the other", lambda x, _: [torch.cat(list(x))], lambda x, _: x[0].chunk(2))
+SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [torch.cat(list(x))])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table, or, with names filled in, one rule.
+
+    Attributes:
+        ours: canonical names, space between several.
+        theirs: Hugging Face names, likewise.
+        reshape: from theirs to ours.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    reshape: Reshape = SAME
+
+
+def row(ours: str, theirs: str, reshape: Reshape = SAME) -> Row:
+    """Return a row; several names stand with spaces between them."""
+    return Row(tuple(ours.split()), tuple(theirs.split()), reshape)
+
+
+def both(ours: str, theirs: str, reshape: Reshape = SAME) -> tuple[Row, Row]:
+    """Return the rows of a weight and its bias."""
+    weight, bias = (
+        row(" ".join(f"{n}.{kind}" for n in ours.split()), " ".join(f"{n}.{kind}" for n in theirs.split()), reshape)
+        for kind in ("weight", "bias")
+    )
+    return weight, bias
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Tensors of a checkpoint that the model has no parameter for.
+
+    Attributes:
+        pattern: regular expression over whole names.
+        why: the rule's name, for reports.
+        carried: kept beside the checkpoint and given back on export; else left behind.
+        same_as: pattern of the name whose tensor it must equal (a tied output layer written out).
+    """
+
+    pattern: str
+    why: str
+    carried: bool = False
+    same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one part of a model in one naming.
+
+    Attributes:
+        part: vision, connector or language.
+        ours: prefix of the canonical names of a layer, with {} for its number.
+        theirs: the same for Hugging Face's names.
+        layer: rows of a layer, relative to the prefixes.
+        rest: rows outside of the layers; ours relative to the part, theirs relative to ``prefix``.
+        aside: tensors without a parameter, relative to ``prefix``.
+        prefix: in front of all of Hugging Face's names.
+        names: words in braces in those names, and what they stand for.
+    """
+
+    part: str
+    ours: str = ""
+    theirs: str = ""
+    layer: tuple[Row, ...] = ()
+    rest: tuple[Row, ...] = ()
+    aside: tuple[Aside, ...] = ()
+    prefix: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def rules(self, slots: Mapping[str, object], num_layers: int) -> list[Row]:
+        """Return the rules that apply to a model with these canonical parameters."""
+        rules = [self._fill(one, f"{self.part}.", "") for one in self.rest]
+        for i in range(num_layers if self.layer else 0):
+            prefixes = (f"{self.part}.{self.ours.format(i)}", self.theirs.replace("{}", str(i)))
+            rules += [self._fill(one, *prefixes) for one in self.layer]
+        return [rule for rule in rules if all(name in slots for name in rule.ours)]
+
+    def asides(self) -> list[Aside]:
+        """Return the tensors without a parameter, with whole patterns."""
+        return [
+            Aside(
+                self._name(a.pattern, escape=True),
+                a.why,
+                a.carried,
+                self._name(a.same_as, escape=True) if a.same_as else None,
+            )
+            for a in self.aside
+        ]
+
+    def _fill(self, one: Row, ours: str, theirs: str) -> Row:
+        return Row(
+            tuple(ours + name for name in one.ours),
+            tuple(self._name(theirs + name) for name in one.theirs),
+            one.reshape,
+        )
+
+    def _name(self, name: str, *, escape: bool = False) -> str:
+        whole = ("" if name.startswith("{") else "{prefix}") + name
+        for word, text in {"prefix": self.prefix, **self.names}.items():
+            whole = whole.replace("{" + word + "}", re.escape(text) if escape else text)
+        return whole

@@ -1,0 +1,81 @@
+"""A directory appears under its name whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield ``OUT.partial`` to write into; at the end of the block it is flushed to disk and becomes ``out``.
+
+    If the block raises, nothing is left. What an interrupted run left is removed at the start.
+
+    Args:
+        out: directory to appear; it may exist if it is empty.
+        needed_bytes: what will be written, to be refused at once where the disk has less.
+
+    Raises:
+        ValueError: ``out`` exists and holds something, another process writes it, or the disk is too small.
+        OSError: the disk is full, say.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if needed_bytes > free:
+        raise ValueError(f"{out}: needs {needed_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there")
+    partial = out.with_name(out.name + ".partial")
+    with _locked(partial):
+        try:
+            yield partial
+            _sync(partial)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+            _sync_directory(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make an empty ``partial`` that no other process on this machine writes to."""
+    partial.mkdir(exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{partial}: another process is writing it; wait for it, or give another --out") from None
+        for leftover in partial.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync(directory: Path) -> None:
+    for root, _, files in os.walk(directory):
+        for name in files:
+            handle = os.open(Path(root) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        _sync_directory(Path(root))
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

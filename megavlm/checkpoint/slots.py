@@ -1,0 +1,102 @@
+"""Where each parameter of a model lies in a Megatron distributed checkpoint.
+
+The canonical names are those of the parameters in one process (``language.decoder.layers.3.mlp.linear_fc2.weight``);
+a checkpoint stacks the layers of a block under one key. Both are asked from Megatron-Core's own
+``sharded_state_dict`` of the model, built on the meta device, so that nothing here can drift from what is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.models import registry
+from megavlm.models.build import MODULES
+from megavlm.models.context import BuildContext
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""How checkpoints are saved: optimizer state as full tensors in the model's own shapes."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter.
+
+    Attributes:
+        key: key of the tensor in the checkpoint.
+        shape: of the parameter, the whole of it (without the rows that pad a vocabulary).
+        layer: its index on the leading axis of the stacked tensor; None where nothing is stacked.
+        layers: length of that axis.
+        vocabulary: its rows are the vocabulary, so the checkpoint may have more of them.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    layers: int = 0
+    vocabulary: bool = False
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor under ``key``."""
+        return self.shape if self.layer is None else (self.layers, *self.shape)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where the parameter begins in that tensor."""
+        zeros = (0,) * len(self.shape)
+        return zeros if self.layer is None else (self.layer, *zeros)
+
+
+def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
+    """Build ``vision``, ``connector`` or ``language`` whole, in this process alone."""
+    registry.load_presets()
+    if part == "vision":
+        return registry.VISION.find(model.vision.preset).build(model.vision, context)
+    if part == "connector":
+        return registry.CONNECTORS.find(model.connector.preset).build(model, context)
+    return registry.LANGUAGE.find(model.language.preset).build(model.language, context)
+
+
+def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES) -> dict[str, Slot]:
+    """Return the slot of every parameter of ``parts``, by canonical name.
+
+    Process groups of one process must be up (:func:`megavlm.parallel.state.process_groups`).
+    """
+    context = BuildContext(ParallelConfig(), initialize=False)
+    metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    slots: dict[str, Slot] = {}
+    for part in parts:
+        with torch.device("meta"):
+            module = build_part(part, model, context)
+        for name, entry in module.sharded_state_dict(prefix=f"{part}.", metadata=metadata).items():
+            slot = _slot(entry, model.language.vocab_size)
+            if slot is not None:
+                slots[name] = slot
+    return slots
+
+
+def _slot(entry: Any, vocab_size: int) -> Slot | None:
+    """Read Megatron-Core's description of one entry; None for what is no tensor."""
+    whole = entry
+    if isinstance(entry, ShardedTensorFactory):  # gate and up of a gated MLP: two parts of one tensor
+        first = entry.build()
+        while not isinstance(first, ShardedTensor):
+            first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+        whole = first
+    if not isinstance(whole, ShardedTensor):
+        return None
+    stacked = whole.prepend_axis_num
+    assert stacked in (0, 1), whole.key
+    shape = tuple(whole.global_shape[stacked:])
+    if whole.allow_shape_mismatch:  # embedding and output layer, padded to a multiple of TP
+        shape = (vocab_size, *shape[1:])
+    if not stacked:
+        return Slot(whole.key, shape, vocabulary=whole.allow_shape_mismatch)
+    return Slot(whole.key, shape, whole.global_offset[0], whole.global_shape[0])

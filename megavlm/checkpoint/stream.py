@@ -1,0 +1,237 @@
+"""Megatron distributed checkpoints, a tensor at a time: torch's own writer and reader, without the model in memory.
+
+What :class:`CheckpointWriter` leaves loads with ``megatron.core.dist_checkpointing.load`` at any layout, as if a
+training run of one process had saved it.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megavlm.checkpoint.safe import read_metadata
+from megavlm.checkpoint.slots import METADATA, Slot
+
+CHUNK_BYTES = 128 << 20
+"""A tensor is written in chunks of rows of at most about this size, so that no rank has to read much more
+than its own part, and no more than a chunk is held in memory."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter to be written: its slot, number type, and how to get it (whole, or a view of a mapped file)."""
+
+    slot: Slot
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Return rows [start, stop) of each chunk."""
+        if not self.slot.shape:
+            return [(0, 0)]
+        rows = self.slot.shape[0]
+        row_bytes = max(1, math.prod(self.slot.shape[1:]) * self.dtype.itemsize)
+        step = max(1, CHUNK_BYTES // row_bytes)
+        return [(start, min(rows, start + step)) for start in range(0, max(rows, 1), step)]
+
+
+class _Planner(SavePlanner):
+    """Tells torch's writer what there is, and fetches it when its turn comes."""
+
+    def __init__(self, pieces: Sequence[Piece], progress: Callable[[int], Any]) -> None:
+        self.progress = progress
+        self.sources: dict[MetadataIndex, tuple[Piece, int, int]] = {}
+        self.items: list[WriteItem] = []
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.last: tuple[Piece | None, Tensor | None] = (None, None)
+        for piece in pieces:
+            for start, stop in piece.chunks():
+                self._add(piece, start, stop)
+
+    def _add(self, piece: Piece, start: int, stop: int) -> None:
+        slot = piece.slot
+        size, properties = torch.Size(slot.global_shape), TensorProperties(piece.dtype)
+        tensor = self.tensors.setdefault(slot.key, TensorStorageMetadata(properties, size, []))
+        assert tensor.properties.dtype is piece.dtype and tensor.size == size, slot.key
+        offsets, sizes = list(slot.offsets), list(slot.shape)
+        if slot.shape:
+            offsets[0 if slot.layer is None else 1] = start
+            sizes[0] = stop - start
+        sizes = sizes if slot.layer is None else [1, *sizes]
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        index = MetadataIndex(slot.key, chunk.offsets, len(tensor.chunks))
+        tensor.chunks.append(chunk)
+        self.sources[index] = (piece, start, stop)
+        data = TensorWriteData(chunk=chunk, properties=properties, size=size)
+        self.items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        """Nothing to set up."""
+
+    def create_local_plan(self) -> SavePlan:
+        """Return all items."""
+        return SavePlan(self.items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Return the plans and the index of the checkpoint."""
+        return all_plans, Metadata(self.tensors)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Fetch the chunk that is written next."""
+        piece, start, stop = self.sources[write_item.index]
+        if self.last[0] is not piece:
+            self.last = (None, None)  # free the one before first
+            tensor = piece.read()
+            assert tuple(tensor.shape) == piece.slot.shape and tensor.dtype is piece.dtype, piece.slot
+            self.last = (piece, tensor)
+        whole = self.last[1]
+        assert whole is not None
+        part = whole[start:stop] if piece.slot.shape else whole
+        self.progress(part.nbytes)
+        part = part if piece.slot.layer is None else part.unsqueeze(0)
+        return part.contiguous()
+
+
+def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callable[[int], Any]) -> None:
+    """Write the tensors of a checkpoint into an existing directory.
+
+    Args:
+        directory: where to.
+        pieces: every parameter, in the order in which they are read and written.
+        progress: told the bytes of each chunk as it is written.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    planner = _Planner(pieces, progress)
+    # One thread: torch's writer loses the errors of its other threads.
+    writer = FileSystemWriter(directory, thread_count=1)
+    writer.set_up_storage_writer(is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([plan])
+    (plan,) = writer.prepare_global_plan(plans)
+    done = writer.write_data(plan, planner)
+    done.wait()
+    writer.finish(metadata, [done.value()])
+    # What dist_checkpointing.save leaves beside the tensors.
+    torch.save({"content_metadata": METADATA}, directory / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+
+class _Fill(LoadPlanner):
+    """Puts what torch's reader finds into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return the part of the target that ``read_item`` fills."""
+        return narrow_tensor_by_index(self.target, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: the part is a view."""
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        """Nothing to set up."""
+
+    def create_local_plan(self) -> LoadPlan:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """Not asked for."""
+        raise NotImplementedError
+
+
+class CheckpointReader:
+    """Reads single parameters of a checkpoint that was saved at any layout.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no index, or it is not to be trusted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = read_metadata(path)
+        self._reader = FileSystemReader(path)
+        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Return shape, number type and chunks of every tensor, by key."""
+        stored = self.metadata.state_dict_metadata
+        return {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """Return the number type of a parameter."""
+        return self._entry(slot).properties.dtype
+
+    def read(self, slot: Slot) -> Tensor:
+        """Return a parameter.
+
+        Raises:
+            ValueError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
+        """
+        entry = self._entry(slot)
+        sizes = slot.shape if slot.layer is None else (1, *slot.shape)
+        wanted = ChunkStorageMetadata(torch.Size(slot.offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(slot.key, entry, [wanted])
+        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
+            raise ValueError(f"{self.path}: {slot.key} is not whole; save the checkpoint again")
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        try:
+            self._reader.read_data(LoadPlan(items), _Fill(target)).wait()
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{self.path}: {slot.key} cannot be read, a file is damaged: {reason}") from None
+        return target if slot.layer is None else target[0]
+
+    def _entry(self, slot: Slot) -> TensorStorageMetadata:
+        entry = self.metadata.state_dict_metadata.get(slot.key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{self.path}: has no tensor {slot.key}; is it a checkpoint of another model?")
+        stored, wanted = tuple(entry.size), slot.global_shape
+        padded = slot.vocabulary and stored[1:] == wanted[1:] and stored[0] > wanted[0]
+        if stored != wanted and not padded:
+            raise ValueError(f"{self.path}: {slot.key} has the shape {list(stored)}, the recipe's is {list(wanted)}")
+        return entry

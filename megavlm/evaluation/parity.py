@@ -1,0 +1,255 @@
+"""Parity: a checkpoint's logits, image features and losses against those that another implementation stored.
+
+Runs at any layout, one sample at a time, through Megatron-Core's forward-only schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megavlm.checkpoint.distributed import load
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.hf.source import Source
+from megavlm.checkpoint.paths import resolve
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.models.build import build_model, unwrap
+from megavlm.models.registry import expand_presets
+from megavlm.parallel.device import local_device
+from megavlm.parallel.layout import describe
+from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_last_stage, process_groups
+
+logger = logging.getLogger(__name__)
+
+WHAT = ("logits", "image_features", "loss")
+_ANY_LAYOUT = 5040  # a batch that the data-parallel and pipeline sizes divide; nothing is trained here
+
+
+@dataclass
+class Sample:
+    """One sample of a reference file."""
+
+    name: str
+    ids: Tensor
+    """[S] int64."""
+    pixels: Tensor
+    """[N, 3, H, W], normalised."""
+    labels: Tensor | None
+    """[S] int64, not shifted; IGNORE_INDEX where there is nothing to predict."""
+    expected: dict[str, Tensor]
+    """Of WHAT, what the file has."""
+
+
+def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
+    """Read ``sN.*`` from a safetensors file.
+
+    Raises:
+        ValueError: the file is damaged, has no samples, or they are of another model.
+    """
+    source, size = Source(path), recipe.model.vision.image_size
+    names = sorted({name.split(".")[0] for name in source.tensors if name.endswith(".input_ids")})
+    if not names:
+        raise ValueError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
+    samples = []
+    for name in names:
+        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "labels", *WHAT)
+               if f"{name}.{key}" in source}  # fmt: skip
+        pixels = own.get("pixel_values", torch.zeros(0, 3, size, size))
+        if pixels.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"{path}: {name}.pixel_values is {list(pixels.shape)}; the model takes [N, 3, {size}, {size}]"
+            )
+        rows, vocab = own["logits"].size(-1) if "logits" in own else 0, recipe.model.language.vocab_size
+        if rows and rows != vocab:
+            raise ValueError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
+        labels = own["labels"].flatten() if "labels" in own else None
+        expected = {key: own[key] for key in WHAT if key in own}
+        samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, labels, expected))
+    return samples
+
+
+def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], tolerance: float) -> int:
+    """Compare and report; return 0, or 1 where a difference is above ``tolerance``.
+
+    Args:
+        checkpoint: a checkpoint, or a run's output_dir.
+        reference: a safetensors file, see :func:`read_reference`.
+        overrides: keys of the checkpoint's recipe, for the layout and ``training.precision`` (fp32 unless given).
+        tolerance: largest absolute difference.
+
+    Raises:
+        ValueError: the checkpoint is no whole model, or the reference does not fit it.
+    """
+    path = resolve(checkpoint)
+    if not (path / "recipe.yaml").is_file():
+        raise ValueError(f"{path}: holds parts of a model only; compose a whole one with hf_to_megatron --language ...")
+    always = ["training.precision=fp32", f"training.global_batch_size={_ANY_LAYOUT}"]
+    recipe = load_recipe(path / "recipe.yaml", [*always, *overrides], expand_presets)
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    samples = read_reference(reference, recipe)
+    tokens = _tokens(path, recipe)
+    for sample in samples:
+        _fill_slots(sample, tokens, recipe.model.tokens_per_image)
+    with process_groups(recipe.parallel, recipe.training.seed):
+        configure_logging()
+        chunks = build_model(recipe, tokens["image"])
+        with agreed(f"loading {path}"):
+            load(path, modules=[unwrap(chunk) for chunk in chunks])
+        logger.info("%s, %s", describe(recipe.parallel, dist.get_world_size()), recipe.training.precision)
+        for chunk in chunks:
+            chunk.eval()
+        worst = torch.zeros(len(WHAT), dtype=torch.float64)
+        for sample in samples:
+            found = _compare(chunks, sample, recipe)
+            worst = torch.maximum(worst, found)
+            logger.info("%s: %s", sample.name, _show(sample, found))
+    bad = bool((worst > tolerance).any())
+    verdict = "above" if bad else "within"
+    logger.info("largest differences: %s; %s the tolerance of %g", _figures(worst), verdict, tolerance)
+    return int(bad)
+
+
+def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
+    """Return the ids of ``image`` and, where known, ``image_start``.
+
+    Raises:
+        ValueError: nothing tells the image token.
+    """
+    tokens = assets.read_record(checkpoint).get("tokens") or {}
+    if "image" in tokens:
+        return dict(tokens)
+    folder = checkpoint / assets.FOLDER
+    path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else find_tokenizer(folder) if folder.is_dir() else None
+    if path is None or not path.is_file():
+        raise ValueError(
+            f"{checkpoint}: has no tokenizer, so the image token is unknown; give --set data.tokenizer=FILE"
+        )
+    tokenizer = load_tokenizer(path)
+    return {"image": tokenizer.imgpad_id, "image_start": tokenizer.img_start_id}
+
+
+def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
+    """Put the image token into every slot: Qwen's own processor writes the bytes of a path there.
+
+    Raises:
+        ValueError: the slots are not as many as the images need.
+    """
+    start = tokens.get("image_start")
+    if start is not None and len(sample.pixels):
+        for position in (sample.ids == start).nonzero().flatten().tolist():
+            sample.ids[position + 1 : position + 1 + slots] = tokens["image"]
+    there, needed = int((sample.ids == tokens["image"]).sum()), len(sample.pixels) * slots
+    if there != needed:
+        raise ValueError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
+
+
+@torch.no_grad()
+def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
+    """Return the largest difference in each of WHAT, on all ranks; zero where there is nothing to compare."""
+    found = torch.zeros(len(WHAT), dtype=torch.float64)
+    model = unwrap(chunks[0])
+    pixels = sample.pixels.to(local_device())
+    if is_first_stage() and len(pixels) and "image_features" in sample.expected:
+        features = model.encode_images(pixels)
+        assert features is not None
+        found[1] = _largest(features.transpose(0, 1), sample.expected["image_features"])
+    length = len(sample.ids)
+    if "logits" in sample.expected:
+        outputs = _forward(chunks, sample, recipe, with_labels=False)
+        if is_last_stage():
+            logits = gather_from_tensor_model_parallel_region(outputs[0])[:length, : recipe.model.language.vocab_size]
+            found[0] = _largest(logits, sample.expected["logits"].flatten(0, -2))
+    if "loss" in sample.expected and sample.labels is not None:
+        outputs = _forward(chunks, sample, recipe, with_labels=True)
+        if is_last_stage():
+            counted = F.pad(sample.labels[1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
+            mean = outputs[0][:length].cpu()[counted].mean()
+            found[2] = _largest(mean.reshape(1), sample.expected["loss"].reshape(1))
+    found = found.to(local_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.cpu()
+
+
+def _largest(ours: Tensor, theirs: Tensor) -> float:
+    difference = (ours.double().cpu() - theirs.double()).abs().max()
+    return float(torch.nan_to_num(difference, nan=float("inf")))
+
+
+def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
+    """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
+    parallel = recipe.parallel
+    batch = _batch(sample, parallel.tensor_model_parallel_size)
+    # The interleaved schedule wants a micro-batch per stage.
+    count = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
+    outputs: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_step, with_labels=with_labels),
+        data_iterator=[iter([batch] * count) for _ in chunks] if len(chunks) > 1 else iter([batch] * count),
+        model=list(chunks),
+        num_microbatches=count,
+        seq_length=batch.tokens.size(1),
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return outputs
+
+
+def _step(batches: Iterator[MicroBatch], model: Any, with_labels: bool) -> tuple[Tensor, Callable[..., Tensor]]:
+    """Run one chunk (Megatron-Core's ``forward_step_func``)."""
+    batch = next(batches)
+    output = model(
+        tokens=batch.tokens,
+        position_ids=batch.position_ids,
+        packed_seq_params=batch.packed_seq_params,
+        labels=batch.labels.clamp(min=0) if with_labels else None,
+        images=batch.images,
+    )
+    return output, lambda out, non_loss_data=True: out[0]
+
+
+def _batch(sample: Sample, multiple: int) -> MicroBatch:
+    """Make a pack of one sample, padded to a multiple of TP."""
+    length = len(sample.ids)
+    padding = -length % multiple
+    labels = sample.labels if sample.labels is not None else torch.full((length,), IGNORE_INDEX)
+    shifted = torch.cat([labels[1:].long(), torch.full((padding + 1,), IGNORE_INDEX)])
+    pack = Pack(
+        tokens=F.pad(sample.ids, (0, padding)).numpy(),
+        labels=shifted.numpy(),
+        position_ids=np.concatenate([np.arange(length), np.arange(padding)]),
+        cu_seqlens=np.cumsum([0, length, *([padding] if padding else [])]).astype(np.int32),
+        segment_sources=np.array([0, *([-1] if padding else [])], np.int32),
+        images=[],
+        sample_keys=[],
+    )
+    return micro_batch(pack, sample.pixels if is_first_stage() else None, local_device())
+
+
+def _show(sample: Sample, found: Tensor) -> str:
+    has = [what for what in WHAT if what in sample.expected]
+    return f"{len(sample.ids)} tokens, {len(sample.pixels)} images: " + ", ".join(
+        f"{what} {float(found[WHAT.index(what)]):.1e}" for what in has
+    )
+
+
+def _figures(worst: Tensor) -> str:
+    return ", ".join(f"{what} {float(value):.2e}" for what, value in zip(WHAT, worst, strict=True))

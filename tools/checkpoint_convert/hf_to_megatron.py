@@ -1,0 +1,11 @@
+"""Hugging Face weights to a Megatron checkpoint: ``megavlm convert hf-to-megatron`` by another name."""
+
+import sys
+
+# This folder has a module called inspect, as the standard library does: have the repository in its place.
+sys.path[0] += "/../.."
+
+from megavlm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))

@@ -1,0 +1,11 @@
+"""A Megatron checkpoint to a Hugging Face directory: ``megavlm convert megatron-to-hf`` by another name."""
+
+import sys
+
+# This folder has a module called inspect, as the standard library does: have the repository in its place.
+sys.path[0] += "/../.."
+
+from megavlm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "megatron-to-hf", *sys.argv[1:]]))
