@@ -42,6 +42,6 @@ setup(
     extras_require={
         "dali": DALI,
         "te": ["transformer-engine[pytorch]"],
-        "dev": [*DALI, "mypy", "pre-commit", "pytest", "ruff", "transformers", "types-PyYAML"],
+        "dev": [*DALI, "mypy", "pre-commit", "pytest", "ruff", "transformers", "types-PyYAML", "types-tqdm"],
     },
 )

@@ -18,7 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -103,7 +103,7 @@ class _Planner(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Return the plans and the index of the checkpoint."""
-        return all_plans, Metadata(self.tensors)
+        return all_plans, Metadata(dict(self.tensors))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Return the plan as it is."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from megavlm.config import yaml12
 from megavlm.config.keys import INDEX, Key, all_keys
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModelConfig, Recipe
 
 _MAX_WIDTH = 110
 _MIN_WIDTH = 60
@@ -71,8 +71,8 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml12.dump(to_tree(recipe))
 
 
-def to_tree(recipe: Recipe) -> dict[str, Any]:
-    """Return ``recipe`` as plain dictionaries and lists, as a checkpoint carries it."""
+def to_tree(recipe: Recipe | ModelConfig) -> dict[str, Any]:
+    """Return ``recipe``, or a model, as plain dictionaries and lists, as a checkpoint carries it."""
     tree: dict[str, Any] = _plain(dataclasses.asdict(recipe))
     return tree
 

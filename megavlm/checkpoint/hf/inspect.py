@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,9 @@ def _megatron_directory(path: Path) -> Path | None:
 
 
 def _megatron(path: Path) -> Tree:
-    from megavlm.checkpoint.hf import assets  # noqa: PLC0415 - torch
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # noqa: PLC0415
+
+    from megavlm.checkpoint.hf import assets  # noqa: PLC0415
     from megavlm.checkpoint.paths import read_run  # noqa: PLC0415
     from megavlm.checkpoint.safe import read_metadata  # noqa: PLC0415
 
@@ -55,7 +58,7 @@ def _megatron(path: Path) -> Tree:
     tensors: Tree = {}
     optimizer_bytes = weight_bytes = weights = 0
     for key, entry in sorted(metadata.state_dict_metadata.items()):
-        if not hasattr(entry, "chunks"):
+        if isinstance(entry, BytesStorageMetadata):
             continue
         nbytes = entry.size.numel() * entry.properties.dtype.itemsize
         if key.startswith("optimizer."):
@@ -95,10 +98,10 @@ def _hugging_face(path: Path) -> Tree:
         name = f"{family.name} ({family.title})"
     except ValueError:
         name = "unknown"
-    tensors = {
+    tensors: Tree = {
         key: [list(info.shape), _dtype(info.dtype), info.file.name] for key, info in sorted(source.tensors.items())
     }
-    count = sum(_numel(shape) for shape, _, _ in tensors.values())
+    count = sum(math.prod(info.shape) for info in source.tensors.values())
     return {
         "kind": "Hugging Face weights",
         "path": str(path),
@@ -109,13 +112,6 @@ def _hugging_face(path: Path) -> Tree:
         "files": sorted({info.file.name for info in source.tensors.values()}),
         "tensors": tensors,
     }
-
-
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _dtype(dtype: Any) -> str:

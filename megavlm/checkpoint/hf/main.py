@@ -105,7 +105,8 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``verify``."""
     parser.description = (
         "Run the inputs of a reference file through a checkpoint and print the largest differences from the "
-        "reference's logits, image features and losses. Exit code 1 above the tolerance. Works under torchrun at any layout."
+        "reference's logits, image features and losses. Exit code 1 above the tolerance. Works under torchrun, at any "
+        "layout."
     )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="keys of the checkpoint's recipe to change, such as"

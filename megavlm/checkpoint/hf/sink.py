@@ -66,7 +66,7 @@ class ShardedWriter:
         assert self._file is not None
         flat = tensor.contiguous().view(-1)
         data = flat.view(torch.uint8).numpy() if flat.numel() else flat.new_empty(0, dtype=torch.uint8).numpy()
-        self._file.write(data)
+        self._file.write(memoryview(data))
         progress(tensor.nbytes)
 
     def close(self) -> None:

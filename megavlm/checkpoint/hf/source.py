@@ -6,7 +6,6 @@ parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickle
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import zipfile
@@ -187,22 +186,17 @@ def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
 
 
 def _load_pickle(file: Path) -> Any:
-    problem = ""
-    # Old files are no zip archives and cannot be mapped.
-    for mmap in (True, False):
-        with contextlib.suppress(RuntimeError if mmap else ()):
-            try:
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            except pickle.UnpicklingError as error:
-                problem = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
-                why = f" ({problem.strip()})" if problem else ""
-                raise ValueError(
-                    f"{file}: damaged, or a pickle with more than tensors, which could run code{why}; it was not opened"
-                ) from None
-            except (EOFError, zipfile.BadZipFile, OSError) as error:
-                raise ValueError(f"{file}: truncated, or no weight file: {error}") from None
-            except RuntimeError as error:
-                if not mmap:
-                    raise ValueError(f"{file}: truncated, or no weight file: {str(error).splitlines()[0]}") from None
-                raise
-    raise AssertionError("unreachable")
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of before torch 1.6 is no zip archive and cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        raise ValueError(
+            f"{file}: damaged, or a pickle with more than tensors, which could run code"
+            f"{f' ({line})' if line else ''}; it was not opened"
+        ) from None
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: truncated, or no weight file: {reason}") from None

@@ -33,7 +33,7 @@ class QwenFamily(Family):
 
     name = "qwen"
     title = "Qwen v1 language models"
-    parts = ("language",)
+    parts: ClassVar[tuple[str, ...]] = ("language",)
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
