@@ -44,13 +44,18 @@ class Given:
     branches: Tree
 
     @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None) -> Given:
+    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: int | str = -2) -> Given:
         """Open a directory or file and recognise its family.
+
+        Args:
+            path: the directory or file.
+            parts: what is taken of it; None for all.
+            feature_layer: see :class:`megavlm.checkpoint.hf.source.Source`.
 
         Raises:
             ValueError: it is of no known family, or has not got the parts.
         """
-        source = Source(path)
+        source = Source(path, feature_layer)
         family = detect(source)
         for part in parts or ():
             if part not in family.parts:
@@ -263,6 +268,7 @@ def _write_rest(
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
         "parts": list(parts),
+        "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
         "model": {part: branches[part] for part in parts},
         "origin": report.parts,

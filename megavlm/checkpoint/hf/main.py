@@ -62,6 +62,10 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
         " (default: resampler for Qwen-VL's tower, mlp2x_gelu for others)"
     )  # fmt: skip
     parser.add_argument(
+        "--vision-feature-layer", metavar="LAYER", default="-2", help="of a CLIP or SigLIP tower that comes alone: an index of"
+        " Transformers' hidden_states, or last_hidden_state (default -2, as LLaVA)"
+    )  # fmt: skip
+    parser.add_argument(
         "--recipe", metavar="RECIPE", help="recipe whose data, optimizer and other branches the checkpoint's"
         " recipe takes, and whose model and training.seed make the parts that are missing"
     )  # fmt: skip
@@ -137,10 +141,11 @@ def run_incoming(args: argparse.Namespace) -> int:
     # Megatron-Core may be imported from here on.
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
 
+    layer = _feature_layer(args.vision_feature_layer)
     if args.hf is not None:
-        given, fresh = [Given.open(args.hf)], {}
+        given, fresh = [Given.open(args.hf, None, layer)], {}
     else:
-        given = [Given.open(getattr(args, name), [name]) for name in compose]
+        given = [Given.open(getattr(args, name), [name], layer) for name in compose]
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
     report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify)
@@ -150,6 +155,15 @@ def run_incoming(args: argparse.Namespace) -> int:
     if (args.out / "recipe.yaml").is_file():
         logger.info("train it with: megavlm train %s data.train.0.path=DATA output_dir=RUN", args.out / "recipe.yaml")
     return 0
+
+
+def _feature_layer(text: str) -> int | str:
+    if text == "last_hidden_state":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--vision-feature-layer: {text!r} is neither a number nor last_hidden_state") from None
 
 
 def _base_recipe(recipe: str | None) -> dict[str, Any] | None:

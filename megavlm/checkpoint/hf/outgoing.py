@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.families import FAMILIES
+from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
@@ -113,7 +114,7 @@ def export(
                 writer.abort()
             result.files = len(writer.shards)
             _write_assets(checkpoint, partial, family, model, record, result, original=original)
-            source = Source(partial)
+            source = Source(partial, _feature_layer(record, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
             if verify and dtype is None:
@@ -232,10 +233,18 @@ def _write_assets(
     if not original:
         _write_config(partial, {}, family.config(model, tokens))
         return
-    result.changed = _differences(family, Source(partial), model)
+    source = Source(partial, _feature_layer(record, model, original=original))
+    result.changed = _differences(family, source, model)
     if result.changed:
         old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
         _write_config(partial, old, family.config(model, tokens))
+
+
+def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> int | str:
+    """Return the layer whose features a tower alone gives: a tower that is written anew ends with it."""
+    if original:
+        return record.get("feature_layer") or -2
+    return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
 
 
 def _tokens(record: Mapping[str, Any], folder: Path) -> dict[str, int]:

@@ -40,13 +40,16 @@ class Source:
 
     Args:
         path: a directory in the layout of the Hugging Face hub, or a ``.safetensors`` or ``.bin`` file.
+        feature_layer: for a tower alone, whose configuration does not say it: the layer whose features are taken,
+            as an index of Transformers' ``hidden_states``, or ``last_hidden_state``. LLaVA's is -2.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
         ValueError: a shard that the index names is missing, a file is damaged, or a pickle would run code.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, feature_layer: int | str = -2) -> None:
+        self.feature_layer = feature_layer
         if not path.exists():
             raise FileNotFoundError(2, "no such file or directory", str(path))
         self.path = path

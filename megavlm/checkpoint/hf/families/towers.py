@@ -62,12 +62,17 @@ def qwen_visual(vision: VisionConfig) -> Tree:
     }
 
 
-def transformers_vision(config: Mapping[str, Any], feature_layer: int, where: str) -> Tree:
+LAST_HIDDEN_STATE = "last_hidden_state"
+"""A feature layer: the last one, behind the norm that follows it (SigLIP; CLIP norms its pooled output alone)."""
+
+
+def transformers_vision(config: Mapping[str, Any], feature_layer: int | str, where: str) -> Tree:
     """Return the recipe's ``model.vision`` of a CLIP or SigLIP vision configuration.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        feature_layer: whose output is taken, counted from the end: -1 the last, -2 the one before.
+        feature_layer: whose output is taken: an index of Transformers' ``hidden_states`` (-1 the last layer, -2 the
+            one before), or LAST_HIDDEN_STATE.
         where: the file, for messages.
 
     Raises:
@@ -87,7 +92,9 @@ def transformers_vision(config: Mapping[str, Any], feature_layer: int, where: st
         "image_size": size,
         "patch_size": patch,
         "hidden_size": config["hidden_size"],
-        "num_layers": layers_that_run(config["num_hidden_layers"], feature_layer, where),
+        "num_layers": layers_that_run(
+            config["num_hidden_layers"], -1 if feature_layer == LAST_HIDDEN_STATE else feature_layer, where
+        ),
         "num_attention_heads": config["num_attention_heads"],
         "ffn_hidden_size": config["intermediate_size"],
         "positional_grid": size // patch,
@@ -96,7 +103,7 @@ def transformers_vision(config: Mapping[str, Any], feature_layer: int, where: st
         "class_token": clip,
         "conv_bias": not clip,
         "pre_layernorm": clip,
-        "post_layernorm": not clip and feature_layer == -1,
+        "post_layernorm": not clip and feature_layer == LAST_HIDDEN_STATE,
         "image_mean": CLIP_MEAN if clip else [0.5] * 3,
         "image_std": CLIP_STD if clip else [0.5] * 3,
     }

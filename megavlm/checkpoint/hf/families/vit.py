@@ -21,14 +21,13 @@ _OTHER_HALF = Aside(
 
 
 class ClipFamily(Family):
-    """OpenAI's and LAION's CLIP. Features are those of the layer before the last, as LLaVA takes them."""
+    """OpenAI's and LAION's CLIP."""
 
     name = "clip"
     title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
     parts = ("vision",)
     styles: ClassVar = {"vision_model.": {}, "": {}}
     kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
-    feature_layer: ClassVar[int] = -2
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
@@ -41,7 +40,7 @@ class ClipFamily(Family):
     def branches(self, source: Source) -> Tree:
         """Return the vision branch."""
         half = source.config.get("vision_config", source.config)
-        return {"vision": transformers_vision(half, self.feature_layer, config_file(source))}
+        return {"vision": transformers_vision(half, source.feature_layer, config_file(source))}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""
@@ -66,12 +65,11 @@ class ClipFamily(Family):
 
 
 class SiglipFamily(ClipFamily):
-    """SigLIP. Features are those of the last layer, behind its norm."""
+    """SigLIP."""
 
     name = "siglip"
     title = "SigLIP vision towers in Transformers' layout"
     kinds = ("siglip", "siglip_vision_model")
-    feature_layer = -1
 
 
 def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> str | None:

@@ -1,0 +1,323 @@
+"""Tiny checkpoints of every family: by Transformers where it has the model, else by the original code's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import qwen_reference
+import torch
+from qwen_reference import Sizes
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+QWEN_VL = Sizes(
+    vocab=120, hidden=256, layers=4, heads=4, ffn=88, image=28, patch=7, width=40, vision_layers=2, vision_heads=4,
+    vision_ffn=56, queries=16, rows=256, image_token=117,
+)  # fmt: skip
+CODEFUSE = Sizes(
+    vocab=120, hidden=256, layers=2, heads=4, ffn=88, image=28, patch=7, width=40, vision_layers=2, vision_heads=4,
+    vision_ffn=56, queries=256, rows=256, image_token=117,
+)  # fmt: skip
+
+State = dict[str, Tensor]
+
+
+def qwen_config(s: Sizes) -> dict[str, Any]:
+    """Return the config.json of a Qwen v1 model, keys as the hub's."""
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"},
+        "hidden_size": s.hidden,
+        "intermediate_size": 2 * s.ffn,
+        "initializer_range": 0.02,
+        "kv_channels": s.hidden // s.heads,
+        "layer_norm_epsilon": 1e-06,
+        "max_position_embeddings": 8192,
+        "model_type": "qwen",
+        "no_bias": True,
+        "num_attention_heads": s.heads,
+        "num_hidden_layers": s.layers,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": 2048,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "vocab_size": s.vocab,
+    }
+
+
+def visual_config(s: Sizes) -> dict[str, Any]:
+    """Return the settings of Qwen-VL's tower."""
+    return {
+        "heads": s.vision_heads,
+        "image_size": s.image,
+        "image_start_id": s.image_token - 2,
+        "layers": s.vision_layers,
+        "mlp_ratio": s.vision_ffn / s.width,
+        "output_dim": s.hidden,
+        "patch_size": s.patch,
+        "width": s.width,
+    }
+
+
+def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], **files: str) -> Path:
+    """Write a directory as the hub has them."""
+    directory.mkdir(parents=True)
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, directory / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def qwen_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Qwen-VL, with the buffers and the remote code that the published checkpoints have."""
+    state = {name: value.to(dtype) for name, value in qwen_reference.random_state(QWEN_VL, 1).items()}
+    state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    state["transformer.rotary_emb.inv_freq"] = torch.ones(8)
+    visual = {**visual_config(QWEN_VL), "n_queries": QWEN_VL.queries}
+    files = {"modeling_qwen.py": "raise SystemExit('remote code must not run')\n"}
+    return write(directory, state, {**qwen_config(QWEN_VL), "visual": visual}, **files)
+
+
+def qwen(directory: Path) -> Path:
+    """Qwen v1 alone, in bf16."""
+    state = qwen_reference.random_state(QWEN_VL, 2)
+    return write(
+        directory,
+        {name: value.bfloat16() for name, value in state.items() if ".visual." not in name},
+        qwen_config(QWEN_VL),
+    )
+
+
+def codefuse_state(s: Sizes = CODEFUSE) -> State:
+    """Qwen-VL's tensors under CodeFuse-VLM's names."""
+    visual, tower, projector = (
+        "transformer.visual.",
+        "transformer.vision_tower.vision_tower.",
+        "transformer.mm_projector.",
+    )
+    state = {}
+    for name, value in qwen_reference.random_state(s, 3).items():
+        own = name.removeprefix(visual)
+        if own == name:
+            state[name] = value
+        elif own.startswith(("attn_pool.", "ln_post.")) or own == "proj":
+            state[projector + own] = value
+        else:
+            state[tower + own] = value
+    return state
+
+
+def codefuse(directory: Path) -> Path:
+    """CodeFuse-VLM whole."""
+    config = {**qwen_config(CODEFUSE), "model_type": "llava_qwen", "architectures": ["LlavaQWenForCausalLM"],
+              "mm_projector_type": "cross_attn", "mm_hidden_size": CODEFUSE.width, "mm_vision_tower": "x"}  # fmt: skip
+    write(directory, codefuse_state(), config, **{"visual_config.json": json.dumps(visual_config(CODEFUSE))})
+    return directory
+
+
+def codefuse_parts(directory: Path) -> tuple[Path, Path, Path]:
+    """CodeFuse-VLM in parts: LLM directory, the tower's directory, mm_projector.bin."""
+    state = codefuse_state()
+    language = write(
+        directory / "llm",
+        {n: v for n, v in state.items() if "vision_tower" not in n and "mm_projector" not in n},
+        qwen_config(CODEFUSE),
+    )
+    tower = directory / "Qwen-VL-visual"
+    tower.mkdir()
+    prefix = "transformer.vision_tower.vision_tower."
+    torch.save({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, tower / "visual.bin")
+    (tower / "visual_config.json").write_text(json.dumps(visual_config(CODEFUSE)))
+    projector = directory / "mm_projector" / "mm_projector.bin"
+    projector.parent.mkdir()
+    torch.save({n: v for n, v in state.items() if "mm_projector" in n}, projector)
+    return language, tower, projector
+
+
+def codefuse_mlp(directory: Path) -> Path:
+    """CodeFuse-VLM with an MLP for a connector."""
+    s = CODEFUSE
+    state = {n: v for n, v in codefuse_state().items() if "mm_projector" not in n}
+    for layer, width in ((0, s.width), (2, s.hidden), (4, s.hidden)):
+        state[f"transformer.mm_projector.{layer}.weight"] = torch.randn(s.hidden, width)
+        state[f"transformer.mm_projector.{layer}.bias"] = torch.randn(s.hidden)
+    config = {**qwen_config(s), "model_type": "llava_qwen", "mm_projector_type": "mlp3x_gelu"}
+    return write(directory, state, config, **{"visual_config.json": json.dumps(visual_config(s))})
+
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28,
+    "patch_size": 7,
+}  # fmt: skip
+_CLIP_TEXT: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50,
+    "max_position_embeddings": 8,
+}  # fmt: skip
+
+
+def made(model: type[PreTrainedModel], config: PretrainedConfig, seed: int = 5) -> PreTrainedModel:
+    """Return a random model in which every parameter matters (Transformers starts biases at 0 and norms at 1)."""
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    one = model(config).eval()
+    with torch.no_grad():
+        for name, parameter in one.named_parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embed" not in name and "vision" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return one
+
+
+def llama() -> PreTrainedModel:
+    """Llama with grouped queries and Llama 3's stretched positions."""
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    return made(LlamaForCausalLM, LlamaConfig(**_TEXT, rms_norm_eps=1e-5, rope_parameters=rope))
+
+
+def vicuna() -> PreTrainedModel:
+    """Llama 2's shape."""
+    return made(LlamaForCausalLM, LlamaConfig(**{**_TEXT, "num_key_value_heads": 4}, rms_norm_eps=1e-5))
+
+
+def qwen2() -> PreTrainedModel:
+    """Qwen2 with a tied embedding."""
+    return made(Qwen2ForCausalLM, Qwen2Config(**_TEXT, tie_word_embeddings=True))
+
+
+def qwen3() -> PreTrainedModel:
+    """Qwen3, heads wider than hidden_size / heads."""
+    return made(Qwen3ForCausalLM, Qwen3Config(**_TEXT, head_dim=32))
+
+
+def clip() -> PreTrainedModel:
+    """OpenAI's CLIP: a dual encoder with quick_gelu."""
+    config = CLIPConfig(text_config=CLIPTextConfig(**_CLIP_TEXT).to_dict(), projection_dim=16,
+                        vision_config=CLIPVisionConfig(**_VISION).to_dict())  # fmt: skip
+    return made(CLIPModel, config)
+
+
+def clip_vision() -> PreTrainedModel:
+    """LAION's CLIP: its vision half, with erf GELU."""
+    return made(CLIPVisionModel, CLIPVisionConfig(**_VISION, hidden_act="gelu"))
+
+
+def siglip() -> PreTrainedModel:
+    """SigLIP, a dual encoder."""
+    config = SiglipConfig(text_config=SiglipTextConfig(**_CLIP_TEXT, projection_size=32).to_dict(),
+                          vision_config=SiglipVisionConfig(**_VISION).to_dict())  # fmt: skip
+    return made(SiglipModel, config)
+
+
+def siglip_vision() -> PreTrainedModel:
+    """SigLIP's vision half."""
+    return made(SiglipVisionModel, SiglipVisionConfig(**_VISION))
+
+
+def llava(text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, **keys: Any) -> PreTrainedModel:
+    """LLaVA: CLIP, features of the layer before the last, and Llama."""
+    text = text or LlamaConfig(**_TEXT, rms_norm_eps=1e-5)
+    vision = vision or CLIPVisionConfig(**_VISION)
+    return made(
+        LlavaForConditionalGeneration,
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=119, **keys),
+    )
+
+
+def llava_qwen_siglip() -> PreTrainedModel:
+    """LLaVA of other parts: SigLIP, whose patches are all kept, and Qwen2."""
+    keys = {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
+    return llava(Qwen2Config(**_TEXT), SiglipVisionConfig(**_VISION, vision_use_head=False), **keys)
+
+
+TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": llama, "vicuna": vicuna, "qwen2": qwen2, "qwen3": qwen3, "clip": clip, "clip_vision": clip_vision,
+    "siglip": siglip, "siglip_vision": siglip_vision, "llava": llava, "llava_qwen_siglip": llava_qwen_siglip,
+}  # fmt: skip
+
+
+def llava_named(directory: Path, tower: str, projector: str, model: str, head: str) -> Path:
+    """LLaVA in another of the namings that are in use."""
+    one = llava()
+    one.save_pretrained(directory)
+    renamed = {}
+    for name, value in load(directory).items():
+        for old, new in (
+            ("vision_tower.vision_model.", tower), ("vision_tower.", tower), ("multi_modal_projector.", projector),
+            ("language_model.model.", model), ("language_model.lm_head.", head),
+        ):  # fmt: skip
+            if name.startswith(old):
+                renamed[new + name.removeprefix(old)] = value
+                break
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def load(directory: Path) -> State:
+    """Return all tensors of a directory, by the safetensors library."""
+    from safetensors.torch import load_file
+
+    state: State = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state |= load_file(file)
+    return state
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "qwen_vl": qwen_vl,
+    "qwen_vl_bf16": lambda path: qwen_vl(path, torch.bfloat16),
+    "qwen": qwen,
+    "codefuse": codefuse,
+    "codefuse_mlp": codefuse_mlp,
+    "codefuse_tower": lambda path: codefuse_parts(path)[1],
+    "llava_hub": lambda path: llava_named(
+        path, "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."
+    ),
+    "llava_modules": lambda path: llava_named(
+        path, "model.vision_tower.vision_model.", "model.multi_modal_projector.", "model.language_model.", "lm_head."
+    ),
+}
+
+
+def make(name: str, directory: Path) -> Path:
+    """Make the checkpoint called ``name`` and return its directory."""
+    if name in MAKERS:
+        return MAKERS[name](directory)
+    TRANSFORMERS[name]().save_pretrained(directory)
+    return directory
