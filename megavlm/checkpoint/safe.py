@@ -28,6 +28,9 @@ _ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     )
 } | {
+    # Megatron-Core keeps the plans of all ranks in the index.
+    *((_CHECKPOINT + "planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    (_CHECKPOINT + "planner", "BytesIOWriteData"),
     (_CHECKPOINT + "filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),

@@ -99,14 +99,40 @@ def write(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     return directory
 
 
-def qwen_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+def qwen_vl(directory: Path, dtype: torch.dtype = torch.float32, s: Sizes = QWEN_VL) -> Path:
     """Qwen-VL, with the buffers and the remote code that the published checkpoints have."""
-    state = {name: value.to(dtype) for name, value in qwen_reference.random_state(QWEN_VL, 1).items()}
+    state = {name: value.to(dtype) for name, value in qwen_reference.random_state(s, 1).items()}
     state["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     state["transformer.rotary_emb.inv_freq"] = torch.ones(8)
-    visual = {**visual_config(QWEN_VL), "n_queries": QWEN_VL.queries}
+    visual = {**visual_config(s), "n_queries": s.queries}
     files = {"modeling_qwen.py": "raise SystemExit('remote code must not run')\n"}
-    return write(directory, state, {**qwen_config(QWEN_VL), "visual": visual}, **files)
+    return write(directory, state, {**qwen_config(s), "visual": visual}, **files)
+
+
+def write_reference(directory: Path, s: Sizes, out: Path) -> Path:
+    """Write what the plain implementation computes of a Qwen-VL directory: two samples, with two images and none."""
+    state, stored = load(directory), {}
+    generator = torch.Generator().manual_seed(3)
+    for name, length, starts in (("s0", 60, [2, 30]), ("s1", 21, [])):
+        ids = torch.randint(0, s.image_token - 2, (length,), generator=generator)
+        slots = torch.zeros(length, dtype=torch.bool)
+        for start in starts:
+            ids[start], ids[start + s.queries + 1] = s.image_token - 2, s.image_token - 1
+            ids[start + 1 : start + 1 + s.queries] = s.image_token
+            slots[start + 1 : start + 1 + s.queries] = True
+        pixels = torch.randn(len(starts), 3, s.image, s.image, generator=generator)
+        features = qwen_reference.encode(state, s, pixels)
+        logits = qwen_reference.logits(state, s, ids, features)
+        labels = torch.where(slots, -100, ids)
+        labels[:4] = -100
+        loss = torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100)
+        if starts:
+            stored[f"{name}.image_features"] = features
+            ids[starts[0] + 1 : starts[0] + 4] = 7  # Qwen's processor writes the bytes of the path there
+        stored |= {f"{name}.input_ids": ids[None], f"{name}.pixel_values": pixels, f"{name}.labels": labels[None]}
+        stored |= {f"{name}.logits": logits[None], f"{name}.loss": loss.reshape(1)}
+    save_file({name: value.contiguous().clone() for name, value in stored.items()}, out)
+    return out
 
 
 def qwen(directory: Path) -> Path:

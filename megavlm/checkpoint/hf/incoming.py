@@ -118,7 +118,7 @@ def convert(
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
-        recipe = converted_recipe(model, out, base, dtype)
+        recipe = converted_recipe(model, out, base, dtype, where)
     with alone(seed):
         slots = find_slots(model, parts)
         plans = [_Plan(one, branches, slots) for one in given]

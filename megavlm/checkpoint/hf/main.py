@@ -58,13 +58,18 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="checkpoint to write; must not exist yet"
     )
     parser.add_argument(
-        "--connector-preset", metavar="NAME", help="compose without --connector: kind of the fresh connector"
-        " (default: resampler for Qwen-VL's tower, mlp2x_gelu for others)"
-    )  # fmt: skip
+        "--connector-preset",
+        metavar="NAME",
+        help="compose without --connector: kind of the fresh connector (default: resampler for Qwen-VL's tower,"
+        " mlp2x_gelu for others)",
+    )
     parser.add_argument(
-        "--vision-feature-layer", metavar="LAYER", default="-2", help="of a CLIP or SigLIP tower that comes alone: an index of"
-        " Transformers' hidden_states, or last_hidden_state (default -2, as LLaVA)"
-    )  # fmt: skip
+        "--vision-feature-layer",
+        metavar="LAYER",
+        default="-2",
+        help="of a CLIP or SigLIP tower that comes alone: an index of Transformers' hidden_states, or last_hidden_state"
+        " (default -2, as LLaVA)",
+    )
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="recipe whose data, optimizer and other branches the checkpoint's"
         " recipe takes, and whose model and training.seed make the parts that are missing"

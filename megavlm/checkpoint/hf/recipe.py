@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import ModelConfig, Recipe
 
@@ -23,7 +25,7 @@ _DEFAULTS: Tree = {
 }
 
 
-def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: torch.dtype) -> str:
+def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: torch.dtype, where: str) -> str:
     """Return a recipe, as YAML, that trains ``model`` from the checkpoint ``out``.
 
     Args:
@@ -31,6 +33,10 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
         out: where the checkpoint will lie.
         base: raw recipe whose other branches are taken; None for modest defaults.
         dtype: of the weights; fp32 weights are trained in fp32.
+        where: the sources, for messages.
+
+    Raises:
+        ValueError: the parts do not make one model, or ``base`` is no recipe.
     """
     tree: Tree = {**(base or _DEFAULTS)}
     whole = to_tree(model)
@@ -44,5 +50,13 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
         }
         tree["training"] = {**tree["training"], "precision": "fp32" if dtype is torch.float32 else "bf16"}
     tree["checkpoint"] = {**tree.get("checkpoint", {}), "load": str(out.absolute())}
-    recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    try:
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"--recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the recipe") from None
+    try:
+        check_recipe(recipe)
+    except RecipeError as error:
+        raise ValueError(f"{where}: do not make one model, or do not suit the recipe:\n{error}") from None
     return to_yaml(recipe)

@@ -64,9 +64,8 @@ class ShardedWriter:
         if shard != self._shard:
             self._start(shard)
         assert self._file is not None
-        flat = tensor.contiguous().view(-1)
-        data = flat.view(torch.uint8).numpy() if flat.numel() else flat.new_empty(0, dtype=torch.uint8).numpy()
-        self._file.write(memoryview(data))
+        if tensor.numel():
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         progress(tensor.nbytes)
 
     def close(self) -> None:

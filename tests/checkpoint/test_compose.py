@@ -1,0 +1,147 @@
+"""A start point from separate checkpoints: parts of the right kinds, fresh ones by the seed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from family_cases import codefuse, codefuse_parts, load, make
+from tokenizer_files import write_llama
+from transformers import CLIPVisionModel
+
+from megavlm.cli import main
+from megavlm.config import yaml12
+
+
+def compose(out: Path, *words: str | Path) -> int:
+    return main(["convert", "hf-to-megatron", *map(str, words), "--out", str(out)])
+
+
+def export(checkpoint: Path, out: Path, *words: str) -> Path:
+    assert main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(out), *words]) == 0
+    return out
+
+
+def record(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "hf" / "conversion.json").read_text())
+
+
+def test_codefuse_from_its_parts_equals_codefuse_whole(tmp_path: Path) -> None:
+    language, tower, projector = codefuse_parts(tmp_path / "parts")
+    assert compose(tmp_path / "m", "--language", language, "--vision", tower, "--connector", projector) == 0
+    out = export(tmp_path / "m", tmp_path / "out", "--family", "codefuse_vlm")
+    whole = load(codefuse(tmp_path / "whole"))
+    parts = load(out)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llava_qwen" and config["mm_projector_type"] == "cross_attn"
+    visual = json.loads((out / "visual_config.json").read_text())
+    assert visual == {**visual, **json.loads((tower / "visual_config.json").read_text()), "image_start_id": 151857}
+
+
+def test_a_fresh_resampler_follows_the_seed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As CodeFuse-VLM starts: a Qwen LLM, Qwen-VL's tower, a new resampler."""
+    qwen, qwen_vl = make("qwen", tmp_path / "qwen"), make("qwen_vl", tmp_path / "qwen_vl")
+    outs = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert compose(tmp_path / name, "--language", qwen, "--vision", qwen_vl, "--seed", seed) == 0
+        outs[name] = load(export(tmp_path / name, tmp_path / f"{name}-hf"))
+    assert "initialised: connector: resampler, " in caplog.text
+    a, b, c = outs.values()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    differing = {name for name in a if not torch.equal(a[name], c[name])}
+    assert differing and all("attn_pool" in name or name.endswith(".proj") for name in differing)
+    tower, language = load(qwen_vl), load(qwen)
+    for name, value in a.items():
+        if "visual" not in name:
+            assert torch.equal(value, language[name])
+        elif name not in differing and name in tower and "attn_pool" not in name and "ln_post" not in name:
+            assert torch.equal(value, tower[name])
+    ignored = record(tmp_path / "a")["ignored"]
+    assert any("which is not asked for" in why for why in ignored)
+
+
+def test_a_recipe_says_what_is_missing(tmp_path: Path) -> None:
+    """Its connector, its seed and its data; the language model and the tower are the sources'."""
+    qwen, clip = make("qwen", tmp_path / "qwen"), make("clip_vision", tmp_path / "clip")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "output_dir: runs/x\nmodel: {preset: tiny, connector: {num_queries: 9, head_dim: 64}}\n"
+        "data: {train: [{path: here}], sequence_length: 512, tokenizer: t.model}\noptimizer: {lr: 1e-3}\n"
+        "training: {train_steps: 7, global_batch_size: 4, seed: 5}\n"
+    )
+    assert compose(tmp_path / "m", "--language", qwen, "--vision", clip, "--recipe", recipe) == 0
+    tree = yaml12.parse((tmp_path / "m" / "recipe.yaml").read_text())
+    assert tree["model"]["connector"]["num_queries"] == 9 and tree["model"]["language"]["hidden_size"] == 256
+    assert tree["training"]["train_steps"] == 7 and tree["data"]["sequence_length"] == 512
+    assert tree["checkpoint"]["load"] == str(tmp_path / "m")
+    assert compose(tmp_path / "n", "--language", qwen, "--vision", clip, "--recipe", recipe, "--seed", "5") == 0
+    assert record(tmp_path / "m")["initialised"] == record(tmp_path / "n")["initialised"]
+
+
+def test_no_family_holds_an_odd_mixture_but_its_parts_go_home(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qwen3, clip = make("qwen3", tmp_path / "qwen3"), make("clip_vision", tmp_path / "clip")
+    words = ["--language", qwen3, "--vision", clip, "--connector-preset", "linear"]
+    assert compose(tmp_path / "m", *words) == 0
+    assert main(["convert", "megatron-to-hf", "--megatron", str(tmp_path / "m"), "--out", str(tmp_path / "o")]) == 2
+    message = capsys.readouterr().err
+    assert "no Hugging Face family holds this model whole" in message and "llava: the connector is linear" in message
+    back = load(export(tmp_path / "m", tmp_path / "llm", "--family", "llama"))
+    assert all(torch.equal(value, back[name]) for name, value in load(qwen3).items())
+    tower = export(tmp_path / "m", tmp_path / "tower", "--family", "clip")
+    CLIPVisionModel.from_pretrained(tower)
+    refused = ["--megatron", str(tmp_path / "m"), "--out", str(tmp_path / "o"), "--family"]
+    assert main(["convert", "megatron-to-hf", *refused, "siglip"]) == 2
+    assert "the vision tower is not SigLIP's" in capsys.readouterr().err
+    assert main(["convert", "megatron-to-hf", *refused, "bert"]) == 2
+
+
+def test_tokens_that_the_language_model_lacks_get_rows(tmp_path: Path) -> None:
+    """Llama's tokenizer has nothing for images or turns; the embedding grows, the known rows stay."""
+    vicuna, clip = make("vicuna", tmp_path / "vicuna"), make("clip", tmp_path / "clip")
+    write_llama(vicuna)
+    assert compose(tmp_path / "m", "--language", vicuna, "--vision", clip) == 0
+    assert (tmp_path / "m" / "hf" / "tokenizer.model").read_bytes() == (vicuna / "tokenizer.model").read_bytes()
+    grown = record(tmp_path / "m")["model"]["language"]["vocab_size"]
+    assert grown > 120 and grown % 64 == 0 and "rows of the embedding" in record(tmp_path / "m")["initialised"][0]
+    out = load(export(tmp_path / "m", tmp_path / "out", "--family", "llama"))
+    before = load(vicuna)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert out[name].shape == (grown, 64) and torch.equal(out[name][:120], before[name])
+        assert out[name][120:].std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either --hf DIR, or --language DIR and --vision DIR"),
+        (["--hf", "{qwen}", "--language", "{qwen}"], "give either --hf DIR"),
+        (["--connector", "{qwen_vl}"], "--connector alone makes no model"),
+        (["--language", "{qwen}"], "--vision is missing; give it, or a --recipe"),
+        (["--language", "{clip}", "--vision", "{clip}"], "it has no language, only vision"),
+        (["--language", "{qwen}", "--vision", "{qwen}"], "it has no vision, only language"),
+        (
+            ["--language", "{vicuna}", "--vision", "{qwen_vl}", "--connector", "{qwen_vl}"],
+            "model.connector.head_dim: 128",
+        ),
+        (["--language", "{qwen}", "--vision", "{clip}", "--connector", "{llava}"], "is made for another model"),
+        (
+            ["--language", "{qwen}", "--vision", "{clip}", "--connector-preset", "perceiver"],
+            "no connector preset 'perceiver'",
+        ),
+        (
+            ["--language", "{qwen}", "--vision", "{clip}", "--vision-feature-layer", "9"],
+            "outside of the tower's 3 layers",
+        ),
+        (["--language", "{qwen}", "--vision", "{clip}", "--vision-feature-layer", "x"], "neither a number nor"),
+    ],
+)
+def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {n: make(n, tmp_path / n) for n in ("qwen", "qwen_vl", "clip", "vicuna", "llava") if "{" + n + "}" in words}
+    assert compose(tmp_path / "m", *(word.format(**names) for word in words)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()

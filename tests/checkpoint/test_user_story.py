@@ -1,0 +1,68 @@
+"""The whole way: published weights in, trained at a parallel layout, and a Hugging Face directory home."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from family_cases import QWEN_VL, load, qwen_vl, write_reference
+from launch import torchrun
+from run_data import RunData
+
+from megavlm.cli import main
+from megavlm.data.tokenizer import load_tokenizer
+
+TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+LAYOUTS = {
+    "tp2-pp2-sp": (4, (TP, PP, "parallel.sequence_parallel=true")),
+    "pp2-uneven-vpp": (
+        2,
+        (PP, "parallel.num_layers_in_first_pipeline_stage=2", "parallel.virtual_pipeline_model_parallel_size=2"),
+    ),
+    "dp2": (2, ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None:
+    ranks, layout = LAYOUTS[name]
+    tokenizer = load_tokenizer(run_data.root / "tokenizer.model")
+    sizes = dataclasses.replace(QWEN_VL, vocab=460, image_token=tokenizer.imgpad_id)
+    source = qwen_vl(tmp_path / "hf", s=sizes)
+    config = json.loads((source / "config.json").read_text())
+    # Quickstart's tokenizer has its special tokens in another order than Qwen's.
+    config["visual"]["image_start_id"] = tokenizer.imgpad_id - 2
+    (source / "config.json").write_text(json.dumps(config))
+    shutil.copy(run_data.root / "tokenizer.model", source / "tokenizer.model")
+    start, run, home = tmp_path / "start", tmp_path / "run", tmp_path / "home"
+    assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(start)]) == 0
+
+    # The recipe that the converter wrote: it names the checkpoint, which has the tokenizer.
+    words = [str(start / "recipe.yaml"), f"data.train.0.path={run_data.root / 'train'}", f"output_dir={run}"]
+    small = ["data.sequence_length=192", "data.num_workers=0", "training.train_steps=4", "training.global_batch_size=2"]
+    small += ["optimizer.lr=1e-3", "optimizer.warmup_steps=1", "checkpoint.save_interval=2", "checkpoint.keep=1"]
+    text = torchrun("megavlm", "train", *words, *small, *layout, ranks=ranks, module=True)
+    assert f"loaded {start}" in text and "saved" in text
+    shutil.rmtree(start)  # a trained checkpoint stands for itself
+
+    assert main(["convert", "megatron-to-hf", "--megatron", str(run), "--out", str(home)]) == 0
+    for file in ("config.json", "tokenizer.model", "modeling_qwen.py"):
+        assert (home / file).read_bytes() == (source / file).read_bytes()
+    before, after = load(source), load(home)
+    buffers = {"transformer.h.0.attn.masked_bias", "transformer.rotary_emb.inv_freq"}
+    assert after.keys() == before.keys() - buffers
+    assert {n: v.shape for n, v in after.items()} == {n: before[n].shape for n in after}
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert set(after) - moved <= {"transformer.visual.attn_pool.pos_embed"}
+
+    # What went home, run by a plain implementation, is what the checkpoint computes in one process.
+    reference = write_reference(home, sizes, tmp_path / "reference.safetensors")
+    one = [TP, PP, "parallel.sequence_parallel=false", "parallel.virtual_pipeline_model_parallel_size=null"]
+    one += ["parallel.num_layers_in_first_pipeline_stage=null", "parallel.overlap_param_gather=false"]
+    single = [word.replace("=2", "=1") for word in one]
+    assert main(["convert", "verify", "--megatron", str(run), "--reference", str(reference), "--set", *single]) == 0
