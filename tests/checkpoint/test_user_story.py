@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import qwen_reference
 import torch
 from family_cases import QWEN_VL, load, qwen_vl, write_reference
 from launch import torchrun
+from qwen_reference import Sizes
 from run_data import RunData
 
 from megavlm.cli import main
@@ -66,3 +68,29 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     one += ["parallel.num_layers_in_first_pipeline_stage=null", "parallel.overlap_param_gather=false"]
     single = [word.replace("=2", "=1") for word in one]
     assert main(["convert", "verify", "--megatron", str(run), "--reference", str(reference), "--set", *single]) == 0
+
+
+def test_a_run_from_scratch_goes_home_as_well(run_data: RunData, tmp_path: Path) -> None:
+    """Nothing came from Hugging Face: config.json is written from the recipe, the tokenizer is the run's."""
+    model = [
+        "language.hidden_size=256",
+        "language.kv_channels=64",
+        "connector.head_dim=128",
+        "vision.positional_grid=16",
+    ]
+    words = run_data.words(tmp_path / "run", *(f"model.{key}" for key in model), "training.train_steps=3")
+    torchrun("megavlm", *words, ranks=1, module=True)
+    home, again = tmp_path / "home", tmp_path / "again"
+    assert main(["convert", "megatron-to-hf", "--megatron", str(tmp_path / "run"), "--out", str(home)]) == 0
+    tokenizer = load_tokenizer(home / "tokenizer.model")
+    config = json.loads((home / "config.json").read_text())
+    assert config["visual"]["image_start_id"] == tokenizer.img_start_id and config["intermediate_size"] == 192
+    sizes = Sizes(
+        vocab=512, hidden=256, layers=4, heads=4, ffn=96, image=32, patch=8, width=48, vision_layers=2, vision_heads=4,
+        vision_ffn=96, queries=4, rows=256, image_token=tokenizer.imgpad_id,
+    )  # fmt: skip
+    assert {name: tuple(value.shape) for name, value in load(home).items()} == qwen_reference.shapes(sizes)
+    assert main(["convert", "hf-to-megatron", "--hf", str(home), "--out", str(again)]) == 0
+    reference = write_reference(home, sizes, tmp_path / "reference.safetensors")
+    for checkpoint in (tmp_path / "run", again):
+        assert main(["convert", "verify", "--megatron", str(checkpoint), "--reference", str(reference)]) == 0
