@@ -191,6 +191,15 @@ def codefuse_parts(directory: Path) -> tuple[Path, Path, Path]:
     return language, tower, projector
 
 
+def codefuse_published(directory: Path) -> Path:
+    """CodeFuse-VLM as it is published: the parts in one directory."""
+    language, tower, projector = codefuse_parts(directory.parent / f"{directory.name}-parts")
+    language.rename(directory)
+    tower.rename(directory / "Qwen-VL-visual")
+    projector.parent.rename(directory / "mm_projector")
+    return directory
+
+
 def codefuse_mlp(directory: Path) -> Path:
     """CodeFuse-VLM with an MLP for a connector."""
     s = CODEFUSE

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_cases import codefuse, codefuse_parts, load, make
+from family_cases import codefuse, codefuse_parts, codefuse_published, load, make
 from tokenizer_files import write_llama
 from transformers import CLIPVisionModel
 
@@ -39,6 +39,28 @@ def test_codefuse_from_its_parts_equals_codefuse_whole(tmp_path: Path) -> None:
     assert config["model_type"] == "llava_qwen" and config["mm_projector_type"] == "cross_attn"
     visual = json.loads((out / "visual_config.json").read_text())
     assert visual == {**visual, **json.loads((tower / "visual_config.json").read_text()), "image_start_id": 151857}
+
+
+def test_codefuse_as_it_is_published(tmp_path: Path) -> None:
+    source = codefuse_published(tmp_path / "hf")
+    assert compose(tmp_path / "m", "--hf", source) == 0
+    out, whole = load(export(tmp_path / "m", tmp_path / "out")), load(codefuse(tmp_path / "whole"))
+    assert whole.keys() == out.keys() and all(torch.equal(whole[name], out[name]) for name in whole)
+    # Its language model alone, whose config.json may be that of the whole.
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "llava_qwen"}))
+    clip = make("clip", tmp_path / "clip")
+    assert compose(tmp_path / "n", "--language", source, "--vision", clip) == 0
+
+
+@pytest.mark.parametrize(("dtype", "type_"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_another_number_type(dtype: str, type_: torch.dtype, tmp_path: Path) -> None:
+    source = make("qwen_vl", tmp_path / "hf")
+    assert compose(tmp_path / "m", "--hf", source) == 0
+    out = export(tmp_path / "m", tmp_path / "out", "--dtype", dtype)
+    before, after = load(source), load(out)
+    assert all(value.dtype is type_ and torch.equal(value, before[name].to(type_)) for name, value in after.items())
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == str(type_).removeprefix("torch.")
 
 
 def test_a_fresh_resampler_follows_the_seed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

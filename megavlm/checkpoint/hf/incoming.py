@@ -90,7 +90,14 @@ class Report:
 
 
 def convert(
-    given: Sequence[Given], out: Path, *, seed: int, fresh: Mapping[str, Tree], base: Tree | None, verify: bool
+    given: Sequence[Given],
+    out: Path,
+    *,
+    seed: int,
+    fresh: Mapping[str, Tree],
+    base: Tree | None,
+    verify: bool,
+    home: str | None = None,
 ) -> Report:
     """Convert whole or composed checkpoints.
 
@@ -101,6 +108,7 @@ def convert(
         fresh: branches of the parts that are initialised.
         base: raw recipe whose other branches the converted recipe takes; None for defaults.
         verify: read everything back and compare.
+        home: family that an export of a composed model is written in unless another is asked for.
 
     Raises:
         ValueError: the sources are wrong, or do not fit together.
@@ -133,7 +141,7 @@ def convert(
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
-            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer)
+            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype)
             if verify:
                 _verify(partial, plans, total)
                 report.verified = True
@@ -254,6 +262,8 @@ def _write_rest(
     recipe: str | None,
     report: Report,
     tokenizer: Path | None,
+    home: str | None,
+    dtype: torch.dtype,
 ) -> None:
     """Write what a checkpoint has beside its tensors."""
     one = given[0]
@@ -267,6 +277,8 @@ def _write_rest(
     record = {
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
+        "home": home,
+        "dtype": str(dtype).removeprefix("torch."),
         "parts": list(parts),
         "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),

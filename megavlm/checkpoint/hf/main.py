@@ -144,21 +144,29 @@ def run_incoming(args: argparse.Namespace) -> int:
     base = _base_recipe(args.recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
+    from megavlm.checkpoint.hf.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
-    if args.hf is not None:
-        given, fresh = [Given.open(args.hf, None, layer)], {}
+    parts = published_parts(args.hf) if args.hf is not None else {}
+    fresh: dict[str, Any] = {}
+    if parts:
+        given = [Given.open(path, [part]) for part, path in parts.items()]
+    elif args.hf is not None:
+        given = [Given.open(args.hf, None, layer)]
     else:
         given = [Given.open(getattr(args, name), [name], layer) for name in compose]
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
-    report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify)
+    home = CodeFuseFamily.name if parts else None
+    report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify, home=home)
     for line in report.lines():
         logger.info("%s", line)
     logger.info("wrote %s", args.out)
     if (args.out / "recipe.yaml").is_file():
         logger.info("train it with: megavlm train %s data.train.0.path=DATA output_dir=RUN", args.out / "recipe.yaml")
+    else:
+        logger.info("this is a part of a model; to train, compose a whole one with --language and --vision")
     return 0
 
 

@@ -88,7 +88,9 @@ def export(
     record = assets.read_record(checkpoint)
     branches = _branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
-    family = _choose(family_name or record.get("family"), model, tuple(branches), asked=family_name is not None)
+    family = _choose(
+        family_name or record.get("family") or record.get("home"), model, tuple(branches), asked=family_name is not None
+    )
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
     reader = CheckpointReader(checkpoint)
@@ -114,6 +116,7 @@ def export(
                 writer.abort()
             result.files = len(writer.shards)
             _write_assets(checkpoint, partial, family, model, record, result, original=original)
+            _write_dtype(partial, entries, record)
             source = Source(partial, _feature_layer(record, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
@@ -267,6 +270,20 @@ def _write_config(partial: Path, old: Tree, new: Tree) -> None:
     if new:
         text = json.dumps(_merge(old, new), indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _write_dtype(partial: Path, entries: Sequence[Entry], record: Mapping[str, Any]) -> None:
+    """Name the number type in ``config.json``, unless it is what the weights came with."""
+    path = partial / CONFIG
+    types = [str(entry.dtype).removeprefix("torch.") for entry in entries]
+    main = max(set(types), key=types.count)
+    if not path.is_file() or (record.get("dtype") == main and record.get("family") is not None):
+        return
+    config = read_json(path)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    path.write_text(
+        json.dumps(config | dict.fromkeys(keys, main), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def _merge(old: Tree, new: Tree) -> Tree:

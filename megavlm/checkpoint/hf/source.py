@@ -20,9 +20,15 @@ from torch import Tensor
 
 CONFIG = "config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin", "visual.bin", "mm_projector.bin")
-_CONFIGS = (CONFIG, "visual_config.json")
+# In this order: a directory may have the weights twice, and safetensors is what Transformers takes.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "visual.bin",
+    "mm_projector.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +101,10 @@ class Source:
         """Return the weight files, each with the names that an index promises in it."""
         if path.is_file():
             return {path: None}
-        for name in _INDEXES:
+        for name in _WEIGHTS:
             if (path / name).is_file():
-                return _read_index(path / name)
-        for name in _SINGLE:
-            if (path / name).is_file():
-                return {path / name: None}
-        raise ValueError(f"{path}: holds no weights; looked for {', '.join([*_INDEXES, *_SINGLE])}")
+                return _read_index(path / name) if name.endswith(".index.json") else {path / name: None}
+        raise ValueError(f"{path}: holds no weights; looked for {', '.join(_WEIGHTS)}")
 
     def _add(self, file: Path, expected: list[str] | None) -> None:
         handle, found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from megavlm.checkpoint.hf.families.common import (
@@ -36,8 +37,8 @@ class QwenFamily(Family):
     parts: ClassVar[tuple[str, ...]] = ("language",)
 
     def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == "qwen" and "visual" not in source.config
+        """By ``model_type``; CodeFuse-VLM's language model may have its own."""
+        return source.config.get("model_type") in ("qwen", "llava_qwen") and "visual" not in source.config
 
     def branches(self, source: Source) -> Tree:
         """Return the language branch."""
@@ -148,8 +149,8 @@ class CodeFuseFamily(QwenFamily):
     parts = ("vision", "connector", "language")
 
     def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == "llava_qwen"
+        """By ``model_type`` and the tower's names."""
+        return source.config.get("model_type") == "llava_qwen" and _CODEFUSE_TOWER + "conv1.weight" in source
 
     def branches(self, source: Source) -> Tree:
         """Return all three branches; the tower's shape lies in ``visual_config.json``."""
@@ -197,6 +198,23 @@ class CodeFuseFamily(QwenFamily):
         """As in Qwen-VL."""
         start = source.config.get("visual_config", {}).get("image_start_id")
         return {"image_start": start, "image": start + 2} if isinstance(start, int) else {}
+
+
+def published_parts(directory: Path) -> dict[str, Path]:
+    """Return where the parts lie in CodeFuse-VLM-14B as it is published; empty for any other directory.
+
+    The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
+    ``mm_projector``.
+    """
+    parts = {
+        "language": directory,
+        "vision": directory / "Qwen-VL-visual",
+        "connector": directory / "mm_projector" / "mm_projector.bin",
+    }
+    if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
+        return {}
+    merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
+    return {} if merged else parts
 
 
 def projector_branch(source: Source, prefix: str) -> Tree:
