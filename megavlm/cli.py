@@ -7,6 +7,7 @@ and help printed, before torch is loaded. Wrong input costs one line on stderr a
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -36,6 +37,12 @@ _COMMANDS = {"train": "train a model by a recipe", **{name: text for name, (_, t
 
 WRONG_INPUT = 2
 """Exit code of wrong input."""
+FAILED = 1
+"""Exit code where the machine did not let us."""
+_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE,
+}  # fmt: skip
 TRACEBACK = "MEGAVLM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error for users was raised."""
 
@@ -63,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(error)
         return WRONG_INPUT
+    except BrokenPipeError:  # whoever read our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno not in _MACHINE or words[0] == "train":  # a run of many ranks wants to see where
+            raise
+        _report(error)
+        return FAILED
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -175,6 +190,8 @@ def _report(error: BaseException) -> None:
         traceback.print_exception(error)
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         lines = [f"{error.filename}: no such file or directory"]
+    elif isinstance(error, OSError) and error.strerror is not None:
+        lines = [f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror]
     else:
         lines = str(error).splitlines() or [type(error).__name__]
     if int(os.environ.get("RANK", "0")) == 0:

@@ -19,13 +19,16 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import step_directory
-from megavlm.checkpoint.safe import read_metadata
+from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
 from megavlm.checkpoint.slots import METADATA
 from megavlm.parallel.state import is_reader
 
@@ -126,16 +129,23 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
         scheduler: also load its state.
 
     Raises:
-        Megatron-Core's CheckpointingException: the checkpoint lacks tensors of this model, or shapes differ.
-        ValueError: its index is damaged, or is a pickle that would run code.
+        ValueError: the checkpoint is of another model, a file is damaged, or is a pickle that would run code.
     """
-    stored = read_metadata(path).state_dict_metadata
-    state = _model_state(modules)
-    for name in [name for name in state if name.startswith("model")]:
-        state[name] = _known(state[name], stored)
+    metadata = read_metadata(path)
+    check_files(path)
+    state = {name: _tensors(entries) for name, entries in _model_state(modules).items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
-    loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    entries = list(nested_values(state))
+    assert not any(isinstance(entry, ShardedObject) for entry in entries)
+    check_tensors(path, metadata, {entry.key for entry in entries if hasattr(entry, "key")})
+    try:
+        loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except CheckpointingException as error:
+        raise ValueError(f"{path}: is of another model: {first_line(error)}") from error
+    except CheckpointException as error:  # of torch: something failed on some rank
+        causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
+        raise ValueError(f"{path}: is damaged, or of another model: {'; '.join(causes)}") from error
     for i, module in enumerate(modules):
         result = module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
@@ -147,16 +157,13 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     logger.info("loaded %s", path)
 
 
-def _known(state: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is no weight and may be missing: extra state of layers, such as Transformer Engine's scales.
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is no tensor: extra state of layers, such as Transformer Engine's scales for FP8.
 
-    A converted checkpoint has none, and a layer without it starts as a new one does.
+    It is stored as pickles, which would be run; a converted checkpoint has none, and a layer without it starts as a
+    new one does.
     """
-    return {
-        name: entry
-        for name, entry in state.items()
-        if not (isinstance(entry, ShardedObject) and name.endswith(_EXTRA_STATE) and entry.unique_key not in stored)
-    }
+    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
 
 
 def load_reader_state(path: Path, world_size: int) -> Any:

@@ -37,5 +37,16 @@ def resolve(path: Path) -> Path:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return ``run.json`` of the checkpoint at ``path``."""
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    """Return ``run.json`` of the checkpoint at ``path``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    file = path / "run.json"
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{file}: must hold a JSON object")
+    return run

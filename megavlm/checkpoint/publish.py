@@ -25,8 +25,7 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
         OSError: the disk is full, say.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
+    refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if needed_bytes > free:
@@ -34,27 +33,45 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     with _locked(partial):
         try:
+            refuse_existing(out)  # another process may have been quicker
             yield partial
             _sync(partial)
             if out.exists():
                 out.rmdir()
             partial.rename(out)
             _sync_directory(out.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what was written
+                error.filename = str(out)
             raise
+
+
+def refuse_existing(out: Path) -> None:
+    """Check that nothing is in the way of ``out``.
+
+    Raises:
+        ValueError: it exists and holds something.
+    """
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
 
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Make an empty ``partial`` that no other process on this machine writes to."""
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
+        raise ValueError(f"{partial}: is in the way; move it, or give another --out")
     partial.mkdir(exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{partial}: another process is writing it; wait for it, or give another --out") from None
+            ours = os.path.samestat(os.fstat(handle), partial.lstat())  # else it was renamed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{partial}: another process is writing it; wait for it, or give another --out")
         for leftover in partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         yield

@@ -1,19 +1,24 @@
 """Reading what a stranger may have written: pickles that may name nothing but the data types that belong there.
 
 Torch's distributed checkpoints keep their index in ``.metadata``, a pickle, and torch loads it with plain
-``pickle.load``. Here only the classes of that index are allowed; anything else is refused unopened.
+``pickle.load``. Here only the classes of that index are allowed; anything else is refused unopened. What the index
+calls an object rather than a tensor is a pickle too, which torch would run: nothing here ever asks for one.
 """
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 METADATA = ".metadata"
+_COMMON, _CONFIG = "common.pt", "metadata.json"
+_BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED = {
     (_CHECKPOINT + "metadata", name)
@@ -61,12 +66,98 @@ def read_metadata(checkpoint: Path) -> Metadata:
     with path.open("rb") as file:
         try:
             metadata = _Unpickler(file).load()
-            if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-            files = {info.relative_path for info in metadata.storage_data.values()}
+            files = _files(metadata)
         except Exception as error:  # a damaged pickle can raise anything
-            raise ValueError(f"{path}: is no index of a checkpoint, and was not opened: {error}") from None
+            reason = first_line(error)
+            raise ValueError(f"{path}: is no index of a checkpoint, and was not opened: {reason}") from None
     for name in files:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: names the file {name!r} outside of its directory; take another copy")
     return metadata
+
+
+def _files(metadata: Any) -> set[str]:
+    """Return the files that an index names.
+
+    Raises:
+        UnpicklingError: it is none.
+    """
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    for key, entry in metadata.state_dict_metadata.items():
+        well = isinstance(key, str) and isinstance(entry, TensorStorageMetadata | BytesStorageMetadata)
+        if well and isinstance(entry, TensorStorageMetadata):
+            well = isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+        if not well:
+            raise pickle.UnpicklingError(f"its entry {key!r} is neither a tensor nor an object")
+    files = {info.relative_path for info in metadata.storage_data.values()}
+    if not all(isinstance(name, str) for name in files):
+        raise pickle.UnpicklingError("a file's name is no text")
+    return files
+
+
+def check_files(checkpoint: Path) -> None:
+    """Check the small files that Megatron-Core reads beside the tensors: their format, and that nothing in them runs.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: one is damaged, or names something that could run code.
+    """
+    path = checkpoint / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict) or any(config.get(key) != value for key, value in _BACKENDS.items()):
+        raise ValueError(f"{path}: is not of a checkpoint in Megatron-Core's torch_dist format")
+    load_weights(checkpoint / _COMMON)
+
+
+def check_tensors(checkpoint: Path, metadata: Metadata, keys: Iterable[str]) -> None:
+    """Check that what is about to be loaded are tensors.
+
+    Raises:
+        ValueError: the checkpoint has an object under one of ``keys``.
+    """
+    wanted = tuple(keys)
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata) and key.startswith(wanted):
+            raise ValueError(
+                f"{checkpoint / METADATA}: {key} is an object, which could run code, where a tensor belongs;"
+                " it was not opened"
+            )
+
+
+def load_weights(file: Path, *, mmap: bool = False) -> Any:
+    """Return what ``torch.save`` wrote to a file, without running anything from it.
+
+    Args:
+        file: the file.
+        mmap: map the tensors of the file instead of reading them, where its format allows that.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or a pickle that names more than tensors and plain values.
+    """
+    try:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except RuntimeError:  # a file of before torch 1.6 is no zip archive and cannot be mapped
+            if not mmap:
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        raise ValueError(
+            f"{file}: damaged, or a pickle with more than tensors, which could run code"
+            f"{f' ({line})' if line else ''}; it was not opened"
+        ) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

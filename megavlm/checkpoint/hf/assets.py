@@ -18,6 +18,18 @@ FOLDER = "hf"
 """Of a checkpoint's directory."""
 RECORD = "conversion.json"
 """In that folder: what the converter knows of where the weights come from."""
+_KINDS: dict[str, tuple[type, ...]] = {
+    "family": (str,),
+    "home": (str,),
+    "style": (str,),
+    "feature_layer": (int, str),
+    "tokens": (dict,),
+    "model": (dict,),
+    "origin": (dict,),
+    "ignored": (dict,),
+    "carried": (list,),
+    "initialised": (list,),
+}
 CARRIED = "carried"
 """In that folder: tensors that the model has no parameter for."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tar"}
@@ -51,16 +63,23 @@ def write_record(checkpoint: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """Return the record of a checkpoint, empty for one that was not made from a Hugging Face directory."""
+    """Return the record of a checkpoint, empty for one that was not made from a Hugging Face directory.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = checkpoint / FOLDER / RECORD
     if not path.is_file():
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}: must hold a JSON object")
+    for key, kinds in _KINDS.items():
+        if not isinstance(record.get(key), (*kinds, type(None))):
+            raise ValueError(f"{path}: {key} is {record[key]!r}; convert the checkpoint again, or restore the file")
     return record
 
 

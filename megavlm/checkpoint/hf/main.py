@@ -13,7 +13,6 @@ from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import read_recipe
 from megavlm.models.registry import CONNECTORS, expand_presets, load_presets
-from megavlm.parallel.device import prepare_device
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +141,7 @@ def run_incoming(args: argparse.Namespace) -> int:
     if compose and not {"language", "vision"} & set(compose):
         raise ValueError("--connector alone makes no model; give --language and --vision too")
     base = _base_recipe(args.recipe)
-    prepare_device()
+    _prepare()
     # Megatron-Core may be imported from here on.
     from megavlm.checkpoint.hf.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
@@ -168,6 +167,13 @@ def run_incoming(args: argparse.Namespace) -> int:
     else:
         logger.info("this is a part of a model; to train, compose a whole one with --language and --vision")
     return 0
+
+
+def _prepare() -> None:
+    """Get ready for Megatron-Core; what is wrong with the arguments has been said before torch is imported."""
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415
+
+    prepare_device()
 
 
 def _feature_layer(text: str) -> int | str:
@@ -234,7 +240,7 @@ def run_outgoing(args: argparse.Namespace) -> int:
     if args.max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
     path = resolve(args.megatron)
-    prepare_device()
+    _prepare()
     from megavlm.checkpoint.hf.outgoing import DTYPES, export  # noqa: PLC0415
 
     result = export(
@@ -259,7 +265,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Hold a checkpoint against a reference; exit code 1 above the tolerance."""
-    prepare_device()
+    _prepare()
     from megavlm.evaluation.parity import verify  # noqa: PLC0415
 
     return verify(args.megatron, args.reference, args.set, args.tolerance)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,11 +22,13 @@ from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_m
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source, read_json
 from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.safe import first_line
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import yaml12
 from megavlm.config.help import to_tree
 from megavlm.config.schema import ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megavlm.models.build import MODULES
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +137,22 @@ def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
     """
     recipe = checkpoint / "recipe.yaml"
     if recipe.is_file():
-        model = yaml12.parse(recipe.read_text(encoding="utf-8")).get("model")
-        if not isinstance(model, dict):
-            raise ValueError(f"{recipe}: has no model")
-        return {part: model[part] for part in ("vision", "connector", "language")}
-    if isinstance(record.get("model"), dict):
-        return dict(record["model"])
-    raise ValueError(
-        f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
-    )
+        try:
+            tree = yaml12.parse(recipe.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{recipe}: is damaged: {first_line(error)}") from None
+        model = tree.get("model") if isinstance(tree, dict) else None
+        where: Path = recipe
+    elif "model" in record:
+        model, where = record["model"], checkpoint / assets.FOLDER / assets.RECORD
+    else:
+        raise ValueError(
+            f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
+        )
+    branches = {part: model[part] for part in MODULES if part in model} if isinstance(model, dict) else {}
+    if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
+        raise ValueError(f"{where}: has no model; restore the file")
+    return branches
 
 
 def _choose(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:

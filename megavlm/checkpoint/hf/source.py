@@ -7,8 +7,6 @@ parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickle
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from megavlm.checkpoint.safe import load_weights
 
 CONFIG = "config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object")
@@ -179,30 +179,14 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
 
 
 def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
-    state = _load_pickle(file)
+    state = load_weights(file, mmap=True)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file}: holds no dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"{file}: holds no dictionary of tensors by name")
+    state = {name: value.detach() for name, value in state.items()}  # some are parameters
     found = {}
     for name, value in state.items():
         dtype = value.dtype if value.dtype in _DTYPES.values() else str(value.dtype)
         found[name] = TensorInfo(tuple(value.shape), dtype, file)
     return state, found
-
-
-def _load_pickle(file: Path) -> Any:
-    try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # a file of before torch 1.6 is no zip archive and cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise ValueError(
-            f"{file}: damaged, or a pickle with more than tensors, which could run code"
-            f"{f' ({line})' if line else ''}; it was not opened"
-        ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: truncated, or no weight file: {reason}") from None
