@@ -7,18 +7,21 @@ training run of one process had saved it.
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,8 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     SavePlanner,
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megavlm.checkpoint.safe import read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
@@ -122,7 +124,14 @@ class _Planner(SavePlanner):
         part = whole[start:stop] if piece.slot.shape else whole
         self.progress(part.nbytes)
         part = part if piece.slot.layer is None else part.unsqueeze(0)
-        return part.contiguous()
+        return _alone_in_storage(part.contiguous())
+
+
+def _alone_in_storage(tensor: Tensor) -> Tensor:
+    """Return a view whose storage ends where it ends: torch's writer copies any other, to write no more than it."""
+    if not tensor.numel():
+        return tensor.clone()
+    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
 def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callable[[int], Any]) -> None:
@@ -151,41 +160,20 @@ def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callabl
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
-class _Fill(LoadPlanner):
-    """Puts what torch's reader finds into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Return the part of the target that ``read_item`` fills."""
-        return narrow_tensor_by_index(self.target, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the part is a view."""
-
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
-        """Nothing to set up."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Not asked for."""
-        raise NotImplementedError
+def _room(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor to be filled, in large pages where the system has them: small ones cost more than the copy."""
+    size = math.prod(sizes) * dtype.itemsize
+    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(sizes, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*sizes)
 
 
 class CheckpointReader:
     """Reads single parameters of a checkpoint that was saved at any layout.
+
+    Files are mapped into memory: a parameter that lies in one piece is read when it is looked at, without a copy.
 
     Raises:
         FileNotFoundError, ValueError: there is no index, or it is not to be trusted.
@@ -194,8 +182,7 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata = read_metadata(path)
-        self._reader = FileSystemReader(path)
-        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        self._files: dict[str, tuple[Any, mmap.mmap]] = {}
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return shape, number type and chunks of every tensor, by key."""
@@ -207,7 +194,7 @@ class CheckpointReader:
         return self._entry(slot).properties.dtype
 
     def read(self, slot: Slot) -> Tensor:
-        """Return a parameter.
+        """Return a parameter, possibly a view of a file: not to be written to.
 
         Raises:
             ValueError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
@@ -218,13 +205,46 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(slot.key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
             raise ValueError(f"{self.path}: {slot.key} is not whole; save the checkpoint again")
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        dtype = entry.properties.dtype
         try:
-            self._reader.read_data(LoadPlan(items), _Fill(target)).wait()
-        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, FileNotFoundError) as error:
+            parts = [self._part(item, dtype) for item in items]
+        except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.path}: {slot.key} cannot be read, a file is damaged: {reason}") from None
-        return target if slot.layer is None else target[0]
+        if len(parts) == 1:
+            whole = parts[0]
+        else:
+            whole = _room(sizes, dtype)
+            for item, part in zip(items, parts, strict=True):
+                narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
+        return whole if slot.layer is None else whole[0]
+
+    def _part(self, item: ReadItem, dtype: torch.dtype) -> Tensor:
+        """Return what one stored chunk has of a parameter, a view of the mapped file."""
+        info = self.metadata.storage_data[item.storage_index]
+        if info.transform_descriptors:
+            raise ValueError("it is compressed, which is not supported")
+        file, mapped = self._open(info.relative_path)
+        with FakeTensorMode():  # shape, strides, and where in the archive the numbers are
+            view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
+            fake = torch.load(view, weights_only=True)
+        if not isinstance(fake, Tensor) or fake.dtype is not dtype:
+            raise ValueError(f"it is no tensor of {dtype}, as the index says")
+        storage = fake.untyped_storage()
+        if not storage.nbytes():
+            return fake.new_empty(fake.shape, device="cpu")
+        start = info.offset + storage._checkpoint_offset
+        with warnings.catch_warnings(action="ignore"):  # that it cannot be written to
+            count = storage.nbytes() // fake.dtype.itemsize
+            numbers = torch.frombuffer(mapped, dtype=fake.dtype, count=count, offset=start)
+        stored = numbers.as_strided(fake.shape, fake.stride(), int(fake.storage_offset()))
+        return narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+
+    def _open(self, name: str) -> tuple[Any, mmap.mmap]:
+        if name not in self._files:
+            file = (self.path / name).open("rb")
+            self._files[name] = file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._files[name]
 
     def _entry(self, slot: Slot) -> TensorStorageMetadata:
         entry = self.metadata.state_dict_metadata.get(slot.key)
