@@ -221,7 +221,9 @@ class CheckpointReader:
 
     def _part(self, item: ReadItem, dtype: torch.dtype) -> Tensor:
         """Return what one stored chunk has of a parameter, a view of the mapped file."""
-        info = self.metadata.storage_data[item.storage_index]
+        info = self.metadata.storage_data.get(item.storage_index)
+        if info is None:
+            raise ValueError("the index does not say where it lies")
         if info.transform_descriptors:
             raise ValueError("it is compressed, which is not supported")
         file, mapped = self._open(info.relative_path)

@@ -119,7 +119,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     fsync, rename = os.fsync, Path.rename
 
     def record(handle: int) -> None:
-        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        events.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
         fsync(handle)
 
     def renamed(self: Path, target: Path) -> Path:

@@ -107,7 +107,7 @@ def test_a_pickle_that_runs_code_is_not_run(name: str, legacy: bool, tmp_path: P
     state = {"w": torch.zeros(2), "x": Canary(canary)}
     torch.save(state, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match="which could run code.*it was not opened") as error:
+        with pytest.raises(ValueError, match=r"which could run code.*it was not opened") as error:
             Source(path)
         assert str(tmp_path / name) in str(error.value)
     assert not canary.exists()
