@@ -1,8 +1,8 @@
-"""Saving and loading a training run with Megatron-Core's distributed checkpoints.
+"""Loading a training run from Megatron-Core's distributed checkpoints, and saving one at once.
 
 A checkpoint is a directory ``step-00000123`` with Megatron-Core's tensors, the recipe that made it
-(``recipe.yaml``), ``run.json`` (step, counters, version) and one ``reader-N.json`` per data-parallel rank. It is
-written as ``step-00000123.partial`` and renamed when all ranks are done; then the file ``latest`` is replaced.
+(``recipe.yaml``), ``run.json`` (step, counters, version), one ``reader-N.json`` per data-parallel rank, one
+``random-N.json`` per rank, and ``manifest.json`` with the digest of every file (:mod:`megavlm.checkpoint.saver`).
 What has the final name is whole.
 """
 
@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -25,98 +22,30 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megavlm import __version__
-from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.paths import step_directory
 from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
-from megavlm.checkpoint.slots import METADATA
-from megavlm.parallel.state import is_reader
+from megavlm.checkpoint.saver import Saver, State
+from megavlm.checkpoint.slots import METADATA, model_state
 
 logger = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
 
 
-def _model_state(modules: Sequence[Any]) -> dict[str, Any]:
-    """Return the sharded state of the bare chunks, named as Megatron-Core's optimizer expects."""
-    metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
-    if len(modules) == 1:
-        return {"model": modules[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
-
-
-def save(
-    root: Path,
-    *,
-    modules: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    reader_state: Any,
-    run: dict[str, Any],
-    recipe_yaml: str,
-    keep: int,
-    parent: Path | None = None,
-    tokenizer: Path | None = None,
-) -> Path:
-    """Write and publish a checkpoint; a collective over all ranks.
+def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml: str = "") -> Path:
+    """Save and publish weights alone; a collective over all ranks.
 
     Args:
         root: directory of the run's checkpoints.
         modules: the bare model chunks of this rank.
-        optimizer: Megatron-Core's optimizer; None saves weights alone.
-        scheduler: Megatron-Core's scheduler, saved with the optimizer.
-        reader_state: on reader ranks, the plain structure that the data feed goes on from.
-        run: JSON-able facts of the run, with at least ``step``.
+        step: which step they are of.
         recipe_yaml: the resolved recipe.
-        keep: newest checkpoints to leave in ``root``.
-        parent: checkpoint that the run started from, whose ``hf`` folder this one inherits.
-        tokenizer: tokenizer file to keep there if there is no such folder.
 
     Returns:
         The published directory.
     """
-    final = step_directory(root, run["step"])
-    partial = final.with_suffix(".partial")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _model_state(modules)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=METADATA)
-        state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(partial), content_metadata=METADATA)
-    if is_reader():
-        _write(partial / f"reader-{mpu.get_data_parallel_rank()}.json", json.dumps(reader_state))
-    if dist.get_rank() == 0:
-        assets.inherit(parent, tokenizer, partial)
-        _write(partial / "recipe.yaml", recipe_yaml)
-        _write(partial / "run.json", json.dumps({**run, "megavlm": __version__}, indent=2))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _publish(partial, final, keep)
-    dist.barrier()
-    return final
-
-
-def _publish(partial: Path, final: Path, keep: int) -> None:
-    if final.exists():  # the same step again, after going on from an older checkpoint
-        shutil.rmtree(final)
-    partial.rename(final)
-    pointer = final.parent / "latest.new"
-    _write(pointer, final.name + "\n")
-    pointer.replace(final.parent / "latest")
-    published = sorted(p for p in final.parent.glob("step-*") if p.suffix != ".partial")
-    for old in published[:-keep]:
-        if old != final:
-            shutil.rmtree(old)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path = Saver(root, keep=1).save(State(modules, run={"step": step}, recipe_yaml=recipe_yaml))
+    assert path is not None
+    return path
 
 
 def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None) -> None:
@@ -133,7 +62,7 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     """
     metadata = read_metadata(path)
     check_files(path)
-    state = {name: _tensors(entries) for name, entries in _model_state(modules).items()}
+    state = {name: _tensors(entries) for name, entries in model_state(modules).items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
     entries = list(nested_values(state))

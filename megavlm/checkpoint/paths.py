@@ -13,12 +13,18 @@ def step_directory(root: Path, step: int) -> Path:
 
 
 def latest(root: Path) -> Path | None:
-    """Return the newest published checkpoint in ``root``, or None."""
+    """Return the checkpoint that ``latest`` names, or else the newest in ``root``, or None."""
     pointer = root / "latest"
-    if not pointer.is_file():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    return path if path.is_dir() else None
+    if pointer.is_file():
+        path = root / pointer.read_text(encoding="utf-8").strip()
+        if path.is_dir():
+            return path
+    return next(iter(newest_first(root)), None)
+
+
+def newest_first(root: Path) -> list[Path]:
+    """Return the published checkpoints in ``root``, newest first."""
+    return sorted((p for p in root.glob("step-*") if p.is_dir() and p.suffix != ".partial"), reverse=True)
 
 
 def resolve(path: Path) -> Path:

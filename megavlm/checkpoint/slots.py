@@ -54,6 +54,14 @@ class Slot:
         return zeros if self.layer is None else (self.layer, *zeros)
 
 
+def model_state(modules: Sequence[Any]) -> dict[str, Any]:
+    """Return the sharded state of a rank's bare chunks, named as Megatron-Core's optimizer expects."""
+    metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
+    if len(modules) == 1:
+        return {"model": modules[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+
+
 def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     """Build ``vision``, ``connector`` or ``language`` whole, in this process alone."""
     registry.load_presets()

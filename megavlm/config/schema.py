@@ -284,6 +284,11 @@ class TrainingConfig:
     """Seed of the initial weights and of the data order."""
     exit_after_minutes: float | None = Field(default=None, gt=0)
     """Save a checkpoint and leave with exit code 0 after this time; null for never."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """A step whose loss or gradient is not finite, on any rank, changes nothing and is counted; more than this many in
+    a row end the run."""
+    loss_spike_factor: float | None = Field(default=None, gt=1)
+    """Skip a step whose loss is more than this factor above its running mean (after 20 steps); null for never."""
     validation_interval: int | None = Field(default=None, gt=0)
     """Steps between validations; null for none."""
     validation_packs: int = Field(default=16, gt=0)
@@ -298,6 +303,10 @@ class CheckpointConfig:
     """Steps between checkpoints; null saves only at the end (and when exit_after_minutes ends the run)."""
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints to keep."""
+    async_save: bool = False
+    """Write checkpoints in a thread while training goes on, from a copy in host memory."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (a full disk) does to the run: stop, or continue with a warning."""
     resume: bool = True
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None

@@ -285,6 +285,8 @@ class Feed:
         self.prefetcher = prefetcher
         self.sequence_length, self.image_size = sequence_length, image_size
         self.device = local_device()
+        self.sample_keys: list[str] | None = None
+        """Keys of the samples of the last step, on the reader rank."""
 
     def next_step(self, num_microbatches: int) -> list[MicroBatch]:
         """Return the next ``num_microbatches``; a collective over the whole job.
@@ -300,6 +302,7 @@ class Feed:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 pixels = torch.cat([item.pixels for item in read])
                 packs = [item.pack for item in read]
+                self.sample_keys = [key for pack in packs for key in pack.sample_keys]
             except Exception:
                 logger.exception("reading data failed")
                 failed = True

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -105,6 +105,13 @@ def any_rank(flag: bool) -> bool:
     votes = torch.tensor([int(flag)], dtype=torch.int32, device=local_device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
+
+
+def any_rank_of(flags: Sequence[bool]) -> list[bool]:
+    """Whether each of ``flags`` is true on at least one rank; one collective over the whole job."""
+    votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=local_device())
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def configure_logging() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.checkpoint import distributed as checkpoint
-from megavlm.checkpoint.paths import latest, read_run, resolve
+from megavlm.checkpoint.manifest import MANIFEST, check
+from megavlm.checkpoint.paths import newest_first, read_run, resolve
+from megavlm.checkpoint.saver import Saver, State
 from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
@@ -21,15 +24,19 @@ from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
+from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
-from megavlm.parallel.state import agreed, is_reader
+from megavlm.parallel.state import agreed, any_rank, any_rank_of, is_reader
 from megavlm.training.build import build_training
+from megavlm.training.guard import StepGuard, check_finite
 from megavlm.training.heldout import read_held_out, validate
 from megavlm.training.metrics import Metrics
 from megavlm.training.optimizer import learning_rates, recipe_settings_kept
 from megavlm.training.panel import answer_panel
 from megavlm.training.progress import Deadline, Progress
-from megavlm.training.step import StepResult, train_step
+from megavlm.training.random_state import random_state, restore_random_state
+from megavlm.training.step import train_step
+from megavlm.training.stopping import STOPPED, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,8 @@ class Trainer:
         self.replicas = mpu.get_data_parallel_world_size()
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
+        self.saver = Saver(self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save)
+        self.stop = StopRequest()
         self.training = build_training(recipe, tokenizer.imgpad_id)
         self.parent: Path | None = None
         self.progress, reader_state = self._load()
@@ -60,30 +69,53 @@ class Trainer:
         self.feed = self._open_feed(decoder, reader_state)
         prefetcher = self.feed.prefetcher
         self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
+        self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir))
 
-    def train(self) -> Progress:
-        """Train to the last step, or until time is up; a checkpoint is saved at the end."""
-        progress, training, settings = self.progress, self.training, self.recipe.training
+    def train(self) -> int:
+        """Train to the last step, or until asked to stop; a checkpoint is saved at the end.
+
+        Returns:
+            The exit code: 0, or STOPPED after a signal.
+        """
+        progress, settings = self.progress, self.recipe.training
         if progress.step >= settings.train_steps:
             logger.info("nothing to do: the run is complete at step %d", progress.step)
-        while progress.step < settings.train_steps:
-            self.metrics.begin()
-            batches = self.feed.next_step(self.num_microbatches)
-            training.scheduler.step(1)
-            result = train_step(training.chunks, training.optimizer, batches, len(self.recipe.data.train))
-            self._check(result)
-            self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
-            if self._due(settings.validation_interval):
-                self.validate()
-            if self._due(self.recipe.logging.panel_interval):
-                self.draw_panel()
-            time_is_up = self.deadline.passed()
-            if time_is_up or progress.step == settings.train_steps or self._due(self.recipe.checkpoint.save_interval):
-                self.save()
-            if time_is_up:
-                logger.info("training.exit_after_minutes: time is up at step %d; start again to go on", progress.step)
-                break
-        return progress
+        with self.stop.listening():
+            while progress.step < settings.train_steps:
+                self._step()
+                stop, time_is_up = any_rank_of([self.stop.signal is not None, self.deadline.passed()])
+                last = stop or time_is_up or progress.step == settings.train_steps
+                if last or self._due(self.recipe.checkpoint.save_interval):
+                    self.save(last=last)
+                elif self.saver.busy:
+                    self._saving(self.saver.poll)
+                if stop:
+                    logger.info("asked to stop (%s) at step %d; start again to go on", self.stop.signal, progress.step)
+                    return STOPPED
+                if time_is_up:
+                    logger.info(
+                        "training.exit_after_minutes: time is up at step %d; start again to go on", progress.step
+                    )
+                    break
+        return 0
+
+    def _step(self) -> None:
+        """Take one step, with what is due after it."""
+        progress, training, settings = self.progress, self.training, self.recipe.training
+        at_step(progress.step + 1)
+        fault("step.begin")
+        self.metrics.begin()
+        batches = self.feed.next_step(self.num_microbatches)
+        training.scheduler.step(1)
+        sources, highest = len(self.recipe.data.train), self.guard.largest_loss()
+        result = train_step(training.chunks, training.optimizer, batches, sources, highest)
+        self.guard.take(result, self.feed.sample_keys)
+        self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
+        fault("step.end")
+        if self._due(settings.validation_interval):
+            self.validate()
+        if self._due(self.recipe.logging.panel_interval):
+            self.draw_panel()
 
     def validate(self) -> None:
         """Report the loss on each held-out data set."""
@@ -100,24 +132,37 @@ class Trainer:
             if picture is not None:
                 self.metrics.image("held_out", picture)
 
-    def save(self) -> None:
-        """Publish a checkpoint that the run goes on from exactly."""
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint that the run goes on from exactly; published before this returns if it is the ``last``."""
         self.metrics.flush()
+        modules = self.training.modules
         with self.training.settled():
-            path = checkpoint.save(
-                self.checkpoints,
-                modules=self.training.modules,
+            check_finite(modules)
+            state = State(
+                modules=modules,
                 optimizer=self.training.optimizer,
                 scheduler=self.training.scheduler,
-                reader_state=self.feed.prefetcher.state() if self.feed.prefetcher else None,
+                reader=self.feed.prefetcher.state() if self.feed.prefetcher else None,
+                random=random_state(),
                 run=self.progress.to_json(),
                 recipe_yaml=to_yaml(self.recipe),
-                keep=self.recipe.checkpoint.keep,
                 parent=self.parent,
                 tokenizer=Path(self.recipe.data.tokenizer) if self.recipe.data.tokenizer else None,
             )
-        self.parent = path
-        logger.info("saved %s", path)
+            self._saving(lambda: self.saver.save(state, wait=last))
+        self.metrics.write({"checkpoint_stalled_seconds": self.saver.stalled_seconds})
+
+    def _saving(self, work: Callable[[], Path | None]) -> None:
+        """Save or publish; a failure stops the run or is logged, as the recipe says. All ranks fail alike."""
+        try:
+            path = work()
+        except (OSError, RuntimeError) as error:
+            if self.recipe.checkpoint.on_error == "stop":
+                raise
+            logger.warning("no checkpoint was saved, and the run goes on (checkpoint.on_error): %s", error)
+            return
+        if path is not None:
+            self.parent = path
 
     def close(self) -> None:
         """End threads and files."""
@@ -127,20 +172,10 @@ class Trainer:
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.step % interval == 0
 
-    def _check(self, result: StepResult) -> None:
-        """Stop where a step went wrong; all ranks see the same figures, so they stop together."""
-        norm = result.grad_norm
-        if math.isfinite(result.loss) and (norm is None or math.isfinite(norm)):
-            return
-        raise RuntimeError(
-            f"step {self.progress.step + 1}: loss {result.loss}, gradient norm {norm}; nothing was saved. Start again "
-            "to go on from the last checkpoint, with a lower optimizer.lr or a longer optimizer.warmup_steps"
-        )
-
     def _load(self) -> tuple[Progress, Any]:
         """Load where the run stands: its newest checkpoint, given weights, or nothing."""
         training, settings = self.training, self.recipe.checkpoint
-        newest = latest(self.checkpoints) if settings.resume else None
+        newest = newest_whole(self.checkpoints) if settings.resume else None
         if newest is not None:
             with agreed(f"resuming from {newest}"):
                 _check_same_model(newest, self.recipe)
@@ -149,6 +184,7 @@ class Trainer:
                 checkpoint.load(
                     newest, modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler
                 )
+            _restore_random(newest)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)
@@ -157,6 +193,8 @@ class Trainer:
             path = resolve(Path(settings.load))
             with agreed(f"loading {path}"):
                 _check_same_model(path, self.recipe)
+                if (path / MANIFEST).is_file():
+                    check(path, dist.get_rank(), dist.get_world_size())
             checkpoint.load(path, modules=training.modules)
             self.parent = path
             training.optimizer.reload_model_params()
@@ -187,6 +225,30 @@ class Trainer:
                     state=state,
                 )
         return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size)
+
+
+def newest_whole(root: Path) -> Path | None:
+    """Return the newest checkpoint in ``root`` that its manifest says is whole, or None; a collective.
+
+    Ranks share the reading. A damaged one is passed over with a warning, and left where it is.
+    """
+    for path in newest_first(root):
+        problem = None
+        try:
+            check(path, dist.get_rank(), dist.get_world_size())
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        if not any_rank(problem is not None):
+            return path
+        logger.warning("%s is damaged and is passed over: %s", path.name, problem or "another rank's log says how")
+    return None
+
+
+def _restore_random(path: Path) -> None:
+    """Draw on where the run stopped, if it had as many ranks; each rank has its own state."""
+    own = path / f"random-{dist.get_rank()}.json"
+    if read_run(path).get("world_size") == dist.get_world_size() and own.is_file():
+        restore_random_state(json.loads(own.read_text(encoding="utf-8")))
 
 
 def _list_losses(losses: dict[str, float]) -> str:

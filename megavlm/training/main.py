@@ -9,7 +9,10 @@ from megavlm.parallel.device import prepare_device
 
 
 def run(recipe: Recipe) -> int:
-    """Train by a checked recipe; return the exit code 0.
+    """Train by a checked recipe.
+
+    Returns:
+        The exit code: 0, or 75 for a run that a signal stopped and that can go on.
 
     Raises:
         RecipeError: tokenizer, data or checkpoint do not fit the recipe.
@@ -29,10 +32,9 @@ def run(recipe: Recipe) -> int:
         configure_logging()
         trainer = Trainer(recipe, tokenizer)
         try:
-            trainer.train()
+            return trainer.train()
         finally:
             trainer.close()
-    return 0
 
 
 def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:

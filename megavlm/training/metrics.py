@@ -76,7 +76,8 @@ class Metrics:
         """Take in the step since :meth:`begin`; reports where the window ends (a collective then)."""
         synchronize()
         self._seconds += time.perf_counter() - self._start
-        self._losses += result.source_losses
+        if result.skipped is None:
+            self._losses += result.source_losses
         self._steps += 1
         for batch in batches:
             self._counts += _counts(batch)
@@ -107,7 +108,7 @@ class Metrics:
         total, supervised = self._losses.sum(0).tolist()
         flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
         values = {
-            "loss": total / max(supervised, 1.0),
+            "loss": total / supervised if supervised else math.nan,
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
@@ -139,6 +140,7 @@ class Metrics:
         if grad_norm is not None:
             values["grad_norm"] = grad_norm
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        values["skipped_steps"] = float(self.progress.skipped_steps)
         self._report_dropped()
         if not is_logging_rank():
             return
@@ -190,6 +192,8 @@ _TAGS = {
     "padding_fraction": "data/padding_fraction",
     "mfu": "speed/mfu",
     "memory_gib": "speed/memory_gib",
+    "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
+    "skipped_steps": "optimizer/skipped_steps",
 }
 
 

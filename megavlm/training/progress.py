@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.parallel.state import any_rank
-
 
 @dataclass
 class Progress:
@@ -29,6 +27,12 @@ class Progress:
     """Images trained on."""
     seconds: float = 0.0
     """Wall-clock time of the steps."""
+    skipped_steps: int = 0
+    """Steps that changed nothing, as their loss or gradient was not finite, or the loss too high."""
+    skipped_in_row: int = 0
+    """How many of them were the last ones."""
+    mean_loss: float | None = None
+    """Running mean of the loss over some 50 steps, for training.loss_spike_factor."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters for ``run.json``."""
@@ -52,5 +56,5 @@ class Deadline:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def passed(self) -> bool:
-        """Whether time is up, as agreed by all ranks (a collective, unless there is no limit)."""
-        return self._end is not None and any_rank(time.monotonic() >= self._end)
+        """Whether time is up on this rank."""
+        return self._end is not None and time.monotonic() >= self._end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +12,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.feed import MicroBatch
+from megavlm.parallel.faults import spoilt
+from megavlm.parallel.state import any_rank
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class StepResult:
     source_losses: Tensor
     """[D, 2] fp64: sum of the losses and number of supervised tokens, per data set, over the global batch."""
     grad_norm: float | None
+    """Global gradient norm before clipping; None where the gradients were not looked at."""
+    skipped: str | None = None
+    """Why the update was not made, or None if it was."""
 
     @property
     def loss(self) -> float:
@@ -93,12 +100,45 @@ def run_batches(
 
 
 def train_step(
-    chunks: Sequence[Any], optimizer: MegatronOptimizer, batches: Sequence[MicroBatch], num_sources: int
+    chunks: Sequence[Any],
+    optimizer: MegatronOptimizer,
+    batches: Sequence[MicroBatch],
+    num_sources: int,
+    largest_loss: float | None = None,
 ) -> StepResult:
-    """Take one optimizer step on ``batches``, this replica's share of the global batch."""
+    """Take one optimizer step on ``batches``, this replica's share of the global batch.
+
+    The update is made by all ranks or by none: a loss or gradient that is not finite, or a loss above
+    ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     report = run_batches(chunks, batches, num_sources)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(report, None if grad_norm is None else float(grad_norm))
+    _spoil_gradient(chunks)
+    loss = spoilt("loss.value", StepResult(report, None).loss)
+    if any_rank(not math.isfinite(loss)):
+        return StepResult(report, None, "the loss is not finite")
+    if largest_loss is not None and loss > largest_loss:
+        return StepResult(report, None, f"the loss is above {largest_loss:.4g}")
+    return _update(optimizer, report)
+
+
+def _spoil_gradient(chunks: Sequence[Any]) -> None:
+    value = spoilt("gradient.value", 0.0)
+    if value != 0.0:
+        next(p for chunk in chunks for p in chunk.parameters() if p.requires_grad).main_grad.fill_(value)
+
+
+def _update(optimizer: MegatronOptimizer, report: Tensor) -> StepResult:
+    """Clip and step, as Megatron-Core's ``step`` does, unless the gradients are not finite."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())  # equal on all ranks: it is summed over all of them
+    if not math.isfinite(norm):
+        return StepResult(report, norm, "the gradient is not finite")
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
+        if parameters and one.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=one.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return StepResult(report, norm)

@@ -36,16 +36,7 @@ def main() -> None:
         weights = Path(job["weights"])
         modules = [unwrap(chunk) for chunk in chunks]
         if not weights.exists():
-            checkpoint.save(
-                weights.parent,
-                modules=modules,
-                optimizer=None,
-                scheduler=None,
-                reader_state=None,
-                run={"step": 0},
-                recipe_yaml="",
-                keep=1,
-            )
+            checkpoint.save_weights(weights.parent, modules)
         checkpoint.load(weights, modules=modules)
         answers = generate(
             chunks,

@@ -34,16 +34,7 @@ def main() -> None:
         training = build_training(recipe, IMAGE_TOKEN)
         weights = Path(job["weights"])
         if not weights.exists():
-            checkpoint.save(
-                weights.parent,
-                modules=training.modules,
-                optimizer=None,
-                scheduler=None,
-                reader_state=None,
-                run={"step": 0},
-                recipe_yaml="",
-                keep=1,
-            )
+            checkpoint.save_weights(weights.parent, training.modules)
         checkpoint.load(weights, modules=training.modules)
         training.optimizer.reload_model_params()
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()

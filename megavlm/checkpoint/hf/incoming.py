@@ -21,7 +21,7 @@ from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
-from megavlm.checkpoint.hf.source import Source
+from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
@@ -56,11 +56,17 @@ class Given:
             ValueError: it is of no known family, or has not got the parts.
         """
         source = Source(path, feature_layer)
-        family = detect(source)
-        for part in parts or ():
-            if part not in family.parts:
-                raise ValueError(f"{path}: is a {family.title}; it has no {part}, only {' and '.join(family.parts)}")
-        return Given(source, family, family.style_of(source), tuple(parts or family.parts), family.branches(source))
+        try:
+            family = detect(source)
+            for part in parts or ():
+                if part not in family.parts:
+                    there = " and ".join(family.parts)
+                    raise ValueError(f"{path}: is a {family.title}; it has no {part}, only {there}")
+            branches = family.branches(source)
+            return Given(source, family, family.style_of(source), tuple(parts or family.parts), branches)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
+            where = source.directory / CONFIG
+            raise ValueError(f"{where}: a value is not of the kind that it should be: {error}") from error
 
 
 @dataclass

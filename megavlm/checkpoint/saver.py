@@ -1,0 +1,321 @@
+"""Saving a run: Megatron-Core plans what each rank writes, a thread may write it, and what is published is whole.
+
+A checkpoint is written as ``step-00000123.partial``. When all ranks are done, a manifest with the digest of every file
+is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted. Whatever
+fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays.
+
+An asynchronous save copies the rank's share to host memory first, so that training may go on and change it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megavlm import __version__
+from megavlm.checkpoint import manifest
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.paths import newest_first, step_directory
+from megavlm.checkpoint.safe import first_line
+from megavlm.checkpoint.slots import METADATA, model_state
+from megavlm.parallel.device import has_cuda
+from megavlm.parallel.faults import fault
+from megavlm.parallel.state import agreed, any_rank, is_reader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """What a checkpoint of a run holds."""
+
+    modules: Sequence[Any]
+    """The bare model chunks of this rank."""
+    optimizer: Any = None
+    """Megatron-Core's optimizer; None saves weights alone."""
+    scheduler: Any = None
+    """Megatron-Core's scheduler, saved with the optimizer."""
+    reader: Any = None
+    """On reader ranks, the plain structure that the data feed goes on from."""
+    random: Any = None
+    """This rank's random states, JSON-able."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """JSON-able facts of the run, with at least ``step``."""
+    recipe_yaml: str = ""
+    """The resolved recipe."""
+    parent: Path | None = None
+    """Checkpoint that the run went on from, whose ``hf`` folder this one inherits."""
+    tokenizer: Path | None = None
+    """Tokenizer file to keep there if there is no such folder."""
+
+
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's strategy, whose finalisation cannot fail on the first rank alone."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.writer: FileSystemWriterAsync | None = None
+        self.index_error: Exception | None = None
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        write_index = writer.finish
+
+        def finish(metadata: Any, results: Any) -> None:
+            # The other ranks wait in a collective, which an error here would leave them in.
+            try:
+                write_index(metadata, results)
+            except OSError as error:
+                self.index_error = error
+
+        self.writer, writer.finish = writer, finish
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+
+
+@dataclass
+class _Job:
+    """A checkpoint that is being written."""
+
+    partial: Path
+    final: Path
+    strategy: _Strategy
+    request: Any
+    results: queue.SimpleQueue[Any]
+    started: float
+    digests: manifest.Files = field(default_factory=dict)
+    thread: threading.Thread | None = None
+
+
+class Saver:
+    """Writes and publishes the checkpoints of a run.
+
+    Args:
+        root: directory of the run's checkpoints.
+        keep: newest checkpoints to leave there.
+        asynchronous: write in a thread while training goes on; :meth:`poll` publishes.
+    """
+
+    def __init__(self, root: Path, keep: int, *, asynchronous: bool = False) -> None:
+        self.root, self.keep, self.asynchronous = root, keep, asynchronous
+        self._job: _Job | None = None
+        self.stalled_seconds = 0.0
+        """Time that the last save kept training waiting."""
+
+    def save(self, state: State, *, wait: bool = False) -> Path | None:
+        """Save; a collective over all ranks.
+
+        Args:
+            state: what to save; it may be changed as soon as this returns.
+            wait: publish before returning, though saves are asynchronous.
+
+        Returns:
+            The published directory, or None where a thread still writes it.
+
+        Raises:
+            OSError, RuntimeError: it could not be written, on some rank. Nothing is left of it.
+        """
+        self.finish()
+        start = time.perf_counter()
+        job = self._prepare(state)
+        self._job = job
+        if self.asynchronous and not wait:
+            buckets = _snapshot(job.request.preload_fn)
+            job.thread = threading.Thread(target=self._write, args=(job, buckets), name="megavlm-save", daemon=True)
+            job.thread.start()
+            self.stalled_seconds = time.perf_counter() - start
+            return None
+        self._write(job, job.request.preload_fn() if job.request.preload_fn is not None else [])
+        path = self._publish()
+        self.stalled_seconds = time.perf_counter() - start
+        return path
+
+    def poll(self) -> Path | None:
+        """Publish the checkpoint that a thread has written, once all ranks have; a collective while there is one.
+
+        Raises:
+            OSError, RuntimeError: as :meth:`save`.
+        """
+        job = self._job
+        if job is None or any_rank(job.thread is not None and job.thread.is_alive()):
+            return None
+        return self._publish()
+
+    def finish(self) -> Path | None:
+        """Wait until nothing is being written any more and publish it; a collective.
+
+        Raises:
+            OSError, RuntimeError: as :meth:`save`.
+        """
+        if self._job is None:
+            return None
+        if self._job.thread is not None:
+            self._job.thread.join()
+        return self._publish()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._job is not None
+
+    def _prepare(self, state: State) -> _Job:
+        """Plan what each rank writes, and write the small files."""
+        final = step_directory(self.root, state.run["step"])
+        partial = final.with_suffix(".partial")
+        started = time.perf_counter()
+        with agreed(f"saving {final.name}"), _removed_on_error(partial):
+            fault("checkpoint.start")
+            if dist.get_rank() == 0:
+                self.root.mkdir(parents=True, exist_ok=True)
+                for leftover in self.root.glob("*.partial"):
+                    shutil.rmtree(leftover)
+                partial.mkdir()
+        tensors = model_state(state.modules)
+        if state.optimizer is not None:
+            tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=METADATA)
+            tensors["scheduler"] = state.scheduler.state_dict()
+        tensors["content_metadata"] = METADATA
+        sharded, common = save_preprocess(tensors, True)
+        with agreed(f"saving {final.name}"), _removed_on_error(partial):
+            _write_small(partial, state, common)
+        # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        filesystem_async._results_queue = results
+        strategy = _Strategy()
+        request = strategy.async_save(sharded, partial)
+        return _Job(partial, final, strategy, request, results, started)
+
+    def _write(self, job: _Job, buckets: Sequence[Any]) -> None:
+        """Write this rank's shards and digest them; errors are kept for :meth:`_publish`."""
+        written: dict[int, Any] | Exception = {}
+        try:
+            for i, bucket in enumerate(buckets):
+                answer = _Answer()
+                transforms = [job.strategy.writer.transforms] if job.strategy.writer is not None else []
+                FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answer, answer, use_fsync=True)
+                if isinstance(answer.result, Exception):
+                    raise answer.result
+                assert isinstance(written, dict)
+                written[i] = answer.result
+                fault("checkpoint.in_shard")
+                job.digests[bucket[1]] = manifest.digest(job.partial / bucket[1])
+            fault("checkpoint.after_shards")
+        except Exception as error:
+            written = error
+        if buckets:
+            job.results.put(written)
+        elif isinstance(written, Exception):
+            job.strategy.index_error = written
+
+    def _publish(self) -> Path:
+        """Make the written checkpoint the newest one; a collective."""
+        job, self._job = self._job, None
+        assert job is not None
+        with _removed_on_error(job.partial):
+            try:
+                for finalize in job.request.finalize_fns:
+                    finalize()
+            except CheckpointException as error:  # raised on all ranks, with the causes on the first
+                causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
+                raise RuntimeError(
+                    f"{job.final.name} could not be written: {'; '.join(causes) or 'see rank 0'}"
+                ) from error
+            gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(job.digests, gathered)
+            with agreed(f"publishing {job.final.name}"):
+                if job.strategy.index_error is not None:
+                    raise job.strategy.index_error
+                if gathered is not None:
+                    known = {name: entry for part in gathered for name, entry in part.items()}
+                    self._publish_directory(job, known)
+        logger.info("saved %s", job.final)
+        return job.final
+
+    def _publish_directory(self, job: _Job, known: manifest.Files) -> None:
+        save_config(CheckpointingConfig("torch_dist", 1), str(job.partial))
+        fault("checkpoint.before_manifest")
+        manifest.write_manifest(job.partial, known)
+        fault("checkpoint.before_publish")
+        if job.final.exists():  # the same step again, after going on from an older checkpoint
+            shutil.rmtree(job.final)
+        job.partial.rename(job.final)
+        manifest.sync_directory(self.root)
+        fault("checkpoint.before_pointer")
+        manifest.replace_text(self.root / "latest", job.final.name + "\n")
+        fault("checkpoint.before_retention")
+        for old in newest_first(self.root)[self.keep :]:
+            if old != job.final:
+                shutil.rmtree(old)
+
+
+class _removed_on_error:  # noqa: N801 - used like a function
+    """Remove a partial directory where the block fails; the first rank does."""
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+
+    def __enter__(self) -> None:
+        """Nothing yet."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Remove it if there was an error."""
+        if isinstance(error, Exception) and dist.get_rank() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class _Answer:
+    """Takes the place of the queues through which Megatron-Core's writer processes answer."""
+
+    result: Any = None
+
+    def put(self, answer: tuple[int, Any]) -> None:
+        """Keep the answer."""
+        self.result = answer[1]
+
+    def get(self) -> None:
+        """The writer says that it has ended."""
+
+    def task_done(self) -> None:
+        """The same."""
+
+
+def _snapshot(preload: Any) -> list[Any]:
+    """Return this rank's share in host memory of its own."""
+    if preload is None:
+        return []
+    copies = []
+    for file_name, storage_key, (objects, tensors) in preload():
+        # From a GPU the tensors are copies already; those of a CPU are the model's own.
+        own = [(item, tensor if has_cuda() else tensor.clone()) for item, tensor in tensors]
+        copies.append((file_name, storage_key, (objects, own)))
+    return copies
+
+
+def _write_small(partial: Path, state: State, common: Any) -> None:
+    """Write what is no tensor: on the first rank, on readers, and random states on all."""
+    if is_reader():
+        manifest.write_text(partial / f"reader-{mpu.get_data_parallel_rank()}.json", json.dumps(state.reader))
+    if state.random is not None:
+        manifest.write_text(partial / f"random-{dist.get_rank()}.json", json.dumps(state.random))
+    if dist.get_rank() == 0:
+        torch.save(common, partial / "common.pt")
+        assets.inherit(state.parent, state.tokenizer, partial)
+        manifest.write_text(partial / "recipe.yaml", state.recipe_yaml)
+        run = {**state.run, "megavlm": __version__, "world_size": dist.get_world_size()}
+        manifest.write_text(partial / "run.json", json.dumps(run, indent=2))

@@ -1,0 +1,93 @@
+"""Steps that must not count: what is done about one that was skipped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.schema import TrainingConfig
+from megavlm.parallel.state import any_rank, is_logging_rank
+from megavlm.training.progress import Progress
+from megavlm.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_FILE = "skipped_steps.jsonl"
+_WARM_STEPS = 20
+_MEMORY = 0.98  # of the running mean: some 50 steps
+
+
+class StepGuard:
+    """Counts skipped steps and knows how high a loss may be.
+
+    Args:
+        settings: the recipe's ``training`` branch.
+        progress: the run's counters, kept up to date here.
+        directory: the run's, for the list of skipped steps.
+    """
+
+    def __init__(self, settings: TrainingConfig, progress: Progress, directory: Path) -> None:
+        self.settings, self.progress, self.directory = settings, progress, directory
+
+    def largest_loss(self) -> float | None:
+        """Return the loss above which a step is skipped, or None."""
+        factor, mean = self.settings.loss_spike_factor, self.progress.mean_loss
+        if factor is None or mean is None or self.progress.step < _WARM_STEPS:
+            return None
+        return factor * mean
+
+    def take(self, result: StepResult, samples: list[str] | None) -> None:
+        """Take in a step; a collective if it was skipped.
+
+        Args:
+            result: the step, equal on all ranks.
+            samples: keys of this reader's samples in it; None on ranks that read nothing.
+
+        Raises:
+            RuntimeError: too many steps in a row were skipped.
+        """
+        progress = self.progress
+        if result.skipped is None:
+            progress.skipped_in_row = 0
+            mean = progress.mean_loss
+            progress.mean_loss = result.loss if mean is None else _MEMORY * mean + (1 - _MEMORY) * result.loss
+            return
+        progress.skipped_steps += 1
+        progress.skipped_in_row += 1
+        self._record(result, samples)
+        if progress.skipped_in_row > self.settings.max_skipped_steps:
+            raise RuntimeError(
+                f"{progress.skipped_in_row} steps in a row were skipped, more than training.max_skipped_steps; the "
+                f"last one as {result.skipped}. Start again to go on from the last checkpoint, with a lower "
+                "optimizer.lr, or without the samples that "
+                f"{self.directory / SKIPPED_FILE} lists"
+            )
+
+    def _record(self, result: StepResult, samples: list[str] | None) -> None:
+        gathered: list[Any] | None = [None] * dist.get_world_size() if is_logging_rank() else None
+        dist.gather_object(samples, gathered)
+        if gathered is None:
+            return
+        keys = [key for part in gathered if part for key in part]
+        step = self.progress.step + 1
+        logger.warning("step %d changed nothing: %s; its samples: %s", step, result.skipped, ", ".join(keys[:8]))
+        line = {"step": step, "why": result.skipped, "loss": repr(result.loss), "samples": keys}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def check_finite(modules: list[Any]) -> None:
+    """Refuse to save weights that are not finite; a collective.
+
+    Raises:
+        RuntimeError: some are not, on some rank.
+    """
+    poisoned = any(not bool(torch.isfinite(p).all()) for module in modules for p in module.parameters())
+    if any_rank(poisoned):
+        raise RuntimeError("the weights are not finite, so they were not saved; start again from the last checkpoint")

@@ -1,0 +1,216 @@
+"""Runs that are killed, stopped, poisoned or out of disk, at exactly known moments, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT
+from run_data import RunData
+
+from megavlm.checkpoint.manifest import check
+from megavlm.checkpoint.slots import Slot
+from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.parallel.faults import ONCE, VARIABLE, parse
+from megavlm.training.stopping import STOPPED
+
+SAVES = ("checkpoint.save_interval=2", "checkpoint.keep=2", "logging.tensorboard=false")
+
+
+def run(data: RunData, output: Path, *overrides: str, fault: str = "", ranks: int = 1) -> tuple[int, str]:
+    """Run ``megavlm train``; return exit code and output."""
+    words = ["-m", "megavlm", *data.words(output, *SAVES, *overrides)]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+        words = [*torchrun, "--rdzv-endpoint=localhost:0", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
+    process = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output_text, _ = process.communicate(timeout=180)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return process.returncode, output_text
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Return the loss of each step; of a step that was taken twice both must be equal, bit for bit."""
+    found: dict[int, float] = {}
+    for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+        if "loss" in line:
+            assert found.setdefault(line["step"], line["loss"]) == line["loss"], line["step"]
+    return found
+
+
+def tensors(output: Path) -> dict[str, tuple[str, str]]:
+    """Return a digest of every tensor of the last checkpoint, optimizer state included."""
+    newest = max((output / "checkpoints").glob("step-????????"))
+    reader = CheckpointReader(newest)
+    found = {}
+    for key, entry in reader.tensors().items():
+        whole = reader.read(Slot(key, tuple(entry.size))).flatten().contiguous()
+        found[key] = (str(whole.dtype), sha256(whole.view(torch.uint8).numpy().tobytes()).hexdigest())
+    assert any(key.startswith("optimizer.") for key in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted")
+    code, text = run(run_data, output)
+    assert code == 0, text
+    return output
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("point", "newest"),
+    [
+        ("checkpoint.start", 2),
+        ("checkpoint.in_shard", 2),
+        ("checkpoint.before_manifest", 2),
+        ("checkpoint.before_publish", 2),
+        ("checkpoint.before_pointer", 4),
+        ("checkpoint.before_retention", 4),
+    ],
+)
+def test_a_kill_in_a_save_costs_at_most_the_steps_since_the_one_before(
+    point: str, newest: int, run_data: RunData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    code, text = run(run_data, tmp_path / "run", fault=f"{point}:step4:kill")
+    assert code == -signal.SIGKILL, text
+    for path in (tmp_path / "run" / "checkpoints").glob("step-????????"):
+        check(path)
+    code, text = run(run_data, tmp_path / "run")
+    assert code == 0 and f"at step {newest}" in text, text
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def assert_same(output: Path, uninterrupted: Path) -> None:
+    """The losses of all steps, the last checkpoint's tensors and what is in the directory are equal."""
+    assert losses(output) == losses(uninterrupted)
+    assert tensors(output) == tensors(uninterrupted)
+    assert names(output) == names(uninterrupted) == ["latest", "step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("point", ["checkpoint.in_shard", "checkpoint.before_publish"])
+def test_a_kill_in_an_asynchronous_save(point: str, run_data: RunData, uninterrupted: Path, tmp_path: Path) -> None:
+    """The steps that were taken while the thread wrote do not show in what it wrote."""
+    words = ("checkpoint.async_save=true",)
+    code, text = run(run_data, tmp_path / "run", *words, fault=f"{point}:kill")
+    assert code == -signal.SIGKILL, text
+    code, text = run(run_data, tmp_path / "run", *words)
+    assert code == 0, text
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("sent", ["term", "usr1"])
+def test_a_signal_finishes_the_step_and_publishes_one_checkpoint(
+    sent: str, run_data: RunData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Also where it comes twice, and again in the middle of the save."""
+    again = "checkpoint.before_manifest:step3:usr1,checkpoint.before_publish:step3:term"
+    code, text = run(run_data, tmp_path / "run", fault=f"step.begin:step3:{sent},step.end:step3:{sent},{again}")
+    assert code == STOPPED == 75, text
+    assert "asked to stop" in text and names(tmp_path / "run") == ["latest", "step-00000002", "step-00000003"]
+    code, text = run(run_data, tmp_path / "run")
+    assert code == 0 and "at step 3" in text
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert tensors(tmp_path / "run") == tensors(uninterrupted)
+
+
+@pytest.mark.dist
+def test_a_signal_on_one_rank_stops_all(run_data: RunData, tmp_path: Path) -> None:
+    code, text = run(run_data, tmp_path / "run", fault="step.end:rank1:step3:usr1", ranks=2)
+    assert code != 0 and "exitcode  : 75" in text
+    assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000003"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("fault", ["loss.value:rank1:step3:nan", "gradient.value:rank1:step3:inf"])
+def test_a_poisoned_step_changes_nothing_on_any_rank(fault: str, run_data: RunData, tmp_path: Path) -> None:
+    code, text = run(run_data, tmp_path / "run", fault=fault, ranks=2)
+    assert code == 0, text
+    assert "step 3 changed nothing: the " in text
+    line = json.loads((tmp_path / "run" / "skipped_steps.jsonl").read_text())
+    assert line["step"] == 3 and line["samples"]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "run.json").read_text())
+    assert state["step"] == 6 and state["skipped_steps"] == 1 and state["skipped_in_row"] == 0
+
+
+def test_too_many_poisoned_steps_end_the_run_without_a_checkpoint(run_data: RunData, tmp_path: Path) -> None:
+    faults = ",".join(f"loss.value:step{step}:nan" for step in (3, 4, 5))
+    code, text = run(run_data, tmp_path / "run", "training.max_skipped_steps=2", fault=faults)
+    assert code == 1 and "3 steps in a row were skipped" in text
+    assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000004"]
+    # Started again, those steps are tried again.
+    assert run(run_data, tmp_path / "run", "training.max_skipped_steps=2")[0] == 0
+
+
+def test_a_loss_spike_is_skipped_where_that_is_asked_for(run_data: RunData, tmp_path: Path) -> None:
+    words = ("training.train_steps=24", "training.loss_spike_factor=1.0001", "optimizer.lr=1e-9")
+    code, text = run(run_data, tmp_path / "run", *words, "training.max_skipped_steps=9")
+    assert code == 0 and "changed nothing: the loss is above" in text
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_on_one_rank(policy: str, run_data: RunData, tmp_path: Path) -> None:
+    """The error reaches all ranks, the checkpoint before stays, nothing partial is left, the policy is obeyed."""
+    words = (f"checkpoint.on_error={policy}", "parallel.pipeline_model_parallel_size=2")
+    code, text = run(run_data, tmp_path / "run", *words, fault="checkpoint.in_shard:rank1:step4:full", ranks=2)
+    assert "No space left on device" in text
+    if policy == "stop":
+        assert code == 1 and names(tmp_path / "run") == ["latest", "step-00000002"]
+    else:
+        assert code == 0 and "the run goes on" in text
+        assert names(tmp_path / "run") == ["latest", "step-00000002", "step-00000006"]
+
+
+@pytest.mark.parametrize("point", ["checkpoint.start", "checkpoint.before_manifest", "checkpoint.after_shards"])
+def test_a_full_disk_elsewhere(point: str, run_data: RunData, tmp_path: Path) -> None:
+    code, text = run(run_data, tmp_path / "run", fault=f"{point}:step4:full")
+    assert code == 1 and "No space left on device" in text
+    assert names(tmp_path / "run") == ["latest", "step-00000002"]
+
+
+def test_damage_is_passed_over_with_a_warning_and_refused_by_name(
+    run_data: RunData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    newest = output / "checkpoints" / "step-00000006"
+    shard = next(newest.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    code, text = run(run_data, tmp_path / "other", f"checkpoint.load={newest}")
+    assert code == 2 and f"{shard.name}: its contents are not those that were saved" in text
+    code, text = run(run_data, output)
+    assert code == 0 and "step-00000006 is damaged and is passed over" in text and "at step 4" in text
+    assert losses(output) == losses(uninterrupted)
+    assert tensors(output) == tensors(uninterrupted)
+
+
+def test_unknown_faults_are_refused() -> None:
+    assert parse("step.end:rank1:step3:kill,loss.value:nan")[0].step == 3
+    for text in ("step.nowhere:kill", "step.end:explode"):
+        with pytest.raises(ValueError, match="names no fault"):
+            parse(text)
+    assert ONCE != VARIABLE
