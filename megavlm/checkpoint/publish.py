@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 @contextlib.contextmanager
@@ -42,8 +45,9 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
             _sync_directory(out.parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk does not say what was written
-                error.filename = str(out)
+            # A full disk does not say what was written, or names the file that was being copied.
+            if isinstance(error, OSError) and (error.filename is None or error.errno in _NO_ROOM):
+                error.filename, error.filename2 = str(out), None
             raise
 
 

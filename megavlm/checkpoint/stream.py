@@ -152,11 +152,19 @@ def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callabl
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([plan])
     (plan,) = writer.prepare_global_plan(plans)
-    done = writer.write_data(plan, planner)
-    done.wait()
-    writer.finish(metadata, [done.value()])
-    # What dist_checkpointing.save leaves beside the tensors.
-    torch.save({"content_metadata": METADATA}, directory / "common.pt")
+    try:
+        done = writer.write_data(plan, planner)
+        done.wait()
+        writer.finish(metadata, [done.value()])
+        # What dist_checkpointing.save leaves beside the tensors.
+        with (directory / "common.pt").open("wb") as file:
+            torch.save({"content_metadata": METADATA}, file)
+    except RuntimeError as error:
+        # Torch's writer hides a full disk behind what it trips over next.
+        first: BaseException | None = error
+        while first is not None and not isinstance(first, OSError):
+            first = first.__context__
+        raise first or error from None
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 

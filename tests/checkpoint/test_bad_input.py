@@ -1,0 +1,228 @@
+"""Full disks, kills, and two conversions at once: a clear error or a clean restart, and nothing is ever damaged."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hf_makers
+import pytest
+import torch
+from hf_makers import digest, equal, load_state
+
+from megavlm.checkpoint.publish import publishing
+from megavlm.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+# Some 60 MB: enough to be caught in the middle.
+LARGE = hf_makers.sizes(vocab=60_000)
+
+
+def convert_in(source: Path, out: Path) -> int:
+    return main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(out)])
+
+
+def convert_out(checkpoint: Path, out: Path, *more: str) -> int:
+    return main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(out), *more])
+
+
+def start(*words: str | Path) -> subprocess.Popen[str]:
+    """Start a conversion in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megavlm", "convert", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+
+
+def one_line(error: str, *parts: str) -> None:
+    lines = [line for line in error.splitlines() if line.startswith("megavlm: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    for part in parts:
+        assert part in lines[0], error
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``hf``, and ``m`` converted from it; not to be changed."""
+    root = tmp_path_factory.mktemp("large")
+    hf_makers.megatron(hf_makers.write(root / "hf", s=LARGE), root / "m")
+    return root
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_an_existing_output_is_never_touched(
+    source: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "deep").mkdir(parents=True)
+    (out / "deep" / "weights.bin").write_bytes(b"precious")
+    (out / "run.json").write_text("{}")
+    before = digest(tmp_path)
+    for to in (out, source, checkpoint):
+        for convert, given in ((convert_in, source), (convert_out, checkpoint)):
+            assert convert(given, to) == 2
+            one_line(capsys.readouterr().err, f"{to}: exists already and is left as it is; give another --out")
+    assert digest(tmp_path) == before
+
+
+def test_an_empty_output_directory_is_fine(source: Path, tmp_path: Path) -> None:
+    for out in (tmp_path / "a", tmp_path / "b"):
+        out.mkdir()
+    assert convert_in(source, tmp_path / "a") == 0 and convert_out(tmp_path / "a", tmp_path / "b") == 0
+    assert equal(load_state(tmp_path / "b"), load_state(source))
+
+
+def test_a_second_conversion_into_the_same_output_is_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with publishing(tmp_path / "out") as partial:
+        (partial / "first").write_text("first")
+        assert convert_in(source, tmp_path / "out") == 2
+        one_line(capsys.readouterr().err, "out.partial: another process is writing it")
+        assert (partial / "first").is_file()
+    assert set(digest(tmp_path / "out")) == {"first"}
+
+
+@pytest.mark.parametrize("free", [0, 300_000], ids=["at-once", "in-the-middle"])
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_disk_that_fills_while_it_is_written(
+    direction: str, free: int, source: Path, checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Another process took the space between the check at the start and the writing."""
+    monkeypatch.setattr("megavlm.checkpoint.publish.shutil.disk_usage", lambda path: os_usage(10 << 30))
+    (small_disk / "theirs").write_bytes(bytes((4 << 20) - free))
+    out = small_disk / "out"
+    assert (convert_in(source, out) if direction == "in" else convert_out(checkpoint, out)) == 1
+    one_line(capsys.readouterr().err, str(small_disk), "No space left on device")
+    assert [path.name for path in small_disk.iterdir()] == ["theirs"]
+    if direction == "in" and free:  # and at every point behind the tensors: index, common values, recipe, ...
+        size = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+        for pages in range(1, 8):
+            (small_disk / "theirs").write_bytes(bytes((4 << 20) - -(-size // 4096) * 4096 - pages * 4096))
+            assert convert_in(source, out) == 1, pages
+            one_line(capsys.readouterr().err, str(small_disk), "No space left on device")
+            assert [path.name for path in small_disk.iterdir()] == ["theirs"]
+    # With room again, it works.
+    (small_disk / "theirs").unlink()
+    assert (convert_in(source, out) if direction == "in" else convert_out(checkpoint, out)) == 0
+
+
+class os_usage:  # noqa: N801 - stands for shutil's tuple
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(
+    large: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for convert, given in ((convert_in, large / "hf"), (convert_out, large / "m")):
+        assert convert(given, small_disk / "out") == 2
+        one_line(capsys.readouterr().err, f"{small_disk}/out: needs 0.1 GiB, and 0.0 GiB are free there")
+        assert not list(small_disk.iterdir())
+
+
+def test_a_file_that_grows_too_large(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit or quota that ends in the middle of a large tensor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert, given in ((convert_in, large / "hf"), (convert_out, large / "m")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, hard))  # Python ignores SIGXFSZ
+        try:
+            assert convert(given, tmp_path / "out") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        one_line(capsys.readouterr().err, f"{tmp_path}/out: File too large")
+        assert not list(tmp_path.iterdir())
+
+
+def test_no_permission(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert_in(source, Path("/proc/nowhere/out")) in (1, 2)  # root may write anywhere else
+    one_line(capsys.readouterr().err, "/proc/nowhere")
+    (tmp_path / "file").write_text("")
+    assert convert_in(source, tmp_path / "file" / "out") == 1
+    one_line(capsys.readouterr().err, f"{tmp_path}/file: ")
+
+
+@pytest.mark.parametrize(
+    ("direction", "number"), [("in", signal.SIGKILL), ("in", signal.SIGTERM), ("out", signal.SIGKILL)]
+)
+def test_interrupted_and_started_again(direction: str, number: signal.Signals, large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("hf-to-megatron", "--hf", large / "hf", "--out", out)
+    watched = tmp_path / "out.partial" / "__0_0.distcp"
+    if direction == "out":
+        words = ("megatron-to-hf", "--megatron", large / "m", "--out", out)
+        watched = tmp_path / "out.partial" / "model.safetensors"
+    process = start(*words)
+    deadline = time.monotonic() + 60
+    while not watched.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0 and not out.exists(), error
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    if direction == "in":
+        assert convert_in(large / "hf", out) == 0
+        assert {k: v for k, v in digest(out).items() if k.endswith(".distcp")} == {
+            k: v for k, v in digest(large / "m").items() if k.endswith(".distcp")
+        }
+    else:
+        assert convert_out(large / "m", out) == 0
+        assert equal(load_state(out), load_state(large / "hf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_anywhere_leaves_nothing(
+    error: type[BaseException], source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for where in ("incoming._write_rest", "incoming._verify", "outgoing._write_assets", "outgoing._verify",
+                  "incoming.CheckpointReader", "outgoing.ShardedWriter.close"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(f"megavlm.checkpoint.hf.{where}", fail)
+            with pytest.raises(error):
+                convert_in(source, tmp_path / "out") if where[0] == "i" else convert_out(checkpoint, tmp_path / "out")
+        assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}, where
+
+
+def test_a_bug_of_the_disk_is_found_before_the_output_appears(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read back differs from the source in one bit."""
+    from megavlm.checkpoint.stream import CheckpointReader
+
+    read = CheckpointReader.read
+
+    def wrong(self: CheckpointReader, slot: object) -> torch.Tensor:
+        tensor = read(self, slot).clone()  # type: ignore[arg-type]
+        tensor.view(-1).view(torch.int32)[-1] ^= 1
+        return tensor
+
+    monkeypatch.setattr(CheckpointReader, "read", wrong)
+    with pytest.raises(RuntimeError, match="what was written differs from"):
+        convert_in(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
