@@ -47,10 +47,19 @@ def _keep_freed_memory() -> None:
 
     By default it hands them back to the kernel and faults every page in again: about 6 % of a small model's step.
     """
+    _tune_malloc(mmap_threshold=1 << 30, trim_threshold=-1)  # never trim
+
+
+def return_freed_memory() -> None:
+    """Undo that: a process that goes through tensors of all sizes once would keep holes the size of them all."""
+    _tune_malloc(mmap_threshold=1 << 20, trim_threshold=1 << 20)
+
+
+def _tune_malloc(*, mmap_threshold: int, trim_threshold: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
 
 
 class _Event(torch.cpu.Event):

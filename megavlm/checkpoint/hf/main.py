@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,9 +172,14 @@ def run_incoming(args: argparse.Namespace) -> int:
 
 def _prepare() -> None:
     """Get ready for Megatron-Core; what is wrong with the arguments has been said before torch is imported."""
+    # Large pages: filling a new tensor with small ones costs more than what is copied into it. Read on the first use.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415
 
     prepare_device()
+    from megavlm.parallel.cpu_layer import return_freed_memory  # noqa: PLC0415
+
+    return_freed_memory()
 
 
 def _feature_layer(text: str) -> int | str:
