@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train | prepare | convert | eval | quickstart``.
+"""The command line: ``megavlm train | prepare | convert | eval | doctor | quickstart``.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -31,6 +31,7 @@ _MODULES = {
         "bring weights in from Hugging Face, take them out, list and verify them",
     ),
     "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
+    "doctor": ("megavlm.training.doctor", "read a run's directory and say what happened"),
     "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
 }
 _COMMANDS = {"train": "train a model by a recipe", **{name: text for name, (_, text) in _MODULES.items()}}

@@ -64,7 +64,7 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     check_files(path)
     state = {name: _tensors(entries) for name, entries in model_state(modules).items()}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     entries = list(nested_values(state))
     assert not any(isinstance(entry, ShardedObject) for entry in entries)
     check_tensors(path, metadata, {entry.key for entry in entries if hasattr(entry, "key")})

@@ -188,9 +188,9 @@ class Saver:
                 partial.mkdir()
         tensors = model_state(state.modules)
         if state.optimizer is not None:
-            tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=METADATA)
+            tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=dict(METADATA))
             tensors["scheduler"] = state.scheduler.state_dict()
-        tensors["content_metadata"] = METADATA
+        tensors["content_metadata"] = dict(METADATA)
         sharded, common = save_preprocess(tensors, True)
         with agreed(f"saving {final.name}"), _removed_on_error(partial):
             _write_small(partial, state, common)

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from megatron.core import tensor_parallel
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel import adam
 from megavlm.parallel.device import backend, has_cuda, local_device
+from megavlm.parallel.rendezvous import fresh_store
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,11 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     """
     if has_cuda():
         torch.cuda.set_device(local_device())
-    if "RANK" in os.environ:
-        init: dict[str, Any] = {"init_method": "env://"}
-    else:
-        init = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    dist.init_process_group(backend(), timeout=timeout, **init)
+    store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    if "RANK" in os.environ:
+        store, rank, world_size = fresh_store(timeout)
+    dist.init_process_group(backend(), timeout=timeout, store=store, rank=rank, world_size=world_size)
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -112,6 +111,15 @@ def any_rank_of(flags: Sequence[bool]) -> list[bool]:
     votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=local_device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return [bool(vote) for vote in votes.tolist()]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` is a collective that broke or timed out, as another rank died or hangs."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "gloo", "nccl")
+    return any(sign in text for sign in signs)
 
 
 def configure_logging() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.feed import MicroBatch
-from megavlm.parallel.faults import spoilt
+from megavlm.parallel.faults import fault, spoilt
 from megavlm.parallel.state import any_rank
 
 
@@ -115,6 +115,7 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     report = run_batches(chunks, batches, num_sources)
+    fault("step.in_collective")
     _spoil_gradient(chunks)
     loss = spoilt("loss.value", StepResult(report, None).loss)
     if any_rank(not math.isfinite(loss)):

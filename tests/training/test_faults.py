@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,18 +20,21 @@ from run_data import RunData
 from megavlm.checkpoint.manifest import check
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.cli import main
 from megavlm.parallel.faults import ONCE, VARIABLE, parse
 from megavlm.training.stopping import STOPPED
 
 SAVES = ("checkpoint.save_interval=2", "checkpoint.keep=2", "logging.tensorboard=false")
 
 
-def run(data: RunData, output: Path, *overrides: str, fault: str = "", ranks: int = 1) -> tuple[int, str]:
+def run(
+    data: RunData, output: Path, *overrides: str, fault: str = "", ranks: int = 1, restarts: int = 0
+) -> tuple[int, str]:
     """Run ``megavlm train``; return exit code and output."""
     words = ["-m", "megavlm", *data.words(output, *SAVES, *overrides)]
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        words = [*torchrun, "--rdzv-endpoint=localhost:0", *words]
+        words = [*torchrun, "--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
     process = subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
@@ -214,3 +218,61 @@ def test_unknown_faults_are_refused() -> None:
         with pytest.raises(ValueError, match="names no fault"):
             parse(text)
     assert ONCE != VARIABLE
+
+
+@pytest.mark.dist
+def test_a_killed_rank_ends_the_job_and_max_restarts_brings_it_back(
+    run_data: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank dies while the other is in a collective; the restarted job ends like one that nothing happened to."""
+    (tmp_path / "once").mkdir()
+    monkeypatch.setenv(ONCE, str(tmp_path / "once"))
+    words = ("parallel.pipeline_model_parallel_size=2",)
+    code, text = run(run_data, tmp_path / "whole", *words, ranks=2)
+    assert code == 0, text
+    fault = "step.in_collective:rank1:step5:kill"
+    code, text = run(run_data, tmp_path / "run", *words, fault=fault, ranks=2, restarts=1)
+    assert code == 0, text
+    assert "step 5: lost rank 1 (host " in text and "resumed from" in text and "at step 4" in text
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
+    assert doctor(tmp_path / "run") == 0
+
+
+@pytest.mark.dist
+def test_a_hung_rank_costs_the_time_out_and_leaves_nothing_running(run_data: RunData, tmp_path: Path) -> None:
+    words = ("parallel.pipeline_model_parallel_size=2", "parallel.distributed_timeout_minutes=0.1")
+    start = time.monotonic()
+    code, text = run(run_data, tmp_path / "run", *words, fault="step.in_collective:rank1:step5:stop", ranks=2)
+    assert code != 0 and time.monotonic() - start < 120
+    assert text.count("lost rank 1 (host ") == 1 and "step 5: lost" in text
+    for path in (tmp_path / "run" / "heartbeats").glob("rank-*.json"):
+        pid = json.loads(path.read_text())["pid"]
+        assert not Path(f"/proc/{pid}").exists(), path
+    assert doctor(tmp_path / "run") == 1
+
+
+def doctor(output: Path) -> int:
+    return main(["doctor", str(output)])
+
+
+def test_doctor_says_what_happened(
+    run_data: RunData, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert doctor(uninterrupted) == 0
+    text = capsys.readouterr().out
+    assert "step 6 of 6" in text and "step-00000006" in text and "no problem found" in text
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    (output / "checkpoints" / "step-00000006" / "run.json").write_text("{}")
+    (output / "checkpoints" / "step-00000008.partial").mkdir()
+    (output / "skipped_steps.jsonl").write_text(
+        '{"step": 3, "why": "the loss is not finite", "samples": ["a", "b"]}\n{"st'
+    )
+    (output / "quarantine-0.jsonl").write_text('{"key": "a", "cause": "too long"}\n')
+    assert main(["doctor", "--json", str(output)]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["last_step"] == 6 and facts["skipped_samples"] == {"too long": 1} and len(facts["skipped_steps"]) == 1
+    assert "step-00000006 is damaged" in facts["problems"][0] and "step-00000008.partial" in facts["problems"][1]
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 2
+    assert main(["doctor", str(tmp_path)]) == 2

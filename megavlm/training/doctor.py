@@ -1,0 +1,163 @@
+"""``megavlm doctor``: read a run's directory and say what happened."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megavlm.checkpoint.manifest import check
+from megavlm.checkpoint.paths import latest, newest_first, read_run
+from megavlm.config import yaml12
+from megavlm.training.heartbeat import read_heartbeats
+
+Facts = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = "Read a run's directory and say what happened: how far it came, which rank was last heard of, "
+    parser.description += (
+        "what was skipped and why, and which checkpoints are whole. Exit code 1 if something is wrong."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output_dir of a run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quick", action="store_true", help="compare sizes of checkpoint files, not their digests")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and print; 1 if something is wrong.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: no run has written to it.
+    """
+    if not args.run.is_dir():
+        raise FileNotFoundError(2, "no such file or directory", str(args.run))
+    facts = examine(args.run, quick=args.quick)
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(describe(facts)))  # noqa: T201 - what was asked for
+    return int(bool(facts["problems"]))
+
+
+def examine(directory: Path, *, quick: bool = False) -> Facts:
+    """Return what a run's directory tells.
+
+    Raises:
+        ValueError: no run has written to it.
+    """
+    root, beats = directory / "checkpoints", read_heartbeats(directory)
+    metrics = _lines(directory / "metrics.jsonl")
+    if not (beats or metrics or root.is_dir()):
+        raise ValueError(f"{directory}: no run has written here; give a run's output_dir")
+    checkpoints = [_checkpoint(path, quick=quick) for path in newest_first(root)]
+    steps = [line["step"] for line in metrics if isinstance(line.get("step"), int)]
+    facts: Facts = {
+        "run": str(directory),
+        "last_step": max([*steps, *(beat["step"] for beat in beats)], default=0),
+        "train_steps": _train_steps(root),
+        "ranks": beats,
+        "slowest_rank": min(beats, key=lambda beat: beat.get("waited_seconds", 0.0))["rank"]
+        if len(beats) > 1
+        else None,
+        "skipped_steps": _lines(directory / "skipped_steps.jsonl"),
+        "skipped_samples": _quarantine(directory),
+        "checkpoints": checkpoints,
+        "partial": [path.name for path in root.glob("*.partial")],
+    }
+    facts["problems"] = list(_problems(facts, root))
+    return facts
+
+
+def _train_steps(root: Path) -> int | None:
+    newest = latest(root)
+    try:
+        return int(yaml12.parse((newest / "recipe.yaml").read_text())["training"]["train_steps"]) if newest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checkpoint(path: Path, *, quick: bool) -> Facts:
+    problem = None
+    try:
+        check(path, share=-1 if quick else 0)
+        step = read_run(path)["step"]
+    except (ValueError, OSError, KeyError) as error:
+        problem, step = str(error), None
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"name": path.name, "step": step, "bytes": size, "problem": problem}
+
+
+def _quarantine(directory: Path) -> dict[str, int]:
+    """Return how many samples were left out, by cause."""
+    causes: Counter[str] = Counter()
+    for path in directory.glob("quarantine-*.jsonl"):
+        causes.update(str(line.get("cause")) for line in _lines(path))
+    return dict(causes.most_common())
+
+
+def _lines(path: Path) -> list[Facts]:
+    """Return the objects of a file of JSON lines; the last line may have been cut off."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def _problems(facts: Facts, root: Path) -> Iterator[str]:
+    for one in facts["checkpoints"]:
+        if one["problem"]:
+            yield f"{one['name']} is damaged: {one['problem']}"
+    pointer = latest(root)
+    if facts["checkpoints"] and (pointer is None or not (root / "latest").is_file()):
+        yield "the file latest is missing; the next start makes it anew"
+    done = facts["train_steps"] is not None and facts["last_step"] >= facts["train_steps"]
+    # A rank that failed knew of it; one that was killed still says that it trains.
+    lost = [beat for beat in facts["ranks"] if beat.get("phase") == "training"]
+    failed = [beat["rank"] for beat in facts["ranks"] if beat.get("phase") == "failed"]
+    if failed and not lost:
+        yield f"the run ended with an error on rank {', '.join(map(str, failed))}: see its log"
+    if lost and not done:
+        behind = min(lost, key=lambda beat: (beat["step"], beat["time"]))
+        age = timedelta(seconds=round(time.time() - behind["time"]))
+        others_left = len(lost) < len(facts["ranks"])
+        if age > timedelta(minutes=1) or others_left:
+            yield (
+                f"rank {behind['rank']} (host {behind['host']}, pid {behind['pid']}) was last heard of in step "
+                f"{behind['step']} ({behind['phase']}), {age} ago: it was killed, crashed or hangs"
+            )
+    for name in facts["partial"]:
+        yield f"{name} was not finished; the next save removes it"
+
+
+def describe(facts: Facts) -> Iterator[str]:
+    """Yield the facts as lines for people."""
+    of = f" of {facts['train_steps']}" if facts["train_steps"] else ""
+    yield f"{facts['run']}: step {facts['last_step']}{of}"
+    for beat in facts["ranks"]:
+        age = timedelta(seconds=round(time.time() - beat["time"]))
+        yield f"  rank {beat['rank']}: step {beat['step']}, {beat['phase']}, {age} ago on {beat['host']}"
+    if facts["slowest_rank"] is not None:
+        yield f"slowest rank: {facts['slowest_rank']} (it waits least for the others)"
+    yield f"steps skipped: {len(facts['skipped_steps'])}"
+    for line in facts["skipped_steps"][-5:]:
+        samples = ", ".join(map(str, line.get("samples", [])[:4]))
+        yield f"  step {line.get('step')}: {line.get('why')}; samples {samples} ..."
+    yield f"samples left out: {sum(facts['skipped_samples'].values())}"
+    for cause, count in facts["skipped_samples"].items():
+        yield f"  {count} x {cause}"
+    yield "checkpoints:" if facts["checkpoints"] else "checkpoints: none"
+    for one in facts["checkpoints"]:
+        yield f"  {one['name']}, {one['bytes'] / 2**20:.1f} MiB: {one['problem'] or 'whole'}"
+    yield from (f"problem: {problem}" for problem in facts["problems"])
+    if not facts["problems"]:
+        yield "no problem found"
