@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
-from megavlm.parallel.state import agreed, any_rank, any_rank_of, is_reader
+from megavlm.parallel.state import agreed, any_rank, any_rank_of, is_lost_peer, is_reader
 from megavlm.training.build import build_training
 from megavlm.training.guard import StepGuard, check_finite
+from megavlm.training.heartbeat import Heartbeat, blame
 from megavlm.training.heldout import read_held_out, validate
 from megavlm.training.metrics import Metrics
 from megavlm.training.optimizer import learning_rates, recipe_settings_kept
@@ -39,6 +42,8 @@ from megavlm.training.step import train_step
 from megavlm.training.stopping import STOPPED, StopRequest
 
 logger = logging.getLogger(__name__)
+
+_LET_OTHERS_SPEAK_SECONDS = 2.0
 
 
 class Trainer:
@@ -69,6 +74,7 @@ class Trainer:
         self.feed = self._open_feed(decoder, reader_state)
         prefetcher = self.feed.prefetcher
         self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
+        self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank())
         self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir))
 
     def train(self) -> int:
@@ -80,10 +86,10 @@ class Trainer:
         progress, settings = self.progress, self.recipe.training
         if progress.step >= settings.train_steps:
             logger.info("nothing to do: the run is complete at step %d", progress.step)
-        with self.stop.listening():
+        with self.stop.listening(), self._watched():
             while progress.step < settings.train_steps:
                 self._step()
-                stop, time_is_up = any_rank_of([self.stop.signal is not None, self.deadline.passed()])
+                stop, time_is_up = self._agree_on_stopping()
                 last = stop or time_is_up or progress.step == settings.train_steps
                 if last or self._due(self.recipe.checkpoint.save_interval):
                     self.save(last=last)
@@ -99,10 +105,36 @@ class Trainer:
                     break
         return 0
 
+    def _agree_on_stopping(self) -> list[bool]:
+        """Return whether some rank was asked to stop, and whether time is up."""
+        start = time.perf_counter()
+        answers = any_rank_of([self.stop.signal is not None, self.deadline.passed()])
+        self.heartbeat.waited_seconds += time.perf_counter() - start
+        return answers
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Say at the end how this rank left, and whom it lost if a collective broke."""
+        phase = "failed"
+        try:
+            yield
+            phase = "done" if self.progress.step >= self.recipe.training.train_steps else "stopped"
+        except RuntimeError as error:
+            if is_lost_peer(error):
+                self.heartbeat.beat(self.progress.step + 1, phase, now=True)
+                time.sleep(_LET_OTHERS_SPEAK_SECONDS)
+                line = blame(Path(self.recipe.output_dir), dist.get_rank(), self.progress.step + 1)
+                if line is not None:
+                    logger.error("%s", line)
+            raise
+        finally:
+            self.heartbeat.beat(self.progress.step, phase, now=True)
+
     def _step(self) -> None:
         """Take one step, with what is due after it."""
         progress, training, settings = self.progress, self.training, self.recipe.training
         at_step(progress.step + 1)
+        self.heartbeat.beat(progress.step + 1, "training")
         fault("step.begin")
         self.metrics.begin()
         batches = self.feed.next_step(self.num_microbatches)
