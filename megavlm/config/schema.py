@@ -217,6 +217,11 @@ class DataConfig:
     """Steps that are read and decoded ahead."""
     system_message: str = "You are a helpful assistant."
     """System turn put before each conversation that has none; empty for none."""
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    """A sample that cannot be used is left out, counted by its cause and listed in output_dir/quarantine-N.jsonl
+    (N: the data-parallel rank); more than this share of the samples read so far ends the run."""
+    max_bad_after_samples: int = Field(default=1000, gt=0)
+    """Samples to read, over all readers, before max_bad_fraction counts."""
 
 
 @_config

@@ -6,14 +6,28 @@ pack is not full), N images, C colours, H and W image height and width.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
+
+
+class SkippedSample(NamedTuple):
+    """A sample that is not trained on."""
+
+    dataset: str
+    """Name of its data set."""
+    shard: str
+    """File that it lies in, in the data set's directory."""
+    key: str
+    """Its key there."""
+    cause: str
+    """A short cause, the same for all of its kind."""
 
 
 @dataclass
@@ -34,10 +48,17 @@ class Pack:
     """[N] encoded image files, in the order of their slots in ``tokens``."""
     sample_keys: list[str]
     """Keys of the samples, in order."""
+    sample_shards: list[str] = field(default_factory=list)
+    """Shards of the samples, in order."""
     restore_key: Any = field(default=None, repr=False)
     """What the reader needs to make this pack again (see :mod:`megavlm.data.reader`)."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Samples left out on the way to this pack, by cause."""
+    skipped: list[SkippedSample] = field(default_factory=list)
+    """Samples left out on the way to this pack."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of the samples left out, by cause."""
+        return dict(Counter(sample.cause for sample in self.skipped))
 
     @property
     def padding_tokens(self) -> int:

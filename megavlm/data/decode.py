@@ -40,6 +40,8 @@ class DecodedImages:
     """[N, 3, size, size] uint8 RGB on the decoder's device."""
     failed: list[int] = field(default_factory=list)
     """Indices of the images that could not be decoded and are gray; mask their samples' labels."""
+    causes: list[str] = field(default_factory=list)
+    """Why, for each of them."""
 
 
 class ImageDecoder(ABC):
@@ -61,23 +63,22 @@ class ImageDecoder(ABC):
         pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
         fast: list[int] = []
         slow: list[int] = []
-        failed: list[int] = []
+        failed: dict[int, str] = {}
         for index, data in enumerate(images):
             try:
                 (fast if self._is_fast(read_header(data)) else slow).append(index)
             except ImageError as error:
-                failed.append(index)
-                self._fail(error)
+                failed[index] = self._fail(error)
         if fast:
             slow += self._decode_fast([images[i] for i in fast], fast, size, pixels)
         for index in slow:
             try:
                 pixels[index] = _to_tensor(resize_with_pil(decode_with_pil(images[index]), size)).to(self.device)
             except ImageError as error:
-                failed.append(index)
-                self._fail(error)
-        pixels[failed] = GRAY
-        return DecodedImages(pixels, sorted(failed))
+                failed[index] = self._fail(error)
+        order = sorted(failed)
+        pixels[order] = GRAY
+        return DecodedImages(pixels, order, [failed[index] for index in order])
 
     @abstractmethod
     def _is_fast(self, header: ImageHeader) -> bool:
@@ -87,9 +88,10 @@ class ImageDecoder(ABC):
     def _decode_fast(self, images: list[bytes], indices: list[int], size: int, out: torch.Tensor) -> list[int]:
         """Decode ``images`` into ``out[indices]``; return the indices that need PIL."""
 
-    def _fail(self, error: ImageError) -> None:
+    def _fail(self, error: ImageError) -> str:
         self.failures[error.cause] += 1
         logger.debug("image cannot be decoded: %s", error)
+        return error.cause
 
 
 class PilDecoder(ImageDecoder):

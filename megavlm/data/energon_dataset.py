@@ -6,11 +6,13 @@ Everything here runs where Energon reads: in its worker processes, or in the cal
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.energon import Cooker, CrudeWebdataset, SavableDataset, TaskEncoder, WorkerConfig, stateless
+from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.base_dataset import set_sample_restore_key
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
@@ -19,12 +21,15 @@ from megatron.energon.wrappers.base import SampleIndex, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
 from megavlm.config.schema import DataConfig, DataSource
-from megavlm.data.batch import Pack
+from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
 from megavlm.data.images import ImageError, read_header
 from megavlm.data.packing import PackableSample, build_pack, choose_pack
-from megavlm.data.schema import parse_conversation
+from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.shard_reader import DEFECT, ShardDataset
 from megavlm.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_BROKEN_IN_A_ROW = 1000
 """Reading stops with an error after so many unusable samples one after the other."""
@@ -38,6 +43,9 @@ class RawSample:
     __restore_key__: tuple[Any, ...]
     files: dict[str, bytes]
     source: int
+    shard: str
+    defect: str | None
+    """What is wrong with the shard there."""
 
 
 @dataclass
@@ -47,7 +55,7 @@ class CheckedSample:
     __key__: str
     __restore_key__: tuple[Any, ...]
     sample: PackableSample | None
-    reason: str = ""
+    skipped: SkippedSample | None = None
 
 
 @dataclass
@@ -66,7 +74,9 @@ class BrokenSampleError(ValueError):
 def _cook(sample: dict[str, Any]) -> RawSample:
     files = {key: value for key, value in sample.items() if not key.startswith("__")}
     source = sample["__subflavors__"]["source"]
-    return RawSample(sample["__key__"], sample["__restore_key__"], files, source)
+    return RawSample(
+        sample["__key__"], sample["__restore_key__"], files, source, sample["__shard__"], sample.get(DEFECT)
+    )
 
 
 class PackEncoder(TaskEncoder):
@@ -90,21 +100,28 @@ class PackEncoder(TaskEncoder):
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
-        """Tokenise; what is wrong becomes the result's reason, never an exception."""
+        """Tokenise; what is wrong is said in the result, never by an exception, which Energon would not count."""
         try:
-            encoded: PackableSample | None = self._encode(sample)
-            reason = ""
+            return CheckedSample(sample.__key__, sample.__restore_key__, self._encode(sample))
         except BrokenSampleError as error:
-            encoded, reason = None, str(error)
-        return CheckedSample(sample.__key__, sample.__restore_key__, encoded, reason)
+            cause = str(error)
+        except Exception as error:
+            logger.warning("sample %s cannot be read", sample.__key__, exc_info=True)
+            cause = f"error ({type(error).__name__})"
+        skipped = SkippedSample(self.names[sample.source], sample.shard, sample.__key__, cause)
+        return CheckedSample(sample.__key__, sample.__restore_key__, None, skipped)
 
     def _encode(self, sample: RawSample) -> PackableSample:
+        if sample.defect is not None:
+            raise BrokenSampleError(sample.defect)
         if "json" not in sample.files:
             raise BrokenSampleError("no record")
         try:
             conversation = parse_conversation(json.loads(sample.files["json"]))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenSampleError("bad JSON") from None
+        except UnsafePathError:
+            raise BrokenSampleError("unsafe image path") from None
         except ValueError:
             raise BrokenSampleError("bad record") from None
         images = [name for name in sample.files if name.startswith("img")]
@@ -122,6 +139,9 @@ class PackEncoder(TaskEncoder):
             encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
         except ValueError:
             raise BrokenSampleError("control token") from None
+        slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
+        if encoded.num_images != len(wanted) or slots != len(wanted) * self.tokens_per_image:
+            raise BrokenSampleError("slots do not match images")
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")
         return PackableSample(
@@ -129,6 +149,7 @@ class PackEncoder(TaskEncoder):
             images=tuple(sample.files[name] for name in wanted),
             key=f"{self.names[sample.source]}/{sample.__key__}",
             source=sample.source,
+            shard=sample.shard,
         )
 
     @stateless
@@ -152,10 +173,10 @@ class PackEncoder(TaskEncoder):
 class CarryOverPackingDataset(PackingDataset):
     """Energon's packing stage with :func:`choose_pack`: what one pack leaves waits for the next.
 
-    Broken samples are counted by reason; each pack carries the counts since the one before.
+    Each pack carries the broken samples since the one before.
     """
 
-    _savable_fields = ("_reading_buffer", "_final_packing_sample_index", "_dropped")
+    _savable_fields = ("_reading_buffer", "_final_packing_sample_index", "_skipped")
 
     def __init__(
         self,
@@ -180,7 +201,7 @@ class CarryOverPackingDataset(PackingDataset):
         """Forget all waiting samples."""
         self._reading_buffer = SavableSampleBuffer(self.dataset, worker_config=self.worker_config)
         self._final_packing_sample_index = SampleIndex(self.worker_config, src=self)
-        self._dropped: dict[str, int] = {}
+        self._skipped: list[tuple[str, ...]] = []
         self._broken_in_a_row = 0
 
     def __iter__(self) -> Iterator[PackedSample]:
@@ -204,11 +225,13 @@ class CarryOverPackingDataset(PackingDataset):
             self._broken_in_a_row = 0
             self._reading_buffer.append(sample)
             return
-        self._dropped[sample.reason] = self._dropped.get(sample.reason, 0) + 1
+        assert sample.skipped is not None
+        self._skipped.append(sample.skipped)
         self._broken_in_a_row += 1
         if self._broken_in_a_row >= MAX_BROKEN_IN_A_ROW:
+            causes = Counter(skipped[-1] for skipped in self._skipped)
             raise ValueError(
-                f"{self._broken_in_a_row} samples in a row are unusable, the last is {sample.__key__}: {self._dropped}"
+                f"{self._broken_in_a_row} samples in a row are unusable, the last is {sample.__key__}: {dict(causes)}"
             )
 
     def _next_pack(self) -> PackedSample:
@@ -222,7 +245,9 @@ class CarryOverPackingDataset(PackingDataset):
             packed = self.final_packer(samples)
         for position in reversed(chosen):
             buffer.pop(position)
-        packed.pack.dropped, self._dropped = self._dropped, {}
+        # From a restored state they come as plain tuples.
+        packed.pack.skipped = [SkippedSample(*fields) for fields in self._skipped]
+        self._skipped = []
         return set_sample_restore_key(packed, index, *(get_sample_restore_key(s) for s in samples), src=self)
 
 
@@ -238,12 +263,13 @@ def build_dataset(
     Training repeats for ever and draws from the data sets by weight; else there is one pass in file order.
 
     Raises:
-        ValueError: A data set has fewer samples than there are readers to share it.
+        FileNotFoundError: A shard, or its index, is missing.
+        ValueError: A data set has fewer samples than there are readers to share it, or a shard outside its directory.
     """
     readers = worker_config.world_size * max(1, worker_config.num_workers)
     datasets = []
     for index, source in enumerate(sources):
-        dataset = CrudeWebdataset(
+        dataset = ShardDataset(
             EPath(source.path),
             split_part="train",
             training=training,
@@ -253,6 +279,7 @@ def build_dataset(
             # Runs of this many neighbours are shuffled; the shuffle buffer mixes them further.
             max_samples_per_sequence=100 if training else None,
         )
+        dataset.check_shards()
         if len(dataset) < readers:
             raise ValueError(
                 f"data set {source.path} has {len(dataset)} samples, too few to share among {readers} readers "

@@ -26,17 +26,15 @@ from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import any_rank, is_first_stage, is_reader
 
 if TYPE_CHECKING:
     from megavlm.data.decode import ImageDecoder
+    from megavlm.data.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
-
-MASKED = "image cannot be decoded"
-"""Cause under which samples are counted that lost their labels, as an image of theirs is broken."""
 
 
 @dataclass
@@ -72,14 +70,18 @@ class ReadPack:
     pack: Pack
     pixels: Tensor
     """[N, 3, H, W] uint8 on the decoder's device."""
+    masked: list[SkippedSample] = field(default_factory=list)
+    """Samples of the pack that lost their labels, as an image of theirs cannot be decoded."""
 
 
 @dataclass
 class FeedCounters:
     """What happened up to the last pack that was taken, on the reader rank; written by :meth:`Prefetcher.take`."""
 
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Samples left out, or left without labels, by cause."""
+    samples: int = 0
+    """Samples read, good and bad, over all restarts of the run."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Those left out, or left without labels, by cause, over all restarts of the run."""
     wait_seconds: float = 0.0
     """Time spent waiting for packs."""
 
@@ -115,6 +117,7 @@ class Prefetcher:
         image_token_id: the token in those slots.
         depth: packs to read ahead.
         state: the state of an earlier run, to go on from.
+        quarantine: list of the samples that are left out.
 
     Raises:
         ValueError: the state does not fit the source.
@@ -129,10 +132,11 @@ class Prefetcher:
         image_token_id: int,
         depth: int,
         state: dict[str, Any] | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._source, self._decoder, self._image_size = source, decoder, image_size
         self._tokens_per_image, self._image_token_id = tokens_per_image, image_token_id
-        self.counters = FeedCounters()
+        self.counters, self._quarantine = FeedCounters(), quarantine
         # Read, and not handed to the decoder yet.
         self._pending: deque[Pack] = deque()
         # Restore keys of the packs after that, until they are taken: being decoded or in the queue.
@@ -143,6 +147,9 @@ class Prefetcher:
         self._stop = threading.Event()
         try:
             if state is not None:
+                counters = state.get("counters", {})
+                self.counters.samples = counters.get("samples", 0)
+                self.counters.skipped.update(counters.get("skipped", {}))
                 source.restore(state["reader"])
                 self._pending.extend(source.restore_pack(key) for key in state["in_flight"])
             self._packs = iter(source)
@@ -170,7 +177,11 @@ class Prefetcher:
             raise item
         # No lock: the thread may hold it for as long as reading a pack takes.
         self._in_flight.popleft()
-        self.counters.dropped.update(item.pack.dropped)
+        skipped = [*item.pack.skipped, *item.masked]
+        self.counters.samples += len(item.pack.sample_keys) + len(item.pack.skipped)
+        self.counters.skipped.update(sample.cause for sample in skipped)
+        if skipped and self._quarantine is not None:
+            self._quarantine.add(skipped)
         return item
 
     def state(self) -> dict[str, Any]:
@@ -180,13 +191,20 @@ class Prefetcher:
         """
         with self._reading:
             waiting = [pack.restore_key for pack in self._pending]
-            return {"reader": self._source.state(), "in_flight": [*self._in_flight, *waiting]}
+            counters = {"samples": self.counters.samples, "skipped": dict(self.counters.skipped)}
+            return {
+                "reader": self._source.state(),
+                "in_flight": [*self._in_flight, *waiting],
+                "counters": counters,
+            }
 
     def close(self) -> None:
         """End the thread and close the reader; waits for the pack that is being read. May be called again."""
         self._stop.set()
         self._thread.join()
         self._close_source()
+        if self._quarantine is not None:
+            self._quarantine.close()
         while not self._queue.empty():  # Nobody else puts or gets any more.
             self._queue.get_nowait()
         self._queue.put(RuntimeError("the prefetcher is closed"))
@@ -218,29 +236,31 @@ class Prefetcher:
                 continue
 
     def _decode(self, pack: Pack) -> ReadPack:
-        read, masked = decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
-        if masked:
-            pack.dropped = {**pack.dropped, MASKED: masked}
-        return read
+        return decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
 
 
 def decode_pack(
     pack: Pack, decoder: ImageDecoder, image_size: int, tokens_per_image: int, image_token_id: int
-) -> tuple[ReadPack, int]:
-    """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels.
-
-    Returns:
-        The pack with its pixels, and the number of samples that lost their labels.
-    """
+) -> ReadPack:
+    """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels."""
     if not pack.images:
-        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8, device=decoder.device)), 0
+        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8, device=decoder.device))
     decoded = decoder.decode(pack.images, image_size)
     slots = np.flatnonzero(pack.tokens == image_token_id)
     firsts = slots[::tokens_per_image]
-    bad = {int(np.searchsorted(pack.cu_seqlens, firsts[i], side="right")) - 1 for i in decoded.failed}
+    assert len(slots) == len(pack.images) * tokens_per_image, "image slots and images of a pack differ"
+    bad: dict[int, str] = {}
+    for index, cause in zip(decoded.failed, decoded.causes, strict=True):
+        bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, cause)
     for segment in bad:
         pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
-    return ReadPack(pack, decoded.pixels), len(bad)
+    return ReadPack(pack, decoded.pixels, [_masked(pack, segment, bad[segment]) for segment in sorted(bad)])
+
+
+def _masked(pack: Pack, segment: int, cause: str) -> SkippedSample:
+    dataset, _, key = pack.sample_keys[segment].partition("/")
+    shard = pack.sample_shards[segment] if pack.sample_shards else ""
+    return SkippedSample(dataset, shard, key, f"bad image ({cause})")
 
 
 def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> MicroBatch:

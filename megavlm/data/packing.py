@@ -40,6 +40,8 @@ class PackableSample:
     """Name of the sample in logs."""
     source: int
     """Index of its data set in the blend."""
+    shard: str = ""
+    """File that it lies in."""
 
     def __len__(self) -> int:
         """Tokens."""
@@ -155,4 +157,5 @@ def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_toke
         segment_sources=np.asarray(sources, np.int32),
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
+        sample_shards=[sample.shard for sample in samples],
     )

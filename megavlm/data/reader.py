@@ -24,7 +24,7 @@ from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megavlm.config.schema import DataConfig, DataSource
-from megavlm.data.batch import Pack
+from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.state_codec import from_plain, to_plain
 from megavlm.data.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ class PackReader:
             packed = next(self._packs)
         pack: Pack = packed.pack
         self.dropped.update(pack.dropped)
-        pack.restore_key = json.dumps({"key": to_plain(packed.__restore_key__), "dropped": pack.dropped})
+        pack.restore_key = json.dumps({"key": to_plain(packed.__restore_key__), "skipped": pack.skipped})
         return pack
 
     def state(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class PackReader:
         """
         try:
             content = json.loads(restore_key)
-            key, dropped = from_plain(content["key"]), dict(content["dropped"])
+            key, skipped = from_plain(content["key"]), [SkippedSample(*fields) for fields in content["skipped"]]
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"broken restore key: {error}") from None
         with _ENERGON_IN_PROCESS:
@@ -159,8 +159,8 @@ class PackReader:
                 # Of its own: files that it opens must not be shared with workers that are forked later.
                 self._restorer = self._build_loader()
             pack: Pack = self._restorer.restore_sample(key).pack
-        pack.restore_key, pack.dropped = restore_key, dropped
-        self.dropped.update(dropped)
+        pack.restore_key, pack.skipped = restore_key, skipped
+        self.dropped.update(pack.dropped)
         return pack
 
     def close(self) -> None:

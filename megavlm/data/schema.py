@@ -24,6 +24,10 @@ _BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
+class UnsafePathError(ValueError):
+    """An image path that is a URL, or leaves the image directory."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message of a conversation."""
@@ -145,11 +149,13 @@ def _check_path(path: str, where: str) -> None:
     if not path or "\0" in path or "\n" in path:
         raise ValueError(f"{where} has an empty or broken image path")
     if _URL.match(path):
-        raise ValueError(f"{where}: image {path!r} is a URL; download it into the image directory")
+        raise UnsafePathError(
+            f"{where}: image {path!r} is a URL; images are never fetched, so download it into the image directory"
+        )
     if PurePosixPath(path).is_absolute():
-        raise ValueError(f"{where}: image {path!r} is absolute; make it relative to the image directory")
+        raise UnsafePathError(f"{where}: image {path!r} is absolute; make it relative to the image directory")
     depth = 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1
         if depth < 0:
-            raise ValueError(f"{where}: image {path!r} leaves the image directory")
+            raise UnsafePathError(f"{where}: image {path!r} leaves the image directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +23,8 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, is_reader
 from megavlm.training.step import run_batches
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -92,9 +95,11 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
 
 
 def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokenizer) -> ReadPack:
-    read, _ = decode_pack(
+    read = decode_pack(
         pack, decoder, recipe.model.vision.image_size, recipe.model.tokens_per_image, tokenizer.imgpad_id
     )
+    for sample in (*pack.skipped, *read.masked):
+        logger.warning("held-out sample left out: %s/%s: %s", sample.dataset, sample.key, sample.cause)
     return ReadPack(read.pack, read.pixels.cpu())
 
 

@@ -23,6 +23,7 @@ from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
+from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
@@ -255,6 +256,7 @@ class Trainer:
                     self.tokenizer.imgpad_id,
                     depth=recipe.data.prefetch_steps * self.num_microbatches,
                     state=state,
+                    quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
         return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size)
 

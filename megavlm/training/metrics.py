@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class Metrics:
         self.recipe, self.progress = recipe, progress
         self.sources = [source_name(source) for source in recipe.data.train]
         self._counters = counters or FeedCounters()
-        self._waited, self._dropped = self._counters.wait_seconds, Counter[str]()
+        self._waited = self._counters.wait_seconds
         self._first_step = progress.step + 1
         self._writer: Any = None
         self._file: Any = None
@@ -132,7 +133,36 @@ class Metrics:
         progress.seconds += seconds
         self._waited = self._counters.wait_seconds
         self._reset()
+        self._collect_skipped(device)
         return values
+
+    def _collect_skipped(self, device: torch.device) -> None:
+        """Sum the samples that were left out over all readers.
+
+        Raises:
+            RuntimeError: they are more than the recipe allows; on all ranks.
+        """
+        progress, own = self.progress, self._counters
+        totals = torch.tensor([own.samples, own.skipped.total()], dtype=torch.int64, device=device)
+        dist.all_reduce(totals)
+        progress.samples, skipped = (int(total) for total in totals.tolist())
+        if skipped != sum(progress.skipped_samples.values()):
+            # Causes are words and differ between ranks; they travel only where something is new.
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, dict(own.skipped))
+            causes = sum((Counter(part) for part in parts), Counter[str]())
+            for cause, count in causes.items():
+                if count > progress.skipped_samples.get(cause, 0):
+                    logger.info("left out %d of %d samples so far: %s", count, progress.samples, cause)
+            progress.skipped_samples = dict(causes.most_common())
+        data = self.recipe.data
+        if progress.samples >= data.max_bad_after_samples and skipped > data.max_bad_fraction * progress.samples:
+            listed = ", ".join(f"{count} {cause}" for cause, count in progress.skipped_samples.items())
+            raise RuntimeError(
+                f"{skipped} of {progress.samples} samples read cannot be used ({listed}), more than "
+                f"data.max_bad_fraction ({data.max_bad_fraction:g}); repair those that "
+                f"{Path(self.recipe.output_dir) / 'quarantine-*.jsonl'} lists, or raise data.max_bad_fraction"
+            )
 
     def report(self, grad_norm: float | None, rates: Mapping[str, float]) -> None:
         """Write the window's figures; a collective."""
@@ -141,7 +171,7 @@ class Metrics:
             values["grad_norm"] = grad_norm
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
         values["skipped_steps"] = float(self.progress.skipped_steps)
-        self._report_dropped()
+        values |= skipped_values(self.progress)
         if not is_logging_rank():
             return
         step, steps = self.progress.step, self.recipe.training.train_steps
@@ -163,13 +193,6 @@ class Metrics:
         if self._writer is not None:
             self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
             self._writer.flush()
-
-    def _report_dropped(self) -> None:
-        """Warn of samples that were left out, on the rank that read them."""
-        for cause, count in self._counters.dropped.items():
-            if count > self._dropped[cause]:
-                logger.warning("left out %d samples so far: %s", count, cause)
-        self._dropped = Counter(self._counters.dropped)
 
     def close(self) -> None:
         """Close the files."""
@@ -194,7 +217,16 @@ _TAGS = {
     "memory_gib": "speed/memory_gib",
     "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
     "skipped_steps": "optimizer/skipped_steps",
+    "skipped_samples": "data/skipped/total",
 }
+
+
+def skipped_values(progress: Progress) -> dict[str, float]:
+    """Return the samples that were left out, over all readers and restarts: in all, and by cause."""
+    causes = {
+        f"data/skipped/{re.sub(r'[^A-Za-z0-9]+', '-', c).strip('-')}": n for c, n in progress.skipped_samples.items()
+    }
+    return {"skipped_samples": float(sum(causes.values())), **{name: float(count) for name, count in causes.items()}}
 
 
 def _counts(batch: MicroBatch) -> Tensor:
@@ -222,6 +254,8 @@ def progress_line(values: Mapping[str, float], step: int, steps: int) -> str:
         f"data wait {values['data_wait_fraction']:.0%}",
         f"{values['step_seconds']:.2f} s/step",
     ]
+    if values.get("skipped_samples"):
+        parts.append(f"skipped samples {values['skipped_samples']:,.0f}")
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
     parts.append(f"ETA {timedelta(seconds=round(remaining))}")

@@ -25,6 +25,10 @@ class Progress:
     """Positions that held no sample."""
     images: int = 0
     """Images trained on."""
+    samples: int = 0
+    """Samples read, good and bad."""
+    skipped_samples: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Those that were left out, by cause."""
     seconds: float = 0.0
     """Wall-clock time of the steps."""
     skipped_steps: int = 0

@@ -14,10 +14,10 @@ import torch
 from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, smooth_image
 from launch import torchrun
 
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.chat import EncodedSample
 from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
-from megavlm.data.feed import MASKED, Prefetcher, ReadPack, decode_pack, micro_batch
+from megavlm.data.feed import Prefetcher, ReadPack, decode_pack, micro_batch
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -217,14 +217,19 @@ def broken_image_pack() -> Pack:
     samples = [sample(5, ()), sample(12, (good, good[: len(good) // 2])), sample(9, (good,))]
     pack = build_pack(samples, 30, pad_token=0)
     pack.restore_key = "key"
-    pack.dropped = {"too long": 2}
+    pack.skipped = [SkippedSample("k", "s.tar", str(i), "too long") for i in range(2)]
     return pack
 
 
 def test_a_sample_with_a_broken_image_loses_its_labels() -> None:
     pack, before = broken_image_pack(), broken_image_pack()
-    read, masked = decode_pack(pack, PilDecoder(), SIZE, 3, image_token_id=7)
-    assert masked == 1 and read.pixels.shape == (3, 3, SIZE, SIZE)
+    read = decode_pack(pack, PilDecoder(), SIZE, 3, image_token_id=7)
+    assert [sample.cause for sample in read.masked] == ["bad image (not an image)"] and read.pixels.shape == (
+        3,
+        3,
+        SIZE,
+        SIZE,
+    )
     assert (read.pixels[1] == GRAY).all() and torch.equal(read.pixels[0], read.pixels[2])
     assert (pack.labels[5:17] == IGNORE_INDEX).all() and (before.labels[5:16] != IGNORE_INDEX).any()
     kept = np.r_[0:5, 17:30]
@@ -240,10 +245,11 @@ def test_what_is_lost_is_counted_when_a_pack_is_taken(tokenizer: Tokenizer) -> N
     prefetcher = Prefetcher(Source(0, OSError()), PilDecoder(), SIZE, 3, 7, depth=4)
     try:
         time.sleep(0.2)
-        assert not prefetcher.counters.dropped
+        assert not prefetcher.counters.skipped
         for _ in range(3):
             prefetcher.take()
-        assert prefetcher.counters.dropped == {"too long": 6, MASKED: 3}
+        assert prefetcher.counters.skipped == {"too long": 6, "bad image (not an image)": 3}
+        assert prefetcher.counters.samples == 3 * (3 + 2)
         assert prefetcher.counters.wait_seconds >= 0
     finally:
         prefetcher.close()
