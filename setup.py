@@ -42,6 +42,6 @@ setup(
     extras_require={
         "dali": DALI,
         "te": ["transformer-engine[pytorch]"],
-        "dev": [*DALI, "mypy", "pre-commit", "pytest", "ruff", "transformers", "types-PyYAML", "types-tqdm"],
+        "dev": [*DALI, "mypy", "pre-commit", "psutil", "pytest", "ruff", "transformers", "types-PyYAML", "types-tqdm"],
     },
 )

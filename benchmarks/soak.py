@@ -64,9 +64,9 @@ class Job:
             self.processes[rank].kill()
         self.wait()
 
-    def wait(self) -> list[int]:
+    def wait(self, patience: float = PATIENCE_SECONDS) -> list[int]:
         """Return the exit codes; whoever does not leave in time is killed and counts as failed."""
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + patience
         for process in self.processes:
             try:
                 process.wait(max(0.1, end - time.monotonic()))
@@ -122,7 +122,7 @@ def torment(words: list[str], run: Path, ranks: int, kills: int, steps: int, rng
         before, expected = last_step(run), newest_checkpoint(run)
         job = Job(words, ranks, log)
         if tally.kills >= kills:
-            tally.failed += any(job.wait())
+            tally.failed += any(job.wait(patience=24 * 3600))
             continue
         starting = rng.random() < 0.15
         if starting:
@@ -133,7 +133,7 @@ def torment(words: list[str], run: Path, ranks: int, kills: int, steps: int, rng
                 if last_step(run) != before:
                     break
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0.0, 1.2))
+            time.sleep(rng.uniform(0.0, 4.0))
         if not job.running:
             codes = job.wait()
             tally.failed += any(codes)
@@ -176,7 +176,7 @@ def main() -> int:
         )
         start = time.perf_counter()
         whole = Job(data.words(root / "whole", *settings), args.ranks, root / "whole.log")
-        assert not any(whole.wait()), (root / "whole.log").read_text()[-3000:]
+        assert not any(whole.wait(patience=24 * 3600)), (root / "whole.log").read_text()[-3000:]
         alone = time.perf_counter() - start
         words, log = data.words(root / "run", *settings), root / "run.log"
         tally = torment(words, root / "run", args.ranks, args.kills, steps, random.Random(args.seed), log)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,11 +29,12 @@ def torchrun(script: str | Path, *args: object, ranks: int = 1, timeout: float =
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's workers have sessions of their own; none may outlive it.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
         output, _ = process.communicate()
         raise AssertionError(f"{script} ran longer than {timeout} s:\n{output[-4000:]}") from None
     finally:
-        # torchrun's workers are in its session; none may outlive it.
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:

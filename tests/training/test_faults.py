@@ -12,6 +12,7 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launch import ROOT
@@ -23,6 +24,8 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.cli import main
 from megavlm.parallel.faults import ONCE, VARIABLE, parse
 from megavlm.training.stopping import STOPPED
+
+pytestmark = pytest.mark.reliability
 
 SAVES = ("checkpoint.save_interval=2", "checkpoint.keep=2", "logging.tensorboard=false")
 
@@ -42,11 +45,11 @@ def run(
     )  # fmt: skip
     try:
         output_text, _ = process.communicate(timeout=180)
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    except subprocess.TimeoutExpired:
+        # torchrun's workers have sessions of their own.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        raise
     return process.returncode, output_text
 
 
