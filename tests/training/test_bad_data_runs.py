@@ -14,6 +14,8 @@ from test_faults import run, tensors
 
 from megavlm.data.quarantine import read_list
 
+pytestmark = pytest.mark.reliability
+
 LIMITS = ("data.max_bad_fraction=0.6", "logging.tensorboard=true")
 
 
