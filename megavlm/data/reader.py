@@ -31,7 +31,7 @@ from megavlm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _CHECKPOINT_SECONDS = 15.0
 """A worker notes its state this often; a restart re-reads at most the packs since then."""
 _ENERGON_IN_PROCESS = threading.Lock()
