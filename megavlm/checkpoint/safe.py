@@ -158,6 +158,14 @@ def load_weights(file: Path, *, mmap: bool = False) -> Any:
         raise ValueError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
 
 
+def behind(error: Exception) -> Exception:
+    """Return the OSError that ``error`` follows from, or itself: torch's writer says something else of a full disk."""
+    one: BaseException | None = error
+    while one is not None and not isinstance(one, OSError):
+        one = one.__cause__ or one.__context__
+    return one if isinstance(one, OSError) else error
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

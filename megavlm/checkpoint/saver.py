@@ -34,7 +34,7 @@ from megavlm import __version__
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
-from megavlm.checkpoint.safe import first_line
+from megavlm.checkpoint.safe import behind, first_line
 from megavlm.checkpoint.slots import METADATA, model_state
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.faults import fault
@@ -210,7 +210,7 @@ class Saver:
                 transforms = [job.strategy.writer.transforms] if job.strategy.writer is not None else []
                 FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answer, answer, use_fsync=True)
                 if isinstance(answer.result, Exception):
-                    raise answer.result
+                    raise behind(answer.result)
                 assert isinstance(written, dict)
                 written[i] = answer.result
                 fault("checkpoint.in_shard")
@@ -314,7 +314,11 @@ def _write_small(partial: Path, state: State, common: Any) -> None:
     if state.random is not None:
         manifest.write_text(partial / f"random-{dist.get_rank()}.json", json.dumps(state.random))
     if dist.get_rank() == 0:
-        torch.save(common, partial / "common.pt")
+        try:
+            with (partial / "common.pt").open("wb") as file:
+                torch.save(common, file)
+        except RuntimeError as error:
+            raise behind(error) from None
         assets.inherit(state.parent, state.tokenizer, partial)
         manifest.write_text(partial / "recipe.yaml", state.recipe_yaml)
         run = {**state.run, "megavlm": __version__, "world_size": dist.get_world_size()}

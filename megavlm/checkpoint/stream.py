@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megavlm.checkpoint.safe import read_metadata
+from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
 
 CHUNK_BYTES = 128 << 20
@@ -160,11 +160,7 @@ def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callabl
         with (directory / "common.pt").open("wb") as file:
             torch.save({"content_metadata": METADATA}, file)
     except RuntimeError as error:
-        # Torch's writer hides a full disk behind what it trips over next.
-        first: BaseException | None = error
-        while first is not None and not isinstance(first, OSError):
-            first = first.__context__
-        raise first or error from None
+        raise behind(error) from None
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 

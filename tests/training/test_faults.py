@@ -53,12 +53,13 @@ def run(
     return process.returncode, output_text
 
 
-def losses(output: Path) -> dict[int, float]:
-    """Return the loss of each step; of a step that was taken twice both must be equal, bit for bit."""
-    found: dict[int, float] = {}
+def losses(output: Path) -> dict[int, tuple[float, float]]:
+    """Return loss and gradient norm of each step; a step that was taken twice must give both again, bit for bit."""
+    found: dict[int, tuple[float, float]] = {}
     for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
         if "loss" in line:
-            assert found.setdefault(line["step"], line["loss"]) == line["loss"], line["step"]
+            values = (line["loss"], line["grad_norm"])
+            assert found.setdefault(line["step"], values) == values, line["step"]
     return found
 
 
@@ -125,6 +126,65 @@ def test_a_kill_in_an_asynchronous_save(point: str, run_data: RunData, uninterru
     code, text = run(run_data, tmp_path / "run", *words)
     assert code == 0, text
     assert_same(tmp_path / "run", uninterrupted)
+
+
+def cut_off(uninterrupted: Path, output: Path) -> Path:
+    """Copy a run as if it had ended with step 4."""
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "checkpoints" / "step-00000006")
+    (output / "metrics.jsonl").unlink()
+    return output
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+)
+def test_a_resume_at_another_layout_goes_on_alike(
+    layout: str, run_data: RunData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Sums are made in another order, so losses and norms agree to 1e-4; the samples are the same."""
+    output = cut_off(uninterrupted, tmp_path / "run")
+    code, text = run(run_data, output, layout, ranks=2)
+    assert code == 0 and "at step 4" in text, text
+    expected, found = losses(uninterrupted), losses(output)
+    assert sorted(found) == [5, 6]
+    for step, values in found.items():
+        assert values == pytest.approx(expected[step], rel=1e-4)
+    counts = [
+        json.loads((one / "checkpoints" / "step-00000006" / "run.json").read_text()) for one in (output, uninterrupted)
+    ]
+    assert all(counts[0][key] == counts[1][key] for key in ("tokens", "images", "supervised_tokens"))
+
+
+@pytest.mark.dist
+def test_another_data_parallel_size_is_refused_before_the_first_step(
+    run_data: RunData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output = cut_off(uninterrupted, tmp_path / "run")
+    code, text = run(run_data, output, ranks=2)
+    assert code != 0 and "saved with data-parallel size 1, this run has 2" in text and "| loss" not in text
+    assert "start from the weights alone" in text
+    code, text = run(run_data, output, "data.num_workers=1")
+    assert code == 2 and "num_workers 0" in text and "| loss" not in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_really_is_full(run_data: RunData, tmp_path: Path) -> None:
+    """Room for two checkpoints of 5 MiB, not for the third that is written before the first is deleted."""
+    (tmp_path / "small").mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", str(tmp_path / "small")], check=False)
+    if mount.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        code, text = run(run_data, tmp_path / "small" / "run")
+        assert code == 1 and "No space left on device" in text, text
+        assert names(tmp_path / "small" / "run") == ["latest", "step-00000002", "step-00000004"]
+        for path in (tmp_path / "small" / "run" / "checkpoints").glob("step-*"):
+            check(path)
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
 @pytest.mark.parametrize("sent", ["term", "usr1"])
