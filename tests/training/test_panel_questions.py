@@ -25,7 +25,7 @@ def test_questions_of_held_out_packs(run_data: RunData, tmp_path: Path) -> None:
     source = DataSource(path=str(run_data.root / "heldout"))
     reader = PackReader([source], recipe.data, tokenizer, slots, rank=0, world_size=1, seed=0, training=False)
     decoder = make_decoder("simplejpeg")
-    packs = [decode_pack(pack, decoder, side, slots, tokenizer.imgpad_id)[0] for pack in reader]
+    packs = [decode_pack(pack, decoder, side, slots, tokenizer.imgpad_id) for pack in reader]
     questions = find_questions(packs, tokenizer, slots, room=150, count=1000)
     assert len(questions) == sum(int((item.pack.segment_sources >= 0).sum()) for item in packs)
     shown = torch.cat([question.pixels for question in questions if question.pixels is not None])
