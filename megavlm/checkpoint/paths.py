@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def latest(root: Path) -> Path | None:
 
 def newest_first(root: Path) -> list[Path]:
     """Return the published checkpoints in ``root``, newest first."""
-    return sorted((p for p in root.glob("step-*") if p.is_dir() and p.suffix != ".partial"), reverse=True)
+    return sorted((p for p in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), reverse=True)
 
 
 def resolve(path: Path) -> Path:

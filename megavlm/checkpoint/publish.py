@@ -30,13 +30,15 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
     out = out.absolute()
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if needed_bytes > free:
-        raise ValueError(f"{out}: needs {needed_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there")
     partial = out.with_name(out.name + ".partial")
     with _locked(partial):
         try:
             refuse_existing(out)  # another process may have been quicker
+            free = shutil.disk_usage(partial).free  # now that what an interrupted run left is gone
+            if needed_bytes > free:
+                raise ValueError(
+                    f"{out}: needs {needed_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there"
+                )
             yield partial
             _sync(partial)
             if out.exists():

@@ -179,7 +179,7 @@ class Saver:
         final = step_directory(self.root, state.run["step"])
         partial = final.with_suffix(".partial")
         started = time.perf_counter()
-        with agreed(f"saving {final.name}"), _removed_on_error(partial):
+        with _removed_on_error(partial), agreed(f"saving {final.name}"):
             fault("checkpoint.start")
             if dist.get_rank() == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ class Saver:
             tensors["scheduler"] = state.scheduler.state_dict()
         tensors["content_metadata"] = dict(METADATA)
         sharded, common = save_preprocess(tensors, True)
-        with agreed(f"saving {final.name}"), _removed_on_error(partial):
+        with _removed_on_error(partial), agreed(f"saving {final.name}"):
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()

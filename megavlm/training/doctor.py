@@ -119,8 +119,8 @@ def _problems(facts: Facts, root: Path) -> Iterator[str]:
             yield f"{one['name']} is damaged: {one['problem']}"
     pointer = latest(root)
     if facts["checkpoints"] and (pointer is None or not (root / "latest").is_file()):
-        yield "the file latest is missing; the next start makes it anew"
-    done = facts["train_steps"] is not None and facts["last_step"] >= facts["train_steps"]
+        yield "the file latest is missing; the next save makes it anew"
+    done = bool(facts["ranks"]) and all(beat.get("phase") == "done" for beat in facts["ranks"])
     # A rank that failed knew of it; one that was killed still says that it trains.
     lost = [beat for beat in facts["ranks"] if beat.get("phase") == "training"]
     failed = [beat["rank"] for beat in facts["ranks"] if beat.get("phase") == "failed"]

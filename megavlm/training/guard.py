@@ -77,9 +77,12 @@ class StepGuard:
         step = self.progress.step + 1
         logger.warning("step %d changed nothing: %s; its samples: %s", step, result.skipped, ", ".join(keys[:8]))
         line = {"step": step, "why": result.skipped, "loss": repr(result.loss), "samples": keys}
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # on one rank alone: the others would wait for it
+            logger.warning("%s cannot be written: %s", self.directory / SKIPPED_FILE, error)
 
 
 def check_finite(modules: list[Any]) -> None:

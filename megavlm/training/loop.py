@@ -167,6 +167,7 @@ class Trainer:
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint that the run goes on from exactly; published before this returns if it is the ``last``."""
+        self._saving(self.saver.finish)  # what a thread has written comes first: this one inherits from it
         self.metrics.flush()
         modules = self.training.modules
         with self.training.settled():
@@ -182,20 +183,25 @@ class Trainer:
                 parent=self.parent,
                 tokenizer=Path(self.recipe.data.tokenizer) if self.recipe.data.tokenizer else None,
             )
-            self._saving(lambda: self.saver.save(state, wait=last))
-        self.metrics.write({"checkpoint_stalled_seconds": self.saver.stalled_seconds})
+            saved = self._saving(lambda: self.saver.save(state, wait=last))
+        if saved:
+            self.metrics.write({"checkpoint_stalled_seconds": self.saver.stalled_seconds})
 
-    def _saving(self, work: Callable[[], Path | None]) -> None:
-        """Save or publish; a failure stops the run or is logged, as the recipe says. All ranks fail alike."""
+    def _saving(self, work: Callable[[], Path | None]) -> bool:
+        """Save or publish, and return whether it went well.
+
+        A failure stops the run or is logged, as the recipe says; all ranks fail alike. A lost rank always stops it.
+        """
         try:
             path = work()
         except (OSError, RuntimeError) as error:
-            if self.recipe.checkpoint.on_error == "stop":
+            if self.recipe.checkpoint.on_error == "stop" or is_lost_peer(error):
                 raise
             logger.warning("no checkpoint was saved, and the run goes on (checkpoint.on_error): %s", error)
-            return
+            return False
         if path is not None:
             self.parent = path
+        return True
 
     def close(self) -> None:
         """End threads and files."""
@@ -275,6 +281,11 @@ def newest_whole(root: Path) -> Path | None:
         if not any_rank(problem is not None):
             return path
         logger.warning("%s is damaged and is passed over: %s", path.name, problem or "another rank's log says how")
+    if newest_first(root):
+        raise RecipeError(
+            f"{root}: every checkpoint is damaged, and starting anew would write over the run; move them away, or set "
+            "checkpoint.resume=false and another output_dir"
+        )
     return None
 
 

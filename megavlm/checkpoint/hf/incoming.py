@@ -143,7 +143,7 @@ def convert(
         total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
         report.bytes = total
         for plan in plans:
-            plan.tell(report)
+            plan.tell(report, whole=len(given) == 1 and not fresh)
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
@@ -169,9 +169,9 @@ class _Plan:
         self.left = sorted(set(self.account.used) - set(self.taken))
         self.pieces = [piece for rule in self.rules for piece in self._pieces(rule, slots)]
 
-    def tell(self, report: Report) -> None:
-        """Add to the report."""
-        family, whole = self.given.family, len(self.given.parts) == len(self.given.family.parts)
+    def tell(self, report: Report, *, whole: bool) -> None:
+        """Add to the report; of a composed model nothing is carried."""
+        family = self.given.family
         for part in self.given.parts:
             report.parts[part] = f"{self.given.source.path} ({family.title})"
         for why, names in self.account.ignored.items():

@@ -139,6 +139,8 @@ def run_incoming(args: argparse.Namespace) -> int:
     compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
     if (args.hf is None) == (not compose):
         raise ValueError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
+    if args.hf is not None and args.connector_preset is not None:
+        raise ValueError("--connector-preset: goes with a fresh connector, when composing, not with --hf")
     if compose and not {"language", "vision"} & set(compose):
         raise ValueError("--connector alone makes no model; give --language and --vision too")
     base = _base_recipe(args.recipe)
