@@ -49,11 +49,20 @@ def read_run(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    file = path / "run.json"
+    return read_json(path / "run.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds none.
+    """
     try:
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(run, dict):
-        raise ValueError(f"{file}: must hold a JSON object")
-    return run
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return value

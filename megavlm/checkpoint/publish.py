@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.checkpoint.manifest import sync_directory
+
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -44,7 +46,7 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
             if out.exists():
                 out.rmdir()
             partial.rename(out)
-            _sync_directory(out.parent)
+            sync_directory(out.parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             # A full disk does not say what was written, or names the file that was being copied.
@@ -93,12 +95,4 @@ def _sync(directory: Path) -> None:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        _sync_directory(Path(root))
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_directory(Path(root))

@@ -7,7 +7,6 @@ calls an object rather than a tensor is a pickle too, which torch would run: not
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from megavlm.checkpoint.paths import read_json
 
 METADATA = ".metadata"
 _COMMON, _CONFIG = "common.pt", "metadata.json"
@@ -104,11 +105,8 @@ def check_files(checkpoint: Path) -> None:
         ValueError: one is damaged, or names something that could run code.
     """
     path = checkpoint / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or any(config.get(key) != value for key, value in _BACKENDS.items()):
+    config = read_json(path)
+    if any(config.get(key) != value for key, value in _BACKENDS.items()):
         raise ValueError(f"{path}: is not of a checkpoint in Megatron-Core's torch_dist format")
     load_weights(checkpoint / _COMMON)
 

@@ -169,6 +169,18 @@ class Saver:
             self._job.thread.join()
         return self._publish()
 
+    def point_at(self, checkpoint: Path) -> None:
+        """Let ``latest`` name the checkpoint that the run goes on from, so that everybody means the same one."""
+        pointer = self.root / "latest"
+        if dist.get_rank() != 0 or (
+            pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == checkpoint.name
+        ):
+            return
+        try:
+            manifest.replace_text(pointer, checkpoint.name + "\n")
+        except OSError as error:  # the next save writes it again, and fails on all ranks if it must
+            logger.warning("%s cannot be written: %s", pointer, error)
+
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -253,15 +265,19 @@ class Saver:
         manifest.write_manifest(job.partial, known)
         fault("checkpoint.before_publish")
         if job.final.exists():  # the same step again, after going on from an older checkpoint
-            shutil.rmtree(job.final)
+            job.final.rename(job.final.with_suffix(".old.partial"))
         job.partial.rename(job.final)
         manifest.sync_directory(self.root)
         fault("checkpoint.before_pointer")
         manifest.replace_text(self.root / "latest", job.final.name + "\n")
         fault("checkpoint.before_retention")
-        for old in newest_first(self.root)[self.keep :]:
-            if old != job.final:
+        # Later ones are damaged (else the run would have gone on from them); they do not count as kept.
+        up_to_here = [path for path in newest_first(self.root) if path.name <= job.final.name]
+        for old in [*up_to_here[self.keep :], *self.root.glob("*.old.partial")]:
+            try:
                 shutil.rmtree(old)
+            except OSError as error:  # the new one is published all the same
+                logger.warning("%s is not needed any more and cannot be deleted: %s", old, error)
 
 
 class _removed_on_error:  # noqa: N801 - used like a function
@@ -320,6 +336,7 @@ def _write_small(partial: Path, state: State, common: Any) -> None:
         except RuntimeError as error:
             raise behind(error) from None
         assets.inherit(state.parent, state.tokenizer, partial)
+        fault("checkpoint.in_small_files")
         manifest.write_text(partial / "recipe.yaml", state.recipe_yaml)
         run = {**state.run, "megavlm": __version__, "world_size": dist.get_world_size()}
         manifest.write_text(partial / "run.json", json.dumps(run, indent=2))

@@ -15,8 +15,9 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -84,6 +85,12 @@ class FeedCounters:
     """Those left out, or left without labels, by cause, over all restarts of the run."""
     wait_seconds: float = 0.0
     """Time spent waiting for packs."""
+    history: str = ""
+    """SHA-256 over the keys of all samples taken, in their order, over all restarts: equal histories saw the same."""
+
+    def remember(self, keys: Sequence[str]) -> None:
+        """Add a pack's samples to the history."""
+        self.history = sha256("\n".join([self.history, *keys]).encode()).hexdigest()
 
 
 class PackSource(Protocol):
@@ -150,6 +157,7 @@ class Prefetcher:
                 counters = state.get("counters", {})
                 self.counters.samples = counters.get("samples", 0)
                 self.counters.skipped.update(counters.get("skipped", {}))
+                self.counters.history = counters.get("history", "")
                 source.restore(state["reader"])
                 self._pending.extend(source.restore_pack(key) for key in state["in_flight"])
             self._packs = iter(source)
@@ -180,6 +188,7 @@ class Prefetcher:
         skipped = [*item.pack.skipped, *item.masked]
         self.counters.samples += len(item.pack.sample_keys) + len(item.pack.skipped)
         self.counters.skipped.update(sample.cause for sample in skipped)
+        self.counters.remember(item.pack.sample_keys)
         if skipped and self._quarantine is not None:
             self._quarantine.add(skipped)
         return item
@@ -191,7 +200,8 @@ class Prefetcher:
         """
         with self._reading:
             waiting = [pack.restore_key for pack in self._pending]
-            counters = {"samples": self.counters.samples, "skipped": dict(self.counters.skipped)}
+            own = self.counters
+            counters = {"samples": own.samples, "skipped": dict(own.skipped), "history": own.history}
             return {
                 "reader": self._source.state(),
                 "in_flight": [*self._in_flight, *waiting],

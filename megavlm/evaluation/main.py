@@ -16,7 +16,7 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
-from megavlm.data.tokenizer import load_tokenizer, with_tokenizer
+from megavlm.data.tokenizer import check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     records = read_records(args.data, args.images)[: args.limit]
     assert recipe.data.tokenizer is not None
     tokenizer = load_tokenizer(recipe.data.tokenizer)
+    check_vocabulary(recipe, tokenizer)
     prompts = encode_records(records, tokenizer, recipe, args.max_new_tokens)
     prepare_device()
     from megavlm.evaluation.answer import answer  # noqa: PLC0415 - imports Megatron-Core

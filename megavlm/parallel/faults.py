@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -32,6 +33,7 @@ POINTS = frozenset(
         "checkpoint.before_pointer",
         "checkpoint.before_retention",
         "checkpoint.in_shard",
+        "checkpoint.in_small_files",
         "checkpoint.start",
         "gradient.value",
         "loss.value",
@@ -42,7 +44,8 @@ POINTS = frozenset(
 )
 """Every point there is."""
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
-ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang", "nan", "inf"})
+_VALUES = frozenset({"nan", "inf"})
+ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang"}) | _VALUES
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,24 @@ def parse(text: str) -> list[Fault]:
     """Return the faults that ``text`` asks for.
 
     Raises:
-        ValueError: an unknown point or action: a fault that never fires would make a test that cannot fail.
+        ValueError: an unknown point, action or condition, or an action that does not fit the point: a fault that never
+            fires would make a test that cannot fail.
     """
     faults = []
     for item in filter(None, text.split(",")):
-        point, *middle, action = item.split(":")
-        rank = next((int(word[4:]) for word in middle if word.startswith("rank")), None)
-        step = next((int(word[4:]) for word in middle if word.startswith("step")), None)
+        words = item.split(":")
+        point, middle, action = words[0], words[1:-1], words[-1]
         if point not in POINTS or action not in ACTIONS:
             raise ValueError(f"{VARIABLE}: {item!r} names no fault; points: {', '.join(sorted(POINTS))}")
-        faults.append(Fault(point, action, rank, step))
+        if (action in _VALUES) != point.endswith(".value"):
+            raise ValueError(
+                f"{VARIABLE}: {item!r}: {point} cannot {action}; nan and inf belong to values, and to them only"
+            )
+        conditions = [re.fullmatch(r"(rank|step)(\d+)", word) for word in middle]
+        where = {match[1]: int(match[2]) for match in conditions if match}
+        if len(where) != len(middle):
+            raise ValueError(f"{VARIABLE}: {item!r}: between point and action stand rankN and stepN, each at most once")
+        faults.append(Fault(point, action, where.get("rank"), where.get("step")))
     return faults
 
 

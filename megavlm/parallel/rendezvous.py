@@ -33,7 +33,8 @@ def agree(store: Any, rank: int, world_size: int, timeout: timedelta) -> str:
     """Return the name of this start, the same on all ranks and never used before.
 
     Raises:
-        TimeoutError: the others did not come in time.
+        TimeoutError: rank 0 did not come in time.
+        DistStoreError: (on rank 0, from the store) another rank did not come within the store's own time-out.
     """
     if rank == 0:
         name = uuid.uuid4().hex

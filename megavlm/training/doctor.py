@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from megavlm.config import yaml12
 from megavlm.training.heartbeat import read_heartbeats
 
 Facts = dict[str, Any]
+_WORKING = ("training", "saving")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +70,16 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
         "skipped_samples": _quarantine(directory),
         "checkpoints": checkpoints,
         "partial": [path.name for path in root.glob("*.partial")],
+        "patience_seconds": _patience(metrics),
     }
     facts["problems"] = list(_problems(facts, root))
     return facts
+
+
+def _patience(metrics: list[Facts]) -> float:
+    """Return for how long a rank that is well may say nothing: some steps, and what is done between them."""
+    steps = [line["step_seconds"] for line in metrics if isinstance(line.get("step_seconds"), int | float)]
+    return max(60.0, 10 * statistics.median(steps[-20:])) if steps else 600.0
 
 
 def _train_steps(root: Path) -> int | None:
@@ -122,7 +131,7 @@ def _problems(facts: Facts, root: Path) -> Iterator[str]:
         yield "the file latest is missing; the next save makes it anew"
     done = bool(facts["ranks"]) and all(beat.get("phase") == "done" for beat in facts["ranks"])
     # A rank that failed knew of it; one that was killed still says that it trains.
-    lost = [beat for beat in facts["ranks"] if beat.get("phase") == "training"]
+    lost = [beat for beat in facts["ranks"] if beat.get("phase") in _WORKING]
     failed = [beat["rank"] for beat in facts["ranks"] if beat.get("phase") == "failed"]
     if failed and not lost:
         yield f"the run ended with an error on rank {', '.join(map(str, failed))}: see its log"
@@ -130,11 +139,14 @@ def _problems(facts: Facts, root: Path) -> Iterator[str]:
         behind = min(lost, key=lambda beat: (beat["step"], beat["time"]))
         age = timedelta(seconds=round(time.time() - behind["time"]))
         others_left = len(lost) < len(facts["ranks"])
-        if age > timedelta(minutes=1) or others_left:
+        silent = age.total_seconds() > facts["patience_seconds"] * (10 if behind["phase"] == "saving" else 1)
+        if silent or others_left:
             yield (
                 f"rank {behind['rank']} (host {behind['host']}, pid {behind['pid']}) was last heard of in step "
                 f"{behind['step']} ({behind['phase']}), {age} ago: it was killed, crashed or hangs"
             )
+        elif facts["partial"]:
+            return  # a thread writes it while the run goes on
     for name in facts["partial"]:
         yield f"{name} was not finished; the next save removes it"
 

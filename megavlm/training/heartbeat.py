@@ -22,11 +22,16 @@ class Heartbeat:
     Args:
         directory: the run's.
         rank: of this process.
+        world_size: of the run; rank 0 removes the files of ranks that an earlier start had beyond it.
     """
 
-    def __init__(self, directory: Path, rank: int) -> None:
+    def __init__(self, directory: Path, rank: int, world_size: int) -> None:
         self.path = directory / FOLDER / f"rank-{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            for facts in read_heartbeats(directory):
+                if facts["rank"] >= world_size:
+                    (directory / FOLDER / f"rank-{facts['rank']}.json").unlink(missing_ok=True)
         self.waited_seconds = 0.0
         """Time spent waiting for the other ranks at the end of steps: the slowest rank has the least."""
         self._facts: dict[str, Any] = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}

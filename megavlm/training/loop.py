@@ -74,8 +74,9 @@ class Trainer:
         self.held_out = read_held_out(recipe, tokenizer, decoder)
         self.feed = self._open_feed(decoder, reader_state)
         prefetcher = self.feed.prefetcher
-        self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
-        self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank())
+        with agreed(f"writing to {recipe.output_dir}"):
+            self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
+            self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank(), dist.get_world_size())
         self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir))
 
     def train(self) -> int:
@@ -167,6 +168,7 @@ class Trainer:
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint that the run goes on from exactly; published before this returns if it is the ``last``."""
+        self.heartbeat.beat(self.progress.step, "saving", now=True)
         self._saving(self.saver.finish)  # what a thread has written comes first: this one inherits from it
         self.metrics.flush()
         modules = self.training.modules
@@ -224,6 +226,7 @@ class Trainer:
                     newest, modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler
                 )
             _restore_random(newest)
+            self.saver.point_at(newest)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)

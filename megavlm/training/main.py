@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from megavlm.checkpoint.paths import newest_first
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
-from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megavlm.parallel.device import prepare_device
 
 
@@ -21,6 +24,7 @@ def run(recipe: Recipe) -> int:
     assert recipe.data.tokenizer is not None  # the command line found the file
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
+    check_output(recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
@@ -37,15 +41,15 @@ def run(recipe: Recipe) -> int:
             trainer.close()
 
 
-def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Check that the embedding has a row for each token.
+def check_output(recipe: Recipe) -> None:
+    """Check that a run which starts anew does so in a directory of its own.
 
     Raises:
-        RecipeError: it has not.
+        RecipeError: checkpoints of another run lie there, which this one would mix with its own.
     """
-    rows = recipe.model.language.vocab_size
-    if tokenizer.vocab_size > rows:
+    root = Path(recipe.output_dir) / "checkpoints"
+    if not recipe.checkpoint.resume and newest_first(root):
         raise RecipeError(
-            f"model.language.vocab_size: {rows} rows, but {recipe.data.tokenizer} has {tokenizer.vocab_size} tokens; "
-            f"set it to {tokenizer.vocab_size} or more"
+            f"checkpoint.resume: false, but {root} holds checkpoints of an earlier run; choose another output_dir, or "
+            "move them away"
         )

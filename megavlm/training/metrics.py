@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -182,24 +183,35 @@ class Metrics:
         """Write figures of the current step to TensorBoard and ``metrics.jsonl`` (logging rank only)."""
         if self._file is None:
             return
-        print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(_TAGS.get(name, name), value, self.progress.step)
-            self._writer.flush()
+        with self._tolerated():
+            print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(_TAGS.get(name, name), value, self.progress.step)
+                self._writer.flush()
 
     def image(self, name: str, pixels_HWC: Tensor) -> None:
         """Put a picture, [H, W, 3] uint8, on TensorBoard (logging rank only)."""
         if self._writer is not None:
-            self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
-            self._writer.flush()
+            with self._tolerated():
+                self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
+                self._writer.flush()
+
+    @contextlib.contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Let a full disk cost figures, not the run: this rank alone writes, and the others would wait for it."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("figures of step %d cannot be written: %s", self.progress.step, error)
 
     def close(self) -> None:
         """Close the files."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._file is not None:
-            self._file.close()
+        with self._tolerated():
+            if self._writer is not None:
+                self._writer.close()
+            if self._file is not None:
+                self._file.close()
 
 
 # TensorBoard's groups.

@@ -24,7 +24,7 @@ from megavlm.parallel.state import any_rank
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says about itself; equal on all ranks of the last stage, and ``grad_norm`` on all ranks."""
+    """What a step says about itself; equal on all ranks."""
 
     source_losses: Tensor
     """[D, 2] fp64: sum of the losses and number of supervised tokens, per data set, over the global batch."""

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint.paths import read_json
 from megavlm.data.tokenizer import TOKENIZER_FILES
 
 FOLDER = "hf"
@@ -71,12 +72,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / FOLDER / RECORD
     if not path.is_file():
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+    record = read_json(path)
     for key, kinds in _KINDS.items():
         if not isinstance(record.get(key), (*kinds, type(None))):
             raise ValueError(f"{path}: {key} is {record[key]!r}; convert the checkpoint again, or restore the file")
@@ -86,7 +82,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def inherit(parent: Path | None, tokenizer: Path | None, checkpoint: Path) -> None:
     """Give ``checkpoint`` a folder: that of the one it was trained from, or one with the run's tokenizer.
 
-    Large files are hard links where the file system has them.
+    Carried tensors are hard links where the file system has them. The small files are copies: people edit them.
     """
     source = parent / FOLDER if parent is not None else None
     if source is not None and source.is_dir():
@@ -101,7 +97,10 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
+    if Path(source).parent.name == CARRIED:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copyfile(source, target)

@@ -20,7 +20,8 @@ from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
-from megavlm.checkpoint.hf.source import CONFIG, Source, read_json
+from megavlm.checkpoint.hf.source import CONFIG, Source
+from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.safe import first_line
 from megavlm.checkpoint.stream import CheckpointReader

@@ -6,7 +6,6 @@ parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickle
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.safe import load_weights
 
 CONFIG = "config.json"
@@ -120,21 +120,6 @@ class Source:
 
 def _itemsize(dtype: torch.dtype | str) -> int:
     return dtype.itemsize if isinstance(dtype, torch.dtype) else 1
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
-    return value
 
 
 def _read_configs(directory: Path) -> dict[str, Any]:

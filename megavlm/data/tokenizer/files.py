@@ -8,6 +8,7 @@ from pathlib import Path
 from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
+from megavlm.data.tokenizer.base import Tokenizer
 
 TOKENIZER_FILES = (
     "*.tiktoken",
@@ -106,3 +107,17 @@ def _named_by(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return name if isinstance(name, str) else None
+
+
+def check_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Check that the embedding has a row for each token.
+
+    Raises:
+        RecipeError: it has not.
+    """
+    rows = recipe.model.language.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise RecipeError(
+            f"model.language.vocab_size: {rows} rows, but {recipe.data.tokenizer} has {tokenizer.vocab_size} tokens; "
+            f"set it to {tokenizer.vocab_size} or more"
+        )
