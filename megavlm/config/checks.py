@@ -133,6 +133,9 @@ def _language(recipe: Recipe) -> Iterator[str]:
     yield from _divides(f"{own}.ffn_hidden_size", language.ffn_hidden_size, tp, _TP)
     if language.kv_channels % 2:
         yield f"{own}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if getattr(language, key) and language.seq_length is None:
+            yield f"{own}.{key}: needs {own}.seq_length, the length that the model was trained with; set it"
     if language.rope_scaling is None and language.rope_scaling_factor != 1:
         yield (
             f"{own}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {own}.rope_scaling;"

@@ -125,6 +125,12 @@ class LanguageConfig:
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+    seq_length: int | None = Field(default=None, gt=1)
+    """Length that the model was trained with, for the next two keys (Qwen v1: 2048)."""
+    use_dynamic_ntk: bool = False
+    """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
+    use_logn_attn: bool = False
+    """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
 
 
 @_config

@@ -1,11 +1,12 @@
-"""Greedy generation at any layout: packed prompts through Megatron-Core's forward-only pipeline schedule.
+"""Generation at any layout, with a key/value cache, on Megatron-Core's forward-only pipeline schedule.
 
-There is no key/value cache: each new token costs a forward pass over the prompts that are still being answered,
-packed without padding between them. That suits panels and short answers. Image features are computed once.
+Prompts are packed without padding and read once. Then every forward pass has one position per unfinished answer; with a
+pipeline they are shared out among as many micro-batches as it has stages. Image features are computed once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,16 +22,19 @@ from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.inference.cache import KeyValueCache, Turn, caching
+from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
+from megavlm.inference.sampling import Sampling, choose
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage
 
 _IMAGES_AT_ONCE = 16
+_CACHED_POSITIONS = 65536
 
 
-@torch.no_grad()
 def generate(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],
@@ -39,8 +43,10 @@ def generate(
     stop_ids: Sequence[int],
     vocab_size: int,
     pack_length: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    cached_positions: int = _CACHED_POSITIONS,
 ) -> list[list[int]]:
-    """Answer ``prompts`` greedily; a collective over the ranks of one data-parallel replica.
+    """Answer ``prompts``; a collective over the ranks of one data-parallel replica.
 
     Args:
         chunks: the model chunks of this rank, wrapped or bare.
@@ -48,36 +54,244 @@ def generate(
         max_new_tokens: longest answer.
         stop_ids: tokens that end an answer.
         vocab_size: ids from here on (padding of the embedding) are never chosen.
-        pack_length: positions of one micro-batch; divisible by TP with sequence parallelism.
+        pack_length: positions of one micro-batch of prompts; divisible by TP with sequence parallelism.
+        sampling: how tokens are chosen.
+        cached_positions: prompts are answered in groups that need no more positions of cache than this (or one prompt
+            at a time). A position takes 2 x layers x key/value heads x head width numbers, shared out over TP and PP.
 
     Returns:
-        Token ids of each answer, on all ranks.
+        Token ids of each answer, without the token that ended it, on all ranks.
 
     Raises:
         ValueError: a prompt and its longest answer do not fit ``pack_length``.
     """
+    for _ in generating(
+        chunks, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, vocab_size=vocab_size,
+        pack_length=pack_length, sampling=sampling, cached_positions=cached_positions,
+    ):  # fmt: skip
+        pass
+    return [prompt.answer for prompt in prompts]
+
+
+@torch.no_grad()
+def generating(
+    chunks: Sequence[Any],
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    pack_length: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    cached_positions: int = _CACHED_POSITIONS,
+) -> Iterator[dict[int, int]]:
+    """Answer ``prompts`` as :func:`generate` does, and yield as tokens come.
+
+    Yields:
+        The new token of each prompt that got one, by the prompt's index; a token that ends an answer is among them.
+        It has been appended to the prompt's ``answer`` unless it ends it.
+
+    Raises:
+        ValueError: as :func:`generate`.
+    """
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
     if longest > pack_length:
         raise ValueError(f"a prompt with its answer takes {longest} positions, a pack has {pack_length}")
-    for chunk in chunks:
-        chunk.eval()
-    bare = unwrap(chunks[0])
-    features = [_features(bare, prompt) for prompt in prompts] if is_first_stage() else []
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        if not active:
-            break
-        shown = [features[i] for i in active] if features else []
-        picks = _next_tokens(chunks, bare, [prompts[i] for i in active], shown, vocab_size, pack_length)
-        still = []
-        for i, token in zip(active, picks, strict=True):
-            if token not in stop_ids:
-                prompts[i].answer.append(token)
-                still.append(i)
-        active = still
-    for chunk in chunks:
-        chunk.train()
-    return [prompt.answer for prompt in prompts]
+    asked = [i for i in range(len(prompts)) if max_new_tokens > 0]
+    for group in _by_cache(asked, [len(prompt) + max_new_tokens for prompt in prompts], cached_positions):
+        run = _Run(chunks, [prompts[i] for i in group], group, max_new_tokens, vocab_size, pack_length, sampling)
+        with caching(chunks, run.cache):
+            for tokens in run.turns(frozenset(stop_ids)):
+                yield {group[i]: token for i, token in tokens.items()}
+
+
+def _by_cache(indices: Sequence[int], lengths: Sequence[int], positions: int) -> list[list[int]]:
+    """Split prompts into groups that fit the cache, whose rows are all as long as the longest of the group."""
+    groups: list[list[int]] = []
+    for i in sorted(indices, key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= positions:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@dataclass
+class _Request:
+    """One micro-batch of generation."""
+
+    batch: MicroBatch
+    ends: Tensor
+    """[K] position whose logits are wanted, for each of K answers."""
+    turn: Turn
+    members: list[int]
+    """The answers, as indices into the run's prompts."""
+    features: Tensor | None = None
+
+
+class _Run:
+    """The answers to some prompts that share a cache.
+
+    Args:
+        chunks: the model chunks of this rank.
+        prompts: to answer, longest first.
+        indices: what their random numbers are drawn by.
+        max_new_tokens: longest answer.
+        vocab_size: ids from here on are never chosen.
+        pack_length: positions of one micro-batch of prompts.
+        sampling: how tokens are chosen.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Any],
+        prompts: Sequence[Prompt],
+        indices: Sequence[int],
+        max_new_tokens: int,
+        vocab_size: int,
+        pack_length: int,
+        sampling: Sampling,
+    ) -> None:
+        self.chunks, self.prompts, self.sampling = chunks, prompts, sampling
+        self.max_new_tokens, self.vocab_size, self.pack_length = max_new_tokens, vocab_size, pack_length
+        self.bare = unwrap(chunks[0])
+        self.generators = [sampling.generator(index) for index in indices]
+        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+        self.cache = KeyValueCache(len(prompts), longest)
+        settings = self.bare.settings.language
+        self.positions = Positions(
+            self.bare.language,
+            longest,
+            [len(prompt.tokens) for prompt in prompts],
+            ntk_length=settings.seq_length if settings.use_dynamic_ntk else None,
+            logn_length=settings.seq_length if settings.use_logn_attn else None,
+        )
+        config = self.bare.config
+        self.stages = config.pipeline_model_parallel_size
+        self.virtual = config.virtual_pipeline_model_parallel_size is not None
+        self.multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+    def turns(self, stop_ids: frozenset[int]) -> Iterator[dict[int, int]]:
+        """Read the prompts, then add token by token; yields the new token of each unfinished answer."""
+        groups = _group([len(prompt) for prompt in self.prompts], self.pack_length)
+        active = [i for group in groups for i in group]  # in the order of the cache's rows
+        features = [_features(self.bare, prompt) for prompt in self.prompts] if is_first_stage() else []
+        row, requests = 0, []
+        for group in self._padded(groups):
+            shown = [item for i in group if features and (item := features[i]) is not None]
+            requests.append(self._reading(group, row, torch.cat(shown, dim=1) if shown else None))
+            row += len(group)
+        tokens = self._forward(requests, self.pack_length)
+        rows = list(active)
+        for count in range(1, self.max_new_tokens + 1):
+            for i in active:
+                if tokens[i] not in stop_ids:
+                    self.prompts[i].answer.append(tokens[i])
+            yield {i: tokens[i] for i in active}
+            active = [i for i in active if tokens[i] not in stop_ids]
+            if not active or count == self.max_new_tokens:
+                return
+            if 2 * len(active) <= len(rows):  # copying rows costs; so does carrying finished ones along
+                self.cache.keep([rows.index(i) for i in active])
+                rows = list(active)
+            tokens = self._forward(*self._adding(rows, set(active)))
+
+    def _padded(self, groups: list[list[int]]) -> list[list[int]]:
+        """Add empty groups where the interleaved schedule wants a multiple of the stages."""
+        return groups + [[]] * (-len(groups) % self.stages if self.virtual else 0)
+
+    def _reading(self, group: list[int], row: int, features: Tensor | None) -> _Request:
+        """Return the micro-batch that reads the prompts of ``group`` into the cache from ``row`` on."""
+        prompts = [self.prompts[i] for i in group]
+        lengths = [len(prompt) for prompt in prompts]
+        batch = pack_prompts(prompts, self.pack_length)
+        freqs, scale = self.positions.of([(i, range(length)) for i, length in zip(group, lengths, strict=True)])
+        turn = Turn(
+            range(row, row + len(group)), lengths, [0] * len(group), True,
+            self.positions.padded(freqs, self.pack_length),
+            None if scale is None else self.positions.padded(scale, self.pack_length),
+        )  # fmt: skip
+        ends = torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - 1).to(local_device())
+        return _Request(batch, ends, turn, group, features)
+
+    def _adding(self, rows: list[int], active: set[int]) -> tuple[list[_Request], int]:
+        """Return the micro-batches that add a token to each row, and their length; finished rows are carried along."""
+        parts = min(self.stages, len(rows))
+        bounds = [len(rows) * k // parts for k in range(parts + 1)]
+        groups = self._padded([rows[a:b] for a, b in itertools.pairwise(bounds)])
+        length = -(-max(map(len, groups)) // self.multiple) * self.multiple
+        requests, row = [], 0
+        for group in groups:
+            requests.append(self._one_each(group, row, length, active))
+            row += len(group)
+        return requests, length
+
+    def _one_each(self, group: list[int], row: int, length: int, active: set[int]) -> _Request:
+        tokens = np.zeros(length, np.int64)
+        starts = []
+        for k, i in enumerate(group):
+            prompt = self.prompts[i]
+            tokens[k] = prompt.answer[-1] if prompt.answer else prompt.tokens[-1]
+            starts.append(len(prompt) - 1)
+        freqs, scale = self.positions.of([(i, range(s, s + 1)) for i, s in zip(group, starts, strict=True)])
+        turn = Turn(
+            range(row, row + len(group)), [1] * len(group), starts, False,
+            self.positions.padded(freqs, length),
+            None if scale is None else self.positions.padded(scale, length),
+        )  # fmt: skip
+        pack = Pack(
+            tokens=tokens,
+            labels=np.full(length, IGNORE_INDEX, np.int64),
+            position_ids=np.zeros(length, np.int64),  # rotary angles come from the turn
+            cu_seqlens=np.array([0, length], np.int32),
+            segment_sources=np.zeros(1, np.int32),
+            images=[],
+            sample_keys=[],
+        )
+        device = local_device()
+        wanted = [k for k, i in enumerate(group) if i in active]
+        ends = torch.tensor(wanted, dtype=torch.int64, device=device)
+        return _Request(micro_batch(pack, None, device), ends, turn, [group[k] for k in wanted])
+
+    def _forward(self, requests: list[_Request], length: int) -> dict[int, int]:
+        """Run micro-batches of ``length`` positions; returns the chosen token of each member, on all ranks."""
+        chunks = list(self.chunks)
+        picked = get_forward_backward_func()(
+            forward_step_func=self._step,
+            data_iterator=[iter(requests) for _ in chunks] if len(chunks) > 1 else iter(requests),
+            model=chunks,
+            num_microbatches=len(requests),
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        order = [i for request in requests for i in request.members]
+        tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
+        if picked:  # the last stage
+            tokens = torch.cat(picked)
+        group = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=group)
+        return dict(zip(order, tokens.tolist(), strict=True))
+
+    def _step(self, requests: Iterator[_Request], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        """Run one chunk (Megatron-Core's ``forward_step_func``); the last one chooses tokens."""
+        request = next(requests)
+        self.cache.turn = request.turn
+        output = model(
+            tokens=request.batch.tokens,
+            position_ids=request.batch.position_ids,
+            packed_seq_params=request.batch.packed_seq_params,
+            image_features=request.features,
+        )
+        return output, partial(self._pick, request)
+
+    def _pick(self, request: _Request, logits_1SV: Tensor, non_loss_data: bool = True) -> Tensor:
+        """Return the tokens that come after ``request.ends``."""
+        logits = gather_from_tensor_model_parallel_region(logits_1SV[0, request.ends])[:, : self.vocab_size]
+        members = [self.prompts[i] for i in request.members]
+        seen = [[*prompt.tokens.tolist(), *prompt.answer] for prompt in members]
+        return choose(logits, self.sampling, seen, [self.generators[i] for i in request.members])
 
 
 def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
@@ -87,52 +301,6 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     parts = prompt.images.to(local_device()).split(_IMAGES_AT_ONCE)
     encoded = [model.encode_images(part) for part in parts]
     return torch.cat([part for part in encoded if part is not None], dim=1)
-
-
-@dataclass
-class _Request:
-    """One micro-batch of generation."""
-
-    batch: MicroBatch
-    ends: Tensor
-    """[K] position whose logits are wanted, for each of K prompts."""
-    features: Tensor | None
-
-
-def _next_tokens(
-    chunks: Sequence[Any],
-    bare: VisionLanguageModel,
-    prompts: Sequence[Prompt],
-    features: Sequence[Tensor | None],
-    vocab_size: int,
-    pack_length: int,
-) -> list[int]:
-    """The next token of each prompt, on all ranks."""
-    groups = _group([len(prompt) for prompt in prompts], pack_length)
-    order = [i for group in groups for i in group]
-    config = bare.config
-    multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
-    groups += [[]] * (-len(groups) % multiple)  # the interleaved schedule wants a multiple of the stages
-    requests = [
-        _request([prompts[i] for i in group], [features[i] for i in group] if features else [], pack_length)
-        for group in groups
-    ]
-    picked = get_forward_backward_func()(
-        forward_step_func=partial(_forward, vocab_size=vocab_size),
-        data_iterator=[iter(requests) for _ in chunks] if len(chunks) > 1 else iter(requests),
-        model=list(chunks),
-        num_microbatches=len(requests),
-        seq_length=pack_length,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
-    if picked:  # the last stage
-        tokens = torch.cat(picked)
-    dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    answer = dict(zip(order, tokens.tolist(), strict=True))
-    return [answer[i] for i in range(len(prompts))]
 
 
 def _group(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -150,9 +318,9 @@ def _group(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def _request(prompts: Sequence[Prompt], features: Sequence[Tensor | None], pack_length: int) -> _Request:
+def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> MicroBatch:
+    """Return prompts, with their answers so far, as the segments of one pack."""
     lengths = [len(prompt) for prompt in prompts]
-    ends = np.cumsum(lengths, dtype=np.int64) - 1
     sources = [0] * len(prompts)
     padding = pack_length - sum(lengths)
     if padding:
@@ -169,27 +337,4 @@ def _request(prompts: Sequence[Prompt], features: Sequence[Tensor | None], pack_
         images=[],
         sample_keys=[],
     )
-    shown = [item for item in features if item is not None]
-    device = local_device()
-    return _Request(
-        micro_batch(pack, None, device),
-        torch.from_numpy(ends).to(device),
-        torch.cat(shown, dim=1) if shown else None,
-    )
-
-
-def _forward(requests: Iterator[_Request], model: Any, vocab_size: int) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Run one chunk (Megatron-Core's ``forward_step_func``); the last one picks tokens."""
-    request = next(requests)
-    output = model(
-        tokens=request.batch.tokens,
-        position_ids=request.batch.position_ids,
-        packed_seq_params=request.batch.packed_seq_params,
-        image_features=request.features,
-    )
-
-    def pick(logits_1SV: Tensor, non_loss_data: bool = True) -> Tensor:
-        chosen = logits_1SV[0, request.ends]
-        return gather_from_tensor_model_parallel_region(chosen)[:, :vocab_size].argmax(-1)
-
-    return output, pick
+    return micro_batch(pack, None, local_device())

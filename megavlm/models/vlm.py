@@ -48,6 +48,7 @@ class VisionLanguageModel(MegatronModule):
             model.language, context, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         super().__init__(config=language.config)
+        self.settings = model
         self.image_size = model.vision.image_size
         self.image_token_id = image_token_id
         # What Megatron-Core's schedules and gradient finalisation look for.

@@ -28,6 +28,8 @@ from megavlm.checkpoint.hf.shapes import family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.evaluation.parity import Sample, _batch
+from megavlm.inference.generate import generate
+from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.registry import expand_presets
 from megavlm.parallel.state import process_groups
@@ -117,6 +119,30 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
             close(grad[:120] if rule.slots[0].vocabulary else grad, mine, scale=_scale(gradients, rule.part))
             compared += 1
     assert compared == len(parameters)
+
+
+@pytest.mark.parametrize("name", ["clip-llama", "siglip-qwen3"])
+def test_greedy_answers_are_theirs(name: str, tmp_path: Path) -> None:
+    """A cache here, a cache there: prompts of unequal lengths, with none, one and two images."""
+    model = CASES[name]()
+    model.save_pretrained(tmp_path / "hf")
+    assert main(["convert", "hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]) == 0
+    one = sample()
+    shown = [(one.ids, one.pixels), (one.ids[:21], one.pixels[:1]), (one.ids[38:], one.pixels[:0])]
+    expected = []
+    for ids, pixels in shown:
+        images = {"pixel_values": pixels} if len(pixels) else {}
+        whole = model.generate(input_ids=ids[None], **images, attention_mask=torch.ones(1, len(ids)),
+                               do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)  # fmt: skip
+        expected.append(whole[0, len(ids) :].tolist())
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    with process_groups(recipe.parallel, 1):
+        chunks = build_model(recipe, IMAGE)
+        load(tmp_path / "m", modules=[unwrap(chunk) for chunk in chunks])
+        prompts = [Prompt(ids.numpy(), pixels) for ids, pixels in shown]
+        answers = generate(chunks, prompts, max_new_tokens=12, stop_ids=[], vocab_size=120, pack_length=128)
+    assert answers == expected
+    assert len({tuple(answer) for answer in answers}) == 3
 
 
 def _scale(gradients: dict[str, torch.Tensor], part: str) -> float:

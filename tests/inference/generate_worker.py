@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megavlm.parallel.device import prepare_device
 
@@ -20,8 +21,14 @@ from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
+from megavlm.inference.sampling import Sampling  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "small_cache": {"cached_positions": 100},
+    "sampled": {"sampling": Sampling(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2, seed=4)},
+}
 
 
 def main() -> None:
@@ -46,11 +53,17 @@ def main() -> None:
             vocab_size=VOCABULARY,
             pack_length=SEQUENCE_LENGTH,
         )
+        again = {}
+        for name, options in VARIANTS.items():
+            again[name] = generate(
+                chunks, prompts(), max_new_tokens=6, stop_ids=[VOCABULARY - 1], vocab_size=VOCABULARY,
+                pack_length=SEQUENCE_LENGTH, **options,
+            )  # fmt: skip
         gathered: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, answers)
         assert all(part == answers for part in gathered), "ranks disagree"
         if dist.get_rank() == 0:
-            result = {"answers": answers}
+            result = {"answers": answers, **again}
             if dist.get_world_size() == 1:
                 result["naive"] = [naive(chunks[0], prompt) for prompt in prompts()]
             Path(job["out"]).write_text(json.dumps(result))
@@ -67,11 +80,11 @@ def wide_model(recipe, wide):
 @torch.no_grad()
 def naive(chunk, prompt) -> list[int]:
     """Greedy decoding of one prompt in the plainest way: one pack per token, images encoded each time."""
-    from megavlm.inference.generate import _request
+    from megavlm.inference.generate import pack_prompts
 
     chunk.eval()
     for _ in range(6):
-        batch = _request([prompt], [None], len(prompt)).batch
+        batch = pack_prompts([prompt], len(prompt))
         logits = chunk(
             tokens=batch.tokens,
             position_ids=batch.position_ids,

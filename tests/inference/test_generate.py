@@ -43,12 +43,16 @@ def test_packed_answers_equal_plain_decoding(single: tuple[Path, dict[str, list[
     assert answers == single[1]["naive"]
     assert len({tuple(answer) for answer in answers}) > 4  # else the test would show little
     assert max(map(len, answers)) == 6
+    assert single[1]["small_cache"] == answers
+    assert single[1]["sampled"] != answers
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_agree(name: str, single: tuple[Path, dict[str, list[list[int]]]], tmp_path: Path) -> None:
     ranks, parallel = LAYOUTS[name]
-    assert run(tmp_path, name, ranks, parallel, single[0])["answers"] == single[1]["answers"]
+    result = run(tmp_path, name, ranks, parallel, single[0])
+    for kind in ("answers", "small_cache", "sampled"):
+        assert result[kind] == single[1][kind]
 
 
 def test_groups_hold_each_prompt_once_and_fit() -> None:

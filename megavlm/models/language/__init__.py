@@ -22,6 +22,9 @@ LANGUAGE.register(
     kv_channels=128,
     vocab_size=151936,
     max_position_embeddings=8192,
+    seq_length=2048,
+    use_dynamic_ntk=True,
+    use_logn_attn=True,
 )
 LANGUAGE.register(
     "qwen_14b",
@@ -34,6 +37,9 @@ LANGUAGE.register(
     kv_channels=128,
     vocab_size=152064,
     max_position_embeddings=8192,
+    seq_length=2048,
+    use_dynamic_ntk=True,
+    use_logn_attn=True,
 )
 # The public config.json of Llama-2-7b-hf; Vicuna-7B v1.5 has the same shape.
 LANGUAGE.register(

@@ -35,6 +35,9 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
         "add_qkv_bias": True,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "init_method_std": config.get("initializer_range", 0.02),
+        "seq_length": config.get("seq_length", 2048),
+        "use_dynamic_ntk": bool(config.get("use_dynamic_ntk", True)),
+        "use_logn_attn": bool(config.get("use_logn_attn", True)),
     }
 
 
@@ -61,10 +64,10 @@ def qwen_config(language: LanguageConfig) -> Tree:
         "rotary_emb_base": language.rotary_base,
         "rotary_pct": 1.0,
         "scale_attn_weights": True,
-        "seq_length": 2048,
+        "seq_length": language.seq_length or 2048,
         "tie_word_embeddings": language.tie_word_embeddings,
-        "use_dynamic_ntk": True,
-        "use_logn_attn": True,
+        "use_dynamic_ntk": language.use_dynamic_ntk,
+        "use_logn_attn": language.use_logn_attn,
         "vocab_size": language.vocab_size,
     }
 
