@@ -5,7 +5,7 @@
 once in a process; with ``MEGAVLM_FAULT_ONCE=DIR`` once over all restarts of a job, by a file in that directory.
 
 Actions: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``usr1`` (SIGUSR1), ``stop`` (SIGSTOP), ``exit`` (leaves with code 1),
-``raise`` (RuntimeError), ``full`` (OSError: no space left), ``hang`` (sleeps for an hour), ``slow`` (sleeps for 20 ms,
+``raise`` (RuntimeError), ``full`` (OSError: no space left), ``hang`` (sleeps for an hour), ``slow`` (sleeps for 50 ms,
 each time: a slow machine), and ``nan`` or ``inf`` where
 the point is a value.
 """
@@ -45,7 +45,7 @@ POINTS = frozenset(
 """Every point there is."""
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang", "slow", "nan", "inf"})
-_SLOW_SECONDS = 0.02
+_SLOW_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
