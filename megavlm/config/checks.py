@@ -29,7 +29,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     Raises:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
-    rules = (_vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals)
+    rules = (_vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded)
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
         lines += _world(recipe, world_size)
@@ -276,9 +276,28 @@ def _intervals(recipe: Recipe) -> Iterator[str]:
             yield f"{key}: needs held-out data; add data.validation, or set this to null"
 
 
+def _recorded(recipe: Recipe) -> Iterator[str]:
+    """Check the steps and ranks of profiles and memory snapshots."""
+    logging, steps = recipe.logging, recipe.training.train_steps
+    for name in ("profile_steps", "memory_snapshot_steps"):
+        chosen = getattr(logging, name)
+        if chosen is not None and not 1 <= chosen[0] <= chosen[1] <= steps:
+            yield (
+                f"logging.{name}: {list(chosen)} is no first and last step of 1 to training.train_steps ({steps});"
+                " name two of them, the lower one first"
+            )
+    if min(logging.profile_ranks) < 0:
+        yield f"logging.profile_ranks: {min(logging.profile_ranks)} is no rank; they count from 0"
+
+
 def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Check the rules that depend on the number of processes."""
-    parallel = recipe.parallel
+    parallel, highest = recipe.parallel, max(recipe.logging.profile_ranks)
+    if highest >= world_size:
+        yield (
+            f"logging.profile_ranks: there is no rank {highest} among the {world_size} processes of this job;"
+            f" name ranks from 0 to {world_size - 1}"
+        )
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
         yield (

@@ -73,7 +73,7 @@ def _child(annotation: Any) -> tuple[type | None, bool]:
 
 def _type_text(annotation: Any, metadata: list[Any]) -> str:
     if typing.get_origin(annotation) is tuple:
-        return "list" if _child(annotation)[1] else f"list of {len(typing.get_args(annotation))}"
+        return "list" if _child(annotation)[1] else _list_text(annotation)
     if dataclasses.is_dataclass(annotation):
         return "branch"
     options = [annotation]
@@ -85,8 +85,16 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
             continue
         if typing.get_origin(option) is Literal:
             words.append(" | ".join(typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            words.append(_list_text(option))
         else:
             words.append(_TYPE_NAMES[option])
     for attribute, sign in _BOUNDS:
         words += [f"{sign} {bound:g}" for item in metadata if (bound := getattr(item, attribute, None)) is not None]
     return " ".join(words) + (" or null" if types.NoneType in options else "")
+
+
+def _list_text(annotation: Any) -> str:
+    """Return how a list of plain values is called: of a fixed length, or of any."""
+    values = typing.get_args(annotation)
+    return f"list of {_TYPE_NAMES[values[0]]}s" if values[-1] is Ellipsis else f"list of {len(values)}"

@@ -338,6 +338,17 @@ class LoggingConfig:
     """Samples on a panel."""
     panel_max_new_tokens: int = Field(default=24, gt=0)
     """Longest answer on a panel."""
+    timing_interval: int | None = Field(default=10, gt=0)
+    """Steps between steps whose parts are timed on all ranks: stages, pipeline bubble, communication, the slowest rank;
+    null for none. They are shown with the next progress line. Steps of profile_steps are not timed."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step to record with PyTorch's profiler, to output_dir/profile (for chrome://tracing,
+    ui.perfetto.dev or TensorBoard); null for none. Recorded steps are slower."""
+    profile_ranks: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Ranks that write profiles and memory snapshots."""
+    memory_snapshot_steps: tuple[int, int] | None = None
+    """First and last step of which every allocation of device memory is recorded, to output_dir/profile (for
+    pytorch.org/memory_viz); null for none. CUDA only."""
 
 
 @_config

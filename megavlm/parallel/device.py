@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
@@ -26,6 +28,9 @@ _PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+# Newest allocations that a memory snapshot holds: some steps of a large model, and files below a GiB.
+_MEMORY_EVENTS = 1_000_000
 
 _prepared = False
 
@@ -88,6 +93,36 @@ def synchronize() -> None:
 def max_memory_gib() -> float | None:
     """Return the peak of allocated device memory in GiB, or None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if has_cuda() else None
+
+
+def peak_memory_gib() -> float:
+    """Return the peak so far in GiB: of allocated device memory, or on a CPU of this process's resident memory."""
+    on_device = max_memory_gib()
+    # Linux gives KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if on_device is None else on_device
+
+
+def profiled_activities() -> list[torch.profiler.ProfilerActivity]:
+    """Return what a profiler can see here: the CPU's work, and the GPU's where there is one."""
+    activity = torch.profiler.ProfilerActivity
+    return [activity.CPU, activity.CUDA] if has_cuda() else [activity.CPU]
+
+
+def start_memory_history() -> None:
+    """Begin to record every allocation of device memory; CUDA only."""
+    torch.cuda.memory._record_memory_history(max_entries=_MEMORY_EVENTS)
+
+
+def dump_memory_history(path: Path) -> None:
+    """Write what was recorded for https://pytorch.org/memory_viz, and stop recording.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def peak_flops(precision: str) -> float | None:

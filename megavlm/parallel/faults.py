@@ -1,11 +1,12 @@
 """Named fault points, so that tests of failures are exact instead of lucky. Off unless an environment variable asks.
 
 ``MEGAVLM_FAULT=checkpoint.before_publish:rank1:step4:kill`` makes rank 1 kill itself when it passes that point in step
-4. Several are separated by commas. ``rank`` and ``step`` may be left out: any rank, any step. Each fires once in a
-process; with ``MEGAVLM_FAULT_ONCE=DIR`` once over all restarts of a job, by a file in that directory.
+4. Several are separated by commas. ``rank`` and ``step`` may be left out: any rank, any step. Each but ``slow`` fires
+once in a process; with ``MEGAVLM_FAULT_ONCE=DIR`` once over all restarts of a job, by a file in that directory.
 
 Actions: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``usr1`` (SIGUSR1), ``stop`` (SIGSTOP), ``exit`` (leaves with code 1),
-``raise`` (RuntimeError), ``full`` (OSError: no space left), ``hang`` (sleeps for an hour), and ``nan`` or ``inf`` where
+``raise`` (RuntimeError), ``full`` (OSError: no space left), ``hang`` (sleeps for an hour), ``slow`` (sleeps for 50 ms,
+each time: a slow machine), and ``nan`` or ``inf`` where
 the point is a value.
 """
 
@@ -39,13 +40,15 @@ POINTS = frozenset(
         "loss.value",
         "step.begin",
         "step.end",
+        "step.forward",
         "step.in_collective",
     }
 )
 """Every point there is."""
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 _VALUES = frozenset({"nan", "inf"})
-ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang"}) | _VALUES
+ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang", "slow"}) | _VALUES
+_SLOW_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def _due(point: str) -> Fault | None:
     assert point in POINTS, point
     for one in _faults:
         here = one.rank in (None, int(os.environ.get("RANK", "0"))) and one.step in (None, _step)
+        if one.point == point and here and one.action == "slow":
+            return one
         if one.point == point and here and one not in _fired and _first_time(one):
             _fired.add(one)
             logger.warning("fault: %s", one.name)
@@ -147,6 +152,9 @@ def _act(one: Fault) -> None:
         os._exit(1)
     if one.action == "hang":
         time.sleep(3600)
+    if one.action == "slow":
+        time.sleep(_SLOW_SECONDS)
+        return
     if one.action == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     raise RuntimeError(f"fault at {one.point}")

@@ -70,8 +70,13 @@ def is_last_stage() -> bool:
 
 
 def is_logging_rank() -> bool:
-    """Whether this rank writes the log: the first of the job, which also reads data."""
+    """Whether this rank writes the log and ``metrics.jsonl``: the first of the job, which also reads data."""
     return dist.get_rank() == 0
+
+
+def is_tensorboard_rank() -> bool:
+    """Whether this rank writes TensorBoard: the last of the job, which has the loss and reads no data."""
+    return dist.get_rank() == dist.get_world_size() - 1
 
 
 @contextlib.contextmanager
@@ -111,6 +116,24 @@ def any_rank_of(flags: Sequence[bool]) -> list[bool]:
     votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=local_device())
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return [bool(vote) for vote in votes.tolist()]
+
+
+def from_first_rank(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Hand a uint8 tensor of the job's first rank to all; a collective over the whole job.
+
+    Args:
+        value: [H, W, C] uint8 or None on the first rank; not looked at on the others.
+    """
+    first = dist.get_rank() == 0
+    shape = list(value.shape) if first and value is not None else [0, 0, 0]
+    header = torch.tensor(shape, dtype=torch.int64, device=local_device())
+    dist.broadcast(header, 0)
+    if not header.any():
+        return None
+    empty = torch.empty(header.tolist(), dtype=torch.uint8, device=local_device())
+    pixels = value.to(local_device()).contiguous() if first and value is not None else empty
+    dist.broadcast(pixels, 0)
+    return pixels.cpu()
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -31,6 +31,11 @@ class TrainingModel:
         """The bare chunks."""
         return [unwrap(chunk) for chunk in self.chunks]
 
+    @property
+    def configs(self) -> list[Any]:
+        """Megatron-Core's configuration of each chunk."""
+        return [module.config for module in self.modules]
+
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
         """Have all parameters in place inside the block: for saving, validation and generation.

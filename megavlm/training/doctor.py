@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megavlm.checkpoint.manifest import check
@@ -19,6 +19,11 @@ from megavlm.training.heartbeat import read_heartbeats
 
 Facts = dict[str, Any]
 _WORKING = ("training", "saving")
+
+_POINTS_OF_A_TREND = 8
+"""Below so many points, a median of the first and one of the last quarter say nothing."""
+_SLOWER = 1.15
+"""A step time that grew by this factor is worth a word."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +71,8 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
         "slowest_rank": min(beats, key=lambda beat: beat.get("waited_seconds", 0.0))["rank"]
         if len(beats) > 1
         else None,
+        "slowest_measured": _slowest(metrics),
+        "step_seconds": _trend(metrics),
         "skipped_steps": _lines(directory / "skipped_steps.jsonl"),
         "skipped_samples": _quarantine(directory),
         "checkpoints": checkpoints,
@@ -79,7 +86,30 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
 def _patience(metrics: list[Facts]) -> float:
     """Return for how long a rank that is well may say nothing: some steps, and what is done between them."""
     steps = [line["step_seconds"] for line in metrics if isinstance(line.get("step_seconds"), int | float)]
-    return max(60.0, 10 * statistics.median(steps[-20:])) if steps else 600.0
+    return max(60.0, 10 * median(steps[-20:])) if steps else 600.0
+
+
+def _slowest(metrics: list[Facts]) -> Facts | None:
+    """Return the rank that computed longest in most timed steps, and by how much at the median of those."""
+    timed = [line for line in metrics if isinstance(line.get("slowest_rank"), float)]
+    if not timed:
+        return None
+    rank, count = Counter(line["slowest_rank"] for line in timed).most_common(1)[0]
+    own = [line for line in timed if line["slowest_rank"] == rank]
+    ratio = median(line["slowest_rank_ratio"] for line in own)
+    host = own[-1].get("slowest_host")
+    return {"rank": int(rank), "host": host, "points": count, "of": len(timed), "ratio_to_its_stage": round(ratio, 3)}
+
+
+def _trend(metrics: list[Facts]) -> Facts | None:
+    """Return the median step time of the first and the last quarter of the run's points, in order of steps."""
+    by_step = {line["step"]: line["step_seconds"] for line in metrics if "step_seconds" in line and "step" in line}
+    seconds = [by_step[step] for step in sorted(by_step)]
+    if len(seconds) < _POINTS_OF_A_TREND:
+        return None
+    quarter = len(seconds) // 4
+    first, last = median(seconds[:quarter]), median(seconds[-quarter:])
+    return {"first": first, "last": last, "factor": round(last / first, 3)}
 
 
 def _train_steps(root: Path) -> int | None:
@@ -158,8 +188,17 @@ def describe(facts: Facts) -> Iterator[str]:
     for beat in facts["ranks"]:
         age = timedelta(seconds=round(time.time() - beat["time"]))
         yield f"  rank {beat['rank']}: step {beat['step']}, {beat['phase']}, {age} ago on {beat['host']}"
-    if facts["slowest_rank"] is not None:
+    slowest, trend = facts["slowest_measured"], facts["step_seconds"]
+    if slowest is not None and len(facts["ranks"]) > 1:
+        yield (
+            f"slowest rank: {slowest['rank']} on {slowest['host']}, in {slowest['points']} of {slowest['of']} timed "
+            f"points; it computes {slowest['ratio_to_its_stage']:.2f} x its stage's mean"
+        )
+    elif facts["slowest_rank"] is not None:
         yield f"slowest rank: {facts['slowest_rank']} (it waits least for the others)"
+    if trend is not None:
+        word = ": the run became slower" if trend["factor"] >= _SLOWER else ""
+        yield f"step time: {trend['first']:.3f} s at first, {trend['last']:.3f} s at last{word}"
     yield f"steps skipped: {len(facts['skipped_steps'])}"
     for line in facts["skipped_steps"][-5:]:
         samples = ", ".join(map(str, line.get("samples", [])[:4]))

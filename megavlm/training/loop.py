@@ -29,7 +29,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
-from megavlm.parallel.state import agreed, any_rank, any_rank_of, is_lost_peer, is_reader
+from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
 from megavlm.training.build import build_training
 from megavlm.training.guard import StepGuard, check_finite
 from megavlm.training.heartbeat import Heartbeat, blame
@@ -39,6 +39,7 @@ from megavlm.training.optimizer import learning_rates, recipe_settings_kept
 from megavlm.training.panel import answer_panel
 from megavlm.training.progress import Deadline, Progress
 from megavlm.training.random_state import random_state, restore_random_state
+from megavlm.training.recorder import Recorder
 from megavlm.training.step import train_step
 from megavlm.training.stopping import STOPPED, StopRequest
 
@@ -75,7 +76,10 @@ class Trainer:
         self.feed = self._open_feed(decoder, reader_state)
         prefetcher = self.feed.prefetcher
         with agreed(f"writing to {recipe.output_dir}"):
-            self.metrics = Metrics(recipe, self.progress, prefetcher.counters if prefetcher else None)
+            self.metrics = Metrics(
+                recipe, self.progress, prefetcher.counters if prefetcher else None, self.training.configs
+            )
+            self.recorder = Recorder(recipe.logging, Path(recipe.output_dir), dist.get_rank())
             self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank(), dist.get_world_size())
         self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir))
 
@@ -138,13 +142,16 @@ class Trainer:
         at_step(progress.step + 1)
         self.heartbeat.beat(progress.step + 1, "training")
         fault("step.begin")
+        self.recorder.begin(progress.step + 1)
         self.metrics.begin()
         batches = self.feed.next_step(self.num_microbatches)
+        self.metrics.fetched()
         training.scheduler.step(1)
         sources, highest = len(self.recipe.data.train), self.guard.largest_loss()
         result = train_step(training.chunks, training.optimizer, batches, sources, highest)
         self.guard.take(result, self.feed.sample_keys)
         self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
+        self.recorder.end(progress.step)
         fault("step.end")
         if self._due(settings.validation_interval):
             self.validate()
@@ -160,11 +167,13 @@ class Trainer:
 
     def draw_panel(self) -> None:
         """Put held-out images with the model's answers on TensorBoard."""
+        picture = None
         if mpu.get_data_parallel_rank() == 0:
             with self.training.settled():
                 picture = answer_panel(self.training.chunks, self.held_out[0].packs, self.recipe, self.tokenizer)
-            if picture is not None:
-                self.metrics.image("held_out", picture)
+        picture = from_first_rank(picture)
+        if picture is not None:
+            self.metrics.image("held_out", picture)
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint that the run goes on from exactly; published before this returns if it is the ``last``."""
@@ -207,6 +216,7 @@ class Trainer:
 
     def close(self) -> None:
         """End threads and files."""
+        self.recorder.close()
         self.feed.close()
         self.metrics.close()
 

@@ -30,7 +30,9 @@ def run(recipe: Recipe) -> int:
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
+    from megavlm.training.recorder import check_recorder  # noqa: PLC0415
 
+    check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
     with process_groups(recipe.parallel, recipe.training.seed):
         configure_logging()

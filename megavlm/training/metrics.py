@@ -22,11 +22,12 @@ from torch import Tensor
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.feed import FeedCounters, MicroBatch
-from megavlm.parallel.device import local_device, max_memory_gib, peak_flops, synchronize
-from megavlm.parallel.state import is_logging_rank
+from megavlm.parallel.device import local_device, peak_flops
+from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.training.flops import step_flops
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
+from megavlm.training.timing import STRAGGLER, StepTiming
 
 logger = logging.getLogger(__name__)
 
@@ -36,31 +37,35 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """Sums steps up over a window of ``logging.log_interval`` and reports each window.
 
-    Every rank has one and calls :meth:`step`; only the logging rank writes.
+    Every rank has one and calls :meth:`step`; the first rank writes the log, the last one TensorBoard.
 
     Args:
         recipe: the run.
         progress: the run's counters, kept up to date here.
         counters: of this rank's feed; None where it reads nothing.
+        configs: Megatron-Core's configuration of each model chunk of this rank.
     """
 
-    def __init__(self, recipe: Recipe, progress: Progress, counters: FeedCounters | None) -> None:
+    def __init__(
+        self, recipe: Recipe, progress: Progress, counters: FeedCounters | None, configs: Sequence[Any]
+    ) -> None:
         self.recipe, self.progress = recipe, progress
         self.sources = [source_name(source) for source in recipe.data.train]
         self._counters = counters or FeedCounters()
         self._waited = self._counters.wait_seconds
         self._first_step = progress.step + 1
+        self._timing = StepTiming(recipe.logging, configs)
         self._writer: Any = None
         self._file: Any = None
+        directory = Path(recipe.output_dir)
         if is_logging_rank():
-            directory = Path(recipe.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - until close
-            if recipe.logging.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
+        if is_tensorboard_rank() and recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
 
-                # After a restart from a checkpoint, points of lost steps disappear.
-                self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.step + 1)
+            # After a restart from a checkpoint, points of lost steps disappear.
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.step + 1)
         self._reset()
 
     def _reset(self) -> None:
@@ -73,10 +78,15 @@ class Metrics:
     def begin(self) -> None:
         """Start the clock of a step, before its data is fetched."""
         self._start = time.perf_counter()
+        self._timing.begin(self.progress.step + 1)
+
+    def fetched(self) -> None:
+        """The data of the step is there."""
+        self._timing.fetched()
 
     def step(self, result: StepResult, batches: Sequence[MicroBatch], rates: Mapping[str, float]) -> None:
         """Take in the step since :meth:`begin`; reports where the window ends (a collective then)."""
-        synchronize()
+        self._timing.end()
         self._seconds += time.perf_counter() - self._start
         if result.skipped is None:
             self._losses += result.source_losses
@@ -96,7 +106,7 @@ class Metrics:
         if self._steps:
             self._collect()
 
-    def _collect(self) -> dict[str, float]:
+    def _collect(self) -> dict[str, float | str]:
         """Sum the window over the job, add it to the progress and start a new one."""
         device = local_device()
         counts = self._counts.to(device)
@@ -109,13 +119,14 @@ class Metrics:
         waited, seconds = slowest.tolist()
         total, supervised = self._losses.sum(0).tolist()
         flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
-        values = {
+        values: dict[str, float | str] = {
             "loss": total / supervised if supervised else math.nan,
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "padding_fraction": padding / max(tokens + padding, 1.0),
             "data_wait_fraction": waited / seconds,
+            "data_wait_seconds": waited / self._steps,
             "step_seconds": seconds / self._steps,
         }
         for name, (loss, count) in zip(self.sources, self._losses.tolist(), strict=True):
@@ -124,9 +135,6 @@ class Metrics:
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None:
             values["mfu"] = flops / seconds / (peak * dist.get_world_size())
-        memory = max_memory_gib()
-        if memory is not None:
-            values["memory_gib"] = memory
         progress = self.progress
         progress.tokens += int(tokens)
         progress.padding_tokens += int(padding)
@@ -173,25 +181,24 @@ class Metrics:
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
         values["skipped_steps"] = float(self.progress.skipped_steps)
         values |= skipped_values(self.progress)
-        if not is_logging_rank():
-            return
-        step, steps = self.progress.step, self.recipe.training.train_steps
-        logger.info("%s", progress_line(values, step, steps))
+        values |= self._timing.collect()
+        if is_logging_rank():
+            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.train_steps))
         self.write(values)
 
-    def write(self, values: Mapping[str, float]) -> None:
-        """Write figures of the current step to TensorBoard and ``metrics.jsonl`` (logging rank only)."""
-        if self._file is None:
-            return
+    def write(self, values: Mapping[str, float | str]) -> None:
+        """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and TensorBoard."""
         with self._tolerated():
-            print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
+            if self._file is not None:
+                print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
             if self._writer is not None:
                 for name, value in values.items():
-                    self._writer.add_scalar(_TAGS.get(name, name), value, self.progress.step)
+                    if not isinstance(value, str):
+                        self._writer.add_scalar(_tag(name), value, self.progress.step)
                 self._writer.flush()
 
     def image(self, name: str, pixels_HWC: Tensor) -> None:
-        """Put a picture, [H, W, 3] uint8, on TensorBoard (logging rank only)."""
+        """Put a picture, [H, W, 3] uint8, on TensorBoard (last rank only)."""
         if self._writer is not None:
             with self._tolerated():
                 self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
@@ -207,6 +214,7 @@ class Metrics:
 
     def close(self) -> None:
         """Close the files."""
+        self._timing.cancel()
         with self._tolerated():
             if self._writer is not None:
                 self._writer.close()
@@ -226,11 +234,39 @@ _TAGS = {
     "data_wait_fraction": "speed/data_wait_fraction",
     "padding_fraction": "data/padding_fraction",
     "mfu": "speed/mfu",
-    "memory_gib": "speed/memory_gib",
+    "memory_gib": "memory/peak_gib",
+    "memory_rank": "memory/peak_rank",
+    "timed_step_seconds": "time/step_seconds",
+    "data_seconds": "time/data_seconds",
+    "schedule_seconds": "time/schedule_seconds",
+    "update_seconds": "time/update_seconds",
+    "data_wait_seconds": "time/data_wait_seconds",
+    "bubble_fraction": "pipeline/bubble_fraction",
+    "bubble_fraction_largest": "pipeline/bubble_fraction_largest",
+    "communication_fraction": "communication/fraction",
+    "slowest_rank": "slowest_rank/rank",
+    "slowest_rank_seconds": "slowest_rank/compute_seconds",
+    "slowest_rank_ratio": "slowest_rank/ratio_to_its_stage",
     "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
     "skipped_steps": "optimizer/skipped_steps",
     "skipped_samples": "data/skipped/total",
 }
+
+_GROUPS = {
+    "stage_seconds": "pipeline/stage_seconds",
+    "stage_forward_seconds": "pipeline/stage_forward_seconds",
+    "stage_backward_seconds": "pipeline/stage_backward_seconds",
+    "bubble_fraction": "pipeline/bubble_fraction",
+    "communication_fraction": "communication/fraction",
+}
+
+
+def _tag(name: str) -> str:
+    """Return TensorBoard's tag of a figure; ``stage_seconds/0`` is a curve of stage 0."""
+    group, _, member = name.partition("/")
+    if name in _TAGS or group not in _GROUPS:
+        return _TAGS.get(name, name)
+    return f"{_GROUPS[group]}_{member}"
 
 
 def skipped_values(progress: Progress) -> dict[str, float]:
@@ -251,7 +287,7 @@ def _counts(batch: MicroBatch) -> Tensor:
     )
 
 
-def progress_line(values: Mapping[str, float], step: int, steps: int) -> str:
+def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     """Return the console's line for one window."""
     remaining = (steps - step) * values["step_seconds"]
     rates = [value for name, value in values.items() if name.startswith("lr/")]
@@ -266,6 +302,15 @@ def progress_line(values: Mapping[str, float], step: int, steps: int) -> str:
         f"data wait {values['data_wait_fraction']:.0%}",
         f"{values['step_seconds']:.2f} s/step",
     ]
+    if "bubble_fraction" in values:
+        parts.append(f"bubble {values['bubble_fraction']:.0%}")
+    if "communication_fraction" in values:
+        parts.append(f"communication {values['communication_fraction']:.0%}")
+    if values.get("slowest_rank_ratio", 1.0) >= STRAGGLER:
+        parts.append(
+            f"slowest rank {values['slowest_rank']:.0f} on {values['slowest_host']}, "
+            f"{values['slowest_rank_ratio']:.2f} x its stage"
+        )
     if values.get("skipped_samples"):
         parts.append(f"skipped samples {values['skipped_samples']:,.0f}")
     if "mfu" in values:

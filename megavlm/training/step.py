@@ -64,6 +64,7 @@ def forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Run one model chunk on the next micro-batch (Megatron-Core's ``forward_step_func``)."""
     batch = next(batches)
+    fault("step.forward")
     output = model(
         tokens=batch.tokens,
         position_ids=batch.position_ids,

@@ -1,0 +1,66 @@
+"""Times steps of a PP 2 pipeline whose stages take known times; writes the figures of each. Run under torchrun.
+
+A stage sleeps before each forward pass, so that its time hardly depends on what else this machine does; schedule,
+communication and model are the real ones. Argument: where rank 0 writes JSON, by case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from megavlm.parallel.device import prepare_device
+
+prepare_device()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
+from torch._C._distributed_c10d import ProcessGroup, Work  # noqa: E402
+
+from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.step import train_step  # noqa: E402
+from megavlm.training.timing import StepTiming  # noqa: E402
+
+STEPS = 5
+CASES = {"even-2": (2, (0.06, 0.06)), "even-8": (8, (0.06, 0.06)), "second-slow": (6, (0.02, 0.08))}
+"""Micro-batches, and how long each stage sleeps in a forward pass."""
+
+
+def main() -> None:
+    """Run every case."""
+    recipe = tiny_recipe(parallel={"pipeline_model_parallel_size": 2}, logging={"timing_interval": 1})
+    plain = {**vars(Work), **vars(ProcessGroup)}
+    found: dict[str, list[dict[str, float | str]]] = {}
+    with process_groups(recipe.parallel, recipe.training.seed):
+        training = build_training(recipe, IMAGE_TOKEN)
+        nap = [0.0]
+        training.modules[0].register_forward_pre_hook(lambda *_: time.sleep(nap[0]))
+        timing = StepTiming(recipe.logging, training.configs)
+        for name, (count, naps) in CASES.items():
+            nap[0], found[name] = naps[dist.get_rank()], []
+            for step in range(STEPS):
+                dist.barrier()
+                start = time.perf_counter()
+                timing.begin(step)
+                batches = [
+                    micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+                    for pack, pixels in random_packs(count, seed=step)
+                ]
+                timing.fetched()
+                train_step(training.chunks, training.optimizer, batches, num_sources=1)
+                timing.end()
+                wall = time.perf_counter() - start
+                found[name].append({**timing.collect(), "wall": wall})
+        assert all(config.timers is None for config in training.configs)
+        assert {**vars(Work), **vars(ProcessGroup)} == plain, "torch's own methods are not back in place"
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
