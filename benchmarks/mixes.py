@@ -1,9 +1,13 @@
-"""The samples of ``vs_transformers``: tokens, labels and decoded pixels, written once and read by both systems."""
+"""Mixes of samples for the benchmarks.
+
+``vs_transformers`` takes tokens, labels and decoded pixels, written once and read by both systems (:func:`make`).
+``pipeline_balance`` needs only how long samples are and how many images they have (:func:`shapes`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +57,64 @@ class Sample:
     def __len__(self) -> int:
         """Tokens."""
         return len(self.tokens)
+
+
+FULL_IMAGE = 258
+"""Tokens of an image with its two borders, at full scale (Qwen-VL's resampler)."""
+FULL_LONGEST = 2048
+"""Longest sample at full scale, in tokens."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A part of a full-scale mix."""
+
+    share: float
+    """Samples of this kind, in any unit."""
+    images: tuple[int, ...]
+    """Numbers of images, each as likely."""
+    median: float
+    """Median of the text in tokens; it is log-normal."""
+    sigma: float = 0.6
+    """Standard deviation of its logarithm."""
+
+
+# Shares of stage 2 are Qwen-VL's published numbers of samples, in millions; all lengths are our guesses.
+FULL_SCALE = {
+    "captions": (Kind(1, (1,), 30, 0.5),),
+    "llava-like": (Kind(94, (1,), 200), Kind(6, (0,), 1100, 0.8)),
+    "multi-image": (Kind(50, (1,), 150), Kind(30, (2, 3, 4), 150), Kind(20, (0,), 400, 0.8)),
+    "qwen-vl stage 2": (
+        Kind(19.7, (1,), 25, 0.4),  # captions
+        Kind(3.6, (1,), 20, 0.4),  # VQA
+        Kind(3.5 + 8.7, (1,), 30, 0.4),  # grounding and referring
+        Kind(8.7, (1,), 60, 0.4),  # grounded captions
+        Kind(24.8, (1,), 300, 0.8),  # OCR
+        Kind(7.8, (0,), 500, 0.9),  # text
+    ),
+    "long text": (Kind(50, (1,), 60), Kind(50, (0,), 1400, 0.6)),
+}
+FULL_SCALE_DESCRIPTIONS = {
+    "captions": "one image and some 30 tokens: all packs have equally many images by themselves",
+    "llava-like": "94 % one image and some 200 tokens, 6 % text of some 1100 (LLaVA-1.5's shares)",
+    "multi-image": "50 % one image, 30 % two to four, some 150 tokens each; 20 % text of some 400",
+    "qwen-vl stage 2": "Qwen-VL's published shares of captions, VQA, grounding, OCR and text",
+    "long text": "half captions of some 60 tokens, half text of some 1400, cut at 2048: many packs hold one text and "
+    "little else, whatever the packer does",
+}
+
+
+def shapes(name: str, seed: int) -> Iterator[tuple[int, int]]:
+    """Yield (tokens, images) of the samples of a full-scale mix, without end."""
+    kinds = FULL_SCALE[name]
+    rng = np.random.default_rng(seed)
+    shares = np.array([kind.share for kind in kinds]) / sum(kind.share for kind in kinds)
+    while True:
+        for index in rng.choice(len(kinds), size=1000, p=shares):
+            kind = kinds[index]
+            images = int(rng.choice(kind.images))
+            text = rng.lognormal(np.log(kind.median), kind.sigma)
+            yield FULL_IMAGE * images + int(np.clip(text, 8, FULL_LONGEST - FULL_IMAGE * images)), images
 
 
 def make(name: str, folder: Path, count: int, seed: int = 1) -> list[Sample]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("data_path.py", "vs_transformers.py")
+BENCHMARKS = ("data_path.py", "vs_transformers.py", "pipeline_balance.py")
 
 
 def main() -> int:

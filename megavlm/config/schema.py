@@ -228,6 +228,10 @@ class DataConfig:
     (N: the data-parallel rank); more than this share of the samples read so far ends the run."""
     max_bad_after_samples: int = Field(default=1000, gt=0)
     """Samples to read, over all readers, before max_bad_fraction counts."""
+    balance_images: bool = True
+    """Among the samples that fill a pack equally well, take those that make its number of images the average, and run
+    the packs of a step in the order in which the pipeline waits least for its first stage. False packs by length
+    alone and keeps the order of reading, as a run did that was started before this key."""
 
 
 @_config

@@ -165,6 +165,7 @@ class PackEncoder(TaskEncoder):
             # Without packing, the oldest sample is always the whole pack: a buffer of one does that.
             buffer_size=self.data.packing_buffer_size if self.data.packing == "carry_over" else 1,
             capacity=self.data.sequence_length,
+            balance_images=self.data.balance_images,
             final_packer=self.pack_selected_samples,
             worker_config=worker_config,
         )
@@ -184,10 +185,12 @@ class CarryOverPackingDataset(PackingDataset):
         *,
         buffer_size: int,
         capacity: int,
+        balance_images: bool,
         final_packer: Any,
         worker_config: WorkerConfig,
     ) -> None:
         self.capacity = capacity
+        self.balance_images = balance_images
         super().__init__(
             dataset,
             buffer_size,
@@ -239,7 +242,7 @@ class CarryOverPackingDataset(PackingDataset):
         if self.buffer_size == 1:
             chosen = [0]
         else:
-            chosen = choose_pack([len(waiting.sample) for waiting in buffer.buffer], self.capacity)
+            chosen = self._choose([waiting.sample for waiting in buffer.buffer])
         samples = [buffer.buffer[index] for index in chosen]
         with self._final_packing_sample_index.ctx() as index:
             packed = self.final_packer(samples)
@@ -249,6 +252,16 @@ class CarryOverPackingDataset(PackingDataset):
         packed.pack.skipped = [SkippedSample(*fields) for fields in self._skipped]
         self._skipped = []
         return set_sample_restore_key(packed, index, *(get_sample_restore_key(s) for s in samples), src=self)
+
+
+    def _choose(self, waiting: list[PackableSample]) -> list[int]:
+        lengths = [len(sample) for sample in waiting]
+        if not self.balance_images:
+            return choose_pack(lengths, self.capacity)
+        # Workers take turns: this counts the packs of all of them.
+        config = self.worker_config
+        number = self._final_packing_sample_index.current_idx * max(1, config.num_workers) + config.rank_worker_id()
+        return choose_pack(lengths, self.capacity, [len(sample.images) for sample in waiting], number)
 
 
 def build_dataset(

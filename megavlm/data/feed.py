@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
@@ -308,11 +308,20 @@ class Feed:
         prefetcher: on the reader rank; None on the others.
         sequence_length: S.
         image_size: H and W.
+        order: says from the number of images of each pack of a step, in the order of reading, in which order they
+            run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
+            between steps does not know of it.
     """
 
-    def __init__(self, prefetcher: Prefetcher | None, sequence_length: int, image_size: int) -> None:
+    def __init__(
+        self,
+        prefetcher: Prefetcher | None,
+        sequence_length: int,
+        image_size: int,
+        order: Callable[[Sequence[int]], Sequence[int]] | None = None,
+    ) -> None:
         assert (prefetcher is not None) == is_reader()
-        self.prefetcher = prefetcher
+        self.prefetcher, self._order = prefetcher, order
         self.sequence_length, self.image_size = sequence_length, image_size
         self.device = local_device()
         self.sample_keys: list[str] | None = None
@@ -330,6 +339,8 @@ class Feed:
         if self.prefetcher is not None:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
+                if self._order is not None:
+                    read = [read[index] for index in self._order([len(item.pack.images) for item in read])]
                 pixels = torch.cat([item.pixels for item in read])
                 packs = [item.pack for item in read]
                 self.sample_keys = [key for pack in packs for key in pack.sample_keys]

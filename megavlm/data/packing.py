@@ -3,11 +3,17 @@
 :class:`CarryOverPacker` keeps a pool of waiting samples. Each pack holds the oldest of them, so that nobody
 waits for ever, and the others that fill the rest best: an exact subset sum over the pool. What is not taken
 stays in the pool. A group is never cut off at the end of a buffer, so fills of 99.8 % and more are usual.
+
+Tokens are the work of every pipeline stage; images are the work of the first one alone. Packs of equal length may
+still hold few or many images, and then the pipeline waits for its first stage. Therefore :func:`choose_pack` takes,
+among the choices that fill a pack equally well, the one with the number of images that is nearest the average of the
+waiting samples (``data.balance_images``). It depends on what it is given and on nothing else, so a restart needs no
+more state than the waiting samples and the number of packs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -48,15 +54,27 @@ class PackableSample:
         return len(self.encoded.tokens)
 
 
-def choose_pack(lengths: Sequence[int], capacity: int) -> list[int]:
+_EXACT_TOKENS = 4096
+"""Longer packs are balanced in two parts: the oldest samples fill them down to this room, which is then filled exactly.
+The table of reachable sums grows with the square of the room, and images even out in long packs by themselves."""
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def choose_pack(
+    lengths: Sequence[int], capacity: int, images: Sequence[int] | None = None, number: int = 0
+) -> list[int]:
     """Choose the oldest sample and those that best fill the rest of the pack with it.
 
     The sum of the chosen lengths is the largest possible with the first one in it; among equals, older
-    samples are preferred.
+    samples are preferred. With ``images``, the number of images decides first among equals: it is as near as
+    possible to the average of the waiting samples, which is their images per token times ``capacity``. An average of
+    3.4 becomes 3 images in 60 % of the packs and 4 in the others, evenly mixed by ``number``.
 
     Args:
         lengths: Lengths of the waiting samples in tokens, oldest first, each from 1 to ``capacity``.
         capacity: Tokens of a pack.
+        images: Images of each waiting sample; None leaves them out of account.
+        number: Packs that were made before, with ``images``.
 
     Returns:
         Increasing indices into ``lengths``; the first is 0. Empty for no samples.
@@ -68,6 +86,10 @@ def choose_pack(lengths: Sequence[int], capacity: int) -> list[int]:
         return []
     if min(lengths) < 1 or max(lengths) > capacity:
         raise ValueError(f"sample lengths must be from 1 to {capacity}, not {min(lengths)} to {max(lengths)}")
+    if images is not None and any(images):
+        # Multiples of the golden section fall evenly into every interval, however few are taken.
+        average = sum(images) * capacity / sum(lengths)
+        return _choose_balanced(lengths, capacity, images, average + (number * _GOLDEN) % 1.0 - 0.5)
     room = capacity - lengths[0]
     # Bit s of reached[i] says whether some of the samples 1..i sum to s.
     reached = [1]
@@ -87,13 +109,55 @@ def choose_pack(lengths: Sequence[int], capacity: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
+def _choose_balanced(lengths: Sequence[int], capacity: int, images: Sequence[int], wanted: float) -> list[int]:
+    """Choose as :func:`choose_pack` does, with ``wanted`` images: a subset sum over tokens and images together."""
+    given = [0]
+    room, wanted = capacity - lengths[0], wanted - images[0]
+    for index in range(1, len(lengths)):
+        if room <= _EXACT_TOKENS:
+            break
+        if lengths[index] <= room:
+            given.append(index)
+            room, wanted = room - lengths[index], wanted - images[index]
+    taken = set(given)
+    rest = [index for index in range(len(lengths)) if index not in taken and lengths[index] <= room]
+    # No choice holds more images than the room at the highest number of images per token.
+    rows = 1 + max((room * images[index] // lengths[index] for index in rest), default=0)
+    # Row k, bit s of reached[i]: some of the first i of the rest have k images and sum to s. Rows are twice as wide
+    # as the room, so that a sum beyond it does not run into the next row before it is cut off.
+    width = 2 * room + 1
+    ones = (1 << (room + 1)) - 1
+    limit = sum(ones << (row * width) for row in range(rows))
+    target = 1 << (min(range(rows), key=lambda row: abs(row - wanted)) * width + room)
+    reached = [1]
+    for index in rest:
+        if reached[-1] & target:
+            break
+        shifted = reached[-1] << (images[index] * width + lengths[index])
+        reached.append((reached[-1] | shifted) & limit)
+    sums = [(reached[-1] >> (row * width) & ones).bit_length() - 1 for row in range(rows)]
+    row = min(range(rows), key=lambda row: (-sums[row], abs(row - wanted)))
+    at = row * width + sums[row]
+    chosen = []
+    for position in range(len(reached) - 1, 0, -1):
+        if not reached[position - 1] >> at & 1:
+            index = rest[position - 1]
+            chosen.append(index)
+            at -= images[index] * width + lengths[index]
+    assert at == 0
+    return sorted(given + chosen)
+
+
 class CarryOverPacker(Generic[T]):
     """Packs a stream of samples; at most ``buffer_size`` wait at a time."""
 
-    def __init__(self, capacity: int, buffer_size: int) -> None:
-        """Make an empty packer for packs of ``capacity`` tokens."""
+    def __init__(self, capacity: int, buffer_size: int, images: Callable[[T], int] | None = None) -> None:
+        """Make an empty packer for packs of ``capacity`` tokens, balanced if ``images`` says how many a sample has."""
         self.capacity = capacity
         self.buffer_size = buffer_size
+        self.images = images
+        self.packs = 0
+        """Packs made so far."""
         self.pool: list[T] = []
         """Waiting samples, oldest first."""
 
@@ -113,7 +177,9 @@ class CarryOverPacker(Generic[T]):
 
     def pop(self) -> list[T]:
         """Make a pack of the waiting samples; empty if there are none."""
-        chosen = choose_pack([len(sample) for sample in self.pool], self.capacity)
+        images = None if self.images is None else [self.images(sample) for sample in self.pool]
+        chosen = choose_pack([len(sample) for sample in self.pool], self.capacity, images, self.packs)
+        self.packs += bool(chosen)
         pack = [self.pool[index] for index in chosen]
         for index in reversed(chosen):
             del self.pool[index]

@@ -228,6 +228,8 @@ def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Token
         tokenizer.vocab_size,
         tokenizer.encode("<|im_start|>The quick brown fox, 0123456789\n\u4f60\u597d"),
     ]
+    if data.packing == "carry_over" and data.balance_images:
+        parts.append("balance_images")  # left out otherwise: states from before the key still fit
     for source in sources:
         meta = Path(source.path) / ".nv-meta"
         if not (meta / ".info.json").is_file():

@@ -63,14 +63,22 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
         squared_lengths: sum of the squares of the segments' lengths.
         images: images.
     """
-    modules, model = recipe.modules, recipe.model
-    vision = _passes(modules.vision, below_learns=False)
-    connector = _passes(modules.connector, below_learns=not modules.vision.freeze)
-    language = _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze))
+    vision, connector, language = passes(recipe)
+    model = recipe.model
     return (
         vision * vision_flops(model.vision, images)
         + connector * connector_flops(model, images)
         + language * language_flops(model.language, tokens, squared_lengths)
+    )
+
+
+def passes(recipe: Recipe) -> tuple[int, int, int]:
+    """Return what forward and backward of tower, connector and language model cost, in forward passes of each."""
+    modules = recipe.modules
+    return (
+        _passes(modules.vision, below_learns=False),
+        _passes(modules.connector, below_learns=not modules.vision.freeze),
+        _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze)),
     )
 
 

@@ -36,6 +36,7 @@ from megavlm.training.heartbeat import Heartbeat, blame
 from megavlm.training.heldout import read_held_out, validate
 from megavlm.training.metrics import Metrics
 from megavlm.training.optimizer import learning_rates, recipe_settings_kept
+from megavlm.training.order import StepOrder
 from megavlm.training.panel import answer_panel
 from megavlm.training.progress import Deadline, Progress
 from megavlm.training.random_state import random_state, restore_random_state
@@ -277,7 +278,8 @@ class Trainer:
                     state=state,
                     quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
-        return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size)
+        order = StepOrder(recipe) if recipe.data.balance_images else None
+        return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size, order)
 
 
 def newest_whole(root: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Packs are full, lose nobody, and are laid out as the model expects."""
 
 import random
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -31,6 +32,68 @@ def test_choice_is_the_best_sum_with_the_oldest() -> None:
         assert chosen[0] == 0 and chosen == sorted(set(chosen))
         assert sum(lengths[i] for i in chosen) == best_sum(lengths, capacity)
     assert choose_pack([], 5) == []
+
+
+def best_images(lengths: list[int], images: list[int], capacity: int, number: int) -> float:
+    """How far the best choice's images are from the wanted number, by trying all choices."""
+    wanted = sum(images) * capacity / sum(lengths) + (number * (5**0.5 - 1) / 2) % 1.0 - 0.5
+    full = best_sum(lengths, capacity)
+    others = range(1, len(lengths))
+    choices = [(0, *rest) for size in range(len(lengths)) for rest in combinations(others, size)]
+    fitting = [choice for choice in choices if sum(lengths[i] for i in choice) == full]
+    return min(abs(sum(images[i] for i in choice) - wanted) for choice in fitting)
+
+
+def test_balanced_choice_is_as_full_and_nearest_the_average() -> None:
+    rng = random.Random(2)
+    sizes = set()
+    for number in range(300):
+        capacity = rng.randrange(5, 40)
+        lengths = [rng.randrange(1, capacity + 1) for _ in range(rng.randrange(1, 10))]
+        images = [rng.randrange(0, 4) for _ in lengths]
+        chosen = choose_pack(lengths, capacity, images, number)
+        assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert sum(lengths[i] for i in chosen) == best_sum(lengths, capacity)
+        if any(images):
+            wanted = sum(images) * capacity / sum(lengths) + (number * (5**0.5 - 1) / 2) % 1.0 - 0.5
+            distance = abs(sum(images[i] for i in chosen) - wanted)
+            assert distance == pytest.approx(best_images(lengths, images, capacity, number))
+        else:
+            assert chosen == choose_pack(lengths, capacity)
+        sizes.add(len(chosen))
+    assert len(sizes) > 3
+    assert choose_pack([], 5, []) == []
+
+
+def mixed(rng: random.Random) -> tuple[int, int]:
+    """Tokens and images of a sample: 30 % text, the others one to three images of 258 tokens."""
+    images = rng.choices([0, 1, 2, 3], [3, 4, 2, 1])[0]
+    return 258 * images + 20 + int(rng.expovariate(1 / 120)), images
+
+
+@pytest.mark.parametrize("capacity", [2048, 8192])
+def test_balanced_packs_differ_less_and_are_as_full(capacity: int) -> None:
+    rng = random.Random(3)
+    samples = [
+        sample(min(n, capacity), str(i), images=images) for i, (n, images) in enumerate(mixed(rng) for _ in range(4000))
+    ]
+    spread, fill, steps = {}, {}, {}
+    for balanced in (False, True):
+        packer: CarryOverPacker[PackableSample] = CarryOverPacker(
+            capacity, 128, (lambda one: len(one.images)) if balanced else None
+        )
+        packs = [pack for one in samples if (pack := packer.add(one))]
+        images = np.array([sum(len(one.images) for one in pack) for pack in packs])
+        spread[balanced] = images.std() / images.mean()
+        fill[balanced] = np.mean([sum(map(len, pack)) / capacity for pack in packs])
+        whole = len(images) // 8 * 8
+        steps[balanced] = images[:whole].reshape(-1, 8).sum(1).std()
+        while packer.pool:
+            packs.append(packer.pop())
+        assert sorted(int(one.key) for pack in packs for one in pack) == list(range(4000))
+    assert fill[True] >= 0.995 and fill[True] >= fill[False] - 0.001, fill
+    assert spread[True] < 0.6 * spread[False], spread
+    assert steps[True] < 0.8 * steps[False], steps
 
 
 def test_bad_lengths_are_refused_instead_of_looping() -> None:

@@ -41,10 +41,19 @@ def through_json(state: object) -> object:
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "packing"), [(0, "carry_over"), (0, "none"), (1, "carry_over"), (2, "carry_over")]
+    ("num_workers", "packing", "balance"),
+    [
+        (0, "carry_over", True),
+        (0, "carry_over", False),
+        (0, "none", True),
+        (1, "carry_over", True),
+        (2, "carry_over", True),
+    ],
 )
-def test_a_restart_goes_on_exactly(opened: OpenReader, two_datasets: Datasets, num_workers: int, packing: str) -> None:
-    options = {"num_workers": num_workers, "packing": packing}
+def test_a_restart_goes_on_exactly(
+    opened: OpenReader, two_datasets: Datasets, num_workers: int, packing: str, balance: bool
+) -> None:
+    options = {"num_workers": num_workers, "packing": packing, "balance_images": balance}
     whole = take(opened(two_datasets, **options), 40)
     assert len({str(pack) for pack in whole}) > 30
     first = opened(two_datasets, **options)
@@ -101,6 +110,8 @@ def test_a_state_that_does_not_fit_is_refused(opened: OpenReader, two_datasets: 
     for datasets in (two_datasets[:1], two_datasets[::-1], [DataSource(path=str(p), weight=2) for p in two_datasets]):
         with pytest.raises(ValueError, match="saved with data_hash"):
             opened(datasets, world_size=2).restore(state)
+    with pytest.raises(ValueError, match="saved with data_hash"):
+        opened(two_datasets, world_size=2, balance_images=False).restore(state)
     for broken in (None, [], {}, state | {"loader": "?"}, state | {"loader": "eJxTMlSyUjIEAAK0ANY="}):
         with pytest.raises(ValueError, match=r"reader state"):
             opened(two_datasets, world_size=2).restore(broken)
@@ -121,6 +132,20 @@ def test_a_blend_follows_the_weights(opened: OpenReader, two_datasets: Datasets)
     assert all(source == {"a": 0, "words": 1}[key.split("/")[0]] for key, source in samples)
     share = np.mean([source == 0 for _, source in samples])
     assert len(samples) > 300 and abs(share - 0.75) < 4 * np.sqrt(0.75 * 0.25 / len(samples)), (share, len(samples))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_balanced_packs_have_more_equal_numbers_of_images(
+    opened: OpenReader, two_datasets: Datasets, num_workers: int
+) -> None:
+    images, padding = {}, {}
+    for balance in (False, True):
+        reader = opened(two_datasets, balance_images=balance, num_workers=num_workers, packing_buffer_size=48)
+        packs = list(islice(reader, 200))
+        images[balance] = np.std([len(pack.images) for pack in packs])
+        padding[balance] = np.mean([pack.padding_tokens for pack in packs]) / 192
+    assert images[True] < 0.75 * images[False], images
+    assert padding[True] < padding[False] + 0.002, padding
 
 
 def test_the_seed_decides_the_order(opened: OpenReader, two_datasets: Datasets) -> None:
@@ -153,8 +178,9 @@ def test_validation_is_one_pass_in_order_and_again(opened: OpenReader, two_datas
         keys[rank] = [pack.sample_keys[0] for pack in reader]
         assert keys[rank] == sorted(keys[rank])
     assert sorted(keys[0] + keys[1]) == [f"a/a-{i:08d}" for i in range(200)]
-    packed = opened(two_datasets[:1], training=False)
-    assert sorted(key for pack in packed for key in pack.sample_keys) == sorted(keys[0] + keys[1])
+    for balance in (False, True):
+        packed = opened(two_datasets[:1], training=False, balance_images=balance)
+        assert sorted(key for pack in packed for key in pack.sample_keys) == sorted(keys[0] + keys[1])
 
 
 def test_without_packing_a_sample_is_a_pack(opened: OpenReader, two_datasets: Datasets) -> None:

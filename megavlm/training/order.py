@@ -1,0 +1,124 @@
+"""The order in which the micro-batches of a step go through the pipeline.
+
+All micro-batches have equally many tokens, so later stages take equally long for each. The first stage also runs the
+tower over their images, and those differ. Which order hides that best depends on the layout: a light micro-batch at
+the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains it sooner and
+heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest is taken.
+
+The order depends on the recipe and on the images of the step alone, so a restart finds the same one, and a step is
+the same sum whatever the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megavlm.config.schema import Recipe
+from megavlm.planning.schedule import simulate
+from megavlm.training.flops import connector_flops, language_flops, passes, vision_flops
+
+Times = list[list[float]]
+
+
+class StepOrder:
+    """Orders the micro-batches of a step by their images.
+
+    Args:
+        recipe: the run; its layout must be one that can run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        parallel = recipe.parallel
+        self.pipeline = parallel.pipeline_model_parallel_size
+        self.virtual = parallel.virtual_pipeline_model_parallel_size
+        self._language, self._image, self._empty = _language_work(recipe), _image_work(recipe), _empty_images(recipe)
+
+    def __call__(self, images: Sequence[int]) -> list[int]:
+        """Return the indices of the micro-batches in the order in which to run them.
+
+        Args:
+            images: [M] images of each micro-batch, in the order in which they were read.
+        """
+        read = list(range(len(images)))
+        if self.pipeline == 1 or len(set(images)) < 2:
+            return read
+        return min(candidates(images), key=lambda order: self.seconds([images[index] for index in order]))
+
+    def seconds(self, images: Sequence[int]) -> float:
+        """Return how long a step takes, in units of 1e12 operations on one rank (all ranks equally fast)."""
+        forward, backward = self.work(images)
+        return simulate(forward, backward, pipeline=self.pipeline, virtual=self.virtual).total
+
+    def work(self, images: Sequence[int]) -> tuple[Times, Times]:
+        """Return the work of each micro-batch on each model stage, forward and backward.
+
+        Both are [M][S] in 1e12 operations, as :func:`megavlm.planning.schedule.simulate` takes them.
+        """
+        both: tuple[Times, Times] = ([], [])
+        for number in images:
+            for times, stages, image in zip(both, self._language, self._image, strict=True):
+                times.append([stages[0] + max(number, self._empty) * image, *stages[1:]])
+        return both
+
+
+def candidates(images: Sequence[int]) -> Iterator[list[int]]:
+    """Yield orders to choose from, as indices; the order of reading first.
+
+    Args:
+        images: [M] images of each micro-batch.
+    """
+    yield list(range(len(images)))
+    light = sorted(range(len(images)), key=lambda index: (images[index], index))
+    heavy = light[::-1]
+    yield light
+    yield [light[0], *heavy[:-1]]
+    # The lightest in front, then the two halves of the others in turn.
+    turns = [light[0]] * len(light)
+    half = 1 + len(light) // 2
+    turns[1::2], turns[2::2] = heavy[: half - 1], heavy[half - 1 : -1]
+    yield turns
+    yield light[0::2] + light[1::2][::-1]  # light at both ends
+    yield heavy[0::2] + heavy[1::2][::-1]  # heavy at both ends
+
+
+def stage_layers(recipe: Recipe) -> list[int]:
+    """Return the language layers of each model stage, in the model's order; as in :meth:`StepOrder.work`."""
+    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first = parallel.num_layers_in_first_pipeline_stage
+    if first is None or pipeline == 1:
+        ranks = [layers // pipeline] * pipeline
+    else:
+        ranks = [first, *[(layers - first) // (pipeline - 1)] * (pipeline - 1)]
+    return [rank // virtual for rank in ranks] * virtual
+
+
+def _language_work(recipe: Recipe) -> tuple[list[float], list[float]]:
+    """Return the language model's work on each stage for one full pack, forward and backward.
+
+    Attention counts as if the pack were one segment: at most a few percent, and the same on every stage.
+    """
+    language, tokens = recipe.model.language, recipe.data.sequence_length
+    one, two = (language_flops(replace(language, num_layers=n), tokens, tokens * tokens) / 1e12 for n in (1, 2))
+    layer, head = two - one, 2 * one - two
+    forward = [layers * layer for layers in stage_layers(recipe)]
+    learning = passes(recipe)[2] - 1
+    recompute = int(recipe.parallel.recompute_granularity == "full")
+    backward = [(learning + recompute) * seconds for seconds in forward]
+    forward[-1] += head
+    backward[-1] += learning * head
+    return forward, backward
+
+
+def _image_work(recipe: Recipe) -> tuple[float, float]:
+    """Return the first stage's work for one image, forward and backward."""
+    vision, connector = vision_flops(recipe.model.vision, 1) / 1e12, connector_flops(recipe.model, 1) / 1e12
+    in_vision, in_connector, _ = passes(recipe)
+    again = int(recipe.model.vision.gradient_checkpointing and in_vision == 3)
+    return vision + connector, (in_vision - 1 + again) * vision + (in_connector - 1) * connector
+
+
+def _empty_images(recipe: Recipe) -> int:
+    """Return how many pictures a micro-batch without images runs: see ``VisionLanguageModel.encode_images``."""
+    return int(not (recipe.modules.vision.freeze and recipe.modules.connector.freeze))
