@@ -47,9 +47,7 @@ class StepResult:
         return int(self.source_losses[:, 1].sum())
 
 
-def _loss(
-    batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
 
     In the sum, the losses of each data set are multiplied by its entry of ``factors``, [D]. The third value is [D, 2]:
