@@ -136,7 +136,7 @@ def test_subcommands_bring_their_arguments(command, module, fake_module, capsys)
         ([], "required: command"),
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "required: RECIPE;"),
-        (["train", "qwen_vl_7b", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["train", "qwen_vl_7b/sft", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
 def test_usage_errors_cost_one_line(words, expected, capsys, fake_module):

@@ -29,7 +29,9 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     Raises:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
-    rules = (_vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded)
+    rules = (
+        _vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
+    )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
         lines += _world(recipe, world_size)
@@ -233,6 +235,34 @@ def _data(recipe: Recipe) -> Iterator[str]:
 def source_name(source: DataSource) -> str:
     """Return the name of a data set in logs: its own, or its directory's."""
     return source.name if source.name is not None else Path(source.path).name
+
+
+def task_name(source: DataSource) -> str:
+    """Return the task of a data set: its own, or its name."""
+    return source.task if source.task is not None else source_name(source)
+
+
+def _loss(recipe: Recipe) -> Iterator[str]:
+    """Check the keys of tasks: where they would have no effect, and that a task has one weight."""
+    data, by_task = recipe.data, recipe.loss.kind == "task_mean"
+    first: dict[str, int] = {}
+    for key, sources in (("data.train", data.train), ("data.validation", data.validation)):
+        for position, source in enumerate(sources):
+            for name, value in (("task", source.task), ("loss_weight", source.loss_weight)):
+                if value in (None, 1.0):
+                    continue
+                own = f"{key}.{position}.{name}"
+                if key == "data.validation":
+                    yield f"{own}: only data.train has tasks; leave it out"
+                elif not by_task:
+                    yield f"{own}: has no effect with loss.kind token_mean; set that to task_mean, or leave this out"
+    for position, source in enumerate(data.train if by_task else ()):
+        other = first.setdefault(task_name(source), position)
+        if data.train[other].loss_weight != source.loss_weight:
+            yield (
+                f"data.train.{position}.loss_weight: {source.loss_weight:g}, but data.train.{other} of the same task"
+                f" {task_name(source)!r} has {data.train[other].loss_weight:g}; give both the same"
+            )
 
 
 def _modules(recipe: Recipe) -> Iterator[str]:

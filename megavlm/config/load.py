@@ -24,12 +24,15 @@ __all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "shipped_reci
 SHIPPED = Path(__file__).parent / "recipes"
 """Directory of the recipes that come with megavlm."""
 
+_BEFORE_STAGES = {"codefuse_vl_14b": "codefuse_vl_14b/align", "qwen_vl_7b": "qwen_vl_7b/sft"}
+"""Names of recipes before each system had one for every stage; what they started, they still start."""
+
 Tree = dict[str, Any]
 
 
 def shipped_recipes() -> list[str]:
-    """Return the names of the recipes that come with megavlm."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Return the names of the recipes that come with megavlm, such as ``quickstart`` and ``qwen_vl_7b/sft``."""
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
 
 
 def load_recipe(
@@ -71,14 +74,14 @@ def _find(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
+    names, name = shipped_recipes(), _BEFORE_STAGES.get(str(recipe), str(recipe))
+    if name in names:
+        return SHIPPED / f"{name}.yaml"
     if path.is_dir():
         raise RecipeError(f"{path}: is a directory; give a recipe's YAML file")
-    names = shipped_recipes()
-    if str(recipe) in names:
-        return SHIPPED / f"{recipe}.yaml"
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+    hint = _did_you_mean(str(recipe), [*names, *_BEFORE_STAGES])
+    if path.suffix in (".yaml", ".yml") or (len(path.parts) > 1 and not hint):
         raise RecipeError(f"{path}: no such file; give a recipe's YAML file, or one of {', '.join(names)}")
-    hint = _did_you_mean(str(recipe), names)
     raise RecipeError(f"{recipe}: no such recipe; {hint}give a YAML file, or one of {', '.join(names)}")
 
 

@@ -194,6 +194,10 @@ class DataSource:
     """Share of this data set in the blend, relative to the others."""
     name: str | None = None
     """Name in logs and TensorBoard; null for the directory's name."""
+    task: str | None = None
+    """With loss.kind task_mean: the task that this data set belongs to, which may have several; null for its name."""
+    loss_weight: float = Field(default=1.0, gt=0)
+    """With loss.kind task_mean: weight of the task's mean, relative to the others in the step."""
 
 
 @_config
@@ -356,6 +360,15 @@ class LoggingConfig:
 
 
 @_config
+class LossConfig:
+    """What is minimised."""
+
+    kind: Literal["token_mean", "task_mean"] = "token_mean"
+    """token_mean: the mean over all supervised tokens of the step; task_mean: the mean over each task's supervised
+    tokens, and of these the mean by loss_weight over the tasks in the step (multi-task fine-tuning)."""
+
+
+@_config
 class Recipe:
     """A whole training run."""
 
@@ -377,3 +390,5 @@ class Recipe:
     """Saving and resuming."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Logs."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """The loss."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import Float16Module
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModulesConfig, Recipe
 from megavlm.models.context import BuildContext
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 from megavlm.parallel.device import local_device
@@ -33,14 +33,19 @@ def build_context(recipe: Recipe) -> BuildContext:
     )
 
 
+def freeze(model: VisionLanguageModel, modules: ModulesConfig) -> None:
+    """Keep the parts of ``model`` that the recipe freezes from learning."""
+    for name in MODULES:
+        part = getattr(model, name)
+        if part is not None and getattr(modules, name).freeze:
+            part.requires_grad_(False)
+
+
 def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
     """Build this rank's chunks in the recipe's precision, on the device, without wrapping them for training."""
     chunks: list[Any] = build_chunks(recipe.model, build_context(recipe), image_token_id)
     for i, chunk in enumerate(chunks):
-        for name in MODULES:
-            part = getattr(chunk, name)
-            if part is not None and getattr(recipe.modules, name).freeze:
-                part.requires_grad_(False)
+        freeze(chunk, recipe.modules)
         chunk.to(local_device())
         if recipe.training.precision == "bf16":
             chunks[i] = Float16Module(chunk.config, chunk)

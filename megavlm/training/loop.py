@@ -34,6 +34,7 @@ from megavlm.training.build import build_training
 from megavlm.training.guard import StepGuard, check_finite
 from megavlm.training.heartbeat import Heartbeat, blame
 from megavlm.training.heldout import read_held_out, validate
+from megavlm.training.loss import task_mean
 from megavlm.training.metrics import Metrics
 from megavlm.training.optimizer import learning_rates, recipe_settings_kept
 from megavlm.training.order import StepOrder
@@ -69,6 +70,7 @@ class Trainer:
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
         self.saver = Saver(self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save)
         self.stop = StopRequest()
+        self.tasks = task_mean(recipe)
         self.training = build_training(recipe, tokenizer.imgpad_id)
         self.parent: Path | None = None
         self.progress, reader_state = self._load()
@@ -149,7 +151,7 @@ class Trainer:
         self.metrics.fetched()
         training.scheduler.step(1)
         sources, highest = len(self.recipe.data.train), self.guard.largest_loss()
-        result = train_step(training.chunks, training.optimizer, batches, sources, highest)
+        result = train_step(training.chunks, training.optimizer, batches, sources, highest, self.tasks)
         self.guard.take(result, self.feed.sample_keys)
         self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
         self.recorder.end(progress.step)

@@ -25,6 +25,7 @@ from megavlm.data.feed import FeedCounters, MicroBatch
 from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.training.flops import step_flops
+from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
 from megavlm.training.timing import STRAGGLER, StepTiming
@@ -51,6 +52,7 @@ class Metrics:
     ) -> None:
         self.recipe, self.progress = recipe, progress
         self.sources = [source_name(source) for source in recipe.data.train]
+        self._tasks = task_mean(recipe)
         self._counters = counters or FeedCounters()
         self._waited = self._counters.wait_seconds
         self._first_step = progress.step + 1
@@ -117,10 +119,10 @@ class Metrics:
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         tokens, squares, padding, images = counts.tolist()
         waited, seconds = slowest.tolist()
-        total, supervised = self._losses.sum(0).tolist()
+        supervised = float(self._losses[:, 1].sum())
         flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
         values: dict[str, float | str] = {
-            "loss": total / supervised if supervised else math.nan,
+            "loss": mean_loss(self._losses, self._tasks) if supervised else math.nan,
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,

@@ -20,6 +20,7 @@ from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.feed import MicroBatch
 from megavlm.parallel.faults import fault, spoilt
 from megavlm.parallel.state import any_rank
+from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class StepResult:
     """Global gradient norm before clipping; None where the gradients were not looked at."""
     skipped: str | None = None
     """Why the update was not made, or None if it was."""
+    tasks: TaskMean | None = None
+    """How the data sets make the loss; None for the mean over all tokens."""
 
     @property
     def loss(self) -> float:
-        """Mean loss per supervised token of the global batch, in nats."""
-        total, tokens = self.source_losses.sum(0).tolist()
-        return total / max(tokens, 1.0)
+        """The loss of the global batch, in nats: the mean over its supervised tokens, or over its tasks."""
+        return mean_loss(self.source_losses, self.tasks)
 
     @property
     def supervised_tokens(self) -> int:
@@ -45,10 +47,11 @@ class StepResult:
         return int(self.source_losses[:, 1].sum())
 
 
-def _loss(batch: MicroBatch, num_sources: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
 
-    The third value is [D, 2]: the same per data set.
+    In the sum, the losses of each data set are multiplied by its entry of ``factors``, [D]. The third value is [D, 2]:
+    the plain sum and the count per data set.
     """
     mask = (batch.labels != IGNORE_INDEX).view(-1)
     losses = losses.view(-1).float() * mask
@@ -56,11 +59,13 @@ def _loss(batch: MicroBatch, num_sources: int, losses: Tensor) -> tuple[Tensor, 
     report = torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device)
     report[:, 0].index_add_(0, sources, losses.detach().double())
     report[:, 1].index_add_(0, sources, mask.double())
+    if factors is not None:
+        losses = losses * factors.float()[sources]
     return losses.sum(), mask.sum().int(), report
 
 
 def forward_step(
-    batches: Iterator[MicroBatch], model: Any, num_sources: int
+    batches: Iterator[MicroBatch], model: Any, num_sources: int, factors: Tensor | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Run one model chunk on the next micro-batch (Megatron-Core's ``forward_step_func``)."""
     batch = next(batches)
@@ -72,20 +77,29 @@ def forward_step(
         labels=batch.labels.clamp(min=0),  # masked positions get some valid token; the mask drops their loss
         images=batch.images,
     )
-    return output, partial(_loss, batch, num_sources)
+    return output, partial(_loss, batch, num_sources, factors)
 
 
 def run_batches(
-    chunks: Sequence[Any], batches: Sequence[MicroBatch], num_sources: int, *, forward_only: bool = False
+    chunks: Sequence[Any],
+    batches: Sequence[MicroBatch],
+    num_sources: int,
+    *,
+    forward_only: bool = False,
+    tasks: TaskMean | None = None,
 ) -> Tensor:
     """Run all micro-batches through the pipeline; gradients are left in the buffers.
+
+    They are those of the mean over all supervised tokens, or of ``tasks``.
 
     Returns:
         [D, 2] fp64 sums of loss and supervised tokens per data set over the global batch, on every rank.
     """
     report = torch.zeros(num_sources, 2, dtype=torch.float64, device=batches[0].tokens.device)
+    # All ranks have the labels of the whole step.
+    factors = None if tasks is None else tasks.token_factors(supervised_tokens(batches, num_sources))
     reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_sources=num_sources),
+        forward_step_func=partial(forward_step, num_sources=num_sources, factors=factors),
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=list(chunks),
         num_microbatches=len(batches),
@@ -106,6 +120,7 @@ def train_step(
     batches: Sequence[MicroBatch],
     num_sources: int,
     largest_loss: float | None = None,
+    tasks: TaskMean | None = None,
 ) -> StepResult:
     """Take one optimizer step on ``batches``, this replica's share of the global batch.
 
@@ -115,15 +130,15 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    report = run_batches(chunks, batches, num_sources)
+    report = run_batches(chunks, batches, num_sources, tasks=tasks)
     fault("step.in_collective")
     _spoil_gradient(chunks)
-    loss = spoilt("loss.value", StepResult(report, None).loss)
+    loss = spoilt("loss.value", StepResult(report, None, tasks=tasks).loss)
     if any_rank(not math.isfinite(loss)):
-        return StepResult(report, None, "the loss is not finite")
+        return StepResult(report, None, "the loss is not finite", tasks)
     if largest_loss is not None and loss > largest_loss:
-        return StepResult(report, None, f"the loss is above {largest_loss:.4g}")
-    return _update(optimizer, report)
+        return StepResult(report, None, f"the loss is above {largest_loss:.4g}", tasks)
+    return _update(optimizer, report, tasks)
 
 
 def _spoil_gradient(chunks: Sequence[Any]) -> None:
@@ -132,15 +147,15 @@ def _spoil_gradient(chunks: Sequence[Any]) -> None:
         next(p for chunk in chunks for p in chunk.parameters() if p.requires_grad).main_grad.fill_(value)
 
 
-def _update(optimizer: MegatronOptimizer, report: Tensor) -> StepResult:
+def _update(optimizer: MegatronOptimizer, report: Tensor, tasks: TaskMean | None) -> StepResult:
     """Clip and step, as Megatron-Core's ``step`` does, unless the gradients are not finite."""
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())  # equal on all ranks: it is summed over all of them
     if not math.isfinite(norm):
-        return StepResult(report, norm, "the gradient is not finite")
+        return StepResult(report, norm, "the gradient is not finite", tasks)
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
         if parameters and one.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=one.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return StepResult(report, norm)
+    return StepResult(report, norm, tasks=tasks)

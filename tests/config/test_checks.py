@@ -36,6 +36,9 @@ LAYERS = "model.language.num_layers"
         (["data.sequence_length=26"], 1),
         (["model.vision.image_size=60"], 1),
         (["model.language.rope_scaling=linear", "model.language.rope_scaling_factor=2"], 1),
+        (["loss.kind=task_mean"], 1),
+        (["loss.kind=task_mean", "data.train.0.task=b", "data.train.1={path: /b}", "data.train.0.name=c"], 1),
+        (["loss.kind=task_mean", "data.train.0.loss_weight=2", "data.train.1={path: /b, loss_weight: 3}"], 1),
     ],
 )
 def test_accepted(load, overrides, world_size):
@@ -108,6 +111,16 @@ def test_accepted(load, overrides, world_size):
         (["optimizer.warmup_steps=10"], "optimizer.warmup_steps: 10 must be below training.train_steps (10)"),
         (["modules.connector.layer_decay=0.9"], "modules.connector.layer_decay: only the vision tower"),
         (["modules.language.layer_decay=0.9"], "modules.language.layer_decay: only the vision tower"),
+        (["data.train.0.task=ocr"], "data.train.0.task: has no effect with loss.kind token_mean"),
+        (["data.train.0.loss_weight=2"], "data.train.0.loss_weight: has no effect with loss.kind token_mean"),
+        (
+            ["loss.kind=task_mean", "data.validation.0={path: /v, loss_weight: 2}"],
+            "data.validation.0.loss_weight: only data.train has tasks",
+        ),
+        (
+            ["loss.kind=task_mean", "data.train.0.task=b", "data.train.1={path: /b, loss_weight: 2}"],
+            "data.train.1.loss_weight: 2, but data.train.0 of the same task 'b' has 1; give both the same",
+        ),
         (["logging.panel_interval=5"], "logging.panel_interval: needs held-out data; add data.validation"),
         (["training.validation_interval=5"], "training.validation_interval: needs held-out data; add data.validation"),
         (

@@ -160,6 +160,10 @@ def test_absent_recipes(refused, tmp_path):
     assert line.startswith(f"{tmp_path}/absent.yaml: no such file") and "qwen_vl_7b" in line
     (line,) = refused(recipe="qwen_vl_8b")
     assert line.startswith("qwen_vl_8b: no such recipe; did you mean qwen_vl_7b?") and "codefuse_vl_14b" in line
+    (line,) = refused(recipe="qwen_vl_7b/stf")
+    assert line.startswith("qwen_vl_7b/stf: no such recipe; did you mean qwen_vl_7b/sft?")
+    (line,) = refused(recipe="runs/mine")
+    assert line.startswith("runs/mine: no such file; give a recipe's YAML file, or one of belle_vl_14b/align")
     (line,) = refused(recipe=tmp_path)
     assert "is a directory" in line
     binary = tmp_path / "binary.yaml"
@@ -172,7 +176,7 @@ def test_the_shipped_recipes_load(tmp_path, monkeypatch):
     from megavlm.models.registry import expand_presets
 
     monkeypatch.chdir(tmp_path)
-    assert {"qwen_vl_7b", "codefuse_vl_14b"} <= set(shipped_recipes())
+    assert {"quickstart", "qwen_vl_7b/sft", "codefuse_vl_14b/align"} <= set(shipped_recipes())
     for name in shipped_recipes():
         assert load_recipe(name, (), expand_presets).output_dir
 
