@@ -39,7 +39,7 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 	$(BIN)/megavlm quickstart
 
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q -m 'not full and not reliability' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q -m 'not full and not reliability and not slurm' $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)
 	$(BIN)/python -m pytest tests -q -m reliability $(PYTEST_ARGS)
