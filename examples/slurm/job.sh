@@ -158,11 +158,41 @@ train() {
     esac
     # 138 and 143: SIGUSR1 or SIGTERM met a rank that was still starting.
     say "the ranks ended with exit code $code; the end of rank 0's log:"
-    tail -n 5 "$LOG_DIR/rank-0000.log" | cut -c 1-300
+    tail -n 5 "$LOG_DIR/rank-0000.log"
     if ! may_try_again; then
       say "more than $MAX_RESTARTS starts in a row ended without a new checkpoint: giving up"
       exit "$code"
     fi
     if ((asked)) || [[ $code == 138 || $code == 143 ]]; then requeue; fi
   done
+}
+
+# Converts weights by one task; the variables are those of convert.sh.
+convert() {
+  local words=() command=()
+  cd "$MEGAVLM_HOME" || die "MEGAVLM_HOME: $MEGAVLM_HOME is not a directory"
+  [[ -n $OUT ]] || die "OUT: set it to the directory to write"
+  case $DIRECTION in
+    in) words=(hf-to-megatron ${HF:+--hf "$HF"}) ;;
+    out)
+      [[ -n $MEGATRON ]] || die "MEGATRON: set it to a checkpoint, or to a run's output_dir"
+      words=(megatron-to-hf --megatron "$MEGATRON")
+      ;;
+    *) die "DIRECTION: $DIRECTION is none of in, out" ;;
+  esac
+  set_launch --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
+  set_environment
+  command=("${LAUNCH[@]}" "$PYTHON" -m megavlm convert "${words[@]}" --out "$OUT" "$@")
+  if [[ $DRY_RUN == 1 ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: submit it with sbatch, or see its command with DRY_RUN=1"
+  # Requeued after it was done: nothing is left to do.
+  if [[ ${SLURM_RESTART_COUNT:-0} != 0 && -e $OUT ]]; then
+    say "$OUT is there"
+    return
+  fi
+  "${command[@]}"
 }

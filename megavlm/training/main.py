@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,9 +30,11 @@ def run(recipe: Recipe) -> int:
     from megavlm.training.loop import Trainer  # noqa: PLC0415
 
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
-    with process_groups(recipe.parallel, recipe.training.seed):
+    with contextlib.ExitStack() as leaving, process_groups(recipe.parallel, recipe.training.seed):
         configure_logging()
         trainer = Trainer(recipe, tokenizer)
+        # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
+        leaving.enter_context(trainer.stop.listening())
         try:
             return trainer.train()
         finally:

@@ -59,8 +59,8 @@ SlurmdTimeout=300
 SlurmdParameters=config_overrides
 GresTypes=gpu
 {nodes}
-PartitionName=low Nodes={names} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=10 State=UP
-PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=10 State=UP
+PartitionName=low Nodes={names} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=120 State=UP
+PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=120 State=UP
 """
 
 

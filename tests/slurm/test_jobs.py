@@ -15,14 +15,16 @@ from megavlm.parallel.faults import ONCE, VARIABLE
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 40
+STEPS = 100
 SCRIPT = str(ROOT / "examples" / "slurm" / "pretrain_14b.sh")
 # Two nodes with one rank each stand for eight with eight; all else is the script's.
-SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10")
+SMALL = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=60")
 OVERRIDES = (
     f"training.train_steps={STEPS} parallel.pipeline_model_parallel_size=2 data.num_workers=1 "
-    "checkpoint.keep=100 logging.tensorboard=false"
+    "checkpoint.keep=100 logging.tensorboard=false optimizer.schedule=constant"
 )
+MANY_STEPS = "training.train_steps=600"
+"""More than 30 s; with a constant schedule the first ones are those of a shorter run."""
 
 
 def submit(cluster: Cluster, data: RunData, output: Path, *words: str, **variables: str) -> str:
@@ -97,6 +99,21 @@ def test_the_signal_before_the_time_limit(
     assert losses(tmp_path / "run") == uninterrupted
     log = job_log(cluster, job)
     assert "told to stop" in log and "in the queue again and goes on from step-000000" in log
+
+
+def test_the_time_limit_itself(
+    cluster: Cluster, run_data: RunData, uninterrupted: dict[int, float], tmp_path: Path
+) -> None:
+    """The signal is due at once, and Slurm looks every 30 s: wherever that finds the run, it is brought to its end."""
+    words, variables = ("--time=30", "--signal=B:USR1@1800"), {"OVERRIDES": f"{OVERRIDES} {MANY_STEPS}"}
+    job = submit(cluster, run_data, tmp_path / "run", *words, **variables)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "restart", 120)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    end = cluster.wait_for_end(job)
+    assert end["JobState"] == "COMPLETED" and end["Restarts"] == "1", cluster.logs()
+    assert "told to stop" in job_log(cluster, job)
+    found = losses(tmp_path / "run")
+    assert sorted(found) == list(range(1, 601)) and uninterrupted.items() <= found.items()
 
 
 def test_a_killed_rank_costs_a_start_in_the_same_job(
