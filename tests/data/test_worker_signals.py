@@ -47,6 +47,6 @@ def test_workers_outlive_signals_of_others_but_not_the_parents() -> None:
     worker.terminate()
     worker.join(5)
     assert not worker.is_alive() and not psutil.pid_exists(worker.pid)
-    with pytest.raises(RuntimeError, match="exited unexpectedly|is killed"):
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed"):
         for _ in range(100):
             next(batches)

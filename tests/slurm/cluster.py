@@ -178,9 +178,7 @@ class Cluster:
 
     def _daemon(self, *words: str) -> None:
         with (self.root / f"{words[0]}-{len(self._daemons)}.stderr.log").open("wb") as log:
-            self._daemons.append(
-                subprocess.Popen(words, env=self.env, stdout=log, stderr=log, start_new_session=True)
-            )
+            self._daemons.append(subprocess.Popen(words, env=self.env, stdout=log, stderr=log, start_new_session=True))
 
     def _idle(self) -> int:
         return self.run("sinfo", "-h", "-p", "low", "-N", "-o", "%t", check=False).split().count("idle")
