@@ -6,7 +6,7 @@
 set -euo pipefail
 
 : "${RECIPE:=codefuse_vl_14b/align}"             # a shipped recipe, or a YAML file
-: "${OUTPUT_DIR:=runs/pretrain_14b}"             # of the run; on storage that all nodes share
+: "${OUTPUT_DIR:=runs/${RECIPE%.yaml}}"          # of the run; on storage that all nodes share
 : "${OVERRIDES:=}"                               # key=value ..., split at blanks
 : "${NNODES:=1}"                                 # nodes
 : "${NPROC:=8}"                                  # ranks of each node: its GPUs

@@ -17,8 +17,8 @@
 set -euo pipefail
 
 : "${RECIPE:=codefuse_vl_14b/sft}"               # a shipped recipe, or a YAML file
-: "${OUTPUT_DIR:=runs/finetune_14b}"             # of the run; on storage that all nodes share
-: "${LOAD:=runs/pretrain_14b}"                   # run or checkpoint whose weights to start from
+: "${OUTPUT_DIR:=runs/${RECIPE%.yaml}}"          # of the run; on storage that all nodes share
+: "${LOAD:=}"                                    # checkpoint or run to start from; empty: what the recipe says
 : "${OVERRIDES:=}"                               # key=value ..., split at blanks: data.train.0.path=/data/a
 : "${MEGAVLM_HOME:=${SLURM_SUBMIT_DIR:-$PWD}}"   # this repository, as all nodes see it
 : "${PYTHON:=}"                                  # empty: .venv of MEGAVLM_HOME, or python3 in a container
