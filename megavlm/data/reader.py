@@ -28,6 +28,7 @@ from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.state_codec import from_plain, to_plain
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.data.worker_signals import StopsWithParent
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,7 @@ class PackReader:
         # A pack holds no tensors to pin; and the loader must not draw from the trainer's random numbers.
         loader.pin_memory = False
         loader.generator = torch.Generator()
+        loader.worker_init_fn = StopsWithParent(loader.worker_init_fn)
         return loader
 
     def _inside_energon(self) -> AbstractContextManager[Any]:

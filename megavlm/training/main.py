@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from megavlm.checkpoint.paths import newest_first
@@ -34,9 +35,11 @@ def run(recipe: Recipe) -> int:
 
     check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
-    with process_groups(recipe.parallel, recipe.training.seed):
+    with contextlib.ExitStack() as leaving, process_groups(recipe.parallel, recipe.training.seed):
         configure_logging()
         trainer = Trainer(recipe, tokenizer)
+        # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
+        leaving.enter_context(trainer.stop.listening())
         try:
             return trainer.train()
         finally:

@@ -1,0 +1,40 @@
+"""Reader processes and the signals that ask a run to stop.
+
+Slurm sends SIGTERM and SIGUSR1 to every process of a job, and so to reader processes, which would die of them and
+take the run along before it could save. They leave that to the process that reads from them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+_STOP = {signal.SIGTERM, signal.SIGUSR1}
+
+
+class StopsWithParent:
+    """A ``worker_init_fn`` of a DataLoader: SIGTERM ends the worker if the parent sends it; others' signals do not.
+
+    Args:
+        then: the ``worker_init_fn`` that it takes the place of; called first.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self._then = then
+
+    def __call__(self, worker_id: int) -> None:
+        """Prepare worker ``worker_id``, in its main thread and before it has others, which inherit its mask."""
+        if self._then is not None:
+            self._then(worker_id)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+        threading.Thread(target=_listen, args=(os.getppid(),), daemon=True).start()
+
+
+def _listen(parent: int) -> None:
+    while True:
+        # Blocked signals are waited for, as only this tells who sent one.
+        sent = signal.sigwaitinfo(_STOP)
+        if sent.si_signo == signal.SIGTERM and sent.si_pid == parent:
+            os._exit(0)

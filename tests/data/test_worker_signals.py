@@ -1,0 +1,52 @@
+"""Signals that reach a reader's worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from megavlm.data.worker_signals import StopsWithParent
+
+
+class Numbers(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10**9))
+
+
+def seed_and_mark(worker_id: int) -> None:
+    torch.manual_seed(worker_id)
+
+
+def test_workers_outlive_signals_of_others_but_not_the_parents() -> None:
+    """Slurm signals every process of a job; the parent ends its workers by SIGTERM when a run goes wrong."""
+    loader = DataLoader(
+        Numbers(), batch_size=None, num_workers=1, multiprocessing_context="fork",
+        worker_init_fn=StopsWithParent(seed_and_mark),
+    )  # fmt: skip
+    batches = iter(loader)
+    assert next(batches) == 0
+    (worker,) = batches._workers  # type: ignore[attr-defined]
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        other = os.fork()
+        if other == 0:
+            os.kill(worker.pid, number)
+            os._exit(0)
+        os.waitpid(other, 0)
+    time.sleep(0.2)
+    assert worker.is_alive() and [next(batches) for _ in range(5)] == [1, 2, 3, 4, 5]
+    os.kill(worker.pid, signal.SIGUSR1)
+    time.sleep(0.1)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(5)
+    assert not worker.is_alive() and not psutil.pid_exists(worker.pid)
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed"):
+        for _ in range(100):
+            next(batches)
