@@ -78,6 +78,8 @@ RESERVED_BYTES = 3.0 * GIB
 """What is not for tensors: CUDA context, cuBLAS and NCCL buffers of some five process groups."""
 FRAGMENTATION = 0.04
 """Share of the tensors' bytes that PyTorch's allocator loses to gaps."""
+HEADROOM = 0.06
+"""Share of the memory that a plan leaves free, for its own error."""
 COLLECTIVE_SECONDS = 15e-6
 """Latency of one collective or message, on top of its bytes."""
 KERNEL_SECONDS = 6e-6

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, held_by, kernels_of
-from megavlm.planning.gpus import FRAGMENTATION, RESERVED_BYTES, Gpu
+from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
 from megavlm.planning.layout import Layout, layout_of
 from megavlm.planning.parameters import static_bytes
 from megavlm.planning.schedule import rank_order
@@ -44,8 +44,13 @@ class StageMemory:
 
 
 def fits(memory: StageMemory, gpu: Gpu) -> bool:
-    """Whether a stage fits the GPU."""
-    return memory.total <= gpu.memory_bytes
+    """Whether a stage fits the GPU, with headroom."""
+    return memory.total <= usable_bytes(gpu)
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """Return the bytes that a plan may count on."""
+    return gpu.memory_bytes * (1 - HEADROOM)
 
 
 def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:

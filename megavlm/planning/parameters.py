@@ -6,8 +6,8 @@ against real models.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megavlm.config.errors import RecipeError
@@ -104,33 +104,52 @@ def layer_shapes(language: LanguageConfig, tensor: int) -> list[int]:
     return [*shapes, 2 * ffn * hidden, ffn * hidden]
 
 
-def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> list[Parameter]:
+def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Parameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
-    return list(_parameters(recipe, layout, chunk))
+    modules = recipe.modules
+    learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
+    return _chunk_parameters(recipe.model, learns, layout.tensor, chunk.layers, chunk.first, chunk.last)
 
 
-def _parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> Iterator[Parameter]:
-    model, modules, tp = recipe.model, recipe.modules, layout.tensor
+# A search asks for the same chunks over and over.
+@functools.lru_cache(maxsize=4096)
+def _chunk_parameters(
+    model: ModelConfig, learns: tuple[bool, bool, bool], tp: int, layers: int, first: bool, last: bool
+) -> tuple[Parameter, ...]:
     language = model.language
     table = padded_vocabulary(language, tp) // tp * language.hidden_size
-    if chunk.first:
-        for elements in vision_shapes(model.vision, tp):
-            yield Parameter("vision", elements, not modules.vision.freeze)
-        for elements in connector_shapes(model, tp):
-            yield Parameter("connector", elements, not modules.connector.freeze)
+    found: list[Parameter] = []
+    if first:
+        found += [Parameter("vision", elements, learns[0]) for elements in vision_shapes(model.vision, tp)]
+        found += [Parameter("connector", elements, learns[1]) for elements in connector_shapes(model, tp)]
         if model.connector.num_queries is not None:  # positions: stored, never trained
-            yield Parameter("connector", model.connector.num_queries * language.hidden_size, False)
-    learns = not modules.language.freeze
-    shapes = layer_shapes(language, tp) * chunk.layers
-    if chunk.first:
+            found.append(Parameter("connector", model.connector.num_queries * language.hidden_size, False))
+    shapes = layer_shapes(language, tp) * layers
+    if first:
         shapes.append(table)
-    if chunk.last:
+    if last:
         shapes.append(language.hidden_size)
         # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
-        if not (language.tie_word_embeddings and chunk.first):
+        if not (language.tie_word_embeddings and first):
             shapes.append(table)
-    for elements in shapes:
-        yield Parameter("language", elements, learns)
+    return (*found, *(Parameter("language", elements, learns[2]) for elements in shapes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _elements(parameters: tuple[Parameter, ...], data: int) -> tuple[int, int, int]:
+    """Return frozen elements, learning ones, and those of the buffer that holds the learning ones.
+
+    ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none.
+    """
+    sizes = [parameter.elements for parameter in parameters if parameter.learns]
+    learning = sum(sizes)
+    frozen = sum(parameter.elements for parameter in parameters) - learning
+    return frozen, learning, buffer_elements(sizes, data) if data else learning
+
+
+def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
+    """Return the elements of a chunk that learn, on one tensor-parallel rank."""
+    return _elements(chunk_parameters(recipe, layout, chunk), 0)[1]
 
 
 @dataclass(frozen=True)
@@ -152,18 +171,11 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     parallel = recipe.parallel
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
-    frozen = buffer = learning = 0
-    for chunk in layout.chunks_of(stage):
-        sizes = []
-        for parameter in chunk_parameters(recipe, layout, chunk):
-            if parameter.learns:
-                sizes.append(parameter.elements)
-            else:
-                frozen += parameter.elements
-        learning += sum(sizes)
-        buffer += buffer_elements(sizes, layout.data) if parallel.use_distributed_optimizer else sum(sizes)
-    per_element = 12 if half else 8
     ranks = layout.data if parallel.use_distributed_optimizer else 1
+    padded_for = layout.data if parallel.use_distributed_optimizer else 0
+    chunks = [_elements(chunk_parameters(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
+    frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
+    per_element = 12 if half else 8
     return StaticBytes(
         weights=weight * (frozen + buffer), gradients=4 * buffer, optimizer=per_element * learning // ranks
     )

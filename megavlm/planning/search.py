@@ -11,7 +11,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
-from megavlm.planning.memory import StageMemory, fits, stage_memory
+from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_builders
 from megavlm.planning.timing import StepTime, Timer
 from megavlm.planning.workload import Workload
@@ -64,6 +64,16 @@ class Search:
     """Layouts looked at."""
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout that fits, not simulated yet."""
+
+    recipe: Recipe
+    layout: Layout
+    memory: tuple[StageMemory, ...]
+    timer: Timer
+
+
 def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
     """Look for the fastest layout of a recipe on ``gpus`` GPUs.
 
@@ -80,19 +90,24 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
     tried = 0
     for tp, pp in _sizes(recipe, gpus):
         reasons: list[tuple[float, str]] = []
-        found = False
+        possible: list[tuple[float, _Candidate]] = []
         for values in _values(recipe, gpus, tp, pp):
             tried += 1
-            plan = _try(recipe, gpus, gpu, workload, values)
-            if isinstance(plan, tuple):
-                reasons.append(plan)
+            candidate = _try(recipe, gpus, gpu, workload, values)
+            if isinstance(candidate, _Candidate):
+                possible.append((candidate.timer.least(), candidate))
+            else:
+                reasons.append(candidate)
+        if not possible:
+            refusals.append(Refusal(tp, pp, min(reasons)[1]))
+        # The most promising first: most of the others need no simulation then.
+        for least, candidate in sorted(possible, key=lambda pair: pair[0]):
+            key = (tp, pp, candidate.layout.virtual)
+            if key in best and least >= best[key].time.step:
                 continue
-            found = True
-            key = (tp, pp, plan.layout.virtual)
+            plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step())
             if key not in best or plan.time.step < best[key].time.step * 0.9999:
                 best[key] = plan
-        if not found:
-            refusals.append(Refusal(tp, pp, min(reasons)[1]))
     plans = sorted(best.values(), key=lambda plan: plan.time.step)
     return Search(tuple(plans), tuple(refusals), tried)
 
@@ -124,7 +139,8 @@ def _values(recipe: Recipe, gpus: int, tp: int, pp: int) -> Iterator[dict[str, A
     virtuals: list[int | None] = [None]
     if pp > 1:
         even = layers / pp
-        uneven = [first for first in range(1, layers) if first <= _UNEVEN * even and (layers - first) % (pp - 1) == 0]
+        uneven = [first for first in range(1, layers - pp + 2) if (layers - first) % (pp - 1) == 0]
+        uneven = [first for first in uneven if first <= _UNEVEN * even] or uneven[:1]
         firsts = [None] * (layers % pp == 0) + [first for first in uneven if first != even] or [None]
         virtuals += [v for v in range(2, layers // pp + 2) if any(_chunks_divide(layers, pp, f, v) for f in firsts)]
     for first in firsts:
@@ -152,8 +168,10 @@ def _chunks_divide(layers: int, pp: int, first: int | None, virtual: int) -> boo
     return own % virtual == 0 and rest % virtual == 0
 
 
-def _try(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, values: dict[str, Any]) -> Plan | tuple[float, str]:
-    """Return a plan, or how far from possible it is (bytes missing) and why."""
+def _try(
+    recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, values: dict[str, Any]
+) -> _Candidate | tuple[float, str]:
+    """Return a layout that fits, or how far from possible it is (bytes missing) and why."""
     candidate = with_parallel(recipe, **values)
     try:
         check_recipe(candidate, gpus)
@@ -163,9 +181,16 @@ def _try(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, values: dict[s
     memory = tuple(stage_memory(candidate, layout, stage, workload) for stage in range(layout.pipeline))
     fullest = max(range(layout.pipeline), key=lambda stage: memory[stage].total)
     if not fits(memory[fullest], gpu):
-        need = memory[fullest].total
-        return need - gpu.memory_bytes, (
-            f"does not fit: stage {fullest} needs {need / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} GiB"
-            f" even at its smallest (recompute {values['recompute_granularity'] or 'none'})"
+        need, usable = memory[fullest].total, usable_bytes(gpu)
+        return need - usable, (
+            f"does not fit: stage {fullest} needs {need / GIB:.1f} GiB, and a plan may use {usable / GIB:.1f};"
+            f" that is with recompute {values['recompute_granularity'] or 'none'}, the leanest"
         )
-    return Plan(candidate, layout, memory, Timer(candidate, layout, gpu, workload).step())
+    return _Candidate(candidate, layout, memory, Timer(candidate, layout, gpu, workload))
+
+
+def evaluate(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan:
+    """Return what a recipe's own layout, which ``check_recipe`` accepts, needs and takes."""
+    layout = layout_of(recipe, gpus)
+    memory = tuple(stage_memory(recipe, layout, stage, workload) for stage in range(layout.pipeline))
+    return Plan(recipe, layout, memory, Timer(recipe, layout, gpu, workload).step())

@@ -14,7 +14,7 @@ from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Kernels, kernels_of
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import chunk_parameters, padded_vocabulary
+from megavlm.planning.parameters import learning_elements, padded_vocabulary
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.workload import Workload
 from megavlm.training.flops import connector_flops, language_flops, step_flops, vision_flops
@@ -175,14 +175,26 @@ class Timer:
             parts.append(self.vision())
         if chunk.last:
             parts.append(self.output())
-        learning = sum(p.elements for p in chunk_parameters(self.recipe, self.layout, chunk) if p.learns)
         # A weight's gradient is written, read, and added to the fp32 sum.
+        learning = learning_elements(self.recipe, self.layout, chunk)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         return Cost(
             sum(part.forward for part in parts),
             sum(part.backward for part in parts) + adding,
             sum(part.tensor_parallel for part in parts),
         )
+
+    def costs(self) -> list[Cost]:
+        """Return the cost of one micro-batch through each chunk, in the model's order."""
+        kinds = {(chunk.layers, chunk.first, chunk.last): chunk for chunk in self.layout.chunks}
+        known = {kind: self.chunk(chunk) for kind, chunk in kinds.items()}
+        return [known[chunk.layers, chunk.first, chunk.last] for chunk in self.layout.chunks]
+
+    def least(self) -> float:
+        """Return a time that no step of this layout stays below: the work of its slowest stage."""
+        costs = [cost.forward + cost.backward for cost in self.costs()]
+        pipeline = self.layout.pipeline
+        return self.layout.microbatches * max(sum(costs[stage::pipeline]) for stage in range(pipeline))
 
     def p2p(self) -> float:
         """Return the seconds of one message between stages."""
@@ -214,8 +226,7 @@ class Timer:
         return 4 * learning * share + COLLECTIVE_SECONDS, gathered + COLLECTIVE_SECONDS
 
     def _learning(self, stage: int) -> int:
-        chunks = self.layout.chunks_of(stage)
-        return sum(p.elements for c in chunks for p in chunk_parameters(self.recipe, self.layout, c) if p.learns)
+        return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
 
     def optimizer(self, stage: int) -> float:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
@@ -226,20 +237,25 @@ class Timer:
 
     def timeline(self, costs: list[Cost], microbatches: int) -> Timeline:
         """Simulate a step of equal micro-batches."""
+        layout, message = self.layout, self.p2p()
         forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
-        layout = self.layout
+        if layout.virtual is None:
+            # A rank waits while it sends; interleaved, messages go beside the work and only delay the next rank's.
+            forward = [seconds + message for seconds in forward[:-1]] + forward[-1:]
+            backward = backward[:1] + [seconds + message for seconds in backward[1:]]
+            message = 0.0
         return simulate(
             [forward] * microbatches,
             [backward] * microbatches,
             pipeline=layout.pipeline,
             virtual=layout.virtual,
-            p2p_seconds=self.p2p(),
+            p2p_seconds=message,
         )
 
     def step(self) -> StepTime:
         """Return the time of a step."""
         layout, parallel = self.layout, self.recipe.parallel
-        costs = [self.chunk(chunk) for chunk in layout.chunks]
+        costs = self.costs()
         pipeline, bubble = self._pipeline(costs)
         stages = [[costs[chunk.index] for chunk in layout.chunks_of(stage)] for stage in range(layout.pipeline)]
         exposed, wired = 0.0, 0.0
@@ -279,7 +295,6 @@ class Timer:
         if count <= long:
             line = self.timeline(costs, count)
             return line.total, line.bubble
-        few, more = self.timeline(costs, short).total, self.timeline(costs, long).total
-        total = more + (more - few) / (long - short) * (count - long)
-        busy = count * sum(cost.forward + cost.backward for cost in costs)
-        return total, 1 - busy / (stages * total)
+        few, more = self.timeline(costs, short), self.timeline(costs, long)
+        total = more.total + (more.total - few.total) / (long - short) * (count - long)
+        return total, 1 - sum(more.busy) * count / long / (stages * total)
