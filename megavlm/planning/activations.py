@@ -73,6 +73,8 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     attention = tokens * (queries + 2 * keys + queries + keys) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
+    if not kernels.fused:  # cosines and sines, for queries and for keys
+        attention += 4 * tokens * language.kv_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns else tokens * queries * b
     if language.qk_layernorm:

@@ -23,7 +23,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 # What the tiny model lacks: tied embeddings, norms on queries and keys, grouped heads, a class token, other norms.
 OTHER: dict[str, Any] = {
     "preset": "tiny",
-    "vision": {"preset": "clip_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    "vision": {"preset": "clip_vit", "image_size": 32, "patch_size": 16, "hidden_size": 48, "num_layers": 2}
     | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 2, "conv_bias": True}
     | {"post_layernorm": True},
     "connector": {"preset": "mlp2x_gelu", "num_queries": None, "head_dim": None},
