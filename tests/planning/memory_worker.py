@@ -2,7 +2,7 @@
 
 Arguments: a JSON file with a list of recipes (branches for tests.tiny), and the file to write: for each recipe the
 mean bytes of weights, gradients and optimizer per rank of each pipeline stage, what autograd keeps of one micro-batch
-there, and how many images that had.
+there, how many images that had, and the operations that torch counts in its forward pass.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from saved_tensors import saved_tensors  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from megavlm.data.feed import micro_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
@@ -61,8 +63,11 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
         few = batches[: pipeline if len(training.chunks) > 1 else 1]  # the interleaved schedule takes no fewer
         with saved_tensors(p for chunk in training.chunks for p in chunk.parameters()) as saved:
             run_batches(training.chunks, few, num_sources=1)
+        # Attention as plain matrix products: torch does not count its fused form on CPUs.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run_batches(training.chunks, few, num_sources=1, forward_only=True)
         train_step(training.chunks, training.optimizer, batches, num_sources=1)
-        own = torch.zeros(pipeline, 6, dtype=torch.float64)
+        own = torch.zeros(pipeline, 7, dtype=torch.float64)
         own[mpu.get_pipeline_model_parallel_rank()] = torch.tensor(
             [
                 storage_bytes(p for chunk in training.chunks for p in chunk.parameters()),
@@ -70,6 +75,7 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
                 storage_bytes(optimizer_tensors(training)),
                 saved.bytes / len(few),
                 batches[0].num_images,
+                counter.get_total_flops() / len(few),
                 1,
             ],
             dtype=torch.float64,

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from launch import torchrun
-from tiny import SEQUENCE_LENGTH, tiny_recipe
+from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
 from megavlm.models.registry import LANGUAGE
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import check_builders, chunk_parameters, static_bytes
+from megavlm.planning.stage_flops import chunk_flops
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 RANKS = 4
@@ -83,6 +85,22 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
     assert images > 0
     for chunk, real in zip(layout.chunks, measured[name], strict=True):
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
+def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
+    recipe = tiny_recipe(**CASES[name])
+    layout, language = layout_of(recipe, RANKS), recipe.model.language
+    pack, _ = random_packs(1)[0]
+    squares = sum(int(length) ** 2 for length in np.diff(pack.cu_seqlens))
+    images = round(measured[name][0][4])
+    for chunk, real in zip(layout.chunks, measured[name], strict=True):
+        work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
+        # torch counts the whole square of attention, and the projection of the queries, once for all images.
+        queries = recipe.model.connector.num_queries or 0
+        once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        assert language.vocab_size % (language.vocab_divisor * layout.tensor) == 0  # no padding to count
+        assert work.total + work.attention + once == real[5]
 
 
 def test_the_14b_has_the_parameters_that_its_presets_say() -> None:
