@@ -23,12 +23,14 @@ def run(recipe: Recipe) -> int:
     check_vocabulary(recipe, tokenizer)
     prepare_device()
     # Megatron-Core may be imported from here on.
+    from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
 
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
-    with process_groups(recipe.parallel, recipe.training.seed):
+    check_machine(recipe, this_machine())
+    with process_groups(recipe.parallel, recipe.training.seed), user_buffers(recipe):
         configure_logging()
         trainer = Trainer(recipe, tokenizer)
         try:
