@@ -101,7 +101,10 @@ def test_tower_and_connector_stay_in_bf16_unless_told():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without Transformer Engine")
 def test_an_fp8_connector_is_built_from_transformer_engine():
     eight = context(initialize=False, fp8="hybrid", connector_bf16=False)
-    with torch.device("meta"), pytest.raises(ValueError, match="engine.connector_bf16: false needs Transformer Engine"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"engine\.connector_bf16: false needs Transformer Engine"),
+    ):
         Resampler(tiny_recipe().model, eight)
 
 
