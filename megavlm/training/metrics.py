@@ -123,6 +123,10 @@ class Metrics:
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None:
             values["mfu"] = flops / seconds / (peak * dist.get_world_size())
+        # MFU is of the bf16 peak, in FP8 too, so that it can be compared; this is of the FP8 peak.
+        fast = peak_flops("fp8") if self.recipe.engine.fp8 is not None else None
+        if fast is not None:
+            values["mfu_fp8_peak"] = flops / seconds / (fast * dist.get_world_size())
         memory = max_memory_gib()
         if memory is not None:
             values["memory_gib"] = memory
@@ -214,6 +218,7 @@ _TAGS = {
     "data_wait_fraction": "speed/data_wait_fraction",
     "padding_fraction": "data/padding_fraction",
     "mfu": "speed/mfu",
+    "mfu_fp8_peak": "speed/mfu_fp8_peak",
     "memory_gib": "speed/memory_gib",
     "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
     "skipped_steps": "optimizer/skipped_steps",
