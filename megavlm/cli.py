@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train | prepare | convert | eval | doctor | quickstart``.
+"""The command line: ``megavlm train | prepare | convert | plan | eval | doctor | quickstart``.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -30,6 +30,7 @@ _MODULES = {
         "megavlm.checkpoint.hf.main",
         "bring weights in from Hugging Face, take them out, list and verify them",
     ),
+    "plan": ("megavlm.planning.main", "pick the layout for a number of GPUs, and predict memory and time"),
     "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
     "doctor": ("megavlm.training.doctor", "read a run's directory and say what happened"),
     "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
@@ -101,7 +102,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="megavlm train",
-        usage="megavlm train RECIPE [key=value ...] [--print-config]",
+        usage="megavlm train RECIPE [key=value ...] [--overrides FILE] [--print-config]",
         description="Train a model by a recipe. Start it under torchrun for more than one process.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -111,6 +112,14 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
+    )
+    parser.add_argument(
+        "--overrides",
+        dest="files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with keys to set, as megavlm plan --write makes one; key=value wins over it",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
     parser.add_argument("-h", "--help", action="store_true", help="show this help and every key of a recipe")
@@ -129,7 +138,7 @@ def _train(words: Sequence[str]) -> int:
         print(parser.format_help() + "\n" + keys_help())
         return 0
     args = parser.parse_intermixed_args(words)
-    recipe = load_recipe(args.recipe, args.overrides, expand_presets)
+    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
     if args.print_config:
         # Often asked on another machine than the one that trains: the number of processes may be unknown.
         check_recipe(recipe, _world_size(None))
@@ -157,7 +166,8 @@ def _delegate(command: str, words: Sequence[str]) -> int:
     module = importlib.import_module(module_name)
     parser = _Parser(prog=f"megavlm {command}", description=text.capitalize() + ".", allow_abbrev=False)
     module.add_arguments(parser)
-    args = parser.parse_args(words)
+    intermixed = getattr(module, "INTERMIXED", False)
+    args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
     # What the libraries have to say stays quiet unless it is a warning.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megavlm").setLevel(logging.INFO)

@@ -33,7 +33,10 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(
-    recipe: str | Path, overrides: Sequence[str] = (), expand: Callable[[Tree], Tree] = lambda tree: tree
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    expand: Callable[[Tree], Tree] = lambda tree: tree,
+    files: Sequence[str | Path] = (),
 ) -> Recipe:
     """Read a recipe, apply the overrides, fill in the presets and check the types.
 
@@ -41,11 +44,16 @@ def load_recipe(
         recipe: Path of a YAML file, or the name of a shipped recipe.
         overrides: ``a.b.c=value`` each; the value is YAML, and a number in the key is a position in a list.
         expand: Fills in what presets give (``megavlm.models.registry.expand_presets``).
+        files: YAML files whose keys replace those of the recipe, one after the other, before the overrides.
 
     Raises:
-        RecipeError: the file, an override or a value is wrong.
+        RecipeError: a file, an override or a value is wrong.
     """
     tree = read_recipe(recipe)
+    for file in files:
+        if not Path(file).is_file():
+            raise RecipeError(f"--overrides: no file {str(file)!r}; give the path of a YAML file")
+        _merge(tree, _read(Path(file)))
     for override in overrides:
         _override(tree, override)
     try:
@@ -94,6 +102,15 @@ def _read(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys such as 'model' and 'data', got {_show(tree)}")
     return tree
+
+
+def _merge(tree: Tree, other: Tree) -> None:
+    """Put the values of ``other`` into ``tree``, branch by branch, in place; a list replaces a list."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _override(tree: Tree, override: str) -> None:

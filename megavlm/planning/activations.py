@@ -1,0 +1,211 @@
+"""Bytes of activations: what a forward pass keeps for the backward pass, and what comes and goes on top of it.
+
+Read off the layers that megavlm builds, tensor by tensor, for both kinds of layers (Transformer Engine's fused ones
+and plain torch). ``tests/planning/test_activations.py`` holds what is kept against the tensors that autograd saves in
+the plain-torch layers. Korthikanti et al. (arXiv 2205.05198) count the same for GPT's layers.
+
+Legend: S tokens of a pack; s tokens that this rank has between the tensor-parallel regions (S / TP with sequence
+parallelism, else S); E width of the language model, F of its MLP; W and T width and positions of the tower; b bytes
+of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.parameters import mlp_depth, padded_vocabulary
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one pass of a micro-batch through a chunk, on one rank."""
+
+    language: int
+    """Kept by the language layers, from the forward to the backward pass."""
+    vision: int
+    """Kept by tower and connector."""
+    output: int
+    """Kept by the output layer and the loss."""
+    forward: int
+    """Most that comes and goes within the forward pass, beyond what is kept."""
+    backward: int
+    """Most that comes and goes within the backward pass, with the activations of what is recomputed."""
+
+    @property
+    def kept(self) -> int:
+        """All that is kept."""
+        return self.language + self.vision + self.output
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the layers are made of."""
+
+    fused: bool
+    """Transformer Engine's layers; False for plain torch."""
+    number_bytes: int
+    """Bytes of an activation: 2 in bf16, 4 in fp32."""
+
+
+def kernels_of(recipe: Recipe) -> Kernels:
+    """Return the kernels on a GPU: Transformer Engine, unless the recipe asks for plain torch or for fp32."""
+    half = recipe.training.precision != "fp32"
+    return Kernels(fused=half and recipe.parallel.transformer_impl != "torch", number_bytes=2 if half else 4)
+
+
+def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that one language layer keeps without recomputation."""
+    b, tp = kernels.number_bytes, layout.tensor
+    local = tokens // tp if layout.sequence_parallel else tokens
+    hidden = language.hidden_size
+    queries = language.num_attention_heads * language.kv_channels // tp
+    keys = language.num_query_groups * language.kv_channels // tp
+    ffn = language.ffn_hidden_size // tp
+    stream = local * hidden
+    # Both norms keep their input, the plain one in fp32; what they give goes into a linear layer.
+    norms = 2 * stream * (b if kernels.fused else 4)
+    inputs = 0
+    if learns:
+        inputs = 2 * stream * b + tokens * (queries + ffn) * b
+        inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
+    # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
+    attention = tokens * (queries + 2 * keys + queries + keys) * b
+    attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
+    # Its result: that of the fused kernel is also the input of the projection behind it.
+    attention += 0 if kernels.fused and learns else tokens * queries * b
+    if language.qk_layernorm:
+        attention += tokens * (queries + keys) * (b if kernels.fused else 4 + b * int(learns))
+    return norms + inputs + attention + tokens * 2 * ffn * b
+
+
+def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels) -> int:
+    """Return the bytes that the language layers of a chunk keep, with the recipe's recomputation."""
+    language, parallel = recipe.model.language, recipe.parallel
+    learns = not recipe.modules.language.freeze
+    local = tokens // layout.tensor if layout.sequence_parallel else tokens
+    if parallel.recompute_granularity == "full":
+        units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
+        return units * local * language.hidden_size * kernels.number_bytes
+    layer = layer_kept(language, layout, tokens, kernels, learns=learns)
+    if parallel.recompute_granularity == "selective":
+        heads = language.num_attention_heads // layout.tensor
+        layer -= tokens * heads * 4
+        # The result is still there as the input of the projection, where that keeps one.
+        if not (kernels.fused and learns):
+            layer -= tokens * heads * language.kv_channels * kernels.number_bytes
+    return chunk.layers * layer
+
+
+def vision_layer_kept(vision: VisionConfig, tensor: int, images: int, kernels: Kernels) -> int:
+    """Return the bytes that one layer of a tower that learns keeps."""
+    b = kernels.number_bytes
+    positions = images * (vision.patches_per_image + int(vision.class_token))
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
+    # Inputs of two norms and of the linear layers behind them; QKV and the attention's result; around the activation.
+    around = 3 if vision.activation == "quick_gelu" else 2
+    kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b + around * positions * ffn * b
+    return kept + positions * (vision.num_attention_heads // tensor) * 4
+
+
+def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
+    """Return the bytes that tower and connector keep for ``images`` images."""
+    vision, modules, b = recipe.model.vision, recipe.modules, kernels.number_bytes
+    kept = 0
+    if not modules.vision.freeze:
+        positions = images * (vision.patches_per_image + int(vision.class_token))
+        stream = positions * vision.hidden_size * b
+        if vision.gradient_checkpointing:
+            kept += vision.num_layers * stream
+        else:
+            kept += vision.num_layers * vision_layer_kept(vision, layout.tensor, images, kernels)
+        # Pixels into the patch embedding; inputs of the outer norms.
+        kept += images * 3 * vision.image_size**2 * b
+        kept += stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+    if not (modules.vision.freeze and modules.connector.freeze):
+        kept += connector_kept(recipe.model, layout.tensor, images, kernels, learns=not modules.connector.freeze)
+    return kept
+
+
+def connector_kept(model: ModelConfig, tensor: int, images: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that the connector keeps."""
+    b, hidden = kernels.number_bytes, model.language.hidden_size
+    patches = images * model.vision.patches_per_image
+    features = patches * model.vision.hidden_size * b * int(learns)
+    if model.connector.num_queries is None:
+        depth, kept = mlp_depth(model.connector.preset), features
+        for layer in range(depth - 1):
+            width = hidden // tensor if layer % 2 == 0 else hidden
+            kept += patches * width * b * (1 + int(learns))  # before and after the activation
+        return kept
+    assert model.connector.head_dim is not None
+    queries = images * model.connector.num_queries
+    wide, split = patches * hidden * b, patches * hidden // tensor * b
+    # ln_kv's input; keys and values, which see it with and without positions.
+    kept = wide + 2 * split + 2 * wide * int(learns)
+    # Queries and result of the attention; ln_post's input and output.
+    kept += 2 * queries * hidden // tensor * b + queries * hidden * b * (1 + int(learns))
+    kept += queries * (hidden // model.connector.head_dim // tensor) * 4
+    return kept + features * int(model.vision.hidden_size != hidden)
+
+
+def vision_passing(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
+    """Return the most that the tower's forward pass needs beyond what it keeps: all of it, where it is frozen."""
+    vision, b, tp = recipe.model.vision, kernels.number_bytes, layout.tensor
+    positions = images * (vision.patches_per_image + int(vision.class_token))
+    stream = positions * vision.hidden_size * b
+    split, ffn = stream // tp, positions * vision.ffn_hidden_size // tp * b
+    # The residual stream with a norm's result, then QKV and the attention's result, or the MLP around its bias.
+    attention, mlp = 3 * split + split, 2 * ffn
+    # Pixels in fp32, their normalised copy and the patches they become.
+    pixels = images * 3 * vision.image_size**2 * (1 + 4 + 4 + b)
+    if not recipe.modules.vision.freeze:
+        return max(pixels, 2 * stream)
+    return max(pixels + stream, 2 * stream + max(attention, mlp))
+
+
+def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: int) -> Held:
+    """Return the bytes of one micro-batch in one chunk, on one rank."""
+    kernels = kernels_of(recipe)
+    b, tp, language = kernels.number_bytes, layout.tensor, recipe.model.language
+    learns = not recipe.modules.language.freeze
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
+    local = tokens // tp if layout.sequence_parallel else tokens
+    wide, stream = tokens * hidden * b, local * hidden * b
+    vision = output = 0
+    # Within a layer, forward: what the projection gives before it is reduced, and after.
+    forward = wide + 2 * stream
+    # Backward: gradients around the activation and of the input, beside the gradient of a weight.
+    backward = tokens * 4 * ffn * b + wide + 2 * stream + int(learns) * 2 * ffn * hidden * b
+    if not kernels.fused:
+        backward += 2 * local * hidden * 4
+    if recipe.parallel.recompute_granularity == "full":
+        unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
+        backward += unit * layer_kept(language, layout, tokens, kernels, learns=learns)
+    if chunk.first:
+        vision = vision_kept(recipe, layout, images, kernels)
+        forward = max(forward, vision_passing(recipe, layout, images, kernels))
+        if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
+            vision += wide - stream
+        backward += _vision_backward(recipe, layout, images, kernels)
+    if chunk.last:
+        rows = padded_vocabulary(language, tp) // tp
+        # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
+        output = stream * (b if kernels.fused else 4 + b * int(learns)) // b + stream * int(learns) + tokens * rows * 4
+        # The logits themselves, forward; their gradient and the weight's, backward. In fp32 these are in place.
+        logits = tokens * rows * b * int(b == 2)
+        forward = max(forward, logits)
+        backward = max(backward, logits + wide + int(learns) * rows * hidden * b)
+    if chunk.first and learns:
+        backward = max(backward, padded_vocabulary(language, tp) // tp * hidden * b + wide)
+    kept = language_kept(recipe, layout, chunk, tokens, kernels)
+    return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)
+
+
+def _vision_backward(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
+    """Return what the backward pass of a tower that learns needs on top: a recomputed layer."""
+    vision = recipe.model.vision
+    if recipe.modules.vision.freeze or not vision.gradient_checkpointing:
+        return 0
+    return vision_layer_kept(vision, layout.tensor, images, kernels)

@@ -1,0 +1,92 @@
+"""How a model lies on the ranks of a pipeline: which layers in which chunk, and who stands where in the cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megavlm.config.schema import Recipe
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One model chunk: a pipeline stage, or a part of one with a virtual pipeline."""
+
+    index: int
+    """Position in the model's order."""
+    layers: int
+    """Language layers."""
+    first: bool
+    """It holds tower, connector and embedding."""
+    last: bool
+    """It holds the final norm and the output layer."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A recipe's layout on a number of GPUs."""
+
+    tensor: int
+    pipeline: int
+    virtual: int | None
+    data: int
+    microbatches: int
+    """Micro-batches of a step, per data-parallel rank."""
+    sequence_parallel: bool
+    chunks: tuple[Chunk, ...]
+    """In the model's order."""
+
+    @property
+    def gpus(self) -> int:
+        """Processes, one on each GPU."""
+        return self.tensor * self.pipeline * self.data
+
+    def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
+        """Return the chunks of a pipeline stage."""
+        return tuple(chunk for chunk in self.chunks if chunk.index % self.pipeline == stage)
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Language layers of each stage."""
+        return tuple(sum(chunk.layers for chunk in self.chunks_of(stage)) for stage in range(self.pipeline))
+
+    @property
+    def pipeline_crosses_nodes(self) -> bool:
+        """Whether messages between stages leave the node: Megatron-Core puts stages farthest apart."""
+        return self.gpus > GPUS_PER_NODE and self.pipeline > 1
+
+    @property
+    def data_ranks_per_node(self) -> int:
+        """Ranks of one data-parallel group in one node: those groups lie between tensor and pipeline."""
+        return min(max(GPUS_PER_NODE // self.tensor, 1), self.data)
+
+
+def layout_of(recipe: Recipe, gpus: int) -> Layout:
+    """Return the layout of a checked recipe on ``gpus`` processes (``check_recipe`` refuses what does not divide)."""
+    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp, first = parallel.virtual_pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
+    stages = [layers // pp] * pp if first is None else [first, *[(layers - first) // (pp - 1)] * (pp - 1)]
+    count = pp * (vpp or 1)
+    chunks = tuple(
+        Chunk(index, stages[index % pp] // (vpp or 1), first=index == 0, last=index == count - 1)
+        for index in range(count)
+    )
+    data = gpus // (tp * pp)
+    return Layout(
+        tensor=tp,
+        pipeline=pp,
+        virtual=vpp,
+        data=data,
+        microbatches=recipe.training.global_batch_size // data,
+        sequence_parallel=parallel.sequence_parallel,
+        chunks=chunks,
+    )
+
+
+def with_parallel(recipe: Recipe, **values: Any) -> Recipe:
+    """Return the recipe with other values in its ``parallel`` branch."""
+    return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **values))

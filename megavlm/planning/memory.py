@@ -1,0 +1,133 @@
+"""Memory of every pipeline stage, predicted from the recipe: the function that a plan and ``make gpu-check`` call."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megavlm.config.schema import Recipe
+from megavlm.planning.activations import Held, held_by, kernels_of
+from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
+from megavlm.planning.layout import Layout, layout_of
+from megavlm.planning.parameters import static_bytes
+from megavlm.planning.schedule import rank_order
+from megavlm.planning.workload import Workload, assume_workload
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage at the peak of a step, by what they are for."""
+
+    weights: int
+    """Weights, frozen ones among them."""
+    gradients: int
+    """fp32 gradient buffers."""
+    optimizer: int
+    """Master weights and moments, this rank's share."""
+    activations: int
+    """Kept by the language layers, for all micro-batches under way."""
+    vision: int
+    """Kept by tower and connector, for all micro-batches under way; passing ones where the tower is frozen."""
+    output: int
+    """Kept by the output layer and the loss."""
+    buffers: int
+    """Tokens and pixels of a step, gathered sequences, gradients that pass, recomputed layers."""
+
+    @property
+    def tensors(self) -> int:
+        """All tensors at the peak: what ``torch.cuda.max_memory_allocated`` shows."""
+        return sum(asdict(self).values())
+
+    @property
+    def total(self) -> int:
+        """What the GPU must have: tensors, the allocator's gaps, context and communication."""
+        return int(self.tensors * (1 + FRAGMENTATION) + RESERVED_BYTES)
+
+
+def fits(memory: StageMemory, gpu: Gpu) -> bool:
+    """Whether a stage fits the GPU, with headroom."""
+    return memory.total <= usable_bytes(gpu)
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """Return the bytes that a plan may count on."""
+    return gpu.memory_bytes * (1 - HEADROOM)
+
+
+def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:
+    """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
+    static = static_bytes(recipe, layout, stage)
+    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_images) for chunk in layout.chunks_of(stage)]
+    count, passing, forward = _peak(layout, stage, held)
+    language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
+    vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
+    output = sum(n * chunk.output for n, chunk in zip(count, held, strict=True))
+    frozen_tower = stage == 0 and forward and recipe.modules.vision.freeze
+    return StageMemory(
+        weights=static.weights,
+        gradients=static.gradients,
+        optimizer=static.optimizer,
+        activations=language,
+        vision=vision + (passing if frozen_tower else 0),
+        output=output,
+        buffers=_buffers(recipe, layout, stage, workload) + (0 if frozen_tower else passing),
+    )
+
+
+def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int, bool]:
+    """Walk through the rank's calls; return what is under way at the peak.
+
+    Returns:
+        Micro-batches that each chunk keeps, the bytes that pass, and whether it is in a forward pass.
+    """
+    # More micro-batches than this fill the pipeline no further.
+    microbatches = min(layout.microbatches, 2 * layout.pipeline)
+    kept = [0] * len(held)
+    best: tuple[int, list[int], int, bool] = (-1, kept, 0, True)
+    for work in rank_order(stage, microbatches, pipeline=layout.pipeline, virtual=layout.virtual):
+        forward = work.kind == "F"
+        if forward:
+            kept[work.chunk] += 1
+        passing = held[work.chunk].forward if forward else held[work.chunk].backward
+        total = sum(n * chunk.kept for n, chunk in zip(kept, held, strict=True)) + passing
+        if total > best[0]:
+            best = (total, list(kept), passing, forward)
+        if not forward:
+            kept[work.chunk] -= 1
+    return best[1:]
+
+
+def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> int:
+    """Return what is there all the time beside weights and activations."""
+    vision, b = recipe.model.vision, kernels_of(recipe).number_bytes
+    # Tokens, labels, positions and sources of every micro-batch, int64.
+    total = layout.microbatches * workload.tokens * 4 * 8
+    if stage == 0:
+        total += round(layout.microbatches * workload.images * 3 * vision.image_size**2)
+    wide = workload.tokens * recipe.model.language.hidden_size * b
+    if layout.sequence_parallel:  # the sequence that the linear layers gather
+        total += wide
+    if layout.pipeline > 1:  # activations and gradients on their way
+        total += 2 * (wide // layout.tensor if layout.sequence_parallel else wide)
+    return total
+
+
+def predict(
+    recipe: Recipe,
+    gpus: int = 1,
+    *,
+    images_per_pack: float | None = None,
+    most_images: int | None = None,
+    samples_per_pack: float | None = None,
+) -> list[StageMemory]:
+    """Return the predicted bytes of a rank of each pipeline stage.
+
+    Args:
+        recipe: a checked recipe.
+        gpus: processes of the job.
+        images_per_pack: images of a pack on average; None assumes some (see ``planning.workload``).
+        most_images: images of the heaviest pack; None takes as many as fit.
+        samples_per_pack: samples of a pack; None takes one per image.
+    """
+    workload = assume_workload(recipe, images_per_pack, samples_per_pack, most_images)
+    layout = layout_of(recipe, gpus)
+    return [stage_memory(recipe, layout, stage, workload) for stage in range(layout.pipeline)]

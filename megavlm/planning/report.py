@@ -1,0 +1,177 @@
+"""A plan as text, as JSON, and as overrides for ``megavlm train``. All figures are predictions, and called so."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megavlm.config import yaml12
+from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Gpu
+from megavlm.planning.layout import GPUS_PER_NODE
+from megavlm.planning.memory import StageMemory
+from megavlm.planning.search import Plan, Search
+from megavlm.planning.workload import Workload
+
+_KEYS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "sequence_parallel",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "recompute_granularity",
+    "recompute_num_layers",
+)
+"""The keys of ``parallel`` that a plan sets."""
+
+
+def overrides(plan: Plan) -> dict[str, Any]:
+    """Return the recipe's branches that the plan sets."""
+    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in _KEYS}}
+
+
+def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
+    """Return a YAML file for ``megavlm train RECIPE --overrides FILE``."""
+    head = (
+        f"# megavlm plan {recipe_name} --gpus {plan.layout.gpus} --gpu {gpu.name}\n"
+        f"# Predicted, not measured: {plan.time.step:.3g} s a step, MFU {100 * plan.time.mfu:.0f} %.\n"
+    )
+    return head + yaml12.dump(overrides(plan))
+
+
+def as_json(found: Search, own: Plan | str, gpus: int, gpu: Gpu, workload: Workload, listed: int) -> dict[str, Any]:
+    """Return the search as plain data: bytes, seconds, shares between 0 and 1."""
+    return {
+        "predicted": True,
+        "gpus": gpus,
+        "gpu": asdict(gpu),
+        "workload": asdict(workload),
+        "tried": found.tried,
+        "plans": [_plan_json(plan) for plan in found.plans[:listed]],
+        "recipe_as_it_is": own if isinstance(own, str) else _plan_json(own),
+        "refused": [asdict(refusal) for refusal in found.refusals],
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    layout = plan.layout
+    return {
+        "overrides": overrides(plan),
+        "data_parallel_size": layout.data,
+        "microbatches": layout.microbatches,
+        "layers_per_stage": list(layout.layers_per_stage),
+        "memory": [{**asdict(memory), "total": memory.total} for memory in plan.memory],
+        "time": asdict(plan.time),
+        "days": plan.days,
+        "gpu_hours": plan.gpu_hours,
+    }
+
+
+def as_text(found: Search, own: Plan | str, gpus: int, gpu: Gpu, workload: Workload, listed: int) -> str:
+    """Return the search as a page of text."""
+    lines = [
+        f"Predicted, not measured: {gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
+        f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images and"
+        f" {workload.samples:g} samples on average, {workload.most_images} images at most.",
+        "",
+    ]
+    if found.plans:
+        lines += [*_table(found.plans[:listed]), "", *_chosen(found.plans[0], gpu)]
+        lines += ["", _own(own, found.plans[0])]
+    if found.refusals:
+        lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]
+        lines += [f"  TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
+    return "\n".join(lines)
+
+
+def _table(plans: tuple[Plan, ...]) -> list[str]:
+    rows = [["", "TP", "PP", "VPP", "DP", "layers per stage", "recompute", "fullest", "bubble", "step", "MFU"]]
+    rows[0] += ["days", "GPU-hours"]
+    for number, plan in enumerate(plans):
+        layout, time = plan.layout, plan.time
+        rows.append(
+            [
+                "*" if number == 0 else "",
+                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual, layout.data)),
+                _layers(layout.layers_per_stage),
+                plan.recipe.parallel.recompute_granularity or "-",
+                f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
+                f"{100 * time.bubble:.1f} %",
+                f"{time.step:.3g} s",
+                f"{100 * time.mfu:.1f} %",
+                f"{plan.days:.3g}",
+                f"{plan.gpu_hours:.4g}",
+            ]
+        )
+    return _aligned(rows)
+
+
+def _layers(stages: tuple[int, ...]) -> str:
+    """Return 7 + 3 x 11, say."""
+    first, rest = stages[0], stages[1:]
+    if all(stage == first for stage in rest):
+        return str(first) if not rest else f"{len(stages)} x {first}"
+    return f"{first} + {len(rest)} x {rest[0]}" if len(rest) > 1 else f"{first} + {rest[0]}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
+    """Describe the plan that was picked, stage by stage."""
+    layout, time = plan.layout, plan.time
+    parts = list(asdict(plan.memory[0]))
+    rows = [["stage", "layers", *parts, "total GiB", "ms per micro-batch"]]
+    for stage, memory in enumerate(plan.memory):
+        if stage in (0, layout.pipeline - 1) or memory != plan.memory[stage - 1]:
+            rows.append(_stage_row(str(stage), layout.layers_per_stage[stage], memory, time.stage_seconds[stage]))
+    free = gpu.memory_bytes - max(memory.total for memory in plan.memory)
+    return [
+        f"Chosen (*): TP {layout.tensor} x PP {layout.pipeline}"
+        + (f" x VPP {layout.virtual}" if layout.virtual else "")
+        + f" x DP {layout.data}, {layout.microbatches} micro-batches a step; GiB at the peak of a rank of each stage:",
+        *_aligned(rows),
+        f"{free / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} stay free (a plan leaves {100 * HEADROOM:.0f} %).",
+        f"A step of {time.step:.3g} s: {time.pipeline:.3g} s of passes, {100 * time.bubble:.1f} % of it bubble;"
+        f" optimizer {1e3 * time.optimizer:.3g} ms.",
+        f"Communication per step: tensor-parallel {1e3 * time.tensor_parallel:.3g} ms exposed; a message between stages"
+        f" {1e3 * time.p2p:.3g} ms; data-parallel {1e3 * time.data_parallel:.3g} ms,"
+        f" {1e3 * time.data_parallel_exposed:.3g} ms of it exposed.",
+    ]
+
+
+def _stage_row(name: str, layers: int, memory: StageMemory, seconds: float) -> list[str]:
+    parts = [f"{value / GIB:.2f}" for value in asdict(memory).values()]
+    return [name, str(layers), *parts, f"{memory.total / GIB:.1f}", f"{1e3 * seconds:.1f}"]
+
+
+def _own(own: Plan | str, best: Plan) -> str:
+    if isinstance(own, str):
+        return f"The recipe's own layout is refused: {own}"
+    layout = own.layout
+    virtual = f" x VPP {layout.virtual}" if layout.virtual else ""
+    slower = 100 * (own.time.step / best.time.step - 1)
+    return (
+        f"The recipe's own layout: TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data},"
+        f" layers {_layers(layout.layers_per_stage)}: {own.time.step:.3g} s a step ({slower:+.0f} %),"
+        f" fullest stage {max(memory.total for memory in own.memory) / GIB:.1f} GiB."
+    )
+
+
+def gpu_table() -> str:
+    """Return the GPUs and the efficiencies as a Markdown table."""
+    lines = [
+        "| GPU | memory GiB | bf16 TFLOP/s | FP8 TFLOP/s | memory GB/s | NVLink GB/s | network GB/s | figures from |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for gpu in GPUS.values():
+        fp8 = f"{gpu.fp8_flops / 1e12:.0f}" if gpu.fp8_flops else "-"
+        lines.append(
+            f"| {gpu.name} | {gpu.memory_bytes / GIB:.1f} | {gpu.bf16_flops / 1e12:.0f} | {fp8} |"
+            f" {gpu.bandwidth / 1e9:.0f} | {gpu.nvlink / 1e9:.0f} | {gpu.network / 1e9:.0f} | {gpu.source} |"
+        )
+    return "\n".join(lines)

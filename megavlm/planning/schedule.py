@@ -1,0 +1,172 @@
+"""Pipeline schedules, simulated: when each stage runs each micro-batch, from times given for all of them.
+
+The order of work on a rank is Megatron-Core's: one forward and one backward in turn after a warm-up (1F1B,
+arXiv 2006.09503), or interleaved over model chunks (arXiv 2104.04473) in groups of as many micro-batches as there are
+stages. ``tests/planning/test_schedule.py`` holds it against the order in which Megatron-Core really calls them.
+Times may differ between stages and between micro-batches. Pure Python: nothing of torch is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B"]
+
+
+class Work(NamedTuple):
+    """One call on a rank: the forward or backward pass of one micro-batch through one model chunk."""
+
+    kind: Kind
+    chunk: int
+    """Index of the chunk on its rank; 0 without a virtual pipeline."""
+    microbatch: int
+
+
+class Op(NamedTuple):
+    """One call with its time, in seconds from the start of the step."""
+
+    rank: int
+    chunk: int
+    microbatch: int
+    kind: Kind
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What every rank of a pipeline does during a step."""
+
+    ops: tuple[Op, ...]
+    """All calls: rank by rank, in the order in which the rank makes them."""
+    pipeline: int
+    """Ranks of the pipeline."""
+    virtual: int
+    """Model chunks per rank."""
+
+    @cached_property
+    def total(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max(op.end for op in self.ops)
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """Seconds that each rank works."""
+        seconds = [0.0] * self.pipeline
+        for op in self.ops:
+            seconds[op.rank] += op.end - op.start
+        return tuple(seconds)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ranks' time in which they wait, between 0 and 1."""
+        return 1.0 - sum(self.busy) / (self.pipeline * self.total) if self.total else 0.0
+
+    def of(self, rank: int) -> tuple[Op, ...]:
+        """Return the calls of one rank in their order."""
+        return tuple(op for op in self.ops if op.rank == rank)
+
+
+def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | None = None) -> list[Work]:
+    """Return the calls of a rank in the order in which Megatron-Core makes them.
+
+    Args:
+        rank: position in the pipeline, from 0.
+        microbatches: micro-batches of a step.
+        pipeline: ranks of the pipeline.
+        virtual: model chunks per rank (2 or more), or None for the schedule that is not interleaved.
+
+    Raises:
+        ValueError: the interleaved schedule does not work with so many micro-batches.
+    """
+    if virtual is None:
+        forward = [Work("F", 0, m) for m in range(microbatches)]
+        backward = [Work("B", 0, m) for m in range(microbatches)]
+        return _one_forward_one_backward(forward, backward, warmup=pipeline - rank - 1)
+    if pipeline < 2 or virtual < 2:
+        raise ValueError(f"an interleaved schedule needs 2 ranks and 2 chunks, not {pipeline} and {virtual}")
+    if microbatches % pipeline:
+        raise ValueError(f"an interleaved schedule over {pipeline} ranks needs a multiple of {pipeline} micro-batches")
+    table = [
+        (chunk, first + m) for first in range(0, microbatches, pipeline) for chunk in range(virtual)
+        for m in range(pipeline)
+    ]  # fmt: skip
+    forward = [Work("F", chunk, m) for chunk, m in table]
+    backward = [Work("B", virtual - 1 - chunk, m) for chunk, m in table]
+    return _one_forward_one_backward(forward, backward, warmup=2 * (pipeline - rank - 1) + (virtual - 1) * pipeline)
+
+
+def _one_forward_one_backward(forward: list[Work], backward: list[Work], warmup: int) -> list[Work]:
+    warmup = min(warmup, len(forward))
+    steady = zip(forward[warmup:], backward, strict=False)
+    return [*forward[:warmup], *(work for pair in steady for work in pair), *backward[len(forward) - warmup :]]
+
+
+def simulate(
+    stage_forward: Sequence[Sequence[float]],
+    stage_backward: Sequence[Sequence[float]],
+    *,
+    pipeline: int,
+    virtual: int | None = None,
+    p2p_seconds: float = 0.0,
+) -> Timeline:
+    """Simulate one step of a pipeline.
+
+    A call starts when its rank has made the calls before it and its input is there: activations from the stage
+    before, gradients from the stage behind.
+
+    Args:
+        stage_forward: [M][S] seconds of the forward pass of micro-batch m through model stage s. With a virtual
+            pipeline S is pipeline x virtual, in the model's order: stage s is chunk s // pipeline of rank s % pipeline.
+        stage_backward: the same of the backward pass, with recomputation if there is any.
+        pipeline: ranks of the pipeline; with 1 each micro-batch goes forward and backward before the next.
+        virtual: model chunks per rank, or None for the schedule that is not interleaved.
+        p2p_seconds: time of a message from rank to rank, which nothing hides.
+
+    Raises:
+        ValueError: times of another shape, no micro-batch, or a number of them that the schedule does not work with.
+    """
+    stages = pipeline * (virtual or 1)
+    if not stage_forward or len(stage_forward) != len(stage_backward):
+        raise ValueError(f"times of {len(stage_forward)} forward and {len(stage_backward)} backward passes do not pair")
+    if any(len(row) != stages for row in (*stage_forward, *stage_backward)):
+        raise ValueError(f"each micro-batch needs times for {stages} stages (pipeline x virtual)")
+    seconds = {"F": stage_forward, "B": stage_backward}
+    queues = [
+        rank_order(rank, len(stage_forward), pipeline=pipeline, virtual=virtual) for rank in range(pipeline)
+    ]  # fmt: skip
+    ends: dict[tuple[Kind, int, int], float] = {}
+    ops: list[list[Op]] = [[] for _ in queues]
+    left, progress = sum(map(len, queues)), True
+    while left:
+        assert progress, "the order of calls waits for itself"
+        progress = False
+        for rank, queue in enumerate(queues):
+            while len(ops[rank]) < len(queue):
+                work = queue[len(ops[rank])]
+                stage = work.chunk * pipeline + rank
+                ready = _ready(work, stage, stages, ends, p2p_seconds if pipeline > 1 else 0.0)
+                if ready is None:
+                    break
+                start = max(ready, ops[rank][-1].end if ops[rank] else 0.0)
+                end = start + seconds[work.kind][work.microbatch][stage]
+                ends[work.kind, work.microbatch, stage] = end
+                ops[rank].append(Op(rank, work.chunk, work.microbatch, work.kind, start, end))
+                left, progress = left - 1, True
+    return Timeline(tuple(op for of_rank in ops for op in of_rank), pipeline, virtual or 1)
+
+
+def _ready(
+    work: Work, stage: int, stages: int, ends: dict[tuple[Kind, int, int], float], p2p_seconds: float
+) -> float | None:
+    """Return when the input of a call is there, or None while that is not known."""
+    forward = work.kind == "F"
+    if forward and stage == 0:
+        return 0.0
+    if not forward and stage == stages - 1:  # the loss is on this stage
+        return ends.get(("F", work.microbatch, stage))
+    sent = ends.get((work.kind, work.microbatch, stage - 1 if forward else stage + 1))
+    return None if sent is None else sent + p2p_seconds

@@ -1,0 +1,196 @@
+"""The search for a layout: all that could be tried, what is refused and why, and the fastest of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import RecipeError
+from megavlm.config.schema import Recipe
+from megavlm.planning.gpus import GIB, Gpu
+from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
+from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
+from megavlm.planning.parameters import check_builders
+from megavlm.planning.timing import StepTime, Timer
+from megavlm.planning.workload import Workload
+
+_RECOMPUTE = (None, "selective", "full")
+_UNEVEN = 2.0
+"""The first stage may have at most this times its even share of layers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with what it needs and takes."""
+
+    recipe: Recipe
+    """The recipe with this layout in its ``parallel`` branch."""
+    layout: Layout
+    memory: tuple[StageMemory, ...]
+    """Of a rank of each stage."""
+    time: StepTime
+
+    @property
+    def days(self) -> float:
+        """Days of the whole run."""
+        return self.recipe.training.train_steps * self.time.step / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of the whole run."""
+        return self.days * 24 * self.layout.gpus
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no layout with these sizes."""
+
+    tensor: int
+    pipeline: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came out."""
+
+    plans: tuple[Plan, ...]
+    """The best of each TP x PP x VPP, fastest first."""
+    refusals: tuple[Refusal, ...]
+    """Sizes of which no layout is left."""
+    tried: int
+    """Layouts looked at."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout that fits, not simulated yet."""
+
+    recipe: Recipe
+    layout: Layout
+    memory: tuple[StageMemory, ...]
+    timer: Timer
+
+
+def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
+    """Look for the fastest layout of a recipe on ``gpus`` GPUs.
+
+    TP stays inside a node. The layers of the first stage are varied to weigh against the tower. Of layouts with the
+    same TP, PP and VPP only the fastest is listed.
+
+    Raises:
+        RecipeError: the recipe is wrong whatever the layout, or its model has parts that the planner does not know.
+    """
+    check_builders(recipe.model)
+    check_recipe(with_parallel(recipe, **_ONE))
+    best: dict[tuple[int, int, int | None], Plan] = {}
+    refusals: list[Refusal] = []
+    tried = 0
+    for tp, pp in _sizes(recipe, gpus):
+        reasons: list[tuple[float, str]] = []
+        possible: list[tuple[float, _Candidate]] = []
+        for values in _values(recipe, gpus, tp, pp):
+            tried += 1
+            candidate = _try(recipe, gpus, gpu, workload, values)
+            if isinstance(candidate, _Candidate):
+                possible.append((candidate.timer.least(), candidate))
+            else:
+                reasons.append(candidate)
+        if not possible:
+            refusals.append(Refusal(tp, pp, min(reasons)[1]))
+        # The most promising first: most of the others need no simulation then.
+        for least, candidate in sorted(possible, key=lambda pair: pair[0]):
+            key = (tp, pp, candidate.layout.virtual)
+            if key in best and least >= best[key].time.step:
+                continue
+            plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step())
+            if key not in best or plan.time.step < best[key].time.step * 0.9999:
+                best[key] = plan
+    plans = sorted(best.values(), key=lambda plan: plan.time.step)
+    return Search(tuple(plans), tuple(refusals), tried)
+
+
+_ONE: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "sequence_parallel": False,
+    "recompute_granularity": None,
+    "recompute_num_layers": None,
+}
+
+
+def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int]]:
+    """Yield TP and PP that divide the GPUs."""
+    for tp in (1, 2, 4, 8):
+        if gpus % tp == 0 and tp <= GPUS_PER_NODE:
+            for pp in range(1, min(gpus // tp, recipe.model.language.num_layers) + 1):
+                if gpus // tp % pp == 0:
+                    yield tp, pp
+
+
+def _values(recipe: Recipe, gpus: int, tp: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Yield the ``parallel`` values to try for a TP and a PP."""
+    layers, data = recipe.model.language.num_layers, gpus // (tp * pp)
+    firsts: list[int | None] = [None]
+    virtuals: list[int | None] = [None]
+    if pp > 1:
+        even = layers / pp
+        uneven = [first for first in range(1, layers - pp + 2) if (layers - first) % (pp - 1) == 0]
+        uneven = [first for first in uneven if first <= _UNEVEN * even] or uneven[:1]
+        firsts = [None] * (layers % pp == 0) + [first for first in uneven if first != even] or [None]
+        virtuals += [v for v in range(2, layers // pp + 2) if any(_chunks_divide(layers, pp, f, v) for f in firsts)]
+    for first in firsts:
+        for virtual in virtuals:
+            if virtual is not None and not _chunks_divide(layers, pp, first, virtual):
+                continue
+            for recompute in _RECOMPUTE:
+                yield {
+                    **_ONE,
+                    "tensor_model_parallel_size": tp,
+                    "pipeline_model_parallel_size": pp,
+                    "virtual_pipeline_model_parallel_size": virtual,
+                    "num_layers_in_first_pipeline_stage": first,
+                    "sequence_parallel": tp > 1 and recipe.data.sequence_length % tp == 0,
+                    "use_distributed_optimizer": True,
+                    "overlap_grad_reduce": data > 1,
+                    "overlap_param_gather": data > 1,
+                    "recompute_granularity": recompute,
+                }
+
+
+def _chunks_divide(layers: int, pp: int, first: int | None, virtual: int) -> bool:
+    own = layers // pp if first is None else first
+    rest = own if first is None else (layers - first) // (pp - 1)
+    return own % virtual == 0 and rest % virtual == 0
+
+
+def _try(
+    recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, values: dict[str, Any]
+) -> _Candidate | tuple[float, str]:
+    """Return a layout that fits, or how far from possible it is (bytes missing) and why."""
+    candidate = with_parallel(recipe, **values)
+    try:
+        check_recipe(candidate, gpus)
+    except RecipeError as error:
+        return float("inf"), str(error).splitlines()[0]
+    layout = layout_of(candidate, gpus)
+    memory = tuple(stage_memory(candidate, layout, stage, workload) for stage in range(layout.pipeline))
+    fullest = max(range(layout.pipeline), key=lambda stage: memory[stage].total)
+    if not fits(memory[fullest], gpu):
+        need, usable = memory[fullest].total, usable_bytes(gpu)
+        return need - usable, (
+            f"does not fit: stage {fullest} needs {need / GIB:.1f} GiB, and a plan may use {usable / GIB:.1f};"
+            f" that is with recompute {values['recompute_granularity'] or 'none'}, the leanest"
+        )
+    return _Candidate(candidate, layout, memory, Timer(candidate, layout, gpu, workload))
+
+
+def evaluate(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan:
+    """Return what a recipe's own layout, which ``check_recipe`` accepts, needs and takes."""
+    layout = layout_of(recipe, gpus)
+    memory = tuple(stage_memory(recipe, layout, stage, workload) for stage in range(layout.pipeline))
+    return Plan(recipe, layout, memory, Timer(recipe, layout, gpu, workload).step())

@@ -1,0 +1,300 @@
+"""Time of a step, predicted: operations over what a GPU gets done, bytes over what memory and wires carry.
+
+Matrix products take their operations over the peak times an efficiency (``planning.gpus``); element-wise work its
+bytes over the memory bandwidth; collectives their bytes over NVLink or the network, and a latency. What
+Megatron-Core runs under other work (the reduction of input gradients under weight gradients; gradient reduction and
+parameter gathering under the backward and forward pass) costs what is left over. Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.config.schema import Recipe
+from megavlm.planning.activations import Kernels, kernels_of
+from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
+from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.parameters import learning_elements, padded_vocabulary
+from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.workload import Workload
+from megavlm.training.flops import connector_flops, language_flops, step_flops, vision_flops
+
+_LAUNCHES = 20
+"""Kernels of one layer, forward, at least."""
+_FLASH_BACKWARD = 2.5
+"""Fused attention backward over forward: five products for two, since scores are made again."""
+_HOST_TO_DEVICE = 20e9
+"""Bytes/s of pixels from the host."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one micro-batch through a chunk, on one rank."""
+
+    forward: float
+    backward: float
+    tensor_parallel: float
+    """Part of the two that waits for tensor-parallel collectives."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One step of the job, predicted; seconds."""
+
+    step: float
+    pipeline: float
+    """Forward and backward passes of all micro-batches, with waiting."""
+    bubble: float
+    """Share of the pipeline's time that its ranks wait, 0 to 1."""
+    stage_seconds: tuple[float, ...]
+    """Forward and backward pass of one micro-batch, for each stage."""
+    tensor_parallel: float
+    """Exposed tensor-parallel collectives of the stage that has most, over the step."""
+    p2p: float
+    """One message between stages."""
+    data_parallel: float
+    """Gradient reduction and parameter gathering of the stage that has most, hidden or not."""
+    data_parallel_exposed: float
+    """What of it is not hidden."""
+    optimizer: float
+    """Update of the weights."""
+    mfu: float
+    """Model FLOP/s over the peak of all GPUs, 0 to 1."""
+
+
+class Timer:
+    """Times the parts of a recipe on one kind of GPU.
+
+    Args:
+        recipe: a checked recipe.
+        layout: where it runs.
+        gpu: on what.
+        workload: an average pack.
+    """
+
+    def __init__(self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload) -> None:
+        self.recipe, self.layout, self.gpu, self.workload = recipe, layout, gpu, workload
+        self.kernels: Kernels = kernels_of(recipe)
+        # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
+        self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
+
+    def _gemm(self, flops: float, efficiency: float | None = None) -> float:
+        return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
+
+    def _attention(self, flops: float) -> float:
+        return flops / (self.peak * self.gpu.efficiency.attention)
+
+    def _stream(self, moved: float) -> float:
+        return moved / (self.gpu.bandwidth * self.gpu.efficiency.memory)
+
+    def _tensor_parallel(self, moved: float, count: int) -> float:
+        """Return the seconds of ``count`` all-gathers or reduce-scatters of ``moved`` bytes each, in a node."""
+        tp = self.layout.tensor
+        if tp == 1:
+            return 0.0
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        return count * (moved * (tp - 1) / tp / rate + COLLECTIVE_SECONDS)
+
+    def layer(self) -> Cost:
+        """Return the cost of one language layer."""
+        language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
+        tokens = self.workload.tokens
+        learns = not self.recipe.modules.language.freeze
+        width = language.num_attention_heads * language.kv_channels
+        attention = 2 * width * self.workload.squared_lengths / tp
+        output = 2 * tokens * language.hidden_size * language.vocab_size
+        dense = (language_flops(language, tokens, 0) - output) / language.num_layers / tp
+        local = tokens // tp if self.layout.sequence_parallel else tokens
+        stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
+        rotated = tokens * (width + language.num_query_groups * language.kv_channels) // tp * b
+        # Norms and residuals; rotation; gated activation. Plain torch makes three times the passes over memory.
+        moved = (10 * stream + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b) * (
+            1 if self.kernels.fused else 3
+        )
+        wires = self._tensor_parallel(wide, 4)
+        forward = max(self._gemm(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS)
+        backward = max(
+            self._gemm(dense * (1 + int(learns)))
+            + self._attention(_FLASH_BACKWARD * attention)
+            + 2 * self._stream(moved),
+            2 * _LAUNCHES * KERNEL_SECONDS,
+        )
+        # The reduction of input gradients runs under the product for the weights, where there is one.
+        back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        if self.recipe.parallel.recompute_granularity == "full":
+            backward, back_wires = backward + forward, back_wires + wires
+        elif self.recipe.parallel.recompute_granularity == "selective":
+            backward += self._attention(attention)
+        return Cost(forward + wires, backward + back_wires, wires + back_wires)
+
+    def output(self) -> Cost:
+        """Return the cost of the output layer and the loss."""
+        language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
+        tokens, rows = self.workload.tokens, padded_vocabulary(self.recipe.model.language, self.layout.tensor)
+        learns = not self.recipe.modules.language.freeze
+        product = 2 * tokens * language.hidden_size * rows / tp
+        # The loss in fp32 passes over the logits some ten times forward, three times backward.
+        forward = self._gemm(product) + self._stream(40 * tokens * rows / tp)
+        backward = self._gemm(product * (1 + int(learns))) + self._stream(14 * tokens * rows / tp)
+        wires = self._tensor_parallel(tokens * language.hidden_size * b, 1)
+        return Cost(forward + wires, backward + wires, 2 * wires)
+
+    def vision(self) -> Cost:
+        """Return the cost of tower, connector and embedding."""
+        model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
+        tower, images = model.vision, self.workload.images
+        positions = tower.patches_per_image + int(tower.class_token)
+        attention = images * tower.num_layers * 4 * positions * positions * tower.hidden_size / tp
+        dense = images * vision_flops(tower, 1) / tp - attention
+        stream = images * positions * tower.hidden_size * b
+        moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
+        wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images else 0.0
+        forward = self._gemm(dense, self.gpu.efficiency.tower) + self._attention(attention) + self._stream(moved)
+        forward = max(forward, tower.num_layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
+        backward, back_wires = 0.0, 0.0
+        if not modules.vision.freeze:
+            backward = 2 * forward + self._attention((_FLASH_BACKWARD - 2) * attention)
+            if tower.gradient_checkpointing:
+                backward, back_wires = backward + forward, wires
+        connector = self._gemm(images * connector_flops(model, 1) / tp)
+        queries = model.tokens_per_image * images * model.language.hidden_size * b
+        gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
+        gathered += self._tensor_parallel(queries, 3)
+        wires += gathered if images else 0.0
+        if not (modules.connector.freeze and modules.vision.freeze):
+            backward += connector * (1 + int(not modules.connector.freeze))
+            back_wires += gathered
+        wires += self._tensor_parallel(self.workload.tokens * model.language.hidden_size * b, 2)  # the embedding's sum
+        return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
+
+    def chunk(self, chunk: Chunk) -> Cost:
+        """Return the cost of one micro-batch through a chunk."""
+        layer = self.layer()
+        parts = [Cost(*(chunk.layers * value for value in (layer.forward, layer.backward, layer.tensor_parallel)))]
+        if chunk.first:
+            parts.append(self.vision())
+        if chunk.last:
+            parts.append(self.output())
+        # A weight's gradient is written, read, and added to the fp32 sum.
+        learning = learning_elements(self.recipe, self.layout, chunk)
+        adding = self._stream(learning * (self.kernels.number_bytes + 8))
+        return Cost(
+            sum(part.forward for part in parts),
+            sum(part.backward for part in parts) + adding,
+            sum(part.tensor_parallel for part in parts),
+        )
+
+    def costs(self) -> list[Cost]:
+        """Return the cost of one micro-batch through each chunk, in the model's order."""
+        kinds = {(chunk.layers, chunk.first, chunk.last): chunk for chunk in self.layout.chunks}
+        known = {kind: self.chunk(chunk) for kind, chunk in kinds.items()}
+        return [known[chunk.layers, chunk.first, chunk.last] for chunk in self.layout.chunks]
+
+    def least(self) -> float:
+        """Return a time that no step of this layout stays below: the work of its slowest stage."""
+        costs = [cost.forward + cost.backward for cost in self.costs()]
+        pipeline = self.layout.pipeline
+        return self.layout.microbatches * max(sum(costs[stage::pipeline]) for stage in range(pipeline))
+
+    def p2p(self) -> float:
+        """Return the seconds of one message between stages."""
+        if self.layout.pipeline == 1:
+            return 0.0
+        tokens, tp = self.workload.tokens, self.layout.tensor
+        moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved //= tp if self.layout.sequence_parallel else 1
+        rate = self.gpu.network * self.gpu.efficiency.network
+        if not self.layout.pipeline_crosses_nodes:
+            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        return moved / rate + COLLECTIVE_SECONDS
+
+    def data_parallel(self, stage: int) -> tuple[float, float]:
+        """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
+        data = self.layout.data
+        if data == 1:
+            return 0.0, 0.0
+        learning = self._learning(stage)
+        inside = self.layout.tensor * data <= 8 and self.layout.gpus // self.layout.pipeline <= 8
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        if not inside:
+            cards = self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network
+            rate = min(rate, cards)
+        share = (data - 1) / data / rate
+        if not self.recipe.parallel.use_distributed_optimizer:  # an all-reduce, and nothing to gather
+            return 2 * 4 * learning * share + COLLECTIVE_SECONDS, 0.0
+        gathered = self.kernels.number_bytes * learning * share
+        return 4 * learning * share + COLLECTIVE_SECONDS, gathered + COLLECTIVE_SECONDS
+
+    def _learning(self, stage: int) -> int:
+        return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
+
+    def optimizer(self, stage: int) -> float:
+        """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
+        learning = self._learning(stage)
+        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        # Zeroed whole; the shard is read for the norm, scaled, and updated with masters and moments.
+        return self._stream(4 * learning + shard * (4 + 8 + 16 + 12 + self.kernels.number_bytes))
+
+    def timeline(self, costs: list[Cost], microbatches: int) -> Timeline:
+        """Simulate a step of equal micro-batches."""
+        layout, message = self.layout, self.p2p()
+        forward, backward = [cost.forward for cost in costs], [cost.backward for cost in costs]
+        if layout.virtual is None:
+            # A rank waits while it sends; interleaved, messages go beside the work and only delay the next rank's.
+            forward = [seconds + message for seconds in forward[:-1]] + forward[-1:]
+            backward = backward[:1] + [seconds + message for seconds in backward[1:]]
+            message = 0.0
+        return simulate(
+            [forward] * microbatches,
+            [backward] * microbatches,
+            pipeline=layout.pipeline,
+            virtual=layout.virtual,
+            p2p_seconds=message,
+        )
+
+    def step(self) -> StepTime:
+        """Return the time of a step."""
+        layout, parallel = self.layout, self.recipe.parallel
+        costs = self.costs()
+        pipeline, bubble = self._pipeline(costs)
+        stages = [[costs[chunk.index] for chunk in layout.chunks_of(stage)] for stage in range(layout.pipeline)]
+        exposed, wired = 0.0, 0.0
+        for stage, own in enumerate(stages):
+            reduce, gather = self.data_parallel(stage)
+            wired = max(wired, reduce + gather)
+            left = reduce - sum(c.backward for c in own) * int(parallel.overlap_grad_reduce)
+            left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
+            exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0))
+        update = max(self.optimizer(stage) for stage in range(layout.pipeline))
+        pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
+        step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
+        packs = self.recipe.training.global_batch_size
+        flops = step_flops(
+            self.recipe,
+            packs * self.workload.tokens,
+            round(packs * self.workload.squared_lengths),
+            round(packs * self.workload.images),
+        )
+        return StepTime(
+            step=step,
+            pipeline=pipeline,
+            bubble=bubble,
+            stage_seconds=tuple(sum(c.forward + c.backward for c in own) for own in stages),
+            tensor_parallel=layout.microbatches * max(sum(c.tensor_parallel for c in own) for own in stages),
+            p2p=self.p2p(),
+            data_parallel=wired,
+            data_parallel_exposed=exposed,
+            optimizer=update,
+            mfu=flops / (step * self.peak * layout.gpus),
+        )
+
+    def _pipeline(self, costs: list[Cost]) -> tuple[float, float]:
+        """Return seconds and bubble of the passes; long steps are continued at the pace that they have settled to."""
+        stages, count = self.layout.pipeline, self.layout.microbatches
+        short, long = 3 * stages, 4 * stages
+        if count <= long:
+            line = self.timeline(costs, count)
+            return line.total, line.bubble
+        few, more = self.timeline(costs, short), self.timeline(costs, long)
+        total = more.total + (more.total - few.total) / (long - short) * (count - long)
+        return total, 1 - sum(more.busy) * count / long / (stages * total)

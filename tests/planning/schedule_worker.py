@@ -1,0 +1,78 @@
+"""Runs Megatron-Core's real schedules and writes in which order each rank makes its calls. Run under torchrun.
+
+Arguments: a JSON file with the cases (``pipeline``, ``virtual``, ``microbatches``), and the file to write: for each
+case a list per pipeline rank of [kind, chunk, micro-batch].
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megavlm.parallel.device import prepare_device
+
+prepare_device()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
+
+from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.models.build import unwrap  # noqa: E402
+from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.step import forward_step  # noqa: E402
+
+Call = tuple[str, int, int]
+
+
+def run_case(pipeline: int, virtual: int | None, microbatches: int) -> list[Call]:
+    """Take one forward and backward pass over all micro-batches; return this rank's calls in their order."""
+    parallel = {"pipeline_model_parallel_size": pipeline, "virtual_pipeline_model_parallel_size": virtual}
+    model = {"language": {**tiny_recipe().model.language.__dict__, "num_layers": pipeline * (virtual or 1)}}
+    recipe = tiny_recipe(parallel=parallel, model={"preset": "tiny", **model})
+    calls: list[Call] = []
+    with process_groups(recipe.parallel, recipe.training.seed):
+        chunks = build_training(recipe, IMAGE_TOKEN).chunks
+        packs = random_packs(microbatches)
+        batches = [
+            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+            for pack, pixels in packs
+        ]
+        done = [0] * len(chunks)
+
+        def recorded(iterator: Any, chunk: Any) -> Any:
+            at = unwrap(chunk).vp_stage or 0
+            number, done[at] = done[at], done[at] + 1
+            calls.append(("F", at, number))
+            output, loss = forward_step(iterator, chunk, num_sources=1)
+            output.register_hook(lambda _: calls.append(("B", at, number)))  # as its backward pass begins
+            return output, loss
+
+        get_forward_backward_func()(
+            forward_step_func=recorded,
+            data_iterator=[iter(batches) for _ in chunks] if virtual else iter(batches),
+            model=chunks,
+            num_microbatches=microbatches,
+            seq_length=SEQUENCE_LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        everyone: list[Any] = [None] * pipeline
+        dist.all_gather_object(everyone, calls, group=mpu.get_pipeline_model_parallel_group())
+    return everyone
+
+
+def main() -> None:
+    """Run the cases one after the other."""
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = [run_case(**case) for case in cases]
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
