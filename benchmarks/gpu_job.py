@@ -1,6 +1,7 @@
 """One job of ``gpu_check`` in a process of its own: trains some steps or decodes some images, and writes what it saw.
 
-Arguments: a JSON object with ``kind`` ("train" or "dali") and its settings, and the file to write the result to.
+Arguments: a JSON object with ``kind`` ("train", "attention" or "dali") and its settings, and the file to write the
+result to. A result of ``missing`` says what this machine lacks for the job.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from megavlm.config.errors import RecipeError
 
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
@@ -31,28 +34,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "packs": 2,
         "text": (20, 80),
     },
-    # ViT-L's width and depth in front of a language model of 16 layers: 0.6 billion parameters.
-    "mid": {
-        "model": {
-            "vision": {
-                "preset": "openclip_vit_bigg",
-                "hidden_size": 1024,
-                "num_layers": 24,
-                "ffn_hidden_size": 4096,
-                "num_attention_heads": 16,
-            },
-            "connector": {"preset": "resampler"},
-            "language": {
-                "preset": "qwen_7b",
-                "num_layers": 16,
-                "hidden_size": 1024,
-                "ffn_hidden_size": 2816,
-                "num_attention_heads": 8,
-                "num_query_groups": 8,
-                "kv_channels": 128,
-                "vocab_size": 32000,
-            },
-        },
+    # The 14B: its tower and layers at their full width, and as many layers as fit (job["layers"]). A smaller
+    # vocabulary leaves them the room: a stage in the middle of the pipeline has none.
+    "slice": {
+        "model": {"preset": "codefuse_vl_14b", "language": {"vocab_size": 32768}},
         "sequence_length": 2048,
         "packs": 4,
         "text": (60, 300),
@@ -73,10 +58,15 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
     from megavlm.models.registry import expand_presets
 
     size = SIZES[job["size"]]
+    model = dict(size["model"])
+    if "layers" in job:
+        model["language"] = {**model.get("language", {}), "num_layers": job["layers"]}
     tree = {
         "output_dir": "unused",
-        "model": size["model"],
+        "model": model,
         "parallel": {"transformer_impl": job["impl"]},
+        "engine": job.get("engine", {}),
+        "modules": {"vision": {"freeze": job.get("freeze_vision", False)}},
         "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": size["sequence_length"]},
         "optimizer": {"lr": 1e-4, "weight_decay": 0.1, "schedule": "constant"},
         "training": {"train_steps": 1000, "global_batch_size": size["packs"], "precision": job["precision"]},
@@ -141,6 +131,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     prepare_device()
     import torch
 
+    from megavlm.config.checks import check_recipe
+    from megavlm.parallel.engine import check_machine, this_machine
     from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
     from megavlm.training.step import train_step
@@ -149,10 +141,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     recipe = make_recipe(job)
+    check_recipe(recipe, 1)
+    check_machine(recipe, this_machine())
     image_token = recipe.model.language.vocab_size - 1
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, image_token)
-        parameters = fill_weights(training)
+        if job.get("own_weights"):
+            parameters = sum(p.numel() for p in training.modules[0].parameters())
+        else:
+            parameters = fill_weights(training)
         steps = make_batches(recipe, job, image_token)
         losses, norms, seconds = [], [], []
         for number in range(job["steps"]):
@@ -164,18 +161,79 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
             losses.append(result.loss)
             norms.append(result.grad_norm)
-    timed = seconds[job["warmup"] :]
-    step = float(np.median(timed))
+    step = float(np.median(seconds[job["warmup"] :]))
+    counts = _counts(steps)
     return {
         "device": "cuda" if has_cuda() else "cpu",
         "parameters": parameters,
+        "layers": recipe.model.language.num_layers,
         "losses": losses,
         "grad_norms": norms,
         "step_ms": 1e3 * step,
-        "tokens_per_s": SIZES[job["size"]]["packs"] * SIZES[job["size"]]["sequence_length"] / step,
-        "images_per_step": float(np.mean([sum(b.num_images for b in step_batches) for step_batches in steps])),
+        "tokens_per_s": counts["tokens"] / step,
+        "images_per_s": counts["images"] / step,
+        "images_per_step": counts["images"],
+        **_use(recipe, counts, step),
         "peak_gib": max_memory_gib(),
+        **predicted(recipe, counts),
     }
+
+
+def _counts(steps: list[list[Any]]) -> dict[str, float]:
+    """Return tokens, squared segment lengths and images of a step on average, and images of the fullest pack."""
+    packs = [batch for step in steps for batch in step]
+    lengths = [batch.packed_seq_params.cu_seqlens_q.diff().double() for batch in packs]
+    real = [part[batch.segment_sources >= 0] for part, batch in zip(lengths, packs, strict=True)]
+    return {
+        "tokens": float(sum(part.sum() for part in real)) / len(steps),
+        "squares": float(sum(part.square().sum() for part in real)) / len(steps),
+        "images": sum(batch.num_images for batch in packs) / len(steps),
+        "samples_per_pack": sum(part.numel() for part in real) / len(packs),
+        "most_images": max(batch.num_images for batch in packs),
+    }
+
+
+def _use(recipe: Recipe, counts: dict[str, float], step: float) -> dict[str, float | None]:
+    """Return FLOP/s of the model, as a share of the device's peaks where these are known."""
+    from megavlm.parallel.device import peak_flops
+    from megavlm.training.flops import step_flops
+
+    rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), round(counts["images"])) / step
+    bf16, fp8 = peak_flops("bf16"), peak_flops("fp8")
+    return {
+        "model_tflops": rate / 1e12,
+        "mfu": rate / bf16 if bf16 else None,
+        "mfu_fp8_peak": rate / fp8 if fp8 and recipe.engine.fp8 else None,
+    }
+
+
+# Names of torch, and what the planner calls the GPU.
+_PLANNED = {"NVIDIA A100-SXM4-80GB": "a100-80g", "NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H200": "h200-141g"}
+
+
+def predicted(recipe: Recipe, counts: dict[str, float]) -> dict[str, Any]:
+    """Return what the planner says of this job: the bytes of its tensors, and its step where it knows the GPU."""
+    import torch
+
+    from megavlm.planning.gpus import GPUS
+    from megavlm.planning.memory import predict
+    from megavlm.planning.search import evaluate
+    from megavlm.planning.workload import assume_workload
+
+    packs = recipe.training.global_batch_size
+    load = {
+        "images_per_pack": counts["images"] / packs,
+        "samples_per_pack": counts["samples_per_pack"],
+        "most_images": int(counts["most_images"]),
+    }
+    (memory,) = predict(recipe, 1, **load)  # type: ignore[arg-type]
+    result: dict[str, Any] = {"predicted_gib": memory.tensors / 2**30, "predicted_step_ms": None}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    known = next((own for start, own in _PLANNED.items() if name.startswith(start)), None)
+    if known is not None:
+        plan = evaluate(recipe, 1, GPUS[known], assume_workload(recipe, **load))  # type: ignore[arg-type]
+        result["predicted_step_ms"] = 1e3 * plan.time.step
+    return result
 
 
 def dali(job: dict[str, Any]) -> dict[str, Any]:
@@ -213,8 +271,14 @@ def dali(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the job."""
+    from gpu_attention import attention
+
     job = json.loads(sys.argv[1])
-    result = {"train": train, "dali": dali}[job["kind"]](job)
+    kinds = {"train": train, "attention": attention, "dali": dali}
+    try:
+        result = kinds[job["kind"]](job)
+    except RecipeError as error:  # the machine or the model cannot do what the job asks
+        result = {"missing": str(error).splitlines()[0]}
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -48,7 +48,7 @@ def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml:
     return path
 
 
-def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None) -> None:
+def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
     """Load a checkpoint at this run's layout, whatever layout it was saved at; a collective over all ranks.
 
     Args:
@@ -57,12 +57,15 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
         optimizer: also load its state; None loads weights alone.
         scheduler: also load its state.
 
+    Returns:
+        The weights as they are stored, per chunk: what FP8 weights round.
+
     Raises:
         ValueError: the checkpoint is of another model, a file is damaged, or is a pickle that would run code.
     """
     metadata = read_metadata(path)
     check_files(path)
-    state = {name: _tensors(entries) for name, entries in model_state(modules).items()}
+    state = model_state(modules)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     entries = list(nested_values(state))
@@ -84,15 +87,13 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
     logger.info("loaded %s", path)
+    if optimizer is not None and any(_scales_are_history(module) for module in modules):
+        logger.info("delayed FP8 scales are not in checkpoints: their history starts anew at scale 1")
+    return {name: loaded[name] for name in state if name.startswith("model")}
 
 
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is no tensor: extra state of layers, such as Transformer Engine's scales for FP8.
-
-    It is stored as pickles, which would be run; a converted checkpoint has none, and a layer without it starts as a
-    new one does.
-    """
-    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
+def _scales_are_history(module: Any) -> bool:
+    return module.config.fp8 is not None and module.config.fp8_recipe == "delayed"
 
 
 def load_reader_state(path: Path, world_size: int) -> Any:

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
@@ -203,6 +204,7 @@ class Saver:
             tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=dict(METADATA))
             tensors["scheduler"] = state.scheduler.state_dict()
         tensors["content_metadata"] = dict(METADATA)
+        force_all_tensors_to_non_fp8(tensors)  # a checkpoint says nothing of the kernels that it was trained with
         sharded, common = save_preprocess(tensors, True)
         with _removed_on_error(partial), agreed(f"saving {final.name}"):
             _write_small(partial, state, common)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.models import registry
@@ -55,11 +55,19 @@ class Slot:
 
 
 def model_state(modules: Sequence[Any]) -> dict[str, Any]:
-    """Return the sharded state of a rank's bare chunks, named as Megatron-Core's optimizer expects."""
+    """Return the sharded tensors of a rank's bare chunks, named as Megatron-Core's optimizer expects.
+
+    What is no tensor is left out: extra state of layers, such as Transformer Engine's scales for delayed FP8. It is a
+    pickle, which loading would have to run; a layer without it starts as a new one does (docs/precision.md).
+    """
     metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     if len(modules) == 1:
-        return {"model": modules[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+        return {"model": _tensors(modules[0].sharded_state_dict(metadata=metadata))}
+    return {f"model{i}": _tensors(module.sharded_state_dict(metadata=metadata)) for i, module in enumerate(modules)}
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
 
 
 def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:

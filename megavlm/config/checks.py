@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import DataSource, Recipe
 
@@ -31,6 +32,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
+        engine_rules,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:

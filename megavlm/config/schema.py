@@ -185,6 +185,54 @@ class ParallelConfig:
 
 
 @_config
+class EngineConfig:
+    """Number formats and kernels: FP8, communication overlap, fusions (docs/precision.md)."""
+
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Multiply matrices in FP8: hybrid (E4M3, gradients E5M2), e4m3 for all, or null for none. Needs
+    training.precision bf16, Transformer Engine and a GPU of compute capability 8.9 or more."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 values are scaled: by the largest value of past steps (delayed), of the tensor itself (tensorwise, also
+    called current scaling), of each block of 128 (blockwise: Hopper, CUDA 12.9), of each 32 (mxfp8: Blackwell)."""
+    fp8_margin: int = Field(default=0, ge=0)
+    """With delayed: powers of two that scales stay below the largest value that FP8 holds."""
+    fp8_amax_history_len: int = Field(default=1024, gt=0)
+    """With delayed: steps whose largest values are remembered."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """With delayed: take the largest of these values, or the last one."""
+    fp8_wgrad: bool = True
+    """With delayed: also compute the gradients of weights in FP8 (the others always do)."""
+    fp8_param_gather: bool = False
+    """Keep the weights of FP8 layers in FP8 and gather them so between data-parallel ranks; the fp32 masters stay.
+    Needs parallel.use_distributed_optimizer; not with mxfp8."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers of the language model in BF16; not with delayed."""
+    num_layers_at_start_in_bf16: int = Field(default=1, ge=0)
+    """With first_last_layers_bf16: how many at the start."""
+    num_layers_at_end_in_bf16: int = Field(default=1, ge=0)
+    """With first_last_layers_bf16: how many at the end."""
+    vision_bf16: bool = True
+    """Keep the vision tower in BF16 though the language model computes in FP8."""
+    connector_bf16: bool = True
+    """Keep the connector in BF16 though the language model computes in FP8."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication of the language model with its matrix products (Transformer Engine's user
+    buffers); needs TP > 1 on one node, and parallel.sequence_parallel."""
+    bias_activation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Fused activation of the language model's MLP; auto: on a GPU."""
+    bias_dropout_fusion: Literal["auto", "on", "off"] = "auto"
+    """Fused bias and residual sum; auto: on a GPU."""
+    apply_rope_fusion: Literal["auto", "on", "off"] = "auto"
+    """Transformer Engine's rotary kernel; auto: with Transformer Engine's layers."""
+    gradient_accumulation_fusion: Literal["auto", "on", "off"] = "auto"
+    """Add weight gradients to their fp32 sums inside the matrix product; needs NVIDIA Apex; auto: where it is built."""
+    cross_entropy_loss_fusion: Literal["auto", "on", "off"] = "auto"
+    """Fused loss; auto: on a GPU, in bf16."""
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+    """Whose fused loss: Megatron-Core's or Transformer Engine's."""
+
+
+@_config
 class DataSource:
     """One data set of a blend."""
 
@@ -392,3 +440,5 @@ class Recipe:
     """Logs."""
     loss: LossConfig = Field(default_factory=LossConfig)
     """The loss."""
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    """Number formats and kernels."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
+from megavlm.config.engine import for_inference
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
@@ -74,7 +75,7 @@ def _load_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
     The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
     """
     path = resolve(args.checkpoint)
-    recipe = load_recipe(path / "recipe.yaml", args.overrides, expand_presets)
+    recipe = for_inference(load_recipe(path / "recipe.yaml", args.overrides, expand_presets))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_recipe(recipe, world)
     for name, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):

@@ -26,6 +26,7 @@ from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.source import Source
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
+from megavlm.config.engine import for_inference
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
@@ -102,7 +103,7 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     if not (path / "recipe.yaml").is_file():
         raise ValueError(f"{path}: holds parts of a model only; compose a whole one with hf_to_megatron --language ...")
     always = ["training.precision=fp32", f"training.global_batch_size={_ANY_LAYOUT}"]
-    recipe = load_recipe(path / "recipe.yaml", [*always, *overrides], expand_presets)
+    recipe = for_inference(load_recipe(path / "recipe.yaml", [*always, *overrides], expand_presets))
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)

@@ -30,6 +30,7 @@ def build_context(recipe: Recipe) -> BuildContext:
         parallel=recipe.parallel,
         dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
         transformer_engine=use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision),
+        engine=recipe.engine,
     )
 
 

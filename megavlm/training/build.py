@@ -60,6 +60,7 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_param_gather=recipe.engine.fp8_param_gather,
     )
     wrapped = [
         # As Megatron-LM does it: buckets, and so overlap, for the first chunk only.

@@ -250,9 +250,11 @@ class Trainer:
                 _check_same_model(path, self.recipe)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
-            checkpoint.load(path, modules=training.modules)
+            weights = checkpoint.load(path, modules=training.modules)
             self.parent = path
-            training.optimizer.reload_model_params()
+            # The fp32 masters of weights in FP8 come from the checkpoint, not from what rounding has left.
+            exact = {"state_dict": weights} if self.recipe.engine.fp8_param_gather else {}
+            training.optimizer.reload_model_params(**exact)
         return Progress(), None
 
     def _open_feed(self, decoder: Any, state: Any) -> Feed:

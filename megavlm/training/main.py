@@ -28,6 +28,7 @@ def run(recipe: Recipe) -> int:
     check_output(recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
+    from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
@@ -35,7 +36,12 @@ def run(recipe: Recipe) -> int:
 
     check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
-    with contextlib.ExitStack() as leaving, process_groups(recipe.parallel, recipe.training.seed):
+    check_machine(recipe, this_machine())
+    with (
+        contextlib.ExitStack() as leaving,
+        process_groups(recipe.parallel, recipe.training.seed),
+        user_buffers(recipe),
+    ):
         configure_logging()
         trainer = Trainer(recipe, tokenizer)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.

@@ -137,6 +137,10 @@ class Metrics:
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None:
             values["mfu"] = flops / seconds / (peak * dist.get_world_size())
+        # MFU is of the bf16 peak, in FP8 too, so that it can be compared; this is of the FP8 peak.
+        fast = peak_flops("fp8") if self.recipe.engine.fp8 is not None else None
+        if fast is not None:
+            values["mfu_fp8_peak"] = flops / seconds / (fast * dist.get_world_size())
         progress = self.progress
         progress.tokens += int(tokens)
         progress.padding_tokens += int(padding)
@@ -249,6 +253,7 @@ _TAGS = {
     "slowest_rank": "slowest_rank/rank",
     "slowest_rank_seconds": "slowest_rank/compute_seconds",
     "slowest_rank_ratio": "slowest_rank/ratio_to_its_stage",
+    "mfu_fp8_peak": "speed/mfu_fp8_peak",
     "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
     "skipped_steps": "optimizer/skipped_steps",
     "skipped_samples": "data/skipped/total",

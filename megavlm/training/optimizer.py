@@ -89,6 +89,7 @@ def build_optimizer(recipe: Recipe, chunks: Sequence[MegatronModule]) -> Megatro
         bf16=recipe.training.precision == "bf16",
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
+        fp8_recipe=recipe.engine.fp8_recipe if recipe.engine.fp8 is not None else None,
     )
     return get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(recipe))
 

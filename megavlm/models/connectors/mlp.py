@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.config.schema import ModelConfig
 from megavlm.models.context import BuildContext
+from megavlm.parallel.linear import column_linear, row_linear
 
 
 class MLPConnector(MegatronModule):
@@ -31,7 +32,7 @@ class MLPConnector(MegatronModule):
             hidden_size=embed,
             num_attention_heads=model.language.num_attention_heads,
             init_method_std=model.connector.init_method_std,
-            **context.transformer_settings(),
+            **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
         depth = _depth(model.connector.preset)
@@ -40,29 +41,20 @@ class MLPConnector(MegatronModule):
             size_in = width if i == 0 else embed
             if i % 2 == 0:
                 layers.append(
-                    ColumnParallelLinear(
+                    column_linear(
                         size_in, embed, config=config, init_method=config.init_method, gather_output=i == depth - 1
                     )
                 )
             else:
-                layers.append(
-                    RowParallelLinear(
-                        size_in,
-                        embed,
-                        config=config,
-                        init_method=config.init_method,
-                        bias=True,
-                        input_is_parallel=True,
-                        skip_bias_add=False,
-                    )
-                )
+                layers.append(row_linear(size_in, embed, config=config, init_method=config.init_method))
         self.layers = nn.ModuleList(layers)
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
         x = features_PNW
-        for i, layer in enumerate(self.layers):
-            x = layer(x if i == 0 else F.gelu(x))[0]
+        with get_fp8_context(self.config):  # nothing in bf16
+            for i, layer in enumerate(self.layers):
+                x = layer(x if i == 0 else F.gelu(x))[0]
         return x
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -19,6 +19,7 @@ from torch import Tensor
 from megavlm.config.schema import ModelConfig
 from megavlm.models.context import BuildContext
 from megavlm.models.positions import resize_table, sincos_table
+from megavlm.parallel.linear import column_linear, row_linear
 from megavlm.parallel.specs import layer_modules
 
 
@@ -40,15 +41,15 @@ class Resampler(MegatronModule):
             normalization="LayerNorm",
             layernorm_epsilon=model.vision.layernorm_epsilon,
             init_method_std=connector.init_method_std,
-            **context.transformer_settings(),
+            **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
         self.grid = model.vision.image_size // model.vision.patch_size
         self.head_dim = connector.head_dim
         dtype, side = context.dtype, math.isqrt(connector.num_queries)
 
-        def column(size_in: int, size_out: int, *, bias: bool, gather: bool) -> ColumnParallelLinear:
-            return ColumnParallelLinear(
+        def column(size_in: int, size_out: int, *, bias: bool, gather: bool) -> torch.nn.Module:
+            return column_linear(
                 size_in, size_out, config=config, init_method=config.init_method, bias=bias, gather_output=gather
             )
 
@@ -69,17 +70,9 @@ class Resampler(MegatronModule):
             attn_mask_type=AttnMaskType.no_mask,
             attention_type="cross",
         )
-        self.out_proj = RowParallelLinear(
-            embed,
-            embed,
-            config=config,
-            init_method=config.init_method,
-            bias=True,
-            input_is_parallel=True,
-            skip_bias_add=False,
-        )
+        self.out_proj = row_linear(embed, embed, config=config, init_method=config.init_method)
         self.ln_post = modules.norm(config=config, hidden_size=embed, eps=config.layernorm_epsilon)
-        self.proj = ColumnParallelLinear(
+        self.proj = column_linear(
             embed,
             embed,
             config=config,
@@ -94,6 +87,10 @@ class Resampler(MegatronModule):
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [Q, N, E] image tokens of [P, N, W] patch features."""
+        with get_fp8_context(self.config):  # nothing in bf16
+            return self._resample(features_PNW)
+
+    def _resample(self, features_PNW: Tensor) -> Tensor:
         images = features_PNW.size(1)
         x_PNE = features_PNW if self.kv_proj is None else self.kv_proj(features_PNW)[0]
         x_PNE = self.ln_kv(x_PNE)

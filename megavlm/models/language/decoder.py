@@ -26,6 +26,7 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
     parallel = context.parallel
     virtual = parallel.virtual_pipeline_model_parallel_size
     full = parallel.recompute_granularity == "full"
+    shared = context.transformer_settings("language")
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -53,12 +54,9 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
-        bias_activation_fusion=has_cuda(),
         # Megatron's name for "the activation that the layer spec brings", which is ours: parallel/activation.py.
-        use_te_activation_func=not has_cuda(),
-        apply_rope_fusion=context.transformer_engine,
-        cross_entropy_loss_fusion=False,
-        **context.transformer_settings(),
+        use_te_activation_func=not has_cuda() and not shared["bias_activation_fusion"],
+        **shared,
     )
 
 

@@ -44,7 +44,7 @@ def transformer_config(vision: VisionConfig, context: BuildContext) -> Transform
         add_qkv_bias=True,
         init_method_std=vision.init_method_std,
         **(recompute if vision.gradient_checkpointing else {}),
-        **context.transformer_settings(),
+        **context.transformer_settings("vision"),
     )
 
 

@@ -1,0 +1,125 @@
+"""One job of ``gpu_check``: core attention on the device, packed and not, against fp32 arithmetic on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Name, causal, segment lengths of a pack (None: not packed), key/value heads.
+CASES: tuple[tuple[str, bool, tuple[int, ...] | None, int], ...] = (
+    ("causal", True, None, 8),
+    ("causal, grouped keys", True, None, 2),
+    ("full", False, None, 8),
+    ("packed causal", True, (64, 1, 100, 91), 8),
+    ("packed causal, grouped keys", True, (128, 128), 2),
+)
+POSITIONS, HEADS, WIDTH = 256, 8, 64
+
+
+def attention(job: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest difference of outputs and of gradients for each case, relative to the largest value."""
+    from megavlm.parallel.device import has_cuda, prepare_device
+
+    prepare_device()
+    import torch
+
+    from megavlm.config.schema import ParallelConfig
+    from megavlm.parallel.state import process_groups
+
+    found = {}
+    with process_groups(ParallelConfig(), 1):
+        for number, (name, causal, lengths, groups) in enumerate(CASES):
+            found[name] = _compare(job["impl"], causal, lengths, groups, seed=number)
+    return {"device": "cuda" if has_cuda() else "cpu", "cases": found, "dtype": str(torch.bfloat16)}
+
+
+def _compare(impl: str, causal: bool, lengths: tuple[int, ...] | None, groups: int, seed: int) -> dict[str, float]:
+    import torch
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megavlm.parallel.device import local_device
+    from megavlm.parallel.specs import layer_modules
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * WIDTH,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        kv_channels=WIDTH,
+        attention_dropout=0.0,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+    )
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    if lengths is not None and causal:
+        mask = AttnMaskType.padding_causal
+    core = build_module(
+        layer_modules(transformer_engine=impl == "transformer_engine", causal=causal).core_attention,
+        config=config,
+        layer_number=1,
+        attn_mask_type=mask,
+        attention_type="self",
+    )
+    torch.manual_seed(seed)
+    shape = (POSITIONS,) if lengths is not None else (POSITIONS, 2)
+    q, k, v = (torch.randn(*shape, heads, WIDTH).bfloat16() for heads in (HEADS, groups, groups))
+    weight = torch.randn(*shape, HEADS * WIDTH)
+    ours = [x.to(local_device()).requires_grad_() for x in (q, k, v)]
+    output = core(*ours, None, attn_mask_type=mask, packed_seq_params=_packed(lengths))
+    output = output.reshape(weight.shape)
+    output.float().mul(weight.to(output.device)).sum().backward()
+    plain = [x.float().requires_grad_() for x in (q, k, v)]
+    expected = _exact(*plain, causal, lengths)
+    expected.mul(weight).sum().backward()
+    pairs = [(one.grad, other.grad) for one, other in zip(ours, plain, strict=True)]
+    return {
+        "output": _apart(output, expected),
+        "gradient": max(_apart(one, other) for one, other in pairs),
+    }
+
+
+def _packed(lengths: tuple[int, ...] | None) -> Any:
+    if lengths is None:
+        return None
+    import torch
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megavlm.parallel.device import local_device
+
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(local_device())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def _exact(q: Any, k: Any, v: Any, causal: bool, lengths: tuple[int, ...] | None) -> Any:
+    """Softmax of the scores, written out: every segment of a pack alone, every sample of a batch alone."""
+    import torch
+
+    if lengths is None:
+        parts = [_one(q[:, b], k[:, b], v[:, b], causal) for b in range(q.size(1))]
+        return torch.stack(parts, dim=1)
+    parts = [_one(*part, causal) for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)]
+    return torch.cat(parts)
+
+
+def _one(q: Any, k: Any, v: Any, causal: bool) -> Any:
+    """[S, N, D] and [S, G, D] to [S, N * D]."""
+    import torch
+
+    repeat = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = torch.einsum("snd,tnd->nst", q, k) / q.size(-1) ** 0.5
+    if causal:
+        scores = scores + torch.full(scores.shape[1:], float("-inf")).triu(1)
+    return torch.einsum("nst,tnd->snd", scores.softmax(-1), v).flatten(1)
+
+
+def _apart(ours: Any, expected: Any) -> float:
+    difference = (ours.detach().float().cpu() - expected.detach().float()).abs().max()
+    return float(difference / expected.detach().abs().max())

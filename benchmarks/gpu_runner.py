@@ -1,0 +1,201 @@
+"""Runs the jobs of ``gpu_check``, each in a process of its own and all within a limit, and writes what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = Path(__file__).resolve().parent / "gpu_job.py"
+LEAST_SECONDS = 15.0
+"""A job is not started with less time than this left."""
+
+Job = dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """What became of a job."""
+
+    result: dict[str, Any] | None
+    error: str = ""
+    """The last line of the error."""
+    log: str = ""
+    """The end of its output."""
+    skipped: bool = False
+    """It was not run, as time was up or the machine lacks something."""
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    name: str
+    status: str
+    """ok, failed, or not run."""
+    detail: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    """The numbers of the line, for the JSON file."""
+
+
+class Runner:
+    """Runs jobs, each once, and remembers what came out.
+
+    Args:
+        timeout: seconds that a job may take.
+        on_cpu: hide the GPU from every job.
+        limit: seconds that all jobs together may take; what is left over is not run.
+    """
+
+    def __init__(self, timeout: float, *, on_cpu: bool, limit: float = 460.0) -> None:
+        self.timeout, self.on_cpu = timeout, on_cpu
+        self.outcomes: dict[str, Outcome] = {}
+        self._deadline = time.monotonic() + limit
+        self._known: dict[str, Outcome] = {}
+
+    def __call__(self, name: str, job: Job) -> Outcome:
+        """Run ``job`` (see gpu_job.py), or return what it gave before."""
+        key = json.dumps(job)
+        if key not in self._known:
+            left = self._deadline - time.monotonic()
+            if left < LEAST_SECONDS:
+                outcome = Outcome(None, "the time for the whole check is up (--limit)", skipped=True)
+            else:
+                print(f"running: {name}", file=sys.stderr, flush=True)
+                start = time.perf_counter()
+                outcome = self._run(job, min(self.timeout, left))
+                print(f"  {time.perf_counter() - start:.0f} s {outcome.error}", file=sys.stderr, flush=True)
+            self._known[key] = self.outcomes[name] = outcome
+        return self._known[key]
+
+    def _run(self, job: Job, timeout: float) -> Outcome:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        # One process: neither a job that started us nor an odd host name may matter.
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            env.pop(name, None)
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if self.on_cpu or job.get("device") == "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "result.json"
+            command = [sys.executable, str(JOB), json.dumps(job), str(out)]
+            try:
+                process = subprocess.run(
+                    command,
+                    env=env,
+                    cwd=ROOT,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    timeout=timeout,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                output = error.stdout or b""
+                text = output.decode(errors="replace") if isinstance(output, bytes) else output
+                return Outcome(None, f"took longer than {timeout:.0f} s", text[-4000:])
+            if process.returncode == 0 and out.exists():
+                result = json.loads(out.read_text())
+                if "missing" in result:
+                    return Outcome(None, result["missing"].replace("|", "/"), skipped=True)
+                return Outcome(result)
+            return Outcome(None, _last_error(process.stdout, process.returncode), process.stdout[-4000:])
+
+
+def _last_error(output: str, code: int) -> str:
+    """Return the line that names the exception, or the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Exit"))]
+    text = (named or lines or ["no output"])[-1][:200]
+    return f"exit code {code}: {text}".replace("|", "/")
+
+
+def environment() -> list[tuple[str, str]]:
+    """Return what this machine has."""
+    import torch
+
+    rows = []
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        device = f"{torch.cuda.device_count()} x {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"
+        rows = [("device", device), ("driver", _driver())]
+        nccl = torch.cuda.nccl.version()
+        rows.append(("CUDA of torch", str(torch.version.cuda)))
+        rows.append(("cuDNN", str(torch.backends.cudnn.version())))
+        rows.append(("NCCL", ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)))
+    else:
+        rows = [("device", "CPU (dry run)")]
+    rows.append(("Python", platform.python_version()))
+    for label, names in {
+        "torch": ["torch"],
+        "megatron-core": ["megatron-core"],
+        "Transformer Engine": ["transformer-engine", "transformer-engine-cu13", "transformer-engine-cu12"],
+        "Apex": ["apex"],
+        "flash-attn": ["flash-attn"],
+        "DALI": ["nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"],
+    }.items():
+        rows.append((label, _version(names)))
+    return rows
+
+
+def _version(names: list[str]) -> str:
+    for name in names:
+        try:
+            return f"{version(name)} ({name})" if len(names) > 1 else version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return output.strip().splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown (no nvidia-smi)"
+
+
+def installed(module: str) -> bool:
+    """Whether ``module`` could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
+
+
+def markdown(rows: list[Row], machine: list[tuple[str, str]], run: Runner, seconds: float) -> str:
+    """Return the report."""
+    lines = ["# GPU check", "", f"`make gpu-check`, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in machine)]
+    lines += ["", "| check | result | |", "|---|---|---|"]
+    lines += [f"| {row.name} | {row.status} | {row.detail} |" for row in rows]
+    for name, outcome in run.outcomes.items():
+        if outcome.result is None and not outcome.skipped:
+            lines += ["", f"## Output of the failed job: {name}", "", "```", outcome.log.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: list[Row], machine: list[tuple[str, str]], run: Runner, seconds: float) -> str:
+    """Return the same as JSON, with every job's own result."""
+    tree = {
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(seconds, 1),
+        "machine": dict(machine),
+        "rows": [asdict(row) for row in rows],
+        "jobs": {name: outcome.result or {"error": outcome.error} for name, outcome in run.outcomes.items()},
+    }
+    return json.dumps(tree, indent=1) + "\n"
