@@ -8,6 +8,7 @@ import pytest
 
 from megavlm.config import yaml12
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+from megavlm.models.registry import expand_presets
 
 
 def test_values_of_presets_file_and_overrides(load):
@@ -173,7 +174,6 @@ def test_absent_recipes(refused, tmp_path):
 
 
 def test_the_shipped_recipes_load(tmp_path, monkeypatch):
-    from megavlm.models.registry import expand_presets
 
     monkeypatch.chdir(tmp_path)
     assert {"quickstart", "qwen_vl_7b/sft", "codefuse_vl_14b/align"} <= set(shipped_recipes())
