@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train | prepare | convert | plan | eval | doctor | quickstart``.
+"""The command line: ``megavlm train | prepare | convert | plan | eval | generate | chat | doctor | quickstart``.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -32,6 +32,8 @@ _MODULES = {
     ),
     "plan": ("megavlm.planning.main", "pick the layout for a number of GPUs, and predict memory and time"),
     "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
+    "generate": ("megavlm.inference.main", "answer one prompt, with pictures"),
+    "chat": ("megavlm.inference.chat", "talk with a checkpoint: several turns and pictures"),
     "doctor": ("megavlm.training.doctor", "read a run's directory and say what happened"),
     "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
 }

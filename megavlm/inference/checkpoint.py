@@ -1,0 +1,68 @@
+"""Which recipe answers: the one that made the checkpoint, with the user's overrides, at this job's layout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megavlm.checkpoint.paths import resolve
+from megavlm.config.checks import check_recipe
+from megavlm.config.engine import for_inference
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
+from megavlm.inference.sampling import Sampling
+from megavlm.models.registry import expand_presets
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model answers, and at which layout."""
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a step-... directory, or a run's output_dir"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the checkpoint's recipe, such as parallel.*"
+    )
+    parser.add_argument("--context", type=int, help="longest prompt with its answer, in tokens (default: the model's)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add how answers are made."""
+    own = parser.add_argument_group("answers")
+    own.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default {max_new_tokens}")
+    own.add_argument("--temperature", type=float, default=0.0, help="0 takes the best token (default)")
+    own.add_argument("--top-k", type=int, default=0, help="choose among the best k; 0 for all (default)")
+    own.add_argument("--top-p", type=float, default=1.0, help="choose among the best with this sum of probability")
+    own.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes repetition rarer")
+    own.add_argument("--seed", type=int, default=0, help="of the draws")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return what :func:`add_sampling_arguments` asked for.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    return Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+
+
+def model_of(args: argparse.Namespace) -> tuple[Recipe, Path, Tokenizer]:
+    """Return recipe, checkpoint and tokenizer that :func:`add_model_arguments` asked for.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the recipe does not fit this job.
+    """
+    path = resolve(args.checkpoint)
+    recipe = for_inference(load_recipe(path / "recipe.yaml", args.overrides, expand_presets))
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    if args.context is not None and args.context < 1:
+        raise ValueError(f"--context must be at least 1, not {args.context}")
+    recipe = with_tokenizer(recipe, path)
+    assert recipe.data.tokenizer is not None
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    check_vocabulary(recipe, tokenizer)
+    return recipe, path, tokenizer

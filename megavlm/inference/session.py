@@ -1,0 +1,233 @@
+"""A loaded checkpoint that answers conversations, at this job's layout.
+
+Rank 0 asks, and every rank of the job takes part in the answer: :meth:`Session.answers` is a collective, and what rank
+0 passes is handed to the others. A job that talks has one data-parallel replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megavlm.checkpoint.distributed import load
+from megavlm.config.errors import RecipeError
+from megavlm.config.schema import Recipe
+from megavlm.data.chat import encode_prompt
+from megavlm.data.decode import make_decoder
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.inference.generate import generating
+from megavlm.inference.prompt import Prompt
+from megavlm.inference.sampling import Sampling
+from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer, process_groups
+
+_BROKEN = "\ufffd"
+_STEP = 64
+"""Packs of prompts are a multiple of this long, so that memory is used again."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation that waits for an answer."""
+
+    turns: tuple[Turn, ...]
+    """Up to the user's last turn; images are :data:`IMAGE_PLACEHOLDER`."""
+    images: tuple[bytes, ...] = ()
+    """The image files, in the order of their placeholders."""
+
+    def __post_init__(self) -> None:
+        """Check that images and placeholders match.
+
+        Raises:
+            ValueError: they do not.
+        """
+        places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in self.turns)
+        if places != len(self.images):
+            raise ValueError(f"the prompt shows {places} image(s), {len(self.images)} are given")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step added to an answer."""
+
+    text: str
+    """New text; may be empty while a character is incomplete."""
+    tokens: int
+    """Tokens of the answer so far."""
+    finish: str | None = None
+    """With the last piece: ``stop`` (the model ended the answer) or ``length``."""
+
+
+class Session:
+    """A model that answers.
+
+    Args:
+        recipe: of the checkpoint, at this job's layout.
+        tokenizer: its tokenizer.
+        chunks: the model chunks of this rank, with weights.
+        context: longest prompt with its answer, in tokens.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, chunks: Sequence[Any], context: int) -> None:
+        self.recipe, self.tokenizer, self.chunks, self.context = recipe, tokenizer, chunks, context
+        self._decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
+        parallel = recipe.parallel
+        self._multiple = max(_STEP, parallel.tensor_model_parallel_size)
+
+    def cut(self, asked: Asked, max_new_tokens: int) -> tuple[Asked, Any]:
+        """Return the conversation without the oldest exchanges that do not fit the context, and its [T] tokens.
+
+        Raises:
+            ValueError: the last turn alone does not fit, or a text holds control tokens.
+        """
+        while True:
+            tokens = encode_prompt(
+                asked.turns, self.tokenizer, self.recipe.model.tokens_per_image, self.recipe.data.system_message
+            )
+            if len(tokens) + max_new_tokens <= self.context:
+                return asked, tokens
+            first = 1 if asked.turns[0].role == "system" else 0
+            nexts = [i for i in range(first + 1, len(asked.turns)) if asked.turns[i].role == "user"]
+            if not nexts:
+                raise ValueError(
+                    f"prompt and answer ({max_new_tokens} tokens) take {len(tokens) + max_new_tokens} positions, "
+                    f"the context has {self.context}; shorten it, lower max_new_tokens, or raise the context"
+                )
+            dropped = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in asked.turns[: nexts[0]])
+            asked = Asked((*asked.turns[:first], *asked.turns[nexts[0] :]), asked.images[dropped:])
+
+    def answers(
+        self, asked: Sequence[Asked] | None, *, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[dict[int, Piece]]:
+        """Answer conversations, and yield as text comes; a collective over the job.
+
+        Args:
+            asked: on rank 0, the conversations; elsewhere not looked at.
+            max_new_tokens: longest answer.
+            sampling: how tokens are chosen; rank 0's.
+
+        Yields:
+            What was added, by the conversation's index.
+
+        Raises:
+            ValueError: an image cannot be decoded or a prompt does not fit; on all ranks, before any work.
+        """
+        with agreed("reading the prompts"):
+            fitted = [self.cut(one, max_new_tokens) for one in asked or ()] if dist.get_rank() == 0 else []
+        box: list[Any] = [([(one.images, tokens) for one, tokens in fitted], max_new_tokens, sampling)]
+        dist.broadcast_object_list(box, 0)
+        shown, max_new_tokens, sampling = box[0]
+        prompts = [Prompt(tokens) for _, tokens in shown]
+        with agreed("reading images"):
+            for prompt, (images, _) in zip(prompts, shown, strict=True):
+                self._show(prompt, images)
+        length = sum(map(len, prompts))
+        length = min(max(length, max(map(len, prompts), default=0) + max_new_tokens), max(self.context, _STEP))
+        length = -(-length // self._multiple) * self._multiple
+        stop = frozenset({self.tokenizer.im_end_id, self.tokenizer.eos_id})
+        said = [""] * len(prompts)
+        for tokens in generating(
+            self.chunks, prompts, max_new_tokens=max_new_tokens, stop_ids=list(stop),
+            vocab_size=self.tokenizer.vocab_size, pack_length=length, sampling=sampling,
+        ):  # fmt: skip
+            yield {i: self._piece(prompts[i], token in stop, max_new_tokens, said, i) for i, token in tokens.items()}
+
+    def ask(self, asked: Asked, *, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
+        """Answer one conversation, on rank 0, while the others :meth:`follow`.
+
+        Raises:
+            ValueError: as :meth:`answers`.
+        """
+        for pieces in self.ask_all([asked], max_new_tokens=max_new_tokens, sampling=sampling):
+            yield pieces[0]
+
+    def ask_all(self, asked: Sequence[Asked], *, max_new_tokens: int, sampling: Sampling) -> Iterator[dict[int, Piece]]:
+        """Answer several conversations at once, on rank 0, while the others :meth:`follow`.
+
+        Raises:
+            ValueError: as :meth:`answers`.
+        """
+        self._call("ask")
+        yield from self.answers(asked, max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def follow(self) -> None:
+        """Take part in rank 0's answers, on the other ranks, until it leaves."""
+        while self._call(None) == "ask":
+            try:
+                for _ in self.answers(None, max_new_tokens=1, sampling=Sampling()):
+                    pass
+            except (ValueError, RuntimeError) as error:
+                if is_lost_peer(error):
+                    raise
+
+    @contextlib.contextmanager
+    def leading(self) -> Iterator[None]:
+        """On rank 0: at the end of the block the other ranks may leave."""
+        try:
+            yield
+        finally:
+            self._call("leave")
+
+    @staticmethod
+    def _call(command: str | None) -> str:
+        """Hand a command from rank 0 to the others."""
+        box = [command]
+        dist.broadcast_object_list(box, 0)
+        assert box[0] is not None
+        return box[0]
+
+    def _piece(self, prompt: Prompt, ended: bool, max_new_tokens: int, said: list[str], index: int) -> Piece:
+        """Return the text that is new, without a character that is not whole yet."""
+        finish = "stop" if ended else "length" if len(prompt.answer) == max_new_tokens else None
+        text = self.tokenizer.decode(prompt.answer)
+        if finish is None:
+            text = text.rstrip(_BROKEN)
+        new = text[len(said[index]) :] if text.startswith(said[index]) else ""
+        said[index] += new
+        return Piece(new, len(prompt.answer), finish)
+
+    def _show(self, prompt: Prompt, images: Sequence[bytes]) -> None:
+        """Decode a prompt's images, on the ranks of the first stage.
+
+        Raises:
+            ValueError: one cannot be decoded.
+        """
+        if self._decoder is None:
+            return
+        decoded = self._decoder.decode(images, self.recipe.model.vision.image_size)
+        if decoded.failed:
+            raise ValueError(f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}")
+        prompt.images = decoded.pixels
+
+
+@contextlib.contextmanager
+def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int | None = None) -> Iterator[Session]:
+    """Load a checkpoint and yield what answers with it; process groups end with the block.
+
+    Args:
+        recipe: of the checkpoint, at this job's layout; checked.
+        checkpoint: its directory.
+        tokenizer: its tokenizer.
+        context: longest prompt with its answer; None for the model's ``max_position_embeddings``.
+
+    Raises:
+        RecipeError: the layout has more than one data-parallel replica.
+    """
+    longest = recipe.model.language.max_position_embeddings
+    with process_groups(recipe.parallel, recipe.training.seed):
+        ranks, parallel = dist.get_world_size(), recipe.parallel
+        needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        if ranks != needed:
+            raise RecipeError(
+                f"parallel: TP x PP is {needed}, and {ranks} processes were started; answering has one replica: start "
+                f"{needed}, or set parallel.tensor_model_parallel_size"
+            )
+        chunks = build_model(recipe, tokenizer.imgpad_id)
+        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
+        yield Session(recipe, tokenizer, chunks, context or longest)

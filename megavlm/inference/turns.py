@@ -1,0 +1,53 @@
+"""What a user types and which pictures it shows, as turns of a conversation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavlm.data.images import ImageError, read_header
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+
+MARK = "<img>"
+"""In typed text: here stands the next picture."""
+LARGEST_FILE = 64 << 20
+"""Bytes of an image file that are still read."""
+
+
+def user_turn(text: str, images: int) -> Turn:
+    """Return a user's turn that shows ``images`` pictures.
+
+    Pictures stand where ``<img>`` is written; without it, in front of the text as "Picture 1: ...", Qwen-VL's form.
+
+    Raises:
+        ValueError: there are more or fewer ``<img>`` than pictures, or no text.
+    """
+    if not text.strip():
+        raise ValueError("the prompt is empty; write something to be answered")
+    if "</img>" in text:
+        raise ValueError("the prompt holds </img>; write <img> alone where a picture stands")
+    marks = text.count(MARK)
+    if marks and marks != images:
+        raise ValueError(f"the prompt has {marks} <img>, and {images} picture(s) are given; they must be equally many")
+    if marks:
+        return Turn("user", text.replace(MARK, IMAGE_PLACEHOLDER))
+    lines = [f"Picture {k + 1}: {IMAGE_PLACEHOLDER}\n" for k in range(images)]
+    return Turn("user", "".join(lines) + text)
+
+
+def read_image(path: Path) -> bytes:
+    """Return an image file whose header is sound.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is too large, or no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file or directory", str(path))
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; give a smaller picture")
+    data = path.read_bytes()
+    try:
+        read_header(data)
+    except ImageError as error:
+        raise ValueError(f"{path}: no picture that can be read: {error}") from None
+    return data

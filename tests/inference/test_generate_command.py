@@ -1,0 +1,155 @@
+"""``megavlm generate`` and ``megavlm chat`` on a checkpoint of a short run, as their users call them."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import ROOT, torchrun
+from PIL import Image
+from run_data import RunData
+
+from megavlm.cli import main
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.inference.boxes import draw_boxes
+from megavlm.inference.chat import Chat
+from megavlm.inference.checkpoint import add_model_arguments, model_of
+from megavlm.inference.sampling import Sampling
+from megavlm.inference.session import Asked, Piece, session
+from megavlm.inference.turns import user_turn
+
+
+@pytest.fixture(scope="module")
+def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of three steps."""
+    output = tmp_path_factory.mktemp("trained")
+    torchrun("megavlm", *run_data.words(output, "training.train_steps=3"), module=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def picture(run_data: RunData) -> Path:
+    """One of the data set's images."""
+    return next(path for path in sorted(run_data.images.iterdir()) if path.suffix in (".png", ".jpg"))
+
+
+def said(*words: str | Path, ranks: int = 1, typed: str = "") -> str:
+    """Run ``megavlm`` and return what it wrote to stdout."""
+    command = [sys.executable, "-m", "megavlm", *map(str, words)]
+    if ranks > 1:
+        start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+        command = [sys.executable, *start, "--rdzv-endpoint=localhost:0", *command[1:]]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=170, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_layouts_say_the_same(trained: Path, picture: Path) -> None:
+    words = ("generate", trained, "--image", picture, "--prompt", "What is <img> this?", "--max-new-tokens=8")
+    alone = said(*words)
+    assert alone.strip()
+    layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    assert said(*words[:2], *layout, *words[2:], ranks=2) == alone
+
+
+def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:300])
+    typed = f"/image {picture}\nWhat is this?\n/image {tmp_path / 'no.png'}\nAnd <img> this?\n/clear\nHello\n/quit\n"
+    words = ("chat", trained, "parallel.pipeline_model_parallel_size=2", "--max-new-tokens=4", "--out", tmp_path)
+    text = said(*words, ranks=2, typed=typed)
+    assert "1 picture(s) wait" in text and "no.png: no such file" in text
+    assert "the prompt has 1 <img>, and 0 picture(s) are given" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--prompt", "<img> <img>"), "the prompt has 2 <img>, and 1 picture(s) are given"),
+        (("--prompt", " "), "the prompt is empty"),
+        (("--prompt", "a</img>"), "the prompt holds </img>"),
+        (("--prompt", "a <|im_end|>"), "control token <|im_end|>"),
+        (("--prompt", "a", "--context=40"), "prompt and answer (256 tokens) take"),
+        (("--prompt", "a", "--top-p=2"), "top_p: 2.0 must be above 0 and at most 1"),
+        (("--prompt", "a", "--max-new-tokens=0"), "--max-new-tokens must be at least 1"),
+        (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png"),
+    ],
+)
+def test_wrong_input_costs_a_line(
+    words: tuple[str, ...], reason: str, trained: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(trained), "--image", str(picture), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("megavlm: error: ") and reason in error[0]
+
+
+def test_a_broken_picture_is_named(trained: Path, picture: Path, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture at all")
+    assert main(["generate", str(trained), "--image", str(broken), "--prompt", "a"]) == 2
+    assert "broken.png: no picture that can be read" in capsys.readouterr().err
+    broken.write_bytes(picture.read_bytes()[: picture.stat().st_size // 2])
+    assert main(["generate", str(trained), "--image", str(broken), "--prompt", "a"]) == 2
+    assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_long_conversation_loses_its_oldest_exchanges(trained: Path, picture: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    recipe, checkpoint, tokenizer = model_of(parser.parse_args([str(trained)]))
+    image = picture.read_bytes()
+    turns = [Turn("system", "Be brief.")]
+    for k in range(6):
+        turns += [Turn("user", f"{IMAGE_PLACEHOLDER if k % 2 == 0 else ''}question {k}"), Turn("assistant", "yes")]
+    with session(recipe, checkpoint, tokenizer, 90) as model:
+        asked = Asked((*turns, Turn("user", "last?")), (image,) * 3)
+        cut, tokens = model.cut(asked, 8)
+        assert len(tokens) + 8 <= 90 < len(model.cut(asked, -1000)[1]) + 8
+        assert cut.turns[0] == turns[0] and cut.turns[-1].text == "last?" and cut.turns[1].role == "user"
+        assert len(cut.images) == sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in cut.turns) < 3
+        # Pieces add up to the text of the whole answer, and the last says why it ended.
+        pieces = list(model.ask(asked, max_new_tokens=8, sampling=Sampling()))
+        assert pieces[-1].finish in ("stop", "length") and all(piece.finish is None for piece in pieces[:-1])
+        again = list(model.ask(asked, max_new_tokens=8, sampling=Sampling()))
+        assert again == pieces
+        with pytest.raises(ValueError, match="the context has 90"):
+            model.cut(Asked((Turn("user", "a b c d " * 60),)), 8)
+        with pytest.raises(ValueError, match=r"shows 1 image\(s\), 0 are given"):
+            Asked((Turn("user", IMAGE_PLACEHOLDER),))
+
+
+class _Scripted:
+    """Answers what it was told to."""
+
+    def ask(self, asked: Asked, **_: object) -> list[Piece]:
+        self.asked = asked
+        return [Piece("The <ref>dog</ref><box>(100,200),", 3), Piece("(500,900)</box>.", 6, "stop")]
+
+
+def test_boxes_are_drawn_on_the_picture_shown_last(tmp_path: Path) -> None:
+    shown = io.BytesIO()
+    Image.new("RGB", (200, 100), "white").save(shown, "PNG")
+    (tmp_path / "a.png").write_bytes(shown.getvalue())
+    lines: list[str] = []
+    model = _Scripted()
+    chat = Chat(model, Sampling(), 9, tmp_path / "out", None, lines.append)  # type: ignore[arg-type]
+    assert chat.take(f"/image {tmp_path / 'a.png'}") and chat.take("Where is it?") and chat.take("Sure?")
+    assert not chat.take("/quit")
+    assert len(model.asked.turns) == 3 and len(model.asked.images) == 1
+    assert "".join(lines).count("answer-") == 2
+    with Image.open(tmp_path / "out" / "answer-2.png") as drawn:
+        pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    changed = np.argwhere((pixels != 255).any(-1))
+    assert drawn.size == (200, 100) and changed[:, 1].min() <= 21 and 98 <= changed[:, 1].max() <= 101
+    assert changed[:, 0].max() in (89, 90) and (pixels[50, 60] == 255).all()
+    assert draw_boxes(shown.getvalue(), "no box here") is None
+
+
+def test_pictures_stand_where_they_are_marked() -> None:
+    assert user_turn("a <img> b <img>", 2).text == f"a {IMAGE_PLACEHOLDER} b {IMAGE_PLACEHOLDER}"
+    both = f"Picture 1: {IMAGE_PLACEHOLDER}\nPicture 2: {IMAGE_PLACEHOLDER}\na"
+    assert user_turn("a", 2).text == both and user_turn("a", 0).text == "a"
