@@ -61,9 +61,9 @@ def test_waits_count_where_they_happen(alone: None, monkeypatch: pytest.MonkeyPa
         reduce()
         times = watch.stop(lambda: None)
         assert times is not None
-        assert NAP <= times.data and 2 * NAP <= times.forward and NAP <= times.backward
+        assert times.data >= NAP and times.forward >= 2 * NAP and times.backward >= NAP
         assert 2 * NAP <= times.waiting_in_compute <= times.forward
-        assert NAP <= times.waiting_between and times.waiting_between + times.forward + times.backward <= times.schedule
+        assert times.waiting_between >= NAP and times.waiting_between + times.forward + times.backward <= times.schedule
         assert 2 * NAP <= times.waiting_after <= times.update
         assert times.data + times.schedule + times.update <= times.step
         assert times.waiting_between < times.waiting_in_compute + NAP / 2  # not those of two steps
