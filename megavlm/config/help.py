@@ -58,6 +58,8 @@ def _default(key: Key) -> str:
         return "default from the preset" if from_preset else "required"
     if isinstance(key.default, float):
         return f"default {key.default:g}"
+    if isinstance(key.default, tuple):
+        return f"default [{', '.join(repr(value) for value in key.default)}]"
     return f"default {yaml12.dump(key.default).removesuffix('...' + chr(10)).strip()}"
 
 

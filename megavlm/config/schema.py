@@ -396,7 +396,8 @@ class LoggingConfig:
     """Longest answer on a panel."""
     timing_interval: int | None = Field(default=10, gt=0)
     """Steps between steps whose parts are timed on all ranks: stages, pipeline bubble, communication, the slowest rank;
-    null for none. They are shown with the next progress line. Steps of profile_steps are not timed."""
+    null for none. They are shown with the next progress line. Steps that are recorded (profile_steps,
+    memory_snapshot_steps) are not timed."""
     profile_steps: tuple[int, int] | None = None
     """First and last step to record with PyTorch's profiler, to output_dir/profile (for chrome://tracing,
     ui.perfetto.dev or TensorBoard); null for none. Recorded steps are slower."""

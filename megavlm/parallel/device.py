@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -108,8 +107,13 @@ def max_memory_gib() -> float | None:
 def peak_memory_gib() -> float:
     """Return the peak so far in GiB: of allocated device memory, or on a CPU of this process's resident memory."""
     on_device = max_memory_gib()
-    # Linux gives KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 if on_device is None else on_device
+    if on_device is not None:
+        return on_device
+    # Not getrusage's ru_maxrss: a process starts with that of the one that started it.
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20  # KiB
+    return 0.0
 
 
 def profiled_activities() -> list[torch.profiler.ProfilerActivity]:

@@ -59,9 +59,10 @@ class StepTiming:
         self._hosts: list[str] = []
 
     def begin(self, step: int) -> None:
-        """Begin a step: it is timed where its turn has come, unless a profiler slows some rank down in it."""
-        interval, profiled = self._settings.timing_interval, self._settings.profile_steps
-        slowed = profiled is not None and profiled[0] <= step <= profiled[1]
+        """Begin a step: it is timed where its turn has come, unless a recording slows some rank down in it."""
+        interval, settings = self._settings.timing_interval, self._settings
+        recorded = (settings.profile_steps, settings.memory_snapshot_steps)
+        slowed = any(steps is not None and steps[0] <= step <= steps[1] for steps in recorded)
         if interval is not None and step % interval == 0 and not slowed:
             self._stopwatch.start()
 

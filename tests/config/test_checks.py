@@ -36,9 +36,13 @@ LAYERS = "model.language.num_layers"
         (["data.sequence_length=26"], 1),
         (["model.vision.image_size=60"], 1),
         (["model.language.rope_scaling=linear", "model.language.rope_scaling_factor=2"], 1),
+<<<<<<< HEAD
         (["loss.kind=task_mean"], 1),
         (["loss.kind=task_mean", "data.train.0.task=b", "data.train.1={path: /b}", "data.train.0.name=c"], 1),
         (["loss.kind=task_mean", "data.train.0.loss_weight=2", "data.train.1={path: /b, loss_weight: 3}"], 1),
+=======
+        (["logging.profile_steps=[1,1]", "logging.profile_ranks=[1,0]", "logging.memory_snapshot_steps=[2,10]"], 2),
+>>>>>>> 33510c32295164dadd752ef1e73d60e95af8d6a4
     ],
 )
 def test_accepted(load, overrides, world_size):
@@ -127,6 +131,18 @@ def test_accepted(load, overrides, world_size):
             [f"modules.{part}.freeze=true" for part in ("vision", "connector", "language")],
             "modules: all three parts are frozen",
         ),
+        (
+            ["logging.profile_steps=[4,3]"],
+            "logging.profile_steps: [4, 3] is no first and last step of 1 to",
+        ),
+        (
+            ["logging.profile_steps=[0,3]"],
+            "logging.profile_steps: [0, 3] is no first and last step of 1 to",
+        ),
+        (["logging.memory_snapshot_steps=[2,11]"], "logging.memory_snapshot_steps: [2, 11] is no first and last step"),
+        (["logging.profile_ranks=[-1]"], "logging.profile_ranks: -1 is no rank; they count from 0"),
+        (["logging.profile_ranks=[]"], "logging.profile_ranks: the list must have at least one entry; add one"),
+        (["logging.profile_steps=5"], "logging.profile_steps: expected list of 2 or null, got 5"),
     ],
 )
 def test_refused_on_one_process(refused, overrides, expected):
@@ -171,6 +187,11 @@ def test_refused_on_one_process(refused, overrides, expected):
             [TP2, "parallel.sequence_parallel=true", "data.sequence_length=257"],
             2,
             "data.sequence_length: 257 is not divisible by parallel.tensor_model_parallel_size, as sequence_par",
+        ),
+        (
+            ["logging.profile_ranks=[0,2]"],
+            2,
+            "logging.profile_ranks: there is no rank 2 among the 2 processes of this job; name ranks from 0 to 1",
         ),
     ],
 )

@@ -182,3 +182,41 @@ def test_profiles_hold_the_steps_of_a_run_and_of_its_resumption(slow_run: tuple[
     first, second = map(operations, traces)
     assert {"step 3", "aten::mm", "aten::scaled_dot_product_attention", "gloo:all_reduce"} <= first
     assert {"step 4", "step 5"} <= second and not {"step 3", "step 6"} & second
+
+
+def written(directory: Path, seconds: list[float]) -> Path:
+    """Write a run's metrics.jsonl with these step times; every point names rank 3 but the first."""
+    steps = enumerate(seconds, start=1)
+    points = [
+        {"step": step, "step_seconds": value, "slowest_rank": 3.0 * (step > 1), "slowest_rank_ratio": 1.5}
+        | {"slowest_host": "node7"}
+        for step, value in steps
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points) + '{"step": 9')
+    for number in (0, 3):
+        beat = {"rank": number, "step": len(seconds), "time": 0.0, "phase": "done", "host": "node7"}
+        (directory / "heartbeats").mkdir(exist_ok=True)
+        (directory / "heartbeats" / f"rank-{number}.json").write_text(json.dumps(beat))
+    return directory
+
+
+@pytest.mark.parametrize(("last", "word"), [(1.0, False), (1.6, True)])
+def test_doctor_tells_a_run_that_became_slower(
+    last: float, word: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(tmp_path, [9.0, 1.0, 1.0, 1.0, 1.1, 1.2, 1.3, last, 1.3, last, last, last])
+    assert main(["doctor", "--json", str(run)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["step_seconds"] == {"first": 1.0, "last": last, "factor": last}
+    assert facts["slowest_measured"] == {
+        "rank": 3, "host": "node7", "points": 11, "of": 12, "ratio_to_its_stage": 1.5
+    }  # fmt: skip
+    main(["doctor", str(run)])
+    text = capsys.readouterr().out
+    assert ("the run became slower" in text) == word and f"{last:.3f} s at last" in text
+    assert "slowest rank: 3 on node7, in 11 of 12 timed points; it computes 1.50 x its stage's mean" in text
+
+
+def test_doctor_of_a_short_run_says_nothing_of_trends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(written(tmp_path, [1.0, 2.0, 3.0]))]) == 0
+    assert "step time" not in capsys.readouterr().out

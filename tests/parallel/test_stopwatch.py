@@ -1,0 +1,132 @@
+"""What a stopwatch counts as what, on one rank and with real collectives of one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup, Work
+
+from megavlm.parallel.device import has_cuda, local_device, peak_memory_gib
+from megavlm.parallel.stopwatch import BACKWARD, FINISH, FORWARD, SCHEDULE, Stopwatch
+
+NAP = 0.02
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def reduce_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make waiting take a while, as it does where others are late."""
+    plain = Work.wait
+    monkeypatch.setattr(Work, "wait", lambda self, *args: (time.sleep(NAP), plain(self, *args))[1])
+
+
+def reduce() -> None:
+    dist.all_reduce(torch.ones(4))
+
+
+def test_waits_count_where_they_happen(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduce_slowly(monkeypatch)
+    slow_wait, config = vars(Work)["wait"], SimpleNamespace(timers=None)
+    watch = Stopwatch([config])
+    for _ in range(2):  # a second step begins from nothing
+        watch.start()
+        reduce()  # handing out the data
+        watch.fetched()
+        timers = config.timers
+        timers(SCHEDULE, log_level=1).start(barrier=True)
+        for _ in range(2):
+            timers(FORWARD, log_level=2).start()
+            reduce()
+            timers(FORWARD).stop()
+        reduce()
+        timers(BACKWARD, log_level=2).start()
+        time.sleep(NAP)
+        timers(BACKWARD).stop()
+        timers(FINISH, log_level=1).start(barrier=True)
+        reduce()
+        timers(FINISH).stop()
+        timers(SCHEDULE).stop()
+        reduce()
+        times = watch.stop(lambda: None)
+        assert times is not None
+        assert times.data >= NAP and times.forward >= 2 * NAP and times.backward >= NAP
+        assert 2 * NAP <= times.waiting_in_compute <= times.forward
+        assert times.waiting_between >= NAP and times.waiting_between + times.forward + times.backward <= times.schedule
+        assert 2 * NAP <= times.waiting_after <= times.update
+        assert times.data + times.schedule + times.update <= times.step
+        assert times.waiting_between < times.waiting_in_compute + NAP / 2  # not those of two steps
+    assert config.timers is None and vars(Work)["wait"] is slow_wait
+
+
+def test_other_threads_are_not_the_step(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reduce_slowly(monkeypatch)
+    watch = Stopwatch([])
+    watch.start()
+    watch.fetched()
+    watch(SCHEDULE).start()
+    thread = threading.Thread(target=reduce)
+    thread.start()
+    thread.join()
+    watch(FINISH).start()
+    watch(FINISH).stop()
+    watch(SCHEDULE).stop()
+    times = watch.stop(lambda: None)
+    assert times is not None and times.waiting_between == 0.0 and times.schedule >= NAP
+
+
+def test_a_step_that_breaks_off_has_no_times_and_leaves_nothing_behind() -> None:
+    plain = {**vars(Work), **vars(ProcessGroup)}
+    config = SimpleNamespace(timers=None)
+    watch = Stopwatch([config])
+    watch.start()
+    assert {**vars(Work), **vars(ProcessGroup)} != plain
+    config.timers(SCHEDULE).start()
+    watch.cancel()
+    assert {**vars(Work), **vars(ProcessGroup)} == plain and config.timers is None
+    watch.cancel()  # again, at the end of the run
+    watch.start()
+    watch.fetched()
+    assert watch.stop(lambda: None) is None
+
+
+def test_peak_memory_is_this_process() -> None:
+    before = peak_memory_gib()
+    block = torch.ones(80 * 2**20 // 4, device=local_device())
+    assert peak_memory_gib() >= before and peak_memory_gib() > block.nbytes / 2**30
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_cuda(), reason="needs a CUDA device")
+def test_times_on_a_gpu_are_those_of_its_stream() -> None:
+    """The host is through at once; the marks are when the work is done."""
+    a = torch.randn(8192, 8192, device=local_device())
+    watch = Stopwatch([])
+    for _ in range(2):
+        watch.start()
+        watch.fetched()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        watch(SCHEDULE).start()
+        watch(FORWARD).start()
+        for _ in range(10):
+            a @ a
+        watch(FORWARD).stop()
+        watch(FINISH).start()
+        torch.cuda.synchronize()
+        host = time.perf_counter() - begin
+        watch(FINISH).stop()
+        watch(SCHEDULE).stop()
+        times = watch.stop(torch.cuda.synchronize)
+    assert times is not None and times.forward == pytest.approx(host, rel=0.2)
