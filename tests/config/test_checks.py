@@ -36,13 +36,10 @@ LAYERS = "model.language.num_layers"
         (["data.sequence_length=26"], 1),
         (["model.vision.image_size=60"], 1),
         (["model.language.rope_scaling=linear", "model.language.rope_scaling_factor=2"], 1),
-<<<<<<< HEAD
         (["loss.kind=task_mean"], 1),
         (["loss.kind=task_mean", "data.train.0.task=b", "data.train.1={path: /b}", "data.train.0.name=c"], 1),
         (["loss.kind=task_mean", "data.train.0.loss_weight=2", "data.train.1={path: /b, loss_weight: 3}"], 1),
-=======
         (["logging.profile_steps=[1,1]", "logging.profile_ranks=[1,0]", "logging.memory_snapshot_steps=[2,10]"], 2),
->>>>>>> 33510c32295164dadd752ef1e73d60e95af8d6a4
     ],
 )
 def test_accepted(load, overrides, world_size):

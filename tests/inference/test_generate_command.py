@@ -35,7 +35,7 @@ def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def picture(run_data: RunData) -> Path:
     """One of the data set's images."""
-    return next(path for path in sorted(run_data.images.iterdir()) if path.suffix in (".png", ".jpg"))
+    return next(path for path in sorted(run_data.images.rglob("*")) if path.suffix in (".png", ".jpg"))
 
 
 def said(*words: str | Path, ranks: int = 1, typed: str = "") -> str:
