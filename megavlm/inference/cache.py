@@ -1,9 +1,9 @@
 """Keys and values that generation keeps, so that each new token costs one position instead of the whole prompt.
 
-While :func:`caching` is on, the core attention of every language layer is a :class:`CachedAttention` and rotary
-positions are those that the current :class:`Turn` gives; the layers themselves, tensor and sequence parallelism and
-the pipeline schedule are as in training. A prompt is read as a segment of a pack (a turn that fills the cache); then
-each turn has one position per answer.
+While :func:`caching` is on, the core attention of every language layer is a :class:`CachedAttention`, which also turns
+queries and keys by the positions that the current :class:`Turn` gives; the layers themselves, tensor and sequence
+parallelism and the pipeline schedule are as in training. A prompt is read as a segment of a pack (a turn that fills the
+cache); then each turn has one position per answer.
 
 Shape legend: T positions of a turn, R rows of the cache (one per prompt), L positions of a row, N query heads and G
 key/value heads of this tensor-parallel rank, D width of a head.
@@ -39,6 +39,19 @@ class Turn:
     """[T, 1, 1, D] fp32 rotary angles of its positions."""
     query_scale: Tensor | None = None
     """[T] fp32 factor on the queries (logn attention), or None for 1."""
+    _turned: tuple[Tensor, Tensor] | None = None
+
+    def rotate(self, values_TND: Tensor) -> Tensor:
+        """Turn queries or keys by the rotary angles, as Megatron-Core's unfused ``apply_rotary_pos_emb`` does.
+
+        Cosine and sine are taken once for all layers.
+        """
+        if self._turned is None:
+            freqs_T1D = self.freqs[:, 0]
+            self._turned = freqs_T1D.cos().to(values_TND.dtype), freqs_T1D.sin().to(values_TND.dtype)
+        cos, sin = self._turned
+        first, second = values_TND.chunk(2, dim=-1)
+        return values_TND * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 @dataclass
@@ -94,6 +107,7 @@ class CachedAttention(nn.Module):
         """
         turn = self.cache.turn
         assert turn is not None
+        query, key = turn.rotate(query), turn.rotate(key)
         keys_RGLD, values_RGLD = self.cache.layer(id(self), key)
         if turn.query_scale is not None:
             query = query * turn.query_scale.to(query.dtype)[:, None, None]
@@ -146,14 +160,13 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     models = [unwrap(chunk).language for chunk in chunks]
     attentions = [layer.self_attention for model in models for layer in model.decoder.layers]
     cores = [attention.core_attention for attention in attentions]
-    fused, trained = [model.config.apply_rope_fusion for model in models], [chunk.training for chunk in chunks]
+    trained = [chunk.training for chunk in chunks]
     hooks = []
     try:
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = CachedAttention(core, cache, getattr(core, "softmax_scale", None))
-        for model in models:
-            model.config.apply_rope_fusion = False  # the fused kernel counts positions by itself
-            hooks.append(model.rotary_pos_emb.register_forward_hook(lambda *_: cache.turn and cache.turn.freqs))
+        # No angles for queries and none for keys: the layers leave them as they are.
+        hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         for chunk in chunks:
             chunk.eval()
         yield
@@ -162,7 +175,5 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
             hook.remove()
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = core
-        for model, was in zip(models, fused, strict=True):
-            model.config.apply_rope_fusion = was
         for chunk, was in zip(chunks, trained, strict=True):
             chunk.train(was)

@@ -270,8 +270,9 @@ class _Run:
         tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
         if picked:  # the last stage
             tokens = torch.cat(picked)
-        group = mpu.get_pipeline_model_parallel_group()
-        dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=group)
+        if self.stages > 1:
+            group = mpu.get_pipeline_model_parallel_group()
+            dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=group)
         return dict(zip(order, tokens.tolist(), strict=True))
 
     def _step(self, requests: Iterator[_Request], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -290,7 +291,8 @@ class _Run:
         """Return the tokens that come after ``request.ends``."""
         logits = gather_from_tensor_model_parallel_region(logits_1SV[0, request.ends])[:, : self.vocab_size]
         members = [self.prompts[i] for i in request.members]
-        seen = [[*prompt.tokens.tolist(), *prompt.answer] for prompt in members]
+        penalised = self.sampling.repetition_penalty != 1.0
+        seen = [[*prompt.tokens.tolist(), *prompt.answer] if penalised else [] for prompt in members]
         return choose(logits, self.sampling, seen, [self.generators[i] for i in request.members])
 
 
