@@ -253,7 +253,6 @@ class CarryOverPackingDataset(PackingDataset):
         self._skipped = []
         return set_sample_restore_key(packed, index, *(get_sample_restore_key(s) for s in samples), src=self)
 
-
     def _choose(self, waiting: list[PackableSample]) -> list[int]:
         lengths = [len(sample) for sample in waiting]
         if not self.balance_images:
