@@ -66,9 +66,10 @@ def choose_pack(
     """Choose the oldest sample and those that best fill the rest of the pack with it.
 
     The sum of the chosen lengths is the largest possible with the first one in it; among equals, older
-    samples are preferred. With ``images``, the number of images decides first among equals: it is as near as
-    possible to the average of the waiting samples, which is their images per token times ``capacity``. An average of
-    3.4 becomes 3 images in 60 % of the packs and 4 in the others, evenly mixed by ``number``.
+    samples are preferred. With ``images``, the number of images decides first among equals: it is less than one away
+    from the average of the waiting samples, which is their images per token times ``capacity``, or as near to it as
+    possible. The average is moved by up to half an image, depending on ``number``, so that packs with 3 and with 4
+    images are mixed evenly where it is 3.4.
 
     Args:
         lengths: Lengths of the waiting samples in tokens, oldest first, each from 1 to ``capacity``.
@@ -128,7 +129,9 @@ def _choose_balanced(lengths: Sequence[int], capacity: int, images: Sequence[int
     width = 2 * room + 1
     ones = (1 << (room + 1)) - 1
     limit = sum(ones << (row * width) for row in range(rows))
-    target = 1 << (min(range(rows), key=lambda row: abs(row - wanted)) * width + room)
+    # A full pack with either whole number beside the wanted one is good enough to stop: looking further for the nearer
+    # one takes younger samples, and those that go with no other wait in the pool until it fills packs less well.
+    target = sum(1 << (row * width + room) for row in range(rows) if abs(row - wanted) < 1)
     reached = [1]
     for index in rest:
         if reached[-1] & target:

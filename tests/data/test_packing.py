@@ -46,7 +46,7 @@ def best_images(lengths: list[int], images: list[int], capacity: int, number: in
 
 def test_balanced_choice_is_as_full_and_nearest_the_average() -> None:
     rng = random.Random(2)
-    sizes = set()
+    sizes, exact, far = set(), 0, 0
     for number in range(300):
         capacity = rng.randrange(5, 40)
         lengths = [rng.randrange(1, capacity + 1) for _ in range(rng.randrange(1, 10))]
@@ -57,11 +57,14 @@ def test_balanced_choice_is_as_full_and_nearest_the_average() -> None:
         if any(images):
             wanted = sum(images) * capacity / sum(lengths) + (number * (5**0.5 - 1) / 2) % 1.0 - 0.5
             distance = abs(sum(images[i] for i in chosen) - wanted)
-            assert distance == pytest.approx(best_images(lengths, images, capacity, number))
+            nearest = best_images(lengths, images, capacity, number)
+            assert distance < 1 or distance == pytest.approx(nearest)
+            exact += distance == pytest.approx(nearest)
+            far += nearest >= 1
         else:
             assert chosen == choose_pack(lengths, capacity)
         sizes.add(len(chosen))
-    assert len(sizes) > 3
+    assert len(sizes) > 3 and exact > 200 and far > 30
     assert choose_pack([], 5, []) == []
 
 
@@ -91,8 +94,8 @@ def test_balanced_packs_differ_less_and_are_as_full(capacity: int) -> None:
         while packer.pool:
             packs.append(packer.pop())
         assert sorted(int(one.key) for pack in packs for one in pack) == list(range(4000))
-    assert fill[True] >= 0.995 and fill[True] >= fill[False] - 0.001, fill
-    assert spread[True] < 0.6 * spread[False], spread
+    assert fill[True] >= 0.995 and fill[True] >= fill[False] - 0.0003, fill
+    assert spread[True] < 0.7 * spread[False], spread
     assert steps[True] < 0.8 * steps[False], steps
 
 
