@@ -28,7 +28,15 @@ ENGINE = "transformer_engine"
 def _training(size: str, precision: str, impl: str, *, dry: bool, **more: Any) -> Job:
     steps, warmup = (3, 1) if size == "small" or dry else (16, 6)
     size = "small" if dry else size
-    return {"kind": "train", "size": size, "precision": precision, "impl": impl, "steps": steps, "warmup": warmup, **more}
+    return {
+        "kind": "train",
+        "size": size,
+        "precision": precision,
+        "impl": impl,
+        "steps": steps,
+        "warmup": warmup,
+        **more,
+    }
 
 
 def _speed(result: dict[str, Any]) -> str:
@@ -140,7 +148,10 @@ def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> list[Ro
     label = "14B slice" if not dry else "small model"
     names = {kind: f"{label}, {kind}" for kind in ("BF16, torch layers", "BF16", "FP8 (tensorwise)", "FP8 (delayed)")}
     if layers == 0:
-        return [Row(name, "not run", f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}") for name in names.values()]
+        return [
+            Row(name, "not run", f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}")
+            for name in names.values()
+        ]
     own = {"layers": layers, "freeze_vision": True, "own_weights": True}
     engines: dict[str, dict[str, Any]] = {
         "BF16": {},
