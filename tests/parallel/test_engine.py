@@ -10,10 +10,11 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter
-from tiny import tiny_recipe
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from megavlm.data.feed import micro_batch
 from megavlm.models.connectors.resampler import Resampler
 from megavlm.models.context import BuildContext
 from megavlm.models.language import decoder
@@ -22,6 +23,8 @@ from megavlm.models.vision import vit
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings
 from megavlm.parallel.state import process_groups
+from megavlm.training.build import build_training
+from megavlm.training.step import train_step
 
 H100 = Machine((9, 0), (13, 0), (2, 9, 0), apex=True)
 B200 = Machine((10, 0), (13, 0), (2, 9, 0))
@@ -117,6 +120,28 @@ def test_the_14b_builds_with_fp8_on_the_meta_device():
     assert [n for n in range(40) if is_first_last_bf16_layer(layers[n].config, n)] == [0, 39]
     assert {layer.config.fp8 for layer in chunk.vision.transformer.layers} == {None}
     assert chunk.connector.config.fp8 is None
+
+
+def test_fused_kernels_compute_the_same():
+    """On a CPU Megatron-Core's fused functions run as plain Python: the arithmetic is held, not the kernels."""
+    names = ("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion")
+
+    def two_steps(choice: str) -> list[tuple[float, float | None]]:
+        recipe = tiny_recipe(training={"precision": "bf16"}, engine=dict.fromkeys(names, choice))
+        torch.manual_seed(5)
+        training = build_training(recipe, IMAGE_TOKEN)
+        assert training.modules[0].config.cross_entropy_loss_fusion == (choice == "on")
+        results = []
+        for seed in range(2):
+            packs = [micro_batch(pack, torch.from_numpy(px), torch.device("cpu")) for pack, px in random_packs(2, seed)]
+            training.scheduler.step(1)
+            result = train_step(training.chunks, training.optimizer, packs, num_sources=1)
+            results.append((result.loss, result.grad_norm))
+        return results
+
+    for (loss, norm), (plain_loss, plain_norm) in zip(two_steps("on"), two_steps("off"), strict=True):
+        assert loss == pytest.approx(plain_loss, rel=2e-3)
+        assert norm == pytest.approx(plain_norm, rel=2e-2)
 
 
 def test_automatic_choices():
