@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.pipeline_parallel.schedules import set_current_microbatch
+from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
@@ -24,6 +26,7 @@ from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
+from megavlm.training.graphs import LayerGraphs
 from megavlm.training.step import train_step
 
 H100 = Machine((9, 0), (13, 0), (2, 9, 0), apex=True)
@@ -77,6 +80,8 @@ def vision_config(**engine: Any) -> TransformerConfig:
         ({"gradient_accumulation_fusion": "on"}, "gradient_accumulation_fusion", True),
         ({"cross_entropy_loss_fusion": "on"}, "cross_entropy_loss_fusion", True),
         ({"cross_entropy_fusion_impl": "te"}, "cross_entropy_fusion_impl", "te"),
+        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_impl", "transformer_engine"),
+        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_scope", [CudaGraphScope.mlp]),
     ],
 )
 def test_a_key_reaches_the_configuration_of_the_language_model(engine, field, value):
@@ -109,6 +114,24 @@ def test_an_fp8_connector_is_built_from_transformer_engine():
         pytest.raises(ValueError, match=r"engine\.connector_bf16: false needs Transformer Engine"),
     ):
         Resampler(tiny_recipe().model, eight)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without Transformer Engine")
+def test_graphs_find_the_layers_and_the_micro_batch():
+    recipe = tiny_recipe(training={"precision": "bf16"}, engine={"cuda_graph_impl": "transformer_engine"})
+    training = build_training(recipe, IMAGE_TOKEN)
+    layers = training.modules[0].language.decoder.layers
+    set_current_microbatch(training.chunks[0], 3)  # as Megatron-Core's schedules do
+    assert [layer.current_microbatch for layer in layers] == [3] * 4
+    assert all(layer.cuda_graphs == [] for layer in layers)
+    assert not any(hasattr(layer, "cuda_graphs") for layer in training.modules[0].vision.transformer.layers)
+    graphs = LayerGraphs(recipe, training, 1)
+    for _ in range(3):
+        graphs.before_step()
+    assert graphs.pending
+    with pytest.raises(AssertionError, match="CUDA Graphs are not supported without TE"):  # the helper itself
+        graphs.before_step()
+    LayerGraphs(tiny_recipe(), training, 1).before_step()
 
 
 def test_the_14b_builds_with_fp8_on_the_meta_device():
@@ -210,6 +233,11 @@ def test_a_machine_that_can(engine, machine):
             "engine.apply_rope_fusion: is Transformer Engine's, which is not here",
         ),
         ({"tp_comm_overlap": True}, Machine(), "engine.tp_comm_overlap: is Transformer Engine's, which is not here"),
+        (
+            {"cuda_graph_impl": "transformer_engine"},
+            Machine(),
+            "engine.cuda_graph_impl: is Transformer Engine's, which",
+        ),
         ({"gradient_accumulation_fusion": "on"}, B200, "engine.gradient_accumulation_fusion: needs NVIDIA Apex; build"),
     ],
 )
