@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, held_by, kernels_of
@@ -35,7 +35,8 @@ class StageMemory:
     @property
     def tensors(self) -> int:
         """All tensors at the peak: what ``torch.cuda.max_memory_allocated`` shows."""
-        return sum(asdict(self).values())
+        kept = self.activations + self.vision + self.output + self.buffers
+        return self.weights + self.gradients + self.optimizer + kept
 
     @property
     def total(self) -> int:
@@ -76,6 +77,7 @@ def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int]
     """Walk through the rank's calls; return the micro-batches that each chunk keeps at the peak, and what passes."""
     # More micro-batches than this fill the pipeline no further.
     microbatches = min(layout.microbatches, 2 * layout.pipeline)
+    sizes = [chunk.kept for chunk in held]
     kept = [0] * len(held)
     best: tuple[int, list[int], int] = (-1, kept, 0)
     for work in rank_order(stage, microbatches, pipeline=layout.pipeline, virtual=layout.virtual):
@@ -83,7 +85,9 @@ def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int]
         if forward:
             kept[work.chunk] += 1
         passing = held[work.chunk].forward if forward else held[work.chunk].backward
-        total = sum(n * chunk.kept for n, chunk in zip(kept, held, strict=True)) + passing
+        total = passing
+        for number, bytes_kept in zip(kept, sizes, strict=True):
+            total += number * bytes_kept
         if total > best[0]:
             best = (total, list(kept), passing)
         if not forward:
