@@ -16,8 +16,9 @@ from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import learning_elements, padded_vocabulary
 from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
-from megavlm.training.flops import connector_flops, language_flops, step_flops, vision_flops
+from megavlm.training.flops import step_flops
 
 _LAUNCHES = 20
 """Kernels of one layer, forward, at least."""
@@ -78,6 +79,17 @@ class Timer:
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
         self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
 
+    def _flops(self, chunk: Chunk) -> ChunkFlops:
+        load = self.workload
+        return chunk_flops(
+            self.recipe,
+            self.layout,
+            chunk,
+            tokens=load.tokens,
+            squared_lengths=load.squared_lengths,
+            images=load.images,
+        )
+
     def _gemm(self, flops: float, efficiency: float | None = None) -> float:
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
@@ -101,9 +113,8 @@ class Timer:
         tokens = self.workload.tokens
         learns = not self.recipe.modules.language.freeze
         width = language.num_attention_heads * language.kv_channels
-        attention = 2 * width * self.workload.squared_lengths / tp
-        output = 2 * tokens * language.hidden_size * language.vocab_size
-        dense = (language_flops(language, tokens, 0) - output) / language.num_layers / tp
+        work = self._flops(Chunk(0, 1, first=False, last=False))
+        dense, attention = work.layers, work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
         rotated = tokens * (width + language.num_query_groups * language.kv_channels) // tp * b
@@ -132,7 +143,7 @@ class Timer:
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens, rows = self.workload.tokens, padded_vocabulary(self.recipe.model.language, self.layout.tensor)
         learns = not self.recipe.modules.language.freeze
-        product = 2 * tokens * language.hidden_size * rows / tp
+        product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.vocab_size
         # The loss in fp32 passes over the logits some ten times forward, three times backward.
         forward = self._gemm(product) + self._stream(40 * tokens * rows / tp)
         backward = self._gemm(product * (1 + int(learns))) + self._stream(14 * tokens * rows / tp)
@@ -144,8 +155,8 @@ class Timer:
         model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
         tower, images = model.vision, self.workload.images
         positions = tower.patches_per_image + int(tower.class_token)
-        attention = images * tower.num_layers * 4 * positions * positions * tower.hidden_size / tp
-        dense = images * vision_flops(tower, 1) / tp - attention
+        work = self._flops(Chunk(0, 0, first=True, last=False))
+        dense, attention = work.tower, work.tower_attention
         stream = images * positions * tower.hidden_size * b
         moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
         wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images else 0.0
@@ -156,7 +167,7 @@ class Timer:
             backward = 2 * forward + self._attention((_FLASH_BACKWARD - 2) * attention)
             if tower.gradient_checkpointing:
                 backward, back_wires = backward + forward, wires
-        connector = self._gemm(images * connector_flops(model, 1) / tp)
+        connector = self._gemm(work.connector)
         queries = model.tokens_per_image * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
         gathered += self._tensor_parallel(queries, 3)
@@ -252,11 +263,11 @@ class Timer:
             p2p_seconds=message,
         )
 
-    def step(self) -> StepTime:
-        """Return the time of a step."""
+    def step(self, *, whole: bool = True) -> StepTime:
+        """Return the time of a step; not ``whole`` simulates its beginning alone and goes on at that pace."""
         layout, parallel = self.layout, self.recipe.parallel
         costs = self.costs()
-        pipeline, bubble = self._pipeline(costs)
+        pipeline, bubble = self._pipeline(costs, whole=whole)
         stages = [[costs[chunk.index] for chunk in layout.chunks_of(stage)] for stage in range(layout.pipeline)]
         exposed, wired = 0.0, 0.0
         for stage, own in enumerate(stages):
@@ -288,11 +299,11 @@ class Timer:
             mfu=flops / (step * self.peak * layout.gpus),
         )
 
-    def _pipeline(self, costs: list[Cost]) -> tuple[float, float]:
-        """Return seconds and bubble of the passes; long steps are continued at the pace that they have settled to."""
+    def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
+        """Return seconds and bubble of the passes."""
         stages, count = self.layout.pipeline, self.layout.microbatches
         short, long = 3 * stages, 4 * stages
-        if count <= long:
+        if whole or count <= long:
             line = self.timeline(costs, count)
             return line.total, line.bubble
         few, more = self.timeline(costs, short), self.timeline(costs, long)

@@ -8,6 +8,7 @@ import pytest
 
 from megavlm.config import yaml12
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+from megavlm.models.registry import expand_presets
 
 
 def test_values_of_presets_file_and_overrides(load):
@@ -180,3 +181,25 @@ def test_the_shipped_recipes_load(tmp_path, monkeypatch):
 def test_without_presets_every_value_is_asked_for(recipe_file: Path):
     with pytest.raises(RecipeError, match=r"model\.vision: missing"):
         load_recipe(recipe_file)
+
+
+def test_overrides_from_a_file_go_into_the_branches(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("parallel: {tensor_model_parallel_size: 4, sequence_parallel: true}\n")
+    second.write_text("parallel: {tensor_model_parallel_size: 1, sequence_parallel: false}\noutput_dir: elsewhere\n")
+    recipe = load_recipe("quickstart", ["output_dir=here"], expand_presets, [first, second])
+    assert recipe.parallel.tensor_model_parallel_size == 1
+    assert recipe.parallel.pipeline_model_parallel_size == 2  # the recipe's own
+    assert recipe.output_dir == "here"  # key=value wins
+
+
+def test_an_overrides_file_that_is_wrong_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "no.yaml"
+    with pytest.raises(RecipeError, match=f"--overrides: no file '{missing}'"):
+        load_recipe("quickstart", [], expand_presets, [missing])
+    missing.write_text("- a list\n")
+    with pytest.raises(RecipeError, match="a recipe is a mapping of keys"):
+        load_recipe("quickstart", [], expand_presets, [missing])
+    missing.write_text("parallel: {tensor_parallel: 2}\n")
+    with pytest.raises(RecipeError, match=r"parallel\.tensor_parallel: unknown key"):
+        load_recipe("quickstart", [], expand_presets, [missing])

@@ -1,7 +1,8 @@
 """Builds real models at several layouts and writes what they allocate. Run under torchrun.
 
 Arguments: a JSON file with a list of recipes (branches for tests.tiny), and the file to write: for each recipe the
-mean bytes of weights, gradients and optimizer per rank of each pipeline stage.
+mean bytes of weights, gradients and optimizer per rank of each pipeline stage, what autograd keeps of one micro-batch
+there, how many images that had, and the operations that torch counts in its forward pass (without a virtual pipeline).
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ prepare_device()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
+from saved_tensors import saved_tensors  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from megavlm.data.feed import micro_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import TrainingModel, build_training  # noqa: E402
-from megavlm.training.step import train_step  # noqa: E402
+from megavlm.training.step import run_batches, train_step  # noqa: E402
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -44,7 +48,7 @@ def optimizer_tensors(training: TrainingModel) -> Iterable[torch.Tensor]:
 
 
 def measure(branches: dict[str, Any]) -> list[list[float]]:
-    """Take one step; return the mean of each kind of bytes per stage."""
+    """Take one step; return the means per rank of each stage."""
     recipe = tiny_recipe(**branches)
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, IMAGE_TOKEN)
@@ -55,19 +59,30 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
             micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
             for pack, pixels in mine
         ]
+        pipeline = mpu.get_pipeline_model_parallel_world_size()
+        few = batches[: pipeline if len(training.chunks) > 1 else 1]  # the interleaved schedule takes no fewer
+        with saved_tensors(p for chunk in training.chunks for p in chunk.parameters()) as saved:
+            run_batches(training.chunks, few, num_sources=1)
+        # Attention as plain matrix products: torch does not count its fused form on CPUs.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            if len(training.chunks) == 1:
+                run_batches(training.chunks, few, num_sources=1, forward_only=True)
         train_step(training.chunks, training.optimizer, batches, num_sources=1)
-        own = torch.zeros(mpu.get_pipeline_model_parallel_world_size(), 4, dtype=torch.float64)
+        own = torch.zeros(pipeline, 7, dtype=torch.float64)
         own[mpu.get_pipeline_model_parallel_rank()] = torch.tensor(
             [
                 storage_bytes(p for chunk in training.chunks for p in chunk.parameters()),
                 storage_bytes(buffer.grad_data for chunk in training.chunks for buffer in chunk.buffers),
                 storage_bytes(optimizer_tensors(training)),
+                saved.bytes / len(few),
+                batches[0].num_images,
+                counter.get_total_flops() / len(few),
                 1,
             ],
             dtype=torch.float64,
         )
         dist.all_reduce(own)
-        return (own[:, :3] / own[:, 3:]).tolist()
+        return (own[:, :-1] / own[:, -1:]).tolist()
 
 
 def main() -> None:

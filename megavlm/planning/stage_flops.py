@@ -1,0 +1,63 @@
+"""Operations of each model chunk on one rank: ``training.flops`` split over tensor and pipeline parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.config.schema import Recipe
+from megavlm.planning.layout import Chunk, Layout
+from megavlm.training.flops import connector_flops, language_flops, vision_flops
+
+
+@dataclass(frozen=True)
+class ChunkFlops:
+    """Operations of one forward pass through a chunk on one tensor-parallel rank."""
+
+    layers: float
+    """Matrix products of the language layers."""
+    attention: float
+    """Attention of the language layers, the causal half of it."""
+    output: float
+    """Output layer, without the rows that pad the vocabulary."""
+    tower: float
+    """Matrix products of the tower."""
+    tower_attention: float
+    """Attention of the tower."""
+    connector: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.layers + self.attention + self.output + self.tower + self.tower_attention + self.connector
+
+
+def chunk_flops(
+    recipe: Recipe, layout: Layout, chunk: Chunk, *, tokens: int, squared_lengths: float, images: float
+) -> ChunkFlops:
+    """Return the operations of one micro-batch, forward, in one chunk on one rank.
+
+    Args:
+        recipe: the recipe.
+        layout: its layout.
+        chunk: one of the layout's chunks.
+        tokens: tokens of the micro-batch.
+        squared_lengths: sum of the squares of its samples' lengths.
+        images: its images.
+    """
+    model, tp = recipe.model, layout.tensor
+    language, tower = model.language, model.vision
+    # Per layer: the whole model without attention, less the output layer.
+    output = 2 * tokens * language.hidden_size * language.vocab_size
+    layer = (language_flops(language, tokens, 0) - output) / language.num_layers
+    attention = 2 * language.num_attention_heads * language.kv_channels * squared_lengths
+    seen = images if chunk.first else 0
+    positions = tower.patches_per_image + int(tower.class_token)
+    tower_attention = seen * tower.num_layers * 4 * positions**2 * tower.hidden_size
+    return ChunkFlops(
+        layers=chunk.layers * layer / tp,
+        attention=chunk.layers * attention / tp,
+        output=output / tp * int(chunk.last),
+        tower=(seen * vision_flops(tower, 1) - tower_attention) / tp,
+        tower_attention=tower_attention / tp,
+        connector=seen * connector_flops(model, 1) / tp,
+    )

@@ -1,0 +1,37 @@
+"""Bytes that autograd really keeps for the backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+class Saved:
+    """What was saved; each storage once, and no parameter."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
+        # Held, so that no address is used twice.
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take note of a tensor that is saved."""
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._parameters:
+            self._tensors[address] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
+
+
+@contextlib.contextmanager
+def saved_tensors(parameters: Iterable[torch.Tensor]) -> Iterator[Saved]:
+    """Count what is saved inside the block."""
+    saved = Saved(parameters)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        yield saved

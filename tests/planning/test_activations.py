@@ -1,0 +1,56 @@
+"""Predicted activations are what autograd keeps in the plain-torch layers, to 2 %."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from saved_tensors import saved_tensors
+from test_parameters import OTHER
+from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
+
+from megavlm.data.feed import micro_batch
+from megavlm.models.build import build_model
+from megavlm.parallel.state import process_groups
+from megavlm.planning.activations import held_by
+from megavlm.planning.layout import layout_of
+
+FROZEN = {"freeze": True}
+TORCH = {"transformer_impl": "torch"}
+BF16 = {"training": {"precision": "bf16"}, "parallel": TORCH}
+CHECKPOINTED = {**tiny_recipe().model.vision.__dict__, "gradient_checkpointing": True}
+CASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": BF16,
+    "selective": {**BF16, "parallel": {**TORCH, "recompute_granularity": "selective"}},
+    "full": {"parallel": {"recompute_granularity": "full"}},
+    "full-by-two": {"parallel": {"recompute_granularity": "full", "recompute_num_layers": 2}},
+    "frozen-tower": {**BF16, "modules": {"vision": FROZEN}},
+    "connector-alone": {**BF16, "modules": {"vision": FROZEN, "language": FROZEN}},
+    "tower-alone": {"modules": {"connector": FROZEN, "language": FROZEN}},
+    "checkpointed-tower": {"model": {"preset": "tiny", "vision": CHECKPOINTED}},
+    "other": {"model": OTHER},
+    "other-bf16": {**BF16, "model": OTHER},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_kept_is_what_autograd_keeps(name: str) -> None:
+    recipe = tiny_recipe(**CASES[name])
+    with process_groups(recipe.parallel, seed=1):
+        model = build_model(recipe, IMAGE_TOKEN)[0]
+        pack, pixels = random_packs(1, seed=3)[0]
+        batch = micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
+        assert batch.num_images > 0
+        with saved_tensors(model.parameters()) as saved:
+            model(
+                tokens=batch.tokens,
+                position_ids=batch.position_ids,
+                packed_seq_params=batch.packed_seq_params,
+                labels=batch.labels.clamp(min=0),
+                images=batch.images,
+            )
+        layout = layout_of(recipe, 1)
+        held = held_by(recipe, layout, layout.chunks[0], SEQUENCE_LENGTH, batch.num_images)
+        assert held.kept == pytest.approx(saved.bytes, rel=0.02)

@@ -1,0 +1,87 @@
+"""``megavlm plan`` as users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megavlm.cli import WRONG_INPUT, main
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
+from megavlm.models.registry import expand_presets
+
+TINY = ["plan", "quickstart", "--gpus", "8", "training.global_batch_size=16"]
+
+
+def test_the_page_names_what_it_predicts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(TINY) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("Predicted, not measured: 8 x h100-80g")
+    assert "The recipe's own layout: TP 2 x PP 2 x DP 2" in page
+    assert "GPU-hours" in page
+
+
+def test_json_and_overrides_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "layout.yaml"
+    assert main([*TINY, "--json", "--write", str(file)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    best = report["plans"][0]
+    recipe = load_recipe("quickstart", ["training.global_batch_size=16"], expand_presets, [file])
+    check_recipe(recipe, 8)
+    for key, value in best["overrides"]["parallel"].items():
+        assert getattr(recipe.parallel, key) == value
+    assert best["gpu_hours"] == pytest.approx(best["time"]["step"] * recipe.training.train_steps * 8 / 3600)
+    assert (
+        main(["train", "quickstart", "--overrides", str(file), "training.global_batch_size=16", "--print-config"]) == 0
+    )
+    size = best["overrides"]["parallel"]["tensor_model_parallel_size"]
+    assert f"tensor_model_parallel_size: {size}\n" in capsys.readouterr().out
+
+
+def test_pictures_show_every_pass(tmp_path: Path) -> None:
+    words = ["plan", "quickstart", "--gpus", "4", "model.language.num_layers=24", "training.global_batch_size=8"]
+    svg, png = tmp_path / "schedule.svg", tmp_path / "schedule.png"
+    assert main([*words, "--picture", str(svg)]) == 0
+    assert main([*words, "--picture", str(png)]) == 0
+    assert svg.read_text().startswith("<svg")
+    with Image.open(png) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(100_000)}
+    assert (76, 120, 168) in colours  # a forward pass
+    assert (242, 165, 65) in colours  # a backward pass
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h900"], "--gpu: no figures for 'h900'; take one of a100-40g"),
+        (["--gpus", "0"], "--gpus: 0 is not a positive number"),
+        (["--picture", "a.gif"], "--picture: a.gif: is neither .png nor .svg"),
+        (["--write", "/no/such/place.yaml"], "no directory '/no/such'"),
+        (["--images-per-pack", "99"], "--images-per-pack: 99 is not between"),
+        (["model.preset=codefuse_vl_14b", "--gpu", "a100-40g", "--gpus", "1"], "no layout of quickstart works on 1 x"),
+        (["optimizer.lr=fast"], "optimizer.lr: expected number"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, *words]) == WRONG_INPUT
+    assert message in capsys.readouterr().err
+
+
+def test_it_is_light_and_quick() -> None:
+    """No torch, no process group, and under five seconds of processor time for the 14B."""
+    program = (
+        "import sys, time; from megavlm.cli import main;"
+        " code = main(['plan', 'codefuse_vl_14b', '--gpus', '64', '--json', 'modules.language.freeze=false']);"
+        " assert 'torch' not in sys.modules, 'torch was imported';"
+        " assert time.process_time() < 5, time.process_time(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["predicted"] is True

@@ -1,0 +1,152 @@
+"""What the planner proposes is right by the recipe's own rules, fits, and is as fast as the simulation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_recipe
+
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import RecipeError
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.models.registry import expand_presets
+from megavlm.planning.gpus import GPUS, find_gpu
+from megavlm.planning.layout import layout_of, with_parallel
+from megavlm.planning.memory import predict, usable_bytes
+from megavlm.planning.search import evaluate, search
+from megavlm.planning.timing import Timer
+from megavlm.planning.workload import assume_workload
+
+H100 = find_gpu("h100-80g")
+
+
+def big(**parallel: Any) -> Recipe:
+    """The 14B with a frozen tower, trained in everything else, 448 px, packs of 2048."""
+    recipe = tiny_recipe(
+        model={"preset": "codefuse_vl_14b", "vision": {}, "connector": {}, "language": {}},
+        data={"sequence_length": 2048},
+        modules={"vision": {"freeze": True}},
+        training={"precision": "bf16", "global_batch_size": 512, "train_steps": 2000},
+    )
+    return with_parallel(recipe, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("quickstart", 2), ("quickstart", 4), ("14b", 24), ("14b", 256), ("tiny", 8)]
+)
+def test_every_proposed_layout_passes_the_checks(name: str, gpus: int) -> None:
+    recipe = {"14b": big, "tiny": tiny_recipe}.get(name, lambda: load_recipe(name, [], expand_presets))()
+    found = search(recipe, gpus, H100, assume_workload(recipe))
+    assert found.plans
+    for plan in found.plans:
+        check_recipe(plan.recipe, gpus)
+        assert plan.layout.gpus == gpus
+        assert sum(plan.layout.layers_per_stage) == recipe.model.language.num_layers
+        assert max(memory.total for memory in plan.memory) <= usable_bytes(H100)
+    steps = [plan.time.step for plan in found.plans[:10]]
+    assert steps == sorted(steps)
+
+
+def test_sizes_that_do_not_fit_or_divide_are_refused_with_the_reason() -> None:
+    found = search(big(), 1024, H100, assume_workload(big()))
+    reasons = {(refusal.tensor, refusal.pipeline): refusal.reason for refusal in found.refusals}
+    assert "512 is not divisible by the data-parallel size (1024)" in reasons[1, 1]
+    found = search(big(), 8, H100, assume_workload(big()))
+    reasons = {(refusal.tensor, refusal.pipeline): refusal.reason for refusal in found.refusals}
+    assert "does not fit: stage 0 needs" in reasons[1, 1]
+    assert not search(big(), 2, find_gpu("a100-40g"), assume_workload(big())).plans
+
+
+def test_a_wrong_recipe_is_refused_whatever_the_layout() -> None:
+    recipe = tiny_recipe(modules={name: {"freeze": True} for name in ("vision", "connector", "language")})
+    with pytest.raises(RecipeError, match="nothing would be trained"):
+        search(recipe, 4, H100, assume_workload(recipe))
+
+
+def test_the_first_stage_has_fewer_layers_for_the_tower() -> None:
+    plans = search(big(), 32, H100, assume_workload(big())).plans
+    four = next(plan for plan in plans if plan.layout.pipeline == 4 and plan.layout.virtual is None)
+    first, *rest = four.layout.layers_per_stage
+    assert first < min(rest)
+    # And that is no loss: nearer to the others in time than an even split is.
+    even = evaluate(
+        with_parallel(four.recipe, num_layers_in_first_pipeline_stage=None), 32, H100, assume_workload(big())
+    )
+    assert four.time.step < even.time.step
+    assert even.time.stage_seconds[0] == max(even.time.stage_seconds)
+
+
+def test_without_images_the_split_is_even() -> None:
+    workload = assume_workload(big(), images_per_pack=0, samples_per_pack=1)
+    plans = search(big(), 16, H100, workload).plans
+    two = next(plan for plan in plans if plan.layout.pipeline == 2 and plan.layout.virtual is None)
+    first, last = two.layout.layers_per_stage
+    assert first > last  # the output layer weighs on the last
+
+
+@pytest.mark.parametrize(
+    ("parallel", "gpus"),
+    [
+        ({"pipeline_model_parallel_size": 4, "num_layers_in_first_pipeline_stage": 7}, 8),
+        ({"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 5}, 8),
+        ({"pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 5}, 8),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 36}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_long_step_goes_on_as_it_began(parallel: dict[str, Any], gpus: int) -> None:
+    recipe = big(**parallel)
+    timer = Timer(recipe, layout_of(recipe, gpus), H100, assume_workload(recipe))
+    whole = timer.timeline(timer.costs(), timer.layout.microbatches)
+    assert timer.step().pipeline == whole.total
+    # Two stages of nearly the same time change places as the slowest late in a step.
+    assert timer.step(whole=False).pipeline == pytest.approx(whole.total, rel=3e-3)
+    assert timer.step(whole=False).bubble == pytest.approx(whole.bubble, abs=3e-3)
+    assert timer.least() <= whole.total * (1 + 1e-9)
+
+
+def test_time_answers_to_what_it_should() -> None:
+    workload = assume_workload(big())
+    base = evaluate(big(tensor_model_parallel_size=4, sequence_parallel=True), 8, H100, workload)
+    again = evaluate(
+        big(tensor_model_parallel_size=4, sequence_parallel=True, recompute_granularity="full"), 8, H100, workload
+    )
+    assert again.time.step == pytest.approx(base.time.step * 4 / 3, rel=0.1)
+    assert again.memory[0].activations < base.memory[0].activations / 5
+    slower = evaluate(base.recipe, 8, find_gpu("a100-80g"), workload)
+    assert slower.time.step > 2 * base.time.step
+    assert 0.2 < base.time.mfu < 0.7
+    assert base.gpu_hours == pytest.approx(base.time.step * 2000 * 8 / 3600)
+    fewer = evaluate(base.recipe, 8, H100, assume_workload(big(), images_per_pack=1))
+    assert fewer.time.step < base.time.step
+
+
+def test_plain_torch_and_the_plain_optimizer_need_more() -> None:
+    fused, plain = predict(big(), 1), predict(big(transformer_impl="torch"), 1)
+    assert plain[0].activations > 1.2 * fused[0].activations
+    sharded = predict(big(use_distributed_optimizer=True), 8)[0].optimizer
+    assert predict(big(use_distributed_optimizer=False), 8)[0].optimizer == pytest.approx(8 * sharded, rel=1e-6)
+
+
+def test_every_stage_is_predicted() -> None:
+    stages = predict(big(pipeline_model_parallel_size=4), 8, images_per_pack=3, most_images=4)
+    assert len(stages) == 4
+    assert stages[0].vision > 0
+    assert [stage.vision for stage in stages[1:]] == [0, 0, 0]
+    assert [stage.output > 0 for stage in stages] == [False, False, False, True]
+    # Earlier stages have more micro-batches under way.
+    assert stages[1].activations > stages[2].activations > stages[3].activations
+    assert stages[0].tensors == sum(vars(stages[0]).values()) < stages[0].total
+
+
+@pytest.mark.parametrize(("images", "samples"), [(8, None), (-1, None), (2, 0), (2, 4000)])
+def test_a_pack_that_cannot_be_is_refused(images: float, samples: float | None) -> None:
+    with pytest.raises(RecipeError, match="is not between"):
+        assume_workload(big(), images, samples)
+
+
+def test_gpus_say_where_their_figures_come_from() -> None:
+    assert set(GPUS) == {"a100-40g", "a100-80g", "h100-80g", "h200-141g"}
+    assert all("data sheet" in gpu.source for gpu in GPUS.values())
