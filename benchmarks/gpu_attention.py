@@ -65,7 +65,7 @@ def _compare(impl: str, causal: bool, lengths: tuple[int, ...] | None, groups: i
     shape = (POSITIONS,) if lengths is not None else (POSITIONS, 2)
     q, k, v = (torch.randn(*shape, heads, WIDTH).bfloat16() for heads in (HEADS, groups, groups))
     weight = torch.randn(*shape, HEADS * WIDTH)
-    ours = [x.to(local_device()).requires_grad_() for x in (q, k, v)]
+    ours = [x.clone().to(local_device()).requires_grad_() for x in (q, k, v)]
     output = core(*ours, None, attn_mask_type=mask, packed_seq_params=_packed(lengths))
     output = output.reshape(weight.shape)
     output.float().mul(weight.to(output.device)).sum().backward()

@@ -35,6 +35,7 @@ def engine_rules(recipe: Recipe) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
     yield from _fusions(recipe)
     yield from _overlap(recipe)
+    yield from _graphs(recipe)
     engine = recipe.engine
     if engine.fp8 is None:
         for name in _changed(engine, _FP8_ONLY):
@@ -78,6 +79,20 @@ def _overlap(recipe: Recipe) -> Iterator[str]:
         yield f"{key}: is Transformer Engine's; set parallel.transformer_impl to transformer_engine, or this to false"
     if engine.fp8 is not None and engine.fp8_recipe == "blockwise":
         yield f"{key}: has no buffers for blockwise FP8; take another {_KEY}fp8_recipe, or set this to false"
+
+
+def _graphs(recipe: Recipe) -> Iterator[str]:
+    if recipe.engine.cuda_graph_impl == "none":
+        return
+    key = f"{_KEY}cuda_graph_impl"
+    if recipe.training.precision != "bf16":
+        yield f"{key}: needs training.precision bf16; set that, or this to none"
+    if recipe.parallel.transformer_impl == "torch":
+        yield f"{key}: is Transformer Engine's; set parallel.transformer_impl to transformer_engine, or this to none"
+    if recipe.parallel.recompute_granularity == "full":
+        yield f"{key}: not with parallel.recompute_granularity full; set that to selective or null, or this to none"
+    if recipe.modules.language.freeze:
+        yield f"{key}: a frozen language model has no backward pass to replay; set this to none"
 
 
 def _scaling(recipe: Recipe) -> Iterator[str]:

@@ -230,6 +230,9 @@ class EngineConfig:
     """Fused loss; auto: on a GPU, in bf16."""
     cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     """Whose fused loss: Megatron-Core's or Transformer Engine's."""
+    cuda_graph_impl: Literal["none", "transformer_engine"] = "none"
+    """Replay the MLPs of the language layers as CUDA graphs from the fourth step on, instead of launching their kernels
+    one by one. Attention stays out: the number of a pack's segments changes. Needs bf16 and Transformer Engine."""
 
 
 @_config

@@ -62,6 +62,11 @@ class VisionLanguageModel(MegatronModule):
             self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
         self.language = language
 
+    @property
+    def decoder(self) -> Any:
+        """The language model's layers, where Megatron-Core's schedules and CUDA graphs look for them."""
+        return self.language.decoder
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage (called by Megatron-Core's schedules)."""
         self.language.set_input_tensor(input_tensor)

@@ -121,6 +121,7 @@ def _kernel_lines(recipe: Recipe, machine: Machine) -> Iterator[str]:
         "apply_rope_fusion": engine.apply_rope_fusion == "on",
         "cross_entropy_fusion_impl": engine.cross_entropy_fusion_impl == "te",
         "tp_comm_overlap": engine.tp_comm_overlap,
+        "cuda_graph_impl": engine.cuda_graph_impl != "none",
     }
     if machine.transformer_engine is None:
         for name, wanted in kernels.items():
@@ -156,6 +157,9 @@ def settings(engine: EngineConfig, part: Part, machine: Machine, *, engine_layer
             "cross_entropy_loss_fusion": fused(engine.cross_entropy_loss_fusion, cuda and bf16),
             "cross_entropy_fusion_impl": engine.cross_entropy_fusion_impl,
             "tp_comm_overlap": engine.tp_comm_overlap,
+            "cuda_graph_impl": engine.cuda_graph_impl,
+            # Packed attention takes segment borders, of which every micro-batch has another number.
+            "cuda_graph_scope": ["mlp"] if engine.cuda_graph_impl != "none" else [],
         }
     stays = {"language": False, "vision": engine.vision_bf16, "connector": engine.connector_bf16}[part]
     if engine.fp8 is None or stays:

@@ -175,22 +175,17 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
     local = tokens // tp if layout.sequence_parallel else tokens
     wide, stream = tokens * hidden * b, local * hidden * b
+    kept = language_kept(recipe, layout, chunk, tokens, kernels)
     vision = output = 0
     # Within a layer, forward: what the projection gives before it is reduced, and after.
     forward = wide + 2 * stream
-    # Backward: gradients around the activation and of the input, beside the gradient of a weight.
-    backward = tokens * 4 * ffn * b + wide + 2 * stream + int(learns) * 2 * ffn * hidden * b
-    if not kernels.fused:
-        backward += 2 * local * hidden * 4
+    # Backward, beside the gradient of the residual stream: gradients around the activation, less the result that the
+    # second product has let go of; then the gradients of the first product's weight and input, less the activation's.
+    inner = tokens * ffn * b
+    backward = 2 * stream + max(3 * inner, int(learns) * 2 * ffn * hidden * b + wide - inner)
     if recipe.parallel.recompute_granularity == "full":
         unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
         backward += unit * layer_kept(language, layout, tokens, kernels, learns=learns)
-    if chunk.first:
-        vision = vision_kept(recipe, layout, images, kernels)
-        forward = max(forward, vision_passing(recipe, layout, images, kernels))
-        if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
-            vision += wide - stream
-        backward += _vision_backward(recipe, layout, images, kernels)
     if chunk.last:
         rows = padded_vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
@@ -198,10 +193,19 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         # The logits themselves, forward; their gradient and the weight's, backward. In fp32 these are in place.
         logits = tokens * rows * b * int(b == 2)
         forward = max(forward, logits)
-        backward = max(backward, logits + wide + int(learns) * rows * hidden * b)
-    if chunk.first and learns:
-        backward = max(backward, padded_vocabulary(language, tp) // tp * hidden * b + wide)
-    kept = language_kept(recipe, layout, chunk, tokens, kernels)
+        products = logits + wide + int(learns) * rows * hidden * b - tokens * rows * 4 * int(b == 2)
+        # By the time that the layers' turn comes, the loss has let go of what it kept.
+        backward = max(logits, products, backward - output)
+    if chunk.first:
+        vision = vision_kept(recipe, layout, images, kernels)
+        if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
+            vision += wide - stream
+        # The tower comes before, and its backward pass after, what the language layers keep.
+        passing = vision_passing(recipe, layout, images, kernels)
+        forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
+        backward = max(backward, _vision_backward(recipe, layout, images, kernels) - kept - output)
+        if learns:  # the embedding's gradient
+            backward = max(backward, padded_vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, held_by, kernels_of
@@ -26,16 +26,17 @@ class StageMemory:
     activations: int
     """Kept by the language layers, for all micro-batches under way."""
     vision: int
-    """Kept by tower and connector, for all micro-batches under way; passing ones where the tower is frozen."""
+    """Kept by tower and connector, for all micro-batches under way."""
     output: int
     """Kept by the output layer and the loss."""
     buffers: int
-    """Tokens and pixels of a step, gathered sequences, gradients that pass, recomputed layers."""
+    """What comes and goes: pixels and tokens of a step, gradients, recomputed layers, a frozen tower's activations."""
 
     @property
     def tensors(self) -> int:
         """All tensors at the peak: what ``torch.cuda.max_memory_allocated`` shows."""
-        return sum(asdict(self).values())
+        kept = self.activations + self.vision + self.output + self.buffers
+        return self.weights + self.gradients + self.optimizer + kept
 
     @property
     def total(self) -> int:
@@ -57,40 +58,38 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload)
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
     static = static_bytes(recipe, layout, stage)
     held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_images) for chunk in layout.chunks_of(stage)]
-    count, passing, forward = _peak(layout, stage, held)
+    count, passing = _peak(layout, stage, held)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
     vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
     output = sum(n * chunk.output for n, chunk in zip(count, held, strict=True))
-    frozen_tower = stage == 0 and forward and recipe.modules.vision.freeze
     return StageMemory(
         weights=static.weights,
         gradients=static.gradients,
         optimizer=static.optimizer,
         activations=language,
-        vision=vision + (passing if frozen_tower else 0),
+        vision=vision,
         output=output,
-        buffers=_buffers(recipe, layout, stage, workload) + (0 if frozen_tower else passing),
+        buffers=_buffers(recipe, layout, stage, workload) + passing,
     )
 
 
-def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int, bool]:
-    """Walk through the rank's calls; return what is under way at the peak.
-
-    Returns:
-        Micro-batches that each chunk keeps, the bytes that pass, and whether it is in a forward pass.
-    """
+def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int]:
+    """Walk through the rank's calls; return the micro-batches that each chunk keeps at the peak, and what passes."""
     # More micro-batches than this fill the pipeline no further.
     microbatches = min(layout.microbatches, 2 * layout.pipeline)
+    sizes = [chunk.kept for chunk in held]
     kept = [0] * len(held)
-    best: tuple[int, list[int], int, bool] = (-1, kept, 0, True)
+    best: tuple[int, list[int], int] = (-1, kept, 0)
     for work in rank_order(stage, microbatches, pipeline=layout.pipeline, virtual=layout.virtual):
         forward = work.kind == "F"
         if forward:
             kept[work.chunk] += 1
         passing = held[work.chunk].forward if forward else held[work.chunk].backward
-        total = sum(n * chunk.kept for n, chunk in zip(kept, held, strict=True)) + passing
+        total = passing
+        for number, bytes_kept in zip(kept, sizes, strict=True):
+            total += number * bytes_kept
         if total > best[0]:
-            best = (total, list(kept), passing, forward)
+            best = (total, list(kept), passing)
         if not forward:
             kept[work.chunk] -= 1
     return best[1:]

@@ -26,6 +26,10 @@ _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
 
 
+_Kind = tuple[ModelConfig, tuple[bool, bool, bool], int, int, bool, bool]
+"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a chunk."""
@@ -106,9 +110,13 @@ def layer_shapes(language: LanguageConfig, tensor: int) -> list[int]:
 
 def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Parameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
+    return _chunk_parameters(*_kind(recipe, layout, chunk))
+
+
+def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     modules = recipe.modules
     learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    return _chunk_parameters(recipe.model, learns, layout.tensor, chunk.layers, chunk.first, chunk.last)
+    return recipe.model, learns, layout.tensor, chunk.layers, chunk.first, chunk.last
 
 
 # A search asks for the same chunks over and over.
@@ -136,11 +144,12 @@ def _chunk_parameters(
 
 
 @functools.lru_cache(maxsize=4096)
-def _elements(parameters: tuple[Parameter, ...], data: int) -> tuple[int, int, int]:
+def _elements(kind: _Kind, data: int) -> tuple[int, int, int]:
     """Return frozen elements, learning ones, and those of the buffer that holds the learning ones.
 
     ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none.
     """
+    parameters = _chunk_parameters(*kind)
     sizes = [parameter.elements for parameter in parameters if parameter.learns]
     learning = sum(sizes)
     frozen = sum(parameter.elements for parameter in parameters) - learning
@@ -149,7 +158,7 @@ def _elements(parameters: tuple[Parameter, ...], data: int) -> tuple[int, int, i
 
 def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank."""
-    return _elements(chunk_parameters(recipe, layout, chunk), 0)[1]
+    return _elements(_kind(recipe, layout, chunk), 0)[1]
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     weight = 2 if half else 4
     ranks = layout.data if parallel.use_distributed_optimizer else 1
     padded_for = layout.data if parallel.use_distributed_optimizer else 0
-    chunks = [_elements(chunk_parameters(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
+    chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
     frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
     per_element = 12 if half else 8
     return StaticBytes(

@@ -17,6 +17,8 @@ from megavlm.planning.timing import StepTime, Timer
 from megavlm.planning.workload import Workload
 
 _RECOMPUTE = (None, "selective", "full")
+_SIMULATED = 10
+"""Of so many layouts the whole step is simulated in the end."""
 _UNEVEN = 2.0
 """The first stage may have at most this times its even share of layers."""
 
@@ -105,10 +107,12 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
             key = (tp, pp, candidate.layout.virtual)
             if key in best and least >= best[key].time.step:
                 continue
-            plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step())
+            plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step(whole=False))
             if key not in best or plan.time.step < best[key].time.step * 0.9999:
                 best[key] = plan
     plans = sorted(best.values(), key=lambda plan: plan.time.step)
+    exact = [evaluate(plan.recipe, gpus, gpu, workload) for plan in plans[:_SIMULATED]]
+    plans = sorted(exact, key=lambda plan: plan.time.step) + plans[_SIMULATED:]
     return Search(tuple(plans), tuple(refusals), tried)
 
 

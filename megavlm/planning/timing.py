@@ -263,11 +263,11 @@ class Timer:
             p2p_seconds=message,
         )
 
-    def step(self) -> StepTime:
-        """Return the time of a step."""
+    def step(self, *, whole: bool = True) -> StepTime:
+        """Return the time of a step; not ``whole`` simulates its beginning alone and goes on at that pace."""
         layout, parallel = self.layout, self.recipe.parallel
         costs = self.costs()
-        pipeline, bubble = self._pipeline(costs)
+        pipeline, bubble = self._pipeline(costs, whole=whole)
         stages = [[costs[chunk.index] for chunk in layout.chunks_of(stage)] for stage in range(layout.pipeline)]
         exposed, wired = 0.0, 0.0
         for stage, own in enumerate(stages):
@@ -299,11 +299,11 @@ class Timer:
             mfu=flops / (step * self.peak * layout.gpus),
         )
 
-    def _pipeline(self, costs: list[Cost]) -> tuple[float, float]:
-        """Return seconds and bubble of the passes; long steps are continued at the pace that they have settled to."""
+    def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
+        """Return seconds and bubble of the passes."""
         stages, count = self.layout.pipeline, self.layout.microbatches
         short, long = 3 * stages, 4 * stages
-        if count <= long:
+        if whole or count <= long:
             line = self.timeline(costs, count)
             return line.total, line.bubble
         few, more = self.timeline(costs, short), self.timeline(costs, long)

@@ -31,6 +31,7 @@ from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
 from megavlm.training.build import build_training
+from megavlm.training.graphs import LayerGraphs
 from megavlm.training.guard import StepGuard, check_finite
 from megavlm.training.heartbeat import Heartbeat, blame
 from megavlm.training.heldout import read_held_out, validate
@@ -77,6 +78,7 @@ class Trainer:
         decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
         self.feed = self._open_feed(decoder, reader_state)
+        self.graphs = LayerGraphs(recipe, self.training, self.num_microbatches)
         prefetcher = self.feed.prefetcher
         with agreed(f"writing to {recipe.output_dir}"):
             self.metrics = Metrics(
@@ -146,6 +148,7 @@ class Trainer:
         self.heartbeat.beat(progress.step + 1, "training")
         fault("step.begin")
         self.recorder.begin(progress.step + 1)
+        self.graphs.before_step()
         self.metrics.begin()
         batches = self.feed.next_step(self.num_microbatches)
         self.metrics.fetched()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,17 +26,31 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
-    done = _run("--dry-run-cpu", "--out", out)
+    done = _run("--dry-run-cpu", "--out", out, "--timeout", 250, "--limit", 270)
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.read_text() == done.stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
     status = {row[0]: row[1] for row in rows if len(row) == 3 and row[0] not in ("check", "---")}
     assert status["fp32, torch layers: this device against the CPU"] == "ok"
     assert status["bf16 against fp32, torch layers"] == "ok"
-    assert status["bf16 step, small model, torch layers"] == "ok"
-    assert status["bf16, Transformer Engine against torch layers"] == "not run"
+    assert status["bf16 attention, torch"] == "ok"
+    assert status["small model, BF16, torch layers"] == "ok"
+    assert status["small model, BF16, torch layers: the planner's prediction"] == "ok"
+    for name in ("bf16 attention, Transformer Engine", "bf16, Transformer Engine against torch layers"):
+        assert status[name] == "not run"
+    for scaling in ("tensorwise", "delayed", "blockwise", "mxfp8"):
+        assert status[f"FP8 ({scaling}) against bf16, Transformer Engine"] == "not run"
+    for kind in ("BF16", "FP8 (tensorwise)", "FP8 (delayed)"):
+        assert status[f"small model, {kind}"] == "not run"
     dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     assert status["DALI decodes JPEGs as PIL does"] == ("ok" if dali else "not run")
+    figures = json.loads(out.with_suffix(".json").read_text())
+    assert {row["name"]: row["status"] for row in figures["rows"]} == status
+    timed = figures["jobs"]["small model, BF16, torch layers"]
+    assert timed["tokens_per_s"] > 0 and timed["images_per_s"] > 0 and timed["predicted_gib"] > 0
+    assert timed["mfu"] is None and timed["peak_gib"] is None  # nothing is made up on a CPU
+    packed = figures["jobs"]["attention, torch"]["cases"]["packed causal"]
+    assert 0 < packed["output"] < 0.02 and 0 < packed["gradient"] < 0.02
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -47,7 +63,10 @@ def test_without_a_gpu_it_says_so_in_one_line_and_writes_nothing(tmp_path: Path)
     assert not out.exists()
 
 
-def _module() -> object:
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -56,8 +75,7 @@ def _module() -> object:
     return module
 
 
-def test_a_failed_job_is_a_failed_row_with_its_error_and_log(tmp_path: Path) -> None:
-    gpu_check = _module()
+def test_a_failed_job_is_a_failed_row_with_its_error_and_log(gpu_check: Any) -> None:
     run = gpu_check.Runner(60, on_cpu=True)
     outcome = run("nonsense", {"kind": "nonsense"})
     assert outcome.result is None
@@ -68,9 +86,7 @@ def test_a_failed_job_is_a_failed_row_with_its_error_and_log(tmp_path: Path) -> 
     assert "## Output of the failed job: nonsense" in report and "Traceback" in report
 
 
-def test_losses_that_differ_or_are_not_numbers_fail() -> None:
-    gpu_check = _module()
-
+def test_losses_that_differ_or_are_not_numbers_fail(gpu_check: Any) -> None:
     def outcome(loss: float) -> object:
         return gpu_check.Outcome({"losses": [loss, loss], "grad_norms": [1.0, 1.0]})
 
@@ -78,3 +94,46 @@ def test_losses_that_differ_or_are_not_numbers_fail() -> None:
     assert gpu_check._compared("r", outcome(2.0), outcome(2.01), 1e-4).status == "failed"
     assert gpu_check._compared("r", outcome(float("nan")), outcome(2.0), 1e-4).status == "failed"
     assert gpu_check._compared("r", gpu_check.Outcome(None, "E"), outcome(2.0), 1e-4).detail == "E"
+
+
+def test_nothing_starts_when_the_time_for_the_whole_is_up(gpu_check: Any) -> None:
+    run = gpu_check.Runner(60, on_cpu=True, limit=5)
+    outcome = run("late", {"kind": "nonsense"})
+    assert outcome.skipped and "time" in outcome.error
+    row = gpu_check._one("late", outcome, str)
+    assert row.status == "not run"
+    assert "## Output" not in gpu_check.markdown([row], [], run, 1.0)
+
+
+def test_what_a_machine_cannot_do_is_not_run_and_says_why(gpu_check: Any) -> None:
+    engine = {"fp8": "hybrid"}
+    job = {"kind": "train", "size": "small", "precision": "bf16", "impl": "auto", "steps": 1, "warmup": 0}
+    outcome = gpu_check.Runner(120, on_cpu=True)("fp8", {**job, "engine": engine})
+    assert outcome.skipped and "engine.fp8: there is no CUDA device; install" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("size", "layers"),
+    [(16, 0), (24, 0), (40, 3), (79.1, 8), (139.8, 8)],
+)
+def test_the_slice_has_as_many_layers_as_fit(gpu_check: Any, size: float, layers: int) -> None:
+    assert gpu_check.slice_layers(size) == layers
+
+
+def test_goals_and_predictions_are_judged(gpu_check: Any) -> None:
+    result = {
+        "losses": [2.0, 1.9], "grad_norms": [1.0, 1.0], "parameters": 10**9, "layers": 8, "step_ms": 400.0,
+        "tokens_per_s": 20_000.0, "images_per_s": 45.0, "model_tflops": 520.0, "mfu": 0.526, "mfu_fp8_peak": None,
+        "predicted_gib": 60.0, "peak_gib": 65.0, "predicted_step_ms": 500.0,
+    }  # fmt: skip
+    speed, told = gpu_check._timed("BF16", gpu_check.Outcome(result))
+    assert (
+        speed.status == "ok"
+        and "MFU 52.6% of the bf16 peak" in speed.detail
+        and "goal 50% MFU: reached" in speed.detail
+    )
+    assert "memory, GiB: predicted 60.00, measured 65.00 (-7.7%, within 10%)" in told.detail
+    assert "step, ms: predicted 500.00, measured 400.00 (+25.0%, outside of 15%)" in told.detail
+    faster = {**result, "tokens_per_s": 29_000.0}
+    ratio = gpu_check._ratio("FP8", gpu_check.Outcome(faster), gpu_check.Outcome(result))
+    assert ratio.detail == "1.45 times (goal 1.4: reached)"

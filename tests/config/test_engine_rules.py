@@ -16,6 +16,7 @@ BLOCKWISE = "engine.fp8_recipe=blockwise"
 MXFP8 = "engine.fp8_recipe=mxfp8"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 OVERLAP = "engine.tp_comm_overlap=true"
+GRAPHS = "engine.cuda_graph_impl=transformer_engine"
 ENDS = "engine.first_last_layers_bf16=true"
 
 
@@ -32,6 +33,7 @@ ENDS = "engine.first_last_layers_bf16=true"
         ([FP8, "engine.vision_bf16=false", "engine.connector_bf16=false"], 1),
         (["engine.cross_entropy_loss_fusion=on", "engine.cross_entropy_fusion_impl=te"], 1),
         (["training.precision=fp32"], 1),
+        ([GRAPHS, "parallel.recompute_granularity=selective"], 1),
     ],
 )
 def test_accepted(load, overrides, world_size):
@@ -85,6 +87,10 @@ def test_accepted(load, overrides, world_size):
             [FP8, "engine.connector_bf16=false", "model.connector.num_queries=4"],
             "model.connector.num_queries: 4 gives no multiple of 16, as tensorwise FP8 asks; set engine.connector_bf16",
         ),
+        ([GRAPHS, "training.precision=fp32"], "engine.cuda_graph_impl: needs training.precision bf16"),
+        ([GRAPHS, "parallel.transformer_impl=torch"], "engine.cuda_graph_impl: is Transformer Engine's"),
+        ([GRAPHS, "parallel.recompute_granularity=full"], "engine.cuda_graph_impl: not with parallel.recompute_gran"),
+        ([GRAPHS, "modules.language.freeze=true"], "engine.cuda_graph_impl: a frozen language model has no backward"),
         ([OVERLAP], "engine.tp_comm_overlap: needs parallel.sequence_parallel"),
         ([OVERLAP, *TP2, "parallel.transformer_impl=torch"], "engine.tp_comm_overlap: is Transformer Engine's"),
         ([FP8, BLOCKWISE, OVERLAP, *TP2], "engine.tp_comm_overlap: has no buffers for blockwise FP8"),
@@ -106,8 +112,10 @@ def test_refused(load, overrides, expected):
     assert ";" in lines[0], "no remedy"
 
 
-def test_the_14b_fits_fp8_in_every_recipe_and_module():
-    common = ["parallel.tensor_model_parallel_size=4", "data.sequence_length=2048", FP8]
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_the_14b_fits_fp8_in_every_recipe_and_module(tensor):
+    sharded = "true" if tensor > 1 else "false"
+    common = [f"parallel.tensor_model_parallel_size={tensor}", f"parallel.sequence_parallel={sharded}", FP8]
     for scaling in ("tensorwise", "blockwise", "mxfp8"):
         recipe = load_recipe(
             "codefuse_vl_14b",

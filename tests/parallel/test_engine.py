@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
+from megatron.core.pipeline_parallel.schedules import set_current_microbatch
+from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter
-from tiny import tiny_recipe
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from megavlm.data.feed import micro_batch
 from megavlm.models.connectors.resampler import Resampler
 from megavlm.models.context import BuildContext
 from megavlm.models.language import decoder
@@ -22,6 +25,9 @@ from megavlm.models.vision import vit
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings
 from megavlm.parallel.state import process_groups
+from megavlm.training.build import build_training
+from megavlm.training.graphs import LayerGraphs
+from megavlm.training.step import train_step
 
 H100 = Machine((9, 0), (13, 0), (2, 9, 0), apex=True)
 B200 = Machine((10, 0), (13, 0), (2, 9, 0))
@@ -74,6 +80,8 @@ def vision_config(**engine: Any) -> TransformerConfig:
         ({"gradient_accumulation_fusion": "on"}, "gradient_accumulation_fusion", True),
         ({"cross_entropy_loss_fusion": "on"}, "cross_entropy_loss_fusion", True),
         ({"cross_entropy_fusion_impl": "te"}, "cross_entropy_fusion_impl", "te"),
+        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_impl", "transformer_engine"),
+        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_scope", [CudaGraphScope.mlp]),
     ],
 )
 def test_a_key_reaches_the_configuration_of_the_language_model(engine, field, value):
@@ -108,6 +116,24 @@ def test_an_fp8_connector_is_built_from_transformer_engine():
         Resampler(tiny_recipe().model, eight)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without Transformer Engine")
+def test_graphs_find_the_layers_and_the_micro_batch():
+    recipe = tiny_recipe(training={"precision": "bf16"}, engine={"cuda_graph_impl": "transformer_engine"})
+    training = build_training(recipe, IMAGE_TOKEN)
+    layers = training.modules[0].language.decoder.layers
+    set_current_microbatch(training.chunks[0], 3)  # as Megatron-Core's schedules do
+    assert [layer.current_microbatch for layer in layers] == [3] * 4
+    assert all(layer.cuda_graphs == [] for layer in layers)
+    assert not any(hasattr(layer, "cuda_graphs") for layer in training.modules[0].vision.transformer.layers)
+    graphs = LayerGraphs(recipe, training, 1)
+    for _ in range(3):
+        graphs.before_step()
+    assert graphs.pending
+    with pytest.raises(AssertionError, match="CUDA Graphs are not supported without TE"):  # the helper itself
+        graphs.before_step()
+    LayerGraphs(tiny_recipe(), training, 1).before_step()
+
+
 def test_the_14b_builds_with_fp8_on_the_meta_device():
     model = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": {"preset": "codefuse_vl_14b"}})["model"])
     with torch.device("meta"):
@@ -117,6 +143,28 @@ def test_the_14b_builds_with_fp8_on_the_meta_device():
     assert [n for n in range(40) if is_first_last_bf16_layer(layers[n].config, n)] == [0, 39]
     assert {layer.config.fp8 for layer in chunk.vision.transformer.layers} == {None}
     assert chunk.connector.config.fp8 is None
+
+
+def test_fused_kernels_compute_the_same():
+    """On a CPU Megatron-Core's fused functions run as plain Python: the arithmetic is held, not the kernels."""
+    names = ("bias_activation_fusion", "bias_dropout_fusion", "cross_entropy_loss_fusion")
+
+    def two_steps(choice: str) -> list[tuple[float, float | None]]:
+        recipe = tiny_recipe(training={"precision": "bf16"}, engine=dict.fromkeys(names, choice))
+        torch.manual_seed(5)
+        training = build_training(recipe, IMAGE_TOKEN)
+        assert training.modules[0].config.cross_entropy_loss_fusion == (choice == "on")
+        results = []
+        for seed in range(2):
+            packs = [micro_batch(pack, torch.from_numpy(px), torch.device("cpu")) for pack, px in random_packs(2, seed)]
+            training.scheduler.step(1)
+            result = train_step(training.chunks, training.optimizer, packs, num_sources=1)
+            results.append((result.loss, result.grad_norm))
+        return results
+
+    for (loss, norm), (plain_loss, plain_norm) in zip(two_steps("on"), two_steps("off"), strict=True):
+        assert loss == pytest.approx(plain_loss, rel=2e-3)
+        assert norm == pytest.approx(plain_norm, rel=2e-2)
 
 
 def test_automatic_choices():
@@ -185,6 +233,11 @@ def test_a_machine_that_can(engine, machine):
             "engine.apply_rope_fusion: is Transformer Engine's, which is not here",
         ),
         ({"tp_comm_overlap": True}, Machine(), "engine.tp_comm_overlap: is Transformer Engine's, which is not here"),
+        (
+            {"cuda_graph_impl": "transformer_engine"},
+            Machine(),
+            "engine.cuda_graph_impl: is Transformer Engine's, which",
+        ),
         ({"gradient_accumulation_fusion": "on"}, B200, "engine.gradient_accumulation_fusion: needs NVIDIA Apex; build"),
     ],
 )

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT, torchrun
 from run_data import RunData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -174,6 +175,11 @@ def test_refusals(run_data: RunData, whole: tuple[Path, str], tmp_path: Path) ->
     assert line.startswith("megavlm: error: model.language.num_layers: 2, but")
     line = refused(run_data, whole[0], "training.seed=7", "training.train_steps=9")
     assert "seed 1234" in line
+    if not torch.cuda.is_available():
+        line = refused(run_data, tmp_path / "run", "training.precision=bf16", "engine.fp8=hybrid")
+        assert line.startswith(
+            "megavlm: error: engine.fp8: there is no CUDA device; install transformer-engine[pytorch]"
+        )
     assert not (tmp_path / "run").exists()
 
 
