@@ -1,4 +1,4 @@
-"""The predicted peak of activations and of what passes is what a real step allocates in the plain-torch layers, to 5 %."""
+"""The predicted peak of activations and of what passes is that of a real step in the plain-torch layers, to 5 %."""
 
 from __future__ import annotations
 
