@@ -14,6 +14,7 @@ from megavlm.cli import WRONG_INPUT, main
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.models.registry import expand_presets
+from megavlm.planning.report import efficiency_table, gpu_table
 
 TINY = ["plan", "quickstart", "--gpus", "8", "training.global_batch_size=16"]
 
@@ -72,6 +73,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 ) -> None:
     assert main([*TINY, *words]) == WRONG_INPUT
     assert message in capsys.readouterr().err
+
+
+def test_the_docs_have_the_figures_that_the_planner_counts_with() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    assert gpu_table() in page
+    assert efficiency_table() in page
 
 
 def test_it_is_light_and_quick() -> None:
