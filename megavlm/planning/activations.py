@@ -12,6 +12,7 @@ of a number.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.planning.layout import Chunk, Layout
@@ -47,12 +48,21 @@ class Kernels:
     """Transformer Engine's layers; False for plain torch."""
     number_bytes: int
     """Bytes of an activation: 2 in bf16, 4 in fp32."""
+    fp8: bool = False
+    """The language model's linear layers multiply in FP8, and keep their inputs so."""
 
 
 def kernels_of(recipe: Recipe) -> Kernels:
     """Return the kernels on a GPU: Transformer Engine, unless the recipe asks for plain torch or for fp32."""
     half = recipe.training.precision != "fp32"
-    return Kernels(fused=half and recipe.parallel.transformer_impl != "torch", number_bytes=2 if half else 4)
+    fused = half and recipe.parallel.transformer_impl != "torch"
+    fp8 = fused and engine_key(recipe, "fp8") is not None
+    return Kernels(fused=fused, number_bytes=2 if half else 4, fp8=fp8)
+
+
+def engine_key(recipe: Recipe, name: str) -> Any:
+    """Return a key of the recipe's ``engine`` branch, or None where it has none."""
+    return getattr(getattr(recipe, "engine", None), name, None)
 
 
 def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: Kernels, *, learns: bool) -> int:
@@ -68,7 +78,7 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     norms = 2 * stream * (b if kernels.fused else 4)
     inputs = 0
     if learns:
-        inputs = 2 * stream * b + tokens * (queries + ffn) * b
+        inputs = (2 * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
         inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     attention = tokens * (queries + 2 * keys + queries + keys) * b
@@ -76,7 +86,7 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     if not kernels.fused:  # cosines and sines, for queries and for keys
         attention += 4 * tokens * language.kv_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
-    attention += 0 if kernels.fused and learns else tokens * queries * b
+    attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     if language.qk_layernorm:
         attention += tokens * (queries + keys) * (b if kernels.fused else 4 + b * int(learns))
     return norms + inputs + attention + tokens * 2 * ffn * b

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megavlm.config import yaml12
-from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Gpu
+from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Efficiency, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE
 from megavlm.planning.memory import StageMemory
 from megavlm.planning.search import Plan, Search
@@ -163,7 +163,7 @@ def _own(own: Plan | str, best: Plan) -> str:
 
 
 def gpu_table() -> str:
-    """Return the GPUs and the efficiencies as a Markdown table."""
+    """Return the GPUs as a Markdown table."""
     lines = [
         "| GPU | memory GiB | bf16 TFLOP/s | FP8 TFLOP/s | memory GB/s | NVLink GB/s | network GB/s | figures from |",
         "|---|---|---|---|---|---|---|---|",
@@ -174,4 +174,28 @@ def gpu_table() -> str:
             f"| {gpu.name} | {gpu.memory_bytes / GIB:.1f} | {gpu.bf16_flops / 1e12:.0f} | {fp8} |"
             f" {gpu.bandwidth / 1e9:.0f} | {gpu.nvlink / 1e9:.0f} | {gpu.network / 1e9:.0f} | {gpu.source} |"
         )
+    return "\n".join(lines)
+
+
+_EFFICIENCIES = {
+    "gemm": "matrix products, bf16",
+    "fp8_gemm": "language model's linear layers, FP8",
+    "tower": "tower's matrix products",
+    "attention": "fused attention",
+    "memory": "element-wise work, of the memory bandwidth",
+    "nvlink": "collectives in a node, of NVLink",
+    "network": "between nodes, of the network cards",
+}
+
+
+def efficiency_table() -> str:
+    """Return the efficiencies as a Markdown table."""
+    kinds: dict[Efficiency, list[str]] = {}
+    for gpu in GPUS.values():
+        kinds.setdefault(gpu.efficiency, []).append(gpu.name)
+    lines = ["| of the peak | " + " | ".join(", ".join(names) for names in kinds.values()) + " |"]
+    lines.append("|---|" + "---|" * len(kinds))
+    for name, words in _EFFICIENCIES.items():
+        shares = [getattr(kind, name) for kind in kinds]
+        lines.append(f"| {words} | " + " | ".join(f"{share:.2f}" if share else "-" for share in shares) + " |")
     return "\n".join(lines)

@@ -93,6 +93,12 @@ class Timer:
     def _gemm(self, flops: float, efficiency: float | None = None) -> float:
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
+    def _linear(self, flops: float) -> float:
+        """Return the seconds of the language layers' products, which may be in FP8."""
+        if self.kernels.fp8 and self.gpu.fp8_flops is not None:
+            return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
+        return self._gemm(flops)
+
     def _attention(self, flops: float) -> float:
         return flops / (self.peak * self.gpu.efficiency.attention)
 
@@ -123,9 +129,11 @@ class Timer:
             1 if self.kernels.fused else 3
         )
         wires = self._tensor_parallel(wide, 4)
-        forward = max(self._gemm(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS)
+        forward = max(
+            self._linear(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS
+        )
         backward = max(
-            self._gemm(dense * (1 + int(learns)))
+            self._linear(dense * (1 + int(learns)))
             + self._attention(_FLASH_BACKWARD * attention)
             + 2 * self._stream(moved),
             2 * _LAUNCHES * KERNEL_SECONDS,

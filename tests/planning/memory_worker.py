@@ -2,7 +2,8 @@
 
 Arguments: a JSON file with a list of recipes (branches for tests.tiny), and the file to write: for each recipe the
 mean bytes of weights, gradients and optimizer per rank of each pipeline stage, what autograd keeps of one micro-batch
-there, how many images that had, and the operations that torch counts in its forward pass (without a virtual pipeline).
+there, how many images that had, and the operations that torch counts in its forward pass (with a
+pipeline that is not virtual).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
             run_batches(training.chunks, few, num_sources=1)
         # Attention as plain matrix products: torch does not count its fused form on CPUs.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            if len(training.chunks) == 1:
+            if pipeline > 1 and len(training.chunks) == 1:
                 run_batches(training.chunks, few, num_sources=1, forward_only=True)
         train_step(training.chunks, training.optimizer, batches, num_sources=1)
         own = torch.zeros(pipeline, 7, dtype=torch.float64)

@@ -14,6 +14,7 @@ from megavlm.cli import WRONG_INPUT, main
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.models.registry import expand_presets
+from megavlm.planning.report import efficiency_table, gpu_table
 
 TINY = ["plan", "quickstart", "--gpus", "8", "training.global_batch_size=16"]
 
@@ -74,14 +75,22 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+def test_the_docs_have_the_figures_that_the_planner_counts_with() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    assert gpu_table() in page
+    assert efficiency_table() in page
+
+
 def test_it_is_light_and_quick() -> None:
     """No torch, no process group, and under five seconds of processor time for the 14B."""
+    large = ["model.preset=codefuse_vl_14b", "model.language.vocab_size=152064", "data.sequence_length=2048"]
+    large += ["modules.vision.freeze=true", "training.global_batch_size=512", "training.precision=bf16"]
     program = (
         "import sys, time; from megavlm.cli import main;"
-        " code = main(['plan', 'codefuse_vl_14b', '--gpus', '64', '--json', 'modules.language.freeze=false']);"
+        f" code = main(['plan', 'quickstart', '--gpus', '64', '--json', *{large}]);"
         " assert 'torch' not in sys.modules, 'torch was imported';"
         " assert time.process_time() < 5, time.process_time(); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["predicted"] is True
+    assert json.loads(done.stdout)["plans"][0]["layers_per_stage"]

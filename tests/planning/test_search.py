@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -150,3 +151,16 @@ def test_a_pack_that_cannot_be_is_refused(images: float, samples: float | None) 
 def test_gpus_say_where_their_figures_come_from() -> None:
     assert set(GPUS) == {"a100-40g", "a100-80g", "h100-80g", "h200-141g"}
     assert all("data sheet" in gpu.source for gpu in GPUS.values())
+
+
+@pytest.mark.skipif("engine" not in Recipe.__dataclass_fields__, reason="recipes have no engine branch here")
+def test_fp8_is_faster_and_needs_a_gpu_that_has_it() -> None:
+    workload = assume_workload(big())
+    half = big(tensor_model_parallel_size=4, sequence_parallel=True)
+    fp8 = dataclasses.replace(half, engine=dataclasses.replace(half.engine, fp8="hybrid"))
+    before, after = (evaluate(recipe, 8, H100, workload) for recipe in (half, fp8))
+    assert 1.1 < before.time.step / after.time.step < 2
+    assert after.memory[0].activations < before.memory[0].activations
+    assert after.memory[0].buffers > before.memory[0].buffers  # FP8 copies of the weights
+    with pytest.raises(RecipeError, match="a100-80g has no FP8"):
+        search(fp8, 8, find_gpu("a100-80g"), workload)
