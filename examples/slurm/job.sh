@@ -143,6 +143,7 @@ train() {
   mkdir -p "$LOG_DIR"
   trap 'asked=1' USR1 TERM
   while :; do
+    if ((asked)); then requeue; fi # told so while no ranks were running
     code=0
     run_ranks || code=$?
     case $code in
