@@ -1,6 +1,6 @@
 # megavlm on NVIDIA GPUs. Not built here: the development machine has no Docker daemon and no GPU, so treat the first
-# build as a test. `make lint` has hadolint read it; tools/image/wheels.sh and the installation from what it makes were run
-# on a CPU, without what needs CUDA to compile.
+# build as a test. `make lint` has hadolint read it; tools/image/wheels.sh and the installation from what it makes ran on a
+# CPU, without what needs CUDA to compile.
 #
 #   docker build -t megavlm .
 #   docker build -t megavlm --build-arg APEX=1 .              # with NVIDIA Apex (fused AdamW and norms)
