@@ -126,10 +126,16 @@ def test_a_node_that_fails_gives_the_job_back(
     wait_for_step(cluster, tmp_path / "run", 9)
     cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "restart")
-    cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    cluster.wait(lambda: is_back(cluster, "node2"), "node2 that is up")
     end = cluster.wait_for_end(job)
     assert end["JobState"] == "COMPLETED" and end["Restarts"] == "1", cluster.logs()
     assert losses(tmp_path / "run") == uninterrupted
+
+
+def is_back(cluster: Cluster, node: str) -> bool:
+    """Ask for a node that is down to be taken back; Slurm may do so by itself before, and refuses while it cleans up."""
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    return "DOWN" not in cluster.run("scontrol", "--oneliner", "show", "node", node).partition("State=")[2].split()[0]
 
 
 def test_a_killed_rank_costs_a_start_in_the_same_job(
