@@ -133,7 +133,7 @@ def test_a_node_that_fails_gives_the_job_back(
 
 
 def is_back(cluster: Cluster, node: str) -> bool:
-    """Ask for a node that is down to be taken back; Slurm may do so by itself before, and refuses while it cleans up."""
+    """Ask for a node to be taken back; Slurm may have done so by itself, and refuses while it cleans up."""
     cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
     return "DOWN" not in cluster.run("scontrol", "--oneliner", "show", "node", node).partition("State=")[2].split()[0]
 
