@@ -153,7 +153,7 @@ def test_a_killed_rank_costs_a_start_in_the_same_job(
 
 
 def test_a_run_that_crashes_again_and_again_fails(cluster: Cluster, run_data: RunData, tmp_path: Path) -> None:
-    fault = {VARIABLE: "step.begin:rank1:step2:exit", "MAX_RESTARTS": "1", "EXIT_WAIT": "5"}
+    fault = {VARIABLE: "step.begin:rank1:step2:exit", "MAX_RESTARTS": "1"}
     job = submit(cluster, run_data, tmp_path / "run", **fault)
     end = cluster.wait_for_end(job)
     assert end["JobState"] == "FAILED" and end["ExitCode"] == "1:0" and end["Restarts"] == "0", cluster.logs()
