@@ -1,6 +1,6 @@
 # megavlm on NVIDIA GPUs. Not built here: the development machine has no Docker daemon and no GPU, so treat the first
-# build as a test. `make lint` has hadolint read it; tools/image/wheels.sh and the installation from what it makes were run
-# on a CPU, without what needs CUDA to compile.
+# build as a test. `make lint` has hadolint read it; tools/image/wheels.sh and the installation from what it makes ran on a
+# CPU, without what needs CUDA to compile.
 #
 #   docker build -t megavlm .
 #   docker build -t megavlm --build-arg APEX=1 .              # with NVIDIA Apex (fused AdamW and norms)
@@ -27,7 +27,7 @@ ARG TE_VERSION=2.11.0
 # Hopper; "8.0 9.0 10.0" adds A100 and Blackwell.
 ARG TORCH_CUDA_ARCH_LIST=9.0
 ARG MAX_JOBS=8
-ENV TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST} NVTE_CUDA_ARCHS=90 MAX_JOBS=${MAX_JOBS}
+ENV TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST} MAX_JOBS=${MAX_JOBS} PIP_BREAK_SYSTEM_PACKAGES=1
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN python3 -m pip install --no-cache-dir wheel==0.48.0 packaging==26.3 ninja==1.13.2 pybind11==3.1.0
 WORKDIR /src
@@ -45,7 +45,8 @@ COPY --from=download /wheels /
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# An image is an environment of its own, whatever Debian says of its Python.
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 -m pip install --no-index --no-deps --find-links /wheels --requirement /wheels/lock.txt
 WORKDIR /opt/megavlm

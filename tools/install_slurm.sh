@@ -11,7 +11,7 @@ have() {
 
 if have; then exit 0; fi
 if ! command -v apt-get >/dev/null; then
-  echo "Slurm is missing and this is no Debian or Ubuntu: install slurmctld, slurmd, the client and munge; the tests are skipped"
+  echo "Slurm is missing and there is no apt-get: install slurmctld, slurmd, the client and munge; the tests are skipped"
   exit 0
 fi
 if [[ $EUID != 0 ]]; then

@@ -2,8 +2,8 @@
 # Weights in or out, on one node without GPUs: sbatch examples/slurm/convert.sh, from the repository's root.
 #   HF=/models/Qwen-VL OUT=/ckpt/qwen_vl sbatch examples/slurm/convert.sh
 #   DIRECTION=out MEGATRON=runs/finetune_14b OUT=/models/mine sbatch examples/slurm/convert.sh
-# Arguments are further options of megavlm convert (docs/conversion.md). Interrupted, it begins anew when it is requeued:
-# the output gets its name when it is whole.
+# Arguments are further options of megavlm convert (docs/conversion.md). Interrupted, it begins anew when it is
+# requeued: the output gets its name when it is whole.
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tuning of a 14B model on 32 GPUs: sbatch examples/slurm/finetune_14b.sh [key=value ...], from the repository's root.
+# Fine-tuning of a 14B model on 32 GPUs: sbatch examples/slurm/finetune_14b.sh [key=value ...], from the repository.
 # Every variable below can be set in the environment, every #SBATCH line on sbatch's command line. docs/cluster.md.
 #SBATCH --job-name=finetune-14b
 #SBATCH --nodes=4

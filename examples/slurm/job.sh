@@ -43,11 +43,15 @@ set_launch() {
 
 # Environment of every rank. What is set already stays.
 set_environment() {
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"                     # CPU work is decoding, which has its own threads
-  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"  # keeps kernels behind their communication (TP)
+  # What the CPU has to do is decode, which has threads of its own.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+  # Keeps tensor-parallel kernels behind the communication that they overlap with.
+  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-  export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"  # a hung collective ends the rank
-  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"  # packs vary: less fragmentation
+  # A collective that hangs ends its rank.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+  # Packs hold different numbers of images: fewer holes in the GPU's memory.
+  export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
   if [[ -n ${IFNAME:-} ]]; then
     export NCCL_SOCKET_IFNAME="$IFNAME" GLOO_SOCKET_IFNAME="$IFNAME"
@@ -106,7 +110,8 @@ run_ranks() {
   "${command[@]}" &
   pid=$!
   # Slurm's --signal=B:USR1 reaches this shell alone; srun hands it on to all ranks.
-  trap 'asked=1; interrupted=1; say "told to stop: the ranks finish their step and save"; kill -USR1 "$pid" 2>/dev/null || :' USR1 TERM
+  trap 'asked=1; interrupted=1; say "told to stop: the ranks finish their step and save"
+    kill -USR1 "$pid" 2>/dev/null || :' USR1 TERM
   while :; do
     interrupted=0 code=0
     wait "$pid" || code=$?
@@ -143,6 +148,7 @@ train() {
   mkdir -p "$LOG_DIR"
   trap 'asked=1' USR1 TERM
   while :; do
+    if ((asked)); then requeue; fi # told so while no ranks were running
     code=0
     run_ranks || code=$?
     case $code in

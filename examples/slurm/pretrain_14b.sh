@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1 of a 14B model on 64 GPUs: sbatch examples/slurm/pretrain_14b.sh [key=value ...], from the repository's root.
+# Stage 1 of a 14B model on 64 GPUs: sbatch examples/slurm/pretrain_14b.sh [key=value ...], from the repository.
 # Every variable below can be set in the environment, every #SBATCH line on sbatch's command line. docs/cluster.md.
 #SBATCH --job-name=pretrain-14b
 #SBATCH --nodes=8

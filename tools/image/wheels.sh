@@ -15,8 +15,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 
 # What must stay as the image has it, as its parts were built for each other; for the rest our own versions.
-"${pip[@]}" list --format=freeze | grep -iE '^(torch|torchvision|triton|pytorch[-_]triton|numpy|apex|flash[-_]attn|transformer[-_]engine.*|nvidia-[a-z0-9-]*cu1[0-9])==' \
-  >"$work/image.txt" || : # none
+stays='torch|torchvision|triton|pytorch[-_]triton|numpy|apex|flash[-_]attn|transformer[-_]engine.*|nvidia-.*cu1[0-9]'
+"${pip[@]}" list --format=freeze | grep -iE "^($stays)==" >"$work/image.txt" || : # none
 kept=$(cut -d = -f 1 "$work/image.txt" | tr '_\n' '-|')
 grep -viE "^(${kept}#|torch)==" constraints.txt | grep -E '^[A-Za-z0-9]' >"$work/ours.txt"
 cat "$work/image.txt"
@@ -30,8 +30,8 @@ if [[ -n ${TE_VERSION:-} ]] && ! grep -qi '^transformer[-_]engine' "$work/image.
 print(":".join(path for root in site.getsitepackages() for path in glob.glob(root + "/nvidia/*/include")))')
   CPATH="$includes${CPATH:+:$CPATH}" NVTE_FRAMEWORK=pytorch "${pip[@]}" wheel --no-build-isolation --no-deps \
     --wheel-dir "$out" "transformer-engine-torch==$TE_VERSION"
-  echo "transformer-engine[core-cu$("$PYTHON" -c 'import torch; print(torch.version.cuda.split(".")[0])'),pytorch]==$TE_VERSION" \
-    >>"$work/needs.txt"
+  cuda=$("$PYTHON" -c 'import torch; print(torch.version.cuda.split(".")[0])')
+  echo "transformer-engine[core-cu$cuda,pytorch]==$TE_VERSION" >>"$work/needs.txt"
 fi
 if [[ -n ${APEX:-} ]]; then
   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "${pip[@]}" wheel --no-build-isolation --no-deps --wheel-dir "$out" "$APEX"
