@@ -16,28 +16,10 @@ from pathlib import Path
 
 import torch
 
+from megavlm.parallel.peaks import peak_flops_of
+
 logger = logging.getLogger(__name__)
 
-# Dense peak of the tensor cores in bf16, FLOP/s, from NVIDIA's data sheets (without sparsity).
-_PEAK_BF16_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-# The same in FP8. GPUs before Ada and Hopper have none.
-_PEAK_FP8_FLOPS = {
-    "NVIDIA L40S": 733e12,
-    "NVIDIA H100 PCIe": 1513e12,
-    "NVIDIA H100 NVL": 1671e12,
-    "NVIDIA H100": 1979e12,
-    "NVIDIA H200": 1979e12,
-    "NVIDIA B200": 4500e12,
-}
 # Newest allocations that a memory snapshot holds: some steps of a large model, and files below a GiB.
 _MEMORY_EVENTS = 1_000_000
 
@@ -142,10 +124,3 @@ def dump_memory_history(path: Path) -> None:
 def peak_flops(precision: str) -> float | None:
     """Return the device's peak FLOP/s for ``precision`` ("bf16" or "fp8"), or None where it is not known."""
     return peak_flops_of(torch.cuda.get_device_name(), precision) if has_cuda() else None
-
-
-def peak_flops_of(name: str, precision: str) -> float | None:
-    """Return the peak FLOP/s of the device that torch calls ``name``, or None where it is not known."""
-    table = {"bf16": _PEAK_BF16_FLOPS, "fp8": _PEAK_FP8_FLOPS}.get(precision, {})
-    matches = [known for known in table if name.startswith(known)]
-    return table[max(matches, key=len)] if matches else None

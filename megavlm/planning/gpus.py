@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megavlm.config.errors import RecipeError
+from megavlm.parallel.peaks import peak_flops_of
 
 GIB = 2**30
 
@@ -63,13 +64,21 @@ _A100 = "NVIDIA A100 data sheet (SXM), NVLink 3, 600 GB/s both ways; DGX A100: o
 _H100 = "NVIDIA H100 data sheet (SXM), NVLink 4, 900 GB/s both ways; DGX H100: one 400 Gb/s card per GPU"
 _H200 = "NVIDIA H200 data sheet (SXM), NVLink 4, 900 GB/s both ways; DGX H200: one 400 Gb/s card per GPU"
 
+
+def _peaks(name: str) -> tuple[float, float | None]:
+    """Return the dense bf16 and FP8 peaks of a GPU."""
+    bf16 = peak_flops_of(name, "bf16")
+    assert bf16 is not None, name
+    return bf16, peak_flops_of(name, "fp8")
+
+
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 39.4 * GIB, 312e12, None, 1555e9, 300e9, 25e9, _A100, _AMPERE),
-        Gpu("a100-80g", 79.2 * GIB, 312e12, None, 2039e9, 300e9, 25e9, _A100, _AMPERE),
-        Gpu("h100-80g", 79.1 * GIB, 989e12, 1979e12, 3350e9, 450e9, 50e9, _H100, _HOPPER),
-        Gpu("h200-141g", 139.8 * GIB, 989e12, 1979e12, 4800e9, 450e9, 50e9, _H200, _HOPPER),
+        Gpu("a100-40g", 39.4 * GIB, *_peaks("NVIDIA A100"), 1555e9, 300e9, 25e9, _A100, _AMPERE),
+        Gpu("a100-80g", 79.2 * GIB, *_peaks("NVIDIA A100"), 2039e9, 300e9, 25e9, _A100, _AMPERE),
+        Gpu("h100-80g", 79.1 * GIB, *_peaks("NVIDIA H100"), 3350e9, 450e9, 50e9, _H100, _HOPPER),
+        Gpu("h200-141g", 139.8 * GIB, *_peaks("NVIDIA H200"), 4800e9, 450e9, 50e9, _H200, _HOPPER),
     )
 }
 """The GPUs by name."""

@@ -64,26 +64,33 @@ class Layout:
         return min(max(GPUS_PER_NODE // self.tensor, 1), self.data)
 
 
+def stage_layers(recipe: Recipe) -> list[int]:
+    """Return the language layers of each model chunk, in the model's order."""
+    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first = parallel.num_layers_in_first_pipeline_stage
+    stages = [layers // pp] * pp
+    if first is not None and pp > 1:
+        stages = [first, *[(layers - first) // (pp - 1)] * (pp - 1)]
+    return [stage // vpp for stage in stages] * vpp
+
+
 def layout_of(recipe: Recipe, gpus: int) -> Layout:
     """Return the layout of a checked recipe on ``gpus`` processes (``check_recipe`` refuses what does not divide)."""
-    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    vpp, first = parallel.virtual_pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
-    stages = [layers // pp] * pp if first is None else [first, *[(layers - first) // (pp - 1)] * (pp - 1)]
-    count = pp * (vpp or 1)
-    chunks = tuple(
-        Chunk(index, stages[index % pp] // (vpp or 1), first=index == 0, last=index == count - 1)
-        for index in range(count)
-    )
+    chunks = stage_layers(recipe)
     data = gpus // (tp * pp)
     return Layout(
         tensor=tp,
         pipeline=pp,
-        virtual=vpp,
+        virtual=parallel.virtual_pipeline_model_parallel_size,
         data=data,
         microbatches=recipe.training.global_batch_size // data,
         sequence_parallel=parallel.sequence_parallel,
-        chunks=chunks,
+        chunks=tuple(
+            Chunk(index, layers, first=index == 0, last=index == len(chunks) - 1) for index, layers in enumerate(chunks)
+        ),
     )
 
 

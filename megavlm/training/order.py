@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megavlm.config.schema import Recipe
+from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
 from megavlm.training.flops import connector_flops, language_flops, passes, vision_flops
 
@@ -80,18 +81,6 @@ def candidates(images: Sequence[int]) -> Iterator[list[int]]:
     yield turns
     yield light[0::2] + light[1::2][::-1]  # light at both ends
     yield heavy[0::2] + heavy[1::2][::-1]  # heavy at both ends
-
-
-def stage_layers(recipe: Recipe) -> list[int]:
-    """Return the language layers of each model stage, in the model's order; as in :meth:`StepOrder.work`."""
-    parallel, layers = recipe.parallel, recipe.model.language.num_layers
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    first = parallel.num_layers_in_first_pipeline_stage
-    if first is None or pipeline == 1:
-        ranks = [layers // pipeline] * pipeline
-    else:
-        ranks = [first, *[(layers - first) // (pipeline - 1)] * (pipeline - 1)]
-    return [rank // virtual for rank in ranks] * virtual
 
 
 def _language_work(recipe: Recipe) -> tuple[list[float], list[float]]:
