@@ -53,11 +53,13 @@ def chunk_flops(
     seen = images if chunk.first else 0
     positions = tower.patches_per_image + int(tower.class_token)
     tower_attention = seen * tower.num_layers * 4 * positions**2 * tower.hidden_size
+    # The patch embedding is not split: every tensor-parallel rank makes it whole.
+    embedding = seen * 2 * tower.patches_per_image * 3 * tower.patch_size**2 * tower.hidden_size
     return ChunkFlops(
         layers=chunk.layers * layer / tp,
         attention=chunk.layers * attention / tp,
         output=output / tp * int(chunk.last),
-        tower=(seen * vision_flops(tower, 1) - tower_attention) / tp,
+        tower=(seen * vision_flops(tower, 1) - tower_attention - embedding) / tp + embedding,
         tower_attention=tower_attention / tp,
         connector=seen * connector_flops(model, 1) / tp,
     )
