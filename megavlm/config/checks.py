@@ -140,6 +140,8 @@ def _language(recipe: Recipe) -> Iterator[str]:
     for key in ("use_dynamic_ntk", "use_logn_attn"):
         if getattr(language, key) and language.seq_length is None:
             yield f"{own}.{key}: needs {own}.seq_length, the length that the model was trained with; set it"
+    if language.seq_length is not None and not (language.use_dynamic_ntk or language.use_logn_attn):
+        yield f"{own}.seq_length: has no effect without {own}.use_dynamic_ntk or use_logn_attn; set it to null"
     if language.rope_scaling is None and language.rope_scaling_factor != 1:
         yield (
             f"{own}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {own}.rope_scaling;"

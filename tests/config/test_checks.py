@@ -75,6 +75,8 @@ def test_accepted(load, overrides, world_size):
             "model.language.num_attention_heads: 4 is not divisible by model.langua",
         ),
         (["model.language.rope_scaling_factor=4"], "model.language.rope_scaling_factor: 4 has no effect without"),
+        (["model.language.use_logn_attn=true"], "model.language.use_logn_attn: needs model.language.seq_length"),
+        (["model.language.seq_length=2048"], "model.language.seq_length: has no effect without"),
         (["model.language.kv_channels=33"], "model.language.kv_channels: 33 is odd"),
         ([f"{FIRST}=2"], f"{FIRST}: needs parallel.pipeline_model_parallel_size > 1"),
         ([VPP2], "parallel.virtual_pipeline_model_parallel_size: needs parallel.pipeline_model_parallel_size > 1"),

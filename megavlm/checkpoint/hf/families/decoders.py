@@ -20,6 +20,7 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, no_bias=True, rotary_pct=1.0, scale_attn_weights=True)
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
     width = config.get("kv_channels") or hidden // heads
+    ntk, logn = (bool(config.get(key, True)) for key in ("use_dynamic_ntk", "use_logn_attn"))
     return {
         "preset": "qwen",
         "num_layers": need(config, "num_hidden_layers", where),
@@ -35,9 +36,9 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
         "add_qkv_bias": True,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "init_method_std": config.get("initializer_range", 0.02),
-        "seq_length": config.get("seq_length", 2048),
-        "use_dynamic_ntk": bool(config.get("use_dynamic_ntk", True)),
-        "use_logn_attn": bool(config.get("use_logn_attn", True)),
+        "seq_length": config.get("seq_length", 2048) if ntk or logn else None,
+        "use_dynamic_ntk": ntk,
+        "use_logn_attn": logn,
     }
 
 
