@@ -21,6 +21,8 @@ from megavlm.data.inspect.tokens import Piece, Segment, Shape, segments
 from megavlm.data.tokenizer import Tokenizer
 
 _THUMBNAIL = 280
+_SMALL = 160
+"""Smaller pictures are enlarged to about this many pixels."""
 _COLOURS = ("#3b6fb6", "#c46a1f", "#3f8f57", "#9557a8", "#a8434b", "#5f7d85", "#8a7a24", "#7a5a44")
 _PADDING_COLOUR = "#d5d8de"
 _STYLE = Path(__file__).with_name("page.css")
@@ -222,10 +224,11 @@ def _picture(data: bytes, index: int, drawn: Sequence[Shape]) -> str:
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
+    zoom = max(1, _SMALL // max(image.size))
     url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     marks = "".join(_marks(drawn))
     return (
-        f'<div class="picture"><div class="frame"><img src="{url}" width="{image.width}" height="{image.height}" '
+        f'<div class="picture"><div class="frame"><img src="{url}" width="{image.width * zoom}" height="{image.height * zoom}" '
         f'alt="picture {index + 1}">{marks}</div><span>picture {index + 1}, {size}</span></div>'
     )
 
