@@ -86,16 +86,15 @@ def collect(
     encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
     found = Collected(data, tokens_per_image, names, [])
     kept: list[list[Shown]] = []
-    share = -(-samples // len(names))
     for index, source in enumerate(data.train):
         reader = _open(source.path)
         counts = Counts(names[index], source.path, len(reader))
         found.counts.append(counts)
-        kept.append(_scan(reader, encoder, index, counts, scan, share))
+        kept.append(_scan(reader, encoder, index, counts, scan, samples))
     if not any(counts.lengths for counts in found.counts):
         causes = sum((counts.skipped for counts in found.counts), Counter[str]())
         raise ValueError(f"no sample of {', '.join(names)} can be trained on: {dict(causes)}")
-    found.samples = [shown[at] for at in range(share) for shown in kept if at < len(shown)][:samples]
+    found.samples = _share_out(kept, samples)
     if packs:
         packed = PackReader(
             data.train, data, tokenizer, tokens_per_image, rank=0, world_size=1, seed=seed, training=True
@@ -139,6 +138,14 @@ def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts
             missed -= 1
             shown.append(Shown(pack, task))
     return shown
+
+
+def _share_out(kept: list[list[Shown]], most: int) -> list[Shown]:
+    """Take as many of each data set as of the others, while they last; those of each spread over it."""
+    ranks = sorted((at, index) for index, shown in enumerate(kept) for at in range(len(shown)))[:most]
+    numbers = Counter(index for _, index in ranks)
+    spread = {index: iter(_spread(len(kept[index]), number)) for index, number in numbers.items()}
+    return [kept[index][next(spread[index])] for _, index in ranks]
 
 
 def _alone(sample: PackableSample, encoder: PackEncoder) -> Pack:

@@ -26,6 +26,8 @@ _SMALL = 160
 _COLOURS = ("#3b6fb6", "#c46a1f", "#3f8f57", "#9557a8", "#a8434b", "#5f7d85", "#8a7a24", "#7a5a44")
 _PADDING_COLOUR = "#d5d8de"
 _STYLE = Path(__file__).with_name("page.css")
+_MOST_NAMES = 8
+"""With more boxes, names are shown only under the pointer; so are those of lines of text, which they would hide."""
 _RESERVED = 4096
 """Bytes kept for the note on what was left out, and the end of the page."""
 
@@ -225,10 +227,11 @@ def _picture(data: bytes, index: int, drawn: Sequence[Shape]) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     zoom = max(1, _SMALL // max(image.size))
+    width, height = image.width * zoom, image.height * zoom
     url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     marks = "".join(_marks(drawn))
     return (
-        f'<div class="picture"><div class="frame"><img src="{url}" width="{image.width * zoom}" height="{image.height * zoom}" '
+        f'<div class="picture"><div class="frame"><img src="{url}" width="{width}" height="{height}" '
         f'alt="picture {index + 1}">{marks}</div><span>picture {index + 1}, {size}</span></div>'
     )
 
@@ -245,9 +248,10 @@ def _marks(drawn: Sequence[Shape]) -> Iterator[str]:
             f'stroke="{_COLOURS[number % len(_COLOURS)]}"><title>{escape(shape.name)}</title></polygon>'
         )
     yield "</svg>"
-    for number, shape in enumerate(drawn):
-        x, y = shape.points[0]
+    named = [(number, shape) for number, shape in enumerate(drawn) if shape.name and shape.kind == "box"]
+    for number, shape in named if len(named) <= _MOST_NAMES else ():
+        (left, top), (right, _), *_ = shape.points
         name = shape.name if len(shape.name) <= 24 else f"{shape.name[:23]}\u2026"
-        if name and len(drawn) <= 8:
-            colour = _COLOURS[number % len(_COLOURS)]
-            yield f'<b style="left:{x / 10:g}%;top:{y / 10:g}%;background:{colour}">{escape(name)}</b>'
+        # Names grow inwards: to the right in the left half of the picture, to the left in the other.
+        side = f"left:{left / 10:g}%" if left + right < 1000 else f"right:{100 - right / 10:g}%"
+        yield f'<b style="{side};top:{top / 10:g}%;background:{_COLOURS[number % len(_COLOURS)]}">{escape(name)}</b>'

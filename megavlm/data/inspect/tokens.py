@@ -31,6 +31,8 @@ class Piece:
 class Shape:
     """A box or quadrilateral in the text."""
 
+    kind: str
+    """``box`` or ``quad``."""
     name: str
     points: tuple[tuple[int, int], ...]
     """Corners in thousandths of the picture's sides: four of them."""
@@ -79,7 +81,7 @@ def shapes(text: str) -> Iterator[Shape]:
             (left, top), (right, bottom) = points
             points = [(left, top), (right, top), (right, bottom), (left, bottom)]
         if len(points) == 4:
-            yield Shape((match[1] or "").strip(), tuple(points))
+            yield Shape(match[2], (match[1] or "").strip(), tuple(points))
 
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def read_corpus(path: Path | None, languages: tuple[str, ...]) -> list[Corpus]:
     lines: dict[str, list[str]] = {language: [] for language in LANGUAGES}
     refused = 0
     for line in text.splitlines():
-        clean = _SPACE.sub(" ", "".join(char for char in line if char.isprintable() or char.isspace())).strip()
+        # Control and format characters (a byte order mark, joiners) have no picture.
+        clean = _SPACE.sub(" ", "".join(char for char in line if category(char) not in ("Cc", "Cf"))).strip()
         if _MARKUP.search(clean):
             refused += 1
         elif clean:
