@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
 from megavlm.data.images import ImageError, decode_with_pil, read_header
 from megavlm.data.schema import UnsafePathError, parse_conversation
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
 _LOGGED_REJECTIONS = 20
+_URL_IMAGE = re.compile(r"<img>\s*(https?://[^<]*?)\s*</img>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="vqa: the answers, where VQAv2 has them apart")
     parser.add_argument("--image-info", type=Path, metavar="FILE", help="vg-regions: Visual Genome's image_data.json")
     parser.add_argument("--per-sample", type=int, metavar="N", help="vg-regions: regions of one sample (default 8)")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="fetch pictures that are http(s) URLs, from public addresses"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of one tar file (default 1000)")
     parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
@@ -141,7 +147,7 @@ def _write_shards(records: Iterable[Record | Broken], directory: Path, name: str
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(record, root, args.resize))
+                    members = list(_sample_members(record, root, args.resize, args.allow_urls))
                 except (ValueError, OSError) as error:
                     broken = _broken(record, error)
             if broken is None:
@@ -173,25 +179,60 @@ def _broken(record: Any, error: ValueError | OSError) -> Broken:
     return Broken(record.get("id") if isinstance(record, dict) else None, cause, str(error))
 
 
-def _sample_members(record: Any, root: Path, resize: int | None) -> Iterator[tuple[str, bytes]]:
+def _sample_members(record: Any, root: Path, resize: int | None, allow_urls: bool) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a sample's files: the record, then its images."""
+    urls: dict[str, str] = {}
+    if allow_urls:
+        record, urls = _name_urls(record)
     conversation = parse_conversation(record)
     kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
     yield "json", json.dumps(kept).encode()
     for number, path in enumerate(conversation.images):
-        try:
-            resolved = (root / path).resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
-        if not resolved.is_relative_to(root):
-            raise BrokenError("unsafe image path", f"image {path!r} leads out of {root}")
-        if not resolved.is_file():
-            raise BrokenError("image missing", f"image {path!r} is not a file")
-        data = resolved.read_bytes()
+        data = _fetch(urls[path]) if path in urls else _read_image(path, root)
         try:
             yield f"img{number}", _check_image(data, resize)
         except ImageError as error:
             raise BrokenError(f"bad image ({error.cause})", f"image {path!r}: {error}") from None
+
+
+def _read_image(path: str, root: Path) -> bytes:
+    try:
+        resolved = (root / path).resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
+    if not resolved.is_relative_to(root):
+        raise BrokenError("unsafe image path", f"image {path!r} leads out of {root}")
+    if not resolved.is_file():
+        raise BrokenError("image missing", f"image {path!r} is not a file")
+    return resolved.read_bytes()
+
+
+def _name_urls(record: Any) -> tuple[Any, dict[str, str]]:
+    """Put a name where a URL is; shards have no URLs. Also return the URL of each name."""
+    urls: dict[str, str] = {}
+
+    def name(found: re.Match[str]) -> str:
+        path = f"fetched-{hashlib.sha256(found[1].encode()).hexdigest()[:16]}"
+        urls[path] = found[1]
+        return f"<img>{path}</img>"
+
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        return record, urls
+    named = [
+        turn | {"value": _URL_IMAGE.sub(name, turn["value"])}
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        else turn
+        for turn in turns
+    ]
+    return record | {"conversations": named}, urls
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        return fetch(url)
+    except FetchError as error:
+        raise BrokenError("image not fetched", str(error)) from None
 
 
 def _check_image(data: bytes, resize: int | None) -> bytes:

@@ -8,7 +8,8 @@ VizWiz         ``[{"image", "question", "answers": [{"answer"}]}]`` (vizwiz.org)
 TextVQA        ``{"data": [{"question_id", "image_id", "question", "answers": [".."]}]}`` (textvqa.org)
 DocVQA         ``{"data": [{"questionId", "image", "question", "answers": [".."]}]}`` (docvqa.org)
 GQA            ``{"ID": {"imageId", "question", "answer"}}`` (cs.stanford.edu/people/dorarad/gqa)
-OCR-VQA        ``{"ID": {"imageURL", "questions": [".."], "answers": [".."]}}`` (ocr-vqa.github.io)
+OCR-VQA        ``{"ID": {"imageURL", "questions": [".."], "answers": [".."], "split"}}`` (ocr-vqa.github.io); 2 and 3,
+               validation and test, are refused
 Visual Genome  ``[{"id", "qas": [{"qa_id", "question", "answer"}]}]`` (visualgenome.org, question_answers.json)
 =============  ============================================================================================
 
@@ -174,6 +175,8 @@ def _gqa(source: Source) -> Result:
 def _ocr_vqa(source: Source) -> Result:
     for record_id, entry in source.content.items():
         try:
+            if isinstance(entry, dict) and entry.get("split") in (2, 3):
+                raise BrokenError("held out", "the book belongs to the validation or test split")
             questions, answers = field(entry, "questions", list), field(entry, "answers", list)
             if len(questions) != len(answers):
                 raise BrokenError("no answer", f"{len(questions)} questions, but {len(answers)} answers")

@@ -148,6 +148,13 @@ def test_other_question_files(tmp_path: Path, content: object, image: str, answe
     assert broken == []
 
 
+def test_ocr_vqa_keeps_its_held_out_books_out(tmp_path: Path) -> None:
+    books = {str(n): {"imageURL": "x.jpg", "questions": ["Q?"], "answers": ["a"], "split": n} for n in (1, 2, 3)}
+    records, broken = read(tmp_path / "dataset.json", books, tmp_path)
+    assert [record[0] for record in records] == ["1-0"]
+    assert broken == [("2", "held out"), ("3", "held out")]
+
+
 def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> None:
     picture(tmp_path / "VG_100K_2" / "1.jpg", (800, 600))
     picture(tmp_path / "VG_100K" / "2.jpg", (400, 200))
@@ -250,4 +257,4 @@ def test_hostile_paths_and_urls_are_counted_by_cause(tmp_path: Path, caplog: pyt
     assert "rejected by cause: 6 unsafe image path, 1 image missing, 1 bad image (not an image)" in caplog.text
     listed = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     assert [line["id"] for line in listed] == list("12345678")
-    assert "never fetched" in listed[3]["reason"]
+    assert "none is fetched" in listed[3]["reason"]
