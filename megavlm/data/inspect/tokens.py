@@ -86,15 +86,16 @@ def shapes(text: str) -> Iterator[Shape]:
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Piece]:
     position, image = 0, 0
-    before: list[int] = []
+    context: list[Sequence[int]] = []
     while position < len(ids):
         if ids[position] == tokenizer.imgpad_id:
             end = position
             while end < len(ids) and ids[end] == tokenizer.imgpad_id:
                 end += 1
             yield Piece(f"{end - position} slots", tuple(ids[position:end]), any(trained[position:end]), image)
-            position, image, before = end, image + 1, []
+            position, image, context = end, image + 1, []
             continue
+        before = [i for whole in context for i in whole]
         end = position + 1
         text = _text(before, ids[position:end], tokenizer)
         # A character may be made of several tokens, none of which is text.
@@ -102,7 +103,8 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -
             end += 1
             text = _text(before, ids[position:end], tokenizer)
         yield Piece(text, tuple(ids[position:end]), trained[position])
-        before = [*before, *ids[position:end]][-_CONTEXT:]
+        # Whole characters only: the bytes of half a one would spoil those behind them in some tokenizers.
+        context = [*context, ids[position:end]][-_CONTEXT:]
         position = end
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import numpy as np
 import pytest
 from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, prepare, write_raw
 from PIL import Image
+from tokenizer_files import write_llama, write_llava, write_qwen2, write_tiktoken
 
 from megavlm import cli
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.chat import encode_conversation
 from megavlm.data.inspect.tokens import segments, shapes
-from megavlm.data.tokenizer import Tokenizer
+from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.schema import parse_conversation
+from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;"
 HAN = "\u4e00\u53ea\u957f\u9888\u9e7f"
@@ -198,3 +203,18 @@ def test_wrong_input_is_one_line(
     assert err.startswith(f"megavlm: error: {fill(message)}")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("write", [write_tiktoken, write_qwen2, write_llava, write_llama], ids=lambda f: f.__name__)
+def test_every_kind_of_tokenizer_is_written_out(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    tokenizer = load_tokenizer(write(tmp_path))
+    text = f"Where  is the caf\u00e9?\n{HAN}, \U0001f600 <ref>it</ref><box>(1,2),(3,4)</box>"
+    conversation = parse_conversation(chat(f"<img>a.jpg</img>{text}", text))
+    encoded = encode_conversation(conversation, tokenizer, 3, "You help.")
+    pack = build_pack([PackableSample(encoded, (b"",), "k", 0)], len(encoded.tokens), tokenizer.eos_id)
+    (part,) = segments(pack, tokenizer)
+    assert [i for piece in part.pieces for i in piece.ids] == encoded.tokens.tolist()
+    answer = "".join(piece.text for piece in part.pieces if piece.supervised)
+    assert text in answer
+    assert "\ufffd" not in "".join(piece.text for piece in part.pieces)
+    assert [shape.points[0] for shape in part.shapes] == [(1, 2)] * 2
