@@ -59,7 +59,7 @@ def _page(source: Source, entry: Any, below: str) -> Record:
 
 def _grounded(truth: Record) -> str:
     size = field(truth, "size", list)
-    if len(size) != 2 or not all(isinstance(side, int | float) and side > 0 for side in size):
+    if len(size) != 2 or not all(isinstance(side, int | float) and 0 < side < 1e9 for side in size):
         raise BrokenError("bad record", "'size' must be the picture's width and height")
     lines = [_line(line, *size) for line in field(truth, "lines", list)]
     if not lines:
@@ -72,7 +72,7 @@ def _line(line: Any, width: float, height: float) -> str:
     quad = field(line, "quad", list)
     try:
         points = [(float(x), float(y)) for x, y in quad]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = []
     if len(points) != 4 or not all(math.isfinite(x) and math.isfinite(y) for x, y in points):
         raise BrokenError("bad box", "'quad' must be four points x, y")
@@ -82,4 +82,4 @@ def _line(line: Any, width: float, height: float) -> str:
 
 def _scaled(value: float, side: float) -> int:
     """Thousandths of the side, from 0 to 999."""
-    return min(999, max(0, math.floor(value * 1000 / side)))
+    return math.floor(min(999.0, max(0.0, value * 1000 / side)))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, load_json, plain
+from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, is_inside, load_json, plain
 from megavlm.data.images import ImageError, read_header
 
 DEFAULT_PER_SAMPLE = 8
@@ -53,10 +53,14 @@ def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: flo
     Raises:
         BrokenError: It has no area, or none inside the picture.
     """
+    try:
+        x1, y1, x2, y2, width, height = map(float, (x1, y1, x2, y2, width, height))
+    except OverflowError:
+        raise BrokenError("bad box", "the box has a number that is too large") from None
     if not (width > 0 and height > 0 and max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)):
         raise BrokenError("bad box", f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) has no area in {width:g} x {height:g}")
     left, top, right, bottom = (
-        min(999, max(0, math.floor(value * 1000 / side)))
+        math.floor(min(999.0, max(0.0, value * 1000 / side)))
         for value, side in ((x1, width), (y1, height), (x2, width), (y2, height))
     )
     return f"<box>({left},{top}),({right},{bottom})</box>"
@@ -113,7 +117,7 @@ def _locate(source: Source, image_id: int | str, info: Record) -> tuple[str, flo
         candidates = ["/".join(parts[-2:]), parts[-1], *candidates]
     image = source.find_image(candidates)
     path = source.images / image
-    if not path.is_file():
+    if not is_inside(image) or not path.is_file():
         raise BrokenError("image missing", f"no picture {image_id} in {source.images}: neither {', '.join(candidates)}")
     sides = [info.get("width"), info.get("height")]
     if all(isinstance(side, int | float) for side in sides):

@@ -9,7 +9,8 @@ from data_helpers import encode_image
 from PIL import Image
 
 from megavlm import cli
-from megavlm.data.formats import Broken, Source, choose
+from megavlm.data.formats import Broken, BrokenError, Source, choose
+from megavlm.data.formats.vg_regions import to_box
 from megavlm.data.schema import parse_conversation
 
 GIRAFFE = "\u4e00\u53ea\u957f\u9888\u9e7f\u3002"
@@ -167,6 +168,7 @@ def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> No
                               region(3, 900, 0, 5, 5), region(4, 1, 1, 0, 5), region(5, 0, 0, 9, 9, "<ref>x</ref>")]},
         {"image_id": 2, "regions": [region(6, 100, 50, 100, 50, "a dog")]},
         {"id": 3, "regions": [region(7, 0, 0, 1, 1)]},
+        {"id": "../../1", "regions": [region(8, 0, 0, 1, 1)]},
     ]  # fmt: skip
     records, broken = read(tmp_path / "region_descriptions.json", content, tmp_path, per_sample=1)
     assert records == [
@@ -176,7 +178,8 @@ def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> No
         ("2-0", "grounded caption", "<img>VG_100K/2.jpg</img><ref>This</ref><box>(250,250),(500,500)</box>",
          "is a dog"),
     ]  # fmt: skip
-    assert broken == [(3, "bad box"), (4, "bad box"), (5, "markup in text"), (3, "image missing")]
+    assert broken == [(3, "bad box"), (4, "bad box"), (5, "markup in text"), (3, "image missing"),
+                      ("../../1", "image missing")]  # fmt: skip
     # By default a conversation has several; the picture is shown once, and its size may come from image_data.json.
     info = tmp_path / "image_data.json"
     url = "https://cs.stanford.edu/people/rak248/VG_100K_2/1.jpg"
@@ -185,6 +188,26 @@ def test_visual_genome_regions_become_boxes_in_thousandths(tmp_path: Path) -> No
     assert record[2:] == ("<img>VG_100K_2/1.jpg</img><ref>a clock</ref>", "<box>(250,250),(300,300)</box>",
                           "<ref>the whole</ref>", "<box>(0,0),(500,500)</box>",
                           "<ref>a clock</ref>", "<box>(562,0),(565,4)</box>")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("box", "text"),
+    [
+        ((-5, -5, 10, 10), "<box>(0,0),(100,100)</box>"),
+        ((0, 0, float("inf"), 50), "<box>(0,0),(999,500)</box>"),
+        ((0, 0, 33.4, 66.69), "<box>(0,0),(334,666)</box>"),
+        ((float("nan"), 0, 10, 10), None),
+        ((0, 0, 10**400, 10), None),
+        ((50, 50, 50, 60), None),
+        ((100, 0, 120, 10), None),
+    ],
+)
+def test_boxes_are_cut_at_the_picture(box: tuple, text: str | None) -> None:
+    if text is not None:
+        assert to_box(*box, 100, 100) == text
+        return
+    with pytest.raises(BrokenError):
+        to_box(*box, 100, 100)
 
 
 def test_synthdog(tmp_path: Path) -> None:
