@@ -20,7 +20,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megavlm", "megavlm.*"]),
-    package_data={"megavlm": ["py.typed"], "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"]},
+    package_data={
+        "megavlm": ["py.typed"],
+        "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
+        "megavlm.data.inspect": ["page.css"],
+        "megavlm.data.textpages": ["words_*.txt"],
+    },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
     install_requires=[
         "torch>=2.6",

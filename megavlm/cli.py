@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train | prepare | convert | plan | eval | generate | chat | doctor | quickstart``.
+"""The command line: ``megavlm train``, ``prepare``, ``convert``, ``plan``, ``eval``, ``generate`` and the others below.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
+    "render-text": ("megavlm.data.textpages.main", "render pages of text in English and Chinese, to train reading"),
+    "inspect": ("megavlm.data.inspect.main", "show prepared data as it will be trained, on a page of HTML"),
     "convert": (
         "megavlm.checkpoint.hf.main",
         "bring weights in from Hugging Face, take them out, list and verify them",

@@ -1,4 +1,4 @@
-"""``megavlm prepare``: training JSON and images become a checked webdataset that the reader can train from.
+"""``megavlm prepare``: a data set as it is published becomes a checked webdataset that the reader can train from.
 
 The directory is built beside ``--out`` and renamed at the end, so a half-written one is never seen.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -15,25 +16,37 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.fetch import FetchError, fetch
+from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
 from megavlm.data.images import ImageError, decode_with_pil, read_header
-from megavlm.data.schema import parse_conversation
+from megavlm.data.schema import UnsafePathError, parse_conversation
 
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
 _LOGGED_REJECTIONS = 20
+_URL_IMAGE = re.compile(r"<img>\s*(https?://[^<]*?)\s*</img>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("json", type=Path, help="training JSON: a list of Qwen-VL conversation records")
+    parser.add_argument("json", type=Path, help="the data set's file (.json or .jsonl), or a folder for codefuse")
     parser.add_argument("--images", type=Path, required=True, help="directory that the image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    listing = "; ".join(f"{entry.name}: {entry.summary}" for entry in formats())
+    parser.add_argument("--format", metavar="NAME", help=f"what the file is (default: what it looks like). {listing}")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="vqa: the answers, where VQAv2 has them apart")
+    parser.add_argument("--image-info", type=Path, metavar="FILE", help="vg-regions: Visual Genome's image_data.json")
+    parser.add_argument("--per-sample", type=int, metavar="N", help="vg-regions: regions of one sample (default 8)")
+    parser.add_argument(
+        "--allow-urls", action="store_true", help="fetch pictures that are http(s) URLs, from public addresses"
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of one tar file (default 1000)")
     parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
@@ -50,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: The JSON file or the image directory is missing.
         ValueError: An argument is wrong, ``--out`` is not empty, or no record is usable.
     """
-    records = _load_records(args.json)
     _check_arguments(args)
+    records = _records(args)
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.stem)
     out = args.out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
         summary.rejected,
         f" (see {args.out / REJECTED_FILE})" if summary.rejected else "",
     )
+    if summary.causes:
+        counts = ", ".join(f"{number} {cause}" for cause, number in summary.causes.most_common())
+        logger.info("rejected by cause: %s", counts)
     return 0
 
 
@@ -83,21 +99,28 @@ def run(args: argparse.Namespace) -> int:
 class _Summary:
     samples: int = 0
     images: int = 0
-    rejected: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
     shards: tuple[str, ...] = ()
 
+    @property
+    def rejected(self) -> int:
+        return self.causes.total()
 
-def _load_records(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        records = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a list of records that is not empty")
-    return records
+
+def _records(args: argparse.Namespace) -> Iterator[Record | Broken]:
+    """What the input holds, in the format that was named or that it looks like."""
+    options = {name: getattr(args, name) for name in ("annotations", "image_info", "per_sample")}
+    source = Source(args.json, args.images, **options)
+    if not args.json.exists():
+        raise FileNotFoundError(f"{args.json} does not exist")
+    chosen = choose(source, args.format)
+    for name, value in options.items():
+        if value is not None and name not in chosen.options:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
+    logger.info("%s: reading %s", args.json, chosen.summary)
+    return chosen.load().read(source)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -115,50 +138,101 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
 
 
-def _write_shards(records: list[Any], directory: Path, name: str, args: argparse.Namespace) -> _Summary:
+def _write_shards(records: Iterable[Record | Broken], directory: Path, name: str, args: argparse.Namespace) -> _Summary:
     summary = _Summary()
     root = args.images.resolve()
     with _ShardWriter(directory, args.samples_per_shard) as writer, (directory / REJECTED_FILE).open("w") as rejected:
         for index, record in enumerate(records):
-            try:
-                members = list(_sample_members(record, root, args.resize))
-            except (ValueError, OSError) as error:
-                reason = " ".join(str(error).split())
-                summary.rejected += 1
-                summary.first_reason = summary.first_reason or reason
-                record_id = record.get("id") if isinstance(record, dict) else None
-                rejected.write(json.dumps({"index": index, "id": record_id, "reason": reason}) + "\n")
-                if summary.rejected <= _LOGGED_REJECTIONS:
-                    logger.warning("record %d rejected: %s", index, reason)
+            broken = record if isinstance(record, Broken) else None
+            members: list[tuple[str, bytes]] = []
+            if not isinstance(record, Broken):
+                try:
+                    members = list(_sample_members(record, root, args.resize, args.allow_urls))
+                except (ValueError, OSError) as error:
+                    broken = _broken(record, error)
+            if broken is None:
+                writer.write(f"{name}-{index:08d}", members)
+                summary.samples += 1
+                summary.images += len(members) - 1
                 continue
-            writer.write(f"{name}-{index:08d}", members)
-            summary.samples += 1
-            summary.images += len(members) - 1
+            reason = " ".join(broken.reason.split())
+            summary.causes[broken.cause] += 1
+            summary.first_reason = summary.first_reason or reason
+            line = {"index": index, "id": broken.id, "cause": broken.cause, "reason": reason}
+            rejected.write(json.dumps(line) + "\n")
+            if summary.rejected <= _LOGGED_REJECTIONS:
+                logger.warning("record %d rejected: %s", index, reason)
     if summary.rejected > _LOGGED_REJECTIONS:
         logger.warning("%d more rejected; %s has them all", summary.rejected - _LOGGED_REJECTIONS, REJECTED_FILE)
     summary.shards = tuple(writer.names)
     return summary
 
 
-def _sample_members(record: Any, root: Path, resize: int | None) -> Iterator[tuple[str, bytes]]:
+def _broken(record: Any, error: ValueError | OSError) -> Broken:
+    """What to say of a record that raised ``error``."""
+    if isinstance(error, BrokenError):
+        cause = error.cause
+    elif isinstance(error, UnsafePathError):
+        cause = "unsafe image path"
+    else:
+        cause = "unreadable image" if isinstance(error, OSError) else "bad record"
+    return Broken(record.get("id") if isinstance(record, dict) else None, cause, str(error))
+
+
+def _sample_members(record: Any, root: Path, resize: int | None, allow_urls: bool) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a sample's files: the record, then its images."""
+    urls: dict[str, str] = {}
+    if allow_urls:
+        record, urls = _name_urls(record)
     conversation = parse_conversation(record)
     kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
     yield "json", json.dumps(kept).encode()
     for number, path in enumerate(conversation.images):
-        try:
-            resolved = (root / path).resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise ValueError(f"image {path!r} does not exist in {root}") from None
-        if not resolved.is_relative_to(root):
-            raise ValueError(f"image {path!r} leads out of {root}")
-        if not resolved.is_file():
-            raise ValueError(f"image {path!r} is not a file")
-        data = resolved.read_bytes()
+        data = _fetch(urls[path]) if path in urls else _read_image(path, root)
         try:
             yield f"img{number}", _check_image(data, resize)
         except ImageError as error:
-            raise ValueError(f"image {path!r}: {error}") from None
+            raise BrokenError(f"bad image ({error.cause})", f"image {path!r}: {error}") from None
+
+
+def _read_image(path: str, root: Path) -> bytes:
+    try:
+        resolved = (root / path).resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
+    if not resolved.is_relative_to(root):
+        raise BrokenError("unsafe image path", f"image {path!r} leads out of {root}")
+    if not resolved.is_file():
+        raise BrokenError("image missing", f"image {path!r} is not a file")
+    return resolved.read_bytes()
+
+
+def _name_urls(record: Any) -> tuple[Any, dict[str, str]]:
+    """Put a name where a URL is; shards have no URLs. Also return the URL of each name."""
+    urls: dict[str, str] = {}
+
+    def name(found: re.Match[str]) -> str:
+        path = f"fetched-{hashlib.sha256(found[1].encode()).hexdigest()[:16]}"
+        urls[path] = found[1]
+        return f"<img>{path}</img>"
+
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        return record, urls
+    named = [
+        turn | {"value": _URL_IMAGE.sub(name, turn["value"])}
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+        else turn
+        for turn in turns
+    ]
+    return record | {"conversations": named}, urls
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        return fetch(url)
+    except FetchError as error:
+        raise BrokenError("image not fetched", str(error)) from None
 
 
 def _check_image(data: bytes, resize: int | None) -> bytes:

@@ -150,7 +150,8 @@ def _check_path(path: str, where: str) -> None:
         raise ValueError(f"{where} has an empty or broken image path")
     if _URL.match(path):
         raise UnsafePathError(
-            f"{where}: image {path!r} is a URL; images are never fetched, so download it into the image directory"
+            f"{where}: image {path!r} is a URL, and none is fetched; download it into the image directory, or prepare"
+            " with --allow-urls"
         )
     if PurePosixPath(path).is_absolute():
         raise UnsafePathError(f"{where}: image {path!r} is absolute; make it relative to the image directory")

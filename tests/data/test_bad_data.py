@@ -305,7 +305,7 @@ def test_a_missing_or_foreign_shard_is_refused_at_the_start(tmp_path: Path, toke
 
 def test_remote_images_are_refused_with_the_remedy() -> None:
     for path in ("https://example.com/a.jpg", "s3://b/a.jpg"):
-        with pytest.raises(UnsafePathError, match=r"is a URL; images are never fetched, so download it into"):
+        with pytest.raises(UnsafePathError, match=r"is a URL, and none is fetched; download it into"):
             parse_conversation(json.loads(record(path=path)))
     for path in ("/etc/passwd", "../a.jpg", "a/../../b.jpg"):
         with pytest.raises(UnsafePathError, match=r"absolute|leaves the image directory"):

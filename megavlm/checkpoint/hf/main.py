@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
     add_incoming(actions.add_parser("hf-to-megatron", help="Hugging Face weights to a checkpoint for training"))
     add_outgoing(actions.add_parser("megatron-to-hf", help="a checkpoint to a Hugging Face directory"))
-    add_inspect(actions.add_parser("inspect", help="list what a checkpoint of either kind holds"))
+    add_inspect(
+        actions.add_parser("inspect", help="list what a checkpoint of either kind holds (data: megavlm inspect)")
+    )
     add_verify(actions.add_parser("verify", help="hold a checkpoint against reference logits"))
 
 

@@ -1,0 +1,175 @@
+"""What the formats share: the input, its JSON, records and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+Record = dict[str, Any]
+"""A record in Qwen-VL's form, see :mod:`megavlm.data.schema`; still to be checked."""
+
+_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_TAG = re.compile(r"</?(?:img|ref|box|quad)>")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Something in the input that cannot become a record."""
+
+    id: Any
+    """Its id in the input, None where it has none."""
+    cause: str
+    """A short cause, the same for all of its kind."""
+    reason: str
+    """One line for the user."""
+
+
+class BrokenError(ValueError):
+    """Raised while one record is made; :meth:`about` turns it into a :class:`Broken`."""
+
+    def __init__(self, cause: str, reason: str) -> None:
+        super().__init__(reason)
+        self.cause = cause
+
+    def about(self, record_id: Any) -> Broken:
+        """Return what to count and list."""
+        return Broken(record_id, self.cause, str(self))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``megavlm prepare`` was given."""
+
+    path: Path
+    """File or directory to read."""
+    images: Path
+    """Directory that image paths are relative to."""
+    annotations: Path | None = None
+    """VQA: the file with the answers, where they are apart."""
+    image_info: Path | None = None
+    """Visual Genome: ``image_data.json``."""
+    per_sample: int | None = None
+    """Visual Genome: regions of one sample; None for the default."""
+
+    @cached_property
+    def content(self) -> Any:
+        """The parsed file: a list or an object that is not empty.
+
+        A line of a ``.jsonl`` file that is no JSON is a :class:`Broken` in the list.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is a directory, not JSON, or holds nothing.
+        """
+        return load_json(self.path)
+
+    @cached_property
+    def objects(self) -> list[Record]:
+        """Those entries of :attr:`content` that are objects; none for a directory or where it is no list."""
+        if self.path.is_dir() or not isinstance(self.content, list):
+            return []
+        return [entry for entry in self.content if isinstance(entry, dict)]
+
+    def find_image(self, candidates: Sequence[str]) -> str:
+        """Return the first of the paths below :attr:`images` that is there, else the first of all."""
+        for path in candidates:
+            if is_inside(path) and (self.images / path).is_file():
+                return path
+        return candidates[0]
+
+
+def load_json(path: Path) -> Any:
+    """Parse a ``.json`` or ``.jsonl`` file, see :attr:`Source.content`."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; give a file, or --format codefuse")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == ".jsonl":
+        content: Any = [_line(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line]
+    else:
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, list | dict) or not content:
+        raise ValueError(f"{path} must hold a list of records that is not empty")
+    return content
+
+
+def _line(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Broken(None, "bad JSON", f"line {number} is not valid JSON: {error}")
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path is relative and has no ``..``."""
+    pure = PurePosixPath(path)
+    return bool(path) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in path
+
+
+def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
+    """Return ``record[key]``.
+
+    Raises:
+        BrokenError: ``record`` is no object, or has no such field of this kind.
+    """
+    if isinstance(record, Broken):
+        raise BrokenError(record.cause, record.reason)
+    if not isinstance(record, dict):
+        raise BrokenError("bad record", f"a record must be an object, not {type(record).__name__}")
+    value = record.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        what = "missing" if value is None else f"of type {type(value).__name__}"
+        raise BrokenError("bad record", f"{key!r} is {what}")
+    return value
+
+
+def identity(record: Any, *keys: str) -> Any:
+    """Return the first of the fields that is text or a number, or None."""
+    values = (record.get(key) for key in keys) if isinstance(record, dict) else ()
+    return next((value for value in values if isinstance(value, str | int)), None)
+
+
+def plain(text: str, what: str) -> str:
+    """Return text that others wrote, stripped.
+
+    Raises:
+        BrokenError: It is empty, or has tags that would mean a picture or a box here.
+    """
+    text = text.strip()
+    if not text:
+        raise BrokenError("empty text", f"{what} is empty")
+    tag = _TAG.search(text)
+    if tag:
+        raise BrokenError("markup in text", f"{what} contains {tag[0]}, which would be read as markup")
+    return text
+
+
+def pair(record_id: Any, task: str, image: str, question: str, answer: str) -> Record:
+    """Make a record of a picture, what is asked, and the answer."""
+    return {
+        "id": record_id,
+        "task": task,
+        "conversations": [
+            {"from": "user", "value": f"<img>{image}</img>{question}"},
+            {"from": "assistant", "value": answer},
+        ],
+    }
+
+
+def language_of(text: str) -> str:
+    """Return ``Chinese`` for text with Chinese characters, else ``English``."""
+    return "Chinese" if _CHINESE.search(text) else "English"
+
+
+def most_common(answers: Iterable[str]) -> str:
+    """Return the answer that most gave; among equals, the first."""
+    return Counter(answers).most_common(1)[0][0]

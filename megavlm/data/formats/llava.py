@@ -1,0 +1,108 @@
+"""LLaVA's JSON: ``{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}``, ``<image>`` in the text.
+
+Source: ``docs/Finetune_Custom_Data.md`` and ``llava/train/train.py`` of github.com/haotian-liu/LLaVA. ``image`` is a
+path, a list of paths (one for each ``<image>``, as LLaVA-NeXT has it), or absent for text alone.
+
+A picture becomes ``Picture N: <img>path</img>`` and a line end where ``<image>`` stood, as Qwen-VL's fine-tuning data
+has it. Coordinates in the text stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity
+
+_IMAGE = re.compile(r"[ \t]*<image>[ \t]*\n?")
+_OWN_IMAGE = re.compile(r"</?img>")
+
+
+def matches(source: Source) -> bool:
+    """Whether records with conversations have an ``image``, or ``<image>`` in a turn."""
+    return any(mentions_image(record) for record in source.objects)
+
+
+def read(source: Source) -> Iterator[Record | Broken]:
+    """Yield the records.
+
+    Raises:
+        ValueError: The file holds no list.
+    """
+    if not isinstance(source.content, list):
+        raise ValueError(f"{source.path} must hold a list of records that is not empty")
+    yield from convert(source.content)
+
+
+def convert(entries: list[Any], task: str | None = None) -> Iterator[Record | Broken]:
+    """Convert LLaVA records; ``task`` is what they are called where they do not say themselves."""
+    for entry in entries:
+        try:
+            yield _convert(entry, task)
+        except BrokenError as error:
+            yield error.about(identity(entry, "id"))
+
+
+def turns_of(record: Record) -> list[str]:
+    """Return the texts of a record's turns, as far as it has any."""
+    turns = record.get("conversations")
+    values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [value for value in values if isinstance(value, str)]
+
+
+def mentions_image(record: Record) -> bool:
+    """Whether a record of conversations shows pictures in LLaVA's way."""
+    if not isinstance(record.get("conversations"), list):
+        return False
+    return isinstance(record.get("image"), str | list) or any("<image>" in text for text in turns_of(record))
+
+
+def _convert(entry: Any, task: str | None) -> Record:
+    turns = field(entry, "conversations", list)
+    images = _images(entry)
+    shown = 0
+    converted = []
+    for index, turn in enumerate(turns):
+        text = field(turn, "value")
+        speaker = field(turn, "from")
+        if _OWN_IMAGE.search(text):
+            raise BrokenError("markup in text", f"turn {index} contains <img>, which would be read as a picture")
+        pictures = text.count("<image>")
+        if pictures and speaker in ("gpt", "assistant"):
+            raise BrokenError("pictures do not match", f"turn {index} ({speaker}) has <image>; only a human's turn may")
+        for _ in range(pictures):
+            if shown == len(images):
+                raise BrokenError(
+                    "pictures do not match", f"turn {index} has more <image> than the record has pictures ({shown})"
+                )
+            text = _insert(text, f"Picture {shown + 1}: <img>{images[shown]}</img>\n")
+            shown += 1
+        converted.append({"from": speaker, "value": text.strip() if pictures else text})
+    if shown < len(images):
+        raise BrokenError("pictures do not match", f"{len(images)} pictures, but <image> stands {shown} times")
+    record: Record = {"conversations": converted}
+    record |= {key: entry[key] for key in ("id", "task") if entry.get(key) is not None}
+    if task is not None:
+        record.setdefault("task", task)
+    return record
+
+
+def _insert(text: str, picture: str) -> str:
+    """Put a picture where ``<image>`` stands first, on a line of its own."""
+    found = _IMAGE.search(text)
+    assert found is not None
+    before = text[: found.start()]
+    gap = "\n" if before and not before.endswith("\n") else ""
+    return before + gap + picture + text[found.end() :]
+
+
+def _images(entry: Record) -> list[str]:
+    image = entry.get("image")
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    for path in images:
+        if not isinstance(path, str) or not path.strip():
+            raise BrokenError("bad record", "'image' must be a path, or a list of paths")
+        if _OWN_IMAGE.search(path) or "<image>" in path:
+            raise BrokenError("unsafe image path", f"image {path!r} contains markup")
+    return images

@@ -1,0 +1,129 @@
+"""Visual Genome's regions: boxes with a phrase each, for finding what is named and for naming what is shown.
+
+Source: visualgenome.org, ``region_descriptions.json``: ``[{"id", "regions": [{"region_id", "image_id", "phrase", "x",
+"y", "width", "height"}]}]`` (version 1.0 says ``image_id`` instead of ``id``), in pixels of the picture, whose size is
+in ``image_data.json`` or in the picture itself.
+
+A sample has up to ``per_sample`` regions of a picture, as turns of one conversation; samples alternate between
+*grounding* (``<ref>phrase</ref>`` asks for ``<box>(x1,y1),(x2,y2)</box>``) and *grounded captioning*
+(``<ref>This</ref><box>..</box>`` asks for ``is phrase``), the two forms of Qwen-VL's pre-training (arXiv 2308.12966).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, is_inside, load_json, plain
+from megavlm.data.images import ImageError, read_header
+
+DEFAULT_PER_SAMPLE = 8
+
+
+def matches(source: Source) -> bool:
+    """Whether entries have regions with phrases."""
+    lists = (entry.get("regions") for entry in source.objects)
+    return any(isinstance(r, dict) and "phrase" in r for regions in lists if isinstance(regions, list) for r in regions)
+
+
+def read(source: Source) -> Iterator[Record | Broken]:
+    """Yield the samples, picture after picture.
+
+    Raises:
+        ValueError: The file holds no list, or ``per_sample`` is below 1.
+    """
+    if not isinstance(source.content, list):
+        raise ValueError(f"{source.path} must hold a list; give Visual Genome's region_descriptions.json")
+    per_sample = DEFAULT_PER_SAMPLE if source.per_sample is None else source.per_sample
+    if per_sample < 1:
+        raise ValueError(f"--per-sample must be at least 1, not {per_sample}")
+    known = _image_info(source)
+    for number, entry in enumerate(source.content):
+        try:
+            yield from _picture(source, entry, known, per_sample, number)
+        except BrokenError as error:
+            yield error.about(identity(entry, "id", "image_id"))
+
+
+def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> str:
+    """Write a box of pixels as Qwen-VL does: thousandths of the picture, integers from 0 to 999.
+
+    Raises:
+        BrokenError: It has no area, or none inside the picture.
+    """
+    try:
+        x1, y1, x2, y2, width, height = map(float, (x1, y1, x2, y2, width, height))
+    except OverflowError:
+        raise BrokenError("bad box", "the box has a number that is too large") from None
+    if not (width > 0 and height > 0 and max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)):
+        raise BrokenError("bad box", f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) has no area in {width:g} x {height:g}")
+    left, top, right, bottom = (
+        math.floor(min(999.0, max(0.0, value * 1000 / side)))
+        for value, side in ((x1, width), (y1, height), (x2, width), (y2, height))
+    )
+    return f"<box>({left},{top}),({right},{bottom})</box>"
+
+
+def _image_info(source: Source) -> dict[int | str, Record]:
+    if source.image_info is None:
+        return {}
+    content = load_json(source.image_info)
+    entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+    known = {entry["image_id"]: entry for entry in entries if isinstance(entry.get("image_id"), int | str)}
+    if not known:
+        raise ValueError(f"--image-info {source.image_info} has no images; give Visual Genome's image_data.json")
+    return known
+
+
+def _picture(
+    source: Source, entry: Any, known: dict[int | str, Record], per_sample: int, number: int
+) -> Iterator[Record | Broken]:
+    regions = field(entry, "regions", list)
+    image_id = identity(entry, "image_id", "id")
+    if image_id is None:
+        image_id = identity(regions[0], "image_id") if regions else None
+    if image_id is None:
+        raise BrokenError("bad record", "the picture has no id")
+    image, width, height = _locate(source, image_id, known.get(image_id, {}))
+    usable: list[tuple[str, str]] = []
+    for region in regions:
+        try:
+            x, y, w, h = (field(region, key, (int, float)) for key in ("x", "y", "width", "height"))
+            usable.append((plain(field(region, "phrase"), "the phrase"), to_box(x, y, x + w, y + h, width, height)))
+        except BrokenError as error:
+            yield error.about(identity(region, "region_id"))
+    for part, start in enumerate(range(0, len(usable), per_sample)):
+        # By the picture's number too, so that pictures with few regions bring both kinds.
+        find = (number + part) % 2 == 0
+        yield _sample(f"{image_id}-{part}", image, usable[start : start + per_sample], find)
+
+
+def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bool) -> Record:
+    turns = []
+    for index, (phrase, box) in enumerate(regions):
+        question = f"<ref>{phrase}</ref>" if find else f"<ref>This</ref>{box}"
+        turns.append({"from": "user", "value": question if index else f"<img>{image}</img>{question}"})
+        turns.append({"from": "assistant", "value": box if find else f"is {phrase}"})
+    return {"id": sample_id, "task": "grounding" if find else "grounded caption", "conversations": turns}
+
+
+def _locate(source: Source, image_id: int | str, info: Record) -> tuple[str, float, float]:
+    """Path below the image directory, width and height."""
+    candidates = [f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg", f"{image_id}.jpg"]
+    if isinstance(info.get("url"), str):
+        parts = urlsplit(info["url"]).path.split("/")
+        candidates = ["/".join(parts[-2:]), parts[-1], *candidates]
+    image = source.find_image(candidates)
+    path = source.images / image
+    if not is_inside(image) or not path.is_file():
+        raise BrokenError("image missing", f"no picture {image_id} in {source.images}: neither {', '.join(candidates)}")
+    sides = [info.get("width"), info.get("height")]
+    if all(isinstance(side, int | float) for side in sides):
+        return image, float(sides[0] or 0), float(sides[1] or 0)
+    try:
+        header = read_header(path.read_bytes())
+    except ImageError as error:
+        raise BrokenError(f"bad image ({error.cause})", f"image {image!r}: {error}") from None
+    return image, float(header.width), float(header.height)

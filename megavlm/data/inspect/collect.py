@@ -1,0 +1,163 @@
+"""What the page shows, taken through the code that trains: tokenizer, chat template, label mask and packer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.energon import WorkerConfig
+from megatron.energon.epathlib import EPath
+
+from megavlm.config.checks import source_name
+from megavlm.config.schema import DataConfig
+from megavlm.data.batch import Pack
+from megavlm.data.energon_dataset import PackEncoder, RawSample
+from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.reader import PackReader
+from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
+from megavlm.data.tokenizer import Tokenizer
+
+NO_TASK = "(none)"
+
+
+@dataclass
+class Counts:
+    """Figures of one data set."""
+
+    name: str
+    path: str
+    total: int
+    """Samples that it has."""
+    scanned: int = 0
+    """Samples that were looked at; the figures below are about them."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each usable sample."""
+    images: Counter[int] = field(default_factory=Counter)
+    """Samples by number of pictures."""
+    tasks: Counter[str] = field(default_factory=Counter)
+    """Samples by task."""
+    supervised: int = 0
+    """Tokens that are trained on."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Samples that training would leave out, by cause."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample laid out as a pack of its own, without padding."""
+
+    pack: Pack
+    task: str
+
+
+@dataclass
+class Collected:
+    """Everything on the page."""
+
+    data: DataConfig
+    tokens_per_image: int
+    names: list[str]
+    counts: list[Counts]
+    samples: list[Shown] = field(default_factory=list)
+    packs: list[Pack] = field(default_factory=list)
+
+
+def collect(
+    data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int, seed: int, *, samples: int, packs: int, scan: int
+) -> Collected:
+    """Read the data sets of ``data.train``.
+
+    Args:
+        data: The data branch, with prepared data sets.
+        tokenizer: Its tokenizer.
+        tokens_per_image: ``<imgpad>`` slots of one image.
+        seed: Seed of the order of the packs.
+        samples: Samples to show, taken from all data sets in turn, spread over each.
+        packs: Packs to show: the first that a reader without worker processes gives, of one data-parallel rank.
+        scan: Samples of each data set to count, spread over it.
+
+    Raises:
+        FileNotFoundError: A shard is missing.
+        ValueError: No sample is usable.
+    """
+    names = [source_name(source) for source in data.train]
+    encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
+    found = Collected(data, tokens_per_image, names, [])
+    kept: list[list[Shown]] = []
+    for index, source in enumerate(data.train):
+        reader = _open(source.path)
+        counts = Counts(names[index], source.path, len(reader))
+        found.counts.append(counts)
+        kept.append(_scan(reader, encoder, index, counts, scan, samples))
+    if not any(counts.lengths for counts in found.counts):
+        causes = sum((counts.skipped for counts in found.counts), Counter[str]())
+        raise ValueError(f"no sample of {', '.join(names)} can be trained on: {dict(causes)}")
+    found.samples = _share_out(kept, samples)
+    if packs:
+        packed = PackReader(
+            data.train, data, tokenizer, tokens_per_image, rank=0, world_size=1, seed=seed, training=True
+        )
+        found.packs = [next(packed) for _ in range(packs)]
+        packed.close()
+    return found
+
+
+def _open(path: str) -> ShardReader:
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    dataset = ShardDataset(EPath(Path(path)), split_part="train", training=False, worker_config=config, decoder=None)
+    dataset.check_shards()
+    return ShardReader(dataset.path, dataset.shards)
+
+
+def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts, scan: int, show: int) -> list[Shown]:
+    """Count samples spread over a data set; return some of them, spread as well."""
+    positions = _spread(counts.total, scan)
+    wanted = set(_spread(len(positions), show))
+    shown: list[Shown] = []
+    missed = 0
+    for number, position in enumerate(positions):
+        raw = reader[position]
+        files = {key: value for key, value in raw.items() if not key.startswith("__")}
+        sample = RawSample(raw["__key__"], raw["__restore_key__"], files, source, raw["__shard__"], raw.get(DEFECT))
+        checked = encoder.encode_sample(sample)
+        counts.scanned += 1
+        missed += number in wanted
+        if checked.sample is None:
+            assert checked.skipped is not None
+            counts.skipped[checked.skipped.cause] += 1
+            continue
+        task = _task(files)
+        pack = _alone(checked.sample, encoder)
+        counts.lengths.append(len(checked.sample))
+        counts.images[len(checked.sample.images)] += 1
+        counts.tasks[task] += 1
+        counts.supervised += pack.supervised_tokens
+        if missed:  # the next usable one stands in for one that is not
+            missed -= 1
+            shown.append(Shown(pack, task))
+    return shown
+
+
+def _share_out(kept: list[list[Shown]], most: int) -> list[Shown]:
+    """Take as many of each data set as of the others, while they last; those of each spread over it."""
+    ranks = sorted((at, index) for index, shown in enumerate(kept) for at in range(len(shown)))[:most]
+    numbers = Counter(index for _, index in ranks)
+    spread = {index: iter(_spread(len(kept[index]), number)) for index, number in numbers.items()}
+    return [kept[index][next(spread[index])] for _, index in ranks]
+
+
+def _alone(sample: PackableSample, encoder: PackEncoder) -> Pack:
+    return build_pack([sample], len(sample), encoder.tokenizer.eos_id)
+
+
+def _task(files: dict[str, bytes]) -> str:
+    task = json.loads(files["json"]).get("task")
+    return NO_TASK if task is None else str(task)
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """At most ``most`` numbers below ``total``, evenly spread, from 0."""
+    count = min(total, most)
+    return [number * total // count for number in range(count)]

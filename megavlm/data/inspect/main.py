@@ -1,0 +1,160 @@
+"""``megavlm inspect``: prepared data sets, shown as the model will see them, on one page of HTML.
+
+(``megavlm convert inspect`` is another thing: it lists the tensors of a checkpoint.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megavlm.config.checks import source_name
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import DataConfig, DataSource, Recipe
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_LENGTH = 2048
+_DEFAULT_IMAGE_TOKENS = 256
+_DEFAULT_SEED = 1234
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.description = (
+        "Write a page that shows samples and packs of prepared data sets as they will be trained: pictures with boxes, "
+        "supervised and masked tokens, segment borders, histograms. (Checkpoints: megavlm convert inspect.)"
+    )
+    parser.add_argument(
+        "shards",
+        nargs="*",
+        metavar="SHARDS",
+        help="directories that megavlm prepare wrote (default: the recipe's data.train)",
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="page to write (.html)")
+    parser.add_argument("--recipe", metavar="RECIPE", help="recipe that says how the data is trained")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer file (default: the recipe's)")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of a pack (default: the recipe's, or {_DEFAULT_LENGTH})",
+    )
+    parser.add_argument(
+        "--tokens-per-image",
+        type=int,
+        metavar="N",
+        help=f"positions of a picture, without <img> and </img> (default: the recipe's, or {_DEFAULT_IMAGE_TOKENS})",
+    )
+    parser.add_argument("--samples", type=int, default=12, metavar="N", help="samples to show (default 12)")
+    parser.add_argument("--packs", type=int, default=3, metavar="N", help="packs to show (default 3)")
+    parser.add_argument(
+        "--scan", type=int, default=2000, metavar="N", help="samples to count, spread over each data set (default 2000)"
+    )
+    parser.add_argument(
+        "--max-mb", type=float, default=16.0, metavar="MB", help="largest page, in 10^6 bytes (default 16)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page.
+
+    Returns:
+        0.
+
+    Raises:
+        FileNotFoundError: A data set, its shards or the tokenizer is missing.
+        ValueError: An argument is wrong, or no sample is usable.
+    """
+    _check_arguments(args)
+    recipe = None if args.recipe is None else _load_recipe(args.recipe)
+    data, tokens_per_image, seed = _settings(args, recipe)
+    from megavlm.data.inspect.collect import collect  # noqa: PLC0415 - loads torch
+    from megavlm.data.inspect.page import write_page  # noqa: PLC0415
+    from megavlm.data.tokenizer import load_tokenizer  # noqa: PLC0415
+
+    assert data.tokenizer is not None
+    tokenizer = load_tokenizer(data.tokenizer)
+    found = collect(data, tokenizer, tokens_per_image, seed, samples=args.samples, packs=args.packs, scan=args.scan)
+    html = write_page(found, tokenizer, limit=int(args.max_mb * 1e6))
+    _write(args.out, html)
+    logger.info("%s: %d samples, %d packs, %.1f MB", args.out, len(found.samples), len(found.packs), len(html) / 1e6)
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    for name, least in (("samples", 0), ("packs", 0), ("scan", 1), ("sequence_length", 1), ("tokens_per_image", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not args.max_mb >= 0.1:
+        raise ValueError(f"--max-mb must be at least 0.1, not {args.max_mb:g}")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a directory; name a file")
+    if not args.shards and args.recipe is None:
+        raise ValueError("name the data sets to show, or a recipe with --recipe")
+    if args.recipe is None and args.tokenizer is None:
+        raise ValueError("--tokenizer is missing; give a tokenizer file, or a recipe that names one with --recipe")
+
+
+def _load_recipe(name: str) -> Recipe:
+    from megavlm.models.registry import expand_presets  # noqa: PLC0415
+
+    return load_recipe(name, [], expand_presets)
+
+
+def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, int, int]:
+    """The data branch that is shown, positions of an image, and the seed of the order."""
+    from megavlm.data.tokenizer import find_tokenizer  # noqa: PLC0415
+
+    tokenizer = args.tokenizer or (recipe.data.tokenizer if recipe else None)
+    if tokenizer is None:
+        raise ValueError(f"--tokenizer is missing: data.tokenizer of {args.recipe} is null; give a tokenizer file")
+    if Path(tokenizer).is_dir():
+        inside = find_tokenizer(Path(tokenizer))
+        if inside is None:
+            raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer (*.tiktoken, tokenizer.json or *.model)")
+        tokenizer = str(inside)
+    sources = tuple(DataSource(path=path) for path in args.shards) or (recipe.data.train if recipe else ())
+    for source in sources:
+        if not (Path(source.path) / ".nv-meta" / ".info.json").is_file():
+            raise FileNotFoundError(f"data set {source.path} is not prepared; make it with megavlm prepare")
+    if recipe is not None:
+        known = {source.path: source for source in recipe.data.train}
+        sources = tuple(known.get(source.path, source) for source in sources)
+    changes: dict[str, Any] = {"train": sources, "validation": (), "tokenizer": tokenizer, "num_workers": 0}
+    if args.sequence_length is not None or recipe is None:
+        changes["sequence_length"] = args.sequence_length or _DEFAULT_LENGTH
+    if recipe is None:
+        tokens = args.tokens_per_image or _DEFAULT_IMAGE_TOKENS
+        return TypeAdapter(DataConfig).validate_python(changes), tokens, _DEFAULT_SEED
+    tokens = args.tokens_per_image or recipe.model.tokens_per_image
+    return dataclasses.replace(recipe.data, **changes), tokens, recipe.training.seed
+
+
+def names_of(data: DataConfig) -> list[str]:
+    """Names of the data sets, as logs have them."""
+    return [source_name(source) for source in data.train]
+
+
+def _write(path: Path, html: bytes) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(html)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(partial).chmod(0o666 & ~umask)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,124 @@
+"""A pack's tokens as pieces of text that can be coloured: supervised or masked, pictures, borders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.tokenizer import Tokenizer
+
+_MOST_TOKENS_OF_A_CHARACTER = 4
+_CONTEXT = 8
+_SHAPE = re.compile(r"(?:<ref>([^<]*)</ref>)?<(box|quad)>((?:\(\d{1,4},\d{1,4}\),?){2,4})</\2>")
+_POINT = re.compile(r"\((\d+),(\d+)\)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One or several tokens that are shown together."""
+
+    text: str
+    ids: tuple[int, ...]
+    supervised: bool
+    """Whether the loss counts their prediction (from the token before)."""
+    image: int | None = None
+    """Index in the segment of the picture whose slots these are."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A box or quadrilateral in the text."""
+
+    kind: str
+    """``box`` or ``quad``."""
+    name: str
+    points: tuple[tuple[int, int], ...]
+    """Corners in thousandths of the picture's sides: four of them."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A sample in a pack, or its padding."""
+
+    start: int
+    end: int
+    source: int
+    """Index of its data set; -1 for padding."""
+    key: str
+    images: tuple[bytes, ...]
+    pieces: tuple[Piece, ...]
+    supervised: int
+    """Tokens that the loss counts."""
+    shapes: tuple[Shape, ...]
+
+
+def segments(pack: Pack, tokenizer: Tokenizer) -> list[Segment]:
+    """Take a pack apart by its ``cu_seqlens``, with the pictures that belong to each segment."""
+    taken = 0
+    found = []
+    for index, (start, end) in enumerate(zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False)):
+        start, end, source = int(start), int(end), int(pack.segment_sources[index])
+        ids = [int(i) for i in pack.tokens[start:end]]
+        # A label is what the position before has to predict.
+        trained = [False, *(bool(label != IGNORE_INDEX) for label in pack.labels[start : end - 1])]
+        count = sum(1 for i in ids if i == tokenizer.img_start_id) if source >= 0 else 0
+        key = pack.sample_keys[index] if source >= 0 else ""
+        pieces = tuple(_pieces(ids, trained, tokenizer)) if source >= 0 else ()
+        text = "".join(piece.text for piece in pieces if piece.image is None)
+        images = tuple(pack.images[taken : taken + count])
+        taken += count
+        found.append(Segment(start, end, source, key, images, pieces, sum(trained), tuple(shapes(text))))
+    return found
+
+
+def shapes(text: str) -> Iterator[Shape]:
+    """Yield the boxes and quadrilaterals in Qwen-VL's notation."""
+    for match in _SHAPE.finditer(text):
+        points = [(int(x), int(y)) for x, y in _POINT.findall(match[3])]
+        if match[2] == "box" and len(points) == 2:
+            (left, top), (right, bottom) = points
+            points = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        if len(points) == 4:
+            yield Shape(match[2], (match[1] or "").strip(), tuple(points))
+
+
+def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Piece]:
+    position, image = 0, 0
+    context: list[Sequence[int]] = []
+    while position < len(ids):
+        if ids[position] == tokenizer.imgpad_id:
+            end = position
+            while end < len(ids) and ids[end] == tokenizer.imgpad_id:
+                end += 1
+            yield Piece(f"{end - position} slots", tuple(ids[position:end]), any(trained[position:end]), image)
+            position, image, context = end, image + 1, []
+            continue
+        before = [i for whole in context for i in whole]
+        end = position + 1
+        text = _text(before, ids[position:end], tokenizer)
+        # A character may be made of several tokens, none of which is text.
+        while "\ufffd" in text and _may_grow(ids, trained, position, end, tokenizer):
+            end += 1
+            text = _text(before, ids[position:end], tokenizer)
+        yield Piece(text, tuple(ids[position:end]), trained[position])
+        # Whole characters only: the bytes of half a one would spoil those behind them in some tokenizers.
+        context = [*context, ids[position:end]][-_CONTEXT:]
+        position = end
+
+
+def _may_grow(ids: Sequence[int], trained: Sequence[bool], start: int, end: int, tokenizer: Tokenizer) -> bool:
+    return (
+        end < len(ids)
+        and end - start < _MOST_TOKENS_OF_A_CHARACTER
+        and trained[end] == trained[start]
+        and ids[end] not in tokenizer.control_ids
+    )
+
+
+def _text(before: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """What ``ids`` add to the text: some tokenizers drop the space in front of a token that stands alone."""
+    known = tokenizer.decode(before) if before else ""
+    whole = tokenizer.decode([*before, *ids])
+    return whole[len(known) :] if whole.startswith(known) else tokenizer.decode(ids)

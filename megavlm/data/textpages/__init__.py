@@ -1,0 +1,1 @@
+"""``megavlm render-text``: pictures of text in English and Chinese, with what they say and where."""

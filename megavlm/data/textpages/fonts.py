@@ -1,0 +1,89 @@
+"""Installed fonts, and which characters each can draw."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+logger = logging.getLogger(__name__)
+
+FONT_DIRECTORIES = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"))
+"""Where Debian's packages put fonts."""
+
+_SUFFIXES = {".ttf", ".otf", ".ttc", ".otc"}
+_PROBE_SIZE = 24
+_MISSING = "\U0010ffff"
+"""A code point that no font has: what is drawn for it is the sign for a missing glyph."""
+_PROBES = {"en": "ABCXYZabcxyz0189.,", "zh": "\u7684\u4e00\u662f\u4e0d\u4e86\u4eba\u6211\u5728\u6709\u4ed6"}
+_PACKAGES = {"en": "fonts-dejavu-core or fonts-liberation", "zh": "fonts-noto-cjk or fonts-wqy-zenhei"}
+_NAMES = {"en": "English", "zh": "Chinese"}
+
+
+@dataclass(frozen=True)
+class Face:
+    """One font file (of a collection: its first face)."""
+
+    path: Path
+    _known: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
+
+    def missing(self, text: Iterable[str]) -> set[str]:
+        """Return the characters that the font cannot draw."""
+        return {char for char in set(text) if not char.isspace() and not self._draws(char)}
+
+    def at(self, size: int) -> ImageFont.FreeTypeFont:
+        """Return the font at ``size`` pixels."""
+        return _load(self.path, size)
+
+    def _draws(self, char: str) -> bool:
+        if char not in self._known:
+            font = _load(self.path, _PROBE_SIZE)
+            drawn, blank = font.getmask(char), _missing_glyph(self.path)
+            self._known[char] = drawn.getbbox() is not None and (drawn.size, bytes(drawn)) != blank
+        return self._known[char]
+
+
+def find_fonts(language: str, directories: Sequence[Path] = FONT_DIRECTORIES) -> list[Face]:
+    """Return the fonts that can write a language, by their paths.
+
+    Args:
+        language: ``en`` or ``zh``.
+        directories: Where to look, with all that is below.
+
+    Raises:
+        ValueError: There is none; the message names a Debian package that has one.
+    """
+    paths = sorted({path for root in directories if root.is_dir() for path in root.rglob("*")})
+    faces = [Face(path) for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
+    found = [face for face in faces if _usable(face, _PROBES[language])]
+    if not found:
+        where = ", ".join(map(str, directories))
+        raise ValueError(
+            f"no font in {where} can write {_NAMES[language]}; install Debian's {_PACKAGES[language]}, or name a "
+            "directory with --fonts"
+        )
+    return found
+
+
+def _usable(face: Face, probe: str) -> bool:
+    try:
+        return not face.missing(probe)
+    except (OSError, ValueError) as error:
+        logger.warning("font %s cannot be used: %s", face.path, error)
+        return False
+
+
+@lru_cache(maxsize=256)
+def _load(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    # The basic layout is the same whether or not Pillow has raqm.
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=256)
+def _missing_glyph(path: Path) -> tuple[tuple[int, int], bytes]:
+    drawn = _load(path, _PROBE_SIZE).getmask(_MISSING)
+    return drawn.size, bytes(drawn)
