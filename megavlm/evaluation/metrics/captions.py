@@ -9,7 +9,7 @@ from collections.abc import Sequence
 # dashes, underscores, and any other sign alone.
 _TOKEN = re.compile(
     r"(?:[a-z]\.){2,}|\b(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|blvd|mt)\.|\d+(?:[.,:/-]\d+)*[a-z]*(?:-[^\W_]+)*"
-    r"|'(?:em|til|tis|twas|n)\b|[^\W_]+(?:[-&/@_'][^\W_]+)*|\.{2,}|-+|_+|[^\s\w]"
+    r"|'(?:em|til|tis|twas|n)\b|[^\W_]+(?:[-&/@_'][^\W_]+)*|\.{2,}|[!?]{2,}|-+|_+|[^\s\w]"
 )
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
 _CLITICS = frozenset({"n't", "'s", "'m", "'d", "'re", "'ve", "'ll"})
