@@ -27,13 +27,14 @@ def edit_distance(first: str, second: str) -> int:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Similarity to the nearest answer (Biten et al. 2019): 1 - distance / longer length, 0 below 0.5.
 
-    Case and white space around and between words do not count, as in the scorer of the Robust Reading Competition.
+    Case and white space around and between words do not count, but the lengths are those of the whole texts, as in
+    the scorer of the Robust Reading Competition.
     """
     said = " ".join(prediction.lower().split())
     best = 0.0
     for answer in answers:
         true = " ".join(answer.lower().split())
-        longest = max(len(said), len(true))
+        longest = max(len(prediction), len(answer))
         best = max(best, 1 - edit_distance(said, true) / longest if longest else 1.0)
     return best if best >= 0.5 else 0.0
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 
 def mme_answer(prediction: str) -> str:
-    """``yes``, ``no``, or ``other``: MME looks at the first four characters."""
-    start = prediction.strip().lower().replace(".", "")[:4]
+    """``yes``, ``no``, or ``other``: MME looks at the first four characters; a y or an n alone counts too."""
+    start = prediction.lower().strip().replace(".", "")[:4]
+    if start in ("y", "n"):
+        return "yes" if start == "y" else "no"
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
