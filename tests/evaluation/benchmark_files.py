@@ -197,7 +197,8 @@ def mmmu(root: Path) -> list[str]:
         closed = i % 3 != 2
         options = ["<image 2>", "$8", "$10"] if i % 2 else ["$6", "$8", "$10", "$12", "$14"]
         rows.append({
-            **row, "id": f"validation_{'Accounting' if i < 3 else 'Art'}_{i}", "question": f"<image 1> How much is {i}?",
+            **row, "id": f"validation_{'Accounting' if i < 3 else 'Art'}_{i}",
+            "question": f"<image 1> How much is {i}?",
             "options": str(options) if closed else "[]", "answer": "ABC"[i % 3] if closed else "['8', '8.0']",
             "explanation": "", "question_type": "multiple-choice" if closed else "open",
             "topic_difficulty": "Easy", "subfield": "x",

@@ -21,7 +21,7 @@ from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
-from megavlm.evaluation.benchmarks.spec import Benchmark, Item, Scores, Source
+from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Scores, Source
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, write_report
 from megavlm.parallel.device import prepare_device
@@ -147,7 +147,9 @@ def _warn_problems(questions: Sequence[Question]) -> None:
 def _score(plan: Plan, asked: Sequence[Question], rows: Mapping[str, Row]) -> Scores | None:
     if not plan.scored:
         return None
-    return plan.benchmark.metric([one.item for one in asked], [rows[one.item.id]["prediction"] for one in asked])
+    found = [rows[one.item.id] for one in asked]
+    said = [NOT_ASKED if row.get("problem") else row["prediction"] for row in found]
+    return plan.benchmark.metric([one.item for one in asked], said)
 
 
 def _write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megavlm.evaluation.benchmarks.spec import Item, Metric, Scores, by_kind
+from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Item, Metric, Scores, by_kind
 from megavlm.evaluation.metrics.captions import cider
 from megavlm.evaluation.metrics.grounding import hit
 from megavlm.evaluation.metrics.text import exact, open_answer
@@ -64,7 +64,7 @@ def mme_scores(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
 
 def pope_scores(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
     """POPE: F1 of yes, accuracy, precision, recall and the share of yes."""
-    said = [pope_answer(prediction) for prediction in predictions]
+    said = ["" if prediction == NOT_ASKED else pope_answer(prediction) for prediction in predictions]
     true = [item.answers[0] for item in items]
     figures = binary_scores(said, true)
     each = [float(one == label) for one, label in zip(said, true, strict=True)]

@@ -12,6 +12,9 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Names of the options of a closed question, in their order."""
 
+NOT_ASKED = "\0"
+"""Prediction of a question that could not be asked: no metric counts it as right, as some would an empty one."""
+
 Picture = Path | bytes
 """A file, or an encoded image that lay in the benchmark's own file."""
 
