@@ -92,7 +92,7 @@ def _table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> str:
         f"<tr><th>{_text(name)}</th>" + "".join(f'<td class="n">{_text(value)}</td>' for value in values) + "</tr>"
         for name, values in rows.items()
     )
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f"<table>{f'<tr>{top}</tr>' if any(head) else ''}{body}</table>"
 
 
 def _card(card: Card) -> str:

@@ -135,7 +135,8 @@ def _round(
             pack_length=recipe.data.sequence_length,
         )
         for i, ids in zip(free, answers, strict=True):
-            predictions[asked[i].item.id] = (tokenizer.decode(ids).strip(), [])
+            text = tokenizer.decode([token for token in ids if token not in tokenizer.control_ids])
+            predictions[asked[i].item.id] = (text.strip(), [])
     return [_row(one, problems.get(one.item.id, ""), *predictions.get(one.item.id, ("", []))) for one in questions]
 
 
