@@ -77,9 +77,10 @@ def read_mmbench(source: Source) -> list[Item]:
 
     def make(row: dict[str, str]) -> Iterator[Item]:
         index = number(row, "index")
-        choices = tuple(row[letter] for letter in LETTERS[:4] if _present(row.get(letter)))
-        if not choices:
-            raise ValueError("has no options A to D")
+        filled = [letter for letter in LETTERS[:4] if _present(row.get(letter))]
+        choices = tuple(row[letter] for letter in filled)
+        if not choices or filled != list(LETTERS[: len(choices)]):
+            raise ValueError(f"its options must be A, B and so on without a gap, not {', '.join(filled) or 'none'}")
         answer = row.get("answer", "")
         if source.answers and answer not in LETTERS[: len(choices)]:
             raise ValueError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
@@ -115,7 +116,8 @@ def read_seed(source: Source) -> list[Item]:
         ValueError: it is not of this format.
     """
     found = read_json(source.data, dict)
-    names = {str(value): key for key, value in (found.get("question_type") or {}).items()}
+    types = found.get("question_type")
+    names = {str(value): key for key, value in types.items()} if isinstance(types, dict) else {}
 
     def make(entry: Any) -> Iterator[Item]:
         if text(entry, "data_type", "image") != "image":
@@ -155,13 +157,12 @@ def read_mmmu(source: Source) -> list[Item]:
 
 def _mmmu_item(source: Source, row: Any) -> Iterator[Item]:
     key, answer = text(row, "id"), text(row, "answer", "")
-    options = row.get("options") or []
+    options = row.get("options")
     if isinstance(options, str):  # the published column is a Python list, written out
-        try:
-            options = ast.literal_eval(options)
-        except (ValueError, SyntaxError):
-            raise ValueError("'options' is not a list") from None
-    choices = texts({"options": list(options)}, "options")
+        options = _python_list(options)
+        if options is None:
+            raise ValueError("'options' is not a list")
+    choices = texts({"options": options or []}, "options")
     if len(choices) > len(LETTERS):
         raise ValueError(f"has {len(choices)} options")
     if choices and source.answers and answer not in LETTERS[: len(choices)]:
@@ -191,12 +192,17 @@ def _mmmu_answers(answer: str, *, closed: bool) -> tuple[str, ...]:
     """The references; those of an open question may be a list, written out."""
     if answer in ("", "?"):  # the test set's
         return ()
-    if not closed and answer.startswith("["):
-        try:
-            return tuple(str(one) for one in ast.literal_eval(answer))
-        except (ValueError, SyntaxError, TypeError):
-            return (answer,)
-    return (answer,)
+    several = _python_list(answer) if not closed and answer.startswith("[") else None
+    return tuple(str(one) for one in several) if several else (answer,)
+
+
+def _python_list(text: str) -> list[Any] | None:
+    """The list that a text writes out; None where it writes something else."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _mmmu_picture(source: Source, row: Any, index: str) -> Picture:

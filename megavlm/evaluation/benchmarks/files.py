@@ -137,6 +137,18 @@ def texts(entry: Any, name: str) -> tuple[str, ...]:
     return tuple(str(one) for one in value)
 
 
+def objects(entry: Any, name: str) -> list[Any]:
+    """Return a field that is a list of objects; an empty one where it is missing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = entry.get(name, []) if isinstance(entry, dict) else None
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ValueError(f"{name!r} must be a list of objects")
+    return value
+
+
 def number(entry: Any, name: str) -> int:
     """Return a field that is a whole number.
 

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megavlm.evaluation.benchmarks.files import listed, make_items, number, picture_in, read_json, read_lines, text
+from megavlm.evaluation.benchmarks.files import (
+    listed,
+    make_items,
+    number,
+    objects,
+    picture_in,
+    read_json,
+    read_lines,
+    text,
+)
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
 
@@ -64,7 +73,7 @@ def read_captions(source: Source) -> list[Item]:
     """
     found = read_json(source.data, dict)
     images = listed(source.data, found, "images")
-    if "annotations" not in found and images and "sentences" in images[0]:
+    if "annotations" not in found and images and isinstance(images[0], dict) and "sentences" in images[0]:
         split = source.split or "test"
         return make_items(source.data, enumerate(images), lambda entry: _karpathy(source, entry, split))
     captions: defaultdict[str, list[str]] = defaultdict(list)
@@ -86,6 +95,6 @@ def read_captions(source: Source) -> list[Item]:
 def _karpathy(source: Source, entry: Any, split: str) -> Iterator[Item]:
     if text(entry, "split") != split:
         return
-    captions = tuple(text(one, "raw") for one in entry.get("sentences") or [])
+    captions = tuple(text(one, "raw") for one in objects(entry, "sentences"))
     name = text(entry, "filename")
     yield Item(text(entry, "imgid", name), "", (_found(source.images, name),), captions)

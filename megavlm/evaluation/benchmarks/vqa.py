@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.evaluation.benchmarks.files import listed, make_items, number, picture_in, read_json, text, texts
+from megavlm.evaluation.benchmarks.files import listed, make_items, number, objects, picture_in, read_json, text, texts
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
 
@@ -35,7 +35,7 @@ def read_vqa(source: Source) -> list[Item]:
             id=str(key),
             question=text(entry, "question"),
             pictures=(nested if nested.is_file() else source.images / name,),
-            answers=tuple(text(one, "answer") for one in found.get("answers", [])),
+            answers=tuple(text(one, "answer") for one in objects(found, "answers")),
             kind=text(found, "answer_type", "all"),
         )
 
@@ -93,7 +93,7 @@ def read_vizwiz(source: Source) -> list[Item]:
             id=name,
             question=text(entry, "question"),
             pictures=(picture_in(source.images, name),),
-            answers=tuple(text(one, "answer") for one in entry.get("answers", [])),
+            answers=tuple(text(one, "answer") for one in objects(entry, "answers")),
             kind=text(entry, "answer_type", "all"),
         )
 
