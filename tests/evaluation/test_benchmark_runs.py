@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +218,22 @@ def test_a_table_with_rotations_of_its_own(random_checkpoint: Path, tmp_path: Pa
     asked = read_mmbench(Source(tmp_path / "MMBench_DEV_EN.tsv", tmp_path))
     assert [(item.id, item.unit, item.answers) for item in asked] == [("7", "7", ("B",)), ("1000007", "7", ("A",))]
     assert asked[1].pictures == asked[0].pictures == (file.getvalue(),)
+
+
+def test_asked_in_a_conversation(random_checkpoint: Path, alone: Path, tmp_path: Path) -> None:
+    assert cli.main(words(random_checkpoint, "mmmu", tmp_path, data_of(alone), "--chat")) == 0
+    found, plain = rows(tmp_path), rows(alone / "out")
+    assert [row["id"] for row in found] == [row["id"] for row in plain]
+    losses = [(one["losses"], other["losses"]) for one, other in zip(found, plain, strict=True) if "losses" in one]
+    assert losses
+    assert all(len(one) == len(other) and one != other for one, other in losses)
+
+
+def test_a_metric_without_its_package(
+    random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = MAKERS["nocaps"](tmp_path)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    command = words(random_checkpoint, "nocaps", tmp_path / "out", *data)
+    assert "--benchmark nocaps: its metric needs pycocoevalcap: pip install 'megavlm[eval]'" in refused(capsys, command)
+    assert cli.main([*command, "--predict-only"]) == 0
