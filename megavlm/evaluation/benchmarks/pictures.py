@@ -1,0 +1,100 @@
+"""Finding things in pictures and describing them: RefCOCO, RefCOCO+, RefCOCOg; Flickr30k, NoCaps, COCO captions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megavlm.evaluation.benchmarks.files import (
+    listed,
+    make_items,
+    number,
+    objects,
+    picture_in,
+    read_json,
+    read_lines,
+    text,
+)
+from megavlm.evaluation.benchmarks.spec import Item, Source
+
+
+def read_refcoco(source: Source) -> list[Item]:
+    """Read ``refcoco_testA.jsonl`` and its like as Qwen-VL publishes them (eval_mm/EVALUATION.md).
+
+    A line has ``image``, ``sent``, ``bbox`` (x1, y1, x2, y2 in pixels), ``height`` and ``width``. The picture is
+    looked for under its whole path, or under its last parts.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is not of this format.
+    """
+
+    def make(pair: tuple[int, Any]) -> Iterator[Item]:
+        index, entry = pair
+        box = entry.get("bbox") if isinstance(entry, dict) else None
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+            raise ValueError("has no box of four numbers 'bbox'")
+        size = number(entry, "width"), number(entry, "height")
+        if min(size) < 1:
+            raise ValueError(f"its picture is {size[0]} x {size[1]} pixels")
+        x1, y1, x2, y2 = (float(side) for side in box)
+        yield Item(
+            id=str(index),
+            question=text(entry, "sent"),
+            pictures=(_found(source.images, text(entry, "image")),),
+            box=(x1, y1, x2, y2),
+            size=size,
+        )
+
+    return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_lines(source.data))), make)
+
+
+def _found(directory: Path, name: str) -> Path:
+    """The picture at ``name`` in the directory, or at as many of its last parts as are there."""
+    whole = picture_in(directory, name)
+    parts = Path(name).parts
+    candidates = (directory.joinpath(*parts[i:]) for i in range(len(parts)))
+    return next((path for path in candidates if path.is_file()), whole)
+
+
+def read_captions(source: Source) -> list[Item]:
+    """Read captions in COCO's form, or in Karpathy's.
+
+    COCO's (``captions_val2014.json``, ``nocaps_val_4500_captions.json``, Qwen-VL's ``flickr30k_karpathy_test.json``)
+    has ``images`` with ``id`` and ``file_name`` (or ``image``), and ``annotations`` with ``image_id`` and
+    ``caption``. Karpathy's (``dataset_flickr30k.json``) has ``images`` with ``filename``, ``split`` and
+    ``sentences``; its test split is taken unless ``--split`` says otherwise.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is of neither form.
+    """
+    found = read_json(source.data, dict)
+    images = listed(source.data, found, "images")
+    if "annotations" not in found and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        split = source.split or "test"
+        return make_items(source.data, enumerate(images), lambda entry: _karpathy(source, entry, split))
+    captions: defaultdict[str, list[str]] = defaultdict(list)
+    if source.answers or "annotations" in found:
+        for index, entry in enumerate(listed(source.data, found, "annotations")):
+            try:
+                captions[text(entry, "image_id")].append(text(entry, "caption"))
+            except ValueError as error:
+                raise ValueError(f"{source.data}: annotation {index}: {error}") from None
+
+    def make(entry: Any) -> Iterator[Item]:
+        key, name = text(entry, "id"), text(entry, "file_name", text(entry, "image", ""))
+        domain = text(entry, "domain", "all")
+        yield Item(key, "", (_found(source.images, name),), tuple(captions[key]), kind=domain)
+
+    return make_items(source.data, enumerate(images), make)
+
+
+def _karpathy(source: Source, entry: Any, split: str) -> Iterator[Item]:
+    if text(entry, "split") != split:
+        return
+    captions = tuple(text(one, "raw") for one in objects(entry, "sentences"))
+    name = text(entry, "filename")
+    yield Item(text(entry, "imgid", name), "", (_found(source.images, name),), captions)

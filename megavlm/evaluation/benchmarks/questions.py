@@ -1,0 +1,91 @@
+"""Questions as the model gets them: token ids of prompts and of options; what cannot be asked is set aside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megavlm.config.errors import RecipeError
+from megavlm.config.schema import Recipe
+from megavlm.data.chat import encode_prompt, encode_text
+from megavlm.data.schema import Turn, check_text
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, render
+
+
+@dataclass(frozen=True)
+class Question:
+    """An item with its prompt."""
+
+    item: Item
+    text: str
+    """The prompt; pictures are placeholders."""
+    tokens: NDArray[np.int64]
+    """[T] token ids."""
+    options: tuple[tuple[int, ...], ...]
+    """Token ids of each option's letter; empty for a question that is generated."""
+    problem: str = ""
+    """Why it cannot be asked; it then counts as wrong."""
+
+
+def make_questions(
+    benchmark: Benchmark, items: Sequence[Item], tokenizer: Tokenizer, recipe: Recipe, max_new_tokens: int, chat: bool
+) -> list[Question]:
+    """Return the questions of a benchmark.
+
+    A question whose text has a control token (it would forge turns or pictures) is kept with its ``problem``.
+
+    Raises:
+        ValueError: a prompt shows more or fewer pictures than its question has.
+        RecipeError: prompts with their longest answers are longer than a pack.
+    """
+    # After "Answer:" the letter comes with its space, as in Qwen-VL's evaluation; a turn begins with the letter.
+    letters = [tuple(tokenizer.encode(letter if chat else f" {letter}")) for letter in LETTERS]
+    questions = []
+    for item in items:
+        text = render(benchmark, item)
+        options = tuple(letters[: len(item.choices)])
+        try:
+            tokens, problem = _encode(text, tokenizer, recipe, chat), ""
+        except ValueError as error:
+            tokens, problem = np.zeros(0, np.int64), str(error)
+        questions.append(Question(item, text, tokens, options, problem))
+    _check_lengths(questions, max_new_tokens, recipe.data.sequence_length)
+    return questions
+
+
+def _encode(text: str, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
+    slots = recipe.model.tokens_per_image
+    if chat:
+        return encode_prompt([Turn("user", text)], tokenizer, slots, recipe.data.system_message)
+    check_text(text, "the question")
+    return np.asarray(encode_text(text, tokenizer, slots), np.int64)
+
+
+def _check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: int) -> None:
+    needed = [
+        len(one.tokens) + (max(map(len, one.options)) - 1 if one.options else max_new_tokens) for one in questions
+    ]
+    too_long = sum(length > capacity for length in needed)
+    if too_long:
+        longest = max(range(len(needed)), key=needed.__getitem__)
+        raise RecipeError(
+            f"data.sequence_length: {too_long} of {len(needed)} questions do not fit: question "
+            f"{questions[longest].item.id} with its answer takes {needed[longest]} positions, a pack has {capacity}; "
+            f"raise it (data.sequence_length=...)"
+        )
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Return a short digest of all prompts, by which predictions are told from those of other questions."""
+    total = hashlib.sha256()
+    for one in questions:
+        pictures = [str(p.name) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in one.item.pictures]
+        total.update(json.dumps([one.item.id, one.text, pictures, len(one.options)]).encode())
+    return total.hexdigest()[:12]

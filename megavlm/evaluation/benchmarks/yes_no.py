@@ -1,0 +1,69 @@
+"""Questions answered by yes or no: MME and POPE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megavlm.evaluation.benchmarks.files import make_items, picture_in, read_lines, text
+from megavlm.evaluation.benchmarks.spec import Item, Source
+
+_PICTURES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")
+
+
+def read_mme(source: Source) -> list[Item]:
+    """Read MME's folder (``MME_Benchmark_release_version``): a folder per sub-task.
+
+    A sub-task has either ``images/`` and ``questions_answers_YN/``, or pictures and texts side by side. The text
+    of a picture has a line per question: question, tab, Yes or No. The questions of a picture are one unit.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: it is not of this format.
+    """
+    if not source.data.is_dir():
+        raise FileNotFoundError(f"{source.data}: MME's folder, with a folder per sub-task, is not there")
+    files = []
+    for task in sorted(path for path in source.data.iterdir() if path.is_dir()):
+        folder = task / "questions_answers_YN"
+        files += sorted((folder if folder.is_dir() else task).glob("*.txt"))
+
+    def make(path: Path) -> Iterator[Item]:
+        task = path.parent.parent if path.parent.name == "questions_answers_YN" else path.parent
+        images = task / "images" if (task / "images").is_dir() else task
+        names = [images / (path.stem + ending) for ending in _PICTURES]
+        picture = next((name for name in names if name.is_file()), names[0])
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        for index, line in enumerate(lines):
+            question, tab, answer = line.rpartition("\t")
+            if not tab or answer.strip().lower() not in ("yes", "no"):
+                raise ValueError(f"line {index + 1} is not a question, a tab, and Yes or No")
+            unit = f"{task.name}/{path.stem}"
+            answers = (answer.strip().lower(),)
+            yield Item(f"{unit}#{index}", question.strip(), (picture,), answers, kind=task.name, unit=unit)
+
+    return make_items(source.data, ((path.relative_to(source.data), path) for path in files), make)
+
+
+def read_pope(source: Source) -> list[Item]:
+    """Read ``coco_pope_adversarial.json`` and its like (AoiDragon/POPE): JSON lines of COCO's val2014.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is not of this format.
+    """
+
+    def make(pair: tuple[int, Any]) -> Iterator[Item]:
+        index, entry = pair
+        label = text(entry, "label", "").lower()
+        if source.answers and label not in ("yes", "no"):
+            raise ValueError(f"'label' is {label!r}, which is not yes or no")
+        yield Item(
+            id=text(entry, "question_id", str(index)),
+            question=text(entry, "text"),
+            pictures=(picture_in(source.images, text(entry, "image")),),
+            answers=(label,) if label else (),
+        )
+
+    return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_lines(source.data))), make)
