@@ -5,25 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.paths import resolve
-from megavlm.config.checks import check_recipe
-from megavlm.config.engine import for_inference
-from megavlm.config.load import load_recipe
-from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
-from megavlm.data.tokenizer import check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark
 from megavlm.evaluation.benchmarks.main import run_benchmark
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
-from megavlm.models.registry import expand_presets
+from megavlm.inference.checkpoint import load_for_inference
 from megavlm.parallel.device import prepare_device
 
 logger = logging.getLogger(__name__)
@@ -70,14 +63,11 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     _check_arguments(args)
-    recipe, checkpoint = _load_recipe(args)
+    recipe, checkpoint, tokenizer = load_for_inference(args.checkpoint, args.overrides)
     if args.benchmark is not None:
-        return run_benchmark(args, recipe, checkpoint)
+        return run_benchmark(args, recipe, checkpoint, tokenizer)
     max_new_tokens = args.max_new_tokens or _RECORD_TOKENS
     records = read_records(args.data, args.images)[: args.limit]
-    assert recipe.data.tokenizer is not None
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
     prompts = encode_records(records, tokenizer, recipe, max_new_tokens)
     prepare_device()
     from megavlm.evaluation.answer import answer  # noqa: PLC0415 - imports Megatron-Core
@@ -99,6 +89,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: there is no such benchmark, or an argument is missing or has no use.
     """
+    for name, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     if args.benchmark is not None:
         find_benchmark(args.benchmark)
         return
@@ -108,21 +101,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("annotations", "split", "chat", "predict_only"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")
-
-
-def _load_recipe(args: argparse.Namespace) -> tuple[Recipe, Path]:
-    """Return the recipe that made the checkpoint, with the overrides, and the checkpoint's directory.
-
-    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
-    """
-    path = resolve(args.checkpoint)
-    recipe = for_inference(load_recipe(path / "recipe.yaml", args.overrides, expand_presets))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_recipe(recipe, world)
-    for name, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    return with_tokenizer(recipe, path), path
 
 
 def _write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from megavlm.checkpoint.paths import resolve
@@ -56,11 +57,27 @@ def model_of(args: argparse.Namespace) -> tuple[Recipe, Path, Tokenizer]:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the recipe does not fit this job.
     """
-    path = resolve(args.checkpoint)
-    recipe = for_inference(load_recipe(path / "recipe.yaml", args.overrides, expand_presets))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if args.context is not None and args.context < 1:
         raise ValueError(f"--context must be at least 1, not {args.context}")
+    return load_for_inference(args.checkpoint, args.overrides)
+
+
+def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path, Tokenizer]:
+    """Return the recipe that made a checkpoint, with overrides, the checkpoint's directory and its tokenizer.
+
+    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
+
+    Args:
+        checkpoint: a checkpoint, or a run's directory.
+        overrides: ``key=value``, mostly the layout of this job.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the recipe does not fit this job.
+    """
+    path = resolve(checkpoint)
+    recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     recipe = with_tokenizer(recipe, path)
     assert recipe.data.tokenizer is not None
     tokenizer = load_tokenizer(recipe.data.tokenizer)

@@ -17,7 +17,7 @@ from typing import Any
 from megavlm.checkpoint.manifest import MANIFEST, replace_text
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
-from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
@@ -46,22 +46,20 @@ class Plan:
     skipped: Counter[str]
 
 
-def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path) -> int:
+def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> int:
     """Answer a benchmark, score the answers and write them.
 
     Args:
         args: the command's arguments.
         recipe: of the checkpoint, with the overrides.
         checkpoint: its directory.
+        tokenizer: its tokenizer.
 
     Raises:
         FileNotFoundError: a file or pictures are missing.
         ValueError: the benchmark is unknown, its file is wrong, or the directory has predictions of another run.
     """
     start = time.perf_counter()
-    assert recipe.data.tokenizer is not None
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
     plan = _plan(args, recipe, checkpoint, tokenizer)
     prepare_device()
     from megavlm.evaluation.benchmarks.answer import answer_questions  # noqa: PLC0415 - imports Megatron-Core
