@@ -65,8 +65,6 @@ def model_of(args: argparse.Namespace) -> tuple[Recipe, Path, Tokenizer]:
 def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path, Tokenizer]:
     """Return the recipe that made a checkpoint, with overrides, the checkpoint's directory and its tokenizer.
 
-    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
-
     Args:
         checkpoint: a checkpoint, or a run's directory.
         overrides: ``key=value``, mostly the layout of this job.
@@ -75,11 +73,23 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
         FileNotFoundError: there is no such checkpoint.
         ValueError: the recipe does not fit this job.
     """
-    path = resolve(checkpoint)
-    recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    recipe = with_tokenizer(recipe, path)
+    recipe, path = recipe_of(checkpoint, overrides)
     assert recipe.data.tokenizer is not None
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
     return recipe, path, tokenizer
+
+
+def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    """Return the recipe that made a checkpoint, with overrides, and the checkpoint's directory.
+
+    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the recipe does not fit this job, or there is no tokenizer.
+    """
+    path = resolve(checkpoint)
+    recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
+    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    return with_tokenizer(recipe, path), path

@@ -16,6 +16,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import TOKENIZER_FILES, find_tokenizer, with_tokenizer
+from megavlm.inference.checkpoint import recipe_of
 from megavlm.models.registry import expand_presets
 
 RECIPE = """\
@@ -136,15 +137,12 @@ def test_printing_needs_no_files(train: Train, recipe_file: Path, capsys: pytest
 
 
 def test_evaluation_looks_in_its_checkpoint(checkpoint: Path, recipe_file: Path, tmp_path: Path) -> None:
-    from megavlm.evaluation import main
-
     def tokenizer(named: str | None, *overrides: str) -> str | None:
         text = recipe_file.read_text()
         if named is not None:
             text = text.replace("data: {", f"data: {{tokenizer: {named}, ")
         (checkpoint / "recipe.yaml").write_text(text)
-        args = types.SimpleNamespace(checkpoint=checkpoint, overrides=overrides, max_new_tokens=1, limit=None)
-        return main._load_recipe(args)[0].data.tokenizer
+        return recipe_of(checkpoint, overrides)[0].data.tokenizer
 
     with pytest.raises(RecipeError, match=r"^data\.tokenizer: .* has no tokenizer .* in hf/; set it"):
         tokenizer(None)
