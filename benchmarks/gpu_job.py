@@ -196,7 +196,7 @@ def _counts(steps: list[list[Any]]) -> dict[str, float]:
 def _use(recipe: Recipe, counts: dict[str, float], step: float) -> dict[str, float | None]:
     """Return FLOP/s of the model, as a share of the device's peaks where these are known."""
     from megavlm.parallel.device import peak_flops
-    from megavlm.training.flops import step_flops
+    from megavlm.planning.flops import step_flops
 
     rate = step_flops(recipe, round(counts["tokens"]), round(counts["squares"]), round(counts["images"])) / step
     bf16, fp8 = peak_flops("bf16"), peak_flops("fp8")

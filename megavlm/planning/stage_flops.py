@@ -1,12 +1,12 @@
-"""Operations of each model chunk on one rank: ``training.flops`` split over tensor and pipeline parallelism."""
+"""Operations of each model chunk on one rank: ``planning.flops`` split over tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
+from megavlm.planning.flops import connector_flops, language_flops, vision_flops
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.training.flops import connector_flops, language_flops, vision_flops
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Kernels, kernels_of
+from megavlm.planning.flops import step_flops
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import learning_elements, padded_vocabulary
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
-from megavlm.training.flops import step_flops
 
 _LAUNCHES = 20
 """Kernels of one layer, forward, at least."""

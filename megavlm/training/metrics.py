@@ -24,7 +24,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.feed import FeedCounters, MicroBatch
 from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
-from megavlm.training.flops import step_flops
+from megavlm.planning.flops import step_flops
 from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult

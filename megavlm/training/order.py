@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megavlm.config.schema import Recipe
+from megavlm.planning.flops import connector_flops, language_flops, passes, vision_flops
 from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
-from megavlm.training.flops import connector_flops, language_flops, passes, vision_flops
 
 Times = list[list[float]]
 

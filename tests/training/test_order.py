@@ -13,9 +13,9 @@ from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
 
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.parallel.state import process_groups
+from megavlm.planning.flops import step_flops
 from megavlm.planning.layout import stage_layers
 from megavlm.training.build import build_training
-from megavlm.training.flops import step_flops
 from megavlm.training.order import StepOrder, candidates
 from megavlm.training.step import train_step
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavlm.config.schema import ParallelConfig
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
-from megavlm.training.flops import connector_flops, language_flops, step_flops, vision_flops
+from megavlm.planning.flops import connector_flops, language_flops, step_flops, vision_flops
 
 LENGTHS, IMAGES = (23, 30, 17), 3
 
