@@ -363,6 +363,7 @@ _SHAPE_FREE = (
     "use_dynamic_ntk",
     "use_logn_attn",
     "vocab_divisor",
+    "layer_names",
     "image_size",
     "image_mean",
     "image_std",

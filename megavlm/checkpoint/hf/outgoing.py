@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between a configuration's model and the checkpoint's without the weights being others.
-_FREE = ("preset", "init_method_std", "gradient_checkpointing", "vocab_divisor", "image_mean", "image_std")
+_FREE = ("preset", "init_method_std", "gradient_checkpointing", "vocab_divisor", "image_mean", "image_std", "layer_names")
 _VISUAL_CONFIG = "visual_config.json"
 
 
