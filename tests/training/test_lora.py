@@ -54,3 +54,4 @@ def test_layout_equals_one_process(name: str, single: tuple[Path, dict[str, Any]
     base, expected = single
     ranks, parallel = LAYOUTS[name]
     same(run(tmp_path, name, base, ranks, {"lora": QWEN | BOTH, "modules": FREEZE, "parallel": parallel}, fill=True), expected)
+

@@ -24,6 +24,7 @@ from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.safe import first_line
+from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import yaml12
 from megavlm.config.help import to_tree
@@ -90,14 +91,14 @@ def export(
         ValueError: the checkpoint is damaged or of another model, or no family can hold it.
     """
     record = assets.read_record(checkpoint)
-    branches = _branches(checkpoint, record)
+    branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
-    family = _choose(
+    family = choose_family(
         family_name or record.get("family") or record.get("home"), model, tuple(branches), asked=family_name is not None
     )
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
-    reader = CheckpointReader(checkpoint)
+    reader = open_reader(checkpoint)
     result = Export(f"{family.name} ({family.title})")
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))
@@ -130,7 +131,7 @@ def export(
     return result
 
 
-def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
+def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
     """Return the branches of the model that a checkpoint holds.
 
     Raises:
@@ -156,7 +157,7 @@ def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
     return branches
 
 
-def _choose(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
+def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
     """Return the family to write.
 
     Raises:
