@@ -1,6 +1,6 @@
 """Trains adapters for some steps at one layout from a base; writes losses, gradient norms, and what changed.
 
-Run under torchrun with a JSON file: ``recipe`` (branches for tests.tiny), ``base`` (checkpoint; made here if it does
+Run under torchrun with a JSON list of jobs, each with: ``recipe`` (branches for tests.tiny), ``base`` (checkpoint; made here if it does
 not exist), ``out``, and optionally ``save`` (a directory of checkpoints), ``load`` (adapters to go on from), ``first``
 (number of the first step), ``fill`` (give B random values, so that every gradient counts from the first step on).
 """
@@ -27,6 +27,8 @@ from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.data.feed import micro_batch  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.models.language.adapters import frozen_linears  # noqa: E402
+from megavlm.parallel.lora import LORA  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
@@ -40,6 +42,20 @@ def digests(modules: list[Any]) -> dict[str, str]:
             if not parameter.requires_grad:
                 found[f"{i}.{name}"] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
     return found
+
+
+def replicas_agree(modules: list[Any]) -> bool:
+    """Whether what each tensor-parallel rank has whole is the same on all of them, bit for bit."""
+    mine = b"".join(
+        parameter.detach().numpy().tobytes()
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if name.rpartition(".")[2] in LORA and not getattr(parameter, "tensor_model_parallel", False)
+    )
+    group = mpu.get_tensor_model_parallel_group()
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, hashlib.sha256(mine).hexdigest(), group=group)
+    return len(set(found)) == 1
 
 
 def fill(modules: list[Any]) -> None:
@@ -64,8 +80,13 @@ def fill(modules: list[Any]) -> None:
 
 
 def main() -> None:
+    """Do all jobs."""
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+
+
+def run(job: dict[str, Any]) -> None:
     """Train and write."""
-    job = json.loads(Path(sys.argv[1]).read_text())
     recipe = tiny_recipe(**job["recipe"])
     with process_groups(recipe.parallel, recipe.training.seed):
         base = Path(job["base"])
@@ -99,7 +120,8 @@ def main() -> None:
             norms.append(result.grad_norm)
         with training.settled():
             same = [None] * dist.get_world_size()
-            dist.all_gather_object(same, before == digests(training.modules) and len(before) > 0)
+            agree = replicas_agree(training.modules)
+            dist.all_gather_object(same, agree and before == digests(training.modules) and len(before) > 0)
             saved = None
             if job.get("save"):
                 state = State(
@@ -109,7 +131,9 @@ def main() -> None:
                 saved = str(Saver(Path(job["save"]), keep=9).save(state))
         if dist.get_rank() == 0:
             counts = sum(p.numel() for m in training.modules for p in m.parameters() if p.requires_grad)
-            out = {"loss": losses, "grad_norm": norms, "frozen_same": all(same), "learning": counts, "saved": saved}
+            kept = sum(layer.weight.numel() for m in training.modules for *_, layer in frozen_linears(m.language))
+            out = {"full_precision_kept": kept, "loss": losses, "grad_norm": norms, "frozen_same": all(same), "learning": counts,
+                   "saved": saved}
             Path(job["out"]).write_text(json.dumps(out))
 
 
