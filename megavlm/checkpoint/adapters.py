@@ -1,6 +1,6 @@
 """Checkpoints of runs with adapters: they hold what learns, and name the checkpoint that holds the rest, the base.
 
-``adapter.json`` beside the tensors has the base's path and a digest of its weights: adapters mean nothing beside others.
+``adapter.json`` beside the tensors has the base's path and a digest of its weights.
 """
 
 from __future__ import annotations

@@ -81,14 +81,14 @@ def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     return registry.LANGUAGE.find(model.language.preset).build(model.language, context)
 
 
-def find_slots(
-    model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraConfig | None = None
-) -> dict[str, Slot]:
+def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraConfig | None = None) -> dict[str, Slot]:
     """Return the slot of every parameter of ``parts``, by canonical name; those of adapters too, if ``lora`` has some.
 
     Process groups of one process must be up (:func:`megavlm.parallel.state.process_groups`).
     """
-    context = BuildContext(ParallelConfig(), initialize=False, lora=dataclasses.replace(lora or LoraConfig(), quantize=None))
+    context = BuildContext(
+        ParallelConfig(), initialize=False, lora=dataclasses.replace(lora or LoraConfig(), quantize=None)
+    )
     metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     slots: dict[str, Slot] = {}
     for part in parts:

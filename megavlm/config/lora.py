@@ -106,10 +106,11 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
     if tp == 1:
         return
     group = language.kv_channels * (language.num_attention_heads // language.num_query_groups + 2)
-    shards = {
-        "hidden_size": (language.num_query_groups * group * hidden, language.num_attention_heads * language.kv_channels * hidden),
+    heads = language.num_attention_heads * language.kv_channels
+    shards: dict[str, tuple[int, ...]] = {
+        "hidden_size": (language.num_query_groups * group * hidden, heads * hidden),
         "ffn_hidden_size": (language.ffn_hidden_size * hidden,),
-    }  # fmt: skip
+    }
     for name, sizes in shards.items():
         if any(size % (unit * tp) for size in sizes):
             yield (

@@ -422,7 +422,7 @@ class LossConfig:
 
 @_config
 class LoraConfig:
-    """LoRA and Q-LoRA: the language model learns through low-rank adapters beside frozen weights (docs/finetuning.md)."""
+    """LoRA and Q-LoRA: the language model learns through adapters beside frozen weights (docs/finetuning.md)."""
 
     rank: int | None = Field(default=None, gt=0)
     """Rank of the adapters; null for none: the language model's own weights learn. Needs checkpoint.load, the weights

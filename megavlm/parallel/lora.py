@@ -1,8 +1,8 @@
 """Tensor-parallel linear layers with low-rank adapters (LoRA, arXiv 2106.09685) and frozen weights, in 4 bits or not.
 
 They are Megatron-Core's own layers with more parameters, so that the names of the weights stay. Beside the weight W
-[out, in] an adapter has A [rank x parts, in] and B [rows of its parts, rank]: a fused layer (q, k, v; gate, up) may have
-one adapter for each of its parts, which all see the same input, or adapters for some of them.
+[out, in] an adapter has A [rank x parts, in] and B [rows of its parts, rank]: a fused layer (q, k, v; gate, up) may
+have one adapter for each of its parts, which all see the same input, or adapters for some of them.
 
 Column-parallel: A is whole on all ranks, B is cut as W is. Row-parallel: A is cut as W is, B is whole. With sequence
 parallelism what is whole sees a part of the sequence on each rank: Megatron-Core sums the gradients of parameters
@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -78,7 +82,7 @@ class Adapter:
         return self.groups(rows) * sum(size for size, present in own if present)
 
     def expand(self, low: Tensor, lora_b: Tensor, rows: int) -> Tensor:
-        """Return B of each part times its share of ``low`` [..., rank x parts]: [..., rows], zero where no adapter is."""
+        """Return B of each part times its share of ``low`` [..., rank x parts]: [..., rows], zero where none is."""
         if len(self.sizes) == 1:
             return F.linear(low, lora_b)
         groups, shares = self.groups(rows), iter(low.split(self.rank, dim=-1))
@@ -178,15 +182,15 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
         if quantize:
             self._drop_weight()
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
             assert weight.numel(), "a quantised weight was not loaded"
             return super()._forward_impl(input, weight, *args, **kwargs)
         group = kwargs["tp_group"]
         if kwargs["sequence_parallel"]:
-            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=group)  # noqa: A001
+            input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=group)
         elif kwargs["allreduce_dgrad"]:
-            input = copy_to_tensor_model_parallel_region(input, group=group)  # noqa: A001
+            input = copy_to_tensor_model_parallel_region(input, group=group)
         return frozen_linear(input, self.nf4, kwargs["bias"])
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -244,7 +248,7 @@ class FrozenRowParallelLinear(_Frozen, RowParallelLinear):
         if quantize:
             self._drop_weight()
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
             assert weight.numel(), "a quantised weight was not loaded"
             return super()._forward_impl(input, weight, *args, **kwargs)
@@ -285,7 +289,7 @@ def _device(layer: Any, config: Any, quantize: bool) -> Any:
 
 def _mark_sharded(parameter: Parameter, dim: int) -> None:
     """Mark a parameter as cut over the tensor-parallel ranks: gradient norms count every piece."""
-    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
+    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
 
 
 def initial_a(shape: tuple[int, int], seed: int, name: str) -> Tensor:

@@ -26,7 +26,9 @@ def check_quantiser(quantize: str | None) -> None:
         ValueError: it is not.
     """
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null")
+        raise ValueError(
+            "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null"
+        )
 
 
 @dataclass
@@ -62,9 +64,7 @@ class NF4Weight:
         """Return the share in full precision, [out, in] or its piece."""
         from bitsandbytes.functional import QuantState, dequantize_4bit  # noqa: PLC0415
 
-        inner = QuantState(
-            absmax=self.group_scales, code=self.scale_values, blocksize=NF4_GROUP, dtype=torch.float32
-        )
+        inner = QuantState(absmax=self.group_scales, code=self.scale_values, blocksize=NF4_GROUP, dtype=torch.float32)
         state = QuantState(
             absmax=self.scales, shape=torch.Size(self.shape), code=_nf4_values(self.codes.device), blocksize=NF4_BLOCK,
             quant_type="nf4", dtype=self.dtype, offset=self.offset, state2=inner,
@@ -131,5 +131,5 @@ class _FrozenLinear(torch.autograd.Function):
 
 def frozen_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Return x [..., in] times the weight, plus the bias: [..., out]."""
-    output: Tensor = _FrozenLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    output: Tensor = _FrozenLinear.apply(x, weight, bias)
     return output

@@ -65,7 +65,8 @@ def layer_modules(
     """Return the parts for a decoder (``causal``) or an encoder.
 
     ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
-    layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on a GPU).
+    layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
+    a GPU).
 
     With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
     the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.

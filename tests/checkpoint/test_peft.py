@@ -138,11 +138,13 @@ def bits(checkpoint: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def test_qwen_names(tmp_path: Path) -> None:
-    """Qwen v1 has no code in Transformers; what is written is named and shaped as the original fine-tuning's adapters."""
+    """Qwen v1 has no code in Transformers; what is written is named and shaped as the original's adapters."""
     base = tmp_path / "base"
     convert("hf-to-megatron", "--hf", qwen_vl(tmp_path / "hf"), "--out", base)
     saved = adapted(base, tmp_path / "run", ["c_attn", "attn.c_proj", "w1", "w2"], ["lora.train_head=true"])
-    convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft", "--base-name", "Qwen/Qwen-VL")
+    convert(
+        "megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft", "--base-name", "Qwen/Qwen-VL"
+    )
     with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     h, f = QWEN_VL.hidden, QWEN_VL.ffn

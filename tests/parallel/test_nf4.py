@@ -59,7 +59,9 @@ def test_no_full_weight_waits_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         y = frozen_linear(x, packed, None)
     gc.collect()
-    alive = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel() >= 64000]
+    alive = [
+        o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel() >= 64000
+    ]
     assert not saved and not [t for t in alive if tuple(t.shape) in ((250, 256), (256, 250))]
     y.sum().backward()
     assert x.grad is not None

@@ -132,8 +132,14 @@ def run(job: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
             counts = sum(p.numel() for m in training.modules for p in m.parameters() if p.requires_grad)
             kept = sum(layer.weight.numel() for m in training.modules for *_, layer in frozen_linears(m.language))
-            out = {"full_precision_kept": kept, "loss": losses, "grad_norm": norms, "frozen_same": all(same), "learning": counts,
-                   "saved": saved}
+            out = {
+                "full_precision_kept": kept,
+                "loss": losses,
+                "grad_norm": norms,
+                "frozen_same": all(same),
+                "learning": counts,
+                "saved": saved,
+            }
             Path(job["out"]).write_text(json.dumps(out))
 
 

@@ -53,7 +53,11 @@ WIDE: dict[str, Any] = {
     "language": {"hidden_size": 256, "ffn_hidden_size": 384, "num_attention_heads": 4, "num_query_groups": 4}
     | {"kv_channels": 64, "num_layers": 2, "init_method_std": 0.1},
 }
-QLORA = {"lora": QWEN | {"targets": ["c_attn", "w1", "mlp.c_proj"], "quantize": "nf4"}, "modules": FREEZE, "model": WIDE}
+QLORA = {
+    "lora": QWEN | {"targets": ["c_attn", "w1", "mlp.c_proj"], "quantize": "nf4"},
+    "modules": FREEZE,
+    "model": WIDE,
+}
 Results = dict[str, dict[str, Any]]
 
 
@@ -92,7 +96,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     parallel[4]["qlora-parallel"] = {"recipe": {**QLORA, "parallel": TP2_PP2_SP}, **wide}
     parallel[2]["qlora-tp2"] = {"recipe": {**QLORA, "parallel": TP2}, **wide}
     found |= run(tmp, 4, parallel[4])
-    parallel[2]["second"] = {"recipe": {**HALF, "parallel": TP2}, "base": base, "load": found["first"]["saved"], "first": 2}
+    parallel[2]["second"] = {
+        "recipe": {**HALF, "parallel": TP2},
+        "base": base,
+        "load": found["first"]["saved"],
+        "first": 2,
+    }
     found |= run(tmp, 2, parallel[2])
     return found
 

@@ -18,7 +18,11 @@ TP2_PP2 = (
     "parallel.pipeline_model_parallel_size=2",
     "parallel.sequence_parallel=true",
 )
-ALONE = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1", "parallel.sequence_parallel=false")
+ALONE = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.sequence_parallel=false",
+)
 LORA = (
     "lora.rank=4", "lora.targets=[c_attn,c_proj,w1,w2]", "lora.dropout=0.1", "modules.vision.freeze=true",
     "training.train_steps=4", "checkpoint.save_interval=2", "checkpoint.keep=9",

@@ -21,10 +21,10 @@ from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source
+from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.safe import first_line
-from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import yaml12
 from megavlm.config.help import to_tree
@@ -36,7 +36,15 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between a configuration's model and the checkpoint's without the weights being others.
-_FREE = ("preset", "init_method_std", "gradient_checkpointing", "vocab_divisor", "image_mean", "image_std", "layer_names")
+_FREE = (
+    "preset",
+    "init_method_std",
+    "gradient_checkpointing",
+    "vocab_divisor",
+    "image_mean",
+    "image_std",
+    "layer_names",
+)
 _VISUAL_CONFIG = "visual_config.json"
 
 

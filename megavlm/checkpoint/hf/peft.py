@@ -25,7 +25,7 @@ from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
-from megavlm.checkpoint.slots import Slot, find_slots
+from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.lora import LINEARS, TARGETS
@@ -37,7 +37,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _WHOLE = {"train_embeddings": "language.embedding.word_embeddings.weight", "train_head": "language.output_layer.weight"}
 # What an adapter of another kind has; any other value changes what it computes.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
     "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
     "lora_bias": (False, None), "layers_to_transform": (None,), "trainable_token_indices": (None,),
@@ -127,7 +127,7 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
                 theirs = next(rule.row.theirs[0] for rule in rules if rule.row.ours == (ours,))
                 tensors[_PREFIX + theirs] = reader.read(slots[ours]).clone()
                 whole.append(theirs.removesuffix(".weight").rpartition(".")[2])
-    config = {
+    config: dict[str, Any] = {
         "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base_name, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout, "modules_to_save": whole or None, "peft_type": "LORA", "r": lora.rank,
@@ -201,7 +201,8 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
             slot = slots[name]
             if tuple(value.shape) != slot.shape:
                 raise ValueError(
-                    f"{directory / WEIGHTS}: gives {name} the shape {list(value.shape)}, the model's is {list(slot.shape)}"
+                    f"{directory / WEIGHTS}: gives {name} the shape {list(value.shape)}, "
+                    f"the model's is {list(slot.shape)}"
                 )
             pieces.append(Piece(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
         with publishing(out, needed_bytes=sum(value.nbytes for value in made.values())) as partial:
@@ -226,10 +227,13 @@ def _plan(
         if any(layer.linear == t.linear and layer.theirs[_index(t.part, layer)] in given for layer in layers)
     )
     if not targets:
-        raise ValueError(f"{where}: has no adapters for the language model of this base ({rules[-1].row.theirs[0]}, ..)")
+        raise ValueError(
+            f"{where}: has no adapters for the language model of this base ({rules[-1].row.theirs[0]}, ..)"
+        )
     lora = LoraConfig(
         rank=int(config["r"]), alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout") or 0.0),
-        targets=targets, **trains,
+        targets=targets,
+        train_embeddings=trains["train_embeddings"], train_head=trains["train_head"],
     )  # fmt: skip
     made: dict[str, Tensor] = {}
     for layer in layers:

@@ -30,7 +30,8 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
     own = [target for target in targets_of(lora, language.layer_names) if target.linear == linear]
     if not own:
         return None
-    parts, sizes, grouped = own[0].parts, (1,), False
+    parts, grouped = own[0].parts, False
+    sizes: tuple[int, ...] = (1,)
     if parts == 3:
         width = language.kv_channels
         sizes, grouped = (language.num_attention_heads // language.num_query_groups * width, width, width), True
