@@ -284,12 +284,10 @@ _LORA = ["lora.rank=4", "lora.targets=[c_attn]", "checkpoint.load=x"]
             [*_LORA, "lora.quantize=nf4", "parallel.tensor_model_parallel_size=2"],
             "lora.quantize: a shard of the weights that model.language.hidden_size makes is no multiple of 64 x 256",
         ),
-        ([*_LORA, "lora.rank=0"], "lora.rank: 0"),
-        ([*_LORA, "lora.dropout=1"], "lora.dropout: 1"),
     ],
 )
 def test_rules_of_adapters(overrides, message, refused):
-    assert message in refused(*overrides)
+    assert [line for line in refused(*overrides) if line.startswith(message)]
 
 
 def test_targets_are_the_names_of_the_families_tables():
