@@ -1,8 +1,8 @@
 """Trains adapters for some steps at one layout from a base; writes losses, gradient norms, and what changed.
 
 Run under torchrun with a JSON list of jobs, each with: ``recipe`` (branches for tests.tiny), ``base`` (checkpoint; made
-here if it does not exist), ``out``, and optionally ``save`` (a directory of checkpoints), ``load`` (adapters to go on from), ``first``
-(number of the first step), ``fill`` (give B random values, so that every gradient counts from the first step on).
+here if it does not exist), ``out``, and optionally ``save`` (a directory of checkpoints), ``load`` (adapters to go on
+from), ``first`` (number of the first step), ``fill`` (give B random values, so that every gradient counts at once).
 """
 
 from __future__ import annotations
