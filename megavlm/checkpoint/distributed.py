@@ -22,13 +22,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.checkpoint.adapters import base_of, holds_adapters, load_quantised, select
 from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import METADATA, model_state
+from megavlm.models.language.adapters import has_adapters, is_adapter
 
 logger = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
+_ONLY_ADAPTERS = (
+    "holds adapters alone, and the recipe has none; set its lora branch as there, or write whole weights with "
+    "megavlm convert merge"
+)
 
 
 def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml: str = "") -> Path:
@@ -48,14 +54,20 @@ def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml:
     return path
 
 
-def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
+def load(
+    path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None, base: Path | None = None
+) -> dict[str, Any]:
     """Load a checkpoint at this run's layout, whatever layout it was saved at; a collective over all ranks.
+
+    A model with adapters takes its frozen weights from the checkpoint's base, or from ``path`` itself if that is a
+    whole one; the adapters then stay as they are.
 
     Args:
         path: a published checkpoint.
         modules: the bare model chunks of this rank, filled in place.
         optimizer: also load its state; None loads weights alone.
         scheduler: also load its state.
+        base: where the base may lie if it has been moved.
 
     Returns:
         The weights as they are stored, per chunk: what FP8 weights round.
@@ -63,25 +75,25 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     Raises:
         ValueError: the checkpoint is of another model, a file is damaged, or is a pickle that would run code.
     """
-    metadata = read_metadata(path)
-    check_files(path)
-    state = model_state(modules)
+    adapted, adapters_alone = any(map(has_adapters, modules)), holds_adapters(path)
+    if adapters_alone and not adapted:
+        raise ValueError(f"{path}: {_ONLY_ADAPTERS}")
+    if adapted:
+        whole = base_of(path, base) if adapters_alone else path
+        _load_tensors(whole, modules, select(model_state(modules), lambda name, _: not is_adapter(name)))
+        for module in modules:
+            load_quantised(whole, module)
+        if not adapters_alone:
+            logger.info("loaded %s, beside new adapters", path)
+            return {}
+        stored = read_metadata(path).state_dict_metadata
+        state = select(model_state(modules), lambda name, entry: is_adapter(name) or entry.key in stored)
+    else:
+        state = model_state(modules)
+    names = list(state)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
-    entries = list(nested_values(state))
-    assert not any(isinstance(entry, ShardedObject) for entry in entries)
-    check_tensors(path, metadata, {entry.key for entry in entries if hasattr(entry, "key")})
-    try:
-        loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-    except CheckpointingException as error:
-        raise ValueError(f"{path}: is of another model: {first_line(error)}") from error
-    except CheckpointException as error:  # of torch: something failed on some rank
-        causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
-        raise ValueError(f"{path}: is damaged, or of another model: {'; '.join(causes)}") from error
-    for i, module in enumerate(modules):
-        result = module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
-        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+    loaded = _load_tensors(path, modules, state)
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     if scheduler is not None:
@@ -89,7 +101,33 @@ def load(path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler
     logger.info("loaded %s", path)
     if optimizer is not None and any(_scales_are_history(module) for module in modules):
         logger.info("delayed FP8 scales are not in checkpoints: their history starts anew at scale 1")
-    return {name: loaded[name] for name in state if name.startswith("model")}
+    return {name: loaded[name] for name in names}
+
+
+def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Read what ``state`` describes and fill the modules with it; return all that was read.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+    metadata = read_metadata(path)
+    check_files(path)
+    wanted = [set(state["model" if len(modules) == 1 else f"model{i}"]) for i in range(len(modules))]
+    entries = list(nested_values(state))
+    assert not any(isinstance(entry, ShardedObject) for entry in entries)
+    check_tensors(path, metadata, {entry.key for entry in entries if hasattr(entry, "key")})
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except CheckpointingException as error:
+        raise ValueError(f"{path}: is of another model: {first_line(error)}") from error
+    except CheckpointException as error:  # of torch: something failed on some rank
+        causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
+        raise ValueError(f"{path}: is damaged, or of another model: {'; '.join(causes)}") from error
+    for i, module in enumerate(modules):
+        result = module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=False)
+        missing = [key for key in result.missing_keys if key in wanted[i] and not key.endswith(_EXTRA_STATE)]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+    return loaded
 
 
 def _scales_are_history(module: Any) -> bool:

@@ -32,11 +32,12 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
-from megavlm.checkpoint import manifest
+from megavlm.checkpoint import adapters, manifest
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.safe import behind, first_line
 from megavlm.checkpoint.slots import METADATA, model_state
+from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.faults import fault
 from megavlm.parallel.state import agreed, any_rank, is_reader
@@ -66,6 +67,8 @@ class State:
     """Checkpoint that the run went on from, whose ``hf`` folder this one inherits."""
     tokenizer: Path | None = None
     """Tokenizer file to keep there if there is no such folder."""
+    base: Path | None = None
+    """Checkpoint of the weights that the model's adapters are for; only what learns is saved then."""
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
@@ -200,6 +203,9 @@ class Saver:
                     shutil.rmtree(leftover)
                 partial.mkdir()
         tensors = model_state(state.modules)
+        if state.base is not None:
+            learning = {name for module in state.modules for name in trained_keys(module)}
+            tensors = adapters.select(tensors, lambda name, _: name in learning)
         if state.optimizer is not None:
             tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=dict(METADATA))
             tensors["scheduler"] = state.scheduler.state_dict()
@@ -340,5 +346,7 @@ def _write_small(partial: Path, state: State, common: Any) -> None:
         assets.inherit(state.parent, state.tokenizer, partial)
         fault("checkpoint.in_small_files")
         manifest.write_text(partial / "recipe.yaml", state.recipe_yaml)
+        if state.base is not None:
+            manifest.write_text(partial / adapters.RECORD, adapters.record(state.base))
         run = {**state.run, "megavlm": __version__, "world_size": dist.get_world_size()}
         manifest.write_text(partial / "run.json", json.dumps(run, indent=2))

@@ -7,6 +7,7 @@ a checkpoint stacks the layers of a block under one key. Both are asked from Meg
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megavlm.models import registry
 from megavlm.models.build import MODULES
 from megavlm.models.context import BuildContext
@@ -80,12 +81,14 @@ def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     return registry.LANGUAGE.find(model.language.preset).build(model.language, context)
 
 
-def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES) -> dict[str, Slot]:
-    """Return the slot of every parameter of ``parts``, by canonical name.
+def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraConfig | None = None) -> dict[str, Slot]:
+    """Return the slot of every parameter of ``parts``, by canonical name; those of adapters too, if ``lora`` has some.
 
     Process groups of one process must be up (:func:`megavlm.parallel.state.process_groups`).
     """
-    context = BuildContext(ParallelConfig(), initialize=False)
+    context = BuildContext(
+        ParallelConfig(), initialize=False, lora=dataclasses.replace(lora or LoraConfig(), quantize=None)
+    )
     metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     slots: dict[str, Slot] = {}
     for part in parts:

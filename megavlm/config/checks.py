@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
+from megavlm.config.lora import lora_rules
 from megavlm.config.schema import DataSource, Recipe
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
@@ -32,7 +33,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
-        engine_rules,
+        engine_rules, lora_rules,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:

@@ -223,7 +223,9 @@ def _suggest(path: str) -> str:
     generic = ".".join("<i>" if part.isdigit() else part for part in path.split(".")).rpartition(".")[0]
     paths = [key.path for key in all_keys()]
     siblings = {leaf for whole in paths for above, _, leaf in [whole.rpartition(".")] if above == generic}
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    # A key of exactly that name elsewhere is more likely than one that looks a little like it.
+    elsewhere_too = any(whole.rpartition(".")[2] == name for whole in paths)
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.8 if elsewhere_too else 0.6)
     if near:
         return f"did you mean {parent + '.' if parent else ''}{near[0]}?"
     elsewhere = [whole for whole in paths if whole.rpartition(".")[2] == name]

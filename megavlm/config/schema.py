@@ -131,6 +131,9 @@ class LanguageConfig:
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
     use_logn_attn: bool = False
     """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
+    layer_names: Literal["qwen", "llama"] = "llama"
+    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
+    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
 
 
 @_config
@@ -421,6 +424,29 @@ class LossConfig:
 
 
 @_config
+class LoraConfig:
+    """LoRA and Q-LoRA: the language model learns through adapters beside frozen weights (docs/finetuning.md)."""
+
+    rank: int | None = Field(default=None, gt=0)
+    """Rank of the adapters; null for none: the language model's own weights learn. Needs checkpoint.load, the weights
+    that the adapters are for: a run's checkpoints then hold what learns and no more."""
+    alpha: float = Field(default=16.0, gt=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the adapters."""
+    targets: tuple[str, ...] = ()
+    """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
+    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    train_embeddings: bool = False
+    """Let the embedding's own weights learn beside the adapters."""
+    train_head: bool = False
+    """Let the output layer's own weights learn beside the adapters."""
+    quantize: Literal["nf4"] | None = None
+    """Q-LoRA: keep the frozen weights of the language model's layers in 4 bits (NF4, double quantisation); null keeps
+    them in training.precision. Needs bitsandbytes."""
+
+
+@_config
 class Recipe:
     """A whole training run."""
 
@@ -446,3 +472,5 @@ class Recipe:
     """The loss."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     """Number formats and kernels."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Adapters."""

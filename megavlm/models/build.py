@@ -9,6 +9,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megavlm.config.schema import ModulesConfig, Recipe
 from megavlm.models.context import BuildContext
+from megavlm.models.language.adapters import prepare_adapters
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 from megavlm.parallel.device import local_device
 from megavlm.parallel.specs import use_transformer_engine
@@ -31,6 +32,7 @@ def build_context(recipe: Recipe) -> BuildContext:
         dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
         transformer_engine=use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision),
         engine=recipe.engine,
+        lora=recipe.lora,
     )
 
 
@@ -47,6 +49,8 @@ def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
     chunks: list[Any] = build_chunks(recipe.model, build_context(recipe), image_token_id)
     for i, chunk in enumerate(chunks):
         freeze(chunk, recipe.modules)
+        if recipe.lora.rank is not None:
+            prepare_adapters(chunk.language, recipe.lora, recipe.training.seed)
         chunk.to(local_device())
         if recipe.training.precision == "bf16":
             chunks[i] = Float16Module(chunk.config, chunk)

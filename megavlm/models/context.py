@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megavlm.config.schema import EngineConfig, ParallelConfig
+from megavlm.config.schema import EngineConfig, LoraConfig, ParallelConfig
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.engine import Machine, Part, settings, this_machine
 
@@ -22,6 +22,7 @@ class BuildContext:
         transformer_engine: build from Transformer Engine's layers, else from plain torch.
         initialize: fill the weights; False builds shapes only (on the meta device).
         engine: the recipe's number formats and kernels.
+        lora: the recipe's adapters.
     """
 
     parallel: ParallelConfig
@@ -29,6 +30,7 @@ class BuildContext:
     transformer_engine: bool = False
     initialize: bool = True
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def transformer_settings(self, part: Part = "connector") -> dict[str, Any]:
         """Return the settings of a TransformerConfig that do not depend on the module's shape.

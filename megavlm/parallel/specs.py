@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,42 +55,56 @@ class Modules:
     row_parallel: Any = RowParallelLinear
 
 
-def layer_modules(*, transformer_engine: bool, causal: bool, qk_layernorm: bool = False) -> Modules:
+def layer_modules(
+    *,
+    transformer_engine: bool,
+    causal: bool,
+    qk_layernorm: bool = False,
+    linears: Mapping[str, Any] | None = None,
+) -> Modules:
     """Return the parts for a decoder (``causal``) or an encoder.
+
+    ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
+    layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
+    a GPU).
 
     With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
     the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    core_attention, norm = TorchAttention, TorchNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
+        core_attention, norm = TEDotProductAttention, TENorm
+    if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
-        return Modules(TEDotProductAttention, TENorm, layer)
-    head_norm = TorchNorm if qk_layernorm else IdentityOp
+        return Modules(core_attention, norm, layer)
+    head_norm = norm if qk_layernorm else IdentityOp
+    chosen = linears or {}
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=TorchAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),
+                    core_attention=core_attention,
+                    linear_proj=chosen.get("linear_proj", RowParallelLinear),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=TorchNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
+                    linear_fc1=chosen.get("linear_fc1", ColumnParallelLinear),
+                    linear_fc2=chosen.get("linear_fc2", RowParallelLinear),
                     activation_func=swiglu,  # only where the configuration says use_te_activation_func
                 ),
             ),
@@ -101,7 +116,7 @@ def layer_modules(*, transformer_engine: bool, causal: bool, qk_layernorm: bool 
             },
         ),
     )
-    return Modules(TorchAttention, TorchNorm, layer)
+    return Modules(core_attention, norm, layer)
 
 
 def block_submodules(modules: Modules, num_layers: int) -> TransformerBlockSubmodules:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megavlm.config.errors import RecipeError
-from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megavlm.config.lora import NF4_BLOCK, NF4_GROUP, targets_of
+from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.models import registry
 from megavlm.planning.layout import Chunk, Layout
 
@@ -22,11 +24,13 @@ _BUILDERS = {
 }
 _ALIGNMENT = 64
 """Elements to which the distributed optimizer's buffer aligns the start of each parameter."""
+NF4_BYTES = (4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * NF4_GROUP)) / 8
+"""Of a quantised weight: its code, and its share of the two levels of scales."""
 _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
 
 
-_Kind = tuple[ModelConfig, tuple[bool, bool, bool], int, int, bool, bool]
+_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool]
 """What a chunk's parameters depend on: model, what learns, TP, layers, first, last."""
 
 
@@ -38,6 +42,8 @@ class Parameter:
     """vision, connector or language."""
     elements: int
     learns: bool
+    quantised: bool = False
+    """Kept in 4 bits, with two levels of scales."""
 
 
 def check_builders(model: ModelConfig) -> None:
@@ -116,13 +122,38 @@ def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Para
 def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     modules = recipe.modules
     learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    return recipe.model, learns, layout.tensor, chunk.layers, chunk.first, chunk.last
+    return recipe.model, recipe.lora, learns, layout.tensor, chunk.layers, chunk.first, chunk.last
+
+
+def adapter_shapes(language: LanguageConfig, lora: LoraConfig, tensor: int) -> list[int]:
+    """Return the elements of each adapter parameter of one language layer on one rank."""
+    assert lora.rank is not None
+    hidden, width, ffn = language.hidden_size, language.kv_channels, language.ffn_hidden_size
+    queries, keys = language.num_attention_heads * width, language.num_query_groups * width
+    found = targets_of(lora, language.layer_names)
+    shapes = []
+    for target in found:
+        if target.linear.endswith("linear_qkv"):
+            rows = (queries + 2 * keys) if target.parts == 1 else (queries, keys, keys)[target.part]
+            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
+        elif target.linear.endswith("linear_fc1"):
+            shapes += [lora.rank * hidden, lora.rank * ffn // tensor]
+        else:
+            inputs = queries if target.linear.endswith("linear_proj") else ffn
+            shapes += [lora.rank * inputs // tensor, lora.rank * hidden]
+    return shapes
 
 
 # A search asks for the same chunks over and over.
 @functools.lru_cache(maxsize=4096)
 def _chunk_parameters(
-    model: ModelConfig, learns: tuple[bool, bool, bool], tp: int, layers: int, first: bool, last: bool
+    model: ModelConfig,
+    lora: LoraConfig,
+    learns: tuple[bool, bool, bool],
+    tp: int,
+    layers: int,
+    first: bool,
+    last: bool,
 ) -> tuple[Parameter, ...]:
     language = model.language
     table = padded_vocabulary(language, tp) // tp * language.hidden_size
@@ -140,7 +171,32 @@ def _chunk_parameters(
         # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
         if not (language.tie_word_embeddings and first):
             shapes.append(table)
-    return (*found, *(Parameter("language", elements, learns[2]) for elements in shapes))
+    if lora.rank is None:
+        return (*found, *(Parameter("language", elements, learns[2]) for elements in shapes))
+    return (*found, *_with_adapters(language, lora, tp, layers, first, last))
+
+
+def _with_adapters(
+    language: LanguageConfig, lora: LoraConfig, tp: int, layers: int, first: bool, last: bool
+) -> Iterator[Parameter]:
+    """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
+    table = padded_vocabulary(language, tp) // tp * language.hidden_size
+    linears = _linear_elements(language, tp)
+    for elements in layer_shapes(language, tp) * layers:
+        yield Parameter("language", elements, False, lora.quantize is not None and elements in linears)
+    for elements in adapter_shapes(language, lora, tp) * layers:
+        yield Parameter("language", elements, True)
+    if first:
+        yield Parameter("language", table, lora.train_embeddings)
+    if last:
+        yield Parameter("language", language.hidden_size, False)
+        if not (language.tie_word_embeddings and first):
+            yield Parameter("language", table, lora.train_head)
+
+
+def _linear_elements(language: LanguageConfig, tensor: int) -> set[int]:
+    """Return the sizes of a layer's four linear weights; norms and biases are smaller."""
+    return set(sorted(layer_shapes(language, tensor))[-4:])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -185,8 +241,16 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
     frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
     per_element = 12 if half else 8
+    packed = sum(
+        parameter.elements
+        for chunk in layout.chunks_of(stage)
+        for parameter in chunk_parameters(recipe, layout, chunk)
+        if parameter.quantised
+    )
     return StaticBytes(
-        weights=weight * (frozen + buffer), gradients=4 * buffer, optimizer=per_element * learning // ranks
+        weights=weight * (frozen - packed + buffer) + int(packed * NF4_BYTES),
+        gradients=4 * buffer,
+        optimizer=per_element * learning // ranks,
     )
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.checkpoint import distributed as checkpoint
+from megavlm.checkpoint.adapters import base_of, check_same_adapters, holds_adapters
 from megavlm.checkpoint.manifest import MANIFEST, check
 from megavlm.checkpoint.paths import newest_first, read_run, resolve
 from megavlm.checkpoint.saver import Saver, State
@@ -74,6 +75,7 @@ class Trainer:
         self.tasks = task_mean(recipe)
         self.training = build_training(recipe, tokenizer.imgpad_id)
         self.parent: Path | None = None
+        self.base: Path | None = None
         self.progress, reader_state = self._load()
         decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
@@ -199,6 +201,7 @@ class Trainer:
                 recipe_yaml=to_yaml(self.recipe),
                 parent=self.parent,
                 tokenizer=Path(self.recipe.data.tokenizer) if self.recipe.data.tokenizer else None,
+                base=self.base,
             )
             saved = self._saving(lambda: self.saver.save(state, wait=last))
         if saved:
@@ -236,10 +239,16 @@ class Trainer:
         if newest is not None:
             with agreed(f"resuming from {newest}"):
                 _check_same_model(newest, self.recipe)
+                check_same_adapters(newest, self.recipe, resuming=True)
+                self.base = self._find_base(newest)
                 state = checkpoint.load_reader_state(newest, self.replicas) if is_reader() else None
             with recipe_settings_kept(training.optimizer):
                 checkpoint.load(
-                    newest, modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler
+                    newest,
+                    modules=training.modules,
+                    optimizer=training.optimizer,
+                    scheduler=training.scheduler,
+                    base=self.base,
                 )
             _restore_random(newest)
             self.saver.point_at(newest)
@@ -251,6 +260,8 @@ class Trainer:
             path = resolve(Path(settings.load))
             with agreed(f"loading {path}"):
                 _check_same_model(path, self.recipe)
+                check_same_adapters(path, self.recipe, resuming=False)
+                self.base = self._find_base(path)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
             weights = checkpoint.load(path, modules=training.modules)
@@ -259,6 +270,20 @@ class Trainer:
             exact = {"state_dict": weights} if self.recipe.engine.fp8_param_gather else {}
             training.optimizer.reload_model_params(**exact)
         return Progress(), None
+
+    def _find_base(self, path: Path) -> Path | None:
+        """Return the checkpoint whose weights the run's adapters are for; None for a run without adapters."""
+        if self.recipe.lora.rank is None:
+            return None
+        load = self.recipe.checkpoint.load
+        assert load is not None  # the recipe's rules
+        if not holds_adapters(path):
+            return path
+        try:
+            instead = resolve(Path(load))
+        except FileNotFoundError:  # the base may lie where it lay
+            instead = None
+        return base_of(path, None if instead is None or holds_adapters(instead) else instead)
 
     def _open_feed(self, decoder: Any, state: Any) -> Feed:
         """Open the training data on reader ranks."""
@@ -366,6 +391,7 @@ _SHAPE_FREE = (
     "use_dynamic_ntk",
     "use_logn_attn",
     "vocab_divisor",
+    "layer_names",
     "image_size",
     "image_mean",
     "image_std",

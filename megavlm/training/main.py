@@ -29,6 +29,7 @@ def run(recipe: Recipe) -> int:
     prepare_device()
     # Megatron-Core may be imported from here on.
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
+    from megavlm.parallel.nf4 import check_quantiser  # noqa: PLC0415
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
@@ -37,6 +38,7 @@ def run(recipe: Recipe) -> int:
     check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
     check_machine(recipe, this_machine())
+    check_quantiser(recipe.lora.quantize)
     with (
         contextlib.ExitStack() as leaving,
         process_groups(recipe.parallel, recipe.training.seed),

@@ -263,3 +263,44 @@ def test_shipped_recipes_keep_the_rules(name):
     least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     for copies in (1, 2):
         check_recipe(recipe, least * copies)
+
+
+_LORA = ["lora.rank=4", "lora.targets=[c_attn]", "checkpoint.load=x"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lora.dropout=0.1"], "lora.dropout: has no effect without lora.rank"),
+        (["lora.quantize=nf4"], "lora.quantize: has no effect without lora.rank"),
+        ([*_LORA[:1], *_LORA[2:]], "lora.targets: names no layer; name some of attn.c_attn, attn.c_proj"),
+        ([*_LORA, "lora.targets=[q_proj]"], "lora.targets: 'q_proj' is none of the language model's layers"),
+        ([*_LORA, "lora.targets=[attn]"], "lora.targets: 'attn' is none of"),
+        (_LORA[:2], "checkpoint.load: lora.rank needs the weights that the adapters are for"),
+        ([*_LORA, "modules.language.freeze=true"], "modules.language.freeze: true, but with lora.rank"),
+        (
+            [*_LORA, "model.language.tie_word_embeddings=true", "lora.train_head=true"],
+            "lora.train_head: the model's embedding and output layer are one weight",
+        ),
+        (
+            [*_LORA, "lora.quantize=nf4", "parallel.tensor_model_parallel_size=2"],
+            "lora.quantize: a shard of the weights that model.language.hidden_size makes is no multiple of 64 x 256",
+        ),
+    ],
+)
+def test_rules_of_adapters(overrides, message, refused):
+    assert [line for line in refused(*overrides) if line.startswith(message)]
+
+
+def test_targets_are_the_names_of_the_families_tables():
+    from megavlm.checkpoint.hf.families.common import LLAMA_LANGUAGE, QWEN_LANGUAGE
+    from megavlm.config.lora import LINEARS, TARGETS
+
+    for name, table in (("qwen", QWEN_LANGUAGE), ("llama", LLAMA_LANGUAGE)):
+        rows = {
+            row.ours[0].removesuffix(".weight"): row.theirs for row in table.layer if row.ours[0].endswith(".weight")
+        }
+        for linear in LINEARS:
+            own = sorted((t for t in TARGETS[name] if t.linear == linear), key=lambda t: t.part)
+            assert tuple(f"{t.path}.weight" for t in own) == rows[linear]
+            assert {t.parts for t in own} == {len(own)}

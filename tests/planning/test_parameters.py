@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from launch import torchrun
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
@@ -123,3 +124,29 @@ def test_a_module_of_another_package_is_refused() -> None:
             check_builders(other.model)
     finally:
         del LANGUAGE._presets["theirs"]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
+    """And quantised weights with the bytes that they really take."""
+    from megavlm.models.build import build_model, unwrap
+    from megavlm.models.language.adapters import frozen_linears
+    from megavlm.parallel.nf4 import quantise
+    from megavlm.parallel.state import process_groups
+
+    freeze = {"vision": {"freeze": True}, "connector": {"freeze": True}}
+    lora = {"rank": 4, "targets": ("c_attn", "c_proj", "w1"), "train_head": True}
+    recipe = tiny_recipe(lora={**lora, "quantize": quantize}, modules=freeze)
+    layout = layout_of(recipe, 1)
+    parameters = chunk_parameters(recipe, layout, layout.chunks_of(0)[0])
+    with process_groups(recipe.parallel, 1):
+        model = unwrap(build_model(recipe, 500)[0])
+    found = list(model.parameters())
+    assert sum(p.elements for p in parameters if p.learns) == sum(p.numel() for p in found if p.requires_grad)
+    assert sum(p.elements for p in parameters if not p.quantised) == sum(p.numel() for p in found)
+    shapes = [(layer.output_size, layer.input_size) for *_, layer in frozen_linears(model.language)]
+    packed = sum(quantise(torch.randn(shape), [(0, shape[0])], transposed=False).nbytes for shape in shapes)
+    plain = tiny_recipe(lora=lora, modules=freeze)
+    saved = static_bytes(plain, layout, 0).weights - static_bytes(recipe, layout, 0).weights
+    full = 4 * sum(a * b for a, b in shapes)
+    assert saved == (0 if quantize is None else pytest.approx(full - packed, rel=0.002))

@@ -51,6 +51,8 @@ def fingerprint(trainer: Trainer) -> dict[str, list[float]]:
     """Return the sum and the sum of squares of each module's weights, the same at every layout; a collective."""
     sums = torch.zeros(len(MODULES), 2, dtype=torch.float64)
     for name, p in ((n, p) for module in trainer.training.modules for n, p in module.named_parameters()):
+        if ".lora_" in name:  # adapters stand beside the weights of the stage before
+            continue
         sharded = getattr(p, "tensor_model_parallel", False)
         if mpu.get_data_parallel_rank() == 0 and (sharded or mpu.get_tensor_model_parallel_rank() == 0):
             values = p.detach().double()

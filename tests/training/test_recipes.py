@@ -103,7 +103,7 @@ def load(name: str, *overrides: str) -> Recipe:
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(shipped_recipes()) == {"quickstart", *STAGES}
+    assert set(shipped_recipes()) == {"quickstart", "quickstart_lora", "qwen_vl_7b/lora", "qwen_vl_7b/qlora", *STAGES}
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -28,6 +28,9 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    modules: ClassVar[str | None] = None
+    """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
+
     @abstractmethod
     def detect(self, source: Source) -> bool:
         """Whether ``source`` is of this family."""

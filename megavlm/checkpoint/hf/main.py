@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
     add_incoming(actions.add_parser("hf-to-megatron", help="Hugging Face weights to a checkpoint for training"))
     add_outgoing(actions.add_parser("megatron-to-hf", help="a checkpoint to a Hugging Face directory"))
+    add_merge(actions.add_parser("merge", help="adapters and their base to a checkpoint of whole weights"))
     add_inspect(
         actions.add_parser("inspect", help="list what a checkpoint of either kind holds (data: megavlm inspect)")
     )
@@ -77,6 +78,12 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
         " recipe takes, and whose model and training.seed make the parts that are missing"
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed of fresh parts (default: the recipe's, or 1234)")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="instead of weights: adapters as PEFT saves them, for --base"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="with --adapter: checkpoint (or run) of the weights that it is for"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
     parser.set_defaults(run=run_incoming)
 
@@ -98,7 +105,25 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes (default 5)"
     )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters alone, in PEFT's format (default: whole weights, with the adapters merged in)",
+    )
+    parser.add_argument(
+        "--base-name", default="", metavar="NAME", help="with --adapter: what PEFT's base_model_name_or_path is to say"
+    )
     parser.set_defaults(run=run_outgoing)
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``merge``."""
+    parser.description = "Write the weights of a run with adapters whole, as a checkpoint that trains at any TP x PP."
+    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint, or a run's output_dir")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="checkpoint to write; must not exist yet"
+    )
+    parser.set_defaults(run=run_merge)
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +164,8 @@ def run_incoming(args: argparse.Namespace) -> int:
         ValueError: the arguments or the sources are wrong.
     """
     compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
+    if args.adapter is not None or args.base is not None:
+        return _run_adapter(args, compose)
     if (args.hf is None) == (not compose):
         raise ValueError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
     if args.hf is not None and args.connector_preset is not None:
@@ -171,6 +198,42 @@ def run_incoming(args: argparse.Namespace) -> int:
         logger.info("train it with: megavlm train %s data.train.0.path=DATA output_dir=RUN", args.out / "recipe.yaml")
     else:
         logger.info("this is a part of a model; to train, compose a whole one with --language and --vision")
+    return 0
+
+
+def _run_adapter(args: argparse.Namespace, compose: Sequence[str]) -> int:
+    """Convert PEFT's adapters.
+
+    Raises:
+        ValueError: the arguments or the adapters are wrong.
+    """
+    if args.adapter is None or args.base is None:
+        raise ValueError("--adapter DIR and --base DIR go together: the adapters, and the weights that they are for")
+    if args.hf is not None or compose or args.recipe is not None:
+        raise ValueError("--adapter: goes with --base and --out alone; the weights are those of --base")
+    base = resolve(args.base)
+    _prepare()
+    from megavlm.checkpoint.hf.peft import import_adapter  # noqa: PLC0415
+
+    logger.info("read %d tensors", import_adapter(args.adapter, base, args.out))
+    logger.info("wrote %s; its base stays where it is: %s", args.out, base)
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Write whole weights.
+
+    Raises:
+        ValueError: the checkpoint has no adapters, or their base is gone.
+    """
+    path = resolve(args.megatron)
+    _prepare()
+    from megavlm.checkpoint.hf.shapes import alone  # noqa: PLC0415
+    from megavlm.checkpoint.merged import merge  # noqa: PLC0415
+
+    with alone():
+        written = merge(path, args.out)
+    logger.info("wrote %s, %.2f GiB", args.out, written / _GIB)
     return 0
 
 
@@ -250,7 +313,15 @@ def run_outgoing(args: argparse.Namespace) -> int:
     if args.max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
     path = resolve(args.megatron)
+    if args.base_name and not args.adapter:
+        raise ValueError("--base-name: goes with --adapter")
     _prepare()
+    if args.adapter:
+        from megavlm.checkpoint.hf.peft import export_adapter  # noqa: PLC0415
+
+        count = export_adapter(path, args.out, family_name=args.family, base_name=args.base_name)
+        logger.info("wrote %s: %d tensors", args.out, count)
+        return 0
     from megavlm.checkpoint.hf.outgoing import DTYPES, export  # noqa: PLC0415
 
     result = export(

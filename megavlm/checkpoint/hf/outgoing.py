@@ -21,6 +21,7 @@ from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source
+from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.safe import first_line
@@ -35,7 +36,15 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between a configuration's model and the checkpoint's without the weights being others.
-_FREE = ("preset", "init_method_std", "gradient_checkpointing", "vocab_divisor", "image_mean", "image_std")
+_FREE = (
+    "preset",
+    "init_method_std",
+    "gradient_checkpointing",
+    "vocab_divisor",
+    "image_mean",
+    "image_std",
+    "layer_names",
+)
 _VISUAL_CONFIG = "visual_config.json"
 
 
@@ -90,14 +99,14 @@ def export(
         ValueError: the checkpoint is damaged or of another model, or no family can hold it.
     """
     record = assets.read_record(checkpoint)
-    branches = _branches(checkpoint, record)
+    branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
-    family = _choose(
+    family = choose_family(
         family_name or record.get("family") or record.get("home"), model, tuple(branches), asked=family_name is not None
     )
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
-    reader = CheckpointReader(checkpoint)
+    reader = open_reader(checkpoint)
     result = Export(f"{family.name} ({family.title})")
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))
@@ -130,7 +139,7 @@ def export(
     return result
 
 
-def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
+def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
     """Return the branches of the model that a checkpoint holds.
 
     Raises:
@@ -156,7 +165,7 @@ def _branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
     return branches
 
 
-def _choose(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
+def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *, asked: bool) -> Family:
     """Return the family to write.
 
     Raises:

@@ -5,7 +5,7 @@ from megavlm.models.registry import LANGUAGE
 _DECODER = "megavlm.models.language.decoder"
 
 # What an architecture fixes; the recipe of a converted checkpoint gives the sizes.
-LANGUAGE.register("qwen", _DECODER, add_qkv_bias=True)
+LANGUAGE.register("qwen", _DECODER, add_qkv_bias=True, layer_names="qwen")
 LANGUAGE.register("llama", _DECODER, add_qkv_bias=False)
 LANGUAGE.register("qwen2", _DECODER, add_qkv_bias=True)
 LANGUAGE.register("qwen3", _DECODER, add_qkv_bias=False, qk_layernorm=True)
@@ -14,6 +14,7 @@ LANGUAGE.register("qwen3", _DECODER, add_qkv_bias=False, qk_layernorm=True)
 LANGUAGE.register(
     "qwen_7b",
     _DECODER,
+    layer_names="qwen",
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=11008,
@@ -29,6 +30,7 @@ LANGUAGE.register(
 LANGUAGE.register(
     "qwen_14b",
     _DECODER,
+    layer_names="qwen",
     num_layers=40,
     hidden_size=5120,
     ffn_hidden_size=13696,
@@ -105,6 +107,7 @@ LANGUAGE.register(
 LANGUAGE.register(
     "tiny_qwen",
     _DECODER,
+    layer_names="qwen",
     num_layers=4,
     hidden_size=128,
     ffn_hidden_size=352,

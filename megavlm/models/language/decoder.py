@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.config.schema import LanguageConfig
 from megavlm.models.context import BuildContext
+from megavlm.models.language.adapters import adapted_linears
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.specs import block_submodules, layer_modules
 
@@ -101,7 +102,10 @@ def build(
     """
     config = transformer_config(language, context)
     modules = layer_modules(
-        transformer_engine=context.transformer_engine, causal=True, qk_layernorm=language.qk_layernorm
+        transformer_engine=context.transformer_engine,
+        causal=True,
+        qk_layernorm=language.qk_layernorm,
+        linears=adapted_linears(language, context.lora),
     )
     layers = get_num_layers_to_build(config, vp_stage)
     model = GPTModel(

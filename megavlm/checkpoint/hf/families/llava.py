@@ -53,6 +53,8 @@ class LlavaFamily(Family):
         },
     }
 
+    modules = "modules5"
+
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
         return source.config.get("model_type") == "llava"

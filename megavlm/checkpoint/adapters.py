@@ -1,0 +1,150 @@
+"""Checkpoints of runs with adapters: they hold what learns, and name the checkpoint that holds the rest, the base.
+
+``adapter.json`` beside the tensors has the base's path and a digest of its weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megavlm.checkpoint import manifest
+from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.slots import Slot
+from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config import yaml12
+from megavlm.config.errors import RecipeError
+from megavlm.config.help import to_tree
+from megavlm.config.schema import Recipe
+from megavlm.models.language.adapters import frozen_linears
+from megavlm.parallel.lora import FrozenColumnParallelLinear
+from megavlm.parallel.nf4 import quantise
+
+RECORD = "adapter.json"
+
+
+def weights_digest(checkpoint: Path) -> str | None:
+    """Return a digest of a checkpoint's tensors, from its manifest; None where that has none."""
+    if not (checkpoint / manifest.MANIFEST).is_file():
+        return None
+    files = {
+        name: entry.get("sha256", entry.get("bytes"))
+        for name, entry in manifest.read_manifest(checkpoint).items()
+        if name.endswith(".distcp")
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def record(base: Path) -> str:
+    """Return the text of ``adapter.json`` for adapters of ``base``."""
+    return json.dumps({"base": str(base.absolute()), "weights_sha256": weights_digest(base)}, indent=2) + "\n"
+
+
+def holds_adapters(checkpoint: Path) -> bool:
+    """Whether a checkpoint has adapters, and not the weights that they are for."""
+    return (checkpoint / RECORD).is_file()
+
+
+def base_of(checkpoint: Path, instead: Path | None = None) -> Path:
+    """Return the checkpoint whose weights the adapters of ``checkpoint`` are for.
+
+    Args:
+        checkpoint: one that :func:`holds_adapters`.
+        instead: where it may lie as well, if it has been moved.
+
+    Raises:
+        ValueError: it is gone, or its weights are others now.
+    """
+    found = read_json(checkpoint / RECORD)
+    path = Path(str(found.get("base")))
+    for candidate in (path, instead):
+        if candidate is not None and (candidate / "run.json").is_file():
+            if found.get("weights_sha256") not in (None, weights_digest(candidate)):
+                raise ValueError(
+                    f"{checkpoint}: its adapters are for the weights that {candidate} had when they were trained, and "
+                    f"these are others now; restore them, or correct base in {RECORD}"
+                )
+            return candidate
+    raise ValueError(
+        f"{checkpoint}: holds adapters for {path}, which is not there; move it back, or correct base in {RECORD}"
+    )
+
+
+def select(state: dict[str, Any], chosen: Callable[[str, Any], bool]) -> dict[str, Any]:
+    """Return the entries of :func:`megavlm.checkpoint.slots.model_state` that are ``chosen``, by name and entry."""
+    return {
+        chunk: {name: entry for name, entry in entries.items() if chosen(name, entry)}
+        for chunk, entries in state.items()
+    }
+
+
+def load_quantised(checkpoint: Path, module: Any) -> None:
+    """Read the weights that ``lora.quantize`` keeps in 4 bits, one after the other, and quantise them.
+
+    Args:
+        checkpoint: the base.
+        module: a bare chunk of the model.
+
+    Raises:
+        ValueError: the checkpoint lacks one, or has it in another shape.
+    """
+    wanted = [entry for entry in frozen_linears(module.language) if entry[2].quantize]
+    if not wanted:
+        return
+    reader = CheckpointReader(checkpoint)
+    device = next(module.language.parameters()).device
+    for number, name, linear in wanted:
+        rank, size = linear.tp_group.rank(), linear.tp_group.size()
+        shape = (linear.output_size, linear.input_size)
+        slot = Slot(f"language.decoder.layers.{name}.weight", shape, number, module.config.num_layers)
+        column = isinstance(linear, FrozenColumnParallelLinear)
+        parts = 2 if name.endswith("fc1") else 1  # gate and up are cut each for itself
+        part = shape[0 if column else 1] // parts
+        share = part // size
+        pieces = [(i * part + rank * share, i * part + (rank + 1) * share) for i in range(parts)]
+        if size == 1:
+            pieces = [(0, part * parts)]
+        weight = reader.read(slot).to(device=device, dtype=linear.config.params_dtype)
+        with torch.no_grad():
+            linear.nf4 = quantise(weight, pieces, transposed=not column)
+
+
+def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:
+    """Refuse a checkpoint whose adapters are others than the recipe's.
+
+    Args:
+        path: the checkpoint.
+        recipe: of the run that loads it.
+        resuming: the run goes on from it; else its weights alone are taken, and new adapters may stand beside them.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    key = "output_dir" if resuming else "checkpoint.load"
+    if not holds_adapters(path):
+        if resuming and recipe.lora.rank is not None:
+            raise RecipeError(
+                f"lora.rank: {recipe.lora.rank}, but {path} is of a run without adapters; choose another output_dir, "
+                "and name that run's in checkpoint.load"
+            )
+        return
+    saved = (yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("lora") or {}
+    if recipe.lora.rank is None:
+        raise RecipeError(
+            f"lora.rank: null, but {path} holds adapters of rank {saved.get('rank')} alone; set the lora branch as "
+            f"there, or write whole weights with megavlm convert merge and name these"
+        )
+    wanted = to_tree(recipe)["lora"]
+    for name in ("rank", "alpha", "targets", "train_embeddings", "train_head", "quantize"):
+        there = saved.get(name)
+        if name == "targets":
+            there, wanted[name] = sorted(there or []), sorted(wanted[name])
+        if there != wanted[name]:
+            raise RecipeError(
+                f"lora.{name}: {wanted[name]!r}, but {path} has {there!r}; set it to that, or choose another {key}"
+            )

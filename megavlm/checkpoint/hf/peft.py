@@ -1,0 +1,288 @@
+"""Adapters to and from PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Keys are ``base_model.model.`` + the module's name in Transformers + ``.lora_A.weight`` [rank, in] or ``.lora_B.weight``
+[out, rank] (PEFT's documentation, "PEFT checkpoint format"); modules that learn whole are there under their own names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megavlm.checkpoint import adapters, manifest
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
+from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
+from megavlm.checkpoint.merged import recipe_branches
+from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.slots import find_slots
+from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.config import yaml12
+from megavlm.config.lora import LINEARS, TARGETS
+from megavlm.config.schema import LoraConfig, ModelConfig
+from megavlm.models.language.adapters import adapter_of
+from megavlm.parallel.lora import Adapter
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_WHOLE = {"train_embeddings": "language.embedding.word_embeddings.weight", "train_head": "language.output_layer.weight"}
+# What an adapter of another kind has; any other value changes what it computes.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+    "lora_bias": (False, None), "layers_to_transform": (None,), "trainable_token_indices": (None,),
+    "target_parameters": (None, []), "layer_replication": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer with the rule that names it in Transformers."""
+
+    rule: Rule
+    linear: str
+    ours: str
+    """Name of the layer here."""
+
+    @property
+    def theirs(self) -> list[str]:
+        """Names of Transformers' modules."""
+        return [name.removesuffix(".weight") for name in self.rule.row.theirs]
+
+
+def _layers(rules: list[Rule]) -> Iterator[_Layer]:
+    for rule in rules:
+        name = rule.row.ours[0]
+        for linear in LINEARS:
+            if name.startswith("language.decoder.") and name.endswith(f".{linear}.weight"):
+                yield _Layer(rule, linear, name.removesuffix(".weight"))
+
+
+def _rules(model: ModelConfig, checkpoint: Path, family_name: str | None) -> list[Rule]:
+    """Return the language model's rules, in the names that Transformers' modules have."""
+    record = assets.read_record(checkpoint)
+    parts = tuple(model_branches(checkpoint, record))
+    family = choose_family(
+        family_name or record.get("family") or record.get("home"), model, parts, asked=family_name is not None
+    )
+    style = family.modules or next(iter(family.styles))
+    return [r for r in make_rules(family, model, style, find_slots(model, family.parts)) if r.part == "language"]
+
+
+def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = None, base_name: str = "") -> int:
+    """Write the adapters of a checkpoint as PEFT does.
+
+    Args:
+        checkpoint: one that holds adapters.
+        out: directory to write; it must not exist, or be empty.
+        family_name: family whose names are written; None for the one that the weights came from.
+        base_name: directory or name of the base on Hugging Face's side, which PEFT keeps for its users.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        ValueError: the checkpoint has no adapters, or what learned beside them has no place in PEFT's format.
+    """
+    if not adapters.holds_adapters(checkpoint):
+        raise ValueError(f"{checkpoint}: has no adapters; export it without --adapter")
+    model, lora = recipe_branches(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    other = sorted(key.split(".")[0] for key in reader.tensors() if key.startswith(("vision.", "connector.")))
+    if other:
+        raise ValueError(
+            f"{checkpoint}: the {other[0]} learned beside the adapters, which an adapter cannot hold; export whole "
+            "weights, without --adapter"
+        )
+    if lora.train_head and model.language.tie_word_embeddings:
+        raise ValueError(
+            f"{checkpoint}: the tied embedding learned beside the adapters; export whole weights, without --adapter"
+        )
+    tensors: dict[str, Tensor] = {}
+    targets: list[str] = []
+    whole: list[str] = []
+    with alone():
+        slots = find_slots(model, ["language"], lora)
+        rules = _rules(model, checkpoint, family_name)
+        for layer in _layers(rules):
+            adapter = adapter_of(layer.linear, model.language, lora)
+            if adapter is not None:
+                a, b = (reader.read(slots[f"{layer.ours}.{name}"]) for name in ("lora_a", "lora_b"))
+                for name, low, up in _to_theirs(layer, adapter, a, b):
+                    targets.append(name)
+                    tensors[f"{_PREFIX}{name}.lora_A.weight"] = low.clone()
+                    tensors[f"{_PREFIX}{name}.lora_B.weight"] = up.clone()
+        for key, ours in _WHOLE.items():
+            if getattr(lora, key):
+                theirs = next(rule.row.theirs[0] for rule in rules if rule.row.ours == (ours,))
+                tensors[_PREFIX + theirs] = reader.read(slots[ours]).clone()
+                whole.append(theirs.removesuffix(".weight").rpartition(".")[2])
+    config: dict[str, Any] = {
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": base_name, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout, "modules_to_save": whole or None, "peft_type": "LORA", "r": lora.rank,
+        "rank_pattern": {}, "target_modules": _pattern(targets), "task_type": "CAUSAL_LM", "use_dora": False,
+        "use_rslora": False,
+    }  # fmt: skip
+    with publishing(out, needed_bytes=sum(t.nbytes for t in tensors.values())) as partial:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return len(tensors)
+
+
+def _to_theirs(layer: _Layer, adapter: Adapter, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, A and B of each of Transformers' modules that has an adapter."""
+    names = layer.theirs
+    if len(adapter.sizes) == 1:  # one adapter over all of them: each has its A
+        yield from ((name, a, up) for name, up in zip(names, layer.rule.to_theirs([b]), strict=True))
+        return
+    if len(names) != len(adapter.sizes):
+        raise ValueError(
+            f"--family: its {names[0]} is one layer, and lora.targets gave its parts adapters of their own; take the "
+            "family that the weights came from"
+        )
+    rows = sum(shape[0] for shape in layer.rule.shapes)
+    present = [name for name, there in zip(names, adapter.present, strict=True) if there]
+    for name, low, up in zip(present, a.split(adapter.rank), adapter.split_b(b, rows), strict=True):
+        yield name, low, up.flatten(0, 1)
+
+
+def _pattern(names: list[str]) -> str:
+    """Return a regular expression over whole names: ends alone would also mean layers of the tower."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        head, tail = re.split(r"\.\d+\.", name, maxsplit=1)
+        tails = found.setdefault(re.escape(head), [])
+        if re.escape(tail) not in tails:
+            tails.append(re.escape(tail))
+    return "|".join(rf"{head}\.\d+\.(?:{'|'.join(tails)})" for head, tails in found.items())
+
+
+def import_adapter(directory: Path, base: Path, out: Path) -> int:
+    """Write PEFT's adapters as a checkpoint that trains on, answers and merges.
+
+    Args:
+        directory: with PEFT's two files.
+        base: the checkpoint of the weights that they are for.
+        out: directory to write; it must not exist, or be empty.
+
+    Returns:
+        The number of tensors that were read.
+
+    Raises:
+        ValueError: it is an adapter of another kind, or for another model.
+    """
+    config = read_json(directory / CONFIG)
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise ValueError(f"{directory / CONFIG}: {key} is {config[key]!r}, which is not supported")
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{directory / WEIGHTS}: cannot be read: {error}") from None
+    model, trained = recipe_branches(base)
+    if adapters.holds_adapters(base) or trained.rank is not None:
+        raise ValueError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
+    with alone():
+        lora, made = _plan(directory, config, tensors, model, _rules(model, base, None))
+        slots = find_slots(model, ["language"], lora)
+        pieces = []
+        for name, value in made.items():
+            slot = slots[name]
+            if tuple(value.shape) != slot.shape:
+                raise ValueError(
+                    f"{directory / WEIGHTS}: gives {name} the shape {list(value.shape)}, "
+                    f"the model's is {list(slot.shape)}"
+                )
+            pieces.append(Piece(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
+        with publishing(out, needed_bytes=sum(value.nbytes for value in made.values())) as partial:
+            write_checkpoint(partial, pieces, lambda _: None)
+            _write_rest(base, partial, lora)
+    return len(tensors)
+
+
+def _plan(
+    directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], model: ModelConfig, rules: list[Rule]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the recipe's branch, and the parameters by canonical name."""
+    left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    where = directory / WEIGHTS
+    layers = list(_layers(rules))
+    given = {n for layer in layers for n in layer.theirs if f"{n}.lora_A.weight" in left}
+    whole = {key: next((r for r in rules if r.row.ours == (ours,)), None) for key, ours in _WHOLE.items()}
+    trains = {key: rule is not None and rule.row.theirs[0] in left for key, rule in whole.items()}
+    targets = tuple(
+        t.path
+        for t in TARGETS[model.language.layer_names]
+        if any(layer.linear == t.linear and layer.theirs[_index(t.part, layer)] in given for layer in layers)
+    )
+    if not targets:
+        raise ValueError(
+            f"{where}: has no adapters for the language model of this base ({rules[-1].row.theirs[0]}, ..)"
+        )
+    lora = LoraConfig(
+        rank=int(config["r"]), alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout") or 0.0),
+        targets=targets,
+        train_embeddings=trains["train_embeddings"], train_head=trains["train_head"],
+    )  # fmt: skip
+    made: dict[str, Tensor] = {}
+    for layer in layers:
+        adapter = adapter_of(layer.linear, model.language, lora)
+        if adapter is None:
+            continue
+        names = layer.theirs if len(adapter.sizes) == 1 else [
+            name for name, there in zip(layer.theirs, adapter.present, strict=True) if there
+        ]  # fmt: skip
+        try:
+            lows, ups = ([left.pop(f"{name}.lora_{kind}.weight") for name in names] for kind in "AB")
+        except KeyError as error:
+            raise ValueError(f"{where}: has no {error.args[0]}, though other layers have; all must have") from None
+        made[f"{layer.ours}.lora_a"] = torch.cat(lows)
+        if len(adapter.sizes) == 1:
+            made[f"{layer.ours}.lora_b"] = layer.rule.to_ours(ups)[0]
+        else:
+            groups = adapter.groups(sum(shape[0] for shape in layer.rule.shapes))
+            made[f"{layer.ours}.lora_b"] = adapter.join_b([up.unflatten(0, (groups, -1)) for up in ups])
+    for key, rule in whole.items():
+        if trains[key]:
+            assert rule is not None
+            made[_WHOLE[key]] = left.pop(rule.row.theirs[0])
+    if left:
+        raise ValueError(f"{where}: has {sorted(left)[0]}, which no layer with adapters of this base is called")
+    return lora, made
+
+
+def _index(part: int, layer: _Layer) -> int:
+    return part if len(layer.theirs) > 1 else 0
+
+
+def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
+    """Write what a checkpoint has beside tensors: the base's recipe with the adapters, and the small files."""
+    tree = yaml12.parse((base / "recipe.yaml").read_text(encoding="utf-8"))
+    tree["lora"] = {
+        "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets),
+        "train_embeddings": lora.train_embeddings, "train_head": lora.train_head, "quantize": None,
+    }  # fmt: skip
+    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(base.absolute())}
+    modules = tree.get("modules") or {}
+    tree["modules"] = {
+        **modules,
+        "vision": {**(modules.get("vision") or {}), "freeze": True},
+        "connector": {**(modules.get("connector") or {}), "freeze": True},
+        "language": {**(modules.get("language") or {}), "freeze": False},
+    }
+    assets.inherit(base, None, partial)
+    (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
+    (partial / "run.json").write_text(json.dumps({"step": 0}), encoding="utf-8")
+    (partial / adapters.RECORD).write_text(adapters.record(base), encoding="utf-8")
+    manifest.write_manifest(partial, {})

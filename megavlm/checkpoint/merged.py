@@ -1,0 +1,120 @@
+"""A base and its adapters read as one checkpoint of whole weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from megavlm.checkpoint import manifest
+from megavlm.checkpoint.adapters import base_of, holds_adapters
+from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.paths import read_run
+from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.slots import Slot, find_slots
+from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.config import yaml12
+from megavlm.config.lora import LINEARS
+from megavlm.config.schema import LoraConfig, ModelConfig
+from megavlm.models.language.adapters import adapter_of
+
+
+def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:
+    """Return model and adapters that a checkpoint's recipe describes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = checkpoint / "recipe.yaml"
+    tree = yaml12.parse(path.read_text(encoding="utf-8"))
+    try:
+        model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]), strict=True)
+        return model, TypeAdapter(LoraConfig).validate_json(json.dumps(tree.get("lora") or {}), strict=True)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
+
+
+class MergedReader(CheckpointReader):
+    """Reads parameters of a base with what the adapters of a checkpoint add to them.
+
+    The sum is made in fp32 and rounded to the base's number type. Weights that were in 4 bits in training are added to
+    what they were quantised from, as PEFT's users do.
+
+    Raises:
+        ValueError: as :func:`megavlm.checkpoint.adapters.base_of`.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint)
+        self.base = CheckpointReader(base_of(checkpoint))
+        self.model, self.lora = recipe_branches(checkpoint)
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """Return the number type of a parameter: the base's."""
+        return self.base.dtype(slot)
+
+    def read(self, slot: Slot) -> Tensor:
+        """Return a merged parameter."""
+        if slot.key in self.tensors():
+            return super().read(slot).to(self.base.dtype(slot))
+        weight = self.base.read(slot)
+        prefix = slot.key.removesuffix(".weight")
+        linear = next((name for name in LINEARS if prefix.endswith(f".{name}")), None)
+        if linear is None or not slot.key.startswith("language.decoder.") or not slot.key.endswith(".weight"):
+            return weight
+        adapter = adapter_of(linear, self.model.language, self.lora)
+        if adapter is None:
+            return weight
+        rows, width = slot.shape
+        shapes = {"lora_a": (adapter.rank * adapter.count, width), "lora_b": (adapter.b_rows(rows), adapter.rank)}
+        low, up = (
+            super(MergedReader, self).read(Slot(f"{prefix}.{name}", shape, slot.layer, slot.layers)).float()
+            for name, shape in shapes.items()
+        )
+        added = adapter.expand(low.t(), up, rows).t()
+        return (weight.float() + adapter.scale * added).to(weight.dtype)
+
+
+def open_reader(checkpoint: Path) -> CheckpointReader:
+    """Return a reader of whole weights, merged where ``checkpoint`` holds adapters."""
+    return MergedReader(checkpoint) if holds_adapters(checkpoint) else CheckpointReader(checkpoint)
+
+
+def merge(checkpoint: Path, out: Path) -> int:
+    """Write adapters and their base as one checkpoint of whole weights, for any layout.
+
+    Process groups of one process must be up.
+
+    Args:
+        checkpoint: one with adapters.
+        out: directory to write; it must not exist, or be empty.
+
+    Returns:
+        The bytes that were written.
+
+    Raises:
+        ValueError: there are no adapters, or their base is gone.
+    """
+    if not holds_adapters(checkpoint):
+        raise ValueError(f"{checkpoint}: has no adapters to merge; its weights are whole")
+    reader = MergedReader(checkpoint)
+    pieces = [
+        Piece(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
+        for slot in find_slots(reader.model).values()
+    ]
+    total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
+    tree = yaml12.parse((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
+    del tree["lora"]
+    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(out.absolute())}
+    with publishing(out, needed_bytes=total) as partial:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+            write_checkpoint(partial, pieces, bar.update)
+        assets.inherit(checkpoint, None, partial)
+        (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
+        (partial / "run.json").write_text(json.dumps(read_run(checkpoint), indent=2), encoding="utf-8")
+        manifest.write_manifest(partial, {})
+    return total

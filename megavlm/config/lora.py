@@ -1,0 +1,120 @@
+"""Rules of the recipe's ``lora`` branch, and which parts of which layers its targets mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megavlm.config.schema import LoraConfig, Recipe
+
+_KEY = "lora."
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer of the Hugging Face model.
+
+    Attributes:
+        path: its name inside a layer of the language model.
+        linear: the layer here that holds it, by its name inside a layer.
+        part: which of that layer's parts it is (q, k, v, or gate, up).
+        parts: how many there are.
+    """
+
+    path: str
+    linear: str
+    part: int = 0
+    parts: int = 1
+
+    def called(self, name: str) -> bool:
+        """Whether ``name`` is the path or an end of it, as PEFT reads ``target_modules``."""
+        return self.path == name or self.path.endswith(f".{name}")
+
+
+_QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+_FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+LINEARS = (_QKV, _PROJ, _FC1, _FC2)
+"""The linear layers of a layer of the language model."""
+
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "qwen": (
+        Target("attn.c_attn", _QKV),
+        Target("attn.c_proj", _PROJ),
+        Target("mlp.w2", _FC1, 0, 2),  # w2 is the gate
+        Target("mlp.w1", _FC1, 1, 2),
+        Target("mlp.c_proj", _FC2),
+    ),
+    "llama": (
+        *(Target(f"self_attn.{name}_proj", _QKV, i, 3) for i, name in enumerate("qkv")),
+        Target("self_attn.o_proj", _PROJ),
+        Target("mlp.gate_proj", _FC1, 0, 2),
+        Target("mlp.up_proj", _FC1, 1, 2),
+        Target("mlp.down_proj", _FC2),
+    ),
+}
+"""By ``model.language.layer_names``. The tables of :mod:`megavlm.checkpoint.hf.families` name the same layers."""
+
+
+def targets_of(lora: LoraConfig, layer_names: str) -> tuple[Target, ...]:
+    """Return the layers that get adapters."""
+    return tuple(t for t in TARGETS[layer_names] if any(t.called(name) for name in lora.targets))
+
+
+def lora_rules(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each broken rule: key, rule, remedy."""
+    lora, names = recipe.lora, recipe.model.language.layer_names
+    if lora.rank is None:
+        plain = LoraConfig()
+        for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "quantize"):
+            if getattr(lora, name) != getattr(plain, name):
+                yield f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out"
+        return
+    known = ", ".join(target.path for target in TARGETS[names])
+    if not lora.targets:
+        yield f"{_KEY}targets: names no layer; name some of {known}"
+    for name in lora.targets:
+        if not any(target.called(name) for target in TARGETS[names]):
+            yield f"{_KEY}targets: {name!r} is none of the language model's layers; there are {known} (or their ends)"
+    if recipe.modules.language.freeze:
+        yield (
+            f"modules.language.freeze: true, but with {_KEY}rank the language model learns through adapters (its own "
+            "weights are frozen anyway); set this to false, or that to null"
+        )
+    if recipe.model.language.tie_word_embeddings and lora.train_embeddings != lora.train_head:
+        yield (
+            f"{_KEY}train_head: the model's embedding and output layer are one weight; set it and "
+            f"{_KEY}train_embeddings alike"
+        )
+    if recipe.checkpoint.load is None:
+        yield f"checkpoint.load: {_KEY}rank needs the weights that the adapters are for; name their checkpoint"
+    if recipe.engine.fp8 is not None:
+        yield f"engine.fp8: layers with adapters compute in training.precision; set it to null, or {_KEY}rank"
+    if recipe.engine.tp_comm_overlap:
+        yield f"engine.tp_comm_overlap: not with adapters; set it to false, or {_KEY}rank to null"
+    if lora.quantize is not None:
+        yield from _quantised_shards(recipe)
+
+
+NF4_BLOCK, NF4_GROUP = 64, 256
+"""Weights that share a scale, and scales that share one of their own (QLoRA, arXiv 2305.14314)."""
+
+
+def _quantised_shards(recipe: Recipe) -> Iterator[str]:
+    """Check that tensor-parallel shards are whole groups, so that all layouts have the same quantised weights."""
+    tp, language = recipe.parallel.tensor_model_parallel_size, recipe.model.language
+    unit, hidden = NF4_BLOCK * NF4_GROUP, language.hidden_size
+    if tp == 1:
+        return
+    group = language.kv_channels * (language.num_attention_heads // language.num_query_groups + 2)
+    heads = language.num_attention_heads * language.kv_channels
+    shards: dict[str, tuple[int, ...]] = {
+        "hidden_size": (language.num_query_groups * group * hidden, heads * hidden),
+        "ffn_hidden_size": (language.ffn_hidden_size * hidden,),
+    }
+    for name, sizes in shards.items():
+        if any(size % (unit * tp) for size in sizes):
+            yield (
+                f"{_KEY}quantize: a shard of the weights that model.language.{name} makes is no multiple of "
+                f"{NF4_BLOCK} x {NF4_GROUP} values at parallel.tensor_model_parallel_size {tp}; lower that, or set "
+                "this to null"
+            )
