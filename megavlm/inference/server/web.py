@@ -6,10 +6,12 @@ Each open page is a conversation of its own. Its questions go through the same q
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import re
 import secrets
+import warnings
 
 from fastapi import FastAPI
 from nicegui import events, ui
@@ -17,7 +19,7 @@ from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megavlm.data.images import decode_with_pil
-from megavlm.data.schema import Turn
+from megavlm.data.schema import CONTROL_TOKENS, Turn
 from megavlm.inference.boxes import draw_boxes
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.app import Service
@@ -38,7 +40,9 @@ def add_page(app: FastAPI, service: Service) -> None:
     def page() -> None:
         _Conversation(service).build()
 
-    ui.run_with(app, mount_path="/", show_welcome_message=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it looks at every object there is, and torch has some that complain
+        ui.run_with(app, mount_path="/", show_welcome_message=False)
     app.add_middleware(_UploadLimit, limit=service.limits.bytes)
 
 
@@ -122,7 +126,7 @@ class _Conversation:
             return
         self.waiting.append(data)
         with self.shelf:
-            ui.image(await asyncio.to_thread(_small, data, 128)).classes("w-16")
+            ui.image(await asyncio.to_thread(_shown, data, 128)).classes("w-16")
 
     async def send(self) -> None:
         """Ask what is written, and show the answer as it comes."""
@@ -158,7 +162,7 @@ class _Conversation:
             with self.talk:
                 with ui.chat_message(name="You", sent=True) as question:
                     for data in shown:
-                        ui.image(await asyncio.to_thread(_small, data, _SHOWN)).classes("w-64")
+                        ui.image(await asyncio.to_thread(_shown, data, _SHOWN)).classes("w-64")
                     ui.label(text)
                 with ui.chat_message(name=service.name) as reply:
                     label = ui.label("...").classes("whitespace-pre-wrap")
@@ -174,7 +178,9 @@ class _Conversation:
                 raise
         finally:
             service.worker.free_slot()
-        self.turns = [*turns, Turn("assistant", answer.strip() or " ")]
+        # A model that has learnt little may write control tokens as text; in a later prompt they would be refused.
+        kept = re.sub("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>"))), "", answer).strip()
+        self.turns = [*turns, Turn("assistant", kept or " ")]
         self.images, self.waiting = list(images), []
         self.entry.value = ""
         self.shelf.clear()
@@ -185,7 +191,7 @@ class _Conversation:
         drawn = await asyncio.to_thread(_drawn, self.images[-1], answer) if self.images else None
         if drawn is not None:
             with reply:
-                ui.image(drawn).classes("w-96").mark("boxes")
+                ui.image(drawn).classes("w-96")
         ui.run_javascript("window.scrollTo(0, document.body.scrollHeight)")
 
 
@@ -195,8 +201,19 @@ def _small(data: bytes, side: int) -> Image.Image:
     return picture
 
 
-def _drawn(data: bytes, answer: str) -> Image.Image | None:
-    """Return the picture with the answer's boxes, or None."""
+def _shown(data: bytes, side: int) -> str:
+    return _url(_small(data, side))
+
+
+def _url(picture: Image.Image) -> str:
+    """Return a picture as a data URL, which lies nowhere on the server's disk."""
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _drawn(data: bytes, answer: str) -> str | None:
+    """Return the picture with the answer's boxes as a data URL, or None."""
     upright = io.BytesIO()
     picture = _small(data, _SHOWN)
     # Lines and names need pixels.
@@ -204,7 +221,8 @@ def _drawn(data: bytes, answer: str) -> Image.Image | None:
         scale = _SHOWN // 2 / max(picture.size)
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     picture.save(upright, "PNG")
-    return draw_boxes(upright.getvalue(), answer)
+    drawn = draw_boxes(upright.getvalue(), answer)
+    return None if drawn is None else _url(drawn)
 
 
 def _plain(answer: str) -> str:
