@@ -82,7 +82,7 @@ class _Conversation:
         with ui.header().classes("items-center justify-between"):
             ui.label(f"megavlm: {self.service.name}").classes("text-lg")
             ui.button("New conversation", on_click=self.clear).props("flat color=white")
-        with ui.column().classes("w-full max-w-3xl mx-auto pb-64"):
+        with ui.column().classes("w-full max-w-3xl mx-auto pb-4"):
             self.talk = ui.column().classes("w-full")
         with ui.footer().classes("bg-white"), ui.column().classes("w-full max-w-3xl mx-auto gap-1"):
             self.shelf = ui.row()

@@ -33,7 +33,7 @@ def page(served: Served) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            one = browser.new_page(viewport={"width": 900, "height": 960})
+            one = browser.new_page(viewport={"width": 900, "height": 1240})
             one.set_default_timeout(30_000)
             one.goto(served.url)
             yield one
