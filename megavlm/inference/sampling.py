@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Sampling:
 
 def choose(
     logits_KV: Tensor,
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     seen: Sequence[Sequence[int]],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
@@ -58,13 +58,21 @@ def choose(
 
     Args:
         logits_KV: [K, V] logits; equal on all tensor-parallel ranks.
-        sampling: how.
+        sampling: how, for all or for each.
         seen: tokens of prompt and answer so far, for each; looked at only with a repetition penalty.
         generators: of each answer.
 
     Returns:
         [K] int64 on the logits' device.
     """
+    if not isinstance(sampling, Sampling):
+        # Seeds are in the generators.
+        kinds = {replace(one, seed=0) for one in sampling}
+        if len(kinds) > 1:
+            rows = [slice(k, k + 1) for k in range(len(sampling))]
+            each = [choose(logits_KV[row], sampling[row.start], seen[row], generators[row]) for row in rows]
+            return torch.cat(each)
+        sampling = kinds.pop() if kinds else Sampling()
     logits = logits_KV.float()
     if sampling.repetition_penalty != 1.0:
         logits = logits.clone()

@@ -7,11 +7,13 @@ Rank 0 asks, and every rank of the job takes part in the answer: :meth:`Session.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint.distributed import load
@@ -25,9 +27,12 @@ from megavlm.inference.generate import generating
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
 from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer, process_groups
 
 _BROKEN = "\ufffd"
+_ASK_EVERY = 8
+"""Tokens after which several ranks agree on what nobody waits for any more."""
 _STEP = 64
 """Packs of prompts are a multiple of this long, so that memory is used again."""
 
@@ -103,14 +108,20 @@ class Session:
             asked = Asked((*asked.turns[:first], *asked.turns[nexts[0] :]), asked.images[dropped:])
 
     def answers(
-        self, asked: Sequence[Asked] | None, *, max_new_tokens: int, sampling: Sampling
+        self,
+        asked: Sequence[Asked] | None,
+        *,
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        dropped: Callable[[], Collection[int]] = frozenset,
     ) -> Iterator[dict[int, Piece]]:
         """Answer conversations, and yield as text comes; a collective over the job.
 
         Args:
             asked: on rank 0, the conversations; elsewhere not looked at.
-            max_new_tokens: longest answer.
-            sampling: how tokens are chosen; rank 0's.
+            max_new_tokens: longest answer, of all or of each; rank 0's.
+            sampling: how tokens are chosen, for all or for each; rank 0's.
+            dropped: on rank 0, which conversations need no more text, as indices; asked now and then.
 
         Yields:
             What was added, by the conversation's index.
@@ -119,24 +130,27 @@ class Session:
             ValueError: an image cannot be decoded or a prompt does not fit; on all ranks, before any work.
         """
         with agreed("reading the prompts"):
-            fitted = [self.cut(one, max_new_tokens) for one in asked or ()] if dist.get_rank() == 0 else []
-        box: list[Any] = [([(one.images, tokens) for one, tokens in fitted], max_new_tokens, sampling)]
+            mine = list(asked or ()) if dist.get_rank() == 0 else []
+            most = [max_new_tokens] * len(mine) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+            fitted = [self.cut(one, new) for one, new in zip(mine, most, strict=True)] if mine else []
+        box: list[Any] = [([(one.images, tokens) for one, tokens in fitted], most, sampling)]
         dist.broadcast_object_list(box, 0)
-        shown, max_new_tokens, sampling = box[0]
+        shown, most, sampling = box[0]
         prompts = [Prompt(tokens) for _, tokens in shown]
         with agreed("reading images"):
             for prompt, (images, _) in zip(prompts, shown, strict=True):
                 self._show(prompt, images)
         length = sum(map(len, prompts))
-        length = min(max(length, max(map(len, prompts), default=0) + max_new_tokens), max(self.context, _STEP))
+        longest = max((len(prompt) + new for prompt, new in zip(prompts, most, strict=True)), default=0)
+        length = min(max(length, longest), max(self.context, _STEP))
         length = -(-length // self._multiple) * self._multiple
         stop = frozenset({self.tokenizer.im_end_id, self.tokenizer.eos_id})
         said = [""] * len(prompts)
         for tokens in generating(
-            self.chunks, prompts, max_new_tokens=max_new_tokens, stop_ids=list(stop),
-            vocab_size=self.tokenizer.vocab_size, pack_length=length, sampling=sampling,
+            self.chunks, prompts, max_new_tokens=most, stop_ids=list(stop), vocab_size=self.tokenizer.vocab_size,
+            pack_length=length, sampling=sampling, dropped=_shared(dropped, len(prompts)),
         ):  # fmt: skip
-            yield {i: self._piece(prompts[i], token in stop, max_new_tokens, said, i) for i, token in tokens.items()}
+            yield {i: self._piece(prompts[i], token in stop, most[i], said, i) for i, token in tokens.items()}
 
     def ask(self, asked: Asked, *, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
         """Answer one conversation, on rank 0, while the others :meth:`follow`.
@@ -147,18 +161,31 @@ class Session:
         for pieces in self.ask_all([asked], max_new_tokens=max_new_tokens, sampling=sampling):
             yield pieces[0]
 
-    def ask_all(self, asked: Sequence[Asked], *, max_new_tokens: int, sampling: Sampling) -> Iterator[dict[int, Piece]]:
+    def ask_all(
+        self,
+        asked: Sequence[Asked],
+        *,
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        dropped: Callable[[], Collection[int]] = frozenset,
+    ) -> Iterator[dict[int, Piece]]:
         """Answer several conversations at once, on rank 0, while the others :meth:`follow`.
 
         Raises:
             ValueError: as :meth:`answers`.
         """
         self._call("ask")
-        yield from self.answers(asked, max_new_tokens=max_new_tokens, sampling=sampling)
+        yield from self.answers(asked, max_new_tokens=max_new_tokens, sampling=sampling, dropped=dropped)
+
+    def keep_waiting(self) -> None:
+        """On rank 0 with nothing to ask: begin anew the time after which the other ranks' waiting is an error."""
+        self._call("wait")
 
     def follow(self) -> None:
         """Take part in rank 0's answers, on the other ranks, until it leaves."""
-        while self._call(None) == "ask":
+        while (command := self._call(None)) != "leave":
+            if command == "wait":
+                continue
             try:
                 for _ in self.answers(None, max_new_tokens=1, sampling=Sampling()):
                     pass
@@ -204,6 +231,24 @@ class Session:
         if decoded.failed:
             raise ValueError(f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}")
         prompt.images = decoded.pixels
+
+
+def _shared(dropped: Callable[[], Collection[int]], count: int) -> Callable[[], Collection[int]]:
+    """Return ``dropped`` of rank 0 as all ranks see it; asked every few tokens only where that is a broadcast."""
+    if dist.get_world_size() == 1:
+        return dropped
+    calls = itertools.count(1)
+
+    def agreed_on() -> Collection[int]:
+        if next(calls) % _ASK_EVERY:
+            return ()
+        flags = torch.zeros(count, dtype=torch.uint8, device=local_device())
+        if dist.get_rank() == 0:
+            flags[list(dropped())] = 1
+        dist.broadcast(flags, 0)
+        return set(flags.nonzero()[:, 0].tolist())
+
+    return agreed_on
 
 
 @contextlib.contextmanager

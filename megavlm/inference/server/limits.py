@@ -1,0 +1,49 @@
+"""How much a client may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megavlm.data.images import MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take.
+
+    Raises:
+        ValueError: a limit is below 1.
+    """
+
+    batch: int = 8
+    """Requests that are answered together."""
+    queue: int = 32
+    """Requests that may wait beside them."""
+    body_mib: int = 20
+    """Size of a request, MiB; also of a remote image."""
+    images: int = 16
+    """Pictures of one request."""
+    pixels: int = MAX_PIXELS
+    """Pixels of one picture."""
+    seconds: int = 30
+    """In which a request must have arrived, and a remote image."""
+    new_tokens: int = 512
+    """Longest answer where the request names no limit."""
+
+    def __post_init__(self) -> None:
+        """Check them."""
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.pixels > MAX_PIXELS:
+            raise ValueError(f"--pixels must be at most {MAX_PIXELS}, which the decoder takes, not {self.pixels}")
+
+    @property
+    def slots(self) -> int:
+        """Requests that the server holds at once."""
+        return self.batch + self.queue
+
+    @property
+    def bytes(self) -> int:
+        """Largest request in bytes."""
+        return self.body_mib << 20

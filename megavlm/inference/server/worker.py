@@ -1,0 +1,210 @@
+"""Between HTTP and the model: requests wait in a bounded queue, and the model answers those that wait together.
+
+The model stays on the process's main thread, where its process groups, its device and ``no_grad`` are set; HTTP runs
+on a thread of its own. A request holds one of a fixed number of slots from its first byte to its last, so that
+what waits, also bodies that are still being read, has a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from megavlm.inference.sampling import Sampling
+from megavlm.inference.server.errors import ApiError, bad_request
+from megavlm.inference.server.stops import StopScanner
+from megavlm.inference.session import Asked, Piece, Session
+from megavlm.parallel.state import is_lost_peer
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 15.0
+"""Time that running answers have when the server is told to stop; torchrun kills after 30 s."""
+_IDLE_S = 20.0
+"""After this time without a question, the other ranks are told to go on waiting."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request that waits for its answer; made on the HTTP thread, inside its event loop."""
+
+    asked: Asked
+    prompt_tokens: int
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    gone: bool = False
+    """Whether nobody waits for it any more."""
+    begun: bool = False
+    """Whether anything has been sent."""
+    ended: bool = False
+    """Whether its last piece has been sent."""
+    pieces: asyncio.Queue[Piece | ApiError] = field(default_factory=asyncio.Queue)
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    def send(self, item: Piece | ApiError) -> None:
+        """Hand something to the HTTP thread."""
+        self.begun = True
+        self.ended = self.ended or isinstance(item, ApiError) or item.finish is not None
+        try:
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+        except RuntimeError:  # the loop is closed
+            self.gone = True
+
+
+class Worker:
+    """Answers jobs.
+
+    Args:
+        model: what answers; this is rank 0, inside its ``leading()``.
+        batch: most requests that are answered together.
+        slots: most requests that are held at once.
+    """
+
+    def __init__(self, model: Session, batch: int, slots: int) -> None:
+        self.model, self.batch, self.slots = model, batch, slots
+        self.held = 0
+        """Slots in use; changed on the HTTP thread alone."""
+        self.answered = 0
+        self.stopping = False
+        self._deadline = float("inf")
+        self._seconds = 1.0
+        # put() of a SimpleQueue may be called from a signal handler.
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+
+    # On the HTTP thread.
+
+    def take_slot(self) -> None:
+        """Take a slot; :meth:`free_slot` gives it back.
+
+        Raises:
+            ApiError: 503, as the server is full or stops.
+        """
+        if self.stopping:
+            raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
+        if self.held >= self.slots:
+            wait = max(1, round(self._seconds * self.slots / self.batch))
+            raise ApiError(503, f"the server is full: {self.held} requests wait", code="queue_full", retry_after=wait)
+        self.held += 1
+
+    def free_slot(self) -> None:
+        """Give a slot back."""
+        self.held -= 1
+
+    async def answer(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """Queue a job and yield its pieces; closing the iterator drops the job.
+
+        Raises:
+            ApiError: the job cannot be answered.
+        """
+        self._jobs.put(job)
+        try:
+            while True:
+                item = await job.pieces.get()
+                if isinstance(item, ApiError):
+                    raise item
+                yield item
+                if item.finish is not None:
+                    return
+        finally:
+            job.gone = True
+
+    # On the main thread.
+
+    def stop(self) -> None:
+        """Take no more requests, and let :meth:`run` end when those that are held are answered; for signal handlers."""
+        self._deadline = min(self._deadline, time.monotonic() + DRAIN_S)
+        self.stopping = True
+        self._jobs.put(None)
+
+    def run(self) -> None:
+        """Answer until :meth:`stop`.
+
+        Raises:
+            Exception: the model cannot go on; those who wait have been told.
+        """
+        while True:
+            batch = self._next()
+            if time.monotonic() > self._deadline:
+                for job in batch:
+                    job.send(_cut_short())
+            elif batch:
+                self._serve(batch)
+                continue
+            if self.stopping and (self.held == 0 or time.monotonic() > self._deadline + 1):
+                return
+            if not self.stopping:
+                self.model.keep_waiting()
+
+    def _next(self) -> list[Job]:
+        """Return the jobs that wait, at most a batch; none after some time without any."""
+        batch: list[Job] = []
+        try:
+            job = self._jobs.get(timeout=0.1 if self.stopping else _IDLE_S)
+            while True:
+                if job is not None and not job.gone:
+                    batch.append(job)
+                if len(batch) == self.batch:
+                    return batch
+                job = self._jobs.get_nowait()
+        except queue.Empty:
+            return batch
+
+    def _serve(self, batch: list[Job]) -> None:
+        began = time.monotonic()
+        try:
+            self._answer(batch)
+        except Exception as error:
+            if isinstance(error, ValueError) and not any(job.begun for job in batch):
+                if len(batch) == 1:
+                    batch[0].send(bad_request(str(error)))
+                    return
+                for job in batch:  # one of them is to blame, and the others are not
+                    self._serve([job])
+                return
+            for job in batch:
+                if not job.ended:
+                    job.send(ApiError(500, "the model failed; the server's log says why", code="model_failed"))
+            # Several ranks may not be at the same place any more.
+            if is_lost_peer(error) or dist.get_world_size() > 1:
+                raise
+            logger.exception("a batch of %d requests failed", len(batch))
+        self.answered += len(batch)
+        self._seconds = time.monotonic() - began
+
+    def _answer(self, batch: list[Job]) -> None:
+        """Answer jobs together.
+
+        Raises:
+            ValueError: one of them cannot be answered, and nothing has been sent.
+        """
+        scanners = [StopScanner(job.stop) for job in batch]
+
+        def dropped() -> list[int]:
+            late = time.monotonic() > self._deadline
+            return [i for i, job in enumerate(batch) if late or job.gone or job.ended]
+
+        for pieces in self.model.ask_all(
+            [job.asked for job in batch],
+            max_new_tokens=[job.max_new_tokens for job in batch],
+            sampling=[job.sampling for job in batch],
+            dropped=dropped,
+        ):
+            for i, piece in pieces.items():
+                if batch[i].ended or batch[i].gone:
+                    continue
+                text = scanners[i].feed(piece.text, last=piece.finish is not None)
+                batch[i].send(Piece(text, piece.tokens, "stop" if scanners[i].hit else piece.finish))
+        for job in batch:
+            if not job.ended:
+                job.send(_cut_short())
+
+
+def _cut_short() -> ApiError:
+    return ApiError(503, "the server stopped before the answer's end", code="stopping", retry_after=10)
