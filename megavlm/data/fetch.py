@@ -97,7 +97,8 @@ def _connect(parts: SplitResult, port: int, deadline: float) -> http.client.HTTP
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
         if not is_public(address):
-            raise FetchError(f"{parts.geturl()}: {host} is {address}, which is no public address")
+            # Not which: a server's answer would tell strangers what names mean inside.
+            raise FetchError(f"{parts.geturl()}: {host} has an address that is not public")
     raw = socket.create_connection((addresses[0], port), timeout=_left(deadline))
     connection = http.client.HTTPConnection(host, port)
     try:
@@ -118,7 +119,8 @@ def is_public(address: str) -> bool:
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         ip = inner or ip
-    return ip.is_global and not ip.is_multicast
+    site_local = isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or site_local)
 
 
 def _shut(sock: socket.socket) -> None:

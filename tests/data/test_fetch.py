@@ -69,7 +69,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     [("8.8.8.8", True), ("2606:4700::1111", True), ("64:ff9b::808:808", True), ("127.0.0.1", False), ("::1", False),
      ("10.1.2.3", False), ("192.168.0.1", False), ("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False),
      ("::ffff:10.0.0.1", False), ("64:ff9b::a00:1", False), ("2002:7f00:1::", False), ("fe80::1%eth0", False),
-     ("fc00::1", False), ("224.0.0.1", False)],
+     ("fc00::1", False), ("224.0.0.1", False), ("fec0::1", False),
+     ("255.255.255.255", False), ("::", False)],
 )  # fmt: skip
 def test_what_is_public(address: str, public: bool) -> None:
     assert fetch.is_public(address) is public
@@ -79,7 +80,7 @@ def test_a_local_server_is_not_asked() -> None:
     asked = []
     with ThreadingHTTPServer(("127.0.0.1", 0), lambda *_: asked.append(1)) as running:
         for host in ("127.0.0.1", "localhost"):
-            with pytest.raises(FetchError, match="which is no public address"):
+            with pytest.raises(FetchError, match="has an address that is not public"):
                 fetch.fetch(f"http://{host}:{running.server_address[1]}/a.jpg")
     assert not asked
 
@@ -93,7 +94,7 @@ def test_pictures_and_redirects(server: str) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("/inside", "127.0.0.2, which is no public address"),
+        ("/inside", "127.0.0.2 has an address that is not public"),
         ("/file", "only http and https"),
         ("/round", "more than 3 redirects"),
         ("/absent", "answered 404"),

@@ -6,10 +6,10 @@ import asyncio
 import base64
 import binascii
 
+from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.images import ImageError, decode_with_pil, read_header
 from megavlm.inference.server.errors import bad_request
 from megavlm.inference.server.limits import Limits
-from megavlm.inference.server.remote import RemoteError, fetch
 
 _DATA = "data:"
 
@@ -38,8 +38,8 @@ async def load_image(url: str, number: int, param: str, limits: Limits, allow_re
         )
     else:
         try:
-            data = await asyncio.to_thread(fetch, url, limit=limits.bytes, seconds=limits.seconds)
-        except RemoteError as error:
+            data = await asyncio.to_thread(fetch, url, max_bytes=limits.bytes, timeout=limits.seconds)
+        except FetchError as error:
             raise bad_request(f"image {number} was not fetched: {error}", param, "remote_image_failed") from None
     await asyncio.to_thread(check_image, data, number, param, limits)
     return data
