@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import queue
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
-from megavlm.inference.turns import read_image, user_turn
+from megavlm.inference.turns import read_image, user_turn, without_control_tokens
 from megavlm.parallel.device import prepare_device
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ class Chat:
             answer += piece.text
             self.say(piece.text)
         self.say("\n")
-        self.turns = [*turns, Turn("assistant", answer.strip() or " ")]
+        self.turns = [*turns, Turn("assistant", without_control_tokens(answer) or " ")]
         self.images = images
         self.waiting.clear()
         self._draw(answer)
@@ -154,18 +156,35 @@ def run(args: argparse.Namespace) -> int:
             chat = Chat(model, sampling, args.max_new_tokens, args.out, args.system, say)
             chat.waiting += images
             say(HELP + "\n")
-            for line in _lines(say):
+            for line in _lines(say, model):
                 if not chat.take(line):
                     break
     return 0
 
 
-def _lines(say: Callable[[str], object]) -> Iterator[str]:
-    """Yield what is typed, until the input ends."""
+def _lines(say: Callable[[str], object], model: Session) -> Iterator[str]:
+    """Yield what is typed, until the input ends; the other ranks are kept waiting meanwhile."""
+    typed: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        while line := sys.stdin.readline():
+            typed.put(line)
+        typed.put("")
+
+    threading.Thread(target=read, name="megavlm-stdin", daemon=True).start()
     while True:
         if sys.stdin.isatty():
             say("> ")
-        line = sys.stdin.readline()
+        while (line := _next(typed, model.idle_seconds)) is None:
+            model.keep_waiting()
         if not line:
             return
         yield line
+
+
+def _next(typed: queue.SimpleQueue[str], seconds: float) -> str | None:
+    """Return the next line, or None where none comes in time."""
+    try:
+        return typed.get(timeout=seconds)
+    except queue.Empty:
+        return None

@@ -84,6 +84,8 @@ class Session:
         self._decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
         parallel = recipe.parallel
         self._multiple = max(_STEP, parallel.tensor_model_parallel_size)
+        self.idle_seconds = min(20.0, 20.0 * parallel.distributed_timeout_minutes)
+        """With nothing to ask for so long, call :meth:`keep_waiting`: a third of what the other ranks wait, at most."""
 
     def cut(self, asked: Asked, max_new_tokens: int) -> tuple[Asked, Any]:
         """Return the conversation without the oldest exchanges that do not fit the context, and its [T] tokens.

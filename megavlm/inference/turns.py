@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from megavlm.data.images import ImageError, read_header
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Turn
 
 MARK = "<img>"
 """In typed text: here stands the next picture."""
@@ -51,3 +52,8 @@ def read_image(path: Path) -> bytes:
     except ImageError as error:
         raise ValueError(f"{path}: no picture that can be read: {error}") from None
     return data
+
+
+def without_control_tokens(answer: str) -> str:
+    """Return an answer as a later prompt may hold it: a poor model may write control tokens as text."""
+    return re.sub("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>"))), "", answer).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from megavlm.inference.chat import Chat
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session
-from megavlm.inference.turns import user_turn
+from megavlm.inference.turns import user_turn, without_control_tokens
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,15 @@ def picture(run_data: RunData) -> Path:
     return next(path for path in sorted(run_data.images.rglob("*")) if path.suffix in (".png", ".jpg"))
 
 
-def said(*words: str | Path, ranks: int = 1, typed: str = "") -> str:
-    """Run ``megavlm`` and return what it wrote to stdout."""
+def said(*words: str | Path, ranks: int = 1, typed: str = "", after: float = 0.0) -> str:
+    """Run ``megavlm`` and return what it wrote to stdout; it is typed ``after`` so many seconds of silence."""
     command = [sys.executable, "-m", "megavlm", *map(str, words)]
     if ranks > 1:
         start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
         command = [sys.executable, *start, "--rdzv-endpoint=localhost:0", *command[1:]]
+    if after:
+        shell = f"(sleep {after}; printf %s {shlex.quote(typed)}) | {shlex.join(command)}"
+        command, typed = ["sh", "-c", shell], ""
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=170, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -64,6 +68,17 @@ def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, 
     text = said(*words, ranks=2, typed=typed)
     assert "1 picture(s) wait" in text and "no.png: no such file" in text
     assert "the prompt has 1 <img>, and 0 picture(s) are given" in text
+
+
+def test_silence_is_no_hang(trained: Path, tmp_path: Path) -> None:
+    """The other rank waits in a collective for longer than that may last; the start itself takes some seconds."""
+    layout = ("parallel.tensor_model_parallel_size=2", "parallel.distributed_timeout_minutes=0.1")
+    words = ("chat", trained, *layout, "--max-new-tokens=4", "--out", tmp_path)
+    assert "Type a question" in said(*words, ranks=2, typed="Hello\n", after=25.0)
+
+
+def test_what_a_later_prompt_would_refuse_is_left_out_of_the_history() -> None:
+    assert without_control_tokens(" a<|im_end|>b <img>c</img> ") == "ab c"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megavlm.data.images import decode_with_pil
-from megavlm.data.schema import CONTROL_TOKENS, Turn
+from megavlm.data.schema import Turn
 from megavlm.inference.boxes import draw_boxes
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.app import Service
@@ -27,7 +27,7 @@ from megavlm.inference.server.errors import ApiError
 from megavlm.inference.server.images import check_image
 from megavlm.inference.server.request import ChatRequest
 from megavlm.inference.session import Asked
-from megavlm.inference.turns import user_turn
+from megavlm.inference.turns import user_turn, without_control_tokens
 
 _SHOWN = 1024
 """Longest side of a picture on the page, in pixels."""
@@ -178,9 +178,7 @@ class _Conversation:
                 raise
         finally:
             service.worker.free_slot()
-        # A model that has learnt little may write control tokens as text; in a later prompt they would be refused.
-        kept = re.sub("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>"))), "", answer).strip()
-        self.turns = [*turns, Turn("assistant", kept or " ")]
+        self.turns = [*turns, Turn("assistant", without_control_tokens(answer) or " ")]
         self.images, self.waiting = list(images), []
         self.entry.value = ""
         self.shelf.clear()

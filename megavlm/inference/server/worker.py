@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S = 15.0
 """Time that running answers have when the server is told to stop; torchrun kills after 30 s."""
-_IDLE_S = 20.0
-"""After this time without a question, the other ranks are told to go on waiting."""
 
 
 @dataclass(eq=False)
@@ -146,7 +144,7 @@ class Worker:
         """Return the jobs that wait, at most a batch; none after some time without any."""
         batch: list[Job] = []
         try:
-            job = self._jobs.get(timeout=0.1 if self.stopping else _IDLE_S)
+            job = self._jobs.get(timeout=0.1 if self.stopping else self.model.idle_seconds)
             while True:
                 if job is not None and not job.gone:
                     batch.append(job)
