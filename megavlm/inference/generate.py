@@ -23,6 +23,7 @@ from torch import Tensor
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
 from megavlm.inference.cache import KeyValueCache, Turn, caching
+from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling, choose
@@ -184,7 +185,7 @@ class _Run:
 
     def turns(self, stop_ids: frozenset[int], dropped: Callable[[], Collection[int]]) -> Iterator[dict[int, int]]:
         """Read the prompts, then add token by token; yields the new token of each unfinished answer."""
-        groups = _group([len(prompt) for prompt in self.prompts], self.pack_length)
+        groups = first_fit([len(prompt) for prompt in self.prompts], self.pack_length)
         active = [i for group in groups for i in group]  # in the order of the cache's rows
         features = [_features(self.bare, prompt) for prompt in self.prompts] if is_first_stage() else []
         row, requests = 0, []
@@ -322,38 +323,6 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     return torch.cat([part for part in encoded if part is not None], dim=1)
 
 
-def _group(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of prompts that share a pack: longest first, each into the first pack with room."""
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((g for g, left in enumerate(room) if left >= lengths[i]), None)
-        if place is None:
-            groups.append([])
-            room.append(capacity)
-            place = len(groups) - 1
-        groups[place].append(i)
-        room[place] -= lengths[i]
-    return groups
-
-
 def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> MicroBatch:
     """Return prompts, with their answers so far, as the segments of one pack."""
-    lengths = [len(prompt) for prompt in prompts]
-    sources = [0] * len(prompts)
-    padding = pack_length - sum(lengths)
-    if padding:
-        lengths, sources = [*lengths, padding], [*sources, -1]
-    tokens = np.zeros(pack_length, np.int64)
-    if prompts:
-        tokens[: pack_length - padding] = np.concatenate([[*prompt.tokens, *prompt.answer] for prompt in prompts])
-    pack = Pack(
-        tokens=tokens,
-        labels=np.full(pack_length, IGNORE_INDEX, np.int64),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
-        segment_sources=np.array(sources, np.int32),
-        images=[],
-        sample_keys=[],
-    )
-    return micro_batch(pack, None, local_device())
+    return pack_segments([[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts], pack_length)

@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.feed import MicroBatch
+from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import unwrap
 from megavlm.parallel.device import local_device
@@ -72,7 +72,7 @@ def option_losses(
     longest = max((len(one.tokens) for one in segments), default=0)
     if longest > pack_length:
         raise ValueError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
-    packs = _group([len(one.tokens) for one in segments], pack_length)
+    packs = first_fit([len(one.tokens) for one in segments], pack_length)
     order = [want for group in packs for i in group for want in segments[i].wanted]
     config = unwrap(chunks[0]).config
     if config.virtual_pipeline_model_parallel_size:  # the interleaved schedule wants a multiple of the stages
@@ -105,20 +105,6 @@ def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int
     return segments
 
 
-def _group(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices that share a pack: longest first, each into the first pack with room."""
-    groups: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((g for g, left in enumerate(room) if left >= lengths[i]), len(groups))
-        if place == len(groups):
-            groups.append([])
-            room.append(capacity)
-        groups[place].append(i)
-        room[place] -= lengths[i]
-    return groups
-
-
 def _run(
     chunks: Sequence[Any],
     packs: Sequence[Sequence[_Segment]],
@@ -149,30 +135,15 @@ def _run(
 
 
 def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_length: int) -> _Request:
-    lengths = [len(one.tokens) for one in segments]
-    starts = np.cumsum([0, *lengths])
+    starts = np.cumsum([0, *(len(one.tokens) for one in segments)])
     wanted = [
         (int(start) + at, token) for start, one in zip(starts, segments, strict=False) for at, token, _ in one.wanted
     ]
-    sources, padding = [0] * len(segments), pack_length - sum(lengths)
-    if padding:
-        lengths, sources = [*lengths, padding], [*sources, -1]
-    tokens = np.zeros(pack_length, np.int64)
-    tokens[: pack_length - padding] = [token for one in segments for token in one.tokens]
-    pack = Pack(
-        tokens=tokens,
-        labels=np.full(pack_length, IGNORE_INDEX, np.int64),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
-        segment_sources=np.array(sources, np.int32),
-        images=[],
-        sample_keys=[],
-    )
     shown = [prompts[one.prompt].images for one in segments] if is_first_stage() else []
     pixels = [images for images in shown if images is not None and images.size(0)]
     device = local_device()
     return _Request(
-        micro_batch(pack, torch.cat(pixels) if pixels else None, device),
+        pack_segments([one.tokens for one in segments], pack_length, torch.cat(pixels) if pixels else None),
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from launch import torchrun
 
-from megavlm.inference.generate import _group
+from megavlm.inference.packs import first_fit
 
 WORKER = Path(__file__).with_name("generate_worker.py")
 
@@ -57,8 +57,8 @@ def test_layouts_agree(name: str, single: tuple[Path, dict[str, list[list[int]]]
 
 def test_groups_hold_each_prompt_once_and_fit() -> None:
     lengths = [5, 9, 3, 7, 2, 10]
-    groups = _group(lengths, 10)
+    groups = first_fit(lengths, 10)
     assert sorted(i for group in groups for i in group) == list(range(6))
     assert all(sum(lengths[i] for i in group) <= 10 for group in groups)
     assert len(groups) == 4
-    assert _group([], 10) == []
+    assert first_fit([], 10) == []
