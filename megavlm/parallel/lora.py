@@ -114,6 +114,28 @@ class _Frozen:
     nf4: NF4Weight | None
     training: bool
 
+    def __init__(
+        self, *args: Any, config: Any, adapter: Adapter | None = None, quantize: bool = False, **kwargs: Any
+    ) -> None:
+        if quantize:
+            with torch.device("meta"):
+                super().__init__(*args, config=_without_weights(config), **kwargs)  # type: ignore[call-arg]
+            self.config = config
+            _real_bias(self, config)
+        else:
+            super().__init__(*args, config=config, **kwargs)  # type: ignore[call-arg]
+        self.adapter, self.quantize, self.nf4 = adapter, quantize, None
+        if adapter is not None:
+            self._add_adapter(
+                adapter, torch.empty(0, dtype=config.params_dtype, device=_device(self, config, quantize))
+            )
+        if quantize:
+            self._drop_weight()
+
+    def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
+        """Make the adapter's parameters with :meth:`_add`, on the device and in the type of ``like``, and mark them."""
+        raise NotImplementedError
+
     def _add(self, a_shape: tuple[int, int], b_shape: tuple[int, int], like: Tensor) -> None:
         """Make the adapter's parameters: nothing is added until the first step, for B is zero."""
         for name, shape in zip(LORA, (a_shape, b_shape), strict=True):
@@ -161,26 +183,11 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
         quantize: the weight is kept in 4 bits; it comes with :meth:`quantise`.
     """
 
-    def __init__(
-        self, *args: Any, config: Any, adapter: Adapter | None = None, quantize: bool = False, **kwargs: Any
-    ) -> None:
-        if quantize:
-            with torch.device("meta"):
-                super().__init__(*args, config=_without_weights(config), **kwargs)
-            self.config = config
-            _real_bias(self, config)
-        else:
-            super().__init__(*args, config=config, **kwargs)
-        self.adapter, self.quantize, self.nf4 = adapter, quantize, None
-        if adapter is not None:
-            device = _device(self, config, quantize)
-            like = torch.empty(0, dtype=config.params_dtype, device=device)
-            rows = adapter.b_rows(self.output_size_per_partition)
-            self._add((adapter.rank * adapter.count, self.input_size), (rows, adapter.rank), like)
-            self.lora_a.sequence_parallel = self.sequence_parallel
-            _mark_sharded(self.lora_b, 0)
-        if quantize:
-            self._drop_weight()
+    def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
+        rows = adapter.b_rows(self.output_size_per_partition)
+        self._add((adapter.rank * adapter.count, self.input_size), (rows, adapter.rank), like)
+        self.lora_a.sequence_parallel = self.sequence_parallel
+        _mark_sharded(self.lora_b, 0)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
@@ -229,24 +236,10 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
 class FrozenRowParallelLinear(_Frozen, RowParallelLinear):
     """[..., in / TP] to [..., out]; arguments as of :class:`FrozenColumnParallelLinear`."""
 
-    def __init__(
-        self, *args: Any, config: Any, adapter: Adapter | None = None, quantize: bool = False, **kwargs: Any
-    ) -> None:
-        if quantize:
-            with torch.device("meta"):
-                super().__init__(*args, config=_without_weights(config), **kwargs)
-            self.config = config
-            _real_bias(self, config)
-        else:
-            super().__init__(*args, config=config, **kwargs)
-        self.adapter, self.quantize, self.nf4 = adapter, quantize, None
-        if adapter is not None:
-            like = torch.empty(0, dtype=config.params_dtype, device=_device(self, config, quantize))
-            self._add((adapter.rank, self.input_size_per_partition), (self.output_size, adapter.rank), like)
-            _mark_sharded(self.lora_a, 1)
-            self.lora_b.sequence_parallel = self.sequence_parallel
-        if quantize:
-            self._drop_weight()
+    def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
+        self._add((adapter.rank, self.input_size_per_partition), (self.output_size, adapter.rank), like)
+        _mark_sharded(self.lora_a, 1)
+        self.lora_b.sequence_parallel = self.sequence_parallel
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
