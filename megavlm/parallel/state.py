@@ -37,6 +37,7 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     if "RANK" in os.environ:
         store, rank, world_size = fresh_store(timeout)
     dist.init_process_group(backend(), timeout=timeout, store=store, rank=rank, world_size=world_size)
+    _configure_logging()
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -145,7 +146,7 @@ def is_lost_peer(error: BaseException) -> bool:
     return any(sign in text for sign in signs)
 
 
-def configure_logging() -> None:
+def _configure_logging() -> None:
     """Log progress on the first rank of the job, and warnings on the others."""
     level = logging.INFO if is_logging_rank() else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -22,7 +22,7 @@ from megavlm.inference.generate import generate
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_reader, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_reader, process_groups
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,6 @@ def answer_questions(
     """
     run = str(identity["run"])
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         chunks = build_model(recipe, tokenizer.imgpad_id)
         load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
         known: list[Any] = [sorted(done)]
