@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -118,3 +119,15 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
                 f"{NF4_BLOCK} x {NF4_GROUP} values at parallel.tensor_model_parallel_size {tp}; lower that, or set "
                 "this to null"
             )
+
+
+def check_quantiser(quantize: str | None) -> None:
+    """Check that what ``lora.quantize`` needs is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null"
+        )

@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.engine import for_inference
 from megavlm.config.load import load_recipe
+from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.inference.sampling import Sampling
@@ -87,9 +89,11 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the recipe does not fit this job, or there is no tokenizer.
+        ValueError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
     """
     path = resolve(checkpoint)
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_quantiser(recipe.lora.quantize)
+    base_for(path, recipe.checkpoint.load)
     return with_tokenizer(recipe, path), path
