@@ -90,6 +90,8 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
         yield f"checkpoint.load: {_KEY}rank needs the weights that the adapters are for; name their checkpoint"
     if recipe.engine.fp8 is not None:
         yield f"engine.fp8: layers with adapters compute in training.precision; set it to null, or {_KEY}rank"
+    if recipe.engine.cuda_graph_impl != "none":
+        yield f"engine.cuda_graph_impl: not with adapters; set it to none, or {_KEY}rank to null"
     if recipe.engine.tp_comm_overlap:
         yield f"engine.tp_comm_overlap: not with adapters; set it to false, or {_KEY}rank to null"
     if lora.quantize is not None:
