@@ -7,6 +7,7 @@ the same numbers. The dimension that is cut comes first, so shares are whole gro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
+
+# On some CPUs it warns, when it is imported, that it lacks a kernel for products that are not made here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 
 @dataclass

@@ -11,10 +11,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from launch import torchrun
 from run_data import RunData
 from serving import serving
 
+from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.cli import main
 
@@ -38,9 +40,13 @@ def train(data: RunData, output: Path, *overrides: str, ranks: int = 1) -> str:
     return torchrun("megavlm", *data.words(output, *overrides), ranks=ranks, module=True)
 
 
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(output: Path) -> dict[int, float]:
     found: dict[int, float] = {}
-    for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+    for line in lines(output):
         if "loss" in line:
             assert found.get(line["step"], line["loss"]) == line["loss"]  # a step that ran twice is the same
             found[line["step"]] = line["loss"]
@@ -71,6 +77,24 @@ def test_resume_is_exact(run_data: RunData, base: Path, adapted: Path, tmp_path:
     finally:
         moved.rename(base)
     assert "at step 2" in text and sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+def test_bf16_resumes_exactly(quantize: str, run_data: RunData, base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = run_data.words(
+        run, *LORA, f"checkpoint.load={base}", "training.precision=bf16", f"lora.quantize={quantize}"
+    )
+    assert main(words) == 0
+    state = CheckpointReader(run / "checkpoints" / "step-00000004").tensors()
+    shutil.move(run / "checkpoints" / "step-00000004", tmp_path / "uninterrupted")
+    assert main(words) == 0
+    assert sorted(losses(run)) == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 3, 4]
+    left, right = (CheckpointReader(path) for path in (tmp_path / "uninterrupted", run / "checkpoints/step-00000004"))
+    for key, entry in state.items():
+        slot = Slot(key, tuple(entry.size))
+        assert torch.equal(left.read(slot), right.read(slot)), key
 
 
 def test_a_checkpoint_holds_what_learns(base: Path, adapted: Path) -> None:
