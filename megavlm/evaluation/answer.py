@@ -48,7 +48,7 @@ def answer(
     """
     with process_groups(recipe.parallel, recipe.training.seed):
         chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
+        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         mine = list(range(rank, len(prompts), size))
         answers: dict[int, str] = {}

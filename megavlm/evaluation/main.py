@@ -25,6 +25,10 @@ _RECORD_TOKENS = 48
 PREDICTIONS, SCORES, PANEL = "predictions.jsonl", "scores.json", "panel.png"
 
 
+INTERMIXED = True
+"""Overrides may stand after options."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("checkpoint", type=Path, help="a step-... directory, or a run's output_dir for its newest one")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 HELP = """Type a question. /image PATH shows a picture with the next one, /clear begins anew, /help, /quit."""
 
 
+INTERMIXED = True
+"""Overrides may stand after options."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.engine import for_inference
 from megavlm.config.load import load_recipe
+from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.inference.sampling import Sampling
@@ -98,7 +100,7 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the recipe does not fit this job, or there is no tokenizer.
+        ValueError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
     """
     path = resolve(checkpoint)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -107,4 +109,6 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
     check_recipe(recipe, world_size)
+    check_quantiser(recipe.lora.quantize)
+    base_for(path, recipe.checkpoint.load)
     return with_tokenizer(recipe, path), path

@@ -28,7 +28,7 @@ from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer, process_groups
+from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_lost_peer, process_groups
 
 _BROKEN = "\ufffd"
 _ASK_EVERY = 8
@@ -268,6 +268,7 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
     """
     longest = recipe.model.language.max_position_embeddings
     with process_groups(recipe.parallel, recipe.training.seed):
+        configure_logging()
         ranks, parallel = dist.get_world_size(), recipe.parallel
         needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         if ranks != needed:
@@ -276,5 +277,5 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
                 f"{needed}, or set parallel.tensor_model_parallel_size"
             )
         chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
+        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         yield Session(recipe, tokenizer, chunks, context or longest)

@@ -181,7 +181,7 @@ def _with_adapters(
 ) -> Iterator[Parameter]:
     """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
     table = padded_vocabulary(language, tp) // tp * language.hidden_size
-    linears = _linear_elements(language, tp)
+    linears = linear_elements(language, tp)
     for elements in layer_shapes(language, tp) * layers:
         yield Parameter("language", elements, False, lora.quantize is not None and elements in linears)
     for elements in adapter_shapes(language, lora, tp) * layers:
@@ -194,7 +194,7 @@ def _with_adapters(
             yield Parameter("language", table, lora.train_head)
 
 
-def _linear_elements(language: LanguageConfig, tensor: int) -> set[int]:
+def linear_elements(language: LanguageConfig, tensor: int) -> set[int]:
     """Return the sizes of a layer's four linear weights; norms and biases are smaller."""
     return set(sorted(layer_shapes(language, tensor))[-4:])
 

@@ -28,8 +28,8 @@ def run(recipe: Recipe) -> int:
     check_output(recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
+    from megavlm.config.lora import check_quantiser  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
-    from megavlm.parallel.nf4 import check_quantiser  # noqa: PLC0415
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415

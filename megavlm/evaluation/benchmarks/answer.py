@@ -60,7 +60,7 @@ def answer_questions(
     run = str(identity["run"])
     with process_groups(recipe.parallel, recipe.training.seed):
         chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
+        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         known: list[Any] = [sorted(done)]
         dist.broadcast_object_list(known, src=0)
         before = set(known[0])

@@ -30,6 +30,10 @@ _HELP = {
 }
 
 
+INTERMIXED = True
+"""Overrides may stand after options."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.description = (
