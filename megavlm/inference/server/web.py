@@ -156,9 +156,9 @@ class _Conversation:
         asked, _ = service.model.cut(Asked(turns, images), most)
         sampling = Sampling(self.temperature.value, top_p=service.defaults.top_p, seed=secrets.randbits(62))
         request = ChatRequest(asked.turns, (), sampling, most, (), True, False)
-        service.worker.take_slot()
+        service.worker.take_slots(1)
         try:
-            job = service.job(asked, request)
+            jobs = service.jobs(asked, request)
             with self.talk:
                 with ui.chat_message(name="You", sent=True) as question:
                     for data in shown:
@@ -168,8 +168,8 @@ class _Conversation:
                     label = ui.label("...").classes("whitespace-pre-wrap")
             answer = ""
             try:
-                async with contextlib.aclosing(service.worker.answer(job)) as pieces:
-                    async for piece in pieces:
+                async with contextlib.aclosing(service.worker.answer(jobs)) as pieces:
+                    async for _, piece in pieces:
                         answer += piece.text
                         label.text = _plain(answer)
             except ApiError:
@@ -177,7 +177,7 @@ class _Conversation:
                 reply.delete()
                 raise
         finally:
-            service.worker.free_slot()
+            service.worker.free_slots(1)
         self.turns = [*turns, Turn("assistant", without_control_tokens(answer) or " ")]
         self.images, self.waiting = list(images), []
         self.entry.value = ""

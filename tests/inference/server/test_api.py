@@ -149,7 +149,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"max_tokens": True}, "max_tokens", "a whole number"),
         ({"max_tokens": 9999}, "max_tokens", "the context has 2048 tokens"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages", "the context has 2048 tokens"),
-        ({"n": 2}, "n", "does not support it"),
+        ({"n": 5}, "n", "from 1 to 4"),
         ({"tools": [{"type": "function"}]}, "tools", "does not support it"),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
         ({"logprobs": True}, "logprobs", "does not support it"),
@@ -206,7 +206,7 @@ def test_a_full_server_says_so_and_recovers(served: Served) -> None:
             begun.append(one)
         wait_until(lambda: health(served)["requests"] == 8)
         status, said, headers = post(served, body)
-        assert status == 503 and said["error"]["code"] == "queue_full" and int(headers["retry-after"]) >= 1
+        assert status == 429 and said["error"]["code"] == "queue_full" and int(headers["retry-after"]) >= 1
     finally:
         for one in begun:
             one.close()
