@@ -76,7 +76,13 @@ def make_app(service: Service) -> FastAPI:
 
     async def health(_: Request) -> Response:
         worker = service.worker
-        body = {"status": worker.state, "requests": worker.held, "slots": worker.slots, "answered": worker.answered}
+        body = {
+            "status": worker.state,
+            "requests": worker.held,
+            "slots": worker.slots,
+            "answered": worker.answered,
+            "tokens": worker.tokens,
+        }
         return JSONResponse(body, 503 if worker.stopping else 200)
 
     async def models(_: Request) -> Response:

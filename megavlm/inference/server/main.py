@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INTERMIXED = True
+"""Overrides may stand between the options."""
+
 _HELP = {
     "batch": "requests answered together",
     "queue": "requests that may wait beside them; more get 429",

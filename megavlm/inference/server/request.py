@@ -94,7 +94,7 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
             raise bad_request(f"{key}: there is no such parameter", key, "unknown_parameter")
     asked = _typed(body, "model", str, required=True)
     if asked != model:
-        raise ApiError(404, f"the model {asked!r} does not exist; this one does: {model}", param="model",
+        raise ApiError(404, f"the model {asked[:100]!r} does not exist; this one does: {model}", param="model",
                        code="model_not_found")  # fmt: skip
     turns, images = _messages(body, limits)
     stream = bool(_typed(body, "stream", bool))

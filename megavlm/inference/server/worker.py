@@ -73,6 +73,8 @@ class Worker:
         self.held = 0
         """Slots in use; changed on the HTTP thread alone."""
         self.answered = 0
+        self.tokens = 0
+        """Of answers, so far."""
         self.stopping = False
         self._deadline = float("inf")
         self._seconds = 1.0
@@ -213,6 +215,7 @@ class Worker:
             sampling=[job.sampling for job in batch],
             dropped=dropped,
         ):
+            self.tokens += len(pieces)
             for i, piece in pieces.items():
                 if batch[i].ended or batch[i].gone:
                     continue

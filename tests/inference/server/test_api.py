@@ -50,6 +50,11 @@ def post(served: Served, body: bytes, **headers: str) -> tuple[int, dict[str, An
     return response.status, json.loads(response.read()), dict(response.getheaders())
 
 
+def post_json(served: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """POST a request."""
+    return post(served, json.dumps(body).encode())
+
+
 def health(served: Served) -> dict[str, Any]:
     connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
     connection.request("GET", "/health")
