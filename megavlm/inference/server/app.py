@@ -104,10 +104,20 @@ def make_app(service: Service) -> FastAPI:
     app.add_route("/v1/models", models, ["GET"])
     app.add_route("/v1/models/{name:path}", model, ["GET"])
     app.add_route("/v1/chat/completions", completions, ["POST"])
+    app.add_route("/v1/{rest:path}", _absent, ["GET", "POST", "PUT", "PATCH", "DELETE"])  # before the page's own 404
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _bug)
     return app
+
+
+async def _absent(request: Request) -> Response:
+    known = request.url.path in ("/v1/chat/completions", "/v1/models")
+    raise ApiError(
+        405 if known else 404,
+        f"{request.method} {request.url.path[:100]}: this server has POST /v1/chat/completions and GET /v1/models",
+        code="unknown_url",
+    )
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
