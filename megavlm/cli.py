@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -175,7 +176,9 @@ def _delegate(command: str, words: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
     # What the libraries have to say stays quiet unless it is a warning.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megavlm").setLevel(logging.INFO)
+    first = int(os.environ.get("RANK", "0")) == 0  # of a job, the others have the same to say
+    logging.getLogger("megavlm").setLevel(logging.INFO if first else logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     run: Callable[..., int] = module.run
     return run(args)
 

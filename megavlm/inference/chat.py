@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
+INTERMIXED = True
+"""Overrides may stand between the options."""
+
 HELP = """Type a question. /image PATH shows a picture with the next one, /clear begins anew, /help, /quit."""
 
 

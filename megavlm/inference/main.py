@@ -11,6 +11,9 @@ from megavlm.inference.checkpoint import add_model_arguments, add_sampling_argum
 from megavlm.inference.turns import read_image, user_turn
 from megavlm.parallel.device import prepare_device
 
+INTERMIXED = True
+"""Overrides may stand between the options."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

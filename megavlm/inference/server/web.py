@@ -67,16 +67,31 @@ class _UploadLimit:
         if not length.isdigit() or int(length) > self.limit:
             await _refuse(send, 413 if length.isdigit() else 411)
             return
-        deadline = asyncio.get_running_loop().time() + self.seconds
+        deadline: float | None = asyncio.get_running_loop().time() + self.seconds
+        late = False
 
         async def receive_in_time() -> Message:
-            async with asyncio.timeout_at(deadline):
-                return await receive()
+            nonlocal deadline, late
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                deadline, late = None, True
+                await _refuse(send, 408)
+                return {"type": "http.disconnect"}
+            if not message.get("more_body"):
+                deadline = None
+            return message
+
+        async def send_unless_late(message: Message) -> None:
+            if not late:
+                await send(message)
 
         try:
-            await self.app(scope, receive_in_time, send)
-        except TimeoutError:
-            await _refuse(send, 408)
+            await self.app(scope, receive_in_time, send_unless_late)
+        except Exception:
+            if not late:
+                raise
 
 
 async def _refuse(send: Send, status: int) -> None:

@@ -55,7 +55,7 @@ def started(
         hooks: the environment of ``hooked.py``, which is then started in the place of ``megavlm``.
     """
     program = ["-m", "megavlm"] if hooks is None else [str(Path(__file__).with_name("hooked.py"))]
-    command = [sys.executable, *program, "serve", str(checkpoint), *words, "--port=0", "--name=tiny"]
+    command = [sys.executable, *program, "serve", str(checkpoint), "--port=0", "--name=tiny", *words]
     if ranks > 1:
         start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
         command = [sys.executable, *start, "--rdzv-endpoint=localhost:0", *command[1:]]

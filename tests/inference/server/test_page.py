@@ -7,8 +7,10 @@ import contextlib
 import io
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -154,6 +156,17 @@ def test_an_answer_is_stopped_and_a_closed_page_asks_no_further(hooked_page: Pag
     page.locator(".q-message-received").nth(1).wait_for()
     page.close()
     wait_until(lambda: health(hooked)["requests"] == 0)
+
+
+def test_uploads_have_bounds_too(hooked_page: Page, hooked: Served) -> None:
+    with hooked_page.expect_request("**/upload/**") as request:
+        upload(hooked_page, scene=hooked.picture.read_bytes())
+    for length, wanted in ((2 << 20, 413), (500, 408)):
+        parts = urlsplit(request.value.url)
+        with socket.create_connection((parts.hostname, parts.port), 10) as one:
+            head = f"POST {parts.path} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n"
+            one.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
+            assert f" {wanted} ".encode() in one.recv(65536)
 
 
 def _image(url: str) -> Image.Image:

@@ -53,3 +53,4 @@ def test_a_process_that_dies_ends_the_server_with_a_line(killed: int, learnt: Le
         said = log.read_text()
         assert said.count("another process of this job is gone, and with it a part of the model: the server ends") == 1
         assert "[rank" not in said  # no traceback of a rank
+        assert said.count(" loaded ") == 1
