@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -152,6 +153,7 @@ def _train(words: Sequence[str]) -> int:
     check_recipe(recipe, _world_size(1))
     check_paths(recipe)
     recipe = _find_tokenizer(recipe)
+    _configure_logging()
     run: Callable[..., int] = importlib.import_module("megavlm.training.main").run
     return run(recipe)
 
@@ -173,11 +175,18 @@ def _delegate(command: str, words: Sequence[str]) -> int:
     module.add_arguments(parser)
     intermixed = getattr(module, "INTERMIXED", False)
     args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
-    # What the libraries have to say stays quiet unless it is a warning.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megavlm").setLevel(logging.INFO)
+    _configure_logging()
     run: Callable[..., int] = module.run
     return run(args)
+
+
+def _configure_logging() -> None:
+    """Log progress on the first rank of a job, and warnings on the others and of the libraries."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megavlm").setLevel(level)
+    # Megatron-Core calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _world_size(default: int | None) -> int | None:

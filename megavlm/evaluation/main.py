@@ -26,7 +26,7 @@ PREDICTIONS, SCORES, PANEL = "predictions.jsonl", "scores.json", "panel.png"
 
 
 INTERMIXED = True
-"""Overrides may stand after options."""
+"""Overrides may stand between the options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

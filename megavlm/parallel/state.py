@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -37,7 +36,6 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     if "RANK" in os.environ:
         store, rank, world_size = fresh_store(timeout)
     dist.init_process_group(backend(), timeout=timeout, store=store, rank=rank, world_size=world_size)
-    _configure_logging()
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -144,12 +142,3 @@ def is_lost_peer(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "gloo", "nccl")
     return any(sign in text for sign in signs)
-
-
-def _configure_logging() -> None:
-    """Log progress on the first rank of the job, and warnings on the others."""
-    level = logging.INFO if is_logging_rank() else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megavlm").setLevel(level)
-    # Megatron-Core calls collectives by names that torch has begun to rename.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

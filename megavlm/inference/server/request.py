@@ -21,7 +21,6 @@ _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -33,11 +32,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
 }
 _READ = frozenset(
     {
         "model", "messages", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens",
-        "max_completion_tokens", "seed", "stop", "stream", "stream_options",
+        "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options",
     }
 )  # fmt: skip
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -64,6 +68,8 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    choices: int = 1
+    """Answers wanted."""
 
 
 def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> ChatRequest:
@@ -88,7 +94,7 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
             raise bad_request(f"{key}: there is no such parameter", key, "unknown_parameter")
     asked = _typed(body, "model", str, required=True)
     if asked != model:
-        raise ApiError(404, f"the model {asked!r} does not exist; this one does: {model}", param="model",
+        raise ApiError(404, f"the model {asked[:100]!r} does not exist; this one does: {model}", param="model",
                        code="model_not_found")  # fmt: skip
     turns, images = _messages(body, limits)
     stream = bool(_typed(body, "stream", bool))
@@ -103,6 +109,7 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
         _stop(body),
         stream,
         bool(_typed(options, "include_usage", bool, "stream_options.")),
+        _choices(body, limits),
     )
 
 
@@ -147,6 +154,13 @@ def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
         raise
     except ValueError as error:
         raise bad_request(str(error), str(error).partition(":")[0]) from None
+
+
+def _choices(body: dict[str, Any], limits: Limits) -> int:
+    count = _typed(body, "n", int)
+    if count is not None and not 1 <= count <= limits.batch:
+        raise bad_request(f"n: it must be from 1 to {limits.batch}, not {count}", "n")
+    return count or 1
 
 
 def _max_tokens(body: dict[str, Any]) -> int | None:
