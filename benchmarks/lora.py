@@ -132,7 +132,7 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
         }
 
 
-def qwen_vl_recipe(kind: str, tokens: int, *, tiny: bool) -> Any:
+def qwen_vl_recipe(kind: str, tokens: int, *, tiny: bool, recompute: str = "selective") -> Any:
     """Return the shipped recipe on one GPU, with the authors' batch."""
     from megavlm.config.load import load_recipe
     from megavlm.models.registry import expand_presets
@@ -140,9 +140,23 @@ def qwen_vl_recipe(kind: str, tokens: int, *, tiny: bool) -> Any:
     name, more = QWEN_VL[kind]
     words = [
         "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false", f"data.sequence_length={tokens}",
-        f"training.global_batch_size={ACCUMULATION}", *more, *(TINY if tiny else []),
+        f"training.global_batch_size={ACCUMULATION}", f"parallel.recompute_granularity={recompute}", *more,
+        *(TINY if tiny else []),
     ]  # fmt: skip
     return load_recipe(name, words, expand_presets)
+
+
+def predicted(recipe: Any) -> dict[str, float]:
+    """Return what the planner says of a step on an H100: bytes that the GPU must have, and seconds."""
+    from megavlm.planning.gpus import GPUS
+    from megavlm.planning.layout import layout_of
+    from megavlm.planning.memory import predict
+    from megavlm.planning.timing import Timer
+    from megavlm.planning.workload import assume_workload
+
+    timer = Timer(recipe, layout_of(recipe, 1), GPUS["h100-80g"], assume_workload(recipe, 1, 1, 1))
+    stage = predict(recipe, 1, images_per_pack=1, most_images=1)[0]
+    return {"predicted": stage.total, "predicted_seconds": timer.step().step}
 
 
 def sample(recipe: Any, tokens: int, seed: int) -> Any:
@@ -186,7 +200,9 @@ def quantise_random(language: Any) -> None:
             linear.nf4 = quantise(weight, [(0, shape[0 if column else 1])], transposed=not column)
 
 
-def measure_qwen_vl(kind: str, lengths: list[int], steps: int, *, tiny: bool) -> list[dict[str, Any]]:
+def measure_qwen_vl(
+    kind: str, lengths: list[int], steps: int, *, tiny: bool, recompute: str = "selective"
+) -> list[dict[str, Any]]:
     """Train steps of every length in this process; return what was seen and predicted, memory in bytes."""
     from megavlm.parallel.device import prepare_device
 
@@ -195,21 +211,20 @@ def measure_qwen_vl(kind: str, lengths: list[int], steps: int, *, tiny: bool) ->
 
     from megavlm.parallel.device import has_cuda
     from megavlm.parallel.state import configure_logging, process_groups
-    from megavlm.planning.memory import predict
     from megavlm.training.build import build_training
     from megavlm.training.step import train_step
 
     cuda = torch.cuda if has_cuda() else None
     rows = []
-    recipe = qwen_vl_recipe(kind, lengths[0], tiny=tiny)
+    recipe = qwen_vl_recipe(kind, lengths[0], tiny=tiny, recompute=recompute)
     with process_groups(recipe.parallel, 1):
         configure_logging()
         training = build_training(recipe, recipe.model.language.vocab_size - 300)
         for module in training.modules:
             quantise_random(module.language)
         for tokens in lengths:
-            stage = predict(qwen_vl_recipe(kind, tokens, tiny=tiny), 1, images_per_pack=1, most_images=1)[0]
-            row: dict[str, Any] = {"kind": kind, "tokens": tokens, "predicted": stage.total}
+            row: dict[str, Any] = {"kind": kind, "tokens": tokens}
+            row |= predicted(qwen_vl_recipe(kind, tokens, tiny=tiny, recompute=recompute))
             rows.append(row)
             if cuda is not None:
                 cuda.empty_cache()
@@ -240,13 +255,14 @@ def qwen_vl_table(rows: list[dict[str, Any]]) -> str:
         return f"{row[name] / 1e9:.1f}" if name in row else "-"
 
     lines = [
-        "| | tokens | GB: tensors | reserved | predicted | s/step | A100's GB | A100's s/step |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | tokens | GB: tensors | reserved | predicted | s/step | predicted | A100's GB | A100's s/step |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         theirs = A100[row["kind"]].get(row["tokens"], ("-", "-"))
         memory = " | ".join(gb(row, name) for name in ("allocated", "reserved", "predicted"))
         seconds = f"{row['seconds']:.2f}" if "seconds" in row else row.get("error", "-")
+        seconds += f" | {row['predicted_seconds']:.2f}" if "predicted_seconds" in row else " | -"
         lines.append(f"| {row['kind']} | {row['tokens']} | {memory} | {seconds} | {theirs[0]} | {theirs[1]} |")
     return "\n".join(lines)
 
@@ -263,14 +279,16 @@ def main() -> None:
     parser.add_argument("--qwen-vl", action="store_true", help="LoRA and Q-LoRA of Qwen-VL at its full size, on a GPU")
     parser.add_argument("--lengths", type=int, nargs="+", default=[384, 512, 1024, 2048], help="tokens of a sample")
     parser.add_argument("--dry-run-cpu", action="store_true", help="with --qwen-vl: a tiny model, to try the script")
+    parser.add_argument("--recompute", choices=("selective", "full"), default="selective", help="with --qwen-vl")
+    parser.add_argument("--predict", action="store_true", help="with --qwen-vl: only what the planner says")
     parser.add_argument("--kind", choices=tuple(QWEN_VL), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind:
-        rows = measure_qwen_vl(args.kind, args.lengths, args.steps, tiny=args.dry_run_cpu)
+        rows = measure_qwen_vl(args.kind, args.lengths, args.steps, tiny=args.dry_run_cpu, recompute=args.recompute)
         print(json.dumps(rows))
         return
     if args.qwen_vl:
-        qwen_vl(args.lengths, args.steps, tiny=args.dry_run_cpu)
+        qwen_vl(args)
         return
     if args.mode:
         print(json.dumps(measure(args.mode, args.hidden, args.layers, args.steps, args.base)))
@@ -299,15 +317,25 @@ def main() -> None:
         print(f"| {mode} | {one['learning'] / 1e6:.2f} M | {sizes} | {one['seconds']:.2f} | {ratios} |")
 
 
-def qwen_vl(lengths: list[int], steps: int, *, tiny: bool) -> None:
+def qwen_vl(args: argparse.Namespace) -> None:
     """Measure each kind in a process of its own, and print the table."""
     import torch
 
+    lengths, steps, tiny = args.lengths, args.steps, args.dry_run_cpu
+    if args.predict:
+        recipes = {
+            (kind, tokens): qwen_vl_recipe(kind, tokens, tiny=tiny, recompute=args.recompute)
+            for kind in QWEN_VL
+            for tokens in lengths
+        }
+        print(qwen_vl_table([{"kind": k, "tokens": t, **predicted(one)} for (k, t), one in recipes.items()]))
+        return
     if not tiny and not torch.cuda.is_available():
         sys.exit("--qwen-vl: needs a GPU with 80 GB; add --dry-run-cpu to try the script with a tiny model")
     rows = []
     for kind in QWEN_VL:
         command = [sys.executable, __file__, f"--kind={kind}", f"--steps={steps}", "--lengths", *map(str, lengths)]
+        command.append(f"--recompute={args.recompute}")
         command += ["--dry-run-cpu"] if tiny else []
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=1800)
         if done.returncode:
