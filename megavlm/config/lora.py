@@ -68,7 +68,10 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
         plain = LoraConfig()
         for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "quantize"):
             if getattr(lora, name) != getattr(plain, name):
-                yield f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out"
+                yield (
+                    f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out (lora={{}} empties "
+                    "the branch)"
+                )
         return
     known = ", ".join(target.path for target in TARGETS[names])
     if not lora.targets:

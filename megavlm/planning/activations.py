@@ -17,7 +17,7 @@ from typing import Any
 from megavlm.config.lora import targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import linear_elements, mlp_depth, padded_vocabulary
+from megavlm.planning.parameters import linear_shapes, mlp_depth, padded_vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def engine_key(recipe: Recipe, name: str) -> Any:
     return getattr(getattr(recipe, "engine", None), name, None)
 
 
-def _weights_learn(recipe: Recipe) -> bool:
+def weights_learn(recipe: Recipe) -> bool:
     """Whether the language model's own weights learn, and so do not wait beside adapters."""
     return not recipe.modules.language.freeze and recipe.lora.rank is None
 
@@ -128,7 +128,7 @@ def adapters_kept(language: LanguageConfig, lora: LoraConfig, layout: Layout, to
 def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels) -> int:
     """Return the bytes that the language layers of a chunk keep, with the recipe's recomputation."""
     language, parallel = recipe.model.language, recipe.parallel
-    learns, adapted = _weights_learn(recipe), recipe.lora.rank is not None
+    learns, adapted = weights_learn(recipe), recipe.lora.rank is not None
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
@@ -216,7 +216,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     """Return the bytes of one micro-batch in one chunk, on one rank."""
     kernels = kernels_of(recipe)
     b, tp, language = kernels.number_bytes, layout.tensor, recipe.model.language
-    learns, lora = _weights_learn(recipe), recipe.lora
+    learns, lora = weights_learn(recipe), recipe.lora
     head = learns or lora.train_head
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
     local = tokens // tp if layout.sequence_parallel else tokens
@@ -232,7 +232,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
         backward = 2 * stream + 4 * inner
     if lora.quantize is not None:  # the largest weight, while it multiplies
-        weight = max(linear_elements(language, tp)) * b
+        weight = max(linear_shapes(language, tp)) * b
         forward += weight
         backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
     if recipe.parallel.recompute_granularity == "full":

@@ -112,6 +112,7 @@ def test_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     assert (expected - ours(base, one)).abs().max() > 0.01  # the adapters matter
 
     convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    assert len({file.stat().st_mode for file in (tmp_path / "peft").iterdir()}) == 1  # who may read them
     both = PeftModel.from_pretrained(read(hf), tmp_path / "peft").eval()
     close(theirs(both, one), expected)
 

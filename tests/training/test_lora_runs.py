@@ -16,6 +16,7 @@ from launch import torchrun
 from run_data import RunData
 from serving import serving
 
+from megavlm.checkpoint.hf.inspect import inspect_checkpoint
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.cli import main
@@ -101,6 +102,7 @@ def test_a_checkpoint_holds_what_learns(base: Path, adapted: Path) -> None:
     step = adapted / "checkpoints" / "step-00000004"
     record = json.loads((step / "adapter.json").read_text())
     assert record["base"] == str(base / "checkpoints" / "step-00000003") and len(record["weights_sample_sha256"]) == 64
+    assert inspect_checkpoint(step)["adapters for"] == record["base"]
     keys = {key for key in CheckpointReader(step).tensors() if not key.startswith("optimizer.")}
     learns = {key for key in keys if key.startswith("connector.") or key.endswith((".lora_a", ".lora_b"))}
     assert keys == learns and len([key for key in keys if ".lora_" in key]) == 8

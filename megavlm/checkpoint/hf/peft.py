@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megavlm.checkpoint import manifest
@@ -136,7 +136,9 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         "use_rslora": False,
     }  # fmt: skip
     with publishing(out, needed_bytes=sum(t.nbytes for t in tensors.values())) as partial:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+        # save_file makes a file that nobody else may read.
+        written = save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"})
+        (partial / WEIGHTS).write_bytes(written)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(tensors)
 
