@@ -187,7 +187,7 @@ class Worker:
             pass
 
     def _serve(self, batch: list[Job]) -> None:
-        began = time.monotonic()
+        began, before = time.monotonic(), self.tokens
         try:
             self._answer(batch)
         except Exception as error:
@@ -207,6 +207,7 @@ class Worker:
             logger.exception("a batch of %d requests failed", len(batch))
         self.answered += len(batch)
         self._seconds = time.monotonic() - began
+        logger.info("answered %d together: %d tokens in %.2f s", len(batch), self.tokens - before, self._seconds)
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer jobs together.
