@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from megavlm.data.chat import encode_prompt
+from megavlm.data.schema import Turn
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
 from megavlm.inference.server.images import load_images
@@ -41,6 +43,27 @@ class Service:
     defaults: Sampling
     allow_remote_images: bool = False
 
+    @cached_property
+    def most_text(self) -> int:
+        """Characters above which no text fits the context: all of its tokens the longest that there is."""
+        tokenizer = self.model.tokenizer
+        longest = max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
+        return self.model.context * (longest + 1)  # a space before a word may not be decoded
+
+    def check_length(self, turns: Sequence[Turn]) -> None:
+        """Refuse a text that is far too long before it costs a tokenizer's time.
+
+        Raises:
+            ApiError: it is.
+        """
+        length = sum(len(turn.text) for turn in turns)
+        if length > self.most_text:
+            raise bad_request(
+                f"the context has {self.model.context} tokens, and the prompt {length} characters: it cannot fit",
+                "messages",
+                "context_length_exceeded",
+            )
+
     def jobs(self, asked: Asked, request: ChatRequest) -> list[Job]:
         """Return the jobs of a request whose pictures are loaded, one for each choice.
 
@@ -60,7 +83,7 @@ class Service:
             raise bad_request(
                 f"the context has {self.model.context} tokens; the prompt takes {len(tokens)}, and the answer may take "
                 f"{request.max_new_tokens or 1}",
-                "messages" if room < 1 else "max_tokens",
+                "messages" if room < 1 else request.length_key,
                 "context_length_exceeded",
             )
         seeds = [request.sampling.seed + choice for choice in range(request.choices)]
@@ -72,6 +95,7 @@ def make_app(service: Service) -> FastAPI:
     # FastAPI's pages about itself load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
+    assert service.most_text  # looks at the whole vocabulary, which should not hold up the first request
     card = {"id": service.name, "object": "model", "created": started, "owned_by": "megavlm"}
 
     async def health(_: Request) -> Response:
@@ -148,6 +172,7 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
     request = parse_request(body, service.name, service.defaults, service.limits)
     service.worker.take_slots(request.choices - 1)
     held.callback(service.worker.free_slots, request.choices - 1)
+    service.check_length(request.turns)
     images = await load_images(request.images, service.limits, service.allow_remote_images)
     jobs = service.jobs(Asked(request.turns, images), request)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from megavlm.inference.server.errors import ApiError
+from megavlm.inference.server.errors import ApiError, bad_request
 
 
 def guarded(connections: int, seconds: float) -> type[H11Protocol]:
@@ -34,7 +35,8 @@ def guarded(connections: int, seconds: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > connections:
-                transport.write(_full(connections))
+                message = f"the server has {connections} connections, its most"
+                transport.write(_whole(ApiError(503, message, code="too_many_connections", retry_after=5)))
                 transport.close()
                 return
             self._wait_for_head()
@@ -46,6 +48,10 @@ def guarded(connections: int, seconds: float) -> type[H11Protocol]:
         def handle_websocket_upgrade(self, event: h11.Request) -> None:
             self._forget()
             super().handle_websocket_upgrade(event)
+
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(_whole(bad_request(msg)))
+            self.transport.close()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
@@ -77,9 +83,14 @@ def guarded(connections: int, seconds: float) -> type[H11Protocol]:
     return Guarded
 
 
-def _full(connections: int) -> bytes:
-    """Return the whole answer to a connection that is one too many."""
-    error = ApiError(503, f"the server has {connections} connections, its most", code="too_many_connections")
-    body = json.dumps(error.body).encode()
-    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"Retry-After: 5\r\nConnection: close\r\n\r\n" + body
+def _whole(error: ApiError) -> bytes:
+    """Return an answer to what never was a request."""
+    body = json.dumps(error.body)
+    lines = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **error.headers,
+    }
+    head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+    return (head + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n" + body).encode()

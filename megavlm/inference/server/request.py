@@ -47,6 +47,8 @@ _READ = frozenset(
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _STOPS = 4
 _STOP_LENGTH = 256
+_MOST = 4096
+"""Messages of a request, and parts of a message."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class ChatRequest:
     include_usage: bool
     choices: int = 1
     """Answers wanted."""
+    length_key: str = "max_completion_tokens"
+    """Which field gave the longest answer."""
 
 
 def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> ChatRequest:
@@ -97,6 +101,7 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
         raise ApiError(404, f"the model {asked[:100]!r} does not exist; this one does: {model}", param="model",
                        code="model_not_found")  # fmt: skip
     turns, images = _messages(body, limits)
+    length_key, length = _max_tokens(body)
     stream = bool(_typed(body, "stream", bool))
     options = _typed(body, "stream_options", dict) or {}
     if options and not stream:
@@ -105,11 +110,12 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
         tuple(turns),
         tuple(images),
         _sampling(body, defaults),
-        _max_tokens(body),
+        length,
         _stop(body),
         stream,
         bool(_typed(options, "include_usage", bool, "stream_options.")),
         _choices(body, limits),
+        length_key,
     )
 
 
@@ -163,12 +169,14 @@ def _choices(body: dict[str, Any], limits: Limits) -> int:
     return count or 1
 
 
-def _max_tokens(body: dict[str, Any]) -> int | None:
-    values = {key: _typed(body, key, int) for key in ("max_completion_tokens", "max_tokens")}
-    for key, value in values.items():
+def _max_tokens(body: dict[str, Any]) -> tuple[str, int | None]:
+    """Return which field says how long an answer may be, and what it says."""
+    keys = ("max_completion_tokens", "max_tokens")
+    for key in keys:
+        value = _typed(body, key, int)
         if value is not None and value < 1:
             raise bad_request(f"{key}: it must be at least 1, not {value}", key)
-    return next((value for value in values.values() if value is not None), None)
+    return next(((key, body[key]) for key in keys if key in body), (keys[0], None))
 
 
 def _stop(body: dict[str, Any]) -> tuple[str, ...]:
@@ -184,6 +192,8 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
     messages = _typed(body, "messages", list, required=True)
     if not messages:
         raise bad_request("messages: the list is empty", "messages")
+    if len(messages) > _MOST:
+        raise bad_request(f"messages: {len(messages)}, at most {_MOST}", "messages")
     turns: list[Turn] = []
     images: list[ImagePart] = []
     for index, message in enumerate(messages):
@@ -214,6 +224,8 @@ def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise bad_request(f"{where}: it must be text or a list of parts", where)
+    if len(parts) > _MOST:
+        raise bad_request(f"{where}: {len(parts)} parts, at most {_MOST}", where)
     text, images = "", []
     for index, part in enumerate(parts):
         param = f"{where}.{index}" if parts is content else where

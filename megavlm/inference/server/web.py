@@ -221,7 +221,9 @@ class _Conversation:
             ValueError: it cannot be answered; the conversation stays as it was.
         """
         service, shown = self.service, list(self.waiting)
-        turns = (*self.turns, user_turn(text, len(shown)))
+        question = user_turn(text, len(shown))
+        service.check_length([question])
+        turns = (*self.turns, question)
         images = (*self.images, *shown)
         most = max(1, min(service.limits.new_tokens, service.model.context // 2))
         asked, _ = service.model.cut(Asked(turns, images), most)
@@ -231,7 +233,7 @@ class _Conversation:
         try:
             jobs = service.jobs(asked, request)
             with self.talk:
-                with ui.chat_message(name="You", sent=True).classes("self-end") as question:
+                with ui.chat_message(name="You", sent=True).classes("self-end") as bubble:
                     for number, data in enumerate(shown, 1):
                         small = await asyncio.to_thread(_shown, data, _SHOWN)
                         ui.image(small).classes("w-64").props(f'alt="Picture {number}"')
@@ -247,7 +249,7 @@ class _Conversation:
                         if self.halted:
                             break
             except ApiError:
-                question.delete()
+                bubble.delete()
                 reply.delete()
                 raise
         finally:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 Pieces = asyncio.Queue[tuple[int, "Piece | ApiError"]]
 """What comes for the jobs of a request, by the job's index."""
 
+_GATHER_S = 0.02
+
 
 @dataclass(eq=False)
 class Job:
@@ -164,19 +166,28 @@ class Worker:
     def _next(self) -> list[Job]:
         """Return the jobs that wait, at most a batch; none after some time without any."""
         batch: list[Job] = []
+        self._collect(batch, 0)
+        if not batch:
+            self._collect(batch, 0.1 if self.stopping else self.model.idle_seconds)
+        elif len(batch) < self.batch and not self.stopping:
+            # They waited while others were answered, who may ask again at once: together, instead of in turns.
+            time.sleep(_GATHER_S)
+            self._collect(batch, 0)
+        return batch
+
+    def _collect(self, batch: list[Job], seconds: float) -> None:
+        """Add jobs until the batch is full or none waits; wait at most so long for the first."""
         try:
-            job = self._jobs.get(timeout=0.1 if self.stopping else self.model.idle_seconds)
-            while True:
+            while len(batch) < self.batch:
+                job = self._jobs.get(timeout=seconds) if seconds else self._jobs.get_nowait()
+                seconds = 0
                 if job is not None and not job.gone:
                     batch.append(job)
-                if len(batch) == self.batch:
-                    return batch
-                job = self._jobs.get_nowait()
         except queue.Empty:
-            return batch
+            pass
 
     def _serve(self, batch: list[Job]) -> None:
-        began = time.monotonic()
+        began, before = time.monotonic(), self.tokens
         try:
             self._answer(batch)
         except Exception as error:
@@ -196,6 +207,7 @@ class Worker:
             logger.exception("a batch of %d requests failed", len(batch))
         self.answered += len(batch)
         self._seconds = time.monotonic() - began
+        logger.info("answered %d together: %d tokens in %.2f s", len(batch), self.tokens - before, self._seconds)
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer jobs together.

@@ -84,6 +84,14 @@ def test_a_head_that_trickles_ends_a_connection(server: Server) -> None:
         assert time.monotonic() - began < 5 * SECONDS
 
 
+def test_what_is_no_http_gets_a_reason(server: Server) -> None:
+    for sent in (b"hello\r\n\r\n", GET[:-2] + b"A: " + b"a" * 100_000):
+        with socket.create_connection(server[0], 10) as one:
+            one.sendall(sent)
+            said = answer(one, b"}}")
+            assert b" 400 " in said and b"invalid_request_error" in said
+
+
 def test_so_does_silence_after_an_answer_but_not_waiting_for_one(server: Server) -> None:
     with socket.create_connection(server[0], 10) as one:
         for path in (b"/", b"/slow", b"/"):

@@ -58,11 +58,15 @@ def hooked_page(browser: Browser, hooked: Served) -> Iterator[Page]:
 @contextlib.contextmanager
 def opened(browser: Browser, served: Served) -> Iterator[Page]:
     one = browser.new_page(viewport={"width": 900, "height": 1100})
+    asked: list[str] = []
+    one.on("request", lambda request: asked.append(request.url))
     try:
         one.set_default_timeout(30_000)
         one.goto(served.url)
         one.get_by_label("Your question").wait_for()
         yield one
+        assert len(asked) > 3  # and nothing is loaded from elsewhere
+        assert all(url.startswith((served.url, "data:", "blob:")) for url in asked)
     finally:
         one.close()
 
