@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.evaluation.benchmarks.spec import Picture, picture_bytes
 from megavlm.evaluation.panel import PanelItem, draw_pictures
 
 _SIDE = 300
@@ -37,7 +38,7 @@ class Card:
     predicted: str
     score: float | None
     """0 to 1; None where it is not known."""
-    pictures: Sequence[Path | bytes]
+    pictures: Sequence[Picture]
     note: str = ""
 
 
@@ -110,7 +111,7 @@ def _picture(card: Card) -> str:
     images = []
     for source in card.pictures:
         try:
-            images.append(decode_with_pil(source if isinstance(source, bytes) else source.read_bytes()))
+            images.append(decode_with_pil(picture_bytes(source)))
         except (ImageError, OSError):
             return '<p class="muted">(broken picture)</p>'
     right = card.score is not None and card.score >= 1

@@ -163,8 +163,12 @@ def test_wrong_input_costs_one_line(
 ) -> None:
     out = tmp_path / "out"
     error = refused(capsys, words(random_checkpoint, "vqav3", out, data_of(alone)))
-    assert "--benchmark vqav3: unknown; there are vqav2, okvqa, " in error
-    assert "refcoco+" in error
+    assert "--benchmark vqav3: unknown; did you mean vqav2 or okvqa" in error
+    assert "There are vqav2, okvqa, " in error
+    assert "did you mean" not in refused(capsys, words(random_checkpoint, "imagenet", out, data_of(alone)))
+    assert "did you mean refcoco+ or refcoco" in refused(
+        capsys, words(random_checkpoint, "RefCOCO+", out, data_of(alone))
+    )
     error = refused(capsys, words(random_checkpoint, "mmmu", out, data_of(alone), "data.sequence_length=48"))
     assert "data.sequence_length: " in error
     assert "of 7 questions do not fit" in error

@@ -6,8 +6,12 @@ MMMU, which it does not have, they are ours. docs/evaluation.md has the table.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from megavlm.evaluation.benchmarks.choices import read_mmbench, read_mmmu, read_scienceqa, read_seed
 from megavlm.evaluation.benchmarks.documents import read_ai2d, read_chartqa, read_docvqa, read_ocrvqa
+from megavlm.evaluation.benchmarks.hub import ROWS
+from megavlm.evaluation.benchmarks.parquet import is_parquet, read_rows
 from megavlm.evaluation.benchmarks.pictures import read_captions, read_refcoco
 from megavlm.evaluation.benchmarks.scores import (
     box_accuracy,
@@ -18,7 +22,7 @@ from megavlm.evaluation.benchmarks.scores import (
     mme_scores,
     pope_scores,
 )
-from megavlm.evaluation.benchmarks.spec import Benchmark
+from megavlm.evaluation.benchmarks.spec import Benchmark, Item, Source
 from megavlm.evaluation.benchmarks.vqa import read_gqa, read_textvqa, read_vizwiz, read_vqa
 from megavlm.evaluation.benchmarks.yes_no import read_mme, read_pope
 from megavlm.evaluation.metrics.text import anls, exact, relaxed
@@ -68,8 +72,26 @@ def find_benchmark(name: str) -> Benchmark:
     """Return a benchmark.
 
     Raises:
-        ValueError: there is none of this name; the message lists them.
+        ValueError: there is none of this name; the message has the nearest ones and all others.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"--benchmark {name}: unknown; there are {', '.join(BENCHMARKS)}")
+        near = get_close_matches(name.lower(), BENCHMARKS, cutoff=0.5)
+        guess = f" did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"--benchmark {name}: unknown;{guess} There are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def read_items(benchmark: Benchmark, source: Source) -> list[Item]:
+    """Read a benchmark's own file, or its parquet files on Hugging Face's hub.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it is of another format, or the benchmark has none in parquet.
+    """
+    if not is_parquet(source.data):
+        return benchmark.read(source)
+    if benchmark.name not in ROWS:
+        raise ValueError(
+            f"{source.data}: {benchmark.name} is not read from parquet; give its own file, see docs/evaluation.md"
+        )
+    return ROWS[benchmark.name](source, read_rows(source))

@@ -17,7 +17,7 @@ from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
-from megavlm.evaluation.benchmarks.spec import LETTERS
+from megavlm.evaluation.benchmarks.spec import LETTERS, picture_bytes, picture_name
 from megavlm.inference.generate import generate
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
@@ -151,9 +151,7 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
 def _decode(decoder: ImageDecoder, question: Question, size: int) -> tuple[torch.Tensor, str]:
     """[N, 3, size, size] pixels of a question, gray where a picture is broken, and why it is."""
     pictures = question.item.pictures
-    decoded = decoder.decode([one if isinstance(one, bytes) else one.read_bytes() for one in pictures], size)
+    decoded = decoder.decode([picture_bytes(one) for one in pictures], size)
     if not decoded.failed:
         return decoded.pixels, ""
-    bad = pictures[decoded.failed[0]]
-    name = "in the benchmark's file" if isinstance(bad, bytes) else bad.name
-    return decoded.pixels, f"broken picture {name}: {decoded.causes[0]}"
+    return decoded.pixels, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"

@@ -18,7 +18,7 @@ from megavlm.checkpoint.manifest import MANIFEST, replace_text
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks import find_benchmark
+from megavlm.evaluation.benchmarks import find_benchmark, read_items
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Scores, Source
@@ -86,7 +86,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         raise FileNotFoundError(f"{args.data} does not exist")
     images = args.images or (args.data if args.data.is_dir() else args.data.parent)
     source = Source(args.data, images, args.annotations, args.split, scored)
-    items = benchmark.read(source)
+    items = read_items(benchmark, source)
     for cause, count in source.skipped.items():
         logger.warning("%d questions are skipped: %s", count, cause)
     if scored:
