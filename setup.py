@@ -28,6 +28,7 @@ setup(
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "megavlm.data.inspect": ["page.css"],
+        "megavlm.evaluation": ["report.css"],
         "megavlm.data.textpages": ["words_*.txt"],
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},

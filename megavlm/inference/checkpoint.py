@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,5 +92,11 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
     """
     path = resolve(checkpoint)
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    # There is no training batch here and no profile: neither may rule out a layout.
+    batch = dataclasses.replace(recipe.training, global_batch_size=world)
+    recipe = dataclasses.replace(
+        recipe, training=batch, logging=dataclasses.replace(recipe.logging, profile_ranks=(0,))
+    )
+    check_recipe(recipe, world)
     return with_tokenizer(recipe, path), path

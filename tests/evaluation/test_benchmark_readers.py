@@ -119,7 +119,7 @@ def test_damaged_tables_and_folders(tmp_path: Path) -> None:
         ("question", "q"),
     ):
         table.data.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"^.*tsv: entry "):
+        with pytest.raises(ValueError, match=r"^.*tsv: row "):
             read("mmbench", table)
     assert "without a gap, not B" in str(caught(table, text.replace("\tA\t", "\tQ\t", 1)))
     table.data.write_bytes(b"\xff\xfe\x00")

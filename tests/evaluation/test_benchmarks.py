@@ -10,6 +10,7 @@ from benchmark_files import COUNT, MAKERS, QUESTIONS
 
 from megavlm import cli
 from megavlm.evaluation.benchmarks import BENCHMARKS
+from megavlm.evaluation.benchmarks.published import PUBLISHED
 
 
 def evaluate(checkpoint: Path, name: str, out: Path, *words: str) -> int:
@@ -38,3 +39,26 @@ def test_published_format(name: str, random_checkpoint: Path, tmp_path: Path) ->
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<img") == 2
     assert "<script" not in page
+    assert ("Qwen-VL" in page) == (name in PUBLISHED)
+
+
+def test_published_figures_have_ours_beside_them() -> None:
+    """A figure's name that no metric gives would never be shown."""
+    assert set(PUBLISHED) <= set(BENCHMARKS)
+    names = {"mme": ["perception", "cognition"], "gqa": ["exact_match"]}
+    for name, figures in PUBLISHED.items():
+        kind = "circular_accuracy" if name.startswith("mmbench") else "vqa_accuracy"
+        assert list(figures) == names.get(name, [kind])
+
+
+def test_help_and_docs_name_every_benchmark_and_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    told = capsys.readouterr().out
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text("utf-8")
+    for one in BENCHMARKS.values():
+        assert f"  {one.name} " in told
+        assert f"`{one.name}`" in page
+        name = one.file.split(" ")[-1]
+        assert name in told
+        assert name in page

@@ -98,7 +98,7 @@ def read_mmbench(source: Source) -> list[Item]:
             decoded[name] = from_base64(encoded[name])
         yield from mmbench_items(source, row, decoded[name], rotate=not whole)
 
-    return make_items(source.data, ((row.get("index", i), row) for i, row in enumerate(rows)), make)
+    return make_items(source.data, enumerate(rows, 1), make, "row")
 
 
 def mmbench_items(source: Source, row: Mapping[str, str], picture: Picture, *, rotate: bool = True) -> Iterator[Item]:
@@ -194,8 +194,9 @@ def read_mmmu(source: Source) -> list[Item]:
         FileNotFoundError: the file is missing.
         ValueError: it is not of this format, or a question names a picture that it does not have.
     """
-    rows = read_lines(source.data) if source.data.suffix == ".jsonl" else read_json(source.data, list)
-    return make_items(source.data, enumerate(rows), lambda row: mmmu_items(source, row))
+    lines = source.data.suffix == ".jsonl"
+    rows = read_lines(source.data) if lines else enumerate(read_json(source.data, list))
+    return make_items(source.data, rows, lambda row: mmmu_items(source, row), "line" if lines else "entry")
 
 
 def mmmu_items(source: Source, row: Any) -> Iterator[Item]:

@@ -24,7 +24,7 @@ Rows = Callable[[Source, Sequence[tuple[str, _Row]]], list[Item]]
 def _reader(make: _Make) -> Rows:
     def read(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
         entries = ((name, (str(index), row)) for index, (name, row) in enumerate(rows))
-        return make_items(source.data, entries, lambda pair: make(*pair))
+        return make_items(source.data, entries, lambda pair: make(*pair), "in")
 
     return read
 
@@ -111,7 +111,7 @@ def _captions(column: str, key: str, kind: str = "") -> _Make:
 
 
 def _seed(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
-    return make_items(source.data, rows, lambda row: seed_items(source, row, {}, _shown))
+    return make_items(source.data, rows, lambda row: seed_items(source, row, {}, _shown), "in")
 
 
 def _mmbench(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
@@ -119,11 +119,11 @@ def _mmbench(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
         plain = {name: "" if cell is None else str(cell) for name, cell in row.items() if name != "image"}
         yield from mmbench_items(source, plain, _shown(row)[0])
 
-    return make_items(source.data, rows, make)
+    return make_items(source.data, rows, make, "in")
 
 
 def _mmmu(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
-    return make_items(source.data, rows, lambda row: mmmu_items(source, row))
+    return make_items(source.data, rows, lambda row: mmmu_items(source, row), "in")
 
 
 ROWS: dict[str, Rows] = {

@@ -20,10 +20,11 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark, read_items
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
+from megavlm.evaluation.benchmarks.published import PUBLISHED
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Scores, Source
 from megavlm.evaluation.metrics.grounding import box_text, first_box
-from megavlm.evaluation.report import Card, write_report
+from megavlm.evaluation.report import Card, Page, write_report
 from megavlm.parallel.device import prepare_device
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
 
     asked = plan.questions[: args.limit]
     rows = answer_questions(
-        recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens
+        recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens, args.save_every
     )
     if rows is None:  # not the first rank
         return 0
@@ -180,15 +181,16 @@ def _write(
     replace_text(plan.out / SCORES, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     told_problems = [f"{count} skipped: {cause}" for cause, count in plan.skipped.items()]
     told_problems += [f"{key} counts as wrong: {problem}" for key, problem in problems.items()]
-    write_report(
-        plan.out / REPORT,
-        f"{plan.benchmark.name}: {len(asked)} questions",
-        {key: str(value) for key, value in plan.identity.items()} | {"seconds": f"{seconds:.1f}"},
-        scores.values if scores else {},
-        scores.kinds if scores else {},
-        told_problems,
-        [_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
+    page = Page(
+        title=f"{plan.benchmark.name}: {len(asked)} questions",
+        facts={key: str(value) for key, value in plan.identity.items()} | {"seconds": f"{seconds:.1f}"},
+        values=scores.values if scores else {},
+        kinds=scores.kinds if scores else {},
+        published=PUBLISHED.get(plan.benchmark.name, {}),
+        problems=told_problems,
+        cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
     )
+    write_report(plan.out / REPORT, page)
     shown = {key: value for key, value in result.items() if key not in ("sub_tasks", "questions_counted_wrong")}
     logger.info("%s", json.dumps({**shown, "counted_wrong": len(problems), "report": str(plan.out / REPORT)}))
 

@@ -32,7 +32,9 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{source.data}: reading parquet needs pyarrow: pip install 'megavlm[eval]'")
-    return [(f"{path.name}, row {row}", cells) for path in _files(source) for row, cells in enumerate(_rows(path))]
+    files = _files(source)
+    shard = "" if files == [source.data] else "{} "
+    return [(f"{shard.format(path.name)}row {row}", cells) for path in files for row, cells in enumerate(_rows(path))]
 
 
 def _files(source: Source) -> list[Path]:

@@ -117,6 +117,8 @@ class Benchmark:
     max_new_tokens: int
     """Longest answer; closed questions are not generated."""
     metric: Metric
+    file: str
+    """What ``--data`` is, as published; for the help."""
     open_prompt: str = ""
     """Template of questions without options, where they differ."""
     chat: bool = False

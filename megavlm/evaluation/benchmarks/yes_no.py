@@ -66,4 +66,5 @@ def read_pope(source: Source) -> list[Item]:
             answers=(label,) if label else (),
         )
 
-    return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_lines(source.data))), make)
+    rows = ((line, (index, entry)) for index, (line, entry) in enumerate(read_lines(source.data)))
+    return make_items(source.data, rows, make, "line")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 _ABBREVIATIONS = "mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|blvd|mt|no|inc|co|corp|ltd|prof|rev|gen|col|capt|lt|sgt|ft|rd|ph\\.d"
-# In this order: initials and abbreviations; firms; times, numbers and words that begin with one; years, shortened words,
+# In this order: initials, abbreviations; firms; times, numbers, words that begin with one; years, shortened words,
 # tags and addresses; names with dots; words with inner signs; dots, dashes, underscores, any other sign alone.
 _TOKEN = re.compile(
     rf"(?i:(?:[a-z]\.)+[a-z]\b(?!\.)|(?:[a-z]\.){{2,}}|\b(?:{_ABBREVIATIONS})\.|(?<![^\W_])[a-z]\.(?!\w))|[A-Z]+(?:&[A-Z]+)+"
