@@ -68,6 +68,15 @@ def test_shards_and_splits(tmp_path: Path) -> None:
     assert [item.id[-1] for item in read("mmmu", tmp_path, split="dev")] == ["5"]
     with pytest.raises(ValueError, match=r"--split test: .* has dev, validation"):
         read("mmmu", tmp_path, split="test")
+    for i, subject in enumerate(("Accounting", "Art")):  # as MMMU/MMMU has them
+        for split in ("dev", "validation"):
+            write(tmp_path / "hub" / subject / f"{split}-00000-of-00001.parquet", [mmmu(2 * i), mmmu(2 * i + 1)])
+    items = read("mmmu", tmp_path / "hub", split="validation")
+    assert [item.id[-1] for item in items] == ["0", "1", "2", "3"]
+    assert len({picture.name for item in items for picture in item.pictures}) == 6
+    write(tmp_path / "hub" / "Art" / "validation-00000-of-00001.parquet", [mmmu(4), mmmu(1) | {"image_2": None}])
+    with pytest.raises(ValueError, match=r"hub: in Art/validation-00000-of-00001\.parquet row 1: names <image 2>"):
+        read("mmmu", tmp_path / "hub", split="validation")
 
 
 def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,5 +124,5 @@ def test_a_broken_picture_is_counted(random_checkpoint: Path, tmp_path: Path) ->
     assert scores["questions_answered"] == 4
     wrong = scores["questions_counted_wrong"]
     assert list(wrong) == ["validation_Art_3"]
-    assert "broken picture validation-00000-of-00001.parquet:1:0:image_2:0: " in wrong["validation_Art_3"]
+    assert "validation-00000-of-00001.parquet:1:0:image_2: " in wrong["validation_Art_3"]
     assert (tmp_path / "out" / "report.html").read_text().count("<img") == 4

@@ -163,7 +163,7 @@ def _write(
     lines = []
     for one in plan.questions:
         if one.item.id in rows:
-            told = {"kind": one.item.kind, "question": one.item.question, "answers": list(one.item.answers)}
+            told = {"kind": one.item.kind, "question": one.item.question, "answers": _references(one.item)}
             own = {key: value for key, value in rows[one.item.id].items() if key not in (*told, "score")}
             lines.append({**own, **told, **({"score": each[one.item.id]} if one.item.id in each else {})})
     put_together(plan.out, lines)
@@ -195,6 +195,10 @@ def _write(
     logger.info("%s", json.dumps({**shown, "counted_wrong": len(problems), "report": str(plan.out / REPORT)}))
 
 
+def _references(item: Item) -> list[str]:
+    return [box_text(item.box, item.size)] if item.box is not None else list(item.answers)
+
+
 def _chosen(asked: Sequence[Question], each: Mapping[str, float], count: int) -> list[int]:
     """Questions for the page: half of them wrong ones if there are as many, spread over the whole benchmark."""
     wrong = [i for i, one in enumerate(asked) if each.get(one.item.id, 1.0) < 1]
@@ -210,9 +214,8 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
 
 def _card(one: Question, row: Row, each: Mapping[str, float]) -> Card:
     item, said = one.item, row["prediction"]
-    expected = " / ".join(dict.fromkeys(item.answers))
+    expected = " / ".join(dict.fromkeys(_references(item)))
     if item.box is not None:
-        expected = box_text(item.box, item.size)
         found = first_box(said, item.size)
         said = box_text(found, item.size) if found else said
     note = row.get("problem", "")

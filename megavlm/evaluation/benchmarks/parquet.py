@@ -16,12 +16,16 @@ _COLUMNS_AT_ONCE = 8  # MMMU's rows have seven columns of pictures
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a path is a parquet file, or a folder of them."""
-    return path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
+    """Whether a path is a parquet file, or a folder that has some in it or in its folders (MMMU: one per subject)."""
+    return path.suffix == ".parquet" or (path.is_dir() and bool(_inside(path)))
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
 
 
 def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of a parquet file, or of a folder of shards, each with a name for errors.
+    """Return the rows of a parquet file, or of a folder's files, each with a name for errors.
 
     A picture is a :class:`StoredPicture` or None, several are a list. Of a folder with several splits
     (``test-00000-of-00003.parquet``), ``--split`` says which.
@@ -33,15 +37,19 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{source.data}: reading parquet needs pyarrow: pip install 'megavlm[eval]'")
     files = _files(source)
-    shard = "" if files == [source.data] else "{} "
-    return [(f"{shard.format(path.name)}row {row}", cells) for path in files for row, cells in enumerate(_rows(path))]
+    names = ["" if path == source.data else f"{path.relative_to(source.data)} " for path in files]
+    return [
+        (f"{name}row {row}", cells)
+        for name, path in zip(names, files, strict=True)
+        for row, cells in enumerate(_rows(path))
+    ]
 
 
 def _files(source: Source) -> list[Path]:
     """The files to read, in the order of their names."""
     if source.data.is_file():
         return [source.data]
-    files = sorted(source.data.glob("*.parquet"))
+    files = _inside(source.data)
     splits = {path: match["split"] for path in files if (match := _SHARD.match(path.name))}
     names = sorted(set(splits.values()))
     if source.split is None and len(names) > 1:
@@ -82,7 +90,8 @@ def _stored(path: Path, group: int, index: int, column: str, place: int | None) 
         cell = _cells(path, group, column)[index].as_py()
         return (cell if place is None else cell[place])["bytes"] or b""
 
-    return StoredPicture(f"{path.name}:{group}:{index}:{column}:{place or 0}", read)
+    where = f"{path.parent.name}/{path.name}:{group}:{index}:{column}"
+    return StoredPicture(where if place is None else f"{where}:{place}", read)
 
 
 @lru_cache(_COLUMNS_AT_ONCE)
