@@ -128,6 +128,9 @@ def test_pope_by_hand_and_against_lmms_eval() -> None:
     for name, value in expected.items():
         assert found["f1" if name == "f1_score" else name] == pytest.approx(100 * value), name
     assert scores.pope_scores(items(["yes"]), ["no"]).values["f1"] == 0
+    both = scores.pope_scores(items(["yes", "no", "yes"], kinds=["random", "random", "popular"]), ["yes", "yes", "no"])
+    assert both.kinds["random"] == {"f1": pytest.approx(200 / 3), "accuracy": 50.0, "questions": 2.0}
+    assert both.kinds["popular"]["f1"] == 0
 
 
 def test_circular_needs_all_rotations() -> None:
