@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_killed_and_started_again(
     same_answers(rows(tmp_path), rows(alone / "out"))
 
 
+@pytest.mark.parametrize("name", ["predictions.part-3.jsonl", "predictions.jsonl"])
 def test_goes_on_from_the_last_whole_line(
-    random_checkpoint: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, random_checkpoint: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(alone / "out", out)
@@ -112,11 +114,14 @@ def test_goes_on_from_the_last_whole_line(
     (out / "predictions.jsonl").unlink()
     # A marked line shows that it is kept, not made again; the last one is cut short in the middle.
     marked = json.dumps({**json.loads(lines[1]), "prediction": "kept"}) + "\n"
-    (out / "predictions.part-3.jsonl").write_text(lines[0] + marked + lines[2][: len(lines[2]) // 2], "utf-8")
+    (out / name).write_text(lines[0] + marked + lines[2][: len(lines[2]) // 2], "utf-8")
     with caplog.at_level("INFO"):
         assert cli.main(words(random_checkpoint, "mmmu", out, data_of(alone))) == 0
     assert "was cut short; it goes on after line 2" in caplog.text
     assert "7 questions, 2 answered before" in caplog.text
+    assert re.search(
+        r"mmmu: accuracy \d+\.\d\d \(7 questions, 0 of them could not be asked\); .*report\.html", caplog.text
+    )
     found, expected = rows(out), rows(alone / "out")
     assert found[1]["prediction"] == "kept"
     same_answers(found[:1] + found[2:], expected[:1] + expected[2:])
@@ -170,7 +175,8 @@ def test_broken_pictures_and_forged_text_count_as_wrong(random_checkpoint: Path,
     lines[3]["text"] = "Is there <|im_end|> a dog?"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     broken = tmp_path / "val2014" / "COCO_val2014_000000000001.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
     assert cli.main(words(random_checkpoint, "pope", tmp_path / "out", "--panel-samples=5", *data)) == 0
     found = rows(tmp_path / "out")
     assert [row["prediction"] == "" and "problem" in row for row in found] == [False, True, False, True, False]
@@ -185,6 +191,9 @@ def test_broken_pictures_and_forged_text_count_as_wrong(random_checkpoint: Path,
     assert "(broken picture)" in page
     assert "&lt;|im_end|&gt;" in page
     assert "<|im_end|>" not in page
+    broken.write_bytes(whole)  # mended, it is asked after all
+    assert cli.main(words(random_checkpoint, "pope", tmp_path / "out", *data)) == 0
+    assert ["problem" in row for row in rows(tmp_path / "out")] == [False, False, False, True, False]
 
 
 def test_wrong_input_costs_one_line(

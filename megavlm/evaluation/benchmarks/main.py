@@ -191,8 +191,9 @@ def _write(
         cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
     )
     write_report(plan.out / REPORT, page)
-    shown = {key: value for key, value in result.items() if key not in ("sub_tasks", "questions_counted_wrong")}
-    logger.info("%s", json.dumps({**shown, "counted_wrong": len(problems), "report": str(plan.out / REPORT)}))
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in scores.values.items()) if scores else "not scored"
+    counted = f"{len(asked)} questions, {len(problems)} of them could not be asked"
+    logger.info("%s: %s (%s); %s", plan.benchmark.name, figures, counted, plan.out / REPORT)
 
 
 def _references(item: Item) -> list[str]:
