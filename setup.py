@@ -12,7 +12,7 @@ README = HERE / "README.md"
 SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
 WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
-EVAL = ["pycocoevalcap>=1.2"]  # CIDEr
+EVAL = ["pyarrow>=15", "pycocoevalcap>=1.2"]  # parquet files; CIDEr
 QLORA = ["bitsandbytes>=0.49"]
 
 setup(
@@ -28,6 +28,7 @@ setup(
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "megavlm.data.inspect": ["page.css"],
+        "megavlm.evaluation": ["report.css"],
         "megavlm.data.textpages": ["words_*.txt"],
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},

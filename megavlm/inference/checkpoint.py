@@ -108,6 +108,12 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
     given = {override.partition("=")[0] for override in overrides}
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
+    # There is no training batch here and no profile: neither may rule out a layout.
+    recipe = dataclasses.replace(
+        recipe,
+        training=dataclasses.replace(recipe.training, global_batch_size=world_size),
+        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
+    )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)
