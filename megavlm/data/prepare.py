@@ -11,13 +11,10 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
 from megavlm.data.images import ImageError, decode_with_pil, read_header
+from megavlm.data.publish import clear_leftovers, new_directory
 from megavlm.data.schema import UnsafePathError, parse_conversation
 
 logger = logging.getLogger(__name__)
@@ -64,22 +62,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An argument is wrong, ``--out`` is not empty, or no record is usable.
     """
     _check_arguments(args)
-    records = _records(args)
+    records, pictures = _records(args)
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.stem)
-    out = args.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        summary = _write_shards(records, partial, name, args)
+    with new_directory(args.out) as partial:
+        summary = _write_shards(records, pictures, partial, name, args)
         if not summary.samples:
             raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
         _write_metadata(partial, summary.shards)
-        _publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     logger.info(
         "%s: %d samples with %d images in %d shards; %d rejected%s",
         args.out,
@@ -108,8 +97,8 @@ class _Summary:
         return self.causes.total()
 
 
-def _records(args: argparse.Namespace) -> Iterator[Record | Broken]:
-    """What the input holds, in the format that was named or that it looks like."""
+def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], dict[str, bytes]]:
+    """What the input holds, in the format that was named or that it looks like, and pictures that come with it."""
     options = {name: getattr(args, name) for name in ("annotations", "image_info", "per_sample")}
     source = Source(args.json, args.images, **options)
     if not args.json.exists():
@@ -120,7 +109,7 @@ def _records(args: argparse.Namespace) -> Iterator[Record | Broken]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
     logger.info("%s: reading %s", args.json, chosen.summary)
-    return chosen.load().read(source)
+    return chosen.load().read(source), source.pictures
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -132,13 +121,20 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--resize must be at least 1, not {args.resize}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
         raise ValueError(f"--name may hold letters, digits, - and _ only, not {args.name!r}")
+    clear_leftovers(args.out)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a directory")
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
         raise ValueError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
 
 
-def _write_shards(records: Iterable[Record | Broken], directory: Path, name: str, args: argparse.Namespace) -> _Summary:
+def _write_shards(
+    records: Iterable[Record | Broken],
+    pictures: Mapping[str, bytes],
+    directory: Path,
+    name: str,
+    args: argparse.Namespace,
+) -> _Summary:
     summary = _Summary()
     root = args.images.resolve()
     with _ShardWriter(directory, args.samples_per_shard) as writer, (directory / REJECTED_FILE).open("w") as rejected:
@@ -147,7 +143,7 @@ def _write_shards(records: Iterable[Record | Broken], directory: Path, name: str
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(record, root, args.resize, args.allow_urls))
+                    members = list(_sample_members(record, root, pictures, args.resize, args.allow_urls))
                 except (ValueError, OSError) as error:
                     broken = _broken(record, error)
             if broken is None:
@@ -179,7 +175,9 @@ def _broken(record: Any, error: ValueError | OSError) -> Broken:
     return Broken(record.get("id") if isinstance(record, dict) else None, cause, str(error))
 
 
-def _sample_members(record: Any, root: Path, resize: int | None, allow_urls: bool) -> Iterator[tuple[str, bytes]]:
+def _sample_members(
+    record: Any, root: Path, pictures: Mapping[str, bytes], resize: int | None, allow_urls: bool
+) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a sample's files: the record, then its images."""
     urls: dict[str, str] = {}
     if allow_urls:
@@ -188,7 +186,10 @@ def _sample_members(record: Any, root: Path, resize: int | None, allow_urls: boo
     kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
     yield "json", json.dumps(kept).encode()
     for number, path in enumerate(conversation.images):
-        data = _fetch(urls[path]) if path in urls else _read_image(path, root)
+        if path in pictures:
+            data = pictures[path]
+        else:
+            data = _fetch(urls[path]) if path in urls else _read_image(path, root)
         try:
             yield f"img{number}", _check_image(data, resize)
         except ImageError as error:
@@ -298,14 +299,3 @@ def _write_metadata(directory: Path, shards: tuple[str, ...]) -> None:
     (directory / ".nv-meta" / "dataset.yaml").write_text(
         "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
     )
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Put the finished directory in place; an old one is moved aside first and removed last."""
-    old = None
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old / out.name)
-    partial.rename(out)
-    if old is not None:
-        shutil.rmtree(old)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from megavlm.data.formats.base import Broken, Record, Source
+from megavlm.data.formats.base import Broken, Record
+from megavlm.data.formats.source import Source
 
 
 class FormatModule(Protocol):

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.publish import new_directory
 from megavlm.data.textpages.corpus import LANGUAGES, Corpus, read_corpus
 from megavlm.data.textpages.draw import choose_colours, choose_distortion, distort, draw_page, map_box, spoil
 from megavlm.data.textpages.fonts import FONT_DIRECTORIES, Face, find_fonts
@@ -86,20 +84,9 @@ def run(args: argparse.Namespace) -> int:
     languages = tuple(dict.fromkeys(args.language))
     corpora = tuple(read_corpus(args.corpus, languages))
     faces = {language: tuple(find_fonts(language, args.fonts or FONT_DIRECTORIES)) for language in languages}
-    out = args.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+    with new_directory(args.out) as partial:
         plan = _Plan(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
         dropped = _render_all(plan, args.pages, args.workers)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if dropped:
         shown = " ".join(repr(char) for char, _ in dropped.most_common(8))
         logger.warning("%d characters that no font has were left out, such as %s", dropped.total(), shown)
