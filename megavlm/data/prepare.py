@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,17 @@ logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
 _LOGGED_REJECTIONS = 20
+_TELL_EVERY = 30.0
+"""Seconds."""
 _URL_IMAGE = re.compile(r"<img>\s*(https?://[^<]*?)\s*</img>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("json", type=Path, help="the data set's file (.json or .jsonl), or a folder for codefuse")
-    parser.add_argument("--images", type=Path, required=True, help="directory that the image paths are relative to")
+    parser.add_argument("json", type=Path, help="the data set's file (.json, .jsonl or .parquet), or a folder of them")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="directory that image paths start from (default: where the file is)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     listing = "; ".join(f"{entry.name}: {entry.summary}" for entry in formats())
     parser.add_argument("--format", metavar="NAME", help=f"what the file is (default: what it looks like). {listing}")
@@ -48,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of one tar file (default 1000)")
     parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
+    parser.add_argument(
+        "--max-rejected", type=float, default=1.0, metavar="SHARE",
+        help="write nothing where more of the records than this share is rejected, 0 to 1 (default 1: no limit)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is not empty")
 
 
@@ -68,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
         summary = _write_shards(records, pictures, partial, name, args)
         if not summary.samples:
             raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
+        share = summary.rejected / (summary.samples + summary.rejected)
+        if share > args.max_rejected:
+            raise ValueError(
+                f"{args.json}: {share:.1%} of the records are rejected ({summary.reasons}), more than --max-rejected "
+                f"{args.max_rejected:g}; nothing is written; first: {summary.first_reason}"
+            )
         _write_metadata(partial, summary.shards)
     logger.info(
         "%s: %d samples with %d images in %d shards; %d rejected%s",
@@ -79,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
         f" (see {args.out / REJECTED_FILE})" if summary.rejected else "",
     )
     if summary.causes:
-        counts = ", ".join(f"{number} {cause}" for cause, number in summary.causes.most_common())
-        logger.info("rejected by cause: %s", counts)
+        logger.info("rejected by cause: %s", summary.reasons)
     return 0
 
 
@@ -96,13 +110,16 @@ class _Summary:
     def rejected(self) -> int:
         return self.causes.total()
 
+    @property
+    def reasons(self) -> str:
+        """Causes and how often each was met, the most frequent first."""
+        return ", ".join(f"{number} {cause}" for cause, number in self.causes.most_common())
+
 
 def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], dict[str, bytes]]:
     """What the input holds, in the format that was named or that it looks like, and pictures that come with it."""
     options = {name: getattr(args, name) for name in ("annotations", "image_info", "per_sample")}
     source = Source(args.json, args.images, **options)
-    if not args.json.exists():
-        raise FileNotFoundError(f"{args.json} does not exist")
     chosen = choose(source, args.format)
     for name, value in options.items():
         if value is not None and name not in chosen.options:
@@ -113,10 +130,16 @@ def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], dict[
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
+    if not args.json.exists():
+        raise FileNotFoundError(f"{args.json} does not exist")
+    if args.images is None:
+        args.images = args.json if args.json.is_dir() else args.json.absolute().parent
     if not args.images.is_dir():
         raise FileNotFoundError(f"image directory {args.images} does not exist")
     if args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard must be at least 1, not {args.samples_per_shard}")
+    if not 0 <= args.max_rejected <= 1:
+        raise ValueError(f"--max-rejected must be a share from 0 to 1, not {args.max_rejected:g}")
     if args.resize is not None and args.resize < 1:
         raise ValueError(f"--resize must be at least 1, not {args.resize}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
@@ -138,7 +161,11 @@ def _write_shards(
     summary = _Summary()
     root = args.images.resolve()
     with _ShardWriter(directory, args.samples_per_shard) as writer, (directory / REJECTED_FILE).open("w") as rejected:
+        told = time.monotonic()
         for index, record in enumerate(records):
+            if time.monotonic() - told > _TELL_EVERY:
+                logger.info("%d samples so far, %d rejected", summary.samples, summary.rejected)
+                told = time.monotonic()
             broken = record if isinstance(record, Broken) else None
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
@@ -157,7 +184,8 @@ def _write_shards(
             line = {"index": index, "id": broken.id, "cause": broken.cause, "reason": reason}
             rejected.write(json.dumps(line) + "\n")
             if summary.rejected <= _LOGGED_REJECTIONS:
-                logger.warning("record %d rejected: %s", index, reason)
+                whose = "" if broken.id is None else f" (id {broken.id})"
+                logger.warning("record %d%s rejected: %s", index, whose, reason)
     if summary.rejected > _LOGGED_REJECTIONS:
         logger.warning("%d more rejected; %s has them all", summary.rejected - _LOGGED_REJECTIONS, REJECTED_FILE)
     summary.shards = tuple(writer.names)

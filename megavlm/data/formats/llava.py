@@ -37,6 +37,9 @@ def read(source: Source) -> Iterator[Record | Broken]:
 def convert(entries: Iterable[Any], task: str | None = None) -> Iterator[Record | Broken]:
     """Convert LLaVA records; ``task`` is what they are called where they do not say themselves."""
     for entry in entries:
+        if isinstance(entry, Broken):
+            yield entry
+            continue
         try:
             yield _convert(entry, task)
         except BrokenError as error:

@@ -118,14 +118,17 @@ class _Scanner:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                behind = error.pos - self._at
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _TAIL
                 if cut and len(self._text) - self._at < _LONGEST and self._more():
                     continue
-                raise self._error(error.msg, error.pos) from None
+                raise self._error(error.msg.removesuffix(" at"), self._at + behind) from None
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in ..
                 raise self._error(str(error), self._at) from None
-            if end < len(self._text) or not self._more():  # a number may go on in the next piece
-                self._at = end
+            size = end - self._at
+            # A number may go on in the next piece: 12 is all that was understood of "12.5e-" so far.
+            if len(self._text) - end >= _TAIL or not self._more():
+                self._at += size
                 return value
 
     def elements(self) -> Iterator[Any]:
