@@ -37,20 +37,29 @@ _URL_IMAGE = re.compile(r"<img>\s*(https?://[^<]*?)\s*</img>")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    parser.description = (
+        "Check a data set as it is published, and write it as shards that training reads.\n"
+        "What cannot be used is counted, and listed in OUT/rejected.jsonl."
+    )
+    width = max(len(entry.name) for entry in formats()) + 2
+    listing = "\n".join(f"  {entry.name:{width}}{entry.summary}" for entry in formats())
+    parser.epilog = f"formats:\n{listing}\n\ndocs/data.md tells more."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("json", type=Path, help="the data set's file (.json, .jsonl or .parquet), or a folder of them")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="directory that image paths start from (default: where the file is)"
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    listing = "; ".join(f"{entry.name}: {entry.summary}" for entry in formats())
-    parser.add_argument("--format", metavar="NAME", help=f"what the file is (default: what it looks like). {listing}")
+    parser.add_argument("--format", metavar="NAME", help="what the file is, see below (default: what it looks like)")
     parser.add_argument("--annotations", type=Path, metavar="FILE", help="vqa: the answers, where VQAv2 has them apart")
     parser.add_argument("--image-info", type=Path, metavar="FILE", help="vg-regions: Visual Genome's image_data.json")
     parser.add_argument("--per-sample", type=int, metavar="N", help="vg-regions: regions of one sample (default 8)")
     parser.add_argument(
         "--allow-urls", action="store_true", help="fetch pictures that are http(s) URLs, from public addresses"
     )
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of one tar file (default 1000)")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=1000, metavar="N", help="samples of one tar file (default 1000)"
+    )
     parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
     parser.add_argument(

@@ -141,4 +141,5 @@ def _line(number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Broken(None, "bad JSON", f"line {number} is not valid JSON: {error}")
+        why = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return Broken(None, "bad JSON", f"line {number} is not valid JSON: {why}")
