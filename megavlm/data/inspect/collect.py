@@ -13,7 +13,9 @@ from megatron.energon.epathlib import EPath
 from megavlm.config.checks import source_name
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
+from megavlm.data.decode import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
+from megavlm.data.feed import decode_pack
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
@@ -62,10 +64,21 @@ class Collected:
     counts: list[Counts]
     samples: list[Shown] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
+    masked: dict[str, str] = field(default_factory=dict)
+    """Why no token of a sample is supervised, by its key, where a picture of it cannot be decoded."""
 
 
 def collect(
-    data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int, seed: int, *, samples: int, packs: int, scan: int
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    image_size: int,
+    seed: int,
+    *,
+    replicas: int = 1,
+    samples: int,
+    packs: int,
+    scan: int,
 ) -> Collected:
     """Read the data sets of ``data.train``.
 
@@ -73,9 +86,11 @@ def collect(
         data: The data branch, with prepared data sets.
         tokenizer: Its tokenizer.
         tokens_per_image: ``<imgpad>`` slots of one image.
+        image_size: Side of the decoded pictures, pixels.
         seed: Seed of the order of the packs.
+        replicas: Data-parallel size.
         samples: Samples to show, taken from all data sets in turn, spread over each.
-        packs: Packs to show: the first that a reader without worker processes gives, of one data-parallel rank.
+        packs: Packs to show: the first of the first data-parallel rank.
         scan: Samples of each data set to count, spread over it.
 
     Raises:
@@ -97,10 +112,15 @@ def collect(
     found.samples = _share_out(kept, samples)
     if packs:
         packed = PackReader(
-            data.train, data, tokenizer, tokens_per_image, rank=0, world_size=1, seed=seed, training=True
+            data.train, data, tokenizer, tokens_per_image, rank=0, world_size=replicas, seed=seed, training=True
         )
         found.packs = [next(packed) for _ in range(packs)]
         packed.close()
+    # As the trainer's feed does it: a sample with a picture that cannot be decoded loses its labels.
+    decoder = make_decoder(data.image_decoder)
+    for pack in (*(shown.pack for shown in found.samples), *found.packs):
+        read = decode_pack(pack, decoder, image_size, tokens_per_image, tokenizer.imgpad_id)
+        found.masked |= {f"{skipped.dataset}/{skipped.key}": skipped.cause for skipped in read.masked}
     return found
 
 

@@ -197,8 +197,10 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
     if images:
         images = f'<div class="pictures">{images}</div>'
     note = ""
+    if segment.key in found.masked:
+        note = f'<p class="note">Nothing of it is trained on: {escape(found.masked[segment.key])}.</p>'
     if segment.shapes and len(segment.images) > 1:
-        note = '<p class="note">Boxes are drawn on the first picture; the text does not say on which they are.</p>'
+        note += '<p class="note">Boxes are drawn on the first picture; the text does not say on which they are.</p>'
     tokens = "".join(_token(piece) for piece in segment.pieces)
     return (
         f"<h4>{escape(title)}</h4>"
