@@ -40,7 +40,9 @@ def clear_leftovers(out: Path) -> None:
     """Remove what killed processes of this machine left beside ``out``; put an ``out`` back that was moved aside."""
     out = out.absolute()
     for kind in ("old", "partial"):
-        for left in sorted(out.parent.glob(f"{_start(out, kind)}*")):
+        for left in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+            if not left.name.startswith(_start(out, kind)):
+                continue
             pid = left.name.removeprefix(_start(out, kind)).split("-")[0]
             if not pid.isdecimal() or _is_alive(int(pid)):
                 continue
