@@ -36,7 +36,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
         raise ValueError(f"{path}: parquet needs pyarrow; pip install 'megavlm[parquet]'") from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
                 for row in batch.to_pylist():
                     yield _take_pictures(row, f"{path.name}/{number}")

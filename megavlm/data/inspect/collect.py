@@ -15,8 +15,8 @@ from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
 from megavlm.data.decode import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
-from megavlm.data.feed import decode_pack
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
 from megavlm.data.tokenizer import Tokenizer
