@@ -42,7 +42,7 @@ RUN apt-get update \
 WORKDIR /src
 RUN --mount=type=bind,from=apex,target=/apex \
     if [ -d /apex/source ]; then cp -r /apex/source /tmp/apex && export APEX=/tmp/apex; fi \
-    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 \
+    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 pyarrow \
        "nvidia-dali-cuda$(python3 -c 'import torch; print(torch.version.cuda.split(".")[0])')0" \
     && rm -rf /tmp/apex
 
