@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = "\n".join(f"  {entry.name:{width}}{entry.summary}" for entry in formats())
     parser.epilog = f"formats:\n{listing}\n\ndocs/data.md tells more."
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("json", type=Path, help="the data set's file (.json, .jsonl or .parquet), or a folder of them")
+    parser.add_argument(
+        "json", type=Path, metavar="FILE", help="the data set's file (.json, .jsonl or .parquet), or a folder of them"
+    )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="directory that image paths start from (default: where the file is)"
     )
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="samples of one tar file (default 1000)"
     )
-    parser.add_argument("--name", help="start of every sample's key (default: the JSON file's name)")
+    parser.add_argument("--name", help="start of every sample's key (default: the name of FILE)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
     parser.add_argument(
         "--max-rejected", type=float, default=1.0, metavar="SHARE",
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_arguments(args)
     records, pictures = _records(args)
-    name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.stem)
+    name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.resolve().stem)
     with new_directory(args.out) as partial:
         summary = _write_shards(records, pictures, partial, name, args)
         if not summary.samples:

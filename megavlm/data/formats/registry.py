@@ -88,7 +88,7 @@ def choose(source: Source, name: str | None) -> Format:
         raise ValueError(f"{source.path} could be {' or '.join(names)}; say which with --format")
     if source.is_folder:
         raise ValueError(
-            f"{source.path} is a folder, and not one of CodeFuse's with records per task; give the file, or the folder that "
-            "itself has the parquet files"
+            f"{source.path} is a folder, and not one of CodeFuse's with records per task; give the file, or the folder "
+            "that itself has the parquet files"
         )
     raise ValueError(f"{source.path} looks like none of {', '.join(_FORMATS)}; say which it is with --format")
