@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,14 +108,19 @@ def collect(
         found.counts.append(counts)
         kept.append(_scan(reader, encoder, index, counts, scan, samples))
     if not any(counts.lengths for counts in found.counts):
-        causes = sum((counts.skipped for counts in found.counts), Counter[str]())
-        raise ValueError(f"no sample of {', '.join(names)} can be trained on: {dict(causes)}")
+        skipped = sum((counts.skipped for counts in found.counts), Counter[str]())
+        causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common())
+        remedy = "raise --sequence-length" if "too long" in skipped else "prepare the data again"
+        raise ValueError(f"no sample of {', '.join(names)} can be trained on ({causes}); {remedy}")
     found.samples = _share_out(kept, samples)
     if packs:
-        packed = PackReader(
-            data.train, data, tokenizer, tokens_per_image, rank=0, world_size=replicas, seed=seed, training=True
-        )
-        found.packs = [next(packed) for _ in range(packs)]
+        with warnings.catch_warnings():
+            # As many workers as the recipe has make the packs what they are, also on a small machine.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            packed = PackReader(
+                data.train, data, tokenizer, tokens_per_image, rank=0, world_size=replicas, seed=seed, training=True
+            )
+            found.packs = [next(packed) for _ in range(packs)]
         packed.close()
     # As the trainer's feed does it: a sample with a picture that cannot be decoded loses its labels.
     decoder = make_decoder(data.image_decoder)

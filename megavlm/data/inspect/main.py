@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megavlm.config.load import load_recipe
+from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directories that megavlm prepare wrote (default: the recipe's data.train)",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="page to write (.html)")
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe that says how the data is trained")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="recipe that says how the data is trained; or a run's directory"
+    )
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
@@ -131,19 +133,31 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _load_recipe(name: str) -> Recipe:
     from megavlm.models.registry import expand_presets  # noqa: PLC0415
 
-    return load_recipe(name, [], expand_presets)
+    path = Path(name)
+    if path.is_dir() and name not in shipped_recipes():
+        path = _resolve(path) / "recipe.yaml"
+    return load_recipe(path if path.is_file() else name, [], expand_presets)
+
+
+def _resolve(path: Path) -> Path:
+    """The checkpoint that a run's directory means."""
+    # An entry point may ask rooms above its own; nothing else of data/ does.
+    from megavlm.checkpoint.paths import resolve  # noqa: PLC0415
+
+    return resolve(path)
 
 
 def _with_tokenizer(recipe: Recipe, name: str) -> Recipe:
     """The recipe with the tokenizer file that it trains with."""
-    # An entry point may ask rooms above its own; nothing else of data/ does.
     from megavlm.checkpoint.paths import with_tokenizer_of_load  # noqa: PLC0415
 
+    missing = f"--tokenizer is missing: data.tokenizer of {name} is null, and its checkpoint.load"
     if recipe.data.tokenizer is None and recipe.checkpoint.load is None:
-        raise ValueError(
-            f"--tokenizer is missing: data.tokenizer and checkpoint.load of {name} are null; give a tokenizer file"
-        )
-    return with_tokenizer_of_load(recipe)
+        raise ValueError(f"{missing} as well; give a tokenizer file")
+    try:
+        return with_tokenizer_of_load(recipe)
+    except FileNotFoundError:
+        raise ValueError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
 
 
 def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, int, int]:

@@ -256,9 +256,12 @@ def test_a_recipe_without_a_tokenizer_takes_that_of_the_checkpoint(
     words = ("--recipe", recipe, "--samples", 1, "--packs", 0)
     assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 2
     assert capsys.readouterr().err == (
-        f"megavlm: error: --tokenizer is missing: data.tokenizer and checkpoint.load of {recipe} are null; "
+        f"megavlm: error: --tokenizer is missing: data.tokenizer of {recipe} is null, and its checkpoint.load as well; "
         "give a tokenizer file\n"
     )
+    recipe.write_text(f"{text}\ncheckpoint: {{load: {tmp_path}}}\n")
+    assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 2
+    assert f"its checkpoint.load, {tmp_path}, has no checkpoint; give a tokenizer file" in capsys.readouterr().err
     checkpoint = tmp_path / "step-00000007"
     (checkpoint / "hf").mkdir(parents=True)
     (checkpoint / "run.json").write_text(json.dumps({"recipe": {}}))
@@ -267,6 +270,10 @@ def test_a_recipe_without_a_tokenizer_takes_that_of_the_checkpoint(
     code, page = inspect(tmp_path / "page.html", *words, tokenizer=None)
     assert code == 0
     assert f"tokenizer {checkpoint}/hf/tokenizer.model" in page.text
+    # A run's directory means the recipe of its newest checkpoint.
+    shutil.copy(recipe, checkpoint)
+    words = ("--recipe", tmp_path, *words[2:])
+    assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 0
 
 
 def test_a_recipe_says_how_the_data_is_trained(run_data, tmp_path: Path) -> None:
