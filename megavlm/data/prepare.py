@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-urls", action="store_true", help="fetch pictures that are http(s) URLs, from public addresses"
     )
     parser.add_argument(
+        "--allow-links", action="store_true", help="follow symbolic links that lead out of the image directory"
+    )
+    parser.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="samples of one tar file (default 1000)"
     )
     parser.add_argument("--name", help="start of every sample's key (default: the name of FILE)")
@@ -181,7 +184,7 @@ def _write_shards(
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(record, root, pictures, args.resize, args.allow_urls))
+                    members = list(_sample_members(record, root, pictures, args))
                 except (ValueError, OSError) as error:
                     broken = _broken(record, error)
             if broken is None:
@@ -215,11 +218,11 @@ def _broken(record: Any, error: ValueError | OSError) -> Broken:
 
 
 def _sample_members(
-    record: Any, root: Path, pictures: Mapping[str, bytes], resize: int | None, allow_urls: bool
+    record: Any, root: Path, pictures: Mapping[str, bytes], args: argparse.Namespace
 ) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a sample's files: the record, then its images."""
     urls: dict[str, str] = {}
-    if allow_urls:
+    if args.allow_urls:
         record, urls = _name_urls(record)
     conversation = parse_conversation(record)
     kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
@@ -228,20 +231,22 @@ def _sample_members(
         if path in pictures:
             data = pictures[path]
         else:
-            data = _fetch(urls[path]) if path in urls else _read_image(path, root)
+            data = _fetch(urls[path]) if path in urls else _read_image(path, root, args.allow_links)
         try:
-            yield f"img{number}", _check_image(data, resize)
+            yield f"img{number}", _check_image(data, args.resize)
         except ImageError as error:
             raise BrokenError(f"bad image ({error.cause})", f"image {path!r}: {error}") from None
 
 
-def _read_image(path: str, root: Path) -> bytes:
+def _read_image(path: str, root: Path, allow_links: bool) -> bytes:
     try:
         resolved = (root / path).resolve(strict=True)
     except (OSError, RuntimeError):
         raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
-    if not resolved.is_relative_to(root):
-        raise BrokenError("unsafe image path", f"image {path!r} leads out of {root}")
+    if not allow_links and not resolved.is_relative_to(root):
+        raise BrokenError(
+            "unsafe image path", f"image {path!r} leads out of {root} by a link; --allow-links follows it"
+        )
     if not resolved.is_file():
         raise BrokenError("image missing", f"image {path!r} is not a file")
     return resolved.read_bytes()
