@@ -23,6 +23,8 @@ from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
 from megavlm.data.tokenizer import Tokenizer
 
 NO_TASK = "(none)"
+_MOST_NAMED = 50
+"""Samples of a data set that are named as left out."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Counts:
     """Tokens that are trained on."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Samples that training would leave out, by cause."""
+    named: list[tuple[str, str]] = field(default_factory=list)
+    """Key and cause of the first of these."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts
         if checked.sample is None:
             assert checked.skipped is not None
             counts.skipped[checked.skipped.cause] += 1
+            if len(counts.named) < _MOST_NAMED:
+                counts.named.append((f"{counts.name}/{checked.skipped.key}", checked.skipped.cause))
             continue
         task = _task(files)
         pack = _alone(checked.sample, encoder)

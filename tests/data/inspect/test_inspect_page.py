@@ -149,7 +149,17 @@ def test_figures_of_the_page(tmp_path: Path, images: Path, tokenizer_path: Path)
     rows = re.findall(r"<tr><td title.*?</tr>", (tmp_path / "page.html").read_text(encoding="utf-8"))
     cells = [re.sub(r"<[^>]*>", " ", row).split() for row in rows]
     assert [row[:4] for row in cells] == [["a", "7", "7", "1"], ["raw", "1", "1", "1"]]
-    for text in ("too long", "bad image (not an image)", "(none)", "task box", "sample 3", "pack 2", "segment 2"):
+    for text in (
+        "too long",
+        "bad image (not an image)",
+        "(none)",
+        "task box",
+        "sample 3",
+        "pack 2",
+        "segment 2",
+        "a/a-00000005: too long",
+        "raw/s-00000: bad image (not an image)",
+    ):
         assert text in page.text, text
     assert "sample 4" not in page.text
     assert "pack 3" not in page.text
