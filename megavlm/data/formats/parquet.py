@@ -41,11 +41,8 @@ def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
                 for row in batch.to_pylist():
                     yield _take_pictures(row, f"{path.name}/{number}")
                     number += 1
-    except pyarrow.ArrowException as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as parquet from row {number} on: {line}; fetch it again") from None
-    except OSError as error:
-        if error.errno is not None:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the machine's, not the file's
             raise
         line = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as parquet from row {number} on: {line}; fetch it again") from None
