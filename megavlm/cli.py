@@ -18,12 +18,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from megavlm import __version__
-
-if TYPE_CHECKING:
-    from megavlm.config.schema import Recipe
 
 _MODULES = {
     "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
@@ -134,6 +131,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the recipe, then hand it to the training loop."""
+    from megavlm.checkpoint.paths import with_tokenizer_of_load
     from megavlm.config.checks import check_paths, check_recipe
     from megavlm.config.help import keys_help, to_yaml
     from megavlm.config.load import load_recipe
@@ -152,19 +150,11 @@ def _train(words: Sequence[str]) -> int:
         return 0
     check_recipe(recipe, _world_size(1))
     check_paths(recipe)
-    recipe = _find_tokenizer(recipe)
+    # Settled here for all that follows, and for the recipe that checkpoints carry.
+    recipe = with_tokenizer_of_load(recipe)
     _configure_logging()
     run: Callable[..., int] = importlib.import_module("megavlm.training.main").run
     return run(recipe)
-
-
-def _find_tokenizer(recipe: Recipe) -> Recipe:
-    """Settle which tokenizer file is meant, for all that follows and for the recipe that checkpoints carry."""
-    from megavlm.checkpoint.paths import resolve
-    from megavlm.data.tokenizer import with_tokenizer
-
-    load = recipe.checkpoint.load
-    return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
 
 
 def _delegate(command: str, words: Sequence[str]) -> int:
