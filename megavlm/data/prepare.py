@@ -6,13 +6,11 @@ The directory is built beside ``--out`` and renamed at the end, so a half-writte
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import re
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,15 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.config import yaml12
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
 from megavlm.data.images import ImageError, decode_with_pil, read_header
 from megavlm.data.publish import clear_leftovers, new_directory
 from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.shards import ShardWriter, TaskWriter, write_metadata
 
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
+DATA_FILE = "data.yaml"
+"""The data sets of --by-task as keys of a recipe."""
 _LOGGED_REJECTIONS = 20
 _TELL_EVERY = 30.0
 """Seconds."""
@@ -65,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="samples of one tar file (default 1000)"
     )
+    parser.add_argument(
+        "--by-task",
+        action="store_true",
+        help="a data set for each task, OUT/TASK, and OUT/data.yaml, which megavlm train takes with --overrides",
+    )
     parser.add_argument("--name", help="start of every sample's key (default: the name of FILE)")
     parser.add_argument("--resize", type=int, metavar="N", help="re-encode JPEGs whose longer side is over N pixels")
     parser.add_argument(
@@ -97,16 +104,21 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.json}: {share:.1%} of the records are rejected ({summary.reasons}), more than --max-rejected "
                 f"{args.max_rejected:g}; nothing is written; first: {summary.first_reason}"
             )
-        _write_metadata(partial, summary.shards)
+        for writer in summary.sets.values():
+            write_metadata(writer.directory, writer.names)
+        if args.by_task:
+            (partial / DATA_FILE).write_text(_data_yaml(summary.sets, args.out.absolute()), encoding="utf-8")
     logger.info(
         "%s: %d samples with %d images in %d shards; %d rejected%s",
         args.out,
         summary.samples,
         summary.images,
-        len(summary.shards),
+        summary.shards,
         summary.rejected,
         f" (see {args.out / REJECTED_FILE})" if summary.rejected else "",
     )
+    if args.by_task:
+        logger.info("%d tasks; train on them with --overrides %s", len(summary.sets), args.out / DATA_FILE)
     if summary.causes:
         logger.info("rejected by cause: %s", summary.reasons)
     return 0
@@ -118,7 +130,8 @@ class _Summary:
     images: int = 0
     causes: Counter[str] = field(default_factory=Counter)
     first_reason: str = ""
-    shards: tuple[str, ...] = ()
+    shards: int = 0
+    sets: dict[str, ShardWriter] = field(default_factory=dict)
 
     @property
     def rejected(self) -> int:
@@ -174,7 +187,10 @@ def _write_shards(
 ) -> _Summary:
     summary = _Summary()
     root = args.images.resolve()
-    with _ShardWriter(directory, args.samples_per_shard) as writer, (directory / REJECTED_FILE).open("w") as rejected:
+    with (
+        TaskWriter(directory, args.samples_per_shard, by_task=args.by_task) as writer,
+        (directory / REJECTED_FILE).open("w") as rejected,
+    ):
         told = time.monotonic()
         for index, record in enumerate(records):
             if time.monotonic() - told > _TELL_EVERY:
@@ -188,7 +204,8 @@ def _write_shards(
                 except (ValueError, OSError) as error:
                     broken = _broken(record, error)
             if broken is None:
-                writer.write(f"{name}-{index:08d}", members)
+                assert isinstance(record, dict)
+                writer.write(str(record.get("task") or ""), f"{name}-{index:08d}", members)
                 summary.samples += 1
                 summary.images += len(members) - 1
                 continue
@@ -202,8 +219,17 @@ def _write_shards(
                 logger.warning("record %d%s rejected: %s", index, whose, reason)
     if summary.rejected > _LOGGED_REJECTIONS:
         logger.warning("%d more rejected; %s has them all", summary.rejected - _LOGGED_REJECTIONS, REJECTED_FILE)
-    summary.shards = tuple(writer.names)
+    summary.shards, summary.sets = writer.shards, writer.sets
     return summary
+
+
+def _data_yaml(sets: Mapping[str, ShardWriter], out: Path) -> str:
+    """The data sets as keys of a recipe, drawn by their numbers of samples."""
+    train = []
+    for task, writer in sets.items():
+        name = writer.directory.name
+        train.append({"path": str(out / name), "name": name, "weight": writer.samples, "task": task})
+    return yaml12.dump({"data": {"train": train}})
 
 
 def _broken(record: Any, error: ValueError | OSError) -> Broken:
@@ -292,54 +318,3 @@ def _check_image(data: bytes, resize: int | None) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
     return buffer.getvalue()
-
-
-class _ShardWriter:
-    """Writes samples into tar files of a fixed number of samples; equal input gives equal bytes."""
-
-    def __init__(self, directory: Path, samples_per_shard: int) -> None:
-        self.names: list[str] = []
-        self._directory = directory
-        self._limit = samples_per_shard
-        self._count = 0
-        self._tar: tarfile.TarFile | None = None
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tar is not None:
-            self._tar.close()
-
-    def write(self, key: str, members: list[tuple[str, bytes]]) -> None:
-        """Add one sample: its members are ``<key>.<name>``."""
-        if self._tar is None or self._count == self._limit:
-            self.__exit__()
-            self.names.append(f"shard-{len(self.names):06d}.tar")
-            path = self._directory / self.names[-1]
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in __exit__
-            self._count = 0
-        for name, data in members:
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(data)
-            info.mode = 0o644
-            self._tar.addfile(info, io.BytesIO(data))
-        self._count += 1
-
-
-def _write_metadata(directory: Path, shards: tuple[str, ...]) -> None:
-    """Write Energon's ``.nv-meta``: index, shard counts, the split (train only) and the data set's class."""
-    from megatron.energon.flavors import CrudeWebdataset  # noqa: PLC0415 - loads torch
-
-    # Energon reports its progress with print.
-    with contextlib.redirect_stdout(io.StringIO()):
-        CrudeWebdataset.prepare_dataset(
-            directory,
-            list(shards),
-            split_parts_ratio=[("train", 1.0)],
-            shuffle_seed=None,
-            workers=min(4, len(shards)),
-        )
-    (directory / ".nv-meta" / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
-    )

@@ -11,6 +11,8 @@ from data_helpers import encode_image
 from PIL import Image
 
 from megavlm import cli
+from megavlm.config.load import load_recipe
+from megavlm.models.registry import expand_presets
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -92,6 +94,32 @@ def test_a_folder_of_tasks_may_hold_json_and_parquet(tmp_path: Path) -> None:
         ("ocr", [PICTURES[1]]),
         ("vqa", [PICTURES[2]]),
     ]
+
+
+def test_tasks_become_data_sets_of_their_own_that_a_recipe_takes(tmp_path: Path) -> None:
+    tasks, out = tmp_path / "tasks", tmp_path / "out"
+    pages = [{"image": image(i), "prompt": "<image>Read.", "ground_truth": "a"} for i in range(5)]
+    write(tasks / "ocr & co" / "part.parquet", pages)
+    write(tasks / "ocr + co" / "part.parquet", pages[:2])
+    text = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}]
+    (tasks / "chat.jsonl").write_text(json.dumps({"id": 1, "conversations": text}) + "\n{")
+    assert cli.main(["prepare", str(tasks), "--out", str(out), "--by-task"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "chat",
+        "data.yaml",
+        "ocr-co",
+        "ocr-co-2",
+        "rejected.jsonl",
+    ]
+    recipe = load_recipe("quickstart", (), expand_presets, [out / "data.yaml"])
+    assert [(source.task, source.name, source.weight) for source in recipe.data.train] == [
+        ("chat", "chat", 1),
+        ("ocr & co", "ocr-co", 5),
+        ("ocr + co", "ocr-co-2", 2),
+    ]
+    for source in recipe.data.train:
+        info = json.loads((Path(source.path) / ".nv-meta" / ".info.json").read_text())
+        assert sum(info["shard_counts"].values()) == source.weight
 
 
 def test_synthdog_and_llava_as_the_hub_has_them(tmp_path: Path) -> None:
