@@ -97,7 +97,7 @@ def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pictures_are_read_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VQAv2's pictures are 30 GB: the columns are read without them."""
+    """All of a benchmark's pictures may not fit into memory: the columns are read without them."""
     path = make("vqav2", tmp_path / "vqav2.parquet")
     taken: list[str] = []
     real = pyarrow.parquet.ParquetFile.read_row_group
