@@ -89,15 +89,15 @@ def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="row 0: names <image 2>, but has no image_2"):
         read("mmmu", write(tmp_path / "a.parquet", [row, mmmu(3)]))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"pope\.parquet is not a whole parquet file: "):
+    with pytest.raises(ValueError, match=r"pope\.parquet cannot be read as parquet from row 0 on: "):
         read("pope", path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'megavlm\[eval\]'"):
+    with pytest.raises(ValueError, match=r"needs pyarrow; pip install 'megavlm\[parquet\]'"):
         read("pope", path)
 
 
 def test_pictures_are_read_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VQAv2's pictures are 30 GB: the columns are read without them."""
+    """All of a benchmark's pictures may not fit into memory: the columns are read without them."""
     path = make("vqav2", tmp_path / "vqav2.parquet")
     taken: list[str] = []
     real = pyarrow.parquet.ParquetFile.read_row_group
@@ -126,3 +126,18 @@ def test_a_broken_picture_is_counted(random_checkpoint: Path, tmp_path: Path) ->
     assert list(wrong) == ["validation_Art_3"]
     assert "validation-00000-of-00001.parquet:1:0:image_2: " in wrong["validation_Art_3"]
     assert (tmp_path / "out" / "report.html").read_text().count("<img") == 4
+
+
+def test_a_damaged_part_of_a_file_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make("pope", tmp_path / "pope.parquet")
+    with pyarrow.parquet.ParquetFile(path) as file:
+        group = file.metadata.row_group(1)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        place = next(one for one in columns if one.path_in_schema == "image.bytes")
+        start, size = place.dictionary_page_offset or place.data_page_offset, place.total_compressed_size
+    data = bytearray(path.read_bytes())
+    data[start : start + size] = b"\xff" * size
+    path.write_bytes(data)
+    shown = [picture_bytes(item.pictures[0]) for item in read("pope", path)]
+    assert [bool(one) for one in shown] == [True, True, True, False, False]
+    assert "pope.parquet cannot be read as parquet from row" in caplog.text

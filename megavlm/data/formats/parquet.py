@@ -23,17 +23,39 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.suffix == ".parquet" else []
 
 
-def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
-    """Yield each row of a file, and the bytes of its pictures by the names that stand for them.
+def need_pyarrow(path: Path) -> Any:
+    """Return the module ``pyarrow``, with its ``parquet``, to read ``path``.
 
     Raises:
-        ValueError: It is no parquet file, or pyarrow is not installed.
+        ValueError: It is not installed.
     """
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
         raise ValueError(f"{path}: parquet needs pyarrow; pip install 'megavlm[parquet]'") from None
+    return pyarrow
+
+
+def unreadable(path: Path, error: Exception, row: int = 0) -> ValueError:
+    """Return what is told of a file that pyarrow could not read from ``row`` on.
+
+    Raises:
+        OSError: It is the machine's error, not the file's.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    line = " ".join(str(error).split())
+    return ValueError(f"{path} cannot be read as parquet from row {row} on: {line}; fetch it again")
+
+
+def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
+    """Yield each row of a file, and the bytes of its pictures by the names that stand for them.
+
+    Raises:
+        ValueError: It is no parquet file, or pyarrow is not installed.
+    """
+    pyarrow = need_pyarrow(path)
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
@@ -42,10 +64,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
                     yield _take_pictures(row, f"{path.name}/{number}")
                     number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the machine's, not the file's
-            raise
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read as parquet from row {number} on: {line}; fetch it again") from None
+        raise unreadable(path, error, number) from None
 
 
 def _take_pictures(row: Row, name: str) -> tuple[Row, dict[str, bytes]]:

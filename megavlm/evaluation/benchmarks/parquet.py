@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.formats.parquet import files_of, need_pyarrow, unreadable
 from megavlm.evaluation.benchmarks.spec import Source, StoredPicture
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+.*\.parquet$")
 _COLUMNS_AT_ONCE = 8  # MMMU's rows have seven columns of pictures
@@ -21,7 +24,8 @@ def is_parquet(path: Path) -> bool:
 
 
 def _inside(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
+    folders = (folder, *sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")))
+    return [file for one in folders for file in files_of(one)]
 
 
 def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
@@ -34,8 +38,6 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
         FileNotFoundError: there is no such file.
         ValueError: pyarrow is missing, a file is no parquet, or the split is not clear.
     """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{source.data}: reading parquet needs pyarrow: pip install 'megavlm[eval]'")
     files = _files(source)
     names = ["" if path == source.data else f"{path.relative_to(source.data)} " for path in files]
     return [
@@ -61,9 +63,8 @@ def _files(source: Source) -> list[Path]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, without the bytes of its pictures."""
-    import pyarrow  # noqa: PLC0415 - only parquet needs it
-    import pyarrow.parquet  # noqa: PLC0415
-
+    pyarrow = need_pyarrow(path)
+    row_count = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             # A picture is a group of two columns, "image.bytes" and "image.path".
@@ -74,8 +75,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 for index, row in enumerate(file.read_row_group(group, columns=light).to_pylist()):
                     shown = {column: _pictures(path, group, index, column, row.get(column)) for column in pictures}
                     yield {**row, **shown}
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole parquet file: {' '.join(str(error).split())}") from None
+                    row_count += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise unreadable(path, error, row_count) from None
 
 
 def _pictures(path: Path, group: int, index: int, column: str, cell: Any) -> Any:
@@ -87,7 +89,12 @@ def _pictures(path: Path, group: int, index: int, column: str, cell: Any) -> Any
 
 def _stored(path: Path, group: int, index: int, column: str, place: int | None) -> StoredPicture:
     def read() -> bytes:
-        cell = _cells(path, group, column)[index].as_py()
+        pyarrow = need_pyarrow(path)
+        try:
+            cell = _cells(path, group, column)[index].as_py()
+        except (pyarrow.ArrowException, OSError) as error:
+            logger.warning("%s", unreadable(path, error, index))
+            return b""  # no picture: the question counts as wrong
         return (cell if place is None else cell[place])["bytes"] or b""
 
     where = f"{path.parent.name}/{path.name}:{group}:{index}:{column}"
@@ -97,7 +104,5 @@ def _stored(path: Path, group: int, index: int, column: str, place: int | None) 
 @lru_cache(_COLUMNS_AT_ONCE)
 def _cells(path: Path, group: int, column: str) -> Any:
     """A column of a row group; it is kept, for the next questions mostly want the same."""
-    import pyarrow.parquet  # noqa: PLC0415
-
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with need_pyarrow(path).parquet.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
