@@ -39,6 +39,7 @@ QWEN = {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "attn.c_proj", "w1", "w2
 SOME = {"rank": 4, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 PLAIN = {"lora": QWEN | {"train_embeddings": True, "train_head": True}, "modules": FREEZE}
 PARTS = {"lora": SOME, "modules": FREEZE, "model": GROUPED}
+TIED = {"lora": SOME | {"train_embeddings": True, "train_head": True}, "modules": FREEZE, "model": GROUPED}
 RESUMED = {
     "lora": QWEN | {"targets": ["c_attn", "c_proj", "w1"]},
     "modules": FREEZE,
@@ -102,6 +103,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     wide = {"base": str(tmp / "c" / "step-00000000"), "fill": True}
     single["qlora"] = {"recipe": QLORA, **wide}
     single["not-quantised"] = {"recipe": SINGLE_WIDE, **wide}
+    single["tied"] = {"recipe": TIED, "base": grouped, "fill": True}
     single["bf16"] = {"recipe": PLAIN | BF16, **plain}
     single["qlora-bf16"] = {"recipe": QLORA | BF16, **wide}
     for name, (words, _) in LEARNS.items():
@@ -115,6 +117,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for name, (ranks, layout) in LAYOUTS.items():
         parallel[ranks][name] = {"recipe": {**PLAIN, "parallel": layout}, **plain}
     parallel[4]["parts-parallel"] = {"recipe": {**PARTS, "parallel": TP2_PP2_SP}, "base": grouped, "fill": True}
+    parallel[4]["tied-parallel"] = {"recipe": {**TIED, "parallel": TP2_PP2_SP}, "base": grouped, "fill": True}
     parallel[4]["first"] = {"recipe": {**HALF, "parallel": TP2_PP2_SP}, **plain, "save": str(tmp / "saved")}
     parallel[2]["dropped"] = {"recipe": {**DROPPED, "parallel": TP2}, **plain}
     again = {**TP2, "recompute_granularity": "full"}
@@ -153,6 +156,11 @@ def test_layout_equals_one_process(name: str, results: Results) -> None:
 
 def test_adapters_on_parts_of_layers(results: Results) -> None:
     same(results["parts-parallel"], results["parts"])
+
+
+def test_a_tied_embedding_learns_on_both_ends(results: Results) -> None:
+    same(results["tied-parallel"], results["tied"])
+    assert {"adapters", "embedding"} <= {*results["tied"]["changed"]}
 
 
 def test_resume_at_another_layout(results: Results) -> None:
