@@ -119,6 +119,8 @@ def _lead(
     with _listening(bound, args.host, args.port), _http(app, bound, limits):
         signal.signal(signal.SIGTERM, lambda *_: worker.stop())
         signal.signal(signal.SIGINT, lambda *_: worker.stop())
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
         host, port = bound.getsockname()[:2]
         logger.info("serving %s on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
         try:
@@ -126,6 +128,13 @@ def _lead(
         except ValueError as error:  # of the model's work, not of the command line
             raise RuntimeError(f"the model cannot go on: {error}") from error
     logger.info("stopped after %d answers", worker.answered)
+
+
+def _end_with(parent: int) -> None:
+    """Stop when torchrun was killed, which then ends nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
 from megavlm.inference.server.limits import Limits
+from megavlm.inference.turns import without_control_tokens
 
 _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
@@ -207,7 +208,7 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
             raise bad_request(f"{where}.role: a system message can only be the first", f"{where}.role")
         if message.get("tool_calls"):
             raise bad_request(f"{where}.tool_calls: this server has no tools", where, "unsupported_parameter")
-        text, shown = _content(message.get("content"), f"{where}.content")
+        text, shown = _content(message.get("content"), f"{where}.content", role == "assistant")
         if shown and role != "user":
             raise bad_request(f"{where}: only the user's messages may have pictures", where)
         turns.append(Turn(role, text))
@@ -219,8 +220,11 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
     return turns, images
 
 
-def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
-    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures."""
+def _content(content: Any, where: str, answer: bool) -> tuple[str, list[ImagePart]]:
+    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures.
+
+    An answer that this server gave is taken back whatever it holds: nothing, or control tokens, which are left out.
+    """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise bad_request(f"{where}: it must be text or a list of parts", where)
@@ -231,7 +235,7 @@ def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
         param = f"{where}.{index}" if parts is content else where
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            text += _text(part.get("text"), param)
+            text += _text(part.get("text"), param, answer)
         elif kind == "image_url":
             inner = part.get("image_url")
             url = inner.get("url") if isinstance(inner, dict) else None
@@ -242,14 +246,16 @@ def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
             text += f"{begin}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n"
         else:
             raise bad_request(f"{param}.type: use text or image_url, not {kind!r}", f"{param}.type")
-    if not text.strip():
+    if not text.strip() and not answer:
         raise bad_request(f"{where}: it is empty", where)
-    return text, images
+    return text or " ", images
 
 
-def _text(text: Any, where: str) -> str:
+def _text(text: Any, where: str, answer: bool) -> str:
     if not isinstance(text, str):
         raise bad_request(f"{where}.text: it must be text", where)
+    if answer:
+        text = without_control_tokens(text)
     if "<img>" in text or "</img>" in text:
         raise bad_request(f"{where}: text may not hold <img> or </img>; send a picture as an image_url part", where)
     try:

@@ -169,6 +169,9 @@ def test_turns_and_text_alone(served: Served, client: openai.OpenAI) -> None:
     said = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, user="me")
     assert said.choices[0].message.content
     assert client.chat.completions.create(model="tiny", messages=messages[3:], max_tokens=4).usage
+    for given in ("", "<|im_start|>a<img>"):  # which a poor model may have answered
+        messages[2]["content"] = given
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage
 
 
 HELLO = [{"role": "user", "content": "Hello"}]

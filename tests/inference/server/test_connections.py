@@ -14,7 +14,7 @@ import uvicorn
 
 from megavlm.inference.server.connections import guarded
 
-SECONDS = 0.5
+SECONDS = 0.8
 MOST = 4
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 Server = tuple[tuple[str, int], set[Any]]

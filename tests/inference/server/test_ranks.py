@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from pathlib import Path
@@ -54,3 +55,19 @@ def test_a_process_that_dies_ends_the_server_with_a_line(killed: int, learnt: Le
         assert said.count("another process of this job is gone, and with it a part of the model: the server ends") == 1
         assert "[rank" not in said  # no traceback of a rank
         assert said.count(" loaded ") == 1
+
+
+@pytest.mark.reliability
+def test_no_process_outlives_torchrun(learnt: Learnt, tmp_path: Path) -> None:
+    words = ("parallel.tensor_model_parallel_size=2",)
+    with started(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2) as two:
+        ranks = psutil.Process(two.process.pid).children()
+        try:
+            assert len(ranks) == 2
+            two.process.kill()
+            _, alive = psutil.wait_procs(ranks, 20)
+            assert not alive and "stopped after 0 answers" in two.log.read_text()
+        finally:
+            for one in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()

@@ -62,7 +62,7 @@ def test_what_is_not_fetched(url: str, reason: str, hooked: Served) -> None:
     error = said["error"]
     assert status == 400 and error["code"] == "remote_image_failed" and reason in error["message"], said
     assert error["param"] == "messages.0.content.0.image_url" and "image 1 was not fetched" in error["message"]
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 5
     assert "was tried" not in hooked.log.read_text()
 
 
