@@ -1,20 +1,14 @@
-"""Checkpoints of runs with adapters: they hold what learns, and name the checkpoint that holds the rest, the base.
-
-``adapter.json`` beside the tensors has the base's path and a digest of its weights.
-"""
+"""Checkpoints of runs with adapters: they hold what learns, and name what holds the rest (:mod:`.base`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megavlm.checkpoint import manifest
-from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.base import holds_adapters
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import yaml12
@@ -24,55 +18,6 @@ from megavlm.config.schema import Recipe
 from megavlm.models.language.adapters import frozen_linears
 from megavlm.parallel.lora import FrozenColumnParallelLinear
 from megavlm.parallel.nf4 import quantise
-
-RECORD = "adapter.json"
-
-
-def weights_digest(checkpoint: Path) -> str | None:
-    """Return a digest of a checkpoint's tensors, from its manifest; None where that has none."""
-    if not (checkpoint / manifest.MANIFEST).is_file():
-        return None
-    files = {
-        name: entry.get("sha256", entry.get("bytes"))
-        for name, entry in manifest.read_manifest(checkpoint).items()
-        if name.endswith(".distcp")
-    }
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def record(base: Path) -> str:
-    """Return the text of ``adapter.json`` for adapters of ``base``."""
-    return json.dumps({"base": str(base.absolute()), "weights_sha256": weights_digest(base)}, indent=2) + "\n"
-
-
-def holds_adapters(checkpoint: Path) -> bool:
-    """Whether a checkpoint has adapters, and not the weights that they are for."""
-    return (checkpoint / RECORD).is_file()
-
-
-def base_of(checkpoint: Path, instead: Path | None = None) -> Path:
-    """Return the checkpoint whose weights the adapters of ``checkpoint`` are for.
-
-    Args:
-        checkpoint: one that :func:`holds_adapters`.
-        instead: where it may lie as well, if it has been moved.
-
-    Raises:
-        ValueError: it is gone, or its weights are others now.
-    """
-    found = read_json(checkpoint / RECORD)
-    path = Path(str(found.get("base")))
-    for candidate in (path, instead):
-        if candidate is not None and (candidate / "run.json").is_file():
-            if found.get("weights_sha256") not in (None, weights_digest(candidate)):
-                raise ValueError(
-                    f"{checkpoint}: its adapters are for the weights that {candidate} had when they were trained, and "
-                    f"these are others now; restore them, or correct base in {RECORD}"
-                )
-            return candidate
-    raise ValueError(
-        f"{checkpoint}: holds adapters for {path}, which is not there; move it back, or correct base in {RECORD}"
-    )
 
 
 def select(state: dict[str, Any], chosen: Callable[[str, Any], bool]) -> dict[str, Any]:

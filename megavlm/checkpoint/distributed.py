@@ -22,7 +22,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megavlm.checkpoint.adapters import base_of, holds_adapters, load_quantised, select
+from megavlm.checkpoint.adapters import load_quantised, select
+from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import METADATA, model_state
@@ -55,7 +56,7 @@ def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml:
 
 
 def load(
-    path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None, base: Path | None = None
+    path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None, base: str | Path | None = None
 ) -> dict[str, Any]:
     """Load a checkpoint at this run's layout, whatever layout it was saved at; a collective over all ranks.
 
@@ -67,7 +68,7 @@ def load(
         modules: the bare model chunks of this rank, filled in place.
         optimizer: also load its state; None loads weights alone.
         scheduler: also load its state.
-        base: where the base may lie if it has been moved.
+        base: where the base of adapters may lie if it has been moved (a recipe's ``checkpoint.load``).
 
     Returns:
         The weights as they are stored, per chunk: what FP8 weights round.

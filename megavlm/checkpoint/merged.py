@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm.checkpoint import manifest
-from megavlm.checkpoint.adapters import base_of, holds_adapters
+from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import read_run
 from megavlm.checkpoint.publish import publishing
@@ -44,13 +44,17 @@ class MergedReader(CheckpointReader):
     The sum is made in fp32 and rounded to the base's number type. Weights that were in 4 bits in training are added to
     what they were quantised from, as PEFT's users do.
 
+    Args:
+        checkpoint: one with adapters.
+        base: where their base may lie if it has been moved.
+
     Raises:
-        ValueError: as :func:`megavlm.checkpoint.adapters.base_of`.
+        ValueError: as :func:`megavlm.checkpoint.base.base_of`.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, base: Path | None = None) -> None:
         super().__init__(checkpoint)
-        self.base = CheckpointReader(base_of(checkpoint))
+        self.base = CheckpointReader(base_of(checkpoint, base))
         self.model, self.lora = recipe_branches(checkpoint)
 
     def dtype(self, slot: Slot) -> torch.dtype:
@@ -79,12 +83,12 @@ class MergedReader(CheckpointReader):
         return (weight.float() + adapter.scale * added).to(weight.dtype)
 
 
-def open_reader(checkpoint: Path) -> CheckpointReader:
-    """Return a reader of whole weights, merged where ``checkpoint`` holds adapters."""
-    return MergedReader(checkpoint) if holds_adapters(checkpoint) else CheckpointReader(checkpoint)
+def open_reader(checkpoint: Path, base: Path | None = None) -> CheckpointReader:
+    """Return a reader of whole weights, merged where ``checkpoint`` holds adapters (for ``base``)."""
+    return MergedReader(checkpoint, base) if holds_adapters(checkpoint) else CheckpointReader(checkpoint)
 
 
-def merge(checkpoint: Path, out: Path) -> int:
+def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
     """Write adapters and their base as one checkpoint of whole weights, for any layout.
 
     Process groups of one process must be up.
@@ -92,6 +96,7 @@ def merge(checkpoint: Path, out: Path) -> int:
     Args:
         checkpoint: one with adapters.
         out: directory to write; it must not exist, or be empty.
+        base: where their base may lie if it has been moved.
 
     Returns:
         The bytes that were written.
@@ -101,7 +106,7 @@ def merge(checkpoint: Path, out: Path) -> int:
     """
     if not holds_adapters(checkpoint):
         raise ValueError(f"{checkpoint}: has no adapters to merge; its weights are whole")
-    reader = MergedReader(checkpoint)
+    reader = MergedReader(checkpoint, base)
     pieces = [
         Piece(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
         for slot in find_slots(reader.model).values()

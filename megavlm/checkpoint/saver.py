@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
-from megavlm.checkpoint import adapters, manifest
+from megavlm.checkpoint import adapters, base, manifest
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.safe import behind, first_line
@@ -347,6 +347,6 @@ def _write_small(partial: Path, state: State, common: Any) -> None:
         fault("checkpoint.in_small_files")
         manifest.write_text(partial / "recipe.yaml", state.recipe_yaml)
         if state.base is not None:
-            manifest.write_text(partial / adapters.RECORD, adapters.record(state.base))
+            manifest.write_text(partial / base.RECORD, base.record(state.base, partial))
         run = {**state.run, "megavlm": __version__, "world_size": dist.get_world_size()}
         manifest.write_text(partial / "run.json", json.dumps(run, indent=2))

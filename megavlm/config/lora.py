@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,7 +68,10 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
         plain = LoraConfig()
         for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "quantize"):
             if getattr(lora, name) != getattr(plain, name):
-                yield f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out"
+                yield (
+                    f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out (lora={{}} empties "
+                    "the branch)"
+                )
         return
     known = ", ".join(target.path for target in TARGETS[names])
     if not lora.targets:
@@ -89,6 +93,8 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
         yield f"checkpoint.load: {_KEY}rank needs the weights that the adapters are for; name their checkpoint"
     if recipe.engine.fp8 is not None:
         yield f"engine.fp8: layers with adapters compute in training.precision; set it to null, or {_KEY}rank"
+    if recipe.engine.cuda_graph_impl != "none":
+        yield f"engine.cuda_graph_impl: not with adapters; set it to none, or {_KEY}rank to null"
     if recipe.engine.tp_comm_overlap:
         yield f"engine.tp_comm_overlap: not with adapters; set it to false, or {_KEY}rank to null"
     if lora.quantize is not None:
@@ -118,3 +124,15 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
                 f"{NF4_BLOCK} x {NF4_GROUP} values at parallel.tensor_model_parallel_size {tp}; lower that, or set "
                 "this to null"
             )
+
+
+def check_quantiser(quantize: str | None) -> None:
+    """Check that what ``lora.quantize`` needs is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null"
+        )

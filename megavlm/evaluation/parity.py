@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.source import Source
@@ -36,7 +37,7 @@ from megavlm.models.build import build_model, unwrap
 from megavlm.models.registry import expand_presets
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_last_stage, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
         tolerance: largest absolute difference.
 
     Raises:
-        ValueError: the checkpoint is no whole model, or the reference does not fit it.
+        ValueError: the checkpoint is no whole model, the base of adapters is gone, or the reference does not fit it.
     """
     path = resolve(checkpoint)
     if not (path / "recipe.yaml").is_file():
@@ -105,15 +106,15 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     always = ["training.precision=fp32", f"training.global_batch_size={_ANY_LAYOUT}"]
     recipe = for_inference(load_recipe(path / "recipe.yaml", [*always, *overrides], expand_presets))
     check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    base_for(path, recipe.checkpoint.load)
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)
     for sample in samples:
         _fill_slots(sample, tokens, recipe.model.tokens_per_image)
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         chunks = build_model(recipe, tokens["image"])
         with agreed(f"loading {path}"):
-            load(path, modules=[unwrap(chunk) for chunk in chunks])
+            load(path, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         logger.info("%s, %s", describe(recipe.parallel, dist.get_world_size()), recipe.training.precision)
         for chunk in chunks:
             chunk.eval()

@@ -143,10 +143,8 @@ def run(args: argparse.Namespace) -> int:
     import torch.distributed as dist  # noqa: PLC0415
 
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
-    from megavlm.parallel.state import configure_logging  # noqa: PLC0415
 
     with session(recipe, checkpoint, tokenizer, args.context) as model:
-        configure_logging()
         if dist.get_rank() != 0:
             model.follow()
             return 0

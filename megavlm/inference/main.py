@@ -50,12 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     from megavlm.inference.boxes import draw_boxes  # noqa: PLC0415
     from megavlm.inference.session import Asked, session  # noqa: PLC0415 - imports Megatron-Core
-    from megavlm.parallel.state import configure_logging  # noqa: PLC0415
 
     asked = Asked(turns, images)
     answer = ""
     with session(recipe, checkpoint, tokenizer, args.context) as model:
-        configure_logging()
         first = dist.get_rank() == 0
         for pieces in model.answers([asked], max_new_tokens=args.max_new_tokens, sampling=sampling):
             answer += pieces[0].text

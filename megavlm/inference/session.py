@@ -276,5 +276,5 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
                 f"{needed}, or set parallel.tensor_model_parallel_size"
             )
         chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks])
+        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         yield Session(recipe, tokenizer, chunks, context or longest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -117,6 +118,9 @@ def _random_state() -> None:
     for module in (cuda, cuda.random):
         module.get_rng_state = get_rng_state
         module.set_rng_state = set_rng_state
+    # Its tracker of random states warns whenever the CPU's changes while it has switched the device's: they are one.
+    tracker = logging.getLogger("megatron.core.tensor_parallel.random")
+    tracker.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _factories() -> None:

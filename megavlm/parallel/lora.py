@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -30,7 +31,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -40,6 +41,8 @@ from megavlm.parallel.nf4 import NF4Weight, frozen_linear
 
 LORA = ("lora_a", "lora_b")
 """Names of an adapter's parameters beside ``weight``."""
+
+_ALIKE, _APART = "adapter-dropout-alike", "adapter-dropout-apart"
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,7 @@ class _Frozen:
         assert self.adapter is not None
         if not (self.training and self.adapter.dropout):
             return x
-        # Streams of their own: whatever else a rank draws, those that must draw alike do.
-        stream = [get_data_parallel_rng_tracker_name()] if same_on_all_ranks else []
-        with get_cuda_rng_tracker().fork(*stream):
+        with get_cuda_rng_tracker().fork(_ALIKE if same_on_all_ranks else _APART):
             return F.dropout(x, self.adapter.dropout)
 
 
@@ -283,6 +284,19 @@ def _device(layer: Any, config: Any, quantize: bool) -> Any:
 def _mark_sharded(parameter: Parameter, dim: int) -> None:
     """Mark a parameter as cut over the tensor-parallel ranks: gradient norms count every piece."""
     set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
+def seed_dropout(seed: int) -> None:
+    """Give the dropout of adapters random streams of its own, which recompute and checkpoints restore.
+
+    Of Megatron-Core's two, one is the same on all ranks, the other on all stages and replicas. Here stages and replicas
+    draw apart, and tensor-parallel ranks alike from one stream and apart from the other.
+    """
+    tracker = get_cuda_rng_tracker()
+    place = f"{seed}:{mpu.get_pipeline_model_parallel_rank()}:{mpu.get_data_parallel_rank()}"
+    for name, text in ((_ALIKE, place), (_APART, f"{place}:{mpu.get_tensor_model_parallel_rank()}")):
+        if name not in tracker.get_states():
+            tracker.add(name, _hash(text))
 
 
 def initial_a(shape: tuple[int, int], seed: int, name: str) -> Tensor:

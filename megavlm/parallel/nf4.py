@@ -7,7 +7,7 @@ the same numbers. The dimension that is cut comes first, so shares are whole gro
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +18,10 @@ from torch import Tensor
 
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 
-
-def check_quantiser(quantize: str | None) -> None:
-    """Check that what ``lora.quantize`` needs is installed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null"
-        )
+# On some CPUs it warns, when it is imported, that it lacks a kernel for products that are not made here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 
 @dataclass

@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.config.schema import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megavlm.config.lora import targets_of
+from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import mlp_depth, padded_vocabulary
+from megavlm.planning.parameters import linear_shapes, mlp_depth, padded_vocabulary
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ def engine_key(recipe: Recipe, name: str) -> Any:
     return getattr(getattr(recipe, "engine", None), name, None)
 
 
+def weights_learn(recipe: Recipe) -> bool:
+    """Whether the language model's own weights learn, and so do not wait beside adapters."""
+    return not recipe.modules.language.freeze and recipe.lora.rank is None
+
+
 def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that one language layer keeps without recomputation."""
     b, tp = kernels.number_bytes, layout.tensor
@@ -88,14 +94,41 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     if language.qk_layernorm:
-        attention += tokens * (queries + keys) * (b if kernels.fused else 4 + b * int(learns))
+        # The plain norm reads in fp32: keys are there already, where that is no conversion.
+        read = (queries + keys) * b if kernels.fused else 4 * (queries + keys * int(b == 2))
+        attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
     return norms + inputs + attention + tokens * 2 * ffn * b
+
+
+def adapters_kept(language: LanguageConfig, lora: LoraConfig, layout: Layout, tokens: int, kernels: Kernels) -> int:
+    """Return the bytes that the adapters of one language layer keep: what A and B multiply."""
+    assert lora.rank is not None
+    b, tp = kernels.number_bytes, layout.tensor
+    local = tokens // tp if layout.sequence_parallel else tokens
+    queries, keys = (n * language.kv_channels // tp for n in (language.num_attention_heads, language.num_query_groups))
+    inputs = {
+        "linear_qkv": local * language.hidden_size, "linear_proj": tokens * queries,
+        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * language.ffn_hidden_size // tp,
+    }  # fmt: skip
+    kept = 0
+    for name, elements in inputs.items():
+        own = [target for target in targets_of(lora, language.layer_names) if target.linear.endswith(name)]
+        if not own:
+            continue
+        # The fused attention's result is kept as such; dropout makes another tensor, and has a mask of bytes.
+        there = kernels.fused and name == "linear_proj" and not lora.dropout
+        kept += elements * (b * int(not there) + int(lora.dropout > 0))
+        column = name in ("linear_qkv", "linear_fc1")
+        kept += len(own) * (tokens if column else local) * lora.rank * b
+        if own[0].parts == 3:  # the rows of each part's B, side by side
+            kept += sum((queries, keys, keys)[target.part] for target in own) * lora.rank * b
+    return kept
 
 
 def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels) -> int:
     """Return the bytes that the language layers of a chunk keep, with the recipe's recomputation."""
     language, parallel = recipe.model.language, recipe.parallel
-    learns = not recipe.modules.language.freeze
+    learns, adapted = weights_learn(recipe), recipe.lora.rank is not None
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
@@ -107,6 +140,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
         # The result is still there as the input of the projection, where that keeps one.
         if not (kernels.fused and learns):
             layer -= tokens * heads * language.kv_channels * kernels.number_bytes
+    if adapted:
+        layer += adapters_kept(language, recipe.lora, layout, tokens, kernels)
     return chunk.layers * layer
 
 
@@ -181,7 +216,8 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     """Return the bytes of one micro-batch in one chunk, on one rank."""
     kernels = kernels_of(recipe)
     b, tp, language = kernels.number_bytes, layout.tensor, recipe.model.language
-    learns = not recipe.modules.language.freeze
+    learns, lora = weights_learn(recipe), recipe.lora
+    head = learns or lora.train_head
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
     local = tokens // tp if layout.sequence_parallel else tokens
     wide, stream = tokens * hidden * b, local * hidden * b
@@ -193,17 +229,25 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     # second product has let go of; then the gradients of the first product's weight and input, less the activation's.
     inner = tokens * ffn * b
     backward = 2 * stream + max(3 * inner, int(learns) * 2 * ffn * hidden * b + wide - inner)
+    if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
+        backward = 2 * stream + 4 * inner
+    if lora.quantize is not None:  # the largest weight, while it multiplies
+        weight = max(linear_shapes(language, tp)) * b
+        forward += weight
+        backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
     if recipe.parallel.recompute_granularity == "full":
         unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
         backward += unit * layer_kept(language, layout, tokens, kernels, learns=learns)
+        if lora.rank is not None:
+            backward += unit * adapters_kept(language, lora, layout, tokens, kernels)
     if chunk.last:
         rows = padded_vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
-        output = stream * (b if kernels.fused else 4 + b * int(learns)) // b + stream * int(learns) + tokens * rows * 4
+        output = stream * (b if kernels.fused else 4 + b * int(learns)) // b + stream * int(head) + tokens * rows * 4
         # The logits themselves, forward; their gradient and the weight's, backward. In fp32 these are in place.
         logits = tokens * rows * b * int(b == 2)
         forward = max(forward, logits)
-        products = logits + wide + int(learns) * rows * hidden * b - tokens * rows * 4 * int(b == 2)
+        products = logits + wide + int(head) * rows * hidden * b - tokens * rows * 4 * int(b == 2)
         # By the time that the layers' turn comes, the loss has let go of what it kept.
         backward = max(logits, products, backward - output)
     if chunk.first:
@@ -214,7 +258,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         passing = vision_passing(recipe, layout, images, kernels)
         forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, _vision_backward(recipe, layout, images, kernels) - kept - output)
-        if learns:  # the embedding's gradient
+        if learns or lora.train_embeddings:  # the embedding's gradient
             backward = max(backward, padded_vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)
 

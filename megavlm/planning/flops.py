@@ -7,7 +7,8 @@ model, not about the hardware (PaLM, arXiv 2204.02311, appendix B).
 
 from __future__ import annotations
 
-from megavlm.config.schema import LanguageConfig, ModelConfig, ModuleTraining, Recipe, VisionConfig
+from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe, VisionConfig
+from megavlm.planning.parameters import adapter_shapes
 
 
 def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:
@@ -24,6 +25,11 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
     # Scores and their product with the values, over half of the square (causal).
     attention = 2 * width * squared_lengths
     return language.num_layers * (2 * tokens * weights + attention) + 2 * tokens * hidden * language.vocab_size
+
+
+def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> int:
+    """Return the forward operations of the adapters."""
+    return 2 * tokens * language.num_layers * sum(adapter_shapes(language, lora, 1))
 
 
 def vision_flops(vision: VisionConfig, images: int) -> int:
@@ -64,21 +70,31 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
         images: images.
     """
     vision, connector, language = passes(recipe)
-    model = recipe.model
-    return (
+    model, lora = recipe.model, recipe.lora
+    total = (
         vision * vision_flops(model.vision, images)
         + connector * connector_flops(model, images)
         + language * language_flops(model.language, tokens, squared_lengths)
     )
+    if lora.rank is not None:
+        total += 3 * adapter_flops(model.language, lora, tokens)
+        # Attention has no weights: its backward pass is that of a model that learns.
+        total += language_flops(model.language, 0, squared_lengths)
+        total += int(lora.train_head) * 2 * tokens * model.language.hidden_size * model.language.vocab_size
+    return total
 
 
 def passes(recipe: Recipe) -> tuple[int, int, int]:
-    """Return what forward and backward of tower, connector and language model cost, in forward passes of each."""
+    """Return what forward and backward of tower, connector and language model cost, in forward passes of each.
+
+    Frozen weights beside adapters have gradients of their inputs only.
+    """
     modules = recipe.modules
+    language = _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze))
     return (
         _passes(modules.vision, below_learns=False),
         _passes(modules.connector, below_learns=not modules.vision.freeze),
-        _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze)),
+        language if recipe.lora.rank is None else 2,
     )
 
 

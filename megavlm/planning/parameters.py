@@ -144,6 +144,20 @@ def adapter_shapes(language: LanguageConfig, lora: LoraConfig, tensor: int) -> l
     return shapes
 
 
+def adapter_widths(language: LanguageConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
+    """Return the numbers of a token that the adapters of one language layer read, and that they add to."""
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tensor
+    queries, keys = (
+        n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
+    )
+    linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language.layer_names)}
+    widths = {
+        "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
+        "linear_fc1": (hidden, 2 * ffn), "linear_fc2": (ffn, hidden),
+    }  # fmt: skip
+    return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
+
+
 # A search asks for the same chunks over and over.
 @functools.lru_cache(maxsize=4096)
 def _chunk_parameters(
@@ -181,7 +195,7 @@ def _with_adapters(
 ) -> Iterator[Parameter]:
     """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
     table = padded_vocabulary(language, tp) // tp * language.hidden_size
-    linears = _linear_elements(language, tp)
+    linears = linear_shapes(language, tp)
     for elements in layer_shapes(language, tp) * layers:
         yield Parameter("language", elements, False, lora.quantize is not None and elements in linears)
     for elements in adapter_shapes(language, lora, tp) * layers:
@@ -194,9 +208,9 @@ def _with_adapters(
             yield Parameter("language", table, lora.train_head)
 
 
-def _linear_elements(language: LanguageConfig, tensor: int) -> set[int]:
-    """Return the sizes of a layer's four linear weights; norms and biases are smaller."""
-    return set(sorted(layer_shapes(language, tensor))[-4:])
+def linear_shapes(language: LanguageConfig, tensor: int) -> list[int]:
+    """Return the elements of a layer's four linear weights; norms and biases are smaller."""
+    return sorted(layer_shapes(language, tensor))[-4:]
 
 
 @functools.lru_cache(maxsize=4096)

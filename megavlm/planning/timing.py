@@ -11,11 +11,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
-from megavlm.planning.activations import Kernels, kernels_of
+from megavlm.planning.activations import Kernels, kernels_of, weights_learn
 from megavlm.planning.flops import step_flops
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import learning_elements, padded_vocabulary
+from megavlm.planning.parameters import (
+    NF4_BYTES,
+    adapter_shapes,
+    adapter_widths,
+    learning_elements,
+    linear_shapes,
+    padded_vocabulary,
+)
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
@@ -117,7 +124,7 @@ class Timer:
         """Return the cost of one language layer."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens = self.workload.tokens
-        learns = not self.recipe.modules.language.freeze
+        learns = weights_learn(self.recipe)
         width = language.num_attention_heads * language.kv_channels
         work = self._flops(Chunk(0, 1, first=False, last=False))
         dense, attention = work.layers, work.attention
@@ -138,6 +145,8 @@ class Timer:
             + 2 * self._stream(moved),
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
+        more = self._adapters()
+        forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
         back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
         if self.recipe.parallel.recompute_granularity == "full":
@@ -146,11 +155,26 @@ class Timer:
             backward += self._attention(attention)
         return Cost(forward + wires, backward + back_wires, wires + back_wires)
 
+    def _adapters(self) -> tuple[float, float]:
+        """Return the seconds, forward and backward, that adapters, and weights in 4 bits, add to a language layer."""
+        language, lora, tp = self.recipe.model.language, self.recipe.lora, self.layout.tensor
+        if lora.rank is None:
+            return 0.0, 0.0
+        b, tokens = self.kernels.number_bytes, self.workload.tokens
+        product = self._gemm(2 * tokens * sum(adapter_shapes(language, lora, tp)))
+        # Inputs are read, and with dropout written beside a mask; what is added is written, read and summed.
+        into, out = adapter_widths(language, lora, tp)
+        moved = self._stream(tokens * (into * (1 + 2 * int(lora.dropout > 0)) + 4 * out) * b)
+        unpack = 0.0
+        if lora.quantize is not None:
+            unpack = self._stream(sum(linear_shapes(language, tp)) * (NF4_BYTES + b))
+        return product + moved + unpack, 2 * product + moved + unpack
+
     def output(self) -> Cost:
         """Return the cost of the output layer and the loss."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens, rows = self.workload.tokens, padded_vocabulary(self.recipe.model.language, self.layout.tensor)
-        learns = not self.recipe.modules.language.freeze
+        learns = weights_learn(self.recipe) or self.recipe.lora.train_head
         product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.vocab_size
         # The loss in fp32 passes over the logits some ten times forward, three times backward.
         forward = self._gemm(product) + self._stream(40 * tokens * rows / tp)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.checkpoint import distributed as checkpoint
-from megavlm.checkpoint.adapters import base_of, check_same_adapters, holds_adapters
+from megavlm.checkpoint.adapters import check_same_adapters
+from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.manifest import MANIFEST, check
 from megavlm.checkpoint.paths import newest_first, read_run, resolve
 from megavlm.checkpoint.saver import Saver, State
@@ -264,7 +265,7 @@ class Trainer:
                 self.base = self._find_base(path)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
-            weights = checkpoint.load(path, modules=training.modules)
+            weights = checkpoint.load(path, modules=training.modules, base=self.base)
             self.parent = path
             # The fp32 masters of weights in FP8 come from the checkpoint, not from what rounding has left.
             exact = {"state_dict": weights} if self.recipe.engine.fp8_param_gather else {}
@@ -275,15 +276,7 @@ class Trainer:
         """Return the checkpoint whose weights the run's adapters are for; None for a run without adapters."""
         if self.recipe.lora.rank is None:
             return None
-        load = self.recipe.checkpoint.load
-        assert load is not None  # the recipe's rules
-        if not holds_adapters(path):
-            return path
-        try:
-            instead = resolve(Path(load))
-        except FileNotFoundError:  # the base may lie where it lay
-            instead = None
-        return base_of(path, None if instead is None or holds_adapters(instead) else instead)
+        return base_for(path, self.recipe.checkpoint.load) or path
 
     def _open_feed(self, decoder: Any, state: Any) -> Feed:
         """Open the training data on reader ranks."""

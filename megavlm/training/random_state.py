@@ -42,7 +42,8 @@ def restore_random_state(plain: Plain) -> None:
     torch.set_rng_state(_decode(plain["torch"]))
     if has_cuda() and plain["device"] is not None:
         torch.cuda.set_rng_state(_decode(plain["device"]))
-    get_cuda_rng_tracker().set_states({key: _decode(value) for key, value in plain["tracker"].items()})
+    tracker = get_cuda_rng_tracker()  # a stream that is newer than the checkpoint (dropout was 0) stays as it is
+    tracker.set_states(tracker.get_states() | {key: _decode(value) for key, value in plain["tracker"].items()})
 
 
 def _encode(state: Tensor) -> str:

@@ -301,9 +301,15 @@ def llava_qwen_siglip() -> PreTrainedModel:
     return llava(Qwen2Config(**_TEXT), SiglipVisionConfig(**_VISION, vision_use_head=False), **keys)
 
 
+def llava_qwen3() -> PreTrainedModel:
+    """LLaVA with Qwen3: norms on queries and keys, heads wider than hidden_size / heads."""
+    return llava(Qwen3Config(**_TEXT, head_dim=32))
+
+
 TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama, "vicuna": vicuna, "qwen2": qwen2, "qwen3": qwen3, "clip": clip, "clip_vision": clip_vision,
     "siglip": siglip, "siglip_vision": siglip_vision, "llava": llava, "llava_qwen_siglip": llava_qwen_siglip,
+    "llava_qwen3": llava_qwen3,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_cases import QWEN_VL, llava, llava_qwen_siglip, qwen_vl
+from family_cases import QWEN_VL, llava, llava_qwen3, llava_qwen_siglip, qwen_vl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -36,6 +36,8 @@ CASES = {
     "llama-all": (llava, ALL, []),
     "llama-some": (llava, SOME, ["lora.train_embeddings=true", "lora.train_head=true"]),
     "qwen2-some": (llava_qwen_siglip, [*SOME, "down_proj"], []),
+    "qwen3-all": (llava_qwen3, ALL, []),
+    "qwen3-some": (llava_qwen3, ["k_proj", "o_proj", "gate_proj"], ["lora.train_head=true"]),
 }
 
 
@@ -110,6 +112,7 @@ def test_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     assert (expected - ours(base, one)).abs().max() > 0.01  # the adapters matter
 
     convert("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    assert len({file.stat().st_mode for file in (tmp_path / "peft").iterdir()}) == 1  # who may read them
     both = PeftModel.from_pretrained(read(hf), tmp_path / "peft").eval()
     close(theirs(both, one), expected)
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from megavlm.parallel.nf4 import check_quantiser, frozen_linear, quantise
+from megavlm.config.lora import check_quantiser
+from megavlm.parallel.nf4 import frozen_linear, quantise
 
 
 def theirs(weight: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Bytes that autograd really keeps for the backward pass."""
+"""Bytes that autograd really keeps for the backward pass, also of a model whose weights are in 4 bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+
+from megavlm.models.language.adapters import frozen_linears
+from megavlm.parallel.lora import FrozenColumnParallelLinear
+from megavlm.parallel.nf4 import quantise
 
 
 class Saved:
@@ -35,3 +39,12 @@ def saved_tensors(parameters: Iterable[torch.Tensor]) -> Iterator[Saved]:
     saved = Saved(parameters)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         yield saved
+
+
+def quantise_random(language: torch.nn.Module) -> None:
+    """Give random values to the weights of a language model, on one rank, that are to be in 4 bits."""
+    for _, _, linear in frozen_linears(language):
+        if linear.quantize:
+            weight = torch.randn(linear.output_size, linear.input_size, dtype=linear.config.params_dtype) * 0.02
+            column = isinstance(linear, FrozenColumnParallelLinear)
+            linear.nf4 = quantise(weight, [(0, weight.shape[0 if column else 1])], transposed=not column)

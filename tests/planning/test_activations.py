@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from saved_tensors import saved_tensors
+from saved_tensors import quantise_random, saved_tensors
 from test_parameters import OTHER
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.data.feed import micro_batch
-from megavlm.models.build import build_model
+from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
@@ -20,6 +20,9 @@ FROZEN = {"freeze": True}
 TORCH = {"transformer_impl": "torch"}
 BF16 = {"training": {"precision": "bf16"}, "parallel": TORCH}
 CHECKPOINTED = {**tiny_recipe().model.vision.__dict__, "gradient_checkpointing": True}
+BESIDE = {"vision": FROZEN, "connector": FROZEN}
+QWEN = {"rank": 8, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}
+PARTS = {"rank": 8, "targets": ("q_proj", "v_proj", "up_proj")}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": BF16,
@@ -32,6 +35,18 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed-tower": {"model": {"preset": "tiny", "vision": CHECKPOINTED}},
     "other": {"model": OTHER},
     "other-bf16": {**BF16, "model": OTHER},
+    "lora": {"lora": QWEN, "modules": BESIDE},
+    "lora-bf16-selective": {
+        **BF16,
+        "parallel": {**TORCH, "recompute_granularity": "selective"},
+        "lora": QWEN,
+        "modules": BESIDE,
+    },
+    "lora-everywhere": {"lora": {"rank": 8, "targets": ("c_attn", "c_proj", "w1", "w2")}, "modules": BESIDE},
+    "lora-head-connector": {**BF16, "lora": {**QWEN, "train_head": True}, "modules": {"vision": FROZEN}},
+    "lora-of-parts": {"model": OTHER, "lora": PARTS, "modules": BESIDE},
+    "lora-of-parts-bf16": {**BF16, "model": OTHER, "lora": PARTS, "modules": BESIDE},
+    "qlora": {**BF16, "lora": {**QWEN, "quantize": "nf4"}, "modules": BESIDE},
 }
 
 
@@ -40,6 +55,7 @@ def test_what_is_kept_is_what_autograd_keeps(name: str) -> None:
     recipe = tiny_recipe(**CASES[name])
     with process_groups(recipe.parallel, seed=1):
         model = build_model(recipe, IMAGE_TOKEN)[0]
+        quantise_random(unwrap(model).language)
         pack, pixels = random_packs(1, seed=3)[0]
         batch = micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
         assert batch.num_images > 0

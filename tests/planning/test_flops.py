@@ -73,6 +73,25 @@ def test_language_model(language: dict[str, Any]) -> None:
     assert language_flops(language, tokens, squares) + upper_half + rows == counter.get_total_flops()
 
 
+LORA = {"rank": 4, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_step_of_adapters(head: bool) -> None:
+    """Forward and backward, counted: frozen weights have gradients of their inputs alone, adapters of both."""
+    frozen = {"vision": {"freeze": True}, "connector": {"freeze": True}}
+    own = recipe(modules=frozen, lora={**LORA, "train_head": head})
+    language, tokens, squares = own.model.language, sum(LENGTHS), sum(length**2 for length in LENGTHS)
+    packed = pack([sample(i, length) for i, length in enumerate(LENGTHS)])
+    with counted() as counter, torch.enable_grad():
+        losses(build(modules=frozen, lora={**LORA, "train_head": head}), packed).sum().backward()
+    upper_half = language.num_layers * 2 * language.num_attention_heads * language.kv_channels * squares
+    padded = -(-language.vocab_size // language.vocab_divisor) * language.vocab_divisor
+    rows = 2 * tokens * language.hidden_size * (padded - language.vocab_size)
+    expected = step_flops(own, tokens=tokens, squared_lengths=squares, images=0) + 3 * upper_half + (2 + head) * rows
+    assert expected == counter.get_total_flops()
+
+
 def test_frozen_modules_cost_less() -> None:
     def total(**modules: dict[str, bool]) -> int:
         return step_flops(recipe(modules=modules), tokens=100, squared_lengths=2000, images=2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peak_memory import PeakMemory
+from saved_tensors import quantise_random
 from tiny import IMAGE_TOKEN, tiny_recipe
 
 from megavlm.data.batch import Pack
@@ -24,6 +25,10 @@ VISION = {"image_size": SIDE, "patch_size": 8, "hidden_size": 96, "num_layers": 
 VISION |= {"num_attention_heads": 4, "positional_grid": 8}
 FROZEN = {"modules": {"vision": {"freeze": True}}}
 BF16 = {"training": {"precision": "bf16", "global_batch_size": 2}, "parallel": {"transformer_impl": "torch"}}
+LORA: dict[str, Any] = {
+    "lora": {"rank": 8, "targets": ("c_attn", "attn.c_proj", "w1", "w2")},
+    "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
+}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16-large-vocabulary": {**BF16, "language": {"vocab_size": 8192}},
@@ -34,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         **BF16,
         "parallel": {"recompute_granularity": "full", "transformer_impl": "torch"},
     },
+    "lora": LORA,
+    "lora-bf16": {**BF16, **LORA},
+    "qlora-bf16": {**BF16, **LORA, "lora": {**LORA["lora"], "quantize": "nf4"}},
+    "lora-recomputed": {**LORA, "parallel": {"recompute_granularity": "full"}},
+    "lora-head": {**BF16, **LORA, "lora": {**LORA["lora"], "train_embeddings": True, "train_head": True}},
 }
 
 
@@ -69,6 +79,8 @@ def test_peak_of_a_step(name: str) -> None:
     recipe = tiny_recipe(model=model, data={"sequence_length": TOKENS}, **case)
     with process_groups(recipe.parallel, seed=1):
         training = build_training(recipe, IMAGE_TOKEN)
+        for module in training.modules:
+            quantise_random(module.language)
         known = [p for chunk in training.chunks for p in chunk.parameters()]
         known += [buffer.grad_data for chunk in training.chunks for buffer in chunk.buffers]
         batches = [batch_of(images), batch_of(images)]

@@ -27,7 +27,7 @@ from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.data.feed import micro_batch  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
-from megavlm.models.language.adapters import frozen_linears  # noqa: E402
+from megavlm.models.language.adapters import frozen_linears, trained_keys  # noqa: E402
 from megavlm.parallel.lora import LORA  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -35,26 +35,53 @@ from megavlm.training.step import train_step  # noqa: E402
 
 
 def digests(modules: list[Any]) -> dict[str, str]:
-    """Return a digest of every frozen weight of this rank."""
+    """Return a digest of every parameter of this rank."""
     found = {}
     for i, module in enumerate(modules):
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                found[f"{i}.{name}"] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+            found[f"{i}.{name}"] = digest(parameter)
+    return found
+
+
+def digest(parameter: torch.Tensor) -> str:
+    return hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+PARTS = {"vision.": "vision", "connector.": "connector", "language.embedding.": "embedding"}
+PARTS |= {"language.output_layer.": "head", "language.": "language"}
+
+
+def part_of(key: str) -> str:
+    """Return what a parameter of :func:`digests` belongs to."""
+    name = key.partition(".")[2]
+    if name.rpartition(".")[2] in LORA:
+        return "adapters"
+    return next(part for start, part in PARTS.items() if name.startswith(start))
+
+
+def draws(modules: list[Any]) -> dict[str, list[str]]:
+    """Return, by kind, digests of what every rank keeps of ones after an adapter's dropout."""
+    layer = next(iter(frozen_linears(modules[0].language)))[2]
+    found: dict[str, list[str]] = {}
+    for kind in ("alike", "apart"):
+        mine = digest(layer._dropped(torch.ones(4096), same_on_all_ranks=kind == "alike"))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        found[kind] = everyone
     return found
 
 
 def replicas_agree(modules: list[Any]) -> bool:
     """Whether what each tensor-parallel rank has whole is the same on all of them, bit for bit."""
-    mine = b"".join(
-        parameter.detach().numpy().tobytes()
+    mine = "".join(
+        digest(parameter)
         for module in modules
         for name, parameter in module.named_parameters()
         if name.rpartition(".")[2] in LORA and not getattr(parameter, "tensor_model_parallel", False)
     )
     group = mpu.get_tensor_model_parallel_group()
     found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, hashlib.sha256(mine).hexdigest(), group=group)
+    dist.all_gather_object(found, mine, group=group)
     return len(set(found)) == 1
 
 
@@ -104,7 +131,10 @@ def run(job: dict[str, Any]) -> None:
             if job.get("fill"):
                 fill(training.modules)
             training.optimizer.reload_model_params()
-        before = digests(training.modules)
+        before, drawn = digests(training.modules), {}
+        learns = {f"{i}.{name}" for i, module in enumerate(training.modules) for name in trained_keys(module)}
+        if job.get("draws"):
+            drawn = draws(training.modules)
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         losses, norms = [], []
         first = job.get("first", 0)
@@ -119,9 +149,11 @@ def run(job: dict[str, Any]) -> None:
             losses.append(result.loss)
             norms.append(result.grad_norm)
         with training.settled():
-            same = [None] * dist.get_world_size()
-            agree = replicas_agree(training.modules)
-            dist.all_gather_object(same, agree and before == digests(training.modules) and len(before) > 0)
+            after = digests(training.modules)
+            changed = {key for key in before if before[key] != after[key]}
+            mine = (replicas_agree(training.modules) and changed <= learns < set(before), {*map(part_of, changed)})
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
             saved = None
             if job.get("save"):
                 state = State(
@@ -136,7 +168,9 @@ def run(job: dict[str, Any]) -> None:
                 "full_precision_kept": kept,
                 "loss": losses,
                 "grad_norm": norms,
-                "frozen_same": all(same),
+                "frozen_same": all(one for one, _ in everyone),
+                "changed": sorted(set().union(*(parts for _, parts in everyone))),
+                "draws": drawn,
                 "learning": counts,
                 "saved": saved,
             }

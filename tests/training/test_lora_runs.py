@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
+import torch
 from launch import torchrun
 from run_data import RunData
+from serving import serving
 
+from megavlm.checkpoint.hf.inspect import inspect_checkpoint
+from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.cli import main
 
@@ -33,9 +41,13 @@ def train(data: RunData, output: Path, *overrides: str, ranks: int = 1) -> str:
     return torchrun("megavlm", *data.words(output, *overrides), ranks=ranks, module=True)
 
 
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(output: Path) -> dict[int, float]:
     found: dict[int, float] = {}
-    for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+    for line in lines(output):
         if "loss" in line:
             assert found.get(line["step"], line["loss"]) == line["loss"]  # a step that ran twice is the same
             found[line["step"]] = line["loss"]
@@ -68,19 +80,89 @@ def test_resume_is_exact(run_data: RunData, base: Path, adapted: Path, tmp_path:
     assert "at step 2" in text and sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+def test_bf16_resumes_exactly(quantize: str, run_data: RunData, base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = run_data.words(
+        run, *LORA, f"checkpoint.load={base}", "training.precision=bf16", f"lora.quantize={quantize}"
+    )
+    assert main(words) == 0
+    state = CheckpointReader(run / "checkpoints" / "step-00000004").tensors()
+    shutil.move(run / "checkpoints" / "step-00000004", tmp_path / "uninterrupted")
+    assert main(words) == 0
+    assert sorted(losses(run)) == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 3, 4]
+    left, right = (CheckpointReader(path) for path in (tmp_path / "uninterrupted", run / "checkpoints/step-00000004"))
+    for key, entry in state.items():
+        slot = Slot(key, tuple(entry.size))
+        assert torch.equal(left.read(slot), right.read(slot)), key
+
+
 def test_a_checkpoint_holds_what_learns(base: Path, adapted: Path) -> None:
     step = adapted / "checkpoints" / "step-00000004"
     record = json.loads((step / "adapter.json").read_text())
-    assert record["base"] == str(base / "checkpoints" / "step-00000003") and len(record["weights_sha256"]) == 64
+    assert record["base"] == str(base / "checkpoints" / "step-00000003") and len(record["weights_sample_sha256"]) == 64
+    assert inspect_checkpoint(step)["adapters for"] == record["base"]
     keys = {key for key in CheckpointReader(step).tensors() if not key.startswith("optimizer.")}
     learns = {key for key in keys if key.startswith("connector.") or key.endswith((".lora_a", ".lora_b"))}
     assert keys == learns and len([key for key in keys if ".lora_" in key]) == 8
 
 
-def test_it_answers(run_data: RunData, adapted: Path, tmp_path: Path) -> None:
-    words = ["eval", adapted, *ALONE, f"--data={run_data.heldout_json}", f"--images={run_data.images}"]
-    torchrun("megavlm", *words, f"--out={tmp_path}/eval", "--limit=2", module=True)
-    assert (tmp_path / "eval").is_dir()
+@pytest.fixture(scope="module")
+def merged(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merged") / "whole"
+    assert main(["convert", "merge", "--megatron", str(adapted), "--out", str(out)]) == 0
+    return out
+
+
+def predictions(data: RunData, checkpoint: Path, out: Path, *words: str, ranks: int = 1) -> list[str]:
+    """Answer held-out records with ``megavlm eval``."""
+    all_words = ["eval", checkpoint, *words, f"--data={data.heldout_json}", f"--images={data.images}", f"--out={out}"]
+    all_words += ["--limit=6", "--max-new-tokens=6", "--panel-samples=0"]
+    if ranks == 1:
+        assert main([str(word) for word in all_words]) == 0
+    else:
+        torchrun("megavlm", *all_words, ranks=ranks, module=True)
+    return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_adapters_answer_as_the_merged_weights(
+    run_data: RunData, base: Path, adapted: Path, merged: Path, tmp_path: Path
+) -> None:
+    expected = predictions(run_data, merged, tmp_path / "merged", *ALONE)
+    assert predictions(run_data, base, tmp_path / "base", *ALONE) != expected
+    assert predictions(run_data, adapted, tmp_path / "alone", *ALONE) == expected
+    assert predictions(run_data, adapted, tmp_path / "spread", *TP2_PP2, ranks=4) == expected
+
+
+def test_commands_answer_with_adapters(
+    run_data: RunData,
+    adapted: Path,
+    merged: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """generate, chat and serve."""
+    picture = next(path for path in sorted(run_data.images.rglob("*")) if path.suffix in (".png", ".jpg"))
+    question, said = "What is this?", {}
+    for checkpoint in (adapted, merged):
+        words = [str(checkpoint), *ALONE, "--image", str(picture), "--max-new-tokens=8"]
+        assert main(["generate", *words, "--prompt", question]) == 0
+        text = capsys.readouterr().out.strip()
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
+        assert main(["chat", *words, "--out", str(tmp_path)]) == 0
+        assert text and text in capsys.readouterr().out
+        said[checkpoint] = text
+    assert said[adapted] == said[merged]
+    with serving(adapted, picture, tmp_path / "log", *ALONE) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+        url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=8
+        )
+    assert (answer.choices[0].message.content or "").strip() == said[adapted]
 
 
 REFUSED = {
@@ -99,12 +181,44 @@ def test_other_adapters_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_adapters_of_weights_that_are_others_now(
-    run_data: RunData, base: Path, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def moved(base: Path, to: Path) -> Path:
+    shutil.copytree(base, to, ignore=shutil.ignore_patterns("metrics*", "events*"))
+    return to
+
+
+def test_the_base_may_move(
+    base: Path, adapted: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = tmp_path / "checkpoints" / "step-00000004"
-    shutil.copytree(adapted / "checkpoints" / "step-00000004", step)
-    record = json.loads((step / "adapter.json").read_text())
-    (step / "adapter.json").write_text(json.dumps({**record, "weights_sha256": "0" * 64}))
-    assert main(["convert", "merge", "--megatron", str(step), "--out", str(tmp_path / "whole")]) == 2
-    assert "are for the weights that" in capsys.readouterr().err
+    """With the adapters, or alone, and then its user says where it is now; another one is refused before a start."""
+    step = "checkpoints/step-00000004"
+    shutil.copytree(adapted / step, tmp_path / "a" / "run" / step)
+    record = tmp_path / "a" / "run" / step / "adapter.json"
+    entry = json.loads(record.read_text())
+    entry["base"] = str(tmp_path / "gone" / "step-00000003")
+    entry["relative"] = "../../../base/checkpoints/step-00000003"
+    record.write_text(json.dumps(entry))
+    words = ["convert", "merge", "--megatron", str(tmp_path / "a" / "run")]
+
+    together = moved(base, tmp_path / "a" / "base")
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    alone = together.rename(tmp_path / "elsewhere")
+    assert main([*words, "--out", str(tmp_path / "two")]) == 2
+    assert_one_line(capsys, "gone/step-00000003, which is not there; name the checkpoint that they were trained on")
+    assert main([*words, "--out", str(tmp_path / "two"), "--base", str(alone)]) == 0
+    for out in ("one", "two"):
+        for part in merged.glob("*.distcp"):
+            assert (tmp_path / out / part.name).read_bytes() == part.read_bytes()
+
+    ask = ["generate", str(tmp_path / "a" / "run"), *ALONE, "--prompt", "What?", "--max-new-tokens=2"]
+    capsys.readouterr()
+    assert main([*ask, f"checkpoint.load={alone}"]) == 0
+    capsys.readouterr()
+    assert main([*ask, f"checkpoint.load={tmp_path / 'nowhere'}"]) == 2
+    assert_one_line(capsys, "which is not there")
+    assert main([*ask, f"checkpoint.load={tmp_path / 'one'}"]) == 2  # whole weights, but others
+    assert_one_line(capsys, f"its adapters are for other weights than {tmp_path / 'one'} has now")
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("megavlm: error: ") and text in error[0], error

@@ -74,7 +74,7 @@ STAGES = {
     ),
     "codefuse_vl_14b/sft": Stage(
         448, ["language"], 2048, 128, (2e-5, 0), None, None,
-        betas=(0.9, 0.999), loss="task_mean", layers=(18, 22), after="codefuse_vl_14b/align", **HF,
+        betas=(0.9, 0.999), loss="task_mean", layers=(17, 23), after="codefuse_vl_14b/align", **HF,
     ),
     "belle_vl_14b/align": Stage(
         224, ["connector"], 2048, 512, (1e-4, 0), None, None, betas=(0.9, 0.95), layers=(20, 20), **HF
@@ -242,6 +242,7 @@ SMALL = (
     "logging.log_interval=1",
 )  # fmt: skip
 STEPS = 3
+LAYOUTS = {"qwen_vl_7b/pretrain": "TP 1 x PP 1 x DP 4", "codefuse_vl_14b/sft": "TP 1 x PP 2 x DP 2"}
 
 
 def shrink(name: str, data: RunData, root: Path, steps: int = STEPS) -> list[str]:
@@ -285,8 +286,7 @@ def metrics(root: Path, name: str) -> list[dict[str, float]]:
 def test_a_small_run(name: str, runs: tuple[Path, dict[str, Any]]) -> None:
     (root, results), stage = runs, STAGES[name]
     found = results[name]
-    single = name == "qwen_vl_7b/pretrain"
-    assert found["layout"] == ("TP 1 x PP 1 x DP 4" if single else "TP 2 x PP 2 x DP 1 + SP")
+    assert found["layout"] == LAYOUTS.get(name, "TP 2 x PP 2 x DP 1 + SP")
     assert (found["starts_at"], found["exit_code"]) == (0, 0)
     assert found["trained"] == stage.trains
     lines = metrics(root, name)[:STEPS]

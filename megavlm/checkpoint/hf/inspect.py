@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.paths import resolve
+from megavlm.checkpoint.base import RECORD, holds_adapters
+from megavlm.checkpoint.paths import read_json, read_run, resolve
 
 Tree = dict[str, Any]
 
@@ -51,7 +52,6 @@ def _megatron(path: Path) -> Tree:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # noqa: PLC0415
 
     from megavlm.checkpoint.hf import assets  # noqa: PLC0415
-    from megavlm.checkpoint.paths import read_run  # noqa: PLC0415
     from megavlm.checkpoint.safe import read_metadata  # noqa: PLC0415
 
     metadata = read_metadata(path)
@@ -79,6 +79,8 @@ def _megatron(path: Path) -> Tree:
         "optimizer state": f"{optimizer_bytes / 2**30:.2f} GiB" if optimizer_bytes else "none",
         "parts": sorted({key.split(".", 1)[0] for key in tensors if not key.startswith("optimizer.")}),
     }
+    if holds_adapters(path):
+        facts["adapters for"] = str(read_json(path / RECORD).get("base"))
     if record:
         facts |= {"family": record.get("family"), "origin": record.get("origin"), "ignored": record.get("ignored")}
         facts |= {"carried": len(record.get("carried") or []), "initialised": record.get("initialised")}

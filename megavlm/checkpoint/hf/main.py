@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import RecipeError
@@ -113,7 +114,25 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-name", default="", metavar="NAME", help="with --adapter: what PEFT's base_model_name_or_path is to say"
     )
+    _add_base(parser)
     parser.set_defaults(run=run_outgoing)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="of adapters: checkpoint (or run) of the weights that they are for, if"
+        " it has been moved"
+    )  # fmt: skip
+
+
+def _check_base(path: Path, base: Path | None) -> None:
+    """Check that the base of adapters is there, before torch is loaded.
+
+    Raises:
+        ValueError: it is not, or ``--base`` was given for whole weights.
+    """
+    if base_for(path, base) is None and base is not None:
+        raise ValueError(f"--base: {path} holds whole weights, no adapters; leave it out")
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +142,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="checkpoint to write; must not exist yet"
     )
+    _add_base(parser)
     parser.set_defaults(run=run_merge)
 
 
@@ -227,12 +247,13 @@ def run_merge(args: argparse.Namespace) -> int:
         ValueError: the checkpoint has no adapters, or their base is gone.
     """
     path = resolve(args.megatron)
+    _check_base(path, args.base)
     _prepare()
     from megavlm.checkpoint.hf.shapes import alone  # noqa: PLC0415
     from megavlm.checkpoint.merged import merge  # noqa: PLC0415
 
     with alone():
-        written = merge(path, args.out)
+        written = merge(path, args.out, args.base)
     logger.info("wrote %s, %.2f GiB", args.out, written / _GIB)
     return 0
 
@@ -315,6 +336,10 @@ def run_outgoing(args: argparse.Namespace) -> int:
     path = resolve(args.megatron)
     if args.base_name and not args.adapter:
         raise ValueError("--base-name: goes with --adapter")
+    if not args.adapter:
+        _check_base(path, args.base)
+    elif args.base is not None:
+        raise ValueError("--base: adapters are written without their base; leave it out, or --adapter")
     _prepare()
     if args.adapter:
         from megavlm.checkpoint.hf.peft import export_adapter  # noqa: PLC0415
@@ -331,6 +356,7 @@ def run_outgoing(args: argparse.Namespace) -> int:
         dtype=DTYPES[args.dtype],
         shard_bytes=int(args.max_shard_size * 1e9),
         verify=not args.no_verify,
+        base=args.base,
     )
     for line in result.lines():
         logger.info("%s", line)

@@ -84,6 +84,7 @@ def export(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
+    base: Path | None = None,
 ) -> Export:
     """Write a Hugging Face directory.
 
@@ -94,6 +95,7 @@ def export(
         dtype: number type to convert to; None keeps each tensor's.
         shard_bytes: largest size of a file.
         verify: read everything back and compare.
+        base: where the base of adapters may lie if it has been moved.
 
     Raises:
         ValueError: the checkpoint is damaged or of another model, or no family can hold it.
@@ -106,7 +108,7 @@ def export(
     )
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
-    reader = open_reader(checkpoint)
+    reader = open_reader(checkpoint, base)
     result = Export(f"{family.name} ({family.title})")
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))

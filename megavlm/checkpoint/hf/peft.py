@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from megavlm.checkpoint import adapters, manifest
+from megavlm.checkpoint import manifest
+from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
@@ -94,7 +95,7 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
     Raises:
         ValueError: the checkpoint has no adapters, or what learned beside them has no place in PEFT's format.
     """
-    if not adapters.holds_adapters(checkpoint):
+    if not holds_adapters(checkpoint):
         raise ValueError(f"{checkpoint}: has no adapters; export it without --adapter")
     model, lora = recipe_branches(checkpoint)
     reader = CheckpointReader(checkpoint)
@@ -135,7 +136,9 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         "use_rslora": False,
     }  # fmt: skip
     with publishing(out, needed_bytes=sum(t.nbytes for t in tensors.values())) as partial:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial / WEIGHTS, metadata={"format": "pt"})
+        # save_file makes a file that nobody else may read.
+        written = save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"})
+        (partial / WEIGHTS).write_bytes(written)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return len(tensors)
 
@@ -191,7 +194,7 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{directory / WEIGHTS}: cannot be read: {error}") from None
     model, trained = recipe_branches(base)
-    if adapters.holds_adapters(base) or trained.rank is not None:
+    if holds_adapters(base) or trained.rank is not None:
         raise ValueError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
     with alone():
         lora, made = _plan(directory, config, tensors, model, _rules(model, base, None))
@@ -284,5 +287,5 @@ def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
     assets.inherit(base, None, partial)
     (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
     (partial / "run.json").write_text(json.dumps({"step": 0}), encoding="utf-8")
-    (partial / adapters.RECORD).write_text(adapters.record(base), encoding="utf-8")
+    (partial / RECORD).write_text(record(base, partial), encoding="utf-8")
     manifest.write_manifest(partial, {})

@@ -85,10 +85,8 @@ def run(args: argparse.Namespace) -> int:
     bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
     prepare_device()
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
-    from megavlm.parallel.state import configure_logging  # noqa: PLC0415
 
     with session(recipe, checkpoint, tokenizer, args.context) as model, _ending_together():
-        configure_logging()
         if bound is None:
             # torchrun and terminals signal every process; rank 0 lets these go when its answers are given.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

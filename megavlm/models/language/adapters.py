@@ -19,6 +19,7 @@ from megavlm.parallel.lora import (
     FrozenColumnParallelLinear,
     FrozenRowParallelLinear,
     initial_a,
+    seed_dropout,
 )
 
 FrozenLinear = FrozenColumnParallelLinear | FrozenRowParallelLinear
@@ -80,6 +81,8 @@ def prepare_adapters(language: GPTModel, lora: LoraConfig, seed: int) -> None:
             lora.train_head and name.startswith("output_layer.")
         )
         parameter.requires_grad_(is_adapter(name) or kept)
+    if lora.dropout:
+        seed_dropout(seed)
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     for number, name, linear in frozen_linears(language):
         if linear.adapter is None:
