@@ -2,8 +2,8 @@
 
 ``python benchmarks/lora.py`` prints the table of benchmarks/README.md. A pack is 512 tokens without images; the tower
 and the connector are small and frozen. Time is the processor's. Memory is what the process holds at most, less what it
-held before the model was built (Linux's VmHWM and VmRSS), and, beside it, weights, gradients and optimizer state counted
-tensor by tensor.
+held before the model was built (Linux's VmHWM and VmRSS), and, beside it, weights, gradients and optimizer state
+counted tensor by tensor.
 
 ``python benchmarks/lora.py --qwen-vl``, on a GPU: LoRA and Q-LoRA of the whole Qwen-VL (9.66 B, random weights) as its
 authors measured them on an A100: one sample with an image a micro-batch, 8 micro-batches a step, 384 to 2048 tokens.
