@@ -34,9 +34,15 @@ WORKDIR /src
 COPY setup.py constraints.txt ./
 COPY megavlm/__init__.py megavlm/
 COPY tools/image/wheels.sh ./
+# Debian's fonts, for megavlm render-text: only the files, which need no fontconfig.
+WORKDIR /wheels/fonts
+RUN apt-get update \
+    && apt-get download fonts-dejavu-core fonts-liberation fonts-noto-cjk fonts-wqy-microhei fonts-wqy-zenhei \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
 RUN --mount=type=bind,from=apex,target=/apex \
     if [ -d /apex/source ]; then cp -r /apex/source /tmp/apex && export APEX=/tmp/apex; fi \
-    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 \
+    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 pyarrow \
        "nvidia-dali-cuda$(python3 -c 'import torch; print(torch.version.cuda.split(".")[0])')0" \
     && rm -rf /tmp/apex
 
@@ -48,7 +54,8 @@ FROM ${BASE_IMAGE}
 # An image is an environment of its own, whatever Debian says of its Python.
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    python3 -m pip install --no-index --no-deps --find-links /wheels --requirement /wheels/lock.txt
+    python3 -m pip install --no-index --no-deps --find-links /wheels --requirement /wheels/lock.txt \
+    && find /wheels/fonts -name '*.deb' -exec dpkg-deb --extract {} / \;
 WORKDIR /opt/megavlm
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY megavlm megavlm

@@ -12,7 +12,8 @@ README = HERE / "README.md"
 SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
 WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]
-EVAL = ["pycocoevalcap>=1.2"]  # CIDEr
+PARQUET = ["pyarrow>=15"]
+EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 QLORA = ["bitsandbytes>=0.49"]
 
 setup(
@@ -28,6 +29,7 @@ setup(
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "megavlm.data.inspect": ["page.css"],
+        "megavlm.evaluation": ["report.css"],
         "megavlm.data.textpages": ["words_*.txt"],
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
@@ -51,6 +53,7 @@ setup(
     extras_require={
         "dali": DALI,
         "eval": EVAL,
+        "parquet": PARQUET,
         "qlora": QLORA,
         "serve": SERVE,
         "web": WEB,

@@ -211,7 +211,7 @@ def measure_qwen_vl(
     import torch
 
     from megavlm.parallel.device import has_cuda
-    from megavlm.parallel.state import configure_logging, process_groups
+    from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
     from megavlm.training.step import train_step
 
@@ -219,7 +219,6 @@ def measure_qwen_vl(
     rows = []
     recipe = qwen_vl_recipe(kind, lengths[0], tiny=tiny, recompute=recompute)
     with process_groups(recipe.parallel, 1):
-        configure_logging()
         training = build_training(recipe, recipe.model.language.vocab_size - 300)
         for module in training.modules:
             quantise_random(module.language)

@@ -15,14 +15,12 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from megavlm import __version__
-
-if TYPE_CHECKING:
-    from megavlm.config.schema import Recipe
 
 _MODULES = {
     "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
@@ -133,6 +131,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the recipe, then hand it to the training loop."""
+    from megavlm.checkpoint.paths import with_tokenizer_of_load
     from megavlm.config.checks import check_paths, check_recipe
     from megavlm.config.help import keys_help, to_yaml
     from megavlm.config.load import load_recipe
@@ -151,18 +150,11 @@ def _train(words: Sequence[str]) -> int:
         return 0
     check_recipe(recipe, _world_size(1))
     check_paths(recipe)
-    recipe = _find_tokenizer(recipe)
+    # Settled here for all that follows, and for the recipe that checkpoints carry.
+    recipe = with_tokenizer_of_load(recipe)
+    _configure_logging()
     run: Callable[..., int] = importlib.import_module("megavlm.training.main").run
     return run(recipe)
-
-
-def _find_tokenizer(recipe: Recipe) -> Recipe:
-    """Settle which tokenizer file is meant, for all that follows and for the recipe that checkpoints carry."""
-    from megavlm.checkpoint.paths import resolve
-    from megavlm.data.tokenizer import with_tokenizer
-
-    load = recipe.checkpoint.load
-    return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
 
 
 def _delegate(command: str, words: Sequence[str]) -> int:
@@ -173,11 +165,18 @@ def _delegate(command: str, words: Sequence[str]) -> int:
     module.add_arguments(parser)
     intermixed = getattr(module, "INTERMIXED", False)
     args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
-    # What the libraries have to say stays quiet unless it is a warning.
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megavlm").setLevel(logging.INFO)
+    _configure_logging()
     run: Callable[..., int] = module.run
     return run(args)
+
+
+def _configure_logging() -> None:
+    """Log progress on the first rank of a job, and warnings on the others and of the libraries."""
+    level = logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megavlm").setLevel(level)
+    # Megatron-Core calls collectives by names that torch has begun to rename.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _world_size(default: int | None) -> int | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megavlm.config.schema import Recipe
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -41,6 +44,19 @@ def resolve(path: Path) -> Path:
         if newest is not None:
             return newest
     raise FileNotFoundError(f"{path}: no checkpoint; give a step-... directory, or a run's output_dir")
+
+
+def with_tokenizer_of_load(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with the tokenizer file that it trains with: its own, or that of ``checkpoint.load``.
+
+    Raises:
+        FileNotFoundError: ``checkpoint.load`` has no checkpoint.
+        RecipeError: There is no such file.
+    """
+    from megavlm.data.tokenizer import with_tokenizer  # noqa: PLC0415 - this module is asked before much is loaded
+
+    load = recipe.checkpoint.load
+    return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
 
 
 def read_run(path: Path) -> dict[str, Any]:

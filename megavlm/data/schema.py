@@ -141,7 +141,14 @@ def _check_order(roles: list[str]) -> None:
 
 
 def _check_boxes(text: str, where: str) -> None:
-    if 2 * len(_BOX.findall(text)) != len(_BOX_TAG.findall(text)):
+    boxes = [tuple(map(int, corners)) for corners in _BOX.findall(text)]
+    for left, top, right, bottom in boxes:
+        if left > right or top > bottom:
+            raise ValueError(
+                f"{where}: <box>({left},{top}),({right},{bottom})</box> ends before it begins; write the upper left "
+                "corner first, then the lower right one"
+            )
+    if 2 * len(boxes) != len(_BOX_TAG.findall(text)):
         raise ValueError(f"{where} has a malformed <box>; write <box>(x1,y1),(x2,y2)</box> with integers from 0 to 999")
 
 

@@ -17,7 +17,7 @@ from megavlm.evaluation.records import HeldOutRecord
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, process_groups
 
 _PROMPTS_AT_ONCE = 512
 
@@ -47,7 +47,6 @@ def answer(
         ValueError: an image cannot be decoded.
     """
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         chunks = build_model(recipe, tokenizer.imgpad_id)
         load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()

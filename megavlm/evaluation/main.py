@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.schema import IMAGE_PLACEHOLDER
-from megavlm.evaluation.benchmarks import find_benchmark
+from megavlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from megavlm.evaluation.benchmarks.hub import ROWS
 from megavlm.evaluation.benchmarks.main import run_benchmark
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
@@ -21,41 +22,85 @@ from megavlm.parallel.device import prepare_device
 
 logger = logging.getLogger(__name__)
 
-_RECORD_TOKENS = 48
+INTERMIXED = True
+_RECORD_TOKENS, _CARDS, _SAVE_EVERY = 48, 16, 128
 PREDICTIONS, SCORES, PANEL = "predictions.jsonl", "scores.json", "panel.png"
 
 
 INTERMIXED = True
-"""Overrides may stand after options."""
+"""Overrides may stand between the options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _epilog()
     parser.add_argument("checkpoint", type=Path, help="a step-... directory, or a run's output_dir for its newest one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the checkpoint's recipe to change")
     parser.add_argument(
-        "--benchmark", metavar="NAME", help="a public benchmark (docs/evaluation.md); without it, --data holds records"
+        "--benchmark", metavar="NAME", help="a public benchmark, see below; without it, --data holds records"
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="the benchmark's own file, or a JSON list of records with an answer"
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the benchmark's own file or folder, or a JSON list of records with an answer",
     )
     parser.add_argument(
         "--images",
         type=Path,
-        help="directory of the pictures; a benchmark's are looked for beside its file if left out",
+        metavar="DIR",
+        help="directory of the pictures (default: a benchmark's are looked for beside its file)",
     )
     parser.add_argument(
-        "--out", type=Path, help="directory to write predictions, scores and pictures to (a benchmark's: eval/NAME)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="directory of predictions, scores and report; a job that ended early goes on there (default: eval/NAME)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, help="longest answer in tokens (default: the benchmark's; 48 for records)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens (default: the benchmark's; 48 for records)",
     )
-    parser.add_argument("--limit", type=int, help="answer the first so many records only")
-    parser.add_argument("--panel-samples", type=int, default=16, help="cards with pictures; 0 for none (default 16)")
-    parser.add_argument("--annotations", type=Path, help="answers, where a benchmark has them in a file of their own")
-    parser.add_argument("--split", help="part of a benchmark's file that holds several (default: its test part)")
-    parser.add_argument("--chat", action="store_true", help="ask a benchmark in turns of a conversation, not as text")
-    parser.add_argument("--predict-only", action="store_true", help="score nothing: a test set with secret answers")
+    parser.add_argument("--limit", type=int, metavar="N", help="answer the first N questions only")
+    parser.add_argument(
+        "--panel-samples",
+        type=int,
+        default=_CARDS,
+        metavar="N",
+        help=f"questions shown with pictures; 0 for none (default {_CARDS})",
+    )
+    group = parser.add_argument_group("benchmarks only")
+    group.add_argument(
+        "--annotations", type=Path, metavar="FILE", help="answers, where a benchmark has them in a file of their own"
+    )
+    group.add_argument(
+        "--split", metavar="NAME", help="part of a benchmark's file that holds several (default: its test part)"
+    )
+    group.add_argument("--chat", action="store_true", help="ask in turns of a conversation, not as plain text")
+    group.add_argument(
+        "--predict-only", action="store_true", help="write predictions without scores: a test set's answers are secret"
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        metavar="N",
+        help=f"write predictions to disk after every N questions of a replica (default {_SAVE_EVERY})",
+    )
+
+
+def _epilog() -> str:
+    width = max(map(len, BENCHMARKS)) + 2
+    files = "\n".join(
+        f"  {one.name:{width}}{one.file}{' *' if one.name in ROWS else ''}" for one in BENCHMARKS.values()
+    )
+    return (
+        f"benchmarks, and what --data is:\n{files}\n\nThose with * are also read from the parquet files of Hugging "
+        "Face's hub.\nPrompts, metrics and where to get the files: docs/evaluation.md"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     recipe, checkpoint, tokenizer = load_for_inference(args.checkpoint, args.overrides)
     if args.benchmark is not None:
+        args.save_every = args.save_every or _SAVE_EVERY
         return run_benchmark(args, recipe, checkpoint, tokenizer)
     max_new_tokens = args.max_new_tokens or _RECORD_TOKENS
     records = read_records(args.data, args.images)[: args.limit]
@@ -93,16 +139,17 @@ def _check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: there is no such benchmark, or an argument is missing or has no use.
     """
-    for name, value in (("--max-new-tokens", args.max_new_tokens), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+    for name, least in (("max_new_tokens", 1), ("limit", 1), ("save_every", 1), ("panel_samples", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.benchmark is not None:
         find_benchmark(args.benchmark)
         return
     for name in ("images", "out"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} DIR is needed for records (without --benchmark)")
-    for name in ("annotations", "split", "chat", "predict_only"):
+    for name in ("annotations", "split", "chat", "predict_only", "save_every"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")
 

@@ -37,7 +37,7 @@ from megavlm.models.build import build_model, unwrap
 from megavlm.models.registry import expand_presets
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_last_stage, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,6 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     for sample in samples:
         _fill_slots(sample, tokens, recipe.model.tokens_per_image)
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         chunks = build_model(recipe, tokens["image"])
         with agreed(f"loading {path}"):
             load(path, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)

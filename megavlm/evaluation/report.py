@@ -6,25 +6,16 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.evaluation.benchmarks.spec import Picture, picture_bytes
 from megavlm.evaluation.panel import PanelItem, draw_pictures
 
 _SIDE = 300
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #23262f;
-       background: #eef0f4 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
-table { border-collapse: collapse; background: #fff } th, td { padding: .3em .9em; border: 1px solid #d5d8de }
-td.n { text-align: right; font-variant-numeric: tabular-nums } th { text-align: left }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 14px }
-.card { background: #fff; border-top: 4px solid #c4242c; border-radius: 6px; padding: 10px; overflow-wrap: anywhere }
-.card.right { border-color: #12803e } .card.part { border-color: #c58a00 }
-.card img { width: 100%; display: block } .card p { margin: .5em 0 0 } pre { white-space: pre-wrap; margin: .5em 0 0;
-       font: inherit; max-height: 14em; overflow: auto } .muted { color: #707682 }
-"""
+_STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+_KINDS = {"wrong": "wrong", "part": "partly right", "right": "right", "open": "not scored"}
 
 
 @dataclass(frozen=True)
@@ -37,72 +28,142 @@ class Card:
     predicted: str
     score: float | None
     """0 to 1; None where it is not known."""
-    pictures: Sequence[Path | bytes]
+    pictures: Sequence[Picture]
     note: str = ""
 
+    @property
+    def kind(self) -> str:
+        """``wrong``, ``part``, ``right``, or ``open`` where the score is not known."""
+        if self.score is None:
+            return "open"
+        return "wrong" if self.score <= 0 else "right" if self.score >= 1 else "part"
 
-def write_report(
-    path: Path,
-    title: str,
-    facts: Mapping[str, str],
-    values: Mapping[str, float],
-    kinds: Mapping[str, Mapping[str, float]],
-    problems: Sequence[str],
-    cards: Sequence[Card],
-) -> None:
-    """Write the page.
 
-    Args:
-        path: the HTML file.
-        title: heading.
-        facts: what was run, shown as it is.
-        values: figures of the whole benchmark.
-        kinds: figures of its sub-tasks.
-        problems: what went wrong, a line each.
-        cards: questions to show.
-    """
+@dataclass(frozen=True)
+class Page:
+    """What the page shows."""
+
+    title: str
+    facts: Mapping[str, str]
+    """What was run, shown as it is."""
+    values: Mapping[str, float]
+    """Figures of the whole benchmark; the first is its headline."""
+    kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Figures of its sub-tasks."""
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What others published: figure, model, value."""
+    problems: Sequence[str] = ()
+    """What went wrong, a line each."""
+    cards: Sequence[Card] = ()
+    """Questions to show."""
+
+
+def write_report(path: Path, page: Page) -> None:
+    """Write the page."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
         # Whatever a question or an answer holds, nothing on this page runs or is fetched.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">",
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><h1>{_text(title)}</h1>",
-        _table({name: (f"{value:.2f}",) for name, value in values.items()}, ("figure", "value")) if values else "",
+        f"<title>{_text(page.title)}</title><style>{_STYLE}</style></head><body><h1>{_text(page.title)}</h1>",
+        '<div class="row">',
+        _figures(page),
+        _published(page),
+        "</div>",
+        _kinds(page),
     ]
-    if kinds:
-        names = list(next(iter(kinds.values())))
-        rows = {kind: tuple(f"{found[name]:.2f}" for name in names) for kind, found in kinds.items()}
-        parts.append("<h2>Sub-tasks</h2>" + _table(rows, ("sub-task", *names)))
-    if problems:
-        lines = "".join(f"<li>{_text(line)}</li>" for line in problems)
+    if page.problems:
+        lines = "".join(f"<li>{_text(line)}</li>" for line in page.problems)
         parts.append(f"<h2>Problems</h2><ul>{lines}</ul>")
-    if cards:
-        parts.append(f'<h2>Questions</h2><div class="cards">{"".join(map(_card, cards))}</div>')
-    parts.append("<h2>Run</h2>" + _table({name: (value,) for name, value in facts.items()}, ("", "")))
+    if page.cards:
+        parts.append(_questions(page.cards))
+    parts.append("<h2>Run</h2>" + _table([[name, _text(value)] for name, value in page.facts.items()], ("", "")))
     path.write_text("\n".join(parts) + "</body></html>\n", encoding="utf-8")
+
+
+def _figures(page: Page) -> str:
+    rows = [[name.replace("_", " "), f"{value:.2f}"] for name, value in page.values.items()]
+    return f"<section><h2>Scores</h2>{_table(rows, ('figure', 'value'))}</section>" if rows else ""
+
+
+def _published(page: Page) -> str:
+    """Bars of this run and of what others published, for each figure that they did."""
+    parts = []
+    for name, others in page.published.items():
+        if name in page.values:
+            both = {"this run": page.values[name], **others}
+            most = max(100.0, *both.values())
+            rows = [
+                [model, f"{value:.2f}", _bar(value, most, own=model == "this run")] for model, value in both.items()
+            ]
+            parts.append(_table(rows, (name.replace("_", " "), "", "")))
+    if not parts:
+        return ""
+    note = (
+        "As their papers and model cards have them; many are of test parts whose answers are secret (VQAv2: test-dev), "
+        "and of chat models."
+    )
+    return f'<section><h2>Beside published figures</h2>{"".join(parts)}<p class="muted">{note}</p></section>'
+
+
+def _kinds(page: Page) -> str:
+    if not page.kinds:
+        return ""
+    names = list(next(iter(page.kinds.values())))
+    most = max(100.0, *(found[names[0]] for found in page.kinds.values()))
+    rows = [
+        [kind, *(f"{found[name]:.{0 if name in _COUNTS else 2}f}" for name in names), _bar(found[names[0]], most)]
+        for kind, found in page.kinds.items()
+    ]
+    return "<h2>Sub-tasks</h2>" + _table(rows, ("sub-task", *(name.replace("_", " ") for name in names), ""))
+
+
+_COUNTS = ("questions", "pictures")
+
+
+def _bar(value: float, most: float, *, own: bool = True) -> str:
+    share = 100 * max(0.0, value) / most
+    return f'<div class="bar{"" if own else " other"}"><i style="width:{share:.1f}%"></i></div>'
 
 
 def _text(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def _table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> str:
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """A table; the first cell of a row is text, the others are HTML."""
     top = "".join(f"<th>{_text(name)}</th>" for name in head)
     body = "".join(
-        f"<tr><th>{_text(name)}</th>" + "".join(f'<td class="n">{_text(value)}</td>' for value in values) + "</tr>"
-        for name, values in rows.items()
+        f"<tr><th>{_text(row[0])}</th>" + "".join(f'<td class="n">{cell}</td>' for cell in row[1:]) + "</tr>"
+        for row in rows
     )
     return f"<table>{f'<tr>{top}</tr>' if any(head) else ''}{body}</table>"
 
 
+def _questions(cards: Sequence[Card]) -> str:
+    """The cards under buttons that choose among them; the choice is made by the style sheet, no script runs."""
+    counts = {kind: sum(card.kind == kind for card in cards) for kind in _KINDS}
+    inputs = '<input type="radio" name="show" id="show-all" checked>'
+    labels = f'<label for="show-all">all ({len(cards)})</label>'
+    for kind, count in counts.items():
+        if count:
+            inputs += f'<input type="radio" name="show" id="show-{kind}">'
+            labels += f'<label for="show-{kind}" class="{kind}">{_KINDS[kind]} ({count})</label>'
+    key = ""
+    if any("<box>" in card.predicted or "<box>" in card.expected for card in cards):
+        key = '<p class="muted">Boxes: predicted is solid, green if right and red if wrong; expected is dashed.</p>'
+    shown = "".join(map(_card, cards))
+    return f'<h2>Questions</h2>{inputs}<nav>{labels}</nav>{key}<div class="cards">{shown}</div>'
+
+
 def _card(card: Card) -> str:
-    kind = "" if card.score is None or card.score <= 0 else "right" if card.score >= 1 else "part"
     score = "" if card.score is None else f" &middot; {card.score:.2f}"
     note = f'<p class="muted">{_text(card.note)}</p>' if card.note else ""
     return (
-        f'<div class="card {kind}">{_picture(card)}<p class="muted">{_text(card.title)}{score}</p>'
-        f"<pre>{_text(card.question)}</pre><p>expected: {_text(card.expected)}</p>"
-        f"<p>predicted: <b>{_text(card.predicted) or '(nothing)'}</b></p>{note}</div>"
+        f'<div class="card {card.kind}">{_picture(card)}<p class="muted">{_text(card.title)}{score}</p>'
+        f"<pre>{_text(card.question)}</pre><dl><dt>expected</dt><dd>{_text(card.expected) or '(secret)'}</dd>"
+        f"<dt>predicted</dt><dd><b>{_text(card.predicted) or '(nothing)'}</b></dd></dl>{note}</div>"
     )
 
 
@@ -110,7 +171,7 @@ def _picture(card: Card) -> str:
     images = []
     for source in card.pictures:
         try:
-            images.append(decode_with_pil(source if isinstance(source, bytes) else source.read_bytes()))
+            images.append(decode_with_pil(picture_bytes(source)))
         except (ImageError, OSError):
             return '<p class="muted">(broken picture)</p>'
     right = card.score is not None and card.score >= 1

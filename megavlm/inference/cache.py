@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megavlm.inference.quick import quick_layers
 from megavlm.models.build import unwrap
 
 
@@ -35,23 +36,46 @@ class Turn:
     """Positions that each row has in the cache already: 0 for a prompt that is read."""
     reads_prompts: bool
     """Whether it fills empty rows."""
+    ends: Tensor
+    """[K] int64 positions of the turn whose logits are wanted."""
     freqs: Tensor
     """[T, 1, 1, D] fp32 rotary angles of its positions."""
     query_scale: Tensor | None = None
     """[T] fp32 factor on the queries (logn attention), or None for 1."""
-    _turned: tuple[Tensor, Tensor] | None = None
+    _angles: tuple[Tensor, Tensor] | None = None
+    _places: tuple[Any, Any, Tensor | None] | None = None
 
-    def rotate(self, values_TND: Tensor) -> Tensor:
-        """Turn queries or keys by the rotary angles, as Megatron-Core's unfused ``apply_rotary_pos_emb`` does.
+    def rotate(self, query_TND: Tensor, key_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys by the rotary angles, as Megatron-Core's unfused ``apply_rotary_pos_emb`` does.
 
         Cosine and sine are taken once for all layers.
         """
-        if self._turned is None:
+        half = query_TND.size(-1) // 2
+        if self._angles is None:
             freqs_T1D = self.freqs[:, 0]
-            self._turned = freqs_T1D.cos().to(values_TND.dtype), freqs_T1D.sin().to(values_TND.dtype)
-        cos, sin = self._turned
-        first, second = values_TND.chunk(2, dim=-1)
-        return values_TND * cos + torch.cat((-second, first), dim=-1) * sin
+            sin = freqs_T1D.sin()
+            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+            self._angles = freqs_T1D.cos().to(query_TND.dtype), signed.to(query_TND.dtype)
+        cos, sin = self._angles
+        both = torch.cat((query_TND, key_TGD), dim=1)
+        turned = (both * cos).add_(both.roll(half, dims=-1).mul_(sin))
+        query_TND, key_TGD = turned.split((query_TND.size(1), key_TGD.size(1)), dim=1)
+        return query_TND, key_TGD
+
+    def places(self, device: torch.device) -> tuple[Any, Any, Tensor | None]:
+        """Return where new keys belong, as indices of rows and positions, and the mask [R, 1, 1, L] of what rows have.
+
+        They are made once for all layers. Rows of one length need slices only and no mask, which is quicker.
+        """
+        if self._places is None:
+            rows, longest = slice(self.rows.start, self.rows.stop), max(self.starts) + 1
+            if min(self.starts) + 1 == longest:
+                self._places = rows, longest - 1, None
+            else:
+                starts = torch.tensor(self.starts, device=device)
+                mask = (torch.arange(longest, device=device) <= starts[:, None])[:, None, None]
+                self._places = torch.arange(rows.start, rows.stop, device=device), starts, mask
+        return self._places
 
 
 @dataclass
@@ -107,7 +131,7 @@ class CachedAttention(nn.Module):
         """
         turn = self.cache.turn
         assert turn is not None
-        query, key = turn.rotate(query), turn.rotate(key)
+        query, key = turn.rotate(query, key)
         keys_RGLD, values_RGLD = self.cache.layer(id(self), key)
         if turn.query_scale is not None:
             query = query * turn.query_scale.to(query.dtype)[:, None, None]
@@ -125,18 +149,12 @@ class CachedAttention(nn.Module):
     ) -> Tensor:
         """Attend from one new position per row to all that the row has; positions behind the rows get zeros."""
         count = len(turn.rows)
-        result = torch.zeros_like(query_TND)
         if not count:
-            return result
-        rows = slice(turn.rows.start, turn.rows.stop)
-        starts = torch.tensor(turn.starts, device=keys.device)
-        index = torch.arange(turn.rows.start, turn.rows.stop, device=keys.device)
-        keys[index, :, starts] = key_TGD[:count]
-        values[index, :, starts] = value_TGD[:count]
-        longest = max(turn.starts) + 1
-        mask = None
-        if min(turn.starts) + 1 < longest:
-            mask = (torch.arange(longest, device=keys.device) <= starts[:, None])[:, None, None]
+            return torch.zeros_like(query_TND)
+        at_rows, at_positions, mask = turn.places(keys.device)
+        keys[at_rows, :, at_positions] = key_TGD[:count]
+        values[at_rows, :, at_positions] = value_TGD[:count]
+        rows, longest = slice(turn.rows.start, turn.rows.stop), max(turn.starts) + 1
         attended = F.scaled_dot_product_attention(
             query_TND[:count].unsqueeze(2),
             keys[rows, :, :longest],
@@ -144,14 +162,16 @@ class CachedAttention(nn.Module):
             attn_mask=mask,
             scale=self.scale,
             enable_gqa=query_TND.size(1) != key_TGD.size(1),
-        )
-        result[:count] = attended.squeeze(2)
-        return result
+        ).squeeze(2)
+        padding = query_TND.size(0) - count
+        return torch.cat((attended, query_TND.new_zeros(padding, *attended.shape[1:]))) if padding else attended
 
 
 @contextlib.contextmanager
 def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     """Let the language layers of ``chunks`` use ``cache`` in evaluation mode, and leave them as they were.
+
+    The last stage gives logits [1, K, V / TP] of the turn's ``ends`` only.
 
     Args:
         chunks: the model chunks of this rank, wrapped or bare.
@@ -169,7 +189,8 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         for chunk in chunks:
             chunk.eval()
-        yield
+        with quick_layers(chunks, lambda: cast(Turn, cache.turn).ends):
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
-HELP = """Type a question. /image PATH shows a picture with the next one, /clear begins anew, /help, /quit."""
-
-
 INTERMIXED = True
-"""Overrides may stand after options."""
+"""Overrides may stand between the options."""
+
+HELP = """Type a question. /image PATH shows a picture with the next one, /clear begins anew, /help, /quit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

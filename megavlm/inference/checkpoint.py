@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
@@ -17,6 +19,14 @@ from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.inference.sampling import Sampling
 from megavlm.models.registry import expand_presets
+
+_ALONE: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "sequence_parallel": False,
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,15 +95,26 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
 def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]:
     """Return the recipe that made a checkpoint, with overrides, and the checkpoint's directory.
 
-    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
+    One process has no use for the layout that the model was trained with, which is then left out unless ``overrides``
+    names one. The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
     """
     path = resolve(checkpoint)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    given = {override.partition("=")[0] for override in overrides}
+    if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
+        recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
+    # There is no training batch here and no profile: neither may rule out a layout.
+    recipe = dataclasses.replace(
+        recipe,
+        training=dataclasses.replace(recipe.training, global_batch_size=world_size),
+        logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
+    )
+    check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)
     return with_tokenizer(recipe, path), path

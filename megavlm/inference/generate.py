@@ -74,7 +74,7 @@ def generate(
     return [prompt.answer for prompt in prompts]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generating(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],
@@ -135,11 +135,9 @@ class _Request:
     """One micro-batch of generation."""
 
     batch: MicroBatch
-    ends: Tensor
-    """[K] position whose logits are wanted, for each of K answers."""
     turn: Turn
     members: list[int]
-    """The answers, as indices into the run's prompts."""
+    """The answers that get a token, as indices into the run's prompts."""
     features: Tensor | None = None
 
 
@@ -188,12 +186,13 @@ class _Run:
         groups = first_fit([len(prompt) for prompt in self.prompts], self.pack_length)
         active = [i for group in groups for i in group]  # in the order of the cache's rows
         features = [_features(self.bare, prompt) for prompt in self.prompts] if is_first_stage() else []
+        length = self._rounded(max(sum(len(self.prompts[i]) for i in group) for group in groups))
         row, requests = 0, []
         for group in self._padded(groups):
             shown = [item for i in group if features and (item := features[i]) is not None]
-            requests.append(self._reading(group, row, torch.cat(shown, dim=1) if shown else None))
+            requests.append(self._reading(group, row, length, torch.cat(shown, dim=1) if shown else None))
             row += len(group)
-        tokens = self._forward(requests, self.pack_length)
+        tokens = self._forward(requests, length)
         rows = list(active)
         for count in itertools.count(1):
             for i in active:
@@ -215,26 +214,30 @@ class _Run:
         """Add empty groups where the interleaved schedule wants a multiple of the stages."""
         return groups + [[]] * (-len(groups) % self.stages if self.virtual else 0)
 
-    def _reading(self, group: list[int], row: int, features: Tensor | None) -> _Request:
-        """Return the micro-batch that reads the prompts of ``group`` into the cache from ``row`` on."""
+    def _rounded(self, length: int) -> int:
+        """Return the least number of positions from ``length`` on that sequence parallelism can share out."""
+        return -(-length // self.multiple) * self.multiple
+
+    def _reading(self, group: list[int], row: int, length: int, features: Tensor | None) -> _Request:
+        """Return the micro-batch of ``length`` positions that reads ``group`` into the cache from ``row`` on."""
         prompts = [self.prompts[i] for i in group]
         lengths = [len(prompt) for prompt in prompts]
-        batch = pack_prompts(prompts, self.pack_length)
-        freqs, scale = self.positions.of([(i, range(length)) for i, length in zip(group, lengths, strict=True)])
+        batch = pack_prompts(prompts, length)
+        freqs, scale = self.positions.of([(i, range(span)) for i, span in zip(group, lengths, strict=True)])
         turn = Turn(
             range(row, row + len(group)), lengths, [0] * len(group), True,
-            self.positions.padded(freqs, self.pack_length),
-            None if scale is None else self.positions.padded(scale, self.pack_length),
+            torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - 1).to(local_device()),
+            self.positions.padded(freqs, length),
+            None if scale is None else self.positions.padded(scale, length),
         )  # fmt: skip
-        ends = torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - 1).to(local_device())
-        return _Request(batch, ends, turn, group, features)
+        return _Request(batch, turn, group, features)
 
     def _adding(self, rows: list[int], active: set[int]) -> tuple[list[_Request], int]:
         """Return the micro-batches that add a token to each row, and their length; finished rows are carried along."""
         parts = min(self.stages, len(rows))
         bounds = [len(rows) * k // parts for k in range(parts + 1)]
         groups = self._padded([rows[a:b] for a, b in itertools.pairwise(bounds)])
-        length = -(-max(map(len, groups)) // self.multiple) * self.multiple
+        length = self._rounded(max(map(len, groups)))
         requests, row = [], 0
         for group in groups:
             requests.append(self._one_each(group, row, length, active))
@@ -249,8 +252,11 @@ class _Run:
             tokens[k] = prompt.answer[-1] if prompt.answer else prompt.tokens[-1]
             starts.append(len(prompt) - 1)
         freqs, scale = self.positions.of([(i, range(s, s + 1)) for i, s in zip(group, starts, strict=True)])
+        device = local_device()
+        wanted = [k for k, i in enumerate(group) if i in active]
         turn = Turn(
             range(row, row + len(group)), [1] * len(group), starts, False,
+            torch.tensor(wanted, dtype=torch.int64, device=device),
             self.positions.padded(freqs, length),
             None if scale is None else self.positions.padded(scale, length),
         )  # fmt: skip
@@ -263,10 +269,7 @@ class _Run:
             images=[],
             sample_keys=[],
         )
-        device = local_device()
-        wanted = [k for k, i in enumerate(group) if i in active]
-        ends = torch.tensor(wanted, dtype=torch.int64, device=device)
-        return _Request(micro_batch(pack, None, device), ends, turn, [group[k] for k in wanted])
+        return _Request(micro_batch(pack, None, device), turn, [group[k] for k in wanted])
 
     def _forward(self, requests: list[_Request], length: int) -> dict[int, int]:
         """Run micro-batches of ``length`` positions; returns the chosen token of each member, on all ranks."""
@@ -302,9 +305,9 @@ class _Run:
         )
         return output, partial(self._pick, request)
 
-    def _pick(self, request: _Request, logits_1SV: Tensor, non_loss_data: bool = True) -> Tensor:
-        """Return the tokens that come after ``request.ends``."""
-        logits = gather_from_tensor_model_parallel_region(logits_1SV[0, request.ends])[:, : self.vocab_size]
+    def _pick(self, request: _Request, logits_1KV: Tensor, non_loss_data: bool = True) -> Tensor:
+        """Return the tokens that come after the K positions of ``request.turn.ends``."""
+        logits = gather_from_tensor_model_parallel_region(logits_1KV[0])[:, : self.vocab_size]
         members = [self.prompts[i] for i in request.members]
         sampling = [self.sampling[i] for i in request.members]
         seen = [

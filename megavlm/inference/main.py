@@ -12,7 +12,7 @@ from megavlm.inference.turns import read_image, user_turn
 from megavlm.parallel.device import prepare_device
 
 INTERMIXED = True
-"""Overrides may stand after options."""
+"""Overrides may stand between the options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_lost_peer, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer, process_groups
 
 _BROKEN = "\ufffd"
 _ASK_EVERY = 8
@@ -268,7 +268,6 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
     """
     longest = recipe.model.language.max_position_embeddings
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         ranks, parallel = dist.get_world_size(), recipe.parallel
         needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         if ranks != needed:

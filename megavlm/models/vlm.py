@@ -127,10 +127,12 @@ class VisionLanguageModel(MegatronModule):
         reduction would wait for missing ones forever.
         """
         assert self.vision is not None and self.connector is not None
+        missing = images is None or images.size(0) == 0
+        if missing and not torch.is_grad_enabled():
+            return None
         trains_vision = any(p.requires_grad for p in self.vision.parameters())
-        if images is None or images.size(0) == 0:
-            trains = trains_vision or any(p.requires_grad for p in self.connector.parameters())
-            if not (trains and torch.is_grad_enabled()):
+        if missing:
+            if not trains_vision and not any(p.requires_grad for p in self.connector.parameters()):
                 return None
             shape = (1, 3, self.image_size, self.image_size)
             images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())

@@ -36,6 +36,7 @@ POINTS = frozenset(
         "checkpoint.in_shard",
         "checkpoint.in_small_files",
         "checkpoint.start",
+        "evaluation.round",
         "gradient.value",
         "loss.value",
         "step.begin",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -143,12 +142,3 @@ def is_lost_peer(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "gloo", "nccl")
     return any(sign in text for sign in signs)
-
-
-def configure_logging() -> None:
-    """Log progress on the first rank of the job, and warnings on the others."""
-    level = logging.INFO if is_logging_rank() else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("megavlm").setLevel(level)
-    # Megatron-Core calls collectives by names that torch has begun to rename.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

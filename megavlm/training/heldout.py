@@ -17,7 +17,8 @@ from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.feed import ReadPack, decode_pack, share_packs
+from megavlm.data.feed import share_packs
+from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel.device import local_device

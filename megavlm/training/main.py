@@ -31,7 +31,7 @@ def run(recipe: Recipe) -> int:
     from megavlm.config.lora import check_quantiser  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
-    from megavlm.parallel.state import configure_logging, process_groups  # noqa: PLC0415
+    from megavlm.parallel.state import process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
 
@@ -44,7 +44,6 @@ def run(recipe: Recipe) -> int:
         process_groups(recipe.parallel, recipe.training.seed),
         user_buffers(recipe),
     ):
-        configure_logging()
         trainer = Trainer(recipe, tokenizer)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())

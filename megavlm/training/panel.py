@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import last_question, turn_header
-from megavlm.data.feed import ReadPack
+from megavlm.data.read_pack import ReadPack
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.inference.generate import generate

@@ -146,11 +146,11 @@ def take(reader: Iterator[Pack], count: int) -> list[tuple[object, ...]]:
 
 def write_raw(directory: Path, samples: Sequence[dict[str, bytes]]) -> Path:
     """A data set of files as they are, which ``megavlm prepare`` would have refused in part."""
-    from megavlm.data.prepare import _ShardWriter, _write_metadata
+    from megavlm.data.shards import ShardWriter, write_metadata
 
     directory.mkdir(parents=True)
-    with _ShardWriter(directory, 40) as writer:
+    with ShardWriter(directory, 40) as writer:
         for index, files in enumerate(samples):
             writer.write(f"s-{index:05d}", list(files.items()))
-    _write_metadata(directory, tuple(writer.names))
+    write_metadata(directory, writer.names)
     return directory

@@ -20,8 +20,9 @@ from PIL import Image
 
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.decode import GRAY, PilDecoder, make_decoder
-from megavlm.data.feed import Prefetcher, ReadPack
+from megavlm.data.feed import Prefetcher
 from megavlm.data.quarantine import Quarantine, read_list
+from megavlm.data.read_pack import ReadPack
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shard_reader import BROKEN, CUT, NO_INDEX
 from megavlm.data.tokenizer import Tokenizer

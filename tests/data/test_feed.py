@@ -17,8 +17,9 @@ from launch import torchrun
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.chat import EncodedSample
 from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
-from megavlm.data.feed import Prefetcher, ReadPack, decode_pack, micro_batch
+from megavlm.data.feed import Prefetcher, micro_batch
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 

@@ -68,6 +68,22 @@ def test_bad_records_are_reported_and_the_rest_is_kept(tmp_path: Path, caplog: p
     assert "2 samples with 1 images in 1 shards; 8 rejected" in caplog.text
 
 
+def test_links_out_of_the_images_are_followed_only_if_allowed(tmp_path: Path) -> None:
+    (tmp_path / "coco").mkdir()
+    good = encode_image(Image.new("RGB", (40, 30)))
+    (tmp_path / "coco" / "a.jpg").write_bytes(good)
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "coco").symlink_to(tmp_path / "coco")
+    records = [chat("<img>coco/a.jpg</img>"), chat("<img>../coco/a.jpg</img>")]
+    with pytest.raises(ValueError, match="by a link; --allow-links follows it"):
+        prepare(tmp_path, records, name="set", images=images)
+    out = prepare(tmp_path, records, name="set", images=images, allow_links=True)
+    assert members(out)["set-00000000.img0"] == good
+    (rejected,) = (out / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["cause"] == "unsafe image path"
+
+
 def test_nothing_usable_or_wrong_arguments_leave_nothing_behind(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

@@ -57,6 +57,8 @@ def test_system_turn_text_only_and_task() -> None:
         (record(("user", "a"), ("assistant", "<box>(1,2),(3,1000)</box>")), "malformed <box>"),
         (record(("user", "a"), ("assistant", "<box>(1,2)</box>")), "malformed <box>"),
         (record(("user", "a"), ("assistant", "<box>")), "malformed <box>"),
+        (record(("user", "a"), ("assistant", "<box>(500,2),(100,3)</box>")), "ends before it begins"),
+        (record(("user", "<box>(1,9),(2,8)</box>"), ("assistant", "a")), "ends before it begins"),
         (record(("user", "<img>https://x/a.jpg</img>"), ("assistant", "b")), "is a URL"),
         (record(("user", "<img>/etc/passwd</img>"), ("assistant", "b")), "is absolute"),
         (record(("user", "<img>a/../../b</img>"), ("assistant", "b")), "leaves the image directory"),

@@ -209,7 +209,7 @@ def mmmu(root: Path) -> list[str]:
 def mme(root: Path) -> list[str]:
     for i in range(2):
         nested, flat = root / "artwork", root / "code_reasoning"
-        save(nested / "images" / f"{i}.jpg", i)
+        save(nested / "images" / "toy_dataset" / f"{i}.jpg", i)  # as published
         text = "Is it red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
         write(nested / "questions_answers_YN" / f"{i}.txt", text)
         save(flat / f"00{i}.png", i + 9)

@@ -10,6 +10,7 @@ import pytest
 
 from megavlm.evaluation.benchmarks import scores
 from megavlm.evaluation.benchmarks.spec import Item
+from megavlm.evaluation.metrics import box_iou
 from megavlm.evaluation.metrics.captions import cider, tokenize
 from megavlm.evaluation.metrics.grounding import box_text, first_box, hit
 from megavlm.evaluation.metrics.text import anls, edit_distance, exact, open_answer, relaxed
@@ -127,6 +128,9 @@ def test_pope_by_hand_and_against_lmms_eval() -> None:
     for name, value in expected.items():
         assert found["f1" if name == "f1_score" else name] == pytest.approx(100 * value), name
     assert scores.pope_scores(items(["yes"]), ["no"]).values["f1"] == 0
+    both = scores.pope_scores(items(["yes", "no", "yes"], kinds=["random", "random", "popular"]), ["yes", "yes", "no"])
+    assert both.kinds["random"] == {"f1": pytest.approx(200 / 3), "accuracy": 50.0, "questions": 2.0}
+    assert both.kinds["popular"]["f1"] == 0
 
 
 def test_circular_needs_all_rotations() -> None:
@@ -147,6 +151,23 @@ def test_boxes_by_hand() -> None:
     # Turned round it has no area, and hits nothing.
     assert hit("(999,999),(0,0)", box, size) == 0.0
     assert box_text((0, 0, 640, 240), (640, 480)) == "<box>(0,0),(999,500)</box>"
+
+
+def test_boxes_against_lmms_eval() -> None:
+    size = (999, 999)  # a pixel is a step of the notation
+    for said, true, iou, right in REFERENCE["boxes"]:
+        assert box_iou(said, true) == pytest.approx(iou)
+        text = "<box>({},{}),({},{})</box>".format(*said)
+        assert hit(text, true, size) == right
+    assert {right for *_, right in REFERENCE["boxes"]} == {True, False}
+
+
+def test_open_answers_by_hand() -> None:
+    assert open_answer("There are 5 cats and 3 dogs, so the answer is 8.", ["8"]) == 1.0
+    assert open_answer("There are 5 cats and 3 dogs, so the answer is 8.", ["5"]) == 0.0
+    assert open_answer("in Paris", ["Rome", "paris"]) == 1.0
+    assert open_answer("1,200", ["1200.001"]) == 1.0  # to two decimals
+    assert open_answer("18", ["8"]) == 0.0
 
 
 def test_captions_against_the_coco_evaluation() -> None:

@@ -119,7 +119,7 @@ def test_damaged_tables_and_folders(tmp_path: Path) -> None:
         ("question", "q"),
     ):
         table.data.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=r"^.*tsv: entry "):
+        with pytest.raises(ValueError, match=r"^.*tsv: row "):
             read("mmbench", table)
     assert "without a gap, not B" in str(caught(table, text.replace("\tA\t", "\tQ\t", 1)))
     table.data.write_bytes(b"\xff\xfe\x00")
@@ -167,6 +167,9 @@ def test_what_readers_make_of_files(tmp_path: Path) -> None:
     assert (item.answers, item.kind) == (("A",), "Scene Understanding")
     text, item = first("mme")
     assert text == "<img></img>\nIs it red? Please answer yes or no."
+    assert item.pictures == (tmp_path / "mme" / "artwork" / "images" / "toy_dataset" / "0.jpg",)
+    (tmp_path / "mme").rename(tmp_path / "MME_Benchmark")  # as the hub's copy has it, a folder deeper
+    assert len(read("mme", Source(tmp_path, tmp_path))) == QUESTIONS["mme"]
     text, item = first("refcoco")
     assert (text, item.box, item.size) == ("<img></img><ref>left square</ref><box>", (2.0, 3.5, 20.0, 30.0), (40, 32))
     text, item = first("nocaps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -66,16 +67,46 @@ def test_layouts_answer_alike(random_checkpoint: Path, alone: Path, tmp_path: Pa
     torchrun(WORKER, json.dumps(both), ranks=2)
     same_answers(rows(tmp_path / "two"), expected)
     same_answers(rows(half), expected)
-    parallel = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"]
-    more = [data, *(f"parallel.{value}" for value in parallel)]
-    torchrun(WORKER, json.dumps([words(random_checkpoint, "mmmu", tmp_path / "four", *more)]), ranks=4)
-    same_answers(rows(tmp_path / "four"), expected)
-    scores = [json.loads((out / "scores.json").read_text())["scores"] for out in (tmp_path / "four", alone / "out")]
-    assert scores[0] == scores[1]
+    layouts = {
+        "tp2-pp2-sp": ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"],
+        "pp2-vpp2-dp2": ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"],
+    }
+    commands = [
+        words(random_checkpoint, "mmmu", tmp_path / name, data, *(f"parallel.{value}" for value in values))
+        for name, values in layouts.items()
+    ]
+    torchrun(WORKER, json.dumps(commands), ranks=4)
+    for name in layouts:
+        same_answers(rows(tmp_path / name), expected)
+        found = [json.loads((out / "scores.json").read_text())["scores"] for out in (tmp_path / name, alone / "out")]
+        assert found[0] == found[1]
 
 
+def test_killed_and_started_again(
+    random_checkpoint: Path,
+    alone: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two replicas answer one question a round each; one is killed in the third round, before that is written."""
+    command = words(random_checkpoint, "mmmu", tmp_path, data_of(alone), "--save-every=1")
+    monkeypatch.setenv("MEGAVLM_FAULT", "evaluation.round:rank1:step3:kill")
+    with pytest.raises(AssertionError, match="exited with"):
+        torchrun(WORKER, json.dumps([command]), ranks=2)
+    monkeypatch.delenv("MEGAVLM_FAULT")
+    parts = sorted(tmp_path.glob("predictions.part-*"))
+    first, second = [len(part.read_text("utf-8").splitlines()) for part in parts]
+    assert (first in (2, 3), second) == (True, 2)  # the first replica may have been quicker
+    with caplog.at_level("INFO"):
+        assert cli.main(command) == 0  # at another layout: one process
+    assert f"7 questions, {first + second} answered before" in caplog.text
+    same_answers(rows(tmp_path), rows(alone / "out"))
+
+
+@pytest.mark.parametrize("name", ["predictions.part-3.jsonl", "predictions.jsonl"])
 def test_goes_on_from_the_last_whole_line(
-    random_checkpoint: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, random_checkpoint: Path, alone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(alone / "out", out)
@@ -83,11 +114,14 @@ def test_goes_on_from_the_last_whole_line(
     (out / "predictions.jsonl").unlink()
     # A marked line shows that it is kept, not made again; the last one is cut short in the middle.
     marked = json.dumps({**json.loads(lines[1]), "prediction": "kept"}) + "\n"
-    (out / "predictions.part-3.jsonl").write_text(lines[0] + marked + lines[2][: len(lines[2]) // 2], "utf-8")
+    (out / name).write_text(lines[0] + marked + lines[2][: len(lines[2]) // 2], "utf-8")
     with caplog.at_level("INFO"):
         assert cli.main(words(random_checkpoint, "mmmu", out, data_of(alone))) == 0
     assert "was cut short; it goes on after line 2" in caplog.text
     assert "7 questions, 2 answered before" in caplog.text
+    assert re.search(
+        r"mmmu: accuracy \d+\.\d\d \(7 questions, 0 of them could not be asked\); .*report\.html", caplog.text
+    )
     found, expected = rows(out), rows(alone / "out")
     assert found[1]["prediction"] == "kept"
     same_answers(found[:1] + found[2:], expected[:1] + expected[2:])
@@ -141,7 +175,8 @@ def test_broken_pictures_and_forged_text_count_as_wrong(random_checkpoint: Path,
     lines[3]["text"] = "Is there <|im_end|> a dog?"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     broken = tmp_path / "val2014" / "COCO_val2014_000000000001.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200])
     assert cli.main(words(random_checkpoint, "pope", tmp_path / "out", "--panel-samples=5", *data)) == 0
     found = rows(tmp_path / "out")
     assert [row["prediction"] == "" and "problem" in row for row in found] == [False, True, False, True, False]
@@ -156,6 +191,9 @@ def test_broken_pictures_and_forged_text_count_as_wrong(random_checkpoint: Path,
     assert "(broken picture)" in page
     assert "&lt;|im_end|&gt;" in page
     assert "<|im_end|>" not in page
+    broken.write_bytes(whole)  # mended, it is asked after all
+    assert cli.main(words(random_checkpoint, "pope", tmp_path / "out", *data)) == 0
+    assert ["problem" in row for row in rows(tmp_path / "out")] == [False, False, False, True, False]
 
 
 def test_wrong_input_costs_one_line(
@@ -163,14 +201,22 @@ def test_wrong_input_costs_one_line(
 ) -> None:
     out = tmp_path / "out"
     error = refused(capsys, words(random_checkpoint, "vqav3", out, data_of(alone)))
-    assert "--benchmark vqav3: unknown; there are vqav2, okvqa, " in error
-    assert "refcoco+" in error
+    assert "--benchmark vqav3: unknown; did you mean vqav2 or okvqa" in error
+    assert "There are vqav2, okvqa, " in error
+    assert "did you mean" not in refused(capsys, words(random_checkpoint, "imagenet", out, data_of(alone)))
+    assert "did you mean refcoco+ or refcoco" in refused(
+        capsys, words(random_checkpoint, "RefCOCO+", out, data_of(alone))
+    )
     error = refused(capsys, words(random_checkpoint, "mmmu", out, data_of(alone), "data.sequence_length=48"))
     assert "data.sequence_length: " in error
     assert "of 7 questions do not fit" in error
-    assert "is it this benchmark's own file?" in refused(
-        capsys, words(random_checkpoint, "docvqa", out, f"--data={random_checkpoint / 'manifest.json'}")
-    )
+    error = refused(capsys, words(random_checkpoint, "docvqa", out, f"--data={random_checkpoint / 'manifest.json'}"))
+    assert "manifest.json: has no list 'data'; docvqa reads val_v1.0.json, see docs/evaluation.md" in error
+    (tmp_path / "refs(unc).p").write_bytes(b"\x80\x04]")
+    for name, told in (("refcoco", "a pickle can run any program"), ("pope", "line 1 is not valid JSON")):
+        assert told in refused(capsys, words(random_checkpoint, name, out, f"--data={tmp_path / 'refs(unc).p'}"))
+    for name in ("pope", "mmbench", "vqav2"):
+        assert "is a directory; " in refused(capsys, words(random_checkpoint, name, out, f"--data={tmp_path}"))
     pope = MAKERS["pope"](tmp_path / "pope")
     (tmp_path / "pope" / "val2014" / "COCO_val2014_000000000002.jpg").unlink()
     error = refused(capsys, words(random_checkpoint, "pope", out, *pope))
@@ -179,7 +225,7 @@ def test_wrong_input_costs_one_line(
     text = (tmp_path / "more" / "validation.jsonl").read_text()
     (tmp_path / "more" / "validation.jsonl").write_text(text.replace("How much is 0", "And <image 3>, how much is 0"))
     error = refused(capsys, words(random_checkpoint, "mmmu", out, *more))
-    assert "entry 0: names <image 3>, but has no image_3" in error
+    assert "line 1: names <image 3>, but has no image_3" in error
     (tmp_path / "more" / "validation.jsonl").write_text(text.replace("How much is 0", "And <img></img>, how much is 0"))
     error = refused(capsys, words(random_checkpoint, "mmmu", out, *more))
     assert "question validation_Accounting_0: its prompt shows 2 pictures, but it has 1" in error

@@ -27,9 +27,10 @@ from megavlm.inference.turns import user_turn, without_control_tokens
 
 @pytest.fixture(scope="module")
 def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of three steps."""
+    """The directory of a run of three steps at TP 2, which one process can use all the same."""
     output = tmp_path_factory.mktemp("trained")
-    torchrun("megavlm", *run_data.words(output, "training.train_steps=3"), module=True)
+    words = run_data.words(output, "training.train_steps=3", "parallel.tensor_model_parallel_size=2")
+    torchrun("megavlm", *words, ranks=2, module=True)
     return output
 
 
@@ -57,14 +58,14 @@ def test_layouts_say_the_same(trained: Path, picture: Path) -> None:
     words = ("generate", trained, "--image", picture, "--prompt", "What is <img> this?", "--max-new-tokens=8")
     alone = said(*words)
     assert alone.strip()
-    layout = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
-    assert said(*words[:2], *layout, *words[2:], ranks=2) == alone
+    assert said(*words[:2], "parallel.sequence_parallel=true", *words[2:], ranks=2) == alone  # at the run's TP 2
 
 
 def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:300])
     typed = f"/image {picture}\nWhat is this?\n/image {tmp_path / 'no.png'}\nAnd <img> this?\n/clear\nHello\n/quit\n"
-    words = ("chat", trained, "parallel.pipeline_model_parallel_size=2", "--max-new-tokens=4", "--out", tmp_path)
+    layout = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2")
+    words = ("chat", trained, *layout, "--max-new-tokens=4", "--out", tmp_path)
     text = said(*words, ranks=2, typed=typed)
     assert "1 picture(s) wait" in text and "no.png: no such file" in text
     assert "the prompt has 1 <img>, and 0 picture(s) are given" in text
@@ -72,13 +73,17 @@ def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, 
 
 def test_silence_is_no_hang(trained: Path, tmp_path: Path) -> None:
     """The other rank waits in a collective for longer than that may last; the start itself takes some seconds."""
-    layout = ("parallel.tensor_model_parallel_size=2", "parallel.distributed_timeout_minutes=0.1")
-    words = ("chat", trained, *layout, "--max-new-tokens=4", "--out", tmp_path)
+    words = ("chat", trained, "parallel.distributed_timeout_minutes=0.1", "--max-new-tokens=4", "--out", tmp_path)
     assert "Type a question" in said(*words, ranks=2, typed="Hello\n", after=25.0)
 
 
 def test_what_a_later_prompt_would_refuse_is_left_out_of_the_history() -> None:
     assert without_control_tokens(" a<|im_end|>b <img>c</img> ") == "ab c"
+
+
+def test_a_layout_that_is_named_holds_for_one_process_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(trained), "parallel.pipeline_model_parallel_size=2", "--prompt", "a"]) == 2
+    assert "does not divide the 1 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

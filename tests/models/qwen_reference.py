@@ -140,14 +140,24 @@ def encode(state: State, s: Sizes, pixels: Tensor) -> Tensor:
     return _norm(state, v + "ln_post", _linear(state, p + "attn.out_proj", context)) @ state[v + "proj"]
 
 
-def logits(state: State, s: Sizes, ids: Tensor, features: Tensor) -> Tensor:
-    """Return [S, vocab] logits of one sample: [S] ids, with [N, queries, hidden] features in its image slots."""
+def logits(
+    state: State, s: Sizes, ids: Tensor, features: Tensor, *, prompt: int = 0, trained: int | None = None
+) -> Tensor:
+    """Return [S, vocab] logits of one sample: [S] ids, with [N, queries, hidden] features in its image slots.
+
+    With ``trained``, what Qwen v1 does past that length when it answers a prompt of ``prompt`` tokens.
+    """
     x = F.embedding(ids, state["transformer.wte.weight"])
     slots = ids == s.image_token
     if slots.any():
         x = x.index_put((slots.nonzero()[:, 0],), features.flatten(0, 1))
     head = s.hidden // s.heads
-    angles = torch.arange(len(ids))[:, None] * 10000.0 ** -(torch.arange(0, head, 2) / head)
+    base, scale = 10000.0, torch.ones(len(ids))
+    if trained is not None:
+        alpha = max(2 ** math.ceil(math.log2(prompt / trained) + 1) - 1, 1)
+        base *= alpha ** (head / (head - 2))
+        scale = (torch.arange(1, len(ids) + 1).log() / math.log(trained)).clamp(min=1.0)
+    angles = torch.arange(len(ids))[:, None] * base ** -(torch.arange(0, head, 2) / head)
     cos, sin = torch.cat([angles, angles], 1).cos(), torch.cat([angles, angles], 1).sin()
 
     def rotary(t: Tensor) -> Tensor:
@@ -158,7 +168,7 @@ def logits(state: State, s: Sizes, ids: Tensor, features: Tensor) -> Tensor:
         at = f"transformer.h.{i}."
         qkv = _linear(state, at + "attn.c_attn", _rms(x, state[at + "ln_1.weight"]))
         q, k, v = (t.unflatten(-1, (s.heads, head)).transpose(0, 1) for t in qkv.chunk(3, -1))  # [Q; K; V] blocks
-        context = _attend(rotary(q), rotary(k), v, causal=True).transpose(0, 1).flatten(1)
+        context = _attend(rotary(q) * scale[:, None], rotary(k), v, causal=True).transpose(0, 1).flatten(1)
         x = x + _linear(state, at + "attn.c_proj", context)
         y = _rms(x, state[at + "ln_2.weight"])
         x = x + _linear(

@@ -105,8 +105,11 @@ def ours_from(state: State, s: Sizes) -> dict[str, Tensor]:
     return out
 
 
-def build(state: State, s: Sizes, divisor: int = 8) -> VisionLanguageModel:
-    """Build our model with a checkpoint's weights; rows that pad the vocabulary get what must not matter."""
+def build(state: State, s: Sizes, divisor: int = 8, **language: Any) -> VisionLanguageModel:
+    """Build our model with a checkpoint's weights; rows that pad the vocabulary get what must not matter.
+
+    ``language`` is further keys of that branch.
+    """
     recipe = tiny_recipe(
         model={
             "preset": "tiny",
@@ -116,7 +119,7 @@ def build(state: State, s: Sizes, divisor: int = 8) -> VisionLanguageModel:
             "connector": {"num_queries": s.queries, "head_dim": s.hidden // s.resampler_heads},
             "language": {"hidden_size": s.hidden, "ffn_hidden_size": s.ffn, "num_layers": s.layers}
             | {"num_attention_heads": s.heads, "num_query_groups": s.heads, "kv_channels": s.hidden // s.heads}
-            | {"vocab_size": s.vocab, "vocab_divisor": divisor},
+            | {"vocab_size": s.vocab, "vocab_divisor": divisor, **language},
         }
     )
     model = unwrap(build_model(recipe, s.image_token)[0])

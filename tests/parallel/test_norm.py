@@ -47,3 +47,17 @@ def test_every_parameter_is_marked(kind: str, sequence_parallel: bool) -> None:
     made = norm(kind, sequence_parallel=sequence_parallel)
     marks = [parameter.sequence_parallel for parameter in made.parameters()]
     assert marks == [sequence_parallel] * (1 if kind == "RMSNorm" else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_the_same_without_gradients(dtype: torch.dtype) -> None:
+    made = norm("RMSNorm", dtype)
+    x = (torch.randn(3, 5, 64) * 4).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(made(x), norm_with_gradients(made, x))
+
+
+def norm_with_gradients(made: TorchNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return what training computes."""
+    with torch.enable_grad():
+        return made(x).detach()

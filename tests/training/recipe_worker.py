@@ -21,11 +21,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 
-from megavlm.checkpoint.paths import resolve  # noqa: E402
+from megavlm.checkpoint.paths import with_tokenizer_of_load  # noqa: E402
 from megavlm.config.checks import check_paths, check_recipe  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.tokenizer import load_tokenizer, with_tokenizer  # noqa: E402
+from megavlm.data.tokenizer import load_tokenizer  # noqa: E402
 from megavlm.models.build import MODULES  # noqa: E402
 from megavlm.models.registry import expand_presets  # noqa: E402
 from megavlm.parallel.layout import describe  # noqa: E402
@@ -74,8 +74,7 @@ def prepare(name: str, overrides: list[str]) -> Recipe:
     recipe = load_recipe(name, overrides, expand_presets)
     check_recipe(recipe, RANKS)
     check_paths(recipe)
-    load = recipe.checkpoint.load
-    return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
+    return with_tokenizer_of_load(recipe)
 
 
 def train(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from run_data import RunData
 
 from megavlm.config.schema import DataSource
 from megavlm.data.decode import make_decoder
-from megavlm.data.feed import decode_pack
+from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.training.heldout import empty_pack

@@ -1,14 +1,12 @@
-"""What the formats share: the input, its JSON, records and what is wrong with them."""
+"""What the formats share: records, and what is wrong with them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 Record = dict[str, Any]
@@ -40,73 +38,6 @@ class BrokenError(ValueError):
     def about(self, record_id: Any) -> Broken:
         """Return what to count and list."""
         return Broken(record_id, self.cause, str(self))
-
-
-@dataclass(frozen=True)
-class Source:
-    """What ``megavlm prepare`` was given."""
-
-    path: Path
-    """File or directory to read."""
-    images: Path
-    """Directory that image paths are relative to."""
-    annotations: Path | None = None
-    """VQA: the file with the answers, where they are apart."""
-    image_info: Path | None = None
-    """Visual Genome: ``image_data.json``."""
-    per_sample: int | None = None
-    """Visual Genome: regions of one sample; None for the default."""
-
-    @cached_property
-    def content(self) -> Any:
-        """The parsed file: a list or an object that is not empty.
-
-        A line of a ``.jsonl`` file that is no JSON is a :class:`Broken` in the list.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is a directory, not JSON, or holds nothing.
-        """
-        return load_json(self.path)
-
-    @cached_property
-    def objects(self) -> list[Record]:
-        """Those entries of :attr:`content` that are objects; none for a directory or where it is no list."""
-        if self.path.is_dir() or not isinstance(self.content, list):
-            return []
-        return [entry for entry in self.content if isinstance(entry, dict)]
-
-    def find_image(self, candidates: Sequence[str]) -> str:
-        """Return the first of the paths below :attr:`images` that is there, else the first of all."""
-        for path in candidates:
-            if is_inside(path) and (self.images / path).is_file():
-                return path
-        return candidates[0]
-
-
-def load_json(path: Path) -> Any:
-    """Parse a ``.json`` or ``.jsonl`` file, see :attr:`Source.content`."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; give a file, or --format codefuse")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix == ".jsonl":
-        content: Any = [_line(number, line) for number, line in enumerate(path.read_bytes().splitlines(), 1) if line]
-    else:
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, list | dict) or not content:
-        raise ValueError(f"{path} must hold a list of records that is not empty")
-    return content
-
-
-def _line(number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Broken(None, "bad JSON", f"line {number} is not valid JSON: {error}")
 
 
 def is_inside(path: str) -> bool:

@@ -10,17 +10,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, language_of, pair, plain
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, language_of, pair, plain
+from megavlm.data.formats.source import Source
 
 _SPLIT = re.compile(r"(?:train|val|test)\d{4}")
 
 
 def matches(source: Source) -> bool:
     """Whether it is an object with images and annotations that have captions."""
-    content = None if source.path.is_dir() else source.content
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+    if not isinstance(source.outline.get("images"), list):
         return False
-    annotations = content.get("annotations")
+    annotations = source.outline.get("annotations")
     return isinstance(annotations, list) and any(isinstance(a, dict) and "caption" in a for a in annotations)
 
 
@@ -32,8 +32,8 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """
     if not matches(source):
         raise ValueError(f"{source.path} has no 'images' and 'annotations' with captions; give COCO's captions_*.json")
-    files = {image["id"]: image.get("file_name") for image in source.content["images"] if _has_id(image)}
-    for annotation in source.content["annotations"]:
+    files = {image["id"]: image.get("file_name") for image in source.rows("images") if _has_id(image)}
+    for annotation in source.rows("annotations"):
         try:
             yield _record(source, files, annotation)
         except BrokenError as error:

@@ -10,10 +10,11 @@ has it. Coordinates in the text stay as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.source import Source
 
 _IMAGE = re.compile(r"[ \t]*<image>[ \t]*\n?")
 _OWN_IMAGE = re.compile(r"</?img>")
@@ -21,7 +22,7 @@ _OWN_IMAGE = re.compile(r"</?img>")
 
 def matches(source: Source) -> bool:
     """Whether records with conversations have an ``image``, or ``<image>`` in a turn."""
-    return any(mentions_image(record) for record in source.objects)
+    return any(mentions_image(record) for record in source.head)
 
 
 def read(source: Source) -> Iterator[Record | Broken]:
@@ -30,14 +31,15 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         ValueError: The file holds no list.
     """
-    if not isinstance(source.content, list):
-        raise ValueError(f"{source.path} must hold a list of records that is not empty")
-    yield from convert(source.content)
+    yield from convert(source.rows())
 
 
-def convert(entries: list[Any], task: str | None = None) -> Iterator[Record | Broken]:
+def convert(entries: Iterable[Any], task: str | None = None) -> Iterator[Record | Broken]:
     """Convert LLaVA records; ``task`` is what they are called where they do not say themselves."""
     for entry in entries:
+        if isinstance(entry, Broken):
+            yield entry
+            continue
         try:
             yield _convert(entry, task)
         except BrokenError as error:
@@ -59,7 +61,7 @@ def mentions_image(record: Record) -> bool:
 
 
 def _convert(entry: Any, task: str | None) -> Record:
-    turns = field(entry, "conversations", list)
+    turns = _answered(field(entry, "conversations", list))
     images = _images(entry)
     shown = 0
     converted = []
@@ -86,6 +88,14 @@ def _convert(entry: Any, task: str | None) -> Record:
     if task is not None:
         record.setdefault("task", task)
     return record
+
+
+def _answered(turns: list[Any]) -> list[Any]:
+    """Leave out what LLaVA's trainer does not learn: an answer before all questions, a question behind all answers."""
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if len(turns) > 2 and speakers[0] in ("gpt", "assistant"):
+        turns, speakers = turns[1:], speakers[1:]
+    return turns[:-1] if len(turns) > 2 and speakers[-1] in ("human", "user") else turns
 
 
 def _insert(text: str, picture: str) -> str:

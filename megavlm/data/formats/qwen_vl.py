@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.data.formats.base import Broken, Record, Source
+from megavlm.data.formats.base import Broken, Record, identity
 from megavlm.data.formats.llava import mentions_image, turns_of
+from megavlm.data.formats.source import Source
 
 
 def matches(source: Source) -> bool:
     """Whether turns contain ``<img>``, or there are conversations without any picture."""
-    records = [record for record in source.objects if isinstance(record.get("conversations"), list)]
+    records = [record for record in source.head if isinstance(record.get("conversations"), list)]
     if any("<img>" in text for record in records for text in turns_of(record)):
         return True
     return bool(records) and not any(mentions_image(record) for record in records)
@@ -25,6 +26,9 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         ValueError: The file holds no list.
     """
-    if not isinstance(source.content, list):
-        raise ValueError(f"{source.path} must hold a list of records that is not empty")
-    yield from source.content
+    for entry in source.rows():
+        if isinstance(entry, dict) and mentions_image(entry) and entry.get("image") is not None:
+            reason = "'image' beside the conversation is LLaVA's way; prepare it with --format llava"
+            yield Broken(identity(entry, "id"), "pictures do not match", reason)
+        else:
+            yield entry

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from megavlm.data.formats.base import Broken, Record, Source
+from megavlm.data.formats.base import Broken, Record
+from megavlm.data.formats.source import Source
 
 
 class FormatModule(Protocol):
@@ -85,4 +86,9 @@ def choose(source: Source, name: str | None) -> Format:
     names = [entry.name for entry in fitting]
     if names:
         raise ValueError(f"{source.path} could be {' or '.join(names)}; say which with --format")
+    if source.is_folder:
+        raise ValueError(
+            f"{source.path} is a folder, and not one of CodeFuse's with records per task; give the file, or the folder "
+            "that itself has the parquet files"
+        )
     raise ValueError(f"{source.path} looks like none of {', '.join(_FORMATS)}; say which it is with --format")

@@ -3,7 +3,7 @@
 Source: ``synthdog/template.py`` of github.com/clovaai/donut: ``ground_truth`` is JSON in a string,
 ``{"gt_parse": {"text_sequence": ".."}}``. ``megavlm render-text`` writes the same, and for some pages adds ``lines``,
 ``[{"text", "quad": [[x, y] x 4]}]`` in pixels, clockwise from the upper left corner of the text, and ``size``, the
-picture's width and height.
+picture's width and height. On the Hugging Face hub the same pages are rows of parquet, ``{"image", "ground_truth"}``.
 
 Pages with lines are asked for ``OCR with grounding:``, and each line is answered as ``<ref>text</ref>`` with its
 ``<quad>``, as in Qwen-VL's pre-training (arXiv 2308.12966); the others for ``OCR:``, answered by the text alone.
@@ -16,34 +16,36 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, pair, plain
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, pair, plain
+from megavlm.data.formats.source import Source
 
 
 def matches(source: Source) -> bool:
     """Whether entries have a file name and a ground truth."""
-    return any("file_name" in entry and "ground_truth" in entry for entry in source.objects)
+    return any(
+        "ground_truth" in entry and "prompt" not in entry and ("file_name" in entry or "image" in entry)
+        for entry in source.head
+    )
 
 
 def read(source: Source) -> Iterator[Record | Broken]:
     """Yield a record for each page.
 
     Raises:
-        ValueError: The file holds no lines of objects.
+        ValueError: The file holds no list of them.
     """
-    if not isinstance(source.content, list):
-        raise ValueError(f"{source.path} must hold an object in each line; give SynthDoG's metadata.jsonl")
     folder = source.path.absolute().parent
     root = source.images.absolute()
     below = f"{folder.relative_to(root).as_posix()}/" if folder.is_relative_to(root) and folder != root else ""
-    for entry in source.content:
+    for entry in source.rows():
         try:
             yield _page(source, entry, below)
         except BrokenError as error:
-            yield error.about(identity(entry, "file_name"))
+            yield error.about(identity(entry, "file_name", "image"))
 
 
 def _page(source: Source, entry: Any, below: str) -> Record:
-    name = field(entry, "file_name")
+    name = field(entry, "image" if isinstance(entry, dict) and "image" in entry else "file_name")
     truth = field(entry, "ground_truth", (str, dict))
     if isinstance(truth, str):
         try:

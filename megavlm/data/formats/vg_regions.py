@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, Source, field, identity, is_inside, load_json, plain
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, is_inside, plain
+from megavlm.data.formats.source import Source
 from megavlm.data.images import ImageError, read_header
 
 DEFAULT_PER_SAMPLE = 8
@@ -24,7 +25,7 @@ DEFAULT_PER_SAMPLE = 8
 
 def matches(source: Source) -> bool:
     """Whether entries have regions with phrases."""
-    lists = (entry.get("regions") for entry in source.objects)
+    lists = (entry.get("regions") for entry in source.head)
     return any(isinstance(r, dict) and "phrase" in r for regions in lists if isinstance(regions, list) for r in regions)
 
 
@@ -34,13 +35,11 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         ValueError: The file holds no list, or ``per_sample`` is below 1.
     """
-    if not isinstance(source.content, list):
-        raise ValueError(f"{source.path} must hold a list; give Visual Genome's region_descriptions.json")
     per_sample = DEFAULT_PER_SAMPLE if source.per_sample is None else source.per_sample
     if per_sample < 1:
         raise ValueError(f"--per-sample must be at least 1, not {per_sample}")
     known = _image_info(source)
-    for number, entry in enumerate(source.content):
+    for number, entry in enumerate(source.rows()):
         try:
             yield from _picture(source, entry, known, per_sample, number)
         except BrokenError as error:
@@ -69,9 +68,13 @@ def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: flo
 def _image_info(source: Source) -> dict[int | str, Record]:
     if source.image_info is None:
         return {}
-    content = load_json(source.image_info)
-    entries = [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
-    known = {entry["image_id"]: entry for entry in entries if isinstance(entry.get("image_id"), int | str)}
+    info = source.below(source.image_info)
+    entries = (entry for entry in info.rows() if isinstance(entry, dict)) if info.is_list else ()
+    known = {
+        entry["image_id"]: {key: entry.get(key) for key in ("url", "width", "height")}
+        for entry in entries
+        if isinstance(entry.get("image_id"), int | str)
+    }
     if not known:
         raise ValueError(f"--image-info {source.image_info} has no images; give Visual Genome's image_data.json")
     return known

@@ -28,21 +28,20 @@ from megavlm.data.formats.base import (
     Broken,
     BrokenError,
     Record,
-    Source,
     field,
     identity,
-    load_json,
     most_common,
     pair,
     plain,
 )
+from megavlm.data.formats.source import Source
 
 Result = Iterator[Record | Broken]
 
 
 def matches(source: Source) -> bool:
     """Whether it is one of the shapes above."""
-    return not source.path.is_dir() and _shape(source.content) is not None
+    return _shape(source) is not None
 
 
 def read(source: Source) -> Result:
@@ -52,7 +51,7 @@ def read(source: Source) -> Result:
         FileNotFoundError: The annotations are missing.
         ValueError: The file has none of the shapes, or VQAv2's questions come without answers.
     """
-    shape = _shape(source.content)
+    shape = _shape(source)
     if shape is None:
         raise ValueError(f"{source.path} is no question file that --format vqa knows (docs/data.md lists them)")
     if (shape is _questions) != (source.annotations is not None):
@@ -62,18 +61,18 @@ def read(source: Source) -> Result:
     yield from shape(source)
 
 
-def _shape(content: Any) -> Any:
+def _shape(source: Source) -> Any:
     """The reader of a file's shape, or None."""
-    if isinstance(content, list):
-        first = next((entry for entry in content if isinstance(entry, dict)), {})
+    if source.head:
+        first = source.head[0]
         if isinstance(first.get("qas"), list):
             return _visual_genome
         return _vizwiz if {"image", "question"} <= first.keys() and "conversations" not in first else None
-    if isinstance(content.get("questions"), list):
+    if isinstance(source.outline.get("questions"), list):
         return _questions
-    if isinstance(content.get("data"), list):
+    if isinstance(source.outline.get("data"), list):
         return _data
-    value = next(iter(content.values()))
+    value = next(iter(source.outline.values()), None)
     if isinstance(value, dict) and {"question", "imageId"} <= value.keys():
         return _gqa
     return _ocr_vqa if isinstance(value, dict) and {"questions", "answers"} <= value.keys() else None
@@ -91,29 +90,33 @@ def _record(source: Source, record_id: Any, images: Sequence[str], question: Any
 
 
 def _answer(answer: Any) -> str:
+    text = _text_of(answer)
+    if text is None:
+        raise BrokenError("no answer", "the question has no answer")
+    return text
+
+
+def _text_of(answer: Any) -> str | None:
     """One answer of what a file gives: text, a list of texts, or a list of ``{"answer": text}``."""
     if isinstance(answer, list):
         given = [each.get("answer") if isinstance(each, dict) else each for each in answer]
         texts = [text for text in given if isinstance(text, str)]
         answer = most_common(texts) if texts else None
-    if not isinstance(answer, str):
-        raise BrokenError("no answer", "the question has no answer")
-    return answer
+    return answer if isinstance(answer, str) else None
 
 
 def _questions(source: Source) -> Result:
     assert source.annotations is not None
-    annotations = load_json(source.annotations)
-    entries = annotations.get("annotations") if isinstance(annotations, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f"--annotations {source.annotations} has no list 'annotations'")
+    given = source.below(source.annotations)
+    if given.is_list or not isinstance(given.outline.get("annotations"), list):
+        raise ValueError(f"--annotations {source.annotations} has no list 'annotations'; give VQAv2's annotations file")
     answers = {
-        entry["question_id"]: entry.get("multiple_choice_answer") or entry.get("answers")
-        for entry in entries
+        entry["question_id"]: _text_of(entry.get("multiple_choice_answer") or entry.get("answers"))
+        for entry in given.rows("annotations")
         if isinstance(entry, dict) and isinstance(entry.get("question_id"), str | int)
     }
-    subset = source.content.get("data_subtype")
-    for entry in source.content["questions"]:
+    subset = source.outline.get("data_subtype")
+    for entry in source.rows("questions"):
         record_id = identity(entry, "question_id")
         try:
             images = _coco(field(entry, "image_id", (str, int)), subset)
@@ -133,7 +136,7 @@ def _coco(image_id: str | int, subset: Any) -> list[str]:
 
 def _data(source: Source) -> Result:
     """TextVQA and DocVQA."""
-    for entry in source.content["data"]:
+    for entry in source.rows("data"):
         record_id = identity(entry, "question_id", "questionId")
         try:
             answers = entry.get("answers") if isinstance(entry, dict) else None
@@ -151,7 +154,7 @@ def _data(source: Source) -> Result:
 
 
 def _vizwiz(source: Source) -> Result:
-    for entry in source.content:
+    for entry in source.rows():
         record_id = identity(entry, "image")
         try:
             image = field(entry, "image")
@@ -163,7 +166,7 @@ def _vizwiz(source: Source) -> Result:
 
 
 def _gqa(source: Source) -> Result:
-    for record_id, entry in source.content.items():
+    for record_id, entry in source.members():
         try:
             image = f"{field(entry, 'imageId', (str, int))}.jpg"
         except BrokenError as error:
@@ -173,7 +176,7 @@ def _gqa(source: Source) -> Result:
 
 
 def _ocr_vqa(source: Source) -> Result:
-    for record_id, entry in source.content.items():
+    for record_id, entry in source.members():
         try:
             if isinstance(entry, dict) and entry.get("split") in (2, 3):
                 raise BrokenError("held out", "the book belongs to the validation or test split")
@@ -191,7 +194,7 @@ def _ocr_vqa(source: Source) -> Result:
 
 
 def _visual_genome(source: Source) -> Result:
-    for entry in source.content:
+    for entry in source.rows():
         image_id = identity(entry, "id", "image_id")
         try:
             qas = field(entry, "qas", list)

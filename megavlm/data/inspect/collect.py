@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,17 @@ from megatron.energon.epathlib import EPath
 from megavlm.config.checks import source_name
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
+from megavlm.data.decode import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
 from megavlm.data.tokenizer import Tokenizer
 
 NO_TASK = "(none)"
+_MOST_NAMED = 50
+"""Samples of a data set that are named as left out."""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Counts:
     """Tokens that are trained on."""
     skipped: Counter[str] = field(default_factory=Counter)
     """Samples that training would leave out, by cause."""
+    named: list[tuple[str, str]] = field(default_factory=list)
+    """Key and cause of the first of these."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,21 @@ class Collected:
     counts: list[Counts]
     samples: list[Shown] = field(default_factory=list)
     packs: list[Pack] = field(default_factory=list)
+    masked: dict[str, str] = field(default_factory=dict)
+    """Why no token of a sample is supervised, by its key, where a picture of it cannot be decoded."""
 
 
 def collect(
-    data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int, seed: int, *, samples: int, packs: int, scan: int
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    tokens_per_image: int,
+    image_size: int,
+    seed: int,
+    *,
+    replicas: int = 1,
+    samples: int,
+    packs: int,
+    scan: int,
 ) -> Collected:
     """Read the data sets of ``data.train``.
 
@@ -73,9 +91,11 @@ def collect(
         data: The data branch, with prepared data sets.
         tokenizer: Its tokenizer.
         tokens_per_image: ``<imgpad>`` slots of one image.
+        image_size: Side of the decoded pictures, pixels.
         seed: Seed of the order of the packs.
+        replicas: Data-parallel size.
         samples: Samples to show, taken from all data sets in turn, spread over each.
-        packs: Packs to show: the first that a reader without worker processes gives, of one data-parallel rank.
+        packs: Packs to show: the first of the first data-parallel rank.
         scan: Samples of each data set to count, spread over it.
 
     Raises:
@@ -92,15 +112,25 @@ def collect(
         found.counts.append(counts)
         kept.append(_scan(reader, encoder, index, counts, scan, samples))
     if not any(counts.lengths for counts in found.counts):
-        causes = sum((counts.skipped for counts in found.counts), Counter[str]())
-        raise ValueError(f"no sample of {', '.join(names)} can be trained on: {dict(causes)}")
+        skipped = sum((counts.skipped for counts in found.counts), Counter[str]())
+        causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common())
+        remedy = "raise --sequence-length" if "too long" in skipped else "prepare the data again"
+        raise ValueError(f"no sample of {', '.join(names)} can be trained on ({causes}); {remedy}")
     found.samples = _share_out(kept, samples)
     if packs:
-        packed = PackReader(
-            data.train, data, tokenizer, tokens_per_image, rank=0, world_size=1, seed=seed, training=True
-        )
-        found.packs = [next(packed) for _ in range(packs)]
+        with warnings.catch_warnings():
+            # As many workers as the recipe has make the packs what they are, also on a small machine.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            packed = PackReader(
+                data.train, data, tokenizer, tokens_per_image, rank=0, world_size=replicas, seed=seed, training=True
+            )
+            found.packs = [next(packed) for _ in range(packs)]
         packed.close()
+    # As the trainer's feed does it: a sample with a picture that cannot be decoded loses its labels.
+    decoder = make_decoder(data.image_decoder)
+    for pack in (*(shown.pack for shown in found.samples), *found.packs):
+        read = decode_pack(pack, decoder, image_size, tokens_per_image, tokenizer.imgpad_id)
+        found.masked |= {f"{skipped.dataset}/{skipped.key}": skipped.cause for skipped in read.masked}
     return found
 
 
@@ -127,6 +157,8 @@ def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts
         if checked.sample is None:
             assert checked.skipped is not None
             counts.skipped[checked.skipped.cause] += 1
+            if len(counts.named) < _MOST_NAMED:
+                counts.named.append((f"{counts.name}/{checked.skipped.key}", checked.skipped.cause))
             continue
         task = _task(files)
         pack = _alone(checked.sample, encoder)

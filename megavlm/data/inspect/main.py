@@ -15,14 +15,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megavlm.config.checks import source_name
-from megavlm.config.load import load_recipe
+from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_LENGTH = 2048
 _DEFAULT_IMAGE_TOKENS = 256
+_DEFAULT_IMAGE_SIZE = 448
 _DEFAULT_SEED = 1234
 
 
@@ -39,8 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directories that megavlm prepare wrote (default: the recipe's data.train)",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="page to write (.html)")
-    parser.add_argument("--recipe", metavar="RECIPE", help="recipe that says how the data is trained")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer file (default: the recipe's)")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="recipe that says how the data is trained; or a run's directory"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer file (default: the recipe's, or that of the checkpoint that it loads)",
+    )
     parser.add_argument(
         "--sequence-length",
         type=int,
@@ -55,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=int, default=12, metavar="N", help="samples to show (default 12)")
     parser.add_argument("--packs", type=int, default=3, metavar="N", help="packs to show (default 3)")
+    parser.add_argument(
+        "--data-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="data-parallel size of the run; the packs are those of its first rank (default 1)",
+    )
     parser.add_argument(
         "--scan", type=int, default=2000, metavar="N", help="samples to count, spread over each data set (default 2000)"
     )
@@ -75,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     """
     _check_arguments(args)
     recipe = None if args.recipe is None else _load_recipe(args.recipe)
+    if recipe is not None and args.tokenizer is None:
+        recipe = _with_tokenizer(recipe, args.recipe)
     data, tokens_per_image, seed = _settings(args, recipe)
     from megavlm.data.inspect.collect import collect  # noqa: PLC0415 - loads torch
     from megavlm.data.inspect.page import write_page  # noqa: PLC0415
@@ -82,7 +97,17 @@ def run(args: argparse.Namespace) -> int:
 
     assert data.tokenizer is not None
     tokenizer = load_tokenizer(data.tokenizer)
-    found = collect(data, tokenizer, tokens_per_image, seed, samples=args.samples, packs=args.packs, scan=args.scan)
+    found = collect(
+        data,
+        tokenizer,
+        tokens_per_image,
+        recipe.model.vision.image_size if recipe else _DEFAULT_IMAGE_SIZE,
+        seed,
+        replicas=args.data_parallel,
+        samples=args.samples,
+        packs=args.packs,
+        scan=args.scan,
+    )
     html = write_page(found, tokenizer, limit=int(args.max_mb * 1e6))
     _write(args.out, html)
     logger.info("%s: %d samples, %d packs, %.1f MB", args.out, len(found.samples), len(found.packs), len(html) / 1e6)
@@ -90,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name, least in (("samples", 0), ("packs", 0), ("scan", 1), ("sequence_length", 1), ("tokens_per_image", 1)):
+    least_of = {"samples": 0, "packs": 0, "scan": 1, "data_parallel": 1, "sequence_length": 1, "tokens_per_image": 1}
+    for name, least in least_of.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -107,7 +133,31 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _load_recipe(name: str) -> Recipe:
     from megavlm.models.registry import expand_presets  # noqa: PLC0415
 
-    return load_recipe(name, [], expand_presets)
+    path = Path(name)
+    if path.is_dir() and name not in shipped_recipes():
+        path = _resolve(path) / "recipe.yaml"
+    return load_recipe(path if path.is_file() else name, [], expand_presets)
+
+
+def _resolve(path: Path) -> Path:
+    """The checkpoint that a run's directory means."""
+    # An entry point may ask rooms above its own; nothing else of data/ does.
+    from megavlm.checkpoint.paths import resolve  # noqa: PLC0415
+
+    return resolve(path)
+
+
+def _with_tokenizer(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the tokenizer file that it trains with."""
+    from megavlm.checkpoint.paths import with_tokenizer_of_load  # noqa: PLC0415
+
+    missing = f"--tokenizer is missing: data.tokenizer of {name} is null, and its checkpoint.load"
+    if recipe.data.tokenizer is None and recipe.checkpoint.load is None:
+        raise ValueError(f"{missing} as well; give a tokenizer file")
+    try:
+        return with_tokenizer_of_load(recipe)
+    except FileNotFoundError:
+        raise ValueError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
 
 
 def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, int, int]:
@@ -115,8 +165,7 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
     from megavlm.data.tokenizer import find_tokenizer  # noqa: PLC0415
 
     tokenizer = args.tokenizer or (recipe.data.tokenizer if recipe else None)
-    if tokenizer is None:
-        raise ValueError(f"--tokenizer is missing: data.tokenizer of {args.recipe} is null; give a tokenizer file")
+    assert tokenizer is not None
     if Path(tokenizer).is_dir():
         inside = find_tokenizer(Path(tokenizer))
         if inside is None:
@@ -129,7 +178,9 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
     if recipe is not None:
         known = {source.path: source for source in recipe.data.train}
         sources = tuple(known.get(source.path, source) for source in sources)
-    changes: dict[str, Any] = {"train": sources, "validation": (), "tokenizer": tokenizer, "num_workers": 0}
+    changes: dict[str, Any] = {"train": sources, "validation": (), "tokenizer": tokenizer}
+    if recipe is None:
+        changes["num_workers"] = 0
     if args.sequence_length is not None or recipe is None:
         changes["sequence_length"] = args.sequence_length or _DEFAULT_LENGTH
     if recipe is None:
@@ -137,11 +188,6 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
         return TypeAdapter(DataConfig).validate_python(changes), tokens, _DEFAULT_SEED
     tokens = args.tokens_per_image or recipe.model.tokens_per_image
     return dataclasses.replace(recipe.data, **changes), tokens, recipe.training.seed
-
-
-def names_of(data: DataConfig) -> list[str]:
-    """Names of the data sets, as logs have them."""
-    return [source_name(source) for source in data.train]
 
 
 def _write(path: Path, html: bytes) -> None:

@@ -106,6 +106,8 @@ def _head(found: Collected) -> str:
         charts.append(("Samples that training leaves out", bars(skipped.most_common(), _COLOURS[4], "skipped")))
     rows = "".join(_row(counts, colour) for counts, colour in zip(found.counts, colours, strict=True))
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charts)
+    named = [f"{key}: {cause}" for counts in found.counts for key, cause in counts.named]
+    left_out = f"<details><summary>Which are left out</summary><p>{'<br>'.join(map(escape, named))}</p></details>"
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
@@ -115,7 +117,7 @@ def _head(found: Collected) -> str:
         f'<h1>megavlm inspect</h1><p class="facts">{_joined(facts)}</p>'
         "<table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th><th>tokens: mean</th>"
         f"<th>longest</th><th>pictures</th><th>supervised</th></tr></thead><tbody>{rows}</tbody></table>"
-        f'<div class="charts">{figures}</div>'
+        f'<div class="charts">{figures}</div>{left_out if named else ""}'
         '<p class="legend"><span class="t s">supervised</span> the loss counts this token '
         '<span class="t m">masked</span> it does not <span class="t i">256 slots</span> a picture\u2019s features</p>'
     )
@@ -197,8 +199,10 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
     if images:
         images = f'<div class="pictures">{images}</div>'
     note = ""
+    if segment.key in found.masked:
+        note = f'<p class="note">Nothing of it is trained on: {escape(found.masked[segment.key])}.</p>'
     if segment.shapes and len(segment.images) > 1:
-        note = '<p class="note">Boxes are drawn on the first picture; the text does not say on which they are.</p>'
+        note += '<p class="note">Boxes are drawn on the first picture; the text does not say on which they are.</p>'
     tokens = "".join(_token(piece) for piece in segment.pieces)
     return (
         f"<h4>{escape(title)}</h4>"

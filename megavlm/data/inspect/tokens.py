@@ -11,7 +11,9 @@ from megavlm.data.tokenizer import Tokenizer
 
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _CONTEXT = 8
-_SHAPE = re.compile(r"(?:<ref>([^<]*)</ref>)?<(box|quad)>((?:\(\d{1,4},\d{1,4}\),?){2,4})</\2>")
+_TURN = re.escape("<|im_end|>\n<|im_start|>assistant\n")
+# What is named stands in front of its box, in the question or in the answer.
+_SHAPE = re.compile(rf"(?:<ref>([^<]*)</ref>(?:{_TURN})?)?" + r"<(box|quad)>((?:\(\d{1,4},\d{1,4}\),?){2,4})</\2>")
 _POINT = re.compile(r"\((\d+),(\d+)\)")
 
 

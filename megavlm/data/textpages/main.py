@@ -9,18 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import random
-import shutil
-import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.publish import new_directory
 from megavlm.data.textpages.corpus import LANGUAGES, Corpus, read_corpus
 from megavlm.data.textpages.draw import choose_colours, choose_distortion, distort, draw_page, map_box, spoil
 from megavlm.data.textpages.fonts import FONT_DIRECTORIES, Face, find_fonts
@@ -31,6 +30,8 @@ logger = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"
 _PER_FOLDER = 1000
 _SMALLEST = 160
+_TELL_EVERY = 30.0
+"""Seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +73,12 @@ class _Plan:
     out: Path
 
 
+_Rendered = tuple[dict[str, Any], Counter[str]]
+"""A page's line of the metadata, and the characters that were left out."""
+_PLANS: list[_Plan] = []
+"""In a worker process: its plan."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Render the pages.
 
@@ -86,20 +93,9 @@ def run(args: argparse.Namespace) -> int:
     languages = tuple(dict.fromkeys(args.language))
     corpora = tuple(read_corpus(args.corpus, languages))
     faces = {language: tuple(find_fonts(language, args.fonts or FONT_DIRECTORIES)) for language in languages}
-    out = args.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+    with new_directory(args.out) as partial:
         plan = _Plan(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
         dropped = _render_all(plan, args.pages, args.workers)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if dropped:
         shown = " ".join(repr(char) for char, _ in dropped.most_common(8))
         logger.warning("%d characters that no font has were left out, such as %s", dropped.total(), shown)
@@ -127,21 +123,36 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def _render_all(plan: _Plan, pages: int, workers: int) -> Counter[str]:
     """Write all pages and the metadata; return the characters that no font has."""
     dropped: Counter[str] = Counter()
-    with ExitStack() as stack:
-        metadata = stack.enter_context((plan.out / METADATA).open("w", encoding="utf-8"))
-        results: Iterator[tuple[dict[str, Any], Counter[str]]]
-        if workers == 1:
-            results = (render_page(plan, index) for index in range(pages))
-        else:
-            pool = stack.enter_context(ProcessPoolExecutor(workers))
-            results = pool.map(render_page, [plan] * pages, range(pages), chunksize=16)
-        for line, missing in results:
+    with (plan.out / METADATA).open("w", encoding="utf-8") as metadata, _results(plan, pages, workers) as results:
+        told = time.monotonic()
+        for number, (line, missing) in enumerate(results, 1):
             metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
             dropped += missing
+            if time.monotonic() - told > _TELL_EVERY:
+                logger.info("%d of %d pages", number, pages)
+                told = time.monotonic()
     return dropped
 
 
-def render_page(plan: _Plan, index: int) -> tuple[dict[str, Any], Counter[str]]:
+@contextmanager
+def _results(plan: _Plan, pages: int, workers: int) -> Iterator[Iterator[_Rendered]]:
+    """Give the results of all pages in order, rendered by so many processes."""
+    if workers == 1:
+        yield (render_page(plan, index) for index in range(pages))
+        return
+    # Each process has the plan once, and remembers what its fonts can draw.
+    pool = ProcessPoolExecutor(workers, initializer=_PLANS.append, initargs=(plan,))
+    try:
+        yield pool.map(_render_in_worker, range(pages), chunksize=16)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _render_in_worker(index: int) -> _Rendered:
+    return render_page(_PLANS[-1], index)
+
+
+def render_page(plan: _Plan, index: int) -> _Rendered:
     """Write one page's picture.
 
     Returns:

@@ -17,17 +17,15 @@ from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
-from megavlm.evaluation.benchmarks.spec import LETTERS
+from megavlm.evaluation.benchmarks.spec import LETTERS, picture_bytes, picture_name
 from megavlm.inference.generate import generate
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
-from megavlm.parallel.state import agreed, configure_logging, is_first_stage, is_reader, process_groups
+from megavlm.parallel.faults import at_step, fault
+from megavlm.parallel.state import agreed, is_first_stage, is_reader, process_groups
 
 logger = logging.getLogger(__name__)
-
-AT_ONCE = 128
-"""Questions of one round; predictions are on disk after each."""
 
 
 def answer_questions(
@@ -39,7 +37,7 @@ def answer_questions(
     folder: Path,
     identity: Mapping[str, Any],
     max_new_tokens: int,
-    at_once: int = AT_ONCE,
+    at_once: int,
 ) -> dict[str, Row] | None:
     """Answer the questions that have no prediction yet; data-parallel replicas share them out.
 
@@ -52,14 +50,13 @@ def answer_questions(
         folder: where the parts are written; it should be the same directory on all nodes.
         identity: what these predictions are of; ``run`` names it.
         max_new_tokens: longest generated answer.
-        at_once: questions of a round and replica.
+        at_once: questions of a round and replica; their predictions are on disk after each round.
 
     Returns:
         Predictions by question on the first rank, None on the others.
     """
     run = str(identity["run"])
     with process_groups(recipe.parallel, recipe.training.seed):
-        configure_logging()
         chunks = build_model(recipe, tokenizer.imgpad_id)
         load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         known: list[Any] = [sorted(done)]
@@ -78,7 +75,9 @@ def answer_questions(
         decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
         for index in range(rounds):
             some = mine[index * at_once : (index + 1) * at_once]
+            at_step(index + 1)
             rows = _round(chunks, recipe, tokenizer, some, decoder, max_new_tokens)
+            fault("evaluation.round")
             with agreed("writing predictions"):
                 if writer is not None:
                     writer.append(rows)
@@ -151,9 +150,7 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
 def _decode(decoder: ImageDecoder, question: Question, size: int) -> tuple[torch.Tensor, str]:
     """[N, 3, size, size] pixels of a question, gray where a picture is broken, and why it is."""
     pictures = question.item.pictures
-    decoded = decoder.decode([one if isinstance(one, bytes) else one.read_bytes() for one in pictures], size)
+    decoded = decoder.decode([picture_bytes(one) for one in pictures], size)
     if not decoded.failed:
         return decoded.pixels, ""
-    bad = pictures[decoded.failed[0]]
-    name = "in the benchmark's file" if isinstance(bad, bytes) else bad.name
-    return decoded.pixels, f"broken picture {name}: {decoded.causes[0]}"
+    return decoded.pixels, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"

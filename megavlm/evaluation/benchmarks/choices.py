@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megavlm.data.schema import IMAGE_PLACEHOLDER
@@ -20,13 +20,27 @@ from megavlm.evaluation.benchmarks.files import (
     text,
     texts,
 )
-from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Source
+from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Source, StoredPicture
 
 _ROTATION = 1_000_000
 """MMBench gives the k-th rotation of question i the index i + k million."""
+_MOST_OPTIONS = 5
+"""Qwen-VL scores the letters A to E."""
 _POINTER = 64
 """A picture's field this short is the index of the row that has the picture."""
 _MMMU_IMAGE = re.compile(r"<image (\d)>")
+
+
+def option(entry: Any, name: str, count: int) -> int:
+    """Return a field that is the number of one of ``count`` options, from 0.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    right = number(entry, name)
+    if not 0 <= right < count:
+        raise ValueError(f"{name!r} is {right} of {count} options")
+    return right
 
 
 def read_scienceqa(source: Source) -> list[Item]:
@@ -42,9 +56,8 @@ def read_scienceqa(source: Source) -> list[Item]:
         key, entry = pair
         if text(entry, "split") != split or not entry.get("image"):
             return
-        choices, right = texts(entry, "choices"), number(entry, "answer")
-        if not 0 <= right < len(choices):
-            raise ValueError(f"'answer' is {right} of {len(choices)} choices")
+        choices = texts(entry, "choices")
+        right = option(entry, "answer", len(choices))
         nested = picture_in(source.images / split / key, text(entry, "image"))
         picture = nested if nested.is_file() else picture_in(source.images / key, text(entry, "image"))
         yield Item(
@@ -72,35 +85,48 @@ def read_mmbench(source: Source) -> list[Item]:
         ValueError: it is not of this format.
     """
     rows = read_table(source.data)
-    rotated = any(row.get("index", "").isdigit() and int(row["index"]) >= _ROTATION for row in rows)
+    whole = any(row.get("index", "").isdigit() and int(row["index"]) >= _ROTATION for row in rows)
     encoded = {row.get("index", ""): row.get("image", "") for row in rows}
+    decoded: dict[str, bytes] = {}
 
     def make(row: dict[str, str]) -> Iterator[Item]:
-        index = number(row, "index")
-        filled = [letter for letter in LETTERS[:4] if _present(row.get(letter))]
-        choices = tuple(row[letter] for letter in filled)
-        if not choices or filled != list(LETTERS[: len(choices)]):
-            raise ValueError(f"its options must be A, B and so on without a gap, not {', '.join(filled) or 'none'}")
-        answer = row.get("answer", "")
-        if source.answers and answer not in LETTERS[: len(choices)]:
-            raise ValueError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
-        image = text(row, "image")
-        if len(image) <= _POINTER:
-            image = encoded.get(image, "")
-        right = LETTERS.find(answer) if answer else None
-        for turn in range(1 if rotated else len(choices)):
-            yield Item(
-                id=str(index + turn * _ROTATION),
-                question=text(row, "question"),
-                pictures=(from_base64(image),),
-                answers=(LETTERS[(right - turn) % len(choices)],) if right is not None else (),
-                choices=choices[turn:] + choices[:turn],
-                hint=row["hint"] if _present(row.get("hint")) else "",
-                kind=row.get("category") or "all",
-                unit=str(index % _ROTATION),
-            )
+        image, own = text(row, "image"), row.get("index", "")
+        name = image if len(image) <= _POINTER else own
+        if name not in encoded:
+            raise ValueError(f"'image' names row {name}, which the table does not have")
+        if name not in decoded:
+            decoded[name] = from_base64(encoded[name])
+        yield from mmbench_items(source, row, decoded[name], rotate=not whole)
 
-    return make_items(source.data, ((row.get("index", i), row) for i, row in enumerate(rows)), make)
+    return make_items(source.data, enumerate(rows, 1), make, "row")
+
+
+def mmbench_items(source: Source, row: Mapping[str, str], picture: Picture, *, rotate: bool = True) -> Iterator[Item]:
+    """Make the items of a row: one per option, with the options rotated; with ``rotate`` off, only the row's own.
+
+    Raises:
+        ValueError: the row is not of MMBench's table.
+    """
+    index = number(row, "index")
+    filled = [letter for letter in LETTERS[:_MOST_OPTIONS] if _present(row.get(letter))]
+    choices = tuple(row[letter] for letter in filled)
+    if not choices or filled != list(LETTERS[: len(choices)]):
+        raise ValueError(f"its options must be A, B and so on without a gap, not {', '.join(filled) or 'none'}")
+    answer = row.get("answer", "")
+    if source.answers and answer not in LETTERS[: len(choices)]:
+        raise ValueError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
+    right = LETTERS.find(answer) if answer else None
+    for turn in range(len(choices) if rotate else 1):
+        yield Item(
+            id=str(index + turn * _ROTATION),
+            question=text(row, "question"),
+            pictures=(picture,),
+            answers=(LETTERS[(right - turn) % len(choices)],) if right is not None else (),
+            choices=choices[turn:] + choices[:turn],
+            hint=row["hint"] if _present(row.get("hint")) else "",
+            kind=row.get("category") or "all",
+            unit=str(index % _ROTATION),
+        )
 
 
 def _present(value: str | None) -> bool:
@@ -119,29 +145,48 @@ def read_seed(source: Source) -> list[Item]:
     types = found.get("question_type")
     names = {str(value): key for key, value in types.items()} if isinstance(types, dict) else {}
 
-    def make(entry: Any) -> Iterator[Item]:
-        if text(entry, "data_type", "image") != "image":
-            source.skipped["a question about a video"] += 1
-            return
-        answer = text(entry, "answer", "")
-        if source.answers and answer not in tuple("ABCD"):
-            raise ValueError(f"'answer' is {answer!r}, which is not A, B, C or D")
-        name, kind = text(entry, "data_id"), text(entry, "question_type_id", "all")
+    def picture(entry: Any) -> tuple[Picture, ...]:
+        name = text(entry, "data_id")
         bare = picture_in(source.images, name)
-        yield Item(
-            id=text(entry, "question_id"),
-            question=text(entry, "question"),
-            pictures=(bare if bare.is_file() else picture_in(source.images, name + ".jpg"),),
-            answers=(answer,) if answer else (),
-            choices=tuple(text(entry, f"choice_{letter}") for letter in "abcd"),
-            kind=names.get(kind, kind),
-        )
+        return (bare if bare.is_file() else picture_in(source.images, name + ".jpg"),)
 
-    return make_items(source.data, enumerate(listed(source.data, found, "questions")), make)
+    questions = enumerate(listed(source.data, found, "questions"))
+    return make_items(source.data, questions, lambda entry: seed_items(source, entry, names, picture))
+
+
+def seed_items(
+    source: Source, entry: Any, names: Mapping[str, str], pictures: Callable[[Any], tuple[Picture, ...]]
+) -> Iterator[Item]:
+    """Make the item of a question; none of one about a video, which is counted.
+
+    Args:
+        source: where it comes from.
+        entry: the question.
+        names: sub-tasks by their number.
+        pictures: finds its pictures.
+
+    Raises:
+        ValueError: it is not of SEED-Bench's form.
+    """
+    if text(entry, "data_type", "image") != "image":
+        source.skipped["a question about a video"] += 1
+        return
+    answer = text(entry, "answer", "")
+    if source.answers and answer not in tuple("ABCD"):
+        raise ValueError(f"'answer' is {answer!r}, which is not A, B, C or D")
+    kind = text(entry, "question_type_id", "all")
+    yield Item(
+        id=text(entry, "question_id"),
+        question=text(entry, "question"),
+        pictures=pictures(entry),
+        answers=(answer,) if answer else (),
+        choices=tuple(text(entry, f"choice_{letter}") for letter in "abcd"),
+        kind=names.get(kind, kind),
+    )
 
 
 def read_mmmu(source: Source) -> list[Item]:
-    """Read MMMU's rows exported from its parquet files to JSON lines or a JSON list, with the same columns.
+    """Read MMMU's rows as JSON lines or a JSON list, with the columns of its parquet files (``hub.py`` reads those).
 
     ``image_1`` to ``image_7`` are null, a path in the image directory, or ``{"bytes": base64}``.
 
@@ -149,13 +194,17 @@ def read_mmmu(source: Source) -> list[Item]:
         FileNotFoundError: the file is missing.
         ValueError: it is not of this format, or a question names a picture that it does not have.
     """
-    if source.data.suffix == ".parquet":
-        raise ValueError(f"{source.data}: export it to JSON lines first; docs/evaluation.md has the five lines for it")
-    rows = read_lines(source.data) if source.data.suffix == ".jsonl" else read_json(source.data, list)
-    return make_items(source.data, enumerate(rows), lambda row: _mmmu_item(source, row))
+    lines = source.data.suffix == ".jsonl"
+    rows = read_lines(source.data) if lines else enumerate(read_json(source.data, list))
+    return make_items(source.data, rows, lambda row: mmmu_items(source, row), "line" if lines else "entry")
 
 
-def _mmmu_item(source: Source, row: Any) -> Iterator[Item]:
+def mmmu_items(source: Source, row: Any) -> Iterator[Item]:
+    """Make the item of a row; its pictures are files, in base64, or stored in the parquet file.
+
+    Raises:
+        ValueError: it is not of MMMU's form, or it names a picture that it does not have.
+    """
     key, answer = text(row, "id"), text(row, "answer", "")
     options = row.get("options")
     if isinstance(options, str):  # the published column is a Python list, written out
@@ -207,6 +256,8 @@ def _python_list(text: str) -> list[Any] | None:
 
 def _mmmu_picture(source: Source, row: Any, index: str) -> Picture:
     value = row.get(f"image_{index}")
+    if isinstance(value, StoredPicture):
+        return value
     if isinstance(value, str) and value:
         return picture_in(source.images, value)
     if isinstance(value, dict) and isinstance(value.get("bytes"), str):

@@ -25,28 +25,32 @@ def read_json(path: Path, kind: type[Any]) -> Any:
     try:
         found = json.loads(path.read_bytes())
     except IsADirectoryError:
-        raise ValueError(f"{path} is a directory; give the benchmark's own file") from None
+        raise ValueError(f"{path} is a directory") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, kind):
         wanted = "list" if kind is list else "object"
-        raise ValueError(f"{path} must hold a JSON {wanted}; is it this benchmark's own file?")
+        raise ValueError(f"{path} must hold a JSON {wanted}")
     return found
 
 
-def read_lines(path: Path) -> list[Any]:
-    """Return the objects of a file with one JSON object per line; empty lines are passed over.
+def read_lines(path: Path) -> list[tuple[int, Any]]:
+    """Return the objects of a file with one JSON object per line, each with its line number from 1.
+
+    Empty lines are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a line is no JSON.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory")
     found = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    found.append(json.loads(line))
+                    found.append((number, json.loads(line)))
                 except ValueError as error:
                     raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
     return found
@@ -59,6 +63,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
         FileNotFoundError: there is no such file.
         ValueError: it is no such table.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory")
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -80,17 +86,20 @@ def listed(path: Path, holder: Mapping[str, Any], name: str) -> list[Any]:
     """
     found = holder.get(name)
     if not isinstance(found, list):
-        raise ValueError(f"{path}: has no list {name!r}; is it this benchmark's own file?")
+        raise ValueError(f"{path}: has no list {name!r}")
     return found
 
 
-def make_items(path: Path, entries: Iterable[tuple[Any, Any]], make: Callable[[Any], Iterable[Item]]) -> list[Item]:
+def make_items(
+    path: Path, entries: Iterable[tuple[Any, Any]], make: Callable[[Any], Iterable[Item]], what: str = "entry"
+) -> list[Item]:
     """Make the items of a file's entries.
 
     Args:
         path: the file, for errors.
         entries: a name for errors, and the entry.
         make: entry to items; may raise ValueError with what is wrong.
+        what: what an entry is called in errors.
 
     Raises:
         ValueError: an entry is wrong, an id comes twice, or there are no items.
@@ -100,7 +109,7 @@ def make_items(path: Path, entries: Iterable[tuple[Any, Any]], make: Callable[[A
         try:
             items += make(entry)
         except ValueError as error:
-            raise ValueError(f"{path}: entry {name}: {error}") from None
+            raise ValueError(f"{path}: {what} {name}: {error}") from None
     seen: set[str] = set()
     for item in items:
         if item.id in seen:

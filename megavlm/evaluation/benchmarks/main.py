@@ -18,12 +18,13 @@ from megavlm.checkpoint.manifest import MANIFEST, replace_text
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks import find_benchmark
+from megavlm.evaluation.benchmarks import find_benchmark, read_items
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
+from megavlm.evaluation.benchmarks.published import PUBLISHED
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Scores, Source
 from megavlm.evaluation.metrics.grounding import box_text, first_box
-from megavlm.evaluation.report import Card, write_report
+from megavlm.evaluation.report import Card, Page, write_report
 from megavlm.parallel.device import prepare_device
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
 
     asked = plan.questions[: args.limit]
     rows = answer_questions(
-        recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens
+        recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens, args.save_every
     )
     if rows is None:  # not the first rank
         return 0
@@ -86,7 +87,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         raise FileNotFoundError(f"{args.data} does not exist")
     images = args.images or (args.data if args.data.is_dir() else args.data.parent)
     source = Source(args.data, images, args.annotations, args.split, scored)
-    items = benchmark.read(source)
+    items = read_items(benchmark, source)
     for cause, count in source.skipped.items():
         logger.warning("%d questions are skipped: %s", count, cause)
     if scored:
@@ -162,7 +163,7 @@ def _write(
     lines = []
     for one in plan.questions:
         if one.item.id in rows:
-            told = {"kind": one.item.kind, "question": one.item.question, "answers": list(one.item.answers)}
+            told = {"kind": one.item.kind, "question": one.item.question, "answers": _references(one.item)}
             own = {key: value for key, value in rows[one.item.id].items() if key not in (*told, "score")}
             lines.append({**own, **told, **({"score": each[one.item.id]} if one.item.id in each else {})})
     put_together(plan.out, lines)
@@ -180,17 +181,23 @@ def _write(
     replace_text(plan.out / SCORES, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     told_problems = [f"{count} skipped: {cause}" for cause, count in plan.skipped.items()]
     told_problems += [f"{key} counts as wrong: {problem}" for key, problem in problems.items()]
-    write_report(
-        plan.out / REPORT,
-        f"{plan.benchmark.name}: {len(asked)} questions",
-        {key: str(value) for key, value in plan.identity.items()} | {"seconds": f"{seconds:.1f}"},
-        scores.values if scores else {},
-        scores.kinds if scores else {},
-        told_problems,
-        [_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
+    page = Page(
+        title=f"{plan.benchmark.name}: {len(asked)} questions",
+        facts={key: str(value) for key, value in plan.identity.items()} | {"seconds": f"{seconds:.1f}"},
+        values=scores.values if scores else {},
+        kinds=scores.kinds if scores else {},
+        published=PUBLISHED.get(plan.benchmark.name, {}),
+        problems=told_problems,
+        cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
     )
-    shown = {key: value for key, value in result.items() if key not in ("sub_tasks", "questions_counted_wrong")}
-    logger.info("%s", json.dumps({**shown, "counted_wrong": len(problems), "report": str(plan.out / REPORT)}))
+    write_report(plan.out / REPORT, page)
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in scores.values.items()) if scores else "not scored"
+    counted = f"{len(asked)} questions, {len(problems)} of them could not be asked"
+    logger.info("%s: %s (%s); %s", plan.benchmark.name, figures, counted, plan.out / REPORT)
+
+
+def _references(item: Item) -> list[str]:
+    return [box_text(item.box, item.size)] if item.box is not None else list(item.answers)
 
 
 def _chosen(asked: Sequence[Question], each: Mapping[str, float], count: int) -> list[int]:
@@ -208,9 +215,8 @@ def _spread(indices: Sequence[int], count: int) -> list[int]:
 
 def _card(one: Question, row: Row, each: Mapping[str, float]) -> Card:
     item, said = one.item, row["prediction"]
-    expected = " / ".join(dict.fromkeys(item.answers))
+    expected = " / ".join(dict.fromkeys(_references(item)))
     if item.box is not None:
-        expected = box_text(item.box, item.size)
         found = first_box(said, item.size)
         said = box_text(found, item.size) if found else said
     note = row.get("problem", "")

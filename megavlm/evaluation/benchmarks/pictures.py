@@ -19,6 +19,9 @@ from megavlm.evaluation.benchmarks.files import (
 )
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
+_PICKLES = (".p", ".pkl", ".pickle")
+"""RefCOCO's authors publish refs(unc).p and its like."""
+
 
 def read_refcoco(source: Source) -> list[Item]:
     """Read ``refcoco_testA.jsonl`` and its like as Qwen-VL publishes them (eval_mm/EVALUATION.md).
@@ -48,7 +51,10 @@ def read_refcoco(source: Source) -> list[Item]:
             size=size,
         )
 
-    return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_lines(source.data))), make)
+    if source.data.suffix in _PICKLES:
+        raise ValueError(f"{source.data}: a pickle can run any program when it is opened; take Qwen-VL's JSON lines")
+    rows = ((line, (index, entry)) for index, (line, entry) in enumerate(read_lines(source.data)))
+    return make_items(source.data, rows, make, "line")
 
 
 def _found(directory: Path, name: str) -> Path:

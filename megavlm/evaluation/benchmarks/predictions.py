@@ -27,6 +27,8 @@ Row = dict[str, Any]
 def read_predictions(folder: Path, run: str, identity: Mapping[str, Any]) -> dict[str, Row]:
     """Return what was predicted before, by question; a line that was cut short at the end of a file is left out.
 
+    So is a question that could not be asked: its picture may have been mended since.
+
     Args:
         folder: the output directory; it need not exist.
         run: name of this run.
@@ -40,7 +42,8 @@ def read_predictions(folder: Path, run: str, identity: Mapping[str, Any]) -> dic
     for path in [folder / PREDICTIONS, *sorted(folder.glob(_PARTS))]:
         if path.is_file():
             for row in _rows(path, run):
-                found.setdefault(row["id"], row)
+                if not row.get("problem"):
+                    found.setdefault(row["id"], row)
     return found
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +85,6 @@ def digest(questions: Sequence[Question]) -> str:
     """Return a short digest of all prompts, by which predictions are told from those of other questions."""
     total = hashlib.sha256()
     for one in questions:
-        pictures = [str(p.name) if isinstance(p, Path) else hashlib.sha256(p).hexdigest() for p in one.item.pictures]
+        pictures = [hashlib.sha256(p).hexdigest() if isinstance(p, bytes) else p.name for p in one.item.pictures]
         total.update(json.dumps([one.item.id, one.text, pictures, len(one.options)]).encode())
     return total.hexdigest()[:12]

@@ -68,7 +68,12 @@ def pope_scores(items: Sequence[Item], predictions: Sequence[str]) -> Scores:
     true = [item.answers[0] for item in items]
     figures = binary_scores(said, true)
     each = [float(one == label) for one, label in zip(said, true, strict=True)]
-    return Scores({"f1": figures["f1"], **figures}, each)
+    kinds = {}
+    for kind in sorted({item.kind for item in items}):
+        chosen = [i for i, item in enumerate(items) if item.kind == kind]
+        part = binary_scores([said[i] for i in chosen], [true[i] for i in chosen])
+        kinds[kind] = {"f1": part["f1"], "accuracy": part["accuracy"], "questions": float(len(chosen))}
+    return Scores({"f1": figures["f1"], **figures}, each, kinds if len(kinds) > 1 else {})
 
 
 def box_accuracy(items: Sequence[Item], predictions: Sequence[str]) -> Scores:

@@ -15,8 +15,35 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NOT_ASKED = "\0"
 """Prediction of a question that could not be asked: no metric counts it as right, as some would an empty one."""
 
-Picture = Path | bytes
-"""A file, or an encoded image that lay in the benchmark's own file."""
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """An encoded image in the benchmark's own file, read when it is asked for."""
+
+    name: str
+    """Tells it from the others: file, row and column."""
+    read: Callable[[], bytes]
+    """Returns the encoded image; nothing where the file has none."""
+
+
+Picture = Path | bytes | StoredPicture
+"""A file, or an encoded image that lies in the benchmark's own file."""
+
+
+def picture_bytes(picture: Picture) -> bytes:
+    """Return the encoded image.
+
+    Raises:
+        OSError: its file cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    return picture.read() if isinstance(picture, StoredPicture) else picture.read_bytes()
+
+
+def picture_name(picture: Picture) -> str:
+    """Return what messages call a picture."""
+    return "in the benchmark's file" if isinstance(picture, bytes) else picture.name
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,8 @@ class Benchmark:
     max_new_tokens: int
     """Longest answer; closed questions are not generated."""
     metric: Metric
+    file: str
+    """What ``--data`` is, as published; for the help."""
     open_prompt: str = ""
     """Template of questions without options, where they differ."""
     chat: bool = False

@@ -9,11 +9,12 @@ from typing import Any
 from megavlm.evaluation.benchmarks.files import make_items, picture_in, read_lines, text
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
-_PICTURES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")
+_PICTURES = (".jpg", ".png", ".jpeg")
+_TEXTS, _INNER = "questions_answers_YN", "MME_Benchmark"
 
 
 def read_mme(source: Source) -> list[Item]:
-    """Read MME's folder (``MME_Benchmark_release_version``): a folder per sub-task.
+    """Read MME's folder (``MME_Benchmark_release_version``, or ``MME_Benchmark`` in it): a folder per sub-task.
 
     A sub-task has either ``images/`` and ``questions_answers_YN/``, or pictures and texts side by side. The text
     of a picture has a line per question: question, tab, Yes or No. The questions of a picture are one unit.
@@ -24,16 +25,20 @@ def read_mme(source: Source) -> list[Item]:
     """
     if not source.data.is_dir():
         raise FileNotFoundError(f"{source.data}: MME's folder, with a folder per sub-task, is not there")
+    inner = source.data / _INNER
+    root = inner if inner.is_dir() else source.data
     files = []
-    for task in sorted(path for path in source.data.iterdir() if path.is_dir()):
-        folder = task / "questions_answers_YN"
+    for task in sorted(path for path in root.iterdir() if path.is_dir()):
+        folder = task / _TEXTS
         files += sorted((folder if folder.is_dir() else task).glob("*.txt"))
+    pictures: dict[Path, dict[str, Path]] = {}
 
     def make(path: Path) -> Iterator[Item]:
-        task = path.parent.parent if path.parent.name == "questions_answers_YN" else path.parent
-        images = task / "images" if (task / "images").is_dir() else task
-        names = [images / (path.stem + ending) for ending in _PICTURES]
-        picture = next((name for name in names if name.is_file()), names[0])
+        task = path.parent.parent if path.parent.name == _TEXTS else path.parent
+        if task not in pictures:  # artwork's lie in images/toy_dataset
+            found = sorted(one for one in task.rglob("*") if one.suffix.lower() in _PICTURES)
+            pictures[task] = {one.stem: one for one in found}
+        picture = pictures[task].get(path.stem, path.with_suffix(_PICTURES[0]))
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         for index, line in enumerate(lines):
             question, tab, answer = line.rpartition("\t")
@@ -43,7 +48,7 @@ def read_mme(source: Source) -> list[Item]:
             answers = (answer.strip().lower(),)
             yield Item(f"{unit}#{index}", question.strip(), (picture,), answers, kind=task.name, unit=unit)
 
-    return make_items(source.data, ((path.relative_to(source.data), path) for path in files), make)
+    return make_items(source.data, ((path.relative_to(root), path) for path in files), make)
 
 
 def read_pope(source: Source) -> list[Item]:
@@ -66,4 +71,5 @@ def read_pope(source: Source) -> list[Item]:
             answers=(label,) if label else (),
         )
 
-    return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_lines(source.data))), make)
+    rows = ((line, (index, entry)) for index, (line, entry) in enumerate(read_lines(source.data)))
+    return make_items(source.data, rows, make, "line")

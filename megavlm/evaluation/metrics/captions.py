@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-# In this order: abbreviations, numbers and words that begin with one, shortened words, words with inner signs, dots,
-# dashes, underscores, and any other sign alone.
+_ABBREVIATIONS = "mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|blvd|mt|no|inc|co|corp|ltd|prof|rev|gen|col|capt|lt|sgt|ft|rd|ph\\.d"
+# In this order: initials, abbreviations; firms; times, numbers, words that begin with one; years, shortened words,
+# tags and addresses; names with dots; words with inner signs; dots, dashes, underscores, any other sign alone.
 _TOKEN = re.compile(
-    r"(?:[a-z]\.){2,}|\b(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|blvd|mt)\.|\d+(?:[.,:/-]\d+)*[a-z]*(?:-[^\W_]+)*"
-    r"|'(?:em|til|tis|twas|n)\b|[^\W_]+(?:[-&/@_'][^\W_]+)*|\.{2,}|[!?]{2,}|-+|_+|[^\s\w]"
+    rf"(?i:(?:[a-z]\.)+[a-z]\b(?!\.)|(?:[a-z]\.){{2,}}|\b(?:{_ABBREVIATIONS})\.|(?<![^\W_])[a-z]\.(?!\w))|[A-Z]+(?:&[A-Z]+)+"
+    r"|\+?\d+:\d+(?=[ap]m\b)|\+?\d+(?:[.,:/-]\d+)*[^\W_]*(?:-[^\W_]+)*"
+    r"|(?i:'\d0s\b|'n'|'(?:em|til|tis|twas|n)\b|[#@][a-z]\w*|[^\W_]+@[^\W_]+(?:\.[^\W_]+)+)"
+    r"|[^\W\d_]+(?:\.[^\W_]+)+|[^\W_]+(?:[-/@_'][^\W_]+)*|\.{2,}|[!?]{2,}|-+|_+|[^\s\w]"
 )
-_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)")
+_CLITIC = re.compile(r"(?i)(?<=\w)(n't|'(?:s|m|d|re|ve|ll))(?!\w)|(?<=\w)('n')(?=\w)")
 _CLITICS = frozenset({"n't", "'s", "'m", "'d", "'re", "'ve", "'ll"})
 _SPLIT = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "wanna": "wan na", "lemme": "lem me"}
 # The COCO evaluation means to drop brackets too, but writes their names in capitals, and so keeps them; figures that
 # are to be compared must as well.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...", "\u2014": "--"})
 _DROPPED = frozenset({"'", "`", '"', ".", "..", "...", "?", "!", ",", ":", "-", "--", "---", ";"})
 
 
@@ -25,11 +29,11 @@ def tokenize(caption: str) -> str:
 
     It follows the Penn Treebank rules of the COCO evaluation: contractions are split, hyphenated words are kept.
     """
-    text = caption.lower().replace("\u2018", "'").replace("\u2019", "'").replace("\u201c", '"').replace("\u201d", '"')
+    text = caption.translate(_QUOTES)
     words: list[str] = []
-    for chunk in _CLITIC.sub(r" \1 ", text).split():
-        found = [chunk] if chunk in _CLITICS else _TOKEN.findall(chunk)
-        for word in found:
+    for chunk in _CLITIC.sub(r" \g<0> ", text).split():
+        found = [chunk] if chunk.lower() in _CLITICS else _TOKEN.findall(chunk)
+        for word in map(str.lower, found):
             words += _SPLIT.get(word, _BRACKETS.get(word, word)).split()
     return " ".join(word for word in words if word not in _DROPPED)
 

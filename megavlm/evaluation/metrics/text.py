@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)(?:[eE][+-]?\d+)?")
+# MMMU's numbers: with thousands separators, with an exponent, and plain.
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?e[+-]?\d+"),
+    re.compile(r"-?(?:\d*\.\d+|\d+\b)(?!e[+-]?\d)(?![,\d])"),
+)
+_KEY_WORDS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NO_PART = tuple(":,.!?;'")
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
@@ -63,25 +70,42 @@ def _to_float(text: str) -> float | None:
 
 
 def open_answer(prediction: str, answers: Sequence[str]) -> float:
-    """MMMU's rule for open questions (its eval/eval_utils.py), on the whole prediction.
+    """MMMU's rule for open questions (its eval/eval_utils.py).
 
-    An answer that is a number must be among the prediction's numbers, rounded to two decimals; one that is text must
-    be in the prediction, as a word of its own if it is a single letter.
+    Of each line of the prediction, what comes after the last "is", "answer", "so" and their like counts, or the whole
+    prediction where no line has one. An answer that is a number must be among the numbers there, rounded to two
+    decimals; one that is text must occur there, a single letter with a space beside it.
     """
-    said = prediction.strip().lower()
-    numbers = {round(value, 2) for value in map(_plain_number, _NUMBER.findall(said)) if value is not None}
-    for answer in answers:
-        value = _plain_number(answer.strip())
-        text = answer.strip().lower()
-        if value is not None:
-            if round(value, 2) in numbers:
-                return 1.0
-        elif len(text) == 1:
-            if text in said.split():
-                return 1.0
-        elif text and text in said:
-            return 1.0
-    return 0.0
+    said: set[str | float] = set()
+    for part in _key_parts(prediction.strip().strip(".").lower()):
+        for found in (part, *(match for kind in _NUMBERS for match in kind.findall(part))):
+            said.update(_normal(found))
+    texts = [one for one in said if isinstance(one, str)]
+    wanted = [one for answer in answers for one in _normal(answer)]
+    return float(any(any(one in text for text in texts) if isinstance(one, str) else one in said for one in wanted))
+
+
+def _key_parts(text: str) -> list[str]:
+    """The parts of a text that may hold the answer: of each line the shortest tail after a key word."""
+    lines, parts = text.split("\n"), []
+    for number, line in enumerate(lines, 1):
+        words = _KEY_WORDS if number < len(lines) else (*_KEY_WORDS, "=")
+        best = ""
+        for tail in (line.rpartition(word)[2].strip() for word in words if word in line):
+            if not best or len(tail) < len(best):
+                best = tail
+        if best and best not in _NO_PART:
+            parts.append(best)
+    return parts or [text]
+
+
+def _normal(text: str) -> list[str | float]:
+    """A number to two decimals; a text in lower case; a single letter with a space on one of its sides."""
+    text = text.strip()
+    value = _plain_number(text)
+    if value is not None:
+        return [round(value, 2)]
+    return [f" {text.lower()}", f"{text.lower()} "] if len(text) == 1 else [text.lower()]
 
 
 def _plain_number(text: str) -> float | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,15 +19,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from megavlm.data.chat import encode_prompt
+from megavlm.data.schema import Turn
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
-from megavlm.inference.server.images import load_image
+from megavlm.inference.server.images import load_images
 from megavlm.inference.server.limits import Limits
 from megavlm.inference.server.request import ChatRequest, parse_request
 from megavlm.inference.server.worker import Job, Worker
 from megavlm.inference.session import Asked, Piece, Session
 
-logger = logging.getLogger(__name__)
+_Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,29 @@ class Service:
     defaults: Sampling
     allow_remote_images: bool = False
 
-    def job(self, asked: Asked, request: ChatRequest) -> Job:
-        """Return the job of a request whose pictures are loaded.
+    @cached_property
+    def most_text(self) -> int:
+        """Characters above which no text fits the context: all of its tokens the longest that there is."""
+        tokenizer = self.model.tokenizer
+        longest = max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
+        return self.model.context * (longest + 1)  # a space before a word may not be decoded
+
+    def check_length(self, turns: Sequence[Turn]) -> None:
+        """Refuse a text that is far too long before it costs a tokenizer's time.
+
+        Raises:
+            ApiError: it is.
+        """
+        length = sum(len(turn.text) for turn in turns)
+        if length > self.most_text:
+            raise bad_request(
+                f"the context has {self.model.context} tokens, and the prompt {length} characters: it cannot fit",
+                "messages",
+                "context_length_exceeded",
+            )
+
+    def jobs(self, asked: Asked, request: ChatRequest) -> list[Job]:
+        """Return the jobs of a request whose pictures are loaded, one for each choice.
 
         Raises:
             ApiError: it does not fit the context, or a text holds control tokens.
@@ -61,10 +83,11 @@ class Service:
             raise bad_request(
                 f"the context has {self.model.context} tokens; the prompt takes {len(tokens)}, and the answer may take "
                 f"{request.max_new_tokens or 1}",
-                "messages" if room < 1 else "max_tokens",
+                "messages" if room < 1 else request.length_key,
                 "context_length_exceeded",
             )
-        return Job(asked, len(tokens), wanted, request.sampling, request.stop)
+        seeds = [request.sampling.seed + choice for choice in range(request.choices)]
+        return [Job(asked, len(tokens), wanted, replace(request.sampling, seed=seed), request.stop) for seed in seeds]
 
 
 def make_app(service: Service) -> FastAPI:
@@ -72,12 +95,18 @@ def make_app(service: Service) -> FastAPI:
     # FastAPI's pages about itself load scripts from elsewhere.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     started = int(time.time())
+    assert service.most_text  # looks at the whole vocabulary, which should not hold up the first request
     card = {"id": service.name, "object": "model", "created": started, "owned_by": "megavlm"}
 
     async def health(_: Request) -> Response:
         worker = service.worker
-        state = "stopping" if worker.stopping else "ok"
-        body = {"status": state, "requests": worker.held, "slots": worker.slots, "answered": worker.answered}
+        body = {
+            "status": worker.state,
+            "requests": worker.held,
+            "slots": worker.slots,
+            "answered": worker.answered,
+            "tokens": worker.tokens,
+        }
         return JSONResponse(body, 503 if worker.stopping else 200)
 
     async def models(_: Request) -> Response:
@@ -89,23 +118,30 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse(card)
 
     async def completions(request: Request) -> Response:
-        service.worker.take_slot()
-        kept = False
-        try:
-            response = await _complete(service, request)
-            kept = isinstance(response, _Stream)
-            return response
-        finally:
-            if not kept:
-                service.worker.free_slot()
+        # A stream's slots are freed when it has been sent, which is after this function.
+        async with contextlib.AsyncExitStack() as held:
+            service.worker.take_slots(1)
+            held.callback(service.worker.free_slots, 1)
+            return await _complete(service, request, held)
 
     app.add_route("/health", health, ["GET"])
     app.add_route("/v1/models", models, ["GET"])
     app.add_route("/v1/models/{name:path}", model, ["GET"])
     app.add_route("/v1/chat/completions", completions, ["POST"])
+    app.add_route("/v1/{rest:path}", _absent, ["GET", "POST", "PUT", "PATCH", "DELETE"])  # before the page's own 404
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
     return app
+
+
+async def _absent(request: Request) -> Response:
+    known = request.url.path in ("/v1/chat/completions", "/v1/models")
+    raise ApiError(
+        405 if known else 404,
+        f"{request.method} {request.url.path[:100]}: this server has POST /v1/chat/completions and GET /v1/models",
+        code="unknown_url",
+    )
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -118,29 +154,40 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code, error.headers)
 
 
-async def _complete(service: Service, http: Request) -> Response:
-    """Answer a request; its slot is held."""
+async def _bug(_: Request, error: Exception) -> Response:
+    # Starlette raises it once more after this, and uvicorn logs it.
+    said = ApiError(500, "the server failed; its log says why", code="server_failed")
+    return JSONResponse(said.body, said.status)
+
+
+async def _complete(service: Service, http: Request, held: contextlib.AsyncExitStack) -> Response:
+    """Answer a request.
+
+    Args:
+        service: what answers.
+        http: the request.
+        held: what it holds; a stream takes it along.
+    """
     body = await _json(http, service.limits)
     request = parse_request(body, service.name, service.defaults, service.limits)
-    images = []
-    for number, part in enumerate(request.images, 1):
-        images.append(await load_image(part.url, number, part.param, service.limits, service.allow_remote_images))
-    job = service.job(Asked(request.turns, tuple(images)), request)
+    service.worker.take_slots(request.choices - 1)
+    held.callback(service.worker.free_slots, request.choices - 1)
+    service.check_length(request.turns)
+    images = await load_images(request.images, service.limits, service.allow_remote_images)
+    jobs = service.jobs(Asked(request.turns, images), request)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-    pieces = service.worker.answer(job)
+    pieces = service.worker.answer(jobs)
+    held.push_async_callback(pieces.aclose)
     try:
         if not request.stream:
-            said = [piece async for piece in _until_gone(http, pieces)]
-            return JSONResponse(_completion(frame, job, said))
+            said = [one async for one in _until_gone(http, pieces)]
+            return JSONResponse(_completion(frame, jobs, said))
         # What is wrong with the request still gets a status of its own.
         async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
             first = await anext(watched)
     except ClientDisconnect:
         return Response(status_code=499)  # nobody reads it
-    except BaseException:
-        job.gone = True
-        raise
-    return _Stream(service.worker, job, _events(frame, job, first, pieces, request.include_usage))
+    return _Stream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
 
 
 async def _json(http: Request, limits: Limits) -> Any:
@@ -171,7 +218,7 @@ async def _json(http: Request, limits: Limits) -> Any:
         raise bad_request(f"the body is no JSON: {error}") from None
 
 
-async def _until_gone(http: Request, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+async def _until_gone(http: Request, pieces: _Pieces) -> _Pieces:
     """Yield pieces while the client is there.
 
     Raises:
@@ -186,9 +233,14 @@ async def _until_gone(http: Request, pieces: AsyncGenerator[Piece, None]) -> Asy
     try:
         while True:
             following = asyncio.ensure_future(anext(pieces))
-            done, _ = await asyncio.wait({following, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if following not in done:
-                following.cancel()
+            try:
+                await asyncio.wait({following, watch}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                left = not following.done()
+                if left:  # it must have ended before the iterator can be closed
+                    following.cancel()
+                    await asyncio.gather(following, return_exceptions=True)
+            if left:
                 raise ClientDisconnect
             try:
                 yield following.result()
@@ -198,49 +250,55 @@ async def _until_gone(http: Request, pieces: AsyncGenerator[Piece, None]) -> Asy
         watch.cancel()
 
 
-def _usage(job: Job, completion: int) -> dict[str, int]:
-    prompt = job.prompt_tokens
+def _usage(jobs: Sequence[Job], tokens: Mapping[int, int]) -> dict[str, int]:
+    """Return the counts: the prompt once, the answers of all choices."""
+    prompt, completion = jobs[0].prompt_tokens, sum(tokens.values())
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _completion(frame: dict[str, Any], job: Job, said: list[Piece]) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "".join(piece.text for piece in said), "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": said[-1].finish}
-    return {**frame, "object": "chat.completion", "choices": [choice], "usage": _usage(job, said[-1].tokens)}
+def _completion(frame: dict[str, Any], jobs: Sequence[Job], said: Sequence[tuple[int, Piece]]) -> dict[str, Any]:
+    choices, tokens = [], {}
+    for index in range(len(jobs)):
+        pieces = [piece for place, piece in said if place == index]
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        finish = pieces[-1].finish
+        choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
+        tokens[index] = pieces[-1].tokens
+    return {**frame, "object": "chat.completion", "choices": choices, "usage": _usage(jobs, tokens)}
 
 
 async def _events(
-    frame: dict[str, Any], job: Job, first: Piece, rest: AsyncIterator[Piece], usage: bool
+    frame: dict[str, Any], jobs: Sequence[Job], first: tuple[int, Piece], rest: _Pieces, usage: bool
 ) -> AsyncIterator[str]:
     """Yield server-sent events."""
+    frame = {**frame, "object": "chat.completion.chunk"}
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        more = {"usage": None} if usage else {}
-        return _event({**frame, "object": "chat.completion.chunk", "choices": [choice], **more})
+    def chunk(index: int, delta: dict[str, str], finish: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return _event({**frame, "choices": [choice], **({"usage": None} if usage else {})})
 
-    yield chunk({"role": "assistant", "content": ""})
-    last = first
+    for index in range(len(jobs)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    tokens = {}
     try:
-        async for piece in _chained(first, rest):
-            last = piece
+        async for index, piece in _chained(first, rest):
+            tokens[index] = piece.tokens
             if piece.text:
-                yield chunk({"content": piece.text})
+                yield chunk(index, {"content": piece.text})
             if piece.finish is not None:
-                yield chunk({}, piece.finish)
+                yield chunk(index, {}, piece.finish)
     except ApiError as error:
         yield _event(error.body)
     else:
         if usage:
-            yield _event({**frame, "object": "chat.completion.chunk", "choices": [], "usage": _usage(job, last.tokens)})
+            yield _event({**frame, "choices": [], "usage": _usage(jobs, tokens)})
     yield "data: [DONE]\n\n"
 
 
-async def _chained(first: Piece, rest: AsyncIterator[Piece]) -> AsyncGenerator[Piece, None]:
+async def _chained(first: tuple[int, Piece], rest: _Pieces) -> _Pieces:
     yield first
-    if first.finish is None:
-        async for piece in rest:
-            yield piece
+    async for one in rest:
+        yield one
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -248,17 +306,14 @@ def _event(body: dict[str, Any]) -> str:
 
 
 class _Stream(StreamingResponse):
-    """Events that hold the request's slot until they are sent or nobody reads them."""
+    """Events, and what their request holds until they are sent or nobody reads them."""
 
-    def __init__(self, worker: Worker, job: Job, events: AsyncIterator[str]) -> None:
+    def __init__(self, held: contextlib.AsyncExitStack, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.worker, self.job = worker, job
+        self.held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them."""
-        try:
+        async with self.held:
             with contextlib.suppress(ClientDisconnect):
                 await super().__call__(scope, receive, send)
-        finally:
-            self.job.gone = True
-            self.worker.free_slot()

@@ -32,6 +32,7 @@ class ApiError(ValueError):
     def body(self) -> dict[str, Any]:
         """The response's JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property

@@ -20,13 +20,17 @@ class Limits:
     queue: int = 32
     """Requests that may wait beside them."""
     body_mib: int = 20
-    """Size of a request, MiB; also of a remote image."""
+    """Size of a request, MiB; also of its remote images together."""
     images: int = 16
     """Pictures of one request."""
     pixels: int = MAX_PIXELS
     """Pixels of one picture."""
     seconds: int = 30
-    """In which a request must have arrived, and a remote image."""
+    """In which a request must have arrived, and its remote images; a client must read what waits for it."""
+    connections: int = 256
+    """Connections at once, also those on which nothing is asked."""
+    drain: int = 15
+    """Seconds that answers have when the server is told to stop; torchrun kills after 30."""
     new_tokens: int = 512
     """Longest answer where the request names no limit."""
 

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import os
 import signal
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.limits import Limits
 from megavlm.parallel.device import prepare_device
 
+if TYPE_CHECKING:
+    from megavlm.inference.session import Session
+
 logger = logging.getLogger(__name__)
+
+INTERMIXED = True
+"""Overrides may stand between the options."""
 
 _HELP = {
     "batch": "requests answered together",
-    "queue": "requests that may wait beside them; more get 503",
-    "body_mib": "largest request, and largest remote picture, in MiB; larger ones get 413",
+    "queue": "requests that may wait beside them; more get 429",
+    "body_mib": "largest request, and its remote pictures together, in MiB; larger ones get 413",
     "images": "pictures of one request",
     "pixels": "pixels of one picture",
-    "seconds": "time in which a request, and a remote picture, must arrive",
+    "seconds": "time in which a request, and its remote pictures, must arrive, and a client must read",
+    "connections": "connections at once, also idle ones; more get 503",
+    "drain": "seconds that answers have after SIGTERM; torchrun kills after 30",
     "new_tokens": "longest answer where a request does not say",
 }
-
-
-INTERMIXED = True
-"""Overrides may stand after options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,44 +82,78 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"the package {package} is missing: pip install 'megavlm[{extra}]'")
     recipe, checkpoint, tokenizer = model_of(args)
     name = args.name or _name(args.checkpoint)
-    listening = _listen(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
+    bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
     prepare_device()
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
-    from megavlm.parallel.state import configure_logging  # noqa: PLC0415
 
-    with session(recipe, checkpoint, tokenizer, args.context) as model:
-        configure_logging()
-        if listening is None:
+    with session(recipe, checkpoint, tokenizer, args.context) as model, _ending_together():
+        if bound is None:
             # torchrun and terminals signal every process; rank 0 lets these go when its answers are given.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             model.follow()
-            return 0
-        from megavlm.inference.server.app import Service, make_app  # noqa: PLC0415
-        from megavlm.inference.server.worker import Worker  # noqa: PLC0415
-
-        worker = Worker(model, limits.batch, limits.slots)
-        service = Service(name, model, worker, limits, defaults, args.allow_remote_images)
-        app = make_app(service)
-        if args.web:
-            from megavlm.inference.server.web import add_page  # noqa: PLC0415 - optional packages
-
-            add_page(app, service)
-        with model.leading():
-            try:
-                with _http(app, listening):
-                    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-                    signal.signal(signal.SIGINT, lambda *_: worker.stop())
-                    host, port = listening.getsockname()[:2]
-                    logger.info("serving %s on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
-                    worker.run()
-            except Exception:
-                logger.exception("the model cannot go on")
-                logging.shutdown()
-                # The other ranks may be in the middle of an answer and hear no farewell; torchrun ends them.
-                os._exit(1)
-            logger.info("stopped after %d answers", worker.answered)
+        else:
+            with model.leading(), _ending_together():
+                _lead(args, name, model, limits, defaults, bound)
     return 0
+
+
+def _lead(
+    args: argparse.Namespace, name: str, model: Session, limits: Limits, defaults: Sampling, bound: socket.socket
+) -> None:
+    """Answer until SIGTERM or SIGINT, on rank 0.
+
+    Raises:
+        ValueError: something else has begun to listen there.
+    """
+    from megavlm.inference.server.app import Service, make_app  # noqa: PLC0415 - optional packages
+    from megavlm.inference.server.worker import Worker  # noqa: PLC0415
+
+    worker = Worker(model, limits.batch, limits.slots, limits.drain)
+    service = Service(name, model, worker, limits, defaults, args.allow_remote_images)
+    app = make_app(service)
+    if args.web:
+        from megavlm.inference.server.web import add_page  # noqa: PLC0415
+
+        add_page(app, service)
+    with _listening(bound, args.host, args.port), _http(app, bound, limits):
+        signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+        signal.signal(signal.SIGINT, lambda *_: worker.stop())
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+        host, port = bound.getsockname()[:2]
+        logger.info("serving %s on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
+        try:
+            worker.run()
+        except ValueError as error:  # of the model's work, not of the command line
+            raise RuntimeError(f"the model cannot go on: {error}") from error
+    logger.info("stopped after %d answers", worker.answered)
+
+
+def _end_with(parent: int) -> None:
+    """Stop when torchrun was killed, which then ends nobody."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """End this process with a line where another one of the job is gone: what is left of the model cannot answer."""
+    from megavlm.parallel.state import is_lost_peer  # noqa: PLC0415 - imports Megatron-Core
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise
+        if is_lost_peer(error):
+            logger.error("another process of this job is gone, and with it a part of the model: the server ends")
+        else:
+            logger.exception("the model cannot go on: the server ends")
+        logging.shutdown()
+        # Leaving the process groups in order would wait for the others, which torchrun ends.
+        os._exit(1)
 
 
 def _name(path: Path) -> str:
@@ -119,13 +161,40 @@ def _name(path: Path) -> str:
     return path.parent.name if path.name.startswith("step-") else path.name
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has the address; clients are refused until the model is there.
+
+    Raises:
+        ValueError: the address cannot be had.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
+        raise _taken(host, port, error) from None
+    return bound
+
+
+@contextlib.contextmanager
+def _listening(bound: socket.socket, host: str, port: int) -> Iterator[None]:
+    """Listen during the block.
+
+    Raises:
+        ValueError: another process has begun to.
+    """
+    try:
+        bound.listen(128)
+    except OSError as error:
+        raise _taken(host, port, error) from None
+    with bound:
+        yield
+
+
+def _taken(host: str, port: int, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(f"--host {host} --port {port}: cannot listen there: {reason}")
 
 
 class _http:  # noqa: N801 - a context
@@ -134,17 +203,24 @@ class _http:  # noqa: N801 - a context
     Args:
         app: the application.
         listening: socket.
+        limits: of the server.
+
+    Raises:
+        RuntimeError: it does not begin.
     """
 
-    def __init__(self, app: object, listening: socket.socket) -> None:
+    def __init__(self, app: object, listening: socket.socket, limits: Limits) -> None:
         import uvicorn  # noqa: PLC0415 - optional
+
+        from megavlm.inference.server.connections import guarded  # noqa: PLC0415
 
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
+            http=guarded(limits.connections, limits.seconds),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=3,
-            timeout_keep_alive=15,
+            timeout_keep_alive=min(15, limits.seconds),
             server_header=False,
         )
         self.server = uvicorn.Server(config)
@@ -152,6 +228,10 @@ class _http:  # noqa: N801 - a context
 
     def __enter__(self) -> None:
         self.thread.start()
+        while not self.server.started:
+            if not self.thread.is_alive():
+                raise RuntimeError("the HTTP server did not begin")
+            time.sleep(0.01)
 
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True

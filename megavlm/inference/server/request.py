@@ -16,12 +16,12 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
 from megavlm.inference.server.limits import Limits
+from megavlm.inference.turns import without_control_tokens
 
 _IGNORED = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -33,16 +33,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
 }
 _READ = frozenset(
     {
         "model", "messages", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens",
-        "max_completion_tokens", "seed", "stop", "stream", "stream_options",
+        "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options",
     }
 )  # fmt: skip
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _STOPS = 4
 _STOP_LENGTH = 256
+_MOST = 4096
+"""Messages of a request, and parts of a message."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,10 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    choices: int = 1
+    """Answers wanted."""
+    length_key: str = "max_completion_tokens"
+    """Which field gave the longest answer."""
 
 
 def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> ChatRequest:
@@ -88,9 +99,10 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
             raise bad_request(f"{key}: there is no such parameter", key, "unknown_parameter")
     asked = _typed(body, "model", str, required=True)
     if asked != model:
-        raise ApiError(404, f"the model {asked!r} does not exist; this one does: {model}", param="model",
+        raise ApiError(404, f"the model {asked[:100]!r} does not exist; this one does: {model}", param="model",
                        code="model_not_found")  # fmt: skip
     turns, images = _messages(body, limits)
+    length_key, length = _max_tokens(body)
     stream = bool(_typed(body, "stream", bool))
     options = _typed(body, "stream_options", dict) or {}
     if options and not stream:
@@ -99,10 +111,12 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
         tuple(turns),
         tuple(images),
         _sampling(body, defaults),
-        _max_tokens(body),
+        length,
         _stop(body),
         stream,
         bool(_typed(options, "include_usage", bool, "stream_options.")),
+        _choices(body, limits),
+        length_key,
     )
 
 
@@ -149,12 +163,21 @@ def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
         raise bad_request(str(error), str(error).partition(":")[0]) from None
 
 
-def _max_tokens(body: dict[str, Any]) -> int | None:
-    values = {key: _typed(body, key, int) for key in ("max_completion_tokens", "max_tokens")}
-    for key, value in values.items():
+def _choices(body: dict[str, Any], limits: Limits) -> int:
+    count = _typed(body, "n", int)
+    if count is not None and not 1 <= count <= limits.batch:
+        raise bad_request(f"n: it must be from 1 to {limits.batch}, not {count}", "n")
+    return count or 1
+
+
+def _max_tokens(body: dict[str, Any]) -> tuple[str, int | None]:
+    """Return which field says how long an answer may be, and what it says."""
+    keys = ("max_completion_tokens", "max_tokens")
+    for key in keys:
+        value = _typed(body, key, int)
         if value is not None and value < 1:
             raise bad_request(f"{key}: it must be at least 1, not {value}", key)
-    return next((value for value in values.values() if value is not None), None)
+    return next(((key, body[key]) for key in keys if key in body), (keys[0], None))
 
 
 def _stop(body: dict[str, Any]) -> tuple[str, ...]:
@@ -170,6 +193,8 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
     messages = _typed(body, "messages", list, required=True)
     if not messages:
         raise bad_request("messages: the list is empty", "messages")
+    if len(messages) > _MOST:
+        raise bad_request(f"messages: {len(messages)}, at most {_MOST}", "messages")
     turns: list[Turn] = []
     images: list[ImagePart] = []
     for index, message in enumerate(messages):
@@ -183,7 +208,7 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
             raise bad_request(f"{where}.role: a system message can only be the first", f"{where}.role")
         if message.get("tool_calls"):
             raise bad_request(f"{where}.tool_calls: this server has no tools", where, "unsupported_parameter")
-        text, shown = _content(message.get("content"), f"{where}.content")
+        text, shown = _content(message.get("content"), f"{where}.content", role == "assistant")
         if shown and role != "user":
             raise bad_request(f"{where}: only the user's messages may have pictures", where)
         turns.append(Turn(role, text))
@@ -195,17 +220,22 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
     return turns, images
 
 
-def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
-    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures."""
+def _content(content: Any, where: str, answer: bool) -> tuple[str, list[ImagePart]]:
+    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures.
+
+    An answer that this server gave is taken back whatever it holds: nothing, or control tokens, which are left out.
+    """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise bad_request(f"{where}: it must be text or a list of parts", where)
+    if len(parts) > _MOST:
+        raise bad_request(f"{where}: {len(parts)} parts, at most {_MOST}", where)
     text, images = "", []
     for index, part in enumerate(parts):
         param = f"{where}.{index}" if parts is content else where
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
-            text += _text(part.get("text"), param)
+            text += _text(part.get("text"), param, answer)
         elif kind == "image_url":
             inner = part.get("image_url")
             url = inner.get("url") if isinstance(inner, dict) else None
@@ -216,14 +246,16 @@ def _content(content: Any, where: str) -> tuple[str, list[ImagePart]]:
             text += f"{begin}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n"
         else:
             raise bad_request(f"{param}.type: use text or image_url, not {kind!r}", f"{param}.type")
-    if not text.strip():
+    if not text.strip() and not answer:
         raise bad_request(f"{where}: it is empty", where)
-    return text, images
+    return text or " ", images
 
 
-def _text(text: Any, where: str) -> str:
+def _text(text: Any, where: str, answer: bool) -> str:
     if not isinstance(text, str):
         raise bad_request(f"{where}.text: it must be text", where)
+    if answer:
+        text = without_control_tokens(text)
     if "<img>" in text or "</img>" in text:
         raise bad_request(f"{where}: text may not hold <img> or </img>; send a picture as an image_url part", where)
     try:

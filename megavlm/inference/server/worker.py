@@ -11,7 +11,7 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -24,13 +24,15 @@ from megavlm.parallel.state import is_lost_peer
 
 logger = logging.getLogger(__name__)
 
-DRAIN_S = 15.0
-"""Time that running answers have when the server is told to stop; torchrun kills after 30 s."""
+Pieces = asyncio.Queue[tuple[int, "Piece | ApiError"]]
+"""What comes for the jobs of a request, by the job's index."""
+
+_GATHER_S = 0.02
 
 
 @dataclass(eq=False)
 class Job:
-    """A request that waits for its answer; made on the HTTP thread, inside its event loop."""
+    """An answer that is waited for; made on the HTTP thread, inside its event loop. A request with n has several."""
 
     asked: Asked
     prompt_tokens: int
@@ -43,7 +45,9 @@ class Job:
     """Whether anything has been sent."""
     ended: bool = False
     """Whether its last piece has been sent."""
-    pieces: asyncio.Queue[Piece | ApiError] = field(default_factory=asyncio.Queue)
+    index: int = 0
+    """Which of its request's jobs this is."""
+    pieces: Pieces = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     def send(self, item: Piece | ApiError) -> None:
@@ -51,7 +55,7 @@ class Job:
         self.begun = True
         self.ended = self.ended or isinstance(item, ApiError) or item.finish is not None
         try:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, (self.index, item))
         except RuntimeError:  # the loop is closed
             self.gone = True
 
@@ -63,61 +67,78 @@ class Worker:
         model: what answers; this is rank 0, inside its ``leading()``.
         batch: most requests that are answered together.
         slots: most requests that are held at once.
+        drain: seconds that answers have from :meth:`stop` on.
     """
 
-    def __init__(self, model: Session, batch: int, slots: int) -> None:
-        self.model, self.batch, self.slots = model, batch, slots
+    def __init__(self, model: Session, batch: int, slots: int, drain: float) -> None:
+        self.model, self.batch, self.slots, self.drain = model, batch, slots, drain
         self.held = 0
         """Slots in use; changed on the HTTP thread alone."""
         self.answered = 0
+        self.tokens = 0
+        """Of answers, so far."""
         self.stopping = False
         self._deadline = float("inf")
         self._seconds = 1.0
+        self._spoke = time.monotonic()
+        """When the other ranks last heard of this one."""
         # put() of a SimpleQueue may be called from a signal handler.
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     # On the HTTP thread.
 
-    def take_slot(self) -> None:
-        """Take a slot; :meth:`free_slot` gives it back.
+    @property
+    def state(self) -> str:
+        """``ready``, ``busy`` (the next request gets 429) or ``stopping`` (it gets 503)."""
+        return "stopping" if self.stopping else "busy" if self.held >= self.slots else "ready"
+
+    def take_slots(self, count: int) -> None:
+        """Take slots; :meth:`free_slots` gives them back.
 
         Raises:
-            ApiError: 503, as the server is full or stops.
+            ApiError: 429, as the server is full, or 503, as it stops.
         """
         if self.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", retry_after=10)
-        if self.held >= self.slots:
+        if self.held + count > self.slots:
             wait = max(1, round(self._seconds * self.slots / self.batch))
-            raise ApiError(503, f"the server is full: {self.held} requests wait", code="queue_full", retry_after=wait)
-        self.held += 1
+            raise ApiError(429, f"the server is full: it holds {self.held} requests of at most {self.slots}; try again "
+                           f"in {wait} s", code="queue_full", retry_after=wait)  # fmt: skip
+        self.held += count
 
-    def free_slot(self) -> None:
-        """Give a slot back."""
-        self.held -= 1
+    def free_slots(self, count: int) -> None:
+        """Give slots back."""
+        self.held -= count
 
-    async def answer(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """Queue a job and yield its pieces; closing the iterator drops the job.
+    async def answer(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Queue the jobs of a request and yield their pieces, each with its job's index.
+
+        Closing the iterator drops the jobs.
 
         Raises:
-            ApiError: the job cannot be answered.
+            ApiError: one cannot be answered.
         """
-        self._jobs.put(job)
+        arrived: Pieces = asyncio.Queue()
+        for index, job in enumerate(jobs):
+            job.index, job.pieces = index, arrived
+            self._jobs.put(job)
+        open_ends = len(jobs)
         try:
-            while True:
-                item = await job.pieces.get()
+            while open_ends:
+                index, item = await arrived.get()
                 if isinstance(item, ApiError):
                     raise item
-                yield item
-                if item.finish is not None:
-                    return
+                open_ends -= item.finish is not None
+                yield index, item
         finally:
-            job.gone = True
+            for job in jobs:
+                job.gone = True
 
     # On the main thread.
 
     def stop(self) -> None:
         """Take no more requests, and let :meth:`run` end when those that are held are answered; for signal handlers."""
-        self._deadline = min(self._deadline, time.monotonic() + DRAIN_S)
+        self._deadline = min(self._deadline, time.monotonic() + self.drain)
         self.stopping = True
         self._jobs.put(None)
 
@@ -134,28 +155,39 @@ class Worker:
                     job.send(_cut_short())
             elif batch:
                 self._serve(batch)
+                self._spoke = time.monotonic()
                 continue
             if self.stopping and (self.held == 0 or time.monotonic() > self._deadline + 1):
                 return
-            if not self.stopping:
+            if time.monotonic() - self._spoke >= self.model.idle_seconds:
                 self.model.keep_waiting()
+                self._spoke = time.monotonic()
 
     def _next(self) -> list[Job]:
         """Return the jobs that wait, at most a batch; none after some time without any."""
         batch: list[Job] = []
+        self._collect(batch, 0)
+        if not batch:
+            self._collect(batch, 0.1 if self.stopping else self.model.idle_seconds)
+        elif len(batch) < self.batch and not self.stopping:
+            # They waited while others were answered, who may ask again at once: together, instead of in turns.
+            time.sleep(_GATHER_S)
+            self._collect(batch, 0)
+        return batch
+
+    def _collect(self, batch: list[Job], seconds: float) -> None:
+        """Add jobs until the batch is full or none waits; wait at most so long for the first."""
         try:
-            job = self._jobs.get(timeout=0.1 if self.stopping else self.model.idle_seconds)
-            while True:
+            while len(batch) < self.batch:
+                job = self._jobs.get(timeout=seconds) if seconds else self._jobs.get_nowait()
+                seconds = 0
                 if job is not None and not job.gone:
                     batch.append(job)
-                if len(batch) == self.batch:
-                    return batch
-                job = self._jobs.get_nowait()
         except queue.Empty:
-            return batch
+            pass
 
     def _serve(self, batch: list[Job]) -> None:
-        began = time.monotonic()
+        began, before = time.monotonic(), self.tokens
         try:
             self._answer(batch)
         except Exception as error:
@@ -175,6 +207,7 @@ class Worker:
             logger.exception("a batch of %d requests failed", len(batch))
         self.answered += len(batch)
         self._seconds = time.monotonic() - began
+        logger.info("answered %d together: %d tokens in %.2f s", len(batch), self.tokens - before, self._seconds)
 
     def _answer(self, batch: list[Job]) -> None:
         """Answer jobs together.
@@ -194,6 +227,7 @@ class Worker:
             sampling=[job.sampling for job in batch],
             dropped=dropped,
         ):
+            self.tokens += len(pieces)
             for i, piece in pieces.items():
                 if batch[i].ended or batch[i].gone:
                     continue

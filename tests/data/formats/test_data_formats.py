@@ -70,6 +70,40 @@ def test_llava(tmp_path: Path) -> None:
                       ("9", "bad record"), (None, "bad record")]  # fmt: skip
 
 
+def test_llava_leaves_out_what_its_own_trainer_does(tmp_path: Path) -> None:
+    def record(*speakers: str) -> dict:
+        return {"conversations": [{"from": who, "value": f"{who} {i}"} for i, who in enumerate(speakers)]}
+
+    content = [
+        record("gpt", "human", "gpt", "human"),
+        record("human", "gpt", "human"),
+        record("gpt", "human"),
+        record("human"),
+    ]
+    path = tmp_path / "llava.jsonl"
+    path.write_text("\n".join(map(json.dumps, content)))
+    records = list(choose(Source(path, tmp_path), "llava").load().read(Source(path, tmp_path)))
+    assert [[turn["value"] for turn in entry["conversations"]] for entry in records] == [
+        ["human 1", "gpt 2"],
+        ["human 0", "gpt 1"],
+        ["gpt 0", "human 1"],  # nothing to learn: the schema refuses it
+        ["human 0"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
+def test_pictures_far_behind_text_tell_the_format_too(tmp_path: Path, name: str) -> None:
+    text = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Ho."}]
+    shown = [{"from": "human", "value": "<image>\nHi."}, {"from": "gpt", "value": "Ho."}]
+    content = [{"conversations": text}] * 500 + [{"id": "p", "image": "a.jpg", "conversations": shown}]
+    records, broken = read(tmp_path / name, content, tmp_path)
+    assert (len(records), broken) == (501, [])
+    assert records[-1][2] == "Picture 1: <img>a.jpg</img>\nHi."
+    # Named as Qwen-VL's, it would lose its picture: refused, not trained on without.
+    records, broken = read(tmp_path / name, None, tmp_path, "qwen-vl")
+    assert (len(records), broken) == (500, [("p", "pictures do not match")])
+
+
 def test_codefuse_takes_the_task_from_the_file_or_folder(tmp_path: Path) -> None:
     def task(path: str, answer: str) -> None:
         turns = [{"from": "human", "value": "<image>\nRead."}, {"from": "gpt", "value": answer}]
@@ -256,8 +290,10 @@ def test_what_a_file_is_must_be_clear(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no such format; there are qwen-vl, llava" in err
     code, err = run(capsys, both, *common, "--format", "qwen-vl", "--per-sample", "3")
     assert (code, err) == (2, "megavlm: error: --per-sample has no meaning for the format qwen-vl; leave it out\n")
-    code, err = run(capsys, tmp_path, *common)
+    (tmp_path / "pages").mkdir()
+    code, err = run(capsys, tmp_path / "pages", *common)
     assert code == 2
+    assert err.startswith(f"megavlm: error: {tmp_path / 'pages'} is a folder, and not one of CodeFuse's")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,17 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, prepare, write_raw
 from PIL import Image
 from tokenizer_files import write_llama, write_llava, write_qwen2, write_tiktoken
 
 from megavlm import cli
+from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation
+from megavlm.data.decode import make_decoder
+from megavlm.data.feed import Prefetcher, micro_batch
 from megavlm.data.inspect.tokens import segments, shapes
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.models.registry import expand_presets
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;"
 HAN = "\u4e00\u53ea\u957f\u9888\u9e7f"
@@ -125,6 +132,11 @@ def test_shapes() -> None:
     box, quad = shapes(text)
     assert (box.kind, box.name, box.points) == ("box", "a cat", ((10, 20), (30, 20), (30, 40), (10, 40)))
     assert (quad.kind, quad.name, quad.points) == ("quad", "", ((1, 2), (3, 4), (5, 6), (7, 8)))
+    # What a question names is the name of the box that answers it.
+    asked = (
+        "Where is <ref>the dog</ref><|im_end|>\n<|im_start|>assistant\n<box>(1,2),(3,4)</box> or <box>(5,6),(7,8)</box>"
+    )
+    assert [shape.name for shape in shapes(asked)] == ["the dog", ""]
 
 
 def test_figures_of_the_page(tmp_path: Path, images: Path, tokenizer_path: Path) -> None:
@@ -137,7 +149,17 @@ def test_figures_of_the_page(tmp_path: Path, images: Path, tokenizer_path: Path)
     rows = re.findall(r"<tr><td title.*?</tr>", (tmp_path / "page.html").read_text(encoding="utf-8"))
     cells = [re.sub(r"<[^>]*>", " ", row).split() for row in rows]
     assert [row[:4] for row in cells] == [["a", "7", "7", "1"], ["raw", "1", "1", "1"]]
-    for text in ("too long", "bad image (not an image)", "(none)", "task box", "sample 3", "pack 2", "segment 2"):
+    for text in (
+        "too long",
+        "bad image (not an image)",
+        "(none)",
+        "task box",
+        "sample 3",
+        "pack 2",
+        "segment 2",
+        "a/a-00000005: too long",
+        "raw/s-00000: bad image (not an image)",
+    ):
         assert text in page.text, text
     assert "sample 4" not in page.text
     assert "pack 3" not in page.text
@@ -158,6 +180,112 @@ def test_a_page_keeps_to_its_size(tmp_path: Path, images: Path, tokenizer_path: 
     assert re.search(r"[1-9] of 20 are shown: a page may have 0.3 MB", page.text)
 
 
+class PackPage(HTMLParser):
+    """What the page shows of each pack: per segment its token ids with whether they are supervised, and its notes."""
+
+    def __init__(self, html: str, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.packs: list[list[list[tuple[int, bool]]]] = []
+        self.notes: list[str] = []
+        self._imgpad, self._inside, self._slots, self._note = tokenizer.imgpad_id, False, False, False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        classes = (found.get("class") or "").split()
+        if tag == "article":
+            self._inside = (found["id"] or "").startswith("pack-")
+            self.packs += [[]] if self._inside else []
+        elif self._inside and "segment" in classes:
+            self.packs[-1].append([])
+        elif self._inside and tag == "span" and "t" in classes:
+            ids = [int(i) for i in (found.get("title") or "").split(",") if i]
+            self.packs[-1][-1] += [(i, "s" in classes) for i in ids]
+            self._slots = "i" in classes
+        self._note = self._inside and "note" in classes
+
+    def handle_data(self, data: str) -> None:
+        if self._slots:
+            match = re.search(r"(\d+) slots", data)
+            assert match is not None
+            self.packs[-1][-1] += [(self._imgpad, False)] * int(match[1])
+            self._slots = False
+        elif self._note:
+            self.notes.append(data)
+            self._note = False
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_page_shows_the_batches_of_the_trainer(workers: int, run_data, tmp_path: Path) -> None:
+    """Tokens, label mask and borders, read off the page, are those of the micro-batches that a run would take."""
+    whole = encode_image(Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)))
+    cut = {"json": json.dumps(chat("<img>a.jpg</img>What?", "Noise, much of it.")).encode(), "img0": whole[:-900]}
+    broken = write_raw(tmp_path / "broken", [cut] * 3)
+    text = (run_data.root / "recipe.yaml").read_text().replace("num_workers: 0", f"num_workers: {workers}")
+    source = f"  - {{path: {broken}, name: broken}}\n  validation:"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("validation:", source, 1))
+    out = tmp_path / "page.html"
+    words = ("--recipe", recipe, "--packs", 5, "--data-parallel", 2, "--samples", 0)
+    assert inspect(out, *words, tokenizer=None)[0] == 0
+
+    loaded = load_recipe(str(recipe), [], expand_presets)
+    tokenizer = load_tokenizer(loaded.data.tokenizer)
+    size, slots = loaded.model.vision.image_size, loaded.model.tokens_per_image
+    reader = PackReader(loaded.data.train, loaded.data, tokenizer, slots, rank=0, world_size=2,
+                        seed=loaded.training.seed, training=True)  # fmt: skip
+    prefetcher = Prefetcher(reader, make_decoder(), size, slots, tokenizer.imgpad_id, depth=2)
+    reads = [prefetcher.take() for _ in range(5)]
+    prefetcher.close()
+    shown = PackPage(out.read_text(encoding="utf-8"), tokenizer)
+    assert len(shown.packs) == 5
+    for read, segments_shown in zip(reads, shown.packs, strict=True):
+        batch = micro_batch(read.pack, read.pixels, torch.device("cpu"))
+        tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
+        borders = batch.packed_seq_params.cu_seqlens_q.tolist()
+        assert len(segments_shown) == len(borders) - 1
+        for start, end, pieces in zip(borders[:-1], borders[1:], segments_shown, strict=True):
+            if not pieces:  # padding
+                assert set(labels[start:end]) == {IGNORE_INDEX}
+                assert end == len(tokens)
+                continue
+            assert [i for i, _ in pieces] == tokens[start:end]
+            flags = [label != IGNORE_INDEX for label in labels[start : end - 1]]
+            assert [flag for _, flag in pieces] == [False, *flags]
+    masked = [skipped for read in reads for skipped in read.masked]
+    assert len(masked) == len(shown.notes) > 0
+    assert set(shown.notes) == {f"Nothing of it is trained on: {skipped.cause}." for skipped in masked}
+
+
+def test_a_recipe_without_a_tokenizer_takes_that_of_the_checkpoint(
+    run_data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = re.sub(r"tokenizer: .*", "tokenizer: null", (run_data.root / "recipe.yaml").read_text())
+    recipe.write_text(text)
+    words = ("--recipe", recipe, "--samples", 1, "--packs", 0)
+    assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 2
+    assert capsys.readouterr().err == (
+        f"megavlm: error: --tokenizer is missing: data.tokenizer of {recipe} is null, and its checkpoint.load as well; "
+        "give a tokenizer file\n"
+    )
+    recipe.write_text(f"{text}\ncheckpoint: {{load: {tmp_path}}}\n")
+    assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 2
+    assert f"its checkpoint.load, {tmp_path}, has no checkpoint; give a tokenizer file" in capsys.readouterr().err
+    checkpoint = tmp_path / "step-00000007"
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "run.json").write_text(json.dumps({"recipe": {}}))
+    shutil.copy(run_data.root / "tokenizer.model", checkpoint / "hf")
+    recipe.write_text(f"{text}\ncheckpoint: {{load: {checkpoint}}}\n")
+    code, page = inspect(tmp_path / "page.html", *words, tokenizer=None)
+    assert code == 0
+    assert f"tokenizer {checkpoint}/hf/tokenizer.model" in page.text
+    # A run's directory means the recipe of its newest checkpoint.
+    shutil.copy(recipe, checkpoint)
+    words = ("--recipe", tmp_path, *words[2:])
+    assert inspect(tmp_path / "page.html", *words, tokenizer=None)[0] == 0
+
+
 def test_a_recipe_says_how_the_data_is_trained(run_data, tmp_path: Path) -> None:
     recipe = run_data.root / "recipe.yaml"
     code, page = inspect(tmp_path / "page.html", "--recipe", recipe, "--samples", 2, "--packs", 1, tokenizer=None)
@@ -165,11 +293,6 @@ def test_a_recipe_says_how_the_data_is_trained(run_data, tmp_path: Path) -> None
     assert "192 tokens a pack" in page.text
     assert "picture 1: 4 slots" in page.text
     assert "pictures/train-" in page.text  # the recipe's name of the data set
-    from megavlm.config.load import load_recipe
-    from megavlm.data.reader import PackReader
-    from megavlm.data.tokenizer import load_tokenizer
-    from megavlm.models.registry import expand_presets
-
     loaded = load_recipe(recipe, [], expand_presets)
     tokenizer = load_tokenizer(loaded.data.tokenizer)
     trained = next(PackReader(loaded.data.train, loaded.data, tokenizer, 4, rank=0, world_size=1,

@@ -157,7 +157,7 @@ def test_a_corpus_of_ones_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     ("words", "message"),
     [
         (("--fonts", "{empty}", "--language", "zh"),
-         "no font in {empty} can write Chinese; install Debian's fonts-noto-cjk or fonts-wqy-zenhei"),
+         "no font in {empty} can write Chinese; apt install fonts-wqy-zenhei fonts-noto-cjk, or name a directory with"),
         (("--pages", "0"), "--pages must be at least 1, not 0"),
         (("--corpus", "{empty}/no.txt"), "corpus {empty}/no.txt does not exist"),
         (("--corpus", "{corpus}", "--language", "zh"), "corpus {corpus} has no lines with Chinese characters"),

@@ -138,6 +138,35 @@ OPEN = [
     ("3 or 4", ["4"]),
     ("0.33", ["0.333"]),
     ("-5", ["5"]),
+    ("There are 5 cats and 3 dogs, so the answer is 8.", ["8"]),
+    ("There are 5 cats and 3 dogs, so the answer is 8.", ["5"]),
+    ("5 + 3 = 8", ["8"]),
+    ("5 + 3 = 8\nin all", ["8"]),
+    ("The city is Paris\nIt could be London", ["london", "rome"]),
+    ("The city is Paris. It is London", ["paris"]),
+    ("Therefore:\nthe result is .5", ["0.5"]),
+    ("1,200.5", ["1200.5"]),
+    ("about 1,200.5 m", ["1200.5"]),
+    ("1.2e3 m", ["1200"]),
+    ("it is blue", ["b"]),
+    ("answer b", ["b"]),
+    ("cab", ["b"]),
+    ("so ?", ["?"]),
+    ("the answer is ", ["is"]),
+    ("", ["x"]),
+    ("Final answer = -3.456", ["-3.46"]),
+    ("3.456,7", ["7"]),
+    ("10%", ["10"]),
+    ("5 or 6\n\n7", ["7"]),
+]
+BOXES = [
+    ((0, 0, 10, 10), (0, 0, 10, 10)),
+    ((0, 0, 10, 10), (0, 5, 10, 10)),
+    ((0, 0, 10, 10), (0, 5.1, 10, 10)),
+    ((2, 3, 8, 9), (4, 1, 9, 7)),
+    ((0, 0, 5, 5), (5, 5, 9, 9)),
+    ((0, 0, 5, 5), (7, 7, 9, 9)),
+    ((0.5, 0.25, 90.75, 33.3), (11.1, 0.0, 88.8, 44.4)),
 ]
 CAPTIONS = [
     "A man's red-and-white T-shirt hangs on a line.",
@@ -174,6 +203,29 @@ CAPTIONS = [
     "It is a dog!!! Yes??",
     "50% off",
     "the cat's-eye",
+    "AT&T sign",
+    "B&b inn",
+    "M&Ms and m&m's",
+    "the letter P. is big",
+    "slip 'n' slide",
+    "rock'n'roll",
+    "WWW.Foo.com site",
+    "2x4 and 3X3",
+    "5+5",
+    "2nd 3rd 1990's 90s '90s",
+    "John F. Kennedy",
+    "Ph.D. man",
+    "no. 5",
+    "end.Another start",
+    "user@mail.com",
+    "#tag @home",
+    "hot-dog--bun",
+    "20x30-foot",
+    "\u2026 and so",
+    "caf\u00e9\u2014bar",
+    "A fire hydrant is being paint as an U.S.A flag.",
+    "the time of 5:54pm.",
+    "Ft. Spokane and Woodfield Rd.",
 ]
 CIDER = [
     ("A cat on a mat.", ["a cat sits on a mat", "The cat's on the mat.", "A cat lying on a red mat"]),
@@ -232,6 +284,7 @@ def main() -> None:
     mme = take("mme/utils.py", "parse_pred_ans", "eval_type_dict", "mme_aggregate_results", eval_logger=Quiet())
     pope_names = [f"pope_aggregate_{name}" for name in ("accuracy", "precision", "recall", "f1_score")]
     pope = take("pope/utils.py", *pope_names)
+    boxes = take("refcoco/utils_rec.py", "compute_iou", "compute_accuracy")
     opened = take(
         "mmmu/utils.py", "extract_numbers", "check_is_number", "normalize_str", "parse_open_response", "eval_open",
         math=math,
@@ -269,6 +322,7 @@ def main() -> None:
             for said, answers in OPEN
         ],
     }
+    result["boxes"] = [[a, b, boxes["compute_iou"](a, b), bool(boxes["compute_accuracy"](a, b))] for a, b in BOXES]
     result |= {"caption_scorer": "pycocoevalcap 1.2 with its PTBTokenizer", **captions()}
     path = Path(__file__).with_name("scores.json")
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -50,6 +50,11 @@ def post(served: Served, body: bytes, **headers: str) -> tuple[int, dict[str, An
     return response.status, json.loads(response.read()), dict(response.getheaders())
 
 
+def post_json(served: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """POST a request."""
+    return post(served, json.dumps(body).encode())
+
+
 def health(served: Served) -> dict[str, Any]:
     connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
     connection.request("GET", "/health")
@@ -111,6 +116,49 @@ def test_requests_side_by_side_get_what_they_get_alone(served: Served, client: o
     assert alone[1] != alone[2]
 
 
+def test_several_choices(served: Served, client: openai.OpenAI) -> None:
+    kind: dict[str, Any] = {
+        "model": "tiny", "messages": asking(served.picture, "Tell me a story"), "temperature": 2.0, "max_tokens": 9
+    }  # fmt: skip
+    alone = [client.chat.completions.create(**kind, seed=seed) for seed in (5, 6, 7)]
+    texts = [one.choices[0].message.content for one in alone]
+    assert len(set(texts)) == 3
+    said = client.chat.completions.create(**kind, seed=5, n=3)
+    assert [(choice.index, choice.message.content) for choice in said.choices] == list(enumerate(texts))
+    assert [choice.finish_reason for choice in said.choices] == [one.choices[0].finish_reason for one in alone]
+    assert said.usage and said.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert said.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    parts, finish = ["", "", ""], {}
+    usage = None
+    for event in client.chat.completions.create(
+        **kind, seed=5, n=3, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = event.usage
+        for choice in event.choices:
+            parts[choice.index] += choice.delta.content or ""
+            finish[choice.index] = choice.finish_reason
+    assert parts == texts and usage == said.usage
+    assert finish == {choice.index: choice.finish_reason for choice in said.choices}
+
+
+def test_several_pictures_in_several_turns(served: Served, client: openai.OpenAI) -> None:
+    one, two = asking(served.picture)[0], asking(png(20, 30), "And here?")[0]
+    both = {"role": "user", "content": [*two["content"][:1], *one["content"]]}
+    turns = [one, {"role": "assistant", "content": ANSWER}, two]
+
+    def prompt_tokens(*messages: Any) -> int:
+        said = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+        assert said.usage
+        return said.usage.prompt_tokens
+
+    texts = [{**turn, "content": turn["content"][1]["text"]} if turn["role"] == "user" else turn for turn in turns]
+    # A picture is 4 features between two marks, and "Picture 1: " in front.
+    assert prompt_tokens(*turns) - prompt_tokens(*texts) >= 12
+    assert prompt_tokens(both) - prompt_tokens(one) >= 6
+    said = client.chat.completions.create(model="tiny", messages=[both])
+    assert said.choices[0].message.content
+
+
 def test_turns_and_text_alone(served: Served, client: openai.OpenAI) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "Be brief."},
@@ -121,6 +169,9 @@ def test_turns_and_text_alone(served: Served, client: openai.OpenAI) -> None:
     said = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, user="me")
     assert said.choices[0].message.content
     assert client.chat.completions.create(model="tiny", messages=messages[3:], max_tokens=4).usage
+    for given in ("", "<|im_start|>a<img>"):  # which a poor model may have answered
+        messages[2]["content"] = given
+        assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage
 
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -148,11 +199,25 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": True}, "max_tokens", "a whole number"),
         ({"max_tokens": 9999}, "max_tokens", "the context has 2048 tokens"),
+        ({"max_completion_tokens": 9999}, "max_completion_tokens", "the context has 2048 tokens"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "messages", "the context has 2048 tokens"),
-        ({"n": 2}, "n", "does not support it"),
+        ({"messages": [{"role": "user", "content": "word " * 99999}]}, "messages", "499995 characters"),
+        ({"messages": HELLO * 5000}, "messages", "5000, at most 4096"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 5000}]},
+            "messages.0.content",
+            "5000 parts, at most 4096",
+        ),
+        ({"n": 5}, "n", "from 1 to 4"),
         ({"tools": [{"type": "function"}]}, "tools", "does not support it"),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "does not support it"),
         ({"logprobs": True}, "logprobs", "does not support it"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "does not support it"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "does not support it"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "does not support it"),
+        ({"n": 0}, "n", "from 1 to 4"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "use system, user"),
         ({"stop": ["a"] * 5}, "stop", "up to 4 texts"),
         ({"stop": [""]}, "stop", "up to 4 texts"),
         ({"temprature": 1}, "temprature", "no such parameter"),
@@ -183,6 +248,11 @@ def test_other_statuses(served: Served, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
     assert post(served, b"{")[0] == 400 and post(served, b"[]")[0] == 400
     assert post(served, b"[" * 100_000)[0] == 400
+    for method, path, wanted in (("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404)):
+        connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+        connection.request(method, path, b"{}", {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == wanted and "message" in json.loads(response.read())["error"]
     assert post(served, b"{}", Content_Type="text/plain")[0] == 415
     status, said, _ = post(served, b" " * ((1 << 20) + 1))
     assert status == 413 and said["error"]["code"] == "request_too_large"
@@ -205,12 +275,14 @@ def test_a_full_server_says_so_and_recovers(served: Served) -> None:
             )
             begun.append(one)
         wait_until(lambda: health(served)["requests"] == 8)
+        assert health(served)["status"] == "busy"
         status, said, headers = post(served, body)
-        assert status == 503 and said["error"]["code"] == "queue_full" and int(headers["retry-after"]) >= 1
+        assert status == 429 and said["error"]["code"] == "queue_full" and int(headers["retry-after"]) >= 1
     finally:
         for one in begun:
             one.close()
     wait_until(lambda: health(served)["requests"] == 0)
+    assert health(served)["status"] == "ready"
     assert post(served, body)[0] == 200
 
 

@@ -1,15 +1,11 @@
-"""The server's parts by themselves: stop texts, dropped conversations, several ranks."""
+"""The server's parts by themselves: stop texts, dropped conversations, arguments."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-import openai
 import pytest
 from learnt import ANSWER, QUESTION, Learnt
-from serving import serving
-from test_api import asking
 
 from megavlm.cli import main
 from megavlm.data.schema import Turn
@@ -59,18 +55,6 @@ def test_each_conversation_has_its_own_sampling_and_length_and_may_be_dropped(le
             for i, piece in pieces.items():
                 gone[i].append(piece)
         assert gone == [alone[0][:3], alone[1], alone[2][:3], alone[3]]
-
-
-def test_two_ranks_serve_as_one(learnt: Learnt, tmp_path: Path) -> None:
-    words = ("parallel.pipeline_model_parallel_size=2",)
-    with serving(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2) as two:
-        client = openai.OpenAI(base_url=f"{two.url}/v1", api_key="none", max_retries=0, timeout=60)
-        messages = asking(two.picture)
-        with client.chat.completions.create(model="tiny", messages=messages, stream=True) as stream:
-            next(iter(stream))  # and leaves
-        with pytest.raises(openai.BadRequestError, match="image 1"):
-            client.chat.completions.create(model="tiny", messages=asking(b"broken"))
-        assert client.chat.completions.create(model="tiny", messages=messages).choices[0].message.content == ANSWER
 
 
 @pytest.mark.parametrize(

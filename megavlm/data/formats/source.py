@@ -1,0 +1,145 @@
+"""The input of ``megavlm prepare``: a file of JSON, of JSON lines, of parquet, or a folder; read as it streams by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megavlm.data.formats import stream
+from megavlm.data.formats.base import Broken, Record, is_inside
+from megavlm.data.formats.parquet import files_of, read_rows
+
+_HEAD = 200
+"""Records by which a file's format is told."""
+_HEAD_OF_PARQUET = 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``megavlm prepare`` was given."""
+
+    path: Path
+    """File or directory to read."""
+    images: Path
+    """Directory that image paths are relative to."""
+    annotations: Path | None = None
+    """VQA: the file with the answers, where they are apart."""
+    image_info: Path | None = None
+    """Visual Genome: ``image_data.json``."""
+    per_sample: int | None = None
+    """Visual Genome: regions of one sample; None for the default."""
+    pictures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+    """Pictures that came with the row that was read last, by the path that stands for each in its record."""
+
+    @cached_property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of several data files, and not one that has parquet files."""
+        return self.path.is_dir() and not files_of(self.path)
+
+    @cached_property
+    def is_list(self) -> bool:
+        """Whether it is a list of records: JSON's, JSON lines, or rows of parquet.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not JSON.
+        """
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} does not exist")
+        if files_of(self.path) or self.path.suffix == ".jsonl":
+            return True
+        return not self.is_folder and stream.kind(self.path) == "["
+
+    @cached_property
+    def outline(self) -> dict[str, Any]:
+        """The first members of the object that the file holds, see :func:`stream.outline`; none of anything else."""
+        return {} if self.is_folder or self.is_list else stream.outline(self.path)
+
+    @cached_property
+    def head(self) -> list[Record]:
+        """Objects among the first records of a list, as many as are needed to see what they are."""
+        if self.is_folder or not self.is_list:
+            return []
+        most = _HEAD_OF_PARQUET if files_of(self.path) else _HEAD
+        found: list[Record] = []
+        plain = True  # so far these are conversations, and none has a picture: what they are is not clear
+        for entry in self.rows():
+            if isinstance(entry, dict) and (len(found) < most or not _is_plain(entry)):
+                found.append(entry)
+                plain = plain and _is_plain(entry)
+            if len(found) >= most and not plain:
+                break
+        return found
+
+    def rows(self, key: str | None = None) -> Iterator[Any]:
+        """Yield the records of a list; with ``key``, of the list that the file's object has there.
+
+        A line of a ``.jsonl`` file that is no JSON is a :class:`Broken`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not JSON or parquet, or has no such list, or an empty one.
+        """
+        if key is None and not self.is_list:
+            what = "is a folder; give a file" if self.is_folder else "must hold a list of records"
+            raise ValueError(f"{self.path} {what}, or another --format")
+        empty = True
+        for entry in self._rows(key):
+            empty = False
+            yield entry
+        if empty:
+            raise ValueError(f"{self.path} must hold a list {f'{key!r} ' if key else ''}of records that is not empty")
+
+    def _rows(self, key: str | None) -> Iterator[Any]:
+        if self.path.suffix == ".jsonl" and not self.path.is_dir():
+            with self.path.open("rb") as file:
+                yield from (_line(number, line) for number, line in enumerate(file, 1) if line.strip())
+            return
+        files = files_of(self.path)
+        if not files:
+            yield from stream.elements(self.path, key)
+        for path in files:
+            for row, pictures in read_rows(path):
+                self.pictures.clear()
+                self.pictures.update(pictures)
+                yield row
+
+    def members(self) -> Iterator[tuple[str, Any]]:
+        """Yield the names and values of the object that the file holds.
+
+        Raises:
+            ValueError: It is not JSON, or no object.
+        """
+        return stream.members(self.path)
+
+    def below(self, path: Path) -> Source:
+        """Return the same with another file; rows of both leave their pictures here."""
+        return replace(self, path=path)
+
+    def find_image(self, candidates: Sequence[str]) -> str:
+        """Return the first of the paths below :attr:`images` that is there, else the first of all."""
+        for path in candidates:
+            if path in self.pictures or (is_inside(path) and (self.images / path).is_file()):
+                return path
+        return candidates[0]
+
+
+def _is_plain(entry: Record) -> bool:
+    """Whether it is a conversation without a picture, in whoever's form."""
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or isinstance(entry.get("image"), str | list):
+        return False
+    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
+    return not any(isinstance(text, str) and ("<img>" in text or "<image>" in text) for text in texts)
+
+
+def _line(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        why = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return Broken(None, "bad JSON", f"line {number} is not valid JSON: {why}")

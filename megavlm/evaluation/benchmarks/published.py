@@ -1,0 +1,19 @@
+"""Figures that papers and model cards publish, to stand beside a run's own on its report page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
+    "mmbench": {"circular_accuracy": {"LLaVA-1.5": 67.7, "Qwen-VL": 60.6, "CodeFuse-VLM-14B": 75.7}},
+    "mmbench-cn": {"circular_accuracy": {"LLaVA-1.5": 63.6, "Qwen-VL": 56.7, "CodeFuse-VLM-14B": 69.8}},
+    "vqav2": {"vqa_accuracy": {"LLaVA-1.5": 80.0, "Qwen-VL": 78.2, "CodeFuse-VLM-14B": 79.3}},
+    "gqa": {"exact_match": {"LLaVA-1.5": 63.3, "Qwen-VL": 57.5, "CodeFuse-VLM-14B": 59.4}},
+    "textvqa": {"vqa_accuracy": {"LLaVA-1.5": 61.3, "Qwen-VL": 63.8, "CodeFuse-VLM-14B": 63.9}},
+    "vizwiz": {"vqa_accuracy": {"LLaVA-1.5": 53.6, "Qwen-VL": 38.9, "CodeFuse-VLM-14B": 45.3}},
+    "mme": {
+        "perception": {"Qwen-VL-Chat": 1487.57, "Belle-VL": 1595.34},
+        "cognition": {"Qwen-VL-Chat": 360.71, "Belle-VL": 332.14},
+    },
+}
+"""By benchmark, figure and model. Sources: CodeFuse-MFT-VLM's table; Belle-VL's model card; Qwen-VL's EVAL_MME.md."""
