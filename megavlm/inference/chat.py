@@ -87,7 +87,7 @@ class Chat:
             elif word.startswith("/"):
                 self.say(HELP + "\n")
             else:
-                self.ask(line)
+                self.ask(line.strip())  # a newline at the end is no part of the question
         except FileNotFoundError as error:
             self.say(f"{error.filename}: no such file\n")
         except ValueError as error:

@@ -157,9 +157,10 @@ def test_boxes_are_drawn_on_the_picture_shown_last(tmp_path: Path) -> None:
     lines: list[str] = []
     model = _Scripted()
     chat = Chat(model, Sampling(), 9, tmp_path / "out", None, lines.append)  # type: ignore[arg-type]
-    assert chat.take(f"/image {tmp_path / 'a.png'}") and chat.take("Where is it?") and chat.take("Sure?")
+    assert chat.take(f"/image {tmp_path / 'a.png'}") and chat.take("Where is it?\n") and chat.take("Sure?\n")
     assert not chat.take("/quit")
     assert len(model.asked.turns) == 3 and len(model.asked.images) == 1
+    assert model.asked.turns[2].text == "Sure?"  # as megavlm generate asks it: without the line's end
     assert "".join(lines).count("answer-") == 2
     with Image.open(tmp_path / "out" / "answer-2.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB")).astype(int)

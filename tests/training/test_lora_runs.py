@@ -181,6 +181,15 @@ def test_other_adapters_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_answers_in_4_bits_need_their_library(
+    adapted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["generate", str(adapted), *ALONE, "--prompt", "What?", "lora.quantize=nf4"]
+    assert main(words) == 2
+    assert_one_line(capsys, "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]'")
+
+
 def moved(base: Path, to: Path) -> Path:
     shutil.copytree(base, to, ignore=shutil.ignore_patterns("metrics*", "events*"))
     return to
