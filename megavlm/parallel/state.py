@@ -45,8 +45,9 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             create_gloo_process_groups=True,
         )
         adam.install()
-        torch.manual_seed(seed + 100 * mpu.get_pipeline_model_parallel_rank())
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        stage_seed = seed + 100 * mpu.get_pipeline_model_parallel_rank()  # or stages would begin with equal weights
+        torch.manual_seed(stage_seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
         yield
     finally:
         mpu.destroy_model_parallel()
