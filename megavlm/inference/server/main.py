@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"the package {package} is missing: pip install 'megavlm[{extra}]'")
     recipe, checkpoint, tokenizer = model_of(args)
-    name = args.name or _name(args.checkpoint)
+    name = args.name or name_of(args.checkpoint)
     bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
     prepare_device()
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
@@ -156,9 +156,12 @@ def _ending_together() -> Iterator[None]:
         os._exit(1)
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
+    """Return the name of the run's directory that a checkpoint lies in, or is."""
     path = path.resolve()
-    return path.parent.name if path.name.startswith("step-") else path.name
+    if path.name.startswith("step-"):
+        path = path.parent
+    return path.parent.name if path.name == "checkpoints" else path.name
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 from learnt import ANSWER, QUESTION, Learnt
@@ -11,6 +12,7 @@ from megavlm.cli import main
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
+from megavlm.inference.server.main import name_of
 from megavlm.inference.server.stops import StopScanner
 from megavlm.inference.session import Asked, session
 from megavlm.inference.turns import user_turn
@@ -71,3 +73,8 @@ def test_wrong_arguments_cost_a_line(words: tuple[str, ...], reason: str, learnt
     assert main(["serve", str(learnt.checkpoint), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and reason in error[0]
+
+
+@pytest.mark.parametrize("path", ["sft", "sft/checkpoints", "sft/checkpoints/step-00000003", "sft/step-00000003"])
+def test_the_model_is_named_after_the_run(path: str, tmp_path: Path) -> None:
+    assert name_of(tmp_path / path) == "sft"
