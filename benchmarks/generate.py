@@ -87,7 +87,8 @@ def sides(model: LlavaForConditionalGeneration, chunks: list[Any]) -> dict[str, 
     def ours(ids: torch.Tensor, pixels: torch.Tensor, new: int) -> list[list[int]]:
         prompts = [Prompt(row.numpy(), image[None]) for row, image in zip(ids, pixels, strict=True)]
         length = max(len(ids) * ids.size(1), ids.size(1) + new)
-        return generate(chunks, prompts, max_new_tokens=new, stop_ids=[], vocab_size=VOCABULARY, pack_length=length)
+        with torch.inference_mode():  # as megavlm generate does
+            return generate(chunks, prompts, max_new_tokens=new, stop_ids=[], vocab_size=VOCABULARY, pack_length=length)
 
     return {"megavlm": ours, "Transformers": theirs}
 

@@ -9,15 +9,14 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megavlm.checkpoint.distributed import load
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.records import HeldOutRecord
 from megavlm.inference.generate import generate
+from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
-from megavlm.models.build import build_model, unwrap
-from megavlm.parallel.state import agreed, is_first_stage, process_groups
+from megavlm.parallel.state import agreed, is_first_stage
 
 _PROMPTS_AT_ONCE = 512
 
@@ -46,9 +45,7 @@ def answer(
     Raises:
         ValueError: an image cannot be decoded.
     """
-    with process_groups(recipe.parallel, recipe.training.seed):
-        chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
+    with loaded(recipe, checkpoint, tokenizer) as chunks:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         mine = list(range(rank, len(prompts), size))
         answers: dict[int, str] = {}

@@ -55,7 +55,7 @@ def generate(
         max_new_tokens: longest answer.
         stop_ids: tokens that end an answer.
         vocab_size: ids from here on (padding of the embedding) are never chosen.
-        pack_length: positions of one micro-batch of prompts; divisible by TP with sequence parallelism.
+        pack_length: most positions of one micro-batch of prompts; a prompt with its answer may be as long.
         sampling: how tokens are chosen.
         cached_positions: prompts are answered in groups that need no more positions of cache than this (or one prompt
             at a time). A position takes 2 x layers x key/value heads x head width numbers, shared out over TP and PP.
@@ -74,7 +74,7 @@ def generate(
     return [prompt.answer for prompt in prompts]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generating(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megavlm.checkpoint.distributed import load
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
@@ -24,17 +24,15 @@ from megavlm.data.decode import make_decoder
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.generate import generating
+from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
-from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer
 
 _BROKEN = "\ufffd"
 _ASK_EVERY = 8
 """Tokens after which several ranks agree on what nobody waits for any more."""
-_STEP = 64
-"""Packs of prompts are a multiple of this long, so that memory is used again."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,7 @@ class Session:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, chunks: Sequence[Any], context: int) -> None:
         self.recipe, self.tokenizer, self.chunks, self.context = recipe, tokenizer, chunks, context
         self._decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
-        parallel = recipe.parallel
-        self._multiple = max(_STEP, parallel.tensor_model_parallel_size)
-        self.idle_seconds = min(20.0, 20.0 * parallel.distributed_timeout_minutes)
+        self.idle_seconds = min(20.0, 20.0 * recipe.parallel.distributed_timeout_minutes)
         """With nothing to ask for so long, call :meth:`keep_waiting`: a third of what the other ranks wait, at most."""
 
     def cut(self, asked: Asked, max_new_tokens: int) -> tuple[Asked, Any]:
@@ -142,15 +138,11 @@ class Session:
         with agreed("reading images"):
             for prompt, (images, _) in zip(prompts, shown, strict=True):
                 self._show(prompt, images)
-        length = sum(map(len, prompts))
-        longest = max((len(prompt) + new for prompt, new in zip(prompts, most, strict=True)), default=0)
-        length = min(max(length, longest), max(self.context, _STEP))
-        length = -(-length // self._multiple) * self._multiple
         stop = frozenset({self.tokenizer.im_end_id, self.tokenizer.eos_id})
         said = [""] * len(prompts)
         for tokens in generating(
             self.chunks, prompts, max_new_tokens=most, stop_ids=list(stop), vocab_size=self.tokenizer.vocab_size,
-            pack_length=length, sampling=sampling, dropped=_shared(dropped, len(prompts)),
+            pack_length=self.context, sampling=sampling, dropped=_shared(dropped, len(prompts)),
         ):  # fmt: skip
             yield {i: self._piece(prompts[i], token in stop, most[i], said, i) for i, token in tokens.items()}
 
@@ -267,14 +259,12 @@ def session(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, context: int
         RecipeError: the layout has more than one data-parallel replica.
     """
     longest = recipe.model.language.max_position_embeddings
-    with process_groups(recipe.parallel, recipe.training.seed):
-        ranks, parallel = dist.get_world_size(), recipe.parallel
-        needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        if ranks != needed:
-            raise RecipeError(
-                f"parallel: TP x PP is {needed}, and {ranks} processes were started; answering has one replica: start "
-                f"{needed}, or set parallel.tensor_model_parallel_size"
-            )
-        chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
+    ranks, parallel = int(os.environ.get("WORLD_SIZE", "1")), recipe.parallel
+    needed = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if ranks != needed:
+        raise RecipeError(
+            f"parallel: TP x PP is {needed}, and {ranks} processes were started; answering has one replica: start "
+            f"{needed}, or set parallel.tensor_model_parallel_size"
+        )
+    with loaded(recipe, checkpoint, tokenizer) as chunks:
         yield Session(recipe, tokenizer, chunks, context or longest)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megavlm.checkpoint.distributed import load
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.tokenizer import Tokenizer
@@ -19,11 +18,11 @@ from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_ide
 from megavlm.evaluation.benchmarks.questions import Question
 from megavlm.evaluation.benchmarks.spec import LETTERS, picture_bytes, picture_name
 from megavlm.inference.generate import generate
+from megavlm.inference.loaded import loaded
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
-from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.faults import at_step, fault
-from megavlm.parallel.state import agreed, is_first_stage, is_reader, process_groups
+from megavlm.parallel.state import agreed, is_first_stage, is_reader
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +55,7 @@ def answer_questions(
         Predictions by question on the first rank, None on the others.
     """
     run = str(identity["run"])
-    with process_groups(recipe.parallel, recipe.training.seed):
-        chunks = build_model(recipe, tokenizer.imgpad_id)
-        load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
+    with loaded(recipe, checkpoint, tokenizer) as chunks:
         known: list[Any] = [sorted(done)]
         dist.broadcast_object_list(known, src=0)
         before = set(known[0])
