@@ -93,9 +93,10 @@ requeue() {
     say "the run stopped; the job is $state, so Slurm decides whether it comes back"
     exit "$STOPPED"
   fi
-  if [[ $REQUEUE == 1 ]] && scontrol requeue "$SLURM_JOB_ID"; then
-    say "the run stopped; the job is in the queue again and goes on from $(newest_checkpoint)"
-    exit 0
+  if [[ $REQUEUE == 1 ]]; then
+    # Said first: Slurm may kill this shell before scontrol returns.
+    say "the run stopped; the job goes back into the queue, and on from $(newest_checkpoint)"
+    if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
   fi
   say "the run stopped and was not requeued (REQUEUE=$REQUEUE); submit it again to go on from $(newest_checkpoint)"
   exit "$STOPPED"
