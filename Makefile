@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
+.PHONY: help setup dev quickstart test test-long test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -39,7 +39,10 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 	$(BIN)/megavlm quickstart
 
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q -m 'not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+
+test-long: $(DEV) ## layouts of adapters, recipes, timing, and the benchmarks' own tests: half a minute and more each
+	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)
 	$(BIN)/python -m pytest tests -q -m reliability $(PYTEST_ARGS)

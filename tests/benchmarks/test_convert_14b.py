@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "convert_14b.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_tiny_run(tmp_path: Path) -> None:
     out, work = tmp_path / "result.json", tmp_path / "work"

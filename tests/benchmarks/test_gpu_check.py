@@ -23,6 +23,7 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"

@@ -71,6 +71,7 @@ def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, 
     assert "the prompt has 1 <img>, and 0 picture(s) are given" in text
 
 
+@pytest.mark.long
 def test_silence_is_no_hang(trained: Path, tmp_path: Path) -> None:
     """The other rank waits in a collective for longer than that may last; the start itself takes some seconds."""
     words = ("chat", trained, "parallel.distributed_timeout_minutes=0.1", "--max-new-tokens=4", "--out", tmp_path)

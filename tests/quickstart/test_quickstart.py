@@ -35,6 +35,7 @@ def quickstart(out: Path, *words: str, timeout: float) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.long
 def test_wiring(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     steps = ["training.train_steps=2", "optimizer.warmup_steps=1", "training.validation_interval=null"]

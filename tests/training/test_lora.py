@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from launch import torchrun
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("lora_worker.py")
 FP32 = 1e-5
 

@@ -106,6 +106,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     return json.loads(out.read_text()) | here
 
 
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(layout: str, everywhere: dict[str, dict[str, list[float]]]) -> None:
@@ -115,6 +116,7 @@ def test_a_layout_equals_one_process(layout: str, everywhere: dict[str, dict[str
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_it_is_another_loss_than_the_mean_over_tokens(everywhere: dict[str, dict[str, list[float]]]) -> None:
     by_task, by_token = everywhere["alone"], everywhere["token mean"]

@@ -281,6 +281,7 @@ def metrics(root: Path, name: str) -> list[dict[str, float]]:
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("name", STAGES)
 def test_a_small_run(name: str, runs: tuple[Path, dict[str, Any]]) -> None:
@@ -304,6 +305,7 @@ def test_a_small_run(name: str, runs: tuple[Path, dict[str, Any]]) -> None:
     assert found["rates"] == pytest.approx(sorted(stage.lr[0] * factor for factor in factors))
 
 
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("name", [name for name in STAGES if STAGES[name].after])
 def test_a_stage_starts_from_the_weights_of_the_one_before(name: str, runs: tuple[Path, dict[str, Any]]) -> None:
@@ -317,6 +319,7 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(name: str, runs: tupl
         assert start[module] != pytest.approx(new[module], rel=1e-9), module
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_weights_of_224_px_train_at_448_px_and_resume_there(runs: tuple[Path, dict[str, Any]]) -> None:
     """``again`` has train_steps 4 and still names stage 1 in checkpoint.load: it goes on from its own step 3."""

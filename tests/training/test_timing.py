@@ -64,6 +64,7 @@ def typical(steps: list[dict[str, float]]) -> dict[str, float]:
     return {key: median(step[key] for step in steps) for key in steps[0] if key != "slowest_host"}
 
 
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("count", [2, 8])
 def test_bubble_of_equal_stages(count: int, pipelines: dict[str, list[dict[str, float]]]) -> None:
@@ -76,6 +77,7 @@ def test_bubble_of_equal_stages(count: int, pipelines: dict[str, list[dict[str, 
         assert values[f"bubble_fraction/{stage}"] == pytest.approx(1 / (count + 1), abs=0.15)
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_slow_stage_is_named_and_the_other_idles(pipelines: dict[str, list[dict[str, float]]]) -> None:
     values = typical(pipelines["second-slow"])
@@ -86,6 +88,7 @@ def test_a_slow_stage_is_named_and_the_other_idles(pipelines: dict[str, list[dic
     assert values["communication_fraction/between"] > 0.15
 
 
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["even-2", "even-8", "second-slow"])
 def test_parts_add_up_to_the_step(name: str, pipelines: dict[str, list[dict[str, float]]]) -> None:
@@ -131,6 +134,7 @@ def slow_run(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> tup
         return output, text + train(run_data, output, *words)
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_slow_rank_is_named(slow_run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     """Though tensor-parallel ranks take equally long for a pass, as each waits for the other in it."""
@@ -148,6 +152,7 @@ def test_a_slow_rank_is_named(slow_run: tuple[Path, str], capsys: pytest.Capture
     assert "slowest rank: 1 on " in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_the_last_rank_writes_tensorboard(slow_run: tuple[Path, str]) -> None:
     output, _ = slow_run
@@ -171,6 +176,7 @@ def test_the_last_rank_writes_tensorboard(slow_run: tuple[Path, str]) -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.dist
 def test_profiles_hold_the_steps_of_a_run_and_of_its_resumption(slow_run: tuple[Path, str]) -> None:
     output, _ = slow_run
