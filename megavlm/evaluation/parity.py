@@ -6,7 +6,6 @@ Runs at any layout, one sample at a time, through Megatron-Core's forward-only s
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,20 +20,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.source import Source
 from megavlm.checkpoint.paths import resolve
-from megavlm.config.checks import check_recipe
-from megavlm.config.engine import for_inference
-from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
-from megavlm.models.registry import expand_presets
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
@@ -42,7 +37,6 @@ from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, proces
 logger = logging.getLogger(__name__)
 
 WHAT = ("logits", "image_features", "loss")
-_ANY_LAYOUT = 5040  # a batch that the data-parallel and pipeline sizes divide; nothing is trained here
 
 
 @dataclass
@@ -103,10 +97,7 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     path = resolve(checkpoint)
     if not (path / "recipe.yaml").is_file():
         raise ValueError(f"{path}: holds parts of a model only; compose a whole one with hf_to_megatron --language ...")
-    always = ["training.precision=fp32", f"training.global_batch_size={_ANY_LAYOUT}"]
-    recipe = for_inference(load_recipe(path / "recipe.yaml", [*always, *overrides], expand_presets))
-    check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    base_for(path, recipe.checkpoint.load)
+    recipe = recipe_at_layout(path, ["training.precision=fp32", *overrides])
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)
     for sample in samples:

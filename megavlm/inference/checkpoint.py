@@ -93,16 +93,27 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
 
 
 def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]:
-    """Return the recipe that made a checkpoint, with overrides, and the checkpoint's directory.
+    """Return the recipe that made a checkpoint, at this job's layout, and the checkpoint's directory.
 
-    One process has no use for the layout that the model was trained with, which is then left out unless ``overrides``
-    names one. The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
+    The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
     """
     path = resolve(checkpoint)
+    return with_tokenizer(recipe_at_layout(path, overrides), path), path
+
+
+def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of a checkpoint's directory as a job without training runs it.
+
+    One process has no use for the layout that the model was trained with, which is then left out unless ``overrides``
+    names one.
+
+    Raises:
+        ValueError: the recipe does not fit this job, or the base of adapters is gone.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))
     given = {override.partition("=")[0] for override in overrides}
@@ -117,4 +128,4 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)
-    return with_tokenizer(recipe, path), path
+    return recipe

@@ -150,7 +150,7 @@ class _Run:
         sampling: how tokens are chosen for each, and what is added to its seed.
         max_new_tokens: longest answer of each; at least 1.
         vocab_size: ids from here on are never chosen.
-        pack_length: positions of one micro-batch of prompts.
+        pack_length: most positions of one micro-batch of prompts.
     """
 
     def __init__(
