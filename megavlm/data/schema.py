@@ -93,7 +93,9 @@ def check_unicode(text: str, where: str = "text") -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} is not valid Unicode text at character {error.start + 1}; write it as UTF-8") from None
+        raise ValueError(
+            f"{where} is not valid Unicode text at character {error.start + 1}; write it as UTF-8"
+        ) from None
 
 
 def check_text(text: str, where: str = "text") -> None:

@@ -316,10 +316,9 @@ class _Run:
         )
         order = [i for request in requests for i in request.members]
         best = min(self.report or 0, self.vocab_size)
-        shape, kind = (len(order),), torch.int64
+        tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
         if self.report is not None:
-            shape, kind = (len(order), 2 + 2 * best), torch.float64
-        tokens = torch.zeros(shape, dtype=kind, device=local_device())
+            tokens = torch.zeros(len(order), 2 + 2 * best, dtype=torch.float64, device=local_device())
         if picked:  # the last stage
             tokens = torch.cat(picked)
         if self.stages > 1:
@@ -335,7 +334,9 @@ class _Run:
         if wanted is None:
             return Chosen(int(row[0]))
         ids, values = row[2 : 2 + best], row[2 + best :]
-        return Chosen(int(row[0]), row[1], tuple((int(i), value) for i, value in zip(ids, values, strict=True))[:wanted])
+        return Chosen(
+            int(row[0]), row[1], tuple((int(i), value) for i, value in zip(ids, values, strict=True))[:wanted]
+        )
 
     def _step(self, requests: Iterator[_Request], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
         """Run one chunk (Megatron-Core's ``forward_step_func``); the last one chooses tokens."""

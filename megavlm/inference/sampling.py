@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
 NO_TOKEN = -1
 """What is chosen where the logits allow no choice: one is NaN or infinite, or none is above minus infinity."""
 
@@ -47,7 +46,8 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         rules = (
-            ("temperature", 0 <= self.temperature <= 1e6, "from 0 to 1,000,000"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature <= 1e6, "at most 1,000,000"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
@@ -101,7 +101,7 @@ def choose(
     best = scores.amax(-1, keepdim=True)  # NaN where one is
     sound = best.isfinite()
     if sampling.temperature < _GREEDY_BELOW or not generators:
-        tokens = scores.argmax(-1)
+        chosen = scores.argmax(-1)
     else:
         # From the best downwards: what cannot be held becomes minus infinity and is never drawn.
         scores = torch.where(sound, scores - best, 0).float()
@@ -110,8 +110,8 @@ def choose(
             torch.multinomial(row, 1, generator=generator)
             for row, generator in zip(kept.softmax(-1).cpu(), generators, strict=True)
         ]
-        tokens = torch.cat(drawn).to(scores.device)
-    return torch.where(sound[:, 0], tokens, NO_TOKEN)
+        chosen = torch.cat(drawn).to(scores.device)
+    return torch.where(sound[:, 0], chosen, NO_TOKEN)
 
 
 def filtered(logits_KV: Tensor, top_k: int, top_p: float) -> Tensor:

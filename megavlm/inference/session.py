@@ -184,7 +184,7 @@ class Session:
         dist.broadcast_object_list(box, 0)
         assert box[0] is not None
         given = box[0]
-        failed = {i: ValueError(reason) for i, reason in given.refused.items()}
+        failed: dict[int, Exception] = {i: ValueError(reason) for i, reason in given.refused.items()}
         images, broken = self._decoded([one[0] for one in given.shown])
         prompts: dict[int, Prompt] = {}
         for i, place in given.places.items():
@@ -205,7 +205,9 @@ class Session:
             dropped=_shared(lambda: {where[i] for i in dropped() if i in where}, len(live)),
         ):  # fmt: skip
             news = {live[place]: chosen for place, chosen in tokens.items()}
-            yield {i: self._piece(prompts[i], one, one.token in stop, given.most[i], texts[i]) for i, one in news.items()}
+            yield {
+                i: self._piece(prompts[i], one, one.token in stop, given.most[i], texts[i]) for i, one in news.items()
+            }
 
     def ask(self, asked: Asked, *, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
         """Answer one conversation, on rank 0, while the others :meth:`follow`.

@@ -18,6 +18,7 @@ from megavlm.inference.server.request import ImagePart
 
 _DATA = "data:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_IS_BASE64 = re.compile(r"; *base64 *$", re.IGNORECASE)
 _WHITE = b"\t\n\f\r "
 _TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 _PERCENT = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%09": b"", b"%20": b""}
@@ -111,7 +112,7 @@ def _from_data_url(url: str, number: int, param: str) -> bytes:
         ApiError: it is no base64.
     """
     head, comma, body = url.partition(",")
-    if not comma or not head.rstrip(" ").lower().endswith("base64") or ";" not in head:
+    if not comma or not _IS_BASE64.search(head):
         raise bad_request(f"image {number}: a data URL must read data:image/...;base64,...", param, "invalid_image")
     digits = body.encode("utf-8", "replace")
     if b"%" in digits:  # only what base64 has besides letters and digits
