@@ -120,7 +120,10 @@ def make_app(service: Service) -> FastAPI:
         async with contextlib.AsyncExitStack() as held:
             service.worker.take_slots(1)
             held.callback(service.worker.free_slots, 1)
-            return await _complete(service, request, held)
+            try:
+                return await _complete(service, request, held)
+            except ClientDisconnect:  # while its request came, or its answer was made
+                return Response(status_code=499)  # nobody reads it
 
     app.add_route("/health", health, ["GET"])
     app.add_route("/v1/models", models, ["GET"])
@@ -176,15 +179,12 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     pieces = service.worker.answer(jobs)
     held.push_async_callback(pieces.aclose)
-    try:
-        if not request.stream:
-            said = [one async for one in _until_gone(http, pieces)]
-            return JSONResponse(_completion(frame, jobs, said))
-        # What is wrong with the request still gets a status of its own.
-        async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
-            first = await anext(watched)
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody reads it
+    if not request.stream:
+        said = [one async for one in _until_gone(http, pieces)]
+        return JSONResponse(_completion(frame, jobs, said))
+    # What is wrong with the request still gets a status of its own.
+    async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
+        first = await anext(watched)
     return _Stream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
 
 

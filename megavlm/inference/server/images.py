@@ -47,7 +47,7 @@ async def load_images(parts: Sequence[ImagePart], limits: Limits, allow_remote: 
             data = await asyncio.to_thread(_from_data_url, url, number, part.param)
         elif not _SCHEME.match(url):
             raise bad_request(
-                f"image {number}: {shown(url)} is no URL; for base64, write data:image/png;base64, in front of it",
+                f"image {number}: {shown(url)} is no URL; if it is base64, data:image/png;base64, is missing in front",
                 part.param,
                 "invalid_image",
             )
