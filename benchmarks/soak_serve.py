@@ -4,7 +4,8 @@
 were right before something in them was changed (a value, a message, a picture, bytes of the JSON). Among them are
 untouched ones, whose answer must stay what it was. Each answer must be one of OpenAI's API, no error may be the
 server's (5xx) or repeat much of what was sent, and nothing may be held afterwards. Prints a Markdown table; exit code 1
-says that a rule was broken, and how. Bounded by ``--requests`` and ``--seconds``; the same ``--seed`` sends the same requests.
+says that a rule was broken, and how. Bounded by ``--requests`` and ``--seconds``; the same ``--seed`` sends the same
+requests.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ READ = frozenset(
 )  # fmt: skip
 """Obeyed."""
 
-_IGNORED = frozenset(
+IGNORED = frozenset(
     {
         # OpenAI's: bookkeeping, billing and caches.
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -30,7 +30,7 @@ _IGNORED = frozenset(
 )  # fmt: skip
 """They change nothing about the answer, whatever they hold."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's.
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -121,11 +121,11 @@ def check_fields(body: Mapping[str, Any]) -> None:
         ApiError: there is one.
     """
     for key, value in body.items():
-        if key in READ or key in _IGNORED:
+        if key in READ or key in IGNORED:
             continue
-        if key not in _NEUTRAL:
+        if key not in NEUTRAL:
             raise bad_request(f"{key[:100]}: there is no such parameter", key[:100], "unknown_parameter")
-        if not any(_equal(value, neutral) for neutral in _NEUTRAL[key]):
+        if not any(_equal(value, neutral) for neutral in NEUTRAL[key]):
             raise bad_request(f"{key}: this server does not support it; leave it out", key, "unsupported_parameter")
 
 
