@@ -47,6 +47,7 @@ _VALUES: tuple[Any, ...] = (
     {}, [[]],
     [None], {"": None}, {"type": "text"}, {"type": "json_object"}, ["text"], ["a", "b"], _nested(300), {"url": "x"},
 )  # fmt: skip
+_EXTREMES = (0.0, 5e-324, 1e-300, 1e-45, 1e-38, 1e-5, 1)
 _FIELDS = (
     "model", "messages", "temperature", "temperature", "top_p", "top_p", "top_k", "repetition_penalty",
     "repetition_penalty", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options",
@@ -82,13 +83,19 @@ def mutated(body: dict[str, Any], rng: random.Random) -> bytes:
     """Return a request as JSON with one to three things changed in it."""
     body = copy.deepcopy(body)
     for _ in range(rng.randint(1, 3)):
-        rng.choice((_change_field, _change_field, _change_message, _change_content, _change_picture))(body, rng)
+        rng.choice((_change_field, _change_sampling, _change_message, _change_content, _change_picture))(body, rng)
     data = json.dumps(body, ensure_ascii=rng.random() < 0.8).encode("utf-8", "surrogatepass")
     return _change_bytes(data, rng) if rng.random() < 0.2 else data
 
 
 def _change_field(body: dict[str, Any], rng: random.Random) -> None:
     body[rng.choice(_FIELDS)] = copy.deepcopy(rng.choice(_VALUES))
+
+
+def _change_sampling(body: dict[str, Any], rng: random.Random) -> None:
+    """Ask for what is allowed and hard to compute."""
+    body.setdefault("temperature", 1.0)
+    body[rng.choice(("temperature", "top_p", "repetition_penalty"))] = rng.choice(_EXTREMES)
 
 
 def _change_message(body: dict[str, Any], rng: random.Random) -> None:
