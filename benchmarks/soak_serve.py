@@ -31,6 +31,8 @@ from PIL import Image
 
 LARGEST_ERROR = 2000
 """Bytes of an answer that is an error."""
+_ENOUGH = 20
+"""Broken rules after which no more is sent."""
 
 
 def _nested(depth: int) -> Any:
@@ -212,8 +214,14 @@ def soak(
     deadline = time.monotonic() + seconds
 
     def ask(number: int) -> None:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or len(report.faults) >= _ENOUGH:
             return
+        try:
+            ask_once(number)
+        except (OSError, http.client.HTTPException) as error:
+            report.faults.append(f"request {number}: no answer: {type(error).__name__}: {error}")
+
+    def ask_once(number: int) -> None:
         rng = random.Random(f"{seed}/{number}")
         began = time.monotonic()
         if number % 10 == 9:
@@ -322,8 +330,12 @@ def _fault(status: int, said: bytes) -> str | None:
 def _wait_until_free(netloc: str, report: Report) -> None:
     """Nothing may be held when nobody asks."""
     deadline = time.monotonic() + 60
-    while (held := json.loads(_got(netloc, "/health"))["requests"]) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    try:
+        while (held := json.loads(_got(netloc, "/health"))["requests"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    except (OSError, http.client.HTTPException) as error:
+        report.faults.append(f"the server is gone: {type(error).__name__}: {error}")
+        return
     if held:
         report.faults.append(f"{held} requests are held though nobody asks")
 
