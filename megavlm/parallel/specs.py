@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megavlm.parallel.activation import swiglu
+from megavlm.parallel.activation import BiasActivationMLP, swiglu
 from megavlm.parallel.attention import TorchAttention
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import has_cuda, transformer_engine_installed
 from megavlm.parallel.norm import TorchNorm
 
 
@@ -32,7 +31,7 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     Raises:
         ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
+    installed = transformer_engine_installed()
     if choice == "transformer_engine" and not (installed and has_cuda()):
         missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
         raise ValueError(
@@ -80,6 +79,8 @@ def layer_modules(
     if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        if not causal:
+            layer.submodules.mlp.module = BiasActivationMLP
         return Modules(core_attention, norm, layer)
     head_norm = norm if qk_layernorm else IdentityOp
     chosen = linears or {}
@@ -101,7 +102,7 @@ def layer_modules(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=MLP if causal else BiasActivationMLP,
                 submodules=MLPSubmodules(
                     linear_fc1=chosen.get("linear_fc1", ColumnParallelLinear),
                     linear_fc2=chosen.get("linear_fc2", RowParallelLinear),
