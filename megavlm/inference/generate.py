@@ -31,7 +31,7 @@ from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, log_probabili
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage
+from megavlm.parallel.state import is_first_stage, is_reader
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def generate(
         pack_length=pack_length, sampling=sampling, cached_positions=cached_positions,
     ):  # fmt: skip
         broken += sum(one.token == NO_TOKEN for one in tokens.values())
-    if broken:
+    if broken and is_reader():
         logger.warning("%d of %d answers end early: the model's logits are not finite", broken, len(prompts))
     return [prompt.answer for prompt in prompts]
 

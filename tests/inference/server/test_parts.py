@@ -137,6 +137,9 @@ def test_control_tokens_of_any_name_are_left_out_of_answers(learnt: Learnt) -> N
     [
         (("--batch=0",), "--batch must be at least 1"),
         (("--pixels=99999999",), "--pixels must be at most"),
+        (("--seconds=" + "9" * 30,), "--seconds must be at most 86400"),
+        (("--name=caf\udce9",), "--name is not valid Unicode text at character 4"),
+        (("--temperature=1e999",), "temperature: inf must be at most 1,000,000"),
         (("--temperature=-1",), "temperature: -1.0 must be 0 or more"),
         (("--host=256.0.0.1",), "cannot listen there"),
         (("--port=99999",), "cannot listen there"),
@@ -151,3 +154,4 @@ def test_wrong_arguments_cost_a_line(words: tuple[str, ...], reason: str, learnt
 @pytest.mark.parametrize("path", ["sft", "sft/checkpoints", "sft/checkpoints/step-00000003", "sft/step-00000003"])
 def test_the_model_is_named_after_the_run(path: str, tmp_path: Path) -> None:
     assert name_of(tmp_path / path) == "sft"
+    assert name_of(tmp_path / "caf\udce9") == "caf?"
