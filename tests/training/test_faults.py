@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from launch import ROOT
+from ranks import megavlm
 from run_data import RunData
 
 from megavlm.checkpoint.manifest import check
@@ -33,11 +34,14 @@ SAVES = ("checkpoint.save_interval=2", "checkpoint.keep=2", "logging.tensorboard
 def run(
     data: RunData, output: Path, *overrides: str, fault: str = "", ranks: int = 1, restarts: int = 0
 ) -> tuple[int, str]:
-    """Run ``megavlm train``; return exit code and output."""
-    words = ["-m", "megavlm", *data.words(output, *SAVES, *overrides)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        words = [*torchrun, "--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", *words]
+    """Run ``megavlm train``; return exit code and output. Under torchrun where it sees a rank fail, or restarts it."""
+    train = data.words(output, *SAVES, *overrides)
+    if ranks == 1 or not fault.endswith(("kill", "stop", "term", "usr1")):
+        world = None if ranks == 1 else ranks
+        done = megavlm(train, world, check=False, env={VARIABLE: fault}, apart=False, timeout=180)
+        return done.code, done.output
+    words = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    words += ["--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", "-m", "megavlm", *train]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
     process = subprocess.Popen(
         [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,

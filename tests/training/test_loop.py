@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, torchrun
+from launch import ROOT
+from ranks import megavlm
 from run_data import RunData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +27,7 @@ DP2 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"
 
 def train(data: RunData, output: Path, *overrides: str, ranks: int = 1) -> str:
     """Run ``megavlm train``; return what it printed."""
-    return torchrun("megavlm", *data.words(output, *overrides), ranks=ranks, module=True)
+    return megavlm(data.words(output, *overrides), world=ranks).output
 
 
 def lines(output: Path, key: str = "loss") -> dict[int, float]:
@@ -159,12 +160,8 @@ def test_counters(whole: tuple[Path, str]) -> None:
 
 def refused(data: RunData, output: Path, *overrides: str, code: int = 2) -> str:
     """Run ``megavlm train`` on one process without torchrun; return the last line of stderr."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "megavlm", *data.words(output, *overrides)],
-        capture_output=True, text=True, timeout=120, env=env, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    done = megavlm(data.words(output, *overrides), check=False)
+    assert done.code == code, done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 
