@@ -64,14 +64,15 @@ class Case:
         target: "module:function", or the script's file; empty for megavlm.
         arguments: the words of the command line; for a function its pickled ``(args, kwargs)``.
         world: processes; 0: one, that is not told that it is a rank.
-        directory: where results and output are written.
+        directory: where results are written.
         timeout: seconds.
         grace: seconds that the other ranks have after one has failed.
         environment: all of it.
         path: ``sys.path``.
         cwd: the working directory.
         stdin: a file, or None.
-        together: write stderr to the file of stdout.
+        stdout: the file that all ranks append to.
+        stderr: the same, or the same file.
     """
 
     kind: str
@@ -85,7 +86,8 @@ class Case:
     path: list[str]
     cwd: str
     stdin: str | None
-    together: bool
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -296,12 +298,11 @@ def _fork(case: Case, rank: int, listening: socket.socket, connection: Connectio
 def _settle(case: Case, rank: int, port: int) -> None:
     """Give this process what a fresh one would have: its environment, files, signals, and luck of its own."""
     os.setsid()
-    directory = Path(case.directory)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     files = [
         os.open(case.stdin or os.devnull, os.O_RDONLY),
-        os.open(directory / "stdout", flags),
-        os.open(directory / ("stdout" if case.together else "stderr"), flags),
+        os.open(case.stdout, flags),
+        os.open(case.stderr, flags),
     ]
     for target, file in enumerate(files):
         os.dup2(file, target)
