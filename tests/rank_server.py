@@ -135,7 +135,11 @@ def preload() -> None:
 
     prepare_device()
     for name in MODULES:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name.startswith("megavlm."):
+                raise  # of others some are optional, and what needs them says so
 
 
 def _reap(*_: object) -> None:

@@ -161,15 +161,15 @@ def start(
 
 
 def script(
-    file: str | Path, *words: object, world: int = 1, check: bool = True, timeout: float = TIMEOUT,
+    file: str | Path, *words: object, world: int | None = 1, check: bool = True, timeout: float = TIMEOUT,
     env: Mapping[str, str] | None = None, grace: float = 2.0,
 ) -> Completed:  # fmt: skip
-    """Run a Python file as ``torchrun file words`` would on ``world`` ranks.
+    """Run a Python file as ``torchrun file words`` would on ``world`` ranks; None: as ``python file words``.
 
     Raises:
         RanksFailed: it was late; or one rank failed, and ``check``.
     """
-    with _start("script", str(file), [str(word) for word in words], world, timeout, env, grace=grace) as job:
+    with _start("script", str(file), [str(word) for word in words], world or 0, timeout, env, grace=grace) as job:
         return job.wait(check=check)
 
 

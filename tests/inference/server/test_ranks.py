@@ -28,7 +28,7 @@ def answer(served: Served) -> str | None:
 
 def test_two_pipeline_stages_serve_as_one(learnt: Learnt, tmp_path: Path) -> None:
     words = ("parallel.pipeline_model_parallel_size=2", f"parallel.distributed_timeout_minutes={TIMEOUT_S / 60}")
-    with serving(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, world=2) as two:
+    with serving(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2) as two:
         client = client_of(two)
         with client.chat.completions.create(model="tiny", messages=asking(two.picture), stream=True) as stream:
             next(iter(stream))  # and leaves
@@ -44,7 +44,7 @@ def test_two_pipeline_stages_serve_as_one(learnt: Learnt, tmp_path: Path) -> Non
 def test_a_process_that_dies_ends_the_server_with_a_line(killed: int, learnt: Learnt, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = ("parallel.tensor_model_parallel_size=2",)
-    with started(learnt.checkpoint, learnt.picture, log, *words, world=2) as two:
+    with started(learnt.checkpoint, learnt.picture, log, *words, ranks=2, torchrun=True) as two:
         assert answer(two) == ANSWER
         ranks = {int(one.environ()["RANK"]): one for one in psutil.Process(two.process.pid).children()}
         assert sorted(ranks) == [0, 1]
@@ -60,7 +60,7 @@ def test_a_process_that_dies_ends_the_server_with_a_line(killed: int, learnt: Le
 @pytest.mark.reliability
 def test_no_process_outlives_torchrun(learnt: Learnt, tmp_path: Path) -> None:
     words = ("parallel.tensor_model_parallel_size=2",)
-    with started(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, world=2) as two:
+    with started(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2, torchrun=True) as two:
         ranks = psutil.Process(two.process.pid).children()
         try:
             assert len(ranks) == 2
