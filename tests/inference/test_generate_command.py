@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from launch import ROOT, torchrun
+from launch import ROOT
 from PIL import Image
+from ranks import megavlm
 from run_data import RunData
 
 from megavlm.cli import main
@@ -31,7 +32,7 @@ def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The directory of a run of three steps at TP 2, which one process can use all the same."""
     output = tmp_path_factory.mktemp("trained")
     words = run_data.words(output, "training.train_steps=3", "parallel.tensor_model_parallel_size=2")
-    torchrun("megavlm", *words, ranks=2, module=True)
+    megavlm(words, world=2)
     return output
 
 
@@ -43,17 +44,12 @@ def picture(run_data: RunData) -> Path:
 
 def said(*words: str | Path, ranks: int = 1, typed: str = "", after: float = 0.0) -> str:
     """Run ``megavlm`` and return what it wrote to stdout; it is typed ``after`` so many seconds of silence."""
-    command = [sys.executable, "-m", "megavlm", *map(str, words)]
-    if ranks > 1:
-        start = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        command = [sys.executable, *start, "--rdzv-endpoint=localhost:0", *command[1:]]
-    if after:
-        shell = f"(sleep {after}; printf %s {shlex.quote(typed)}) | {shlex.join(command)}"
-        command, typed = ["sh", "-c", shell], ""
-    done = subprocess.run(
-        command, input=typed, capture_output=True, encoding="utf-8", errors="surrogateescape", timeout=170, cwd=ROOT,
-        check=False,
-    )  # fmt: skip
+    if not after:
+        return megavlm(words, world=None if ranks == 1 else ranks, stdin=typed, apart=True, timeout=170).stdout
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "-m", "megavlm", *map(str, words)]
+    shell = f"(sleep {after}; printf %s {shlex.quote(typed)}) | {shlex.join(command)}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=170, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -79,7 +79,8 @@ def survives_any_request(two: Served) -> None:
 def test_only_the_end_of_a_process_ends_two(killed: int, learnt: Learnt, tmp_path: Path) -> None:
     log = tmp_path / "log"
     words = ("parallel.tensor_model_parallel_size=2", "--new-tokens=8", "--seconds=5", "--allow-remote-images")
-    with started(learnt.checkpoint, learnt.picture, log, *words, ranks=2, hooks={"POISON": POISON}) as two:
+    hooks = {"POISON": POISON}
+    with started(learnt.checkpoint, learnt.picture, log, *words, ranks=2, torchrun=True, hooks=hooks) as two:
         if killed:
             survives_any_request(two)
         assert two.process.poll() is None
@@ -97,7 +98,7 @@ def test_only_the_end_of_a_process_ends_two(killed: int, learnt: Learnt, tmp_pat
 @pytest.mark.reliability
 def test_no_process_outlives_torchrun(learnt: Learnt, tmp_path: Path) -> None:
     words = ("parallel.tensor_model_parallel_size=2",)
-    with started(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2) as two:
+    with started(learnt.checkpoint, learnt.picture, tmp_path / "log", *words, ranks=2, torchrun=True) as two:
         ranks = psutil.Process(two.process.pid).children()
         try:
             assert len(ranks) == 2
