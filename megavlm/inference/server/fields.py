@@ -62,6 +62,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
     "stop_token_ids": ([],),
     "ignore_eos": (False,),
+    "watermark": (False,),
+    "detokenize": (True,),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
     "logits_processors": ([],),

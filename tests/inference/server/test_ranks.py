@@ -42,6 +42,13 @@ def test_two_pipeline_stages_serve_as_one(learnt: Learnt, tmp_path: Path) -> Non
         with pytest.raises(openai.BadRequestError, match="image 1"):
             client.chat.completions.create(model="tiny", messages=asking(b"broken"))
         assert answer(two) == ANSWER
+        # Log probabilities are made on the last stage alone.
+        (choice,) = client.chat.completions.create(
+            model="tiny", messages=asking(two.picture), logprobs=True, top_logprobs=2
+        ).choices
+        assert choice.logprobs and choice.logprobs.content
+        assert "".join(entry.token for entry in choice.logprobs.content) == ANSWER
+        assert all(entry.top_logprobs[0].token == entry.token for entry in choice.logprobs.content)
         # Longer than a rank waits for another one: rank 0 lets the others know that it is there.
         time.sleep(1.3 * TIMEOUT_S)
         assert answer(two) == ANSWER
