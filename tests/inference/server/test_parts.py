@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from learnt import ANSWER, QUESTION, Learnt
 
 from megavlm.cli import main
 from megavlm.data.schema import Turn
 from megavlm.inference import generate
+from megavlm.inference import sampling as sampling_module
 from megavlm.inference.checkpoint import add_model_arguments, model_of
+from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
+from megavlm.inference.server.errors import ApiError
 from megavlm.inference.server.main import name_of
 from megavlm.inference.server.stops import StopScanner
-from megavlm.inference.session import Asked, Piece, session
+from megavlm.inference.server.worker import Job, Worker
+from megavlm.inference.session import Asked, NotFiniteError, Piece, session
 from megavlm.inference.turns import user_turn
+from megavlm.models.build import unwrap
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
@@ -98,6 +107,71 @@ def test_what_is_wrong_with_a_conversation_ends_it_alone(learnt: Learnt, monkeyp
             list(model.ask(wrong[1], max_new_tokens=4, sampling=Sampling()))
 
 
+def test_logits_that_are_not_finite_end_an_answer_with_a_line(learnt: Learnt, caplog, capsys, monkeypatch) -> None:
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    recipe, checkpoint, tokenizer = model_of(parser.parse_args([str(learnt.checkpoint)]))
+    spoilt = tokenizer.encode("\u03a9")[0]
+
+    def spoil(_: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == spoilt).reshape(*output.shape[:2], 1), float("nan"))
+
+    plain, bad = Asked((Turn("user", "Tell me"),)), Asked((Turn("user", "Tell \u03a9"),))
+    with session(recipe, checkpoint, tokenizer) as model:
+        alone = list(model.ask(plain, max_new_tokens=5, sampling=Sampling()))
+        language = unwrap(model.chunks[0]).language
+        hook = language.embedding.word_embeddings.register_forward_hook(spoil)
+        said: list[list[Piece]] = [[], [], []]
+        for kind in (Sampling(), Sampling(report=1)):
+            said = [[], [], []]
+            for pieces in model.ask_all([plain, bad, plain], max_new_tokens=5, sampling=kind):
+                for i, piece in pieces.items():
+                    said[i].append(replace(piece, report=None))
+            assert said[0] == said[2] == alone
+            assert len(said[1]) == 1 and isinstance(said[1][0].error, NotFiniteError)
+        with pytest.raises(NotFiniteError, match="NaN or infinite"):
+            list(model.ask(bad, max_new_tokens=5, sampling=Sampling()))
+        prompts = [Prompt(model.cut(one, 5)[1], None) for one in (plain, bad)]
+        answers = generate.generate(
+            model.chunks, prompts, max_new_tokens=5, stop_ids=[tokenizer.im_end_id], vocab_size=tokenizer.vocab_size,
+            pack_length=200,
+        )  # fmt: skip
+        assert answers[0] and not answers[1]
+        assert "1 of 2 answers end early: the model's logits are not finite" in caplog.text
+        hook.remove()
+    monkeypatch.setattr(sampling_module.Tensor, "isfinite", lambda self: torch.zeros_like(self, dtype=torch.bool))
+    assert main(["generate", str(learnt.checkpoint), "--prompt", "a"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("megavlm: error: the model's logits are NaN or infinite")
+
+
+def test_a_batch_that_fails_is_answered_one_by_one(learnt: Learnt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one process answers: an allocation that is too large, or a bug, is not the neighbours' fault."""
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    recipe, checkpoint, tokenizer = model_of(parser.parse_args([str(learnt.checkpoint)]))
+    with session(recipe, checkpoint, tokenizer) as model:
+        ask_all = model.ask_all
+
+        def fails(asked: list[Asked], **more: Any) -> Any:
+            if any(one.turns[-1].text == "boom" for one in asked):
+                raise RuntimeError("out of memory")
+            return ask_all(asked, **more)
+
+        monkeypatch.setattr(model, "ask_all", fails)
+        worker = Worker(model, 4, 8, 1.0)
+
+        async def serve() -> list[Piece | ApiError]:
+            texts = ("Tell me", "boom", "Tell me")
+            jobs = [Job(Asked((Turn("user", text),)), 9, 1, Sampling()) for text in texts]
+            worker._serve(jobs)
+            return [(await job.pieces.get())[1] for job in jobs]
+
+        first, failed, last = asyncio.run(serve())
+        assert isinstance(first, Piece) and first == last and first.finish is not None
+        assert isinstance(failed, ApiError) and failed.status == 500
+
+
 def test_the_choices_of_a_request_share_its_prompt(learnt: Learnt, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     add_model_arguments(parser)
@@ -128,7 +202,7 @@ def test_control_tokens_of_any_name_are_left_out_of_answers(learnt: Learnt) -> N
         turns = [Turn("user", "a"), Turn("assistant", "b<|vision_start|>c"), Turn("user", "d")]
         plain = [turns[0], Turn("assistant", "bc"), turns[2]]
         assert model.encoded(Asked(tuple(turns))).tokens.tolist() == model.encoded(Asked(tuple(plain))).tokens.tolist()
-        only = Asked((turns[0], Turn("assistant", "".join(model.control_names)), turns[2]))
+        only = Asked((turns[0], Turn("assistant", " ".join(model.control_names)), turns[2]))
         assert len(model.encoded(only).tokens) > 0
 
 
