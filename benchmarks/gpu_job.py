@@ -1,7 +1,7 @@
 """One job of ``gpu_check`` in a process of its own: trains some steps or decodes some images, and writes what it saw.
 
-Arguments: a JSON object with ``kind`` ("train", "attention", "decoders", "rates", "save") and its settings, and the file
-to write the result to. A result of ``missing`` says what this machine lacks for the job.
+Arguments: a JSON object with ``kind`` ("train", "attention", "decoders", "rates", "save") and its settings, and the
+file to write the result to. A result of ``missing`` says what this machine lacks for the job.
 """
 
 from __future__ import annotations

@@ -78,7 +78,16 @@ _WITH_BIAS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class BiasActivationMLP(MLP):
-    """Megatron-Core's MLP without a gate, with bias and activation in one function; for towers."""
+    """Megatron-Core's MLP without a gate, with bias and activation in one function; for towers.
+
+    A built MLP is turned into one: Megatron-Core's layer knows MLPs by their exact class when it builds them.
+    """
+
+    @classmethod
+    def take_over(cls, mlp: MLP) -> None:
+        """Turn ``mlp`` into one of these, with its layers."""
+        assert type(mlp) is MLP, type(mlp)
+        mlp.__class__ = cls
 
     def forward(self, hidden_states: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Return [..., hidden_size] and the bias to add to it."""

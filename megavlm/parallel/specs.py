@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megavlm.parallel.activation import BiasActivationMLP, swiglu
+from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import TorchAttention
 from megavlm.parallel.device import has_cuda, transformer_engine_installed
 from megavlm.parallel.norm import TorchNorm
@@ -79,8 +79,6 @@ def layer_modules(
     if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
-        if not causal:
-            layer.submodules.mlp.module = BiasActivationMLP
         return Modules(core_attention, norm, layer)
     head_norm = norm if qk_layernorm else IdentityOp
     chosen = linears or {}
@@ -102,7 +100,7 @@ def layer_modules(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=MLP if causal else BiasActivationMLP,
+                module=MLP,
                 submodules=MLPSubmodules(
                     linear_fc1=chosen.get("linear_fc1", ColumnParallelLinear),
                     linear_fc2=chosen.get("linear_fc2", RowParallelLinear),

@@ -18,7 +18,7 @@ from torch import Tensor
 from megavlm.config.schema import VisionConfig
 from megavlm.models.context import BuildContext
 from megavlm.models.positions import resize_table
-from megavlm.parallel.activation import gelu_tanh
+from megavlm.parallel.activation import BiasActivationMLP, gelu_tanh
 from megavlm.parallel.specs import block_submodules, layer_modules
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -81,6 +81,8 @@ class VisionTransformer(MegatronModule):
         self.transformer = TransformerBlock(
             config=config, spec=block_submodules(modules, vision.num_layers), post_layer_norm=False
         )
+        for layer in self.transformer.layers:
+            BiasActivationMLP.take_over(layer.mlp)
         self.ln_post = norm() if vision.post_layernorm else None
         if context.initialize:
             torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
