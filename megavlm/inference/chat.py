@@ -186,6 +186,8 @@ def _path(text: str) -> Path:
 
 def _lines(say: Callable[[str], object], model: Session) -> Iterator[str]:
     """Yield what is typed, until the input ends; the other ranks are kept waiting meanwhile."""
+    if sys.stdin is None:  # closed by who started us
+        return
     typed: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:

@@ -172,6 +172,8 @@ def test_an_input_that_fails_ends_the_conversation(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("sys.stdin", Gone())
     assert list(_lines(print, SimpleNamespace(idle_seconds=5))) == []  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(_lines(print, SimpleNamespace(idle_seconds=5))) == []  # type: ignore[arg-type]
 
 
 def test_an_answer_is_written_whatever_the_encoding_is() -> None:
