@@ -184,7 +184,9 @@ class Session:
         dist.broadcast_object_list(box, 0)
         assert box[0] is not None
         given = box[0]
-        failed: dict[int, Exception] = {i: ValueError(reason) for i, reason in given.refused.items()}
+        failed: dict[int, Exception] = {
+            i: ValueError(reason) if theirs else RuntimeError(reason) for i, (theirs, reason) in given.refused.items()
+        }
         images, broken = self._decoded([one[0] for one in given.shown])
         prompts: dict[int, Prompt] = {}
         for i, place in given.places.items():
@@ -289,9 +291,10 @@ class Session:
                     given.shown.append((fitted.images, tokens))
                 given.places[i] = known[id(one), new]
             except Exception as error:  # of this conversation, and of no other
-                if not isinstance(error, ValueError):
+                theirs = isinstance(error, ValueError)
+                if not theirs:
                     logger.exception("a conversation cannot be read")
-                given.refused[i] = str(error) or type(error).__name__
+                given.refused[i] = theirs, str(error) if theirs else f"{type(error).__name__}: {error}"
         return given
 
     def _decoded(self, shown: Sequence[Sequence[bytes]]) -> tuple[list[torch.Tensor | None], dict[int, Exception]]:
@@ -345,8 +348,8 @@ class _Given:
     """Image files and tokens of the conversations that can be read."""
     places: dict[int, int]
     """By the index of a conversation, where it stands in ``shown``."""
-    refused: dict[int, str]
-    """By the index of a conversation, why it cannot be read."""
+    refused: dict[int, tuple[bool, str]]
+    """By the index of a conversation, whether it is to blame that it cannot be read, and why."""
     most: list[int]
     """Longest answer to each."""
     sampling: list[Sampling]

@@ -102,7 +102,9 @@ def test_what_is_wrong_with_a_conversation_ends_it_alone(learnt: Learnt, monkeyp
         for i, reason in enumerate(reasons, 1):
             (piece,) = said[i]
             assert piece.finish == "error" and isinstance(piece.error, ValueError) and reason in str(piece.error)
-        assert said[7][0].finish == "error"
+        assert said[7][0].finish == "error" and not isinstance(said[7][0].error, ValueError)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            list(model.ask(wrong[-1], max_new_tokens=4, sampling=Sampling()))
         with pytest.raises(ValueError, match="not valid Unicode"):
             list(model.ask(wrong[1], max_new_tokens=4, sampling=Sampling()))
 
