@@ -115,7 +115,7 @@ def _read_added_tokens(path: Path, known: dict[str, int]) -> dict[str, int]:
         return {}
     try:
         tokens = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer {path} is not valid JSON: {error}") from None
     if not isinstance(tokens, dict) or not all(token and type(number) is int for token, number in tokens.items()):
         raise ValueError(f"tokenizer {path} must be an object of tokens and their ids")
