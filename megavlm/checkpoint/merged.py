@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.base import base_of, holds_adapters
+from megavlm.checkpoint.finite import check_finite, narrowed
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import read_run
 from megavlm.checkpoint.publish import publishing
@@ -62,9 +63,14 @@ class MergedReader(CheckpointReader):
         return self.base.dtype(slot)
 
     def read(self, slot: Slot) -> Tensor:
-        """Return a merged parameter."""
+        """Return a merged parameter.
+
+        Raises:
+            ValueError: also where a value is not finite, or would not be in the base's number type.
+        """
+        where = f"{self.path}: {slot.key}"
         if slot.key in self.tensors():
-            return super().read(slot).to(self.base.dtype(slot))
+            return narrowed(super().read(slot), self.base.dtype(slot), where)
         weight = self.base.read(slot)
         prefix = slot.key.removesuffix(".weight")
         linear = next((name for name in LINEARS if prefix.endswith(f".{name}")), None)
@@ -80,7 +86,9 @@ class MergedReader(CheckpointReader):
             for name, shape in shapes.items()
         )
         added = adapter.expand(low.t(), up, rows).t()
-        return (weight.float() + adapter.scale * added).to(weight.dtype)
+        whole = weight.float() + adapter.scale * added
+        check_finite(whole, where)
+        return narrowed(whole, weight.dtype, where)
 
 
 def open_reader(checkpoint: Path, base: Path | None = None) -> CheckpointReader:

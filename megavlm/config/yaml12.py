@@ -62,7 +62,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         if node is None or (alias and node not in self._sizes):
-            raise yaml.MarkedYAMLError(problem=f"*{getattr(event, 'anchor', '')} stands inside of what it repeats", problem_mark=mark)
+            name = getattr(event, "anchor", "")
+            raise yaml.MarkedYAMLError(problem=f"*{name} stands inside of what it repeats", problem_mark=mark)
         self._values += self._sizes[node] if alias else 1
         if self._values > MOST_VALUES:
             raise yaml.MarkedYAMLError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm import __version__
+from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.families import detect
@@ -206,7 +207,10 @@ class _Plan:
 
     def _reader(self, rule: Rule, index: int, slot: Slot) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            tensor = rule.to_ours(self.read(rule))[index]
+            theirs = self.read(rule)
+            for name, one in zip(rule.row.theirs, theirs, strict=True):
+                check_finite(one, f"{self.given.source.path}: {name}")
+            tensor = rule.to_ours(theirs)[index]
             return _grown(tensor, slot) if tuple(tensor.shape) != slot.shape else tensor
 
         return read
@@ -314,7 +318,9 @@ def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> Non
     writer = ShardedWriter(directory, entries)
     try:
         for entry in entries:
-            writer.put(entry.name, source.get(entry.name))
+            tensor = source.get(entry.name)
+            check_finite(tensor, f"{source.path}: {entry.name}")
+            writer.put(entry.name, tensor)
         writer.close()
     finally:
         writer.abort()

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.families import FAMILIES
 from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
@@ -60,6 +61,8 @@ class Export:
     constants: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     """Keys of the model in which the written config.json differs from the original one."""
+    vanished: int = 0
+    """Values that are too small for the number type asked for, and became 0."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -71,6 +74,8 @@ class Export:
             lines.append(f"carried: {self.carried} tensors that training does not touch, as they came")
         if self.constants:
             lines.append(f"without an effect, written for the loader: {', '.join(self.constants)}")
+        if self.vanished:
+            lines.append(f"too small for the number type asked for: {self.vanished:,} values became 0; bf16 keeps them")
         state = "read back and bit-identical" if self.verified else "not read back (--no-verify, or another --dtype)"
         lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB in {self.files} files: {state}")
         return lines
@@ -122,7 +127,7 @@ def export(
             try:
                 with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                     for rule in rules:
-                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype), strict=True):
+                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype, result), strict=True):
                             writer.put(name, tensor, bar.update)
                     for name, tensor in extra.items():
                         writer.put(name, tensor, bar.update)
@@ -206,10 +211,20 @@ def _entries(rule: Rule, dtype: torch.dtype) -> list[Entry]:
     return [Entry(name, shape, dtype) for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
 
 
-def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None) -> list[Tensor]:
-    """Return Hugging Face's tensors of a rule."""
+def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, result: Export) -> list[Tensor]:
+    """Return Hugging Face's tensors of a rule.
+
+    Raises:
+        ValueError: a value is not finite, or ``dtype`` has no room for it.
+    """
     tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
-    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+    for name, tensor in zip(rule.row.theirs, tensors, strict=True):
+        check_finite(tensor, f"{reader.path}: {name}")
+    if dtype is None:
+        return tensors
+    cast = [narrowed(tensor, dtype, f"--dtype: {name}") for name, tensor in zip(rule.row.theirs, tensors, strict=True)]
+    result.vanished += sum(map(vanished, tensors, cast))
+    return cast
 
 
 def _extra(
@@ -234,7 +249,8 @@ def _extra(
         constants = family.constants(model, style)
         result.constants = list(constants)
         tensors = {name: torch.full(shape, value) for name, (shape, value) in constants.items()}
-    tensors = {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
+    if dtype is not None:
+        tensors = {name: narrowed(t, dtype, f"--dtype: {name}") for name, t in tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
