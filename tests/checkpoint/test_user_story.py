@@ -39,7 +39,7 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     source = qwen_vl(tmp_path / "hf", s=sizes)
     config = json.loads((source / "config.json").read_text())
     # Quickstart's tokenizer has its special tokens in another order than Qwen's.
-    config["visual"]["image_start_id"] = tokenizer.imgpad_id - 2
+    config["visual"]["image_start_id"] = tokenizer.img_start_id
     (source / "config.json").write_text(json.dumps(config))
     shutil.copy(run_data.root / "tokenizer.model", source / "tokenizer.model")
     start, run, home = tmp_path / "start", tmp_path / "run", tmp_path / "home"

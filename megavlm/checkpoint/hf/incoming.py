@@ -18,7 +18,7 @@ from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.families import detect
-from megavlm.checkpoint.hf.family import Family
+from megavlm.checkpoint.hf.family import Family, config_file
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
@@ -27,7 +27,7 @@ from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
 from megavlm.models.context import BuildContext
 
@@ -125,6 +125,9 @@ def convert(
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
     )
+    for one in given:
+        if tokenizer is not None and "language" in one.parts:
+            _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
     if len(given) > 1 or fresh:
         _grow_vocabulary(branches, tokenizer, report)
@@ -237,6 +240,29 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
         report.fresh.append(
             f"{grown - rows} rows of the embedding and output layer, for the tokens that {tokenizer} lacks"
         )
+
+
+_ROLES = {"image": "imgpad", "image_start": "img_start"}
+
+
+def _check_ids(one: Given, path: Path) -> None:
+    """Check that config.json and the tokenizer mean the same tokens, where both have them.
+
+    Raises:
+        ValueError: they do not; both are named.
+    """
+    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
+    for key, role in _ROLES.items():
+        if key == "image" and "image_start" in ids:
+            continue  # Qwen's configuration says where an image starts; the rest is counted from there
+        there = {name: tokenizer.encode(name) for name in ROLES[role] if name not in tokenizer.added}
+        there = {name: found for name, found in there.items() if len(found) == 1}
+        if key in ids and there and [ids[key]] not in there.values():
+            name, (number,) = next(iter(there.items()))
+            raise ValueError(
+                f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
+                f"{name} the id {number}; correct one"
+            )
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:
