@@ -31,8 +31,8 @@ def test_an_image_that_is_two_tokens(
     (source / "tokenizer.json").write_text(json.dumps(tree))
     assert convert("hf-to-megatron", "--hf", source, "--out", tmp_path / "m") == (0 if start == 115 else 2)
     if start != 115:
-        wanted = f"config.json: the image start token has the id 115, but {source}/tokenizer.json gives <img> the id 116"
-        assert wanted in capsys.readouterr().err
+        wanted = f"token has the id 115, but {source}/tokenizer.json gives <img> the id 116; correct one"
+        assert f"{source}/config.json: the image start {wanted}" in capsys.readouterr().err
 
 
 def test_a_checkpoint_takes_along_every_file_that_says_ids(tmp_path: Path) -> None:

@@ -188,13 +188,22 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             return family
         if asked:
             raise ValueError(f"--family {name}: {reason}")
-    reasons = []
+    fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
             reason = family.refuses(model)
             if reason is None:
-                return family
-            reasons.append(f"{family.name}: {reason}")
+                fitting.append(family)
+            else:
+                reasons.append(f"{family.name}: {reason}")
+    if fitting and name is None:
+        return fitting[0]
+    if fitting and name is not None:
+        others = " or ".join(f"--family {family.name}" for family in fitting)
+        raise ValueError(
+            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
+            f"another that can is written if you ask for it: {others}"
+        )
     raise ValueError(
         "no Hugging Face family holds this model whole ("
         + "; ".join(reasons)

@@ -26,6 +26,7 @@ from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
+from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
@@ -202,6 +203,11 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     Raises:
         ValueError: it is an adapter of another kind, or for another model.
     """
+    if not (directory / CONFIG).is_file():
+        there = what_is(directory)
+        raise ValueError(
+            f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
+        )
     settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
     if (directory / _APART).is_file():
         raise ValueError(
