@@ -15,7 +15,10 @@ from launch import torchrun
 from qwen_reference import Sizes
 from run_data import RunData
 
+from megavlm.checkpoint.hf.template import render
 from megavlm.cli import main
+from megavlm.data.chat import encode_prompt
+from megavlm.data.schema import Turn
 from megavlm.data.tokenizer import load_tokenizer
 
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -56,6 +59,12 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     assert main(["convert", "megatron-to-hf", "--megatron", str(run), "--out", str(home)]) == 0
     for file in ("config.json", "tokenizer.model", "modeling_qwen.py"):
         assert (home / file).read_bytes() == (source / file).read_bytes()
+    template = (home / "chat_template.jinja").read_text()
+    said = render(template, [{"role": "user", "content": "Hi?"}])
+    trained = encode_prompt([Turn("user", "Hi?")], tokenizer, 1, "You are a helpful assistant.")
+    assert tokenizer.encode(said) == trained.tolist()
+    stops = json.loads((home / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.im_end_id, tokenizer.eos_id]
     before, after = load(source), load(home)
     buffers = {"transformer.h.0.attn.masked_bias", "transformer.rotary_emb.inv_freq"}
     assert after.keys() == before.keys() - buffers

@@ -18,6 +18,7 @@ from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.families import detect
+from megavlm.checkpoint.hf.families.preprocessor import geometry
 from megavlm.checkpoint.hf.family import Family, config_file
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
@@ -82,6 +83,8 @@ class Report:
     carried: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     """What was initialised rather than converted."""
+    notes: list[str] = field(default_factory=list)
+    """What is otherwise here than the source's own files say."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -91,6 +94,7 @@ class Report:
         lines += [f"ignored: {len(names)} x {why} ({names[0]})" for why, names in self.ignored.items()]
         if self.carried:
             lines.append(f"carried beside the model: {len(self.carried)} tensors ({self.carried[0]})")
+        lines += [f"note: {note}" for note in self.notes]
         state = "read back and bit-identical" if self.verified else "not read back (--no-verify)"
         lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB: {state}")
         return lines
@@ -129,6 +133,7 @@ def convert(
         if tokenizer is not None and "language" in one.parts:
             _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
+    report.notes = [note for one in given if "vision" in one.parts for note in [geometry(one.source)] if note]
     if len(given) > 1 or fresh:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)

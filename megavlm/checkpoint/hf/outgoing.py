@@ -17,11 +17,13 @@ from tqdm import tqdm
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.families import FAMILIES
+from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source
+from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.publish import publishing
@@ -29,7 +31,7 @@ from megavlm.checkpoint.safe import first_line
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import yaml12
 from megavlm.config.help import to_tree
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
 
@@ -63,6 +65,8 @@ class Export:
     """Keys of the model in which the written config.json differs from the original one."""
     vanished: int = 0
     """Values that are too small for the number type asked for, and became 0."""
+    trained: list[str] = field(default_factory=list)
+    """Small files that say what was trained here, instead of what came along."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -70,6 +74,7 @@ class Export:
         lines = [f"family: {self.family}"]
         if self.changed:
             lines.append(f"config.json: written anew for {', '.join(self.changed)}")
+        lines += [f"as trained here: {line}" for line in self.trained]
         if self.carried:
             lines.append(f"carried: {self.carried} tensors that training does not touch, as they came")
         if self.constants:
@@ -136,6 +141,7 @@ def export(
                 writer.abort()
             result.files = len(writer.shards)
             _write_assets(checkpoint, partial, family, model, record, result, original=original)
+            _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial, entries, record)
             source = Source(partial, _feature_layer(record, model, original=original))
             left = _differences(family, source, model)
@@ -288,6 +294,24 @@ def _write_assets(
     if result.changed:
         old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
         _write_config(partial, old, family.config(model, tokens))
+
+
+def _write_meaning(
+    checkpoint: Path, partial: Path, family: Family, model: ModelConfig, result: Export, *, original: bool
+) -> None:
+    """Write what the small files say after a training; without one they say what they said."""
+    if was_trained(checkpoint):
+        result.trained = write_trained(partial, family, model, _system_message(checkpoint))
+    elif "vision" in family.parts and family.preprocesses:
+        lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
+        if lacking or "model.vision.image_size" in result.changed:
+            result.trained = write_pixels(partial, model)
+
+
+def _system_message(checkpoint: Path) -> str:
+    """Return what conversations without a system turn were trained with."""
+    data = yaml12.parse((checkpoint / "recipe.yaml").read_text(encoding="utf-8")).get("data") or {}
+    return str(data.get("system_message", DataConfig.system_message))
 
 
 def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> int | str:
