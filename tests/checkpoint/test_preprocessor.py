@@ -36,7 +36,8 @@ FILES: dict[str, tuple[dict[str, Any], list[float] | None, list[float] | None]] 
     "its class's": ({"preprocessor_config.json": {"image_processor_type": "CLIPImageProcessorFast"}}, CLIP, None),
     "size": (
         {"preprocessor_config.json": {**OWN, "do_center_crop": True,
-                                      "size": {"shortest_edge": 56}, "crop_size": {"height": 28, "width": 28}}}, MEAN, STD,
+                                      "size": {"shortest_edge": 56}, "crop_size": {"height": 28, "width": 28}}},
+        MEAN, STD,
     ),
 }  # fmt: skip
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -44,7 +45,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"preprocessor_config.json": OWN, "processor_config.json": {"image_processor": {"image_mean": STD}}},
         "processor_config.json: image_mean is [0.229, 0.224, 0.225], but",
     ),
-    "two numbers": ({"preprocessor_config.json": {"image_mean": [1, 2]}}, "image_mean is [1, 2]; it must be three numbers"),
+    "two numbers": ({"preprocessor_config.json": {"image_mean": [1, 2]}}, "image_mean is [1, 2]; it must be three"),
     "no spread": ({"preprocessor_config.json": {"image_std": [0.1, 0, 0.1]}}, "image_std is [0.1, 0, 0.1]; it must be"),
     "text": ({"preprocessor_config.json": {"image_std": ["a", "b", "c"]}}, "image_std is ['a', 'b', 'c']; it must be"),
     "not divided": ({"preprocessor_config.json": {"do_rescale": False}}, "pixels must be divided by 255"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from family_cases import _TEXT, _VISION, llava
+from family_cases import _TEXT, _VISION, llava, qwen_vl
 from hf_makers import digest, megatron
 from PIL import Image
 from tokenizer_files import write_llama, write_llava, write_qwen2
@@ -150,9 +150,11 @@ def test_another_size_and_no_system_message(tmp_path: Path) -> None:
     )
 
 
-def test_who_was_not_trained_keeps_every_file(tmp_path: Path) -> None:
+def test_who_was_not_trained_keeps_every_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     hf = made(tmp_path, "llava")
     convert("megatron-to-hf", "--megatron", megatron(hf, tmp_path / "m"), "--out", tmp_path / "home")
+    assert "not trained here: chat template, stop ids and preprocessor are those" in caplog.text
     before, after = digest(hf), digest(tmp_path / "home")
     assert {name: after[name] for name in before if name.endswith((".json", ".jinja"))} == {
         name: value for name, value in before.items() if name.endswith((".json", ".jinja"))
@@ -170,3 +172,15 @@ def test_an_export_comes_in_again_with_the_same_ids(kind: str, tmp_path: Path) -
     turns = SAMPLES[1]
     assert encode_prompt(turns, one, 3, SYSTEM).tolist() == encode_prompt(turns, two, 3, SYSTEM).tolist()
     assert one.added and not two.added if kind != "qwen2" else not one.added
+
+
+def test_pixels_that_a_family_has_no_file_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen-VL's code has CLIP's numbers fixed: weights that were trained on others are not said to be Qwen-VL's."""
+    qwen_vl(tmp_path / "hf")
+    checkpoint = megatron(tmp_path / "hf", tmp_path / "m")
+    recipe = checkpoint / "recipe.yaml"
+    text = recipe.read_text()
+    assert "image_mean:\n      - 0.48145466" in text
+    recipe.write_text(text.replace("image_mean:\n      - 0.48145466", "image_mean:\n      - 0.5"))
+    assert main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(tmp_path / "home")]) == 2
+    assert "pictures are normalised with other numbers than CLIP's" in capsys.readouterr().err

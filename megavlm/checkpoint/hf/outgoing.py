@@ -67,6 +67,8 @@ class Export:
     """Values that are too small for the number type asked for, and became 0."""
     trained: list[str] = field(default_factory=list)
     """Small files that say what was trained here, instead of what came along."""
+    untouched: bool = False
+    """No step was taken here: the small files are those that the weights came with."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -75,6 +77,10 @@ class Export:
         if self.changed:
             lines.append(f"config.json: written anew for {', '.join(self.changed)}")
         lines += [f"as trained here: {line}" for line in self.trained]
+        if self.untouched:
+            lines.append(
+                "not trained here: chat template, stop ids and preprocessor are those that the weights came with"
+            )
         if self.carried:
             lines.append(f"carried: {self.carried} tensors that training does not touch, as they came")
         if self.constants:
@@ -302,7 +308,10 @@ def _write_meaning(
     """Write what the small files say after a training; without one they say what they said."""
     if was_trained(checkpoint):
         result.trained = write_trained(partial, family, model, _system_message(checkpoint))
-    elif "vision" in family.parts and family.preprocesses:
+        return
+    if "language" in family.parts and original:
+        result.untouched = True
+    if "vision" in family.parts and family.preprocesses:
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
             result.trained = write_pixels(partial, model)
