@@ -103,3 +103,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_tree(checkpoint: Path) -> dict[str, Any]:
+    """Return the recipe of a checkpoint, unchecked.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: it is damaged, or asks for more than a recipe holds.
+    """
+    from megavlm.config import yaml12  # noqa: PLC0415 - this module is asked before much is loaded
+
+    path = checkpoint / "recipe.yaml"
+    try:
+        tree = yaml12.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: is damaged: it holds no keys")
+    return tree

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +24,9 @@ from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
-from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
-from megavlm.checkpoint.safe import first_line
 from megavlm.checkpoint.stream import CheckpointReader
-from megavlm.config import yaml12
 from megavlm.config.help import to_tree
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -166,11 +163,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     """
     recipe = checkpoint / "recipe.yaml"
     if recipe.is_file():
-        try:
-            tree = yaml12.parse(recipe.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{recipe}: is damaged: {first_line(error)}") from None
-        model = tree.get("model") if isinstance(tree, dict) else None
+        model = read_tree(checkpoint).get("model")
         where: Path = recipe
     elif "model" in record:
         model, where = record["model"], checkpoint / assets.FOLDER / assets.RECORD
@@ -319,7 +312,7 @@ def _write_meaning(
 
 def _system_message(checkpoint: Path) -> str:
     """Return what conversations without a system turn were trained with."""
-    data = yaml12.parse((checkpoint / "recipe.yaml").read_text(encoding="utf-8")).get("data") or {}
+    data = (read_tree(checkpoint).get("data") if (checkpoint / "recipe.yaml").is_file() else None) or {}
     return str(data.get("system_message", DataConfig.system_message))
 
 

@@ -28,7 +28,7 @@ from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.merged import recipe_branches
-from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.safe import load_weights
 from megavlm.checkpoint.slots import find_slots
@@ -346,7 +346,7 @@ def _index(part: int, layer: _Layer) -> int:
 
 def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
     """Write what a checkpoint has beside tensors: the base's recipe with the adapters, and the small files."""
-    tree = yaml12.parse((base / "recipe.yaml").read_text(encoding="utf-8"))
+    tree = read_tree(base)
     tree["lora"] = {
         "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets),
         "train_embeddings": lora.train_embeddings, "train_head": lora.train_head, "quantize": None,
