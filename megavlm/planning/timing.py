@@ -19,8 +19,10 @@ from megavlm.planning.parameters import (
     NF4_BYTES,
     adapter_shapes,
     adapter_widths,
+    gathered_width,
     learning_elements,
     linear_shapes,
+    local_groups,
     padded_vocabulary,
 )
 from megavlm.planning.schedule import Timeline, simulate
@@ -130,12 +132,15 @@ class Timer:
         dense, attention = work.layers, work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        rotated = tokens * (width + language.num_query_groups * language.kv_channels) // tp * b
+        rotated = tokens * (width // tp + local_groups(language, tp) * language.kv_channels) * b
+        gathered = tokens * gathered_width(language, tp) * b
         # Norms and residuals; rotation; gated activation. Plain torch makes three times the passes over memory.
         moved = (10 * stream + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b) * (
             1 if self.kernels.fused else 3
         )
-        wires = self._tensor_parallel(wide, 4)
+        moved += 2 * gathered  # put in order, which is read and written
+        sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
+        wires = self._tensor_parallel(wide, 4) + sharing
         forward = max(
             self._linear(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS
         )
@@ -149,6 +154,7 @@ class Timer:
         forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
         back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        back_wires += sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
