@@ -26,8 +26,8 @@ from megavlm.inference.sampling import Sampling  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.models.registry import expand_presets  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
-from megavlm.training.build import TrainingModel, build_training  # noqa: E402
-from megavlm.training.step import run_batches, train_step  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.step import train_step  # noqa: E402
 
 Job = dict[str, Any]
 
@@ -39,7 +39,7 @@ def run_jobs(jobs: list[Job]) -> list[Any]:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train from ``weights`` (made if they are not there); the whole gradients of the first step go to ``gradients``.
+    """Train from ``weights`` (made if they are not there); the gradients of the first step go to ``gradients``.
 
     Optional: ``load`` is a run to go on from, ``save`` where to save with optimizer state, ``steps``.
     """
@@ -66,12 +66,12 @@ def train(job: Job) -> dict[str, Any]:
             "learning": sum(p.numel() for p in parameters if p.requires_grad),
             "stage": mpu.get_pipeline_model_parallel_rank(),
         }
-        if "gradients" in job:
-            save_gradients(training, _batches(recipe, 0), recipe, Path(job["gradients"]))
         results = []
         for step in range(job.get("steps", 2)):
             training.scheduler.step(1)
             results.append(train_step(training.chunks, training.optimizer, _batches(recipe, step), num_sources=1))
+            if step == 0 and "gradients" in job:
+                save_gradients(training.modules, recipe, Path(job["gradients"]))
         if "save" in job:
             with training.settled():
                 state = State(training.modules, training.optimizer, training.scheduler, run={"step": 3})
@@ -86,17 +86,17 @@ def _batches(recipe: Recipe, step: int) -> list[MicroBatch]:
     return [micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
 
 
-def save_gradients(training: TrainingModel, batches: list[MicroBatch], recipe: Recipe, root: Path) -> None:
-    """Save the gradients in place of the weights, so that those of all layouts can be compared; not of frozen ones."""
-    for chunk in training.chunks:
-        chunk.zero_grad_buffer()
-    run_batches(training.chunks, batches, num_sources=1)
-    parameters = [p for module in training.modules for p in module.parameters()]
+def save_gradients(modules: list[Any], recipe: Recipe, root: Path) -> None:
+    """Save the last step's gradients in place of the weights, so that those of all layouts can be compared.
+
+    Those of frozen weights are zero; the others are whole on every replica (with the plain optimizer), and clipped.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
     kept = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
-        Saver(root, keep=1).save(State(training.modules, run={"step": 0}, recipe_yaml=to_yaml(recipe)))
+        Saver(root, keep=1).save(State(modules, run={"step": 0}, recipe_yaml=to_yaml(recipe)))
         for parameter, values in zip(parameters, kept, strict=True):
             parameter.copy_(values)
 

@@ -21,6 +21,8 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
 
+pytestmark = pytest.mark.long
+
 FP32 = 1e-5
 TP2, TP4, PP2 = (
     {"tensor_model_parallel_size": 2},
@@ -90,7 +92,7 @@ AT_TP4 = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=t
 
 
 def branches(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    return {**MODELS[name], "parallel": {**PLAIN, **parallel}}
+    return {**MODELS[name], "parallel": {**PLAIN, **parallel}, "training": {"global_batch_size": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def _run(jobs: dict[str, Any], world: int) -> dict[str, list[Any]]:
 
 def _published(tmp: Path) -> tuple[Path, Path]:
     """Return a model around a converted decoder of one key/value head, and adapters for some of its layers."""
-    made(Qwen3ForCausalLM, Qwen3Config(**TEXT)).save_pretrained(tmp / "hf")
+    made(Qwen3ForCausalLM, Qwen3Config(**TEXT)).to(torch.bfloat16).save_pretrained(tmp / "hf")
     clip_vision().save_pretrained(tmp / "clip")
     recipe = tmp / "recipe.yaml"
     recipe.write_text(
@@ -194,11 +196,12 @@ def test_the_planner_counts_the_parameters_of_each_rank(case: str, results: dict
         assert sum(p.elements for p in counted if not p.quantised) == got["parameters"]
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_change_of_layout_changes_no_bit(number: int, results: dict[str, list[Any]], tmp: Path) -> None:
+def test_a_change_of_layout_changes_no_bit(results: dict[str, list[Any]], tmp: Path) -> None:
     """From TP 4 to TP 2 x PP 2, back, and to one process, with the optimizer's state."""
-    assert results[f"moved {number}"]
-    assert tensors(tmp / str(number)) == tensors(tmp / "0")
+    assert {"moved 0", "moved 1", "moved 2", "moved 3"} <= results.keys()
+    saved = tensors(tmp / "0")
+    for number in (1, 2, 3):
+        assert tensors(tmp / str(number)) == saved, number
 
 
 @pytest.mark.parametrize("layout", ["TP 4", "TP 4 + SP"])
@@ -213,8 +216,7 @@ def test_published_weights_come_home_bit_for_bit(results: dict[str, list[Any]], 
     convert("megatron-to-hf", "--megatron", saved, "--family", "llama", "--out", tmp / "home")
     before, after = (load_file(tmp / name / "model.safetensors") for name in ("hf", "home"))
     assert before.keys() == after.keys()
-    # The embedding grew: the tokens of pictures have ids behind the decoder's own.
-    assert all(torch.equal(value, after[key][: len(value)]) for key, value in before.items())
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_adapters_come_out_as_from_one_process(results: dict[str, list[Any]], tmp: Path) -> None:
