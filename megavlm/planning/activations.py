@@ -244,11 +244,20 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         weight = max(linear_shapes(language, tp)) * b
         forward += weight
         backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
+    # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the
+    # layer is not there yet, or no more.
+    gathered = 2 * tokens * gathered_width(language, tp) * b
+    layer = layer_kept(language, layout, tokens, kernels, learns=learns)
+    if lora.rank is not None:
+        layer += adapters_kept(language, lora, layout, tokens, kernels)
     if recipe.parallel.recompute_granularity == "full":
         unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
-        backward += unit * layer_kept(language, layout, tokens, kernels, learns=learns)
-        if lora.rank is not None:
-            backward += unit * adapters_kept(language, lora, layout, tokens, kernels)
+        backward += unit * layer
+        if gathered:
+            forward = max(forward, gathered + 2 * stream)
+            backward = max(backward, gathered + 2 * stream + (unit - 1) * layer)
+    elif gathered:
+        forward, backward = (max(most, gathered + 4 * stream - layer) for most in (forward, backward))
     if chunk.last:
         rows = padded_vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
