@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import CompactSelfAttention, TorchAttention
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import has_cuda, transformer_engine_installed
 from megavlm.parallel.norm import TorchNorm
 
 
@@ -32,7 +31,7 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     Raises:
         ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
+    installed = transformer_engine_installed()
     if choice == "transformer_engine" and not (installed and has_cuda()):
         missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
         raise ValueError(

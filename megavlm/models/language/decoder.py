@@ -19,6 +19,7 @@ from megavlm.config.schema import LanguageConfig
 from megavlm.models.context import BuildContext
 from megavlm.models.language.adapters import adapted_linears
 from megavlm.parallel.device import has_cuda
+from megavlm.parallel.rotary import PackRotary
 from megavlm.parallel.specs import block_submodules, layer_modules
 
 
@@ -126,6 +127,8 @@ def build(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
+        PackRotary.take_over(model.rotary_pos_emb)
     if post_process:
         _mask_padding(model, language.vocab_size)
     return model
