@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Kernels, kernels_of, weights_learn
-from megavlm.planning.flops import step_flops
+from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import (
@@ -69,7 +69,11 @@ class StepTime:
     optimizer: float
     """Update of the weights."""
     mfu: float
-    """Model FLOP/s over the peak of all GPUs, 0 to 1."""
+    """Useful model FLOP/s over the peak of all GPUs, 0 to 1."""
+    mfu_conventional: float
+    """The same with the whole square of attention, as most published figures count."""
+    hfu: float
+    """That, and what is recomputed."""
 
 
 class Timer:
@@ -318,12 +322,16 @@ class Timer:
         pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        flops = step_flops(
+        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        flops = count_step(
             self.recipe,
-            packs * self.workload.tokens,
-            round(packs * self.workload.squared_lengths),
-            round(packs * self.workload.images),
+            tokens=positions,
+            squared_lengths=squares,
+            positions=positions,
+            squared_positions=squares,
+            images=round(packs * self.workload.images),
         )
+        at_peak = step * self.peak * layout.gpus
         return StepTime(
             step=step,
             pipeline=pipeline,
@@ -334,7 +342,9 @@ class Timer:
             data_parallel=wired,
             data_parallel_exposed=exposed,
             optimizer=update,
-            mfu=flops / (step * self.peak * layout.gpus),
+            mfu=flops.useful / at_peak,
+            mfu_conventional=flops.conventional / at_peak,
+            hfu=flops.hardware / at_peak,
         )
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
