@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "gpu.md",
+        default=ROOT / "benchmarks" / "gpu-check.md",
         help="Markdown file to write; the figures go to a .json beside it",
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds that one job may take (default 120)")

@@ -45,10 +45,12 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 # What commands and workers import inside their functions, once and for all ranks. transformers' models and what serves
 # HTTP are left to those few that need them.
 MODULES = (
-    "numpy", "PIL.Image", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
-    "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.optim", "torch.profiler",
+    "numpy", "PIL.Image", "simplejpeg", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
+    "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.profiler",
     "megavlm.cli", "megavlm.config.help", "megavlm.config.lora", "megavlm.training.main", "megavlm.training.loop",
     "megavlm.training.recorder", "megavlm.parallel.engine", "megavlm.checkpoint.hf.main", "megavlm.data.prepare",
+    "megavlm.models.vlm", "megavlm.models.connectors.resampler", "megavlm.models.connectors.mlp",
+    "megavlm.models.language.decoder", "megavlm.models.vision.vit", "megavlm.checkpoint.distributed",
     "megavlm.evaluation.main", "megavlm.inference.main", "megavlm.inference.chat", "megavlm.inference.session",
 )  # fmt: skip
 
@@ -62,14 +64,15 @@ class Case:
         target: "module:function", or the script's file; empty for megavlm.
         arguments: the words of the command line; for a function its pickled ``(args, kwargs)``.
         world: processes; 0: one, that is not told that it is a rank.
-        directory: where results and output are written.
+        directory: where results are written.
         timeout: seconds.
         grace: seconds that the other ranks have after one has failed.
         environment: all of it.
         path: ``sys.path``.
         cwd: the working directory.
         stdin: a file, or None.
-        together: write stderr to the file of stdout.
+        stdout: the file that all ranks append to.
+        stderr: the same, or the same file.
     """
 
     kind: str
@@ -83,7 +86,8 @@ class Case:
     path: list[str]
     cwd: str
     stdin: str | None
-    together: bool
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -131,7 +135,11 @@ def preload() -> None:
 
     prepare_device()
     for name in MODULES:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name.startswith("megavlm."):
+                raise  # of others some are optional, and what needs them says so
 
 
 def _reap(*_: object) -> None:
@@ -294,12 +302,11 @@ def _fork(case: Case, rank: int, listening: socket.socket, connection: Connectio
 def _settle(case: Case, rank: int, port: int) -> None:
     """Give this process what a fresh one would have: its environment, files, signals, and luck of its own."""
     os.setsid()
-    directory = Path(case.directory)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     files = [
         os.open(case.stdin or os.devnull, os.O_RDONLY),
-        os.open(directory / "stdout", flags),
-        os.open(directory / ("stdout" if case.together else "stderr"), flags),
+        os.open(case.stdout, flags),
+        os.open(case.stderr, flags),
     ]
     for target, file in enumerate(files):
         os.dup2(file, target)

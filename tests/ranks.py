@@ -145,23 +145,31 @@ def megavlm(
 def start(
     words: Sequence[object], world: int | None = None, *, timeout: float = TIMEOUT,
     env: Mapping[str, str] | None = None, stdin: str | None = None, apart: bool | None = None, grace: float = 10.0,
+    log: Path | None = None, program: Path | None = None,
 ) -> Job:  # fmt: skip
-    """Start ``megavlm`` as the function of that name does, and return at once. Use it as a context."""
+    """Start ``megavlm`` as the function of that name does, and return at once. Use it as a context.
+
+    Args:
+        words: as there, and the others.
+        log: a file that output is appended to, and that stays.
+        program: a Python file that is run in the place of ``megavlm``.
+    """
     apart = world is None if apart is None else apart
-    texts = [str(word) for word in words]
-    return _start("megavlm", "", texts, world or 0, timeout, env, grace=grace, stdin=stdin, together=not apart)
+    texts, kind = [str(word) for word in words], "script" if program else "megavlm"
+    name = str(program or "")
+    return _start(kind, name, texts, world or 0, timeout, env, grace=grace, stdin=stdin, together=not apart, log=log)
 
 
 def script(
-    file: str | Path, *words: object, world: int = 1, check: bool = True, timeout: float = TIMEOUT,
+    file: str | Path, *words: object, world: int | None = 1, check: bool = True, timeout: float = TIMEOUT,
     env: Mapping[str, str] | None = None, grace: float = 2.0,
 ) -> Completed:  # fmt: skip
-    """Run a Python file as ``torchrun file words`` would on ``world`` ranks.
+    """Run a Python file as ``torchrun file words`` would on ``world`` ranks; None: as ``python file words``.
 
     Raises:
         RanksFailed: it was late; or one rank failed, and ``check``.
     """
-    with _start("script", str(file), [str(word) for word in words], world, timeout, env, grace=grace) as job:
+    with _start("script", str(file), [str(word) for word in words], world or 0, timeout, env, grace=grace) as job:
         return job.wait(check=check)
 
 
@@ -187,12 +195,12 @@ class Job:
     @property
     def stdout(self) -> str:
         """What was written so far."""
-        return self._read("stdout")
+        return self._read(self._case.stdout)
 
     @property
     def stderr(self) -> str:
         """What was written so far, where it is kept apart."""
-        return self._read("stderr")
+        return "" if self._case.stderr == self._case.stdout else self._read(self._case.stderr)
 
     def poll(self) -> bool:
         """Whether all ranks have ended."""
@@ -204,12 +212,15 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], number)
 
-    def wait(self, *, check: bool = True) -> Completed:
+    def wait(self, *, check: bool = True, seconds: float | None = None) -> Completed:
         """Wait for all ranks.
 
         Raises:
             RanksFailed: they were late; or one failed, and ``check``.
+            TimeoutError: they have not ended after ``seconds``; they go on.
         """
+        if seconds is not None and self._outcome is None and not self._connection.poll(seconds):
+            raise TimeoutError(f"{self._name()}: not ended after {seconds} s:\n{self.stdout[-_SHOWN:]}")
         outcome = self._ended()
         bad = [code for code in outcome.codes.values() if code]
         if outcome.timed_out or (bad and check):
@@ -260,8 +271,9 @@ class Job:
         assert word == wanted, f"{self._name()}: {word} {value}"
         return value
 
-    def _read(self, name: str) -> str:
-        file = Path(self._case.directory) / name
+    @staticmethod
+    def _read(name: str) -> str:
+        file = Path(name)
         return file.read_text(errors="replace") if file.exists() else ""
 
     def _name(self) -> str:
@@ -272,18 +284,19 @@ class Job:
 
 def _start(
     kind: str, target: str, arguments: Any, world: int, timeout: float, env: Mapping[str, str] | None,
-    *, grace: float, stdin: str | None = None, together: bool = True,
+    *, grace: float, stdin: str | None = None, together: bool = True, log: Path | None = None,
 ) -> Job:  # fmt: skip
     directory = Path(tempfile.mkdtemp(prefix="ranks-"))
     file = None
     if stdin is not None:
         file = directory / "stdin"
-        file.write_text(stdin)
+        file.write_text(stdin, encoding="utf-8", errors="surrogateescape")  # also bytes that are no UTF-8
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
+    out = str(log or directory / "stdout")
     path = [*dict.fromkeys([str(ROOT), str(ROOT / "tests"), *sys.path])]
     case = Case(
         kind, target, arguments, world, str(directory), timeout, grace, environment, path, str(Path.cwd()),
-        None if file is None else str(file), together,
+        None if file is None else str(file), out, out if together else str(directory / "stderr"),
     )  # fmt: skip
     return Job(case, _server().begin(case))
 

@@ -128,12 +128,15 @@ def test_megavlm_runs_as_it_would_by_itself() -> None:
     assert "'nine' is not a number" in done.stderr
 
 
-def test_a_job_in_the_background_takes_signals() -> None:
-    with ranks.start(["chat", "nowhere"]) as job:
-        assert job.wait(check=False).code == 2
+def test_a_job_in_the_background_takes_signals(tmp_path: Path) -> None:
+    with ranks.start(["chat", "nowhere"], log=tmp_path / "log", apart=False) as job:
+        assert job.wait(check=False, seconds=60).code == 2
+    assert "megavlm: error: nowhere" in (tmp_path / "log").read_text()
     case = ("function", "rank_cases:a_place_to_be_found", ranks.pickle.dumps(((), {})), 2, 60.0, None)
     with ranks._start(*case, grace=0.2) as job:
         assert not job.poll() and len(alive([*job.pids.values()])) == 2
+        with pytest.raises(TimeoutError, match="a_place_to_be_found"):
+            job.wait(seconds=0.1)
         job.signal(signal.SIGTERM, 1)
         done = job.wait(check=False)
     assert done.code == -signal.SIGTERM and done.codes == [-signal.SIGKILL, -signal.SIGTERM]

@@ -43,6 +43,11 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     return choice != "torch" and installed and has_cuda()
 
 
+WIDEST_ENGINE_HEAD = 128
+"""Transformer Engine 2.11's attention on packs is wrong for heads of 192, whose outputs differed by as much as they are
+large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get torch's flash attention."""
+
+
 @dataclass(frozen=True)
 class Modules:
     """The parts from which a layer is built."""
@@ -60,12 +65,13 @@ def layer_modules(
     causal: bool,
     qk_layernorm: bool = False,
     linears: Mapping[str, Any] | None = None,
+    head_dim: int = 0,
 ) -> Modules:
     """Return the parts for a decoder (``causal``) or an encoder.
 
     ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
     layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
-    a GPU).
+    a GPU). ``head_dim`` decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``.
 
     With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
     the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
@@ -75,11 +81,14 @@ def layer_modules(
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
-        core_attention, norm = TEDotProductAttention, TENorm
+        norm = TENorm
+        if head_dim <= WIDEST_ENGINE_HEAD:
+            core_attention = TEDotProductAttention
     if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.module = CompactSelfAttention
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        layer.submodules.self_attention.submodules.core_attention = core_attention
         return Modules(core_attention, norm, layer)
     head_norm = norm if qk_layernorm else IdentityOp
     chosen = linears or {}

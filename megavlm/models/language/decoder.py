@@ -107,6 +107,7 @@ def build(
         causal=True,
         qk_layernorm=language.qk_layernorm,
         linears=adapted_linears(language, context.lora),
+        head_dim=language.kv_channels,
     )
     layers = get_num_layers_to_build(config, vp_stage)
     model = GPTModel(

@@ -59,7 +59,11 @@ class VisionTransformer(MegatronModule):
     def __init__(self, vision: VisionConfig, context: BuildContext) -> None:
         config = transformer_config(vision, context)
         super().__init__(config=config)
-        modules = layer_modules(transformer_engine=context.transformer_engine, causal=False)
+        modules = layer_modules(
+            transformer_engine=context.transformer_engine,
+            causal=False,
+            head_dim=vision.hidden_size // vision.num_attention_heads,
+        )
         width, dtype = vision.hidden_size, context.dtype
 
         def norm() -> torch.nn.Module:
