@@ -21,6 +21,8 @@ _IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _IMAGE_TAG = re.compile(r"</?img>")
 _BOX_TAG = re.compile(r"</?box>")
 _BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
+_OF_OTHER_FORMS = ("system", "image", "images", "video", "videos", "audio", "audios", "tools")
+"""Keys that would be trained on without what they name."""
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -66,6 +68,9 @@ def parse_conversation(record: Any) -> Conversation:
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    for key in _OF_OTHER_FORMS:
+        if record.get(key):
+            raise ValueError(f"'{key}' beside the conversation is another format's; run megavlm prepare on the record")
     messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no turns: 'conversations' must be a list that is not empty")
@@ -84,12 +89,25 @@ def parse_conversation(record: Any) -> Conversation:
     )
 
 
-def check_text(text: str, where: str = "text") -> None:
-    """Refuse text that would forge turns or image slots.
+def check_unicode(text: str, where: str = "text") -> None:
+    """Refuse text that no tokenizer takes and no file can hold.
 
     Raises:
-        ValueError: ``text`` contains one of :data:`CONTROL_TOKENS`.
+        ValueError: It has half a character (a lone surrogate, as ``"\\ud800"`` in JSON, or bytes of a terminal).
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not valid Unicode text") from None
+
+
+def check_text(text: str, where: str = "text") -> None:
+    """Refuse text that would forge turns or image slots, or is none.
+
+    Raises:
+        ValueError: ``text`` contains one of :data:`CONTROL_TOKENS`, or is not Unicode.
+    """
+    check_unicode(text, where)
     for token in CONTROL_TOKENS:
         if token in text:
             raise ValueError(f"{where} contains the control token {token}")
@@ -101,6 +119,7 @@ def _optional_text(record: dict[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, (str, int)):
         raise ValueError(f"'{key}' must be text or a number, not {type(value).__name__}")
+    check_unicode(str(value), f"'{key}'")
     return str(value)
 
 
@@ -115,10 +134,6 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     text = message.get("value")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} ({role}) has no text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} ({role}) is not valid Unicode text") from None
     check_text(text, f"{where} ({role})")
     _check_boxes(text, where)
     tags = _IMAGE_TAG.findall(text)

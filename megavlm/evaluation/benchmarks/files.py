@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.formats.encoding import NotUnicodeError, lines, not_unicode, open_text
+from megavlm.data.schema import check_unicode
 from megavlm.evaluation.benchmarks.spec import Item
 
 _LARGEST_FIELD = 1 << 30  # a picture in base64 is one field of a table
@@ -26,7 +28,7 @@ def read_json(path: Path, kind: type[Any]) -> Any:
         found = json.loads(path.read_bytes())
     except IsADirectoryError:
         raise ValueError(f"{path} is a directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, kind):
         wanted = "list" if kind is list else "object"
@@ -46,13 +48,13 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory")
     found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    found.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
+    for number, line in lines(path):
+        if isinstance(line, NotUnicodeError):
+            raise ValueError(f"{path}: {line}")
+        try:
+            found.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
     return found
 
 
@@ -67,12 +69,14 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} is a directory")
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with open_text(path) as file:
             return [
                 {key: value or "" for key, value in row.items() if key is not None}
                 for row in csv.DictReader(file, delimiter="\t")
             ]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise not_unicode(path) from None
+    except csv.Error as error:
         raise ValueError(f"{path} is not a tab-separated table: {error}") from None
     finally:
         csv.field_size_limit(before)
@@ -131,6 +135,7 @@ def text(entry: Any, name: str, default: str | None = None) -> str:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"has no text {name!r}")
+    check_unicode(str(value), repr(name))
     return str(value)
 
 
@@ -143,6 +148,8 @@ def texts(entry: Any, name: str) -> tuple[str, ...]:
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, list) or not all(isinstance(one, (str, int, float)) for one in value):
         raise ValueError(f"has no list of texts {name!r}")
+    for one in value:
+        check_unicode(str(one), repr(name))
     return tuple(str(one) for one in value)
 
 
