@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
@@ -30,11 +31,12 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "OUT_OF_MEMORY",
+    "Geometry",
     "ImageError",
     "ImageHeader",
     "decode_jpeg",
     "decode_with_pil",
-    "orientation",
+    "geometry",
     "read_header",
 ]
 
@@ -130,8 +132,18 @@ def decode_jpeg(data: bytes) -> np.ndarray:
     return pixels
 
 
-def orientation(data: bytes) -> int:
-    """Return how a picture's stored pixels are to be turned, 1 (not at all) to 8, as EXIF counts.
+@dataclass(frozen=True)
+class Geometry:
+    """How a picture's pixels are stored."""
+
+    width: int
+    height: int
+    turn: int
+    """How they are to be turned, 1 (not at all) to 8, as EXIF counts."""
+
+
+def geometry(data: bytes) -> Geometry:
+    """Return a picture's stored size, and how it is to be turned; decodes it only where nothing else tells (PNG).
 
     Raises:
         ImageError: It cannot be opened.
@@ -140,9 +152,13 @@ def orientation(data: bytes) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open(data)
-        if image.format == "TIFF":  # PIL turns it as it loads it, and forgets the tag
-            return _valid(getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation))
-        return _orientation_of(image)
+        width, height = image.size
+        tags = getattr(image, "tag_v2", None)
+        if tags is None:
+            return Geometry(width, height, _orientation_of(image))
+        # PIL turns a TIFF as it loads it, and says its upright size before.
+        turn = _valid(tags.get(ExifTags.Base.Orientation))
+        return Geometry(height, width, turn) if turn >= 5 else Geometry(width, height, turn)
 
 
 def _orientation_of(image: Image.Image) -> int:

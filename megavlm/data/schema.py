@@ -90,10 +90,10 @@ def parse_conversation(record: Any) -> Conversation:
 
 
 def check_unicode(text: str, where: str = "text") -> None:
-    """Refuse text that no tokenizer takes and no file can hold.
+    r"""Refuse text that no tokenizer takes and no file can hold.
 
     Raises:
-        ValueError: It has half a character (a lone surrogate, as ``"\\ud800"`` in JSON, or bytes of a terminal).
+        ValueError: It has half a character (a lone surrogate, as ``"\ud800"`` in JSON, or bytes of a terminal).
     """
     try:
         text.encode("utf-8")

@@ -43,7 +43,7 @@ def picture_paths(entry: Record) -> list[str]:
     ]
     if len(found) == 2 and found[0] != found[1]:
         raise BrokenError("pictures do not match", "'image' and 'images' name different pictures")
-    paths = found[0] if found else []
+    paths: list[Any] = found[0] if found else []
     for path in paths:
         if not isinstance(path, str) or not path.strip():
             raise BrokenError("bad record", "'image' (or 'images') must be a path, or a list of paths")

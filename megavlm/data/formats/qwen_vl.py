@@ -1,7 +1,7 @@
 """Qwen-VL's fine-tuning JSON: ``{"id", "conversations": [{"from", "value"}]}``, pictures as ``<img>path</img>``.
 
-Source: ``finetune.py`` and the README of github.com/QwenLM/Qwen-VL. Records are passed on as they are, but for a ``system`` key beside the conversation, which
-becomes its first turn (:mod:`megavlm.data.formats.keys`).
+Source: ``finetune.py`` and the README of github.com/QwenLM/Qwen-VL. Records are passed on as they are, but for a
+``system`` key beside the conversation, which becomes its first turn (:mod:`megavlm.data.formats.keys`).
 """
 
 from __future__ import annotations

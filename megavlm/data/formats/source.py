@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.formats import stream
-from megavlm.data.formats.base import Broken, Record, is_inside
+from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
 from megavlm.data.formats.encoding import NotUnicodeError, lines
 from megavlm.data.formats.keys import is_given
 from megavlm.data.formats.parquet import files_of, read_rows
@@ -131,6 +131,18 @@ class Source:
             if path in self.pictures or (is_inside(path) and is_file(self.images / path)):
                 return path
         return candidates[0]
+
+    def read_image(self, path: str) -> bytes:
+        """Return a picture's file.
+
+        Raises:
+            BrokenError: There is none at this path.
+        """
+        if path in self.pictures:
+            return self.pictures[path]
+        if not is_inside(path) or not is_file(self.images / path):
+            raise BrokenError("image missing", f"no picture {path!r} in {self.images}")
+        return (self.images / path).read_bytes()
 
 
 def _is_plain(entry: Record) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.formats.encoding import NotUnicodeError, lines, not_unicode, open_text
+from megavlm.data.formats.encoding import NotUnicodeError, lines, open_text
 from megavlm.data.schema import check_unicode
 from megavlm.evaluation.benchmarks.spec import Item
 
@@ -74,9 +74,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
                 {key: value or "" for key, value in row.items() if key is not None}
                 for row in csv.DictReader(file, delimiter="\t")
             ]
-    except UnicodeDecodeError:
-        raise not_unicode(path) from None
-    except csv.Error as error:
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a tab-separated table: {error}") from None
     finally:
         csv.field_size_limit(before)
@@ -111,7 +109,10 @@ def make_items(
     items: list[Item] = []
     for name, entry in entries:
         try:
-            items += make(entry)
+            made = list(make(entry))
+            for item in made:
+                _check_unicode(item)
+            items += made
         except ValueError as error:
             raise ValueError(f"{path}: {what} {name}: {error}") from None
     seen: set[str] = set()
@@ -122,6 +123,20 @@ def make_items(
     if not items:
         raise ValueError(f"{path}: holds no question to ask")
     return items
+
+
+def _check_unicode(item: Item) -> None:
+    texts = {
+        "its id": [item.id],
+        "its question": [item.question],
+        "an answer": item.answers,
+        "an option": item.choices,
+        "its hint": [item.hint],
+        "its kind": [item.kind, item.unit],
+    }
+    for what, found in texts.items():
+        for one in found:
+            check_unicode(one, what)
 
 
 def text(entry: Any, name: str, default: str | None = None) -> str:
@@ -135,7 +150,6 @@ def text(entry: Any, name: str, default: str | None = None) -> str:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"has no text {name!r}")
-    check_unicode(str(value), repr(name))
     return str(value)
 
 
@@ -148,8 +162,6 @@ def texts(entry: Any, name: str) -> tuple[str, ...]:
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, list) or not all(isinstance(one, (str, int, float)) for one in value):
         raise ValueError(f"has no list of texts {name!r}")
-    for one in value:
-        check_unicode(str(one), repr(name))
     return tuple(str(one) for one in value)
 
 
