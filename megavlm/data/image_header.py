@@ -154,7 +154,9 @@ def _scan_jpeg(data: bytes) -> ImageHeader:
         if marker == _SOS or length < 2:
             break
         position += length
-    raise ImageError("broken header", "JPEG without a frame header")
+    if frame is None:
+        raise ImageError("broken header", "JPEG without a frame header")
+    return ImageHeader("jpeg", frame[2], frame[1], plain=False)  # cut: PIL says what it makes of it
 
 
 def _scan_png(data: bytes) -> ImageHeader:
