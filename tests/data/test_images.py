@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import ctypes
+import gc
 import io
 import os
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -136,6 +139,25 @@ def test_a_picture_that_memory_is_too_small_for_costs_itself(name: str, monkeypa
     assert torch.equal(result.pixels[0], alone) and torch.equal(result.pixels[2], alone)
     monkeypatch.setattr(decode, "resize_with_pil", lambda *_: (_ for _ in ()).throw(MemoryError))
     assert make_decoder("pil").decode([good], SIZE).causes == [OUT_OF_MEMORY]
+
+
+@pytest.mark.parametrize("name", ["pil", "simplejpeg"])
+def test_so_it_does_where_memory_really_ends(name: str) -> None:
+    good, large = encode_image(corners()), encode_image(Image.new("RGB", (6000, 6000), (9, 99, 199)))
+    decoder = make_decoder(name)
+    alone = decoder.decode([good], SIZE).pixels[0]
+    gc.collect()  # pipelines of other tests
+    ctypes.CDLL(None).malloc_trim(0)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (60 << 20), before[1]))
+    try:
+        result = decoder.decode([good, large, good], SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert (result.failed, result.causes) == ([1], [OUT_OF_MEMORY])
+    assert torch.equal(result.pixels[0], alone) and torch.equal(result.pixels[2], alone)
+    assert decoder.decode([large], SIZE).failed == []
 
 
 # Formats
