@@ -107,7 +107,7 @@ def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[
 
     Raises:
         ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it, or is not
-            Unicode.
+            Unicode, on which tokenizers disagree: one raises, one writes other characters.
     """
     check_unicode(text)
     image = [tokenizer.img_start_id, *[tokenizer.imgpad_id] * tokens_per_image, tokenizer.img_end_id]

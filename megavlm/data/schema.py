@@ -90,22 +90,24 @@ def parse_conversation(record: Any) -> Conversation:
 
 
 def check_unicode(text: str, where: str = "text") -> None:
-    r"""Refuse text that no tokenizer takes and no file can hold.
+    """Refuse text that no tokenizer takes: with half a surrogate pair, which stands for a byte that was not UTF-8.
 
     Raises:
-        ValueError: It has half a character (a lone surrogate, as ``"\ud800"`` in JSON, or bytes of a terminal).
+        ValueError: it is no Unicode text.
     """
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} is not valid Unicode text") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} is not valid Unicode text at character {error.start + 1}; write it as UTF-8"
+        ) from None
 
 
 def check_text(text: str, where: str = "text") -> None:
-    """Refuse text that would forge turns or image slots, or is none.
+    """Refuse text that is no Unicode, or would forge turns or image slots.
 
     Raises:
-        ValueError: ``text`` contains one of :data:`CONTROL_TOKENS`, or is not Unicode.
+        ValueError: it is such a text, or contains one of :data:`CONTROL_TOKENS`.
     """
     check_unicode(text, where)
     for token in CONTROL_TOKENS:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +13,12 @@ import hf_makers
 import pytest
 import torch
 from hf_makers import digest, equal, load_state
+from ranks import start
+from safetensors.torch import save_file
 
 from megavlm.checkpoint.publish import publishing
 from megavlm.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
 # Some 60 MB: enough to be caught in the middle.
 LARGE = hf_makers.sizes(vocab=60_000)
 
@@ -30,15 +29,6 @@ def convert_in(source: Path, out: Path) -> int:
 
 def convert_out(checkpoint: Path, out: Path, *more: str) -> int:
     return main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(out), *more])
-
-
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    """Start a conversion in a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megavlm", "convert", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
 
 
 def one_line(error: str, *parts: str) -> None:
@@ -173,14 +163,12 @@ def test_interrupted_and_started_again(direction: str, number: signal.Signals, l
     if direction == "out":
         words = ("megatron-to-hf", "--megatron", large / "m", "--out", out)
         watched = tmp_path / "out.partial" / "model.safetensors"
-    process = start(*words)
-    deadline = time.monotonic() + 60
-    while not watched.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and not out.exists(), error
+    with start(["convert", *words]) as job:
+        while not watched.exists():
+            assert not job.poll(), job.stderr
+            time.sleep(0.0005)
+        job.signal(number)
+        assert job.wait(check=False).code != 0 and not out.exists(), job.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     if direction == "in":
         assert convert_in(large / "hf", out) == 0
@@ -226,3 +214,29 @@ def test_a_bug_of_the_disk_is_found_before_the_output_appears(
     with pytest.raises(RuntimeError, match="what was written differs from"):
         convert_in(source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_a_recipe_that_would_fill_the_memory(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads a checkpoint's recipe: 400 bytes of aliases of aliases cost one line, with the file."""
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    (checkpoint / "recipe.yaml").write_text(bomb)
+    for words in (["generate", str(checkpoint), "--prompt", "hi"], ["train", str(checkpoint / "recipe.yaml")],
+                  ["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(tmp_path / "out")],
+                  ["convert", "hf-to-megatron", "--adapter", str(adapter(tmp_path)), "--base", str(checkpoint),
+                   "--out", str(tmp_path / "out")]):  # fmt: skip
+        assert main(words) == 2
+        one_line(
+            capsys.readouterr().err, f"{checkpoint}/recipe.yaml: ", "more than 250,000 values, aliases written out"
+        )
+
+
+def adapter(root: Path) -> Path:
+    """Write the files of an adapter, as far as they are read before its base is."""
+    directory = root / "adapter"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    save_file({"x.lora_A.weight": torch.ones(4, 4)}, directory / "adapter_model.safetensors")
+    return directory

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 from launch import ROOT
+from ranks import megavlm
+
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
+from megavlm.models.registry import expand_presets
+from megavlm.quickstart.main import layout_for
 
 KEYS = {
     "loss_first",
@@ -50,15 +56,20 @@ def test_wiring(tmp_path: Path) -> None:
     assert "held-out accuracy" in text and str(out / "result.json") in text
 
 
+def refused(out: Path, *words: str) -> str:
+    """Return what it says."""
+    done = megavlm(["quickstart", f"--out={out}", *words], check=False)
+    assert done.code == 2 and done.stdout == ""
+    return done.stderr
+
+
 def test_refusals_come_before_any_work(tmp_path: Path) -> None:
-    code, text = quickstart(tmp_path / "out", "optimizer.lrr=1", timeout=60)
-    assert code == 2 and "optimizer.lrr" in text
-    code, text = quickstart(tmp_path / "out", "model.language.num_attention_heads=3", timeout=60)
-    assert code == 2 and "model.language.num_attention_heads" in text
+    assert "optimizer.lrr" in refused(tmp_path / "out", "optimizer.lrr=1")
+    text = refused(tmp_path / "out", "model.language.num_attention_heads=3")
+    assert "model.language.num_attention_heads" in text
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    code, text = quickstart(tmp_path / "mine", timeout=60)
-    assert code == 2 and "is no quickstart's" in text
+    assert "is no quickstart's" in refused(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
@@ -75,3 +86,18 @@ def test_the_readme_is_true(tmp_path: Path) -> None:
     assert result["heldout_accuracy"] > 2 * result["chance_accuracy"]
     assert result["padding_fraction"] <= 0.01
     assert result["loss_last"] < 0.2 * result["loss_first"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "layout"),
+    [(0, 4, (2, 2)), (1, 1, (1, 1)), (2, 2, (2, 1)), (3, 2, (2, 1)), (4, 4, (2, 2)), (8, 4, (2, 2))],
+)
+def test_fewer_than_four_gpus_take_a_smaller_layout(gpus, ranks, layout):
+    processes, overrides = layout_for(gpus)
+    recipe = load_recipe(
+        "quickstart", ["output_dir=x", "data.train.0.path=x", "data.tokenizer=x", *overrides], expand_presets
+    )
+    check_recipe(recipe, processes)
+    parallel = recipe.parallel
+    assert processes == ranks
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == layout
