@@ -46,7 +46,8 @@ FAILED = 1
 """Exit code where the machine did not let us."""
 _MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM, errno.ENOBUFS,
 }  # fmt: skip
 TRACEBACK = "MEGAVLM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error for users was raised."""

@@ -277,6 +277,9 @@ class DataConfig:
     """Reader processes per data-parallel rank."""
     image_decoder: Literal["auto", "dali", "simplejpeg", "pil"] = "auto"
     """Image decoding: auto takes DALI where a GPU is, else simplejpeg."""
+    image_alpha: Literal["white", "drop"] = "white"
+    """What is transparent in a picture: white shows it over white, as a person sees it; drop shows the colours that lie
+    under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
     system_message: str = "You are a helpful assistant."

@@ -74,7 +74,7 @@ def _show(indices: Sequence[int], records: Sequence[HeldOutRecord], prompts: Seq
     with agreed("reading images"):
         if not is_first_stage():
             return
-        decoder = make_decoder(recipe.data.image_decoder)
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
         for i in indices:
             decoded = decoder.decode([path.read_bytes() for path in records[i].images], recipe.model.vision.image_size)
             if decoded.failed:

@@ -77,7 +77,7 @@ class Trainer:
         self.parent: Path | None = None
         self.base: Path | None = None
         self.progress, reader_state = self._load()
-        decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
         self.feed = self._open_feed(decoder, reader_state)
         self.graphs = LayerGraphs(recipe, self.training, self.num_microbatches)

@@ -69,7 +69,7 @@ def answer_questions(
             if dist.get_rank() == 0:
                 write_identity(folder, run, identity)
             writer = PartWriter(folder, rank, run) if is_reader() else None
-        decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_first_stage() else None
         for index in range(rounds):
             some = mine[index * at_once : (index + 1) * at_once]
             at_step(index + 1)
