@@ -46,6 +46,11 @@ class StepResult:
         """Supervised tokens of the global batch."""
         return int(self.source_losses[:, 1].sum())
 
+    @property
+    def empty(self) -> bool:
+        """Whether no token of the global batch has a label, so that there is neither a loss nor a gradient."""
+        return self.supervised_tokens == 0
+
 
 def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
@@ -125,7 +130,8 @@ def train_step(
     """Take one optimizer step on ``batches``, this replica's share of the global batch.
 
     The update is made by all ranks or by none: a loss or gradient that is not finite, or a loss above
-    ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike.
+    ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike. Nor does a batch without
+    labels change anything: its gradient is zero, but weight decay and Adam's moments would move the weights.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -136,6 +142,9 @@ def train_step(
     loss = spoilt("loss.value", StepResult(report, None, tasks=tasks).loss)
     if any_rank(not math.isfinite(loss)):
         return StepResult(report, None, "the loss is not finite", tasks)
+    result = StepResult(report, None, "no token has a label", tasks)
+    if result.empty:
+        return result
     if largest_loss is not None and loss > largest_loss:
         return StepResult(report, None, f"the loss is above {largest_loss:.4g}", tasks)
     return _update(optimizer, report, tasks)
