@@ -267,7 +267,7 @@ def acquire(
         OSError: the file cannot be written.
     """
     us = _us(command, timeout_seconds)
-    while not _create(path, us):
+    while not _created(path, us):
         data = _read(path)
         if data is not None and _succeed(path, data, us, what, timeout_seconds, waiting):
             break
@@ -340,6 +340,15 @@ def _token(data: bytes | None) -> str | None:
         return None
     holder = Holder.from_bytes(data)
     return holder.token if holder is not None else hashlib.sha256(data).hexdigest()[:32]
+
+
+def _created(path: Path, us: Holder) -> bool:
+    """Return what :func:`_create` does; an error names the directory, not our file in it."""
+    try:
+        return _create(path, us)
+    except OSError as error:
+        error.filename, error.filename2 = str(path.parent), None
+        raise
 
 
 def _create(path: Path, us: Holder) -> bool:

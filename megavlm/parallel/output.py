@@ -48,11 +48,10 @@ def try_writing(directory: str | os.PathLike[str], key: str = "output_dir") -> N
 def _try_in(directory: Path) -> None:
     handle, name = tempfile.mkstemp(prefix=".megavlm-", dir=directory)
     try:
-        try:
-            os.write(handle, os.urandom(_TRIAL_BYTES))  # zeros cost no room everywhere
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with os.fdopen(handle, "wb") as file:
+            file.write(os.urandom(_TRIAL_BYTES))  # zeros need no room on some disks
+            file.flush()
+            os.fsync(file.fileno())
     finally:
         with contextlib.suppress(OSError):
             Path(name).unlink()

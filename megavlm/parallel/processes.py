@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def end_with_parent(parent: int) -> None:
     """
     _ask_for_signal()
     threading.Thread(target=_watch, args=(parent,), name="megavlm-parent", daemon=True).start()
+
+
+def signalled_at_parents_end(number: int) -> Callable[[], None]:
+    """Return a ``preexec_fn`` for :class:`subprocess.Popen`: the program gets a signal when our main thread ends."""
+
+    def ask() -> None:
+        if _libc is not None and hasattr(_libc, "prctl"):
+            _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+    return ask
 
 
 def children_end_with_us() -> None:

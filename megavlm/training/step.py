@@ -38,8 +38,11 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The loss of the global batch, in nats: the mean over its supervised tokens, or over its tasks."""
-        return mean_loss(self.source_losses, self.tasks)
+        """The loss of the global batch, in nats: the mean over its supervised tokens, or over its tasks.
+
+        NaN where it has none: 0 were the best loss of all.
+        """
+        return math.nan if self.empty else mean_loss(self.source_losses, self.tasks)
 
     @property
     def supervised_tokens(self) -> int:
@@ -139,12 +142,12 @@ def train_step(
     report = run_batches(chunks, batches, num_sources, tasks=tasks)
     fault("step.in_collective")
     _spoil_gradient(chunks)
-    loss = spoilt("loss.value", StepResult(report, None, tasks=tasks).loss)
-    if any_rank(not math.isfinite(loss)):
-        return StepResult(report, None, "the loss is not finite", tasks)
     result = StepResult(report, None, "no token has a label", tasks)
     if result.empty:
         return result
+    loss = spoilt("loss.value", result.loss)
+    if any_rank(not math.isfinite(loss)):
+        return StepResult(report, None, "the loss is not finite", tasks)
     if largest_loss is not None and loss > largest_loss:
         return StepResult(report, None, f"the loss is above {largest_loss:.4g}", tasks)
     return _update(optimizer, report, tasks)

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     languages = tuple(dict.fromkeys(args.language))
     corpora = tuple(read_corpus(args.corpus, languages))
     faces = {language: tuple(find_fonts(language, args.fonts or FONT_DIRECTORIES)) for language in languages}
-    with new_directory(args.out) as partial:
+    with new_directory(args.out, "render-text", replace=False) as partial:
         plan = _Plan(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
         dropped = _render_all(plan, args.pages, args.workers)
     if dropped:
