@@ -37,7 +37,7 @@ from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.safe import behind, first_line
 from megavlm.checkpoint.slots import METADATA, model_state
-from megavlm.config.errors import MachineError, disk_problem, set_speaker
+from megavlm.config.errors import MachineError, disk_problem
 from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.faults import fault
@@ -106,6 +106,8 @@ class _Job:
     results: queue.SimpleQueue[Any]
     started: float
     digests: manifest.Files = field(default_factory=dict)
+    failure: Exception | None = None
+    """What this rank's writing ran into."""
     thread: threading.Thread | None = None
 
 
@@ -242,7 +244,7 @@ class Saver:
                 job.digests[bucket[1]] = manifest.digest(job.partial / bucket[1])
             fault("checkpoint.after_shards")
         except Exception as error:
-            written = error
+            written = job.failure = error
         if buckets:
             job.results.put(written)
         elif isinstance(written, Exception):
@@ -256,8 +258,14 @@ class Saver:
             try:
                 for finalize in job.request.finalize_fns:
                     finalize()
-            except CheckpointException as error:  # raised on all ranks, with the causes on the first
-                raise _unwritten(job.final, [cause for cause, _ in error.failures.values()]) from error
+            except CheckpointException as error:  # raised on all ranks; what it says of the causes is but their text
+                with agreed(f"writing {job.final.name}"):
+                    if job.failure is not None:
+                        raise _unwritten(job.final, job.failure) from job.failure
+                causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
+                raise RuntimeError(
+                    f"{job.final.name} could not be written: {'; '.join(causes) or 'see rank 0'}"
+                ) from error
             gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(job.digests, gathered)
             with agreed(f"publishing {job.final.name}"):
@@ -296,14 +304,11 @@ class Saver:
             self.lock.check()
 
 
-def _unwritten(checkpoint: Path, causes: Sequence[BaseException]) -> RuntimeError:
-    """Return the error of a checkpoint that some rank could not write; only the first rank knows the causes."""
-    told = [disk_problem(cause, checkpoint.parent) if isinstance(cause, OSError) else None for cause in causes]
-    problems = {problem or first_line(cause) for problem, cause in zip(told, causes, strict=True)}
-    kind = MachineError if all(isinstance(cause, OSError | MachineError) for cause in causes) else RuntimeError
-    error = kind(f"{checkpoint.name} could not be written: {'; '.join(sorted(problems)) or 'see rank 0'}")
-    set_speaker(error, 0)
-    return error
+def _unwritten(checkpoint: Path, cause: Exception) -> Exception:
+    """Return the error of a checkpoint that this rank could not write."""
+    problem = disk_problem(cause, checkpoint.parent) if isinstance(cause, OSError) else None
+    kind = MachineError if problem is not None or isinstance(cause, MachineError) else RuntimeError
+    return kind(f"{checkpoint.name} could not be written: {problem or first_line(cause)}")
 
 
 class _removed_on_error:  # noqa: N801 - used like a function
