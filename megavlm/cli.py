@@ -83,11 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         if not for_users(error):
             raise
-        _report(error)
-        return WRONG_INPUT
+        return _report(error, WRONG_INPUT)
     except MachineError as error:
-        _report(error)
-        return FAILED
+        return _report(error, FAILED)
     except OtherRankError as error:
         _tell_torchrun([str(error)], error.exit_code)
         return error.exit_code
@@ -97,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _MACHINE or words[0] == "train":  # a run of many ranks wants to see where
             raise
-        _report(error)
-        return FAILED
+        return _report(error, FAILED)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -204,8 +201,8 @@ def _world_size(default: int | None) -> int | None:
     return int(text)
 
 
-def _report(error: BaseException) -> None:
-    """Print ``error`` for the user, once per job, and leave it to torchrun in the way that it expects."""
+def _report(error: BaseException, exit_code: int) -> int:
+    """Print ``error`` for the user, once per job, leave it where torchrun looks for it, and return the exit code."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     if isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -222,7 +219,8 @@ def _report(error: BaseException) -> None:
                 print(f"megavlm: error: {line}", file=sys.stderr, flush=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    _tell_torchrun(lines, FAILED if isinstance(error, MachineError | OSError) else WRONG_INPUT)
+    _tell_torchrun(lines, exit_code)
+    return exit_code
 
 
 def _speaks(error: BaseException, lines: Sequence[str]) -> bool:

@@ -229,7 +229,7 @@ def as_rank(tmp_path, monkeypatch, fake_module):
             folder = tmp_path / f"machine{group}" / "attempt_0" / str(rank)
             folder.mkdir(parents=True, exist_ok=True)
             monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
-        cli._report(error)
+        cli._report(error, 2)
         return capsys.readouterr().err
 
     return fail

@@ -51,6 +51,7 @@ _BEATS_OF_TRUST = 2
 """For so many heartbeats after it was last seen in the file, a holder needs not look again."""
 _BYTES = 2048
 """Of a lock file: always the same, so that a heartbeat is one write in its place."""
+_LONGEST_TIMEOUT = 3600.0
 _POLL_SECONDS = 0.2
 _CLAIM_SECONDS = 10.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
@@ -96,7 +97,7 @@ class Holder:
         try:
             found = json.loads(data)
             process = found["process"]
-            return cls(
+            holder = cls(
                 token=str(found["token"]),
                 command=str(found["command"])[:40],
                 process=Process(
@@ -112,6 +113,8 @@ class Holder:
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             return None
+        # Numbers below 1 mean groups of processes to the kernel.
+        return holder if holder.process.pid > 0 and 0 < holder.beat_seconds < _LONGEST_TIMEOUT else None
 
 
 def _us(command: str, timeout_seconds: float) -> Holder:
@@ -166,13 +169,14 @@ class View:
         self.beat_seconds, self.timeout_seconds = beat_seconds, timeout_seconds
         self._lost = ""
         self._seen = _now()
+        self._silent = False  # others cannot know that we live
 
     def lost(self) -> bool:
         """Whether nothing may be written any more: the lock is another's.
 
         Reads the file where it was not seen for some heartbeats: after a hang, before anything else is done.
         """
-        if not self._lost and _now() - self._seen > _BEATS_OF_TRUST * self.beat_seconds:
+        if not self._lost and (self._silent or _now() - self._seen > _BEATS_OF_TRUST * self.beat_seconds):
             self.look()
         return bool(self._lost)
 
@@ -203,7 +207,7 @@ class View:
                 self._lose(f"it is held by {holder or 'another'} now, as this run was not heard of for too long")
 
     def _lose(self, why: str) -> None:
-        self._lost = f"lost the lock {self.path}: {why}; this run stops here and has written nothing since"
+        self._lost = f"lost the lock {self.path}: {why}; this run stops here"
 
 
 class Lock(View):
@@ -241,8 +245,12 @@ class Lock(View):
             try:
                 os.pwrite(self._handle, self.holder.to_bytes(beat), 0)
                 os.fsync(self._handle)
-            except OSError as error:  # a full disk; other machines may take us for dead, and we shall see it
-                logger.warning("%s: no heartbeat was written: %s", self.path, error)
+            except OSError as error:  # a full disk; another machine may take us for dead, and we shall see that
+                if not self._silent:
+                    logger.warning("%s: no heartbeat was written: %s", self.path, error)
+                self._silent = True
+            else:
+                self._silent = False
 
 
 def acquire(
@@ -331,6 +339,10 @@ def _read(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # NFS: it was replaced while we opened it
+            raise
         return None
 
 

@@ -27,8 +27,8 @@ def run(recipe: Recipe) -> int:
     assert recipe.data.tokenizer is not None  # the command line found the file
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
-    check_output(recipe)
     try_writing(recipe.output_dir)
+    check_output(recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
     from megavlm.config.lora import check_quantiser  # noqa: PLC0415

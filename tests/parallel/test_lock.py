@@ -145,10 +145,13 @@ def test_an_unseen_holder_that_gives_it_back_meanwhile(path: Path) -> None:
     assert seconds(lambda: take(path, 30)) < 20
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"process": {"pid": "x"}}', b"\xff" * 9, b"[" * 100_000])
-def test_a_file_that_says_nothing_is_waited_for(path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'{"process": {"pid": "x"}}', b"\xff" * 9, b"[" * 100_000, "pid", "beat"]
+)
+def test_a_file_that_says_nothing_is_waited_for(path: Path, content: bytes | str) -> None:
     """On a file system without links, a start that dies at once leaves an empty one."""
-    path.write_bytes(content)
+    odd = {"pid": holder(pid=0), "beat": holder(beat_seconds=float("inf"))}
+    path.write_bytes(odd[content].to_bytes(0) if isinstance(content, str) else content)
     assert seconds(lambda: take(path)) > QUICK
 
 
