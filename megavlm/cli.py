@@ -30,6 +30,7 @@ from megavlm.config.errors import (
     MachineError,
     OtherRankError,
     RecipeError,
+    UserError,
     for_users,
     speaker_of,
 )
@@ -61,7 +62,7 @@ TRACEBACK = "MEGAVLM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error for users was raised."""
 
 
-class _UsageError(ValueError):
+class _UsageError(UserError):
     """The command line is wrong."""
 
 

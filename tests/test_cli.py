@@ -12,7 +12,7 @@ import pytest
 
 import megavlm
 from megavlm import cli
-from megavlm.config.errors import MachineError, OtherRankError, RecipeError, set_speaker
+from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UserError, set_speaker
 from megavlm.config.keys import leaf_keys
 
 RECIPE = """\
@@ -172,6 +172,18 @@ def test_a_library_s_value_error_keeps_its_traceback(fake_module):
 
     fake_module("megavlm.data.prepare", run)
     with pytest.raises(ValueError, match="Expecting property name"):
+        cli.main(["prepare"])
+
+
+def test_a_user_error_is_one_wherever_it_comes_from(fake_module, capsys):
+    """From a package that brings presets of its own, too."""
+    made = {}
+    exec(compile("def fail(error):\n    raise error", "/elsewhere/plugin.py", "exec"), made)
+    fake_module("megavlm.data.prepare", lambda args: made["fail"](UserError("key: rule; remedy")))
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == "megavlm: error: key: rule; remedy\n"
+    fake_module("megavlm.data.prepare", lambda args: made["fail"](ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
         cli.main(["prepare"])
 
 

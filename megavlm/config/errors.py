@@ -26,7 +26,11 @@ _WRITING_ONLY = _NO_ROOM | {errno.EROFS}
 """What only a write can run into: without a path, it still says that a disk is to blame."""
 
 
-class RecipeError(ValueError):
+class UserError(ValueError):
+    """What a user can mend: wrong input. One line each for key or file, rule and remedy; exit code 2."""
+
+
+class RecipeError(UserError):
     """A recipe breaks a rule. Each line of the text names the key, the rule, and what to change."""
 
     @classmethod
@@ -56,11 +60,12 @@ class OtherRankError(RuntimeError):
 
 
 def for_users(error: BaseException) -> bool:
-    """Whether ``error`` is about the user's input: a missing file, or a ValueError that megavlm itself raised.
+    """Whether ``error`` is about the user's input: a UserError, a missing file, or a ValueError that megavlm raised.
 
-    A ValueError out of a library is a bug, and its traceback is wanted.
+    A ValueError out of a library is a bug, and its traceback is wanted. (So is one that Python raises in a line of ours,
+    as ``int("x")`` does; until everything meant for users is a UserError, the two cannot be told apart.)
     """
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, UserError | FileNotFoundError):
         return True
     if not isinstance(error, ValueError):
         return False

@@ -35,7 +35,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import MachineError
+from megavlm.config.errors import MachineError, UserError
 from megavlm.parallel.processes import Process, is_running, this_process
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ _CLAIM_SECONDS = 10.0
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
-class HeldError(ValueError):
+class HeldError(UserError):
     """Another process works in the directory; the text names it."""
 
 
