@@ -62,8 +62,8 @@ class OtherRankError(RuntimeError):
 def for_users(error: BaseException) -> bool:
     """Whether ``error`` is about the user's input: a UserError, a missing file, or a ValueError that megavlm raised.
 
-    A ValueError out of a library is a bug, and its traceback is wanted. (So is one that Python raises in a line of ours,
-    as ``int("x")`` does; until everything meant for users is a UserError, the two cannot be told apart.)
+    A ValueError out of a library is a bug, and its traceback is wanted. (So is one that Python raises in our own
+    lines, as ``int("x")`` does; until everything meant for users is a UserError, the two cannot be told apart.)
     """
     if isinstance(error, UserError | FileNotFoundError):
         return True
