@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from ranks import script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_small_run(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, "benchmarks/data_path.py", "--pictures=100", f"--out={out}"]
-    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240).stdout
+    printed = script(ROOT / "benchmarks" / "data_path.py", "--pictures=100", f"--out={out}", world=None).stdout
     result = json.loads(out.read_text())
     assert "| what | how | result |" in printed and f"Command: `{result['command']}`" in printed
     assert all(reader["packs_per_s"] > 0 and reader["padding"] <= 0.01 for reader in result["reader"].values())

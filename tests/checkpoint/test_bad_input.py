@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +13,11 @@ import hf_makers
 import pytest
 import torch
 from hf_makers import digest, equal, load_state
+from ranks import start
 
 from megavlm.checkpoint.publish import publishing
 from megavlm.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
 # Some 60 MB: enough to be caught in the middle.
 LARGE = hf_makers.sizes(vocab=60_000)
 
@@ -30,15 +28,6 @@ def convert_in(source: Path, out: Path) -> int:
 
 def convert_out(checkpoint: Path, out: Path, *more: str) -> int:
     return main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(out), *more])
-
-
-def start(*words: str | Path) -> subprocess.Popen[str]:
-    """Start a conversion in a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megavlm", "convert", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
 
 
 def one_line(error: str, *parts: str) -> None:
@@ -173,14 +162,12 @@ def test_interrupted_and_started_again(direction: str, number: signal.Signals, l
     if direction == "out":
         words = ("megatron-to-hf", "--megatron", large / "m", "--out", out)
         watched = tmp_path / "out.partial" / "model.safetensors"
-    process = start(*words)
-    deadline = time.monotonic() + 60
-    while not watched.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode != 0 and not out.exists(), error
+    with start(["convert", *words]) as job:
+        while not watched.exists():
+            assert not job.poll(), job.stderr
+            time.sleep(0.0005)
+        job.signal(number)
+        assert job.wait(check=False).code != 0 and not out.exists(), job.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     if direction == "in":
         assert convert_in(large / "hf", out) == 0

@@ -11,8 +11,8 @@ import pytest
 import qwen_reference
 import torch
 from family_cases import QWEN_VL, load, qwen_vl, write_reference
-from launch import torchrun
 from qwen_reference import Sizes
+from ranks import megavlm
 from run_data import RunData
 
 from megavlm.cli import main
@@ -49,7 +49,7 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     words = [str(start / "recipe.yaml"), f"data.train.0.path={run_data.root / 'train'}", f"output_dir={run}"]
     small = ["data.sequence_length=192", "data.num_workers=0", "training.train_steps=4", "training.global_batch_size=2"]
     small += ["optimizer.lr=1e-3", "optimizer.warmup_steps=1", "checkpoint.save_interval=2", "checkpoint.keep=1"]
-    text = torchrun("megavlm", "train", *words, *small, *layout, ranks=ranks, module=True)
+    text = megavlm(["train", *words, *small, *layout], world=ranks).output
     assert f"loaded {start}" in text and "saved" in text
     shutil.rmtree(start)  # a trained checkpoint stands for itself
 
@@ -80,7 +80,7 @@ def test_a_run_from_scratch_goes_home_as_well(run_data: RunData, tmp_path: Path)
         "vision.positional_grid=16",
     ]
     words = run_data.words(tmp_path / "run", *(f"model.{key}" for key in model), "training.train_steps=3")
-    torchrun("megavlm", *words, ranks=1, module=True)
+    megavlm(words, world=1)
     home, again = tmp_path / "home", tmp_path / "again"
     assert main(["convert", "megatron-to-hf", "--megatron", str(tmp_path / "run"), "--out", str(home)]) == 0
     tokenizer = load_tokenizer(home / "tokenizer.model")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, smooth_image
-from launch import torchrun
+from ranks import script
 
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.chat import EncodedSample
@@ -268,5 +268,5 @@ def test_a_pack_on_the_device() -> None:
 
 @pytest.mark.dist
 def test_all_ranks_see_the_packs_and_the_errors() -> None:
-    output = torchrun(WORKER, "2x2", "1x2", "2x1", ranks=4, timeout=180)
+    output = script(WORKER, "2x2", "1x2", "2x1", world=4, timeout=180).output
     assert output.count("is well") == 3 * 4, output

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from benchmark_files import MAKERS, picture
-from launch import torchrun
+from ranks import RanksFailed, script
 
 from megavlm import cli
 from megavlm.evaluation.benchmarks.choices import read_mmbench
@@ -64,7 +64,7 @@ def test_layouts_answer_alike(random_checkpoint: Path, alone: Path, tmp_path: Pa
     lines = (alone / "out" / "predictions.jsonl").read_text("utf-8").splitlines(keepends=True)
     (half / "predictions.part-0.jsonl").write_text("".join(lines[:3]) + lines[3][:40], "utf-8")
     both = [words(random_checkpoint, "mmmu", tmp_path / "two", data), words(random_checkpoint, "mmmu", half, data)]
-    torchrun(WORKER, json.dumps(both), ranks=2)
+    script(WORKER, json.dumps(both), world=2)
     same_answers(rows(tmp_path / "two"), expected)
     same_answers(rows(half), expected)
     layouts = {
@@ -75,7 +75,7 @@ def test_layouts_answer_alike(random_checkpoint: Path, alone: Path, tmp_path: Pa
         words(random_checkpoint, "mmmu", tmp_path / name, data, *(f"parallel.{value}" for value in values))
         for name, values in layouts.items()
     ]
-    torchrun(WORKER, json.dumps(commands), ranks=4)
+    script(WORKER, json.dumps(commands), world=4)
     for name in layouts:
         same_answers(rows(tmp_path / name), expected)
         found = [json.loads((out / "scores.json").read_text())["scores"] for out in (tmp_path / name, alone / "out")]
@@ -92,8 +92,8 @@ def test_killed_and_started_again(
     """Two replicas answer one question a round each; one is killed in the third round, before that is written."""
     command = words(random_checkpoint, "mmmu", tmp_path, data_of(alone), "--save-every=1")
     monkeypatch.setenv("MEGAVLM_FAULT", "evaluation.round:rank1:step3:kill")
-    with pytest.raises(AssertionError, match="exited with"):
-        torchrun(WORKER, json.dumps([command]), ranks=2)
+    with pytest.raises(RanksFailed, match="rank 1: ended by SIGKILL"):
+        script(WORKER, json.dumps([command]), world=2)
     monkeypatch.delenv("MEGAVLM_FAULT")
     parts = sorted(tmp_path.glob("predictions.part-*"))
     first, second = [len(part.read_text("utf-8").splitlines()) for part in parts]

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import torchrun
 from PIL import Image
+from ranks import megavlm
 from run_data import RunData
 
 from megavlm.evaluation import main
@@ -20,14 +20,14 @@ from megavlm.parallel.lock import HeldError, held
 def trained(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run of three steps."""
     output = tmp_path_factory.mktemp("trained")
-    torchrun("megavlm", *run_data.words(output, "training.train_steps=3"), module=True)
+    megavlm(run_data.words(output, "training.train_steps=3"), world=1)
     return output
 
 
 def evaluate(data: RunData, run: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str]:
     """Run ``megavlm eval`` on 12 records; return the predictions."""
     words = ["eval", run, *overrides, "--data", data.heldout_json, "--images", data.images, "--out", out]
-    torchrun("megavlm", *words, "--max-new-tokens=5", "--limit=12", "--panel-samples=4", ranks=ranks, module=True)
+    megavlm([*words, "--max-new-tokens=5", "--limit=12", "--panel-samples=4"], world=ranks)
     lines = (out / "predictions.jsonl").read_text().splitlines()
     return [json.loads(line)["prediction"] for line in lines]
 

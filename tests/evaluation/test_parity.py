@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from family_cases import QWEN_VL, make, write_reference
-from launch import ROOT, torchrun
+from launch import ROOT
+from ranks import script
 from safetensors.torch import load_file, save_file
 
 from megavlm.cli import main
@@ -49,7 +50,7 @@ def test_one_process(converted: tuple[Path, Path], caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_same_checkpoint_at_other_layouts(name: str, converted: tuple[Path, Path]) -> None:
     ranks, layout = LAYOUTS[name]
-    text = torchrun(SCRIPT, *words(*converted, "--set", *layout), ranks=ranks)
+    text = script(SCRIPT, *words(*converted, "--set", *layout), world=ranks).output
     assert "within the tolerance" in text
 
 
@@ -57,7 +58,7 @@ def test_the_same_checkpoint_at_other_layouts(name: str, converted: tuple[Path, 
 def test_the_original_implementation(tmp_path: Path) -> None:
     assert main(["convert", "hf-to-megatron", "--hf", str(SHARED), "--out", str(tmp_path / "m")]) == 0
     assert verify(tmp_path / "m", SHARED / "reference.safetensors") == 0
-    text = torchrun(SCRIPT, *words(tmp_path / "m", SHARED / "reference.safetensors", "--set", TP, PP), ranks=4)
+    text = script(SCRIPT, *words(tmp_path / "m", SHARED / "reference.safetensors", "--set", TP, PP), world=4).output
     assert "within the tolerance of 0.0002" in text
 
 

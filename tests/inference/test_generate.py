@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import torchrun
+from ranks import script
 
 from megavlm.inference.packs import first_fit
 
@@ -26,7 +26,7 @@ def run(tmp: Path, name: str, ranks: int, parallel: dict[str, Any], weights: Pat
     """Answer the prompts."""
     job, out = tmp / f"{name}.job.json", tmp / f"{name}.json"
     job.write_text(json.dumps({"parallel": parallel, "weights": str(weights), "out": str(out)}))
-    torchrun(WORKER, job, ranks=ranks)
+    script(WORKER, job, world=ranks)
     return json.loads(out.read_text())
 
 

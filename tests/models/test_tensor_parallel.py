@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from connector_cases import CASES
-from launch import torchrun
+from ranks import script
 from transformers_cases import CASES as TRANSFORMERS_CASES
 
 
 @pytest.mark.dist
 def test_two_tensor_parallel_ranks() -> None:
-    output = torchrun(Path(__file__).with_name("tensor_parallel_worker.py"), ranks=2, timeout=180)
+    output = script(Path(__file__).with_name("tensor_parallel_worker.py"), world=2, timeout=180).output
     for name in (*CASES, *TRANSFORMERS_CASES, "vocabulary"):
         assert output.count(f"<{name}>") == 2, name

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch import torchrun
+from ranks import script
 
 
 def test_a_failure_on_one_rank_reaches_all_and_stages_draw_apart() -> None:
-    text = torchrun(Path(__file__).with_name("state_worker.py"), ranks=2, timeout=90)
+    text = script(Path(__file__).with_name("state_worker.py"), world=2, timeout=90).output
     other = "OtherRankError: the work failed on another rank; its message says why"
     # Two ranks may write on one line.
     assert f"rank 0: {other} | none | True | False | True | True | draws apart" in text

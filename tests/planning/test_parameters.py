@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import torchrun
+from ranks import script
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
@@ -62,7 +62,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[fl
     tmp = tmp_path_factory.mktemp("memory")
     job, out = tmp / "job.json", tmp / "out.json"
     job.write_text(json.dumps(list(CASES.values())))
-    torchrun(WORKER, job, out, ranks=RANKS, timeout=180)
+    script(WORKER, job, out, world=RANKS, timeout=180)
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 

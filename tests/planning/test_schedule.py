@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import torchrun
+from ranks import script
 
 from megavlm.planning.schedule import rank_order, simulate
 
@@ -23,7 +23,7 @@ def test_megatron_core_runs_this_order(ranks: int, cases: list[tuple[int, int | 
     job, out = tmp_path / "job.json", tmp_path / "out.json"
     keys = ("pipeline", "virtual", "microbatches")
     job.write_text(json.dumps([dict(zip(keys, case, strict=True)) for case in cases]))
-    torchrun(WORKER, job, out, ranks=ranks, timeout=120)
+    script(WORKER, job, out, world=ranks, timeout=120)
     real = json.loads(out.read_text())
     for (pipeline, virtual, microbatches), of_ranks in zip(cases, real, strict=True):
         for rank, calls in enumerate(of_ranks):

@@ -7,15 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from launch import ROOT
+from launch import under_torchrun
+from ranks import megavlm
 from run_data import RunData
 
 from megavlm.checkpoint.manifest import check
@@ -33,24 +32,14 @@ SAVES = ("checkpoint.save_interval=2", "checkpoint.keep=2", "logging.tensorboard
 def run(
     data: RunData, output: Path, *overrides: str, fault: str = "", ranks: int = 1, restarts: int = 0
 ) -> tuple[int, str]:
-    """Run ``megavlm train``; return exit code and output."""
-    words = ["-m", "megavlm", *data.words(output, *SAVES, *overrides)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-        words = [*torchrun, "--rdzv-endpoint=localhost:0", f"--max-restarts={restarts}", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", VARIABLE: fault}
-    process = subprocess.Popen(
-        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output_text, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        # torchrun's workers have sessions of their own.
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.kill()
-        raise
-    return process.returncode, output_text
+    """Run ``megavlm train``; return exit code and output. Under torchrun where it sees a rank fail, or restarts it."""
+    train = data.words(output, *SAVES, *overrides)
+    if ranks == 1 or not fault.endswith(("kill", "stop", "term", "usr1")):
+        world = None if ranks == 1 else ranks
+        done = megavlm(train, world, check=False, env={VARIABLE: fault}, apart=False, timeout=180)
+        return done.code, done.output
+    words = ["-m", "megavlm", *train]
+    return under_torchrun(words, ranks=ranks, restarts=restarts, env={VARIABLE: fault}, timeout=180)
 
 
 def losses(output: Path) -> dict[int, tuple[float, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import torchrun
+from ranks import script
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 FP32 = 1e-5
@@ -58,7 +58,7 @@ def run(tmp: Path, name: str, ranks: int, recipe: dict[str, Any], weights: Path)
     """Train 3 steps; return losses and gradient norms."""
     job, out = tmp / f"{name}.job.json", tmp / f"{name}.json"
     job.write_text(json.dumps({"recipe": recipe, "weights": str(weights), "out": str(out)}))
-    torchrun(WORKER, job, ranks=ranks)
+    script(WORKER, job, world=ranks)
     return json.loads(out.read_text())
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, torchrun
+from ranks import megavlm, start
 from run_data import RunData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +24,7 @@ DP2 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"
 
 def train(data: RunData, output: Path, *overrides: str, ranks: int = 1) -> str:
     """Run ``megavlm train``; return what it printed."""
-    return torchrun("megavlm", *data.words(output, *overrides), ranks=ranks, module=True)
+    return megavlm(data.words(output, *overrides), world=ranks).output
 
 
 def lines(output: Path, key: str = "loss") -> dict[int, float]:
@@ -159,12 +157,8 @@ def test_counters(whole: tuple[Path, str]) -> None:
 
 def refused(data: RunData, output: Path, *overrides: str, code: int = 2) -> str:
     """Run ``megavlm train`` on one process without torchrun; return the last line of stderr."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "megavlm", *data.words(output, *overrides)],
-        capture_output=True, text=True, timeout=120, env=env, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    done = megavlm(data.words(output, *overrides), check=False)
+    assert done.code == code, done.stderr
     return done.stderr.strip().splitlines()[-1]
 
 
@@ -193,21 +187,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(run_data: RunData, tmp_path: Pat
 def test_nothing_half_written_is_seen(run_data: RunData, tmp_path: Path) -> None:
     """A run that is killed leaves only whole checkpoints, and goes on from the newest."""
     output = tmp_path / "run"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     words = run_data.words(output, "training.train_steps=100000", "checkpoint.save_interval=1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megavlm", *words], stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    try:
-        assert process.stderr is not None
-        saved = 0
-        for line in process.stderr:
-            saved += "saved" in line
-            if saved == 3:
-                break
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    assert saved == 3
+    with start(words) as job:
+        while job.stderr.count("saved") < 3:
+            assert not job.poll(), job.stderr
+            time.sleep(0.01)
+        job.signal(signal.SIGKILL)
+        assert job.wait(check=False).code == -signal.SIGKILL
     text = train(run_data, output, "training.train_steps=8")
     assert "resumed from" in text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import torchrun
+from ranks import script
 
 pytestmark = pytest.mark.long
 
@@ -87,7 +87,7 @@ def run(tmp: Path, ranks: int, jobs: dict[str, dict[str, Any]]) -> Results:
         job["out"] = str(tmp / f"{name}.json")
     file = tmp / f"{'-'.join(jobs)}.job"
     file.write_text(json.dumps(list(jobs.values())))
-    torchrun(WORKER, file, ranks=ranks)
+    script(WORKER, file, world=ranks)
     return {name: json.loads(Path(job["out"]).read_text()) for name, job in jobs.items()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from launch import torchrun
+from ranks import megavlm
 from run_data import RunData
 from serving import serving
 
@@ -38,7 +38,7 @@ LORA = (
 
 
 def train(data: RunData, output: Path, *overrides: str, ranks: int = 1) -> str:
-    return torchrun("megavlm", *data.words(output, *overrides), ranks=ranks, module=True)
+    return megavlm(data.words(output, *overrides), world=ranks).output
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def predictions(data: RunData, checkpoint: Path, out: Path, *words: str, ranks: 
     if ranks == 1:
         assert main([str(word) for word in all_words]) == 0
     else:
-        torchrun("megavlm", *all_words, ranks=ranks, module=True)
+        megavlm(all_words, world=ranks)
     return [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
+from ranks import script
 from samples import losses
 from task_loss_cases import LAYOUTS, SOURCES, batches, recipe, run
 from tiny import IMAGE_TOKEN
@@ -102,7 +102,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     root = tmp_path_factory.mktemp("tasks")
     weights, out = root / "step-00000000", root / "results.json"
     here = {"alone": run(weights), "token mean": run(weights, "token_mean")}
-    torchrun(Path(__file__).with_name("task_loss_cases.py"), weights, out, ranks=4)
+    script(Path(__file__).with_name("task_loss_cases.py"), weights, out, world=4)
     return json.loads(out.read_text()) | here
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from launch import torchrun
 from megatron.core import parallel_state as mpu
+from ranks import script
 from run_data import RunData
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -271,7 +271,7 @@ def runs(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     jobs.append({"name": "again", "recipe": "belle_vl_14b/sft", "overrides": again})
     job, out = root / "job.json", root / "results.json"
     job.write_text(json.dumps({"runs": jobs}))
-    torchrun(Path(__file__).with_name("recipe_worker.py"), job, out, ranks=4, timeout=300)
+    script(Path(__file__).with_name("recipe_worker.py"), job, out, world=4, timeout=300)
     return root, json.loads(out.read_text())
 
 

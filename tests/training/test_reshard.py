@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from launch import ROOT, torchrun
+from launch import ROOT
+from ranks import script
 
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
@@ -63,6 +64,6 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
     for i, (ranks, layout) in enumerate(CHANGES[name]):
         job = {"recipe": {"model": MODEL, "parallel": layout}, "load": previous, "save": str(tmp_path / str(i))}
         (tmp_path / "job.json").write_text(json.dumps(job))
-        torchrun(WORKER, str(tmp_path / "job.json"), ranks=ranks)
+        script(WORKER, str(tmp_path / "job.json"), world=ranks)
         previous = str(tmp_path / str(i) / "step-00000003")
     assert tensors(tmp_path / "0") == tensors(tmp_path / "1")

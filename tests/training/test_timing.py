@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import pytest
-from launch import torchrun
+from ranks import megavlm, script
 from run_data import RunData
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -54,7 +54,7 @@ def test_who_waits_in_a_pass_is_not_slow() -> None:
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """The steps of each pipeline."""
     out = tmp_path_factory.mktemp("timing") / "found.json"
-    torchrun(WORKER, out, ranks=2, timeout=120)
+    script(WORKER, out, world=2, timeout=120)
     found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
     return found
 
@@ -109,7 +109,7 @@ def test_parts_add_up_to_the_step(name: str, pipelines: dict[str, list[dict[str,
 def train(data: RunData, output: Path, *overrides: str) -> str:
     """Run ``megavlm train`` at TP 2; return what it printed."""
     words = ("parallel.tensor_model_parallel_size=2", "logging.timing_interval=1", *overrides)
-    return torchrun("megavlm", *data.words(output, *words), ranks=2, module=True, timeout=120)
+    return megavlm(data.words(output, *words), world=2, timeout=120).output
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import torchrun
 from PIL import Image, ImageDraw
+from ranks import megavlm
 from run_data import RECIPE, RunData
 
 from megavlm.data import prepare
@@ -46,8 +46,6 @@ def make_learnt(data: RunData, root: Path, steps: int = STEPS) -> Learnt:
     for name in ("train", "heldout"):
         prepare.run(parser.parse_args([str(root / "data.json"), f"--images={images}", f"--out={root / name}"]))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root))
-    torchrun(
-        "megavlm", "train", root / "recipe.yaml", f"output_dir={root / 'learnt'}", f"training.train_steps={steps}",
-        "logging.panel_samples=1", module=True,
-    )  # fmt: skip
+    words = ["train", root / "recipe.yaml", f"output_dir={root / 'learnt'}", f"training.train_steps={steps}"]
+    megavlm([*words, "logging.panel_samples=1"], world=1)
     return Learnt(root / "learnt", images / "scene.png")
