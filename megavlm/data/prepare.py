@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     records, source = _records(args)
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.resolve().stem)
-    with new_directory(args.out) as partial:
+    with new_directory(args.out, replace=args.overwrite) as partial:
         summary = _write_shards(records, source.pictures, partial, name, args)
         if not summary.samples:
             raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")

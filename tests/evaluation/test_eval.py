@@ -13,6 +13,7 @@ from run_data import RunData
 
 from megavlm.evaluation import main
 from megavlm.evaluation.records import read_records
+from megavlm.parallel.lock import HeldError, held
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,17 @@ def test_refusals(run_data: RunData, trained: Path, tmp_path: Path) -> None:
         main.run(arguments(str(trained), "--max-new-tokens=180", *common))
     with pytest.raises(ValueError, match="--limit must be at least 1"):
         main.run(arguments(str(trained), "--limit=0", *common))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--out: .*/file/x: .* is no directory; move the file"):
+        main.run(arguments(str(trained), *common, f"--out={tmp_path / 'file' / 'x'}"))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with (
+        held(tmp_path / "out" / "lock.json", "eval", "theirs"),
+        pytest.raises(HeldError, match=r"^--out: .*/out is held by megavlm eval "),
+    ):
+        main.run(arguments(str(trained), *common))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_records(tmp_path: Path) -> None:
