@@ -68,8 +68,8 @@ typecheck: $(DEV) ## mypy
 	$(BIN)/mypy
 
 # A GPU machine brings its own torch, which nothing here replaces.
-gpu-check: ## short checks on a GPU, with this machine's own Python and torch
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
+gpu-check: ## short checks on a GPU, with this machine's own Python and torch (GPUS=8, ONLY="slice save")
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(if $(GPUS),--gpus $(GPUS)) $(if $(ONLY),--only $(ONLY))
 
 bench: $(BASE) ## the benchmarks of this machine
 	$(BIN)/python benchmarks/run.py

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-# Name, causal, segment lengths of a pack (None: not packed), key/value heads.
+# Name, causal, segment lengths of a pack (None: not packed), key/value heads (negative: CROSS_KEYS keys, not packed).
 CASES: tuple[tuple[str, bool, tuple[int, ...] | None, int], ...] = (
     ("causal", True, None, 8),
     ("causal, grouped keys", True, None, 2),
     ("full", False, None, 8),
+    ("cross", False, None, -8),
     ("packed causal", True, (64, 1, 100, 91), 8),
     ("packed causal, grouped keys", True, (128, 128), 2),
 )
-POSITIONS, HEADS, WIDTH = 256, 8, 64
+POSITIONS, HEADS = 256, 8
+WIDTHS = (64, 80, 104, 128, 192)
+"""Of heads: CLIP's and the quickstart's, Qwen2.5-VL's tower's, Qwen-VL's tower's, language models', MLA's."""
+CROSS_KEYS = 325
+"""Keys of the case in which queries look at another sequence, as a resampler's do."""
 
 
 def attention(job: dict[str, Any]) -> dict[str, Any]:
@@ -27,12 +32,20 @@ def attention(job: dict[str, Any]) -> dict[str, Any]:
 
     found = {}
     with process_groups(ParallelConfig(), 1):
-        for number, (name, causal, lengths, groups) in enumerate(CASES):
-            found[name] = _compare(job["impl"], causal, lengths, groups, seed=number)
+        for width in WIDTHS:
+            # The first width in every case, the others in those that differ by kernel.
+            for number, (name, causal, lengths, groups) in enumerate(CASES if width == WIDTHS[0] else CASES[2:]):
+                label = name if width == WIDTHS[0] else f"{name}, width {width}"
+                try:
+                    found[label] = _compare(job["impl"], width, causal, lengths, groups, seed=number)
+                except Exception as error:  # one case must not hide the others
+                    found[label] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
     return {"device": "cuda" if has_cuda() else "cpu", "cases": found, "dtype": str(torch.bfloat16)}
 
 
-def _compare(impl: str, causal: bool, lengths: tuple[int, ...] | None, groups: int, seed: int) -> dict[str, float]:
+def _compare(
+    impl: str, width: int, causal: bool, lengths: tuple[int, ...] | None, groups: int, seed: int
+) -> dict[str, Any]:
     import torch
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.spec_utils import build_module
@@ -41,12 +54,13 @@ def _compare(impl: str, causal: bool, lengths: tuple[int, ...] | None, groups: i
     from megavlm.parallel.device import local_device
     from megavlm.parallel.specs import layer_modules
 
+    cross, groups = groups < 0, abs(groups)
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=HEADS * WIDTH,
+        hidden_size=HEADS * width,
         num_attention_heads=HEADS,
         num_query_groups=groups,
-        kv_channels=WIDTH,
+        kv_channels=width,
         attention_dropout=0.0,
         params_dtype=torch.bfloat16,
         bf16=True,
@@ -59,12 +73,16 @@ def _compare(impl: str, causal: bool, lengths: tuple[int, ...] | None, groups: i
         config=config,
         layer_number=1,
         attn_mask_type=mask,
-        attention_type="self",
+        attention_type="cross" if cross else "self",
     )
     torch.manual_seed(seed)
     shape = (POSITIONS,) if lengths is not None else (POSITIONS, 2)
-    q, k, v = (torch.randn(*shape, heads, WIDTH).bfloat16() for heads in (HEADS, groups, groups))
-    weight = torch.randn(*shape, HEADS * WIDTH)
+    keys = (CROSS_KEYS, 2) if cross else shape
+    q, k, v = (
+        torch.randn(*positions, heads, width).bfloat16()
+        for positions, heads in ((shape, HEADS), (keys, groups), (keys, groups))
+    )
+    weight = torch.randn(*shape, HEADS * width)
     ours = [x.clone().to(local_device()).requires_grad_() for x in (q, k, v)]
     output = core(*ours, None, attn_mask_type=mask, packed_seq_params=_packed(lengths))
     output = output.reshape(weight.shape)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from gpu_runner import ROOT, Job, Outcome, Row, Runner, as_json, environment, in
 
 NEEDED = ("torch", "megatron.core", "pydantic", "numpy", "PIL")
 SCALINGS = ("tensorwise", "delayed", "blockwise", "mxfp8")
-GOAL_MFU, GOAL_FP8 = 0.50, 1.4
+GOAL_MFU, GOAL_MFU_TORCH, GOAL_FP8, GOAL_STALL = 0.50, 0.45, 1.4, 1.5
+UNSEEN_WITHIN = 0.03
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.15
 ATTENTION_LIMIT = 0.02
 """Of bf16 attention against fp32, relative to the largest value: some three of its roundings."""
@@ -103,34 +105,41 @@ def _attention(name: str, outcome: Outcome) -> Row:
     if outcome.result is None:
         return _unless_run(name, outcome) or Row(name, "failed", "")
     cases = outcome.result["cases"]
-    worst = max(max(case.values()) for case in cases.values())
-    told = ", ".join(f"{case} {max(values.values()):.1e}" for case, values in cases.items())
-    status = "ok" if worst <= ATTENTION_LIMIT else "failed"  # failed for NaN
+    failed = {name: case["error"] for name, case in cases.items() if "error" in case}
+    figures = {name: max(case.values()) for name, case in cases.items() if name not in failed}
+    told = ", ".join([*(f"{case} {value:.1e}" for case, value in figures.items()), *map(": ".join, failed.items())])
+    good = not failed and all(value <= ATTENTION_LIMIT for value in figures.values())  # not so for NaN
+    status = "ok" if good else "failed"
     return Row(name, status, f"relative difference of outputs and gradients: {told} (limit {ATTENTION_LIMIT})", cases)
 
 
-def parity(run: Runner, missing: str, *, dry: bool) -> list[Row]:
-    """Hold this device's numbers against the CPU's, and its kernels and precisions against each other."""
+def parity(run: Runner, *, dry: bool) -> Iterator[Row]:
+    """Hold this device's numbers against the CPU's, and bf16 against fp32; torch layers."""
     fp32 = run("small model, fp32, torch layers", _training("small", "fp32", "torch", dry=dry))
     cpu = run("small model, fp32, CPU", {**_training("small", "fp32", "torch", dry=dry), "device": "cpu"})
-    bf16 = run("small model, bf16, torch layers", _training("small", "bf16", "torch", dry=dry))
-    rows = [
-        _compared("fp32, torch layers: this device against the CPU", fp32, cpu, 1e-4),
-        _compared("bf16 against fp32, torch layers", bf16, fp32, 5e-3, steps=1),
-        _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"})),
-    ]
+    yield _compared("fp32, torch layers: this device against the CPU", fp32, cpu, 1e-4)
+    bf16 = run(BF16, _training("small", "bf16", "torch", dry=dry))
+    yield _compared("bf16 against fp32, torch layers", bf16, fp32, 5e-3, steps=1)
+
+
+BF16 = "small model, bf16, torch layers"
+
+
+def engine(run: Runner, missing: str, *, dry: bool) -> Iterator[Row]:
+    """Hold Transformer Engine's attention, layers and FP8 against torch's bf16."""
     names = ["bf16 attention, Transformer Engine", "bf16, Transformer Engine against torch layers"]
     names += [f"FP8 ({scaling}) against bf16, Transformer Engine" for scaling in SCALINGS]
     if missing:
-        return [*rows, *(Row(name, "not run", missing) for name in names)]
-    rows.append(_attention(names[0], run("attention, Transformer Engine", {"kind": "attention", "impl": ENGINE})))
+        yield from (Row(name, "not run", missing) for name in names)
+        return
+    yield _attention(names[0], run("attention, Transformer Engine", {"kind": "attention", "impl": ENGINE}))
+    bf16 = run(BF16, _training("small", "bf16", "torch", dry=dry))
     plain = run("small model, bf16, Transformer Engine", _training("small", "bf16", ENGINE, dry=dry))
-    rows.append(_compared(names[1], plain, bf16, 5e-3))
+    yield _compared(names[1], plain, bf16, 5e-3)
     for name, scaling in zip(names[2:], SCALINGS, strict=True):
         # With delayed scaling the first step computes at scale 1; two steps of all are compared.
         job = _training("small", "bf16", ENGINE, dry=dry, engine={"fp8": "hybrid", "fp8_recipe": scaling})
-        rows.append(_compared(name, run(f"small model, FP8 {scaling}", job), plain, 5e-2, steps=2))
-    return rows
+        yield _compared(name, run(f"small model, FP8 {scaling}", job), plain, 5e-2, steps=2)
 
 
 def slice_layers(memory_gib: float) -> int:
@@ -142,34 +151,35 @@ def slice_layers(memory_gib: float) -> int:
     return max(0, min(8, int((0.9 * memory_gib - 17.0) / 6.2)))
 
 
-def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> list[Row]:
+ENGINES: dict[str, dict[str, Any]] = {
+    "BF16": {},
+    "FP8 (tensorwise)": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": False},
+    "FP8 (delayed)": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+}
+
+
+def speed(run: Runner, missing: str, memory_gib: float, *, dry: bool) -> Iterator[Row]:
     """Time one GPU's slice of the 14B in BF16 and FP8, and hold memory and time against the planner."""
     layers = 4 if dry else slice_layers(memory_gib)
     label = "14B slice" if not dry else "small model"
-    names = {kind: f"{label}, {kind}" for kind in ("BF16, torch layers", "BF16", "FP8 (tensorwise)", "FP8 (delayed)")}
+    torch_name = f"{label}, BF16, torch layers"
     if layers == 0:
-        return [
-            Row(name, "not run", f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}")
-            for name in names.values()
-        ]
+        why = f"needs some 26 GiB of GPU memory, here are {memory_gib:.0f}"
+        yield from (Row(f"{label}, {kind}", "not run", why) for kind in ("BF16, torch layers", *ENGINES))
+        return
     own = {"layers": layers, "freeze_vision": True, "own_weights": True}
-    engines: dict[str, dict[str, Any]] = {
-        "BF16": {},
-        "FP8 (tensorwise)": {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": False},
-        "FP8 (delayed)": {"fp8": "hybrid", "fp8_recipe": "delayed"},
-    }
-    rows, done = [], {}
-    for kind, engine in engines.items():
+    done = {}
+    for kind, engine in ENGINES.items():
+        name = f"{label}, {kind}"
         if missing:
-            rows.append(Row(names[kind], "not run", missing))
+            yield Row(name, "not run", missing)
             continue
-        done[kind] = run(names[kind], _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **own))
-        rows += _timed(names[kind], done[kind])
-    torch_name = names["BF16, torch layers"]
-    rows += _timed(torch_name, run(torch_name, _training("slice", "bf16", "torch", dry=dry, **own)))
+        more = {"more": True} if kind != "FP8 (delayed)" else {}
+        done[kind] = run(name, _training("slice", "bf16", ENGINE, dry=dry, engine=engine, **more, **own))
+        yield from _timed(name, done[kind])
+    yield from _timed(torch_name, run(torch_name, _training("slice", "bf16", "torch", dry=dry, more=True, **own)))
     if "BF16" in done:
-        rows.append(_ratio("FP8 against BF16, tokens/s", done["FP8 (tensorwise)"], done["BF16"]))
-    return rows
+        yield _ratio("FP8 against BF16, tokens/s", done["FP8 (tensorwise)"], done["BF16"])
 
 
 def _timed(name: str, outcome: Outcome) -> list[Row]:
@@ -179,12 +189,38 @@ def _timed(name: str, outcome: Outcome) -> list[Row]:
     if result is None:
         return [row]
     if result["mfu"] is not None:
-        row.detail += f"; goal {GOAL_MFU:.0%} MFU: {'reached' if result['mfu'] >= GOAL_MFU else 'missed'}"
+        goal = GOAL_MFU_TORCH if "torch layers" in name else GOAL_MFU
+        row.detail += f"; goal {goal:.0%} MFU: {'reached' if result['mfu'] >= goal else 'missed'}"
     told = [
         _against("memory, GiB", result["predicted_gib"], result["peak_gib"], MEMORY_WITHIN),
         _against("step, ms", result["predicted_step_ms"], result["step_ms"], TIME_WITHIN),
     ]
-    return [row, Row(f"{name}: the planner's prediction", "ok", "; ".join(told))]
+    rows = [row, Row(f"{name}: the planner's prediction", "ok", "; ".join(told))]
+    if "mixes" in result:
+        rows.append(_unseen(name, result))
+        rows += [_mix(f"{name}, {mix}", figures) for mix, figures in result["mixes"].items()]
+    return rows
+
+
+def _unseen(name: str, result: dict[str, Any]) -> Row:
+    ratio = result["unseen_ms"] / result["step_ms"]
+    waits = result["waits"]
+    told = f"packs never seen before: {ratio:.3f} of a step on repeated ones (goal: within {UNSEEN_WITHIN:.0%})"
+    if waits is not None:
+        places = ", ".join(f"{count} x {place}" for place, count in waits.items())
+        told += f"; the host waited for the device {sum(waits.values())} times in forward and backward" + (
+            f": {places}" if places else ""
+        )
+    return Row(f"{name}: unseen packs", "ok", told, {"ratio": ratio})
+
+
+def _mix(name: str, figures: dict[str, Any]) -> Row:
+    use = "" if figures["mfu"] is None else f", MFU {figures['mfu']:.1%} of the bf16 peak"
+    told = (
+        f"{figures['images_per_pack']:.1f} pictures a pack: step {figures['step_ms']:.1f} ms, "
+        f"{figures['tokens_per_s']:,.0f} tokens/s, {figures['model_tflops']:.1f} model TFLOP/s{use}"
+    )
+    return Row(name, "ok", told, figures)
 
 
 def _against(what: str, predicted: float | None, measured: float | None, within: float) -> str:
@@ -206,25 +242,110 @@ def _ratio(name: str, fast: Outcome, plain: Outcome) -> Row:
     return Row(name, "ok", f"{ratio:.2f} times (goal {GOAL_FP8}: {verdict})", {"ratio": ratio})
 
 
-def dali(run: Runner, *, dry: bool) -> Row:
-    """Hold DALI's pictures against PIL's."""
-    name = "DALI decodes JPEGs as PIL does"
-    if not installed("nvidia.dali"):
-        return Row(name, "not run", "nvidia-dali is not installed")
-    outcome = run("DALI", {"kind": "dali", "images": 16 if dry else 256, "size": 64 if dry else 448})
+def decoders(run: Runner, *, dry: bool) -> Iterator[Row]:
+    """Hold every decoder's pictures against PIL's, and their speed."""
+    names = ["pil", "simplejpeg", *(["dali"] if installed("nvidia.dali") else [])]
+    outcome = run(
+        "decoders", {"kind": "decoders", "names": names, "images": 16 if dry else 128, "size": 64 if dry else 448}
+    )
+    for decoder in ("pil", "simplejpeg", "dali"):
+        name = f"{decoder} decodes JPEGs as PIL does"
+        if decoder not in names:
+            yield Row(name, "not run", "nvidia-dali is not installed")
+            continue
+        if outcome.result is None:
+            yield _unless_run(name, outcome) or Row(name, "failed", "")
+            continue
+        r = outcome.result[decoder]
+        text = (
+            f"on {r['device']}: {r['images_per_s']:,.0f} images/s of 640 x 480, mean difference "
+            f"{r['mean_difference']:.2f} of 255, largest {r['max_difference']:.0f}, {r['failed']} failed"
+        )
+        yield Row(name, "ok" if r["failed"] == 0 and r["mean_difference"] < 1.0 else "failed", text, r)
+
+
+def rates(run: Runner, *, dry: bool) -> Row:
+    """Measure products, attention and copies; the planner can take them (megavlm plan --measured)."""
+    name = "rates of products, attention and copies"
+    outcome = run("rates", {"kind": "rates", "small": dry})
     if outcome.result is None:
         return _unless_run(name, outcome) or Row(name, "failed", "")
     r = outcome.result
-    ok = r["failed"] == 0 and r["mean_difference"] < 1.0
-    text = (
-        f"on {r['device']}: {r['images_per_s']:,.0f} images/s of 640 x 480, mean difference "
-        f"{r['mean_difference']:.2f} of 255, largest {r['max_difference']:.0f}, {r['failed']} failed"
-    )
-    return Row(name, "ok" if ok else "failed", text, r)
+    parts = [f"{m} x {n} x {k}: {tflops:.0f} TFLOP/s" for m, n, k, tflops in r["matmul"]]
+    parts += [f"attention {t}/{s} x {h} x {w}: {rate:.0f} TFLOP/s" for t, s, h, w, _, rate in r["attention"]]
+    parts += [f"copy {size / 2**20:.0f} MiB: {rate:,.0f} GB/s" for size, rate in r["copy"]]
+    for size, *gbs in r["host"]:
+        told = " / ".join(f"{one:.1f}" for one in gbs)
+        parts.append(f"{size / 2**20:.0f} MiB to host pageable / pinned, and back: {told} GB/s")
+    ok, wgrad = True, r["wgrad"]
+    if wgrad is not None:
+        parts.append(
+            f"weight gradient of 2048 x 27392 x 5120: {wgrad['written_and_added_ms']:.2f} ms written and added"
+        )
+        if "in_product_ms" in wgrad:
+            ok = wgrad["difference"] < 1e-2
+            parts.append(f"{wgrad['in_product_ms']:.2f} ms in the product (difference {wgrad['difference']:.1e})")
+    return Row(name, "ok" if ok else "failed", "; ".join(parts), r)
 
 
-def check(run: Runner, *, dry: bool) -> list[Row]:
-    """Run everything; return the table."""
+def save(run: Runner, *, dry: bool) -> Row:
+    """Hold the stall of a save against copying its bytes to the host."""
+    name = "saving a checkpoint"
+    outcome = run("save", {"kind": "save", "small": dry})
+    if outcome.result is None:
+        return _unless_run(name, outcome) or Row(name, "failed", "")
+    r = outcome.result
+    stalls = ", ".join(f"{one:.2f}" for one in r["asynchronous_s"])
+    told = f"{r['gib']:.2f} GiB: synchronous {r['synchronous_s']:.2f} s; asynchronous stalls {stalls} s"
+    if "copy_s" in r:
+        ratio = min(r["asynchronous_s"]) / r["copy_s"]
+        told += f"; its bytes to pinned host memory {r['copy_s']:.2f} s: {ratio:.2f} times (goal {GOAL_STALL})"
+    return Row(name, "ok", told, r)
+
+
+# Name, processes, parallel branch. Losses and gradient norms must be those of one GPU.
+LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("TP 2", 2, {"tensor_model_parallel_size": 2}),
+    ("PP 2", 2, {"pipeline_model_parallel_size": 2}),
+    ("PP 2 x VPP 2", 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    ("DP 2", 2, {"overlap_grad_reduce": False, "overlap_param_gather": False}),
+    ("DP 2, overlapped", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    (
+        "TP 2 x PP 2 + SP",
+        4,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    (
+        "TP 2 x PP 2 x DP 2 + SP",
+        8,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+)
+
+
+def layouts(run: Runner, gpus: int, *, dry: bool) -> Iterator[Row]:
+    """Hold layouts over several GPUs against one."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _layouts(run, gpus, Path(folder) / "step-00000000", dry=dry)
+
+
+def _layouts(run: Runner, gpus: int, weights: Path, *, dry: bool) -> Iterator[Row]:
+    more = {"layers": 4, "weights": str(weights)}
+    one = run("one process, 4 layers", _training("small", "fp32", "torch", dry=dry, **more))
+    for name, ranks, parallel in LAYOUTS:
+        label = f"{name} against one GPU"
+        if ranks > gpus:
+            yield Row(label, "not run", f"needs {ranks} GPUs; make gpu-check GPUS={ranks}")
+            continue
+        job = _training("small", "fp32", "torch", dry=dry, parallel=parallel, ranks=ranks, **more)
+        yield _compared(label, run(name, job), one, 1e-4)
+
+
+PARTS = ("rates", "attention", "parity", "engine", "slice", "decoders", "save", "layouts")
+
+
+def check(run: Runner, *, dry: bool, gpus: int = 1, only: Sequence[str] = PARTS) -> Iterator[Row]:
+    """Run everything of ``only``; what may run out of time comes last."""
     missing, memory_gib = "", 0.0
     if dry:
         missing = "needs a CUDA device"
@@ -234,9 +355,22 @@ def check(run: Runner, *, dry: bool) -> list[Row]:
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         if not installed(ENGINE):
             missing = "transformer-engine is not installed"
-    # What may run out of time comes last.
-    rows = [*parity(run, missing, dry=dry), dali(run, dry=dry)]
-    return [*rows, *speed(run, missing, memory_gib, dry=dry)]
+    if "rates" in only:
+        yield rates(run, dry=dry)
+    if "attention" in only:
+        yield _attention("bf16 attention, torch", run("attention, torch", {"kind": "attention", "impl": "torch"}))
+    if "parity" in only:
+        yield from parity(run, dry=dry)
+    if "engine" in only:
+        yield from engine(run, missing, dry=dry)
+    if "slice" in only:
+        yield from speed(run, missing, memory_gib, dry=dry)
+    if "decoders" in only:
+        yield from decoders(run, dry=dry)
+    if "save" in only:
+        yield save(run, dry=dry)
+    if "layouts" in only:
+        yield from layouts(run, gpus, dry=dry)
 
 
 def main() -> int:
@@ -245,7 +379,7 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "gpu.md",
+        default=ROOT / "benchmarks" / "gpu-check.md",
         help="Markdown file to write; the figures go to a .json beside it",
     )
     parser.add_argument("--timeout", type=float, default=120, help="seconds that one job may take (default 120)")
@@ -253,6 +387,10 @@ def main() -> int:
     parser.add_argument(
         "--dry-run-cpu", action="store_true", help="the same jobs, small, on the CPU: tests this script"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs for the rows of several (default 1)")
     arguments = parser.parse_args()
     absent = [name for name in NEEDED if not installed(name)]
     if absent:
@@ -265,12 +403,14 @@ def main() -> int:
         return 2
     start = time.perf_counter()
     run = Runner(arguments.timeout, on_cpu=arguments.dry_run_cpu, limit=arguments.limit)
-    rows = check(run, dry=arguments.dry_run_cpu)
-    machine, seconds = environment(), time.perf_counter() - start
-    report = markdown(rows, machine, run, seconds)
+    machine, rows, report = environment(), [], ""
+    for row in check(run, dry=arguments.dry_run_cpu, gpus=arguments.gpus, only=arguments.only):
+        rows.append(row)
+        seconds = time.perf_counter() - start
+        report = markdown(rows, machine, run, seconds)  # whole after every row: what follows may be cut off
+        arguments.out.write_text(report, encoding="utf-8")
+        arguments.out.with_suffix(".json").write_text(as_json(rows, machine, run, seconds), encoding="utf-8")
     print(report, end="")
-    arguments.out.write_text(report, encoding="utf-8")
-    arguments.out.with_suffix(".json").write_text(as_json(rows, machine, run, seconds), encoding="utf-8")
     return 1 if any(row.status == "failed" for row in rows) else 0
 
 

@@ -1,16 +1,22 @@
 """One job of ``gpu_check`` in a process of its own: trains some steps or decodes some images, and writes what it saw.
 
-Arguments: a JSON object with ``kind`` ("train", "attention" or "dali") and its settings, and the file to write the
-result to. A result of ``missing`` says what this machine lacks for the job.
+Arguments: a JSON object with ``kind`` ("train", "attention", "decoders", "rates", "save") and its settings, and the
+file to write the result to. A result of ``missing`` says what this machine lacks for the job.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
+import traceback
+import warnings
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +39,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "sequence_length": 256,
         "packs": 2,
         "text": (20, 80),
+        "mixes": {"picture-heavy": (5, 20), "text-heavy": (120, 200)},
     },
     # The 14B: its tower and layers at their full width, and as many layers as fit (job["layers"]). A smaller
     # vocabulary leaves them the room: a stage in the middle of the pipeline has none.
@@ -41,6 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "sequence_length": 2048,
         "packs": 4,
         "text": (60, 300),
+        "mixes": {"picture-heavy": (10, 50), "text-heavy": (900, 1700)},
     },
 }
 # On a checkpoint's layout these names are Transformer Engine's, which fuses a norm with the linear after it.
@@ -64,7 +72,7 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
     tree = {
         "output_dir": "unused",
         "model": model,
-        "parallel": {"transformer_impl": job["impl"]},
+        "parallel": {"transformer_impl": job["impl"], **job.get("parallel", {})},
         "engine": job.get("engine", {}),
         "modules": {"vision": {"freeze": job.get("freeze_vision", False)}},
         "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": size["sequence_length"]},
@@ -80,7 +88,8 @@ def fill_weights(training: TrainingModel) -> int:
 
     count = 0
     with torch.no_grad():
-        for name, parameter in training.modules[0].named_parameters():
+        names = ((n, p) for module in training.modules for n, p in module.named_parameters())
+        for name, parameter in names:
             for ours, fused in _FUSED_NAMES.items():
                 name = name.replace(ours, fused)
             generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
@@ -95,8 +104,25 @@ def fill_weights(training: TrainingModel) -> int:
     return count
 
 
-def make_batches(recipe: Recipe, job: dict[str, Any], image_token: int) -> list[list[Any]]:
-    """Return the micro-batches of four different steps, on the device: samples of one image and some text."""
+def make_batches(
+    recipe: Recipe,
+    job: dict[str, Any],
+    image_token: int,
+    *,
+    steps: int = 4,
+    seed: int = 7,
+    text: tuple[int, int] | None = None,
+) -> list[list[Any]]:
+    """Return the micro-batches of different steps, on the device: samples of one image and some text.
+
+    Args:
+        recipe: of the job.
+        job: see the module.
+        image_token: the token of image slots.
+        steps: how many.
+        seed: another one gives packs never seen before.
+        text: least and most tokens of text in a sample; None for the size's own.
+    """
     import torch
 
     from megavlm.data.batch import IGNORE_INDEX
@@ -105,7 +131,7 @@ def make_batches(recipe: Recipe, job: dict[str, Any], image_token: int) -> list[
     from megavlm.data.packing import PackableSample, build_pack
     from megavlm.parallel.device import local_device
 
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
     size, slots = SIZES[job["size"]], recipe.model.tokens_per_image
     side = recipe.model.vision.image_size
 
@@ -113,15 +139,15 @@ def make_batches(recipe: Recipe, job: dict[str, Any], image_token: int) -> list[
         samples: list[PackableSample] = []
         room = size["sequence_length"]
         while room > slots + 8:
-            text = min(int(rng.integers(*size["text"])), room - slots)
-            tokens = np.concatenate([np.full(slots, image_token), rng.integers(0, image_token, text)])
-            labels = np.where(np.arange(len(tokens)) < slots + text // 3, IGNORE_INDEX, tokens)
+            words = min(int(rng.integers(*(text or size["text"]))), room - slots)
+            tokens = np.concatenate([np.full(slots, image_token), rng.integers(0, image_token, words)])
+            labels = np.where(np.arange(len(tokens)) < slots + words // 3, IGNORE_INDEX, tokens)
             samples.append(PackableSample(EncodedSample(tokens, labels, 1), (b"",), str(len(samples)), 0))
             room -= len(tokens)
         pixels = rng.integers(0, 256, (len(samples), 3, side, side), dtype=np.uint8)
         return micro_batch(build_pack(samples, size["sequence_length"], 0), torch.from_numpy(pixels), local_device())
 
-    return [[pack() for _ in range(size["packs"])] for _ in range(4)]
+    return [[pack() for _ in range(size["packs"])] for _ in range(steps)]
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -130,18 +156,20 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     prepare_device()
     import torch
+    from megatron.core import parallel_state as mpu
 
+    from megavlm.checkpoint import distributed as checkpoint
     from megavlm.config.checks import check_recipe
     from megavlm.parallel.engine import check_machine, this_machine
     from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
-    from megavlm.training.step import train_step
+    from megavlm.training.step import run_batches, train_step
 
     # Plain fp32 on the GPU as well, so that it can be held against the CPU.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     recipe = make_recipe(job)
-    check_recipe(recipe, 1)
+    check_recipe(recipe, job.get("ranks", 1))
     check_machine(recipe, this_machine())
     image_token = recipe.model.language.vocab_size - 1
     with process_groups(recipe.parallel, recipe.training.seed):
@@ -150,19 +178,38 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             parameters = sum(p.numel() for p in training.modules[0].parameters())
         else:
             parameters = fill_weights(training)
+        if "weights" in job:  # layouts cut the parameters in other ways: they begin with the same checkpoint
+            base = Path(job["weights"])
+            if not base.exists():
+                checkpoint.save_weights(base.parent, training.modules)
+            checkpoint.load(base, modules=training.modules)
+            training.optimizer.reload_model_params()
         steps = make_batches(recipe, job, image_token)
+        replica = slice(mpu.get_data_parallel_rank(), None, mpu.get_data_parallel_world_size())
         losses, norms, seconds = [], [], []
-        for number in range(job["steps"]):
+
+        def take(batches: list[Any]) -> float:
             synchronize()
             start = time.perf_counter()
             training.scheduler.step(1)
-            result = train_step(training.chunks, training.optimizer, steps[number % len(steps)], num_sources=1)
+            result = train_step(training.chunks, training.optimizer, batches[replica], num_sources=1)
             synchronize()
-            seconds.append(time.perf_counter() - start)
             losses.append(result.loss)
             norms.append(result.grad_norm)
-    step = float(np.median(seconds[job["warmup"] :]))
-    counts = _counts(steps)
+            return time.perf_counter() - start
+
+        for number in range(job["steps"]):
+            seconds.append(take(steps[number % len(steps)]))
+        step = float(np.median(seconds[job["warmup"] :]))
+        counts, peak = _counts(steps), max_memory_gib()
+        more: dict[str, Any] = {}
+        if job.get("more"):
+            more = {
+                "unseen_ms": 1e3 * _unseen(recipe, job, image_token, take),
+                "kernels": _kernels(lambda: take(steps[0])),
+                "waits": _waits(partial(run_batches, training.chunks, steps[0], 1)),
+                "mixes": {name: _mix(recipe, job, image_token, take, name) for name in SIZES[job["size"]]["mixes"]},
+            }
     return {
         "device": "cuda" if has_cuda() else "cpu",
         "parameters": parameters,
@@ -174,9 +221,70 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "images_per_s": counts["images"] / step,
         "images_per_step": counts["images"],
         **_use(recipe, counts, step),
-        "peak_gib": max_memory_gib(),
-        **predicted(recipe, counts),
+        "peak_gib": peak,
+        **more,
+        **(predicted(recipe, counts) if job.get("ranks", 1) == 1 else {}),
     }
+
+
+def _unseen(recipe: Recipe, job: dict[str, Any], image_token: int, take: Callable[[list[Any]], float]) -> float:
+    """Return the median seconds of steps on packs that come once."""
+    fresh = make_batches(recipe, job, image_token, steps=2 if job["size"] == "small" else 6, seed=1000)
+    return float(np.median([take(batches) for batches in fresh]))
+
+
+def _mix(
+    recipe: Recipe, job: dict[str, Any], image_token: int, take: Callable[[list[Any]], float], name: str
+) -> dict[str, float | None]:
+    """Time steps of another share of pictures."""
+    text = SIZES[job["size"]]["mixes"][name]
+    steps = make_batches(recipe, job, image_token, steps=2, seed=2000, text=text)
+    seconds = [take(steps[i % 2]) for i in range(2 if job["size"] == "small" else 6)]
+    step, counts = float(np.median(seconds[len(seconds) // 3 :])), _counts(steps)
+    return {
+        "step_ms": 1e3 * step,
+        "tokens_per_s": counts["tokens"] / step,
+        "images_per_pack": counts["images"] / recipe.training.global_batch_size,
+        **_use(recipe, counts, step),
+    }
+
+
+def _kernels(work: Callable[[], Any]) -> list[list[Any]] | None:
+    """Return [name, calls, milliseconds] of the kernels that took most of a step."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:40]
+    return [[event.key[:120], event.count, round(event.self_device_time_total / 1e3, 3)] for event in events]
+
+
+def _waits(work: Callable[[], Any]) -> dict[str, int] | None:
+    """Return where the host waited for the device during the forward and backward passes of a step, and how often."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    places: Counter[str] = Counter()
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "synchroniz" in str(message):
+            own = [f for f in traceback.extract_stack() if "site-packages/torch" not in f.filename][-3:-1]
+            places[" < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(own))] += 1
+
+    plain, warnings.showwarning = warnings.showwarning, note
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        warnings.showwarning = plain
+    return dict(places)
 
 
 def _counts(steps: list[list[Any]]) -> dict[str, float]:
@@ -236,8 +344,8 @@ def predicted(recipe: Recipe, counts: dict[str, float]) -> dict[str, Any]:
     return result
 
 
-def dali(job: dict[str, Any]) -> dict[str, Any]:
-    """Decode JPEGs with DALI and with PIL; compare pixels and speed."""
+def decoders(job: dict[str, Any]) -> dict[str, Any]:
+    """Decode JPEGs with every decoder that is here; compare pixels with PIL's, and speed."""
     import torch
     from PIL import Image
 
@@ -250,36 +358,43 @@ def dali(job: dict[str, Any]) -> dict[str, Any]:
         buffer = io.BytesIO()
         Image.fromarray(small).resize((640, 480), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         files.append(buffer.getvalue())
-    decoder = make_decoder("dali")
     expected = make_decoder("pil").decode(files, job["size"])
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        decoded = decoder.decode(files, job["size"])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    difference = (decoded.pixels.cpu().float() - expected.pixels.float()).abs()
-    return {
-        "device": decoder.device.type,
-        "failed": len(decoded.failed) + sum(decoder.failures.values()) + decoder.rebuilds,  # type: ignore[attr-defined]
-        "mean_difference": difference.mean().item(),
-        "max_difference": difference.max().item(),
-        "images_per_s": len(files) / min(seconds),
-    }
+    found = {}
+    for name in job["names"]:
+        decoder = make_decoder(name)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            decoded = decoder.decode(files, job["size"])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        difference = (decoded.pixels.cpu().float() - expected.pixels.float()).abs()
+        own = sum(getattr(decoder, "failures", {}).values()) + getattr(decoder, "rebuilds", 0)
+        found[name] = {
+            "device": str(getattr(decoder, "device", "cpu")),
+            "failed": len(decoded.failed) + own,
+            "mean_difference": difference.mean().item(),
+            "max_difference": difference.max().item(),
+            "images_per_s": len(files) / min(seconds),
+        }
+    return found
 
 
 def main() -> None:
     """Run the job."""
     from gpu_attention import attention
+    from gpu_rates import rates
+    from gpu_save import save
 
     job = json.loads(sys.argv[1])
-    kinds = {"train": train, "attention": attention, "dali": dali}
+    kinds = {"train": train, "attention": attention, "decoders": decoders, "rates": rates, "save": save}
     try:
         result = kinds[job["kind"]](job)
     except RecipeError as error:  # the machine or the model cannot do what the job asks
         result = {"missing": str(error).splitlines()[0]}
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    if os.environ.get("RANK", "0") == "0":
+        Path(sys.argv[2]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

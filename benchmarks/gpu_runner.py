@@ -90,7 +90,10 @@ class Runner:
             env["CUDA_VISIBLE_DEVICES"] = ""
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
-            command = [sys.executable, str(JOB), json.dumps(job), str(out)]
+            start = [sys.executable]
+            if job.get("ranks", 1) > 1:
+                start += ["-m", "torch.distributed.run", f"--nproc-per-node={job['ranks']}", "--standalone"]
+            command = [*start, str(JOB), json.dumps(job), str(out)]
             try:
                 process = subprocess.run(
                     command,
@@ -196,6 +199,7 @@ def as_json(rows: list[Row], machine: list[tuple[str, str]], run: Runner, second
         "seconds": round(seconds, 1),
         "machine": dict(machine),
         "rows": [asdict(row) for row in rows],
+        "rates": next((row.figures for row in rows if row.name.startswith("rates of ")), {}),
         "jobs": {name: outcome.result or {"error": outcome.error} for name, outcome in run.outcomes.items()},
     }
     return json.dumps(tree, indent=1) + "\n"

@@ -281,6 +281,7 @@ def main() -> None:
     parser.add_argument("--dry-run-cpu", action="store_true", help="with --qwen-vl: a tiny model, to try the script")
     parser.add_argument("--recompute", choices=("selective", "full"), default="selective", help="with --qwen-vl")
     parser.add_argument("--predict", action="store_true", help="with --qwen-vl: only what the planner says")
+    parser.add_argument("--timeout", type=float, default=300, help="with --qwen-vl: seconds that a kind may take")
     parser.add_argument("--kind", choices=tuple(QWEN_VL), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind:
@@ -317,6 +318,18 @@ def main() -> None:
         print(f"| {mode} | {one['learning'] / 1e6:.2f} M | {sizes} | {one['seconds']:.2f} | {ratios} |")
 
 
+def _rows_of(command: list[str], kind: str, tokens: int, timeout: float) -> list[dict[str, Any]]:
+    """Run a kind and return its rows; one that fails, or takes too long, is a row as well."""
+    env = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}
+    try:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=timeout, env=env)
+    except subprocess.TimeoutExpired:
+        return [{"kind": kind, "tokens": tokens, "error": f"longer than {timeout:.0f} s"}]
+    if done.returncode:
+        return [{"kind": kind, "tokens": tokens, "error": f"failed ({done.returncode})"}]
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
 def qwen_vl(args: argparse.Namespace) -> None:
     """Measure each kind in a process of its own, and print the table."""
     import torch
@@ -337,11 +350,9 @@ def qwen_vl(args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, f"--kind={kind}", f"--steps={steps}", "--lengths", *map(str, lengths)]
         command.append(f"--recompute={args.recompute}")
         command += ["--dry-run-cpu"] if tiny else []
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=1800)
-        if done.returncode:
-            rows.append({"kind": kind, "tokens": lengths[0], "error": f"failed ({done.returncode})"})
-            continue
-        rows += json.loads(done.stdout.splitlines()[-1])
+        own = _rows_of(command, kind, lengths[0], args.timeout)
+        rows += own
+        print(qwen_vl_table(own), file=sys.stderr, flush=True)  # what follows may be cut off
     name = "a tiny model on this CPU" if tiny else torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}; 1 sample with an image, accumulation {ACCUMULATION}, {steps} steps\n")
     print(qwen_vl_table(rows))

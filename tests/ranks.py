@@ -290,7 +290,7 @@ def _start(
     file = None
     if stdin is not None:
         file = directory / "stdin"
-        file.write_text(stdin)
+        file.write_text(stdin, encoding="utf-8", errors="surrogateescape")  # also bytes that are no UTF-8
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
     out = str(log or directory / "stdout")
     path = [*dict.fromkeys([str(ROOT), str(ROOT / "tests"), *sys.path])]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megavlm.data.batch import IGNORE_INDEX
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
 from megavlm.data.tokenizer import Tokenizer
 
 
@@ -106,8 +106,10 @@ def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[
     """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes ``<img>``, its slots and ``</img>``.
 
     Raises:
-        ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it.
+        ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it, or is not
+            Unicode, on which tokenizers disagree: one raises, one writes other characters.
     """
+    check_unicode(text)
     image = [tokenizer.img_start_id, *[tokenizer.imgpad_id] * tokens_per_image, tokenizer.img_end_id]
     ids: list[int] = []
     for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from megavlm.data.batch import Pack
 from megavlm.data.read_pack import ReadPack, decode_pack
-from megavlm.parallel.device import local_device
+from megavlm.parallel.device import local_device, use_local_device
+from megavlm.parallel.segments import packed_segments, to_device
 from megavlm.parallel.state import any_rank, is_first_stage, is_reader
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class MicroBatch:
     def token_sources(self) -> Tensor:
         """[S] index of the data set that each position comes from."""
         lengths = self.packed_seq_params.cu_seqlens_q.diff().long()
-        return torch.repeat_interleave(self.segment_sources, lengths)
+        return torch.repeat_interleave(self.segment_sources, lengths, output_size=self.tokens.size(1))
 
 
 @dataclass
@@ -215,6 +216,7 @@ class Prefetcher:
             close()
 
     def _run(self) -> None:
+        use_local_device()  # or a decoder on the GPU would stand on the first one
         while not self._stop.is_set():
             try:
                 with self._reading:
@@ -243,24 +245,14 @@ def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> Micr
     """Put one pack on a device. ``images`` is [N, 3, H, W] uint8, or None on a later stage."""
 
     def on_device(array: Any) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
-    lengths = np.diff(pack.cu_seqlens)
-    # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
-    # longest segment is right for both readings, since then it is the only segment.
-    longest = int(lengths.max())
-    cu_seqlens = on_device(pack.cu_seqlens)
+    position_ids = on_device(pack.position_ids)
     return MicroBatch(
         tokens=on_device(pack.tokens)[None],
         labels=on_device(pack.labels)[None],
-        position_ids=on_device(pack.position_ids)[None],
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        position_ids=position_ids[None],
+        packed_seq_params=packed_segments(pack.cu_seqlens, device, position_ids),
         segment_sources=on_device(pack.segment_sources.astype(np.int64)),
         images=None if images is None else images.to(device),
         num_images=len(pack.images) if images is None else images.size(0),

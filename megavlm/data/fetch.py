@@ -47,11 +47,21 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> 
     deadline = time.monotonic() + timeout
     here = url
     for _ in range(_MAX_REDIRECTS + 1):
-        answer = _get(here, max_bytes, deadline)
-        if isinstance(answer, bytes):
-            return answer
-        here = urljoin(here, answer)
-    raise FetchError(f"{url}: more than {_MAX_REDIRECTS} redirects")
+        try:
+            answer = _get(here, max_bytes, deadline)
+            if isinstance(answer, bytes):
+                return answer
+            here = urljoin(here, answer)
+        except FetchError:
+            raise
+        except ValueError as error:  # a name that no name server takes, a redirect to no URL, a length of many digits
+            raise FetchError(f"{_named(here)}: {_named(str(error))}") from None
+    raise FetchError(f"{_named(url)}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _named(text: str) -> str:
+    """Return a URL as a message repeats it: whoever wrote it may have made it very long."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
@@ -60,11 +70,11 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise FetchError(f"{url}: not a URL ({error})") from None
+        raise FetchError(f"{_named(url)}: not a URL ({error})") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise FetchError(f"{url}: only http and https are fetched")
+        raise FetchError(f"{_named(url)}: only http and https are fetched")
     if parts.username is not None or any(ord(char) <= 32 or ord(char) > 126 for char in url):
-        raise FetchError(f"{url}: has a user name, spaces, or characters that are not ASCII")
+        raise FetchError(f"{_named(url)}: has a user name, spaces, or characters that are not ASCII")
     try:
         connection = _connect(parts, port, deadline)
         # The time-out of a socket is one of each read; a server that sends a byte now and then would keep us.
@@ -79,7 +89,7 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
             if response.status in (301, 302, 303, 307, 308) and location:
                 return location
             if response.status != 200:
-                raise FetchError(f"{url}: the server answered {response.status}")
+                raise FetchError(f"{_named(url)}: the server answered {response.status}")
             return _read(url, response, connection, max_bytes, deadline)
         finally:
             late.cancel()
@@ -87,7 +97,7 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
     except (OSError, http.client.HTTPException) as error:
         slow = isinstance(error, TimeoutError) or time.monotonic() >= deadline
         what = "took too long" if slow else f"{type(error).__name__}: {error}"
-        raise FetchError(f"{url}: {what}") from None
+        raise FetchError(f"{_named(url)}: {what}") from None
 
 
 def _connect(parts: SplitResult, port: int, deadline: float) -> http.client.HTTPConnection:
@@ -98,7 +108,7 @@ def _connect(parts: SplitResult, port: int, deadline: float) -> http.client.HTTP
     for address in addresses:
         if not is_public(address):
             # Not which: a server's answer would tell strangers what names mean inside.
-            raise FetchError(f"{parts.geturl()}: {host} has an address that is not public")
+            raise FetchError(f"{_named(parts.geturl())}: {_named(host)} has an address that is not public")
     raw = socket.create_connection((addresses[0], port), timeout=_left(deadline))
     connection = http.client.HTTPConnection(host, port)
     try:
@@ -137,7 +147,7 @@ def _read(
 ) -> bytes:
     length = response.getheader("Content-Length", "")
     if length.isdecimal() and int(length) > max_bytes:
-        raise FetchError(f"{url}: {int(length):,} bytes, at most {max_bytes:,}")
+        raise FetchError(f"{_named(url)}: {int(length):,} bytes, at most {max_bytes:,}")
     data = bytearray()
     while True:
         if connection.sock is not None:
@@ -147,9 +157,9 @@ def _read(
             break
         data += chunk
         if len(data) > max_bytes:
-            raise FetchError(f"{url}: more than {max_bytes:,} bytes")
+            raise FetchError(f"{_named(url)}: more than {max_bytes:,} bytes")
     if length.isdecimal() and len(data) < int(length):
-        raise FetchError(f"{url}: ended after {len(data):,} of {int(length):,} bytes")
+        raise FetchError(f"{_named(url)}: ended after {len(data):,} of {int(length):,} bytes")
     if time.monotonic() >= deadline:  # cut off by us, which looks like an end
         raise TimeoutError
     return bytes(data)

@@ -84,12 +84,27 @@ def parse_conversation(record: Any) -> Conversation:
     )
 
 
-def check_text(text: str, where: str = "text") -> None:
-    """Refuse text that would forge turns or image slots.
+def check_unicode(text: str, where: str = "text") -> None:
+    """Refuse text that no tokenizer takes: with half a surrogate pair, which stands for a byte that was not UTF-8.
 
     Raises:
-        ValueError: ``text`` contains one of :data:`CONTROL_TOKENS`.
+        ValueError: it is no Unicode text.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} is not valid Unicode text at character {error.start + 1}; write it as UTF-8"
+        ) from None
+
+
+def check_text(text: str, where: str = "text") -> None:
+    """Refuse text that is no Unicode, or would forge turns or image slots.
+
+    Raises:
+        ValueError: it is such a text, or contains one of :data:`CONTROL_TOKENS`.
+    """
+    check_unicode(text, where)
     for token in CONTROL_TOKENS:
         if token in text:
             raise ValueError(f"{where} contains the control token {token}")
@@ -115,10 +130,6 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     text = message.get("value")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} ({role}) has no text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} ({role}) is not valid Unicode text") from None
     check_text(text, f"{where} ({role})")
     _check_boxes(text, where)
     tags = _IMAGE_TAG.findall(text)

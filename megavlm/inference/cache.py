@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megavlm.inference.quick import quick_layers
 from megavlm.models.build import unwrap
+from megavlm.parallel.engine import without_fp8
 
 
 @dataclass
@@ -167,6 +168,12 @@ class CachedAttention(nn.Module):
         return torch.cat((attended, query_TND.new_zeros(padding, *attended.shape[1:]))) if padding else attended
 
 
+def _configs(chunks: Sequence[Any]) -> list[Any]:
+    """Return the configuration of every module of ``chunks`` that has one: tower, connector, layers."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return [module.config for module in modules if hasattr(getattr(module, "config", None), "fp8")]
+
+
 @contextlib.contextmanager
 def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     """Let the language layers of ``chunks`` use ``cache`` in evaluation mode, and leave them as they were.
@@ -189,7 +196,7 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         for chunk in chunks:
             chunk.eval()
-        with quick_layers(chunks, lambda: cast(Turn, cache.turn).ends):
+        with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(Turn, cache.turn).ends):
             yield
     finally:
         for hook in hooks:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
-from megavlm.inference.turns import read_image, user_turn, without_control_tokens
+from megavlm.inference.turns import read_image, system_turns, user_turn, without_control_tokens, write_any_text
 from megavlm.parallel.device import prepare_device
 
 if TYPE_CHECKING:
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
+
+logger = logging.getLogger(__name__)
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -67,7 +71,7 @@ class Chat:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.turns: list[Turn] = [] if self.system is None else [Turn("system", self.system)]
+        self.turns: list[Turn] = list(system_turns(self.system))
         self.images: list[bytes] = []
         self.waiting.clear()
 
@@ -80,7 +84,7 @@ class Chat:
             return False
         try:
             if word == "/image":
-                self.waiting.append(read_image(Path(rest.strip()).expanduser()))
+                self.waiting.append(read_image(_path(rest.strip())))
                 self.say(f"{len(self.waiting)} picture(s) wait for the next question\n")
             elif word == "/clear":
                 self.clear()
@@ -90,6 +94,8 @@ class Chat:
                 self.ask(line.strip())  # a newline at the end is no part of the question
         except FileNotFoundError as error:
             self.say(f"{error.filename}: no such file\n")
+        except OSError as error:
+            self.say(f"{error.filename}: {error.strerror}\n" if error.filename and error.strerror else f"{error}\n")
         except ValueError as error:
             self.say(f"{error}\n")
         return True
@@ -137,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the recipe does not fit this job, or an image is broken.
     """
     sampling = sampling_of(args)
+    system_turns(args.system)  # what is wrong with it is said before the model is loaded
     recipe, checkpoint, tokenizer = model_of(args)
     images = [read_image(path) for path in args.image]
     prepare_device()
@@ -148,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
         if dist.get_rank() != 0:
             model.follow()
             return 0
+
+        write_any_text(sys.stdout)
 
         def say(text: str) -> None:
             sys.stdout.write(text)
@@ -163,14 +172,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _path(text: str) -> Path:
+    """Return the path that was typed, also one whose name is not UTF-8.
+
+    Raises:
+        ValueError: it is in the home directory of nobody.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: {error}") from None
+
+
 def _lines(say: Callable[[str], object], model: Session) -> Iterator[str]:
     """Yield what is typed, until the input ends; the other ranks are kept waiting meanwhile."""
+    if sys.stdin is None:  # closed by who started us
+        return
     typed: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
-        while line := sys.stdin.readline():
-            typed.put(line)
-        typed.put("")
+        try:
+            while line := _read_line(sys.stdin):
+                typed.put(line)
+        except OSError as error:  # the terminal is gone
+            logger.warning("the input cannot be read further: %s", error)
+        finally:
+            typed.put("")
 
     threading.Thread(target=read, name="megavlm-stdin", daemon=True).start()
     while True:
@@ -181,6 +208,16 @@ def _lines(say: Callable[[str], object], model: Session) -> Iterator[str]:
         if not line:
             return
         yield line
+
+
+def _read_line(stream: TextIO) -> str:
+    """Return a line; bytes that are no text of the stream's encoding become surrogates, whatever its error handler is.
+
+    A line with such bytes is refused as a question, which costs nothing, and may still name a file.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream.readline()
+    return stream.buffer.readline().decode(stream.encoding, "surrogateescape")
 
 
 def _next(typed: queue.SimpleQueue[str], seconds: float) -> str | None:

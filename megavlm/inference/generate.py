@@ -7,6 +7,7 @@ pipeline they are shared out among as many micro-batches as it has stages. Image
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +27,28 @@ from megavlm.inference.cache import KeyValueCache, Turn, caching
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
-from megavlm.inference.sampling import Sampling, choose
+from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, log_probabilities
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage
+from megavlm.parallel.state import is_first_stage, is_reader
+
+logger = logging.getLogger(__name__)
 
 _IMAGES_AT_ONCE = 16
 _CACHED_POSITIONS = 65536
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token of an answer."""
+
+    token: int
+    """Its id, or :data:`NO_TOKEN`: the model's logits are not finite, and the answer has ended."""
+    log_probability: float | None = None
+    """Natural logarithm, where the prompt's ``Sampling.report`` asks for it."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The best tokens with theirs, as many as ``Sampling.report`` says."""
 
 
 def generate(
@@ -61,16 +76,20 @@ def generate(
             at a time). A position takes 2 x layers x key/value heads x head width numbers, shared out over TP and PP.
 
     Returns:
-        Token ids of each answer, without the token that ended it, on all ranks.
+        Token ids of each answer, without the token that ended it, on all ranks. An answer also ends where the model's
+        logits are not finite, which is logged.
 
     Raises:
         ValueError: a prompt and its longest answer do not fit ``pack_length``.
     """
-    for _ in generating(
+    broken = 0
+    for tokens in generating(
         chunks, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, vocab_size=vocab_size,
         pack_length=pack_length, sampling=sampling, cached_positions=cached_positions,
     ):  # fmt: skip
-        pass
+        broken += sum(one.token == NO_TOKEN for one in tokens.values())
+    if broken and is_reader():
+        logger.warning("%d of %d answers end early: the model's logits are not finite", broken, len(prompts))
     return [prompt.answer for prompt in prompts]
 
 
@@ -86,7 +105,7 @@ def generating(
     sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen
     cached_positions: int = _CACHED_POSITIONS,
     dropped: Callable[[], Collection[int]] = frozenset,
-) -> Iterator[dict[int, int]]:
+) -> Iterator[dict[int, Chosen]]:
     """Answer ``prompts`` as :func:`generate` does, and yield as tokens come.
 
     Here ``max_new_tokens`` and ``sampling`` may also be given for each prompt; one with a sampling of its own draws
@@ -95,7 +114,7 @@ def generating(
 
     Yields:
         The new token of each prompt that got one, by the prompt's index; a token that ends an answer is among them.
-        It has been appended to the prompt's ``answer`` unless it ends it.
+        It has been appended to the prompt's ``answer`` unless it ends it, as :data:`NO_TOKEN` does too.
 
     Raises:
         ValueError: as :func:`generate`.
@@ -115,7 +134,7 @@ def generating(
             def gone(places: dict[int, int] = places) -> set[int]:
                 return {places[i] for i in dropped() if i in places}
 
-            for tokens in run.turns(frozenset(stop_ids), gone):
+            for tokens in run.turns(frozenset((*stop_ids, NO_TOKEN)), gone):
                 yield {group[i]: token for i, token in tokens.items()}
 
 
@@ -166,6 +185,7 @@ class _Run:
         self.max_new_tokens, self.vocab_size, self.pack_length = max_new_tokens, vocab_size, pack_length
         self.bare = unwrap(chunks[0])
         self.generators = [one.generator(index) for one, index in sampling]
+        self.report = max((one.report for one in self.sampling if one.report is not None), default=None)
         longest = max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
         self.cache = KeyValueCache(len(prompts), longest)
         settings = self.bare.settings.language
@@ -181,11 +201,11 @@ class _Run:
         self.virtual = config.virtual_pipeline_model_parallel_size is not None
         self.multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
-    def turns(self, stop_ids: frozenset[int], dropped: Callable[[], Collection[int]]) -> Iterator[dict[int, int]]:
+    def turns(self, stop_ids: frozenset[int], dropped: Callable[[], Collection[int]]) -> Iterator[dict[int, Chosen]]:
         """Read the prompts, then add token by token; yields the new token of each unfinished answer."""
         groups = first_fit([len(prompt) for prompt in self.prompts], self.pack_length)
         active = [i for group in groups for i in group]  # in the order of the cache's rows
-        features = [_features(self.bare, prompt) for prompt in self.prompts] if is_first_stage() else []
+        features = self._features() if is_first_stage() else []
         length = self._rounded(max(sum(len(self.prompts[i]) for i in group) for group in groups))
         row, requests = 0, []
         for group in self._padded(groups):
@@ -196,12 +216,14 @@ class _Run:
         rows = list(active)
         for count in itertools.count(1):
             for i in active:
-                if tokens[i] not in stop_ids:
-                    self.prompts[i].answer.append(tokens[i])
+                if tokens[i].token not in stop_ids:
+                    self.prompts[i].answer.append(tokens[i].token)
             yield {i: tokens[i] for i in active}
             gone = dropped()
             active = [
-                i for i in active if tokens[i] not in stop_ids and count < self.max_new_tokens[i] and i not in gone
+                i
+                for i in active
+                if tokens[i].token not in stop_ids and count < self.max_new_tokens[i] and i not in gone
             ]
             if not active:
                 return
@@ -209,6 +231,14 @@ class _Run:
                 self.cache.keep([rows.index(i) for i in active])
                 rows = list(active)
             tokens = self._forward(*self._adding(rows, set(active)))
+
+    def _features(self) -> list[Tensor | None]:
+        """Return the image features of each prompt; those of prompts that share their images are made once."""
+        made: dict[int, Tensor | None] = {}
+        for prompt in self.prompts:
+            if id(prompt.images) not in made:
+                made[id(prompt.images)] = _features(self.bare, prompt)
+        return [made[id(prompt.images)] for prompt in self.prompts]
 
     def _padded(self, groups: list[list[int]]) -> list[list[int]]:
         """Add empty groups where the interleaved schedule wants a multiple of the stages."""
@@ -271,7 +301,7 @@ class _Run:
         )
         return _Request(micro_batch(pack, None, device), turn, [group[k] for k in wanted])
 
-    def _forward(self, requests: list[_Request], length: int) -> dict[int, int]:
+    def _forward(self, requests: list[_Request], length: int) -> dict[int, Chosen]:
         """Run micro-batches of ``length`` positions; returns the chosen token of each member, on all ranks."""
         chunks = list(self.chunks)
         picked = get_forward_backward_func()(
@@ -285,13 +315,28 @@ class _Run:
             collect_non_loss_data=True,
         )
         order = [i for request in requests for i in request.members]
+        best = min(self.report or 0, self.vocab_size)
         tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
+        if self.report is not None:
+            tokens = torch.zeros(len(order), 2 + 2 * best, dtype=torch.float64, device=local_device())
         if picked:  # the last stage
             tokens = torch.cat(picked)
         if self.stages > 1:
             group = mpu.get_pipeline_model_parallel_group()
             dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=group)
-        return dict(zip(order, tokens.tolist(), strict=True))
+        if self.report is None:
+            return {i: Chosen(token) for i, token in zip(order, tokens.tolist(), strict=True)}
+        return {i: self._reported(i, row, best) for i, row in zip(order, tokens.tolist(), strict=True)}
+
+    def _reported(self, index: int, row: list[float], best: int) -> Chosen:
+        """Return what a row of :func:`log_probabilities` says, as far as the prompt asks for it."""
+        wanted = self.sampling[index].report
+        if wanted is None:
+            return Chosen(int(row[0]))
+        ids, values = row[2 : 2 + best], row[2 + best :]
+        return Chosen(
+            int(row[0]), row[1], tuple((int(i), value) for i, value in zip(ids, values, strict=True))[:wanted]
+        )
 
     def _step(self, requests: Iterator[_Request], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
         """Run one chunk (Megatron-Core's ``forward_step_func``); the last one chooses tokens."""
@@ -306,7 +351,10 @@ class _Run:
         return output, partial(self._pick, request)
 
     def _pick(self, request: _Request, logits_1KV: Tensor, non_loss_data: bool = True) -> Tensor:
-        """Return the tokens that come after the K positions of ``request.turn.ends``."""
+        """Return the tokens [K] that come after the K positions of ``request.turn.ends``.
+
+        With a report, they are what :func:`log_probabilities` makes of them.
+        """
         logits = gather_from_tensor_model_parallel_region(logits_1KV[0])[:, : self.vocab_size]
         members = [self.prompts[i] for i in request.members]
         sampling = [self.sampling[i] for i in request.members]
@@ -314,7 +362,8 @@ class _Run:
             [*prompt.tokens.tolist(), *prompt.answer] if one.repetition_penalty != 1.0 else []
             for prompt, one in zip(members, sampling, strict=True)
         ]
-        return choose(logits, sampling, seen, [self.generators[i] for i in request.members])
+        tokens = choose(logits, sampling, seen, [self.generators[i] for i in request.members])
+        return tokens if self.report is None else log_probabilities(logits, tokens, self.report)
 
 
 def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:

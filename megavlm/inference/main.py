@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
-from megavlm.inference.turns import read_image, user_turn
+from megavlm.inference.turns import read_image, system_turns, user_turn, write_any_text
 from megavlm.parallel.device import prepare_device
 
 INTERMIXED = True
@@ -43,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     recipe, checkpoint, tokenizer = model_of(args)
     images = tuple(read_image(path) for path in args.image)
-    system = () if args.system is None else (Turn("system", args.system),)
-    turns = (*system, user_turn(args.prompt, len(images)))
+    turns = (*system_turns(args.system), user_turn(args.prompt, len(images)))
+    write_any_text(sys.stdout)
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
@@ -55,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     answer = ""
     with session(recipe, checkpoint, tokenizer, args.context) as model:
         first = dist.get_rank() == 0
-        for pieces in model.answers([asked], max_new_tokens=args.max_new_tokens, sampling=sampling):
-            answer += pieces[0].text
+        for piece in model.answer(asked, max_new_tokens=args.max_new_tokens, sampling=sampling):
+            answer += piece.text
             if first:
-                sys.stdout.write(pieces[0].text)
+                sys.stdout.write(piece.text)
                 sys.stdout.flush()
         if not first:
             return 0

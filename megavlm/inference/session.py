@@ -7,15 +7,19 @@ Rank 0 asks, and every rank of the job takes part in the answer: :meth:`Session.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
@@ -23,14 +27,17 @@ from megavlm.data.chat import encode_prompt
 from megavlm.data.decode import make_decoder
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.inference.generate import generating
+from megavlm.inference.answer_text import AnswerText
+from megavlm.inference.generate import Chosen, generating
 from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
-from megavlm.inference.sampling import Sampling
+from megavlm.inference.sampling import NO_TOKEN, Sampling
+from megavlm.inference.turns import without_control_tokens
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import agreed, is_first_stage, is_lost_peer
+from megavlm.parallel.state import agreed, any_rank_of, is_first_stage, is_lost_peer
 
-_BROKEN = "\ufffd"
+logger = logging.getLogger(__name__)
+
 _ASK_EVERY = 8
 """Tokens after which several ranks agree on what nobody waits for any more."""
 
@@ -43,6 +50,8 @@ class Asked:
     """Up to the user's last turn; images are :data:`IMAGE_PLACEHOLDER`."""
     images: tuple[bytes, ...] = ()
     """The image files, in the order of their placeholders."""
+    tokens: NDArray[np.int64] | None = field(default=None, compare=False)
+    """[T] token ids, where they are known: :meth:`Session.encoded`."""
 
     def __post_init__(self) -> None:
         """Check that images and placeholders match.
@@ -55,6 +64,22 @@ class Asked:
             raise ValueError(f"the prompt shows {places} image(s), {len(self.images)} are given")
 
 
+class NotFiniteError(ValueError):
+    """The model's logits are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """A token of an answer as ``Sampling.report`` wants it, and those that could have stood there."""
+
+    text: str
+    """Its text; with U+FFFD where it is a part of a character."""
+    log_probability: float
+    """Natural logarithm of the model's own probability."""
+    best: tuple[tuple[str, float], ...] = ()
+    """The best tokens' texts and log probabilities."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a step added to an answer."""
@@ -64,7 +89,11 @@ class Piece:
     tokens: int
     """Tokens of the answer so far."""
     finish: str | None = None
-    """With the last piece: ``stop`` (the model ended the answer) or ``length``."""
+    """With the last piece: ``stop`` (the model ended the answer), ``length`` or ``error``."""
+    error: Exception | None = None
+    """With ``error``: why. A ``ValueError`` is about the conversation, or a :class:`NotFiniteError`."""
+    report: TokenReport | None = None
+    """What the sampling wants to be told of the token; not of one that ends the answer."""
 
 
 class Session:
@@ -83,6 +112,30 @@ class Session:
         self.idle_seconds = min(20.0, 20.0 * recipe.parallel.distributed_timeout_minutes)
         """With nothing to ask for so long, call :meth:`keep_waiting`: a third of what the other ranks wait, at most."""
 
+    @functools.cached_property
+    def control_names(self) -> frozenset[str]:
+        """What the tokenizer calls its control tokens."""
+        return frozenset(self.tokenizer.decode([token]) for token in self.tokenizer.control_ids) - {""}
+
+    def encoded(self, asked: Asked) -> Asked:
+        """Return a conversation with its tokens.
+
+        Answers in it are taken whatever they hold: a poor model may have written control tokens, which are left out.
+
+        Raises:
+            ValueError: another text holds control tokens, or is not Unicode.
+        """
+        if asked.tokens is not None:
+            return asked
+        turns = [
+            Turn(turn.role, without_control_tokens(turn.text, self.control_names) or " ")
+            if turn.role == "assistant" and any(name in turn.text for name in self.control_names)
+            else turn
+            for turn in asked.turns
+        ]
+        model, system = self.recipe.model, self.recipe.data.system_message
+        return replace(asked, tokens=encode_prompt(turns, self.tokenizer, model.tokens_per_image, system))
+
     def cut(self, asked: Asked, max_new_tokens: int) -> tuple[Asked, Any]:
         """Return the conversation without the oldest exchanges that do not fit the context, and its [T] tokens.
 
@@ -90,9 +143,9 @@ class Session:
             ValueError: the last turn alone does not fit, or a text holds control tokens.
         """
         while True:
-            tokens = encode_prompt(
-                asked.turns, self.tokenizer, self.recipe.model.tokens_per_image, self.recipe.data.system_message
-            )
+            asked = self.encoded(asked)
+            tokens = asked.tokens
+            assert tokens is not None
             if len(tokens) + max_new_tokens <= self.context:
                 return asked, tokens
             first = 1 if asked.turns[0].role == "system" else 0
@@ -122,38 +175,57 @@ class Session:
             dropped: on rank 0, which conversations need no more text, as indices; asked now and then.
 
         Yields:
-            What was added, by the conversation's index.
-
-        Raises:
-            ValueError: an image cannot be decoded or a prompt does not fit; on all ranks, before any work.
+            What was added, by the conversation's index. One that cannot be answered, as its text or one of its images
+            is unusable, or the model's logits for it are not finite, gets a last piece with the error; the others are
+            answered as if it were not there.
         """
         with agreed("reading the prompts"):
-            mine = list(asked or ()) if dist.get_rank() == 0 else []
-            most = [max_new_tokens] * len(mine) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-            fitted = [self.cut(one, new) for one, new in zip(mine, most, strict=True)] if mine else []
-        box: list[Any] = [([(one.images, tokens) for one, tokens in fitted], most, sampling)]
+            box = [self._asked(asked or (), max_new_tokens, sampling) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(box, 0)
-        shown, most, sampling = box[0]
-        prompts = [Prompt(tokens) for _, tokens in shown]
-        with agreed("reading images"):
-            for prompt, (images, _) in zip(prompts, shown, strict=True):
-                self._show(prompt, images)
+        assert box[0] is not None
+        given = box[0]
+        failed: dict[int, Exception] = {
+            i: ValueError(reason) if theirs else RuntimeError(reason) for i, (theirs, reason) in given.refused.items()
+        }
+        images, broken = self._decoded([one[0] for one in given.shown])
+        prompts: dict[int, Prompt] = {}
+        for i, place in given.places.items():
+            if place in broken:
+                failed[i] = broken[place]
+            else:
+                prompts[i] = Prompt(given.shown[place][1], images[place])
+        if failed:
+            yield {i: Piece("", 0, "error", error) for i, error in failed.items()}
+        live = list(prompts)
+        where = {i: place for place, i in enumerate(live)}
         stop = frozenset({self.tokenizer.im_end_id, self.tokenizer.eos_id})
-        said = [""] * len(prompts)
+        texts = {i: AnswerText(self.tokenizer) for i in live}
         for tokens in generating(
-            self.chunks, prompts, max_new_tokens=most, stop_ids=list(stop), vocab_size=self.tokenizer.vocab_size,
-            pack_length=self.context, sampling=sampling, dropped=_shared(dropped, len(prompts)),
+            self.chunks, list(prompts.values()), max_new_tokens=[given.most[i] for i in live], stop_ids=list(stop),
+            vocab_size=self.tokenizer.vocab_size, pack_length=self.context,
+            sampling=[given.sampling[i] for i in live],
+            dropped=_shared(lambda: {where[i] for i in dropped() if i in where}, len(live)),
         ):  # fmt: skip
-            yield {i: self._piece(prompts[i], token in stop, most[i], said, i) for i, token in tokens.items()}
+            news = {live[place]: chosen for place, chosen in tokens.items()}
+            yield {
+                i: self._piece(prompts[i], one, one.token in stop, given.most[i], texts[i]) for i, one in news.items()
+            }
 
     def ask(self, asked: Asked, *, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
         """Answer one conversation, on rank 0, while the others :meth:`follow`.
 
         Raises:
-            ValueError: as :meth:`answers`.
+            ValueError: it cannot be answered.
         """
-        for pieces in self.ask_all([asked], max_new_tokens=max_new_tokens, sampling=sampling):
-            yield pieces[0]
+        yield from _only(self.ask_all([asked], max_new_tokens=max_new_tokens, sampling=sampling))
+
+    def answer(self, asked: Asked, *, max_new_tokens: int, sampling: Sampling) -> Iterator[Piece]:
+        """Answer one conversation; a collective over the job, which all ranks call alike.
+
+        Raises:
+            ValueError: it cannot be answered.
+        """
+        yield from _only(self.answers([asked], max_new_tokens=max_new_tokens, sampling=sampling))
 
     def ask_all(
         self,
@@ -163,11 +235,7 @@ class Session:
         sampling: Sampling | Sequence[Sampling],
         dropped: Callable[[], Collection[int]] = frozenset,
     ) -> Iterator[dict[int, Piece]]:
-        """Answer several conversations at once, on rank 0, while the others :meth:`follow`.
-
-        Raises:
-            ValueError: as :meth:`answers`.
-        """
+        """Answer several conversations at once as :meth:`answers`, on rank 0, while the others :meth:`follow`."""
         self._call("ask")
         yield from self.answers(asked, max_new_tokens=max_new_tokens, sampling=sampling, dropped=dropped)
 
@@ -203,28 +271,104 @@ class Session:
         assert box[0] is not None
         return box[0]
 
-    def _piece(self, prompt: Prompt, ended: bool, max_new_tokens: int, said: list[str], index: int) -> Piece:
-        """Return the text that is new, without a character that is not whole yet."""
-        finish = "stop" if ended else "length" if len(prompt.answer) == max_new_tokens else None
-        text = self.tokenizer.decode(prompt.answer)
-        if finish is None:
-            text = text.rstrip(_BROKEN)
-        new = text[len(said[index]) :] if text.startswith(said[index]) else ""
-        said[index] += new
-        return Piece(new, len(prompt.answer), finish)
+    def _asked(
+        self, asked: Sequence[Asked], max_new_tokens: int | Sequence[int], sampling: Sampling | Sequence[Sampling]
+    ) -> _Given:
+        """Return what rank 0 hands to the others; a conversation that stands there several times goes once."""
+        most = [max_new_tokens] * len(asked) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        kinds = (
+            [replace(sampling, seed=sampling.seed + i) for i in range(len(asked))]
+            if isinstance(sampling, Sampling)
+            else list(sampling)
+        )
+        given = _Given([], {}, {}, most, kinds)
+        known: dict[tuple[int, int], int] = {}
+        for i, (one, new) in enumerate(zip(asked, most, strict=True)):
+            try:
+                if (id(one), new) not in known:
+                    fitted, tokens = self.cut(one, new)
+                    known[id(one), new] = len(given.shown)
+                    given.shown.append((fitted.images, tokens))
+                given.places[i] = known[id(one), new]
+            except Exception as error:  # of this conversation, and of no other
+                theirs = isinstance(error, ValueError)
+                if not theirs:
+                    logger.exception("a conversation cannot be read")
+                given.refused[i] = theirs, str(error) if theirs else f"{type(error).__name__}: {error}"
+        return given
 
-    def _show(self, prompt: Prompt, images: Sequence[bytes]) -> None:
-        """Decode a prompt's images, on the ranks of the first stage.
+    def _decoded(self, shown: Sequence[Sequence[bytes]]) -> tuple[list[torch.Tensor | None], dict[int, Exception]]:
+        """Decode the images of each conversation, on the ranks of the first stage.
 
-        Raises:
-            ValueError: one cannot be decoded.
+        Returns:
+            [N, 3, H, W] uint8 for each (None on later stages), and the errors of those that cannot be decoded on some
+            rank, which all ranks know.
         """
-        if self._decoder is None:
-            return
-        decoded = self._decoder.decode(images, self.recipe.model.vision.image_size)
-        if decoded.failed:
-            raise ValueError(f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}")
-        prompt.images = decoded.pixels
+        images: list[torch.Tensor | None] = [None] * len(shown)
+        errors: dict[int, Exception] = {}
+        if self._decoder is not None:
+            for place, files in enumerate(shown):
+                try:
+                    decoded = self._decoder.decode(files, self.recipe.model.vision.image_size)
+                    if decoded.failed:
+                        cause = f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}"
+                        errors[place] = ValueError(cause)
+                    images[place] = decoded.pixels
+                except Exception as error:  # of these images, and of no others
+                    logger.exception("a conversation's images cannot be decoded")
+                    errors[place] = error
+        votes = any_rank_of([place in errors for place in range(len(shown))]) if shown else []
+        unknown = RuntimeError("an image cannot be decoded on another rank; its message says why")
+        return images, {place: errors.get(place, unknown) for place, vote in enumerate(votes) if vote}
+
+    def _piece(self, prompt: Prompt, chosen: Chosen, ended: bool, max_new_tokens: int, text: AnswerText) -> Piece:
+        """Return what a token adds."""
+        if chosen.token == NO_TOKEN:
+            error = NotFiniteError(
+                "the model's logits are NaN or infinite: its weights are damaged, or too large for this precision"
+            )
+            return Piece("", len(prompt.answer), "error", error)
+        if ended:
+            return Piece(text.rest(), len(prompt.answer), "stop")
+        report = None
+        if chosen.log_probability is not None:
+            best = tuple((text.would_add(token), value) for token, value in chosen.best)
+            report = TokenReport(text.would_add(chosen.token), chosen.log_probability, best)
+        new = text.add(chosen.token)
+        if len(prompt.answer) < max_new_tokens:
+            return Piece(new, len(prompt.answer), report=report)
+        return Piece(new + text.rest(), len(prompt.answer), "length", report=report)
+
+
+@dataclass
+class _Given:
+    """What rank 0 was asked, as all ranks get it."""
+
+    shown: list[tuple[tuple[bytes, ...], NDArray[np.int64]]]
+    """Image files and tokens of the conversations that can be read."""
+    places: dict[int, int]
+    """By the index of a conversation, where it stands in ``shown``."""
+    refused: dict[int, tuple[bool, str]]
+    """By the index of a conversation, whether it is to blame that it cannot be read, and why."""
+    most: list[int]
+    """Longest answer to each."""
+    sampling: list[Sampling]
+    """How tokens are chosen for each."""
+
+
+def _only(answers: Iterator[dict[int, Piece]]) -> Iterator[Piece]:
+    """Yield the pieces of the only conversation.
+
+    Raises:
+        ValueError: it cannot be answered; after the last collective of its answer, so that no rank waits.
+    """
+    error = None
+    for pieces in answers:
+        error = pieces[0].error
+        if error is None:
+            yield pieces[0]
+    if error is not None:
+        raise error
 
 
 def _shared(dropped: Callable[[], Collection[int]], count: int) -> Callable[[], Collection[int]]:

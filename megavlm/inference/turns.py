@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from megavlm.data.images import ImageError, read_header
-from megavlm.data.schema import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Turn, check_unicode
 
 MARK = "<img>"
 """In typed text: here stands the next picture."""
@@ -20,8 +23,9 @@ def user_turn(text: str, images: int) -> Turn:
     Pictures stand where ``<img>`` is written; without it, in front of the text as "Picture 1: ...", Qwen-VL's form.
 
     Raises:
-        ValueError: there are more or fewer ``<img>`` than pictures, or no text.
+        ValueError: there are more or fewer ``<img>`` than pictures, no text, or it is not Unicode.
     """
+    check_unicode(text, "the prompt")
     if not text.strip():
         raise ValueError("the prompt is empty; write something to be answered")
     if "</img>" in text:
@@ -33,6 +37,24 @@ def user_turn(text: str, images: int) -> Turn:
         return Turn("user", text.replace(MARK, IMAGE_PLACEHOLDER))
     lines = [f"Picture {k + 1}: {IMAGE_PLACEHOLDER}\n" for k in range(images)]
     return Turn("user", "".join(lines) + text)
+
+
+def system_turns(message: str | None) -> tuple[Turn, ...]:
+    """Return the turn of a system message that was given; None gives none, and the recipe's is taken.
+
+    Raises:
+        ValueError: it is not Unicode text.
+    """
+    if message is None:
+        return ()
+    check_unicode(message, "--system")
+    return (Turn("system", message),)
+
+
+def write_any_text(stream: TextIO) -> None:
+    """Let a stream write any answer: what its encoding has not becomes a question mark, and no error."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def read_image(path: Path) -> bytes:
@@ -54,6 +76,15 @@ def read_image(path: Path) -> bytes:
     return data
 
 
-def without_control_tokens(answer: str) -> str:
-    """Return an answer as a later prompt may hold it: a poor model may write control tokens as text."""
-    return re.sub("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>"))), "", answer).strip()
+def without_control_tokens(answer: str, names: Iterable[str] = ()) -> str:
+    """Return an answer as a later prompt may hold it: a poor model may write control tokens as text.
+
+    Args:
+        answer: what the model said.
+        names: further control tokens, of the model's own tokenizer.
+    """
+    pattern = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>", *names))))
+    left = pattern.sub("", answer)
+    while left != answer:  # what was around one may make up another
+        answer, left = left, pattern.sub("", left)
+    return left.strip()

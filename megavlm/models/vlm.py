@@ -101,9 +101,10 @@ class VisionLanguageModel(MegatronModule):
         decoder_input = None
         if self.pre_process:
             embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
+            empty = image_features is None and (images is None or images.size(0) == 0)
             if image_features is None:
                 image_features = self.encode_images(images)
-            embeddings_S1E = self._splice(embeddings_S1E, tokens, image_features)
+            embeddings_S1E = self._splice(embeddings_S1E, tokens, image_features, empty=empty)
             if self.config.sequence_parallel:
                 embeddings_S1E = scatter_to_sequence_parallel_region(embeddings_S1E)
             if torch.is_grad_enabled() and not embeddings_S1E.requires_grad:
@@ -144,15 +145,21 @@ class VisionLanguageModel(MegatronModule):
         """Return the device that images belong on."""
         return next(self.connector.parameters()).device
 
-    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_QNE: Tensor | None) -> Tensor:
-        """Put image features where ``tokens`` holds the image token, image by image."""
+    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_QNE: Tensor | None, *, empty: bool) -> Tensor:
+        """Put image features where ``tokens`` holds the image token, image by image.
+
+        ``empty``: they are of the empty picture of an image-less micro-batch. How many slots there are is told by the
+        features: to count them would be to wait for the device, which checks the number itself.
+        """
         if features_QNE is None:
             return embeddings_S1E
-        positions = (tokens[0] == self.image_token_id).nonzero().squeeze(1)
         flat = features_QNE.transpose(0, 1).flatten(0, 1).to(embeddings_S1E.dtype)
-        if positions.numel() == 0:  # the empty picture of an image-less micro-batch
+        if empty:
             return embeddings_S1E + 0.0 * flat.sum()
-        assert positions.numel() == flat.size(0), f"{positions.numel()} image slots, {flat.size(0)} image features"
+        slots = tokens[0] == self.image_token_id
+        wanted = flat.size(0)
+        torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are image features")
+        positions = torch.nonzero_static(slots, size=wanted).squeeze(1)
         return embeddings_S1E.index_copy(0, positions, flat.unsqueeze(1))
 
 

@@ -1,11 +1,15 @@
-"""The gated activation of the language model in plain torch, plugged into Megatron-Core's MLP by spec."""
+"""Activations in plain torch, plugged into Megatron-Core's MLP by spec: the language model's gated one, a tower's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.jit import jit_fuser
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 
@@ -43,3 +47,53 @@ def swiglu(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
     return _SwiGLU.apply(x)
+
+
+@jit_fuser
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+@jit_fuser
+def _bias_gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias, approximate="tanh")
+
+
+@jit_fuser
+def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return quick_gelu(x + bias)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh form (``F.gelu(x, approximate="tanh")``), as a function that can be told from the exact one."""
+    return F.gelu(x, approximate="tanh")
+
+
+# Bias and activation as one kernel where functions are compiled. Megatron-Core's own fused bias-GELU is the tanh form.
+_WITH_BIAS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    F.gelu: _bias_gelu,
+    gelu_tanh: _bias_gelu_tanh,
+    quick_gelu: _bias_quick_gelu,
+}
+
+
+class BiasActivationMLP(MLP):
+    """Megatron-Core's MLP without a gate, with bias and activation in one function; for towers.
+
+    A built MLP is turned into one: Megatron-Core's layer knows MLPs by their exact class when it builds them.
+    """
+
+    @classmethod
+    def take_over(cls, mlp: MLP) -> None:
+        """Turn ``mlp`` into one of these, with its layers."""
+        assert type(mlp) is MLP, type(mlp)
+        mlp.__class__ = cls
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Return [..., hidden_size] and the bias to add to it."""
+        fused = _WITH_BIAS.get(self.activation_func)
+        if fused is None or self.config.gated_linear_unit:
+            return super().forward(hidden_states, *rest, **options)
+        x, bias = self.linear_fc1(hidden_states)
+        x = self.activation_func(x) if bias is None else fused(x, bias)
+        return self.linear_fc2(x)

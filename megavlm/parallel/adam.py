@@ -55,8 +55,8 @@ class AdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            # The functional form adds one to each step it is given.
-            before = [torch.full((), group["step"] - 1.0, device=p.device) for p in params]
+            # The functional form adds one to each step it is given; one tensor, and one kernel, for all of them.
+            before = list(torch.full((len(params),), group["step"] - 1.0, device=params[0].device).unbind())
             adamw(
                 params,
                 [p.grad for p in params],

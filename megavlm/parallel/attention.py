@@ -6,6 +6,8 @@ heads of this tensor-parallel rank, D width of a head.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +18,23 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megavlm.parallel.segments import segment_lengths
+
+_varlen_attn: Any = None
+if torch.cuda.is_available():  # torch 2.10 and later; without it, segments are attended to one by one
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def _has_argument(function: Any, name: str) -> bool:
+    return function is not None and name in inspect.signature(function).parameters
+
+
+# Later versions want to be told that keys are grouped; earlier ones see it.
+_GROUPED = {"enable_gqa": True} if _has_argument(_varlen_attn, "enable_gqa") else {}
 
 
 class TorchAttention(MegatronModule):
@@ -88,9 +107,13 @@ class TorchAttention(MegatronModule):
     def _packed(
         self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams
     ) -> Tensor:
-        lengths = packed.cu_seqlens_q.diff().tolist()
+        lengths = segment_lengths(packed)
         total = sum(lengths)
         rest = query_TND.size(0) - total
+        dropout = self.dropout if self.training else 0.0
+        if _varlen_attn is not None and query_TND.is_cuda and query_TND.dtype in _SIXTEEN_BITS and not dropout:
+            context_TND = self._all_segments(query_TND[:total], key_TGD[:total], value_TGD[:total], causal, packed)
+            return F.pad(context_TND, (0, 0, 0, 0, 0, rest)) if rest else context_TND
         parts = []
         for q, k, v in zip(
             query_TND[:total].split(lengths),
@@ -105,6 +128,28 @@ class TorchAttention(MegatronModule):
         if rest:
             parts.append(query_TND.new_zeros(rest, *query_TND.shape[1:]))
         return torch.cat(parts)
+
+    def _all_segments(
+        self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams
+    ) -> Tensor:
+        """One flash-attention kernel for the whole pack.
+
+        Its cost does not depend on how the pack is cut. ``scaled_dot_product_attention`` on each segment would take
+        cuDNN's attention on Hopper, which builds and keeps a plan for every length that it has not seen.
+        """
+        borders, longest = packed.cu_seqlens_q, max(segment_lengths(packed))
+        return _varlen_attn(
+            query_TND,
+            key_TGD,
+            value_TGD,
+            borders,
+            borders,
+            longest,
+            longest,
+            scale=self.softmax_scale,
+            window_size=(-1, 0) if causal else (-1, -1),
+            **_GROUPED,
+        )
 
     def _attend(self, query_BNSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(

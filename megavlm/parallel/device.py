@@ -1,13 +1,14 @@
 """The device that this process computes on, and what Megatron-Core needs to be told about it.
 
 :func:`prepare_device` is the first thing that a program calls, before Megatron-Core is imported. With CUDA it
-does nothing (or, without a C compiler, keeps Megatron-Core from compiling). Without, it makes the few
+sets a few defaults (and, without a C compiler, keeps Megatron-Core from compiling). Without, it makes the few
 ``torch.cuda`` names that Megatron-Core uses mean the CPU, so that its own schedules, layers, optimizer and
 checkpoints run over gloo.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megavlm.config.errors import RecipeError
 from megavlm.parallel.peaks import peak_flops_of
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,14 @@ def prepare_device() -> None:
 
     Raises:
         RuntimeError: there is no CUDA device and Megatron-Core was imported before this call.
+        RecipeError: more processes than GPUs were started on this node.
     """
     global _prepared
     if _prepared:
         return
     if has_cuda():
+        _check_local_rank()
+        _set_up_cuda()
         if not _has_compiler() and "megatron.core" not in sys.modules:
             from megavlm.parallel import cpu_layer  # noqa: PLC0415
 
@@ -54,6 +59,56 @@ def prepare_device() -> None:
 
     cpu_layer.install()
     _prepared = True
+
+
+def _check_local_rank() -> None:
+    if local_rank() >= torch.cuda.device_count():
+        raise RecipeError(
+            f"LOCAL_RANK: this is process {local_rank()} of its node, which has {torch.cuda.device_count()} GPU(s); "
+            "start as many processes as there are GPUs (torchrun --nproc-per-node), or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        )
+
+
+def _set_up_cuda() -> None:
+    """What Megatron-Core and torch should know before the first kernel."""
+    # Megatron-Core overlaps collectives and products by the order in which they are issued: one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # cuDNN's attention builds and keeps a plan for every shape, and packs and numbers of pictures are ever new.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if "megatron.core" not in sys.modules:
+        _hide_broken_transformer_engine()
+
+
+def _hide_broken_transformer_engine() -> None:
+    """Let an installed Transformer Engine that cannot be imported count as absent.
+
+    Megatron-Core imports it wherever it is found, and would fail to import itself.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        import transformer_engine.pytorch  # noqa: F401, PLC0415 - only where it is installed
+    except Exception as error:  # whatever a half-installed package raises
+        logger.warning(
+            "Transformer Engine is installed but cannot be imported, so torch's layers run: %s: %s",
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "",
+        )
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # import and find_spec say "not there"
+
+
+def transformer_engine_installed() -> bool:
+    """Whether Transformer Engine is installed, and not hidden by :func:`prepare_device` as it is broken."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def use_local_device() -> None:
+    """Let the calling thread allocate and compute on this process's device: a new thread stands on the first one."""
+    if has_cuda():
+        torch.cuda.set_device(local_device())
 
 
 def _has_compiler() -> bool:

@@ -7,9 +7,8 @@ Needs of FP8: Transformer Engine 2.9's ``quantization.py`` (compute capability, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -18,7 +17,8 @@ import torch
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, Recipe
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel import wgrad
+from megavlm.parallel.device import has_cuda, transformer_engine_installed
 
 Part = Literal["language", "vision", "connector"]
 
@@ -37,8 +37,8 @@ class Machine:
     """CUDA version of torch."""
     transformer_engine: tuple[int, ...] | None = None
     """Its version; None where it is not installed."""
-    apex: bool = False
-    """Whether Apex's kernel for gradient_accumulation_fusion is there."""
+    fused_wgrad: bool = False
+    """Whether gradient_accumulation_fusion can be had: from Apex, or as a product of torch (parallel/wgrad.py)."""
 
 
 def this_machine() -> Machine:
@@ -48,8 +48,8 @@ def this_machine() -> Machine:
     return Machine(
         capability=torch.cuda.get_device_capability(),
         cuda=_numbers(torch.version.cuda or ""),
-        transformer_engine=_installed_version("transformer-engine"),
-        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        transformer_engine=_installed_version("transformer-engine") if transformer_engine_installed() else None,
+        fused_wgrad=wgrad.has_apex() or wgrad.works(),
     )
 
 
@@ -127,8 +127,11 @@ def _kernel_lines(recipe: Recipe, machine: Machine) -> Iterator[str]:
         for name, wanted in kernels.items():
             if wanted:
                 yield f"engine.{name}: is Transformer Engine's, which is not here; {_INSTALL_TE}, or leave the key out"
-    if engine.gradient_accumulation_fusion == "on" and not machine.apex:
-        yield f"engine.gradient_accumulation_fusion: needs NVIDIA Apex; {_INSTALL_APEX}, or set it to auto"
+    if engine.gradient_accumulation_fusion == "on" and not machine.fused_wgrad:
+        yield (
+            "engine.gradient_accumulation_fusion: needs CUDA with torch 2.8 or newer, or NVIDIA Apex; "
+            f"{_INSTALL_APEX}, or set it to auto"
+        )
 
 
 def settings(engine: EngineConfig, part: Part, machine: Machine, *, engine_layers: bool, bf16: bool) -> dict[str, Any]:
@@ -148,7 +151,7 @@ def settings(engine: EngineConfig, part: Part, machine: Machine, *, engine_layer
 
     fields: dict[str, Any] = {
         "bias_dropout_fusion": fused(engine.bias_dropout_fusion, cuda),
-        "gradient_accumulation_fusion": fused(engine.gradient_accumulation_fusion, machine.apex),
+        "gradient_accumulation_fusion": fused(engine.gradient_accumulation_fusion, machine.fused_wgrad),
     }
     if part == "language":
         fields |= {
@@ -180,6 +183,23 @@ def settings(engine: EngineConfig, part: Part, machine: Machine, *, engine_layer
             "num_layers_at_end_in_bf16": engine.num_layers_at_end_in_bf16,
         }
     return fields
+
+
+@contextlib.contextmanager
+def without_fp8(configs: Iterable[Any]) -> Iterator[None]:
+    """Compute in the weights' own number type inside the block: FP8 products want rows in multiples of 8 (or 16).
+
+    Args:
+        configs: Megatron-Core's TransformerConfig of every part that computes.
+    """
+    kept = [(config, config.fp8) for config in {id(one): one for one in configs}.values()]
+    for config, _ in kept:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, fp8 in kept:
+            config.fp8 = fp8
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import TorchAttention
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import has_cuda, transformer_engine_installed
 from megavlm.parallel.norm import TorchNorm
 
 
@@ -32,7 +31,7 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     Raises:
         ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
+    installed = transformer_engine_installed()
     if choice == "transformer_engine" and not (installed and has_cuda()):
         missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
         raise ValueError(
@@ -42,6 +41,11 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     if choice == "auto" and precision == "fp32":
         return False
     return choice != "torch" and installed and has_cuda()
+
+
+WIDEST_ENGINE_HEAD = 128
+"""Transformer Engine 2.11's attention on packs is wrong for heads of 192, whose outputs differed by as much as they are
+large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get torch's flash attention."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,13 @@ def layer_modules(
     causal: bool,
     qk_layernorm: bool = False,
     linears: Mapping[str, Any] | None = None,
+    head_dim: int = 0,
 ) -> Modules:
     """Return the parts for a decoder (``causal``) or an encoder.
 
     ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
     layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
-    a GPU).
+    a GPU). ``head_dim`` decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``.
 
     With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
     the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
@@ -76,10 +81,13 @@ def layer_modules(
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
-        core_attention, norm = TEDotProductAttention, TENorm
+        norm = TENorm
+        if head_dim <= WIDEST_ENGINE_HEAD:
+            core_attention = TEDotProductAttention
     if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        layer.submodules.self_attention.submodules.core_attention = core_attention
         return Modules(core_attention, norm, layer)
     head_norm = norm if qk_layernorm else IdentityOp
     chosen = linears or {}

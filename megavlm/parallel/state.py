@@ -14,7 +14,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.parallel import adam
+from megavlm.parallel import adam, multi_tensor, wgrad
 from megavlm.parallel.device import backend, has_cuda, local_device
 from megavlm.parallel.rendezvous import fresh_store
 
@@ -35,7 +35,14 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
     store, rank, world_size = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
     if "RANK" in os.environ:
         store, rank, world_size = fresh_store(timeout)
-    dist.init_process_group(backend(), timeout=timeout, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        backend(),
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=local_device() if has_cuda() else None,  # NCCL guesses the device from the rank otherwise
+    )
     try:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -45,6 +52,8 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             create_gloo_process_groups=True,
         )
         adam.install()
+        multi_tensor.install()
+        wgrad.install()
         stage_seed = seed + 100 * mpu.get_pipeline_model_parallel_rank()  # or stages would begin with equal weights
         torch.manual_seed(stage_seed)
         tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)

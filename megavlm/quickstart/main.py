@@ -33,6 +33,7 @@ from megavlm.quickstart.report import format_table
 logger = logging.getLogger(__name__)
 
 RANKS = 4
+"""Processes: TP 2 x PP 2, on CPUs or on as many GPUs."""
 _VOCABULARY = 640
 _RESULT = "result.json"
 
@@ -55,23 +56,25 @@ def run(args: argparse.Namespace) -> int:
     """
     start = time.perf_counter()
     out: Path = args.out
-    overrides = _overrides(out, args.overrides)
+    ranks, layout = layout_for(_gpus())
+    overrides = _overrides(out, [*layout, *args.overrides])
     recipe = load_recipe("quickstart", overrides, expand_presets)
-    check_recipe(recipe, RANKS)
+    check_recipe(recipe, ranks)
     _empty(out)
     rendered = _make_data(out / "data", args)
-    logger.info("training: %d processes; curves: tensorboard --logdir %s", RANKS, recipe.output_dir)
-    _torchrun(["train", "quickstart", *overrides])
+    logger.info("training: %d processes; curves: tensorboard --logdir %s", ranks, recipe.output_dir)
+    _torchrun(ranks, ["train", "quickstart", *overrides])
     _torchrun(
+        ranks,
         [
             "eval",
             recipe.output_dir,
             f"--data={rendered.heldout_json}",
             f"--images={rendered.images_dir}",
             f"--out={out / 'eval'}",
-        ]
+        ],
     )
-    result = _result(recipe, out / "eval", rendered)
+    result = _result(recipe, ranks, out / "eval", rendered)
     result["seconds_total"] = round(time.perf_counter() - start, 1)
     shutil.copy(out / "eval" / PANEL, out / "heldout.png")
     shutil.copy(out / "eval" / PREDICTIONS, out / PREDICTIONS)
@@ -130,16 +133,30 @@ def _make_data(directory: Path, args: argparse.Namespace) -> RenderedData:
     return rendered
 
 
-def _torchrun(words: Sequence[str]) -> None:
+def layout_for(gpus: int) -> tuple[int, list[str]]:
+    """Return processes and keys of the recipe: its own layout on CPUs and 4 GPUs, a smaller one on 1 to 3."""
+    alone = ["parallel.pipeline_model_parallel_size=1"]
+    if gpus == 1:
+        return 1, [*alone, "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    return (2, alone) if 1 < gpus < RANKS else (RANKS, [])
+
+
+def _gpus() -> int:
+    import torch  # noqa: PLC0415 - seconds
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _torchrun(ranks: int, words: Sequence[str]) -> None:
     """Run ``megavlm`` under torchrun; its processes end with this one.
 
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m"]
     command += ["megavlm", *words]
-    logger.info("torchrun --nproc-per-node %d -m megavlm %s", RANKS, " ".join(words))
+    logger.info("torchrun --nproc-per-node %d -m megavlm %s", ranks, " ".join(words))
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     process = subprocess.Popen(command, env=env, start_new_session=True)
     try:
@@ -151,7 +168,7 @@ def _torchrun(words: Sequence[str]) -> None:
         raise RuntimeError(f"megavlm {words[0]} ended with exit code {code}; its output is above")
 
 
-def _result(recipe: Recipe, evaluation: Path, rendered: RenderedData) -> dict[str, Any]:
+def _result(recipe: Recipe, ranks: int, evaluation: Path, rendered: RenderedData) -> dict[str, Any]:
     """Gather the figures of training and evaluation."""
     from megavlm.parallel.layout import describe  # noqa: PLC0415 - imports torch
 
@@ -165,7 +182,7 @@ def _result(recipe: Recipe, evaluation: Path, rendered: RenderedData) -> dict[st
     scores = json.loads((evaluation / SCORES).read_text(encoding="utf-8"))
     positions = progress["tokens"] + progress["padding_tokens"]
     return {
-        "layout": describe(recipe.parallel, RANKS),
+        "layout": describe(recipe.parallel, ranks),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "heldout_accuracy": scores["heldout_accuracy"],

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from run_data import RunData
 from megavlm.cli import main
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.inference.boxes import draw_boxes
-from megavlm.inference.chat import Chat
+from megavlm.inference.chat import Chat, _lines, _read_line
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session
-from megavlm.inference.turns import user_turn, without_control_tokens
+from megavlm.inference.turns import user_turn, without_control_tokens, write_any_text
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +63,17 @@ def test_layouts_say_the_same(trained: Path, picture: Path) -> None:
 
 def test_a_chat_of_two_ranks_sees_pictures_and_survives_mistakes(trained: Path, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:300])
-    typed = f"/image {picture}\nWhat is this?\n/image {tmp_path / 'no.png'}\nAnd <img> this?\n/clear\nHello\n/quit\n"
+    odd = tmp_path / "caf\udce9.png"
+    odd.write_bytes(picture.read_bytes())
+    typed = f"/image {picture}\nWhat is this?\n/image {tmp_path / 'no.png'}\nAnd <img> this?\n/clear\n"
+    typed += "caf\udce9?\n\udcc4\udce3\udcba\udcc3\n"  # not UTF-8: Latin-1, and GBK
+    typed += f"/image ~no-such-user/a.png\n/image {tmp_path}\n/image {odd}\nHello\n/quit\n"
     layout = ("parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2")
     words = ("chat", trained, *layout, "--max-new-tokens=4", "--out", tmp_path)
     text = said(*words, ranks=2, typed=typed)
-    assert "1 picture(s) wait" in text and "no.png: no such file" in text
+    assert text.count("1 picture(s) wait") == 2 and "no.png: no such file" in text
+    assert "the prompt is not valid Unicode text at character 4" in text and "at character 1;" in text
+    assert "~no-such-user/a.png: " in text
     assert "the prompt has 1 <img>, and 0 picture(s) are given" in text
 
 
@@ -79,6 +86,7 @@ def test_silence_is_no_hang(trained: Path, tmp_path: Path) -> None:
 
 def test_what_a_later_prompt_would_refuse_is_left_out_of_the_history() -> None:
     assert without_control_tokens(" a<|im_end|>b <img>c</img> ") == "ab c"
+    assert without_control_tokens("<|im_<|im_<img>end|>start|>a</s>", ["</s>"]) == "a"
 
 
 def test_a_layout_that_is_named_holds_for_one_process_too(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +102,11 @@ def test_a_layout_that_is_named_holds_for_one_process_too(trained: Path, capsys:
         (("--prompt", "a</img>"), "the prompt holds </img>"),
         (("--prompt", "a <|im_end|>"), "control token <|im_end|>"),
         (("--prompt", "a", "--context=40"), "prompt and answer (256 tokens) take"),
-        (("--prompt", "a", "--top-p=2"), "top_p: 2.0 must be above 0 and at most 1"),
+        (("--prompt", "caf\udce9"), "the prompt is not valid Unicode text at character 4"),
+        (("--prompt", "a", "--system", "\udcff"), "--system is not valid Unicode text at character 1"),
+        (("--prompt", "a", "--top-p=2"), "top_p: 2.0 must be from 0 to 1"),
+        (("--prompt", "a", "--temperature=1e400"), "temperature: inf must be at most 1,000,000"),
+        (("--prompt", "a", "--repetition-penalty=inf"), "repetition_penalty: inf must be above 0, and finite"),
         (("--prompt", "a", "--max-new-tokens=0"), "--max-new-tokens must be at least 1"),
         (("--prompt", "a", "--image", "nowhere.png"), "nowhere.png"),
     ],
@@ -140,6 +152,36 @@ def test_a_long_conversation_loses_its_oldest_exchanges(trained: Path, picture: 
             model.cut(Asked((Turn("user", "a b c d " * 60),)), 8)
         with pytest.raises(ValueError, match=r"shows 1 image\(s\), 0 are given"):
             Asked((Turn("user", IMAGE_PLACEHOLDER),))
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "gbk", "latin-1"])
+def test_any_line_is_read(errors: str, encoding: str) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n\xff\xfe\n\xe4\xb8\xad\nlast"), encoding=encoding, errors=errors)
+    lines = [_read_line(typed) for _ in range(5)]
+    assert lines[3:] == ["last", ""] and lines[0].startswith("caf")
+    if encoding == "utf-8":
+        assert lines[:3] == ["caf\udce9\n", "\udcff\udcfe\n", "\u4e2d\n"]
+    assert _read_line(io.StringIO("a\n")) == "a\n"
+
+
+def test_an_input_that_fails_ends_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def readline(self, *_: object) -> str:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sys.stdin", Gone())
+    assert list(_lines(print, SimpleNamespace(idle_seconds=5))) == []  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(_lines(print, SimpleNamespace(idle_seconds=5))) == []  # type: ignore[arg-type]
+
+
+def test_an_answer_is_written_whatever_the_encoding_is() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    write_any_text(out)
+    out.write("\u4e2d a\udce9")
+    out.flush()
+    assert out.buffer.getvalue() == b"? a?"  # type: ignore[attr-defined]
 
 
 class _Scripted:

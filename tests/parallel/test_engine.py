@@ -29,7 +29,7 @@ from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
 from megavlm.training.step import train_step
 
-H100 = Machine((9, 0), (13, 0), (2, 9, 0), apex=True)
+H100 = Machine((9, 0), (13, 0), (2, 9, 0), fused_wgrad=True)
 B200 = Machine((10, 0), (13, 0), (2, 9, 0))
 
 
@@ -238,7 +238,11 @@ def test_a_machine_that_can(engine, machine):
             Machine(),
             "engine.cuda_graph_impl: is Transformer Engine's, which",
         ),
-        ({"gradient_accumulation_fusion": "on"}, B200, "engine.gradient_accumulation_fusion: needs NVIDIA Apex; build"),
+        (
+            {"gradient_accumulation_fusion": "on"},
+            B200,
+            "engine.gradient_accumulation_fusion: needs CUDA with torch 2.8 or newer, or NVIDIA Apex; build",
+        ),
     ],
 )
 def test_a_machine_that_cannot(engine, machine, expected):

@@ -18,15 +18,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from megavlm.data.chat import encode_prompt
 from megavlm.data.schema import Turn
 from megavlm.inference.sampling import Sampling
-from megavlm.inference.server.errors import ApiError, bad_request
+from megavlm.inference.server.errors import ApiError, bad_request, shown
 from megavlm.inference.server.images import load_images
 from megavlm.inference.server.limits import Limits
 from megavlm.inference.server.request import ChatRequest, parse_request
 from megavlm.inference.server.worker import Job, Worker
-from megavlm.inference.session import Asked, Piece, Session
+from megavlm.inference.session import Asked, Piece, Session, TokenReport
 
 _Pieces = AsyncGenerator[tuple[int, Piece], None]
 
@@ -70,24 +69,23 @@ class Service:
         Raises:
             ApiError: it does not fit the context, or a text holds control tokens.
         """
-        recipe = self.model.recipe
         try:
-            tokens = encode_prompt(
-                asked.turns, self.model.tokenizer, recipe.model.tokens_per_image, recipe.data.system_message
-            )
+            asked = self.model.encoded(asked)
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
-        room = self.model.context - len(tokens)
+        assert asked.tokens is not None
+        count = len(asked.tokens)
+        room = self.model.context - count
         wanted = min(self.limits.new_tokens, room) if request.max_new_tokens is None else request.max_new_tokens
         if room < 1 or wanted > room:
             raise bad_request(
-                f"the context has {self.model.context} tokens; the prompt takes {len(tokens)}, and the answer may take "
-                f"{request.max_new_tokens or 1}",
+                f"the context has {self.model.context} tokens; the prompt takes {count}, and the answer may take "
+                f"{shown(request.max_new_tokens or 1)}",
                 "messages" if room < 1 else request.length_key,
                 "context_length_exceeded",
             )
         seeds = [request.sampling.seed + choice for choice in range(request.choices)]
-        return [Job(asked, len(tokens), wanted, replace(request.sampling, seed=seed), request.stop) for seed in seeds]
+        return [Job(asked, count, wanted, replace(request.sampling, seed=seed), request.stop) for seed in seeds]
 
 
 def make_app(service: Service) -> FastAPI:
@@ -122,7 +120,10 @@ def make_app(service: Service) -> FastAPI:
         async with contextlib.AsyncExitStack() as held:
             service.worker.take_slots(1)
             held.callback(service.worker.free_slots, 1)
-            return await _complete(service, request, held)
+            try:
+                return await _complete(service, request, held)
+            except ClientDisconnect:  # while its request came, or its answer was made
+                return Response(status_code=499)  # nobody reads it
 
     app.add_route("/health", health, ["GET"])
     app.add_route("/v1/models", models, ["GET"])
@@ -178,15 +179,12 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     pieces = service.worker.answer(jobs)
     held.push_async_callback(pieces.aclose)
-    try:
-        if not request.stream:
-            said = [one async for one in _until_gone(http, pieces)]
-            return JSONResponse(_completion(frame, jobs, said))
-        # What is wrong with the request still gets a status of its own.
-        async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
-            first = await anext(watched)
-    except ClientDisconnect:
-        return Response(status_code=499)  # nobody reads it
+    if not request.stream:
+        said = [one async for one in _until_gone(http, pieces)]
+        return JSONResponse(_completion(frame, jobs, said))
+    # What is wrong with the request still gets a status of its own.
+    async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
+        first = await anext(watched)
     return _Stream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
 
 
@@ -215,7 +213,7 @@ async def _json(http: Request, limits: Limits) -> Any:
     try:
         return json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
-        raise bad_request(f"the body is no JSON: {error}") from None
+        raise bad_request(f"the body cannot be read as JSON: {error}") from None
 
 
 async def _until_gone(http: Request, pieces: _Pieces) -> _Pieces:
@@ -262,9 +260,26 @@ def _completion(frame: dict[str, Any], jobs: Sequence[Job], said: Sequence[tuple
         pieces = [piece for place, piece in said if place == index]
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
         finish = pieces[-1].finish
-        choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
+        reports = [piece.report for piece in pieces if piece.report is not None]
+        logprobs = _logprobs(reports) if jobs[index].sampling.report is not None else None
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
         tokens[index] = pieces[-1].tokens
     return {**frame, "object": "chat.completion", "choices": choices, "usage": _usage(jobs, tokens)}
+
+
+def _logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:
+    """Return log probabilities as OpenAI's API has them."""
+
+    def entry(text: str, value: float) -> dict[str, Any]:
+        whole = "\ufffd" not in text  # else a part of a character, whose bytes the tokenizer does not tell
+        # JSON has no infinity; this is OpenAI's number for what is next to impossible.
+        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode()) if whole else None}
+
+    content = [
+        {**entry(one.text, one.log_probability), "top_logprobs": [entry(text, value) for text, value in one.best]}
+        for one in reports
+    ]
+    return {"content": content, "refusal": None}
 
 
 async def _events(
@@ -273,8 +288,9 @@ async def _events(
     """Yield server-sent events."""
     frame = {**frame, "object": "chat.completion.chunk"}
 
-    def chunk(index: int, delta: dict[str, str], finish: str | None = None) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(index: int, delta: dict[str, str], finish: str | None = None, reports: Sequence[TokenReport] = ()) -> str:
+        logprobs = _logprobs(reports) if reports else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return _event({**frame, "choices": [choice], **({"usage": None} if usage else {})})
 
     for index in range(len(jobs)):
@@ -283,8 +299,8 @@ async def _events(
     try:
         async for index, piece in _chained(first, rest):
             tokens[index] = piece.tokens
-            if piece.text:
-                yield chunk(index, {"content": piece.text})
+            if piece.text or piece.report is not None:
+                yield chunk(index, {"content": piece.text}, reports=[piece.report] if piece.report else [])
             if piece.finish is not None:
                 yield chunk(index, {}, piece.finish)
     except ApiError as error:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_MOST = 600
+"""Characters of a message, and of a parameter's name: what was sent is not sent back."""
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
 
 class ApiError(ValueError):
@@ -25,8 +31,9 @@ class ApiError(ValueError):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        super().__init__(_printable(message))
+        self.param = None if param is None else _printable(param)
+        self.status, self.code, self.retry_after = status, code, retry_after
 
     @property
     def body(self) -> dict[str, Any]:
@@ -44,3 +51,17 @@ class ApiError(ValueError):
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """Return the error of a request that can never be answered."""
     return ApiError(400, message, param=param, code=code)
+
+
+def shown(value: object) -> str:
+    """Return a client's value as a message may repeat it: in a few characters, whatever it is."""
+    try:
+        return _SHOWN.repr(value)
+    except (ValueError, RecursionError):  # a number of very many digits
+        return f"this {type(value).__name__}"
+
+
+def _printable(text: str) -> str:
+    """Return a text in a bounded number of characters, all of which UTF-8 can write."""
+    cut = text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."
+    return cut.encode("utf-8", "replace").decode("utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,17 @@ from functools import partial
 
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.images import ImageError, decode_with_pil, read_header
-from megavlm.inference.server.errors import ApiError, bad_request
+from megavlm.inference.server.errors import ApiError, bad_request, shown
 from megavlm.inference.server.limits import Limits
 from megavlm.inference.server.request import ImagePart
 
 _DATA = "data:"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_IS_BASE64 = re.compile(r"; *base64 *$", re.IGNORECASE)
+_WHITE = b"\t\n\f\r "
+_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
+_PERCENT = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%0A": b"", b"%0D": b"", b"%09": b"", b"%20": b""}
+_NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/]")
 _FETCHERS = ThreadPoolExecutor(8, thread_name_prefix="fetch")
 """Apart from those that decode, so that slow hosts hold up no one else."""
 
@@ -36,12 +42,19 @@ async def load_images(parts: Sequence[ImagePart], limits: Limits, allow_remote: 
     fetched = 0
     deadline = time.monotonic() + limits.seconds
     for number, part in enumerate(parts, 1):
-        if part.url[: len(_DATA)].lower() == _DATA:
-            data = _from_data_url(part.url, number, part.param)
+        url = part.url.strip()
+        if url[: len(_DATA)].lower() == _DATA:
+            data = await asyncio.to_thread(_from_data_url, url, number, part.param)
+        elif not _SCHEME.match(url):
+            raise bad_request(
+                f"image {number}: {shown(url)} is no URL; if it is base64, data:image/png;base64, is missing in front",
+                part.param,
+                "invalid_image",
+            )
         else:
             if not allow_remote:
                 raise _not_allowed(number, part.param)
-            data = await _fetched(part, number, limits.bytes - fetched, deadline)
+            data = await _fetched(ImagePart(url, part.param), number, limits.bytes - fetched, deadline)
             fetched += len(data)
         await asyncio.to_thread(check_image, data, number, part.param, limits)
         images.append(data)
@@ -71,7 +84,7 @@ async def _fetched(part: ImagePart, number: int, most: int, deadline: float) -> 
         # A name that is looked up for long has no time-out of its own, nor has the wait for a free thread.
         return await asyncio.wait_for(fetching, left + 0.5)
     except (FetchError, TimeoutError) as error:
-        reason = error if isinstance(error, FetchError) else f"{part.url}: took too long"
+        reason = error if isinstance(error, FetchError) else f"{shown(part.url)}: took too long"
         raise bad_request(f"image {number} was not fetched: {reason}", part.param, "remote_image_failed") from None
 
 
@@ -91,10 +104,26 @@ def check_image(data: bytes, number: int, param: str, limits: Limits) -> None:
 
 
 def _from_data_url(url: str, number: int, param: str) -> bytes:
+    """Return what a data URL holds, decoded as forgivingly as browsers do (the Fetch and Infra standards).
+
+    Its base64 may be percent-encoded, hold white space, or lack its padding; the alphabet of URLs is taken as well.
+
+    Raises:
+        ApiError: it is no base64.
+    """
     head, comma, body = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
+    if not comma or not _IS_BASE64.search(head):
         raise bad_request(f"image {number}: a data URL must read data:image/...;base64,...", param, "invalid_image")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError):
-        raise bad_request(f"image {number}: the data URL holds no base64", param, "invalid_image") from None
+    digits = body.encode("utf-8", "replace")
+    if b"%" in digits:  # only what base64 has besides letters and digits
+        for code, byte in _PERCENT.items():
+            digits = digits.replace(code, byte).replace(code.lower(), byte)
+    digits = digits.translate(_TO_STANDARD, _WHITE).rstrip(b"=")
+    wrong = _NOT_BASE64.search(digits)
+    if wrong is not None:
+        what = f"a {shown(wrong[0])[1:]} where none can be"
+    elif len(digits) % 4 == 1:
+        what = f"{len(digits)} digits, which no data has: it is cut off"
+    else:
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4))
+    raise bad_request(f"image {number}: the base64 of the data URL has {what}", param, "invalid_image")

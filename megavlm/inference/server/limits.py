@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 from megavlm.data.images import MAX_PIXELS
 
+_LONGEST = 86_400
+
 
 @dataclass(frozen=True)
 class Limits:
     """What a request may take.
 
     Raises:
-        ValueError: a limit is below 1.
+        ValueError: a limit is below 1, or larger than can be kept.
     """
 
     batch: int = 8
@@ -39,6 +41,8 @@ class Limits:
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.seconds > _LONGEST:
+            raise ValueError(f"--seconds must be at most {_LONGEST}, which is a day, not {self.seconds}")
         if self.pixels > MAX_PIXELS:
             raise ValueError(f"--pixels must be at most {MAX_PIXELS}, which the decoder takes, not {self.pixels}")
 

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavlm.data.schema import check_unicode
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.limits import Limits
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the recipe does not fit this job, an argument is out of its range, the address cannot be
             listened on, or a package is missing.
     """
+    if args.name is not None:
+        check_unicode(args.name, "--name")
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     defaults = Sampling(args.temperature, top_p=args.top_p)
     for package, extra in (("fastapi", "serve"), ("uvicorn", "serve"), *([("nicegui", "web")] if args.web else [])):
@@ -161,7 +164,8 @@ def name_of(path: Path) -> str:
     path = path.resolve()
     if path.name.startswith("step-"):
         path = path.parent
-    return path.parent.name if path.name == "checkpoints" else path.name
+    name = path.parent.name if path.name == "checkpoints" else path.name
+    return name.encode("utf-8", "replace").decode("utf-8")  # a directory's name may be no text
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -1,53 +1,39 @@
 """A chat completion's JSON, checked: what is not understood is refused, never half obeyed.
 
-Fields that change the answer and cannot be honoured are refused unless they hold their neutral value; fields that
-change nothing about it (``user``, ``metadata``, ...) are taken and ignored; a field that is unknown is refused with its
-name, as it may be a misspelt one.
+Whatever was sent, what comes of it is a request or an ``ApiError``, and no message repeats more than a few characters.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn, check_unicode
 from megavlm.inference.sampling import Sampling
-from megavlm.inference.server.errors import ApiError, bad_request
+from megavlm.inference.server.errors import ApiError, bad_request, shown
+from megavlm.inference.server.fields import check_fields, check_inner
 from megavlm.inference.server.limits import Limits
 from megavlm.inference.turns import without_control_tokens
 
-_IGNORED = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-)
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-_READ = frozenset(
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_MESSAGE = frozenset(
     {
-        "model", "messages", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens",
-        "max_completion_tokens", "n", "seed", "stop", "stream", "stream_options",
+        "role", "content", "refusal", "tool_calls", "name", "annotations", "cache_control", "id", "metadata",
+        "reasoning", "reasoning_content", "reasoning_details", "thinking_blocks", "provider_specific_fields",
     }
 )  # fmt: skip
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Fields of a message; those from ``name`` on are ignored, as they are no part of the prompt."""
+_PART = frozenset({"type", "cache_control", "prompt_cache_breakpoint", "annotations", "uuid", "id"})
+"""Fields of any part; those from ``cache_control`` on are ignored."""
+_IMAGE = frozenset({"url", "detail", "format"})
+"""Fields of an ``image_url``; each picture takes the same number of tokens, whatever ``detail`` says."""
+_STREAM_OPTIONS = frozenset({"include_usage", "include_obfuscation"})
 _STOPS = 4
 _STOP_LENGTH = 256
+_TOP_LOGPROBS = 20
+_LARGEST = sys.float_info.max
 _MOST = 4096
 """Messages of a request, and parts of a message."""
 
@@ -92,20 +78,17 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
     if not isinstance(body, dict):
         raise bad_request(f"the body must be a JSON object, not {type(body).__name__}")
     body = {key: value for key, value in body.items() if value is not None}
-    for key, value in body.items():
-        if key in _NEUTRAL and not any(value == one and type(value) is type(one) for one in _neutral(key)):
-            raise bad_request(f"{key}: this server does not support it; leave it out", key, "unsupported_parameter")
-        if key not in _NEUTRAL and key not in _IGNORED and key not in _READ:
-            raise bad_request(f"{key}: there is no such parameter", key, "unknown_parameter")
+    check_fields(body)
     asked = _typed(body, "model", str, required=True)
     if asked != model:
-        raise ApiError(404, f"the model {asked[:100]!r} does not exist; this one does: {model}", param="model",
+        raise ApiError(404, f"the model {shown(asked)} does not exist; this one does: {model}", param="model",
                        code="model_not_found")  # fmt: skip
     turns, images = _messages(body, limits)
     length_key, length = _max_tokens(body)
     stream = bool(_typed(body, "stream", bool))
     options = _typed(body, "stream_options", dict) or {}
-    if options and not stream:
+    check_inner(options, _STREAM_OPTIONS, "stream_options")
+    if any(options.values()) and not stream:
         raise bad_request("stream_options: only with stream=true", "stream_options")
     return ChatRequest(
         tuple(turns),
@@ -120,11 +103,6 @@ def parse_request(body: Any, model: str, defaults: Sampling, limits: Limits) -> 
     )
 
 
-def _neutral(key: str) -> tuple[Any, ...]:
-    values = _NEUTRAL[key]
-    return (*values, *(float(one) for one in values if type(one) is int))
-
-
 def _typed(body: dict[str, Any], key: str, kind: type, prefix: str = "", required: bool = False) -> Any:
     """Return a field, or None."""
     value = body.get(key)
@@ -132,30 +110,37 @@ def _typed(body: dict[str, Any], key: str, kind: type, prefix: str = "", require
         if required:
             raise bad_request(f"{prefix}{key}: it is missing", prefix + key)
         return None
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {str: "text", int: "a whole number", bool: "true or false", dict: "an object", list: "a list"}
         raise bad_request(f"{prefix}{key}: it must be {names[kind]}, not {type(value).__name__}", prefix + key)
     return value
 
 
-def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
-    def number(key: str, default: float, highest: float) -> float:
-        value = body.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise bad_request(f"{key}: it must be a number", key)
-        if value > highest:
-            raise bad_request(f"{key}: {value} must be at most {highest:g}", key)
-        return float(value)
+def _number(body: dict[str, Any], key: str, default: float, highest: float) -> float:
+    """Return a field as a finite float; a lower bound is :class:`Sampling`'s to check."""
+    value = body.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise bad_request(f"{key}: it must be a number", key)
+    if not -_LARGEST < value < _LARGEST:  # also whole numbers that no float holds
+        raise bad_request(f"{key}: {shown(value)} is too large; it must be at most {highest:g}", key)
+    if value > highest:
+        raise bad_request(f"{key}: {shown(value)} must be at most {highest:g}", key)
+    return float(value)
 
+
+def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
     seed = _typed(body, "seed", int)
     top_k = _typed(body, "top_k", int)
     try:
         return Sampling(
-            number("temperature", defaults.temperature, 2.0),
+            _number(body, "temperature", defaults.temperature, 2.0),
             max(0, defaults.top_k if top_k is None else top_k),  # -1 also means all, elsewhere
-            number("top_p", defaults.top_p, 1.0),
-            number("repetition_penalty", defaults.repetition_penalty, 10.0),
+            _number(body, "top_p", defaults.top_p, 1.0),
+            _number(body, "repetition_penalty", defaults.repetition_penalty, 10.0),
             secrets.randbits(62) if seed is None else seed,
+            _report(body),
         )
     except ApiError:
         raise
@@ -163,26 +148,37 @@ def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
         raise bad_request(str(error), str(error).partition(":")[0]) from None
 
 
+def _report(body: dict[str, Any]) -> int | None:
+    """Return how many tokens' log probabilities are wanted beside each token's own, or None for none at all."""
+    wanted = _typed(body, "logprobs", bool)
+    best = _typed(body, "top_logprobs", int) or 0
+    if not 0 <= best <= _TOP_LOGPROBS:
+        raise bad_request(f"top_logprobs: it must be from 0 to {_TOP_LOGPROBS}, not {shown(best)}", "top_logprobs")
+    if best and not wanted:
+        raise bad_request("top_logprobs: only with logprobs=true", "top_logprobs")
+    return best if wanted else None
+
+
 def _choices(body: dict[str, Any], limits: Limits) -> int:
     count = _typed(body, "n", int)
     if count is not None and not 1 <= count <= limits.batch:
-        raise bad_request(f"n: it must be from 1 to {limits.batch}, not {count}", "n")
+        raise bad_request(f"n: it must be from 1 to {limits.batch}, not {shown(count)}", "n")
     return count or 1
 
 
 def _max_tokens(body: dict[str, Any]) -> tuple[str, int | None]:
     """Return which field says how long an answer may be, and what it says."""
     keys = ("max_completion_tokens", "max_tokens")
-    for key in keys:
-        value = _typed(body, key, int)
+    given = {key: _typed(body, key, int) for key in keys}
+    for key, value in given.items():
         if value is not None and value < 1:
-            raise bad_request(f"{key}: it must be at least 1, not {value}", key)
-    return next(((key, body[key]) for key in keys if key in body), (keys[0], None))
+            raise bad_request(f"{key}: it must be at least 1, not {shown(value)}", key)
+    return next(((key, value) for key, value in given.items() if value is not None), (keys[0], None))
 
 
 def _stop(body: dict[str, Any]) -> tuple[str, ...]:
     stop = body.get("stop", [])
-    stops = [stop] if isinstance(stop, str) else stop
+    stops = ([stop] if stop else []) if isinstance(stop, str) else stop
     good = isinstance(stops, list) and len(stops) <= _STOPS
     if not good or not all(isinstance(one, str) and 0 < len(one) <= _STOP_LENGTH for one in stops):
         raise bad_request(f"stop: up to {_STOPS} texts of 1 to {_STOP_LENGTH} characters", "stop")
@@ -197,69 +193,98 @@ def _messages(body: dict[str, Any], limits: Limits) -> tuple[list[Turn], list[Im
         raise bad_request(f"messages: {len(messages)}, at most {_MOST}", "messages")
     turns: list[Turn] = []
     images: list[ImagePart] = []
+    system: list[str] = []
     for index, message in enumerate(messages):
         where = f"messages.{index}"
-        if not isinstance(message, dict):
-            raise bad_request(f"{where}: it must be an object", where)
-        role = _ROLES.get(_typed(message, "role", str, f"{where}.", required=True))
-        if role is None:
-            raise bad_request(f"{where}.role: use system, user or assistant", f"{where}.role")
-        if role == "system" and index:
-            raise bad_request(f"{where}.role: a system message can only be the first", f"{where}.role")
-        if message.get("tool_calls"):
-            raise bad_request(f"{where}.tool_calls: this server has no tools", where, "unsupported_parameter")
-        text, shown = _content(message.get("content"), f"{where}.content", role == "assistant")
-        if shown and role != "user":
-            raise bad_request(f"{where}: only the user's messages may have pictures", where)
-        turns.append(Turn(role, text))
-        images += shown
-    if turns[-1].role != "user":
+        turn, shown_here = _message(message, where)
+        if turn.role == "system" and not turn.text.strip():
+            continue  # clients send their empty setting: it is no system message of its own
+        if turn.role == "system":
+            if turns:
+                raise bad_request(f"{where}.role: a system message can only be the first", f"{where}.role")
+            system.append(turn.text)
+            continue
+        turns.append(turn)
+        images += shown_here
+    if not turns or turns[-1].role != "user":
         raise bad_request("messages: the last must be the user's", "messages")
     if len(images) > limits.images:
         raise bad_request(f"messages: {len(images)} pictures, at most {limits.images}", "messages", "too_many_images")
-    return turns, images
+    return [*([Turn("system", "\n\n".join(system))] if system else []), *turns], images
 
 
-def _content(content: Any, where: str, answer: bool) -> tuple[str, list[ImagePart]]:
-    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures.
+def _message(message: Any, where: str) -> tuple[Turn, list[ImagePart]]:
+    """Return a message as a turn, whose text is empty only where it is the system's, and its pictures."""
+    if not isinstance(message, dict):
+        raise bad_request(f"{where}: it must be an object", where)
+    role = _ROLES.get(_typed(message, "role", str, f"{where}.", required=True))
+    if role is None:
+        raise bad_request(f"{where}.role: use system, user or assistant", f"{where}.role")
+    if message.get("tool_calls"):
+        raise bad_request(f"{where}.tool_calls: this server has no tools", where, "unsupported_parameter")
+    check_inner(message, _MESSAGE, where)
+    content = message.get("content")
+    if role == "assistant" and content in (None, "", []):
+        content = _typed(message, "refusal", str, f"{where}.")
+    if content is None and role != "user":
+        content = ""
+    text, images = _content(content, f"{where}.content", role)
+    if images and role != "user":
+        raise bad_request(f"{where}: only the user's messages may have pictures", where)
+    if not text.strip() and role == "user":
+        raise bad_request(f"{where}.content: it is empty", f"{where}.content")
+    return Turn(role, text or (" " if role == "assistant" else "")), images
 
-    An answer that this server gave is taken back whatever it holds: nothing, or control tokens, which are left out.
-    """
+
+def _content(content: Any, where: str, role: str) -> tuple[str, list[ImagePart]]:
+    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise bad_request(f"{where}: it must be text or a list of parts", where)
     if len(parts) > _MOST:
         raise bad_request(f"{where}: {len(parts)} parts, at most {_MOST}", where)
-    text, images = "", []
+    done, text, images = "", "", []
     for index, part in enumerate(parts):
         param = f"{where}.{index}" if parts is content else where
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            text += _text(part.get("text"), param, answer)
+        if kind == "text" or (kind == "refusal" and role == "assistant"):
+            check_inner(part, _PART | {kind}, param)
+            if not isinstance(part.get(kind), str):
+                raise bad_request(f"{param}.{kind}: it must be text", param)
+            text += part[kind]
         elif kind == "image_url":
-            inner = part.get("image_url")
-            url = inner.get("url") if isinstance(inner, dict) else None
-            if not isinstance(url, str):
-                raise bad_request(f'{param}.image_url: it must be {{"url": "..."}}', f"{param}.image_url")
-            images.append(ImagePart(url, f"{param}.image_url"))
-            begin = "" if not text or text.endswith("\n") else "\n"
-            text += f"{begin}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n"
+            images.append(_image(part, param))
+            done += _text(text, where, role)
+            begin = "" if not done or done.endswith("\n") else "\n"
+            done, text = f"{done}{begin}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n", ""
         else:
-            raise bad_request(f"{param}.type: use text or image_url, not {kind!r}", f"{param}.type")
-    if not text.strip() and not answer:
-        raise bad_request(f"{where}: it is empty", where)
-    return text or " ", images
+            raise bad_request(f"{param}.type: use text or image_url, not {shown(kind)}", f"{param}.type")
+    return done + _text(text, where, role), images
 
 
-def _text(text: Any, where: str, answer: bool) -> str:
-    if not isinstance(text, str):
-        raise bad_request(f"{where}.text: it must be text", where)
-    if answer:
+def _image(part: dict[str, Any], where: str) -> ImagePart:
+    """Return the picture of a part, whose URL may also stand there by itself."""
+    check_inner(part, _PART | {"image_url", "detail"}, where)
+    inner = part.get("image_url")
+    if isinstance(inner, dict):
+        check_inner(inner, _IMAGE, f"{where}.image_url")
+        inner = inner.get("url")
+    if not isinstance(inner, str):
+        raise bad_request(f'{where}.image_url: it must be {{"url": "..."}}', f"{where}.image_url")
+    return ImagePart(inner, f"{where}.image_url")
+
+
+def _text(text: str, where: str, role: str) -> str:
+    """Return the text between two pictures, checked as a whole: parts may make up what none of them holds.
+
+    An answer that this server gave is taken back whatever it holds; what would be refused is left out of it.
+    """
+    if role == "assistant":
         text = without_control_tokens(text)
     if "<img>" in text or "</img>" in text:
         raise bad_request(f"{where}: text may not hold <img> or </img>; send a picture as an image_url part", where)
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad_request(f"{where}: it is not valid Unicode text", where) from None
+        check_unicode(text, f"{where}: the text")
+    except ValueError as error:
+        raise bad_request(str(error), where) from None
     return text

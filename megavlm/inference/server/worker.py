@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
 from megavlm.inference.server.stops import StopScanner
-from megavlm.inference.session import Asked, Piece, Session
+from megavlm.inference.session import Asked, NotFiniteError, Piece, Session
 from megavlm.parallel.state import is_lost_peer
 
 logger = logging.getLogger(__name__)
@@ -191,18 +191,17 @@ class Worker:
         try:
             self._answer(batch)
         except Exception as error:
-            if isinstance(error, ValueError) and not any(job.begun for job in batch):
-                if len(batch) == 1:
-                    batch[0].send(bad_request(str(error)))
-                    return
-                for job in batch:  # one of them is to blame, and the others are not
+            alone = dist.get_world_size() == 1
+            if alone and len(batch) > 1 and not any(job.begun for job in batch):
+                logger.exception("a batch of %d requests failed; each is answered by itself", len(batch))
+                for job in batch:
                     self._serve([job])
                 return
             for job in batch:
                 if not job.ended:
                     job.send(ApiError(500, "the model failed; the server's log says why", code="model_failed"))
             # Several ranks may not be at the same place any more.
-            if is_lost_peer(error) or dist.get_world_size() > 1:
+            if is_lost_peer(error) or not alone:
                 raise
             logger.exception("a batch of %d requests failed", len(batch))
         self.answered += len(batch)
@@ -210,11 +209,7 @@ class Worker:
         logger.info("answered %d together: %d tokens in %.2f s", len(batch), self.tokens - before, self._seconds)
 
     def _answer(self, batch: list[Job]) -> None:
-        """Answer jobs together.
-
-        Raises:
-            ValueError: one of them cannot be answered, and nothing has been sent.
-        """
+        """Answer jobs together; what is wrong with one is sent to it alone."""
         scanners = [StopScanner(job.stop) for job in batch]
 
         def dropped() -> list[int]:
@@ -231,11 +226,24 @@ class Worker:
             for i, piece in pieces.items():
                 if batch[i].ended or batch[i].gone:
                     continue
+                if piece.error is not None:
+                    batch[i].send(_failed(piece.error))
+                    continue
                 text = scanners[i].feed(piece.text, last=piece.finish is not None)
-                batch[i].send(Piece(text, piece.tokens, "stop" if scanners[i].hit else piece.finish))
+                finish = "stop" if scanners[i].hit else piece.finish
+                batch[i].send(Piece(text, piece.tokens, finish, report=piece.report))
         for job in batch:
             if not job.ended:
                 job.send(_cut_short())
+
+
+def _failed(error: Exception) -> ApiError:
+    """Return what the client of an answer is told that ended with ``error``."""
+    if isinstance(error, ValueError) and not isinstance(error, NotFiniteError):
+        return bad_request(str(error), "messages")
+    logger.error("an answer failed: %s", error)
+    why = str(error) if isinstance(error, NotFiniteError) else "the model failed; the server's log says why"
+    return ApiError(500, why, code="model_failed")
 
 
 def _cut_short() -> ApiError:

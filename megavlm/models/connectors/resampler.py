@@ -53,7 +53,9 @@ class Resampler(MegatronModule):
                 size_in, size_out, config=config, init_method=config.init_method, bias=bias, gather_output=gather
             )
 
-        modules = layer_modules(transformer_engine=context.transformer_engine, causal=False)
+        modules = layer_modules(
+            transformer_engine=context.transformer_engine, causal=False, head_dim=connector.head_dim
+        )
         self.query = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype))
         # Stored, never trained.
         self.pos_embed = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype), requires_grad=False)

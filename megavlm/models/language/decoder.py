@@ -19,6 +19,7 @@ from megavlm.config.schema import LanguageConfig
 from megavlm.models.context import BuildContext
 from megavlm.models.language.adapters import adapted_linears
 from megavlm.parallel.device import has_cuda
+from megavlm.parallel.rotary import PackRotary
 from megavlm.parallel.specs import block_submodules, layer_modules
 
 
@@ -106,6 +107,7 @@ def build(
         causal=True,
         qk_layernorm=language.qk_layernorm,
         linears=adapted_linears(language, context.lora),
+        head_dim=language.kv_channels,
     )
     layers = get_num_layers_to_build(config, vp_stage)
     model = GPTModel(
@@ -126,6 +128,8 @@ def build(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
+        PackRotary.take_over(model.rotary_pos_emb)
     if post_process:
         _mask_padding(model, language.vocab_size)
     return model

@@ -5,7 +5,6 @@ Shape legend: N images, C colours, P patches of an image, W width of the tower, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -19,11 +18,12 @@ from torch import Tensor
 from megavlm.config.schema import VisionConfig
 from megavlm.models.context import BuildContext
 from megavlm.models.positions import resize_table
+from megavlm.parallel.activation import BiasActivationMLP, gelu_tanh
 from megavlm.parallel.specs import block_submodules, layer_modules
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
 }
 
@@ -39,7 +39,7 @@ def transformer_config(vision: VisionConfig, context: BuildContext) -> Transform
         normalization="LayerNorm",
         layernorm_epsilon=vision.layernorm_epsilon,
         activation_func=_ACTIVATIONS[vision.activation],
-        bias_activation_fusion=False,  # Megatron's fused bias-GELU is the tanh form, whatever is asked for
+        bias_activation_fusion=False,  # Megatron's is the tanh form, whatever is asked for; ours: BiasActivationMLP
         add_bias_linear=True,
         add_qkv_bias=True,
         init_method_std=vision.init_method_std,
@@ -59,7 +59,11 @@ class VisionTransformer(MegatronModule):
     def __init__(self, vision: VisionConfig, context: BuildContext) -> None:
         config = transformer_config(vision, context)
         super().__init__(config=config)
-        modules = layer_modules(transformer_engine=context.transformer_engine, causal=False)
+        modules = layer_modules(
+            transformer_engine=context.transformer_engine,
+            causal=False,
+            head_dim=vision.hidden_size // vision.num_attention_heads,
+        )
         width, dtype = vision.hidden_size, context.dtype
 
         def norm() -> torch.nn.Module:
@@ -67,6 +71,7 @@ class VisionTransformer(MegatronModule):
 
         self.grid = vision.image_size // vision.patch_size
         self.image_mean, self.image_std = vision.image_mean, vision.image_std
+        self._moments: tuple[Tensor, Tensor] | None = None
         # Pixels that fill no whole patch, right and below, are left out.
         self.conv1 = torch.nn.Conv2d(
             3, width, vision.patch_size, stride=vision.patch_size, bias=vision.conv_bias, dtype=dtype
@@ -80,6 +85,8 @@ class VisionTransformer(MegatronModule):
         self.transformer = TransformerBlock(
             config=config, spec=block_submodules(modules, vision.num_layers), post_layer_norm=False
         )
+        for layer in self.transformer.layers:
+            BiasActivationMLP.take_over(layer.mlp)
         self.ln_post = norm() if vision.post_layernorm else None
         if context.initialize:
             torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
@@ -106,12 +113,16 @@ class VisionTransformer(MegatronModule):
         """Return the images in the number type of the weights, normalised where they are uint8."""
         if images_NCHW.dtype is torch.uint8:
             # Not buffers: Megatron's Float16Module would round them to bf16.
-            mean_C11, std_C11 = (
-                torch.tensor(value, device=images_NCHW.device).view(3, 1, 1)
-                for value in (self.image_mean, self.image_std)
-            )
+            mean_C11, std_C11 = self._mean_and_std(images_NCHW.device)
             images_NCHW = (images_NCHW.float() / 255.0 - mean_C11) / std_C11
         return images_NCHW.to(self.conv1.weight.dtype)
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[3, 1, 1] fp32 each, made once: to copy them to the device in every micro-batch is to wait for it."""
+        if self._moments is None or self._moments[0].device != device:
+            mean, std = (torch.tensor(value).view(3, 1, 1).to(device) for value in (self.image_mean, self.image_std))
+            self._moments = mean, std
+        return self._moments
 
     def _embed(self, images_NCHW: Tensor) -> Tensor:
         """Return [T, N, W]: the class token, if there is one, and the patches, with their positions."""

@@ -1,18 +1,22 @@
 """``megavlm serve`` with a slow model and a made-up Internet, so that tests can watch it from outside.
 
 The model, the checks of addresses and the HTTP client are the real ones. ``STEP_SECONDS`` is slept before each token.
+With ``POISON``, the model's hidden states of that text's tokens are NaN, as where an activation overflows.
 With ``WEB_PORT``, the names below have the addresses below, and 8.8.8.8 is the tests' own server on that port of this
 machine; the log says where else a connection was tried.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from megavlm.cli import main
 from megavlm.parallel.device import prepare_device
@@ -44,6 +48,31 @@ def slow_down(seconds: float) -> None:
     Session.ask_all = slowly  # type: ignore[method-assign]
 
 
+def poison(text: str) -> None:
+    """Give NaN where the prompt holds the tokens of ``text``."""
+    prepare_device()
+    import megavlm.inference.session as module
+    from megavlm.models.build import unwrap
+
+    load = module.loaded
+
+    @contextlib.contextmanager
+    def poisoned(recipe: Any, checkpoint: Any, tokenizer: Any) -> Iterator[list[Any]]:
+        ids = torch.tensor(tokenizer.encode(text))
+
+        def spoil(_: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            found = torch.isin(inputs[0], ids).reshape(*output.shape[:2], 1)
+            return output.masked_fill(found, float("nan"))
+
+        with load(recipe, checkpoint, tokenizer) as chunks:
+            for language in (unwrap(chunk).language for chunk in chunks):
+                if language.pre_process:
+                    language.embedding.word_embeddings.register_forward_hook(spoil)
+            yield chunks
+
+    module.loaded = poisoned  # type: ignore[assignment]
+
+
 def make_up_names(port: int) -> None:
     """Answer for the names above."""
     lookup, connect = socket.getaddrinfo, socket.create_connection
@@ -69,7 +98,10 @@ def make_up_names(port: int) -> None:
 
 
 if __name__ == "__main__":
-    slow_down(float(os.environ["STEP_SECONDS"]))
+    if "STEP_SECONDS" in os.environ:
+        slow_down(float(os.environ["STEP_SECONDS"]))
+    if "POISON" in os.environ:
+        poison(os.environ["POISON"])
     if "WEB_PORT" in os.environ:
         make_up_names(int(os.environ["WEB_PORT"]))
     sys.exit(main())

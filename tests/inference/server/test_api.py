@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"messages": asking(png(4, 4)) * 3}, "messages", "3 pictures, at most 2"),
         ({"temperature": -1}, "temperature", "must be 0 or more"),
         ({"temperature": "hot"}, "temperature", "a number"),
-        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_p": 1.5}, "top_p", "at most 1"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": True}, "max_tokens", "a whole number"),
         ({"max_tokens": 9999}, "max_tokens", "the context has 2048 tokens"),
@@ -212,7 +213,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"tools": [{"type": "function"}]}, "tools", "does not support it"),
         ({"response_format": {"type": "json_object"}}, "response_format", "does not support it"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "does not support it"),
-        ({"logprobs": True}, "logprobs", "does not support it"),
+        ({"top_logprobs": 3}, "top_logprobs", "only with logprobs=true"),
+        ({"max_tokens": 10**400}, "max_tokens", "the context has 2048 tokens"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "does not support it"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "does not support it"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "does not support it"),
@@ -241,6 +243,44 @@ def test_wrong_requests_get_a_reason(change: dict[str, Any], param: str, reason:
 def test_neutral_values_are_taken(served: Served) -> None:
     body = {"model": "tiny", "messages": HELLO, "n": 1, "tools": [], "presence_penalty": 0.0, "max_tokens": 1}
     assert post(served, json.dumps(body).encode())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"temperature": 1e-45}, {"temperature": 1e-300}, {"temperature": 1, "top_p": 0}, {"temperature": 0, "top_p": 0},
+        {"temperature": 1e-7, "top_p": 1e-300}, {"temperature": 2, "top_k": 1},
+    ],
+)  # fmt: skip
+def test_what_leaves_one_token_is_greedy(kind: dict[str, float], served: Served) -> None:
+    status, said, _ = post_json(served, {"model": "tiny", "messages": asking(served.picture), **kind})
+    assert status == 200 and said["choices"][0]["message"]["content"] == ANSWER
+
+
+def test_log_probabilities(served: Served, client: openai.OpenAI) -> None:
+    kind: dict[str, Any] = {"model": "tiny", "messages": asking(served.picture), "logprobs": True, "top_logprobs": 3}
+    (whole,) = client.chat.completions.create(**kind).choices
+    assert whole.logprobs is not None and whole.logprobs.content is not None
+    entries = whole.logprobs.content
+    assert "".join(entry.token for entry in entries) == whole.message.content == ANSWER
+    for entry in entries:
+        best = entry.top_logprobs
+        assert len(best) == 3 and best[0].token == entry.token and best[0].logprob == entry.logprob <= 0
+        assert best[0].logprob >= best[1].logprob >= best[2].logprob
+        assert bytes(entry.bytes or []).decode() == entry.token
+        assert sum(math.exp(one.logprob) for one in best) <= 1.0001
+    streamed = []
+    for event in client.chat.completions.create(**kind, stream=True):
+        if event.choices and event.choices[0].logprobs:
+            streamed += event.choices[0].logprobs.content or []
+    assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+    # They are the model's own, whatever the sampling makes of them; beside it, nobody else gets any.
+    with ThreadPoolExecutor(2) as pool:
+        drawn = pool.submit(client.chat.completions.create, **{**kind, "top_logprobs": 0}, temperature=2.0, seed=1)
+        plain = pool.submit(client.chat.completions.create, model="tiny", messages=kind["messages"])
+    (choice,) = drawn.result().choices
+    assert choice.logprobs and choice.logprobs.content and not choice.logprobs.content[0].top_logprobs
+    assert plain.result().choices[0].logprobs is None and plain.result().choices[0].message.content == ANSWER
 
 
 def test_other_statuses(served: Served, client: openai.OpenAI) -> None:

@@ -1,0 +1,65 @@
+"""The segments of a pack, as Megatron-Core takes them, with what the host knows about them already.
+
+Layers that ask the device for the lengths of a pack wait for it, five times each. The host made the pack, so it knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def packed_segments(
+    cu_seqlens: NDArray[np.int32], device: torch.device, position_ids: Tensor | None = None
+) -> PackedSeqParams:
+    """Describe a pack for Megatron-Core (``qkv_format="thd"``).
+
+    Lengths and positions are plain attributes, not fields: Megatron-Core hands every field of this class to
+    Transformer Engine's attention as a keyword.
+
+    Args:
+        cu_seqlens: [G + 1] where each segment starts, and the length of the pack at the end.
+        device: where attention looks for them.
+        position_ids: [S] int64 on ``device``: the position of each token for rotary angles. None leaves it to
+            Megatron-Core, which counts from 0 in each segment.
+    """
+    lengths = np.diff(cu_seqlens)
+    # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
+    # longest segment is right for both readings, since then it is the only segment.
+    longest = int(lengths.max())
+    borders = to_device(torch.from_numpy(np.ascontiguousarray(cu_seqlens, np.int32)), device)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    told: Any = packed
+    told.segment_lengths = lengths.tolist()
+    told.position_ids = position_ids
+    return packed
+
+
+def segment_lengths(packed: PackedSeqParams) -> list[int]:
+    """Return the length of each segment; asks the device only for packs that :func:`packed_segments` did not make."""
+    known = getattr(packed, "segment_lengths", None)
+    return packed.cu_seqlens_q.diff().tolist() if known is None else known
+
+
+def segment_positions(packed: PackedSeqParams | None) -> Tensor | None:
+    """Return the [S] positions that :func:`packed_segments` was given, or None."""
+    return getattr(packed, "position_ids", None)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to ``device`` without waiting for what the device has to do before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # A copy from pageable memory waits for the device; pinned memory stays reserved until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,122 @@
+"""Nothing in the forward and backward passes of a step reads a value that a device has yet to compute.
+
+On a GPU each such read is a wait. Here, the operations and methods that would be one are counted during a real step.
+What this cannot see: a copy from pageable memory (``torch.tensor(..., device="cuda")``), and what Megatron-Core does on
+CUDA only; ``gpu_check`` counts with ``torch.cuda.set_sync_debug_mode``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megavlm.data.batch import Pack
+from megavlm.data.feed import micro_batch
+from megavlm.models import registry
+from megavlm.parallel.state import process_groups
+from megavlm.training.build import build_training
+from megavlm.training.step import run_batches
+
+aten = torch.ops.aten
+_WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten.unique_dim.default, aten._unique2.default, aten.is_nonzero.default,
+}  # fmt: skip
+# Megatron-Core's, once a step: the number of tokens for the gradients' mean.
+_ONCE_A_STEP = ("finalize_model_grads.py", "step.py")
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, places: Counter[str]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        boolean = func is aten.index.Tensor and any(i is not None and i.dtype is torch.bool for i in args[1])
+        repeats = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        if func in _WAITS or boolean or repeats:
+            note(self.places, str(func))
+        return func(*args, **kwargs)
+
+
+def note(places: Counter[str], what: str) -> None:
+    inside_torch = str(Path(torch.__file__).parent)
+    files = [f.filename for f in traceback.extract_stack() if not f.filename.startswith(inside_torch)]
+    own = [Path(name).name for name in files if name != __file__]
+    if own[-1] not in _ONCE_A_STEP:
+        places[f"{what} in {own[-1]}"] += 1
+
+
+@contextlib.contextmanager
+def counted_waits(monkeypatch):
+    places: Counter[str] = Counter()
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            plain = getattr(torch.Tensor, name)
+
+            def counting(self, *args, plain=plain, name=name, **kwargs):
+                note(places, name)
+                return plain(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counting)
+        with _Counting(places):
+            yield places
+
+
+registry.load_presets()
+CONNECTORS: dict[str, dict[str, object]] = {name: {"preset": name} for name in registry.CONNECTORS.names()}
+CONNECTORS["resampler"] |= {"num_queries": 4, "head_dim": 16}
+BRANCHES = {
+    "plain": {},
+    "recomputed": {"parallel": {"recompute_granularity": "full"}},
+    "adapters": {"lora": {"rank": 4, "alpha": 8.0}},
+    "a frozen tower": {"modules": {"vision": {"freeze": True}}},
+}
+
+
+def batch(images, slots):
+    """A pack of two samples and padding, the first with ``images`` images of ``slots`` tokens."""
+    tokens = np.arange(SEQUENCE_LENGTH, dtype=np.int64)
+    tokens[1 : 1 + images * slots] = IMAGE_TOKEN
+    lengths = np.array([60, 30, SEQUENCE_LENGTH - 90])
+    one = Pack(
+        tokens=tokens, labels=np.roll(tokens, -1), position_ids=np.concatenate([np.arange(n) for n in lengths]),
+        cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32), segment_sources=np.array([0, 0, -1], np.int32), images=[],
+        sample_keys=[],
+    )  # fmt: skip
+    pixels = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    return micro_batch(one, pixels, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("connector", "branches"),
+    [*((name, "plain") for name in CONNECTORS), *(("resampler", name) for name in BRANCHES if name != "plain")],
+)
+def test_no_wait_in_forward_and_backward(monkeypatch, connector, branches):
+    preset = connector.replace("<N>", "2")
+    recipe = tiny_recipe(model={"connector": {**CONNECTORS[connector], "preset": preset}}, **BRANCHES[branches])
+    with process_groups(recipe.parallel, 1):
+        training = build_training(recipe, IMAGE_TOKEN)
+        batches = [batch(images, recipe.model.tokens_per_image) for images in (2, 0)]
+        run_batches(training.chunks, batches, 1)  # what is made once
+        with counted_waits(monkeypatch) as places:
+            run_batches(training.chunks, batches, 1)
+    assert not places, places
+
+
+def test_the_count_sees_them(monkeypatch):
+    with counted_waits(monkeypatch) as places:
+        values = torch.ones(3)
+        values.tolist()
+        assert values[0].item() == 1.0
+        values[values > 0]
+    assert sum(places.values()) >= 3
