@@ -130,6 +130,7 @@ def preload() -> None:
 
     Raises:
         ImportError: a module of ours is broken; the tests that fork are lost until it is not.
+        RuntimeError: an import has begun to use the GPU.
     """
     from megavlm.parallel.device import prepare_device
 
@@ -140,6 +141,8 @@ def preload() -> None:
         except ImportError:
             if name.startswith("megavlm."):
                 raise  # of others some are optional, and what needs them says so
+    if sys.modules["torch"].cuda.is_initialized():
+        raise RuntimeError("an import has begun to use the GPU, which no fork can use then")
 
 
 def _reap(*_: object) -> None:

@@ -207,8 +207,8 @@ class Job:
         return self._outcome is not None or self._connection.poll(0)
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Send a signal to some ranks (none named: to all) that still run."""
-        for rank in ranks or self.pids:
+        """Send a signal to some ranks (none named: to all); nothing happens where all have ended."""
+        for rank in () if self.poll() else ranks or self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], number)
 
