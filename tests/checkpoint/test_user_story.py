@@ -32,7 +32,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None:

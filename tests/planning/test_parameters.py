@@ -80,7 +80,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[fl
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
@@ -93,7 +92,6 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", *(name for name in CASES if "shared" in name)])
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
@@ -104,7 +102,6 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
