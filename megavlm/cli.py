@@ -131,7 +131,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the recipe, then hand it to the training loop."""
-    from megavlm.checkpoint.paths import with_tokenizer_of_load
+    from megavlm.checkpoint.paths import check_load, with_tokenizer_of_load
     from megavlm.config.checks import check_paths, check_recipe
     from megavlm.config.help import keys_help, to_yaml
     from megavlm.config.load import load_recipe
@@ -150,6 +150,7 @@ def _train(words: Sequence[str]) -> int:
         return 0
     check_recipe(recipe, _world_size(1))
     check_paths(recipe)
+    check_load(recipe)
     # Settled here for all that follows, and for the recipe that checkpoints carry.
     recipe = with_tokenizer_of_load(recipe)
     _configure_logging()

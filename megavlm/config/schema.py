@@ -27,19 +27,19 @@ class VisionConfig:
 
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
-    image_size: int = Field(gt=0)
+    image_size: int = Field(gt=0, le=100_000)
     """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
     patch_size: int = Field(gt=0)
     """Side of one patch, in pixels."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the tower."""
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
     num_attention_heads: int = Field(gt=0)
     """Attention heads; divides hidden_size, and is divisible by the tensor-parallel size."""
-    ffn_hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the MLP."""
-    positional_grid: int = Field(gt=0)
+    positional_grid: int = Field(gt=0, le=100_000)
     """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the LayerNorms."""
@@ -75,7 +75,7 @@ class ConnectorConfig:
 
     preset: str
     """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
-    num_queries: int | None = Field(default=None, gt=0)
+    num_queries: int | None = Field(default=None, gt=0, le=1_000_000)
     """Queries of the resampler, a square number: the tokens that one image becomes.
     Null for linear and mlpNx_gelu, which keep one token per patch."""
     head_dim: int | None = Field(default=None, gt=0)
@@ -90,11 +90,11 @@ class LanguageConfig:
 
     preset: str
     """Name of a registered language preset; it gives the other keys of this branch their defaults."""
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the model."""
-    ffn_hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
     num_attention_heads: int = Field(gt=0)
     """Attention heads; divisible by the tensor-parallel size."""
@@ -102,7 +102,7 @@ class LanguageConfig:
     """Key/value heads; equal to num_attention_heads for multi-head attention."""
     kv_channels: int = Field(gt=0)
     """Width of one attention head."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=10_000_000)
     """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
     vocab_divisor: int = Field(default=128, gt=0)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, stateless
@@ -26,6 +27,7 @@ from megavlm.data.chat import encode_conversation
 from megavlm.data.images import ImageError, read_header
 from megavlm.data.packing import PackableSample, build_pack, choose_pack
 from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
 from megavlm.data.tokenizer import Tokenizer
 
@@ -276,11 +278,13 @@ def build_dataset(
 
     Raises:
         FileNotFoundError: A shard, or its index, is missing.
-        ValueError: A data set has fewer samples than there are readers to share it, or a shard outside its directory.
+        ValueError: A data set has fewer samples than there are readers to share it, a shard outside its directory, or
+            more shards or samples than there can be.
     """
     readers = worker_config.world_size * max(1, worker_config.num_workers)
     datasets = []
     for index, source in enumerate(sources):
+        check_names(Path(source.path))
         dataset = ShardDataset(
             EPath(source.path),
             split_part="train",

@@ -47,7 +47,7 @@ def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         records = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path} must hold a list of records that is not empty")

@@ -17,9 +17,8 @@ from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.manifest import MANIFEST, check
-from megavlm.checkpoint.paths import newest_first, read_run, resolve
+from megavlm.checkpoint.paths import newest_first, read_run, read_tree, resolve
 from megavlm.checkpoint.saver import Saver, State
-from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import Recipe
@@ -352,7 +351,7 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
             f"checkpoint.load: {path} holds parts of a model only; "
             "compose a whole one with tools/checkpoint_convert/hf_to_megatron.py --language ... --vision ..."
         )
-    saved = yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+    saved = read_tree(path).get("model") or {}
     wanted = to_tree(recipe)["model"]
     for branch, registry in (("vision", VISION), ("connector", CONNECTORS), ("language", LANGUAGE)):
         for key, value in wanted[branch].items():

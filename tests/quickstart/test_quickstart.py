@@ -12,6 +12,11 @@ import pytest
 from launch import ROOT
 from ranks import megavlm
 
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
+from megavlm.models.registry import expand_presets
+from megavlm.quickstart.main import layout_for
+
 KEYS = {
     "loss_first",
     "loss_last",
@@ -81,3 +86,18 @@ def test_the_readme_is_true(tmp_path: Path) -> None:
     assert result["heldout_accuracy"] > 2 * result["chance_accuracy"]
     assert result["padding_fraction"] <= 0.01
     assert result["loss_last"] < 0.2 * result["loss_first"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "layout"),
+    [(0, 4, (2, 2)), (1, 1, (1, 1)), (2, 2, (2, 1)), (3, 2, (2, 1)), (4, 4, (2, 2)), (8, 4, (2, 2))],
+)
+def test_fewer_than_four_gpus_take_a_smaller_layout(gpus, ranks, layout):
+    processes, overrides = layout_for(gpus)
+    recipe = load_recipe(
+        "quickstart", ["output_dir=x", "data.train.0.path=x", "data.tokenizer=x", *overrides], expand_presets
+    )
+    check_recipe(recipe, processes)
+    parallel = recipe.parallel
+    assert processes == ranks
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == layout

@@ -26,7 +26,7 @@ def read_json(path: Path, kind: type[Any]) -> Any:
         found = json.loads(path.read_bytes())
     except IsADirectoryError:
         raise ValueError(f"{path} is a directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, kind):
         wanted = "list" if kind is list else "object"
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
             if line.strip():
                 try:
                     found.append((number, json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
     return found
 
