@@ -138,6 +138,8 @@ def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
         f"{free / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} stay free (a plan leaves {100 * HEADROOM:.0f} %).",
         f"A step of {time.step:.3g} s: {time.pipeline:.3g} s of passes, {100 * time.bubble:.1f} % of it bubble;"
         f" optimizer {1e3 * time.optimizer:.3g} ms.",
+        f"MFU {100 * time.mfu:.1f} % of useful work; {100 * time.mfu_conventional:.1f} % as most published figures"
+        f" count (the whole square of attention), {100 * time.hfu:.1f} % with what is recomputed.",
         f"Communication per step: tensor-parallel {1e3 * time.tensor_parallel:.3g} ms exposed; a message between stages"
         f" {1e3 * time.p2p:.3g} ms; data-parallel {1e3 * time.data_parallel:.3g} ms,"
         f" {1e3 * time.data_parallel_exposed:.3g} ms of it exposed.",

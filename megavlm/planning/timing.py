@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Kernels, kernels_of, weights_learn
-from megavlm.planning.flops import step_flops
+from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import (
     NF4_BYTES,
     adapter_shapes,
     adapter_widths,
+    gathered_width,
     learning_elements,
     linear_shapes,
+    local_groups,
     padded_vocabulary,
 )
 from megavlm.planning.schedule import Timeline, simulate
@@ -67,7 +69,11 @@ class StepTime:
     optimizer: float
     """Update of the weights."""
     mfu: float
-    """Model FLOP/s over the peak of all GPUs, 0 to 1."""
+    """Useful model FLOP/s over the peak of all GPUs, 0 to 1."""
+    mfu_conventional: float
+    """The same with the whole square of attention, as most published figures count."""
+    hfu: float
+    """That, and what is recomputed."""
 
 
 class Timer:
@@ -130,12 +136,15 @@ class Timer:
         dense, attention = work.layers, work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        rotated = tokens * (width + language.num_query_groups * language.kv_channels) // tp * b
+        rotated = tokens * (width // tp + local_groups(language, tp) * language.kv_channels) * b
+        gathered = tokens * gathered_width(language, tp) * b
         # Norms and residuals; rotation; gated activation. Plain torch makes three times the passes over memory.
         moved = (10 * stream + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b) * (
             1 if self.kernels.fused else 3
         )
-        wires = self._tensor_parallel(wide, 4)
+        moved += 2 * gathered  # put in order, which is read and written
+        sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
+        wires = self._tensor_parallel(wide, 4) + sharing
         forward = max(
             self._linear(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS
         )
@@ -149,6 +158,7 @@ class Timer:
         forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
         back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        back_wires += sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
@@ -312,12 +322,16 @@ class Timer:
         pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        flops = step_flops(
+        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        flops = count_step(
             self.recipe,
-            packs * self.workload.tokens,
-            round(packs * self.workload.squared_lengths),
-            round(packs * self.workload.images),
+            tokens=positions,
+            squared_lengths=squares,
+            positions=positions,
+            squared_positions=squares,
+            images=round(packs * self.workload.images),
         )
+        at_peak = step * self.peak * layout.gpus
         return StepTime(
             step=step,
             pipeline=pipeline,
@@ -328,7 +342,9 @@ class Timer:
             data_parallel=wired,
             data_parallel_exposed=exposed,
             optimizer=update,
-            mfu=flops / (step * self.peak * layout.gpus),
+            mfu=flops.useful / at_peak,
+            mfu_conventional=flops.conventional / at_peak,
+            hfu=flops.hardware / at_peak,
         )
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:

@@ -23,8 +23,9 @@ from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.feed import FeedCounters, MicroBatch
 from megavlm.parallel.device import local_device, peak_flops
+from megavlm.parallel.segments import segment_lengths
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
-from megavlm.planning.flops import step_flops
+from megavlm.planning.flops import count_step
 from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
@@ -72,8 +73,8 @@ class Metrics:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
-        # Of this replica: tokens, squared segment lengths, padding, images.
-        self._counts = torch.zeros(4, dtype=torch.float64)
+        # Of this replica: tokens, squared segment lengths, padding, squared lengths of padding, images.
+        self._counts = torch.zeros(5, dtype=torch.float64)
         self._steps = 0
         self._seconds = 0.0
 
@@ -117,10 +118,17 @@ class Metrics:
             device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, squares, padding, images = counts.tolist()
+        tokens, squares, padding, padding_squares, images = counts.tolist()
         waited, seconds = slowest.tolist()
         supervised = float(self._losses[:, 1].sum())
-        flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
+        flops = count_step(
+            self.recipe,
+            tokens=int(tokens),
+            squared_lengths=int(squares),
+            positions=int(tokens + padding),
+            squared_positions=int(squares + padding_squares),
+            images=int(images),
+        )
         values: dict[str, float | str] = {
             "loss": mean_loss(self._losses, self._tasks) if supervised else math.nan,
             "useful_tokens_per_second": supervised / seconds,
@@ -136,11 +144,14 @@ class Metrics:
                 values[f"loss/{name}"] = loss / count
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None:
-            values["mfu"] = flops / seconds / (peak * dist.get_world_size())
+            at_peak = seconds * peak * dist.get_world_size()
+            values["mfu"] = flops.useful / at_peak
+            values["mfu_conventional"] = flops.conventional / at_peak
+            values["hfu"] = flops.hardware / at_peak
         # MFU is of the bf16 peak, in FP8 too, so that it can be compared; this is of the FP8 peak.
         fast = peak_flops("fp8") if self.recipe.engine.fp8 is not None else None
         if fast is not None:
-            values["mfu_fp8_peak"] = flops / seconds / (fast * dist.get_world_size())
+            values["mfu_fp8_peak"] = flops.useful / seconds / (fast * dist.get_world_size())
         progress = self.progress
         progress.tokens += int(tokens)
         progress.padding_tokens += int(padding)
@@ -240,6 +251,8 @@ _TAGS = {
     "data_wait_fraction": "speed/data_wait_fraction",
     "padding_fraction": "data/padding_fraction",
     "mfu": "speed/mfu",
+    "mfu_conventional": "speed/mfu_conventional",
+    "hfu": "speed/hfu",
     "memory_gib": "memory/peak_gib",
     "memory_rank": "memory/peak_rank",
     "timed_step_seconds": "time/step_seconds",
@@ -285,13 +298,12 @@ def skipped_values(progress: Progress) -> dict[str, float]:
 
 
 def _counts(batch: MicroBatch) -> Tensor:
-    """[4] fp64: tokens, squared lengths of the segments, padding, images."""
-    lengths = batch.packed_seq_params.cu_seqlens_q.diff().double().cpu()
+    """[5] fp64: tokens, squared lengths of the segments, padding, its segments' squared lengths, images."""
+    lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
-    tokens = lengths[real]
-    return torch.stack(
-        [tokens.sum(), tokens.square().sum(), lengths[~real].sum(), torch.tensor(float(batch.num_images)).double()]
-    )
+    tokens, padding = lengths[real], lengths[~real]
+    sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
+    return torch.stack([*sums, torch.tensor(batch.num_images, dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
@@ -321,6 +333,6 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     if values.get("skipped_samples"):
         parts.append(f"skipped samples {values['skipped_samples']:,.0f}")
     if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
+        parts.append(f"MFU {values['mfu']:.1%} (as usually counted {values['mfu_conventional']:.1%})")
     parts.append(f"ETA {timedelta(seconds=round(remaining))}")
     return " | ".join(parts)

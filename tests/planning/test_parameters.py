@@ -36,6 +36,15 @@ OTHER: dict[str, Any] = {
     | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
     | {"tie_word_embeddings": True},
 }
+TP4 = {"tensor_model_parallel_size": 4}
+QWEN2: dict[str, Any] = {
+    **OTHER,
+    "language": {**OTHER["language"], "preset": "qwen2", "num_query_groups": 1, "tie_word_embeddings": False},
+}
+ADAPTERS: dict[str, Any] = {
+    "lora": {"rank": 8, "targets": ("q_proj", "v_proj", "o_proj")},
+    "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -53,6 +62,11 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
     },
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
+    # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
+    "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
+    "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
+    "shared-heads-qwen2-fp32": {"model": QWEN2, "parallel": TP4},
+    "shared-heads-adapters": {**BF16, "model": QWEN2, "parallel": {**TP4, **TORCH}, **ADAPTERS},
 }
 
 
@@ -80,7 +94,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", *(name for name in CASES if "shared" in name)])
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout = layout_of(recipe, RANKS)

@@ -124,6 +124,30 @@ def test_time_answers_to_what_it_should() -> None:
     assert fewer.time.step < base.time.step
 
 
+@pytest.mark.parametrize(("tp", "sharing"), [(4, False), (8, True)])
+def test_sharing_a_key_value_head_costs_a_gather_each_way(tp: int, sharing: bool) -> None:
+    recipe = big(tensor_model_parallel_size=tp, sequence_parallel=True)
+    few, many = (
+        dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(
+                recipe.model, language=dataclasses.replace(recipe.model.language, num_query_groups=groups)
+            ),
+        )
+        for groups in (4, 8)
+    )
+    check_recipe(few, 8)
+    workload = assume_workload(recipe)
+    one, other = (Timer(r, layout_of(r, 8), H100, workload).layer() for r in (few, many))
+    # 40 query heads of 128, and 4 of keys and of values, of each token, in bf16.
+    moved = workload.tokens * (40 + 2 * 4) * 128 * 2 * (tp - 1) / tp
+    gather = moved / (H100.nvlink * H100.efficiency.nvlink) + 15e-6
+    assert one.tensor_parallel - other.tensor_parallel == pytest.approx(2 * gather if sharing else 0, abs=1e-12)
+    memory = [predict(r, 8)[0].weights for r in (few, many)]
+    # The rows of the projection are split evenly: 8 heads of 128 less, over all ranks.
+    assert memory[1] - memory[0] == 40 * 8 * 128 * 5120 * 2 // tp + 40 * 8 * 128 * 2 // tp
+
+
 def test_plain_torch_and_the_plain_optimizer_need_more() -> None:
     fused, plain = predict(big(), 1), predict(big(transformer_impl="torch"), 1)
     assert plain[0].activations > 1.2 * fused[0].activations
