@@ -8,6 +8,7 @@ parameter gathering under the backward and forward pass) costs what is left over
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
@@ -35,6 +36,15 @@ _FLASH_BACKWARD = 2.5
 """Fused attention backward over forward: five products for two, since scores are made again."""
 _HOST_TO_DEVICE = 20e9
 """Bytes/s of pixels from the host."""
+_LONG_ATTENTION = 4096
+"""Keys of a query from which on attention is as fast as it gets; below, by the square root of their number. Measured
+on an H200 (benchmarks/gpu-torch.json): 66, 137 and 285 TFLOP/s with 256, 1025 and 4096 keys a query."""
+_TORCH_ATTENTION = 285e12
+"""FLOP/s of torch's flash attention at most, measured on an H200: Ampere's kernel. Transformer Engine's is faster."""
+_CAST_BYTES = {"delayed": 4, "mxfp8": 4}
+"""Bytes moved for each number that becomes FP8: read, and written as it is and transposed; scaling by what the tensor
+itself holds reads it twice."""
+_CURRENT_CAST_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -112,19 +122,40 @@ class Timer:
             return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
         return self._gemm(flops)
 
-    def _attention(self, flops: float) -> float:
-        return flops / (self.peak * self.gpu.efficiency.attention)
+    def _attention(self, flops: float, keys: float) -> float:
+        """Return the seconds of attention in which a query has ``keys`` keys on average, masked ones aside."""
+        rate = self.peak * self.gpu.efficiency.attention
+        if not self.kernels.fused:
+            rate = min(rate, _TORCH_ATTENTION)
+        return flops / (rate * min(1.0, math.sqrt(keys / _LONG_ATTENTION)))
+
+    def _casts(self) -> tuple[float, float]:
+        """Return the seconds, forward and backward, of making FP8 numbers around a language layer's products."""
+        if not self.kernels.fp8 or self.gpu.fp8_flops is None:
+            return 0.0, 0.0
+        language, tp, tokens = self.recipe.model.language, self.layout.tensor, self.workload.tokens
+        hidden, ffn = language.hidden_size, language.ffn_hidden_size / tp
+        queries = language.num_attention_heads * language.kv_channels / tp
+        keys = local_groups(language, tp) * language.kv_channels
+        each = _CAST_BYTES.get(self.recipe.engine.fp8_recipe, _CURRENT_CAST_BYTES) * tokens
+        inputs, gradients = 2 * hidden + queries + ffn, 2 * hidden + queries + 2 * keys + 2 * ffn
+        return self._stream(each * inputs), self._stream(each * gradients)
 
     def _stream(self, moved: float) -> float:
         return moved / (self.gpu.bandwidth * self.gpu.efficiency.memory)
 
-    def _tensor_parallel(self, moved: float, count: int) -> float:
-        """Return the seconds of ``count`` all-gathers or reduce-scatters of ``moved`` bytes each, in a node."""
+    def _tensor_parallel(self, moved: float, count: int, *, beside_products: bool = False) -> float:
+        """Return the seconds of ``count`` all-gathers or reduce-scatters of ``moved`` bytes each, in a node.
+
+        ``beside_products``, they go in TP pieces under the product that needs or makes them where the recipe has
+        ``engine.tp_comm_overlap``: one piece has no product to hide under.
+        """
         tp = self.layout.tensor
         if tp == 1:
             return 0.0
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
-        return count * (moved * (tp - 1) / tp / rate + COLLECTIVE_SECONDS)
+        pieces = tp if beside_products and self.recipe.engine.tp_comm_overlap else 1
+        return count * (moved * (tp - 1) / tp / rate / pieces + COLLECTIVE_SECONDS)
 
     def layer(self) -> Cost:
         """Return the cost of one language layer."""
@@ -144,25 +175,30 @@ class Timer:
         )
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
-        wires = self._tensor_parallel(wide, 4) + sharing
+        wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
+        casts, back_casts = self._casts()
+        keys = self.workload.squared_lengths / tokens / 2
         forward = max(
-            self._linear(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS
+            self._linear(dense) + self._attention(attention, keys) + self._stream(moved) + casts,
+            _LAUNCHES * KERNEL_SECONDS,
         )
         backward = max(
             self._linear(dense * (1 + int(learns)))
-            + self._attention(_FLASH_BACKWARD * attention)
-            + 2 * self._stream(moved),
+            + self._attention(_FLASH_BACKWARD * attention, keys)
+            + 2 * self._stream(moved)
+            + back_casts,
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
         forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
-        back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
+        back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
         back_wires += sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
-            backward += self._attention(attention)
+            backward += self._attention(attention, keys)
         return Cost(forward + wires, backward + back_wires, wires + back_wires)
 
     def _adapters(self) -> tuple[float, float]:
@@ -202,11 +238,12 @@ class Timer:
         stream = images * positions * tower.hidden_size * b
         moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
         wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images else 0.0
-        forward = self._gemm(dense, self.gpu.efficiency.tower) + self._attention(attention) + self._stream(moved)
+        forward = self._gemm(dense, self.gpu.efficiency.tower) + self._attention(attention, positions)
+        forward += self._stream(moved)
         forward = max(forward, tower.num_layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
         if not modules.vision.freeze:
-            backward = 2 * forward + self._attention((_FLASH_BACKWARD - 2) * attention)
+            backward = 2 * forward + self._attention((_FLASH_BACKWARD - 2) * attention, positions)
             if tower.gradient_checkpointing:
                 backward, back_wires = backward + forward, wires
         connector = self._gemm(work.connector)
