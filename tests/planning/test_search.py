@@ -13,6 +13,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.models.registry import expand_presets
+from megavlm.parallel.peaks import peak_flops_of
 from megavlm.planning.gpus import GPUS, find_gpu
 from megavlm.planning.layout import layout_of, with_parallel
 from megavlm.planning.memory import predict, usable_bytes
@@ -173,8 +174,14 @@ def test_a_pack_that_cannot_be_is_refused(images: float, samples: float | None) 
 
 
 def test_gpus_say_where_their_figures_come_from() -> None:
-    assert set(GPUS) == {"a100-40g", "a100-80g", "h100-80g", "h200-141g"}
-    assert all("data sheet" in gpu.source for gpu in GPUS.values())
+    wanted = {"a100-40g", "a100-80g", "h100-80g", "h200-141g", "b200", "gb200"}
+    assert set(GPUS) == wanted | {"l40s", "rtx-a6000", "rtx-3090", "rtx-4090", "rtx-5090"}
+    for gpu in GPUS.values():
+        assert "data sheet" in gpu.source
+        assert gpu.bf16_flops == peak_flops_of(gpu.device, "bf16")
+        # No FP8 before Ada, and a share of it where there is some.
+        assert (gpu.fp8_flops is None) == (gpu.name.startswith("a100") or gpu.name in ("rtx-3090", "rtx-a6000"))
+        assert gpu.fp8_flops is None or gpu.efficiency.fp8_gemm > 0
 
 
 @pytest.mark.skipif("engine" not in Recipe.__dataclass_fields__, reason="recipes have no engine branch here")
