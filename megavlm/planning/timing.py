@@ -3,12 +3,12 @@
 Matrix products take their operations over the peak times an efficiency (``planning.gpus``); element-wise work its
 bytes over the memory bandwidth; collectives their bytes over NVLink or the network, and a latency. What
 Megatron-Core runs under other work (the reduction of input gradients under weight gradients; gradient reduction and
-parameter gathering under the backward and forward pass) costs what is left over. Nothing here was measured on a GPU.
+parameter gathering under the backward and forward pass) costs what is left over. benchmarks/planner_published.py holds
+it against published runs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
@@ -36,11 +36,11 @@ _FLASH_BACKWARD = 2.5
 """Fused attention backward over forward: five products for two, since scores are made again."""
 _HOST_TO_DEVICE = 20e9
 """Bytes/s of pixels from the host."""
-_LONG_ATTENTION = 4096
-"""Keys of a query from which on attention is as fast as it gets; below, by the square root of their number. Measured
-on an H200 (benchmarks/gpu-torch.json): 66, 137 and 285 TFLOP/s with 256, 1025 and 4096 keys a query."""
+_TILE = 128
+"""Keys of a query that fused attention computes beyond those that count: it works on tiles of some 128 x 128 scores."""
 _TORCH_ATTENTION = 285e12
-"""FLOP/s of torch's flash attention at most, measured on an H200: Ampere's kernel. Transformer Engine's is faster."""
+"""FLOP/s of torch's flash attention at most, in packs of 8192 on an H200 (benchmarks/gpu-torch.json): it is Ampere's
+kernel. Transformer Engine has Hopper's."""
 _CAST_BYTES = {"delayed": 4, "mxfp8": 4}
 """Bytes moved for each number that becomes FP8: read, and written as it is and transposed; scaling by what the tensor
 itself holds reads it twice."""
@@ -158,7 +158,7 @@ class Timer:
         rate = self.peak * self.gpu.efficiency.attention
         if not self.kernels.fused:
             rate = min(rate, _TORCH_ATTENTION)
-        return flops / (rate * min(1.0, math.sqrt(keys / _LONG_ATTENTION)))
+        return flops * (1 + _TILE / keys) / rate
 
     def _casts(self) -> tuple[float, float]:
         """Return the seconds, forward and backward, of making FP8 numbers around a language layer's products."""
@@ -214,10 +214,7 @@ class Timer:
         stream_seconds = self._stream(moved, stream)
         forward = max(linear + self._attention(attention) + stream_seconds + casts, _LAUNCHES * KERNEL_SECONDS)
         backward = max(
-            linear * (1 + int(learns))
-            + self._attention(_FLASH_BACKWARD * attention)
-            + 2 * stream_seconds
-            + back_casts,
+            linear * (1 + int(learns)) + self._attention(_FLASH_BACKWARD * attention) + 2 * stream_seconds + back_casts,
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
@@ -427,5 +424,7 @@ class Timer:
             line = self.timeline(costs, count)
             return line.total, line.bubble
         few, more = self.timeline(costs, short), self.timeline(costs, long)
-        total = more.total + (more.total - few.total) / (long - short) * (count - long)
+        # What the simulation's beginning adds for a micro-batch, and never less than the busiest stage works on one.
+        pace = max((more.total - few.total) / (long - short), max(more.busy) / long)
+        total = more.total + pace * (count - long)
         return total, 1 - sum(more.busy) * count / long / (stages * total)
