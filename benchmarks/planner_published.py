@@ -49,6 +49,11 @@ class Shape:
     channels: int | None = None
 
 
+def _ungated(width: int) -> int:
+    """Return the width of the gated MLP that has the weights of one that is not gated."""
+    return round(width * 2 / 3 / 64) * 64
+
+
 # Dimensions: the models' config.json; GPT-3 and Nemotron: NeMo's recipes (the operations per token that follow from the
 # published TFLOP/s and tokens/s are theirs within 1 %, which a test holds).
 MODELS = {
@@ -57,12 +62,12 @@ MODELS = {
     "Llama 2 7B": Shape(32, 4096, 11008, 32, 32, 32000),
     "Llama 2 13B": Shape(40, 5120, 13824, 40, 40, 32000),
     "Llama 2 70B": Shape(80, 8192, 28672, 64, 8, 32000),
-    "GPT-3 5B": Shape(24, 4096, 4 * 4096 * 2 // 3, 32, 32, 51200),
-    "GPT-3 20B": Shape(44, 6144, 4 * 6144 * 2 // 3, 48, 48, 51200),
-    "GPT-3 175B": Shape(96, 12288, 4 * 12288 * 2 // 3, 96, 96, 51200),
-    "Nemotron 8B": Shape(32, 4096, 4 * 4096 * 2 // 3, 32, 32, 256000),
-    "Nemotron 22B": Shape(40, 6144, 4 * 6144 * 2 // 3, 48, 48, 256000),
-    "Nemotron 340B": Shape(96, 18432, 4 * 18432 * 2 // 3, 96, 8, 256000),
+    "GPT-3 5B": Shape(24, 4096, _ungated(4 * 4096), 32, 32, 51200),
+    "GPT-3 20B": Shape(44, 6144, _ungated(4 * 6144), 48, 48, 51200),
+    "GPT-3 175B": Shape(96, 12288, _ungated(4 * 12288), 96, 96, 51200),
+    "Nemotron 8B": Shape(32, 4096, _ungated(4 * 4096), 32, 32, 256000),
+    "Nemotron 22B": Shape(40, 6144, _ungated(4 * 6144), 48, 48, 256000),
+    "Nemotron 340B": Shape(96, 18432, _ungated(4 * 18432), 96, 8, 256000),
     "Qwen2.5 7B": Shape(28, 3584, 18944, 28, 4, 152064),
     "Qwen2.5-VL 7B": Shape(28, 3584, 18944, 28, 4, 152064),
     "Qwen2.5 14B": Shape(48, 5120, 13824, 40, 8, 152064),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megavlm.config.checks import check_recipe
+from megavlm.config.schema import EngineConfig
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import find_gpu
 
@@ -56,7 +57,7 @@ def test_rows_are_layouts_that_megavlm_takes(script: Any) -> None:
             recipe = dataclasses.replace(
                 recipe,
                 checkpoint=dataclasses.replace(recipe.checkpoint, load="weights"),
-                engine=dataclasses.replace(recipe.engine, fp8=None, tp_comm_overlap=False),
+                engine=EngineConfig(),
             )
         check_recipe(recipe, row.gpus)
 

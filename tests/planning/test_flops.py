@@ -56,8 +56,11 @@ def test_tower_and_connector(connector: str) -> None:
     with counted() as counter:
         built = unwrap(build_model(own, IMAGE_TOKEN)[0])
         built.encode_images(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
-    once = 2 * 4 * own.model.language.hidden_size**2 if connector == "resampler" else 0  # the queries' projection
-    expected = counter.get_total_flops() - once - resize(own)
+    once = resize(own)
+    if connector == "resampler":  # the queries' projection, and their positions at the size of the patches
+        hidden = own.model.language.hidden_size
+        once += 2 * 4 * hidden**2 + 2 * own.model.vision.patches_per_image * 4 * hidden
+    expected = counter.get_total_flops() - once
     assert vision_flops(own.model.vision, IMAGES) + connector_flops(own.model, IMAGES) == expected
 
 
