@@ -41,7 +41,7 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
 	$(BIN)/python -m pytest tests -q -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
 
-test-long: $(DEV) ## what takes half a minute and more: layouts of adapters, recipes, planner, conversion; timing; benchmarks
+test-long: $(DEV) ## what takes half a minute and more: adapters and losses at layouts, recipes, timing, benchmarks
 	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)

@@ -98,6 +98,9 @@ def _vision(recipe: Recipe) -> Iterator[str]:
 def _connector(recipe: Recipe) -> Iterator[str]:
     connector, hidden = recipe.model.connector, recipe.model.language.hidden_size
     own = "model.connector"
+    if (deep := re.fullmatch("mlp([0-9]+)x_gelu", connector.preset)) and len(deep[1]) > 2:
+        yield f"{own}.preset: {connector.preset[:40]} has more layers than a connector has; take at most 99"
+        return
     if connector.preset == "linear" or re.fullmatch("mlp[0-9]+x_gelu", connector.preset):
         for name in ("num_queries", "head_dim"):
             if getattr(connector, name) is not None:

@@ -348,3 +348,8 @@ def test_targets_are_the_names_of_the_families_tables():
             own = sorted((t for t in TARGETS[name] if t.linear == linear), key=lambda t: t.part)
             assert tuple(f"{t.path}.weight" for t in own) == rows[linear]
             assert {t.parts for t in own} == {len(own)}
+
+
+def test_a_connector_of_a_billion_layers(load):
+    with pytest.raises(RecipeError, match="mlp1000000000x_gelu has more layers than a connector has"):
+        check_recipe(load("model.connector.preset=mlp1000000000x_gelu"))
