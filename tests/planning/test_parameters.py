@@ -111,9 +111,12 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
     images = round(measured[name][0][4])
     for chunk, real in zip(layout.chunks, measured[name], strict=True):
         work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
-        # torch counts the whole square of attention, and the projection of the queries, once for all images.
-        queries = recipe.model.connector.num_queries or 0
-        once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        # torch counts the whole square of attention and, once for all images, the projection of the queries and the
+        # products that fit the tower's and the queries' tables of positions to a picture's grid.
+        queries, vision = recipe.model.connector.num_queries or 0, recipe.model.vision
+        once = 2 * queries * language.hidden_size**2 // layout.tensor
+        rows = vision.positional_grid**2 * vision.hidden_size + queries * language.hidden_size
+        once = (once + 2 * vision.patches_per_image * rows) * int(chunk.first)
         assert language.vocab_size % (language.vocab_divisor * layout.tensor) == 0  # no padding to count
         assert work.total + work.attention + once == real[5]
 
