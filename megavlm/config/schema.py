@@ -277,6 +277,9 @@ class DataConfig:
     """Reader processes per data-parallel rank."""
     image_decoder: Literal["auto", "dali", "simplejpeg", "pil"] = "auto"
     """Image decoding: auto takes DALI where a GPU is, else simplejpeg."""
+    image_alpha: Literal["white", "drop"] = "white"
+    """What is transparent in a picture: white shows it over white, as a person sees it; drop shows the colours that lie
+    under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
     system_message: str = "You are a helpful assistant."
@@ -324,7 +327,8 @@ class OptimizerConfig:
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate of the last step (cosine, WSD): as in Megatron-Core, the schedule reaches its end in the last step,
+    not after it, so with 0 the last step changes no weight."""
     schedule: Literal["cosine", "constant", "WSD"] = "cosine"
     """Shape after warm-up: cosine to min_lr, constant, or warm-up-stable-decay."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -384,6 +388,10 @@ class CheckpointConfig:
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None
     """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+    lock_timeout_seconds: float = Field(default=60.0, ge=1)
+    """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
+    another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
+    over."""
 
 
 @_config

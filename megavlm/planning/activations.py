@@ -141,7 +141,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
-        return units * local * language.hidden_size * kernels.number_bytes
+        angles = tokens * language.kv_channels * 4  # of the rotary positions, fp32, one tensor for all layers
+        return units * local * language.hidden_size * kernels.number_bytes + angles
     layer = layer_kept(language, layout, tokens, kernels, learns=learns)
     if parallel.recompute_granularity == "selective":
         heads = language.num_attention_heads // layout.tensor

@@ -77,7 +77,7 @@ def _between(points: tuple[tuple[tuple[float, ...], float], ...], at: tuple[floa
 
 
 def read_rates(path: Path) -> Rates:
-    """Read a file of ``make gpu-check`` (``benchmarks/gpu.json``).
+    """Read a file of ``make gpu-check`` (``benchmarks/gpu-check.json``).
 
     Raises:
         RecipeError: it cannot be read, has no rates, or has some that are none.

@@ -109,6 +109,17 @@ def test_what_gpu_check_writes_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert "gpu_rates" in sys.modules
 
 
+def test_recorded_rates_can_be_planned_with() -> None:
+    root = Path(__file__).parents[2] / "benchmarks"
+    files = [path for path in root.glob("gpu*.json") if json.loads(path.read_text()).get("rates")]
+    assert files
+    for path in files:
+        gpu = choose_gpu(None, rates=read_rates(path))
+        recipe = recipe_of()
+        ours, theirs = (evaluate(recipe, 1, one, assume_workload(recipe)) for one in (gpu, find_gpu(gpu.name)))
+        assert ours.time.step == pytest.approx(theirs.time.step, rel=0.4), path
+
+
 def with_rates(**changes: Any) -> dict[str, Any]:
     return {"rates": {**TREE["rates"], **changes}}
 

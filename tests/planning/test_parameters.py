@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import script
+from test_flops import resized
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
@@ -111,12 +112,13 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
     images = round(measured[name][0][4])
     for chunk, real in zip(layout.chunks, measured[name], strict=True):
         work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
-        # torch counts the whole square of attention and, once for all images, the projection of the queries and the
-        # products that fit the tower's and the queries' tables of positions to a picture's grid.
-        queries, vision = recipe.model.connector.num_queries or 0, recipe.model.vision
-        once = 2 * queries * language.hidden_size**2 // layout.tensor
-        rows = vision.positional_grid**2 * vision.hidden_size + queries * language.hidden_size
-        once = (once + 2 * vision.patches_per_image * rows) * int(chunk.first)
+        # torch counts the whole square of attention, and the projection of the queries, once for all images.
+        queries = recipe.model.connector.num_queries or 0
+        once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        if chunk.first:  # and fits two tables of positions to the grid
+            vision = recipe.model.vision
+            once += resized(vision.positional_grid**2, vision.patches_per_image, vision.hidden_size)
+            once += resized(queries, vision.patches_per_image, language.hidden_size)
         assert language.vocab_size % (language.vocab_divisor * layout.tensor) == 0  # no padding to count
         assert work.total + work.attention + once == real[5]
 
