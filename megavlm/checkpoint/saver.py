@@ -1,6 +1,6 @@
 """Saving a run: Megatron-Core plans what each rank writes, a thread may write it, and what is published is whole.
 
-A checkpoint is written as ``step-00000123.partial``. When all ranks are done, a manifest with the digest of every file
+A checkpoint is written as ``step-00000123.ID.partial``. When all ranks are done, a manifest with the digest of every file
 is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted. Whatever
 fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays.
 
@@ -198,7 +198,8 @@ class Saver:
     def _prepare(self, state: State) -> _Job:
         """Plan what each rank writes, and write the small files."""
         final = step_directory(self.root, state.run["step"])
-        partial = final.with_suffix(".partial")
+        # With the lock's name in it: a run that lost its lock in the middle of a save cannot write into another's.
+        partial = final.with_suffix(f".{self.lock.token[:8]}.partial" if self.lock is not None else ".partial")
         started = time.perf_counter()
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             self._check_lock()
@@ -219,6 +220,7 @@ class Saver:
         force_all_tensors_to_non_fp8(tensors)  # a checkpoint says nothing of the kernels that it was trained with
         sharded, common = save_preprocess(tensors, True)
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
+            self._check_lock()
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
