@@ -1,6 +1,6 @@
 """Saving a run: Megatron-Core plans what each rank writes, a thread may write it, and what is published is whole.
 
-A checkpoint is written as ``step-00000123.partial``. When all ranks are done, a manifest with the digest of every file
+A checkpoint is written as ``step-00000123.ID.partial``. When all ranks are done, a manifest with the digest of every file
 is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted. Whatever
 fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if what is in
 the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
@@ -212,7 +212,8 @@ class Saver:
     def _prepare(self, state: State) -> _Job:
         """Plan what each rank writes, and write the small files."""
         final = step_directory(self.root, state.run["step"])
-        partial = final.with_suffix(".partial")
+        # With the lock's name in it: a run that lost its lock in the middle of a save cannot write into another's.
+        partial = final.with_suffix(f".{self.lock.token[:8]}.partial" if self.lock is not None else ".partial")
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             self._check_lock()
             fault("checkpoint.start")
@@ -224,6 +225,7 @@ class Saver:
         with _removed_on_error(partial, self.lock):
             sharded, common, witness = self._describe(state, final.name)
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
+            self._check_lock()
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
