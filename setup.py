@@ -35,7 +35,8 @@ setup(
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "megatron-energon>=7.4.1,<8",
         "numpy>=1.26",
         "pillow>=10.0.1",
