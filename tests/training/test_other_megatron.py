@@ -1,7 +1,7 @@
 """Checkpoints with optimizer state go from one Megatron-Core to another and back, bit for bit.
 
-``OTHER_PYTHON`` names another interpreter that has megavlm's packages, with another Megatron-Core; ``make test-312`` sets
-it where `.venv` has Python 3.11.
+``OTHER_PYTHON`` names another interpreter that has megavlm's packages, with another Megatron-Core; ``make test-312``
+sets it where `.venv` has Python 3.11.
 """
 
 from __future__ import annotations
