@@ -61,7 +61,8 @@ short: $(DEV)
 
 # TE_PIECES=folder:folder is put before the packages of PYTHON, so that Transformer Engine need not be installed.
 test-te: ## build every layer of Transformer Engine, without a GPU, with this machine's own Python (TE_PIECES=folders)
-	PYTHONPATH=$(CURDIR)$(if $(TE_PIECES),:$(TE_PIECES)) $(PYTHON) -m pytest tests/te -q -m te $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)$(if $(TE_PIECES),:$(TE_PIECES)) $(PYTHON) -m pytest tests/parallel/test_transformer_engine.py -q \
+	  $(PYTEST_ARGS)
 
 test-long: $(DEV) ## what takes half a minute and more: layouts of adapters, recipes, planner, conversion; timing; benchmarks
 	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)

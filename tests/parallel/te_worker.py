@@ -1,4 +1,4 @@
-"""Builds a model for each case with Transformer Engine's layers and says what it is made of. No GPU: torch is told of one.
+"""Builds a model for each case with Transformer Engine's layers and says what it is made of; torch is told of a GPU.
 
 Argument: JSON of cases by name, each branches for ``tests.tiny``. Writes JSON by name: the error, or the classes of the
 language's, tower's and connector's parts and what differs from the same model of torch's layers in a checkpoint.
@@ -29,7 +29,6 @@ from megavlm.parallel.device import prepare_device  # noqa: E402
 prepare_device()
 
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402, F401
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint.slots import model_state  # noqa: E402
@@ -38,6 +37,10 @@ from megavlm.models.language.adapters import prepare_adapters  # noqa: E402
 from megavlm.models.vlm import build_chunks  # noqa: E402
 
 context.has_cuda = lambda: False  # weights are drawn on the CPU, which a device's random state would be needed for
+
+
+PARTS = ("core_attention", "q_layernorm", "final_layernorm", "ln_pre", "ln_post")
+"""What is reported besides linear layers."""
 
 
 def model(branches: dict[str, Any], *, engine: bool) -> Any:
@@ -52,13 +55,18 @@ def model(branches: dict[str, Any], *, engine: bool) -> Any:
     return chunk
 
 
-def classes(module: Any) -> Iterator[str]:
-    """Yield ``name=class[fp8]`` of what has a configuration, of parts that repeat the first."""
+def parts(module: Any) -> dict[str, str]:
+    """Return by name the classes of the parts that compute, with the FP8 format: ``TERowParallelLinear hybrid``."""
+    found = {}
     for name, part in module.named_modules():
-        kind = next((c for c in type(part).__mro__ if c.__module__.startswith(("megatron", "megavlm", "transformer"))), None)
-        if kind is not None and ".layers.1" not in f".{name}":
-            config = getattr(part, "config", None)
-            yield f"{name}={kind.__name__}[{getattr(config, 'fp8', None) or ''}]"
+        own = [c.__name__ for c in type(part).__mro__ if c.__module__.startswith(("megatron.", "transformer_engine."))]
+        linear = bool(own) and own[0].endswith("ParallelLinear")
+        if linear or name.rpartition(".")[2] in PARTS:
+            kind = (
+                own[0] if linear else type(part).__name__
+            )  # ours that are derived from its linear layers count as those
+            found[name] = f"{kind} {getattr(getattr(part, 'config', None), 'fp8', None) or ''}".strip()
+    return found
 
 
 def stored(chunk: Any) -> dict[str, tuple[int, ...]]:
@@ -67,7 +75,9 @@ def stored(chunk: Any) -> dict[str, tuple[int, ...]]:
     return {
         entry.key: tuple(entry.global_shape)
         for entry in _leaves(state)
-        if hasattr(entry, "global_shape") and not entry.key.endswith("_extra_state") and "_extra_state/" not in entry.key
+        if hasattr(entry, "global_shape")
+        and not entry.key.endswith("_extra_state")
+        and "_extra_state/" not in entry.key
     }
 
 
@@ -88,9 +98,9 @@ def report(branches: dict[str, Any]) -> dict[str, Any]:
     plain = {name: values for name, values in branches.items() if name != "engine"}
     ours, torchs = stored(chunk), stored(model(plain, engine=False))
     return {
-        "language": [*classes(chunk.language)],
-        "vision": [*classes(chunk.vision)],
-        "connector": [*classes(chunk.connector)],
+        "language": parts(chunk.language),
+        "vision": parts(chunk.vision),
+        "connector": parts(chunk.connector),
         "differs": sorted(map(str, set(ours.items()) ^ set(torchs.items()))),
         "tensors": len(ours),
     }
