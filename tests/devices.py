@@ -1,11 +1,11 @@
 """A device that is not there: on the CPU, tensors remember which device they were meant for, and may not be mixed.
 
-:func:`pretended_device` makes "cuda" mean ``cpu:0``, a name that torch keeps apart from ``cpu`` wherever a device is asked
-for, and has each tensor's storage remember it. An operation on a tensor of the device and one of the host raises
+:func:`pretended_device` makes "cuda" mean ``cpu:0``, a name that torch keeps apart from ``cpu`` wherever a device is
+asked for, and has each tensor's storage remember it. An operation on a tensor of the device and one of the host raises
 :class:`WrongDevice` as CUDA would, and so do ``numpy()`` of one of the device, and collectives of one of the host.
 
-What this cannot see: code that asks ``is_cuda``, ``device.type`` or ``has_cuda()`` takes the CPU's branch; kernels of
-Transformer Engine and Triton; what C++ does without an operation (the autograd engine's checks); the second GPU of a node.
+What this cannot see: code that asks ``is_cuda``, ``device.type`` or ``has_cuda()`` takes the CPU's branch; Transformer
+Engine's and Triton's kernels; other threads; moves back to the host that C++ makes of its own; a node's second GPU.
 """
 
 from __future__ import annotations
@@ -115,10 +115,7 @@ def _of_objects() -> bool:
     """Whether torch sends a Python object, for which it takes the tensors that the back end needs."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if (
-            frame.f_code.co_name.endswith(("_object", "_object_list", "monitored_barrier"))
-            or frame.f_code.co_name == "barrier"
-        ):
+        if frame.f_code.co_name.endswith(("_object", "_object_list", "barrier")):
             return True
         frame = frame.f_back
     return False

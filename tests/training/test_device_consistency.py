@@ -1,4 +1,4 @@
-"""No tensor is on the wrong device: step, feed, save and generation, with a device that is pretended (``devices``)."""
+"""No tensor is on the wrong device: step, feed, save and resume, with a device that is pretended (``devices``)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, Pretended, WrongDevice, pretended_device
-from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
+from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
-from megavlm.data.feed import micro_batch
+from megavlm.data.feed import micro_batch, share_packs
 from megavlm.models.vision.vit import VisionTransformer
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
@@ -68,15 +68,23 @@ def test_a_step_a_save_and_a_resume(name: str, device: Pretended, tmp_path: Path
         assert all(device.has(parameter) for module in again.modules for parameter in module.parameters())
 
 
+def test_what_the_feed_shares_is_on_the_device(device: Pretended) -> None:
+    with process_groups(tiny_recipe().parallel, 1):
+        packs = random_packs(3, seed=1)
+        pixels = torch.cat([torch.from_numpy(one) for _, one in packs])
+        for batch in share_packs([pack for pack, _ in packs], pixels, 3, SEQUENCE_LENGTH, IMAGE_SIZE):
+            mine = (batch.tokens, batch.labels, batch.position_ids, batch.segment_sources, batch.images)
+            assert all(device.has(one) for one in mine if one is not None and one.numel())
+            assert device.has(batch.packed_seq_params.cu_seqlens_q)
+
+
 @pytest.mark.parametrize(
     "slip", [lambda x: torch.arange(x.size(-1)), lambda x: torch.ones(1, device="cpu"), lambda x: x.cpu()[..., :1]]
 )
 def test_a_slip_in_a_model_is_seen(slip: Any, device: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = VisionTransformer.forward
     monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: (y := plain(self, x)) + slip(y) * 0)
-    with (
-        process_groups(tiny_recipe().parallel, 1),
-        pytest.raises(WrongDevice, match=r"add\.Tensor|mul\.Tensor") as caught,
-    ):
+    meeting = pytest.raises(WrongDevice, match=r"add\.Tensor|mul\.Tensor")
+    with process_groups(tiny_recipe().parallel, 1), meeting as caught:
         train()
     assert any(Path(entry.path).name == Path(__file__).name for entry in caught.traceback)
