@@ -64,7 +64,7 @@ test-te: ## build every layer of Transformer Engine, without a GPU, with this ma
 	PYTHONPATH=$(CURDIR)$(if $(TE_PIECES),:$(TE_PIECES)) $(PYTHON) -m pytest tests/parallel/test_transformer_engine.py -q \
 	  $(PYTEST_ARGS)
 
-test-long: $(DEV) ## what takes half a minute and more: layouts of adapters, recipes, planner, conversion; timing; benchmarks
+test-long: $(DEV) ## what takes half a minute and more: adapters and losses at layouts, recipes, timing, benchmarks
 	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)

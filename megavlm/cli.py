@@ -7,11 +7,14 @@ and help printed, before torch is loaded. Wrong input costs one line on stderr a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +24,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from megavlm import __version__
+from megavlm.config.errors import (
+    FAILED,
+    WRONG_INPUT,
+    MachineError,
+    OtherRankError,
+    RecipeError,
+    UserError,
+    for_users,
+    speaker_of,
+)
+from megavlm.parallel.processes import children_end_with_us
 
 _MODULES = {
     "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
@@ -40,19 +54,16 @@ _MODULES = {
 }
 _COMMANDS = {"train": "train a model by a recipe", **{name: text for name, (_, text) in _MODULES.items()}}
 
-WRONG_INPUT = 2
-"""Exit code of wrong input."""
-FAILED = 1
-"""Exit code where the machine did not let us."""
 _MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE, errno.EMFILE, errno.ENFILE,
+    errno.ENOMEM, errno.ENOBUFS,
 }  # fmt: skip
 TRACEBACK = "MEGAVLM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error for users was raised."""
 
 
-class _UsageError(ValueError):
+class _UsageError(UserError):
     """The command line is wrong."""
 
 
@@ -67,22 +78,26 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (None: that of the process) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    children_end_with_us()
     try:
         command = _top_parser().parse_args(words[:1]).command
         return _train(words[1:]) if command == "train" else _delegate(command, words[1:])
     except (ValueError, FileNotFoundError) as error:
-        if not _for_users(error):
+        if not for_users(error):
             raise
-        _report(error)
-        return WRONG_INPUT
+        return _report(error, WRONG_INPUT)
+    except MachineError as error:
+        return _report(error, FAILED)
+    except OtherRankError as error:
+        _tell_torchrun([str(error)], error.exit_code)
+        return error.exit_code
     except BrokenPipeError:  # whoever read our output has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         if error.errno not in _MACHINE or words[0] == "train":  # a run of many ranks wants to see where
             raise
-        _report(error)
-        return FAILED
+        return _report(error, FAILED)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -131,7 +146,7 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the recipe, then hand it to the training loop."""
-    from megavlm.checkpoint.paths import with_tokenizer_of_load
+    from megavlm.checkpoint.paths import check_load, with_tokenizer_of_load
     from megavlm.config.checks import check_paths, check_recipe
     from megavlm.config.help import keys_help, to_yaml
     from megavlm.config.load import load_recipe
@@ -150,6 +165,7 @@ def _train(words: Sequence[str]) -> int:
         return 0
     check_recipe(recipe, _world_size(1))
     check_paths(recipe)
+    check_load(recipe)
     # Settled here for all that follows, and for the recipe that checkpoints carry.
     recipe = with_tokenizer_of_load(recipe)
     _configure_logging()
@@ -188,19 +204,8 @@ def _world_size(default: int | None) -> int | None:
     return int(text)
 
 
-def _for_users(error: BaseException) -> bool:
-    """Whether ``error`` is about the user's input: a missing file, or a ValueError that megavlm itself raised.
-
-    A ValueError out of a library is a bug, and its traceback is wanted.
-    """
-    if isinstance(error, FileNotFoundError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def _report(error: BaseException) -> None:
-    """Print ``error`` for the user, once per job, and leave it to torchrun in the way that it expects."""
+def _report(error: BaseException, exit_code: int) -> int:
+    """Print ``error`` for the user, once per job, leave it where torchrun looks for it, and return the exit code."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     if isinstance(error, FileNotFoundError) and error.filename is not None:
@@ -209,13 +214,51 @@ def _report(error: BaseException) -> None:
         lines = [f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror]
     else:
         lines = str(error).splitlines() or [type(error).__name__]
-    if int(os.environ.get("RANK", "0")) == 0:
-        for line in lines:
-            print(f"megavlm: error: {line}", file=sys.stderr)
-    # What another rank alone ran into would be lost: torchrun shows the first failure from this file.
+    # torchrun ends the other ranks as soon as one has left: whoever has taken the word says it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        if _speaks(error, lines):
+            for line in lines:
+                print(f"megavlm: error: {line}", file=sys.stderr, flush=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _tell_torchrun(lines, exit_code)
+    return exit_code
+
+
+def _speaks(error: BaseException, lines: Sequence[str]) -> bool:
+    """Whether this rank is the one that tells the user.
+
+    Once the ranks have met, they have agreed on it. Before, those of one torchrun ask a directory that they share; on
+    its other machines, and under other launchers, nobody knows what the first rank has seen: an error of files is then
+    said once for each machine, and one of the recipe, which is the same everywhere, by the first rank.
+    """
+    rank, error_file = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    speaker = speaker_of(error)
+    if speaker is not None:
+        return speaker == rank
+    same_everywhere = isinstance(error, RecipeError | _UsageError)
+    if error_file and (os.environ.get("GROUP_RANK", "0") == "0" or not same_everywhere):
+        name = f"megavlm-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
+        try:
+            # .../attempt_0/<local rank>/error.json
+            (Path(error_file).parent.parent / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:
+            return rank == 0
+        return True
+    return rank == 0 or (not same_everywhere and os.environ.get("LOCAL_RANK") == "0")
+
+
+def _tell_torchrun(lines: Sequence[str], exit_code: int) -> None:
+    """Leave the error where torchrun looks for it; its report shows the call stack, which here is none of a bug."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+    if not error_file:
+        return
+    stack = f"no traceback, as this is no bug: megavlm's own line says what is wrong (exit code {exit_code})"
+    extra = {"py_callstack": stack, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
         Path(error_file).write_text(json.dumps({"message": {"message": "; ".join(lines), "extraInfo": extra}}))
 
 

@@ -24,6 +24,7 @@ import pickle
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -130,6 +131,7 @@ def preload() -> None:
 
     Raises:
         ImportError: a module of ours is broken; the tests that fork are lost until it is not.
+        RuntimeError: an import has begun to use the GPU.
     """
     from megavlm.parallel.device import prepare_device
 
@@ -140,6 +142,8 @@ def preload() -> None:
         except ImportError:
             if name.startswith("megavlm."):
                 raise  # of others some are optional, and what needs them says so
+    if sys.modules["torch"].cuda.is_initialized():
+        raise RuntimeError("an import has begun to use the GPU, which no fork can use then")
 
 
 def _reap(*_: object) -> None:
@@ -153,10 +157,10 @@ def _reap(*_: object) -> None:
 def _supervise(connection: Connection) -> NoReturn:
     """Run one case, answer with its :class:`Outcome`, and leave nothing behind."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    server = os.getppid()
+    server, case, abandoned = os.getppid(), None, False
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        case: Case = connection.recv()
+        case = connection.recv()
         listening = socket.create_server(("127.0.0.1", 0), backlog=128)
         pids = {_fork(case, rank, listening, connection): rank for rank in range(case.world or 1)}
         # Threads may be started from here on: the ranks are forked.
@@ -166,7 +170,7 @@ def _supervise(connection: Connection) -> NoReturn:
         del store
         connection.send(("ended", outcome))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
-        pass
+        abandoned = True
     except BaseException:
         try:
             connection.send(("broken", traceback.format_exc()))
@@ -174,6 +178,8 @@ def _supervise(connection: Connection) -> NoReturn:
             pass
     finally:
         _kill_the_rest()
+        if abandoned and case is not None:
+            shutil.rmtree(case.directory, ignore_errors=True)
         os._exit(0)
 
 

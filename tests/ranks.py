@@ -207,8 +207,8 @@ class Job:
         return self._outcome is not None or self._connection.poll(0)
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Send a signal to some ranks (none named: to all) that still run."""
-        for rank in ranks or self.pids:
+        """Send a signal to some ranks (none named: to all); nothing happens where all have ended."""
+        for rank in () if self.poll() else ranks or self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pids[rank], number)
 
@@ -305,16 +305,15 @@ class _Server:
     """The warm process."""
 
     def __init__(self) -> None:
-        # Not in pytest's temporary directory: that is there for those tests only that ask for it.
-        self._log = Path(tempfile.mkdtemp(prefix="rank-server-")) / "log"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - has no name, so that a pytest that is killed leaves none
         self._control, other = socket.socketpair()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-        with other, self._log.open("w") as log:
+        with other:
             command = [sys.executable, "-c", f"import rank_server; rank_server.main({other.fileno()})"]
             self.process = subprocess.Popen(
-                command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT,
-                start_new_session=True,  # Ctrl-C is pytest's
+                command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+                env=env, cwd=ROOT, start_new_session=True,  # Ctrl-C is pytest's
             )  # fmt: skip
         self._pid = os.getpid()
         if self._control.recv(1) != b"+":
@@ -337,7 +336,7 @@ class _Server:
 
     def log(self) -> str:
         """What it said."""
-        return self._log.read_text()[-_SHOWN:]
+        return os.pread(self._log.fileno(), 1 << 20, 0).decode(errors="replace")[-_SHOWN:]
 
     def close(self) -> None:
         """End it, and all cases with it."""
@@ -350,7 +349,7 @@ class _Server:
         self.process.kill()
         self.process.wait()
         psutil.wait_procs(children, timeout=10)  # supervisors see that it is gone, and end their ranks
-        shutil.rmtree(self._log.parent, ignore_errors=True)
+        self._log.close()
 
 
 _the_server: _Server | None = None

@@ -12,6 +12,7 @@ import pytest
 
 import megavlm
 from megavlm import cli
+from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UserError, set_speaker
 from megavlm.config.keys import leaf_keys
 
 RECIPE = """\
@@ -49,7 +50,7 @@ def fake_module(monkeypatch):
         module.run, module.add_arguments = run, add_arguments
         monkeypatch.setitem(sys.modules, name, module)
 
-    for variable in ("WORLD_SIZE", "RANK", "TORCHELASTIC_ERROR_FILE", cli.TRACEBACK):
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "TORCHELASTIC_ERROR_FILE", cli.TRACEBACK):
         monkeypatch.delenv(variable, raising=False)
     return put
 
@@ -174,12 +175,106 @@ def test_a_library_s_value_error_keeps_its_traceback(fake_module):
         cli.main(["prepare"])
 
 
+def test_a_user_error_is_one_wherever_it_comes_from(fake_module, capsys):
+    """From a package that brings presets of its own, too."""
+    made = {}
+    exec(compile("def fail(error):\n    raise error", "/elsewhere/plugin.py", "exec"), made)
+    fake_module("megavlm.data.prepare", lambda args: made["fail"](UserError("key: rule; remedy")))
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == "megavlm: error: key: rule; remedy\n"
+    fake_module("megavlm.data.prepare", lambda args: made["fail"](ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["prepare"])
+
+
 def test_torchrun_gets_the_error_of_any_rank(recipe_file, tmp_path, monkeypatch, capsys, fake_module):
-    error_file = tmp_path / "error.json"
+    error_file = tmp_path / "attempt_0" / "1" / "error.json"
+    error_file.parent.parent.mkdir()
+    error_file.parent.mkdir()
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
     monkeypatch.setenv("RANK", "1")
+    assert cli.main(["train", str(recipe_file), "optimizer.lr=x"]) == 2
+    assert capsys.readouterr().err.startswith("megavlm: error: optimizer.lr: expected number > 0")
+    monkeypatch.setenv("RANK", "0")
     assert cli.main(["train", str(recipe_file), "optimizer.lr=x"]) == 2
     assert capsys.readouterr().err == ""
     message = json.loads(error_file.read_text())["message"]
     assert message["message"].startswith("optimizer.lr: expected number > 0")
     assert int(message["extraInfo"]["timestamp"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MachineError("the disk is full"), 1, "megavlm: error: the disk is full\n"),
+        (OtherRankError("rank 1 says why", 2), 2, ""),
+        (OtherRankError("rank 1 says why"), 1, ""),
+    ],
+)
+def test_what_is_no_bug_has_no_traceback(recipe_file, fake_module, capsys, error, code, said):
+    def run(recipe):
+        raise error
+
+    fake_module("megavlm.training.main", run)
+    assert cli.main(["train", str(recipe_file)]) == code
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), OSError(28, "No space left on device"), KeyError("x")])
+def test_what_may_be_one_has(recipe_file, fake_module, error):
+    def run(recipe):
+        raise error
+
+    fake_module("megavlm.training.main", run)
+    with pytest.raises(type(error)):
+        cli.main(["train", str(recipe_file)])
+
+
+@pytest.fixture
+def as_rank(tmp_path, monkeypatch, fake_module):
+    """Take the place of a rank; return a function that fails as it, and what it printed."""
+
+    def fail(error, capsys, rank, local=None, group=0, *, torchrun=True):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank if local is None else local), ("GROUP_RANK", group)):
+            monkeypatch.setenv(name, str(value))
+        if torchrun:
+            folder = tmp_path / f"machine{group}" / "attempt_0" / str(rank)
+            folder.mkdir(parents=True, exist_ok=True)
+            monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        cli._report(error, 2)
+        return capsys.readouterr().err
+
+    return fail
+
+
+def test_ranks_of_one_torchrun_say_a_line_once(as_rank, capsys):
+    for group in (0, 1):
+        said = [as_rank(FileNotFoundError(2, "no", "/x"), capsys, rank, group=group) for rank in (3, 0, 1)]
+        assert said == ["megavlm: error: /x: no such file or directory\n", "", ""]
+    assert as_rank(FileNotFoundError(2, "no", "/y"), capsys, 1) != ""  # what this rank alone has seen
+    # The recipe is the same on all machines: the first one says what is wrong with it.
+    said = [as_rank(RecipeError("key: rule"), capsys, rank, group=rank // 2) for rank in (2, 3, 1, 0)]
+    assert said == ["", "", "megavlm: error: key: rule\n", ""]
+
+
+def test_under_another_launcher(as_rank, capsys):
+    said = [as_rank(RecipeError("key: rule"), capsys, rank, local=rank % 2, torchrun=False) for rank in range(4)]
+    assert [bool(text) for text in said] == [True, False, False, False]
+    error = FileNotFoundError(2, "no", "/x")
+    said = [as_rank(error, capsys, rank, local=rank % 2, torchrun=False) for rank in range(4)]
+    assert [bool(text) for text in said] == [True, False, True, False]
+
+
+def test_ranks_that_have_agreed_who_speaks(as_rank, capsys):
+    error = RecipeError("key: rule")
+    set_speaker(error, 2)
+    assert [bool(as_rank(error, capsys, rank)) for rank in range(4)] == [False, False, True, False]
+    wrapped = MachineError("the disk is full")
+    wrapped.__cause__ = error
+    assert [bool(as_rank(wrapped, capsys, rank)) for rank in range(4)] == [False, False, True, False]
+
+
+def test_torchruns_report_has_no_stack_of_ours(as_rank, capsys, tmp_path):
+    as_rank(RecipeError("key: rule"), capsys, 0)
+    message = json.loads((tmp_path / "machine0" / "attempt_0" / "0" / "error.json").read_text())["message"]
+    assert message["message"] == "key: rule" and "key: rule" not in message["extraInfo"]["py_callstack"]

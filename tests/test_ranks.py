@@ -93,16 +93,19 @@ def test_what_outlives_its_rank_is_told_and_killed(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_pytest_is_killed(tmp_path: Path) -> None:
-    program = f"import ranks; ranks.run('rank_cases:hanging_with_helpers', {str(tmp_path)!r}, world=2)"
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    (tmp_path / "pids").mkdir()
+    program = f"import ranks; ranks.run('rank_cases:hanging_with_helpers', {str(tmp_path / 'pids')!r}, world=2)"
+    (tmp_path / "files").mkdir()
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(tmp_path / "files")}
     process = subprocess.Popen([sys.executable, "-c", program], env=env)
-    until(lambda: len([file for file in tmp_path.iterdir() if not file.suffix]) == 2)
+    until(lambda: len([file for file in (tmp_path / "pids").iterdir() if not file.suffix]) == 2)
     pids = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
-    pids += [int(pid) for file in tmp_path.iterdir() for pid in file.read_text().split()]
+    pids += [int(pid) for file in (tmp_path / "pids").iterdir() for pid in file.read_text().split()]
     assert len(set(pids)) >= 8  # server, supervisor, and of each rank itself and two helpers
     process.kill()
     process.wait()
     until(lambda: not alive(pids), 20)
+    until(lambda: not list(tmp_path.glob("files/rank*")), 20)
 
 
 def test_a_server_that_died_is_replaced() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.base import holds_adapters
+from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
-from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
@@ -78,7 +78,7 @@ def check_same_adapters(path: Path, recipe: Recipe, *, resuming: bool) -> None:
                 "and name that run's in checkpoint.load"
             )
         return
-    saved = (yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8")) or {}).get("lora") or {}
+    saved = read_tree(path).get("lora") or {}
     if recipe.lora.rank is None:
         raise RecipeError(
             f"lora.rank: null, but {path} holds adapters of rank {saved.get('rank')} alone; set the lora branch as "

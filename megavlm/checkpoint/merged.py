@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.base import base_of, holds_adapters
+from megavlm.checkpoint.finite import check_finite, narrowed
 from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.paths import read_run
+from megavlm.checkpoint.paths import read_run, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
@@ -30,7 +31,7 @@ def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:
         ValueError: it is damaged.
     """
     path = checkpoint / "recipe.yaml"
-    tree = yaml12.parse(path.read_text(encoding="utf-8"))
+    tree = read_tree(checkpoint)
     try:
         model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]), strict=True)
         return model, TypeAdapter(LoraConfig).validate_json(json.dumps(tree.get("lora") or {}), strict=True)
@@ -62,9 +63,14 @@ class MergedReader(CheckpointReader):
         return self.base.dtype(slot)
 
     def read(self, slot: Slot) -> Tensor:
-        """Return a merged parameter."""
+        """Return a merged parameter.
+
+        Raises:
+            ValueError: also where a value is not finite, or would not be in the base's number type.
+        """
+        where = f"{self.path}: {slot.key}"
         if slot.key in self.tensors():
-            return super().read(slot).to(self.base.dtype(slot))
+            return narrowed(super().read(slot), self.base.dtype(slot), where)
         weight = self.base.read(slot)
         prefix = slot.key.removesuffix(".weight")
         linear = next((name for name in LINEARS if prefix.endswith(f".{name}")), None)
@@ -80,7 +86,9 @@ class MergedReader(CheckpointReader):
             for name, shape in shapes.items()
         )
         added = adapter.expand(low.t(), up, rows).t()
-        return (weight.float() + adapter.scale * added).to(weight.dtype)
+        whole = weight.float() + adapter.scale * added
+        check_finite(whole, where)
+        return narrowed(whole, weight.dtype, where)
 
 
 def open_reader(checkpoint: Path, base: Path | None = None) -> CheckpointReader:
@@ -112,7 +120,7 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
         for slot in find_slots(reader.model).values()
     ]
     total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
-    tree = yaml12.parse((checkpoint / "recipe.yaml").read_text(encoding="utf-8"))
+    tree = read_tree(checkpoint)
     del tree["lora"]
     tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(out.absolute())}
     with publishing(out, needed_bytes=total) as partial:

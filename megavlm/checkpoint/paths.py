@@ -7,8 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megavlm.checkpoint.kinds import what_is
+
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
+
+
+DEFAULT_REMEDY = "give a step-... directory, or a run's output_dir"
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -35,7 +40,7 @@ def resolve(path: Path) -> Path:
     """Return the checkpoint that ``path`` means: itself, or the newest one of a run's directory.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none; the message says what is there instead, and what to do.
     """
     if (path / "run.json").is_file():
         return path
@@ -43,7 +48,8 @@ def resolve(path: Path) -> Path:
         newest = latest(root)
         if newest is not None:
             return newest
-    raise FileNotFoundError(f"{path}: no checkpoint; give a step-... directory, or a run's output_dir")
+    there = what_is(path)
+    raise FileNotFoundError(f"{path}: no checkpoint; {f'it is {there}' if there else DEFAULT_REMEDY}")
 
 
 def with_tokenizer_of_load(recipe: Recipe) -> Recipe:
@@ -57,6 +63,21 @@ def with_tokenizer_of_load(recipe: Recipe) -> Recipe:
 
     load = recipe.checkpoint.load
     return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
+
+
+def check_load(recipe: Recipe) -> None:
+    """Check that ``checkpoint.load`` is a checkpoint, before any process group starts.
+
+    Raises:
+        RecipeError: it is not; the line says what it is.
+    """
+    from megavlm.config.errors import RecipeError  # noqa: PLC0415 - as above
+
+    if recipe.checkpoint.load is not None:
+        try:
+            resolve(Path(recipe.checkpoint.load))
+        except FileNotFoundError as error:
+            raise RecipeError(f"checkpoint.load: {error}") from None
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -82,3 +103,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_tree(checkpoint: Path) -> dict[str, Any]:
+    """Return the recipe of a checkpoint, unchecked.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: it is damaged, or asks for more than a recipe holds.
+    """
+    from megavlm.config import yaml12  # noqa: PLC0415 - this module is asked before much is loaded
+
+    path = checkpoint / "recipe.yaml"
+    try:
+        tree = yaml12.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: is damaged: it holds no keys")
+    return tree

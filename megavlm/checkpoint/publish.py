@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.checkpoint.manifest import sync_directory
+from megavlm.parallel.lock import held
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -26,14 +26,17 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
         needed_bytes: what will be written, to be refused at once where the disk has less.
 
     Raises:
-        ValueError: ``out`` exists and holds something, another process writes it, or the disk is too small.
+        HeldError: another process writes it.
+        ValueError: ``out`` exists and holds something, or the disk is too small.
         OSError: the disk is full, say.
     """
     out = out.absolute()
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    with _locked(partial):
+    # Beside it, as everything in it is published.
+    with held(out.with_name(f".{out.name}.lock"), "convert", str(out)) as lock:
+        _empty(partial)
         try:
             refuse_existing(out)  # another process may have been quicker
             free = shutil.disk_usage(partial).free  # now that what an interrupted run left is gone
@@ -43,12 +46,14 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
                 )
             yield partial
             _sync(partial)
+            lock.check()
             if out.exists():
                 out.rmdir()
             partial.rename(out)
             sync_directory(out.parent)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not lock.lost():
+                shutil.rmtree(partial, ignore_errors=True)
             # A full disk does not say what was written, or names the file that was being copied.
             if isinstance(error, OSError) and (error.filename is None or error.errno in _NO_ROOM):
                 error.filename, error.filename2 = str(out), None
@@ -65,26 +70,13 @@ def refuse_existing(out: Path) -> None:
         raise ValueError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make an empty ``partial`` that no other process on this machine writes to."""
+def _empty(partial: Path) -> None:
+    """Make ``partial``, or empty it: what is in it an interrupted run left."""
     if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
         raise ValueError(f"{partial}: is in the way; move it, or give another --out")
     partial.mkdir(exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(handle), partial.lstat())  # else it was renamed meanwhile
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            raise ValueError(f"{partial}: another process is writing it; wait for it, or give another --out")
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        yield
-    finally:
-        os.close(handle)
+    for leftover in partial.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def _sync(directory: Path) -> None:

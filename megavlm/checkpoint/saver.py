@@ -37,9 +37,11 @@ from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.safe import behind, first_line
 from megavlm.checkpoint.slots import METADATA, model_state
+from megavlm.config.errors import MachineError, disk_problem
 from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.device import has_cuda
 from megavlm.parallel.faults import fault
+from megavlm.parallel.lock import View
 from megavlm.parallel.megatron_versions import plan_save
 from megavlm.parallel.state import agreed, any_rank, is_reader
 
@@ -105,6 +107,8 @@ class _Job:
     results: queue.SimpleQueue[Any]
     started: float
     digests: manifest.Files = field(default_factory=dict)
+    failure: Exception | None = None
+    """What this rank's writing ran into."""
     thread: threading.Thread | None = None
 
 
@@ -115,10 +119,11 @@ class Saver:
         root: directory of the run's checkpoints.
         keep: newest checkpoints to leave there.
         asynchronous: write in a thread while training goes on; :meth:`poll` publishes.
+        lock: of the run's directory; once it is lost, nothing is written or removed there any more.
     """
 
-    def __init__(self, root: Path, keep: int, *, asynchronous: bool = False) -> None:
-        self.root, self.keep, self.asynchronous = root, keep, asynchronous
+    def __init__(self, root: Path, keep: int, *, asynchronous: bool = False, lock: View | None = None) -> None:
+        self.root, self.keep, self.asynchronous, self.lock = root, keep, asynchronous, lock
         self._job: _Job | None = None
         self.stalled_seconds = 0.0
         """Time that the last save kept training waiting."""
@@ -196,7 +201,8 @@ class Saver:
         final = step_directory(self.root, state.run["step"])
         partial = final.with_suffix(".partial")
         started = time.perf_counter()
-        with _removed_on_error(partial), agreed(f"saving {final.name}"):
+        with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
+            self._check_lock()
             fault("checkpoint.start")
             if dist.get_rank() == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -213,7 +219,7 @@ class Saver:
         tensors["content_metadata"] = dict(METADATA)
         force_all_tensors_to_non_fp8(tensors)  # a checkpoint says nothing of the kernels that it was trained with
         sharded, common = save_preprocess(tensors, True)
-        with _removed_on_error(partial), agreed(f"saving {final.name}"):
+        with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -227,6 +233,7 @@ class Saver:
         written: dict[int, Any] | Exception = {}
         try:
             for i, bucket in enumerate(buckets):
+                self._check_lock()
                 answer = _Answer()
                 transforms = [job.strategy.writer.transforms] if job.strategy.writer is not None else []
                 FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answer, answer, use_fsync=True)
@@ -238,7 +245,7 @@ class Saver:
                 job.digests[bucket[1]] = manifest.digest(job.partial / bucket[1])
             fault("checkpoint.after_shards")
         except Exception as error:
-            written = error
+            written = job.failure = error
         if buckets:
             job.results.put(written)
         elif isinstance(written, Exception):
@@ -248,11 +255,14 @@ class Saver:
         """Make the written checkpoint the newest one; a collective."""
         job, self._job = self._job, None
         assert job is not None
-        with _removed_on_error(job.partial):
+        with _removed_on_error(job.partial, self.lock):
             try:
                 for finalize in job.request.finalize_fns:
                     finalize()
-            except CheckpointException as error:  # raised on all ranks, with the causes on the first
+            except CheckpointException as error:  # raised on all ranks; what it says of the causes is but their text
+                with agreed(f"writing {job.final.name}"):
+                    if job.failure is not None:
+                        raise _unwritten(job.final, job.failure) from job.failure
                 causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
                 raise RuntimeError(
                     f"{job.final.name} could not be written: {'; '.join(causes) or 'see rank 0'}"
@@ -269,10 +279,12 @@ class Saver:
         return job.final
 
     def _publish_directory(self, job: _Job, known: manifest.Files) -> None:
+        self._check_lock()
         save_config(CheckpointingConfig("torch_dist", 1), str(job.partial))
         fault("checkpoint.before_manifest")
         manifest.write_manifest(job.partial, known)
         fault("checkpoint.before_publish")
+        self._check_lock()
         if job.final.exists():  # the same step again, after going on from an older checkpoint
             job.final.rename(job.final.with_suffix(".old.partial"))
         job.partial.rename(job.final)
@@ -288,19 +300,30 @@ class Saver:
             except OSError as error:  # the new one is published all the same
                 logger.warning("%s is not needed any more and cannot be deleted: %s", old, error)
 
+    def _check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
+
+
+def _unwritten(checkpoint: Path, cause: Exception) -> Exception:
+    """Return the error of a checkpoint that this rank could not write."""
+    problem = disk_problem(cause, checkpoint.parent) if isinstance(cause, OSError) else None
+    kind = MachineError if problem is not None or isinstance(cause, MachineError) else RuntimeError
+    return kind(f"{checkpoint.name} could not be written: {problem or first_line(cause)}")
+
 
 class _removed_on_error:  # noqa: N801 - used like a function
-    """Remove a partial directory where the block fails; the first rank does."""
+    """Remove a partial directory where the block fails; the first rank does, if the directory is still the run's."""
 
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
+    def __init__(self, partial: Path, lock: View | None) -> None:
+        self.partial, self.lock = partial, lock
 
     def __enter__(self) -> None:
         """Nothing yet."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Remove it if there was an error."""
-        if isinstance(error, Exception) and dist.get_rank() == 0:
+        if isinstance(error, Exception) and dist.get_rank() == 0 and not (self.lock and self.lock.lost()):
             shutil.rmtree(self.partial, ignore_errors=True)
 
 

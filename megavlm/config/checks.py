@@ -98,6 +98,9 @@ def _vision(recipe: Recipe) -> Iterator[str]:
 def _connector(recipe: Recipe) -> Iterator[str]:
     connector, hidden = recipe.model.connector, recipe.model.language.hidden_size
     own = "model.connector"
+    if (deep := re.fullmatch("mlp([0-9]+)x_gelu", connector.preset)) and len(deep[1]) > 2:
+        yield f"{own}.preset: {connector.preset[:40]} has more layers than a connector has; take at most 99"
+        return
     if connector.preset == "linear" or re.fullmatch("mlp[0-9]+x_gelu", connector.preset):
         for name in ("num_queries", "head_dim"):
             if getattr(connector, name) is not None:
@@ -134,7 +137,7 @@ def _language(recipe: Recipe) -> Iterator[str]:
     heads, groups = language.num_attention_heads, language.num_query_groups
     yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
     yield from _divides(f"{own}.num_attention_heads", heads, groups, f"{own}.num_query_groups")
-    yield from _divides(f"{own}.num_query_groups", groups, tp, _TP)
+    yield from _key_value_heads(recipe)
     yield from _divides(f"{own}.ffn_hidden_size", language.ffn_hidden_size, tp, _TP)
     if language.kv_channels % 2:
         yield f"{own}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
@@ -147,6 +150,33 @@ def _language(recipe: Recipe) -> Iterator[str]:
         yield (
             f"{own}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {own}.rope_scaling;"
             " set that to linear or llama3, or this to 1"
+        )
+
+
+def _key_value_heads(recipe: Recipe) -> Iterator[str]:
+    """Check that each rank has whole key/value heads, or that several share one whole head.
+
+    The number of heads is the model's own: what a user can change is the layout.
+    """
+    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
+    groups, width = language.num_query_groups, language.kv_channels
+
+    def splits(size: int) -> bool:
+        return groups % size == 0 or (size % groups == 0 and groups * width % size == 0)
+
+    if splits(tp):
+        return
+    fitting = [n for n in range(1, language.num_attention_heads + 1) if language.num_attention_heads % n == 0]
+    remedy = f"set {_TP} to one of {_choices([n for n in fitting if splits(n)])}"
+    if groups % tp and tp % groups:
+        yield (
+            f"model.language.num_query_groups: {groups} is neither a multiple nor a divisor of {_TP} ({tp}), so that"
+            f" ranks would share key/value heads unevenly; {remedy}"
+        )
+    else:
+        yield (
+            f"model.language.kv_channels: the {groups} x {width} rows of the keys are not divisible by {_TP} ({tp});"
+            f" {remedy}"
         )
 
 

@@ -1,13 +1,36 @@
-"""The error that a wrong recipe raises."""
+"""Errors that cost a line instead of a traceback, and who says it."""
 
 from __future__ import annotations
 
+import errno
+import os
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 MAX_LINES = 5
 
+WRONG_INPUT = 2
+"""Exit code of wrong input."""
+FAILED = 1
+"""Exit code where the machine did not let us, and of bugs."""
 
-class RecipeError(ValueError):
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REMEDIES = {
+    **dict.fromkeys(_NO_ROOM, "free some space there"),
+    errno.EROFS: "mount it for writing",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "move the file that is in the way"),
+}
+_WRITING_ONLY = _NO_ROOM | {errno.EROFS}
+"""What only a write can run into: without a path, it still says that a disk is to blame."""
+
+
+class UserError(ValueError):
+    """What a user can mend: wrong input. One line each for key or file, rule and remedy; exit code 2."""
+
+
+class RecipeError(UserError):
     """A recipe breaks a rule. Each line of the text names the key, the rule, and what to change."""
 
     @classmethod
@@ -17,3 +40,64 @@ class RecipeError(ValueError):
         if len(lines) > MAX_LINES:
             shown[-1] += f" (and {len(lines) - MAX_LINES} more)"
         return cls("\n".join(shown))
+
+
+class MachineError(RuntimeError):
+    """The machine did not let us, through no fault of the input or of ours: a disk that filled up. One line."""
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed, and says why; this one leaves without a word.
+
+    Args:
+        text: for whoever asks all the same.
+        exit_code: what the other rank leaves with.
+    """
+
+    def __init__(self, text: str, exit_code: int = FAILED) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def for_users(error: BaseException) -> bool:
+    """Whether ``error`` is about the user's input: a UserError, a missing file, or a ValueError that megavlm raised.
+
+    A ValueError out of a library is a bug, and its traceback is wanted. (So is one that Python raises in our own
+    lines, as ``int("x")`` does; until everything meant for users is a UserError, the two cannot be told apart.)
+    """
+    if isinstance(error, UserError | FileNotFoundError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
+
+
+def disk_problem(error: OSError, directory: str | os.PathLike[str]) -> str | None:
+    """Return what is wrong with a directory that is written to, with the remedy; None where it is something else.
+
+    Args:
+        error: what a write ran into.
+        directory: where everything is written.
+    """
+    path = error.filename if isinstance(error.filename, str | os.PathLike) else None
+    inside = path is not None and Path(path).absolute().is_relative_to(Path(directory).absolute())
+    if not inside and (path is not None or error.errno not in _WRITING_ONLY):
+        return None
+    remedy = _REMEDIES.get(error.errno or 0, "see what is wrong with the disk")
+    return f"{path or directory}: {error.strerror or error}; {remedy}, or choose another directory"
+
+
+def set_speaker(error: BaseException, rank: int) -> None:
+    """Note on an error that several ranks may have run into which of them says it."""
+    error.__dict__["speaker"] = rank
+
+
+def speaker_of(error: BaseException) -> int | None:
+    """Return what :func:`set_speaker` noted, on the error or on one that it follows from; None where nothing is."""
+    one: BaseException | None = error
+    while one is not None:
+        if "speaker" in one.__dict__:
+            return int(one.__dict__["speaker"])
+        one = one.__cause__
+    return None

@@ -27,19 +27,19 @@ class VisionConfig:
 
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
-    image_size: int = Field(gt=0)
+    image_size: int = Field(gt=0, le=100_000)
     """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
     patch_size: int = Field(gt=0)
     """Side of one patch, in pixels."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the tower."""
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
     num_attention_heads: int = Field(gt=0)
     """Attention heads; divides hidden_size, and is divisible by the tensor-parallel size."""
-    ffn_hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the MLP."""
-    positional_grid: int = Field(gt=0)
+    positional_grid: int = Field(gt=0, le=100_000)
     """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the LayerNorms."""
@@ -75,7 +75,7 @@ class ConnectorConfig:
 
     preset: str
     """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
-    num_queries: int | None = Field(default=None, gt=0)
+    num_queries: int | None = Field(default=None, gt=0, le=1_000_000)
     """Queries of the resampler, a square number: the tokens that one image becomes.
     Null for linear and mlpNx_gelu, which keep one token per patch."""
     head_dim: int | None = Field(default=None, gt=0)
@@ -90,11 +90,11 @@ class LanguageConfig:
 
     preset: str
     """Name of a registered language preset; it gives the other keys of this branch their defaults."""
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the model."""
-    ffn_hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
     num_attention_heads: int = Field(gt=0)
     """Attention heads; divisible by the tensor-parallel size."""
@@ -102,7 +102,7 @@ class LanguageConfig:
     """Key/value heads; equal to num_attention_heads for multi-head attention."""
     kv_channels: int = Field(gt=0)
     """Width of one attention head."""
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=10_000_000)
     """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
     vocab_divisor: int = Field(default=128, gt=0)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
@@ -277,6 +277,9 @@ class DataConfig:
     """Reader processes per data-parallel rank."""
     image_decoder: Literal["auto", "dali", "simplejpeg", "pil"] = "auto"
     """Image decoding: auto takes DALI where a GPU is, else simplejpeg."""
+    image_alpha: Literal["white", "drop"] = "white"
+    """What is transparent in a picture: white shows it over white, as a person sees it; drop shows the colours that lie
+    under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
     system_message: str = "You are a helpful assistant."
@@ -324,7 +327,8 @@ class OptimizerConfig:
     lr: float = Field(gt=0)
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate of the last step (cosine, WSD): as in Megatron-Core, the schedule reaches its end in the last step,
+    not after it, so with 0 the last step changes no weight."""
     schedule: Literal["cosine", "constant", "WSD"] = "cosine"
     """Shape after warm-up: cosine to min_lr, constant, or warm-up-stable-decay."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -384,6 +388,10 @@ class CheckpointConfig:
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None
     """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+    lock_timeout_seconds: float = Field(default=60.0, ge=1)
+    """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
+    another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
+    over."""
 
 
 @_config

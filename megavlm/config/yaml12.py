@@ -3,6 +3,9 @@
 PyYAML follows YAML 1.1, where ``1e-4`` is text, ``no`` is false, ``010`` is eight and ``1:30`` is ninety. Here
 a number looks like a number of Python, only ``true`` and ``false`` are booleans, and dates stay text.
 The writer quotes what either version would misread, so that other readers understand it too.
+
+A recipe may come with a stranger's checkpoint, so what a file becomes is bounded before it is built: its text, its
+values with every alias written out (ten lines of aliases of aliases are 10^10 values), and each whole number.
 """
 
 from __future__ import annotations
@@ -13,6 +16,14 @@ from collections.abc import Hashable
 from typing import Any
 
 import yaml
+
+MOST_TEXT = 4 << 20
+"""Characters of a file: some 20,000 data sets, each with five keys."""
+MOST_VALUES = 250_000
+"""Keys and values, those that aliases and merge keys repeat included."""
+MOST_DEPTH = 100
+"""Branches inside branches."""
+_LARGEST_INTEGER = 2**63 - 1
 
 _NULL, _BOOL, _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "merge"))
 
@@ -34,6 +45,33 @@ class _Loader(yaml.SafeLoader):
     """The safe loader with the rules above."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._sizes: dict[yaml.Node, int] = {}  # of what has an anchor, with its own aliases written out
+        self._values = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count what is composed, an alias as all that it stands for, before any of it is built."""
+        event = self.peek_event()
+        mark, before = event.start_mark, self._values
+        if self._depth >= MOST_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST_DEPTH} branches inside each other", problem_mark=mark)
+        alias = isinstance(event, yaml.AliasEvent)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None or (alias and node not in self._sizes):
+            name = getattr(event, "anchor", "")
+            raise yaml.MarkedYAMLError(problem=f"*{name} stands inside of what it repeats", problem_mark=mark)
+        self._values += self._sizes[node] if alias else 1
+        if self._values > MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_VALUES:,} values, aliases written out", problem_mark=mark
+            )
+        if not alias:
+            self._sizes[node] = self._values - before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Refuse keys that are not text and keys that come twice."""
@@ -85,15 +123,18 @@ def parse(text: str) -> Any:
     """Return what ``text`` holds; a float without a fraction (``1e6``) becomes an integer, which every key takes.
 
     Raises:
-        ValueError: bad YAML, a duplicate key, or a number that is not finite; one line, with the line number.
+        ValueError: bad YAML, a duplicate key, a number that is not finite or a whole one of more than 64 bits, or more
+            text, values or depth than a recipe has; one line, with the line number where there is one.
     """
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"{len(text):,} characters, which are more than {MOST_TEXT:,}")
     try:
         return _tidy(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{where}{error.problem or error.context}") from None
-    except (yaml.YAMLError, RecursionError, KeyError) as error:
+    except (yaml.YAMLError, RecursionError, LookupError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
 
@@ -112,4 +153,6 @@ def _tidy(value: Any) -> Any:
         if not math.isfinite(value):
             raise ValueError(f"{value} is not a finite number")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        raise ValueError("a whole number of more than 64 bits")
     return value

@@ -1,8 +1,9 @@
 """Encoded image files to square uint8 pixels, behind one interface: DALI, simplejpeg with torch, or PIL.
 
-All of them turn images upright by EXIF, drop alpha, make RGB of everything, squash to a square and resize with
-antialiased bicubic interpolation. Only plain JPEG and PNG files go to the fast path; odd ones go to PIL one by
-one, and what PIL cannot read becomes a gray image whose index is returned. A bad image never costs a neighbour.
+All of them turn images upright by EXIF or XMP, lay what is transparent over white, make RGB of everything, squash to a
+square and resize with antialiased bicubic interpolation. Only plain JPEG and PNG files go to the fast path; odd ones go
+to PIL one by one, and what PIL cannot read, or has no memory for, becomes a gray image whose index is returned. A bad
+image never costs a neighbour.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from megavlm.data.images import ImageError, ImageHeader, decode_with_pil, read_header
+from megavlm.data.image_colours import Alpha
+from megavlm.data.images import OUT_OF_MEMORY, ImageError, ImageHeader, decode_jpeg, decode_with_pil, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,14 @@ class DecodedImages:
 
 
 class ImageDecoder(ABC):
-    """Decodes and resizes images. One thread at a time may use a decoder."""
+    """Decodes and resizes images. One thread at a time may use a decoder.
 
-    def __init__(self) -> None:
+    Args:
+        alpha: What becomes of transparency, see ``data.image_alpha``.
+    """
+
+    def __init__(self, alpha: Alpha = "white") -> None:
+        self.alpha: Alpha = alpha
         self.failures: Counter[str] = Counter()
         """Images that became gray so far, by cause."""
         self.device = torch.device("cpu")
@@ -61,19 +67,24 @@ class ImageDecoder(ABC):
             size: Side of the result in pixels.
         """
         pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
-        fast: list[int] = []
+        fast: dict[int, ImageHeader] = {}
         slow: list[int] = []
         failed: dict[int, str] = {}
         for index, data in enumerate(images):
             try:
-                (fast if self._is_fast(read_header(data)) else slow).append(index)
+                header = read_header(data)
             except ImageError as error:
                 failed[index] = self._fail(error)
+                continue
+            if self._is_fast(header):
+                fast[index] = header
+            else:
+                slow.append(index)
         if fast:
-            slow += self._decode_fast([images[i] for i in fast], fast, size, pixels)
+            slow += self._decode_fast(images, fast, size, pixels)
         for index in slow:
             try:
-                pixels[index] = _to_tensor(resize_with_pil(decode_with_pil(images[index]), size)).to(self.device)
+                pixels[index] = self._decode_slow(images[index], size)
             except ImageError as error:
                 failed[index] = self._fail(error)
         order = sorted(failed)
@@ -85,8 +96,16 @@ class ImageDecoder(ABC):
         """Whether the fast path takes such an image."""
 
     @abstractmethod
-    def _decode_fast(self, images: list[bytes], indices: list[int], size: int, out: torch.Tensor) -> list[int]:
-        """Decode ``images`` into ``out[indices]``; return the indices that need PIL."""
+    def _decode_fast(
+        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
+    ) -> list[int]:
+        """Decode those of ``images`` that have a header into ``out``; return the indices that need PIL."""
+
+    def _decode_slow(self, data: bytes, size: int) -> torch.Tensor:
+        try:
+            return _to_tensor(resize_with_pil(decode_with_pil(data, self.alpha), size)).to(self.device)
+        except MemoryError:
+            raise ImageError(OUT_OF_MEMORY) from None
 
     def _fail(self, error: ImageError) -> str:
         self.failures[error.cause] += 1
@@ -100,40 +119,40 @@ class PilDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return False
 
-    def _decode_fast(self, images: list[bytes], indices: list[int], size: int, out: torch.Tensor) -> list[int]:
-        return indices
+    def _decode_fast(
+        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
+    ) -> list[int]:
+        return list(headers)
 
 
 class SimpleJpegDecoder(ImageDecoder):
     """libjpeg-turbo through simplejpeg, resized by torch in uint8: the fastest on a CPU."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, alpha: Alpha = "white") -> None:
+        super().__init__(alpha)
         _require("simplejpeg", "simplejpeg")
-        import simplejpeg  # noqa: PLC0415 - optional
-
-        self._simplejpeg: Any = simplejpeg
 
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.kind == "jpeg" and header.plain
 
-    def _decode_fast(self, images: list[bytes], indices: list[int], size: int, out: torch.Tensor) -> list[int]:
+    def _decode_fast(
+        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
+    ) -> list[int]:
         rescue = []
-        for data, index in zip(images, indices, strict=True):
+        for index in headers:
             try:
-                array = self._simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-            except ValueError:
+                out[index] = resize_with_torch(decode_jpeg(images[index]), size)
+            except (ValueError, MemoryError, RuntimeError):  # torch has no MemoryError for its own allocations
                 rescue.append(index)
-                continue
-            out[index] = resize_with_torch(array, size)
         return rescue
 
 
-def make_decoder(name: str = "auto", *, num_threads: int = 2) -> ImageDecoder:
+def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int = 2) -> ImageDecoder:
     """Make a decoder.
 
     Args:
         name: ``dali``, ``simplejpeg``, ``pil``, or ``auto``: DALI where a GPU and DALI are, else simplejpeg, else PIL.
+        alpha: What becomes of transparency, see ``data.image_alpha``.
         num_threads: CPU threads of DALI.
 
     Raises:
@@ -147,14 +166,14 @@ def make_decoder(name: str = "auto", *, num_threads: int = 2) -> ImageDecoder:
         else:
             name = "simplejpeg" if _installed("simplejpeg") else "pil"
     if name == "pil":
-        return PilDecoder()
+        return PilDecoder(alpha)
     if name == "simplejpeg":
-        return SimpleJpegDecoder()
+        return SimpleJpegDecoder(alpha)
     if name == "dali":
         _require("dali", "nvidia.dali")
         from megavlm.data.decode_dali import DaliDecoder  # noqa: PLC0415 - optional
 
-        return DaliDecoder(device_id=torch.cuda.current_device() if gpu else None, num_threads=num_threads)
+        return DaliDecoder(torch.cuda.current_device() if gpu else None, num_threads, alpha)
     raise ValueError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
 
 

@@ -6,6 +6,7 @@ The GPU path shares every line with the CPU path but the operators' device; it w
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.images import ImageHeader
+from megavlm.data.image_colours import Alpha
+from megavlm.data.images import MAX_PIXELS, ImageHeader
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +46,11 @@ class DaliDecoder(ImageDecoder):
     Args:
         device_id: GPU to decode on; None for the CPU.
         num_threads: CPU threads.
+        alpha: What becomes of transparency.
     """
 
-    def __init__(self, device_id: int | None, num_threads: int = 2) -> None:
-        super().__init__()
+    def __init__(self, device_id: int | None, num_threads: int = 2, alpha: Alpha = "white") -> None:
+        super().__init__(alpha)
         if device_id is not None:
             self.device = torch.device("cuda", device_id)
         self.rebuilds = 0
@@ -59,12 +62,13 @@ class DaliDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.plain
 
-    def _decode_fast(self, images: list[bytes], indices: list[int], size: int, out: torch.Tensor) -> list[int]:
+    def _decode_fast(
+        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
+    ) -> list[int]:
         rescue: list[int] = []
-        for start in range(0, len(images), _MAX_BATCH):
-            part = indices[start : start + _MAX_BATCH]
+        for part in _batches(headers):
             try:
-                out[part] = self._run(images[start : start + _MAX_BATCH], size).permute(0, 3, 1, 2)
+                out[part] = self._run([images[index] for index in part], size).permute(0, 3, 1, 2)
             except RuntimeError as error:
                 # A failed pipeline cannot be used again.
                 logger.warning("DALI failed on a batch of %d images, decoding them with PIL: %s", len(part), error)
@@ -94,3 +98,18 @@ class DaliDecoder(ImageDecoder):
         stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
         feed_ndarray(tensor, pixels, cuda_stream=stream)
         return pixels
+
+
+def _batches(headers: Mapping[int, ImageHeader]) -> Iterator[list[int]]:
+    """Indices of the images that are decoded at once: DALI holds all of them at their full size."""
+    part: list[int] = []
+    pixels = 0
+    for index, header in headers.items():
+        size = header.width * header.height
+        if part and (len(part) == _MAX_BATCH or pixels + size > MAX_PIXELS):
+            yield part
+            part, pixels = [], 0
+        part.append(index)
+        pixels += size
+    if part:
+        yield part

@@ -10,10 +10,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.energon import Cooker, SavableDataset, TaskEncoder, WorkerConfig, stateless
 from megatron.energon.epathlib import EPath
+from megatron.energon.errors import FatalSampleError
 from megatron.energon.flavors.base_dataset import set_sample_restore_key
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.wrappers import PackingDataset
@@ -24,8 +26,10 @@ from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
 from megavlm.data.images import ImageError, read_header
+from megavlm.data.machine import is_machine_fault
 from megavlm.data.packing import PackableSample, build_pack, choose_pack
 from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
 from megavlm.data.tokenizer import Tokenizer
 
@@ -106,6 +110,9 @@ class PackEncoder(TaskEncoder):
         except BrokenSampleError as error:
             cause = str(error)
         except Exception as error:
+            if is_machine_fault(error):
+                # Nothing is wrong with the sample. Energon passes this one on, and counts the others.
+                raise FatalSampleError(f"sample {sample.__key__}: {type(error).__name__}: {error}") from error
             logger.warning("sample %s cannot be read", sample.__key__, exc_info=True)
             cause = f"error ({type(error).__name__})"
         skipped = SkippedSample(self.names[sample.source], sample.shard, sample.__key__, cause)
@@ -276,11 +283,13 @@ def build_dataset(
 
     Raises:
         FileNotFoundError: A shard, or its index, is missing.
-        ValueError: A data set has fewer samples than there are readers to share it, or a shard outside its directory.
+        ValueError: A data set has fewer samples than there are readers to share it, a shard outside its directory, or
+            more shards or samples than there can be.
     """
     readers = worker_config.world_size * max(1, worker_config.num_workers)
     datasets = []
     for index, source in enumerate(sources):
+        check_names(Path(source.path))
         dataset = ShardDataset(
             EPath(source.path),
             split_part="train",

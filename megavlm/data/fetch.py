@@ -17,6 +17,7 @@ import time
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from megavlm import __version__
+from megavlm.data.machine import is_local_fault
 
 MAX_BYTES = 20_000_000
 """Largest picture that is fetched."""
@@ -43,6 +44,7 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> 
     Raises:
         FetchError: It is no such URL, leads to an address that is not public, or the answer is too large, too late,
             or not 200.
+        OSError: This machine has no files, memory or disk left; nothing is wrong with the picture.
     """
     deadline = time.monotonic() + timeout
     here = url
@@ -95,6 +97,8 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
             late.cancel()
             connection.close()
     except (OSError, http.client.HTTPException) as error:
+        if is_local_fault(error):
+            raise
         slow = isinstance(error, TimeoutError) or time.monotonic() >= deadline
         what = "took too long" if slow else f"{type(error).__name__}: {error}"
         raise FetchError(f"{_named(url)}: {what}") from None

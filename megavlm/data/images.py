@@ -1,146 +1,225 @@
-"""What an encoded image file says about itself, read from its header in microseconds, and decoding with PIL.
+"""The one place where a picture is opened: its size by every reader that has a say, its pixels by PIL.
 
 The header decides which decoder may have the image: only sound, ordinary JPEG and PNG files go to a fast one,
-because one bad image can lose a whole batch there.
+because one bad image can lose a whole batch there. Before anything allocates pixels, the size must be within the
+limits in the words of each reader: ours, PIL's, and for JPEG libjpeg's own.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-MAX_PIXELS = 40_000_000
-"""Larger images are refused: 100 megapixels take more than 600 MB to decode."""
+from megavlm.data.image_colours import Alpha, to_rgb
+from megavlm.data.image_header import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    ImageError,
+    ImageHeader,
+    check_size,
+    name_of_unread,
+    scan,
+)
 
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+__all__ = [
+    "FORMATS",
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "OUT_OF_MEMORY",
+    "Geometry",
+    "ImageError",
+    "ImageHeader",
+    "decode_jpeg",
+    "decode_with_pil",
+    "geometry",
+    "read_header",
+]
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""PIL's plugins that may see a stranger's file. Others start programs (EPS: Ghostscript), or decoders that allocate by
+headers which nobody here can check (AVIF, JPEG 2000)."""
+OUT_OF_MEMORY = "out of memory"
+"""Cause of an image within the limits that this machine had no memory for."""
+
+_METHODS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TILE_WIDTH, _TILE_LENGTH, _SAMPLES = 322, 323, 277  # tags of TIFF
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; ``cause`` is a short name for counting."""
+def _import_simplejpeg() -> ModuleType | None:
+    try:
+        import simplejpeg  # noqa: PLC0415 - its decoder is optional
+    except ImportError:
+        return None
+    return simplejpeg
 
-    def __init__(self, cause: str, detail: str = "") -> None:
-        """Make the error; its text is the cause and the detail."""
-        super().__init__(f"{cause}: {detail}" if detail else cause)
-        self.cause = cause
 
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the header says."""
-
-    kind: str
-    """``jpeg``, ``png`` or ``other``."""
-    width: int
-    """Pixels, before any EXIF rotation."""
-    height: int
-    """Pixels, before any EXIF rotation."""
-    plain: bool
-    """Whether a fast decoder gives the same as PIL: complete, 8 bits, gray or RGB, no palette, no alpha, no EXIF."""
+_SIMPLEJPEG = _import_simplejpeg()
 
 
 def read_header(data: bytes) -> ImageHeader:
     """Read an image's header.
 
     Raises:
-        ImageError: It is empty, no known image format, has no pixels, or more than :data:`MAX_PIXELS`.
+        ImageError: It is empty, of no format in :data:`FORMATS`, or its size is out of bounds or in doubt.
     """
-    if not data:
-        raise ImageError("empty")
-    if data[:3] == b"\xff\xd8\xff":
-        header = _read_jpeg(data)
-    elif data[:8] == _PNG_MAGIC:
-        header = _read_png(data)
-    else:
-        header = _read_other(data)
-    if header.width <= 0 or header.height <= 0:
-        raise ImageError("broken header", f"{header.width} x {header.height} pixels")
-    if header.width * header.height > MAX_PIXELS:
-        raise ImageError("too large", f"{header.width} x {header.height} pixels, at most {MAX_PIXELS}")
+    header = scan(data)
+    if header is None or header.kind == "other":
+        if header is not None:
+            check_size(header.width, header.height)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = _open(data).size
+        return ImageHeader("other", width, height, plain=False)
+    check_size(header.width, header.height)
+    if header.kind == "jpeg":
+        _ask_libjpeg(data, header)
     return header
 
 
-def decode_with_pil(data: bytes) -> Image.Image:
-    """Decode any image to 8-bit RGB, upright by its EXIF orientation; alpha is dropped, 16 bits become 8.
+def decode_with_pil(data: bytes, alpha: Alpha = "white") -> Image.Image:
+    """Decode any image to 8-bit RGB, upright by its EXIF or XMP orientation; 16 bits become 8.
+
+    Args:
+        data: The file.
+        alpha: What becomes of transparency, see :func:`megavlm.data.image_colours.to_rgb`.
 
     Raises:
-        ImageError: It cannot be decoded.
+        ImageError: It cannot be decoded, or not in the memory that there is.
     """
-    read_header(data)
+    header = read_header(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = _open(data)
+            if header.kind != "other" and image.size != (header.width, header.height):
+                raise _doubt(header, *image.size)
             image.load()
-            image = ImageOps.exif_transpose(image)
-            return image if image.mode == "RGB" else _eight_bits(image).convert("RGB")
+            turned = _METHODS.get(_orientation_of(image))
+            rgb = to_rgb(image, alpha)
+            return rgb if turned is None else rgb.transpose(turned)
         except ImageError:
             raise
+        except MemoryError:
+            raise ImageError(OUT_OF_MEMORY, f"{header.width} x {header.height} pixels") from None
         except Exception as error:
             # PIL raises whatever its plugins raise: OSError, SyntaxError, struct.error, EOFError, ...
             cause = "truncated" if "truncated" in str(error) else "decode error"
             raise ImageError(cause, f"{type(error).__name__}: {error}") from None
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError:
-        raise ImageError("too large") from None
-    except Exception:
-        raise ImageError("not an image") from None
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """Decode a plain JPEG (:attr:`ImageHeader.plain`) with libjpeg-turbo to [H, W, 3] uint8 RGB.
+
+    Raises:
+        ValueError: It is damaged.
+        MemoryError: There is no room for its pixels.
+    """
+    assert _SIMPLEJPEG is not None
+    pixels: np.ndarray = _SIMPLEJPEG.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    return pixels
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image, np.float64)
-    # PIL would clip 16-bit values to 255 instead of scaling them.
-    scale = 257.0 if image.mode.startswith("I") and values.max(initial=0) > 255 else 1.0
-    return Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8))
+@dataclass(frozen=True)
+class Geometry:
+    """How a picture's pixels are stored."""
+
+    width: int
+    height: int
+    turn: int
+    """How they are to be turned, 1 (not at all) to 8, as EXIF counts."""
 
 
-def _read_jpeg(data: bytes) -> ImageHeader:
-    position, exif, adobe_transform = 2, False, None
-    while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            break
-        marker = data[position + 1]
-        if marker == 0xFF:
-            position += 1
-            continue
-        length = struct.unpack_from(">H", data, position + 2)[0]
-        if marker in _SOF and position + 10 <= len(data):
-            depth, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
-            complete = b"\xff\xd9" in data[-64:]
-            plain = complete and depth == 8 and components in (1, 3) and not exif and adobe_transform != 0
-            return ImageHeader("jpeg", width, height, plain)
-        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
-            exif = True
-        if marker == 0xEE and data[position + 4 : position + 9] == b"Adobe" and position + 16 <= len(data):
-            adobe_transform = data[position + 15]
-        if marker == 0xDA or length < 2:
-            break
-        position += 2 + length
-    raise ImageError("broken header", "JPEG without a frame header")
+def geometry(data: bytes) -> Geometry:
+    """Return a picture's stored size, and how it is to be turned; decodes it only where nothing else tells (PNG).
 
-
-def _read_png(data: bytes) -> ImageHeader:
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        raise ImageError("broken header", "PNG without IHDR")
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    complete = b"IEND" in data[-16:]
-    odd_chunks = b"tRNS" in data[:4096] or b"eXIf" in data[:65536] or b"eXIf" in data[-65536:]
-    return ImageHeader("png", width, height, complete and depth == 8 and colour in (0, 2) and not odd_chunks)
-
-
-def _read_other(data: bytes) -> ImageHeader:
+    Raises:
+        ImageError: It cannot be opened.
+    """
+    read_header(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        width, height = _open(data).size
-    return ImageHeader("other", width, height, plain=False)
+        image = _open(data)
+        width, height = image.size
+        tags = getattr(image, "tag_v2", None)
+        if tags is None:
+            return Geometry(width, height, _orientation_of(image))
+        # PIL turns a TIFF as it loads it, and says its upright size before.
+        turn = _valid(tags.get(ExifTags.Base.Orientation))
+        return Geometry(height, width, turn) if turn >= 5 else Geometry(width, height, turn)
+
+
+def _orientation_of(image: Image.Image) -> int:
+    try:
+        return _valid(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
+    except Exception:
+        return 1  # metadata that nobody can read turns nothing
+
+
+def _valid(found: object) -> int:
+    return found if isinstance(found, int) and found in _METHODS else 1
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image without decoding it.
+
+    Raises:
+        ImageError: PIL does not know it, or it is too large in PIL's words.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise ImageError("too large") from None
+    except MemoryError:
+        raise ImageError(OUT_OF_MEMORY) from None
+    except Exception:
+        known = name_of_unread(data)
+        if known:
+            raise ImageError("format not read", f"{known} is not read; convert it to PNG or JPEG") from None
+        raise ImageError("not an image") from None
+    check_size(*image.size)
+    if image.format == "TIFF":
+        _check_tiles(image)
+    return image
+
+
+def _check_tiles(image: Image.Image) -> None:
+    """A small TIFF may be cut from tiles of any size, and libtiff makes a whole one."""
+    tags = getattr(image, "tag_v2", {})
+    width, length, samples = (tags.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH, _SAMPLES))
+    if not all(isinstance(value, int) and value > 0 for value in (width, length, samples)):
+        raise ImageError("broken header", "TIFF with tiles of no size")
+    if width * length > MAX_PIXELS or samples > 64:
+        raise ImageError("too large", f"TIFF with tiles of {width} x {length} pixels and {samples} samples")
+
+
+def _ask_libjpeg(data: bytes, header: ImageHeader) -> None:
+    if _SIMPLEJPEG is None:
+        return
+    try:
+        height, width = _SIMPLEJPEG.decode_jpeg_header(data, strict=False)[:2]
+    except MemoryError:
+        raise ImageError(OUT_OF_MEMORY) from None
+    except Exception:
+        return  # sampling that its interface has no name for, or nothing that libjpeg decodes: PIL says
+    if (width, height) != (header.width, header.height):
+        raise _doubt(header, width, height)
+
+
+def _doubt(header: ImageHeader, width: int, height: int) -> ImageError:
+    sizes = f"{header.width} x {header.height} or {width} x {height}"
+    return ImageError("broken header", f"{sizes} pixels, by who reads it")

@@ -21,7 +21,8 @@ from typing import Any
 from megavlm.config import yaml12
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
-from megavlm.data.images import ImageError, decode_with_pil, read_header
+from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
+from megavlm.data.machine import is_file, is_machine_fault
 from megavlm.data.publish import clear_leftovers, new_directory
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shards import ShardWriter, TaskWriter, write_metadata
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An argument is wrong, ``--out`` is not empty, or no record is usable.
     """
     _check_arguments(args)
-    records, pictures = _records(args)
+    records, source = _records(args)
     name = args.name or re.sub(r"[^A-Za-z0-9_-]+", "-", args.json.resolve().stem)
-    with new_directory(args.out) as partial:
-        summary = _write_shards(records, pictures, partial, name, args)
+    with new_directory(args.out, replace=args.overwrite) as partial:
+        summary = _write_shards(records, source.pictures, partial, name, args)
         if not summary.samples:
             raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
         share = summary.rejected / (summary.samples + summary.rejected)
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.max_rejected:g}; nothing is written; first: {summary.first_reason}"
             )
         for writer in summary.sets.values():
-            write_metadata(writer.directory, writer.names)
+            write_metadata(writer.directory, writer.names, writer.samples)
         if args.by_task:
             (partial / DATA_FILE).write_text(_data_yaml(summary.sets, args.out.absolute()), encoding="utf-8")
     logger.info(
@@ -121,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
         logger.info("%d tasks; train on them with --overrides %s", len(summary.sets), args.out / DATA_FILE)
     if summary.causes:
         logger.info("rejected by cause: %s", summary.reasons)
+    if source.ignored:
+        counts = ", ".join(f"{key} ({number} records)" for key, number in source.ignored.most_common())
+        logger.warning("keys of the records that are not used: %s", counts)
     return 0
 
 
@@ -143,8 +147,8 @@ class _Summary:
         return ", ".join(f"{number} {cause}" for cause, number in self.causes.most_common())
 
 
-def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], dict[str, bytes]]:
-    """What the input holds, in the format that was named or that it looks like, and pictures that come with it."""
+def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], Source]:
+    """What the input holds, in the format that was named or that it looks like, and the input."""
     options = {name: getattr(args, name) for name in ("annotations", "image_info", "per_sample")}
     source = Source(args.json, args.images, **options)
     chosen = choose(source, args.format)
@@ -153,7 +157,7 @@ def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], dict[
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
     logger.info("%s: reading %s", args.json, chosen.summary)
-    return chosen.load().read(source), source.pictures
+    return chosen.load().read(source), source
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -202,6 +206,8 @@ def _write_shards(
                 try:
                     members = list(_sample_members(record, root, pictures, args))
                 except (ValueError, OSError) as error:
+                    if is_machine_fault(error):
+                        raise
                     broken = _broken(record, error)
             if broken is None:
                 assert isinstance(record, dict)
@@ -267,14 +273,19 @@ def _sample_members(
 def _read_image(path: str, root: Path, allow_links: bool) -> bytes:
     try:
         resolved = (root / path).resolve(strict=True)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:
+        if is_machine_fault(error):
+            raise
         raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
     if not allow_links and not resolved.is_relative_to(root):
         raise BrokenError(
             "unsafe image path", f"image {path!r} leads out of {root} by a link; --allow-links follows it"
         )
-    if not resolved.is_file():
+    if not is_file(resolved):
         raise BrokenError("image missing", f"image {path!r} is not a file")
+    size = resolved.stat().st_size
+    if size > MAX_BYTES:
+        raise BrokenError("bad image (too large)", f"image {path!r} has {size:,} bytes, at most {MAX_BYTES:,}")
     return resolved.read_bytes()
 
 

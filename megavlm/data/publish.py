@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,25 +17,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from megavlm.parallel.lock import held
+from megavlm.parallel.processes import Process, is_running, this_process
+
 
 @contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """Give a directory beside ``out`` to write into; it replaces ``out`` if nothing is raised.
+def new_directory(out: Path, command: str = "prepare", *, replace: bool = True) -> Iterator[Path]:
+    """Give a directory beside ``out`` to write into; it becomes ``out`` if nothing is raised.
 
-    SIGTERM is raised as ``SystemExit`` meanwhile, so that nothing is left. What SIGKILL leaves (hidden directories
-    beside ``out``, none of which is ``out``) the next call removes.
+    SIGTERM is raised as ``SystemExit`` meanwhile, so that nothing is left. What SIGKILL leaves (hidden files and
+    directories beside ``out``, none of which is ``out``) the next call removes.
+
+    Args:
+        out: the directory.
+        command: which of megavlm's commands writes it.
+        replace: in the place of what is there; else that must be an empty directory, or nothing.
+
+    Raises:
+        HeldError: another process writes it.
+        ValueError: something has come to be there meanwhile, and is not to be replaced.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(out)
-    partial = _make(out, "partial")
-    with _term_raises():
+    with _term_raises(), held(out.with_name(f".{out.name}.lock"), command, f"--out {out}") as lock:
+        clear_leftovers(out)
+        partial = _make(out, "partial")
         try:
             umask = os.umask(0)
             os.umask(umask)
             partial.chmod(0o777 & ~umask)
             yield partial
-            _publish(partial, out)
+            lock.check()
+            _publish(partial, out, replace=replace)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -43,8 +60,7 @@ def clear_leftovers(out: Path) -> None:
         for left in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
             if not left.name.startswith(_start(out, kind)):
                 continue
-            pid = left.name.removeprefix(_start(out, kind)).split("-")[0]
-            if not pid.isdecimal() or _is_alive(int(pid)):
+            if not _is_dead(left.name.removeprefix(_start(out, kind))):
                 continue
             if kind == "old" and not out.exists() and (left / out.name).exists():
                 (left / out.name).rename(out)
@@ -56,23 +72,37 @@ def _start(out: Path, kind: str) -> str:
 
 
 def _make(out: Path, kind: str) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{_start(out, kind)}{os.getpid()}-", dir=out.parent))
+    us = this_process()
+    return Path(tempfile.mkdtemp(prefix=f"{_start(out, kind)}{us.pid}-{_where(us)}.{us.start}-", dir=out.parent))
 
 
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():  # of a process before us that had the same number, as in a container
+def _where(process: Process) -> str:
+    """Twelve letters for what a process's number is one of: two containers may have one host name."""
+    return hashlib.sha256(f"{process.boot} {process.namespace}".encode()).hexdigest()[:12]
+
+
+def _is_dead(rest: str) -> bool:
+    """Whether the process that :func:`_make` put into a name is gone, from what follows the host in it."""
+    found = re.match(r"(\d+)-(?:([0-9a-f]{12})\.(\d+)-)?", rest)
+    us = this_process()
+    if found is None or (found[2] or _where(us)) != _where(us):
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    process = dataclasses.replace(us, pid=int(found[1]), start=int(found[3] or 0))
+    if found[2] is None and process.pid == us.pid:  # an older version's, of a process that had our number before
+        return True
+    return is_running(process) is False
 
 
-def _publish(partial: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path, *, replace: bool) -> None:
     """Put the finished directory in place; an old one is moved aside first and removed last."""
+    if not replace:
+        try:
+            partial.rename(out)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise ValueError(f"--out {out}: something was put there meanwhile, and is left as it is") from None
+        return
     old = None
     if out.exists():
         old = _make(out, "old")

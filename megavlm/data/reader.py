@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 2
 _CHECKPOINT_SECONDS = 15.0
 """A worker notes its state this often; a restart re-reads at most the packs since then."""
+_MOST_STATE = 256 << 20  # bytes of a reader's state, unpacked: a few may be packed into very little
 _ENERGON_IN_PROCESS = threading.Lock()
 """Energon keeps the active worker in class variables, so one thread of a process may be inside it at a time."""
 
@@ -130,8 +131,12 @@ class PackReader:
                 was = state.get(key) if isinstance(state, dict) else state
                 raise ValueError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
         try:
-            plain = json.loads(zlib.decompress(base64.b64decode(state["loader"])))
-        except (KeyError, TypeError, ValueError, zlib.error) as error:
+            packed = zlib.decompressobj()
+            text = packed.decompress(base64.b64decode(state["loader"]), _MOST_STATE)
+            if not packed.eof:
+                raise ValueError("it is cut short, or larger than a reader's state is")
+            plain = json.loads(text)
+        except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
             raise ValueError(f"broken reader state: {error}") from None
         loader = from_plain(plain)
         if loader is not None and not isinstance(loader, SavableDataLoaderState):
@@ -153,7 +158,7 @@ class PackReader:
         try:
             content = json.loads(restore_key)
             key, skipped = from_plain(content["key"]), [SkippedSample(*fields) for fields in content["skipped"]]
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise ValueError(f"broken restore key: {error}") from None
         with _ENERGON_IN_PROCESS:
             if self._restorer is None:

@@ -21,6 +21,8 @@ _IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 _IMAGE_TAG = re.compile(r"</?img>")
 _BOX_TAG = re.compile(r"</?box>")
 _BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
+_OF_OTHER_FORMS = ("system", "image", "images", "video", "videos", "audio", "audios", "tools")
+"""Keys that would be trained on without what they name."""
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -66,6 +68,9 @@ def parse_conversation(record: Any) -> Conversation:
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object, not {type(record).__name__}")
+    for key in _OF_OTHER_FORMS:
+        if record.get(key):
+            raise ValueError(f"'{key}' beside the conversation is another format's; run megavlm prepare on the record")
     messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no turns: 'conversations' must be a list that is not empty")
@@ -116,6 +121,7 @@ def _optional_text(record: dict[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, (str, int)):
         raise ValueError(f"'{key}' must be text or a number, not {type(value).__name__}")
+    check_unicode(str(value), f"'{key}'")
     return str(value)
 
 

@@ -71,13 +71,15 @@ class ShardReader(ShardInfosITarReader):
     def _read(self, idx: int, shard_index: int) -> bytes:
         try:
             pointer = self._get_itar_sample_pointer(idx)
-        except IndexError:
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # IndexError where it is cut, struct.error, ...
             raise _DefectError(NO_INDEX) from None
         file = self._open(shard_index)
         size = file.seek(0, io.SEEK_END)
         if pointer.byte_offset + pointer.byte_size > size:
             raise _DefectError(CUT)
-        if pointer.byte_size <= 0:
+        if pointer.byte_size <= 0 or pointer.byte_offset < 0:
             raise _DefectError(NO_INDEX)
         file.seek(pointer.byte_offset)
         data = file.read(pointer.byte_size)
@@ -147,6 +149,8 @@ def _read_members(data: bytes) -> tuple[str, dict[str, Any]]:
                 # Links and devices are nothing that a sample has; nothing is ever written to disk.
                 if not member.isfile() or skip_meta_re.match(member.name) or match is None:
                     continue
+                if member.issparse() or member.size > len(data):  # a few bytes that stand for gigabytes
+                    raise _DefectError(BROKEN)
                 base, name = match.groups()
                 content = tar.extractfile(member)
                 if (key is not None and base != key) or name in files or name.startswith("__") or content is None:
@@ -154,7 +158,9 @@ def _read_members(data: bytes) -> tuple[str, dict[str, Any]]:
                 key = base
                 files[name] = content.read()
             end = tar.offset
-    except (tarfile.TarError, ValueError, EOFError):
+    except (_DefectError, MemoryError):
+        raise
+    except Exception:  # of a few flipped bits tarfile makes TarError, OverflowError, ValueError, EOFError, ...
         raise _DefectError(BROKEN) from None
     # tarfile takes a broken header behind the first for the end of the file.
     if key is None or end < len(data):
@@ -173,6 +179,6 @@ def _key_in_index(directory: Path, shard: str, number: int) -> str:
             row = connection.execute(query, (file_id, number)).fetchone()
         finally:
             connection.close()
-    except (sqlite3.Error, ValueError, OSError):
+    except Exception:  # what a foreign database, or a list of shards that is no JSON, makes of it
         row = None
     return str(row[0]) if row else f"sample {number}"

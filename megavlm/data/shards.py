@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import json
 import re
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 NO_TASK = "none"
 """Folder of the samples that have no task."""
+MAX_OPEN = 64
+"""Files that are held open at once, whatever the number of tasks."""
+_LONGEST_NAME = 80
+"""Bytes of a task that its folder is named by."""
 
 
 class ShardWriter:
@@ -26,7 +33,9 @@ class ShardWriter:
         self.samples = 0
         self.directory = directory
         self._limit = samples_per_shard
-        self._tar: tarfile.TarFile | None = None
+        self._file: BinaryIO | None = None
+        self._size = 0
+        """Bytes of the unfinished file; 0 where there is none."""
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -35,23 +44,37 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Finish the last file."""
-        if self._tar is not None:
-            self._tar.close()
+        """Finish the last file, as ``tarfile`` does: two blocks of zeros, then up to a whole record."""
+        if self._size:
+            end = 2 * tarfile.BLOCKSIZE
+            self._append(bytes(end + -(self._size + end) % tarfile.RECORDSIZE))
+            self._size = 0
+        self.release()
+
+    def release(self) -> None:
+        """Close the file for a while; the next sample, or the end, opens it again."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
     def write(self, key: str, members: list[tuple[str, bytes]]) -> None:
         """Add one sample: its members are ``<key>.<name>``."""
-        if self._tar is None or self.samples % self._limit == 0:
+        if self.samples % self._limit == 0:
             self.close()
             self.names.append(f"shard-{len(self.names):06d}.tar")
-            path = self.directory / self.names[-1]
-            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed in close
         for name, data in members:
             info = tarfile.TarInfo(f"{key}.{name}")
             info.size = len(data)
             info.mode = 0o644
-            self._tar.addfile(info, io.BytesIO(data))
+            header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
+            self._append(header + data + bytes(-len(data) % tarfile.BLOCKSIZE))
         self.samples += 1
+
+    def _append(self, data: bytes) -> None:
+        if self._file is None:
+            self._file = (self.directory / self.names[-1]).open("ab")
+        self._file.write(data)
+        self._size += len(data)
 
 
 class TaskWriter:
@@ -67,6 +90,9 @@ class TaskWriter:
         self.sets: dict[str, ShardWriter] = {}
         """By task; the name of the only one is empty."""
         self._root, self._limit, self._by_task = root, samples_per_shard, by_task
+        self._open: dict[str, ShardWriter] = {}
+        """Those that hold an open file; the one that was used last is the last."""
+        self._folders: set[str] = set()
 
     def __enter__(self) -> TaskWriter:
         return self
@@ -85,23 +111,38 @@ class TaskWriter:
         label = (task or NO_TASK) if self._by_task else ""
         if label not in self.sets:
             self.sets[label] = ShardWriter(self._folder(label), self._limit)
+        self._open.pop(label, None)
+        self._open[label] = self.sets[label]
+        while len(self._open) > MAX_OPEN:
+            self._open.pop(next(iter(self._open))).release()
         self.sets[label].write(key, members)
 
     def _folder(self, label: str) -> Path:
         if not label:
             return self._root
-        name = re.sub(r"[^\w-]+", "-", label)[:80]
-        taken = {writer.directory.name for writer in self.sets.values()}
+        name = re.sub(r"[^\w-]+", "-", label)
+        name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")  # a file system counts bytes
         number = 2
         folder = name
-        while folder in taken:  # two names may differ in signs that a folder's does not have
+        # Two names may differ in signs that a folder's does not have, or in capitals, which some disks do not tell.
+        while folder.casefold() in self._folders:
             folder, number = f"{name}-{number}", number + 1
+        self._folders.add(folder.casefold())
         (self._root / folder).mkdir()
         return self._root / folder
 
 
-def write_metadata(directory: Path, shards: list[str]) -> None:
-    """Write Energon's ``.nv-meta``: index, shard counts, the split (train only) and the data set's class."""
+def write_metadata(directory: Path, shards: list[str], samples: int | None = None) -> None:
+    """Write Energon's ``.nv-meta``: index, shard counts, the split (train only) and the data set's class.
+
+    Args:
+        directory: Of the data set.
+        shards: Names of its tar files.
+        samples: How many are in them.
+
+    Raises:
+        OSError: Not all are in the index: Energon's processes, which write it, could not read the shards.
+    """
     from megatron.energon.flavors import CrudeWebdataset  # noqa: PLC0415 - loads torch
 
     # Energon reports its progress with print.
@@ -113,6 +154,10 @@ def write_metadata(directory: Path, shards: list[str]) -> None:
             shuffle_seed=None,
             workers=min(4, len(shards)),
         )
+    if samples is not None:
+        counts = json.loads((directory / ".nv-meta" / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+        if sum(counts.values()) != samples:
+            raise OSError(errno.EIO, f"{sum(counts.values())} of {samples} samples are in the index", str(directory))
     (directory / ".nv-meta" / "dataset.yaml").write_text(
         "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
     )

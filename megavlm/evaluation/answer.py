@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def answer(
     records: Sequence[HeldOutRecord],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
+    begin: Callable[[], object] = lambda: None,
 ) -> list[str] | None:
     """Answer ``prompts`` greedily; data-parallel replicas share them out.
 
@@ -38,6 +39,7 @@ def answer(
         records: for their images.
         prompts: one per record.
         max_new_tokens: longest answer.
+        begin: as :func:`~megavlm.inference.loaded.loaded` has it.
 
     Returns:
         The answers on the first rank, None on the others.
@@ -45,7 +47,7 @@ def answer(
     Raises:
         ValueError: an image cannot be decoded.
     """
-    with loaded(recipe, checkpoint, tokenizer) as chunks:
+    with loaded(recipe, checkpoint, tokenizer, begin) as chunks:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         mine = list(range(rank, len(prompts), size))
         answers: dict[int, str] = {}
@@ -74,7 +76,7 @@ def _show(indices: Sequence[int], records: Sequence[HeldOutRecord], prompts: Seq
     with agreed("reading images"):
         if not is_first_stage():
             return
-        decoder = make_decoder(recipe.data.image_decoder)
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
         for i in indices:
             decoded = decoder.decode([path.read_bytes() for path in records[i].images], recipe.model.vision.image_size)
             if decoded.failed:

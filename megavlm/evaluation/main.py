@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import time
@@ -19,6 +20,8 @@ from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
 from megavlm.inference.checkpoint import load_for_inference
 from megavlm.parallel.device import prepare_device
+from megavlm.parallel.lock import TIMEOUT_SECONDS, View
+from megavlm.parallel.output import holding, try_writing
 
 logger = logging.getLogger(__name__)
 
@@ -122,15 +125,31 @@ def run(args: argparse.Namespace) -> int:
     prepare_device()
     from megavlm.evaluation.answer import answer  # noqa: PLC0415 - imports Megatron-Core
 
-    predictions = answer(recipe, checkpoint, tokenizer, records, prompts, max_new_tokens)
-    if predictions is None:  # not the first rank
-        return 0
+    try_writing(args.out, "--out")
+    with contextlib.ExitStack() as stack:
+        locks: list[View] = []
+
+        def begin() -> None:
+            locks.append(stack.enter_context(holding(args.out, "eval", "--out", TIMEOUT_SECONDS)))
+
+        predictions = answer(recipe, checkpoint, tokenizer, records, prompts, max_new_tokens, begin)
+        if predictions is None:  # not the first rank
+            return 0
+        locks[0].check()
+        result = _scored(records, predictions, checkpoint, start)
+        _write(args, records, predictions, result)
+    logger.info("%s", json.dumps(result))
+    return 0
+
+
+def _scored(
+    records: Sequence[HeldOutRecord], predictions: Sequence[str], checkpoint: Path, start: float
+) -> dict[str, Any]:
+    """Score predictions; ``start`` is when the command began, by :func:`time.perf_counter`."""
     asked = [{"task": record.task, "answer": record.answer, "choices": record.choices} for record in records]
     result = {**score(asked, predictions), "records": len(records), "checkpoint": str(checkpoint)}
     result["seconds"] = round(time.perf_counter() - start, 1)
-    _write(args, records, predictions, result)
-    logger.info("%s", json.dumps(result))
-    return 0
+    return result
 
 
 def _check_arguments(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from megavlm.data.images import decode_with_pil
 from megavlm.evaluation.metrics import box_hit, exact_match, parse_boxes
 
 _INK = (35, 38, 47)
@@ -166,8 +167,7 @@ def _enlarge(source: Image.Image | Path | str, side: int) -> Image.Image:
     if isinstance(source, Image.Image):
         image = source.convert("RGB")
     else:
-        with Image.open(source) as opened:
-            image = opened.convert("RGB")
+        image = decode_with_pil(Path(source).read_bytes())
     scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     method = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, parse_conversation
+from megavlm.data.formats import Broken, Source
+from megavlm.data.formats.qwen_vl import conversation
+from megavlm.data.machine import is_file
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.prompt import Prompt
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
     """Return the records of a JSON file.
 
     Args:
-        path: JSON list of Qwen-VL conversation records.
+        path: JSON list, or JSON lines, of conversation records, each in Qwen-VL's form or in LLaVA's.
         images: directory of the images, which must all be there.
 
     Raises:
@@ -45,34 +52,59 @@ def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        records = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a list of records that is not empty")
+    ignored: Counter[str] = Counter()
     checked = []
-    for index, record in enumerate(records):
+    for index, entry in enumerate(_rows(path)):
         try:
-            conversation = parse_conversation(record)
+            if isinstance(entry, Broken):
+                raise ValueError(entry.reason)
+            record = conversation(entry, ignored)
+            parsed = parse_conversation(record)
+            question, answer = _first_exchange(parsed)
+            answer, choices = _scored(record, answer)
         except ValueError as error:
             raise ValueError(f"{path}: record {index}: {error}") from None
-        question, answer = _first_exchange(conversation)
-        shown = conversation.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
+        shown = parsed.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
         for name in shown:
-            if not (images / name).is_file():
+            if not is_file(images / name):
                 raise FileNotFoundError(f"{path}: record {index}: no image {name!r} in {images}")
         checked.append(
             HeldOutRecord(
-                id=conversation.id or str(index),
-                task=conversation.task or "all",
+                id=parsed.id or str(index),
+                task=parsed.task or "all",
                 question=question,
-                answer=record.get("answer", answer),
-                choices=record.get("choices") or [],
+                answer=answer,
+                choices=choices,
                 images=[images / name for name in shown],
             )
         )
+    if ignored:
+        counts = ", ".join(f"{key} ({number} records)" for key, number in ignored.most_common())
+        logger.warning("%s: keys of the records that are not used: %s", path, counts)
     return checked
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    source = Source(path, path.parent)
+    if not source.is_list:
+        raise ValueError(f"{path} must hold a list of records that is not empty")
+    return source.rows()
+
+
+def _text(value: Any, key: str) -> str:
+    """A field that is text or a number, as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"{key!r} must be text, not {type(value).__name__}")
+    check_unicode(str(value), repr(key))
+    return str(value)
+
+
+def _scored(record: Any, answer: str) -> tuple[str, list[str]]:
+    """The right answer, and the options of a closed question."""
+    given, choices = record.get("answer"), record.get("choices") or []
+    if not isinstance(choices, list):
+        raise ValueError(f"'choices' must be a list, not {type(choices).__name__}")
+    return answer if given is None else _text(given, "answer"), [_text(one, "choices") for one in choices]
 
 
 def _first_exchange(conversation: Conversation) -> tuple[tuple[Turn, ...], str]:

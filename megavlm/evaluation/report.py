@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.data.machine import is_machine_fault
 from megavlm.evaluation.benchmarks.spec import Picture, picture_bytes
 from megavlm.evaluation.panel import PanelItem, draw_pictures
 
@@ -172,7 +173,9 @@ def _picture(card: Card) -> str:
     for source in card.pictures:
         try:
             images.append(decode_with_pil(picture_bytes(source)))
-        except (ImageError, OSError):
+        except (ImageError, OSError) as error:
+            if is_machine_fault(error):
+                raise
             return '<p class="muted">(broken picture)</p>'
     right = card.score is not None and card.score >= 1
     item = PanelItem(card.question, card.expected, card.predicted, images, correct=right)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
+from PIL import Image, ImageDraw, ImageFont
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
+from megavlm.data.images import decode_with_pil
 from megavlm.evaluation.metrics import parse_boxes
 
 _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
@@ -24,8 +23,7 @@ def draw_boxes(image: bytes, answer: str) -> Image.Image | None:
     boxes = parse_boxes(answer)
     if not boxes:
         return None
-    with Image.open(io.BytesIO(image)) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    picture = decode_with_pil(image)
     draw = ImageDraw.Draw(picture)
     width, height = picture.size
     thick = max(2, min(width, height) // 150)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from megavlm.parallel.state import process_groups
 
 
 @contextlib.contextmanager
-def loaded(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> Iterator[list[Any]]:
+def loaded(
+    recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, begin: Callable[[], object] = lambda: None
+) -> Iterator[list[Any]]:
     """Load a checkpoint and yield its model chunks; process groups end with the block.
 
     The block runs in torch's inference mode, which is a little quicker than ``no_grad``. Training must not: buffers and
@@ -27,8 +29,10 @@ def loaded(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> Iterator[l
         recipe: of the checkpoint, at this job's layout; checked.
         checkpoint: its directory.
         tokenizer: its tokenizer.
+        begin: called once the ranks have met, before anything is loaded.
     """
     with process_groups(recipe.parallel, recipe.training.seed):
+        begin()
         chunks = build_model(recipe, tokenizer.imgpad_id)
         load(checkpoint, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         with torch.inference_mode():

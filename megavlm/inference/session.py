@@ -108,7 +108,9 @@ class Session:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, chunks: Sequence[Any], context: int) -> None:
         self.recipe, self.tokenizer, self.chunks, self.context = recipe, tokenizer, chunks, context
-        self._decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
+        self._decoder = (
+            make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_first_stage() else None
+        )
         self.idle_seconds = min(20.0, 20.0 * recipe.parallel.distributed_timeout_minutes)
         """With nothing to ask for so long, call :meth:`keep_waiting`: a third of what the other ranks wait, at most."""
 

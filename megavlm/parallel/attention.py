@@ -1,4 +1,4 @@
-"""Core attention in plain torch, plugged into Megatron-Core's layers by spec where Transformer Engine is not.
+"""Attention as megavlm plugs it into Megatron-Core's layers: a core in plain torch, and what is kept of split heads.
 
 Shape legend: S query positions, K key positions, B batch, T = tokens of a pack, N query heads and G key/value
 heads of this tensor-parallel rank, D width of a head.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -161,3 +162,20 @@ class TorchAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query_BNSD.size(1) != key_BGKD.size(1),
         )
+
+
+class CompactSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention, which lets go of what it gathers.
+
+    Where tensor parallelism is larger than the number of key/value heads, several ranks share one. Each has an even
+    part of the rows of ``linear_qkv``, whichever heads these belong to; Megatron-Core gathers the outputs of all ranks,
+    and each takes its queries and its one key/value head. These are views: a value of width D would keep all
+    N x D + 2 G x D gathered numbers of a token in memory until the backward pass.
+    """
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Return queries, keys and values [S, B, heads of this rank, D]."""
+        tensors = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.config.num_query_groups >= self.world_size:
+            return tensors
+        return tuple(tensor.contiguous() for tensor in tensors)

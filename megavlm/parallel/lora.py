@@ -4,7 +4,8 @@ They are Megatron-Core's own layers with more parameters, so that the names of t
 [out, in] an adapter has A [rank x parts, in] and B [rows of its parts, rank]: a fused layer (q, k, v; gate, up) may
 have one adapter for each of its parts, which all see the same input, or adapters for some of them.
 
-Column-parallel: A is whole on all ranks, B is cut as W is. Row-parallel: A is cut as W is, B is whole. With sequence
+Column-parallel: A is whole on all ranks, B is cut as W is. (Where ranks share a key/value head, both are cut evenly: if
+some parts have no adapter, at different places.) Row-parallel: A is cut as W is, B is whole. With sequence
 parallelism what is whole sees a part of the sequence on each rank: Megatron-Core sums the gradients of parameters
 that are marked ``sequence_parallel``.
 """
@@ -99,6 +100,21 @@ class Adapter:
             parts.append(part.unflatten(-1, (groups, size)))
         return torch.cat(parts, dim=-1).flatten(-2)
 
+    def places(self, start: int, stop: int) -> tuple[list[int], list[int]]:
+        """Return, for rows ``start`` to ``stop`` of a whole, grouped layer, the row of B and the present part of each.
+
+        Rows without an adapter have part -1 (and some row of B).
+        """
+        rows, parts, at, at_b = [], [], 0, 0
+        while at < stop:
+            share = 0
+            for size, present in zip(self.sizes, self.present, strict=True):
+                own = range(max(start, at), min(stop, at + size))
+                rows += [at_b + row - at if present else 0 for row in own]
+                parts += [share if present else -1] * len(own)
+                at, at_b, share = at + size, at_b + size * present, share + present
+        return rows, parts
+
     def split_b(self, lora_b: Tensor, rows: int) -> list[Tensor]:
         """Return B of each present part, [groups, rows of the part, rank], of a layer of ``rows``."""
         own = [size for size, present in zip(self.part_rows(rows), self.present, strict=True) if present]
@@ -184,11 +200,32 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
         quantize: the weight is kept in 4 bits; it comes with :meth:`quantise`.
     """
 
+    rows_of_b: Tensor
+    parts_of_b: Tensor
+
     def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
-        rows = adapter.b_rows(self.output_size_per_partition)
+        rows = adapter.b_rows(self.output_size) // self.tp_group.size()
         self._add((adapter.rank * adapter.count, self.input_size), (rows, adapter.rank), like)
         self.lora_a.sequence_parallel = self.sequence_parallel
         _mark_sharded(self.lora_b, 0)
+        if self._shares_groups(adapter):
+            self._place_b(adapter, like)
+
+    def _shares_groups(self, adapter: Adapter) -> bool:
+        """Whether this rank's rows begin or end inside a head group."""
+        return adapter.grouped and self.output_size_per_partition % sum(adapter.sizes) > 0
+
+    def _place_b(self, adapter: Adapter, like: Tensor) -> None:
+        """Keep which row of B belongs to each of this rank's rows, [rows], and to which part, [rows, parts] of 0 and 1.
+
+        B is cut evenly. If all parts have an adapter that is as the weight is cut; else its rows may lie elsewhere.
+        """
+        first = self.tp_group.rank() * self.output_size_per_partition
+        rows, parts = adapter.places(first, first + self.output_size_per_partition)
+        held = first if adapter.count == len(adapter.sizes) else 0
+        own = torch.tensor(parts)[:, None] == torch.arange(adapter.count)
+        self.register_buffer("rows_of_b", torch.tensor(rows, device=like.device) - held, persistent=False)
+        self.register_buffer("parts_of_b", own.to(device=like.device, dtype=like.dtype), persistent=False)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
@@ -212,8 +249,20 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        rows = self.output_size_per_partition
-        return output + self.adapter.expand(low * self.adapter.scale, self.lora_b, rows), bias
+        return output + self._expanded(low * self.adapter.scale), bias
+
+    def _expanded(self, low: Tensor) -> Tensor:
+        """Return what the adapters add to the rows of this rank."""
+        adapter, lora_b = self.adapter, self.lora_b
+        assert adapter is not None
+        if not self._shares_groups(adapter):
+            return adapter.expand(low, lora_b, self.output_size_per_partition)
+        # Also on a rank whose rows have no adapter B and ``low`` are multiplied (with zeros): the collectives of the
+        # backward pass need all ranks.
+        if adapter.count < len(adapter.sizes):
+            lora_b = gather_from_sequence_parallel_region(lora_b, tensor_parallel_output_grad=True, group=self.tp_group)
+        chosen = lora_b.index_select(0, self.rows_of_b)
+        return F.linear(low, (chosen[:, None] * self.parts_of_b[..., None]).flatten(1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None

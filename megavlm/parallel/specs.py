@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megavlm.parallel.activation import swiglu
-from megavlm.parallel.attention import TorchAttention
+from megavlm.parallel.attention import CompactSelfAttention, TorchAttention
 from megavlm.parallel.device import has_cuda, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 from megavlm.parallel.norm import TorchNorm
@@ -87,6 +87,7 @@ def layer_modules(
             core_attention = TEDotProductAttention
     if transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer.submodules.self_attention.module = CompactSelfAttention
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
         layer.submodules.self_attention.submodules.core_attention = core_attention
         return Modules(core_attention, norm, layer)
@@ -97,7 +98,7 @@ def layer_modules(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=CompactSelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
+from megavlm.config.errors import FAILED, WRONG_INPUT, OtherRankError, for_users, set_speaker
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel import adam, multi_tensor, wgrad
 from megavlm.parallel.device import backend, has_cuda, local_device
@@ -92,25 +93,33 @@ def is_tensorboard_rank() -> bool:
 def agreed(what: str) -> Iterator[None]:
     """Make what may fail on one rank fail on all of them; a collective over the whole job at the end of the block.
 
-    Without it, a rank that raises leaves the others waiting in their next collective until it times out.
+    Without it, a rank that raises leaves the others waiting in their next collective until it times out. Of ranks that
+    failed, the first one tells the user.
 
     Args:
         what: the work in words, for the ranks that did not fail themselves.
 
     Raises:
         Exception: the block's own error, where it failed.
-        RuntimeError: another rank failed.
+        OtherRankError: another rank failed.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    failed = any_rank(failure is not None)
+    # The first rank that failed is the one that is furthest from the end.
+    votes = torch.zeros(2, dtype=torch.int32, device=local_device())
     if failure is not None:
+        votes[0] = dist.get_world_size() - dist.get_rank()
+        votes[1] = WRONG_INPUT if for_users(failure) else FAILED
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    furthest, exit_code = votes.tolist()
+    if failure is not None:
+        set_speaker(failure, dist.get_world_size() - furthest)
         raise failure
-    if failed:
-        raise RuntimeError(f"{what} failed on another rank; its message says why")
+    if furthest:
+        raise OtherRankError(f"{what} failed on another rank; its message says why", exit_code)
 
 
 def any_rank(flag: bool) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from megavlm.config.lora import targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import linear_shapes, mlp_depth, padded_vocabulary
+from megavlm.planning.parameters import gathered_width, linear_shapes, local_groups, mlp_depth, padded_vocabulary
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     local = tokens // tp if layout.sequence_parallel else tokens
     hidden = language.hidden_size
     queries = language.num_attention_heads * language.kv_channels // tp
-    keys = language.num_query_groups * language.kv_channels // tp
+    keys = local_groups(language, tp) * language.kv_channels
     ffn = language.ffn_hidden_size // tp
     stream = local * hidden
     # Both norms keep their input, the plain one in fp32; what they give goes into a linear layer.
@@ -87,7 +87,13 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
         inputs = (2 * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
         inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
-    attention = tokens * (queries + 2 * keys + queries + keys) * b
+    projected = queries + 2 * keys
+    gathered = gathered_width(language, tp)
+    # Of what ranks gather to share a key/value head the value is copied, unless a norm in fp32 holds on to all of it.
+    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and b == 4
+    if gathered:
+        projected = keys + gathered * int(held_whole)
+    attention = tokens * (projected + queries + keys) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
     if not kernels.fused:  # cosines and sines, for queries and for keys
         attention += 4 * tokens * language.kv_channels * b
@@ -95,7 +101,7 @@ def layer_kept(language: LanguageConfig, layout: Layout, tokens: int, kernels: K
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
-        read = (queries + keys) * b if kernels.fused else 4 * (queries + keys * int(b == 2))
+        read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
     return norms + inputs + attention + tokens * 2 * ffn * b
 
@@ -120,8 +126,11 @@ def adapters_kept(language: LanguageConfig, lora: LoraConfig, layout: Layout, to
         kept += elements * (b * int(not there) + int(lora.dropout > 0))
         column = name in ("linear_qkv", "linear_fc1")
         kept += len(own) * (tokens if column else local) * lora.rank * b
-        if own[0].parts == 3:  # the rows of each part's B, side by side
-            kept += sum((queries, keys, keys)[target.part] for target in own) * lora.rank * b
+        rows = sum((queries, keys, keys)[target.part] for target in own)
+        if own[0].parts == 3 and gathered_width(language, tp):  # what multiplies each row of the layer, zeros among it
+            kept += (queries + 2 * keys) * len(own) * lora.rank * b
+        elif own[0].parts == 3:  # the rows of each part's B, side by side
+            kept += rows * lora.rank * b
     return kept
 
 
@@ -132,7 +141,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
-        return units * local * language.hidden_size * kernels.number_bytes
+        angles = tokens * language.kv_channels * 4  # of the rotary positions, fp32, one tensor for all layers
+        return units * local * language.hidden_size * kernels.number_bytes + angles
     layer = layer_kept(language, layout, tokens, kernels, learns=learns)
     if parallel.recompute_granularity == "selective":
         heads = language.num_attention_heads // layout.tensor
@@ -235,11 +245,20 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         weight = max(linear_shapes(language, tp)) * b
         forward += weight
         backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
+    # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the
+    # layer is not there yet, or no more.
+    gathered = 2 * tokens * gathered_width(language, tp) * b
+    layer = layer_kept(language, layout, tokens, kernels, learns=learns)
+    if lora.rank is not None:
+        layer += adapters_kept(language, lora, layout, tokens, kernels)
     if recipe.parallel.recompute_granularity == "full":
         unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
-        backward += unit * layer_kept(language, layout, tokens, kernels, learns=learns)
-        if lora.rank is not None:
-            backward += unit * adapters_kept(language, lora, layout, tokens, kernels)
+        backward += unit * layer
+        if gathered:
+            forward = max(forward, gathered + 2 * stream)
+            backward = max(backward, gathered + 2 * stream + (unit - 1) * layer)
+    elif gathered:
+        forward, backward = (max(most, gathered + 4 * stream - layer) for most in (forward, backward))
     if chunk.last:
         rows = padded_vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.

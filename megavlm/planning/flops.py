@@ -1,11 +1,14 @@
 """Floating-point operations of a training step, counted from the model's shapes (for MFU).
 
 A multiply-add is two operations. Counted are the matrix products that the model needs: projections, MLPs,
-attention inside the segments, output layer, tower and connector. Recomputed activations are not: MFU is about the
-model, not about the hardware (PaLM, arXiv 2204.02311, appendix B).
+attention inside the segments, output layer, tower and connector: the tower's by its own patches, never by the tokens
+that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published figures differ in
+what they take for work: padding, the masked half of causal attention, activations that are computed twice.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe, VisionConfig
 from megavlm.planning.parameters import adapter_shapes
@@ -81,6 +84,62 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
         # Attention has no weights: its backward pass is that of a model that learns.
         total += language_flops(model.language, 0, squared_lengths)
         total += int(lora.train_head) * 2 * tokens * model.language.hidden_size * model.language.vocab_size
+    return total
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one step, or of some, over the global batch."""
+
+    useful: int
+    """What the model needs for its tokens: no padding, the causal half of attention, nothing twice."""
+    conventional: int
+    """As PaLM (arXiv 2204.02311, appendix B) and most published figures count: all positions, padding among them, and
+    the whole square of attention."""
+    hardware: int
+    """That, and what is recomputed: PaLM's HFU."""
+
+
+def count_step(
+    recipe: Recipe, *, tokens: int, squared_lengths: int, positions: int, squared_positions: int, images: int
+) -> StepFlops:
+    """Count the operations of steps in each way.
+
+    Args:
+        recipe: the run.
+        tokens: tokens of all segments without padding.
+        squared_lengths: sum of the squares of the segments' lengths.
+        positions: ``tokens``, and padding.
+        squared_positions: ``squared_lengths``, and the squares of the lengths of padding.
+        images: images.
+    """
+    # Twice the causal half is the square.
+    whole = step_flops(recipe, positions, 2 * squared_positions, images)
+    return StepFlops(
+        useful=step_flops(recipe, tokens, squared_lengths, images),
+        conventional=whole,
+        hardware=whole + recomputed_flops(recipe, positions, 2 * squared_positions, images),
+    )
+
+
+def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+    """Return the forward operations of a step that are made a second time, as backward passes need them.
+
+    Arguments as of :func:`step_flops`.
+    """
+    language, granularity = recipe.model.language, recipe.parallel.recompute_granularity
+    vision, _, language_passes = passes(recipe)
+    total = 0
+    if granularity is not None and language_passes > 1:
+        total = language_flops(language, 0, squared_lengths)  # attention's
+    if granularity == "full" and language_passes > 1:
+        # The output layer is not among the layers.
+        total += language_flops(language, tokens, 0) - 2 * tokens * language.hidden_size * language.vocab_size
+        if recipe.lora.rank is not None:
+            total += adapter_flops(language, recipe.lora, tokens)
+    if vision > 1 and recipe.model.vision.gradient_checkpointing:
+        embedding = 2 * recipe.model.vision.patches_per_image * 3 * recipe.model.vision.patch_size**2
+        total += vision_flops(recipe.model.vision, images) - images * embedding * recipe.model.vision.hidden_size
     return total
 
 

@@ -104,6 +104,21 @@ def mlp_depth(preset: str) -> int:
     return int(digits) if digits.isdigit() else 1
 
 
+def local_groups(language: LanguageConfig, tensor: int) -> int:
+    """Return the key/value heads that one rank attends with: its share, or one that several ranks share."""
+    return max(language.num_query_groups // tensor, 1)
+
+
+def gathered_width(language: LanguageConfig, tensor: int) -> int:
+    """Return the numbers of a token that ranks gather of QKV, each the whole of it, to share key/value heads; else 0.
+
+    Megatron-Core splits the rows of the projection evenly, whichever heads they belong to.
+    """
+    if language.num_query_groups >= tensor:
+        return 0
+    return (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
+
+
 def layer_shapes(language: LanguageConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one language layer on one rank."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels

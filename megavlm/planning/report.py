@@ -7,29 +7,11 @@ from typing import Any
 
 from megavlm.config import yaml12
 from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Efficiency, Gpu
+from megavlm.planning.launch import overrides
 from megavlm.planning.layout import GPUS_PER_NODE
 from megavlm.planning.memory import StageMemory
 from megavlm.planning.search import Plan, Search
 from megavlm.planning.workload import Workload
-
-_KEYS = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "sequence_parallel",
-    "use_distributed_optimizer",
-    "overlap_grad_reduce",
-    "overlap_param_gather",
-    "recompute_granularity",
-    "recompute_num_layers",
-)
-"""The keys of ``parallel`` that a plan sets."""
-
-
-def overrides(plan: Plan) -> dict[str, Any]:
-    """Return the recipe's branches that the plan sets."""
-    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in _KEYS}}
 
 
 def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
@@ -41,17 +23,20 @@ def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
     return head + yaml12.dump(overrides(plan))
 
 
-def as_json(found: Search, own: Plan | str, gpus: int, gpu: Gpu, workload: Workload, listed: int) -> dict[str, Any]:
+def as_json(
+    found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed: int, command: list[str]
+) -> dict[str, Any]:
     """Return the search as plain data: bytes, seconds, shares between 0 and 1."""
     return {
         "predicted": True,
-        "gpus": gpus,
+        "gpus": found.gpus,
         "gpu": asdict(gpu),
         "workload": asdict(workload),
         "tried": found.tried,
         "plans": [_plan_json(plan) for plan in found.plans[:listed]],
         "recipe_as_it_is": own if isinstance(own, str) else _plan_json(own),
         "refused": [asdict(refusal) for refusal in found.refusals],
+        "launch": command,
     }
 
 
@@ -69,21 +54,36 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def as_text(found: Search, own: Plan | str, gpus: int, gpu: Gpu, workload: Workload, listed: int) -> str:
+def as_text(found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed: int, command: list[str]) -> str:
     """Return the search as a page of text."""
     lines = [
-        f"Predicted, not measured: {gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
+        f"Predicted, not measured: {found.gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
+        *_measured(gpu),
         f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images and"
         f" {workload.samples:g} samples on average, {workload.most_images} images at most.",
         "",
     ]
     if found.plans:
         lines += [*_table(found.plans[:listed]), "", *_chosen(found.plans[0], gpu)]
-        lines += ["", _own(own, found.plans[0])]
+        lines += ["", _own(own, found.plans[0]), "", "Start it with (and your data and output_dir):"]
+        lines += ["  " + " \\\n      ".join(command)]
     if found.refusals:
         lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]
         lines += [f"  TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
     return "\n".join(lines)
+
+
+def _measured(gpu: Gpu) -> list[str]:
+    """Say what of the time was measured, and on what."""
+    rates = gpu.rates
+    if rates is None:
+        return []
+    other = rates.device != gpu.device if gpu.device else False
+    return [
+        f"Products, attention and copies are as fast as measured on {rates.device or 'a device without a name'}"
+        + (f", which is no {gpu.name}" if other else "")
+        + "; links and FP8 are assumed."
+    ]
 
 
 def _table(plans: tuple[Plan, ...]) -> list[str]:
@@ -138,6 +138,8 @@ def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
         f"{free / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} stay free (a plan leaves {100 * HEADROOM:.0f} %).",
         f"A step of {time.step:.3g} s: {time.pipeline:.3g} s of passes, {100 * time.bubble:.1f} % of it bubble;"
         f" optimizer {1e3 * time.optimizer:.3g} ms.",
+        f"MFU {100 * time.mfu:.1f} % of useful work; {100 * time.mfu_conventional:.1f} % as most published figures"
+        f" count (the whole square of attention), {100 * time.hfu:.1f} % with what is recomputed.",
         f"Communication per step: tensor-parallel {1e3 * time.tensor_parallel:.3g} ms exposed; a message between stages"
         f" {1e3 * time.p2p:.3g} ms; data-parallel {1e3 * time.data_parallel:.3g} ms,"
         f" {1e3 * time.data_parallel_exposed:.3g} ms of it exposed.",

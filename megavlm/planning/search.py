@@ -36,6 +36,11 @@ class Plan:
     time: StepTime
 
     @property
+    def fullest(self) -> int:
+        """Bytes that the fullest stage needs."""
+        return max(memory.total for memory in self.memory)
+
+    @property
     def days(self) -> float:
         """Days of the whole run."""
         return self.recipe.training.train_steps * self.time.step / 86400
@@ -65,6 +70,8 @@ class Search:
     """Sizes of which no layout is left."""
     tried: int
     """Layouts looked at."""
+    gpus: int
+    """On so many GPUs."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
     plans = sorted(best.values(), key=lambda plan: plan.time.step)
     exact = [evaluate(plan.recipe, gpus, gpu, workload) for plan in plans[:_SIMULATED]]
     plans = sorted(exact, key=lambda plan: plan.time.step) + plans[_SIMULATED:]
-    return Search(tuple(plans), tuple(refusals), tried)
+    return Search(tuple(plans), tuple(refusals), tried, gpus)
 
 
 _ONE: dict[str, Any] = {

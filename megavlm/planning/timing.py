@@ -12,15 +12,17 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Kernels, kernels_of, weights_learn
-from megavlm.planning.flops import step_flops
+from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import (
     NF4_BYTES,
     adapter_shapes,
     adapter_widths,
+    gathered_width,
     learning_elements,
     linear_shapes,
+    local_groups,
     padded_vocabulary,
 )
 from megavlm.planning.schedule import Timeline, simulate
@@ -67,7 +69,11 @@ class StepTime:
     optimizer: float
     """Update of the weights."""
     mfu: float
-    """Model FLOP/s over the peak of all GPUs, 0 to 1."""
+    """Useful model FLOP/s over the peak of all GPUs, 0 to 1."""
+    mfu_conventional: float
+    """The same with the whole square of attention, as most published figures count."""
+    hfu: float
+    """That, and what is recomputed."""
 
 
 class Timer:
@@ -97,19 +103,53 @@ class Timer:
             images=load.images,
         )
 
-    def _gemm(self, flops: float, efficiency: float | None = None) -> float:
+    def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
+        """Return the seconds of products of ``flops``, each of the sizes m, n, k."""
+        if self.gpu.rates is not None:
+            # Measured in bf16; the share of the peak is taken to be that of other types too.
+            return flops / (self.gpu.rates.product(m, n, k) * self.peak / self.gpu.bf16_flops)
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
-    def _linear(self, flops: float) -> float:
-        """Return the seconds of the language layers' products, which may be in FP8."""
+    def _linear(self) -> float:
+        """Return the seconds of a language layer's products, forward; they may be in FP8."""
+        language, tp, tokens = self.recipe.model.language, self.layout.tensor, self.workload.tokens
+        hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
+        queries = language.num_attention_heads * language.kv_channels // tp
+        keys = language.num_query_groups * language.kv_channels // tp
+        shapes = ((queries + 2 * keys, hidden), (hidden, queries), (2 * ffn, hidden), (hidden, ffn))
         if self.kernels.fp8 and self.gpu.fp8_flops is not None:
+            flops = sum(2 * tokens * rows * width for rows, width in shapes)
             return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
-        return self._gemm(flops)
+        return sum(self._gemm(2 * tokens * rows * width, tokens, rows, width) for rows, width in shapes)
 
-    def _attention(self, flops: float) -> float:
+    def _tower(self, images: float) -> float:
+        """Return the seconds of the tower's products, forward."""
+        tower, tp = self.recipe.model.vision, self.layout.tensor
+        positions = images * (tower.patches_per_image + int(tower.class_token))
+        width, ffn = tower.hidden_size, tower.ffn_hidden_size // tp
+        shapes = [(3 * width // tp, width), (width, width // tp), (ffn, width), (width, ffn)] * tower.num_layers
+        products = [(positions, rows, inputs) for rows, inputs in shapes]
+        products.append((images * tower.patches_per_image, width, 3 * tower.patch_size**2))
+        return sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in products)
+
+    def _attention(self, flops: float, *, of_tower: bool = False) -> float:
+        if self.gpu.rates is not None:
+            model, load = self.recipe.model, self.workload
+            if of_tower:
+                tower, heads = model.vision, model.vision.num_attention_heads
+                length: float = tower.patches_per_image + int(tower.class_token)
+                width = tower.hidden_size // heads
+            else:
+                heads, width = model.language.num_attention_heads, model.language.kv_channels
+                length = load.tokens / load.samples
+            rate = self.gpu.rates.attend(length, heads / self.layout.tensor, width, causal=not of_tower)
+            return flops / (rate * self.peak / self.gpu.bf16_flops)
         return flops / (self.peak * self.gpu.efficiency.attention)
 
-    def _stream(self, moved: float) -> float:
+    def _stream(self, moved: float, each: float | None = None) -> float:
+        """Return the seconds of passes over memory that move ``moved`` bytes, in tensors of ``each`` bytes."""
+        if self.gpu.rates is not None:
+            return moved / self.gpu.rates.stream(moved if each is None else each)
         return moved / (self.gpu.bandwidth * self.gpu.efficiency.memory)
 
     def _tensor_parallel(self, moved: float, count: int) -> float:
@@ -127,28 +167,28 @@ class Timer:
         learns = weights_learn(self.recipe)
         width = language.num_attention_heads * language.kv_channels
         work = self._flops(Chunk(0, 1, first=False, last=False))
-        dense, attention = work.layers, work.attention
+        linear, attention = self._linear(), work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        rotated = tokens * (width + language.num_query_groups * language.kv_channels) // tp * b
+        rotated = tokens * (width // tp + local_groups(language, tp) * language.kv_channels) * b
+        gathered = tokens * gathered_width(language, tp) * b
         # Norms and residuals; rotation; gated activation. Plain torch makes three times the passes over memory.
         moved = (10 * stream + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b) * (
             1 if self.kernels.fused else 3
         )
-        wires = self._tensor_parallel(wide, 4)
-        forward = max(
-            self._linear(dense) + self._attention(attention) + self._stream(moved), _LAUNCHES * KERNEL_SECONDS
-        )
+        moved += 2 * gathered  # put in order, which is read and written
+        sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
+        wires = self._tensor_parallel(wide, 4) + sharing
+        forward = max(linear + self._attention(attention) + self._stream(moved, stream), _LAUNCHES * KERNEL_SECONDS)
         backward = max(
-            self._linear(dense * (1 + int(learns)))
-            + self._attention(_FLASH_BACKWARD * attention)
-            + 2 * self._stream(moved),
+            linear * (1 + int(learns)) + self._attention(_FLASH_BACKWARD * attention) + 2 * self._stream(moved, stream),
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
         forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
         back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        back_wires += sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
@@ -161,7 +201,10 @@ class Timer:
         if lora.rank is None:
             return 0.0, 0.0
         b, tokens = self.kernels.number_bytes, self.workload.tokens
-        product = self._gemm(2 * tokens * sum(adapter_shapes(language, lora, tp)))
+        product = sum(
+            self._gemm(2 * tokens * elements, tokens, lora.rank, elements / lora.rank)
+            for elements in adapter_shapes(language, lora, tp)
+        )
         # Inputs are read, and with dropout written beside a mask; what is added is written, read and summed.
         into, out = adapter_widths(language, lora, tp)
         moved = self._stream(tokens * (into * (1 + 2 * int(lora.dropout > 0)) + 4 * out) * b)
@@ -177,8 +220,9 @@ class Timer:
         learns = weights_learn(self.recipe) or self.recipe.lora.train_head
         product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.vocab_size
         # The loss in fp32 passes over the logits some ten times forward, three times backward.
-        forward = self._gemm(product) + self._stream(40 * tokens * rows / tp)
-        backward = self._gemm(product * (1 + int(learns))) + self._stream(14 * tokens * rows / tp)
+        seconds, logits = self._gemm(product, tokens, rows // tp, language.hidden_size), tokens * rows / tp
+        forward = seconds + self._stream(40 * logits, 4 * logits)
+        backward = seconds * (1 + int(learns)) + self._stream(14 * logits, 4 * logits)
         wires = self._tensor_parallel(tokens * language.hidden_size * b, 1)
         return Cost(forward + wires, backward + wires, 2 * wires)
 
@@ -188,18 +232,19 @@ class Timer:
         tower, images = model.vision, self.workload.images
         positions = tower.patches_per_image + int(tower.class_token)
         work = self._flops(Chunk(0, 0, first=True, last=False))
-        dense, attention = work.tower, work.tower_attention
+        dense, attention = self._tower(images), self._attention(work.tower_attention, of_tower=True)
         stream = images * positions * tower.hidden_size * b
         moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
         wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images else 0.0
-        forward = self._gemm(dense, self.gpu.efficiency.tower) + self._attention(attention) + self._stream(moved)
+        forward = dense + attention + self._stream(moved, stream)
         forward = max(forward, tower.num_layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
         if not modules.vision.freeze:
-            backward = 2 * forward + self._attention((_FLASH_BACKWARD - 2) * attention)
+            backward = 2 * forward + (_FLASH_BACKWARD - 2) * attention
             if tower.gradient_checkpointing:
                 backward, back_wires = backward + forward, wires
-        connector = self._gemm(work.connector)
+        hidden = model.language.hidden_size
+        connector = self._gemm(work.connector, images * tower.patches_per_image, hidden / tp, hidden)
         queries = model.tokens_per_image * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
         gathered += self._tensor_parallel(queries, 3)
@@ -312,12 +357,16 @@ class Timer:
         pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        flops = step_flops(
+        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        flops = count_step(
             self.recipe,
-            packs * self.workload.tokens,
-            round(packs * self.workload.squared_lengths),
-            round(packs * self.workload.images),
+            tokens=positions,
+            squared_lengths=squares,
+            positions=positions,
+            squared_positions=squares,
+            images=round(packs * self.workload.images),
         )
+        at_peak = step * self.peak * layout.gpus
         return StepTime(
             step=step,
             pipeline=pipeline,
@@ -328,7 +377,9 @@ class Timer:
             data_parallel=wired,
             data_parallel_exposed=exposed,
             optimizer=update,
-            mfu=flops / (step * self.peak * layout.gpus),
+            mfu=flops.useful / at_peak,
+            mfu_conventional=flops.conventional / at_peak,
+            hfu=flops.hardware / at_peak,
         )
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:

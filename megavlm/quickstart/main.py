@@ -27,6 +27,9 @@ from megavlm.data import prepare
 from megavlm.data.tokenizer import train_sentencepiece
 from megavlm.evaluation.main import PANEL, PREDICTIONS, SCORES
 from megavlm.models.registry import expand_presets
+from megavlm.parallel.lock import LOCK_FILE, held
+from megavlm.parallel.output import try_writing
+from megavlm.parallel.processes import signalled_at_parents_end
 from megavlm.quickstart.render import RenderedData, render_dataset
 from megavlm.quickstart.report import format_table
 
@@ -60,6 +63,16 @@ def run(args: argparse.Namespace) -> int:
     overrides = _overrides(out, [*layout, *args.overrides])
     recipe = load_recipe("quickstart", overrides, expand_presets)
     check_recipe(recipe, ranks)
+    _check_ours(out)
+    try_writing(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    with held(out / LOCK_FILE, "quickstart", f"--out {out}"):
+        return _run(args, recipe, ranks, overrides, start)
+
+
+def _run(args: argparse.Namespace, recipe: Recipe, ranks: int, overrides: Sequence[str], start: float) -> int:
+    """Do the job in a directory that is ours; ``start`` is when it began, by :func:`time.perf_counter`."""
+    out: Path = args.out
     _empty(out)
     rendered = _make_data(out / "data", args)
     logger.info("training: %d processes; curves: tensorboard --logdir %s", ranks, recipe.output_dir)
@@ -95,19 +108,31 @@ def _overrides(out: Path, own: Sequence[str]) -> list[str]:
     ]
 
 
-def _empty(out: Path) -> None:
-    """Remove an earlier quickstart, and nothing else.
+def _check_ours(out: Path) -> None:
+    """Check that nothing but an earlier quickstart is in a directory.
 
     Raises:
         ValueError: the directory holds something else.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
+    # Of one that was killed at once there is the lock alone.
+    found = [path for path in out.iterdir() if not path.name.startswith(LOCK_FILE)] if out.is_dir() else []
+    if found and not (out / "data").is_dir():
         raise ValueError(f"--out {out} is not empty and is no quickstart's; choose another directory")
-    for name in ("data", "train", "eval"):
-        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _empty(out: Path) -> None:
+    """Remove an earlier quickstart, and nothing else.
+
+    Raises:
+        HeldError: its model is being trained on, or evaluated, by hand.
+    """
+    for name in ("train", "eval"):
+        if (out / name).is_dir():
+            with held(out / name / LOCK_FILE, "quickstart", f"--out {out}: {name}"):
+                shutil.rmtree(out / name, ignore_errors=True)
+    shutil.rmtree(out / "data", ignore_errors=True)
     for name in (_RESULT, "heldout.png", PREDICTIONS):
         (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _make_data(directory: Path, args: argparse.Namespace) -> RenderedData:
@@ -158,7 +183,10 @@ def _torchrun(ranks: int, words: Sequence[str]) -> None:
     command += ["megavlm", *words]
     logger.info("torchrun --nproc-per-node %d -m megavlm %s", ranks, " ".join(words))
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    # However this process ends: torchrun then ends its ranks.
+    process = subprocess.Popen(
+        command, env=env, start_new_session=True, preexec_fn=signalled_at_parents_end(signal.SIGTERM)
+    )
     try:
         code = process.wait()
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.checkpoint.manifest import check
 from megavlm.checkpoint.paths import latest, newest_first, read_run
 from megavlm.config import yaml12
+from megavlm.parallel.lock import LOCK_FILE, read_holder
 from megavlm.training.heartbeat import read_heartbeats
 
 Facts = dict[str, Any]
@@ -78,9 +79,26 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
         "checkpoints": checkpoints,
         "partial": [path.name for path in root.glob("*.partial")],
         "patience_seconds": _patience(metrics),
+        "holder": _holder(directory),
+        "steps_with_two_losses": _contradictions(metrics),
     }
     facts["problems"] = list(_problems(facts, root))
     return facts
+
+
+def _holder(directory: Path) -> Facts | None:
+    """Return who holds the directory, and whether it lives: null where that cannot be seen from here."""
+    found = read_holder(directory / LOCK_FILE)
+    return None if found is None else {"who": str(found[0]), "lives": found[1]}
+
+
+def _contradictions(metrics: list[Facts]) -> list[int]:
+    """Return the steps that have several losses: more than one run has written here."""
+    losses: dict[int, set[float]] = {}
+    for line in metrics:
+        if isinstance(line.get("step"), int) and isinstance(line.get("loss"), float):
+            losses.setdefault(line["step"], set()).add(line["loss"])
+    return sorted(step for step, found in losses.items() if len(found) > 1)
 
 
 def _patience(metrics: list[Facts]) -> float:
@@ -159,6 +177,13 @@ def _problems(facts: Facts, root: Path) -> Iterator[str]:
     pointer = latest(root)
     if facts["checkpoints"] and (pointer is None or not (root / "latest").is_file()):
         yield "the file latest is missing; the next save makes it anew"
+    twice = facts["steps_with_two_losses"]
+    if twice:
+        yield (
+            f"metrics.jsonl has several losses of {len(twice)} steps, the first is {twice[0]}: two runs have written "
+            "here at the same time (older versions let them), or with different recipes; train anew elsewhere, or go "
+            "on only from a checkpoint below that step"
+        )
     done = bool(facts["ranks"]) and all(beat.get("phase") == "done" for beat in facts["ranks"])
     # A rank that failed knew of it; one that was killed still says that it trains.
     lost = [beat for beat in facts["ranks"] if beat.get("phase") in _WORKING]
@@ -170,7 +195,8 @@ def _problems(facts: Facts, root: Path) -> Iterator[str]:
         age = timedelta(seconds=round(time.time() - behind["time"]))
         others_left = len(lost) < len(facts["ranks"])
         silent = age.total_seconds() > facts["patience_seconds"] * (10 if behind["phase"] == "saving" else 1)
-        if silent or others_left:
+        dead = facts["holder"] is not None and facts["holder"]["lives"] is False
+        if silent or others_left or dead:
             yield (
                 f"rank {behind['rank']} (host {behind['host']}, pid {behind['pid']}) was last heard of in step "
                 f"{behind['step']} ({behind['phase']}), {age} ago: it was killed, crashed or hangs"
@@ -188,6 +214,9 @@ def describe(facts: Facts) -> Iterator[str]:
     for beat in facts["ranks"]:
         age = timedelta(seconds=round(time.time() - beat["time"]))
         yield f"  rank {beat['rank']}: step {beat['step']}, {beat['phase']}, {age} ago on {beat['host']}"
+    if facts["holder"] is not None:
+        state = {True: "lives", False: "is dead: the next start goes on at once", None: "cannot be seen from here"}
+        yield f"held by {facts['holder']['who']}, which {state[facts['holder']['lives']]}"
     slowest, trend = facts["slowest_measured"], facts["step_seconds"]
     if slowest is not None and len(facts["ranks"]) > 1:
         yield (

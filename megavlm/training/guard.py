@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import TrainingConfig
+from megavlm.parallel.lock import View
 from megavlm.parallel.state import any_rank, is_logging_rank
+from megavlm.training.lines import drop_steps_after
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
 
@@ -28,16 +30,20 @@ class StepGuard:
     Args:
         settings: the recipe's ``training`` branch.
         progress: the run's counters, kept up to date here.
-        directory: the run's, for the list of skipped steps.
+        directory: the run's, for the list of skipped steps; what an earlier start wrote there of steps that are taken
+            again goes to another file.
+        lock: of the directory; nothing is written once it is lost.
     """
 
-    def __init__(self, settings: TrainingConfig, progress: Progress, directory: Path) -> None:
-        self.settings, self.progress, self.directory = settings, progress, directory
+    def __init__(self, settings: TrainingConfig, progress: Progress, directory: Path, lock: View | None = None) -> None:
+        self.settings, self.progress, self.directory, self._lock = settings, progress, directory, lock
+        if is_logging_rank():
+            drop_steps_after(directory / SKIPPED_FILE, progress.step)
 
     def largest_loss(self) -> float | None:
         """Return the loss above which a step is skipped, or None."""
-        factor, mean = self.settings.loss_spike_factor, self.progress.mean_loss
-        if factor is None or mean is None or self.progress.step < _WARM_STEPS:
+        factor, mean = self.settings.loss_spike_factor, self.progress.running_loss
+        if factor is None or mean is None or self.progress.running_loss_steps < _WARM_STEPS:
             return None
         return factor * mean
 
@@ -54,8 +60,13 @@ class StepGuard:
         progress = self.progress
         if result.skipped is None:
             progress.skipped_in_row = 0
-            mean = progress.mean_loss
-            progress.mean_loss = result.loss if mean is None else _MEMORY * mean + (1 - _MEMORY) * result.loss
+            mean = progress.running_loss
+            progress.running_loss = result.loss if mean is None else _MEMORY * mean + (1 - _MEMORY) * result.loss
+            progress.running_loss_steps += 1
+            return
+        if result.empty:  # nothing is wrong with the model; data.max_bad_fraction is there for data without use
+            progress.empty_steps += 1
+            self._record(result, samples)
             return
         progress.skipped_steps += 1
         progress.skipped_in_row += 1
@@ -71,12 +82,13 @@ class StepGuard:
     def _record(self, result: StepResult, samples: list[str] | None) -> None:
         gathered: list[Any] | None = [None] * dist.get_world_size() if is_logging_rank() else None
         dist.gather_object(samples, gathered)
-        if gathered is None:
+        if gathered is None or (self._lock is not None and self._lock.lost()):
             return
         keys = [key for part in gathered if part for key in part]
         step = self.progress.step + 1
         logger.warning("step %d changed nothing: %s; its samples: %s", step, result.skipped, ", ".join(keys[:8]))
-        line = {"step": step, "why": result.skipped, "loss": repr(result.loss), "samples": keys}
+        loss = None if result.empty else repr(result.loss)
+        line = {"step": step, "why": result.skipped, "loss": loss, "samples": keys}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with (self.directory / SKIPPED_FILE).open("a", encoding="utf-8") as file:

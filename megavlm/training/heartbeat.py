@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megavlm.parallel.lock import View
+
 logger = logging.getLogger(__name__)
 
 FOLDER = "heartbeats"
@@ -23,9 +25,11 @@ class Heartbeat:
         directory: the run's.
         rank: of this process.
         world_size: of the run; rank 0 removes the files of ranks that an earlier start had beyond it.
+        lock: of the directory; nothing is written once it is lost.
     """
 
-    def __init__(self, directory: Path, rank: int, world_size: int) -> None:
+    def __init__(self, directory: Path, rank: int, world_size: int, lock: View | None = None) -> None:
+        self._lock = lock
         self.path = directory / FOLDER / f"rank-{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -40,7 +44,7 @@ class Heartbeat:
     def beat(self, step: int, phase: str, *, now: bool = False) -> None:
         """Say that this rank is in ``phase`` of ``step``; ``now`` writes even if it has just been written."""
         clock = time.monotonic()
-        if not now and clock - self._written < _EVERY_SECONDS:
+        if (not now and clock - self._written < _EVERY_SECONDS) or (self._lock is not None and self._lock.lost()):
             return
         self._written = clock
         facts = {"step": step, "phase": phase, "time": time.time(), "waited_seconds": round(self.waited_seconds, 3)}

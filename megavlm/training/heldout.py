@@ -105,7 +105,10 @@ def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokeni
 
 
 def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe) -> dict[str, float]:
-    """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective."""
+    """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective.
+
+    A data set in which no token has a label has no loss, and is left out.
+    """
     sums = torch.zeros(2, dtype=torch.float64)
     losses = {}
     for chunk in chunks:
@@ -119,7 +122,10 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe)
             )
             result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
             sums += result
-            losses[f"validation_loss/{data.name}"] = float(result[0] / result[1].clamp(min=1))
+            if result[1] > 0:
+                losses[f"validation_loss/{data.name}"] = float(result[0] / result[1])
+            else:
+                logger.warning("data.validation %s: no token has a label, so it has no loss", data.name)
     for chunk in chunks:
         chunk.train()
-    return {"validation_loss": float(sums[0] / sums[1].clamp(min=1)), **losses}
+    return {"validation_loss": float(sums[0] / sums[1]), **losses} if sums[1] > 0 else {}

@@ -17,9 +17,8 @@ from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.manifest import MANIFEST, check
-from megavlm.checkpoint.paths import newest_first, read_run, resolve
+from megavlm.checkpoint.paths import newest_first, read_run, read_tree, resolve
 from megavlm.checkpoint.saver import Saver, State
-from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import Recipe
@@ -31,6 +30,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
+from megavlm.parallel.lock import View
 from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
@@ -59,37 +59,39 @@ class Trainer:
     Args:
         recipe: the run, checked.
         tokenizer: its tokenizer.
+        lock: of the run's directory.
 
     Raises:
         ValueError: the data or the checkpoint does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: View) -> None:
+        self.recipe, self.tokenizer, self.lock = recipe, tokenizer, lock
         self.deadline = Deadline(recipe.training.exit_after_minutes)
         self.checkpoints = Path(recipe.output_dir) / "checkpoints"
         self.replicas = mpu.get_data_parallel_world_size()
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
-        self.saver = Saver(self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save)
+        self.saver = Saver(
+            self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save, lock=lock
+        )
         self.stop = StopRequest()
         self.tasks = task_mean(recipe)
         self.training = build_training(recipe, tokenizer.imgpad_id)
         self.parent: Path | None = None
         self.base: Path | None = None
         self.progress, reader_state = self._load()
-        decoder = make_decoder(recipe.data.image_decoder) if is_reader() else None
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
         self.feed = self._open_feed(decoder, reader_state)
         self.graphs = LayerGraphs(recipe, self.training, self.num_microbatches)
         prefetcher = self.feed.prefetcher
         with agreed(f"writing to {recipe.output_dir}"):
-            self.metrics = Metrics(
-                recipe, self.progress, prefetcher.counters if prefetcher else None, self.training.configs
-            )
+            counters = prefetcher.counters if prefetcher else None
+            self.metrics = Metrics(recipe, self.progress, counters, self.training.configs, lock)
             self.recorder = Recorder(recipe.logging, Path(recipe.output_dir), dist.get_rank())
-            self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank(), dist.get_world_size())
-        self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir))
+            self.heartbeat = Heartbeat(Path(recipe.output_dir), dist.get_rank(), dist.get_world_size(), lock)
+            self.guard = StepGuard(recipe.training, self.progress, Path(recipe.output_dir), lock)
 
     def train(self) -> int:
         """Train to the last step, or until asked to stop; a checkpoint is saved at the end.
@@ -120,10 +122,19 @@ class Trainer:
         return 0
 
     def _agree_on_stopping(self) -> list[bool]:
-        """Return whether some rank was asked to stop, and whether time is up."""
+        """Return whether some rank was asked to stop, and whether time is up.
+
+        Raises:
+            LostError: another run has the directory now; on the ranks that saw it.
+            OtherRankError: the same, on the others.
+        """
         start = time.perf_counter()
-        answers = any_rank_of([self.stop.signal is not None, self.deadline.passed()])
+        *answers, lost = any_rank_of([self.stop.signal is not None, self.deadline.passed(), self.lock.lost()])
         self.heartbeat.waited_seconds += time.perf_counter() - start
+        if lost:
+            with agreed("keeping the lock of output_dir"):
+                self.lock.look()
+                self.lock.check()
         return answers
 
     @contextlib.contextmanager
@@ -171,8 +182,9 @@ class Trainer:
         """Report the loss on each held-out data set."""
         with self.training.settled():
             losses = validate(self.training.chunks, self.held_out, self.recipe)
-        logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
-        self.metrics.write(losses)
+        if losses:
+            logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
+            self.metrics.write(losses)
 
     def draw_panel(self) -> None:
         """Put held-out images with the model's answers on TensorBoard."""
@@ -352,7 +364,7 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
             f"checkpoint.load: {path} holds parts of a model only; "
             "compose a whole one with tools/checkpoint_convert/hf_to_megatron.py --language ... --vision ..."
         )
-    saved = yaml12.parse((path / "recipe.yaml").read_text(encoding="utf-8"))["model"]
+    saved = read_tree(path).get("model") or {}
     wanted = to_tree(recipe)["model"]
     for branch, registry in (("vision", VISION), ("connector", CONNECTORS), ("language", LANGUAGE)):
         for key, value in wanted[branch].items():

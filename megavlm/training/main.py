@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.checkpoint.paths import newest_first
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import MachineError, RecipeError, disk_problem
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megavlm.parallel.device import prepare_device
+from megavlm.parallel.output import holding, try_writing
 
 
 def run(recipe: Recipe) -> int:
@@ -25,6 +27,7 @@ def run(recipe: Recipe) -> int:
     assert recipe.data.tokenizer is not None  # the command line found the file
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
+    try_writing(recipe.output_dir)
     check_output(recipe)
     prepare_device()
     # Megatron-Core may be imported from here on.
@@ -41,16 +44,36 @@ def run(recipe: Recipe) -> int:
     check_quantiser(recipe.lora.quantize)
     with (
         contextlib.ExitStack() as leaving,
+        _disk_problems_told(recipe.output_dir),
         process_groups(recipe.parallel, recipe.training.seed),
         user_buffers(recipe),
+        holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
     ):
-        trainer = Trainer(recipe, tokenizer)
+        trainer = Trainer(recipe, tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())
         try:
             return trainer.train()
         finally:
             trainer.close()
+
+
+@contextlib.contextmanager
+def _disk_problems_told(output_dir: str) -> Iterator[None]:
+    """Make one line of a disk that fills up, or is taken away, while a run writes to it.
+
+    Raises:
+        MachineError: it did.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = disk_problem(error, output_dir)
+        if problem is None:
+            raise
+        raise MachineError(
+            f"output_dir: {problem}. Started again, the run goes on from its newest checkpoint"
+        ) from error
 
 
 def check_output(recipe: Recipe) -> None:

@@ -23,8 +23,11 @@ from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.feed import FeedCounters, MicroBatch
 from megavlm.parallel.device import local_device, peak_flops
+from megavlm.parallel.lock import View
+from megavlm.parallel.segments import segment_lengths
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
-from megavlm.planning.flops import step_flops
+from megavlm.planning.flops import count_step
+from megavlm.training.lines import drop_steps_after
 from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
@@ -45,12 +48,18 @@ class Metrics:
         progress: the run's counters, kept up to date here.
         counters: of this rank's feed; None where it reads nothing.
         configs: Megatron-Core's configuration of each model chunk of this rank.
+        lock: of the run's directory; nothing is written once it is lost.
     """
 
     def __init__(
-        self, recipe: Recipe, progress: Progress, counters: FeedCounters | None, configs: Sequence[Any]
+        self,
+        recipe: Recipe,
+        progress: Progress,
+        counters: FeedCounters | None,
+        configs: Sequence[Any],
+        lock: View | None = None,
     ) -> None:
-        self.recipe, self.progress = recipe, progress
+        self.recipe, self.progress, self._lock = recipe, progress, lock
         self.sources = [source_name(source) for source in recipe.data.train]
         self._tasks = task_mean(recipe)
         self._counters = counters or FeedCounters()
@@ -62,6 +71,7 @@ class Metrics:
         directory = Path(recipe.output_dir)
         if is_logging_rank():
             directory.mkdir(parents=True, exist_ok=True)
+            drop_steps_after(directory / METRICS_FILE, progress.step)
             self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - until close
         if is_tensorboard_rank() and recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
@@ -72,8 +82,8 @@ class Metrics:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
-        # Of this replica: tokens, squared segment lengths, padding, images.
-        self._counts = torch.zeros(4, dtype=torch.float64)
+        # Of this replica: tokens, squared segment lengths, padding, squared lengths of padding, images.
+        self._counts = torch.zeros(5, dtype=torch.float64)
         self._steps = 0
         self._seconds = 0.0
 
@@ -117,12 +127,20 @@ class Metrics:
             device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, squares, padding, images = counts.tolist()
+        tokens, squares, padding, padding_squares, images = counts.tolist()
         waited, seconds = slowest.tolist()
         supervised = float(self._losses[:, 1].sum())
-        flops = step_flops(self.recipe, int(tokens), int(squares), int(images))
-        values: dict[str, float | str] = {
-            "loss": mean_loss(self._losses, self._tasks) if supervised else math.nan,
+        flops = count_step(
+            self.recipe,
+            tokens=int(tokens),
+            squared_lengths=int(squares),
+            positions=int(tokens + padding),
+            squared_positions=int(squares + padding_squares),
+            images=int(images),
+        )
+        # Without a label there is no loss, and 0 were a good one.
+        values: dict[str, float | str] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
+        values |= {
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
@@ -136,11 +154,14 @@ class Metrics:
                 values[f"loss/{name}"] = loss / count
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None:
-            values["mfu"] = flops / seconds / (peak * dist.get_world_size())
+            at_peak = seconds * peak * dist.get_world_size()
+            values["mfu"] = flops.useful / at_peak
+            values["mfu_conventional"] = flops.conventional / at_peak
+            values["hfu"] = flops.hardware / at_peak
         # MFU is of the bf16 peak, in FP8 too, so that it can be compared; this is of the FP8 peak.
         fast = peak_flops("fp8") if self.recipe.engine.fp8 is not None else None
         if fast is not None:
-            values["mfu_fp8_peak"] = flops / seconds / (fast * dist.get_world_size())
+            values["mfu_fp8_peak"] = flops.useful / seconds / (fast * dist.get_world_size())
         progress = self.progress
         progress.tokens += int(tokens)
         progress.padding_tokens += int(padding)
@@ -186,6 +207,8 @@ class Metrics:
             values["grad_norm"] = grad_norm
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
         values["skipped_steps"] = float(self.progress.skipped_steps)
+        if self.progress.empty_steps:
+            values["empty_steps"] = float(self.progress.empty_steps)
         values |= skipped_values(self.progress)
         values |= self._timing.collect()
         if is_logging_rank():
@@ -193,10 +216,17 @@ class Metrics:
         self.write(values)
 
     def write(self, values: Mapping[str, float | str]) -> None:
-        """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and TensorBoard."""
+        """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and TensorBoard.
+
+        A figure that is not finite is ``null`` in the file: JSON has no other word for it.
+        """
+        if self._lock is not None and self._lock.lost():
+            return
         with self._tolerated():
             if self._file is not None:
-                print(json.dumps({"step": self.progress.step, **values}), file=self._file, flush=True)
+                known = {name: value if _is_finite(value) else None for name, value in values.items()}
+                line = json.dumps({"step": self.progress.step, **known}, allow_nan=False)
+                print(line, file=self._file, flush=True)
             if self._writer is not None:
                 for name, value in values.items():
                     if not isinstance(value, str):
@@ -205,7 +235,7 @@ class Metrics:
 
     def image(self, name: str, pixels_HWC: Tensor) -> None:
         """Put a picture, [H, W, 3] uint8, on TensorBoard (last rank only)."""
-        if self._writer is not None:
+        if self._writer is not None and not (self._lock is not None and self._lock.lost()):
             with self._tolerated():
                 self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
                 self._writer.flush()
@@ -240,6 +270,8 @@ _TAGS = {
     "data_wait_fraction": "speed/data_wait_fraction",
     "padding_fraction": "data/padding_fraction",
     "mfu": "speed/mfu",
+    "mfu_conventional": "speed/mfu_conventional",
+    "hfu": "speed/hfu",
     "memory_gib": "memory/peak_gib",
     "memory_rank": "memory/peak_rank",
     "timed_step_seconds": "time/step_seconds",
@@ -256,6 +288,7 @@ _TAGS = {
     "mfu_fp8_peak": "speed/mfu_fp8_peak",
     "checkpoint_stalled_seconds": "speed/checkpoint_stalled_seconds",
     "skipped_steps": "optimizer/skipped_steps",
+    "empty_steps": "optimizer/empty_steps",
     "skipped_samples": "data/skipped/total",
 }
 
@@ -284,14 +317,17 @@ def skipped_values(progress: Progress) -> dict[str, float]:
     return {"skipped_samples": float(sum(causes.values())), **{name: float(count) for name, count in causes.items()}}
 
 
+def _is_finite(value: float | str) -> bool:
+    return isinstance(value, str) or math.isfinite(value)
+
+
 def _counts(batch: MicroBatch) -> Tensor:
-    """[4] fp64: tokens, squared lengths of the segments, padding, images."""
-    lengths = batch.packed_seq_params.cu_seqlens_q.diff().double().cpu()
+    """[5] fp64: tokens, squared lengths of the segments, padding, its segments' squared lengths, images."""
+    lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
-    tokens = lengths[real]
-    return torch.stack(
-        [tokens.sum(), tokens.square().sum(), lengths[~real].sum(), torch.tensor(float(batch.num_images)).double()]
-    )
+    tokens, padding = lengths[real], lengths[~real]
+    sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
+    return torch.stack([*sums, torch.tensor(batch.num_images, dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
@@ -300,7 +336,7 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     rates = [value for name, value in values.items() if name.startswith("lr/")]
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
-        f"loss {values['loss']:.4f}",
+        f"loss {values.get('loss', math.nan):.4f}",
         f"lr {max(rates, default=0.0):.2e}",
         f"grad norm {values.get('grad_norm', math.nan):.3f}",
         f"{values['useful_tokens_per_second']:,.0f} useful tok/s",
@@ -321,6 +357,6 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     if values.get("skipped_samples"):
         parts.append(f"skipped samples {values['skipped_samples']:,.0f}")
     if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
+        parts.append(f"MFU {values['mfu']:.1%} (as usually counted {values['mfu_conventional']:.1%})")
     parts.append(f"ETA {timedelta(seconds=round(remaining))}")
     return " | ".join(parts)

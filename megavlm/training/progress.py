@@ -35,8 +35,13 @@ class Progress:
     """Steps that changed nothing, as their loss or gradient was not finite, or the loss too high."""
     skipped_in_row: int = 0
     """How many of them were the last ones."""
-    mean_loss: float | None = None
-    """Running mean of the loss over some 50 steps, for training.loss_spike_factor."""
+    empty_steps: int = 0
+    """Steps that changed nothing, as no token had a label."""
+    running_loss: float | None = None
+    """Running mean of the loss over some 50 steps, for training.loss_spike_factor. (``mean_loss`` of older checkpoints
+    is not read: steps without labels counted as 0 in it.)"""
+    running_loss_steps: int = 0
+    """Steps that are in it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the counters for ``run.json``."""

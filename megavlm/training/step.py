@@ -38,13 +38,21 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The loss of the global batch, in nats: the mean over its supervised tokens, or over its tasks."""
-        return mean_loss(self.source_losses, self.tasks)
+        """The loss of the global batch, in nats: the mean over its supervised tokens, or over its tasks.
+
+        NaN where it has none: 0 were the best loss of all.
+        """
+        return math.nan if self.empty else mean_loss(self.source_losses, self.tasks)
 
     @property
     def supervised_tokens(self) -> int:
         """Supervised tokens of the global batch."""
         return int(self.source_losses[:, 1].sum())
+
+    @property
+    def empty(self) -> bool:
+        """Whether no token of the global batch has a label, so that there is neither a loss nor a gradient."""
+        return self.supervised_tokens == 0
 
 
 def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +133,8 @@ def train_step(
     """Take one optimizer step on ``batches``, this replica's share of the global batch.
 
     The update is made by all ranks or by none: a loss or gradient that is not finite, or a loss above
-    ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike.
+    ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike. Nor does a batch without
+    labels change anything: its gradient is zero, but weight decay and Adam's moments would move the weights.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -133,7 +142,10 @@ def train_step(
     report = run_batches(chunks, batches, num_sources, tasks=tasks)
     fault("step.in_collective")
     _spoil_gradient(chunks)
-    loss = spoilt("loss.value", StepResult(report, None, tasks=tasks).loss)
+    result = StepResult(report, None, "no token has a label", tasks)
+    if result.empty:
+        return result
+    loss = spoilt("loss.value", result.loss)
     if any_rank(not math.isfinite(loss)):
         return StepResult(report, None, "the loss is not finite", tasks)
     if largest_loss is not None and loss > largest_loss:

@@ -27,7 +27,7 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.md"
-    done = _run("--dry-run-cpu", "--out", out, "--timeout", 250, "--limit", 270)
+    done = _run("--dry-run-cpu", "--out", out, "--timeout", 250, "--limit", 270, "--gpus", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert out.read_text() == done.stdout
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
@@ -44,12 +44,20 @@ def test_dry_run_runs_every_row_that_needs_no_gpu(tmp_path: Path) -> None:
     for kind in ("BF16", "FP8 (tensorwise)", "FP8 (delayed)"):
         assert status[f"small model, {kind}"] == "not run"
     dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    assert status["DALI decodes JPEGs as PIL does"] == ("ok" if dali else "not run")
+    assert status["dali decodes JPEGs as PIL does"] == ("ok" if dali else "not run")
+    for name in ("pil decodes JPEGs as PIL does", "simplejpeg decodes JPEGs as PIL does", "saving a checkpoint"):
+        assert status[name] == "ok"
+    for mix in ("unseen packs", "picture-heavy", "text-heavy"):
+        assert [name for name, value in status.items() if name.endswith(mix) and value == "ok"]
+    for layout in ("TP 2", "PP 2", "PP 2 x VPP 2", "DP 2", "DP 2, overlapped"):
+        assert status[f"{layout} against one GPU"] == "ok"
+    assert status["TP 2 x PP 2 + SP against one GPU"] == "not run"
     figures = json.loads(out.with_suffix(".json").read_text())
     assert {row["name"]: row["status"] for row in figures["rows"]} == status
     timed = figures["jobs"]["small model, BF16, torch layers"]
     assert timed["tokens_per_s"] > 0 and timed["images_per_s"] > 0 and timed["predicted_gib"] > 0
     assert timed["mfu"] is None and timed["peak_gib"] is None  # nothing is made up on a CPU
+    assert figures["rates"]["matmul"] and figures["rates"]["attention"] and figures["rates"]["copy"]
     packed = figures["jobs"]["attention, torch"]["cases"]["packed causal"]
     assert 0 < packed["output"] < 0.02 and 0 < packed["gradient"] < 0.02
 
@@ -85,6 +93,21 @@ def test_a_failed_job_is_a_failed_row_with_its_error_and_log(gpu_check: Any) -> 
     assert row.status == "failed"
     report = gpu_check.markdown([row], [], run, 1.0)
     assert "## Output of the failed job: nonsense" in report and "Traceback" in report
+
+
+def test_a_case_of_attention_that_fails_hides_no_other(gpu_check: Any) -> None:
+    cases = {"causal": {"output": 0.01, "gradient": 0.005}, "cross": {"error": "RuntimeError: no kernel"}}
+    row = gpu_check._attention("attention", gpu_check.Outcome({"cases": cases}))
+    assert row.status == "failed" and "causal 1.0e-02" in row.detail and "cross: RuntimeError: no kernel" in row.detail
+
+
+def test_parts_are_asked_for_by_name(gpu_check: Any, tmp_path: Path) -> None:
+    out = tmp_path / "part.md"
+    done = _run("--dry-run-cpu", "--out", out, "--only", "rates")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in out.read_text().splitlines() if line.startswith("| ") and " ok " in line]
+    assert len(rows) == 1 and rows[0].startswith("| rates of products")
+    assert _run("--dry-run-cpu", "--only", "everything").returncode == 2
 
 
 def test_losses_that_differ_or_are_not_numbers_fail(gpu_check: Any) -> None:
@@ -128,6 +151,8 @@ def test_goals_and_predictions_are_judged(gpu_check: Any) -> None:
         "predicted_gib": 60.0, "peak_gib": 65.0, "predicted_step_ms": 500.0,
     }  # fmt: skip
     speed, told = gpu_check._timed("BF16", gpu_check.Outcome(result))
+    without = gpu_check._timed("BF16, torch layers", gpu_check.Outcome(result))[0]
+    assert "goal 45% MFU: reached" in without.detail
     assert (
         speed.status == "ok"
         and "MFU 52.6% of the bf16 peak" in speed.detail

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hf_makers import digest, equal, load_state
 from ranks import start
+from safetensors.torch import save_file
 
 from megavlm.checkpoint.publish import publishing
 from megavlm.cli import main
@@ -213,3 +214,29 @@ def test_a_bug_of_the_disk_is_found_before_the_output_appears(
     with pytest.raises(RuntimeError, match="what was written differs from"):
         convert_in(source, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_a_recipe_that_would_fill_the_memory(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads a checkpoint's recipe: 400 bytes of aliases of aliases cost one line, with the file."""
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    (checkpoint / "recipe.yaml").write_text(bomb)
+    for words in (["generate", str(checkpoint), "--prompt", "hi"], ["train", str(checkpoint / "recipe.yaml")],
+                  ["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(tmp_path / "out")],
+                  ["convert", "hf-to-megatron", "--adapter", str(adapter(tmp_path)), "--base", str(checkpoint),
+                   "--out", str(tmp_path / "out")]):  # fmt: skip
+        assert main(words) == 2
+        one_line(
+            capsys.readouterr().err, f"{checkpoint}/recipe.yaml: ", "more than 250,000 values, aliases written out"
+        )
+
+
+def adapter(root: Path) -> Path:
+    """Write the files of an adapter, as far as they are read before its base is."""
+    directory = root / "adapter"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    save_file({"x.lora_A.weight": torch.ones(4, 4)}, directory / "adapter_model.safetensors")
+    return directory

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import codefuse, codefuse_parts, codefuse_published, load, make
+from family_cases import (
+    CODEFUSE,
+    codefuse,
+    codefuse_parts,
+    codefuse_published,
+    codefuse_state,
+    load,
+    make,
+    qwen_config,
+    visual_config,
+    write,
+)
 from tokenizer_files import write_llama
 from transformers import CLIPVisionModel
 
@@ -120,6 +132,43 @@ def test_no_family_holds_an_odd_mixture_but_its_parts_go_home(
     assert main(["convert", "megatron-to-hf", *refused, "siglip"]) == 2
     assert "the vision tower is not SigLIP's" in capsys.readouterr().err
     assert main(["convert", "megatron-to-hf", *refused, "bert"]) == 2
+
+
+@pytest.mark.parametrize("change", ["queries", "width of heads", "rows of the table", "grouped queries"])
+def test_who_came_in_as_one_family_does_not_leave_as_another(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resampler of 64 queries came in by CodeFuse-VLM's names; its code has 256."""
+    if change == "queries":
+        s = dataclasses.replace(CODEFUSE, queries=64)
+        config = {**qwen_config(s), "model_type": "llava_qwen"}
+        write(tmp_path / "hf", codefuse_state(s), config, **{"visual_config.json": json.dumps(visual_config(s))})
+        family, reason, others = "codefuse_vlm", "the resampler has 64 queries", "--family qwen_vl"
+    else:  # the recipe of a later training has another shape
+        make("qwen_vl", tmp_path / "hf")
+        family, others = "qwen_vl", "none"
+        reason = {"width of heads": "heads are 64 wide", "rows of the table": "table has 64 rows",
+                  "grouped queries": "grouped queries"}[change]  # fmt: skip
+    assert main(["convert", "hf-to-megatron", "--hf", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]) == 0
+    recipe = tmp_path / "m" / "recipe.yaml"
+    changed = {
+        "width of heads": ("head_dim: 128", "head_dim: 64"),
+        "rows of the table": ("positional_grid: 16", "positional_grid: 8"),
+        "grouped queries": ("num_query_groups: 4", "num_query_groups: 2"),
+    }
+    if change in changed:
+        old, new = changed[change]
+        assert old in recipe.read_text()
+        recipe.write_text(recipe.read_text().replace(old, new))
+    out = ["--megatron", str(tmp_path / "m"), "--out", str(tmp_path / "back")]
+    assert main(["convert", "megatron-to-hf", *out]) == 2
+    error = capsys.readouterr().err
+    assert reason in error and error.count("\n") == 1 and not (tmp_path / "back").exists()
+    if others != "none":
+        assert f"the weights came as {family}, which cannot hold the model as it is now" in error and others in error
+        assert main(["convert", "megatron-to-hf", *out, "--family", "qwen_vl"]) == 0
+    else:
+        assert "no Hugging Face family holds this model whole" in error
 
 
 def test_tokens_that_the_language_model_lacks_get_rows(tmp_path: Path) -> None:

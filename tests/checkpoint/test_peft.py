@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import QWEN_VL, llava, llava_qwen3, llava_qwen_siglip, qwen_vl
+from family_cases import _TEXT, QWEN_VL, llava, llava_qwen3, llava_qwen_siglip, qwen_vl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Qwen2Config
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
@@ -198,13 +198,52 @@ def broken_tensors(directory: Path, lost: str = "", renamed: str = "", shape: st
     save_file(tensors, path)
 
 
+def changed_tensors(directory: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors.get(name, torch.zeros(1))).contiguous()}, path)
+
+
+def every_name(directory: Path, old: str, new: str) -> None:
+    path = directory / "adapter_model.safetensors"
+    save_file({key.replace(old, new): value for key, value in load_file(path).items()}, path)
+
+
 KEY = "base_model.model.model.language_model.layers.2.mlp.down_proj.lora_A.weight"
+LAYER = "base_model.model.model.language_model.layers.{}.self_attn.q_proj.lora_B.weight"
 BROKEN = {
     "dora": (lambda d: broken_config(d, use_dora=True), "use_dora is True, which is not supported"),
-    "rslora": (lambda d: broken_config(d, use_rslora=True), "use_rslora is True"),
     "ranks": (lambda d: broken_config(d, rank_pattern={"q_proj": 8}), "rank_pattern is {'q_proj': 8}"),
+    "alphas": (lambda d: broken_config(d, alpha_pattern={"q_proj": 8}), "alpha_pattern is {'q_proj': 8}"),
+    "layers": (lambda d: broken_config(d, layers_to_transform=[0]), "layers_to_transform is [0]"),
+    "bias": (lambda d: broken_config(d, bias="lora_only"), "bias is 'lora_only'"),
+    "pissa": (lambda d: broken_config(d, init_lora_weights="pissa"), "init_lora_weights is 'pissa', which is not"),
+    "pissa, quickly": (lambda d: broken_config(d, init_lora_weights="pissa_niter_4"), "'pissa_niter_4'"),
+    "olora": (lambda d: broken_config(d, init_lora_weights="OLoRA"), "init_lora_weights is 'OLoRA'"),
+    "corda": (lambda d: broken_config(d, init_lora_weights="corda"), "init_lora_weights is 'corda'"),
+    "loftq": (lambda d: broken_config(d, init_lora_weights="loftq"), "init_lora_weights is 'loftq'"),
+    "lora-ga": (lambda d: broken_config(d, init_lora_weights="lora_ga"), "init_lora_weights is 'lora_ga'"),
+    "tokens": (lambda d: broken_config(d, trainable_token_indices=[1, 2]), "trainable_token_indices is [1, 2]"),
+    "activated": (lambda d: broken_config(d, alora_invocation_tokens=[7]), "alora_invocation_tokens is [7]"),
+    "of tomorrow": (lambda d: broken_config(d, use_next_years_kind=True), "use_next_years_kind is True, which is not"),
+    "no rank": (lambda d: broken_config(d, r=None), "r is None, which is no rank"),
+    "no number": (lambda d: broken_config(d, lora_alpha="big"), "lora_alpha is 'big'; it must be a number above 0"),
+    "another kind": (lambda d: broken_config(d, peft_type="LOHA"), "peft_type is 'LOHA'; only LORA is supported"),
+    "nan": (lambda d: changed_tensors(d, KEY, lambda v: v * float("nan")), "down_proj.lora_A.weight: holds 384 NaN"),
+    "integers": (lambda d: changed_tensors(d, KEY, lambda v: v.int()), "is of type torch.int32; only floating point"),
+    "rows of B": (lambda d: changed_tensors(d, LAYER.format(1), lambda v: v[:-2]), "the model's is [64, 4]"),
+    "trained beside": (lambda d: torch.save({}, d / "non_lora_trainables.bin"), "non_lora_trainables.bin: holds what"),
+    "magnitudes": (
+        lambda d: changed_tensors(d, "base_model.model.x.lora_magnitude_vector", lambda _: torch.ones(3)),
+        "has x.lora_magnitude_vector, which no layer",
+    ),
     "a layer without": (lambda d: broken_tensors(d, lost=KEY), f"has no {KEY.removeprefix('base_model.model.')}"),
     "another name": (lambda d: broken_tensors(d, renamed="x_proj"), "self_attn.x_proj.lora_A.weight, which no layer"),
+    "of another model": (
+        lambda d: every_name(d, "model.language_model.", "gpt_neox."),
+        "its gpt_neox.layers.0.mlp.down_proj.lora_A.weight is of no layer of this base's language model, whose layers"
+        " are called model.language_model.layers.0.",
+    ),
     "another width": (lambda d: broken_tensors(d, shape=KEY), "the model's is [4, 96]"),
     "cut short": (
         lambda d: (d / "adapter_model.safetensors").write_bytes((d / "adapter_model.safetensors").read_bytes()[:900]),
@@ -241,3 +280,49 @@ def test_adapters_without_their_base(
     assert "--base-name: goes with --adapter" in capsys.readouterr().err
     assert main(["convert", "merge", "--megatron", str(base.with_name("base")), "--out", str(tmp_path / "x")]) == 2
     assert "has no adapters to merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["before 4.52", "pickled", "rank-stabilised", "eva"])
+def test_other_forms_of_the_same_adapter(kind: str, small: tuple[Path, Path], tmp_path: Path) -> None:
+    """Names of another day, PEFT's first file, a scale by the root of the rank: the same function, or the same bits."""
+    base, given = small
+    convert("hf-to-megatron", "--adapter", given, "--base", base, "--out", tmp_path / "plain")
+    peft = Path(shutil.copytree(given, tmp_path / "peft"))
+    wanted, alpha = bits(tmp_path / "plain"), 6.0
+    if kind == "before 4.52":
+        every_name(peft, "model.model.language_model.layers.", "model.language_model.model.layers.")
+        assert all(
+            ".model.language_model.model.layers." in key for key in load_file(peft / "adapter_model.safetensors")
+        )
+    elif kind == "pickled":
+        torch.save(load_file(peft / "adapter_model.safetensors"), peft / "adapter_model.bin")
+        (peft / "adapter_model.safetensors").unlink()
+    elif kind == "rank-stabilised":
+        broken_config(peft, use_rslora=True)
+        alpha = 12.0  # 6 / sqrt(4) is 12 / 4
+    else:
+        broken_config(peft, init_lora_weights="eva", eva_config={"rho": 2.0}, rank_pattern={"q_proj": 4})
+    convert("hf-to-megatron", "--adapter", peft, "--base", base, "--out", tmp_path / "m")
+    assert bits(tmp_path / "m") == wanted
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (
+        4,
+        alpha,
+        ("self_attn.q_proj", "mlp.down_proj"),
+    )
+    both = PeftModel.from_pretrained(read(base.with_name("hf")), peft).eval()
+    close(ours(tmp_path / "m", sample()), theirs(both, sample()))
+
+
+def test_a_tied_embedding_that_was_trained_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT leaves the output layer as it was; here the two are one."""
+    make = llava(Qwen2Config(**_TEXT, tie_word_embeddings=True), tie_word_embeddings=True)
+    make.save_pretrained(tmp_path / "hf")
+    convert("hf-to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "base")
+    convert("megatron-to-hf", "--megatron", adapted(tmp_path / "base", tmp_path / "run", ["q_proj"], []), "--adapter",
+            "--out", tmp_path / "peft")  # fmt: skip
+    name = "base_model.model.model.language_model.embed_tokens.weight"
+    changed_tensors(tmp_path / "peft", name, lambda _: torch.ones(120, 64))
+    words = ["--adapter", tmp_path / "peft", "--base", tmp_path / "base", "--out", tmp_path / "out"]
+    assert main(["convert", "hf-to-megatron", *map(str, words)]) == 2
+    assert "has the embedding, which this base ties to the output layer" in capsys.readouterr().err

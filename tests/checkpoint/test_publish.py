@@ -11,6 +11,8 @@ import pytest
 from hf_makers import digest
 
 from megavlm.checkpoint.publish import publishing
+from megavlm.config.errors import MachineError
+from megavlm.parallel import lock
 
 
 def fill(partial: Path) -> None:
@@ -75,7 +77,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with publishing(out) as partial:
         fill(partial)
-        with pytest.raises(ValueError, match=r"out\.partial: another process is writing it"), publishing(out):
+        with pytest.raises(ValueError, match=r"/out is held by megavlm convert \(on host "), publishing(out):
             raise AssertionError
         assert (partial / "a").read_text() == "new"
     assert (out / "a").is_file()
@@ -129,7 +131,21 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(Path, "rename", renamed)
     with publishing(tmp_path / "out") as partial:
+        del events[:]  # of the lock
         fill(partial)
     at = events.index("rename")
     partial_names = {str(partial), str(partial / "a"), str(partial / "sub"), str(partial / "sub" / "b")}
     assert set(events[:at]) == partial_names and events[at + 1 :] == [str(tmp_path)]
+
+
+def test_another_host_took_it_over(tmp_path: Path) -> None:
+    """As we were hung: what it writes is neither published nor removed by us."""
+    out = tmp_path / "out"
+    with pytest.raises(MachineError, match="lost the lock"), publishing(out) as partial:
+        fill(partial)
+        (tmp_path / ".out.lock").unlink()
+        monkeypatched = pytest.MonkeyPatch()
+        now = lock._now()
+        monkeypatched.setattr(lock, "_now", lambda: now + 61)
+    monkeypatched.undo()
+    assert not out.exists() and (partial / "a").read_text() == "new"

@@ -15,7 +15,10 @@ from qwen_reference import Sizes
 from ranks import megavlm
 from run_data import RunData
 
+from megavlm.checkpoint.hf.template import render
 from megavlm.cli import main
+from megavlm.data.chat import encode_prompt
+from megavlm.data.schema import Turn
 from megavlm.data.tokenizer import load_tokenizer
 
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -29,7 +32,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None:
@@ -39,7 +41,7 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     source = qwen_vl(tmp_path / "hf", s=sizes)
     config = json.loads((source / "config.json").read_text())
     # Quickstart's tokenizer has its special tokens in another order than Qwen's.
-    config["visual"]["image_start_id"] = tokenizer.imgpad_id - 2
+    config["visual"]["image_start_id"] = tokenizer.img_start_id
     (source / "config.json").write_text(json.dumps(config))
     shutil.copy(run_data.root / "tokenizer.model", source / "tokenizer.model")
     start, run, home = tmp_path / "start", tmp_path / "run", tmp_path / "home"
@@ -56,6 +58,12 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     assert main(["convert", "megatron-to-hf", "--megatron", str(run), "--out", str(home)]) == 0
     for file in ("config.json", "tokenizer.model", "modeling_qwen.py"):
         assert (home / file).read_bytes() == (source / file).read_bytes()
+    template = (home / "chat_template.jinja").read_text()
+    said = render(template, [{"role": "user", "content": "Hi?"}])
+    trained = encode_prompt([Turn("user", "Hi?")], tokenizer, 1, "You are a helpful assistant.")
+    assert tokenizer.encode(said) == trained.tolist()
+    stops = json.loads((home / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.im_end_id, tokenizer.eos_id]
     before, after = load(source), load(home)
     buffers = {"transformer.h.0.attn.masked_bias", "transformer.rotary_emb.inv_freq"}
     assert after.keys() == before.keys() - buffers

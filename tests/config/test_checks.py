@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
 from megavlm.models.registry import expand_presets
+from megavlm.planning.layout import with_parallel
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 TP3 = "parallel.tensor_model_parallel_size=3"
@@ -216,6 +219,47 @@ def test_tensor_parallel_size_divides_heads_and_widths(load, override, key):
     assert any(line.startswith(f"{key}: ") for line in str(error.value).splitlines()), str(error.value)
 
 
+TP = "parallel.tensor_model_parallel_size"
+HEADS = "model.language.num_attention_heads=24"
+SHARED = {
+    # query groups, width of a head, TP: what is wrong; None where all is well
+    (1, 32, 4): None,
+    (2, 32, 4): None,
+    (4, 32, 8): None,
+    (2, 2, 8): r"model\.language\.kv_channels: the 2 x 2 rows .* divisible by .* \(8\); set .* to one of 1, 2, 4$",
+    (
+        6,
+        32,
+        4,
+    ): r"model\.language\.num_query_groups: 6 is neither .* \(4\).*; set .* to one of 1, 2, 3, 6, 12, 24$",
+    (3, 32, 2): r"model\.language\.num_query_groups: 3 is neither .* \(2\).*; set .* to one of 1, 3, 6, 12, 24$",
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_ranks_share_key_value_heads_evenly(load, case):
+    """The remedy is a layout: a published model's heads are what they are."""
+    (groups, width, tp), expected = case, SHARED[case]
+    words = [f"model.language.num_query_groups={groups}", f"model.language.kv_channels={width}", HEADS]
+    recipe = load(*words, f"{TP}={tp}")
+
+    def lines_of(size):
+        try:
+            check_recipe(with_parallel(recipe, tensor_model_parallel_size=size))
+        except RecipeError as error:
+            lines = str(error).splitlines()
+            return [line for line in lines if line.startswith(("model.language.num_query", "model.language.kv_"))]
+        return []
+
+    if expected is None:
+        assert lines_of(tp) == []
+        return
+    (line,) = lines_of(tp)
+    assert re.match(expected, line), line
+    for size in re.search("one of (.*)$", line)[1].split(", "):
+        assert lines_of(int(size)) == []
+
+
 def test_a_tower_mlp_that_does_not_split(load):
     with pytest.raises(RecipeError, match=r"^model\.vision\.ffn_hidden_size: 385 is not divisible"):
         check_recipe(load(TP2, "model.vision.ffn_hidden_size=385"))
@@ -304,3 +348,8 @@ def test_targets_are_the_names_of_the_families_tables():
             own = sorted((t for t in TARGETS[name] if t.linear == linear), key=lambda t: t.part)
             assert tuple(f"{t.path}.weight" for t in own) == rows[linear]
             assert {t.parts for t in own} == {len(own)}
+
+
+def test_a_connector_of_a_billion_layers(load):
+    with pytest.raises(RecipeError, match="mlp1000000000x_gelu has more layers than a connector has"):
+        check_recipe(load("model.connector.preset=mlp1000000000x_gelu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,59 @@ def test_an_overrides_file_that_is_wrong_is_named(tmp_path: Path) -> None:
     missing.write_text("parallel: {tensor_parallel: 2}\n")
     with pytest.raises(RecipeError, match=r"parallel\.tensor_parallel: unknown key"):
         load_recipe("quickstart", [], expand_presets, [missing])
+
+
+LAUGHS = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)
+)
+MERGES = "a0: &a0 {p: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 30))
+BOMBS = {
+    "aliases of aliases": (LAUGHS, "line 6, column 14: more than 250,000 values, aliases written out"),
+    "aliases in mappings": (
+        LAUGHS.replace("[*", "[{k: *").replace(",*", "},{k: *").replace("]\n", "}]\n").replace("x}]", "x]"),
+        "more than 250,000 values, aliases written out",
+    ),
+    "merge keys": (MERGES, "more than 250,000 values, aliases written out"),
+    "itself": ("a: &a [*a]", "*a stands inside of what it repeats"),
+    "itself, deeper": ("a: &a {b: {c: *a}}", "*a stands inside of what it repeats"),
+    "lists in lists": ("a: " + "[" * 20_000, "more than 100 branches inside each other"),
+    "text": ("a: " + "x" * (5 << 20), "characters, which are more than 4,194,304"),
+    "a whole number": ("a: " + "9" * 4000, "a whole number of more than 64 bits"),
+    "a whole number in sixteens": ("a: !!int '0x" + "f" * 9000 + "'", "a whole number of more than 64 bits"),
+    "nothing for a number": ("a: !!int ''", "string index out of range"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_a_file_becomes_is_bounded(name, tmp_path):
+    text, message = BOMBS[name]
+    (tmp_path / "bomb.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(RecipeError) as error:
+        load_recipe("quickstart", [], expand_presets, [tmp_path / "bomb.yaml"])
+    assert time.monotonic() - started < 20  # seconds; unbounded it is days
+    assert message in str(error.value) and str(error.value).startswith(f"{tmp_path}/bomb.yaml: not valid YAML")
+
+
+def test_aliases_within_the_bounds_stay():
+    shared = "a: &a {p: [1, 2], q: &q 3}\nb: [*a, *a]\nc: {<<: *a, r: *q}"
+    assert yaml12.parse(shared) == {
+        "a": {"p": [1, 2], "q": 3},
+        "b": [{"p": [1, 2], "q": 3}] * 2,
+        "c": {"p": [1, 2], "q": 3, "r": 3},
+    }
+    many = {f"task-{i}": {"path": f"/data/{i}", "weight": 1.5, "name": "x", "task": "y"} for i in range(3000)}
+    assert yaml12.parse(yaml12.dump(many)) == many
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.language.num_layers=1000000000",
+        "model.vision.hidden_size=1000000000000",
+        "model.connector.num_queries=1e12",
+    ],
+)
+def test_sizes_that_no_model_has(load, override):
+    with pytest.raises(RecipeError, match="expected integer > 0"):
+        load(override)

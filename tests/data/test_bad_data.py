@@ -243,6 +243,43 @@ def a_link(data: Path) -> None:
     overwrite(data, member.offset, header.tobuf(tarfile.USTAR_FORMAT) + filler.tobuf(tarfile.USTAR_FORMAT))
 
 
+def header_of_7(data: Path, start: int, content: bytes) -> None:
+    """Overwrite a part of the header of sample 7's image, and mend its sum."""
+    with tarfile.open(shard_of(data)) as tar:
+        at = tar.getmember("s-00007.img0").offset
+    header = bytearray(shard_of(data).read_bytes()[at : at + 512])
+    header[start : start + len(content)] = content
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    overwrite(data, at, bytes(header))
+
+
+def endless_size(data: Path) -> None:
+    """A few flipped bits in the size make a number of GNU's own form that no integer of C holds."""
+    header_of_7(data, 124, b"\x80\0\0\x7f" + b"\xff" * 8)
+
+
+def negative_size(data: Path) -> None:
+    header_of_7(data, 124, b"\xff" * 12)
+
+
+def size_that_is_no_number(data: Path) -> None:
+    header_of_7(data, 124, b"9z\xe9\xff~~~~~~~\0")
+
+
+def endless_hole(data: Path) -> None:
+    """A sparse file of GNU's: four bytes that stand for a terabyte of zeros."""
+    fields = b"%011o\0" % 0 + b"%011o\0" % 4
+    header_of_7(data, 156, b"S")
+    header_of_7(data, 386, fields + bytes(72))
+    header_of_7(data, 483, b"\x80" + (1 << 40).to_bytes(11, "big"))
+
+
+def old_extended_header(data: Path) -> None:
+    """The image says that it is a list of attributes of the file behind it."""
+    header_of_7(data, 156, b"x")
+
+
 def removed_bytes(data: Path) -> None:
     """One block is gone, so that all samples behind it lie elsewhere than the index says."""
     content, at = shard_of(data).read_bytes(), offsets(data)[7] + 512
@@ -262,6 +299,11 @@ DAMAGE = {
     broken_second_header: (BROKEN, [7]),
     two_samples_as_one: (BROKEN, [7]),
     a_link: ("image missing", [7]),
+    endless_size: (BROKEN, [7]),
+    negative_size: (BROKEN, [7]),
+    size_that_is_no_number: (BROKEN, [7]),
+    endless_hole: (BROKEN, [7]),
+    old_extended_header: (BROKEN, [7]),
     removed_bytes: (BROKEN, range(7, GOOD)),
     cut_index: (NO_INDEX, range(7, GOOD)),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizer_files as files
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation, encode_prompt, encode_text, last_question
@@ -171,8 +171,8 @@ def test_sentencepiece_with_added_tokens_beside_it(paths: dict[str, Path], tmp_p
     assert (tokenizer.imgpad_id, tokenizer.encode("[PAD]")) == (360, [361])
     assert tokenizer.added == ADDED["llama"][:-1] and tokenizer.vocab_size == 362 + 4
     for text, message in [
-        ('{"<image>": 5}', "<image> has the id 5, but"),
-        ('{"</s>": 360}', "</s> has the id 360, but"),
+        ('{"<image>": 5}', "<image> has the id 5 in added_tokens.json, but tokenizer.model says that this is <0x02>"),
+        ('{"</s>": 360}', "</s> has the id 360 in added_tokens.json, but tokenizer.model says 2; correct one"),
         ("[1]", "must be an object"),
         ('{"a": "b"}', "must be an object"),
         ("{", "not valid JSON"),
@@ -181,6 +181,95 @@ def test_sentencepiece_with_added_tokens_beside_it(paths: dict[str, Path], tmp_p
         with pytest.raises(ValueError, match=message) as caught:
             load_tokenizer(path)
         assert str(beside) in str(caught.value)
+
+
+def decoder(**tokens: int) -> dict[str, object]:
+    names = {"image": "<image>", "pad": "<pad>", "start": "<|im_start|>", "end": "<|im_end|>", "eos": "</s>"}
+    return {"added_tokens_decoder": {str(number): {"content": names[key]} for key, number in tokens.items()}}
+
+
+BESIDE: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
+    # Files beside Llama's model of 360 pieces; the ids of <image>, <pad>, <|im_start|> and <|im_end|>.
+    "a decoder": ({"tokenizer_config.json": decoder(image=360, pad=361)}, (360, 361, 362, 363)),
+    "both": (
+        {"tokenizer_config.json": decoder(image=360, pad=361), "added_tokens.json": {"<image>": 360, "<pad>": 361}},
+        (360, 361, 362, 363),
+    ),
+    "one has more": (
+        {"tokenizer_config.json": decoder(image=360, pad=361), "added_tokens.json": {"<|im_start|>": 362}},
+        (360, 361, 362, 363),
+    ),
+    "a gap": ({"tokenizer_config.json": decoder(image=363, pad=361)}, (363, 361, 364, 365)),
+    "names alone": (
+        {"special_tokens_map.json": {"pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<image>"]}},
+        (361, 360, 362, 363),  # in Transformers' order, whatever that of the file
+    ),
+    "the fast one's": (
+        {"tokenizer.json": {"added_tokens": [{"content": "<image>", "id": 360}, {"content": "<pad>", "id": 361}]}},
+        (360, 361, 362, 363),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_ids_in_the_files_beside_a_model(case: str, paths: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(paths["llama"].read_bytes())
+    given, (image, pad, start, end) = BESIDE[case]
+    for name, tree in given.items():
+        (tmp_path / name).write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.imgpad_id, tokenizer.im_start_id, tokenizer.im_end_id) == (image, start, end)
+    assert tokenizer.encode("<pad>") == [pad] and tokenizer.decode([image, pad]) == "<image><pad>"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava", "qwen2"])
+def test_places_that_disagree_are_both_named(kind: str, paths: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / ("tokenizer.model" if kind == "llama" else "tokenizer.json")
+    path.write_bytes(paths[kind].read_bytes())
+    size = load_tokenizer(path).vocab_size
+    pairs: list[tuple[dict[str, object], str]] = [
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {str(size): {"content": "<new>"}}},
+             "added_tokens.json": {"<new>": size + 1}},
+            rf"<new> has the id {size} in tokenizer_config.json .*, but added_tokens.json says {size + 1}",
+        ),
+        (
+            {"tokenizer_config.json": {"added_tokens_decoder": {str(size): {"content": "<new>"}}},
+             "added_tokens.json": {"<other>": size}},
+            r"<new> has the id .* in tokenizer_config.json .*, but added_tokens.json says that this is <other>",
+        ),
+        ({"added_tokens.json": {load_tokenizer(path).decode([1]): 77}}, rf"in added_tokens.json, but {path.name} says"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be an object of ids and their tokens"),
+        ({"special_tokens_map.json": [1]}, "must be an object"),
+    ]  # fmt: skip
+    for given, message in pairs:
+        for name, tree in given.items():
+            (tmp_path / name).write_text(json.dumps(tree))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(path)
+        for name in given:
+            (tmp_path / name).unlink()
+
+
+def test_named_tokens_get_the_ids_that_transformers_gives(paths: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(paths["llava"].read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<padx>"}
+    more = {"bos_token": "<b>", "additional_special_tokens": ["<|im_end|>", "<|im_start|>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(more))
+    tokenizer, reference = load_tokenizer(tmp_path / "tokenizer.json"), AutoTokenizer.from_pretrained(tmp_path)
+    for name in ("<b>", "<padx>", "<|im_end|>", "<|im_start|>", "<image>"):
+        assert tokenizer.encode(name) == [reference.convert_tokens_to_ids(name)], name
+    assert tokenizer.added == ("<img>", "</img>") and tokenizer.vocab_size == len(reference) + 2
+
+
+def test_a_piece_that_was_left_free_may_get_a_name(tmp_path: Path) -> None:
+    path = files.write_llama(tmp_path, user_defined_symbols=["[UNUSED_TOKEN_0]", "<x>"])
+    number = sentencepiece.SentencePieceProcessor(model_file=str(path)).PieceToId("[UNUSED_TOKEN_0]")
+    beside = {"added_tokens_decoder": {str(number): {"content": "<|im_start|>"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    assert load_tokenizer(path).im_start_id == number
 
 
 def test_conversation_and_mask(tokenizer: Tokenizer) -> None:

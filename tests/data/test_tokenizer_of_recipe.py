@@ -119,7 +119,7 @@ def test_a_checkpoint_s_recipe_names_it_where_it_has_none(train: Train, tmp_path
         (["data.tokenizer={root}/no.json"], "data.tokenizer: no file '{root}/no.json'; give the path of a tokenizer"),
         (["data.tokenizer={root}/train"], "data.tokenizer: '{root}/train' holds no tokenizer (*.tiktoken, tokenizer."),
         (["checkpoint.load={root}/base"], "data.tokenizer: {root}/base/checkpoints/step-00000001 has no tokenizer (*."),
-        (["checkpoint.load={root}/train"], "{root}/train: no checkpoint; give a step-... directory, or a run's output"),
+        (["checkpoint.load={root}/train"], "checkpoint.load: {root}/train: no checkpoint; it is a data set that"),
     ],
 )
 def test_one_line_where_there_is_none(

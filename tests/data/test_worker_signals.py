@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -50,3 +52,39 @@ def test_workers_outlive_signals_of_others_but_not_the_parents() -> None:
     with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed"):
         for _ in range(100):
             next(batches)
+
+
+RANK = """
+import sys
+from torch.utils.data import DataLoader, IterableDataset
+from megavlm.data.worker_signals import StopsWithParent
+
+class Packs(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield bytes(1 << 22)  # more than a pipe holds: a worker waits with it in its hands
+
+loader = DataLoader(Packs(), batch_size=None, num_workers=2, multiprocessing_context="fork",
+                    worker_init_fn=StopsWithParent(None))
+packs = iter(loader)
+next(packs)
+print(*(worker.pid for worker in packs._workers), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    rank = subprocess.Popen([sys.executable, "-c", RANK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+    assert len(workers) == 2 and all(worker.is_running() for worker in workers)
+    for worker in workers:
+        worker.terminate()  # not from its parent
+    time.sleep(0.3)
+    assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    rank.kill()
+    rank.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=3)
+    for worker in alive:
+        worker.kill()
+    assert len(gone) == 2

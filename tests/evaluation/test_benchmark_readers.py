@@ -14,7 +14,7 @@ from benchmark_files import COUNT, MAKERS, QUESTIONS
 from megavlm.evaluation.benchmarks import BENCHMARKS
 from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Source, render
 
-WRONG = (None, 5, "x", [5], {"a": 1})
+WRONG = (None, 5, "x", [5], {"a": 1}, "half a character \ud83d", ["\udfff"])
 
 
 def source_of(words: list[str]) -> Source:
@@ -57,6 +57,8 @@ def read(name: str, source: Source) -> list[Item]:
     for item in items:
         render(BENCHMARKS[name], item)
         assert all(isinstance(answer, str) for answer in item.answers)
+        texts = (item.id, item.question, item.hint, item.kind, item.unit, *item.answers, *item.choices)
+        "".join(texts).encode()  # what no tokenizer takes and no report can hold does not get here
         assert not item.choices or not item.answers or item.answers[0] in LETTERS[: len(item.choices)]
     return items
 

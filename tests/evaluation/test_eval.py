@@ -13,6 +13,7 @@ from run_data import RunData
 
 from megavlm.evaluation import main
 from megavlm.evaluation.records import read_records
+from megavlm.parallel.lock import HeldError, held
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,17 @@ def test_refusals(run_data: RunData, trained: Path, tmp_path: Path) -> None:
         main.run(arguments(str(trained), "--max-new-tokens=180", *common))
     with pytest.raises(ValueError, match="--limit must be at least 1"):
         main.run(arguments(str(trained), "--limit=0", *common))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^--out: .*/file/x: .* is no directory; move the file"):
+        main.run(arguments(str(trained), *common, f"--out={tmp_path / 'file' / 'x'}"))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with (
+        held(tmp_path / "out" / "lock.json", "eval", "theirs"),
+        pytest.raises(HeldError, match=r"^--out: .*/out is held by megavlm eval "),
+    ):
+        main.run(arguments(str(trained), *common))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_records(tmp_path: Path) -> None:
@@ -88,6 +99,38 @@ def test_records(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"conversations": []}]))
     with pytest.raises(ValueError, match="record 0: no turns"):
         read_records(path, tmp_path)
+
+
+def test_records_in_other_forms_and_encodings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A LLaVA record is asked with its picture; what would be asked otherwise than it is written is refused."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    turns = [{"from": "human", "value": "<image>\r\nColour?"}, {"from": "gpt", "value": "b\u0142\u0119kit"}]
+    llava = {"id": 1, "image": "a.jpg", "conversations": turns, "task": "t", "choices": ["a", "b"], "split": "x"}
+    entries = [llava, llava | {"image": None, "images": ["a.jpg"], "system": "Be brief.", "answer": 7}]
+    files = {
+        "a.json": json.dumps(entries).encode(),
+        "b.jsonl": "\n".join(json.dumps(one, ensure_ascii=False) for one in entries).encode("utf-16"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        first, second = read_records(tmp_path / name, tmp_path)
+        assert first.images == second.images == [tmp_path / "a.jpg"]
+        assert [turn.text for turn in first.question] == ["Picture 1: <img></img>\nColour?"]
+        assert [turn.role for turn in second.question] == ["system", "user"]
+        assert (first.answer, second.answer) == ("b\u0142\u0119kit", "7") and first.choices == ["a", "b"]
+    assert "keys of the records that are not used: split (2 records)" in caplog.text
+    for wrong, told in {
+        "more <image> than the record has": {"image": None},
+        "'video' is not supported": {"video": "a.mp4"},
+        "'task' is not valid Unicode": {"task": "\ud800"},
+        "'id' is not valid Unicode": {"id": "x\udfff"},
+        "'answer' is not valid Unicode": {"answer": "\ud800"},
+        "'choices' must be text, not dict": {"choices": [{}]},
+        "is not valid Unicode text": {"conversations": [turns[0] | {"value": "<image>\ud83d"}, turns[1]]},
+    }.items():
+        (tmp_path / "c.json").write_text(json.dumps([llava, llava | told]))
+        with pytest.raises(ValueError, match=f"record 1: .*{wrong}"):
+            read_records(tmp_path / "c.json", tmp_path)
 
 
 def test_spread_takes_all_tasks_in_turn() -> None:

@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
         ("NVIDIA H100 NVL", 835e12, 1671e12),
         ("NVIDIA H200", 989e12, 1979e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, None),
+        ("NVIDIA GB200", 2500e12, 5000e12),
+        ("NVIDIA GeForce RTX 3090", 71e12, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 80e12, None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 330.3e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),  # another chip
+        ("NVIDIA RTX A6000", 154.8e12, None),
         ("Some GPU", None, None),
     ],
 )

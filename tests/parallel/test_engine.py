@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from megavlm.models.language import decoder
 from megavlm.models.registry import expand_presets
 from megavlm.models.vision import vit
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.engine import Machine, check_machine, settings
+from megavlm.parallel.engine import Machine, check_machine, settings, without_fp8
 from megavlm.parallel.megatron_versions import cuda_graph_field
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
@@ -255,3 +256,12 @@ def test_a_machine_that_cannot(engine, machine, expected):
         check_machine(tiny_recipe(engine=engine), machine)
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 and expected in lines[0]
+
+
+def test_generation_inside_an_fp8_run_computes_in_bf16_and_leaves_the_run_as_it_was():
+    shared = SimpleNamespace(fp8="hybrid")
+    other = SimpleNamespace(fp8=None)
+    with pytest.raises(KeyError), without_fp8([shared, other, shared]):
+        assert shared.fp8 is None and other.fp8 is None
+        raise KeyError
+    assert shared.fp8 == "hybrid" and other.fp8 is None

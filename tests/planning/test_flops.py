@@ -16,7 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavlm.config.schema import ParallelConfig
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
-from megavlm.planning.flops import connector_flops, language_flops, step_flops, vision_flops
+from megavlm.planning.flops import (
+    connector_flops,
+    count_step,
+    language_flops,
+    recomputed_flops,
+    step_flops,
+    vision_flops,
+)
 
 LENGTHS, IMAGES = (23, 30, 17), 3
 
@@ -33,6 +40,11 @@ def counted() -> Iterator[FlopCounterMode]:
         yield counter
 
 
+def resized(rows: int, patches: int, width: int) -> int:
+    """Operations of fitting a table of ``rows`` positions to a picture's grid, once for all pictures; not counted."""
+    return 2 * rows * patches * width * int(rows != patches)
+
+
 @pytest.mark.parametrize("connector", ["resampler", "linear", "mlp2x_gelu"])
 def test_tower_and_connector(connector: str) -> None:
     model: dict[str, Any] = {"preset": "tiny", "connector": {"preset": connector}}
@@ -43,7 +55,10 @@ def test_tower_and_connector(connector: str) -> None:
     with counted() as counter:
         built = unwrap(build_model(own, IMAGE_TOKEN)[0])
         built.encode_images(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
-    once = 2 * 4 * own.model.language.hidden_size**2 if connector == "resampler" else 0  # the queries' projection
+    vision, hidden = own.model.vision, own.model.language.hidden_size
+    once = resized(vision.positional_grid**2, vision.patches_per_image, vision.hidden_size)
+    if connector == "resampler":  # and the queries' projection
+        once += 2 * 4 * hidden**2 + resized(4, vision.patches_per_image, hidden)
     expected = counter.get_total_flops() - once
     assert vision_flops(own.model.vision, IMAGES) + connector_flops(own.model, IMAGES) == expected
 
@@ -56,7 +71,9 @@ def test_other_towers(vision: dict[str, Any]) -> None:
     with counted() as counter:
         tower = unwrap(build_model(own, IMAGE_TOKEN)[0]).vision
         tower(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
-    assert vision_flops(own.model.vision, IMAGES) == counter.get_total_flops()
+    shape = own.model.vision
+    once = resized(shape.positional_grid**2, shape.patches_per_image, shape.hidden_size)
+    assert vision_flops(shape, IMAGES) + once == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("language", [{}, {"num_query_groups": 2, "qk_layernorm": True, "tie_word_embeddings": True}])
@@ -105,3 +122,53 @@ def test_frozen_modules_cost_less() -> None:
     assert total(vision=frozen, language=frozen) == vision + 3 * connector + 2 * language
     assert total(vision=frozen, connector=frozen) == vision + connector + 3 * language
     assert total(language=frozen, connector=frozen) == 3 * vision + 2 * connector + 2 * language
+
+
+FREEZE = {"vision": {"freeze": True}, "connector": {"freeze": True}}
+AGAIN: dict[str, dict[str, Any]] = {
+    "selective": {"parallel": {"recompute_granularity": "selective"}},
+    "full": {"parallel": {"recompute_granularity": "full"}},
+    "full-two-at-once": {"parallel": {"recompute_granularity": "full", "recompute_num_layers": 2}},
+    "full-with-adapters": {"parallel": {"recompute_granularity": "full"}, "modules": FREEZE, "lora": LORA},
+    "full-below-which-one-learns": {
+        "parallel": {"recompute_granularity": "full"},
+        "modules": {"language": {"freeze": True}},
+    },
+    "tower": {"vision": {"gradient_checkpointing": True}},
+    "frozen-tower": {"vision": {"gradient_checkpointing": True}, "modules": FREEZE},
+}
+PADDING = 26
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_what_is_computed_twice(name: str) -> None:
+    """A step with recomputation has just those operations more than one without, padding and whole squares included."""
+    case = AGAIN[name]
+    packed = pack([sample(i, length, images) for i, (length, images) in enumerate(((23, 1), (47, 2)))], PADDING)
+    plain = {key: value for key, value in case.items() if key not in ("parallel", "vision")}
+    found = []
+    for branches in (case, plain):
+        with counted() as counter, torch.enable_grad():
+            losses(build(**branches), packed).sum().backward()
+        found.append(counter.get_total_flops())
+    squares = 2 * (23**2 + 47**2 + PADDING**2)
+    expected = recomputed_flops(recipe(**case), 23 + 47 + PADDING, squares, 3)
+    assert found[0] - found[1] == expected
+    assert (expected > 0) == (name != "frozen-tower")
+
+
+def test_three_ways_of_counting() -> None:
+    """Padding and the masked half are work by convention, and what is made again is the hardware's alone."""
+    own = recipe(parallel={"recompute_granularity": "full"})
+    counts = {"tokens": 70, "squared_lengths": 2738, "positions": 96, "squared_positions": 3414, "images": 3}
+    flops = count_step(own, **counts)
+    assert flops.useful == step_flops(own, 70, 2738, 3)
+    assert flops.conventional == step_flops(own, 96, 2 * 3414, 3)
+    language = own.model.language
+    output = 2 * 96 * language.hidden_size * language.vocab_size
+    assert flops.hardware - flops.conventional == language_flops(language, 96, 2 * 3414) - output
+    # Images cost what the tower makes of their patches, whatever the text beside them.
+    without = count_step(own, **{**counts, "images": 0})
+    images = 3 * (vision_flops(own.model.vision, 3) + connector_flops(own.model, 3))
+    for name in ("useful", "conventional", "hardware"):
+        assert getattr(flops, name) - getattr(without, name) == images

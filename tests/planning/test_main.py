@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from megavlm.cli import WRONG_INPUT, main
+from megavlm.config import yaml12
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.models.registry import expand_presets
@@ -66,6 +68,14 @@ def test_pictures_show_every_pass(tmp_path: Path) -> None:
         (["--images-per-pack", "99"], "--images-per-pack: 99 is not between"),
         (["model.preset=codefuse_vl_14b", "--gpu", "a100-40g", "--gpus", "1"], "no layout of quickstart works on 1 x"),
         (["optimizer.lr=fast"], "optimizer.lr: expected number"),
+        (
+            ["--gpu", "custom"],
+            "custom also needs --gpu-memory GIB, --gpu-tflops N, --gpu-bandwidth GB/S (or --measured",
+        ),
+        (["--gpu", "custom", "--gpu-memory", "24", "--gpu-tflops", "70"], "custom also needs --gpu-bandwidth GB/S"),
+        (["--gpu-memory", "-3"], "--gpu-memory: -3 is not a positive number"),
+        (["--gpu-network", "nan"], "--gpu-network: nan is not a positive number"),
+        (["--measured", "no/such.json"], "--measured: no/such.json cannot be read"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
@@ -73,6 +83,65 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 ) -> None:
     assert main([*TINY, *words]) == WRONG_INPUT
     assert message in capsys.readouterr().err
+
+
+def page_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def launch_of(page: str) -> list[str]:
+    """Return the words of the command at the end of a page."""
+    text = page[page.index("Start it with") :].split("\n\n")[0]
+    return shlex.split(" ".join(text.splitlines()[1:]).replace("\\ ", " "))
+
+
+def test_the_command_trains_with_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a layout.yaml"
+    report = json.loads(page_of(capsys, *TINY, "--json"))
+    wanted = report["plans"][0]["overrides"]["parallel"]
+    for more in ([], ["--write", file]):
+        words = launch_of(page_of(capsys, *TINY, *more))
+        assert words[:5] == ["torchrun", "--nproc-per-node", "8", "-m", "megavlm"]
+        assert words[-2:] == ["--overrides", str(file)] if more else "--overrides" not in words
+        tree = yaml12.parse(page_of(capsys, *words[5:], "--print-config"))
+        assert {key: tree["parallel"][key] for key in wanted} == wanted
+        assert tree["training"]["global_batch_size"] == 16
+
+
+@pytest.mark.parametrize(("gpus", "each"), [(16, 8), (12, 6)])
+def test_several_nodes_are_started_as_torchrun_wants_them(
+    gpus: int, each: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_of(capsys, "plan", "quickstart", "--gpus", gpus, "training.global_batch_size=48")
+    assert f"torchrun --nnodes 2 --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint HOST:" in page
+
+
+def test_less_memory_asks_for_another_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "belle_vl_14b/sft", "--gpus", "64"]
+    plenty, little = (page_of(capsys, *words, *more) for more in ([], ["--gpu-memory", "48"]))
+    assert "of 79.1 stay free" in plenty and "of 48.0 stay free" in little
+    assert launch_of(plenty) != launch_of(little)
+
+
+def test_a_layout_that_full_recompute_would_save_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "belle_vl_14b/sft", "--gpus", "8", "parallel.tensor_model_parallel_size=4"]
+    words += ["parallel.pipeline_model_parallel_size=2", "data.sequence_length=16384", "--gpu-memory", "60"]
+    page = page_of(capsys, *words)
+    own = next(line for line in page.splitlines() if line.startswith("The recipe's own layout"))
+    assert "it does not fit" in own and "with parallel.recompute_granularity=full it needs" in own
+    # The plan itself tries it unasked.
+    assert "parallel.recompute_granularity=full" in page[page.index("Start it with") :] or "selective" in page
+
+
+def test_a_custom_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    custom = ["--gpu", "custom", "--gpu-memory", "16", "--gpu-bandwidth", "500", "--gpu-nvlink", "20"]
+    slow, fast = (
+        json.loads(page_of(capsys, *TINY, "--json", *custom, "--gpu-tflops", tflops)) for tflops in ("10", "20")
+    )
+    assert slow["gpu"]["name"] == "custom" and slow["gpu"]["memory_bytes"] == 16 * 2**30
+    assert fast["plans"][0]["time"]["step"] <= slow["plans"][0]["time"]["step"]
+    assert page_of(capsys, *TINY, *custom, "--gpu-tflops", "10").startswith("Predicted, not measured: 8 x custom")
 
 
 def test_the_docs_have_the_figures_that_the_planner_counts_with() -> None:

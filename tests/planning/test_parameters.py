@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import script
+from test_flops import resized
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.config.errors import RecipeError
@@ -36,6 +37,15 @@ OTHER: dict[str, Any] = {
     | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
     | {"tie_word_embeddings": True},
 }
+TP4 = {"tensor_model_parallel_size": 4}
+QWEN2: dict[str, Any] = {
+    **OTHER,
+    "language": {**OTHER["language"], "preset": "qwen2", "num_query_groups": 1, "tie_word_embeddings": False},
+}
+ADAPTERS: dict[str, Any] = {
+    "lora": {"rank": 8, "targets": ("q_proj", "v_proj", "o_proj")},
+    "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -53,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
     },
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
+    # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
+    "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
+    "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
+    "shared-heads-qwen2-fp32": {"model": QWEN2, "parallel": TP4},
+    "shared-heads-adapters": {**BF16, "model": QWEN2, "parallel": {**TP4, **TORCH}, **ADAPTERS},
 }
 
 
@@ -66,7 +81,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[fl
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
@@ -79,8 +93,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", *(name for name in CASES if "shared" in name)])
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout = layout_of(recipe, RANKS)
@@ -90,7 +103,6 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
@@ -103,6 +115,10 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
         # torch counts the whole square of attention, and the projection of the queries, once for all images.
         queries = recipe.model.connector.num_queries or 0
         once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        if chunk.first:  # and fits two tables of positions to the grid
+            vision = recipe.model.vision
+            once += resized(vision.positional_grid**2, vision.patches_per_image, vision.hidden_size)
+            once += resized(queries, vision.patches_per_image, language.hidden_size)
         assert language.vocab_size % (language.vocab_divisor * layout.tensor) == 0  # no padding to count
         assert work.total + work.attention + once == real[5]
 

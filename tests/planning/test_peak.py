@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from peak_memory import PeakMemory
 from saved_tensors import quantise_random
 from tiny import IMAGE_TOKEN, tiny_recipe
 
+from megavlm.config.schema import Recipe
 from megavlm.data.batch import Pack
 from megavlm.data.feed import MicroBatch, micro_batch
 from megavlm.parallel.state import process_groups
@@ -66,17 +68,21 @@ def batch_of(images: int) -> MicroBatch:
     return micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_peak_of_a_step(name: str) -> None:
-    case = dict(CASES[name])
-    images = case.pop("images", 2)
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    """Return the recipe of a case."""
+    branches = {name: branch for name, branch in case.items() if name not in ("images", "language")}
     model = {
         "preset": "tiny",
-        "language": {**LANGUAGE, **case.pop("language", {})},
+        "language": {**LANGUAGE, **case.get("language", {})},
         "vision": VISION,
         "connector": {"num_queries": SLOTS, "head_dim": 32},
     }
-    recipe = tiny_recipe(model=model, data={"sequence_length": TOKENS}, **case)
+    return tiny_recipe(model=model, data={"sequence_length": TOKENS}, **branches)
+
+
+def real_peak(case: dict[str, Any]) -> int:
+    """Return the most bytes that are there at once in a step, on this rank."""
+    recipe, images = recipe_of(case), case.get("images", 2)
     with process_groups(recipe.parallel, seed=1):
         training = build_training(recipe, IMAGE_TOKEN)
         for module in training.modules:
@@ -86,8 +92,49 @@ def test_peak_of_a_step(name: str) -> None:
         batches = [batch_of(images), batch_of(images)]
         with PeakMemory(known) as memory:
             run_batches(training.chunks, batches, num_sources=1)
-    predicted = predict(recipe, 1, images_per_pack=images, most_images=images)[0]
+    return memory.peak
+
+
+def predicted_peak(case: dict[str, Any], world: int) -> int:
+    """Return the planner's figure for it."""
+    recipe, images = recipe_of(case), case.get("images", 2)
+    predicted = predict(recipe, world, images_per_pack=images, most_images=images)[0]
     passing = predicted.activations + predicted.vision + predicted.output + predicted.buffers
     # The batches were there before.
-    given = recipe.training.global_batch_size * (TOKENS * 4 * 8 + images * 3 * SIDE**2)
-    assert passing - given == pytest.approx(memory.peak, rel=0.05)
+    return passing - recipe.training.global_batch_size * (TOKENS * 4 * 8 + images * 3 * SIDE**2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_of_a_step(name: str) -> None:
+    assert predicted_peak(CASES[name], 1) == pytest.approx(real_peak(CASES[name]), rel=0.05)
+
+
+TP4_SP = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "transformer_impl": "torch"}
+ONE_HEAD = {"num_query_groups": 1}
+SHARED: dict[str, dict[str, Any]] = {
+    "one-head": {**BF16, "parallel": TP4_SP, "language": ONE_HEAD},
+    "one-head-recomputed": {"parallel": {**TP4_SP, "recompute_granularity": "full"}, "language": ONE_HEAD},
+    # What is gathered is wide beside the rest.
+    "one-wide-head": {
+        **BF16,
+        "parallel": TP4_SP,
+        "language": {
+            **ONE_HEAD,
+            "num_attention_heads": 8,
+            "kv_channels": 64,
+            "ffn_hidden_size": 128,
+            "vocab_size": 256,
+        },
+    },
+}
+
+
+def shared_peaks() -> dict[str, int]:
+    """Return the real peaks of all cases."""
+    return {name: real_peak(case) for name, case in SHARED.items()}
+
+
+def test_peak_where_ranks_share_key_value_heads() -> None:
+    for peaks in ranks.run(shared_peaks, world=4):
+        predicted = {name: predicted_peak(case, 4) for name, case in SHARED.items()}
+        assert predicted == pytest.approx(peaks, rel=0.05)

@@ -17,7 +17,6 @@ TWO_RANKS = [(2, None, 1), (2, None, 5), (2, 2, 2), (2, 2, 6), (2, 3, 4)]
 FOUR_RANKS = [(4, None, 3), (4, None, 4), (4, None, 9), (4, 2, 4), (4, 2, 12)]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
 def test_megatron_core_runs_this_order(ranks: int, cases: list[tuple[int, int | None, int]], tmp_path: Path) -> None:
     job, out = tmp_path / "job.json", tmp_path / "out.json"

@@ -13,6 +13,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.models.registry import expand_presets
+from megavlm.parallel.peaks import peak_flops_of
 from megavlm.planning.gpus import GPUS, find_gpu
 from megavlm.planning.layout import layout_of, with_parallel
 from megavlm.planning.memory import predict, usable_bytes
@@ -124,6 +125,30 @@ def test_time_answers_to_what_it_should() -> None:
     assert fewer.time.step < base.time.step
 
 
+@pytest.mark.parametrize(("tp", "sharing"), [(4, False), (8, True)])
+def test_sharing_a_key_value_head_costs_a_gather_each_way(tp: int, sharing: bool) -> None:
+    recipe = big(tensor_model_parallel_size=tp, sequence_parallel=True)
+    few, many = (
+        dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(
+                recipe.model, language=dataclasses.replace(recipe.model.language, num_query_groups=groups)
+            ),
+        )
+        for groups in (4, 8)
+    )
+    check_recipe(few, 8)
+    workload = assume_workload(recipe)
+    one, other = (Timer(r, layout_of(r, 8), H100, workload).layer() for r in (few, many))
+    # 40 query heads of 128, and 4 of keys and of values, of each token, in bf16.
+    moved = workload.tokens * (40 + 2 * 4) * 128 * 2 * (tp - 1) / tp
+    gather = moved / (H100.nvlink * H100.efficiency.nvlink) + 15e-6
+    assert one.tensor_parallel - other.tensor_parallel == pytest.approx(2 * gather if sharing else 0, abs=1e-12)
+    memory = [predict(r, 8)[0].weights for r in (few, many)]
+    # The rows of the projection are split evenly: 8 heads of 128 less, over all ranks.
+    assert memory[1] - memory[0] == 40 * 8 * 128 * 5120 * 2 // tp + 40 * 8 * 128 * 2 // tp
+
+
 def test_plain_torch_and_the_plain_optimizer_need_more() -> None:
     fused, plain = predict(big(), 1), predict(big(transformer_impl="torch"), 1)
     assert plain[0].activations > 1.2 * fused[0].activations
@@ -149,8 +174,14 @@ def test_a_pack_that_cannot_be_is_refused(images: float, samples: float | None) 
 
 
 def test_gpus_say_where_their_figures_come_from() -> None:
-    assert set(GPUS) == {"a100-40g", "a100-80g", "h100-80g", "h200-141g"}
-    assert all("data sheet" in gpu.source for gpu in GPUS.values())
+    wanted = {"a100-40g", "a100-80g", "h100-80g", "h200-141g", "b200", "gb200"}
+    assert set(GPUS) == wanted | {"l40s", "rtx-a6000", "rtx-3090", "rtx-4090", "rtx-5090"}
+    for gpu in GPUS.values():
+        assert "data sheet" in gpu.source
+        assert gpu.bf16_flops == peak_flops_of(gpu.device, "bf16")
+        # No FP8 before Ada, and a share of it where there is some.
+        assert (gpu.fp8_flops is None) == (gpu.name.startswith("a100") or gpu.name in ("rtx-3090", "rtx-a6000"))
+        assert gpu.fp8_flops is None or gpu.efficiency.fp8_gemm > 0
 
 
 @pytest.mark.skipif("engine" not in Recipe.__dataclass_fields__, reason="recipes have no engine branch here")

@@ -8,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from launch import ROOT
 from ranks import megavlm
+
+from megavlm.cli import main
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
+from megavlm.models.registry import expand_presets
+from megavlm.parallel.lock import held
+from megavlm.quickstart.main import layout_for
 
 KEYS = {
     "loss_first",
@@ -68,6 +76,51 @@ def test_refusals_come_before_any_work(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("held_part", ["", "train", "eval"])
+def test_what_others_work_on_is_not_emptied(tmp_path: Path, held_part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another quickstart, or somebody who trains on by hand what the last one left."""
+    out = tmp_path / "out"
+    for name in ("data", "train", "eval"):
+        (out / name).mkdir(parents=True)
+        (out / name / "theirs").write_text("theirs")
+    with held(out / held_part / "lock.json", "train", "theirs"):
+        assert main(["quickstart", f"--out={out}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"megavlm: error: --out {out}") and "is held by megavlm train (on host" in line
+    assert (out / "data" / "theirs").is_file()
+    assert not held_part or (out / held_part / "theirs").is_file()
+
+
+STAND_IN = """
+import sys, time
+print("child", flush=True)
+time.sleep(60)
+"""
+
+
+def test_torchrun_ends_with_a_quickstart_that_is_killed(tmp_path: Path) -> None:
+    """Of the ranks of a killed one nobody would take notice."""
+    package = tmp_path / "torch" / "distributed"  # found before the real one: a torchrun that only waits
+    package.mkdir(parents=True)
+    for path in (package.parent / "__init__.py", package / "__init__.py"):
+        path.touch()
+    (package / "run.py").write_text(STAND_IN)
+    code = (
+        "import os; from megavlm.quickstart.main import _torchrun as t; os.environ['PYTHONPATH'] = os.environ['FAKE']"
+    )
+    code += "; t(1, [])"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None and process.stdout.readline() == "child\n"
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs([child], timeout=5)
+    for one in alive:
+        one.kill()
+    assert not alive
+
+
 @pytest.mark.full
 def test_the_readme_is_true(tmp_path: Path) -> None:
     code, text = quickstart(tmp_path / "out", timeout=2400)
@@ -81,3 +134,18 @@ def test_the_readme_is_true(tmp_path: Path) -> None:
     assert result["heldout_accuracy"] > 2 * result["chance_accuracy"]
     assert result["padding_fraction"] <= 0.01
     assert result["loss_last"] < 0.2 * result["loss_first"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "layout"),
+    [(0, 4, (2, 2)), (1, 1, (1, 1)), (2, 2, (2, 1)), (3, 2, (2, 1)), (4, 4, (2, 2)), (8, 4, (2, 2))],
+)
+def test_fewer_than_four_gpus_take_a_smaller_layout(gpus, ranks, layout):
+    processes, overrides = layout_for(gpus)
+    recipe = load_recipe(
+        "quickstart", ["output_dir=x", "data.train.0.path=x", "data.tokenizer=x", *overrides], expand_presets
+    )
+    check_recipe(recipe, processes)
+    parallel = recipe.parallel
+    assert processes == ranks
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == layout

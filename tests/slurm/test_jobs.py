@@ -35,12 +35,14 @@ def submit(cluster: Cluster, data: RunData, output: Path, *words: str, **variabl
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Return the loss of each step; one that was taken twice gave the same."""
+    """Return the loss of each step, which is there once; one that was lost and taken again gave the same."""
     found: dict[int, float] = {}
-    path = output / "metrics.jsonl"
-    for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-        if "loss" in line:
-            assert found.setdefault(line["step"], line["loss"]) == line["loss"], line["step"]
+    for name in ("metrics.jsonl", "metrics.undone.jsonl"):
+        path = output / name
+        for line in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            if "loss" in line:
+                assert name != "metrics.jsonl" or line["step"] not in found
+                assert found.setdefault(line["step"], line["loss"]) == line["loss"], line["step"]
     return found
 
 

@@ -29,6 +29,7 @@ from megavlm.data.tokenizer import load_tokenizer  # noqa: E402
 from megavlm.models.build import MODULES  # noqa: E402
 from megavlm.models.registry import expand_presets  # noqa: E402
 from megavlm.parallel.layout import describe  # noqa: E402
+from megavlm.parallel.output import holding  # noqa: E402
 from megavlm.parallel.state import any_rank, process_groups  # noqa: E402
 from megavlm.training.loop import Trainer  # noqa: E402
 
@@ -79,9 +80,12 @@ def prepare(name: str, overrides: list[str]) -> Recipe:
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run one recipe; return what the test asks about."""
-    with process_groups(recipe.parallel, recipe.training.seed):
+    with (
+        process_groups(recipe.parallel, recipe.training.seed),
+        holding(recipe.output_dir, "train", "output_dir", 60) as lock,
+    ):
         assert recipe.data.tokenizer is not None
-        trainer = Trainer(recipe, load_tokenizer(recipe.data.tokenizer))
+        trainer = Trainer(recipe, load_tokenizer(recipe.data.tokenizer), lock)
         try:
             found: dict[str, Any] = {
                 "layout": describe(recipe.parallel, RANKS),

@@ -43,12 +43,19 @@ def run(
 
 
 def losses(output: Path) -> dict[int, tuple[float, float]]:
-    """Return loss and gradient norm of each step; a step that was taken twice must give both again, bit for bit."""
+    """Return loss and gradient norm of each step.
+
+    Each is in the file once, and a step that was lost and taken again gave both again, bit for bit.
+    """
     found: dict[int, tuple[float, float]] = {}
     for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
         if "loss" in line:
-            values = (line["loss"], line["grad_norm"])
-            assert found.setdefault(line["step"], values) == values, line["step"]
+            assert line["step"] not in found
+            found[line["step"]] = (line["loss"], line["grad_norm"])
+    undone = output / "metrics.undone.jsonl"
+    for line in map(json.loads, undone.read_text().splitlines() if undone.is_file() else ()):
+        if "loss" in line:
+            assert found[line["step"]] == (line["loss"], line["grad_norm"]), line["step"]
     return found
 
 

@@ -47,6 +47,7 @@ OTHER_MODEL: dict[str, Any] = {
 }
 OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": LAYOUTS["tp2"],
+    "tp4-sp-shared-heads": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
     "tp2-pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "tp2-pp2-sp": LAYOUTS["tp2-pp2-sp"],
     "pp2-vpp2": LAYOUTS["pp2-vpp2"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from megavlm.config.schema import ParallelConfig
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
+from megavlm.training.guard import SKIPPED_FILE, StepGuard
+from megavlm.training.loss import TaskMean
+from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult, run_batches, train_step
 
 FP32 = 1e-5
@@ -83,18 +87,66 @@ def test_the_report_is_per_data_set() -> None:
     assert result.loss == pytest.approx(sum(expected) / 12)
 
 
-def test_a_step_with_nothing_to_learn_changes_nothing() -> None:
+@pytest.mark.parametrize("kind", ["token_mean", "task_mean"])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_step_without_labels_changes_nothing(kind: str, distributed: bool) -> None:
+    """Its gradient is zero, but weight decay and the moments of the steps before would move the weights."""
     torch.manual_seed(0)
-    training = build_training(recipe(optimizer={"weight_decay": 0.0}), IMAGE_TOKEN)
+    optimizer = {"weight_decay": 0.1, "lr": 1e-2, "schedule": "constant"}
+    parallel = {"use_distributed_optimizer": distributed}
+    training = build_training(recipe(optimizer=optimizer, parallel=parallel), IMAGE_TOKEN)
     (module,) = training.modules
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    batch = share(1, 1, 0)
-    assert not (batch.labels != IGNORE_INDEX).any()
-    training.scheduler.step(1)
-    result = train_step(training.chunks, training.optimizer, [batch], num_sources=1)
-    assert (result.loss, result.supervised_tokens, result.grad_norm) == (0.0, 0, 0.0)
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+    tasks = TaskMean(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]).double()) if kind == "task_mean" else None
+
+    def step(count: int, largest: float | None = None) -> StepResult:
+        training.scheduler.step(1)
+        return train_step(training.chunks, training.optimizer, [share(1, 1, count)], 2, largest, tasks)
+
+    def state() -> list[torch.Tensor]:
+        moments = training.optimizer.state_dict()["optimizer"]["state"] if not distributed else {}
+        found = list(module.parameters()) + [t for one in moments.values() for t in one.values()]
+        return [t.detach().clone() for t in found if isinstance(t, torch.Tensor)]
+
+    assert step(20).skipped is None
+    before = state()
+    assert not (share(1, 1, 0).labels != IGNORE_INDEX).any()
+    result = step(0, largest=0.5)
+    assert result.skipped == "no token has a label" and result.empty and result.supervised_tokens == 0
+    assert math.isnan(result.loss) and result.grad_norm is None
+    after = state()
+    assert len(before) == len(after) and all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert step(20).skipped is None and not all(torch.equal(*pair) for pair in zip(before, state(), strict=True))
+
+
+def test_steps_without_labels_are_not_in_the_mean_that_spikes_are_told_by(tmp_path: Path) -> None:
+    """As 0 they would pull it down, and good steps would be refused from then on."""
+    settings = recipe(training={"loss_spike_factor": 1.5, "max_skipped_steps": 2}).training
+    progress = Progress()
+    guard = StepGuard(settings, progress, tmp_path)
+
+    def take(loss: float | None, skipped: str | None = None) -> None:
+        report = torch.tensor([[0.0, 0.0] if loss is None else [4 * loss, 4.0]], dtype=torch.float64)
+        guard.take(StepResult(report, None, "no token has a label" if loss is None else skipped), ["a"])
+        progress.step += 1
+
+    for _ in range(19):
+        take(2.0)
+        for _ in range(5):  # more in a row than max_skipped_steps, which is of steps that went wrong
+            take(None)
+    assert guard.largest_loss() is None  # 114 steps, and 19 of them have a loss
+    take(2.0)
+    assert guard.largest_loss() == pytest.approx(3.0)
+    assert (progress.empty_steps, progress.skipped_steps, progress.running_loss_steps) == (95, 0, 20)
+    assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+    assert Progress.from_json({"step": 9, "mean_loss": 0.1}) == Progress(step=9)  # spoilt by an older version
+    lines = [json.loads(line) for line in (tmp_path / SKIPPED_FILE).read_text().splitlines()]
+    assert len(lines) == 95 and lines[0] == {"step": 2, "why": "no token has a label", "loss": None, "samples": ["a"]}
+    # A step without labels between two that went wrong does not end their row.
+    take(9.0, "the loss is above 3")
+    take(None)
+    take(9.0, "the loss is above 3")
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        take(9.0, "the loss is above 3")
 
 
 def test_gradients_do_not_pile_up_over_steps() -> None:

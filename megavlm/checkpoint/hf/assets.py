@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.paths import read_json
-from megavlm.data.tokenizer import TOKENIZER_FILES
+from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
 
 FOLDER = "hf"
 """Of a checkpoint's directory."""
@@ -35,6 +35,8 @@ CARRIED = "carried"
 """In that folder: tensors that the model has no parameter for."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".tar"}
 _LARGEST = 64 << 20
+# Files that go along with a tokenizer and are not its own.
+_KEPT = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
 
 
 def small_files(directory: Path) -> list[Path]:
@@ -80,15 +82,23 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def inherit(parent: Path | None, tokenizer: Path | None, checkpoint: Path) -> None:
-    """Give ``checkpoint`` a folder: that of the one it was trained from, or one with the run's tokenizer.
+    """Give ``checkpoint`` a folder: that of the one it was trained from, with the run's tokenizer.
 
     Carried tensors are hard links where the file system has them. The small files are copies: people edit them.
     """
-    source = parent / FOLDER if parent is not None else None
+    source, folder = parent / FOLDER if parent is not None else None, checkpoint / FOLDER
     if source is not None and source.is_dir():
-        shutil.copytree(source, checkpoint / FOLDER, copy_function=_link_or_copy)
-    elif tokenizer is not None:
-        copy_files([tokenizer], checkpoint / FOLDER)
+        shutil.copytree(source, folder, copy_function=_link_or_copy)
+    if tokenizer is None:
+        return
+    there = find_tokenizer(folder) if folder.is_dir() else None
+    if there is not None and there.read_bytes() == tokenizer.read_bytes():
+        return
+    # The run was given another one: that of the parent would say other ids than the weights were trained with.
+    for path in tokenizer_files(folder) if folder.is_dir() else ():
+        if path.name not in _KEPT:
+            path.unlink()
+    copy_files(files_of(tokenizer), folder)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

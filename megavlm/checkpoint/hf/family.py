@@ -28,6 +28,8 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    preprocesses: ClassVar[bool] = False
+    """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 

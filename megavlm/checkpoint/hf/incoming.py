@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm import __version__
+from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.families import detect
-from megavlm.checkpoint.hf.family import Family
+from megavlm.checkpoint.hf.families.preprocessor import geometry
+from megavlm.checkpoint.hf.family import Family, config_file
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
@@ -26,7 +28,7 @@ from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
 from megavlm.models.context import BuildContext
 
@@ -81,6 +83,8 @@ class Report:
     carried: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     """What was initialised rather than converted."""
+    notes: list[str] = field(default_factory=list)
+    """What is otherwise here than the source's own files say."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -90,6 +94,7 @@ class Report:
         lines += [f"ignored: {len(names)} x {why} ({names[0]})" for why, names in self.ignored.items()]
         if self.carried:
             lines.append(f"carried beside the model: {len(self.carried)} tensors ({self.carried[0]})")
+        lines += [f"note: {note}" for note in self.notes]
         state = "read back and bit-identical" if self.verified else "not read back (--no-verify)"
         lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB: {state}")
         return lines
@@ -124,7 +129,11 @@ def convert(
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
     )
+    for one in given:
+        if tokenizer is not None and "language" in one.parts:
+            _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
+    report.notes = [note for one in given if "vision" in one.parts for note in [geometry(one.source)] if note]
     if len(given) > 1 or fresh:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
@@ -206,7 +215,10 @@ class _Plan:
 
     def _reader(self, rule: Rule, index: int, slot: Slot) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            tensor = rule.to_ours(self.read(rule))[index]
+            theirs = self.read(rule)
+            for name, one in zip(rule.row.theirs, theirs, strict=True):
+                check_finite(one, f"{self.given.source.path}: {name}")
+            tensor = rule.to_ours(theirs)[index]
             return _grown(tensor, slot) if tuple(tensor.shape) != slot.shape else tensor
 
         return read
@@ -233,6 +245,29 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
         report.fresh.append(
             f"{grown - rows} rows of the embedding and output layer, for the tokens that {tokenizer} lacks"
         )
+
+
+_ROLES = {"image": "imgpad", "image_start": "img_start"}
+
+
+def _check_ids(one: Given, path: Path) -> None:
+    """Check that config.json and the tokenizer mean the same tokens, where both have them.
+
+    Raises:
+        ValueError: they do not; both are named.
+    """
+    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
+    for key, role in _ROLES.items():
+        if key == "image" and "image_start" in ids:
+            continue  # Qwen's configuration says where an image starts; the rest is counted from there
+        there = {name: tokenizer.encode(name) for name in ROLES[role] if name not in tokenizer.added}
+        there = {name: found for name, found in there.items() if len(found) == 1}
+        if key in ids and there and [ids[key]] not in there.values():
+            name, (number,) = next(iter(there.items()))
+            raise ValueError(
+                f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
+                f"{name} the id {number}; correct one"
+            )
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:
@@ -314,7 +349,9 @@ def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> Non
     writer = ShardedWriter(directory, entries)
     try:
         for entry in entries:
-            writer.put(entry.name, source.get(entry.name))
+            tensor = source.get(entry.name)
+            check_finite(tensor, f"{source.path}: {entry.name}")
+            writer.put(entry.name, tensor)
         writer.close()
     finally:
         writer.abort()

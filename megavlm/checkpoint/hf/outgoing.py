@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.families import FAMILIES
+from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.source import CONFIG, Source
+from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
-from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
-from megavlm.checkpoint.safe import first_line
 from megavlm.checkpoint.stream import CheckpointReader
-from megavlm.config import yaml12
 from megavlm.config.help import to_tree
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
 
@@ -60,6 +60,12 @@ class Export:
     constants: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     """Keys of the model in which the written config.json differs from the original one."""
+    vanished: int = 0
+    """Values that are too small for the number type asked for, and became 0."""
+    trained: list[str] = field(default_factory=list)
+    """Small files that say what was trained here, instead of what came along."""
+    untouched: bool = False
+    """No step was taken here: the small files are those that the weights came with."""
     verified: bool = False
 
     def lines(self) -> list[str]:
@@ -67,10 +73,17 @@ class Export:
         lines = [f"family: {self.family}"]
         if self.changed:
             lines.append(f"config.json: written anew for {', '.join(self.changed)}")
+        lines += [f"as trained here: {line}" for line in self.trained]
+        if self.untouched:
+            lines.append(
+                "not trained here: chat template, stop ids and preprocessor are those that the weights came with"
+            )
         if self.carried:
             lines.append(f"carried: {self.carried} tensors that training does not touch, as they came")
         if self.constants:
             lines.append(f"without an effect, written for the loader: {', '.join(self.constants)}")
+        if self.vanished:
+            lines.append(f"too small for the number type asked for: {self.vanished:,} values became 0; bf16 keeps them")
         state = "read back and bit-identical" if self.verified else "not read back (--no-verify, or another --dtype)"
         lines.append(f"{self.tensors} tensors, {self.bytes / 2**30:.2f} GiB in {self.files} files: {state}")
         return lines
@@ -122,7 +135,7 @@ def export(
             try:
                 with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                     for rule in rules:
-                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype), strict=True):
+                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype, result), strict=True):
                             writer.put(name, tensor, bar.update)
                     for name, tensor in extra.items():
                         writer.put(name, tensor, bar.update)
@@ -131,6 +144,7 @@ def export(
                 writer.abort()
             result.files = len(writer.shards)
             _write_assets(checkpoint, partial, family, model, record, result, original=original)
+            _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial, entries, record)
             source = Source(partial, _feature_layer(record, model, original=original))
             left = _differences(family, source, model)
@@ -149,11 +163,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     """
     recipe = checkpoint / "recipe.yaml"
     if recipe.is_file():
-        try:
-            tree = yaml12.parse(recipe.read_text(encoding="utf-8"))
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{recipe}: is damaged: {first_line(error)}") from None
-        model = tree.get("model") if isinstance(tree, dict) else None
+        model = read_tree(checkpoint).get("model")
         where: Path = recipe
     elif "model" in record:
         model, where = record["model"], checkpoint / assets.FOLDER / assets.RECORD
@@ -183,13 +193,22 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             return family
         if asked:
             raise ValueError(f"--family {name}: {reason}")
-    reasons = []
+    fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
             reason = family.refuses(model)
             if reason is None:
-                return family
-            reasons.append(f"{family.name}: {reason}")
+                fitting.append(family)
+            else:
+                reasons.append(f"{family.name}: {reason}")
+    if fitting and name is None:
+        return fitting[0]
+    if fitting and name is not None:
+        others = " or ".join(f"--family {family.name}" for family in fitting)
+        raise ValueError(
+            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
+            f"another that can is written if you ask for it: {others}"
+        )
     raise ValueError(
         "no Hugging Face family holds this model whole ("
         + "; ".join(reasons)
@@ -206,10 +225,20 @@ def _entries(rule: Rule, dtype: torch.dtype) -> list[Entry]:
     return [Entry(name, shape, dtype) for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
 
 
-def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None) -> list[Tensor]:
-    """Return Hugging Face's tensors of a rule."""
+def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, result: Export) -> list[Tensor]:
+    """Return Hugging Face's tensors of a rule.
+
+    Raises:
+        ValueError: a value is not finite, or ``dtype`` has no room for it.
+    """
     tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
-    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
+    for name, tensor in zip(rule.row.theirs, tensors, strict=True):
+        check_finite(tensor, f"{reader.path}: {name}")
+    if dtype is None:
+        return tensors
+    cast = [narrowed(tensor, dtype, f"--dtype: {name}") for name, tensor in zip(rule.row.theirs, tensors, strict=True)]
+    result.vanished += sum(map(vanished, tensors, cast))
+    return cast
 
 
 def _extra(
@@ -234,7 +263,8 @@ def _extra(
         constants = family.constants(model, style)
         result.constants = list(constants)
         tensors = {name: torch.full(shape, value) for name, (shape, value) in constants.items()}
-    tensors = {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
+    if dtype is not None:
+        tensors = {name: narrowed(t, dtype, f"--dtype: {name}") for name, t in tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
 
@@ -263,6 +293,27 @@ def _write_assets(
     if result.changed:
         old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
         _write_config(partial, old, family.config(model, tokens))
+
+
+def _write_meaning(
+    checkpoint: Path, partial: Path, family: Family, model: ModelConfig, result: Export, *, original: bool
+) -> None:
+    """Write what the small files say after a training; without one they say what they said."""
+    if was_trained(checkpoint):
+        result.trained = write_trained(partial, family, model, _system_message(checkpoint))
+        return
+    if "language" in family.parts and original:
+        result.untouched = True
+    if "vision" in family.parts and family.preprocesses:
+        lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
+        if lacking or "model.vision.image_size" in result.changed:
+            result.trained = write_pixels(partial, model)
+
+
+def _system_message(checkpoint: Path) -> str:
+    """Return what conversations without a system turn were trained with."""
+    data = (read_tree(checkpoint).get("data") if (checkpoint / "recipe.yaml").is_file() else None) or {}
+    return str(data.get("system_message", DataConfig.system_message))
 
 
 def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> int | str:

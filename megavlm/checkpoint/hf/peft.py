@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,17 @@ from torch import Tensor
 
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.base import RECORD, holds_adapters, record
+from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
+from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
+from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.merged import recipe_branches
-from megavlm.checkpoint.paths import read_json
+from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.safe import load_weights
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
@@ -35,15 +40,13 @@ from megavlm.models.language.adapters import adapter_of
 from megavlm.parallel.lora import Adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+"""PEFT's file of weights before 0.6."""
+_APART = "non_lora_trainables.bin"
+"""Where LLaVA's trainer puts what it trained beside the adapters."""
 _PREFIX = "base_model.model."
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = {"train_embeddings": "language.embedding.word_embeddings.weight", "train_head": "language.output_layer.weight"}
-# What an adapter of another kind has; any other value changes what it computes.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-    "lora_bias": (False, None), "layers_to_transform": (None,), "trainable_token_indices": (None,),
-    "target_parameters": (None, []), "layer_replication": (None,),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,27 @@ def _layers(rules: list[Rule]) -> Iterator[_Layer]:
                 yield _Layer(rule, linear, name.removesuffix(".weight"))
 
 
-def _rules(model: ModelConfig, checkpoint: Path, family_name: str | None) -> list[Rule]:
-    """Return the language model's rules, in the names that Transformers' modules have."""
+def _family(model: ModelConfig, checkpoint: Path, family_name: str | None) -> Family:
     record = assets.read_record(checkpoint)
     parts = tuple(model_branches(checkpoint, record))
-    family = choose_family(
+    return choose_family(
         family_name or record.get("family") or record.get("home"), model, parts, asked=family_name is not None
     )
-    style = family.modules or next(iter(family.styles))
+
+
+def _rules(family: Family, model: ModelConfig, style: str) -> list[Rule]:
+    """Return the language model's rules in one naming."""
     return [r for r in make_rules(family, model, style, find_slots(model, family.parts)) if r.part == "language"]
+
+
+def _namings(model: ModelConfig, checkpoint: Path) -> list[list[Rule]]:
+    """Return the language model's rules in every naming that an adapter may have, that of today's modules first.
+
+    Transformers has renamed the modules (of LLaVA in 4.52), and PEFT wrote the names of its day.
+    """
+    family = _family(model, checkpoint, None)
+    styles = dict.fromkeys([family.modules or next(iter(family.styles)), *family.styles])
+    return [_rules(family, model, style) for style in styles]
 
 
 def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = None, base_name: str = "") -> int:
@@ -114,7 +129,8 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
     whole: list[str] = []
     with alone():
         slots = find_slots(model, ["language"], lora)
-        rules = _rules(model, checkpoint, family_name)
+        family = _family(model, checkpoint, family_name)
+        rules = _rules(family, model, family.modules or next(iter(family.styles)))
         for layer in _layers(rules):
             adapter = adapter_of(layer.linear, model.language, lora)
             if adapter is not None:
@@ -135,6 +151,8 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         "rank_pattern": {}, "target_modules": _pattern(targets), "task_type": "CAUSAL_LM", "use_dora": False,
         "use_rslora": False,
     }  # fmt: skip
+    for name, value in tensors.items():
+        check_finite(value, f"{checkpoint}: {name}")
     with publishing(out, needed_bytes=sum(t.nbytes for t in tensors.values())) as partial:
         # save_file makes a file that nobody else may read.
         written = save({k: t.contiguous() for k, t in tensors.items()}, metadata={"format": "pt"})
@@ -185,27 +203,31 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     Raises:
         ValueError: it is an adapter of another kind, or for another model.
     """
-    config = read_json(directory / CONFIG)
-    for key, allowed in _PLAIN.items():
-        if key in config and config[key] not in allowed:
-            raise ValueError(f"{directory / CONFIG}: {key} is {config[key]!r}, which is not supported")
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{directory / WEIGHTS}: cannot be read: {error}") from None
+    if not (directory / CONFIG).is_file():
+        there = what_is(directory)
+        raise ValueError(
+            f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
+        )
+    settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
+    if (directory / _APART).is_file():
+        raise ValueError(
+            f"{directory / _APART}: holds what was trained beside the adapters, which would be lost; merge both into "
+            "their base where they were made, and convert that"
+        )
+    where, tensors = _read_tensors(directory)
     model, trained = recipe_branches(base)
     if holds_adapters(base) or trained.rank is not None:
         raise ValueError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
     with alone():
-        lora, made = _plan(directory, config, tensors, model, _rules(model, base, None))
+        rules, left = _named(where, tensors, _namings(model, base))
+        lora, made = _plan(where, settings, left, model, rules)
         slots = find_slots(model, ["language"], lora)
         pieces = []
         for name, value in made.items():
             slot = slots[name]
             if tuple(value.shape) != slot.shape:
                 raise ValueError(
-                    f"{directory / WEIGHTS}: gives {name} the shape {list(value.shape)}, "
-                    f"the model's is {list(slot.shape)}"
+                    f"{where}: gives {name} the shape {list(value.shape)}, the model's is {list(slot.shape)}"
                 )
             pieces.append(Piece(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
         with publishing(out, needed_bytes=sum(value.nbytes for value in made.values())) as partial:
@@ -214,12 +236,54 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     return len(tensors)
 
 
-def _plan(
-    directory: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], model: ModelConfig, rules: list[Rule]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return the recipe's branch, and the parameters by canonical name."""
-    left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Return the file of an adapter's weights and what it holds.
+
+    Raises:
+        ValueError: there is none, or it is damaged, or holds what are no finite numbers.
+    """
     where = directory / WEIGHTS
+    if not where.is_file() and (directory / _PICKLE).is_file():
+        where = directory / _PICKLE
+        tensors = load_weights(where)
+    else:
+        try:
+            tensors = load_file(where)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{where}: cannot be read: {error}") from None
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"{where}: holds no tensors by name")
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in _TYPES:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{where}: {name} is of type {kind}; only floating point is converted")
+        check_finite(value, f"{where}: {name}")
+    return where, tensors
+
+
+def _named(
+    where: Path, tensors: Mapping[str, Tensor], namings: Sequence[list[Rule]]
+) -> tuple[list[Rule], dict[str, Tensor]]:
+    """Return the rules in the naming that an adapter's file has, and its tensors by the modules' names.
+
+    Raises:
+        ValueError: it is in none of the namings.
+    """
+    left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    found = [sum(f"{n}.lora_A.weight" in left for layer in _layers(rules) for n in layer.theirs) for rules in namings]
+    if not any(found):
+        examples = ", ".join(dict.fromkeys(next(_layers(rules)).theirs[0] for rules in namings))
+        raise ValueError(
+            f"{where}: its {min(left)} is of no layer of this base's language model, whose layers are called "
+            f"{examples}, .."
+        )
+    return namings[found.index(max(found))], left
+
+
+def _plan(
+    where: Path, settings: Settings, left: dict[str, Tensor], model: ModelConfig, rules: list[Rule]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Return the recipe's branch, and the parameters by canonical name; ``left`` is emptied."""
     layers = list(_layers(rules))
     given = {n for layer in layers for n in layer.theirs if f"{n}.lora_A.weight" in left}
     whole = {key: next((r for r in rules if r.row.ours == (ours,)), None) for key, ours in _WHOLE.items()}
@@ -229,12 +293,12 @@ def _plan(
         for t in TARGETS[model.language.layer_names]
         if any(layer.linear == t.linear and layer.theirs[_index(t.part, layer)] in given for layer in layers)
     )
-    if not targets:
+    if trains["train_embeddings"] and model.language.tie_word_embeddings:
         raise ValueError(
-            f"{where}: has no adapters for the language model of this base ({rules[-1].row.theirs[0]}, ..)"
+            f"{where}: has the embedding, which this base ties to the output layer and PEFT trains apart; {MERGE}"
         )
     lora = LoraConfig(
-        rank=int(config["r"]), alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout") or 0.0),
+        rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
         targets=targets,
         train_embeddings=trains["train_embeddings"], train_head=trains["train_head"],
     )  # fmt: skip
@@ -246,6 +310,7 @@ def _plan(
         names = layer.theirs if len(adapter.sizes) == 1 else [
             name for name, there in zip(layer.theirs, adapter.present, strict=True) if there
         ]  # fmt: skip
+        _check_shapes(where, layer, names, left, settings.rank)
         try:
             lows, ups = ([left.pop(f"{name}.lora_{kind}.weight") for name in names] for kind in "AB")
         except KeyError as error:
@@ -265,13 +330,23 @@ def _plan(
     return lora, made
 
 
+def _check_shapes(where: Path, layer: _Layer, names: Sequence[str], left: Mapping[str, Tensor], rank: int) -> None:
+    """Check A [rank, in] and B [out, rank] of a layer, as far as they are there."""
+    for name, (rows, columns) in zip(layer.theirs, layer.rule.shapes, strict=True):
+        for kind, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            value = left.get(f"{name}.lora_{kind}.weight") if name in names else None
+            if value is not None and tuple(value.shape) != shape:
+                got = f"{name}.lora_{kind}.weight has the shape {list(value.shape)}"
+                raise ValueError(f"{where}: {got}, the model's is {list(shape)}")
+
+
 def _index(part: int, layer: _Layer) -> int:
     return part if len(layer.theirs) > 1 else 0
 
 
 def _write_rest(base: Path, partial: Path, lora: LoraConfig) -> None:
     """Write what a checkpoint has beside tensors: the base's recipe with the adapters, and the small files."""
-    tree = yaml12.parse((base / "recipe.yaml").read_text(encoding="utf-8"))
+    tree = read_tree(base)
     tree["lora"] = {
         "rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "targets": list(lora.targets),
         "train_embeddings": lora.train_embeddings, "train_head": lora.train_head, "quantize": None,

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.safe import load_weights
 
@@ -104,7 +105,10 @@ class Source:
         for name in _WEIGHTS:
             if (path / name).is_file():
                 return _read_index(path / name) if name.endswith(".index.json") else {path / name: None}
-        raise ValueError(f"{path}: holds no weights; looked for {', '.join(_WEIGHTS)}")
+        there = what_is(path)
+        raise ValueError(
+            f"{path}: holds no weights; {f'it is {there}' if there else 'looked for ' + ', '.join(_WEIGHTS)}"
+        )
 
     def _add(self, file: Path, expected: list[str] | None) -> None:
         handle, found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)

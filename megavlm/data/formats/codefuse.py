@@ -23,6 +23,7 @@ from megavlm.data.formats.llava import convert
 from megavlm.data.formats.parquet import files_of
 from megavlm.data.formats.source import Source
 
+_ROW_KEYS = {"id", "prompt", "ground_truth", "prompts", "ground_truths", "conversations"}
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
@@ -52,7 +53,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     if not tasks:
         raise ValueError(f"{source.path} is no folder with a file of JSON or parquet, or a folder of them, per task")
     for task, file in tasks:
-        yield from convert(_llava(source.below(file).rows(), file.name), task)
+        yield from convert(_llava(source.below(file).rows(), file.name), source.ignored, task)
 
 
 def _is_row(record: Record) -> bool:
@@ -80,12 +81,12 @@ def _conversation(row: Record, row_id: str) -> Record:
         raise BrokenError("no answer", f"{len(prompts)} prompts, but {len(answers)} answers")
     if not all(isinstance(text, str) for text in (*prompts, *answers)):
         raise BrokenError("bad record", "a prompt or an answer is no text")
-    if row.get("image") and not any("<image>" in prompt for prompt in prompts):
+    if (row.get("image") or row.get("images")) and not any("<image>" in prompt for prompt in prompts):
         prompts = [f"<image>\n{prompts[0]}", *prompts[1:]]
     turns = []
     for prompt, answer in zip(prompts, answers, strict=True):
         turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
-    kept = {key: row[key] for key in ("image", "task") if row.get(key) is not None}
+    kept = {key: value for key, value in row.items() if key not in _ROW_KEYS and value is not None}
     return {"id": identity(row, "id") or row_id, "conversations": turns} | kept
 
 

@@ -1,7 +1,8 @@
 """LLaVA's JSON: ``{"id", "image", "conversations": [{"from": "human"|"gpt", "value"}]}``, ``<image>`` in the text.
 
 Source: ``docs/Finetune_Custom_Data.md`` and ``llava/train/train.py`` of github.com/haotian-liu/LLaVA. ``image`` is a
-path, a list of paths (one for each ``<image>``, as LLaVA-NeXT has it), or absent for text alone.
+path, a list of paths (one for each ``<image>``, as LLaVA-NeXT has it), or absent for text alone. ``images`` and
+``system`` beside the conversation are taken too (:mod:`megavlm.data.formats.keys`).
 
 A picture becomes ``Picture N: <img>path</img>`` and a line end where ``<image>`` stood, as Qwen-VL's fine-tuning data
 has it. Coordinates in the text stay as they are.
@@ -10,13 +11,15 @@ has it. Coordinates in the text stay as they are.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.keys import check_keys, is_given, picture_paths, with_system
 from megavlm.data.formats.source import Source
 
-_IMAGE = re.compile(r"[ \t]*<image>[ \t]*\n?")
+_IMAGE = re.compile(r"[ \t]*<image>[ \t]*(?:\r\n?|\n)?")
 _OWN_IMAGE = re.compile(r"</?img>")
 
 
@@ -31,17 +34,23 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         ValueError: The file holds no list.
     """
-    yield from convert(source.rows())
+    yield from convert(source.rows(), source.ignored)
 
 
-def convert(entries: Iterable[Any], task: str | None = None) -> Iterator[Record | Broken]:
-    """Convert LLaVA records; ``task`` is what they are called where they do not say themselves."""
+def convert(entries: Iterable[Any], ignored: Counter[str], task: str | None = None) -> Iterator[Record | Broken]:
+    """Convert LLaVA records.
+
+    Args:
+        entries: The records, and what is broken among them.
+        ignored: Counts keys that are not used.
+        task: What records are called that do not say themselves.
+    """
     for entry in entries:
         if isinstance(entry, Broken):
             yield entry
             continue
         try:
-            yield _convert(entry, task)
+            yield convert_one(entry, ignored, task)
         except BrokenError as error:
             yield error.about(identity(entry, "id"))
 
@@ -57,12 +66,19 @@ def mentions_image(record: Record) -> bool:
     """Whether a record of conversations shows pictures in LLaVA's way."""
     if not isinstance(record.get("conversations"), list):
         return False
-    return isinstance(record.get("image"), str | list) or any("<image>" in text for text in turns_of(record))
+    beside = any(is_given(record.get(key)) for key in ("image", "images"))
+    return beside or any("<image>" in text for text in turns_of(record))
 
 
-def _convert(entry: Any, task: str | None) -> Record:
-    turns = _answered(field(entry, "conversations", list))
+def convert_one(entry: Any, ignored: Counter[str], task: str | None = None) -> Record:
+    """Convert one record; see :func:`convert`.
+
+    Raises:
+        BrokenError: It cannot be one here.
+    """
+    turns = with_system(entry, _answered(field(entry, "conversations", list)))
     images = _images(entry)
+    check_keys(entry, ignored)
     shown = 0
     converted = []
     for index, turn in enumerate(turns):
@@ -108,11 +124,8 @@ def _insert(text: str, picture: str) -> str:
 
 
 def _images(entry: Record) -> list[str]:
-    image = entry.get("image")
-    images = [] if image is None else image if isinstance(image, list) else [image]
+    images = picture_paths(entry)
     for path in images:
-        if not isinstance(path, str) or not path.strip():
-            raise BrokenError("bad record", "'image' must be a path, or a list of paths")
         if _OWN_IMAGE.search(path) or "<image>" in path:
             raise BrokenError("unsafe image path", f"image {path!r} contains markup")
     return images

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.machine import is_machine_fault
+
 _ROWS = 16
 """Rows that are held at once."""
 
@@ -43,7 +45,7 @@ def unreadable(path: Path, error: Exception, row: int = 0) -> ValueError:
     Raises:
         OSError: It is the machine's error, not the file's.
     """
-    if isinstance(error, OSError) and error.errno is not None:
+    if is_machine_fault(error):
         raise error
     line = " ".join(str(error).split())
     return ValueError(f"{path} cannot be read as parquet from row {row} on: {line}; fetch it again")
@@ -63,7 +65,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
                 for row in batch.to_pylist():
                     yield _take_pictures(row, f"{path.name}/{number}")
                     number += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # pyarrow's own, and what Python makes of dates, decimals and text that are none
         raise unreadable(path, error, number) from None
 
 

@@ -1,14 +1,18 @@
 """Qwen-VL's fine-tuning JSON: ``{"id", "conversations": [{"from", "value"}]}``, pictures as ``<img>path</img>``.
 
-Source: ``finetune.py`` and the README of github.com/QwenLM/Qwen-VL. Records are passed on as they are.
+Source: ``finetune.py`` and the README of github.com/QwenLM/Qwen-VL. Records are passed on as they are, but for a
+``system`` key beside the conversation, which becomes its first turn (:mod:`megavlm.data.formats.keys`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
-from megavlm.data.formats.base import Broken, Record, identity
-from megavlm.data.formats.llava import mentions_image, turns_of
+from megavlm.data.formats.base import Broken, BrokenError, Record, identity
+from megavlm.data.formats.keys import check_keys, is_given, with_system
+from megavlm.data.formats.llava import convert_one, mentions_image, turns_of
 from megavlm.data.formats.source import Source
 
 
@@ -27,8 +31,36 @@ def read(source: Source) -> Iterator[Record | Broken]:
         ValueError: The file holds no list.
     """
     for entry in source.rows():
-        if isinstance(entry, dict) and mentions_image(entry) and entry.get("image") is not None:
-            reason = "'image' beside the conversation is LLaVA's way; prepare it with --format llava"
-            yield Broken(identity(entry, "id"), "pictures do not match", reason)
-        else:
-            yield entry
+        try:
+            yield _own(entry, source.ignored) if isinstance(entry, dict) else entry
+        except BrokenError as error:
+            yield error.about(identity(entry, "id"))
+
+
+def conversation(entry: Any, ignored: Counter[str]) -> Any:
+    """Return one record in this form, whether it is written in this form or in LLaVA's; what is no object, as it is.
+
+    Raises:
+        BrokenError: It cannot be one.
+    """
+    if not isinstance(entry, dict):
+        return entry
+    if mentions_image(entry) and not any("<img>" in text for text in turns_of(entry)):
+        return _without(entry, "image", "images", "system") | convert_one(entry, ignored)
+    return _own(entry, ignored)
+
+
+def _own(entry: Record, ignored: Counter[str]) -> Record:
+    if is_given(entry.get("image")) or is_given(entry.get("images")):
+        key = "image" if is_given(entry.get("image")) else "images"
+        reason = f"{key!r} beside the conversation is LLaVA's way; prepare it with --format llava"
+        raise BrokenError("pictures do not match", reason)
+    check_keys(entry, ignored)
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return entry
+    return _without(entry, "image", "images", "system") | {"conversations": with_system(entry, turns)}
+
+
+def _without(entry: Record, *keys: str) -> Record:
+    return {key: value for key, value in entry.items() if key not in keys}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.formats import stream
-from megavlm.data.formats.base import Broken, Record, is_inside
+from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
+from megavlm.data.formats.encoding import NotUnicodeError, lines
+from megavlm.data.formats.keys import is_given
 from megavlm.data.formats.parquet import files_of, read_rows
+from megavlm.data.machine import is_file
 
 _HEAD = 200
 """Records by which a file's format is told."""
@@ -34,6 +38,8 @@ class Source:
     """Visual Genome: regions of one sample; None for the default."""
     pictures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
     """Pictures that came with the row that was read last, by the path that stands for each in its record."""
+    ignored: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
+    """Keys of conversations that nothing looks at, and how many records have each."""
 
     @cached_property
     def is_folder(self) -> bool:
@@ -96,8 +102,7 @@ class Source:
 
     def _rows(self, key: str | None) -> Iterator[Any]:
         if self.path.suffix == ".jsonl" and not self.path.is_dir():
-            with self.path.open("rb") as file:
-                yield from (_line(number, line) for number, line in enumerate(file, 1) if line.strip())
+            yield from (_line(number, line) for number, line in lines(self.path))
             return
         files = files_of(self.path)
         if not files:
@@ -123,21 +128,35 @@ class Source:
     def find_image(self, candidates: Sequence[str]) -> str:
         """Return the first of the paths below :attr:`images` that is there, else the first of all."""
         for path in candidates:
-            if path in self.pictures or (is_inside(path) and (self.images / path).is_file()):
+            if path in self.pictures or (is_inside(path) and is_file(self.images / path)):
                 return path
         return candidates[0]
+
+    def read_image(self, path: str) -> bytes:
+        """Return a picture's file.
+
+        Raises:
+            BrokenError: There is none at this path.
+        """
+        if path in self.pictures:
+            return self.pictures[path]
+        if not is_inside(path) or not is_file(self.images / path):
+            raise BrokenError("image missing", f"no picture {path!r} in {self.images}")
+        return (self.images / path).read_bytes()
 
 
 def _is_plain(entry: Record) -> bool:
     """Whether it is a conversation without a picture, in whoever's form."""
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or isinstance(entry.get("image"), str | list):
+    if not isinstance(turns, list) or is_given(entry.get("image")) or is_given(entry.get("images")):
         return False
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     return not any(isinstance(text, str) and ("<img>" in text or "<image>" in text) for text in texts)
 
 
-def _line(number: int, line: bytes) -> Any:
+def _line(number: int, line: str | NotUnicodeError) -> Any:
+    if isinstance(line, NotUnicodeError):
+        return Broken(None, "not UTF-8", str(line))
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megavlm.data.formats.encoding import not_unicode, open_text
+
 _PIECE = 1 << 20
 """Characters that are read at once."""
 _LONGEST = 1 << 28
@@ -27,7 +29,7 @@ def kind(path: Path) -> str:
     Raises:
         ValueError: It is neither, or not JSON at all.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         found = _Scanner(file, path).peek()
     if found not in ("[", "{"):
         raise ValueError(f"{path} is not valid JSON: it must begin with [ or {{")
@@ -40,7 +42,7 @@ def elements(path: Path, key: str | None = None) -> Iterator[Any]:
     Raises:
         ValueError: The file is not JSON; the message names the record and its line.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         scanner = _Scanner(file, path)
         if key is None:
             yield from scanner.elements()
@@ -59,7 +61,7 @@ def members(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         ValueError: As of :func:`elements`.
     """
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         scanner = _Scanner(file, path)
         for name in scanner.names():
             yield name, scanner.value()
@@ -73,7 +75,7 @@ def outline(path: Path, most: int = 16) -> dict[str, Any]:
         ValueError: As of :func:`elements`.
     """
     found: dict[str, Any] = {}
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         scanner = _Scanner(file, path)
         for name in scanner.names():
             if scanner.peek() == "[":
@@ -192,7 +194,7 @@ class _Scanner:
         try:
             piece = self._file.read(max(_PIECE, len(self._text) - self._at))
         except UnicodeDecodeError:
-            raise ValueError(f"{self._path} is not UTF-8 text; convert it") from None
+            raise not_unicode(self._path) from None
         self._text = self._text[self._at :] + piece
         self._at = 0
         return bool(piece)

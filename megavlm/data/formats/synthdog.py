@@ -18,6 +18,8 @@ from typing import Any
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, pair, plain
 from megavlm.data.formats.source import Source
+from megavlm.data.frames import Frame, frame_of
+from megavlm.data.images import ImageError
 
 
 def matches(source: Source) -> bool:
@@ -54,30 +56,35 @@ def _page(source: Source, entry: Any, below: str) -> Record:
             raise BrokenError("bad JSON", f"'ground_truth' is not valid JSON: {error}") from None
     image = source.find_image([f"{below}{name}", name])
     if isinstance(truth, dict) and "lines" in truth:
-        return pair(name, "ocr with grounding", image, "OCR with grounding:", _grounded(truth))
+        return pair(name, "ocr with grounding", image, "OCR with grounding:", _grounded(source, image, truth))
     text = plain(field(field(truth, "gt_parse", dict), "text_sequence"), "the page's text")
     return pair(name, "ocr", image, "OCR:", text)
 
 
-def _grounded(truth: Record) -> str:
+def _grounded(source: Source, image: str, truth: Record) -> str:
     size = field(truth, "size", list)
     if len(size) != 2 or not all(isinstance(side, int | float) and 0 < side < 1e9 for side in size):
         raise BrokenError("bad record", "'size' must be the picture's width and height")
-    lines = [_line(line, *size) for line in field(truth, "lines", list)]
+    try:
+        frame = frame_of(source.read_image(image), *size)
+    except (BrokenError, ImageError):
+        frame = Frame(*size)  # the picture is missing or broken, which is told when it is wanted
+    lines = [_line(line, frame) for line in field(truth, "lines", list)]
     if not lines:
         raise BrokenError("empty text", "the page has no lines")
     return "".join(lines)
 
 
-def _line(line: Any, width: float, height: float) -> str:
+def _line(line: Any, frame: Frame) -> str:
     text = plain(field(line, "text"), "a line's text")
     quad = field(line, "quad", list)
     try:
-        points = [(float(x), float(y)) for x, y in quad]
+        points = [frame.point(float(x), float(y)) for x, y in quad]
     except (TypeError, ValueError, OverflowError):
         points = []
     if len(points) != 4 or not all(math.isfinite(x) and math.isfinite(y) for x, y in points):
         raise BrokenError("bad box", "'quad' must be four points x, y")
+    width, height = frame.upright
     corners = ",".join(f"({_scaled(x, width)},{_scaled(y, height)})" for x, y in points)
     return f"<ref>{text}</ref><quad>{corners}</quad>"
 

@@ -1,8 +1,8 @@
 """Visual Genome's regions: boxes with a phrase each, for finding what is named and for naming what is shown.
 
 Source: visualgenome.org, ``region_descriptions.json``: ``[{"id", "regions": [{"region_id", "image_id", "phrase", "x",
-"y", "width", "height"}]}]`` (version 1.0 says ``image_id`` instead of ``id``), in pixels of the picture, whose size is
-in ``image_data.json`` or in the picture itself.
+"y", "width", "height"}]}]`` (version 1.0 says ``image_id`` instead of ``id``), in pixels of the picture as it is
+stored, whose size is in ``image_data.json`` or in the picture itself. Where EXIF turns the picture, its boxes turn too.
 
 A sample has up to ``per_sample`` regions of a picture, as turns of one conversation; samples alternate between
 *grounding* (``<ref>phrase</ref>`` asks for ``<box>(x1,y1),(x2,y2)</box>``) and *grounded captioning*
@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, is_inside, plain
 from megavlm.data.formats.source import Source
-from megavlm.data.images import ImageError, read_header
+from megavlm.data.frames import Frame, frame_of
+from megavlm.data.images import ImageError
+from megavlm.data.machine import is_file
 
 DEFAULT_PER_SAMPLE = 8
 
@@ -46,8 +48,17 @@ def read(source: Source) -> Iterator[Record | Broken]:
             yield error.about(identity(entry, "id", "image_id"))
 
 
-def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float) -> str:
-    """Write a box of pixels as Qwen-VL does: thousandths of the picture, integers from 0 to 999.
+def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: float, turn: int = 1) -> str:
+    """Write a box of pixels as Qwen-VL does: thousandths of the upright picture, integers from 0 to 999.
+
+    Args:
+        x1: Left.
+        y1: Top.
+        x2: Right.
+        y2: Bottom.
+        width: Of the picture as the box was measured in it.
+        height: As ``width``.
+        turn: How that picture is to be turned to stand upright, 1 (not at all) to 8, as EXIF counts.
 
     Raises:
         BrokenError: It has no area, or none inside the picture.
@@ -58,6 +69,9 @@ def to_box(x1: float, y1: float, x2: float, y2: float, width: float, height: flo
         raise BrokenError("bad box", "the box has a number that is too large") from None
     if not (width > 0 and height > 0 and max(x1, 0) < min(x2, width) and max(y1, 0) < min(y2, height)):
         raise BrokenError("bad box", f"box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) has no area in {width:g} x {height:g}")
+    frame = Frame(width, height, turn)
+    x1, y1, x2, y2 = frame.box(x1, y1, x2, y2)
+    width, height = frame.upright
     left, top, right, bottom = (
         math.floor(min(999.0, max(0.0, value * 1000 / side)))
         for value, side in ((x1, width), (y1, height), (x2, width), (y2, height))
@@ -89,12 +103,17 @@ def _picture(
         image_id = identity(regions[0], "image_id") if regions else None
     if image_id is None:
         raise BrokenError("bad record", "the picture has no id")
-    image, width, height = _locate(source, image_id, known.get(image_id, {}))
+    image, frame = _locate(source, image_id, known.get(image_id, {}))
     usable: list[tuple[str, str]] = []
     for region in regions:
         try:
             x, y, w, h = (field(region, key, (int, float)) for key in ("x", "y", "width", "height"))
-            usable.append((plain(field(region, "phrase"), "the phrase"), to_box(x, y, x + w, y + h, width, height)))
+            usable.append(
+                (
+                    plain(field(region, "phrase"), "the phrase"),
+                    to_box(x, y, x + w, y + h, frame.width, frame.height, frame.turn),
+                )
+            )
         except BrokenError as error:
             yield error.about(identity(region, "region_id"))
     for part, start in enumerate(range(0, len(usable), per_sample)):
@@ -112,21 +131,20 @@ def _sample(sample_id: str, image: str, regions: list[tuple[str, str]], find: bo
     return {"id": sample_id, "task": "grounding" if find else "grounded caption", "conversations": turns}
 
 
-def _locate(source: Source, image_id: int | str, info: Record) -> tuple[str, float, float]:
-    """Path below the image directory, width and height."""
+def _locate(source: Source, image_id: int | str, info: Record) -> tuple[str, Frame]:
+    """Path below the image directory, and the frame that boxes were measured in."""
     candidates = [f"VG_100K/{image_id}.jpg", f"VG_100K_2/{image_id}.jpg", f"{image_id}.jpg"]
     if isinstance(info.get("url"), str):
         parts = urlsplit(info["url"]).path.split("/")
         candidates = ["/".join(parts[-2:]), parts[-1], *candidates]
     image = source.find_image(candidates)
-    path = source.images / image
-    if not is_inside(image) or not path.is_file():
+    if not is_inside(image) or not is_file(source.images / image):
         raise BrokenError("image missing", f"no picture {image_id} in {source.images}: neither {', '.join(candidates)}")
     sides = [info.get("width"), info.get("height")]
-    if all(isinstance(side, int | float) for side in sides):
-        return image, float(sides[0] or 0), float(sides[1] or 0)
     try:
-        header = read_header(path.read_bytes())
+        known = [float(side) for side in sides if isinstance(side, int | float)]
+        return image, frame_of(source.read_image(image), *(known if len(known) == 2 else ()))
+    except OverflowError:
+        raise BrokenError("bad box", f"the size of image {image!r} has a number that is too large") from None
     except ImageError as error:
         raise BrokenError(f"bad image ({error.cause})", f"image {image!r}: {error}") from None
-    return image, float(header.width), float(header.height)

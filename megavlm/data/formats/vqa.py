@@ -128,7 +128,8 @@ def _questions(source: Source) -> Result:
 
 def _coco(image_id: str | int, subset: Any) -> list[str]:
     """Where COCO's picture may lie: named as in 2014, or as in 2017."""
-    number = f"{int(image_id):012d}.jpg" if str(image_id).isdecimal() else f"{image_id}.jpg"
+    name = str(image_id)
+    number = f"{int(name):012d}.jpg" if name.isdecimal() and len(name) <= 12 else f"{name}.jpg"
     splits = [subset] if isinstance(subset, str) and subset.isalnum() else ["train2014", "val2014"]
     old = [path for split in splits for path in (f"COCO_{split}_{number}", f"{split}/COCO_{split}_{number}")]
     return [*old, number, f"train2017/{number}", f"val2017/{number}"]

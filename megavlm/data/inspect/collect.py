@@ -127,7 +127,7 @@ def collect(
             found.packs = [next(packed) for _ in range(packs)]
         packed.close()
     # As the trainer's feed does it: a sample with a picture that cannot be decoded loses its labels.
-    decoder = make_decoder(data.image_decoder)
+    decoder = make_decoder(data.image_decoder, alpha=data.image_alpha)
     for pack in (*(shown.pack for shown in found.samples), *found.packs):
         read = decode_pack(pack, decoder, image_size, tokens_per_image, tokenizer.imgpad_id)
         found.masked |= {f"{skipped.dataset}/{skipped.key}": skipped.cause for skipped in read.masked}

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from megavlm.data.batch import Pack
+from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.inspect.charts import bars, length_histogram
 from megavlm.data.inspect.collect import Collected, Counts
@@ -194,7 +195,8 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
         f"{segment.supervised:,} supervised",
     ]
     images = "".join(
-        _picture(data, index, segment.shapes if index == 0 else ()) for index, data in enumerate(segment.images)
+        _picture(data, found.data.image_alpha, index, segment.shapes if index == 0 else ())
+        for index, data in enumerate(segment.images)
     )
     if images:
         images = f'<div class="pictures">{images}</div>'
@@ -221,9 +223,9 @@ def _token(piece: Piece) -> str:
     return f'<span class="t {"s" if piece.supervised else "m"}" title="{ids}">{text}</span>'
 
 
-def _picture(data: bytes, index: int, drawn: Sequence[Shape]) -> str:
+def _picture(data: bytes, alpha: Alpha, index: int, drawn: Sequence[Shape]) -> str:
     try:
-        image = decode_with_pil(data)
+        image = decode_with_pil(data, alpha)
     except ImageError as error:
         return f'<div class="picture broken">picture {index + 1}: {escape(str(error))}</div>'
     size = f"{image.width} x {image.height}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from megavlm.data.textpages.corpus import LANGUAGES, Corpus, read_corpus
 from megavlm.data.textpages.draw import choose_colours, choose_distortion, distort, draw_page, map_box, spoil
 from megavlm.data.textpages.fonts import FONT_DIRECTORIES, Face, find_fonts
 from megavlm.data.textpages.layout import choose_style, set_page
+from megavlm.parallel.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     languages = tuple(dict.fromkeys(args.language))
     corpora = tuple(read_corpus(args.corpus, languages))
     faces = {language: tuple(find_fonts(language, args.fonts or FONT_DIRECTORIES)) for language in languages}
-    with new_directory(args.out) as partial:
+    with new_directory(args.out, "render-text", replace=False) as partial:
         plan = _Plan(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
         dropped = _render_all(plan, args.pages, args.workers)
     if dropped:
@@ -141,11 +143,17 @@ def _results(plan: _Plan, pages: int, workers: int) -> Iterator[Iterator[_Render
         yield (render_page(plan, index) for index in range(pages))
         return
     # Each process has the plan once, and remembers what its fonts can draw.
-    pool = ProcessPoolExecutor(workers, initializer=_PLANS.append, initargs=(plan,))
+    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(os.getpid(), plan))
     try:
         yield pool.map(_render_in_worker, range(pages), chunksize=16)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(parent: int, plan: _Plan) -> None:
+    """Prepare a worker process."""
+    end_with_parent(parent)
+    _PLANS.append(plan)
 
 
 def _render_in_worker(index: int) -> _Rendered:

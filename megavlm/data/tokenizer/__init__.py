@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megavlm.data.tokenizer.base import ROLES, Tokenizer
-from megavlm.data.tokenizer.files import TOKENIZER_FILES, check_vocabulary, find_tokenizer, with_tokenizer
+from megavlm.data.tokenizer.files import TOKENIZER_FILES, check_vocabulary, files_of, find_tokenizer, with_tokenizer
 from megavlm.data.tokenizer.huggingface_json import HFTokenizer
 from megavlm.data.tokenizer.sentencepiece_model import (
     SENTENCEPIECE_SPECIALS,
@@ -31,6 +31,7 @@ __all__ = [
     "TiktokenTokenizer",
     "Tokenizer",
     "check_vocabulary",
+    "files_of",
     "find_tokenizer",
     "load_tokenizer",
     "train_sentencepiece",

@@ -9,6 +9,7 @@ from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer.base import Tokenizer
+from megavlm.data.tokenizer.beside import ID_FILES
 
 TOKENIZER_FILES = (
     "*.tiktoken",
@@ -50,6 +51,11 @@ def find_tokenizer(directory: Path) -> Path | None:
         *(models if len(models) == 1 else []),
     ]
     return next((path for path in candidates if path.is_file()), None)
+
+
+def files_of(tokenizer: Path) -> list[Path]:
+    """Return a tokenizer's file and those beside it that say ids of its tokens."""
+    return [tokenizer, *(path for name in ID_FILES if (path := tokenizer.parent / name).is_file())]
 
 
 def with_tokenizer(recipe: Recipe, checkpoint: Path | None = None) -> Recipe:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.tokenizer.base import Tokenizer
+from megavlm.data.tokenizer.beside import tokens_beside
 
 
 class HFTokenizer(Tokenizer):
     """A ``tokenizer.json``, as Qwen2, Llama 3 and LLaVA have it.
 
-    Text is encoded without the post-processor, so no BOS is put in front. The files beside it are not read.
+    Text is encoded without the post-processor, so no BOS is put in front. Of the files beside it the ids of special
+    tokens are read, and they must agree.
     Where the file's rules put a space before text (Llama's do), the library takes it away again when it
     decodes, but only at the very start of the ids: an answer comes back as it was, a whole conversation shows
     a space after its special tokens.
@@ -31,8 +33,14 @@ class HFTokenizer(Tokenizer):
         # A file may carry these from the program that wrote it; text would be cut short silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._check(stated, path)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        beside = tokens_beside(path, vocabulary)
+        for name, number in sorted(beside.items(), key=lambda item: item[1]):
+            if name not in vocabulary:
+                self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)])
+                vocabulary[name] = number
+        self._check(beside, path)
         roles = self._set_roles(vocabulary, max(vocabulary.values()) + 1, path)
         # Also those that the file has as ordinary pieces: they keep their ids, and become whole tokens.
         whole = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.tokenizer.base import ROLES, Tokenizer
+from megavlm.data.tokenizer.beside import tokens_beside
 from megavlm.data.tokenizer.tiktoken_file import QWEN_SPECIALS
 
 SENTENCEPIECE_SPECIALS = tuple(token for token in QWEN_SPECIALS if not token.startswith("<|extra_"))
 """Special tokens of a SentencePiece model that :func:`train_sentencepiece` makes."""
 
 _SPACE_MARK = "\u2581"
-_ADDED_TOKENS = "added_tokens.json"
 
 
 def load_sentencepiece(path: str | Path) -> Tokenizer:
@@ -44,7 +43,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, model: Any, pieces: Sequence[str], path: Path) -> None:
         self._model = model
-        self._set_roles({piece: i for i, piece in enumerate(pieces)}, len(pieces), path)
+        own = {piece: i for i, piece in enumerate(pieces)}
+        if more := sorted(set(tokens_beside(path, own)) - set(own)):
+            raise ValueError(f"tokenizer {path}: the files beside it add {more[0]}, which the model itself should have")
+        self._set_roles(own, len(pieces), path)
         self._bytes = [
             bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace(_SPACE_MARK, " ").encode()
             for i, piece in enumerate(pieces)
@@ -73,7 +75,7 @@ class SentencePieceTokenizer(Tokenizer):
 class PlainSentencePieceTokenizer(Tokenizer):
     """A SentencePiece model as it was published, such as Llama's and Vicuna's.
 
-    Its control pieces (``<s>``, ``</s>``), the tokens of an ``added_tokens.json`` beside it and the roles' tokens
+    Its control pieces (``<s>``, ``</s>``), the tokens that the files beside it add and the roles' tokens
     are special; each stretch of text between them is encoded by the model as it is. If the model puts a space
     before text (the dummy prefix), it does so for every stretch, and decoding takes one space off the start of
     each: an answer comes back as it was. Stretches that were encoded apart and meet without a special token in
@@ -83,7 +85,7 @@ class PlainSentencePieceTokenizer(Tokenizer):
     def __init__(self, model: Any, pieces: Sequence[str], path: Path) -> None:
         self._model = model
         known = {piece: i for i, piece in enumerate(pieces)}
-        beside = _read_added_tokens(path.with_name(_ADDED_TOKENS), known)
+        beside = tokens_beside(path, known)
         size = max([len(pieces) - 1, *beside.values()]) + 1
         roles = self._set_roles(known | beside, size, path)
         control = {piece: i for piece, i in known.items() if model.IsControl(i)}
@@ -107,22 +109,6 @@ class PlainSentencePieceTokenizer(Tokenizer):
             stretch = list(group)
             parts += [self._names[i] for i in stretch] if special else [self._model.DecodeIds(stretch)]
         return "".join(parts)
-
-
-def _read_added_tokens(path: Path, known: dict[str, int]) -> dict[str, int]:
-    """Tokens that Hugging Face keeps outside the model: without them, appended ids would be theirs."""
-    if not path.is_file():
-        return {}
-    try:
-        tokens = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"tokenizer {path} is not valid JSON: {error}") from None
-    if not isinstance(tokens, dict) or not all(token and type(number) is int for token, number in tokens.items()):
-        raise ValueError(f"tokenizer {path} must be an object of tokens and their ids")
-    for token, number in tokens.items():
-        if known.get(token, number) != number or (token not in known and number < len(known)):
-            raise ValueError(f"tokenizer {path}: {token} has the id {number}, but the model beside it says otherwise")
-    return tokens
 
 
 def train_sentencepiece(texts: Iterable[str], out_path: str | Path, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megavlm.data.tokenizer.base import Tokenizer
+from megavlm.data.tokenizer.beside import tokens_beside
 
 QWEN_SPECIALS = (
     "<|endoftext|>",
@@ -45,6 +46,8 @@ class TiktokenTokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(
             path.name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
+        if more := sorted(set(tokens_beside(path, specials)) - set(specials)):
+            raise ValueError(f"tokenizer {path}: the files beside it add {more[0]}, which Qwen's tokenizer has not")
         self._set_roles(specials, len(ranks) + len(specials), path)
 
     def encode(self, text: str) -> list[int]:

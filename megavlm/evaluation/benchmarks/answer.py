@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from megavlm.inference.loaded import loaded
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.faults import at_step, fault
+from megavlm.parallel.lock import View
 from megavlm.parallel.state import agreed, is_first_stage, is_reader
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def answer_questions(
     identity: Mapping[str, Any],
     max_new_tokens: int,
     at_once: int,
+    begin: Callable[[], View],
 ) -> dict[str, Row] | None:
     """Answer the questions that have no prediction yet; data-parallel replicas share them out.
 
@@ -50,12 +52,15 @@ def answer_questions(
         identity: what these predictions are of; ``run`` names it.
         max_new_tokens: longest generated answer.
         at_once: questions of a round and replica; their predictions are on disk after each round.
+        begin: called once the ranks have met; returns the lock of the folder.
 
     Returns:
         Predictions by question on the first rank, None on the others.
     """
     run = str(identity["run"])
-    with loaded(recipe, checkpoint, tokenizer) as chunks:
+    locks: list[View] = []
+    with loaded(recipe, checkpoint, tokenizer, lambda: locks.append(begin())) as chunks:
+        (lock,) = locks
         known: list[Any] = [sorted(done)]
         dist.broadcast_object_list(known, src=0)
         before = set(known[0])
@@ -69,13 +74,14 @@ def answer_questions(
             if dist.get_rank() == 0:
                 write_identity(folder, run, identity)
             writer = PartWriter(folder, rank, run) if is_reader() else None
-        decoder = make_decoder(recipe.data.image_decoder) if is_first_stage() else None
+        decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_first_stage() else None
         for index in range(rounds):
             some = mine[index * at_once : (index + 1) * at_once]
             at_step(index + 1)
             rows = _round(chunks, recipe, tokenizer, some, decoder, max_new_tokens)
             fault("evaluation.round")
             with agreed("writing predictions"):
+                lock.check()
                 if writer is not None:
                     writer.append(rows)
             found += rows

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.formats.encoding import NotUnicodeError, lines, open_text
+from megavlm.data.schema import check_unicode
 from megavlm.evaluation.benchmarks.spec import Item
 
 _LARGEST_FIELD = 1 << 30  # a picture in base64 is one field of a table
@@ -26,7 +28,7 @@ def read_json(path: Path, kind: type[Any]) -> Any:
         found = json.loads(path.read_bytes())
     except IsADirectoryError:
         raise ValueError(f"{path} is a directory") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, kind):
         wanted = "list" if kind is list else "object"
@@ -46,13 +48,13 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory")
     found = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    found.append((number, json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
+    for number, line in lines(path):
+        if isinstance(line, NotUnicodeError):
+            raise ValueError(f"{path}: {line}")
+        try:
+            found.append((number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
     return found
 
 
@@ -67,7 +69,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} is a directory")
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with open_text(path) as file:
             return [
                 {key: value or "" for key, value in row.items() if key is not None}
                 for row in csv.DictReader(file, delimiter="\t")
@@ -107,7 +109,10 @@ def make_items(
     items: list[Item] = []
     for name, entry in entries:
         try:
-            items += make(entry)
+            made = list(make(entry))
+            for item in made:
+                _check_unicode(item)
+            items += made
         except ValueError as error:
             raise ValueError(f"{path}: {what} {name}: {error}") from None
     seen: set[str] = set()
@@ -118,6 +123,20 @@ def make_items(
     if not items:
         raise ValueError(f"{path}: holds no question to ask")
     return items
+
+
+def _check_unicode(item: Item) -> None:
+    texts = {
+        "its id": [item.id],
+        "its question": [item.question],
+        "an answer": item.answers,
+        "an option": item.choices,
+        "its hint": [item.hint],
+        "its kind": [item.kind, item.unit],
+    }
+    for what, found in texts.items():
+        for one in found:
+            check_unicode(one, what)
 
 
 def text(entry: Any, name: str, default: str | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -26,6 +27,8 @@ from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Score
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, Page, write_report
 from megavlm.parallel.device import prepare_device
+from megavlm.parallel.lock import TIMEOUT_SECONDS, View
+from megavlm.parallel.output import holding, try_writing
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +69,23 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
     from megavlm.evaluation.benchmarks.answer import answer_questions  # noqa: PLC0415 - imports Megatron-Core
 
     asked = plan.questions[: args.limit]
-    rows = answer_questions(
-        recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens, args.save_every
-    )
-    if rows is None:  # not the first rank
-        return 0
-    scores = _score(plan, asked, rows)
-    _write(plan, asked, rows, scores, args.panel_samples, time.perf_counter() - start)
+    try_writing(plan.out, "--out")
+    with contextlib.ExitStack() as stack:
+        locks: list[View] = []
+
+        def begin() -> View:
+            locks.append(stack.enter_context(holding(plan.out, "eval", "--out", TIMEOUT_SECONDS)))
+            return locks[0]
+
+        rows = answer_questions(
+            recipe, checkpoint, tokenizer, asked, plan.done, plan.out, plan.identity, plan.max_new_tokens,
+            args.save_every, begin,
+        )  # fmt: skip
+        if rows is None:  # not the first rank
+            return 0
+        scores = _score(plan, asked, rows)
+        locks[0].check()
+        _write(plan, asked, rows, scores, args.panel_samples, time.perf_counter() - start)
     return 0
 
 

@@ -76,7 +76,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     shown = {column: _pictures(path, group, index, column, row.get(column)) for column in pictures}
                     yield {**row, **shown}
                     row_count += 1
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # pyarrow's own, and what Python makes of dates, decimals and text that are none
         raise unreadable(path, error, row_count) from None
 
 
@@ -89,10 +89,9 @@ def _pictures(path: Path, group: int, index: int, column: str, cell: Any) -> Any
 
 def _stored(path: Path, group: int, index: int, column: str, place: int | None) -> StoredPicture:
     def read() -> bytes:
-        pyarrow = need_pyarrow(path)
         try:
             cell = _cells(path, group, column)[index].as_py()
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:
             logger.warning("%s", unreadable(path, error, index))
             return b""  # no picture: the question counts as wrong
         return (cell if place is None else cell[place])["bytes"] or b""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.frames import Frame, frame_of
+from megavlm.data.images import ImageError
+from megavlm.data.machine import is_file
 from megavlm.evaluation.benchmarks.files import (
     listed,
     make_items,
@@ -43,18 +47,32 @@ def read_refcoco(source: Source) -> list[Item]:
         if min(size) < 1:
             raise ValueError(f"its picture is {size[0]} x {size[1]} pixels")
         x1, y1, x2, y2 = (float(side) for side in box)
+        picture = _found(source.images, text(entry, "image"))
+        frame = Frame(*size, _turn(picture, *size))
+        width, height = frame.upright
         yield Item(
             id=str(index),
             question=text(entry, "sent"),
-            pictures=(_found(source.images, text(entry, "image")),),
-            box=(x1, y1, x2, y2),
-            size=size,
+            pictures=(picture,),
+            box=frame.box(x1, y1, x2, y2),
+            size=(int(width), int(height)),
         )
 
     if source.data.suffix in _PICKLES:
         raise ValueError(f"{source.data}: a pickle can run any program when it is opened; take Qwen-VL's JSON lines")
     rows = ((line, (index, entry)) for index, (line, entry) in enumerate(read_lines(source.data)))
     return make_items(source.data, rows, make, "line")
+
+
+@lru_cache(4096)  # several questions are of one picture
+def _turn(picture: Path, width: int, height: int) -> int:
+    """How a picture's boxes turn with it, as EXIF counts; not at all where it cannot be opened, which is told later."""
+    if not is_file(picture):
+        return 1
+    try:
+        return frame_of(picture.read_bytes(), width, height).turn
+    except ImageError:
+        return 1
 
 
 def _found(directory: Path, name: str) -> Path:

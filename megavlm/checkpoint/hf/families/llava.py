@@ -9,6 +9,7 @@ from typing import ClassVar
 from megavlm.checkpoint.hf.families.common import LLAMA_LANGUAGE, LLAVA_PROJECTOR, TRANSFORMERS_VISION, expect, need
 from megavlm.checkpoint.hf.families.decoders import llama_config, llama_language
 from megavlm.checkpoint.hf.families.llama import no_llama
+from megavlm.checkpoint.hf.families.preprocessor import normalisation
 from megavlm.checkpoint.hf.families.towers import transformers_vision, transformers_vision_config
 from megavlm.checkpoint.hf.families.vit import no_transformers_tower
 from megavlm.checkpoint.hf.family import Constants, Family, Tree, config_file
@@ -54,6 +55,7 @@ class LlavaFamily(Family):
     }
 
     modules = "modules5"
+    preprocesses = True
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
@@ -73,6 +75,7 @@ class LlavaFamily(Family):
         strategy = "default" if vision["class_token"] else "full"
         expect({"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}, where,
                vision_feature_select_strategy=strategy)  # fmt: skip
+        vision |= normalisation(source, vision["image_size"])
         text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
         language = llama_language(text, where)
         return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language}

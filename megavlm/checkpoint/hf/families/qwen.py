@@ -17,7 +17,7 @@ from megavlm.checkpoint.hf.families.common import (
     need,
 )
 from megavlm.checkpoint.hf.families.decoders import qwen_config, qwen_language
-from megavlm.checkpoint.hf.families.towers import qwen_vision, qwen_visual
+from megavlm.checkpoint.hf.families.towers import CLIP_MEAN, CLIP_STD, qwen_vision, qwen_visual
 from megavlm.checkpoint.hf.family import Family, Tree, config_file
 from megavlm.checkpoint.hf.rules import Aside, Table
 from megavlm.checkpoint.hf.source import Source
@@ -113,6 +113,8 @@ def no_qwen_tower(vision: VisionConfig) -> str | None:
     other = vision.class_token or vision.conv_bias or vision.post_layernorm or not vision.pre_layernorm
     if other or vision.activation != "gelu":
         return "the vision tower is not Qwen-VL's"
+    if [*vision.image_mean, *vision.image_std] != CLIP_MEAN + CLIP_STD:
+        return "pictures are normalised with other numbers than CLIP's, which Qwen-VL's code has fixed"
     if vision.positional_grid**2 != _TABLE_ROWS:
         return f"the tower's positional table has {vision.positional_grid**2} rows; Qwen-VL's code has {_TABLE_ROWS}"
     return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megavlm.checkpoint.hf.families.common import TRANSFORMERS_VISION
+from megavlm.checkpoint.hf.families.preprocessor import normalisation
 from megavlm.checkpoint.hf.families.towers import transformers_vision, transformers_vision_config
 from megavlm.checkpoint.hf.family import Constants, Family, Tree, config_file
 from megavlm.checkpoint.hf.rules import Aside, Table
@@ -26,6 +27,7 @@ class ClipFamily(Family):
     name = "clip"
     title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
     parts = ("vision",)
+    preprocesses = True
     styles: ClassVar = {"vision_model.": {}, "": {}}
     kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
 
@@ -40,7 +42,8 @@ class ClipFamily(Family):
     def branches(self, source: Source) -> Tree:
         """Return the vision branch."""
         half = source.config.get("vision_config", source.config)
-        return {"vision": transformers_vision(half, source.feature_layer, config_file(source))}
+        vision = transformers_vision(half, source.feature_layer, config_file(source))
+        return {"vision": vision | normalisation(source, vision["image_size"])}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""

@@ -1,0 +1,170 @@
+"""What an export says after a training: tokens, template, stop ids and pixels as they were trained here.
+
+A checkpoint brings the small files of where it came from along. A training changes what they mean: conversations are
+ChatML, text has no BOS, pictures are squashed to a square. Weights that nobody trained here keep their files untouched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavlm.checkpoint.base import RECORD, holds_adapters
+from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
+from megavlm.checkpoint.hf.family import Family
+from megavlm.checkpoint.hf.source import CONFIG
+from megavlm.checkpoint.hf.template import SAMPLES, chatml
+from megavlm.checkpoint.paths import read_json, read_run
+from megavlm.config.schema import ModelConfig
+from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+
+Tree = dict[str, Any]
+_TOKENIZER, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_GENERATION, _JINJA, _OLD_TEMPLATE = "generation_config.json", "chat_template.jinja", "chat_template.json"
+_DECODER = "added_tokens_decoder"
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+_CHECKED = "<|im_start|>user\n<img><imgpad></img> The quick brown fox, 0123456789 你好<|im_end|>\n"
+_ADDING = ("TemplateProcessing", "RobertaProcessing", "BertProcessing")
+"""Post-processors of the tokenizers library that put tokens around a text."""
+
+
+def was_trained(checkpoint: Path) -> bool:
+    """Whether steps were taken here: with a checkpoint's weights, or with the base that its adapters are for."""
+    if int(read_run(checkpoint).get("step") or 0) > 0:
+        return True
+    if not holds_adapters(checkpoint):
+        return False
+    base = Path(str(read_json(checkpoint / RECORD).get("base")))
+    return (base / "run.json").is_file() and was_trained(base)
+
+
+def write_trained(partial: Path, family: Family, model: ModelConfig, system_message: str) -> list[str]:
+    """Bring the small files of an export to what was trained.
+
+    Args:
+        partial: the directory, with configuration and tokenizer as they came along.
+        family: that is written.
+        model: the model.
+        system_message: that conversations without one were trained with.
+
+    Returns:
+        Lines for the report: which file says what.
+    """
+    lines = []
+    if "vision" in family.parts and family.preprocesses:
+        lines += write_pixels(partial, model)
+    path = find_tokenizer(partial)
+    if "language" not in family.parts or path is None:
+        return lines
+    tokenizer = load_tokenizer(path)
+    im_end, image = (tokenizer.decode([number]) for number in (tokenizer.im_end_id, tokenizer.imgpad_id))
+    lines += _write_tokens(path, tokenizer)
+    lines += _write_template(partial, tokenizer, system_message, slots=family.preprocesses)
+    if path.suffix == ".json" and "tokenizer_class" not in _read(partial / _TOKENIZER):
+        _change(partial / _TOKENIZER, {"tokenizer_class": "PreTrainedTokenizerFast"}, make=True)
+    _change(partial / _TOKENIZER, {"eos_token": im_end, "add_bos_token": False, "add_eos_token": False}, make=True)
+    _change(partial / _SPECIAL, {"eos_token": im_end})
+    stop = [tokenizer.im_end_id, tokenizer.eos_id]
+    generation = _read(partial / _GENERATION)
+    generation.pop("_from_model_config", None)
+    _write(partial / _GENERATION, generation | {"eos_token_id": stop})
+    lines.append(f"{_GENERATION}: generation stops at {im_end} and the end of a document ({stop})")
+    config = _read(partial / CONFIG)
+    if config:
+        tokens: Tree = {key: tokenizer.imgpad_id for key in ("image_token_index", "image_token_id") if key in config}
+        if "eos_token_id" in config:
+            tokens["eos_token_id"] = tokenizer.im_end_id
+        text = config.get("text_config")
+        if isinstance(text, dict) and "eos_token_id" in text:
+            config["text_config"] = text | {"eos_token_id": tokenizer.im_end_id}
+        if config | tokens != _read(partial / CONFIG):
+            _write(partial / CONFIG, config | tokens)
+    if family.preprocesses and "vision" in family.parts:
+        _write_processor(partial, model, image)
+    again = load_tokenizer(path)
+    if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED):
+        raise RuntimeError(f"{path}: what was written gives other ids than those of training")
+    return lines
+
+
+def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
+    """Write how pictures are made pixels."""
+    old = _read(partial / PREPROCESSOR) or dict(_read(partial / PROCESSOR).get("image_processor") or {})
+    _write(partial / PREPROCESSOR, trained_preprocessor(model.vision, old))
+    side = model.vision.image_size
+    return [f"{PREPROCESSOR}: pictures are squashed to {side} x {side}, bicubic, nothing is cut off"]
+
+
+def _write_tokens(path: Path, tokenizer: Tokenizer) -> list[str]:
+    """Give the tokens that were appended for training their ids in the tokenizer's own files."""
+    added = {name: tokenizer.vocab_size - len(tokenizer.added) + i for i, name in enumerate(tokenizer.added)}
+    if path.suffix == ".json":
+        tree = _read(path)
+        entries = {entry["content"]: entry for entry in tree.get("added_tokens") or ()}
+        for name, number in added.items():
+            entries[name] = {"id": number, "content": name, **_FLAGS}
+        post, bare = tree.get("post_processor"), _without_adding(tree.get("post_processor"))
+        changed = {"added_tokens": sorted(entries.values(), key=lambda entry: entry["id"]), "post_processor": bare}
+        if added or post != bare:
+            _write(path, tree | changed, indent=None)
+    elif path.suffix == ".model" and added:
+        _change(path.parent / _ADDED, added, make=True)
+    config = _read(path.parent / _TOKENIZER)
+    if added and _DECODER in config:
+        decoder = {str(number): {"content": name, **_FLAGS} for name, number in added.items()}
+        _write(path.parent / _TOKENIZER, config | {_DECODER: config[_DECODER] | decoder})
+    return [f"{path.name}: has {', '.join(added)} now, with the ids of training"] if added else []
+
+
+def _without_adding(post: Any) -> Any:
+    """Return a post-processor without what puts a BOS or EOS around text, which training did not."""
+    if isinstance(post, dict) and post.get("type") == "Sequence":
+        kept = [one for one in post.get("processors") or () if _without_adding(one) is not None]
+        return post | {"processors": kept} if kept else None
+    return None if isinstance(post, dict) and post.get("type") in _ADDING else post
+
+
+def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *, slots: bool) -> list[str]:
+    """Write the chat template to where old and new versions of Transformers look for it."""
+    text, wrong = chatml(tokenizer, system_message, slots=slots)
+    (partial / _JINJA).write_text(text, encoding="utf-8")
+    _change(partial / _TOKENIZER, {"chat_template": text}, make=True)
+    _change(partial / _OLD_TEMPLATE, {"chat_template": text})
+    processor = _read(partial / PROCESSOR)
+    if "chat_template" in processor:
+        _write(partial / PROCESSOR, processor | {"chat_template": text})
+    proof = f"tried on {len(SAMPLES)} conversations, with the ids of training"
+    if wrong:
+        proof = (
+            f"{wrong} of {len(SAMPLES)} conversations have other ids than in training, as this tokenizer cuts a whole "
+            "turn otherwise; take the ids of megavlm.data.chat where that matters"
+        )
+    return [f"{_JINJA}: ChatML, as trained ({proof})"]
+
+
+def _write_processor(partial: Path, model: ModelConfig, image: str) -> None:
+    """Write what LLaVA's processor needs to make slots of an image's token."""
+    old = _read(partial / PROCESSOR)
+    old.pop("image_processor", None)  # it stands in a file of its own now
+    clip = model.vision.class_token
+    own = {
+        "image_token": image, "num_additional_image_tokens": int(clip), "patch_size": model.vision.patch_size,
+        "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default" if clip else "full",
+    }  # fmt: skip
+    _write(partial / PROCESSOR, old | own)
+
+
+def _read(path: Path) -> Tree:
+    return read_json(path) if path.is_file() else {}
+
+
+def _change(path: Path, values: Mapping[str, Any], *, make: bool = False) -> None:
+    """Put values into a JSON file, which must be there already unless ``make``."""
+    if path.is_file() or make:
+        _write(path, _read(path) | dict(values))
+
+
+def _write(path: Path, tree: Tree, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(tree, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""What a directory is that somebody gave for something else: said with the command that makes of it what is wanted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+_HF_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "visual.bin",
+    "mm_projector.bin",
+)  # fmt: skip
+_IN = "megavlm convert hf-to-megatron"
+
+
+def _any(path: Path, *patterns: str) -> bool:
+    return path.is_dir() and any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return _any(path, *_HF_WEIGHTS) or (path.is_file() and path.suffix in (".safetensors", ".bin"))
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a published checkpoint of megavlm, or a run that has one."""
+    if (path / "run.json").is_file():
+        return True
+    found = [child for root in (path, path / "checkpoints") if root.is_dir() for child in root.glob("step-*")]
+    return any(re.fullmatch(r"step-\d{8,}", child.name) and child.is_dir() for child in found)
+
+
+# In this order: the first that holds names the directory.
+_KINDS: tuple[tuple[Callable[[Path], bool], str], ...] = (
+    (
+        holds_checkpoint,
+        "a checkpoint of megavlm, or a run with some; to Hugging Face it goes by: megavlm convert megatron-to-hf "
+        "--megatron {path} --out DIR",
+    ),
+    (
+        lambda path: (path / "adapter_config.json").is_file(),
+        "an adapter as PEFT saves it; convert it with its base: "
+        + _IN + " --adapter {path} --base CHECKPOINT --out DIR",
+    ),
+    (
+        lambda path: (path / "conversion.json").is_file(),
+        "the folder of small files in a checkpoint; give {parent}",
+    ),
+    (
+        lambda path: path.name.endswith(".partial") or _any(path, "step-*.partial", "checkpoints/step-*.partial"),
+        "unfinished: what was writing it was interrupted; start that again",
+    ),
+    (
+        lambda path: (path / "latest_checkpointed_iteration.txt").is_file() or _any(path, "iter_*/", "mp_rank_*"),
+        "a checkpoint of Megatron-LM, which is not read; save it in Hugging Face's format, then: "
+        + _IN + " --hf DIR --out CHECKPOINT",
+    ),
+    (
+        lambda path: (path / ".metadata").is_file() or _any(path, "*.distcp"),
+        "a distributed checkpoint without run.json, so it is not one that megavlm published",
+    ),
+    (
+        _is_hugging_face,
+        "weights in Hugging Face's format; convert them once: " + _IN + " --hf {path} --out CHECKPOINT",
+    ),
+    (lambda path: (path / ".nv-meta").is_dir(), "a data set that megavlm prepare made"),
+    (lambda path: (path / "config.json").is_file(), "a Hugging Face directory without its weights; download them too"),
+    (lambda path: path.is_file(), "a file; give a directory"),
+)  # fmt: skip
+
+
+def what_is(path: Path) -> str | None:
+    """Return what lies at ``path``, with the way from there to a checkpoint; None where nothing tells."""
+    if not path.exists():
+        return "not there; correct the path"
+    for holds, text in _KINDS:
+        if holds(path):
+            return text.format(path=path, parent=path.parent)
+    inside = sorted(
+        child.name
+        for child in path.iterdir()
+        if child.is_dir() and (holds_checkpoint(child) or _is_hugging_face(child))
+    )
+    if inside:
+        return f"a directory of others; give one of {', '.join(inside[:5])}{', ..' if len(inside) > 5 else ''} in it"
+    return None
