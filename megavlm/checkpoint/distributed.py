@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.checkpoint import optimizer_state
 from megavlm.checkpoint.adapters import load_quantised, select
 from megavlm.checkpoint.base import base_of, holds_adapters
+from megavlm.checkpoint.damage import check_shapes, check_state
+from megavlm.checkpoint.placement import parts
 from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
 from megavlm.checkpoint.saver import Saver, State
-from megavlm.checkpoint.slots import METADATA, model_state
+from megavlm.checkpoint.slots import model_state
 from megavlm.models.language.adapters import has_adapters, is_adapter
 
 logger = logging.getLogger(__name__)
@@ -93,16 +97,37 @@ def load(
         state = model_state(modules)
     names = list(state)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
+        _said_by_all(lambda: check_state(path, dist.get_rank(), dist.get_world_size()))
+        stored = read_metadata(path).state_dict_metadata
+        own = optimizer_state.describe(optimizer, state, loading=True)
+        state["optimizer"] = optimizer_state.ask(own, optimizer, stored)
     loaded = _load_tensors(path, modules, state)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(optimizer_state.answer(loaded["optimizer"], optimizer, stored))
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
     logger.info("loaded %s", path)
     if optimizer is not None and any(_scales_are_history(module) for module in modules):
         logger.info("delayed FP8 scales are not in checkpoints: their history starts anew at scale 1")
     return {name: loaded[name] for name in names}
+
+
+def _said_by_all(check: Callable[[], None]) -> None:
+    """Make what some rank finds wrong with a checkpoint wrong on all of them; a collective.
+
+    Raises:
+        ValueError: of the first rank that found something, on all ranks.
+    """
+    said: list[str | None] = [None] * dist.get_world_size()
+    own = None
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        own = str(error)
+    dist.all_gather_object(said, own)
+    first = next((text for text in said if text is not None), None)
+    if first is not None:
+        raise ValueError(first)
 
 
 def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +142,9 @@ def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> 
     entries = list(nested_values(state))
     assert not any(isinstance(entry, ShardedObject) for entry in entries)
     check_tensors(path, metadata, {entry.key for entry in entries if hasattr(entry, "key")})
+    tensors = [entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+    asked = ((part, getattr(one, "allow_shape_mismatch", False)) for one in tensors for part in parts(one))
+    _said_by_all(lambda: check_shapes(path, metadata, asked))
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:

@@ -8,12 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 _VERSION = 1
+_PROOF = 1
+"""How a proven checkpoint was proven (:mod:`megavlm.checkpoint.proof`); raise it with what is compared."""
+NEEDED = ("run.json", "common.pt", "metadata.json", ".metadata")
+"""Files without which nothing can be read, beside the tensors' own."""
+_SHARD = re.compile(rb"__[0-9]+_[0-9]+\.distcp")
+_INDEX = ".metadata"
 
 Files = dict[str, dict[str, Any]]
 """By path relative to the checkpoint: ``bytes`` and, unless only sizes are kept, ``sha256``."""
@@ -32,17 +39,19 @@ def list_files(checkpoint: Path) -> list[str]:
     return sorted(name for path in found if (name := path.relative_to(checkpoint).as_posix()) != MANIFEST)
 
 
-def write_manifest(checkpoint: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+def write_manifest(checkpoint: Path, known: Mapping[str, Mapping[str, Any]], *, proven: bool = False) -> None:
     """Write the manifest of the files that are there, and flush directories.
 
     Args:
         checkpoint: the directory.
         known: digests that are known already; the others are computed.
+        proven: what is in the files was compared with what was in memory.
     """
     files: Files = {}
     for name in list_files(checkpoint):
         files[name] = dict(known.get(name) or digest(checkpoint / name))
-    write_text(checkpoint / MANIFEST, json.dumps({"version": _VERSION, "files": files}, indent=1))
+    proof = {"proof": _PROOF} if proven else {}
+    write_text(checkpoint / MANIFEST, json.dumps({"version": _VERSION, **proof, "files": files}, indent=1))
     for root, _, _ in os.walk(checkpoint):
         sync_directory(Path(root))
 
@@ -51,21 +60,63 @@ def read_manifest(checkpoint: Path) -> Files:
     """Return the files that a checkpoint should have.
 
     Raises:
-        ValueError: there is no manifest, or it is broken.
+        ValueError: there is no manifest, or it is broken: not of this form, or without a file that makes a checkpoint.
     """
     path = checkpoint / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{checkpoint}: has no {MANIFEST}, so it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: broken: {error}") from None
-    for name in sizes:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{path}: names {name!r}, outside of the checkpoint")
-    result: Files = files
-    return result
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken: {str(error) or type(error).__name__}") from None
+    problem = _malformed(tree)
+    if problem is None:
+        named, there = set(tree["files"]), list_files(checkpoint)
+        left_out = next((name for name in _belonging(checkpoint, there) if name not in named), None)
+        problem = f"does not name {left_out}" if left_out is not None else None
+    if problem is not None:
+        raise ValueError(f"{path}: broken: {problem}")
+    files: Files = tree["files"]
+    return files
+
+
+def _malformed(tree: Any) -> str | None:
+    """Return what is wrong with the form of a manifest, or None."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("files"), dict):
+        return 'it is no object with "files"'
+    if type(tree.get("version")) is not int or tree["version"] > _VERSION:
+        return f"version {tree.get('version')!r} is not known to this megavlm, which writes {_VERSION}"
+    for name, entry in tree["files"].items():
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+            return f"names {name!r}, outside of the checkpoint"
+        if not isinstance(entry, dict):
+            return f"says {entry!r} of {name}"
+        size, digested = entry.get("bytes"), entry.get("sha256")
+        if type(size) is not int or size < 0:
+            return f"says that {name} has {size!r} bytes"
+        if digested is not None and not (isinstance(digested, str) and re.fullmatch("[0-9a-f]{64}", digested)):
+            return f"says that {name} has the digest {digested!r}"
+    return None
+
+
+def _belonging(checkpoint: Path, there: list[str]) -> Iterator[str]:
+    """Yield the files that a manifest has to name: those without which it is no checkpoint, and all that it holds."""
+    yield from NEEDED
+    index = checkpoint / _INDEX
+    if index.is_file():
+        # A pickle that is not to be opened here; the names of the shards stand in it as they are.
+        yield from sorted({name.decode() for name in _SHARD.findall(index.read_bytes())})
+    yield from (name for name in there if name.endswith(".distcp") or re.fullmatch(r"(reader|random)-\d+\.json", name))
+
+
+def is_proven(checkpoint: Path) -> bool:
+    """Whether what is in a checkpoint was compared with memory when it was saved; False for older versions' too."""
+    try:
+        proof = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("proof")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return False
+    return type(proof) is int and proof >= 1
 
 
 def check(checkpoint: Path, share: int = 0, shares: int = 1) -> None:

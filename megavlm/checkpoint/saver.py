@@ -2,20 +2,22 @@
 
 A checkpoint is written as ``step-00000123.partial``. When all ranks are done, a manifest with the digest of every file
 is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted. Whatever
-fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays.
+fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if what is in
+the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
 
 An asynchronous save copies the rank's share to host memory first, so that training may go on and change it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -32,14 +34,15 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
-from megavlm.checkpoint import adapters, base, manifest
+from megavlm.checkpoint import adapters, base, manifest, optimizer_state
+from megavlm.checkpoint import proof as proving
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
+from megavlm.checkpoint.placement import misplaced
 from megavlm.checkpoint.safe import behind, first_line
 from megavlm.checkpoint.slots import METADATA, model_state
 from megavlm.config.errors import MachineError, disk_problem
 from megavlm.models.language.adapters import trained_keys
-from megavlm.parallel.device import has_cuda
 from megavlm.parallel.faults import fault
 from megavlm.parallel.lock import View
 from megavlm.parallel.megatron_versions import plan_save
@@ -105,7 +108,13 @@ class _Job:
     strategy: _Strategy
     request: Any
     results: queue.SimpleQueue[Any]
-    started: float
+    live: set[int]
+    """Where memory lies that training will change."""
+    witness: proving.Witness | None
+    proof: proving.Proof | None = None
+    claimed: threading.Event = field(default_factory=threading.Event)
+    """The proof has this rank's claims: what they are about may change."""
+    unhook: Callable[[], None] = lambda: None
     digests: manifest.Files = field(default_factory=dict)
     failure: Exception | None = None
     """What this rank's writing ran into."""
@@ -120,10 +129,14 @@ class Saver:
         keep: newest checkpoints to leave there.
         asynchronous: write in a thread while training goes on; :meth:`poll` publishes.
         lock: of the run's directory; once it is lost, nothing is written or removed there any more.
+        proven: compare what is in the files with what the ranks have in memory; without, a checkpoint does not have
+            the mark of a proven one.
     """
 
-    def __init__(self, root: Path, keep: int, *, asynchronous: bool = False, lock: View | None = None) -> None:
-        self.root, self.keep, self.asynchronous, self.lock = root, keep, asynchronous, lock
+    def __init__(
+        self, root: Path, keep: int, *, asynchronous: bool = False, lock: View | None = None, proven: bool = True
+    ) -> None:
+        self.root, self.keep, self.asynchronous, self.lock, self.proven = root, keep, asynchronous, lock, proven
         self._job: _Job | None = None
         self.stalled_seconds = 0.0
         """Time that the last save kept training waiting."""
@@ -146,7 +159,8 @@ class Saver:
         job = self._prepare(state)
         self._job = job
         if self.asynchronous and not wait:
-            buckets = _snapshot(job.request.preload_fn)
+            buckets = _snapshot(job.request.preload_fn, job.live)
+            job.unhook = proving.until(job.claimed, state.optimizer)
             job.thread = threading.Thread(target=self._write, args=(job, buckets), name="megavlm-save", daemon=True)
             job.thread.start()
             self.stalled_seconds = time.perf_counter() - start
@@ -200,7 +214,6 @@ class Saver:
         """Plan what each rank writes, and write the small files."""
         final = step_directory(self.root, state.run["step"])
         partial = final.with_suffix(".partial")
-        started = time.perf_counter()
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             self._check_lock()
             fault("checkpoint.start")
@@ -209,29 +222,59 @@ class Saver:
                 for leftover in self.root.glob("*.partial"):
                     shutil.rmtree(leftover)
                 partial.mkdir()
-        tensors = model_state(state.modules)
-        if state.base is not None:
-            learning = {name for module in state.modules for name in trained_keys(module)}
-            tensors = adapters.select(tensors, lambda name, _: name in learning)
-        if state.optimizer is not None:
-            tensors["optimizer"] = state.optimizer.sharded_state_dict(tensors, metadata=dict(METADATA))
-            tensors["scheduler"] = state.scheduler.state_dict()
-        tensors["content_metadata"] = dict(METADATA)
-        force_all_tensors_to_non_fp8(tensors)  # a checkpoint says nothing of the kernels that it was trained with
-        sharded, common = save_preprocess(tensors, True)
+        with _removed_on_error(partial, self.lock):
+            sharded, common, witness = self._describe(state, final.name)
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         filesystem_async._results_queue = results
         strategy = _Strategy()
-        request = plan_save(strategy, sharded, partial)
-        return _Job(partial, final, strategy, request, results, started)
+        with (
+            _removed_on_error(partial, self.lock),
+            _whole(final.name),
+            agreed(f"saving {final.name}"),
+            proving.losses_are_errors(),
+        ):
+            request = plan_save(strategy, sharded, partial)
+        return _Job(partial, final, strategy, request, results, _live(state), witness)
+
+    def _describe(self, state: State, name: str) -> tuple[Any, Any, proving.Witness | None]:
+        """Return what Megatron-Core is to write, what goes into the common file, and who can prove it.
+
+        Raises:
+            ProofError: that is not the model and its optimizer.
+        """
+        only, described = None, None
+        with _whole(name), agreed(f"saving {name}"):
+            tensors = model_state(state.modules)
+            if state.base is not None:
+                only = {key for module in state.modules for key in trained_keys(module)}
+                tensors = adapters.select(tensors, lambda key, _: key in only)
+            proving.raise_first(list(misplaced(state.modules, tensors, only)))
+        with _whole(name), agreed(f"saving {name}"), proving.losses_are_errors():
+            if state.optimizer is not None:
+                described = optimizer_state.describe(state.optimizer, tensors)
+            witness = proving.Witness(tensors, state.optimizer, described) if self.proven else None
+            if state.optimizer is not None:
+                tensors["optimizer"] = described
+                tensors["scheduler"] = state.scheduler.state_dict()
+            tensors["content_metadata"] = dict(METADATA)
+            force_all_tensors_to_non_fp8(tensors)  # a checkpoint says nothing of the kernels that it was trained with
+        with _whole(name), agreed(f"saving {name}"), proving.losses_are_errors():
+            sharded, common = save_preprocess(tensors, True)
+            if witness is not None:
+                witness.examine(sharded)
+        return sharded, common, witness
 
     def _write(self, job: _Job, buckets: Sequence[Any]) -> None:
         """Write this rank's shards and digest them; errors are kept for :meth:`_publish`."""
-        written: dict[int, Any] | Exception = {}
+        parts: dict[int, Any] = {}
+        written: dict[int, Any] | Exception = parts
         try:
+            if job.witness is not None:
+                job.proof, job.witness = job.witness.testify(), None
+            job.claimed.set()
             for i, bucket in enumerate(buckets):
                 self._check_lock()
                 answer = _Answer()
@@ -239,13 +282,18 @@ class Saver:
                 FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answer, answer, use_fsync=True)
                 if isinstance(answer.result, Exception):
                     raise behind(answer.result)
-                assert isinstance(written, dict)
-                written[i] = answer.result
+                parts[i] = answer.result
                 fault("checkpoint.in_shard")
                 job.digests[bucket[1]] = manifest.digest(job.partial / bucket[1])
             fault("checkpoint.after_shards")
+            if job.proof is not None:
+                results = {result.index: result for part in parts.values() for result in part}
+                items = (one for _, _, (_, tensors) in buckets for one in tensors)
+                proving.read_back(job.proof, job.partial, [(results[item.index], tensor) for item, tensor in items])
         except Exception as error:
             written = job.failure = error
+        finally:
+            job.claimed.set()
         if buckets:
             job.results.put(written)
         elif isinstance(written, Exception):
@@ -255,6 +303,7 @@ class Saver:
         """Make the written checkpoint the newest one; a collective."""
         job, self._job = self._job, None
         assert job is not None
+        job.unhook()
         with _removed_on_error(job.partial, self.lock):
             try:
                 for finalize in job.request.finalize_fns:
@@ -268,12 +317,14 @@ class Saver:
                     f"{job.final.name} could not be written: {'; '.join(causes) or 'see rank 0'}"
                 ) from error
             gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(job.digests, gathered)
-            with agreed(f"publishing {job.final.name}"):
+            dist.gather_object((job.digests, job.proof), gathered)
+            with _whole(job.final.name), agreed(f"publishing {job.final.name}"):
                 if job.strategy.index_error is not None:
                     raise job.strategy.index_error
                 if gathered is not None:
-                    known = {name: entry for part in gathered for name, entry in part.items()}
+                    known = {name: entry for part, _ in gathered for name, entry in part.items()}
+                    if job.proof is not None:
+                        proving.verdict([one for _, one in gathered if one is not None])
                     self._publish_directory(job, known)
         logger.info("saved %s", job.final)
         return job.final
@@ -282,7 +333,7 @@ class Saver:
         self._check_lock()
         save_config(CheckpointingConfig("torch_dist", 1), str(job.partial))
         fault("checkpoint.before_manifest")
-        manifest.write_manifest(job.partial, known)
+        manifest.write_manifest(job.partial, known, proven=job.proof is not None)
         fault("checkpoint.before_publish")
         self._check_lock()
         if job.final.exists():  # the same step again, after going on from an older checkpoint
@@ -343,14 +394,38 @@ class _Answer:
         """The same."""
 
 
-def _snapshot(preload: Any) -> list[Any]:
-    """Return this rank's share in host memory of its own."""
+@contextlib.contextmanager
+def _whole(name: str) -> Iterator[None]:
+    """Say of which checkpoint it is that something would be lost, and that it does not exist therefore."""
+    try:
+        yield
+    except (proving.ProofError, CheckpointingException) as error:
+        raise proving.ProofError(
+            f"{name} would not hold what was to be saved, and was not published: {first_line(error)}"
+        ) from error
+
+
+def _live(state: State) -> set[int]:
+    """Return where the memory lies that training changes: weights, masters and moments."""
+    tensors = [parameter for module in state.modules for parameter in module.parameters()]
+    if state.optimizer is not None:
+        tensors += [one for _, _, held in optimizer_state.in_memory(state.optimizer) for one in held.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _snapshot(preload: Any, live: set[int]) -> list[Any]:
+    """Return this rank's share in host memory of its own: copied where it lies in ``live`` memory.
+
+    What Megatron-Core has gathered is a copy already, and so are tensors that come from a GPU.
+    """
     if preload is None:
         return []
     copies = []
     for file_name, storage_key, (objects, tensors) in preload():
-        # From a GPU the tensors are copies already; those of a CPU are the model's own.
-        own = [(item, tensor if has_cuda() else tensor.clone()) for item, tensor in tensors]
+        own = [
+            (item, tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor)
+            for item, tensor in tensors
+        ]
         copies.append((file_name, storage_key, (objects, own)))
     return copies
 

@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megavlm.checkpoint.containers import sharded_state
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megavlm.models import registry
 from megavlm.models.build import MODULES
@@ -63,8 +64,8 @@ def model_state(modules: Sequence[Any]) -> dict[str, Any]:
     """
     metadata: dict[str, Any] = {**METADATA, "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
     if len(modules) == 1:
-        return {"model": _tensors(modules[0].sharded_state_dict(metadata=metadata))}
-    return {f"model{i}": _tensors(module.sharded_state_dict(metadata=metadata)) for i, module in enumerate(modules)}
+        return {"model": _tensors(sharded_state(modules[0], metadata=metadata))}
+    return {f"model{i}": _tensors(sharded_state(module, metadata=metadata)) for i, module in enumerate(modules)}
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraCon
     for part in parts:
         with torch.device("meta"):
             module = build_part(part, model, context)
-        for name, entry in module.sharded_state_dict(prefix=f"{part}.", metadata=metadata).items():
+        for name, entry in sharded_state(module, f"{part}.", metadata).items():
             slot = _slot(entry, model.language.vocab_size)
             if slot is not None:
                 slots[name] = slot

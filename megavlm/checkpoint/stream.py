@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megavlm.checkpoint.lost import other_shape
 from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
 
@@ -203,25 +204,39 @@ class CheckpointReader:
         Raises:
             ValueError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
         """
-        entry = self._entry(slot)
+        self._entry(slot)
         sizes = slot.shape if slot.layer is None else (1, *slot.shape)
-        wanted = ChunkStorageMetadata(torch.Size(slot.offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(slot.key, entry, [wanted])
+        whole = self.read_region(slot.key, slot.offsets, sizes)
+        return whole if slot.layer is None else whole[0]
+
+    def read_region(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Return a part of a tensor of the checkpoint, possibly a view of a file: not to be written to.
+
+        Args:
+            key: of the tensor.
+            offsets: where the part begins, on each axis.
+            sizes: its shape.
+
+        Raises:
+            ValueError: not all of it is there, or its file is damaged.
+        """
+        entry = self.tensors()[key]
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise ValueError(f"{self.path}: {slot.key} is not whole; save the checkpoint again")
+            raise ValueError(f"{self.path}: {key} is not whole; save the checkpoint again")
         dtype = entry.properties.dtype
         try:
             parts = [self._part(item, dtype) for item in items]
         except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{self.path}: {slot.key} cannot be read, a file is damaged: {reason}") from None
+            raise ValueError(f"{self.path}: {key} cannot be read, a file is damaged: {reason}") from None
         if len(parts) == 1:
-            whole = parts[0]
-        else:
-            whole = _room(sizes, dtype)
-            for item, part in zip(items, parts, strict=True):
-                narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
-        return whole if slot.layer is None else whole[0]
+            return parts[0]
+        whole = _room(sizes, dtype)
+        for item, part in zip(items, parts, strict=True):
+            narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
+        return whole
 
     def _part(self, item: ReadItem, dtype: torch.dtype) -> Tensor:
         """Return what one stored chunk has of a parameter, a view of the mapped file."""
@@ -259,5 +274,5 @@ class CheckpointReader:
         stored, wanted = tuple(entry.size), slot.global_shape
         padded = slot.vocabulary and stored[1:] == wanted[1:] and stored[0] > wanted[0]
         if stored != wanted and not padded:
-            raise ValueError(f"{self.path}: {slot.key} has the shape {list(stored)}, the recipe's is {list(wanted)}")
+            raise ValueError(other_shape(self.path, slot.key, stored, wanted))
         return entry

@@ -246,6 +246,8 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
             if not getattr(parallel, name):
                 yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
+    if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
+        yield "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce; set that to true, or this to null"
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -176,6 +176,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and
     use_distributed_optimizer."""
+    ddp_bucket_size: int | None = Field(default=None, gt=0)
+    """With overlap_grad_reduce: parameters that are reduced together, at least; null for 40 million, or a million per
+    data-parallel rank if that is more. Only the first pipeline stage's first chunk is cut into buckets."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute in the language model: full layers, only the core attention, or null for none."""
     recompute_num_layers: int | None = Field(default=None, gt=0)

@@ -185,7 +185,8 @@ def _without_weights(config: Any) -> Any:
 def _real_bias(layer: Any, config: Any) -> None:
     """Give a layer from the meta device its bias."""
     if layer.bias is not None and layer.bias.is_meta:
-        kept = {key: getattr(layer.bias, key) for key in ("allreduce", "sequence_parallel") if hasattr(layer.bias, key)}
+        marks = ("allreduce", "sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride")
+        kept = {key: getattr(layer.bias, key) for key in marks if hasattr(layer.bias, key)}
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         layer.bias = Parameter(torch.zeros(layer.bias.shape, dtype=layer.bias.dtype, device=device))
         for key, value in kept.items():

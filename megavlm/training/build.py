@@ -59,6 +59,7 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         fp8_param_gather=recipe.engine.fp8_param_gather,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megavlm.checkpoint.manifest import check
+from megavlm.checkpoint.manifest import check, is_proven
 from megavlm.checkpoint.paths import latest, newest_first, read_run
 from megavlm.config import yaml12
 from megavlm.parallel.lock import LOCK_FILE, read_holder
@@ -143,10 +143,28 @@ def _checkpoint(path: Path, *, quick: bool) -> Facts:
     try:
         check(path, share=-1 if quick else 0)
         step = read_run(path)["step"]
+        if not is_proven(path) and (path / "recipe.yaml").is_file():
+            _examine(path, quick=quick)
     except (ValueError, OSError, KeyError) as error:
         problem, step = str(error), None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"name": path.name, "step": step, "bytes": size, "problem": problem}
+
+
+def _examine(path: Path, *, quick: bool) -> None:
+    """Look for what older versions saved wrongly.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - others need neither torch nor Megatron-Core
+
+    prepare_device()
+    from megavlm.checkpoint.damage import examine as look  # noqa: PLC0415
+    from megavlm.checkpoint.hf.shapes import alone  # noqa: PLC0415
+
+    with alone():
+        look(path, values=not quick)
 
 
 def _quarantine(directory: Path) -> dict[str, int]:

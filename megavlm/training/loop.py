@@ -18,7 +18,10 @@ from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.manifest import MANIFEST, check
 from megavlm.checkpoint.paths import newest_first, read_run, read_tree, resolve
+from megavlm.checkpoint.placement import misplaced
+from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
+from megavlm.checkpoint.slots import model_state
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import Recipe
@@ -78,6 +81,8 @@ class Trainer:
         self.stop = StopRequest()
         self.tasks = task_mean(recipe)
         self.training = build_training(recipe, tokenizer.imgpad_id)
+        with agreed("looking where each parameter would be saved"):  # not hours later, at the first save
+            raise_first(list(misplaced(self.training.modules, model_state(self.training.modules))))
         self.parent: Path | None = None
         self.base: Path | None = None
         self.progress, reader_state = self._load()

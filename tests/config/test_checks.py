@@ -97,6 +97,7 @@ def test_accepted(load, overrides, world_size):
             "parallel.recompute_num_layers: 3 does not divide the layers of a model chunk (4)",
         ),
         (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce"),
+        (["parallel.ddp_bucket_size=1000"], "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce"),
         (
             [
                 "parallel.overlap_param_gather=true",

@@ -1,0 +1,188 @@
+"""What Megatron-Core says of an optimizer's state in a checkpoint, put right.
+
+**Padding.** The distributed optimizer joins its buckets without the padding behind each, and then cuts the parameters
+out by offsets that count it (megatron-core 0.16 to 0.19, ``sharded_param_state_fully_reshardable``): behind a padded
+bucket, masters and moments would be stored under their neighbours' names. Inside :func:`padding_left_out` the offsets
+do not count it.
+
+**The other optimizer.** A run may go on with ``parallel.use_distributed_optimizer`` switched. Both kinds store moments
+alike; they name the fp32 masters, and place the parameter groups, differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from torch import Tensor
+
+from megavlm.checkpoint.slots import METADATA
+
+STATE = "optimizer.state."
+MASTERS = ("param", "fp32_param")
+"""What the distributed and the plain bf16 optimizer call a master; the plain fp32 one has none."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def each(optimizer: Any) -> list[Any]:
+    """Return Megatron-Core's optimizers behind ``optimizer`` that have parameters on this rank."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
+
+
+def describe(optimizer: Any, model: dict[str, Any], *, loading: bool = False) -> Any:
+    """Return Megatron-Core's sharded state of an optimizer; a collective.
+
+    Args:
+        optimizer: Megatron-Core's.
+        model: :func:`megavlm.checkpoint.slots.model_state` of its model.
+        loading: describe what is to be read, instead of what is there.
+    """
+    with padding_left_out(optimizer):
+        return optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
+
+
+@contextlib.contextmanager
+def padding_left_out(optimizer: Any) -> Iterator[None]:
+    """Let every buffer of a distributed optimizer give offsets that do not count the padding behind its buckets."""
+    kept = []
+    for buffer in (buffer for one in each(optimizer) for buffer in getattr(one, "buffers", ())):
+        kept.append((buffer, buffer.param_index_map))
+        before, shift = 0, []
+        for bucket in buffer.buckets:
+            shift.append(bucket.offset - before)
+            before += bucket.numel_unpadded
+        buffer.param_index_map = {
+            param: (start - shift[bucket], stop - shift[bucket], bucket)
+            for param, (start, stop, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, offsets in kept:
+            buffer.param_index_map = offsets
+
+
+def in_memory(optimizer: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """Yield what this rank's optimizer really works on.
+
+    Yields:
+        A parameter of the model, where the share of this rank begins in it (in elements), and the share's flat masters
+        and moments by the name that a checkpoint has for them.
+    """
+    for one in each(optimizer):
+        if isinstance(one, DistributedOptimizer):
+            for param in one.model_param_group_index_map:
+                held = one._get_main_param_and_optimizer_states(param)
+                yield param, one._get_model_param_range_map(param)["param"].start, _flat(held)
+        elif isinstance(one, FP32Optimizer):
+            for param in one.get_parameters():
+                yield param, 0, _flat(one.optimizer.state[param])
+        else:
+            groups = zip(one.float16_groups, one.fp32_from_float16_groups, strict=True)
+            for param, master in (pair for group in groups for pair in zip(*group, strict=True)):
+                yield param, 0, _flat({"fp32_param": master, **one.optimizer.state[master]})
+            for param in (param for group in one.fp32_from_fp32_groups for param in group):
+                yield param, 0, _flat(one.optimizer.state[param])
+
+
+def _flat(held: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().reshape(-1) for name, value in held.items() if name in (*MASTERS, *MOMENTS)}
+
+
+def shares(optimizer: Any) -> dict[Tensor, list[tuple[int, int]]]:
+    """Return how each parameter is cut over the data-parallel ranks: [start, stop) in elements of it, without gaps.
+
+    Parameters that are not cut are left out.
+    """
+    found = {}
+    for one in each(optimizer):
+        for buffer in getattr(one, "buffers", ()):
+            for param, (start, stop, number) in buffer.param_index_map.items():
+                bucket = buffer.buckets[number]
+                size = bucket.grad_data.numel() // buffer.data_parallel_world_size
+                borders = range(bucket.offset, bucket.offset + bucket.grad_data.numel() + 1, size)
+                inner = [border - start for border in borders if start < border < stop]
+                found[param] = list(pairwise([0, *inner, stop - start]))
+    return found
+
+
+def master_name(keys: Iterable[str]) -> str | None:
+    """Return what the masters among a checkpoint's ``keys`` are called, or None where there are none."""
+    names = {key.removeprefix(STATE).partition(".")[0] for key in keys if key.startswith(STATE)}
+    return next((name for name in MASTERS if name in names), None)
+
+
+def _own_master_name(optimizer: Any) -> str | None:
+    (one,) = each(optimizer)
+    if isinstance(one, DistributedOptimizer):
+        return "param"
+    return None if isinstance(one, FP32Optimizer) else "fp32_param"
+
+
+def ask(state: dict[str, Any], optimizer: Any, stored: Iterable[str]) -> dict[str, Any]:
+    """Return what to ask a checkpoint for: masters by its own name for them, or not at all if it has none.
+
+    Args:
+        state: :func:`describe` of this run's optimizer, for loading.
+        optimizer: the run's.
+        stored: keys of the checkpoint.
+    """
+    if not each(optimizer):
+        return state
+    own, theirs = _own_master_name(optimizer), master_name(stored)
+    if own in (None, theirs):
+        return state
+    prefix = f"{STATE}{own}."
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: one for name, item in value.items() if (one := renamed(item)) is not _LEFT_OUT}
+        if isinstance(value, list):
+            return [one for item in value if (one := renamed(item)) is not _LEFT_OUT]
+        if not isinstance(value, ShardedTensor | ShardedTensorFactory) or not value.key.startswith(prefix):
+            return value
+        if theirs is None:
+            return _LEFT_OUT
+        return dataclasses.replace(value, key=f"{STATE}{theirs}.{value.key.removeprefix(prefix)}")
+
+    return dict(renamed(state))
+
+
+_LEFT_OUT = object()
+
+
+def answer(loaded: dict[str, Any], optimizer: Any, stored: Iterable[str]) -> dict[str, Any]:
+    """Return what was read for :func:`ask` as the run's own optimizer takes it; weights are in the model already."""
+    if not each(optimizer):
+        return loaded
+    own, theirs = _own_master_name(optimizer), master_name(stored)
+    if own == theirs:
+        return loaded
+    # The plain fp32 optimizer keeps its parameter groups at the top. A plain one's groups hold its own parameters.
+    inner = loaded.get("optimizer", {})
+    groups = inner["param_groups"] if theirs is not None else loaded["param_groups"]
+    if own == "param":
+        result = {**loaded, "optimizer": {"param_groups": groups}, "param_state": loaded.get("param_state", {})}
+        result["param_state_sharding_type"] = METADATA["distrib_optim_sharding_type"]
+        if theirs is None:
+            weights = (param for one in each(optimizer) for buffer in one.buffers for param in buffer.param_index_map)
+            for number, param in enumerate(weights):
+                result["param_state"][number]["param"] = param.detach().float()
+        return result
+    mine = (loaded if own is None else inner)["param_groups"]
+    state = (loaded if own is None else inner).get("state", {})
+    plain = {"state": state, "param_groups": [{**there, **here} for there, here in zip(groups, mine, strict=True)]}
+    if own is None:
+        return plain
+    result = {**loaded, "optimizer": plain}
+    if theirs is None:
+        (one,) = each(optimizer)
+        result["fp32_from_fp16_params"] = [[p.detach().float() for p in group] for group in one.float16_groups]
+    return result

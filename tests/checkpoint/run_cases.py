@@ -1,0 +1,87 @@
+"""Short trainings on several ranks that save and load; started with ``ranks.run``."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
+
+from megavlm.checkpoint.distributed import load as load_checkpoint
+from megavlm.checkpoint.distributed import save_weights
+from megavlm.checkpoint.saver import Saver, State
+from megavlm.checkpoint.slots import Slot
+from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.help import to_yaml
+from megavlm.data.feed import micro_batch
+from megavlm.parallel.device import local_device
+from megavlm.parallel.state import is_first_stage, process_groups
+from megavlm.training.build import build_training
+from megavlm.training.optimizer import recipe_settings_kept
+from megavlm.training.step import train_step
+
+Job = tuple[dict[str, Any], str, str | None, tuple[int, ...]]
+"""Branches of the recipe, where checkpoints go, which one to go on from, after which steps to save."""
+
+
+def jobs(todo: list[Job]) -> list[list[float]]:
+    """Do one :func:`train` after the other; return the losses of each."""
+    return [train(*job) for job in todo]
+
+
+def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: tuple[int, ...] = (2, 3)) -> list[float]:
+    """Train from the start or from a checkpoint, and save after each of the steps ``save_at``; return the losses.
+
+    A checkpoint ``load`` is of the step that its name says; of step 0 weights alone are saved.
+    """
+    tree = tiny_recipe(**recipe)
+    losses = []
+    with process_groups(tree.parallel, 1):
+        training = build_training(tree, IMAGE_TOKEN)
+        base = Path(tree.checkpoint.load) if tree.checkpoint.load else None
+        step = 0
+        if load is not None:
+            step = int(Path(load).name.removeprefix("step-"))
+            with recipe_settings_kept(training.optimizer):
+                load_checkpoint(
+                    Path(load), modules=training.modules, optimizer=training.optimizer, scheduler=training.scheduler,
+                    base=base,
+                )  # fmt: skip
+        elif base is not None:
+            load_checkpoint(base, modules=training.modules)
+            training.optimizer.reload_model_params()
+        if save_at == (0,):
+            save_weights(Path(root), training.modules, recipe_yaml=to_yaml(tree))
+            return []
+        saver = Saver(Path(root), keep=9)
+        rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        for wanted in save_at:
+            while step < wanted:
+                step += 1
+                mine = random_packs(tree.training.global_batch_size, seed=step)[rank::size]
+                batches = [
+                    micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
+                    for pack, pixels in mine
+                ]
+                training.scheduler.step(1)
+                losses.append(train_step(training.chunks, training.optimizer, batches, num_sources=1).loss)
+            with training.settled():
+                state = State(training.modules, training.optimizer, training.scheduler, run={"step": step})
+                state.recipe_yaml, state.base = to_yaml(tree), base if tree.lora.rank is not None else None
+                saver.save(state)
+    return losses
+
+
+def tensors(checkpoint: Path, vocabulary: int) -> dict[str, str]:
+    """Return a digest of every tensor, without the rows that pad a vocabulary; masters by one name."""
+    reader, found = CheckpointReader(checkpoint), {}
+    for key, entry in reader.tensors().items():
+        whole = reader.read(Slot(key, tuple(entry.size)))
+        if "word_embeddings" in key or "output_layer" in key:
+            whole = whole[:vocabulary]
+        numbers = whole.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        found[key.replace(".fp32_param.", ".param.")] = sha256(numbers).hexdigest()
+    return found

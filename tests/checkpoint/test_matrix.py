@@ -1,0 +1,171 @@
+"""Every registered connector, tower and decoder at hard layouts: saved, resumed, spread anew, exported; bit for bit.
+
+The parts come from the registries: what is registered later is tried without anyone remembering. Presets that differ
+in sizes alone store the same tensors, and one of them is tried. Not a full product: every part is tried at two layouts
+at least, and every layout with one model of three parts at least.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from pydantic import TypeAdapter
+from run_cases import tensors
+
+from megavlm.checkpoint.hf.outgoing import export
+from megavlm.checkpoint.hf.shapes import alone
+from megavlm.checkpoint.manifest import is_proven
+from megavlm.checkpoint.slots import find_slots
+from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.schema import ModelConfig
+from megavlm.models import registry
+
+VOCABULARY = 517
+# Sizes for what has such keys; four image tokens, as in ``tiny``'s packs.
+SMALL = {
+    "vision": {"image_size": 32, "patch_size": 16, "hidden_size": 48, "num_layers": 2, "num_attention_heads": 4}
+    | {"ffn_hidden_size": 96, "positional_grid": 2, "init_method_std": 0.1},
+    "connector": {"num_queries": 4, "head_dim": 16},
+    "language": {"num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
+    | {"num_query_groups": 4, "kv_channels": 16, "vocab_size": VOCABULARY, "vocab_divisor": 1}
+    | {"max_position_embeddings": 2048, "init_method_std": 0.1},
+}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tp2": (2, TP2, PP2),
+    "tp4": (4, {"tensor_model_parallel_size": 4}, {**TP2, **PP2}),
+    "pp3-uneven": (3, {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 2}, {}),
+    "vpp3": (2, {**PP2, "virtual_pipeline_model_parallel_size": 3}, TP2),
+    "dp3-overlapped": (
+        3,
+        {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 9000},
+        {"pipeline_model_parallel_size": 3},
+    ),
+    "tp2-dp3-sp": (6, {**TP2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 3}),
+    "tied-pp2": (2, PP2, TP2),
+}
+"""Ranks, a layout, and the other one that is loaded at afterwards."""
+
+
+def names(kind: str) -> list[str]:
+    """Return the presets of a registry, one for each set of tensors that some store, patterns filled in twice."""
+    registry.load_presets()
+    found = {"vision": registry.VISION, "connector": registry.CONNECTORS, "language": registry.LANGUAGE}[kind]
+    wanted = []
+    for name in found.names():
+        wanted += [name.replace("<N>", count) for count in (("2", "3") if "<N>" in name else ("",))]
+    first: dict[Any, str] = {}
+    with alone():
+        for name in wanted:
+            model = make_model(**{kind: name})
+            stored = {key: (slot.key, slot.global_shape) for key, slot in find_slots(model, (kind,)).items()}
+            first.setdefault((found.find(name).module, *stored.items()), name)
+    return list(first.values())
+
+
+def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
+    """Return the ``model`` branch of a small model of three presets."""
+    tree: dict[str, Any] = {"preset": None, "vision": {}, "connector": {}, "language": {}}
+    kinds = {"vision": vision, "connector": connector, "language": language}
+    for kind, name in kinds.items():
+        own = {"vision": registry.VISION, "connector": registry.CONNECTORS, "language": registry.LANGUAGE}[kind]
+        small = SMALL[kind]
+        if kind == "connector":  # keys that not every connector has
+            small = {key: value for key, value in small.items() if key in own.find(name).values}
+        tree[kind] = {"preset": name, **small}
+    return tree
+
+
+def make_model(vision: str = "tiny_vit", connector: str = "linear", language: str = "llama") -> ModelConfig:
+    tree = registry.expand_presets({"model": branches(vision, connector, language)})["model"]
+    return TypeAdapter(ModelConfig).validate_python(tree)
+
+
+@functools.cache
+def parts() -> dict[str, list[str]]:
+    return {kind: names(kind) for kind in ("vision", "connector", "language")}
+
+
+def model_count() -> int:
+    """Return how many models hold every part at least once: the lists are counted through together."""
+    count = max(map(len, parts().values()))
+    return count + 1 if count % len(LAYOUTS) == 0 else count
+
+
+def models_at(layout: str) -> list[int]:
+    """Return which models to try at a layout: enough rounds for every model to come twice, and every layout once."""
+    count, layouts = model_count(), list(LAYOUTS)
+    rounds = range(max(2 * count, len(layouts)))
+    return [i % count for i in rounds if layouts[i % len(layouts)] == layout]
+
+
+def chosen(number: int) -> dict[str, str]:
+    return {kind: found[number % len(found)] for kind, found in parts().items()}
+
+
+def test_every_part_comes_at_two_layouts_and_every_layout_comes() -> None:
+    for kind, found in parts().items():
+        for name in found:
+            layouts = {layout for layout in LAYOUTS for n in models_at(layout) if chosen(n)[kind] == name}
+            assert len(layouts) >= 2, (kind, name, layouts)
+    assert all(models_at(layout) for layout in LAYOUTS)
+    assert {"linear", "mlp2x_gelu", "mlp3x_gelu", "resampler"} <= set(parts()["connector"])
+    assert len(parts()["vision"]) >= 3 and len(parts()["language"]) >= 3
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_resumed_spread_and_exported(layout: str, tmp_path: Path) -> None:
+    for number in models_at(layout):
+        check(layout, number, tmp_path / str(number))
+
+
+def check(layout: str, number: int, root: Path) -> None:
+    world, first, second = LAYOUTS[layout]
+    model = branches(**chosen(number))
+    model["language"]["tie_word_embeddings"] = layout == "tied-pp2"
+    if layout == "tp4":  # more ranks than key/value heads
+        model["language"]["num_query_groups"] = 2
+    shared = {"model": model, "training": {"global_batch_size": 6, "precision": "bf16" if number % 2 else "fp32"}}
+    here, there = {**shared, "parallel": first}, {**shared, "parallel": second}
+    one, again, other = (root / name for name in ("one", "again", "other"))
+    half = "step-00000002"
+    todo = [
+        (here, str(one), None, (2, 3)),
+        (here, str(again), str(one / half), (3,)),
+        (there, str(other), str(one / half), (2,)),
+    ]
+    losses, resumed, _ = ranks.run("run_cases:jobs", todo, world=world)[-1]
+    assert resumed == losses[-1:]
+    assert is_proven(one / half) and is_proven(other / half)
+    saved = tensors(one / "step-00000003", VOCABULARY)
+    assert any(key.startswith("optimizer.state.exp_avg_sq.connector.") for key in saved)
+    assert tensors(again / "step-00000003", VOCABULARY) == saved
+    assert tensors(other / half, VOCABULARY) == tensors(one / half, VOCABULARY)
+    assert exported(one / half, root / "hf-one") == exported(other / half, root / "hf-other")
+
+
+def exported(checkpoint: Path, out: Path) -> dict[str, bytes]:
+    """Export to the first family that fits, else read as an export does; return what it wrote."""
+    try:
+        export(checkpoint, out)
+    except ValueError as error:
+        assert "famil" in str(error), error
+        model = TypeAdapter(ModelConfig).validate_python(saved_model(checkpoint))
+        with alone():
+            slots = find_slots(model)
+        reader = CheckpointReader(checkpoint)
+        whole = {name: reader.read(slot) for name, slot in slots.items()}
+        return {name: one.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, one in whole.items()}
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+
+
+def saved_model(checkpoint: Path) -> dict[str, Any]:
+    from megavlm.config import yaml12
+
+    return dict(yaml12.parse((checkpoint / "recipe.yaml").read_text())["model"])
