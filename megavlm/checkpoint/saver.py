@@ -45,6 +45,7 @@ from megavlm.config.errors import MachineError, disk_problem
 from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.faults import fault
 from megavlm.parallel.lock import View
+from megavlm.parallel.megatron_versions import plan_save
 from megavlm.parallel.state import agreed, any_rank, is_reader
 
 logger = logging.getLogger(__name__)
@@ -80,11 +81,11 @@ class _Strategy(TorchDistSaveShardedStrategy):
     """Megatron-Core's strategy, whose finalisation cannot fail on the first rank alone."""
 
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=2)  # Megatron-Core 0.16's default; 0.19's is 1
         self.writer: FileSystemWriterAsync | None = None
         self.index_error: Exception | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *rest: Any) -> Any:
         write_index = writer.finish
 
         def finish(metadata: Any, results: Any) -> None:
@@ -95,7 +96,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
                 self.index_error = error
 
         self.writer, writer.finish = writer, finish
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *rest)
 
 
 @dataclass
@@ -237,7 +238,7 @@ class Saver:
             agreed(f"saving {final.name}"),
             proving.losses_are_errors(),
         ):
-            request = strategy.async_save(sharded, partial)
+            request = plan_save(strategy, sharded, partial)
         return _Job(partial, final, strategy, request, results, _live(state), witness)
 
     def _describe(self, state: State, name: str) -> tuple[Any, Any, proving.Witness | None]:
