@@ -2,8 +2,8 @@
 
 A checkpoint is written as ``step-00000123.ID.partial``. When all ranks are done, a manifest with the digest of every
 file is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted.
-Whatever fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if what
-is in the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
+Whatever fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if
+what is in the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
 
 An asynchronous save copies the rank's share to host memory first, so that training may go on and change it.
 """
