@@ -10,7 +10,8 @@
 #   docker build --target wheels --output type=local,dest=wheelhouse .                  # where there is a network
 #   docker build -t megavlm --network none --build-context wheels=wheelhouse .          # where there is none
 # The second needs the base image only (docker save, docker load), and the same build arguments.
-ARG BASE_IMAGE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-devel
+# These versions ran together on one H200, by pip: torch 2.11 of CUDA 13, Transformer Engine 2.11, megatron-core 0.16.1.
+ARG BASE_IMAGE=pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel
 ARG APEX=0
 
 # Apex by commit (tag 25.09), and only if it is asked for: the package called `apex` on PyPI is something else.
@@ -22,7 +23,7 @@ FROM apex-${APEX} AS apex
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS download
-# The newest Transformer Engine that megatron-core 0.16.1 names; an image that has one keeps its own.
+# The newest Transformer Engine that megatron-core 0.16.1 names, which setup.py's extra `te` does too; an image that has one keeps its own.
 ARG TE_VERSION=2.11.0
 # Hopper; "8.0 9.0 10.0" adds A100 and Blackwell.
 ARG TORCH_CUDA_ARCH_LIST=9.0
@@ -42,7 +43,7 @@ RUN apt-get update \
 WORKDIR /src
 RUN --mount=type=bind,from=apex,target=/apex \
     if [ -d /apex/source ]; then cp -r /apex/source /tmp/apex && export APEX=/tmp/apex; fi \
-    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==84.2.1 wheel==0.48.0 pyarrow \
+    && TE_VERSION="${TE_VERSION}" bash wheels.sh /wheels setuptools==81.0.0 wheel==0.48.0 pyarrow \
        "nvidia-dali-cuda$(python3 -c 'import torch; print(torch.version.cuda.split(".")[0])')0" \
     && rm -rf /tmp/apex
 

@@ -1,21 +1,27 @@
 # Targets for a machine that has Python and make. GPU machines: see gpu-check, and the Dockerfile.
 PYTHON ?= python3
-VENV := .venv
+# .venv, unless PYTHON is given and is of another version than what is there: then .venv-3.12, or as it is called.
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+THERE := $(if $(wildcard .venv/bin/python),$(call version,.venv/bin/python))
+ASKED := $(if $(and $(THERE),$(filter file,$(origin PYTHON))),$(THERE),$(call version,$(PYTHON)))
+VENV := $(if $(and $(THERE),$(filter-out $(THERE),$(or $(ASKED),none))),.venv-$(or $(ASKED),none),.venv)
 BIN := $(VENV)/bin
+# Megatron-Core 0.19 needs Python 3.12; on 3.11 it is 0.16.
+CONSTRAINTS := $(if $(filter 3.11,$(ASKED)),constraints.txt,constraints-3.12.txt)
 # A stamp's name holds the digest of what it installed, so that a second run installs nothing.
-KEY := $(shell cat setup.py constraints.txt | sha256sum | cut -c1-16)
+KEY := $(shell cat setup.py $(CONSTRAINTS) | sha256sum | cut -c1-16)
 BASE := $(VENV)/.base-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test test-long test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
+.PHONY: help setup dev quickstart test test-312 test-te test-long test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(BASE) ## make .venv and install megavlm with its base packages
 
@@ -40,6 +46,23 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
 	$(BIN)/python -m pytest tests -q -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+
+# What Megatron-Core's version can change: layers, layouts, optimizer, checkpoints, and those of one with the other.
+SHORT := tests/parallel tests/models/test_vlm.py tests/training/test_layouts.py tests/training/test_optimizer.py \
+  tests/training/test_other_megatron.py tests/checkpoint/test_round_trips.py tests/checkpoint/test_safe.py \
+  tests/checkpoint/test_publish.py
+test-312: ## a short set of tests on Python 3.12 with Megatron-Core 0.19 (installs 3 GB: its torch is a CUDA build)
+	OTHER_PYTHON="$${OTHER_PYTHON-$$(test -x .venv/bin/python && realpath -s .venv/bin/python)}" \
+	  $(MAKE) --no-print-directory PYTHON=$(if $(filter file,$(origin PYTHON)),python3.12,$(PYTHON)) short
+
+.PHONY: short
+short: $(DEV)
+	$(BIN)/python -m pytest $(SHORT) -q -m 'not long and not full and not reliability' $(PYTEST_ARGS)
+
+# TE_PIECES=folder:folder is put before the packages of PYTHON, so that Transformer Engine need not be installed.
+test-te: ## build every layer of Transformer Engine, without a GPU, with this machine's own Python (TE_PIECES=folders)
+	PYTHONPATH=$(CURDIR)$(if $(TE_PIECES),:$(TE_PIECES)) $(PYTHON) -m pytest tests/parallel/test_transformer_engine.py -q \
+	  $(PYTEST_ARGS)
 
 test-long: $(DEV) ## what takes half a minute and more: adapters and losses at layouts, recipes, timing, benchmarks
 	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)
@@ -75,4 +98,4 @@ bench: $(BASE) ## the benchmarks of this machine
 	$(BIN)/python benchmarks/run.py
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

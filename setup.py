@@ -11,7 +11,10 @@ README = HERE / "README.md"
 
 SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
 WEB = [*SERVE, "nicegui>=3.0,<4"]
-DALI = ["nvidia-dali-cuda120>=1.40"]
+DALI = ["nvidia-dali-cuda120>=1.40"]  # for torch of CUDA 12; its CPU operators run beside any torch
+DALI_13 = ["nvidia-dali-cuda130>=1.51"]
+# What Megatron-Core 0.16 names; 2.11 ran.
+ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
 PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 QLORA = ["bitsandbytes>=0.49"]
@@ -35,7 +38,8 @@ setup(
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "megatron-energon>=7.4.1,<8",
         "numpy>=1.26",
         "pillow>=10.0.1",
@@ -52,12 +56,14 @@ setup(
     ],
     extras_require={
         "dali": DALI,
+        "dali-cuda120": DALI,
+        "dali-cuda130": DALI_13,
         "eval": EVAL,
         "parquet": PARQUET,
         "qlora": QLORA,
         "serve": SERVE,
         "web": WEB,
-        "te": ["transformer-engine[pytorch]"],
+        "te": ENGINE,
         "dev": [
             *DALI,
             *EVAL,

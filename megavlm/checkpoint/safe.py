@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megavlm.checkpoint.paths import read_json
+from megavlm.parallel.megatron_versions import CHECKPOINT_DEFAULTS
 
 METADATA = ".metadata"
 _COMMON, _CONFIG = "common.pt", "metadata.json"
@@ -106,6 +107,7 @@ def check_files(checkpoint: Path) -> None:
     """
     path = checkpoint / _CONFIG
     config = read_json(path)
+    config = CHECKPOINT_DEFAULTS | config
     if any(config.get(key) != value for key, value in _BACKENDS.items()):
         raise ValueError(f"{path}: is not of a checkpoint in Megatron-Core's torch_dist format")
     load_weights(checkpoint / _COMMON)

@@ -1,9 +1,9 @@
 """Saving a run: Megatron-Core plans what each rank writes, a thread may write it, and what is published is whole.
 
-A checkpoint is written as ``step-00000123.partial``. When all ranks are done, a manifest with the digest of every file
-is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted. Whatever
-fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if what is in
-the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
+A checkpoint is written as ``step-00000123.ID.partial``. When all ranks are done, a manifest with the digest of every
+file is added, the directory gets its name, and the file ``latest`` is replaced; only then are older ones deleted.
+Whatever fails, fails on all ranks: the partial directory is removed and the checkpoint before it stays. So it is if
+what is in the files is not what the ranks have in memory (:mod:`megavlm.checkpoint.proof`).
 
 An asynchronous save copies the rank's share to host memory first, so that training may go on and change it.
 """
@@ -45,6 +45,7 @@ from megavlm.config.errors import MachineError, disk_problem
 from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.faults import fault
 from megavlm.parallel.lock import View
+from megavlm.parallel.megatron_versions import plan_save
 from megavlm.parallel.state import agreed, any_rank, is_reader
 
 logger = logging.getLogger(__name__)
@@ -80,11 +81,11 @@ class _Strategy(TorchDistSaveShardedStrategy):
     """Megatron-Core's strategy, whose finalisation cannot fail on the first rank alone."""
 
     def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+        super().__init__("torch_dist", 1, thread_count=2)  # Megatron-Core 0.16's default; 0.19's is 1
         self.writer: FileSystemWriterAsync | None = None
         self.index_error: Exception | None = None
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *rest: Any) -> Any:
         write_index = writer.finish
 
         def finish(metadata: Any, results: Any) -> None:
@@ -95,7 +96,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
                 self.index_error = error
 
         self.writer, writer.finish = writer, finish
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *rest)
 
 
 @dataclass
@@ -212,7 +213,8 @@ class Saver:
     def _prepare(self, state: State) -> _Job:
         """Plan what each rank writes, and write the small files."""
         final = step_directory(self.root, state.run["step"])
-        partial = final.with_suffix(".partial")
+        # With the lock's name in it: a run that lost its lock in the middle of a save cannot write into another's.
+        partial = final.with_suffix(f".{self.lock.token[:8]}.partial" if self.lock is not None else ".partial")
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
             self._check_lock()
             fault("checkpoint.start")
@@ -224,6 +226,7 @@ class Saver:
         with _removed_on_error(partial, self.lock):
             sharded, common, witness = self._describe(state, final.name)
         with _removed_on_error(partial, self.lock), agreed(f"saving {final.name}"):
+            self._check_lock()
             _write_small(partial, state, common)
         # Megatron-Core would start a server process for the results of the processes that it forks; here is neither.
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -235,7 +238,7 @@ class Saver:
             agreed(f"saving {final.name}"),
             proving.losses_are_errors(),
         ):
-            request = strategy.async_save(sharded, partial)
+            request = plan_save(strategy, sharded, partial)
         return _Job(partial, final, strategy, request, results, _live(state), witness)
 
     def _describe(self, state: State, name: str) -> tuple[Any, Any, proving.Witness | None]:

@@ -24,9 +24,10 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
         adam_w_mode: must be True; the argument is FusedAdam's.
+        capturable: must be False; FusedAdam's too, which Megatron-Core passes since 0.19.
 
     Raises:
-        ValueError: ``adam_w_mode`` is False.
+        ValueError: ``adam_w_mode`` is False, or ``capturable`` is True.
     """
 
     def __init__(
@@ -37,9 +38,12 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         if not adam_w_mode:
             raise ValueError("only decoupled weight decay (AdamW) is supported")
+        if capturable:
+            raise ValueError("steps inside a CUDA graph (optimizer_cuda_graph) are not supported")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()

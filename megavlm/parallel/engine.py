@@ -19,6 +19,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, Recipe
 from megavlm.parallel import wgrad
 from megavlm.parallel.device import has_cuda, transformer_engine_installed
+from megavlm.parallel.megatron_versions import cuda_graph_fields
 
 Part = Literal["language", "vision", "connector"]
 
@@ -162,7 +163,7 @@ def settings(engine: EngineConfig, part: Part, machine: Machine, *, engine_layer
             "tp_comm_overlap": engine.tp_comm_overlap,
             "cuda_graph_impl": engine.cuda_graph_impl,
             # Packed attention takes segment borders, of which every micro-batch has another number.
-            "cuda_graph_scope": ["mlp"] if engine.cuda_graph_impl != "none" else [],
+            **cuda_graph_fields(["mlp"] if engine.cuda_graph_impl != "none" else []),
         }
     stays = {"language": False, "vision": engine.vision_bf16, "connector": engine.connector_bf16}[part]
     if engine.fp8 is None or stays:

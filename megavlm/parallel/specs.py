@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import CompactSelfAttention, TorchAttention
 from megavlm.parallel.device import has_cuda, transformer_engine_installed
+from megavlm.parallel.megatron_versions import activation_of
 from megavlm.parallel.norm import TorchNorm
 
 
@@ -114,7 +115,7 @@ def layer_modules(
                 submodules=MLPSubmodules(
                     linear_fc1=chosen.get("linear_fc1", ColumnParallelLinear),
                     linear_fc2=chosen.get("linear_fc2", RowParallelLinear),
-                    activation_func=swiglu,  # only where the configuration says use_te_activation_func
+                    activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
                 ),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -1,7 +1,9 @@
 """The GPUs that a plan may be made for: what their data sheets say, and the shares of it that a plan counts on.
 
-All efficiencies of the planner are in this file. They are assumptions, from published runs of Megatron-type trainers
-(40 to 55 % of the bf16 peak over a whole step): none was measured by megavlm on a GPU.
+All efficiencies of the planner are in this file. Hopper's FP8 products and attention are fitted on half of the
+published runs in benchmarks/planner_published.py, and reported on the other half (docs/planning.md); its tower's
+products are what one H200 was measured to do (benchmarks/gpu-torch.json). The others are assumptions that these runs
+do not contradict.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ class Efficiency:
     gemm: float
     """Matrix products of language model, connector and output layer, of the dense tensor-core peak."""
     fp8_gemm: float
-    """The same in FP8, of the FP8 peak, with the casts and scales around them."""
+    """The same in FP8, of the FP8 peak; the casts around them are counted by their bytes."""
     tower: float
     """Matrix products of the tower: narrow layers (1664), heads of 104."""
     attention: float
-    """Fused attention, forward and backward, of the bf16 peak."""
+    """Fused attention of long samples, forward and backward, of the bf16 peak."""
     memory: float
     """Element-wise work (norms, residuals, activations, gradient sums, optimizer), of the memory bandwidth."""
     nvlink: float
@@ -65,7 +67,7 @@ class Gpu:
 
 _AMPERE = Efficiency(gemm=0.75, fp8_gemm=0.0, tower=0.65, attention=0.55, memory=0.80, nvlink=0.75, network=0.80)
 # Hopper's GEMMs throttle on power before they reach the data sheet's peak.
-_HOPPER = Efficiency(gemm=0.68, fp8_gemm=0.55, tower=0.58, attention=0.45, memory=0.80, nvlink=0.75, network=0.80)
+_HOPPER = Efficiency(gemm=0.68, fp8_gemm=0.58, tower=0.64, attention=0.51, memory=0.80, nvlink=0.75, network=0.80)
 
 _A100 = "NVIDIA A100 data sheet (SXM), NVLink 3, 600 GB/s both ways; DGX A100: one 200 Gb/s card per GPU"
 _H100 = "NVIDIA H100 data sheet (SXM), NVLink 4, 900 GB/s both ways; DGX H100: one 400 Gb/s card per GPU"

@@ -3,7 +3,8 @@
 Matrix products take their operations over the peak times an efficiency (``planning.gpus``); element-wise work its
 bytes over the memory bandwidth; collectives their bytes over NVLink or the network, and a latency. What
 Megatron-Core runs under other work (the reduction of input gradients under weight gradients; gradient reduction and
-parameter gathering under the backward and forward pass) costs what is left over. Nothing here was measured on a GPU.
+parameter gathering under the backward and forward pass) costs what is left over. benchmarks/planner_published.py holds
+it against published runs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ _FLASH_BACKWARD = 2.5
 """Fused attention backward over forward: five products for two, since scores are made again."""
 _HOST_TO_DEVICE = 20e9
 """Bytes/s of pixels from the host."""
+_TILE = 128
+"""Keys of a query that fused attention computes beyond those that count: it works on tiles of some 128 x 128 scores."""
+_TORCH_ATTENTION = 285e12
+"""FLOP/s of torch's flash attention at most, in packs of 8192 on an H200 (benchmarks/gpu-torch.json): it is Ampere's
+kernel. Transformer Engine has Hopper's."""
+_CAST_BYTES = {"delayed": 4, "mxfp8": 4}
+"""Bytes moved for each number that becomes FP8: read, and written as it is and transposed; scaling by what the tensor
+itself holds reads it twice."""
+_CURRENT_CAST_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -133,18 +143,34 @@ class Timer:
         return sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in products)
 
     def _attention(self, flops: float, *, of_tower: bool = False) -> float:
+        model, load = self.recipe.model, self.workload
+        if of_tower:
+            tower, heads = model.vision, model.vision.num_attention_heads
+            length: float = tower.patches_per_image + int(tower.class_token)
+            width, keys = tower.hidden_size // heads, length
+        else:
+            heads, width = model.language.num_attention_heads, model.language.kv_channels
+            length = load.tokens / load.samples
+            keys = length / 2  # causal: half of them are masked
         if self.gpu.rates is not None:
-            model, load = self.recipe.model, self.workload
-            if of_tower:
-                tower, heads = model.vision, model.vision.num_attention_heads
-                length: float = tower.patches_per_image + int(tower.class_token)
-                width = tower.hidden_size // heads
-            else:
-                heads, width = model.language.num_attention_heads, model.language.kv_channels
-                length = load.tokens / load.samples
             rate = self.gpu.rates.attend(length, heads / self.layout.tensor, width, causal=not of_tower)
             return flops / (rate * self.peak / self.gpu.bf16_flops)
-        return flops / (self.peak * self.gpu.efficiency.attention)
+        rate = self.peak * self.gpu.efficiency.attention
+        if not self.kernels.fused:
+            rate = min(rate, _TORCH_ATTENTION)
+        return flops * (1 + _TILE / keys) / rate
+
+    def _casts(self) -> tuple[float, float]:
+        """Return the seconds, forward and backward, of making FP8 numbers around a language layer's products."""
+        if not self.kernels.fp8 or self.gpu.fp8_flops is None:
+            return 0.0, 0.0
+        language, tp, tokens = self.recipe.model.language, self.layout.tensor, self.workload.tokens
+        hidden, ffn = language.hidden_size, language.ffn_hidden_size / tp
+        queries = language.num_attention_heads * language.kv_channels / tp
+        keys = local_groups(language, tp) * language.kv_channels
+        each = _CAST_BYTES.get(self.recipe.engine.fp8_recipe, _CURRENT_CAST_BYTES) * tokens
+        inputs, gradients = 2 * hidden + queries + ffn, 2 * hidden + queries + 2 * keys + 2 * ffn
+        return self._stream(each * inputs, each * hidden), self._stream(each * gradients, each * hidden)
 
     def _stream(self, moved: float, each: float | None = None) -> float:
         """Return the seconds of passes over memory that move ``moved`` bytes, in tensors of ``each`` bytes."""
@@ -152,13 +178,18 @@ class Timer:
             return moved / self.gpu.rates.stream(moved if each is None else each)
         return moved / (self.gpu.bandwidth * self.gpu.efficiency.memory)
 
-    def _tensor_parallel(self, moved: float, count: int) -> float:
-        """Return the seconds of ``count`` all-gathers or reduce-scatters of ``moved`` bytes each, in a node."""
+    def _tensor_parallel(self, moved: float, count: int, *, beside_products: bool = False) -> float:
+        """Return the seconds of ``count`` all-gathers or reduce-scatters of ``moved`` bytes each, in a node.
+
+        ``beside_products``, they go in TP pieces under the product that needs or makes them where the recipe has
+        ``engine.tp_comm_overlap``: one piece has no product to hide under.
+        """
         tp = self.layout.tensor
         if tp == 1:
             return 0.0
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
-        return count * (moved * (tp - 1) / tp / rate + COLLECTIVE_SECONDS)
+        pieces = tp if beside_products and self.recipe.engine.tp_comm_overlap else 1
+        return count * (moved * (tp - 1) / tp / rate / pieces + COLLECTIVE_SECONDS)
 
     def layer(self) -> Cost:
         """Return the cost of one language layer."""
@@ -178,16 +209,19 @@ class Timer:
         )
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
-        wires = self._tensor_parallel(wide, 4) + sharing
-        forward = max(linear + self._attention(attention) + self._stream(moved, stream), _LAUNCHES * KERNEL_SECONDS)
+        wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
+        casts, back_casts = self._casts()
+        stream_seconds = self._stream(moved, stream)
+        forward = max(linear + self._attention(attention) + stream_seconds + casts, _LAUNCHES * KERNEL_SECONDS)
         backward = max(
-            linear * (1 + int(learns)) + self._attention(_FLASH_BACKWARD * attention) + 2 * self._stream(moved, stream),
+            linear * (1 + int(learns)) + self._attention(_FLASH_BACKWARD * attention) + 2 * stream_seconds + back_casts,
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
         forward, backward = forward + more[0], backward + more[1]
         # The reduction of input gradients runs under the product for the weights, where there is one.
-        back_wires = self._tensor_parallel(wide, (2 if self.layout.sequence_parallel else 0) if learns else 4)
+        exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
+        back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
         back_wires += sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
@@ -390,5 +424,7 @@ class Timer:
             line = self.timeline(costs, count)
             return line.total, line.bubble
         few, more = self.timeline(costs, short), self.timeline(costs, long)
-        total = more.total + (more.total - few.total) / (long - short) * (count - long)
+        # What the simulation's beginning adds for a micro-batch, and never less than the busiest stage works on one.
+        pace = max((more.total - few.total) / (long - short), max(more.busy) / long)
+        total = more.total + pace * (count - long)
         return total, 1 - sum(more.busy) * count / long / (stages * total)

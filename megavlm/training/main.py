@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.checkpoint.paths import newest_first
-from megavlm.config.errors import MachineError, RecipeError, disk_problem
+from megavlm.config.errors import MachineError, OtherRankError, RecipeError, disk_problem
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megavlm.parallel.device import prepare_device
+from megavlm.parallel.lock import LostError, View
 from megavlm.parallel.output import holding, try_writing
 
 
@@ -44,10 +45,10 @@ def run(recipe: Recipe) -> int:
     check_quantiser(recipe.lora.quantize)
     with (
         contextlib.ExitStack() as leaving,
-        _disk_problems_told(recipe.output_dir),
         process_groups(recipe.parallel, recipe.training.seed),
         user_buffers(recipe),
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
+        _causes_told(recipe.output_dir, lock),
     ):
         trainer = Trainer(recipe, tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
@@ -59,16 +60,23 @@ def run(recipe: Recipe) -> int:
 
 
 @contextlib.contextmanager
-def _disk_problems_told(output_dir: str) -> Iterator[None]:
-    """Make one line of a disk that fills up, or is taken away, while a run writes to it.
+def _causes_told(output_dir: str, lock: View) -> Iterator[None]:
+    """Make one line of what ends a run from outside: another run in its directory, a disk that fills up or goes away.
 
     Raises:
-        MachineError: it did.
+        LostError: the lock is lost. What the run ran into follows from that: its files were removed, say.
+        MachineError: the disk.
     """
     try:
         yield
-    except OSError as error:
-        problem = disk_problem(error, output_dir)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OtherRankError):
+            lock.look()
+            try:
+                lock.check()
+            except LostError as lost:
+                raise lost from error
+        problem = disk_problem(error, output_dir) if isinstance(error, OSError) else None
         if problem is None:
             raise
         raise MachineError(

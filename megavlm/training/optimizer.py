@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModuleTraining, Recipe
 from megavlm.models.build import MODULES
+from megavlm.parallel.megatron_versions import groups_known_by_kind
 
 _GROUP_SETTINGS = ("max_lr", "min_lr", "wd_mult", "betas", "eps")
 
@@ -124,7 +125,8 @@ def recipe_settings_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
     Megatron-Core restores them from the checkpoint, and a changed recipe would have no effect without a word.
     """
     kept = [{key: group[key] for key in _GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
-    yield
+    with groups_known_by_kind():
+        yield
     groups = optimizer.param_groups
     assert len(groups) == len(kept), f"{len(groups)} parameter groups after loading, {len(kept)} before"
     for group, settings in zip(groups, kept, strict=True):

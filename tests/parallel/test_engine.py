@@ -10,7 +10,6 @@ import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.pipeline_parallel.schedules import set_current_microbatch
-from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
@@ -25,6 +24,7 @@ from megavlm.models.registry import expand_presets
 from megavlm.models.vision import vit
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings, without_fp8
+from megavlm.parallel.megatron_versions import cuda_graph_field
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
@@ -82,13 +82,18 @@ def vision_config(**engine: Any) -> TransformerConfig:
         ({"cross_entropy_loss_fusion": "on"}, "cross_entropy_loss_fusion", True),
         ({"cross_entropy_fusion_impl": "te"}, "cross_entropy_fusion_impl", "te"),
         ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_impl", "transformer_engine"),
-        ({"cuda_graph_impl": "transformer_engine"}, "cuda_graph_scope", [CudaGraphScope.mlp]),
     ],
 )
 def test_a_key_reaches_the_configuration_of_the_language_model(engine, field, value):
     assert getattr(language_config(**engine), field) == value
     plain = language_config(fp8="hybrid") if "fp8" in engine and field != "fp8" else language_config()
     assert getattr(plain, field) != value
+
+
+def test_the_mlp_becomes_graphs():
+    chosen = getattr(language_config(cuda_graph_impl="transformer_engine"), cuda_graph_field())
+    assert [part.name for part in chosen] == ["mlp"]
+    assert getattr(language_config(), cuda_graph_field()) != chosen
 
 
 def test_the_rope_kernel_is_asked_of_the_configuration():

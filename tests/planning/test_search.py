@@ -109,6 +109,30 @@ def test_a_long_step_goes_on_as_it_began(parallel: dict[str, Any], gpus: int) ->
     assert timer.least() <= whole.total * (1 + 1e-9)
 
 
+def test_time_answers_to_the_engine_and_to_short_samples() -> None:
+    load = assume_workload(big())
+
+    def step(engine: dict[str, Any], **parallel: Any) -> float:
+        recipe = big(tensor_model_parallel_size=4, sequence_parallel=True, **parallel)
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, **engine))
+        return Timer(recipe, layout_of(recipe, 8), H100, load).step().step
+
+    plain = step({})
+    assert plain - step({"tp_comm_overlap": True}) > 0.03 * plain
+    # Scaling by what a tensor itself holds reads it once more.
+    delayed, current = ({"fp8": "hybrid", "fp8_recipe": name} for name in ("delayed", "tensorwise"))
+    assert step(delayed) < step(current) < plain
+    # Attention works on whole tiles: an operation that counts takes longer in short samples.
+    recipe = big()
+    one, short = (
+        Timer(recipe, layout_of(recipe, 8), H100, dataclasses.replace(load, samples=samples))._attention(1e12)
+        for samples in (1.0, 20.0)
+    )
+    assert 2 * one < short < 5 * one
+    # torch's attention is Ampere's kernel, its element-wise work is not fused.
+    assert step({}, transformer_impl="torch") > plain
+
+
 def test_time_answers_to_what_it_should() -> None:
     workload = assume_workload(big())
     base = evaluate(big(tensor_model_parallel_size=4, sequence_parallel=True), 8, H100, workload)

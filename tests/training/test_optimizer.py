@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from samples import pack, recipe, sample
 from tiny import IMAGE_TOKEN
 from torch import Tensor
 
+from megavlm.checkpoint.distributed import load
+from megavlm.checkpoint.saver import Saver, State
 from megavlm.config.schema import ModuleTraining, ParallelConfig, Recipe
 from megavlm.data.feed import MicroBatch
 from megavlm.parallel.state import process_groups
@@ -194,3 +197,32 @@ def test_the_recipes_settings_survive_a_checkpoints_state() -> None:
             group.update(max_lr=9.0, min_lr=9.0, wd_mult=9.0, betas=(0.1, 0.1), step=5)
     assert [(g["max_lr"], g["min_lr"], g["wd_mult"], g["betas"]) for g in training.optimizer.param_groups] == before
     assert all(g["step"] == 5 for g in training.optimizer.param_groups)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_goes_on_with_changed_rates(distributed: bool, tmp_path: Path) -> None:
+    """Megatron-Core 0.19 would not find the saved groups: it knows them by their rates too."""
+    branches: dict[str, Any] = {"modules": MODULES, "parallel": {"use_distributed_optimizer": distributed}}
+    training, _, _ = step_once(tiny(**branches), IMAGES)
+    with training.settled():
+        state = State(training.modules, training.optimizer, training.scheduler, run={"step": 1})
+        saved = Saver(tmp_path, keep=1).save(state)
+    assert saved is not None
+    changed = tiny({"lr": 3 * LR, "min_lr": LR, "weight_decay": 0.2, "adam_beta1": 0.8}, **branches)
+    other = build_training(changed, IMAGE_TOKEN)
+    wanted = [{key: group[key] for key in ("max_lr", "min_lr", "betas")} for group in other.optimizer.param_groups]
+    with recipe_settings_kept(other.optimizer):
+        load(saved, modules=other.modules, optimizer=other.optimizer, scheduler=other.scheduler)
+    groups = other.optimizer.param_groups
+    assert [{key: group[key] for key in ("max_lr", "min_lr", "betas")} for group in groups] == wanted
+    assert all(int(group["step"]) == 1 for group in groups if group["params"])
+    assert all(torch.equal(a, b) for a, b in zip(moments(training), moments(other), strict=True))
+
+
+def moments(training: TrainingModel) -> list[Tensor]:
+    """Return the first moments of all parameters."""
+    found = []
+    for optimizer in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        found += [state["exp_avg"] for state in optimizer.optimizer.state.values()]
+    assert any(bool(one.any()) for one in found)
+    return found

@@ -14,15 +14,28 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 
-# What must stay as the image has it, as its parts were built for each other; for the rest our own versions.
+# What must stay as the image has it, as its parts were built for each other; for the rest our own versions, but of
+# setuptools, which torch bounds.
 stays='torch|torchvision|triton|pytorch[-_]triton|numpy|apex|flash[-_]attn|transformer[-_]engine.*|nvidia-.*cu1[0-9]'
 "${pip[@]}" list --format=freeze | grep -iE "^($stays)==" >"$work/image.txt" || : # none
 kept=$(cut -d = -f 1 "$work/image.txt" | tr '_\n' '-|')
-grep -viE "^(${kept}#|torch)==" constraints.txt | grep -E '^[A-Za-z0-9]' >"$work/ours.txt"
+grep -viE "^(${kept}#|torch|setuptools)==" constraints.txt | grep -E '^[A-Za-z0-9]' >"$work/ours.txt"
 cat "$work/image.txt"
 
 "$PYTHON" setup.py --quiet egg_info --egg-base "$work"
-sed '/^\[/,$d' "$work"/megavlm.egg-info/requires.txt >"$work/needs.txt"
+"$PYTHON" - "$work"/megavlm.egg-info/requires.txt >"$work/needs.txt" <<'PYTHON'
+import sys
+
+from packaging.markers import Marker
+
+plain, *sections = open(sys.argv[1]).read().split("\n[")  # then [extra] or [:marker], each with what it needs
+print(plain.strip())
+for section in sections:
+    head, _, body = section.partition("]")
+    extra, _, marker = head.partition(":")
+    if not extra and Marker(marker).evaluate():
+        print(body.strip())
+PYTHON
 printf '%s\n' "$@" >>"$work/needs.txt"
 if [[ -n ${TE_VERSION:-} ]] && ! grep -qi '^transformer[-_]engine' "$work/image.txt"; then
   # Compiled against the image's torch. With torch from pip, cuDNN's headers lie beside its libraries.
