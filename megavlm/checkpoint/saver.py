@@ -375,10 +375,8 @@ class _removed_on_error:  # noqa: N801 - used like a function
         """Nothing yet."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Remove it if there was an error; that the directory is another run's by now is the error that counts."""
-        if isinstance(error, Exception) and self.lock is not None:
-            self.lock.check()
-        if isinstance(error, Exception) and dist.get_rank() == 0:
+        """Remove it if there was an error."""
+        if isinstance(error, Exception) and dist.get_rank() == 0 and not (self.lock and self.lock.lost()):
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
