@@ -37,7 +37,7 @@ def test_a_killed_run_can_be_run_again(tmp_path: Path, number: signal.Signals) -
         deadline = time.monotonic() + 60
         while not list(out.parent.glob(".out.partial-*/shard-000002.tar")) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not out.exists()
+        assert list(out.parent.glob(".out.partial-*/shard-000002.tar")) and not out.exists()
         process.send_signal(number)
         process.communicate(timeout=60)
     left = names(out.parent)

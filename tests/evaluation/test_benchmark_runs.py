@@ -213,7 +213,7 @@ def test_wrong_input_costs_one_line(
     error = refused(capsys, words(random_checkpoint, "docvqa", out, f"--data={random_checkpoint / 'manifest.json'}"))
     assert "manifest.json: has no list 'data'; docvqa reads val_v1.0.json, see docs/evaluation.md" in error
     (tmp_path / "refs(unc).p").write_bytes(b"\x80\x04]")
-    for name, told in (("refcoco", "a pickle can run any program"), ("pope", "line 1 is not valid JSON")):
+    for name, told in (("refcoco", "a pickle can run any program"), ("pope", "line 1 is not UTF-8 text")):
         assert told in refused(capsys, words(random_checkpoint, name, out, f"--data={tmp_path / 'refs(unc).p'}"))
     for name in ("pope", "mmbench", "vqav2"):
         assert "is a directory; " in refused(capsys, words(random_checkpoint, name, out, f"--data={tmp_path}"))

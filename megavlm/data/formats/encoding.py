@@ -28,8 +28,11 @@ class NotUnicodeError(ValueError):
 def encoding_of(path: Path) -> str:
     """Return a text file's encoding: by its byte order mark, or UTF-16 and UTF-32 by the zeros of JSON's first signs.
 
-    Everything else is taken for UTF-8, and is an error where it is not.
+    Everything else is taken for UTF-8, and is an error where it is not. So is what can be read only once, a pipe: its
+    beginning would be gone.
     """
+    if path.exists() and not path.is_file():
+        return UTF_8
     with path.open("rb") as file:
         start = file.read(4)
     for mark, name in _MARKS:

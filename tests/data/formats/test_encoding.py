@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from megavlm.data.formats import Broken, Source, choose
+from megavlm.data.formats.encoding import lines
 from megavlm.evaluation.benchmarks.files import read_json, read_lines, read_table
 
 TEXTS = ["first", "Zażółć gęślą jaźń.", "Это флаг, да.", "这是 flag。\u2028\U0001f600", "naïve é"]
@@ -91,3 +94,13 @@ def test_marks_inside_and_odd_starts(tmp_path: Path) -> None:
     assert answers(path) == ["é", "é"]
     path.write_bytes(bytes(8) + b"\n" + line)  # what a crash leaves at the start of a file
     assert answers(path) == ["bad JSON", "é"]
+
+
+def test_a_pipe_is_read_once_and_whole(tmp_path: Path) -> None:
+    pipe = tmp_path / "records.jsonl"
+    os.mkfifo(pipe)
+    texts = [json.dumps({"id": number}) + "\n" for number in range(3)]
+    writer = threading.Thread(target=lambda: pipe.write_text("".join(texts)))
+    writer.start()
+    assert [json.loads(str(line)) for _, line in lines(pipe)] == [{"id": number} for number in range(3)]
+    writer.join()
