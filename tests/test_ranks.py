@@ -77,7 +77,7 @@ def test_a_rank_that_dies_ends_the_others(how: str | int, said: str) -> None:
 
 def test_a_rank_that_hangs_says_where_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RanksFailed) as failed:
-        ranks.run("rank_cases:hanging_with_helpers", str(tmp_path), world=2, timeout=4)
+        ranks.run("rank_cases:hanging_with_helpers", str(tmp_path), world=2, timeout=8)
     assert failed.value.timed_out and "time-out" in str(failed.value)
     assert failed.value.output.count("in a_place_to_be_found") == 2
     pids = [int(pid) for file in tmp_path.iterdir() for pid in file.read_text().split()]
