@@ -336,9 +336,9 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     rates = [value for name, value in values.items() if name.startswith("lr/")]
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
-        f"loss {values.get('loss', math.nan):.4f}",
+        f"loss {values['loss']:.4f}" if "loss" in values else "no loss",
         f"lr {max(rates, default=0.0):.2e}",
-        f"grad norm {values.get('grad_norm', math.nan):.3f}",
+        f"grad norm {values['grad_norm']:.3f}" if "grad_norm" in values else "no gradient",
         f"{values['useful_tokens_per_second']:,.0f} useful tok/s",
         f"{values['tokens_per_second']:,.0f} tok/s",
         f"padding {values['padding_fraction']:.1%}",
