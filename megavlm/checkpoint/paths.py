@@ -106,13 +106,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tree(checkpoint: Path) -> dict[str, Any]:
-    """Return the recipe of a checkpoint, unchecked.
+    """Return the recipe of a checkpoint, unchecked, with the defaults of the model's keys that it is older than.
 
     Raises:
         FileNotFoundError: it has none.
         ValueError: it is damaged, or asks for more than a recipe holds.
     """
-    from megavlm.config import yaml12  # noqa: PLC0415 - this module is asked before much is loaded
+    # This module is asked before much is loaded.
+    from megavlm.config import yaml12  # noqa: PLC0415
+    from megavlm.config.saved import with_defaults  # noqa: PLC0415
 
     path = checkpoint / "recipe.yaml"
     try:
@@ -121,4 +123,4 @@ def read_tree(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is damaged: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: is damaged: it holds no keys")
-    return tree
+    return with_defaults(tree)

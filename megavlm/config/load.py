@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from megavlm.config import yaml12
 from megavlm.config.errors import RecipeError
 from megavlm.config.keys import all_keys, find_key
+from megavlm.config.saved import is_saved, with_defaults
 from megavlm.config.schema import Recipe
 
 __all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "shipped_recipes"]
@@ -72,10 +73,13 @@ def load_recipe(
 def read_recipe(recipe: str | Path) -> Tree:
     """Return the raw tree of a YAML file or a shipped recipe, neither expanded nor checked.
 
+    One that lies in a checkpoint gets the defaults of the model's keys that it is older than.
+
     Raises:
         RecipeError: there is no such recipe, or it is no YAML mapping.
     """
-    return _read(_find(recipe))
+    path = _find(recipe)
+    return with_defaults(_read(path)) if is_saved(path) else _read(path)
 
 
 def _find(recipe: str | Path) -> Path:

@@ -24,13 +24,14 @@ from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree, to_yaml
+from megavlm.config.keys import find_key
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry
+from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry, expand_presets
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import View
@@ -369,11 +370,11 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
             f"checkpoint.load: {path} holds parts of a model only; "
             "compose a whole one with tools/checkpoint_convert/hf_to_megatron.py --language ... --vision ..."
         )
-    saved = read_tree(path).get("model") or {}
+    saved = expand_presets({"model": read_tree(path).get("model") or {}})["model"]  # for those written by hand
     wanted = to_tree(recipe)["model"]
     for branch, registry in (("vision", VISION), ("connector", CONNECTORS), ("language", LANGUAGE)):
         for key, value in wanted[branch].items():
-            there = saved[branch].get(key, value)  # a key that is newer than the checkpoint had its default
+            there = saved[branch].get(key, _default(f"model.{branch}.{key}"))
             if key in _SHAPE_FREE or there == value:
                 continue
             if key == "preset" and registry is not CONNECTORS and _same_builder(registry, there, value):
@@ -382,6 +383,11 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
+
+
+def _default(path: str) -> Any:
+    key = find_key(path)
+    return None if key is None else key.default
 
 
 def _same_builder(registry: Registry, one: str, other: str) -> bool:

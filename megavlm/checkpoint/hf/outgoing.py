@@ -28,6 +28,7 @@ from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.help import to_tree
+from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
@@ -166,7 +167,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
         model = read_tree(checkpoint).get("model")
         where: Path = recipe
     elif "model" in record:
-        model, where = record["model"], checkpoint / assets.FOLDER / assets.RECORD
+        model, where = model_with_defaults(record["model"]), checkpoint / assets.FOLDER / assets.RECORD
     else:
         raise ValueError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"

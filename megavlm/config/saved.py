@@ -1,0 +1,64 @@
+"""Recipes that checkpoints carry: a key that is newer than the checkpoint had its default there.
+
+A save writes every key of its time. One that is missing was not known then, and the model was what the key's own
+default describes: neither the preset's value of today nor what a later run wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import ConnectorConfig, LanguageConfig, LoraConfig, VisionConfig
+
+Tree = dict[str, Any]
+
+_BRANCHES: dict[str, Any] = {"vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig}
+_NO_FUNCTION = ("layer_names",)
+"""What lora.targets calls layers by: no weight means something else by it, and the preset's name is the known one."""
+
+
+def is_saved(recipe: Path) -> bool:
+    """Whether a recipe's file is the one that lies in a checkpoint."""
+    return recipe.name == "recipe.yaml" and (recipe.parent / "run.json").is_file()
+
+
+def with_defaults(tree: Mapping[str, Any]) -> Tree:
+    """Return a checkpoint's recipe with the defaults of keys that it is older than, where presets could differ.
+
+    Args:
+        tree: of a recipe; branches ``model`` and ``lora``, if they are there, are looked at. It is not changed.
+    """
+    found = dict(tree)
+    if isinstance(found.get("model"), Mapping):
+        found["model"] = model_with_defaults(found["model"])
+    if isinstance(found.get("lora"), Mapping):
+        found["lora"] = {**_defaults(LoraConfig), **found["lora"]}
+    return found
+
+
+def model_with_defaults(model: Mapping[str, Any]) -> Tree:
+    """Return a checkpoint's model, or some branches of it, with the defaults of keys that it is older than.
+
+    A model that lacks what saves have written from the first version on (keys without a default, init_method_std) was
+    written by hand: its presets say what it is.
+    """
+    branches = {name: model[name] for name in _BRANCHES if isinstance(model.get(name), Mapping)}
+    if not all(_always(_BRANCHES[name]) <= branch.keys() for name, branch in branches.items()):
+        return dict(model)
+    return {**model, **{name: {**_defaults(_BRANCHES[name]), **branch} for name, branch in branches.items()}}
+
+
+def _always(branch: Any) -> set[str]:
+    return {name for name, info in branch.__pydantic_fields__.items() if info.is_required()} | {"init_method_std"}
+
+
+def _defaults(branch: Any) -> Tree:
+    """Return the keys that have a default, as YAML would give them."""
+    found = {
+        name: info.get_default(call_default_factory=True)
+        for name, info in branch.__pydantic_fields__.items()
+        if not info.is_required() and name not in _NO_FUNCTION
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
