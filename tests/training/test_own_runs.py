@@ -186,6 +186,7 @@ def test_a_refusal_is_said_once_under_torchrun(run_data: RunData, tmp_path: Path
         assert "megavlm/cli.py" not in text
 
 
+@pytest.mark.reliability
 @pytest.mark.dist
 def test_what_the_ranks_find_out_together_is_said_once(run_data: RunData, tmp_path: Path) -> None:
     """All of them see the first, and one alone the second."""
