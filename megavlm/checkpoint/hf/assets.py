@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.paths import read_json
 from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
+from megavlm.weights.files import read_json
 
 FOLDER = "hf"
 """Of a checkpoint's directory."""
