@@ -76,8 +76,7 @@ def load_presets() -> None:
     for room in ("towers", "connectors", "decoders"):
         importlib.import_module(f"megavlm.architectures.{room}")
     if "tiny" not in MODELS.names():
-        from megavlm.families import presets  # noqa: F401, PLC0415  (registers the whole models)
-
+        importlib.import_module("megavlm.families.presets")  # the whole models
         for entry in entry_points(group="megavlm.presets"):
             entry.load()()
 

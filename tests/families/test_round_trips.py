@@ -10,7 +10,7 @@ import torch
 from family_cases import MAKERS, TRANSFORMERS, make
 
 from megavlm.cli import main
-from megavlm.families import FAMILIES, detect
+from megavlm.families.known import FAMILIES, detect
 from megavlm.weights.source import Source
 
 CASES = [*MAKERS, *TRANSFORMERS]

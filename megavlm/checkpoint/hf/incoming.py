@@ -26,8 +26,8 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
-from megavlm.families import detect
 from megavlm.families.family import Family, config_file
+from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source

@@ -94,7 +94,7 @@ def _hugging_face(path: Path) -> Tree:
 
     source = Source(path)
     prepare_device()
-    from megavlm.families import detect  # noqa: PLC0415
+    from megavlm.families.known import detect  # noqa: PLC0415
 
     try:
         family = detect(source)

@@ -26,8 +26,8 @@ from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from megavlm.families import FAMILIES
 from megavlm.families.family import Family
+from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.families.towers import LAST_HIDDEN_STATE
 from megavlm.models.build import MODULES
