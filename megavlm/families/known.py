@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megavlm.config.errors import UserError
 from megavlm.families.family import Family
 from megavlm.families.llama import LlamaFamily
 from megavlm.families.llava import LlavaFamily
@@ -35,7 +36,7 @@ def detect(source: Source) -> Family:
     """Return the family of a checkpoint.
 
     Raises:
-        ValueError: it is of none.
+        UserError: it is of none.
     """
     for family in FAMILIES.values():
         if family.detect(source):
@@ -45,4 +46,4 @@ def detect(source: Source) -> Family:
         f"model_type {kind!r} of its config.json" if kind else "it has no config.json with a model_type, and its names"
     )
     known = "; ".join(f"{family.name} ({family.title})" for family in FAMILIES.values())
-    raise ValueError(f"{source.path}: {what} belongs to no family that is known here: {known}")
+    raise UserError(f"{source.path}: {what} belongs to no family that is known here: {known}")

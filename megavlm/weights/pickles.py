@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megavlm.config.errors import UserError
+
 
 def load_weights(file: Path, *, mmap: bool = False) -> Any:
     """Return what ``torch.save`` wrote to a file, without running anything from it.
@@ -17,8 +19,8 @@ def load_weights(file: Path, *, mmap: bool = False) -> Any:
         mmap: map the tensors of the file instead of reading them, where its format allows that.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or a pickle that names more than tensors and plain values.
+        MissingFileError: there is none.
+        UserError: it is damaged, or a pickle that names more than tensors and plain values.
     """
     try:
         try:
@@ -31,12 +33,12 @@ def load_weights(file: Path, *, mmap: bool = False) -> Any:
         raise
     except pickle.UnpicklingError as error:
         line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise ValueError(
+        raise UserError(
             f"{file}: damaged, or a pickle with more than tensors, which could run code"
             f"{f' ({line})' if line else ''}; it was not opened"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
+        raise UserError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
