@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,6 +164,19 @@ def need(config: Mapping[str, Any], key: str, where: str) -> Any:
     if config.get(key) is None:
         raise UserError(f"{where}: has no {key!r}, which the model's shape follows from")
     return config[key]
+
+
+def number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    """Return the finite number ``config[key]``.
+
+    Raises:
+        UserError: it is none, or the key is missing and there is no default.
+    """
+    value = default if config.get(key) is None else config[key]
+    value = need(config, key, where) if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {str(value)[:40]!r}, which is not a number; correct it")
+    return value
 
 
 def expect(config: Mapping[str, Any], where: str, **values: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
-from megavlm.families.common import expect, need
+from megavlm.families.common import expect, need, number
 
 Tree = dict[str, Any]
 
@@ -32,7 +32,7 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
         "kv_channels": width,
         "vocab_size": need(config, "vocab_size", where),
         "max_position_embeddings": config.get("max_position_embeddings") or config.get("seq_length", 2048),
-        "rotary_base": int(config.get("rotary_emb_base", 10000)),
+        "rotary_base": int(number(config, "rotary_emb_base", where, 10000)),
         "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
         "add_qkv_bias": True,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
@@ -118,7 +118,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[int, str | None, float
         **(config.get("rope_scaling") or {}),
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
-    base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = number(rope, "rope_theta", where, number(config, "rope_theta", where, 10000.0))
     if base != int(base):
         raise UserError(f"{where}: rope_theta {base} is no whole number")
     expect({"rope_type": kind}, where, rope_type=("default", "linear", "llama3"))
@@ -126,7 +126,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[int, str | None, float
         return int(base), None, 1.0
     if kind == "llama3":
         expect(rope, where, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    return int(base), kind, float(need(rope, "factor", where))
+    return int(base), kind, float(number(rope, "factor", where))
 
 
 def llama_config(language: LanguageConfig) -> Tree:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import VisionConfig
-from megavlm.families.common import expect, need
+from megavlm.families.common import expect, need, number
 
 Tree = dict[str, Any]
 
@@ -28,7 +28,7 @@ def qwen_vision(visual: Mapping[str, Any], rows: int, where: str) -> Tree:
     Raises:
         UserError: a key is missing, or the table is not that of a square grid.
     """
-    width, grid = need(visual, "width", where), math.isqrt(rows)
+    width, grid = number(visual, "width", where), math.isqrt(rows)
     if grid**2 != rows:
         raise UserError(f"{where}: a positional table with {rows} rows, which is no square grid")
     return {
@@ -38,7 +38,7 @@ def qwen_vision(visual: Mapping[str, Any], rows: int, where: str) -> Tree:
         "hidden_size": width,
         "num_layers": need(visual, "layers", where),
         "num_attention_heads": need(visual, "heads", where),
-        "ffn_hidden_size": int(width * need(visual, "mlp_ratio", where)),
+        "ffn_hidden_size": int(width * number(visual, "mlp_ratio", where)),
         "positional_grid": grid,
         "layernorm_epsilon": 1e-6,
     }
