@@ -189,10 +189,10 @@ def quantise_random(language: Any) -> None:
     """Give the layers that wait for weights in 4 bits random ones."""
     import torch
 
+    from megavlm.layers.lora import FrozenColumnParallelLinear
+    from megavlm.layers.nf4 import quantise
     from megavlm.models.language.adapters import frozen_linears
     from megavlm.parallel.device import local_device
-    from megavlm.parallel.lora import FrozenColumnParallelLinear
-    from megavlm.parallel.nf4 import quantise
 
     for _, _, linear in frozen_linears(language):
         if linear.quantize:

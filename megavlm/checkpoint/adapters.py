@@ -15,9 +15,9 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
+from megavlm.layers.lora import FrozenColumnParallelLinear
+from megavlm.layers.nf4 import quantise
 from megavlm.models.language.adapters import frozen_linears
-from megavlm.parallel.lora import FrozenColumnParallelLinear
-from megavlm.parallel.nf4 import quantise
 
 
 def select(state: dict[str, Any], chosen: Callable[[str, Any], bool]) -> dict[str, Any]:

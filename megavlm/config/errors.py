@@ -30,6 +30,10 @@ class UserError(ValueError):
     """What a user can mend: wrong input. One line each for key or file, rule and remedy; exit code 2."""
 
 
+class UsageError(UserError):
+    """The command line, or the environment of a job, is wrong: on all ranks alike."""
+
+
 class RecipeError(UserError):
     """A recipe breaks a rule. Each line of the text names the key, the rule, and what to change."""
 

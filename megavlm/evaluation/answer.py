@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.config.schema import Recipe
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.records import HeldOutRecord
 from megavlm.inference.generate import generate

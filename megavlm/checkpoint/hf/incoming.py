@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm import __version__
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.families import detect
 from megavlm.checkpoint.hf.families.preprocessor import geometry

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.families import FAMILIES
 from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE

@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from megavlm.checkpoint import manifest
+from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
@@ -36,8 +35,8 @@ from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.lora import LINEARS, TARGETS
 from megavlm.config.schema import LoraConfig, ModelConfig
+from megavlm.layers.lora import Adapter
 from megavlm.models.language.adapters import adapter_of
-from megavlm.parallel.lora import Adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

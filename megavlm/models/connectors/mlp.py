@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.config.schema import ModelConfig
+from megavlm.layers.linear import column_linear, row_linear
 from megavlm.models.context import BuildContext
-from megavlm.parallel.linear import column_linear, row_linear
 
 
 class MLPConnector(MegatronModule):

@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.config.schema import ModelConfig
+from megavlm.layers.linear import column_linear, row_linear
+from megavlm.layers.specs import layer_modules
 from megavlm.models.context import BuildContext
 from megavlm.models.positions import resize_table, sincos_table
-from megavlm.parallel.linear import column_linear, row_linear
-from megavlm.parallel.specs import layer_modules
 
 
 class Resampler(MegatronModule):

@@ -16,10 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.config.schema import VisionConfig
+from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
+from megavlm.layers.specs import block_submodules, layer_modules
 from megavlm.models.context import BuildContext
 from megavlm.models.positions import resize_table
-from megavlm.parallel.activation import BiasActivationMLP, gelu_tanh
-from megavlm.parallel.specs import block_submodules, layer_modules
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
