@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megavlm.config.errors import UserError
 from megavlm.data import decode
 from megavlm.data.decode import ImageDecoder, PilDecoder, SimpleJpegDecoder
 from megavlm.data.image_colours import Alpha
@@ -18,7 +19,7 @@ def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int
 
     Raises:
         ImportError: The decoder's library is not installed; the message says how to install it.
-        ValueError: There is no such decoder.
+        UserError: There is no such decoder.
     """
     gpu = current_gpu()
     if name == "auto":
@@ -35,4 +36,4 @@ def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int
         from megavlm.data.decode_dali import DaliDecoder  # noqa: PLC0415 - optional
 
         return DaliDecoder(gpu, num_threads, alpha)
-    raise ValueError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
+    raise UserError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
