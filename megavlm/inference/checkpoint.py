@@ -16,7 +16,7 @@ from megavlm.config.engine import for_inference
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
-from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
+from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.inference.sampling import Sampling
 from megavlm.models.registry import expand_presets
 
@@ -86,10 +86,7 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
         ValueError: the recipe does not fit this job.
     """
     recipe, path = recipe_of(checkpoint, overrides)
-    assert recipe.data.tokenizer is not None
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
-    return recipe, path, tokenizer
+    return recipe, path, tokenizer_of(recipe)
 
 
 def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]:

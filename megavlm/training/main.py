@@ -9,7 +9,7 @@ from pathlib import Path
 from megavlm.checkpoint.paths import newest_first
 from megavlm.config.errors import MachineError, OtherRankError, RecipeError, disk_problem
 from megavlm.config.schema import Recipe
-from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.device import prepare_device
 from megavlm.parallel.lock import LostError, View
 from megavlm.parallel.output import holding, try_writing
@@ -25,9 +25,7 @@ def run(recipe: Recipe) -> int:
         RecipeError: tokenizer, data or checkpoint do not fit the recipe.
         RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
     """
-    assert recipe.data.tokenizer is not None  # the command line found the file
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
+    tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)
     prepare_device()
