@@ -62,8 +62,8 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
     """Return the recipe of a training job."""
     from pydantic import TypeAdapter
 
+    from megavlm.architectures.registry import expand_presets
     from megavlm.config.schema import Recipe
-    from megavlm.models.registry import expand_presets
 
     size = SIZES[job["size"]]
     model = dict(size["model"])
@@ -349,7 +349,7 @@ def decoders(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from megavlm.data.decode import make_decoder
+    from megavlm.data.decoders import make_decoder
 
     rng = np.random.default_rng(0)
     files = []

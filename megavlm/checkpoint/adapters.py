@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megavlm.architectures.adapters import frozen_linears
 from megavlm.checkpoint.base import holds_adapters
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.slots import Slot
@@ -15,9 +16,8 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
-from megavlm.models.language.adapters import frozen_linears
-from megavlm.parallel.lora import FrozenColumnParallelLinear
-from megavlm.parallel.nf4 import quantise
+from megavlm.layers.lora import FrozenColumnParallelLinear
+from megavlm.layers.nf4 import quantise
 
 
 def select(state: dict[str, Any], chosen: Callable[[str, Any], bool]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         module: a bare chunk of the model.
 
     Raises:
-        ValueError: the checkpoint lacks one, or has it in another shape.
+        UserError: the checkpoint lacks one, or has it in another shape.
     """
     wanted = [entry for entry in frozen_linears(module.language) if entry[2].quantize]
     if not wanted:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
 from megavlm.data.template import TEXT, Span, Template
@@ -47,7 +48,7 @@ def encode_conversation(
         system: System turn for a conversation that has none; empty for none, None for the template's own.
 
     Raises:
-        ValueError: A text contains control tokens of this tokenizer, or there are more or fewer images than ``runs``.
+        UserError: A text contains control tokens of this tokenizer, or there are more or fewer images than ``runs``.
     """
     turns = _with_system(conversation.turns, tokenizer.template, system)
     tokens, labels = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
@@ -69,11 +70,11 @@ def encode_prompt(
         [T] token ids.
 
     Raises:
-        ValueError: There are no turns, the last is not the user's, a text contains control tokens, or there are more or
+        UserError: There are no turns, the last is not the user's, a text contains control tokens, or there are more or
             fewer images than ``runs``.
     """
     if not turns or turns[-1].role != "user":
-        raise ValueError("a prompt must end with a user turn")
+        raise UserError("a prompt must end with a user turn")
     turns = _with_system(turns, tokenizer.template, system)
     for turn in turns:
         check_text(turn.text, f"the {turn.role} turn")
@@ -85,7 +86,7 @@ def encode_text(text: str, tokenizer: Tokenizer, runs: Sequence[ImageRuns]) -> l
     """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes an image with the template's marks around it.
 
     Raises:
-        ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it; or is not
+        UserError: The text contains a control token of this tokenizer, by whatever name the file calls it; or is not
             Unicode, on which tokenizers disagree: one raises, one writes other characters; or shows more or fewer
             images than ``runs``.
     """
@@ -132,13 +133,13 @@ class _Images:
     """The images of a conversation, taken one by one.
 
     Raises:
-        ValueError: there are more or fewer than ``runs``.
+        UserError: there are more or fewer than ``runs``.
     """
 
     def __init__(self, turns: Sequence[Turn], runs: Sequence[ImageRuns]) -> None:
         shown = count_images(turns)
         if shown != len(runs):
-            raise ValueError(f"the conversation shows {shown} image(s), {len(runs)} are given")
+            raise UserError(f"the conversation shows {shown} image(s), {len(runs)} are given")
         self._runs = iter(runs)
 
     def next(self) -> ImageRuns:
@@ -180,13 +181,13 @@ def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of text that others wrote.
 
     Raises:
-        ValueError: there is a control token among them.
+        UserError: there is a control token among them.
     """
     ids = tokenizer.encode(text) if text else []
     # Looked for among the ids: names differ between tokenizers, and some normalise the text first.
     forged = tokenizer.control_ids.intersection(ids)
     if forged:
-        raise ValueError(f"text contains the control token {tokenizer.decode([min(forged)])}")
+        raise UserError(f"text contains the control token {tokenizer.decode([min(forged)])}")
     return ids
 
 

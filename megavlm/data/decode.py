@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 GRAY = 128
 """Value of every pixel of an image that cannot be decoded."""
 
+
 _FIXES = {
     "simplejpeg": "pip install simplejpeg",
     "dali": "pip install nvidia-dali-cuda120",
@@ -130,7 +131,7 @@ class SimpleJpegDecoder(ImageDecoder):
 
     def __init__(self, alpha: Alpha = "white") -> None:
         super().__init__(alpha)
-        _require("simplejpeg", "simplejpeg")
+        require("simplejpeg", "simplejpeg")
 
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.kind == "jpeg" and header.plain
@@ -145,36 +146,6 @@ class SimpleJpegDecoder(ImageDecoder):
             except (ValueError, MemoryError, RuntimeError):  # torch has no MemoryError for its own allocations
                 rescue.append(index)
         return rescue
-
-
-def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int = 2) -> ImageDecoder:
-    """Make a decoder.
-
-    Args:
-        name: ``dali``, ``simplejpeg``, ``pil``, or ``auto``: DALI where a GPU and DALI are, else simplejpeg, else PIL.
-        alpha: What becomes of transparency, see ``data.image_alpha``.
-        num_threads: CPU threads of DALI.
-
-    Raises:
-        ImportError: The decoder's library is not installed; the message says how to install it.
-        ValueError: There is no such decoder.
-    """
-    gpu = torch.cuda.is_available()
-    if name == "auto":
-        if gpu and _installed("nvidia.dali"):
-            name = "dali"
-        else:
-            name = "simplejpeg" if _installed("simplejpeg") else "pil"
-    if name == "pil":
-        return PilDecoder(alpha)
-    if name == "simplejpeg":
-        return SimpleJpegDecoder(alpha)
-    if name == "dali":
-        _require("dali", "nvidia.dali")
-        from megavlm.data.decode_dali import DaliDecoder  # noqa: PLC0415 - optional
-
-        return DaliDecoder(torch.cuda.current_device() if gpu else None, num_threads, alpha)
-    raise ValueError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
 
 
 def resize_with_pil(image: Image.Image, size: int) -> np.ndarray:
@@ -192,13 +163,19 @@ def _to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a package is there."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-def _require(name: str, module: str) -> None:
-    if not _installed(module):
+def require(name: str, module: str) -> None:
+    """Check that the package of a decoder is there.
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
+    if not installed(module):
         raise ImportError(f"data.image_decoder {name} needs the package {module}: {_FIXES[name]}")

@@ -17,6 +17,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import MAX_PIXELS, ImageHeader
+from megavlm.parallel.device import current_stream
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class DaliDecoder(ImageDecoder):
         tensor = output.as_tensor()
         pixels = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
         # On torch's own stream: the memory of ``pixels`` may still be read by kernels that are queued there.
-        stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
+        stream = None if self._device_id is None else current_stream(self.device)
         feed_ndarray(tensor, pixels, cuda_stream=stream)
         return pixels
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from megavlm.data.batch import Pack
 from megavlm.data.read_pack import ReadPack, decode_pack
+from megavlm.layers.segments import packed_segments, to_device
 from megavlm.parallel.device import local_device, use_local_device
-from megavlm.parallel.segments import packed_segments, to_device
 from megavlm.parallel.state import any_rank, is_first_stage, is_reader
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Prefetcher:
         quarantine: list of the samples that are left out.
 
     Raises:
-        ValueError: the state does not fit the source.
+        UserError: the state does not fit the source.
     """
 
     def __init__(

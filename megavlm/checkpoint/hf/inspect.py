@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.base import RECORD, holds_adapters
-from megavlm.checkpoint.paths import read_json, read_run, resolve
+from megavlm.checkpoint.paths import read_run, resolve
+from megavlm.config.errors import MissingFileError, UserError
+from megavlm.weights.files import read_json
 
 Tree = dict[str, Any]
 
@@ -36,7 +38,7 @@ def describe(path: Path, *, as_json: bool, every: bool) -> str:
 def inspect_checkpoint(path: Path) -> Tree:
     """Return the facts of a checkpoint; ``tensors`` maps names to [shape, type, where]."""
     if not path.exists():
-        raise FileNotFoundError(2, "no such file or directory", str(path))
+        raise MissingFileError(f"{path}: no such file or directory")
     megatron = _megatron_directory(path)
     return _megatron(megatron) if megatron is not None else _hugging_face(path)
 
@@ -51,7 +53,7 @@ def _megatron_directory(path: Path) -> Path | None:
 def _megatron(path: Path) -> Tree:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # noqa: PLC0415
 
-    from megavlm.checkpoint.hf import assets  # noqa: PLC0415
+    from megavlm.checkpoint import assets  # noqa: PLC0415
     from megavlm.checkpoint.safe import read_metadata  # noqa: PLC0415
 
     metadata = read_metadata(path)
@@ -88,17 +90,17 @@ def _megatron(path: Path) -> Tree:
 
 
 def _hugging_face(path: Path) -> Tree:
-    from megavlm.checkpoint.hf.source import Source  # noqa: PLC0415 - torch
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415
+    from megavlm.weights.source import Source  # noqa: PLC0415 - torch
 
     source = Source(path)
     prepare_device()
-    from megavlm.checkpoint.hf.families import detect  # noqa: PLC0415
+    from megavlm.families.known import detect  # noqa: PLC0415
 
     try:
         family = detect(source)
         name = f"{family.name} ({family.title})"
-    except ValueError:
+    except UserError:
         name = "unknown"
     tensors: Tree = {
         key: [list(info.shape), _dtype(info.dtype), info.file.name] for key, info in sorted(source.tensors.items())

@@ -13,25 +13,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
-from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.hf.families import FAMILIES
-from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
-from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
-from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
-from megavlm.checkpoint.paths import read_json, read_tree
+from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.errors import UserError
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
+from megavlm.families.family import Family
+from megavlm.families.known import FAMILIES
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
+from megavlm.families.towers import LAST_HIDDEN_STATE
 from megavlm.models.build import MODULES
+from megavlm.weights.files import read_json
+from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,7 @@ def export(
         base: where the base of adapters may lie if it has been moved.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another model, or no family can hold it.
+        UserError: the checkpoint is damaged or of another model, or no family can hold it.
     """
     record = assets.read_record(checkpoint)
     branches = model_branches(checkpoint, record)
@@ -160,7 +162,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     """Return the branches of the model that a checkpoint holds.
 
     Raises:
-        ValueError: it has neither a recipe nor a record.
+        UserError: it has neither a recipe nor a record.
     """
     recipe = checkpoint / "recipe.yaml"
     if recipe.is_file():
@@ -169,12 +171,12 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     elif "model" in record:
         model, where = model_with_defaults(record["model"]), checkpoint / assets.FOLDER / assets.RECORD
     else:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
         )
     branches = {part: model[part] for part in MODULES if part in model} if isinstance(model, dict) else {}
     if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
-        raise ValueError(f"{where}: has no model; restore the file")
+        raise UserError(f"{where}: has no model; restore the file")
     return branches
 
 
@@ -182,18 +184,18 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     """Return the family to write.
 
     Raises:
-        ValueError: the one asked for cannot hold the model, or none can.
+        UserError: the one asked for cannot hold the model, or none can.
     """
     if name is not None:
         if name not in FAMILIES:
-            raise ValueError(f"--family {name}: there are {', '.join(FAMILIES)}")
+            raise UserError(f"--family {name}: there are {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         missing = [part for part in family.parts if part not in parts]
         reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refuses(model)
         if reason is None:
             return family
         if asked:
-            raise ValueError(f"--family {name}: {reason}")
+            raise UserError(f"--family {name}: {reason}")
     fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
@@ -206,11 +208,11 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
         return fitting[0]
     if fitting and name is not None:
         others = " or ".join(f"--family {family.name}" for family in fitting)
-        raise ValueError(
+        raise UserError(
             f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
             f"another that can is written if you ask for it: {others}"
         )
-    raise ValueError(
+    raise UserError(
         "no Hugging Face family holds this model whole ("
         + "; ".join(reasons)
         + "); export its parts with --family "
@@ -230,7 +232,7 @@ def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, res
     """Return Hugging Face's tensors of a rule.
 
     Raises:
-        ValueError: a value is not finite, or ``dtype`` has no room for it.
+        UserError: a value is not finite, or ``dtype`` has no room for it.
     """
     tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
     for name, tensor in zip(rule.row.theirs, tensors, strict=True):
@@ -379,7 +381,7 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
     """Return the keys in which the model of a written directory differs from the checkpoint's."""
     try:
         branches = family.branches(source)
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     wanted = to_tree(model)
     there = to_tree(

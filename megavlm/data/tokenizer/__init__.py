@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.template import Template
 from megavlm.data.templates import QWEN_VL, template_of
@@ -80,18 +81,18 @@ def load_tokenizer(path: str | Path, template: Template = QWEN_VL) -> Tokenizer:
         template: How conversations are written, and which control tokens that takes.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The suffix is none of these, or the file is broken, has no token that ends a document, or lacks
+        MissingFileError: There is no such file.
+        UserError: The suffix is none of these, or the file is broken, has no token that ends a document, or lacks
             one of the template's.
         ImportError: The library that the file needs is not installed.
     """
     path = Path(path)
     if path.suffix not in _KINDS:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {path} must end in .model (SentencePiece), .json (Hugging Face) or .tiktoken (Qwen)"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer {path} does not exist")
+        raise MissingFileError(f"tokenizer {path} does not exist")
     try:
         return _KINDS[path.suffix](path, template)
     except ModuleNotFoundError as error:

@@ -1,0 +1,99 @@
+"""Adapters of a language model: which of its linear layers have some, how they begin, and what learns beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from megavlm.config.lora import LINEARS, targets_of
+from megavlm.config.schema import LanguageConfig, LoraConfig
+from megavlm.layers.lora import (
+    LORA,
+    Adapter,
+    FrozenColumnParallelLinear,
+    FrozenRowParallelLinear,
+    initial_a,
+    seed_dropout,
+)
+
+FrozenLinear = FrozenColumnParallelLinear | FrozenRowParallelLinear
+
+
+def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapter | None:
+    """Return the adapters of a linear layer, named inside a layer of the language model; None for none."""
+    assert lora.rank is not None
+    own = [target for target in targets_of(lora, language.layer_names) if target.linear == linear]
+    if not own:
+        return None
+    parts, grouped = own[0].parts, False
+    sizes: tuple[int, ...] = (1,)
+    if parts == 3:
+        width = language.kv_channels
+        sizes, grouped = (language.num_attention_heads // language.num_query_groups * width, width, width), True
+    elif parts == 2:
+        sizes = (1, 1)
+    present = tuple(any(target.part == i for target in own) for i in range(parts))
+    return Adapter(lora.rank, lora.alpha / lora.rank, lora.dropout, sizes, present, grouped)
+
+
+def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, ModuleSpec] | None:
+    """Return the four linear layers of a layer, by their last names; None for a model without adapters."""
+    if lora.rank is None:
+        return None
+    found = {}
+    for linear in LINEARS:
+        name = linear.rpartition(".")[2]
+        kind = FrozenColumnParallelLinear if name in ("linear_qkv", "linear_fc1") else FrozenRowParallelLinear
+        params = {"adapter": adapter_of(linear, language, lora), "quantize": lora.quantize is not None}
+        found[name] = ModuleSpec(module=kind, params=params)
+    return found
+
+
+def frozen_linears(language: GPTModel) -> Iterator[tuple[int, str, FrozenLinear]]:
+    """Yield number (from 0, in the whole model), name inside the layer, and layer."""
+    for layer in language.decoder.layers:
+        for name in LINEARS:
+            linear = layer.get_submodule(name)
+            if isinstance(linear, FrozenLinear):
+                yield layer.layer_number - 1, name, linear
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether some of the model's linear layers may have adapters, or quantised weights."""
+    return any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name belongs to an adapter."""
+    return name.rpartition(".")[2] in LORA
+
+
+def prepare_adapters(language: GPTModel, lora: LoraConfig, seed: int) -> None:
+    """Freeze a chunk's own weights but those that the recipe lets learn, and give the adapters their first values."""
+    for name, parameter in language.named_parameters():
+        kept = (lora.train_embeddings and name.startswith("embedding.")) or (
+            lora.train_head and name.startswith("output_layer.")
+        )
+        parameter.requires_grad_(is_adapter(name) or kept)
+    if lora.dropout:
+        seed_dropout(seed)
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    for number, name, linear in frozen_linears(language):
+        if linear.adapter is None:
+            continue
+        shape = (linear.lora_a.shape[0], linear.input_size)
+        whole = initial_a(shape, seed, f"{number}.{name}")
+        cut = isinstance(linear, FrozenRowParallelLinear)
+        with torch.no_grad():
+            linear.lora_a.copy_(whole.chunk(size, dim=1)[rank] if cut else whole)
+
+
+def trained_keys(model: Any) -> set[str]:
+    """Return the names of the parameters of a chunk that learn."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

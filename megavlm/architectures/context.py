@@ -1,0 +1,61 @@
+"""What every builder of a model part needs besides its own branch of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megavlm.config.schema import EngineConfig, LoraConfig, ParallelConfig
+from megavlm.parallel.device import has_kernels
+from megavlm.parallel.engine import Machine, Part, settings, this_machine
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Layout, number type and layer implementation of a model that is being built.
+
+    Attributes:
+        parallel: the recipe's layout.
+        dtype: type of the weights, ``torch.float32`` or ``torch.bfloat16``.
+        transformer_engine: build from Transformer Engine's layers, else from plain torch.
+        initialize: fill the weights; False builds shapes only (on the meta device).
+        engine: the recipe's number formats and kernels.
+        lora: the recipe's adapters.
+    """
+
+    parallel: ParallelConfig
+    dtype: torch.dtype = torch.float32
+    transformer_engine: bool = False
+    initialize: bool = True
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def transformer_settings(self, part: Part = "connector") -> dict[str, Any]:
+        """Return the settings of a TransformerConfig that do not depend on the module's shape.
+
+        Args:
+            part: whose configuration it is: they differ in what computes in FP8, and in fused kernels.
+        """
+        on_cpu = not has_kernels() or not self.initialize
+        return {
+            "tensor_model_parallel_size": self.parallel.tensor_model_parallel_size,
+            "params_dtype": self.dtype,
+            "bf16": self.dtype is torch.bfloat16,
+            "use_cpu_initialization": on_cpu,
+            "perform_initialization": self.initialize,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "masked_softmax_fusion": False,
+            "persist_layer_norm": False,
+            "calculate_per_token_loss": True,
+            **settings(
+                self.engine,
+                part,
+                # Shapes alone ask for no kernels.
+                this_machine() if self.initialize else Machine(),
+                engine_layers=self.transformer_engine,
+                bf16=self.dtype is torch.bfloat16,
+            ),
+        }

@@ -1,0 +1,159 @@
+"""``megavlm train``: the entry point of a run, on one process or under torchrun.
+
+Wrong input is refused, and help printed, before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megavlm.architectures.registry import expand_presets
+from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of_load
+from megavlm.config.checks import check_paths, check_recipe
+from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
+from megavlm.config.help import keys_help, to_yaml
+from megavlm.config.load import load_recipe, shipped_recipes
+from megavlm.config.schema import Recipe
+from megavlm.data.tokenizer import tokenizer_of
+from megavlm.parallel.lock import LostError, View
+from megavlm.parallel.output import holding, try_writing
+
+INTERMIXED = True
+"""Overrides may stand between the options."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.usage = "megavlm train RECIPE [key=value ...] [--overrides FILE] [--print-config]"
+    parser.description = "Train a model by a recipe. Start it under torchrun for more than one process."
+    parser.epilog = keys_help()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = ", ".join(shipped_recipes())
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
+    )
+    parser.add_argument(
+        "--overrides",
+        dest="files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with keys to set, as megavlm plan --write makes one; key=value wins over it",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the recipe, then train, or print it.
+
+    Returns:
+        The exit code: 0, or 75 for a run that a signal stopped and that can go on.
+
+    Raises:
+        RecipeError: the recipe is wrong; tokenizer, data or checkpoint do not fit it.
+        RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
+    """
+    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
+    if args.print_config:
+        # Often asked on another machine than the one that trains: the number of processes may be unknown.
+        check_recipe(recipe, _world_size(None))
+        sys.stdout.write(to_yaml(recipe))
+        return 0
+    check_recipe(recipe, _world_size(1))
+    check_paths(recipe)
+    check_load(recipe)
+    # Settled here for all that follows, and for the recipe that checkpoints carry.
+    return train(with_tokenizer_of_load(recipe))
+
+
+def train(recipe: Recipe) -> int:
+    """Train by a checked recipe.
+
+    Returns, Raises: as :func:`run`.
+    """
+    tokenizer = tokenizer_of(recipe)
+    try_writing(recipe.output_dir)
+    check_output(recipe)
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
+    prepare_device()
+    # Megatron-Core may be imported from here on.
+    from megavlm.config.lora import check_quantiser  # noqa: PLC0415
+    from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
+    from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
+    from megavlm.parallel.state import process_groups  # noqa: PLC0415
+    from megavlm.training.loop import Trainer  # noqa: PLC0415
+    from megavlm.training.recorder import check_recorder  # noqa: PLC0415
+
+    check_recorder(recipe.logging)
+    use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
+    check_machine(recipe, this_machine())
+    check_quantiser(recipe.lora.quantize)
+    with (
+        contextlib.ExitStack() as leaving,
+        process_groups(recipe.parallel, recipe.training.seed),
+        user_buffers(recipe),
+        holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
+        _causes_told(recipe.output_dir, lock),
+    ):
+        trainer = Trainer(recipe, tokenizer, lock)
+        # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
+        leaving.enter_context(trainer.stop.listening())
+        try:
+            return trainer.train()
+        finally:
+            trainer.close()
+
+
+def _world_size(default: int | None) -> int | None:
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) == 0:
+        raise UsageError(f"WORLD_SIZE: {text!r} is not a number of processes; start with torchrun, or unset it")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _causes_told(output_dir: str, lock: View) -> Iterator[None]:
+    """Make one line of what ends a run from outside: another run in its directory, a disk that fills up or goes away.
+
+    Raises:
+        LostError: the lock is lost. What the run ran into follows from that: its files were removed, say.
+        MachineError: the disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OtherRankError):
+            lock.look()
+            try:
+                lock.check()
+            except LostError as lost:
+                raise lost from error
+        problem = disk_problem(error, output_dir) if isinstance(error, OSError) else None
+        if problem is None:
+            raise
+        raise MachineError(
+            f"output_dir: {problem}. Started again, the run goes on from its newest checkpoint"
+        ) from error
+
+
+def check_output(recipe: Recipe) -> None:
+    """Check that a run which starts anew does so in a directory of its own.
+
+    Raises:
+        RecipeError: checkpoints of another run lie there, which this one would mix with its own.
+    """
+    root = Path(recipe.output_dir) / "checkpoints"
+    if not recipe.checkpoint.resume and newest_first(root):
+        raise RecipeError(
+            f"checkpoint.resume: false, but {root} holds checkpoints of an earlier run; choose another output_dir, or "
+            "move them away"
+        )

@@ -1,0 +1,135 @@
+"""Layer specs: which classes Megatron-Core builds a transformer layer from, Transformer Engine or plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megavlm.config.errors import UserError
+from megavlm.layers.activation import swiglu
+from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.norm import TorchNorm
+from megavlm.parallel.device import has_kernels, transformer_engine_installed
+from megavlm.parallel.megatron_versions import activation_of
+
+
+def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
+    """Resolve the recipe's ``parallel.transformer_impl``: auto, transformer_engine or torch.
+
+    In fp32 auto means torch: Transformer Engine's attention on packed samples knows 16-bit types only.
+
+    Raises:
+        UserError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
+    """
+    installed = transformer_engine_installed()
+    if choice == "transformer_engine" and not (installed and has_kernels()):
+        missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
+        raise UserError(
+            f"parallel.transformer_impl: transformer_engine is asked for, but {missing}; "
+            "install transformer-engine[pytorch] on a CUDA machine, or set it to torch or auto"
+        )
+    if choice == "auto" and precision == "fp32":
+        return False
+    return choice != "torch" and installed and has_kernels()
+
+
+WIDEST_ENGINE_HEAD = 128
+"""Transformer Engine 2.11's attention on packs is wrong for heads of 192, whose outputs differed by as much as they are
+large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get torch's flash attention."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The parts from which a layer is built."""
+
+    core_attention: Any
+    norm: Any
+    layer: ModuleSpec
+    column_parallel: Any = ColumnParallelLinear
+    row_parallel: Any = RowParallelLinear
+
+
+def layer_modules(
+    *,
+    transformer_engine: bool,
+    causal: bool,
+    qk_layernorm: bool = False,
+    linears: Mapping[str, Any] | None = None,
+    head_dim: int = 0,
+) -> Modules:
+    """Return the parts for a decoder (``causal``) or an encoder.
+
+    ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
+    layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
+    a GPU). ``head_dim`` decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``.
+
+    With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
+    the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
+    """
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    core_attention, norm = TorchAttention, TorchNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
+
+        norm = TENorm
+        if head_dim <= WIDEST_ENGINE_HEAD:
+            core_attention = TEDotProductAttention
+    if transformer_engine and linears is None:
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer.submodules.self_attention.module = CompactSelfAttention
+        layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        layer.submodules.self_attention.submodules.core_attention = core_attention
+        return Modules(core_attention, norm, layer)
+    head_norm = norm if qk_layernorm else IdentityOp
+    chosen = linears or {}
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=CompactSelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),
+                    core_attention=core_attention,
+                    linear_proj=chosen.get("linear_proj", RowParallelLinear),
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=chosen.get("linear_fc1", ColumnParallelLinear),
+                    linear_fc2=chosen.get("linear_fc2", RowParallelLinear),
+                    activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # The names that Transformer Engine's fused norm-and-linear has: one checkpoint serves both.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return Modules(core_attention, norm, layer)
+
+
+def block_submodules(modules: Modules, num_layers: int) -> TransformerBlockSubmodules:
+    """Return the submodules of a block of ``num_layers`` (those of this pipeline stage) with a final norm."""
+    return TransformerBlockSubmodules(layer_specs=[modules.layer] * num_layers, layer_norm=modules.norm)
