@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,8 +24,8 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import IGNORE_INDEX, make_pack
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
@@ -206,35 +205,19 @@ def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labe
     return outputs
 
 
-def _step(batches: Iterator[MicroBatch], model: Any, with_labels: bool) -> tuple[Tensor, Callable[..., Tensor]]:
+def _step(batches: Iterator[Batch], model: Any, with_labels: bool) -> tuple[Tensor, Callable[..., Tensor]]:
     """Run one chunk (Megatron-Core's ``forward_step_func``)."""
     batch = next(batches)
-    output = model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        packed_seq_params=batch.packed_seq_params,
-        labels=batch.labels.clamp(min=0) if with_labels else None,
-        images=batch.images,
-    )
+    output = model(**batch.inputs(with_labels=with_labels))
     return output, lambda out, non_loss_data=True: out[0]
 
 
-def _batch(sample: Sample, multiple: int) -> MicroBatch:
+def _batch(sample: Sample, multiple: int) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
     length = len(sample.ids)
-    padding = -length % multiple
-    labels = sample.labels if sample.labels is not None else torch.full((length,), IGNORE_INDEX)
-    shifted = torch.cat([labels[1:].long(), torch.full((padding + 1,), IGNORE_INDEX)])
-    pack = Pack(
-        tokens=F.pad(sample.ids, (0, padding)).numpy(),
-        labels=shifted.numpy(),
-        position_ids=np.concatenate([np.arange(length), np.arange(padding)]),
-        cu_seqlens=np.cumsum([0, length, *([padding] if padding else [])]).astype(np.int32),
-        segment_sources=np.array([0, *([-1] if padding else [])], np.int32),
-        images=[],
-        sample_keys=[],
-    )
-    return micro_batch(pack, sample.pixels if is_first_stage() else None, local_device())
+    labels = None if sample.labels is None else [sample.labels]
+    pack = make_pack([sample.ids], length + -length % multiple, labels=labels)
+    return make_batch(pack, sample.pixels if is_first_stage() else None, local_device())
 
 
 def _show(sample: Sample, found: Tensor) -> str:

@@ -22,8 +22,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megavlm.config.errors import UserError
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import make_pack
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.inference.cache import KeyValueCache, Turn, caching
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
@@ -154,7 +154,7 @@ def _by_cache(indices: Sequence[int], lengths: Sequence[int], positions: int) ->
 class _Request:
     """One micro-batch of generation."""
 
-    batch: MicroBatch
+    batch: Batch
     turn: Turn
     members: list[int]
     """The answers that get a token, as indices into the run's prompts."""
@@ -291,16 +291,9 @@ class _Run:
             self.positions.padded(freqs, length),
             None if scale is None else self.positions.padded(scale, length),
         )  # fmt: skip
-        pack = Pack(
-            tokens=tokens,
-            labels=np.full(length, IGNORE_INDEX, np.int64),
-            position_ids=np.zeros(length, np.int64),  # rotary angles come from the turn
-            cu_seqlens=np.array([0, length], np.int32),
-            segment_sources=np.zeros(1, np.int32),
-            images=[],
-            sample_keys=[],
-        )
-        return _Request(micro_batch(pack, None, device), turn, [group[k] for k in wanted])
+        pack = make_pack([tokens], length)
+        pack.position_ids[:] = np.pad(starts, (0, length - len(starts)))  # of the rows; behind them is padding
+        return _Request(make_batch(pack, None, device), turn, [group[k] for k in wanted])
 
     def _forward(self, requests: list[_Request], length: int) -> dict[int, Chosen]:
         """Run micro-batches of ``length`` positions; returns the chosen token of each member, on all ranks."""
@@ -343,12 +336,7 @@ class _Run:
         """Run one chunk (Megatron-Core's ``forward_step_func``); the last one chooses tokens."""
         request = next(requests)
         self.cache.turn = request.turn
-        output = model(
-            tokens=request.batch.tokens,
-            position_ids=request.batch.position_ids,
-            packed_seq_params=request.batch.packed_seq_params,
-            image_features=request.features,
-        )
+        output = model(**request.batch.inputs(), image_features=request.features)
         return output, partial(self._pick, request)
 
     def _pick(self, request: _Request, logits_1KV: Tensor, non_loss_data: bool = True) -> Tensor:
@@ -376,6 +364,6 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     return torch.cat([part for part in encoded if part is not None], dim=1)
 
 
-def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> MicroBatch:
+def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> Batch:
     """Return prompts, with their answers so far, as the segments of one pack."""
     return pack_segments([[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts], pack_length)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from megavlm.config.errors import UserError
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import unwrap
@@ -38,7 +38,7 @@ class _Segment:
 class _Request:
     """One micro-batch."""
 
-    batch: MicroBatch
+    batch: Batch
     positions: Tensor
     """[K] positions in the pack."""
     tokens: Tensor
@@ -153,12 +153,7 @@ def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_lengt
 def _forward(requests: Iterator[_Request], model: Any, vocab_size: int) -> tuple[Tensor, Callable[..., Tensor]]:
     """Run one chunk (Megatron-Core's ``forward_step_func``); the last one takes the losses."""
     request = next(requests)
-    output = model(
-        tokens=request.batch.tokens,
-        position_ids=request.batch.position_ids,
-        packed_seq_params=request.batch.packed_seq_params,
-        images=request.batch.images,
-    )
+    output = model(**request.batch.inputs())
 
     def take(logits_1SV: Tensor, non_loss_data: bool = True) -> Tensor:
         rows = gather_from_tensor_model_parallel_region(logits_1SV[0, request.positions])[:, :vocab_size].float()

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import Pack, make_pack
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.feed import share_packs
+from megavlm.data.device_batch import share_packs
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -37,19 +36,6 @@ class HeldOut:
     """On the reader rank, this replica's share; None on the others."""
     count: int
     """Packs of each replica, the same on all ranks."""
-
-
-def empty_pack(sequence_length: int, pad_token: int) -> Pack:
-    """Return a pack that holds nothing but padding."""
-    return Pack(
-        tokens=np.full(sequence_length, pad_token, np.int64),
-        labels=np.full(sequence_length, IGNORE_INDEX, np.int64),
-        position_ids=np.arange(sequence_length, dtype=np.int64),
-        cu_seqlens=np.array([0, sequence_length], np.int32),
-        segment_sources=np.array([-1], np.int32),
-        images=[],
-        sample_keys=[],
-    )
 
 
 def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | None) -> list[HeldOut]:
@@ -88,7 +74,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(-(-int(most) // multiple) * multiple, multiple)
         if packs is not None:
-            empty = empty_pack(recipe.data.sequence_length, tokenizer.eos_id)
+            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id)
             filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))
@@ -104,7 +90,7 @@ def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokeni
     return ReadPack(read.pack, read.pixels.cpu())
 
 
-def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe) -> dict[str, float]:
+def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, float]:
     """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective.
 
     A data set in which no token has a label has no loss, and is left out.
@@ -115,11 +101,7 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe)
         chunk.eval()
     with torch.no_grad():
         for data in held_out:
-            packs = None if data.packs is None else [item.pack for item in data.packs]
-            pixels = None if data.packs is None else torch.cat([item.pixels for item in data.packs])
-            batches = share_packs(
-                packs, pixels, data.count, recipe.data.sequence_length, recipe.model.vision.image_size
-            )
+            batches = share_packs(data.packs, data.count)
             result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
             sums += result
             if result[1] > 0:

@@ -21,7 +21,7 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.models.build import unwrap  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -40,7 +40,7 @@ def run_case(pipeline: int, virtual: int | None, microbatches: int) -> list[Call
         chunks = build_training(recipe, IMAGE_TOKEN).chunks
         packs = random_packs(microbatches)
         batches = [
-            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
             for pack, pixels in packs
         ]
         done = [0] * len(chunks)
