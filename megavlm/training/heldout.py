@@ -20,6 +20,7 @@ from megavlm.data.device_batch import share_packs
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, is_reader
 from megavlm.training.step import run_batches
@@ -50,8 +51,6 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     """
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
-    virtual = recipe.parallel.virtual_pipeline_model_parallel_size
-    multiple = recipe.parallel.pipeline_model_parallel_size if virtual else 1
     held_out = []
     for source in recipe.data.validation:
         name = source_name(source)
@@ -72,7 +71,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                 packs = [_decode(pack, decoder, recipe, tokenizer) for pack in islice(reader, wanted)]
         most = torch.tensor([0 if packs is None else len(packs)], device=local_device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        count = max(-(-int(most) // multiple) * multiple, multiple)
+        count = max(int(most), 1)
         if packs is not None:
             empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id)
             filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
@@ -97,9 +96,7 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, fl
     """
     sums = torch.zeros(2, dtype=torch.float64)
     losses = {}
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with pipeline.evaluating(chunks):
         for data in held_out:
             batches = share_packs(data.packs, data.count)
             result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
@@ -108,6 +105,4 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, fl
                 losses[f"validation_loss/{data.name}"] = float(result[0] / result[1])
             else:
                 logger.warning("data.validation %s: no token has a label, so it has no loss", data.name)
-    for chunk in chunks:
-        chunk.train()
     return {"validation_loss": float(sums[0] / sums[1]), **losses} if sums[1] > 0 else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch
+from megavlm.parallel import pipeline
 from megavlm.parallel.faults import fault, spoilt
 from megavlm.parallel.state import any_rank, is_last_stage
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
@@ -74,10 +74,9 @@ def _loss(batch: Batch, num_sources: int, factors: Tensor | None, losses: Tensor
 
 
 def forward_step(
-    batches: Iterator[Batch], model: Any, num_sources: int, factors: Tensor | None = None
+    model: Any, batch: Batch, num_sources: int, factors: Tensor | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Run one model chunk on the next micro-batch (Megatron-Core's ``forward_step_func``)."""
-    batch = next(batches)
+    """Run one model chunk on a micro-batch (a :data:`~megavlm.parallel.pipeline.Step`)."""
     fault("step.forward")
     output = model(**batch.inputs(with_labels=True))
     return output, partial(_loss, batch, num_sources, factors)
@@ -102,20 +101,11 @@ def run_batches(
     factors = None
     if tasks is not None and is_last_stage():  # which has the labels, and the losses
         factors = tasks.token_factors(supervised_tokens(batches, num_sources))
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_sources=num_sources, factors=factors),
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.size(1),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    for item in reports:  # empty but on the last stage
-        report += item
+    step = partial(forward_step, num_sources=num_sources, factors=factors)
+    for found in pipeline.run(chunks, batches, step, batches[0].tokens.size(1), backward=not forward_only):
+        report += found[2] if forward_only else found  # the schedule itself keeps losses and counts
     dist.all_reduce(report, group=mpu.get_data_parallel_group())
-    dist.broadcast(report, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    return report.cpu()
+    return pipeline.from_last_stage(report).cpu()
 
 
 def train_step(
