@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.data.templates import find_template
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
+    if isinstance(model.get("template"), str):
+        find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):
         whole = _find(MODELS, model["preset"], "model.preset").values

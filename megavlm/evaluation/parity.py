@@ -24,7 +24,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, make_pack
 from megavlm.data.device_batch import Batch, make_batch
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel import pipeline
@@ -133,8 +133,7 @@ def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
         raise UserError(
             f"{checkpoint}: has no tokenizer, so the image token is unknown; give --set data.tokenizer=FILE"
         )
-    tokenizer = load_tokenizer(path)
-    return {"image": tokenizer.imgpad_id, "image_start": tokenizer.img_start_id}
+    return image_tokens(load_tokenizer(path, template_of(recipe.model.template, path)))
 
 
 def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:

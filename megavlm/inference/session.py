@@ -135,8 +135,9 @@ class Session:
             else turn
             for turn in asked.turns
         ]
-        model, system = self.recipe.model, self.recipe.data.system_message
-        return replace(asked, tokens=encode_prompt(turns, self.tokenizer, model.tokens_per_image, system))
+        runs = [(self.recipe.model.tokens_per_image,)] * len(asked.images)
+        tokens = encode_prompt(turns, self.tokenizer, runs, self.recipe.data.system_message)
+        return replace(asked, tokens=tokens)
 
     def cut(self, asked: Asked, max_new_tokens: int) -> tuple[Asked, Any]:
         """Return the conversation without the oldest exchanges that do not fit the context, and its [T] tokens.
@@ -200,7 +201,7 @@ class Session:
             yield {i: Piece("", 0, "error", error) for i, error in failed.items()}
         live = list(prompts)
         where = {i: place for place, i in enumerate(live)}
-        stop = frozenset({self.tokenizer.im_end_id, self.tokenizer.eos_id})
+        stop = frozenset(self.tokenizer.stop_ids)
         texts = {i: AnswerText(self.tokenizer) for i in live}
         for tokens in generating(
             self.chunks, list(prompts.values()), max_new_tokens=[given.most[i] for i in live], stop_ids=list(stop),
