@@ -23,6 +23,7 @@ from megavlm.config.architecture import (
     architecture_of,
 )
 from megavlm.config.errors import UserError
+from megavlm.data.templates import find_template
 
 __all__ = [
     "CONNECTORS", "LANGUAGE", "MODELS", "VISION", "Architecture", "Preset", "Registry", "architecture_of",
@@ -54,6 +55,8 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
+    if isinstance(model.get("template"), str):
+        find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):
         whole = _find(MODELS, model["preset"], "model.preset").values

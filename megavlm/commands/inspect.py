@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"positions of a picture, without <img> and </img> (default: the recipe's, or {_DEFAULT_IMAGE_TOKENS})",
     )
+    parser.add_argument(
+        "--template", metavar="NAME", help="chat template (docs/templates.md; default: the recipe's, or qwen_vl)"
+    )
     parser.add_argument("--samples", type=int, default=12, metavar="N", help="samples to show (default 12)")
     parser.add_argument("--packs", type=int, default=3, metavar="N", help="packs to show (default 3)")
     parser.add_argument(
@@ -94,10 +97,14 @@ def run(args: argparse.Namespace) -> int:
     data, tokens_per_image, seed = _settings(args, recipe)
     from megavlm.data.inspect.collect import collect  # noqa: PLC0415 - loads torch
     from megavlm.data.inspect.page import write_page  # noqa: PLC0415
+    from megavlm.data.templates import template_of  # noqa: PLC0415
     from megavlm.data.tokenizer import load_tokenizer  # noqa: PLC0415
 
     assert data.tokenizer is not None
-    tokenizer = load_tokenizer(data.tokenizer)
+    path = Path(data.tokenizer)
+    tokenizer = load_tokenizer(
+        path, template_of(args.template or (recipe.model.template if recipe else "qwen_vl"), path)
+    )
     found = collect(
         data,
         tokenizer,

@@ -148,7 +148,8 @@ class PackEncoder(TaskEncoder):
         except ImageError as error:
             raise BrokenSampleError(f"bad image ({error.cause})") from None
         try:
-            encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
+            runs = [(self.tokens_per_image,)] * len(wanted)
+            encoded = encode_conversation(conversation, self.tokenizer, runs, self.data.system_message)
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())

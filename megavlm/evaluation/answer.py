@@ -59,7 +59,7 @@ def answer(
                 chunks,
                 [prompts[i] for i in some],
                 max_new_tokens=max_new_tokens,
-                stop_ids=[tokenizer.im_end_id, tokenizer.eos_id],
+                stop_ids=tokenizer.stop_ids,
                 vocab_size=tokenizer.vocab_size,
                 pack_length=recipe.data.sequence_length,
             )

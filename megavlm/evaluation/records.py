@@ -124,7 +124,8 @@ def encode_records(
     """
     prompts = []
     for record in records:
-        tokens = encode_prompt(record.question, tokenizer, recipe.model.tokens_per_image, recipe.data.system_message)
+        runs = [(recipe.model.tokens_per_image,)] * len(record.images)
+        tokens = encode_prompt(record.question, tokenizer, runs, recipe.data.system_message)
         needed = len(tokens) + max_new_tokens
         if needed > recipe.data.sequence_length:
             raise RecipeError(

@@ -28,7 +28,7 @@ from megavlm.architectures.registry import (
 from megavlm.config.errors import UserError
 from megavlm.config.fields import config_class
 from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig, VisionConfig
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
@@ -249,7 +249,7 @@ def test_a_new_connector_brings_its_keys_and_trains(tmp_path: Path, monkeypatch:
     result = train_step(
         training.chunks,
         training.optimizer,
-        [micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
+        [make_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
         num_sources=1,
     )
     assert len(pixels) > 0

@@ -133,7 +133,7 @@ def _round(
             chunks,
             [prompts[i] for i in free],
             max_new_tokens=max_new_tokens,
-            stop_ids=[tokenizer.im_end_id, tokenizer.eos_id],
+            stop_ids=tokenizer.stop_ids,
             vocab_size=tokenizer.vocab_size,
             pack_length=recipe.data.sequence_length,
         )

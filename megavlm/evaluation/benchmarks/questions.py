@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.chat import encode_prompt, encode_text
+from megavlm.data.chat import count_images, encode_prompt, encode_text
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, render
@@ -60,11 +60,12 @@ def make_questions(
 
 
 def _encode(text: str, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
-    slots = recipe.model.tokens_per_image
+    turns = [Turn("user", text)]
+    runs = [(recipe.model.tokens_per_image,)] * count_images(turns)
     if chat:
-        return encode_prompt([Turn("user", text)], tokenizer, slots, recipe.data.system_message)
+        return encode_prompt(turns, tokenizer, runs, recipe.data.system_message)
     check_text(text, "the question")
-    return np.asarray(encode_text(text, tokenizer, slots), np.int64)
+    return np.asarray(encode_text(text, tokenizer, runs), np.int64)
 
 
 def _check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: int) -> None:
