@@ -16,7 +16,10 @@ Constants = dict[str, tuple[tuple[int, ...], float]]
 
 
 class Family(ABC):
-    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``."""
+    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``.
+
+    This is all that the converters know of one; :data:`megavlm.families.registry.FAMILIES` has those that there are.
+    """
 
     name: ClassVar[str]
     """As ``--family`` and the conversion's record call it."""
@@ -28,6 +31,9 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    template: ClassVar[str | None] = None
+    """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
+    gets as ``model.template``; None for that key's default."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
@@ -103,7 +109,7 @@ class Family(ABC):
 
 def layers(table: Table, model: ModelConfig) -> int:
     """Return the number of layers of a table's part."""
-    return {"language": model.language.num_layers, "vision": model.vision.num_layers}.get(table.part, 0)
+    return int(getattr(model, table.part).num_layers) if table.layer else 0
 
 
 def config_file(source: Source) -> str:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Qwen2Config
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.stream import CheckpointReader
@@ -25,6 +24,7 @@ from megavlm.cli import main
 from megavlm.config.help import to_yaml
 from megavlm.config.load import load_recipe
 from megavlm.evaluation.parity import Sample, _batch
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 

@@ -12,9 +12,9 @@ import torch
 from family_cases import clip, llava, llava_qwen_siglip, siglip_vision
 from transformers import PreTrainedModel
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 

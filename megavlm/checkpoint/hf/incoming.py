@@ -26,7 +26,8 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.template import Template
+from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
@@ -132,13 +133,14 @@ def convert(
     )
     for one in given:
         if tokenizer is not None and "language" in one.parts:
-            _check_ids(one, tokenizer)
+            _check_ids(one, load_tokenizer(tokenizer, _template(one.family.template, tokenizer)), tokenizer)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
     report = Report(dict.fromkeys(fresh, "initialised"))
     report.notes = [note for one in given if "vision" in one.parts for note in [geometry(one.source)] if note]
     if len(given) > 1 or fresh:
-        _grow_vocabulary(branches, tokenizer, report)
+        _grow_vocabulary(branches, tokenizer, template, report)
     where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where)
+    model = make_model(branches, where, template)
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -235,11 +237,17 @@ def _grown(tensor: Tensor, slot: Slot) -> Tensor:
     return torch.cat([tensor, rows.to(tensor.dtype)])
 
 
-def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> None:
+def _template(name: str | None, tokenizer: Path) -> Template:
+    """Return the template of a family that names one, or the default."""
+    return template_of(name or ModelConfig.template, tokenizer)
+
+
+def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str | None, report: Report) -> None:
     """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
     if tokenizer is None or "language" not in branches:
         return
-    needed, rows = load_tokenizer(tokenizer).vocab_size, branches["language"]["vocab_size"]
+    needed = load_tokenizer(tokenizer, _template(template, tokenizer)).vocab_size
+    rows = branches["language"]["vocab_size"]
     if needed > rows:
         grown = -(-needed // 64) * 64
         branches["language"] = {**branches["language"], "vocab_size": grown}
@@ -251,13 +259,13 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
 _IMAGE_NAMES = {"image": ("<imgpad>", "<|image_pad|>", "<image>"), "image_start": ("<img>", "<|vision_start|>")}
 
 
-def _check_ids(one: Given, path: Path) -> None:
+def _check_ids(one: Given, tokenizer: Tokenizer, path: Path) -> None:
     """Check that config.json and the tokenizer mean the same tokens, where both have them.
 
     Raises:
         UserError: they do not; both are named.
     """
-    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
+    ids = one.family.tokens(one.source)
     for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
