@@ -1,0 +1,306 @@
+"""Image plans: what becomes of a picture, in whole numbers, before a pixel of it is decoded.
+
+A plan says from the width and height of a picture which views of it the tower sees, how many feature tokens these
+become and in which order, and what stands between them. Packer, planner, template and server ask it from the file's
+header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_single``,
+``plans_tiles`` and ``plans_slices``; another package registers its own by :func:`register_plan`.
+
+This file imports neither torch nor PIL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
+
+if TYPE_CHECKING:
+    from megavlm.config.schema import ImageConfig, ModelConfig
+
+ImageRuns = tuple[int | str, ...]
+"""What stands in a prompt for one picture: a number is so many feature slots, a text is literal markup between them."""
+
+Colour = tuple[int, int, int]
+"""Red, green and blue from 0 to 255."""
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels; right and bottom are not part of it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.right - self.left, self.bottom - self.top
+
+
+class ImageShape(NamedTuple):
+    """What a plan asks of a picture."""
+
+    width: int
+    """Pixels of the upright picture (turned by its EXIF or XMP orientation)."""
+    height: int
+    """Pixels of the upright picture."""
+    images: int = 1
+    """Pictures that its conversation shows: some plans tile a picture only where it is alone."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A plane that views are cut from, made of the picture in three steps; what no pixel reaches is filled."""
+
+    source: Box
+    """What is taken of the upright picture. It may reach beyond the picture (padding before the resize)."""
+    resized: tuple[int, int]
+    """Width and height that it is resized to."""
+    frame: Box
+    """What is taken of the result. It may reach beyond it (padding) or be a part (cropping)."""
+
+
+class View(NamedTuple):
+    """One picture that the tower sees."""
+
+    canvas: int
+    """Index of its canvas."""
+    box: Box
+    """Its part of the canvas, within the canvas's frame."""
+
+
+@dataclass(frozen=True)
+class FeatureIndex:
+    """Which features stand at an image's T token positions."""
+
+    index: NDArray[np.int64]
+    """[T, K] features that position t is made of: view v's feature f is ``v * tokens_per_view + f``, and -1 is the
+    learned newline vector. K is 1, or 4 where features are interpolated."""
+    weight: NDArray[np.float32] | None = None
+    """[T, K] their weights; None for 1."""
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """A plan for one picture."""
+
+    shape: ImageShape
+    canvases: tuple[Canvas, ...]
+    views: tuple[View, ...]
+    """In the order in which the tower sees them."""
+    runs: ImageRuns
+    """The picture's place in the prompt; the template puts its own start and end around it."""
+    grid: tuple[int, int] = (1, 1)
+    """Rows and columns of the tiles, or slices."""
+
+    @property
+    def tokens(self) -> int:
+        """Feature slots in the prompt."""
+        return sum(run for run in self.runs if isinstance(run, int))
+
+    @property
+    def markup(self) -> tuple[str, ...]:
+        """Texts between the slots."""
+        return tuple(run for run in self.runs if isinstance(run, str))
+
+
+@dataclass(frozen=True)
+class ImagePlan(ABC):
+    """How pictures become views and tokens. Plans are values: equal ones do the same."""
+
+    side: int
+    """Side of a view in pixels (of slices: of a square of the same area)."""
+    tokens_per_view: int
+    """Features that tower and connector make of one view."""
+    resample: str = "bicubic"
+    """``bicubic``, ``bilinear`` or ``lanczos``; always antialiased."""
+    fill: Colour = (0, 0, 0)
+    """Colour of what no pixel reaches."""
+
+    fixed: ClassVar[bool] = False
+    """Whether every picture has the same views and tokens: its size need not be known."""
+    newline: ClassVar[bool] = False
+    """Whether the model learns a newline vector that stands among the features."""
+    square: ClassVar[bool] = True
+    """Whether all views are ``side`` x ``side``."""
+
+    @abstractmethod
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return the layout of a picture whose sides are within the limits."""
+
+    def feature_index(self, layout: ImageLayout) -> FeatureIndex | None:
+        """Return where the features of a picture go; None where they stay in the order of its views."""
+        return None
+
+    def plan(self, width: int, height: int, images: int = 1) -> ImageLayout:
+        """Return the layout of an upright picture.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+            images: Pictures that its conversation shows.
+
+        Raises:
+            ImageError: It has no pixels, or is too long and narrow: this plan would make too large a plane of it.
+        """
+        return _planned(self, ImageShape(width, height, 1 if self.fixed else images))
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
+    if shape.width < 1 or shape.height < 1:
+        raise ImageError("no pixels", f"{shape.width} x {shape.height}")
+    layout = plan.lay_out(shape)
+    for canvas in layout.canvases:
+        for width, height in (canvas.source.size, canvas.resized, canvas.frame.size):
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ImageError(
+                    "too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}"
+                )
+    return layout
+
+
+@functools.lru_cache(maxsize=1024)
+def feature_index(plan: ImagePlan, layout: ImageLayout) -> FeatureIndex | None:
+    """Return :meth:`ImagePlan.feature_index`, remembered."""
+    return plan.feature_index(layout)
+
+
+class Arrangement(NamedTuple):
+    """Where the features of a micro-batch's V views go among its T slots."""
+
+    index: NDArray[np.int64]
+    """[T, K] rows of the views' features, one after the other (V * tokens_per_view), and of the newline behind them."""
+    weight: NDArray[np.float32] | None
+    """[T, K], or None for ones."""
+
+
+def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement | None:
+    """Return where the features of several pictures go, one picture after the other; None where nothing moves."""
+    found = [feature_index(plan, layout) for layout in layouts]
+    if all(one is None for one in found):
+        return None
+    total = sum(len(layout.views) for layout in layouts) * plan.tokens_per_view
+    widest = max(1 if one is None else one.index.shape[1] for one in found)
+    weighted = any(one is not None and one.weight is not None for one in found)
+    rows, weights, first = [], [], 0
+    for layout, one in zip(layouts, found, strict=True):
+        count = len(layout.views) * plan.tokens_per_view
+        one = FeatureIndex(np.arange(count)[:, None]) if one is None else one
+        wide = np.zeros((len(one.index), widest), np.int64)
+        wide[:, : one.index.shape[1]] = np.where(one.index < 0, total, one.index + first)
+        weight = np.zeros(wide.shape, np.float32)
+        weight[:, : one.index.shape[1]] = 1.0 if one.weight is None else one.weight
+        rows.append(wide)
+        weights.append(weight)
+        first += count
+    return Arrangement(np.concatenate(rows), np.concatenate(weights) if weighted else None)
+
+
+@dataclass(frozen=True)
+class PlanKind:
+    """A kind of plan that recipes may name as ``model.image.kind``."""
+
+    name: str
+    build: Callable[[ModelConfig], ImagePlan]
+    """Makes the plan of a model; what is wrong with the keys it says by :class:`ValueError`."""
+    keys: tuple[str, ...] = ()
+    """Keys of ``model.image`` that it looks at, besides kind and resample."""
+
+
+_KINDS: dict[str, PlanKind] = {}
+_OWN = ("plans_single", "plans_tiles", "plans_slices")
+
+
+def register_plan(name: str, build: Callable[[ModelConfig], ImagePlan], keys: Sequence[str] = ()) -> None:
+    """Add a kind of plan.
+
+    Args:
+        name: What recipes call it.
+        build: Makes the plan of a model from ``model.image`` and the other branches; a ``ValueError`` of it names the
+            key, the rule and the remedy.
+        keys: Keys of ``model.image`` that it looks at, besides kind and resample; others are refused.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in _KINDS:
+        raise ValueError(f"image plan {name!r} is registered twice")
+    _KINDS[name] = PlanKind(name, build, tuple(keys))
+
+
+def plan_kinds() -> dict[str, PlanKind]:
+    """Return the registered kinds by name."""
+    for module in _OWN:
+        importlib.import_module(f"megavlm.data.{module}")
+    return dict(_KINDS)
+
+
+@functools.lru_cache(maxsize=64)
+def plan_of(model: ModelConfig) -> ImagePlan:
+    """Return the image plan of a model.
+
+    Raises:
+        ValueError: The keys of ``model.image`` make none; the message starts with the key.
+    """
+    image, kinds = model.image, plan_kinds()
+    if image.kind not in kinds:
+        raise ValueError(f"model.image.kind: no image plan {image.kind!r}; there are {', '.join(sorted(kinds))}")
+    kind = kinds[image.kind]
+    for field in dataclasses.fields(image):
+        if field.name in ("kind", "resample", *kind.keys) or getattr(image, field.name) == _default(image, field.name):
+            continue
+        takers = [one.name for one in kinds.values() if field.name in one.keys]
+        raise ValueError(
+            f"model.image.{field.name}: {image.kind} does not have this key ({', '.join(takers)} "
+            f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
+        )
+    return kind.build(model)
+
+
+def _default(image: ImageConfig, name: str) -> object:
+    return getattr(type(image)(), name)
+
+
+def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
+    """Return the colour that ``model.image.fill`` names, or its kind's own.
+
+    Raises:
+        ValueError: It is no colour.
+    """
+    fill = otherwise if model.image.fill is None else model.image.fill
+    if fill == "mean":
+        # Rounded down, as LLaVA does.
+        red, green, blue = (min(max(int(value * 255), 0), 255) for value in model.vision.image_mean)
+        return red, green, blue
+    assert not isinstance(fill, str)
+    if not all(0 <= value <= 255 for value in fill):
+        raise ValueError(f"model.image.fill: {list(fill)} is not a colour; give red, green and blue from 0 to 255")
+    return fill
+
+
+def feature_side(model: ModelConfig, kind: str) -> int:
+    """Return the side of the square of features that a view becomes.
+
+    Raises:
+        ValueError: Tower and connector make no square with the patches' order.
+    """
+    side = math.isqrt(model.tokens_per_view)
+    if side * side != model.tokens_per_view or model.connector.num_queries is not None:
+        raise ValueError(
+            f"model.image.kind: {kind} puts the features of tiles together to one picture, but the connector "
+            f"{model.connector.preset!r} does not keep them where their patches are; take linear or mlp2x_gelu, or "
+            "another image plan"
+        )
+    return side
