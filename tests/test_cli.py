@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -185,6 +186,42 @@ def test_a_user_error_is_one_wherever_it_comes_from(fake_module, capsys):
     fake_module("megavlm.data.prepare", lambda args: made["fail"](ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["prepare"])
+
+
+def _made(text):
+    """A function whose lines lie in the package, as far as its traceback tells."""
+    made = {}
+    exec(compile(f"def fail():\n    {text}", str(Path(cli.__file__).parent / "data" / "prepare.py"), "exec"), made)
+    return made["fail"]
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "list(zip([1], [1, 2], strict=True))",
+        "first, second = [1]",
+        "int('x')",
+        "bytes([300])",
+        "raise ValueError('an invariant')",
+        "{}['key']",
+        "open(__import__('os').__file__ + '.absent')",
+        "raise FileNotFoundError('by no name')",
+    ],
+)
+def test_a_bug_in_our_own_lines_is_never_shown_as_wrong_input(fake_module, bug):
+    fake_module("megavlm.data.prepare", lambda args: _made(bug)())
+    with pytest.raises((ValueError, KeyError, FileNotFoundError)):
+        cli.main(["prepare"])
+
+
+@pytest.mark.parametrize("kind", ["UserError", "RecipeError", "MissingFileError"])
+def test_what_the_user_did_wrong_is_a_line_and_exit_code_2(fake_module, capsys, kind):
+    fake_module(
+        "megavlm.data.prepare",
+        lambda args: _made(f"from megavlm.config.errors import {kind}; raise {kind}('key: rule; remedy')")(),
+    )
+    assert cli.main(["prepare"]) == 2
+    assert capsys.readouterr().err == "megavlm: error: key: rule; remedy\n"
 
 
 def test_torchrun_gets_the_error_of_any_rank(recipe_file, tmp_path, monkeypatch, capsys, fake_module):

@@ -36,7 +36,7 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         module: a bare chunk of the model.
 
     Raises:
-        ValueError: the checkpoint lacks one, or has it in another shape.
+        UserError: the checkpoint lacks one, or has it in another shape.
     """
     wanted = [entry for entry in frozen_linears(module.language) if entry[2].quantize]
     if not wanted:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.checkpoint.paths import read_json, resolve
+from megavlm.config.errors import UserError
 
 RECORD = "adapter.json"
 
@@ -56,7 +57,7 @@ def base_of(checkpoint: Path, named: str | Path | None = None) -> Path:
         named: a checkpoint or a run's directory where it may lie as well, if it has been moved.
 
     Raises:
-        ValueError: it is gone, or its weights are others now.
+        UserError: it is gone, or its weights are others now.
     """
     found = read_json(checkpoint / RECORD)
     path, wanted, other = Path(str(found.get("base"))), found.get("weights_sample_sha256"), None
@@ -67,8 +68,8 @@ def base_of(checkpoint: Path, named: str | Path | None = None) -> Path:
             return candidate if candidate == path else candidate.resolve()
         other = other or candidate
     if other is not None:
-        raise ValueError(f"{checkpoint}: its adapters are for other weights than {other} has now; {_REMEDY}")
-    raise ValueError(f"{checkpoint}: holds adapters for {path}, which is not there; {_REMEDY}")
+        raise UserError(f"{checkpoint}: its adapters are for other weights than {other} has now; {_REMEDY}")
+    raise UserError(f"{checkpoint}: holds adapters for {path}, which is not there; {_REMEDY}")
 
 
 def _named(named: str | Path | None, name: str) -> Iterator[Path]:
@@ -91,6 +92,6 @@ def base_for(checkpoint: Path, named: str | Path | None) -> Path | None:
         named: the recipe's ``checkpoint.load``.
 
     Raises:
-        ValueError: as :func:`base_of`.
+        UserError: as :func:`base_of`.
     """
     return base_of(checkpoint, named) if holds_adapters(checkpoint) else None

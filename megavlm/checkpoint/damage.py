@@ -21,6 +21,7 @@ from megavlm.checkpoint.optimizer_state import MASTERS, MOMENTS, STATE, master_n
 from megavlm.checkpoint.placement import Part
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.errors import UserError
 
 
 def check_shapes(checkpoint: Path, metadata: Metadata, wanted: Iterable[tuple[Part, bool]]) -> None:
@@ -32,12 +33,12 @@ def check_shapes(checkpoint: Path, metadata: Metadata, wanted: Iterable[tuple[Pa
         wanted: parts of what is to be loaded, and whether other lengths are allowed (vocabularies are padded).
 
     Raises:
-        ValueError: the first that differs, and whether that is a loss or another model.
+        UserError: the first that differs, and whether that is a loss or another model.
     """
     for part, padded in wanted:
         entry = metadata.state_dict_metadata.get(part.key)
         if isinstance(entry, TensorStorageMetadata) and not padded and tuple(entry.size) != part.whole:
-            raise ValueError(other_shape(checkpoint, part.key, tuple(entry.size), part.whole))
+            raise UserError(other_shape(checkpoint, part.key, tuple(entry.size), part.whole))
 
 
 def check_state(checkpoint: Path, share: int = 0, shares: int = 1) -> None:
@@ -49,14 +50,14 @@ def check_state(checkpoint: Path, share: int = 0, shares: int = 1) -> None:
         shares: how many shares there are; ranks compare one each.
 
     Raises:
-        ValueError: saying that weights alone can be taken, and how.
+        UserError: saying that weights alone can be taken, and how.
     """
     if is_proven(checkpoint) or weights_are_rounded(checkpoint):
         return
     shifted = list(_shifted(CheckpointReader(checkpoint), share, shares))
     if shifted:
         rest = f" and {len(shifted) - 1} more" if len(shifted) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: its optimizer state is shifted: {shifted[0]}{rest} are not the masters of their weights "
             "(an older version counted the padding of gradient buckets); its weights are whole: start from them, with "
             f"a new optimizer state, by checkpoint.load={checkpoint} and another output_dir"
@@ -93,7 +94,7 @@ def examine(checkpoint: Path, *, values: bool = True) -> None:
         values: also compare masters with weights, which reads both.
 
     Raises:
-        ValueError: the first damage.
+        UserError: the first damage.
     """
     from megavlm.checkpoint.merged import recipe_branches  # noqa: PLC0415 - it reads recipes
 
@@ -105,9 +106,9 @@ def examine(checkpoint: Path, *, values: bool = True) -> None:
         for key in (slot.key, *(f"{STATE}{name}.{slot.key}" for name in (*MASTERS, *MOMENTS))):
             stored = tuple(tensors[key].size) if key in tensors else None
             if stored is None and key == slot.key and not holds_adapters(checkpoint):
-                raise ValueError(f"{checkpoint}: {key} is lost: it was never written")
+                raise UserError(f"{checkpoint}: {key} is lost: it was never written")
             padded = stored is not None and slot.vocabulary and stored[1:] == slot.global_shape[1:]
             if stored is not None and stored != slot.global_shape and not padded:
-                raise ValueError(other_shape(checkpoint, key, stored, slot.global_shape))
+                raise UserError(other_shape(checkpoint, key, stored, slot.global_shape))
     if values:
         check_state(checkpoint)

@@ -31,6 +31,7 @@ from megavlm.checkpoint.placement import parts
 from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
+from megavlm.config.errors import UserError
 from megavlm.models.language.adapters import has_adapters, is_adapter
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,11 @@ def load(
         The weights as they are stored, per chunk: what FP8 weights round.
 
     Raises:
-        ValueError: the checkpoint is of another model, a file is damaged, or is a pickle that would run code.
+        UserError: the checkpoint is of another model, a file is damaged, or is a pickle that would run code.
     """
     adapted, adapters_alone = any(map(has_adapters, modules)), holds_adapters(path)
     if adapters_alone and not adapted:
-        raise ValueError(f"{path}: {_ONLY_ADAPTERS}")
+        raise UserError(f"{path}: {_ONLY_ADAPTERS}")
     if adapted:
         whole = base_of(path, base) if adapters_alone else path
         _load_tensors(whole, modules, select(model_state(modules), lambda name, _: not is_adapter(name)))
@@ -116,25 +117,25 @@ def _said_by_all(check: Callable[[], None]) -> None:
     """Make what some rank finds wrong with a checkpoint wrong on all of them; a collective.
 
     Raises:
-        ValueError: of the first rank that found something, on all ranks.
+        UserError: of the first rank that found something, on all ranks.
     """
     said: list[str | None] = [None] * dist.get_world_size()
     own = None
     try:
         check()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         own = str(error)
     dist.all_gather_object(said, own)
     first = next((text for text in said if text is not None), None)
     if first is not None:
-        raise ValueError(first)
+        raise UserError(first)
 
 
 def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> dict[str, Any]:
     """Read what ``state`` describes and fill the modules with it; return all that was read.
 
     Raises:
-        ValueError: as :func:`load`.
+        UserError: as :func:`load`.
     """
     metadata = read_metadata(path)
     check_files(path)
@@ -148,10 +149,10 @@ def _load_tensors(path: Path, modules: Sequence[Any], state: dict[str, Any]) -> 
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except CheckpointingException as error:
-        raise ValueError(f"{path}: is of another model: {first_line(error)}") from error
+        raise UserError(f"{path}: is of another model: {first_line(error)}") from error
     except CheckpointException as error:  # of torch: something failed on some rank
         causes = sorted({first_line(cause) for cause, _ in error.failures.values()})
-        raise ValueError(f"{path}: is damaged, or of another model: {'; '.join(causes)}") from error
+        raise UserError(f"{path}: is damaged, or of another model: {'; '.join(causes)}") from error
     for i, module in enumerate(modules):
         result = module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if key in wanted[i] and not key.endswith(_EXTRA_STATE)]
@@ -171,11 +172,11 @@ def load_reader_state(path: Path, world_size: int) -> Any:
         world_size: data-parallel size of this run.
 
     Raises:
-        ValueError: the checkpoint was saved with another data-parallel size.
+        UserError: the checkpoint was saved with another data-parallel size.
     """
     saved = len(list(path.glob("reader-*.json")))
     if saved != world_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: saved with data-parallel size {saved}, this run has {world_size}; the order of samples would "
             "change. Resume with the same data-parallel size, or start from the weights alone with checkpoint.load"
         )

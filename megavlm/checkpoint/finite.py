@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megavlm.config.errors import UserError
+
 
 def check_finite(tensor: Tensor, where: str) -> None:
     """Check that a tensor holds finite numbers alone.
@@ -14,12 +16,12 @@ def check_finite(tensor: Tensor, where: str) -> None:
         where: file and name, for the message.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        UserError: it holds NaN or infinity.
     """
     if not is_finite(tensor):
         nans = int(tensor.isnan().sum())
         what = f"{nans:,} NaN" if nans else f"{int(tensor.isinf().sum()):,} infinite values"
-        raise ValueError(
+        raise UserError(
             f"{where}: holds {what} among {tensor.numel():,} values, with which nothing can be computed; take another "
             "copy"
         )
@@ -39,14 +41,14 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     Rounding is what a narrower type is; a value that it has no room for is not.
 
     Raises:
-        ValueError: a finite value would become infinite.
+        UserError: a finite value would become infinite.
     """
     result = tensor.to(dtype)
     if tensor.dtype != dtype and not is_finite(result):
         check_finite(tensor, where)
         largest = float(tensor.abs().max())
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(
+        raise UserError(
             f"{where}: its largest value {largest:g} would be infinite in {name}, which ends at "
             f"{torch.finfo(dtype).max:g}; take bf16 or fp32"
         )

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 MANIFEST = "manifest.json"
 _VERSION = 1
 _PROOF = 1
@@ -60,22 +62,22 @@ def read_manifest(checkpoint: Path) -> Files:
     """Return the files that a checkpoint should have.
 
     Raises:
-        ValueError: there is no manifest, or it is broken: not of this form, or without a file that makes a checkpoint.
+        UserError: there is no manifest, or it is broken: not of this form, or without a file that makes a checkpoint.
     """
     path = checkpoint / MANIFEST
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{checkpoint}: has no {MANIFEST}, so it was never finished") from None
+        raise UserError(f"{checkpoint}: has no {MANIFEST}, so it was never finished") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken: {str(error) or type(error).__name__}") from None
+        raise UserError(f"{path}: broken: {str(error) or type(error).__name__}") from None
     problem = _malformed(tree)
     if problem is None:
         named, there = set(tree["files"]), list_files(checkpoint)
         left_out = next((name for name in _belonging(checkpoint, there) if name not in named), None)
         problem = f"does not name {left_out}" if left_out is not None else None
     if problem is not None:
-        raise ValueError(f"{path}: broken: {problem}")
+        raise UserError(f"{path}: broken: {problem}")
     files: Files = tree["files"]
     return files
 
@@ -128,18 +130,18 @@ def check(checkpoint: Path, share: int = 0, shares: int = 1) -> None:
         shares: how many shares there are; ranks read one each.
 
     Raises:
-        ValueError: a file is missing, or differs; the message names it.
+        UserError: a file is missing, or differs; the message names it.
     """
     files = read_manifest(checkpoint)
     for position, name in enumerate(sorted(files)):
         path = checkpoint / name
         if not path.is_file():
-            raise ValueError(f"{path}: missing")
+            raise UserError(f"{path}: missing")
         if path.stat().st_size != files[name]["bytes"]:
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes instead of {files[name]['bytes']}")
+            raise UserError(f"{path}: has {path.stat().st_size} bytes instead of {files[name]['bytes']}")
         expected = files[name].get("sha256")
         if expected is not None and position % shares == share and digest(path)["sha256"] != expected:
-            raise ValueError(f"{path}: its contents are not those that were saved")
+            raise UserError(f"{path}: its contents are not those that were saved")
 
 
 def write_text(path: Path, text: str) -> None:

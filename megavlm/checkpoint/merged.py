@@ -19,6 +19,7 @@ from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
+from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.models.language.adapters import adapter_of
@@ -28,7 +29,7 @@ def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:
     """Return model and adapters that a checkpoint's recipe describes.
 
     Raises:
-        ValueError: it is damaged.
+        UserError: it is damaged.
     """
     path = checkpoint / "recipe.yaml"
     tree = read_tree(checkpoint)
@@ -36,7 +37,7 @@ def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:
         model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]), strict=True)
         return model, TypeAdapter(LoraConfig).validate_json(json.dumps(tree.get("lora") or {}), strict=True)
     except (ValidationError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
 
 
 class MergedReader(CheckpointReader):
@@ -50,7 +51,7 @@ class MergedReader(CheckpointReader):
         base: where their base may lie if it has been moved.
 
     Raises:
-        ValueError: as :func:`megavlm.checkpoint.base.base_of`.
+        UserError: as :func:`megavlm.checkpoint.base.base_of`.
     """
 
     def __init__(self, checkpoint: Path, base: Path | None = None) -> None:
@@ -66,7 +67,7 @@ class MergedReader(CheckpointReader):
         """Return a merged parameter.
 
         Raises:
-            ValueError: also where a value is not finite, or would not be in the base's number type.
+            UserError: also where a value is not finite, or would not be in the base's number type.
         """
         where = f"{self.path}: {slot.key}"
         if slot.key in self.tensors():
@@ -110,10 +111,10 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
         The bytes that were written.
 
     Raises:
-        ValueError: there are no adapters, or their base is gone.
+        UserError: there are no adapters, or their base is gone.
     """
     if not holds_adapters(checkpoint):
-        raise ValueError(f"{checkpoint}: has no adapters to merge; its weights are whole")
+        raise UserError(f"{checkpoint}: has no adapters to merge; its weights are whole")
     reader = MergedReader(checkpoint, base)
     pieces = [
         Piece(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megavlm.checkpoint.kinds import what_is
+from megavlm.config.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
@@ -40,7 +41,7 @@ def resolve(path: Path) -> Path:
     """Return the checkpoint that ``path`` means: itself, or the newest one of a run's directory.
 
     Raises:
-        FileNotFoundError: there is none; the message says what is there instead, and what to do.
+        MissingFileError: there is none; the message says what is there instead, and what to do.
     """
     if (path / "run.json").is_file():
         return path
@@ -49,14 +50,14 @@ def resolve(path: Path) -> Path:
         if newest is not None:
             return newest
     there = what_is(path)
-    raise FileNotFoundError(f"{path}: no checkpoint; {f'it is {there}' if there else DEFAULT_REMEDY}")
+    raise MissingFileError(f"{path}: no checkpoint; {f'it is {there}' if there else DEFAULT_REMEDY}")
 
 
 def with_tokenizer_of_load(recipe: Recipe) -> Recipe:
     """Return ``recipe`` with the tokenizer file that it trains with: its own, or that of ``checkpoint.load``.
 
     Raises:
-        FileNotFoundError: ``checkpoint.load`` has no checkpoint.
+        MissingFileError: ``checkpoint.load`` has no checkpoint.
         RecipeError: There is no such file.
     """
     from megavlm.data.tokenizer import with_tokenizer  # noqa: PLC0415 - this module is asked before much is loaded
@@ -84,7 +85,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """Return ``run.json`` of the checkpoint at ``path``.
 
     Raises:
-        ValueError: it is damaged.
+        UserError: it is damaged.
     """
     return read_json(path / "run.json")
 
@@ -93,15 +94,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds none.
+        MissingFileError: there is no such file.
+        UserError: it holds none.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise UserError(f"{path}: must hold a JSON object")
     return value
 
 
@@ -109,8 +110,8 @@ def read_tree(checkpoint: Path) -> dict[str, Any]:
     """Return the recipe of a checkpoint, unchecked, with the defaults of the model's keys that it is older than.
 
     Raises:
-        FileNotFoundError: it has none.
-        ValueError: it is damaged, or asks for more than a recipe holds.
+        MissingFileError: it has none.
+        UserError: it is damaged, or asks for more than a recipe holds.
     """
     # This module is asked before much is loaded.
     from megavlm.config import yaml12  # noqa: PLC0415
@@ -120,7 +121,7 @@ def read_tree(checkpoint: Path) -> dict[str, Any]:
     try:
         tree = yaml12.parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: is damaged: {error}") from None
+        raise UserError(f"{path}: is damaged: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: is damaged: it holds no keys")
+        raise UserError(f"{path}: is damaged: it holds no keys")
     return with_defaults(tree)

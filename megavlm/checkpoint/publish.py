@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.checkpoint.manifest import sync_directory
+from megavlm.config.errors import UserError
 from megavlm.parallel.lock import held
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -27,7 +28,7 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
     Raises:
         HeldError: another process writes it.
-        ValueError: ``out`` exists and holds something, or the disk is too small.
+        UserError: ``out`` exists and holds something, or the disk is too small.
         OSError: the disk is full, say.
     """
     out = out.absolute()
@@ -41,7 +42,7 @@ def publishing(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
             refuse_existing(out)  # another process may have been quicker
             free = shutil.disk_usage(partial).free  # now that what an interrupted run left is gone
             if needed_bytes > free:
-                raise ValueError(
+                raise UserError(
                     f"{out}: needs {needed_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free there"
                 )
             yield partial
@@ -64,16 +65,16 @@ def refuse_existing(out: Path) -> None:
     """Check that nothing is in the way of ``out``.
 
     Raises:
-        ValueError: it exists and holds something.
+        UserError: it exists and holds something.
     """
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
+        raise UserError(f"{out}: exists already and is left as it is; give another --out, or remove it first")
 
 
 def _empty(partial: Path) -> None:
     """Make ``partial``, or empty it: what is in it an interrupted run left."""
     if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
-        raise ValueError(f"{partial}: is in the way; move it, or give another --out")
+        raise UserError(f"{partial}: is in the way; move it, or give another --out")
     partial.mkdir(exist_ok=True)
     for leftover in partial.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()

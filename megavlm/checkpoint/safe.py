@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megavlm.checkpoint.paths import read_json
+from megavlm.config.errors import UserError
 from megavlm.parallel.megatron_versions import CHECKPOINT_DEFAULTS
 
 METADATA = ".metadata"
@@ -61,8 +62,8 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """Return the index of the distributed checkpoint in ``checkpoint``, without running anything from it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, names something that could run code, or a file outside of the directory.
+        MissingFileError: there is none.
+        UserError: it is damaged, names something that could run code, or a file outside of the directory.
     """
     path = checkpoint / METADATA
     with path.open("rb") as file:
@@ -71,10 +72,10 @@ def read_metadata(checkpoint: Path) -> Metadata:
             files = _files(metadata)
         except Exception as error:  # a damaged pickle can raise anything
             reason = first_line(error)
-            raise ValueError(f"{path}: is no index of a checkpoint, and was not opened: {reason}") from None
+            raise UserError(f"{path}: is no index of a checkpoint, and was not opened: {reason}") from None
     for name in files:
         if Path(name).name != name or name in ("", ".."):
-            raise ValueError(f"{path}: names the file {name!r} outside of its directory; take another copy")
+            raise UserError(f"{path}: names the file {name!r} outside of its directory; take another copy")
     return metadata
 
 
@@ -102,14 +103,14 @@ def check_files(checkpoint: Path) -> None:
     """Check the small files that Megatron-Core reads beside the tensors: their format, and that nothing in them runs.
 
     Raises:
-        FileNotFoundError: one is missing.
-        ValueError: one is damaged, or names something that could run code.
+        MissingFileError: one is missing.
+        UserError: one is damaged, or names something that could run code.
     """
     path = checkpoint / _CONFIG
     config = read_json(path)
     config = CHECKPOINT_DEFAULTS | config
     if any(config.get(key) != value for key, value in _BACKENDS.items()):
-        raise ValueError(f"{path}: is not of a checkpoint in Megatron-Core's torch_dist format")
+        raise UserError(f"{path}: is not of a checkpoint in Megatron-Core's torch_dist format")
     load_weights(checkpoint / _COMMON)
 
 
@@ -117,12 +118,12 @@ def check_tensors(checkpoint: Path, metadata: Metadata, keys: Iterable[str]) -> 
     """Check that what is about to be loaded are tensors.
 
     Raises:
-        ValueError: the checkpoint has an object under one of ``keys``.
+        UserError: the checkpoint has an object under one of ``keys``.
     """
     wanted = tuple(keys)
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, BytesStorageMetadata) and key.startswith(wanted):
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint / METADATA}: {key} is an object, which could run code, where a tensor belongs;"
                 " it was not opened"
             )
@@ -136,8 +137,8 @@ def load_weights(file: Path, *, mmap: bool = False) -> Any:
         mmap: map the tensors of the file instead of reading them, where its format allows that.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or a pickle that names more than tensors and plain values.
+        MissingFileError: there is none.
+        UserError: it is damaged, or a pickle that names more than tensors and plain values.
     """
     try:
         try:
@@ -150,12 +151,12 @@ def load_weights(file: Path, *, mmap: bool = False) -> Any:
         raise
     except pickle.UnpicklingError as error:
         line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise ValueError(
+        raise UserError(
             f"{file}: damaged, or a pickle with more than tensors, which could run code"
             f"{f' ({line})' if line else ''}; it was not opened"
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
+        raise UserError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
 
 
 def behind(error: Exception) -> Exception:

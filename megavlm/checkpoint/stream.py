@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megavlm.checkpoint.lost import other_shape
 from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
+from megavlm.config.errors import UserError
 
 CHUNK_BYTES = 128 << 20
 """A tensor is written in chunks of rows of at most about this size, so that no rank has to read much more
@@ -202,7 +203,7 @@ class CheckpointReader:
         """Return a parameter, possibly a view of a file: not to be written to.
 
         Raises:
-            ValueError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
+            UserError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
         """
         self._entry(slot)
         sizes = slot.shape if slot.layer is None else (1, *slot.shape)
@@ -218,19 +219,19 @@ class CheckpointReader:
             sizes: its shape.
 
         Raises:
-            ValueError: not all of it is there, or its file is damaged.
+            UserError: not all of it is there, or its file is damaged.
         """
         entry = self.tensors()[key]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise ValueError(f"{self.path}: {key} is not whole; save the checkpoint again")
+            raise UserError(f"{self.path}: {key} is not whole; save the checkpoint again")
         dtype = entry.properties.dtype
         try:
             parts = [self._part(item, dtype) for item in items]
         except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{self.path}: {key} cannot be read, a file is damaged: {reason}") from None
+            raise UserError(f"{self.path}: {key} cannot be read, a file is damaged: {reason}") from None
         if len(parts) == 1:
             return parts[0]
         whole = _room(sizes, dtype)
@@ -242,15 +243,15 @@ class CheckpointReader:
         """Return what one stored chunk has of a parameter, a view of the mapped file."""
         info = self.metadata.storage_data.get(item.storage_index)
         if info is None:
-            raise ValueError("the index does not say where it lies")
+            raise UserError("the index does not say where it lies")
         if info.transform_descriptors:
-            raise ValueError("it is compressed, which is not supported")
+            raise UserError("it is compressed, which is not supported")
         file, mapped = self._open(info.relative_path)
         with FakeTensorMode():  # shape, strides, and where in the archive the numbers are
             view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
             fake = torch.load(view, weights_only=True)
         if not isinstance(fake, Tensor) or fake.dtype is not dtype:
-            raise ValueError(f"it is no tensor of {dtype}, as the index says")
+            raise UserError(f"it is no tensor of {dtype}, as the index says")
         storage = fake.untyped_storage()
         if not storage.nbytes():
             return fake.new_empty(fake.shape, device="cpu")
@@ -270,9 +271,9 @@ class CheckpointReader:
     def _entry(self, slot: Slot) -> TensorStorageMetadata:
         entry = self.metadata.state_dict_metadata.get(slot.key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{self.path}: has no tensor {slot.key}; is it a checkpoint of another model?")
+            raise UserError(f"{self.path}: has no tensor {slot.key}; is it a checkpoint of another model?")
         stored, wanted = tuple(entry.size), slot.global_shape
         padded = slot.vocabulary and stored[1:] == wanted[1:] and stored[0] > wanted[0]
         if stored != wanted and not padded:
-            raise ValueError(other_shape(self.path, slot.key, stored, wanted))
+            raise UserError(other_shape(self.path, slot.key, stored, wanted))
         return entry

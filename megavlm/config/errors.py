@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import traceback
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +26,16 @@ _WRITING_ONLY = _NO_ROOM | {errno.EROFS}
 """What only a write can run into: without a path, it still says that a disk is to blame."""
 
 
+_NOT_THE_USERS = (Path(__file__).absolute().parent.parent, Path(sys.prefix), Path(sys.base_prefix))
+"""What lies there was installed: that it is missing is no wrong input."""
+
+
 class UserError(ValueError):
     """What a user can mend: wrong input. One line each for key or file, rule and remedy; exit code 2."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or directory that the user named, or that belongs beside it, is not there."""
 
 
 class RecipeError(UserError):
@@ -60,17 +68,17 @@ class OtherRankError(RuntimeError):
 
 
 def for_users(error: BaseException) -> bool:
-    """Whether ``error`` is about the user's input: a UserError, a missing file, or a ValueError that megavlm raised.
+    """Whether ``error`` is about the user's input: a UserError, or a file of theirs that is not there.
 
-    A ValueError out of a library is a bug, and its traceback is wanted. (So is one that Python raises in our own
-    lines, as ``int("x")`` does; until everything meant for users is a UserError, the two cannot be told apart.)
+    Everything else is a bug, of ours or of a library, and wants its traceback: a ValueError of ``zip(strict=True)``,
+    of unpacking or of ``int("x")``, a KeyError, a file of Python's or of this package that is missing.
     """
-    if isinstance(error, UserError | FileNotFoundError):
+    if isinstance(error, UserError):
         return True
-    if not isinstance(error, ValueError):
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str | os.PathLike):
         return False
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent.parent)
+    path = Path(error.filename).absolute()
+    return not any(path.is_relative_to(ours) for ours in _NOT_THE_USERS)
 
 
 def disk_problem(error: OSError, directory: str | os.PathLike[str]) -> str | None:

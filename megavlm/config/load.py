@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megavlm.config import yaml12
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.keys import all_keys, find_key
 from megavlm.config.saved import is_saved, with_defaults
 from megavlm.config.schema import Recipe
@@ -62,7 +62,7 @@ def load_recipe(
         _override(tree, override)
     try:
         expanded = expand(tree)
-    except ValueError as error:
+    except UserError as error:
         raise RecipeError(str(error)) from None
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(expanded), strict=True)

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm.config.errors import UserError
 from megavlm.config.schema import LoraConfig, Recipe
 
 _KEY = "lora."
@@ -130,9 +131,7 @@ def check_quantiser(quantize: str | None) -> None:
     """Check that what ``lora.quantize`` needs is installed.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
     if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null"
-        )
+        raise UserError("lora.quantize: bitsandbytes is not installed; pip install 'megavlm[qlora]', or set it to null")

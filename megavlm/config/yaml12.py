@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from megavlm.config.errors import UserError
+
 MOST_TEXT = 4 << 20
 """Characters of a file: some 20,000 data sets, each with five keys."""
 MOST_VALUES = 250_000
@@ -123,19 +125,19 @@ def parse(text: str) -> Any:
     """Return what ``text`` holds; a float without a fraction (``1e6``) becomes an integer, which every key takes.
 
     Raises:
-        ValueError: bad YAML, a duplicate key, a number that is not finite or a whole one of more than 64 bits, or more
+        UserError: bad YAML, a duplicate key, a number that is not finite or a whole one of more than 64 bits, or more
             text, values or depth than a recipe has; one line, with the line number where there is one.
     """
     if len(text) > MOST_TEXT:
-        raise ValueError(f"{len(text):,} characters, which are more than {MOST_TEXT:,}")
+        raise UserError(f"{len(text):,} characters, which are more than {MOST_TEXT:,}")
     try:
         return _tidy(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{where}{error.problem or error.context}") from None
+        raise UserError(f"{where}{error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, LookupError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def dump(tree: Any) -> str:
@@ -151,8 +153,8 @@ def _tidy(value: Any) -> Any:
         return [_tidy(item) for item in value]
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is not a finite number")
+            raise UserError(f"{value} is not a finite number")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        raise ValueError("a whole number of more than 64 bits")
+        raise UserError("a whole number of more than 64 bits")
     return value

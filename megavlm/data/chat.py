@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
 from megavlm.data.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def encode_conversation(
         system_message: System turn for a conversation that has none; empty for none.
 
     Raises:
-        ValueError: A text contains control tokens of this tokenizer.
+        UserError: A text contains control tokens of this tokenizer.
     """
     tokens: list[int] = []
     labels: list[int] = []
@@ -70,10 +71,10 @@ def encode_prompt(
         [T] token ids.
 
     Raises:
-        ValueError: There are no turns, the last is not the user's, or a text contains control tokens.
+        UserError: There are no turns, the last is not the user's, or a text contains control tokens.
     """
     if not turns or turns[-1].role != "user":
-        raise ValueError("a prompt must end with a user turn")
+        raise UserError("a prompt must end with a user turn")
     tokens: list[int] = []
     for turn in _with_system(turns, system_message):
         check_text(turn.text, f"the {turn.role} turn")
@@ -106,7 +107,7 @@ def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[
     """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes ``<img>``, its slots and ``</img>``.
 
     Raises:
-        ValueError: The text contains a control token of this tokenizer, by whatever name the file calls it, or is not
+        UserError: The text contains a control token of this tokenizer, by whatever name the file calls it, or is not
             Unicode, on which tokenizers disagree: one raises, one writes other characters.
     """
     check_unicode(text)
@@ -117,7 +118,7 @@ def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[
         # Looked for among the ids: names differ between tokenizers, and some normalise the text first.
         forged = tokenizer.control_ids.intersection(encoded)
         if forged:
-            raise ValueError(f"text contains the control token {tokenizer.decode([min(forged)])}")
+            raise UserError(f"text contains the control token {tokenizer.decode([min(forged)])}")
         ids += (image if index else []) + encoded
     return ids
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megavlm.config.errors import UserError
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import OUT_OF_MEMORY, ImageError, ImageHeader, decode_jpeg, decode_with_pil, read_header
 
@@ -157,7 +158,7 @@ def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int
 
     Raises:
         ImportError: The decoder's library is not installed; the message says how to install it.
-        ValueError: There is no such decoder.
+        UserError: There is no such decoder.
     """
     gpu = torch.cuda.is_available()
     if name == "auto":
@@ -174,7 +175,7 @@ def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int
         from megavlm.data.decode_dali import DaliDecoder  # noqa: PLC0415 - optional
 
         return DaliDecoder(torch.cuda.current_device() if gpu else None, num_threads, alpha)
-    raise ValueError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
+    raise UserError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
 
 
 def resize_with_pil(image: Image.Image, size: int) -> np.ndarray:

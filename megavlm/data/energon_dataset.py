@@ -22,6 +22,7 @@ from megatron.energon.wrappers import PackingDataset
 from megatron.energon.wrappers.base import SampleIndex, get_sample_restore_key
 from megatron.energon.wrappers.buffer import SavableSampleBuffer
 
+from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
@@ -70,7 +71,7 @@ class PackedSample:
     __restore_key__: tuple[Any, ...] = ()
 
 
-class BrokenSampleError(ValueError):
+class BrokenSampleError(UserError):
     """A sample that cannot be trained on; the text is a short cause, the same for all of its kind."""
 
 
@@ -124,12 +125,16 @@ class PackEncoder(TaskEncoder):
         if "json" not in sample.files:
             raise BrokenSampleError("no record")
         try:
-            conversation = parse_conversation(json.loads(sample.files["json"]))
+            record = json.loads(sample.files["json"])
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenSampleError("bad JSON") from None
+        except ValueError:  # a number of thousands of digits
+            raise BrokenSampleError("bad record") from None
+        try:
+            conversation = parse_conversation(record)
         except UnsafePathError:
             raise BrokenSampleError("unsafe image path") from None
-        except ValueError:
+        except UserError:
             raise BrokenSampleError("bad record") from None
         images = [name for name in sample.files if name.startswith("img")]
         wanted = [f"img{i}" for i in range(len(conversation.images))]
@@ -144,7 +149,7 @@ class PackEncoder(TaskEncoder):
             raise BrokenSampleError(f"bad image ({error.cause})") from None
         try:
             encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
-        except ValueError:
+        except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
         if encoded.num_images != len(wanted) or slots != len(wanted) * self.tokens_per_image:
@@ -240,7 +245,7 @@ class CarryOverPackingDataset(PackingDataset):
         self._broken_in_a_row += 1
         if self._broken_in_a_row >= MAX_BROKEN_IN_A_ROW:
             causes = Counter(skipped[-1] for skipped in self._skipped)
-            raise ValueError(
+            raise UserError(
                 f"{self._broken_in_a_row} samples in a row are unusable, the last is {sample.__key__}: {dict(causes)}"
             )
 
@@ -282,8 +287,8 @@ def build_dataset(
     Training repeats for ever and draws from the data sets by weight; else there is one pass in file order.
 
     Raises:
-        FileNotFoundError: A shard, or its index, is missing.
-        ValueError: A data set has fewer samples than there are readers to share it, a shard outside its directory, or
+        MissingFileError: A shard, or its index, is missing.
+        UserError: A data set has fewer samples than there are readers to share it, a shard outside its directory, or
             more shards or samples than there can be.
     """
     readers = worker_config.world_size * max(1, worker_config.num_workers)
@@ -302,7 +307,7 @@ def build_dataset(
         )
         dataset.check_shards()
         if len(dataset) < readers:
-            raise ValueError(
+            raise UserError(
                 f"data set {source.path} has {len(dataset)} samples, too few to share among {readers} readers "
                 f"(data-parallel size x data.num_workers)"
             )

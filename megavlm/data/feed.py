@@ -118,7 +118,7 @@ class Prefetcher:
         quarantine: list of the samples that are left out.
 
     Raises:
-        ValueError: the state does not fit the source.
+        UserError: the state does not fit the source.
     """
 
     def __init__(

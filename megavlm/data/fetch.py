@@ -17,6 +17,7 @@ import time
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from megavlm import __version__
+from megavlm.config.errors import UserError
 from megavlm.data.machine import is_local_fault
 
 MAX_BYTES = 20_000_000
@@ -29,7 +30,7 @@ _CHUNK = 1 << 16
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-class FetchError(ValueError):
+class FetchError(UserError):
     """A picture that cannot be had; the text says why, on one line."""
 
 

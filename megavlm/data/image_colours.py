@@ -28,7 +28,7 @@ def to_rgb(image: Image.Image, alpha: Alpha = "white") -> Image.Image:
             ``convert("RGB")`` does.
 
     Raises:
-        ValueError: PIL has no conversion from its mode.
+        UserError: PIL has no conversion from its mode.
     """
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)

@@ -11,6 +11,8 @@ import re
 import struct
 from dataclasses import dataclass
 
+from megavlm.config.errors import UserError
+
 MAX_PIXELS = 40_000_000
 """Larger images are refused: they take more than 600 MB to decode."""
 MAX_BYTES = 1 << 29
@@ -48,7 +50,7 @@ _NOT_READ = (
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC or AVIF"}
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be used; ``cause`` is a short name for counting."""
 
     def __init__(self, cause: str, detail: str = "") -> None:

@@ -124,7 +124,7 @@ def decode_jpeg(data: bytes) -> np.ndarray:
     """Decode a plain JPEG (:attr:`ImageHeader.plain`) with libjpeg-turbo to [H, W, 3] uint8 RGB.
 
     Raises:
-        ValueError: It is damaged.
+        UserError: It is damaged.
         MemoryError: There is no room for its pixels.
     """
     assert _SIMPLEJPEG is not None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config import yaml12
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
 from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
@@ -89,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         0, also when some records were rejected (they are in ``rejected.jsonl``).
 
     Raises:
-        FileNotFoundError: The JSON file or the image directory is missing.
-        ValueError: An argument is wrong, ``--out`` is not empty, or no record is usable.
+        MissingFileError: The JSON file or the image directory is missing.
+        UserError: An argument is wrong, ``--out`` is not empty, or no record is usable.
     """
     _check_arguments(args)
     records, source = _records(args)
@@ -98,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
     with new_directory(args.out, replace=args.overwrite) as partial:
         summary = _write_shards(records, source.pictures, partial, name, args)
         if not summary.samples:
-            raise ValueError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
+            raise UserError(f"{args.json}: all {summary.rejected} records are rejected; first: {summary.first_reason}")
         share = summary.rejected / (summary.samples + summary.rejected)
         if share > args.max_rejected:
-            raise ValueError(
+            raise UserError(
                 f"{args.json}: {share:.1%} of the records are rejected ({summary.reasons}), more than --max-rejected "
                 f"{args.max_rejected:g}; nothing is written; first: {summary.first_reason}"
             )
@@ -155,31 +156,31 @@ def _records(args: argparse.Namespace) -> tuple[Iterator[Record | Broken], Sourc
     for name, value in options.items():
         if value is not None and name not in chosen.options:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
+            raise UserError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
     logger.info("%s: reading %s", args.json, chosen.summary)
     return chosen.load().read(source), source
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if not args.json.exists():
-        raise FileNotFoundError(f"{args.json} does not exist")
+        raise MissingFileError(f"{args.json} does not exist")
     if args.images is None:
         args.images = args.json if args.json.is_dir() else args.json.absolute().parent
     if not args.images.is_dir():
-        raise FileNotFoundError(f"image directory {args.images} does not exist")
+        raise MissingFileError(f"image directory {args.images} does not exist")
     if args.samples_per_shard < 1:
-        raise ValueError(f"--samples-per-shard must be at least 1, not {args.samples_per_shard}")
+        raise UserError(f"--samples-per-shard must be at least 1, not {args.samples_per_shard}")
     if not 0 <= args.max_rejected <= 1:
-        raise ValueError(f"--max-rejected must be a share from 0 to 1, not {args.max_rejected:g}")
+        raise UserError(f"--max-rejected must be a share from 0 to 1, not {args.max_rejected:g}")
     if args.resize is not None and args.resize < 1:
-        raise ValueError(f"--resize must be at least 1, not {args.resize}")
+        raise UserError(f"--resize must be at least 1, not {args.resize}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", args.name):
-        raise ValueError(f"--name may hold letters, digits, - and _ only, not {args.name!r}")
+        raise UserError(f"--name may hold letters, digits, - and _ only, not {args.name!r}")
     clear_leftovers(args.out)
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is not a directory")
+        raise UserError(f"--out {args.out} is not a directory")
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
-        raise ValueError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
+        raise UserError(f"--out {args.out} is not empty; choose another directory or add --overwrite")
 
 
 def _write_shards(
@@ -205,7 +206,7 @@ def _write_shards(
             if not isinstance(record, Broken):
                 try:
                     members = list(_sample_members(record, root, pictures, args))
-                except (ValueError, OSError) as error:
+                except (UserError, OSError) as error:
                     if is_machine_fault(error):
                         raise
                     broken = _broken(record, error)

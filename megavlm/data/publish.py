@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from megavlm.config.errors import UserError
 from megavlm.parallel.lock import held
 from megavlm.parallel.processes import Process, is_running, this_process
 
@@ -35,7 +36,7 @@ def new_directory(out: Path, command: str = "prepare", *, replace: bool = True) 
 
     Raises:
         HeldError: another process writes it.
-        ValueError: something has come to be there meanwhile, and is not to be replaced.
+        UserError: something has come to be there meanwhile, and is not to be replaced.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def _publish(partial: Path, out: Path, *, replace: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            raise ValueError(f"--out {out}: something was put there meanwhile, and is left as it is") from None
+            raise UserError(f"--out {out}: something was put there meanwhile, and is left as it is") from None
         return
     old = None
     if out.exists():

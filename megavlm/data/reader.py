@@ -23,6 +23,7 @@ import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
@@ -59,8 +60,8 @@ class PackReader:
         training: Shuffle, blend by weight and repeat for ever; else one pass in order.
 
     Raises:
-        FileNotFoundError: A data set was not prepared.
-        ValueError: There is no data set, or one has fewer samples than there are readers.
+        MissingFileError: A data set was not prepared.
+        UserError: There is no data set, or one has fewer samples than there are readers.
     """
 
     def __init__(
@@ -122,25 +123,25 @@ class PackReader:
         """Go on where :meth:`state` was called; only before the first pack.
 
         Raises:
-            ValueError: The state belongs to another rank, data-parallel size, number of workers, seed or data, or
+            UserError: The state belongs to another rank, data-parallel size, number of workers, seed or data, or
                 is broken.
         """
         assert self._packs is None, "restore comes before the first pack"
         for key, value in self._identity().items():
             if not isinstance(state, dict) or state.get(key) != value:
                 was = state.get(key) if isinstance(state, dict) else state
-                raise ValueError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
+                raise UserError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
         try:
             packed = zlib.decompressobj()
             text = packed.decompress(base64.b64decode(state["loader"]), _MOST_STATE)
             if not packed.eof:
-                raise ValueError("it is cut short, or larger than a reader's state is")
+                raise UserError("it is cut short, or larger than a reader's state is")
             plain = json.loads(text)
         except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
-            raise ValueError(f"broken reader state: {error}") from None
+            raise UserError(f"broken reader state: {error}") from None
         loader = from_plain(plain)
         if loader is not None and not isinstance(loader, SavableDataLoaderState):
-            raise ValueError("broken reader state: it holds no loader state")
+            raise UserError("broken reader state: it holds no loader state")
         self._loader.restore_state_rank(loader)
         if loader is not None and self._num_workers:
             # Energon forgets the offset here: a state saved before each worker gave a pack would repeat packs.
@@ -153,13 +154,13 @@ class PackReader:
         """Make a pack again from its :attr:`Pack.restore_key`.
 
         Raises:
-            ValueError: The key was not made by a reader.
+            UserError: The key was not made by a reader.
         """
         try:
             content = json.loads(restore_key)
             key, skipped = from_plain(content["key"]), [SkippedSample(*fields) for fields in content["skipped"]]
         except (TypeError, KeyError, ValueError, RecursionError) as error:
-            raise ValueError(f"broken restore key: {error}") from None
+            raise UserError(f"broken restore key: {error}") from None
         with _ENERGON_IN_PROCESS:
             if self._restorer is None:
                 # Of its own: files that it opens must not be shared with workers that are forked later.
@@ -240,7 +241,7 @@ def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Token
     for source in sources:
         meta = Path(source.path) / ".nv-meta"
         if not (meta / ".info.json").is_file():
-            raise FileNotFoundError(f"data set {source.path} is not prepared; make it with megavlm prepare")
+            raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
         identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""
         parts += [source.weight, (meta / ".info.json").read_text(), identity]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

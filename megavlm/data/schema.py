@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 IMAGE_PLACEHOLDER = "<img></img>"
 """What stands in a turn's text where an image was."""
 
@@ -26,7 +28,7 @@ _OF_OTHER_FORMS = ("system", "image", "images", "video", "videos", "audio", "aud
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-class UnsafePathError(ValueError):
+class UnsafePathError(UserError):
     """An image path that is a URL, or leaves the image directory."""
 
 
@@ -64,16 +66,16 @@ def parse_conversation(record: Any) -> Conversation:
         The conversation, its image paths taken out of the text.
 
     Raises:
-        ValueError: The record breaks a rule; the message is one line.
+        UserError: The record breaks a rule; the message is one line.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"a record must be an object, not {type(record).__name__}")
+        raise UserError(f"a record must be an object, not {type(record).__name__}")
     for key in _OF_OTHER_FORMS:
         if record.get(key):
-            raise ValueError(f"'{key}' beside the conversation is another format's; run megavlm prepare on the record")
+            raise UserError(f"'{key}' beside the conversation is another format's; run megavlm prepare on the record")
     messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
-        raise ValueError("no turns: 'conversations' must be a list that is not empty")
+        raise UserError("no turns: 'conversations' must be a list that is not empty")
     turns: list[Turn] = []
     images: list[str] = []
     for index, message in enumerate(messages):
@@ -93,12 +95,12 @@ def check_unicode(text: str, where: str = "text") -> None:
     """Refuse text that no tokenizer takes: with half a surrogate pair, which stands for a byte that was not UTF-8.
 
     Raises:
-        ValueError: it is no Unicode text.
+        UserError: it is no Unicode text.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not valid Unicode text at character {error.start + 1}; write it as UTF-8"
         ) from None
 
@@ -107,12 +109,12 @@ def check_text(text: str, where: str = "text") -> None:
     """Refuse text that is no Unicode, or would forge turns or image slots.
 
     Raises:
-        ValueError: it is such a text, or contains one of :data:`CONTROL_TOKENS`.
+        UserError: it is such a text, or contains one of :data:`CONTROL_TOKENS`.
     """
     check_unicode(text, where)
     for token in CONTROL_TOKENS:
         if token in text:
-            raise ValueError(f"{where} contains the control token {token}")
+            raise UserError(f"{where} contains the control token {token}")
 
 
 def _optional_text(record: dict[str, Any], key: str) -> str:
@@ -120,7 +122,7 @@ def _optional_text(record: dict[str, Any], key: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, (str, int)):
-        raise ValueError(f"'{key}' must be text or a number, not {type(value).__name__}")
+        raise UserError(f"'{key}' must be text or a number, not {type(value).__name__}")
     check_unicode(str(value), f"'{key}'")
     return str(value)
 
@@ -128,21 +130,21 @@ def _optional_text(record: dict[str, Any], key: str) -> str:
 def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     where = f"turn {index}"
     if not isinstance(message, dict):
-        raise ValueError(f"{where} must be an object, not {type(message).__name__}")
+        raise UserError(f"{where} must be an object, not {type(message).__name__}")
     speaker = message.get("from")
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise ValueError(f"{where}: unknown role {speaker!r}; use user, assistant or system")
+        raise UserError(f"{where}: unknown role {speaker!r}; use user, assistant or system")
     text = message.get("value")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} ({role}) has no text")
+        raise UserError(f"{where} ({role}) has no text")
     check_text(text, f"{where} ({role})")
     _check_boxes(text, where)
     tags = _IMAGE_TAG.findall(text)
     if tags != ["<img>", "</img>"] * (len(tags) // 2):
-        raise ValueError(f"{where} ({role}) has unbalanced <img> tags")
+        raise UserError(f"{where} ({role}) has unbalanced <img> tags")
     if tags and role != "user":
-        raise ValueError(f"{where} ({role}) has an image; only user turns may")
+        raise UserError(f"{where} ({role}) has an image; only user turns may")
     paths = [path.strip() for path in _IMAGE.findall(text)]
     for path in paths:
         _check_path(path, where)
@@ -152,26 +154,26 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
 def _check_order(roles: list[str]) -> None:
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken:
-        raise ValueError("no turns after the system turn")
+        raise UserError("no turns after the system turn")
     if spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise ValueError(f"roles must alternate user, assistant and end with assistant, not {', '.join(roles[:8])}")
+        raise UserError(f"roles must alternate user, assistant and end with assistant, not {', '.join(roles[:8])}")
 
 
 def _check_boxes(text: str, where: str) -> None:
     boxes = [tuple(map(int, corners)) for corners in _BOX.findall(text)]
     for left, top, right, bottom in boxes:
         if left > right or top > bottom:
-            raise ValueError(
+            raise UserError(
                 f"{where}: <box>({left},{top}),({right},{bottom})</box> ends before it begins; write the upper left "
                 "corner first, then the lower right one"
             )
     if 2 * len(boxes) != len(_BOX_TAG.findall(text)):
-        raise ValueError(f"{where} has a malformed <box>; write <box>(x1,y1),(x2,y2)</box> with integers from 0 to 999")
+        raise UserError(f"{where} has a malformed <box>; write <box>(x1,y1),(x2,y2)</box> with integers from 0 to 999")
 
 
 def _check_path(path: str, where: str) -> None:
     if not path or "\0" in path or "\n" in path:
-        raise ValueError(f"{where} has an empty or broken image path")
+        raise UserError(f"{where} has an empty or broken image path")
     if _URL.match(path):
         raise UnsafePathError(
             f"{where}: image {path!r} is a URL, and none is fetched; download it into the image directory, or prepare"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config import yaml12
+from megavlm.config.errors import UserError
 
 META = ".nv-meta"
 _INFO = ".info.json"
@@ -30,7 +31,7 @@ def check_names(directory: Path) -> None:
     """Check how many shards a data set names, and how many samples it promises in them.
 
     Raises:
-        ValueError: they are more than there can be, or a file is damaged.
+        UserError: they are more than there can be, or a file is damaged.
     """
     split = next((p for p in (directory / META / name for name in ("split.yaml", "split.json")) if p.is_file()), None)
     if split is not None:
@@ -41,14 +42,14 @@ def check_names(directory: Path) -> None:
         shards = characters = 0
         for name in names:
             if not isinstance(name, str) or len(name) > _LONGEST_NAME:
-                raise ValueError(f"{split}: {name!r:.60} is no name of a shard; run megavlm prepare again")
+                raise UserError(f"{split}: {name!r:.60} is no name of a shard; run megavlm prepare again")
             try:
                 count = _expansions(name)
-            except ValueError as error:
-                raise ValueError(f"{split}: {error}; run megavlm prepare again") from None
+            except UserError as error:
+                raise UserError(f"{split}: {error}; run megavlm prepare again") from None
             shards, characters = shards + count, characters + count * len(name)
             if shards > MOST_SHARDS or characters > _MOST_CHARACTERS:
-                raise ValueError(
+                raise UserError(
                     f"{split}: {name[:60]!r} makes it more than {MOST_SHARDS:,} shards; correct the file, or run "
                     "megavlm prepare again"
                 )
@@ -59,7 +60,7 @@ def check_names(directory: Path) -> None:
     for name, count in counts.items() if isinstance(counts, Mapping) else ():
         shard = directory / name
         if not isinstance(count, int) or not 0 <= count <= max(_TAR_BLOCK, _samples(shard)):
-            raise ValueError(
+            raise UserError(
                 f"{info}: promises {count!r:.30} samples in {name!r:.60}, more than its size can hold; run megavlm "
                 "prepare again"
             )
@@ -78,7 +79,7 @@ def _expansions(name: str) -> int:
     """Return how many names a pattern with braces stands for, without making them.
 
     Raises:
-        ValueError: its braces do not match.
+        UserError: its braces do not match.
     """
     count = 1
     for group in _groups(name):
@@ -105,7 +106,7 @@ def _groups(text: str) -> list[str]:
         elif sign == "}" and depth == 0:
             found.append(text[start:at])
     if depth:
-        raise ValueError(f"the braces in {text[:60]!r} do not match")
+        raise UserError(f"the braces in {text[:60]!r} do not match")
     return found
 
 
@@ -133,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else yaml12.parse(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged: {error}; run megavlm prepare again") from None
+        raise UserError(f"{path}: is damaged: {error}; run megavlm prepare again") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: is damaged: it holds no names; run megavlm prepare again")
+        raise UserError(f"{path}: is damaged: it holds no names; run megavlm prepare again")
     return tree

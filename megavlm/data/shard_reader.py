@@ -21,6 +21,8 @@ from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
 from megatron.energon.flavors.webdataset.metadata import get_info_shard_files
 from megatron.energon.source_info import SourceInfo
 
+from megavlm.config.errors import MissingFileError, UserError
+
 DEFECT = "__defect__"
 """Key of a sample under which it is said what is wrong with its bytes."""
 
@@ -126,17 +128,17 @@ class ShardDataset(CrudeWebdataset):
         """Check that the shards are there, inside the data set's directory.
 
         Raises:
-            FileNotFoundError: A shard, or its index, is missing.
-            ValueError: A shard's name leads out of the directory.
+            MissingFileError: A shard, or its index, is missing.
+            UserError: A shard's name leads out of the directory.
         """
         for shard in self.shards:
             name = PurePosixPath(shard.name)
             if name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"data set {self.path}: .nv-meta names the shard {shard.name!r} outside of it")
+                raise UserError(f"data set {self.path}: .nv-meta names the shard {shard.name!r} outside of it")
             path = Path(str(self.path)) / name
             for file in (path, path.with_suffix(".tar.idx")):
                 if not file.is_file():
-                    raise FileNotFoundError(f"{file} is missing, which .nv-meta names; run megavlm prepare again")
+                    raise MissingFileError(f"{file} is missing, which .nv-meta names; run megavlm prepare again")
 
 
 def _read_members(data: bytes) -> tuple[str, dict[str, Any]]:

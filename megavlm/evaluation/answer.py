@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import make_decoder
 from megavlm.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ def answer(
         The answers on the first rank, None on the others.
 
     Raises:
-        ValueError: an image cannot be decoded.
+        UserError: an image cannot be decoded.
     """
     with loaded(recipe, checkpoint, tokenizer, begin) as chunks:
         rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -80,5 +81,5 @@ def _show(indices: Sequence[int], records: Sequence[HeldOutRecord], prompts: Seq
         for i in indices:
             decoded = decoder.decode([path.read_bytes() for path in records[i].images], recipe.model.vision.image_size)
             if decoded.failed:
-                raise ValueError(f"{records[i].images[decoded.failed[0]]}: cannot be decoded")
+                raise UserError(f"{records[i].images[decoded.failed[0]]}: cannot be decoded")
             prompts[i].images = decoded.pixels

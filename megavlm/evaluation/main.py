@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from megavlm.evaluation.benchmarks.hub import ROWS
@@ -110,8 +111,8 @@ def run(args: argparse.Namespace) -> int:
     """Answer, score and write.
 
     Raises:
-        FileNotFoundError: checkpoint, records or an image are missing.
-        ValueError: records or overrides are wrong, or a prompt is too long.
+        MissingFileError: checkpoint, records or an image are missing.
+        UserError: records or overrides are wrong, or a prompt is too long.
     """
     start = time.perf_counter()
     _check_arguments(args)
@@ -156,21 +157,21 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Refuse arguments that do not go together.
 
     Raises:
-        ValueError: there is no such benchmark, or an argument is missing or has no use.
+        UserError: there is no such benchmark, or an argument is missing or has no use.
     """
     for name, least in (("max_new_tokens", 1), ("limit", 1), ("save_every", 1), ("panel_samples", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.benchmark is not None:
         find_benchmark(args.benchmark)
         return
     for name in ("images", "out"):
         if getattr(args, name) is None:
-            raise ValueError(f"--{name} DIR is needed for records (without --benchmark)")
+            raise UserError(f"--{name} DIR is needed for records (without --benchmark)")
     for name in ("annotations", "split", "chat", "predict_only", "save_every"):
         if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")
+            raise UserError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")
 
 
 def _write(

@@ -24,6 +24,7 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.source import Source
 from megavlm.checkpoint.paths import resolve
+from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
@@ -58,24 +59,24 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
     """Read ``sN.*`` from a safetensors file.
 
     Raises:
-        ValueError: the file is damaged, has no samples, or they are of another model.
+        UserError: the file is damaged, has no samples, or they are of another model.
     """
     source, size = Source(path), recipe.model.vision.image_size
     names = sorted({name.split(".")[0] for name in source.tensors if name.endswith(".input_ids")})
     if not names:
-        raise ValueError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
+        raise UserError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
     samples = []
     for name in names:
         own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "labels", *WHAT)
                if f"{name}.{key}" in source}  # fmt: skip
         pixels = own.get("pixel_values", torch.zeros(0, 3, size, size))
         if pixels.shape[1:] != (3, size, size):
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name}.pixel_values is {list(pixels.shape)}; the model takes [N, 3, {size}, {size}]"
             )
         rows, vocab = own["logits"].size(-1) if "logits" in own else 0, recipe.model.language.vocab_size
         if rows and rows != vocab:
-            raise ValueError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
+            raise UserError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
         labels = own["labels"].flatten() if "labels" in own else None
         expected = {key: own[key] for key in WHAT if key in own}
         samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, labels, expected))
@@ -92,11 +93,11 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
         tolerance: largest absolute difference.
 
     Raises:
-        ValueError: the checkpoint is no whole model, the base of adapters is gone, or the reference does not fit it.
+        UserError: the checkpoint is no whole model, the base of adapters is gone, or the reference does not fit it.
     """
     path = resolve(checkpoint)
     if not (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path}: holds parts of a model only; compose a whole one with hf_to_megatron --language ...")
+        raise UserError(f"{path}: holds parts of a model only; compose a whole one with hf_to_megatron --language ...")
     recipe = recipe_at_layout(path, ["training.precision=fp32", *overrides])
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)
@@ -124,7 +125,7 @@ def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
     """Return the ids of ``image`` and, where known, ``image_start``.
 
     Raises:
-        ValueError: nothing tells the image token.
+        UserError: nothing tells the image token.
     """
     tokens = assets.read_record(checkpoint).get("tokens") or {}
     if "image" in tokens:
@@ -132,7 +133,7 @@ def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
     folder = checkpoint / assets.FOLDER
     path = Path(recipe.data.tokenizer) if recipe.data.tokenizer else find_tokenizer(folder) if folder.is_dir() else None
     if path is None or not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: has no tokenizer, so the image token is unknown; give --set data.tokenizer=FILE"
         )
     tokenizer = load_tokenizer(path)
@@ -143,7 +144,7 @@ def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
     """Put the image token into every slot: Qwen's own processor writes the bytes of a path there.
 
     Raises:
-        ValueError: the slots are not as many as the images need.
+        UserError: the slots are not as many as the images need.
     """
     start = tokens.get("image_start")
     if start is not None and len(sample.pixels):
@@ -151,7 +152,7 @@ def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
             sample.ids[position + 1 : position + 1 + slots] = tokens["image"]
     there, needed = int((sample.ids == tokens["image"]).sum()), len(sample.pixels) * slots
     if there != needed:
-        raise ValueError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
+        raise UserError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
 
 
 @torch.no_grad()

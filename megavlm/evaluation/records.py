@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import MissingFileError, RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
@@ -47,27 +47,27 @@ def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
         images: directory of the images, which must all be there.
 
     Raises:
-        FileNotFoundError: the file or an image is missing.
-        ValueError: a record is wrong; the message has its index.
+        MissingFileError: the file or an image is missing.
+        UserError: a record is wrong; the message has its index.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingFileError(f"{path} does not exist")
     ignored: Counter[str] = Counter()
     checked = []
     for index, entry in enumerate(_rows(path)):
         try:
             if isinstance(entry, Broken):
-                raise ValueError(entry.reason)
+                raise UserError(entry.reason)
             record = conversation(entry, ignored)
             parsed = parse_conversation(record)
             question, answer = _first_exchange(parsed)
             answer, choices = _scored(record, answer)
-        except ValueError as error:
-            raise ValueError(f"{path}: record {index}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: record {index}: {error}") from None
         shown = parsed.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
         for name in shown:
             if not is_file(images / name):
-                raise FileNotFoundError(f"{path}: record {index}: no image {name!r} in {images}")
+                raise MissingFileError(f"{path}: record {index}: no image {name!r} in {images}")
         checked.append(
             HeldOutRecord(
                 id=parsed.id or str(index),
@@ -87,14 +87,14 @@ def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
 def _rows(path: Path) -> Iterator[Any]:
     source = Source(path, path.parent)
     if not source.is_list:
-        raise ValueError(f"{path} must hold a list of records that is not empty")
+        raise UserError(f"{path} must hold a list of records that is not empty")
     return source.rows()
 
 
 def _text(value: Any, key: str) -> str:
     """A field that is text or a number, as text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{key!r} must be text, not {type(value).__name__}")
+        raise UserError(f"{key!r} must be text, not {type(value).__name__}")
     check_unicode(str(value), repr(key))
     return str(value)
 
@@ -103,7 +103,7 @@ def _scored(record: Any, answer: str) -> tuple[str, list[str]]:
     """The right answer, and the options of a closed question."""
     given, choices = record.get("answer"), record.get("choices") or []
     if not isinstance(choices, list):
-        raise ValueError(f"'choices' must be a list, not {type(choices).__name__}")
+        raise UserError(f"'choices' must be a list, not {type(choices).__name__}")
     return answer if given is None else _text(given, "answer"), [_text(one, "choices") for one in choices]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
 from megavlm.inference.turns import read_image, system_turns, user_turn, without_control_tokens, write_any_text
@@ -92,19 +93,17 @@ class Chat:
                 self.say(HELP + "\n")
             else:
                 self.ask(line.strip())  # a newline at the end is no part of the question
-        except FileNotFoundError as error:
-            self.say(f"{error.filename}: no such file\n")
+        except UserError as error:
+            self.say(f"{error}\n")
         except OSError as error:
             self.say(f"{error.filename}: {error.strerror}\n" if error.filename and error.strerror else f"{error}\n")
-        except ValueError as error:
-            self.say(f"{error}\n")
         return True
 
     def ask(self, text: str) -> str:
         """Ask, show the answer as it comes, and draw its boxes; returns the answer.
 
         Raises:
-            ValueError: the question does not fit its pictures or the context; the conversation stays as it was.
+            UserError: the question does not fit its pictures or the context; the conversation stays as it was.
         """
         from megavlm.inference.session import Asked  # noqa: PLC0415 - imports Megatron-Core
 
@@ -139,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
     """Talk until the input ends.
 
     Raises:
-        FileNotFoundError: checkpoint or image are missing.
-        ValueError: the recipe does not fit this job, or an image is broken.
+        MissingFileError: checkpoint or image are missing.
+        UserError: the recipe does not fit this job, or an image is broken.
     """
     sampling = sampling_of(args)
     system_turns(args.system)  # what is wrong with it is said before the model is loaded
@@ -176,12 +175,12 @@ def _path(text: str) -> Path:
     """Return the path that was typed, also one whose name is not UTF-8.
 
     Raises:
-        ValueError: it is in the home directory of nobody.
+        UserError: it is in the home directory of nobody.
     """
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{text}: {error}") from None
+        raise UserError(f"{text}: {error}") from None
 
 
 def _lines(say: Callable[[str], object], model: Session) -> Iterator[str]:

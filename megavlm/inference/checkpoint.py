@@ -13,6 +13,7 @@ from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.engine import for_inference
+from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
@@ -55,10 +56,10 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """Return what :func:`add_sampling_arguments` asked for.
 
     Raises:
-        ValueError: a value is out of its range.
+        UserError: a value is out of its range.
     """
     if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+        raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     return Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
 
 
@@ -66,11 +67,11 @@ def model_of(args: argparse.Namespace) -> tuple[Recipe, Path, Tokenizer]:
     """Return recipe, checkpoint and tokenizer that :func:`add_model_arguments` asked for.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: the recipe does not fit this job.
+        MissingFileError: there is no such checkpoint.
+        UserError: the recipe does not fit this job.
     """
     if args.context is not None and args.context < 1:
-        raise ValueError(f"--context must be at least 1, not {args.context}")
+        raise UserError(f"--context must be at least 1, not {args.context}")
     return load_for_inference(args.checkpoint, args.overrides)
 
 
@@ -82,8 +83,8 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
         overrides: ``key=value``, mostly the layout of this job.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: the recipe does not fit this job.
+        MissingFileError: there is no such checkpoint.
+        UserError: the recipe does not fit this job.
     """
     recipe, path = recipe_of(checkpoint, overrides)
     assert recipe.data.tokenizer is not None
@@ -98,8 +99,8 @@ def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]
     The recipe's tokenizer may have moved since, or be null: then it is the one that lies in the checkpoint.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
+        MissingFileError: there is no such checkpoint.
+        UserError: the recipe does not fit this job, the base of adapters is gone, or there is no tokenizer.
     """
     path = resolve(checkpoint)
     return with_tokenizer(recipe_at_layout(path, overrides), path), path
@@ -112,7 +113,7 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     names one.
 
     Raises:
-        ValueError: the recipe does not fit this job, or the base of adapters is gone.
+        UserError: the recipe does not fit this job, or the base of adapters is gone.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = for_inference(load_recipe(path / "recipe.yaml", overrides, expand_presets))

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
 from megavlm.inference.cache import KeyValueCache, Turn, caching
@@ -80,7 +81,7 @@ def generate(
         logits are not finite, which is logged.
 
     Raises:
-        ValueError: a prompt and its longest answer do not fit ``pack_length``.
+        UserError: a prompt and its longest answer do not fit ``pack_length``.
     """
     broken = 0
     for tokens in generating(
@@ -117,13 +118,13 @@ def generating(
         It has been appended to the prompt's ``answer`` unless it ends it, as :data:`NO_TOKEN` does too.
 
     Raises:
-        ValueError: as :func:`generate`.
+        UserError: as :func:`generate`.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     lengths = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
     longest = max(lengths, default=0)
     if longest > pack_length:
-        raise ValueError(f"a prompt with its answer takes {longest} positions, a pack has {pack_length}")
+        raise UserError(f"a prompt with its answer takes {longest} positions, a pack has {pack_length}")
     asked = [i for i in range(len(prompts)) if most[i] > 0]
     for group in _by_cache(asked, lengths, cached_positions):
         own = [(sampling, i) if isinstance(sampling, Sampling) else (sampling[i], 0) for i in group]

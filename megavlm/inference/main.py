@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Answer and print.
 
     Raises:
-        FileNotFoundError: checkpoint or image are missing.
-        ValueError: the prompt does not fit its pictures or the context, or an image is broken.
+        MissingFileError: checkpoint or image are missing.
+        UserError: the prompt does not fit its pictures or the context, or an image is broken.
     """
     sampling = sampling_of(args)
     recipe, checkpoint, tokenizer = model_of(args)

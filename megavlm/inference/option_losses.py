@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megavlm.config.errors import UserError
 from megavlm.data.feed import MicroBatch
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
@@ -66,12 +67,12 @@ def option_losses(
         For each prompt the loss of each option, in nats per token, on all ranks.
 
     Raises:
-        ValueError: a prompt and its option do not fit ``pack_length``.
+        UserError: a prompt and its option do not fit ``pack_length``.
     """
     segments = _segments(prompts, options)
     longest = max((len(one.tokens) for one in segments), default=0)
     if longest > pack_length:
-        raise ValueError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
+        raise UserError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
     packs = first_fit([len(one.tokens) for one in segments], pack_length)
     order = [want for group in packs for i in group for want in segments[i].wanted]
     config = unwrap(chunks[0]).config

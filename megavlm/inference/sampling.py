@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megavlm.config.errors import UserError
+
 NO_TOKEN = -1
 """What is chosen where the logits allow no choice: one is NaN or infinite, or none is above minus infinity."""
 
@@ -33,7 +35,7 @@ class Sampling:
             the model's own, before all of the above.
 
     Raises:
-        ValueError: a value is out of its range.
+        UserError: a value is out of its range.
     """
 
     temperature: float = 0.0
@@ -54,7 +56,7 @@ class Sampling:
         )
         for name, good, rule in rules:
             if not good:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {rule}")
+                raise UserError(f"{name}: {getattr(self, name)} must be {rule}")
 
     def generator(self, index: int) -> torch.Generator:
         """Return the source of random numbers of prompt ``index``."""

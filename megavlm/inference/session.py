@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decode import make_decoder
@@ -57,14 +57,14 @@ class Asked:
         """Check that images and placeholders match.
 
         Raises:
-            ValueError: they do not.
+            UserError: they do not.
         """
         places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in self.turns)
         if places != len(self.images):
-            raise ValueError(f"the prompt shows {places} image(s), {len(self.images)} are given")
+            raise UserError(f"the prompt shows {places} image(s), {len(self.images)} are given")
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError):
     """The model's logits are NaN or infinite."""
 
 
@@ -125,7 +125,7 @@ class Session:
         Answers in it are taken whatever they hold: a poor model may have written control tokens, which are left out.
 
         Raises:
-            ValueError: another text holds control tokens, or is not Unicode.
+            UserError: another text holds control tokens, or is not Unicode.
         """
         if asked.tokens is not None:
             return asked
@@ -142,7 +142,7 @@ class Session:
         """Return the conversation without the oldest exchanges that do not fit the context, and its [T] tokens.
 
         Raises:
-            ValueError: the last turn alone does not fit, or a text holds control tokens.
+            UserError: the last turn alone does not fit, or a text holds control tokens.
         """
         while True:
             asked = self.encoded(asked)
@@ -153,7 +153,7 @@ class Session:
             first = 1 if asked.turns[0].role == "system" else 0
             nexts = [i for i in range(first + 1, len(asked.turns)) if asked.turns[i].role == "user"]
             if not nexts:
-                raise ValueError(
+                raise UserError(
                     f"prompt and answer ({max_new_tokens} tokens) take {len(tokens) + max_new_tokens} positions, "
                     f"the context has {self.context}; shorten it, lower max_new_tokens, or raise the context"
                 )
@@ -217,7 +217,7 @@ class Session:
         """Answer one conversation, on rank 0, while the others :meth:`follow`.
 
         Raises:
-            ValueError: it cannot be answered.
+            UserError: it cannot be answered.
         """
         yield from _only(self.ask_all([asked], max_new_tokens=max_new_tokens, sampling=sampling))
 
@@ -225,7 +225,7 @@ class Session:
         """Answer one conversation; a collective over the job, which all ranks call alike.
 
         Raises:
-            ValueError: it cannot be answered.
+            UserError: it cannot be answered.
         """
         yield from _only(self.answers([asked], max_new_tokens=max_new_tokens, sampling=sampling))
 
@@ -362,7 +362,7 @@ def _only(answers: Iterator[dict[int, Piece]]) -> Iterator[Piece]:
     """Yield the pieces of the only conversation.
 
     Raises:
-        ValueError: it cannot be answered; after the last collective of its answer, so that no rank waits.
+        UserError: it cannot be answered; after the last collective of its answer, so that no rank waits.
     """
     error = None
     for pieces in answers:

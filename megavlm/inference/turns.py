@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.images import ImageError, read_header
 from megavlm.data.schema import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Turn, check_unicode
 
@@ -23,16 +24,16 @@ def user_turn(text: str, images: int) -> Turn:
     Pictures stand where ``<img>`` is written; without it, in front of the text as "Picture 1: ...", Qwen-VL's form.
 
     Raises:
-        ValueError: there are more or fewer ``<img>`` than pictures, no text, or it is not Unicode.
+        UserError: there are more or fewer ``<img>`` than pictures, no text, or it is not Unicode.
     """
     check_unicode(text, "the prompt")
     if not text.strip():
-        raise ValueError("the prompt is empty; write something to be answered")
+        raise UserError("the prompt is empty; write something to be answered")
     if "</img>" in text:
-        raise ValueError("the prompt holds </img>; write <img> alone where a picture stands")
+        raise UserError("the prompt holds </img>; write <img> alone where a picture stands")
     marks = text.count(MARK)
     if marks and marks != images:
-        raise ValueError(f"the prompt has {marks} <img>, and {images} picture(s) are given; they must be equally many")
+        raise UserError(f"the prompt has {marks} <img>, and {images} picture(s) are given; they must be equally many")
     if marks:
         return Turn("user", text.replace(MARK, IMAGE_PLACEHOLDER))
     lines = [f"Picture {k + 1}: {IMAGE_PLACEHOLDER}\n" for k in range(images)]
@@ -43,7 +44,7 @@ def system_turns(message: str | None) -> tuple[Turn, ...]:
     """Return the turn of a system message that was given; None gives none, and the recipe's is taken.
 
     Raises:
-        ValueError: it is not Unicode text.
+        UserError: it is not Unicode text.
     """
     if message is None:
         return ()
@@ -61,18 +62,18 @@ def read_image(path: Path) -> bytes:
     """Return an image file whose header is sound.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is too large, or no image.
+        MissingFileError: there is none.
+        UserError: it is too large, or no image.
     """
     if not path.is_file():
-        raise FileNotFoundError(2, "no such file or directory", str(path))
+        raise MissingFileError(f"{path}: no such file or directory")
     if path.stat().st_size > LARGEST_FILE:
-        raise ValueError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; give a smaller picture")
+        raise UserError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; give a smaller picture")
     data = path.read_bytes()
     try:
         read_header(data)
     except ImageError as error:
-        raise ValueError(f"{path}: no picture that can be read: {error}") from None
+        raise UserError(f"{path}: no picture that can be read: {error}") from None
     return data
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -41,10 +43,10 @@ class Registry:
         """Add a preset. ``<N>`` in ``name`` stands for a positive number.
 
         Raises:
-            ValueError: the name is taken.
+            UserError: the name is taken.
         """
         if name in self._presets:
-            raise ValueError(f"{self.kind} preset {name!r} is registered twice")
+            raise UserError(f"{self.kind} preset {name!r} is registered twice")
         self._presets[name] = Preset(name, module, values)
 
     def names(self) -> list[str]:
@@ -55,12 +57,12 @@ class Registry:
         """Return the preset called ``name``.
 
         Raises:
-            ValueError: there is none; the message lists those that exist.
+            UserError: there is none; the message lists those that exist.
         """
         for pattern, preset in self._presets.items():
             if re.fullmatch(re.escape(pattern).replace("<N>", "[1-9][0-9]*"), name):
                 return preset
-        raise ValueError(f"no {self.kind} preset {name!r}; there are {', '.join(self.names())}")
+        raise UserError(f"no {self.kind} preset {name!r}; there are {', '.join(self.names())}")
 
 
 VISION = Registry("vision")
@@ -88,7 +90,7 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     What the tree sets itself wins over the preset. The input is not changed.
 
     Raises:
-        ValueError: an unknown preset; the message starts with the key.
+        UserError: an unknown preset; the message starts with the key.
     """
     load_presets()
     model = tree.get("model")
@@ -114,5 +116,5 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
 def _find(registry: Registry, name: str, key: str) -> Preset:
     try:
         return registry.find(name)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None

@@ -22,6 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megavlm.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "MEGAVLM_FAULT"
@@ -71,7 +73,7 @@ def parse(text: str) -> list[Fault]:
     """Return the faults that ``text`` asks for.
 
     Raises:
-        ValueError: an unknown point, action or condition, or an action that does not fit the point: a fault that never
+        UserError: an unknown point, action or condition, or an action that does not fit the point: a fault that never
             fires would make a test that cannot fail.
     """
     faults = []
@@ -79,15 +81,15 @@ def parse(text: str) -> list[Fault]:
         words = item.split(":")
         point, middle, action = words[0], words[1:-1], words[-1]
         if point not in POINTS or action not in ACTIONS:
-            raise ValueError(f"{VARIABLE}: {item!r} names no fault; points: {', '.join(sorted(POINTS))}")
+            raise UserError(f"{VARIABLE}: {item!r} names no fault; points: {', '.join(sorted(POINTS))}")
         if (action in _VALUES) != point.endswith(".value"):
-            raise ValueError(
+            raise UserError(
                 f"{VARIABLE}: {item!r}: {point} cannot {action}; nan and inf belong to values, and to them only"
             )
         conditions = [re.fullmatch(r"(rank|step)(\d+)", word) for word in middle]
         where = {match[1]: int(match[2]) for match in conditions if match}
         if len(where) != len(middle):
-            raise ValueError(f"{VARIABLE}: {item!r}: between point and action stand rankN and stepN, each at most once")
+            raise UserError(f"{VARIABLE}: {item!r}: between point and action stand rankN and stepN, each at most once")
         faults.append(Fault(point, action, where.get("rank"), where.get("step")))
     return faults
 

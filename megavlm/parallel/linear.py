@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megavlm.config.errors import UserError
+
 
 def column_linear(
     input_size: int,
@@ -26,7 +28,7 @@ def column_linear(
     With ``config.fp8`` it is Transformer Engine's (not run on a GPU yet), with the same parameters.
 
     Raises:
-        ValueError: that is not installed.
+        UserError: that is not installed.
     """
     if config.fp8 is None:
         return ColumnParallelLinear(
@@ -55,7 +57,7 @@ def _of_transformer_engine(name: str) -> Any:
     import megatron.core.extensions.transformer_engine as extension  # noqa: PLC0415
 
     if not extension.HAVE_TE:
-        raise ValueError("engine.connector_bf16: false needs Transformer Engine, which is not here; set it to true")
+        raise UserError("engine.connector_bf16: false needs Transformer Engine, which is not here; set it to true")
     return getattr(extension, name)
 
 

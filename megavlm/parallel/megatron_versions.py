@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megavlm.config.errors import UserError
+
 CHECKPOINT_DEFAULTS = {"common_backend": "torch", "common_backend_version": 1}
 """Keys of a checkpoint's ``metadata.json`` that 0.19 neither writes nor needs, and what 0.16 takes them to be."""
 
@@ -111,7 +113,7 @@ def _matched_groups(current: list[dict[str, Any]], saved: list[dict[str, Any]]) 
     """Return for each current group what was saved of its kind, with the parameters that stand at its place.
 
     Raises:
-        ValueError: nothing was saved of a kind.
+        UserError: nothing was saved of a kind.
     """
 
     def kind(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -120,5 +122,5 @@ def _matched_groups(current: list[dict[str, Any]], saved: list[dict[str, Any]]) 
     by_kind = {kind(group): group for group in saved}
     missing = [kind(group) for group in current if kind(group) not in by_kind]
     if missing:
-        raise ValueError(f"the checkpoint has no parameter group with {_GROUP_KEYS} = {missing[0]}")
+        raise UserError(f"the checkpoint has no parameter group with {_GROUP_KEYS} = {missing[0]}")
     return [{**by_kind[kind(group)], "params": at["params"]} for group, at in zip(current, saved, strict=True)]

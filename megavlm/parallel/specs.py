@@ -17,6 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megavlm.config.errors import UserError
 from megavlm.parallel.activation import swiglu
 from megavlm.parallel.attention import CompactSelfAttention, TorchAttention
 from megavlm.parallel.device import has_cuda, transformer_engine_installed
@@ -30,12 +31,12 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
     In fp32 auto means torch: Transformer Engine's attention on packed samples knows 16-bit types only.
 
     Raises:
-        ValueError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
+        UserError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
     """
     installed = transformer_engine_installed()
     if choice == "transformer_engine" and not (installed and has_cuda()):
         missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
-        raise ValueError(
+        raise UserError(
             f"parallel.transformer_impl: transformer_engine is asked for, but {missing}; "
             "install transformer-engine[pytorch] on a CUDA machine, or set it to torch or auto"
         )

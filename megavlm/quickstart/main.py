@@ -21,6 +21,7 @@ from typing import Any
 
 from megavlm.checkpoint.paths import read_run, resolve
 from megavlm.config.checks import check_recipe
+from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data import prepare
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Do the job, print the table, write ``result.json``.
 
     Raises:
-        ValueError: an override is wrong, or ``--out`` holds something else.
+        UserError: an override is wrong, or ``--out`` holds something else.
         RuntimeError: training or evaluation failed; its output says why.
     """
     start = time.perf_counter()
@@ -112,12 +113,12 @@ def _check_ours(out: Path) -> None:
     """Check that nothing but an earlier quickstart is in a directory.
 
     Raises:
-        ValueError: the directory holds something else.
+        UserError: the directory holds something else.
     """
     # Of one that was killed at once there is the lock alone.
     found = [path for path in out.iterdir() if not path.name.startswith(LOCK_FILE)] if out.is_dir() else []
     if found and not (out / "data").is_dir():
-        raise ValueError(f"--out {out} is not empty and is no quickstart's; choose another directory")
+        raise UserError(f"--out {out} is not empty and is no quickstart's; choose another directory")
 
 
 def _empty(out: Path) -> None:

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.quickstart.render_questions import (
     MULTI_KINDS,
     SCENE_TASKS,
@@ -79,9 +80,9 @@ def render_dataset(
     No layout occurs in both splits. The result depends on the arguments alone.
     """
     if image_size % GRID or image_size < 4 * GRID:
-        raise ValueError(f"image_size must be a multiple of {GRID} and at least {4 * GRID}, not {image_size}")
+        raise UserError(f"image_size must be a multiple of {GRID} and at least {4 * GRID}, not {image_size}")
     if train_images < 2 or heldout_images < 2:
-        raise ValueError(f"both splits need two pictures or more, not {train_images} and {heldout_images}")
+        raise UserError(f"both splits need two pictures or more, not {train_images} and {heldout_images}")
     started = time.monotonic()
     out = Path(out)
     images_dir = out / "images"

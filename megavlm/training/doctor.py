@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.checkpoint.manifest import check, is_proven
 from megavlm.checkpoint.paths import latest, newest_first, read_run
 from megavlm.config import yaml12
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.parallel.lock import LOCK_FILE, read_holder
 from megavlm.training.heartbeat import read_heartbeats
 
@@ -42,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
     """Examine and print; 1 if something is wrong.
 
     Raises:
-        FileNotFoundError: there is no such directory.
-        ValueError: no run has written to it.
+        MissingFileError: there is no such directory.
+        UserError: no run has written to it.
     """
     if not args.run.is_dir():
-        raise FileNotFoundError(2, "no such file or directory", str(args.run))
+        raise MissingFileError(f"{args.run}: no such file or directory")
     facts = examine(args.run, quick=args.quick)
     print(json.dumps(facts, indent=2) if args.json else "\n".join(describe(facts)))  # noqa: T201 - what was asked for
     return int(bool(facts["problems"]))
@@ -56,12 +57,12 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
     """Return what a run's directory tells.
 
     Raises:
-        ValueError: no run has written to it.
+        UserError: no run has written to it.
     """
     root, beats = directory / "checkpoints", read_heartbeats(directory)
     metrics = _lines(directory / "metrics.jsonl")
     if not (beats or metrics or root.is_dir()):
-        raise ValueError(f"{directory}: no run has written here; give a run's output_dir")
+        raise UserError(f"{directory}: no run has written here; give a run's output_dir")
     checkpoints = [_checkpoint(path, quick=quick) for path in newest_first(root)]
     steps = [line["step"] for line in metrics if isinstance(line.get("step"), int)]
     facts: Facts = {
@@ -145,7 +146,7 @@ def _checkpoint(path: Path, *, quick: bool) -> Facts:
         step = read_run(path)["step"]
         if not is_proven(path) and (path / "recipe.yaml").is_file():
             _examine(path, quick=quick)
-    except (ValueError, OSError, KeyError) as error:
+    except (UserError, OSError, KeyError) as error:
         problem, step = str(error), None
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"name": path.name, "step": step, "bytes": size, "problem": problem}
@@ -155,7 +156,7 @@ def _examine(path: Path, *, quick: bool) -> None:
     """Look for what older versions saved wrongly.
 
     Raises:
-        ValueError: naming the tensor.
+        UserError: naming the tensor.
     """
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - others need neither torch nor Megatron-Core
 

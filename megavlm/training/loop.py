@@ -22,7 +22,7 @@ from megavlm.checkpoint.placement import misplaced
 from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.keys import find_key
 from megavlm.config.schema import Recipe
@@ -66,7 +66,7 @@ class Trainer:
         lock: of the run's directory.
 
     Raises:
-        ValueError: the data or the checkpoint does not fit the recipe.
+        UserError: the data or the checkpoint does not fit the recipe.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: View) -> None:
@@ -334,7 +334,7 @@ def newest_whole(root: Path) -> Path | None:
         problem = None
         try:
             check(path, dist.get_rank(), dist.get_world_size())
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             problem = str(error)
         if not any_rank(problem is not None):
             return path
@@ -394,7 +394,7 @@ def _same_builder(registry: Registry, one: str, other: str) -> bool:
     """Whether two presets are sizes of the same architecture."""
     try:
         return registry.find(one).module == registry.find(other).module
-    except ValueError:
+    except UserError:
         return False
 
 

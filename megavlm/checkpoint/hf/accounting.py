@@ -12,6 +12,7 @@ from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.rules import Aside
 from megavlm.checkpoint.hf.shapes import Rule, find_aside, same_bits
 from megavlm.checkpoint.hf.source import Source
+from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 
 _SHOWN = 5
@@ -31,7 +32,7 @@ def check_source(source: Source, family: Family, style: str, model: ModelConfig,
     """Hold a source against the rules of its family.
 
     Raises:
-        ValueError: a line for each tensor that is unknown, missing, or of the wrong shape or type (the first few).
+        UserError: a line for each tensor that is unknown, missing, or of the wrong shape or type (the first few).
     """
     account, problems = Account(), []
     types: dict[str, tuple[str, torch.dtype]] = {}
@@ -61,7 +62,7 @@ def check_source(source: Source, family: Family, style: str, model: ModelConfig,
     if problems:
         more = len(problems) - _SHOWN
         shown = [f"{source.path}: {problem}" for problem in problems[:_SHOWN]]
-        raise ValueError("\n".join([*shown, *([f"{source.path}: and {more} more"] if more > 0 else [])]))
+        raise UserError("\n".join([*shown, *([f"{source.path}: and {more} more"] if more > 0 else [])]))
     return account
 
 

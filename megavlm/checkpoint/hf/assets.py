@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.paths import read_json
+from megavlm.config.errors import UserError
 from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
 
 FOLDER = "hf"
@@ -69,7 +70,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     """Return the record of a checkpoint, empty for one that was not made from a Hugging Face directory.
 
     Raises:
-        ValueError: it is damaged.
+        UserError: it is damaged.
     """
     path = checkpoint / FOLDER / RECORD
     if not path.is_file():
@@ -77,7 +78,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     record = read_json(path)
     for key, kinds in _KINDS.items():
         if not isinstance(record.get(key), (*kinds, type(None))):
-            raise ValueError(f"{path}: {key} is {record[key]!r}; convert the checkpoint again, or restore the file")
+            raise UserError(f"{path}: {key} is {record[key]!r}; convert the checkpoint again, or restore the file")
     return record
 
 

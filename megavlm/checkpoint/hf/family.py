@@ -42,7 +42,7 @@ class Family(ABC):
         """Return the recipe's ``model`` branches of the parts.
 
         Raises:
-            ValueError: the configuration lacks a key, or asks for what the models here cannot do.
+            UserError: the configuration lacks a key, or asks for what the models here cannot do.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
 from megavlm.models.build import MODULES
@@ -55,7 +56,7 @@ class Given:
             feature_layer: see :class:`megavlm.checkpoint.hf.source.Source`.
 
         Raises:
-            ValueError: it is of no known family, or has not got the parts.
+            UserError: it is of no known family, or has not got the parts.
         """
         source = Source(path, feature_layer)
         try:
@@ -63,12 +64,12 @@ class Given:
             for part in parts or ():
                 if part not in family.parts:
                     there = " and ".join(family.parts)
-                    raise ValueError(f"{path}: is a {family.title}; it has no {part}, only {there}")
+                    raise UserError(f"{path}: is a {family.title}; it has no {part}, only {there}")
             branches = family.branches(source)
             return Given(source, family, family.style_of(source), tuple(parts or family.parts), branches)
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
             where = source.directory / CONFIG
-            raise ValueError(f"{where}: a value is not of the kind that it should be: {error}") from error
+            raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
 
 
 @dataclass
@@ -122,7 +123,7 @@ def convert(
         home: family that an export of a composed model is written in unless another is asked for.
 
     Raises:
-        ValueError: the sources are wrong, or do not fit together.
+        UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     parts = [part for part in MODULES if part in branches]
@@ -206,7 +207,7 @@ class _Plan:
         for i, name in enumerate(rule.row.ours):
             slot, own = slots[name], rule.slots[i]
             if slot.shape != own.shape and not (slot.vocabulary and slot.shape[1:] == own.shape[1:]):
-                raise ValueError(
+                raise UserError(
                     f"{self.given.source.path}: {' and '.join(rule.row.theirs)} is made for another model: it gives "
                     f"{name} the shape {list(own.shape)}, the other parts ask for {list(slot.shape)}"
                 )
@@ -254,7 +255,7 @@ def _check_ids(one: Given, path: Path) -> None:
     """Check that config.json and the tokenizer mean the same tokens, where both have them.
 
     Raises:
-        ValueError: they do not; both are named.
+        UserError: they do not; both are named.
     """
     ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
     for key, role in _ROLES.items():
@@ -264,7 +265,7 @@ def _check_ids(one: Given, path: Path) -> None:
         there = {name: found for name, found in there.items() if len(found) == 1}
         if key in ids and there and [ids[key]] not in there.values():
             name, (number,) = next(iter(there.items()))
-            raise ValueError(
+            raise UserError(
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
                 f"{name} the id {number}; correct one"
             )
@@ -343,7 +344,7 @@ def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> Non
     for name in names:
         info = source.tensors[name]
         if not isinstance(info.dtype, torch.dtype):
-            raise ValueError(f"{source.path}: {name} is of type {info.dtype}; only floating point is converted")
+            raise UserError(f"{source.path}: {name} is of type {info.dtype}; only floating point is converted")
         entries.append(Entry(name, info.shape, info.dtype))
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
     writer = ShardedWriter(directory, entries)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megavlm.checkpoint.base import RECORD, holds_adapters
 from megavlm.checkpoint.paths import read_json, read_run, resolve
+from megavlm.config.errors import MissingFileError, UserError
 
 Tree = dict[str, Any]
 
@@ -36,7 +37,7 @@ def describe(path: Path, *, as_json: bool, every: bool) -> str:
 def inspect_checkpoint(path: Path) -> Tree:
     """Return the facts of a checkpoint; ``tensors`` maps names to [shape, type, where]."""
     if not path.exists():
-        raise FileNotFoundError(2, "no such file or directory", str(path))
+        raise MissingFileError(f"{path}: no such file or directory")
     megatron = _megatron_directory(path)
     return _megatron(megatron) if megatron is not None else _hugging_face(path)
 
@@ -98,7 +99,7 @@ def _hugging_face(path: Path) -> Tree:
     try:
         family = detect(source)
         name = f"{family.name} ({family.title})"
-    except ValueError:
+    except UserError:
         name = "unknown"
     tensors: Tree = {
         key: [list(info.shape), _dtype(info.dtype), info.file.name] for key, info in sorted(source.tensors.items())

@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.load import read_recipe
 from megavlm.models.registry import CONNECTORS, expand_presets, load_presets
 
@@ -129,10 +129,10 @@ def _check_base(path: Path, base: Path | None) -> None:
     """Check that the base of adapters is there, before torch is loaded.
 
     Raises:
-        ValueError: it is not, or ``--base`` was given for whole weights.
+        UserError: it is not, or ``--base`` was given for whole weights.
     """
     if base_for(path, base) is None and base is not None:
-        raise ValueError(f"--base: {path} holds whole weights, no adapters; leave it out")
+        raise UserError(f"--base: {path} holds whole weights, no adapters; leave it out")
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -181,17 +181,17 @@ def run_incoming(args: argparse.Namespace) -> int:
     """Convert to a Megatron checkpoint.
 
     Raises:
-        ValueError: the arguments or the sources are wrong.
+        UserError: the arguments or the sources are wrong.
     """
     compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
     if args.adapter is not None or args.base is not None:
         return _run_adapter(args, compose)
     if (args.hf is None) == (not compose):
-        raise ValueError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
+        raise UserError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
     if args.hf is not None and args.connector_preset is not None:
-        raise ValueError("--connector-preset: goes with a fresh connector, when composing, not with --hf")
+        raise UserError("--connector-preset: goes with a fresh connector, when composing, not with --hf")
     if compose and not {"language", "vision"} & set(compose):
-        raise ValueError("--connector alone makes no model; give --language and --vision too")
+        raise UserError("--connector alone makes no model; give --language and --vision too")
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
@@ -225,12 +225,12 @@ def _run_adapter(args: argparse.Namespace, compose: Sequence[str]) -> int:
     """Convert PEFT's adapters.
 
     Raises:
-        ValueError: the arguments or the adapters are wrong.
+        UserError: the arguments or the adapters are wrong.
     """
     if args.adapter is None or args.base is None:
-        raise ValueError("--adapter DIR and --base DIR go together: the adapters, and the weights that they are for")
+        raise UserError("--adapter DIR and --base DIR go together: the adapters, and the weights that they are for")
     if args.hf is not None or compose or args.recipe is not None:
-        raise ValueError("--adapter: goes with --base and --out alone; the weights are those of --base")
+        raise UserError("--adapter: goes with --base and --out alone; the weights are those of --base")
     base = resolve(args.base)
     _prepare()
     from megavlm.checkpoint.hf.peft import import_adapter  # noqa: PLC0415
@@ -244,7 +244,7 @@ def run_merge(args: argparse.Namespace) -> int:
     """Write whole weights.
 
     Raises:
-        ValueError: the checkpoint has no adapters, or their base is gone.
+        UserError: the checkpoint has no adapters, or their base is gone.
     """
     path = resolve(args.megatron)
     _check_base(path, args.base)
@@ -276,7 +276,7 @@ def _feature_layer(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"--vision-feature-layer: {text!r} is neither a number nor last_hidden_state") from None
+        raise UserError(f"--vision-feature-layer: {text!r} is neither a number nor last_hidden_state") from None
 
 
 def _base_recipe(recipe: str | None) -> dict[str, Any] | None:
@@ -284,7 +284,7 @@ def _base_recipe(recipe: str | None) -> dict[str, Any] | None:
         return None
     try:
         return expand_presets(read_recipe(recipe))
-    except ValueError as error:
+    except UserError as error:
         raise RecipeError(str(error)) from None
 
 
@@ -292,7 +292,7 @@ def _fresh(args: argparse.Namespace, given: Sequence[Any], base: dict[str, Any] 
     """Return the branches of the parts that no source gives.
 
     Raises:
-        ValueError: a part is missing and nothing says what it should be.
+        UserError: a part is missing and nothing says what it should be.
     """
     there = {part for one in given for part in one.parts}
     model = (base or {}).get("model") or {}
@@ -300,13 +300,13 @@ def _fresh(args: argparse.Namespace, given: Sequence[Any], base: dict[str, Any] 
     for part in ("vision", "language"):
         if part not in there:
             if part not in model:
-                raise ValueError(
+                raise UserError(
                     f"--{part} is missing; give it, or a --recipe whose model.{part} says what to initialise"
                 )
             fresh[part] = dict(model[part])
     if "connector" in there:
         if args.connector_preset is not None:
-            raise ValueError("--connector-preset: goes with a fresh connector, not with --connector")
+            raise UserError("--connector-preset: goes with a fresh connector, not with --connector")
         return fresh
     if args.connector_preset is None and "connector" in model:
         fresh["connector"] = dict(model["connector"])
@@ -317,8 +317,8 @@ def _fresh(args: argparse.Namespace, given: Sequence[Any], base: dict[str, Any] 
     load_presets()
     try:
         CONNECTORS.find(name)
-    except ValueError as error:
-        raise ValueError(f"--connector-preset: {error}") from None
+    except UserError as error:
+        raise UserError(f"--connector-preset: {error}") from None
     fresh["connector"] = {"preset": name}
     if name == "resampler":
         fresh["connector"] |= {"num_queries": 256, "head_dim": min(128, branches["language"]["hidden_size"])}
@@ -329,17 +329,17 @@ def run_outgoing(args: argparse.Namespace) -> int:
     """Write a Hugging Face directory.
 
     Raises:
-        ValueError: the checkpoint is wrong, or no family holds it.
+        UserError: the checkpoint is wrong, or no family holds it.
     """
     if args.max_shard_size <= 0:
-        raise ValueError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
+        raise UserError(f"--max-shard-size must be above 0, not {args.max_shard_size:g}")
     path = resolve(args.megatron)
     if args.base_name and not args.adapter:
-        raise ValueError("--base-name: goes with --adapter")
+        raise UserError("--base-name: goes with --adapter")
     if not args.adapter:
         _check_base(path, args.base)
     elif args.base is not None:
-        raise ValueError("--base: adapters are written without their base; leave it out, or --adapter")
+        raise UserError("--base: adapters are written without their base; leave it out, or --adapter")
     _prepare()
     if args.adapter:
         from megavlm.checkpoint.hf.peft import export_adapter  # noqa: PLC0415

@@ -27,6 +27,7 @@ from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_json, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.errors import UserError
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
@@ -112,7 +113,7 @@ def export(
         base: where the base of adapters may lie if it has been moved.
 
     Raises:
-        ValueError: the checkpoint is damaged or of another model, or no family can hold it.
+        UserError: the checkpoint is damaged or of another model, or no family can hold it.
     """
     record = assets.read_record(checkpoint)
     branches = model_branches(checkpoint, record)
@@ -160,7 +161,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     """Return the branches of the model that a checkpoint holds.
 
     Raises:
-        ValueError: it has neither a recipe nor a record.
+        UserError: it has neither a recipe nor a record.
     """
     recipe = checkpoint / "recipe.yaml"
     if recipe.is_file():
@@ -169,12 +170,12 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
     elif "model" in record:
         model, where = model_with_defaults(record["model"]), checkpoint / assets.FOLDER / assets.RECORD
     else:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
         )
     branches = {part: model[part] for part in MODULES if part in model} if isinstance(model, dict) else {}
     if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
-        raise ValueError(f"{where}: has no model; restore the file")
+        raise UserError(f"{where}: has no model; restore the file")
     return branches
 
 
@@ -182,18 +183,18 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     """Return the family to write.
 
     Raises:
-        ValueError: the one asked for cannot hold the model, or none can.
+        UserError: the one asked for cannot hold the model, or none can.
     """
     if name is not None:
         if name not in FAMILIES:
-            raise ValueError(f"--family {name}: there are {', '.join(FAMILIES)}")
+            raise UserError(f"--family {name}: there are {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         missing = [part for part in family.parts if part not in parts]
         reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refuses(model)
         if reason is None:
             return family
         if asked:
-            raise ValueError(f"--family {name}: {reason}")
+            raise UserError(f"--family {name}: {reason}")
     fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
@@ -206,11 +207,11 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
         return fitting[0]
     if fitting and name is not None:
         others = " or ".join(f"--family {family.name}" for family in fitting)
-        raise ValueError(
+        raise UserError(
             f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
             f"another that can is written if you ask for it: {others}"
         )
-    raise ValueError(
+    raise UserError(
         "no Hugging Face family holds this model whole ("
         + "; ".join(reasons)
         + "); export its parts with --family "
@@ -230,7 +231,7 @@ def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, res
     """Return Hugging Face's tensors of a rule.
 
     Raises:
-        ValueError: a value is not finite, or ``dtype`` has no room for it.
+        UserError: a value is not finite, or ``dtype`` has no room for it.
     """
     tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
     for name, tensor in zip(rule.row.theirs, tensors, strict=True):
@@ -372,7 +373,7 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
     """Return the keys in which the model of a written directory differs from the checkpoint's."""
     try:
         branches = family.branches(source)
-    except ValueError as error:
+    except UserError as error:
         return [str(error)]
     wanted = to_tree(model)
     there = to_tree(

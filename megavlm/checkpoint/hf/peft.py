@@ -34,6 +34,7 @@ from megavlm.checkpoint.safe import load_weights
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
+from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS, TARGETS
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.models.language.adapters import adapter_of
@@ -108,20 +109,20 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         The number of tensors.
 
     Raises:
-        ValueError: the checkpoint has no adapters, or what learned beside them has no place in PEFT's format.
+        UserError: the checkpoint has no adapters, or what learned beside them has no place in PEFT's format.
     """
     if not holds_adapters(checkpoint):
-        raise ValueError(f"{checkpoint}: has no adapters; export it without --adapter")
+        raise UserError(f"{checkpoint}: has no adapters; export it without --adapter")
     model, lora = recipe_branches(checkpoint)
     reader = CheckpointReader(checkpoint)
     other = sorted(key.split(".")[0] for key in reader.tensors() if key.startswith(("vision.", "connector.")))
     if other:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: the {other[0]} learned beside the adapters, which an adapter cannot hold; export whole "
             "weights, without --adapter"
         )
     if lora.train_head and model.language.tie_word_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: the tied embedding learned beside the adapters; export whole weights, without --adapter"
         )
     tensors: dict[str, Tensor] = {}
@@ -168,7 +169,7 @@ def _to_theirs(layer: _Layer, adapter: Adapter, a: Tensor, b: Tensor) -> Iterato
         yield from ((name, a, up) for name, up in zip(names, layer.rule.to_theirs([b]), strict=True))
         return
     if len(names) != len(adapter.sizes):
-        raise ValueError(
+        raise UserError(
             f"--family: its {names[0]} is one layer, and lora.targets gave its parts adapters of their own; take the "
             "family that the weights came from"
         )
@@ -201,23 +202,23 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
         The number of tensors that were read.
 
     Raises:
-        ValueError: it is an adapter of another kind, or for another model.
+        UserError: it is an adapter of another kind, or for another model.
     """
     if not (directory / CONFIG).is_file():
         there = what_is(directory)
-        raise ValueError(
+        raise UserError(
             f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
         )
     settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
     if (directory / _APART).is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory / _APART}: holds what was trained beside the adapters, which would be lost; merge both into "
             "their base where they were made, and convert that"
         )
     where, tensors = _read_tensors(directory)
     model, trained = recipe_branches(base)
     if holds_adapters(base) or trained.rank is not None:
-        raise ValueError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
+        raise UserError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
     with alone():
         rules, left = _named(where, tensors, _namings(model, base))
         lora, made = _plan(where, settings, left, model, rules)
@@ -226,7 +227,7 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
         for name, value in made.items():
             slot = slots[name]
             if tuple(value.shape) != slot.shape:
-                raise ValueError(
+                raise UserError(
                     f"{where}: gives {name} the shape {list(value.shape)}, the model's is {list(slot.shape)}"
                 )
             pieces.append(Piece(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
@@ -240,7 +241,7 @@ def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     """Return the file of an adapter's weights and what it holds.
 
     Raises:
-        ValueError: there is none, or it is damaged, or holds what are no finite numbers.
+        UserError: there is none, or it is damaged, or holds what are no finite numbers.
     """
     where = directory / WEIGHTS
     if not where.is_file() and (directory / _PICKLE).is_file():
@@ -250,13 +251,13 @@ def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         try:
             tensors = load_file(where)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{where}: cannot be read: {error}") from None
+            raise UserError(f"{where}: cannot be read: {error}") from None
     if not isinstance(tensors, dict) or not tensors:
-        raise ValueError(f"{where}: holds no tensors by name")
+        raise UserError(f"{where}: holds no tensors by name")
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in _TYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: {name} is of type {kind}; only floating point is converted")
+            raise UserError(f"{where}: {name} is of type {kind}; only floating point is converted")
         check_finite(value, f"{where}: {name}")
     return where, tensors
 
@@ -267,13 +268,13 @@ def _named(
     """Return the rules in the naming that an adapter's file has, and its tensors by the modules' names.
 
     Raises:
-        ValueError: it is in none of the namings.
+        UserError: it is in none of the namings.
     """
     left = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
     found = [sum(f"{n}.lora_A.weight" in left for layer in _layers(rules) for n in layer.theirs) for rules in namings]
     if not any(found):
         examples = ", ".join(dict.fromkeys(next(_layers(rules)).theirs[0] for rules in namings))
-        raise ValueError(
+        raise UserError(
             f"{where}: its {min(left)} is of no layer of this base's language model, whose layers are called "
             f"{examples}, .."
         )
@@ -294,7 +295,7 @@ def _plan(
         if any(layer.linear == t.linear and layer.theirs[_index(t.part, layer)] in given for layer in layers)
     )
     if trains["train_embeddings"] and model.language.tie_word_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{where}: has the embedding, which this base ties to the output layer and PEFT trains apart; {MERGE}"
         )
     lora = LoraConfig(
@@ -314,7 +315,7 @@ def _plan(
         try:
             lows, ups = ([left.pop(f"{name}.lora_{kind}.weight") for name in names] for kind in "AB")
         except KeyError as error:
-            raise ValueError(f"{where}: has no {error.args[0]}, though other layers have; all must have") from None
+            raise UserError(f"{where}: has no {error.args[0]}, though other layers have; all must have") from None
         made[f"{layer.ours}.lora_a"] = torch.cat(lows)
         if len(adapter.sizes) == 1:
             made[f"{layer.ours}.lora_b"] = layer.rule.to_ours(ups)[0]
@@ -326,7 +327,7 @@ def _plan(
             assert rule is not None
             made[_WHOLE[key]] = left.pop(rule.row.theirs[0])
     if left:
-        raise ValueError(f"{where}: has {sorted(left)[0]}, which no layer with adapters of this base is called")
+        raise UserError(f"{where}: has {sorted(left)[0]}, which no layer with adapters of this base is called")
     return lora, made
 
 
@@ -337,7 +338,7 @@ def _check_shapes(where: Path, layer: _Layer, names: Sequence[str], left: Mappin
             value = left.get(f"{name}.lora_{kind}.weight") if name in names else None
             if value is not None and tuple(value.shape) != shape:
                 got = f"{name}.lora_{kind}.weight has the shape {list(value.shape)}"
-                raise ValueError(f"{where}: {got}, the model's is {list(shape)}")
+                raise UserError(f"{where}: {got}, the model's is {list(shape)}")
 
 
 def _index(part: int, layer: _Layer) -> int:

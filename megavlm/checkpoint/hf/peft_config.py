@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 OFF: tuple[Any, ...] = (None, False, {}, [], "")
 """How a key is switched off."""
 
@@ -46,24 +48,24 @@ def read_settings(config: Mapping[str, Any], where: Path) -> Settings:
         where: the file, for messages.
 
     Raises:
-        ValueError: a line that names the first key that is not computed here, or has no sensible value.
+        UserError: a line that names the first key that is not computed here, or has no sensible value.
     """
     if str(config.get("peft_type")).upper() != "LORA":
-        raise ValueError(f"{where}: peft_type is {_show(config.get('peft_type'))}; only LORA is supported")
+        raise UserError(f"{where}: peft_type is {_show(config.get('peft_type'))}; only LORA is supported")
     rank, alpha = config.get("r"), config.get("lora_alpha", 8)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{where}: r is {_show(rank)}, which is no rank; restore the file")
+        raise UserError(f"{where}: r is {_show(rank)}, which is no rank; restore the file")
     if not _number(alpha) or alpha <= 0:
-        raise ValueError(f"{where}: lora_alpha is {_show(alpha)}; it must be a number above 0")
+        raise UserError(f"{where}: lora_alpha is {_show(alpha)}; it must be a number above 0")
     dropout = config.get("lora_dropout") or 0.0
     if not _number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"{where}: lora_dropout is {_show(dropout)}; it must be from 0 to below 1")
+        raise UserError(f"{where}: lora_dropout is {_show(dropout)}; it must be from 0 to below 1")
     for key, value in config.items():
         if key in _FREE or key in ("peft_type", "r", "lora_alpha", "lora_dropout"):
             continue
         allowed = _ALLOWED.get(key, lambda value, _: value in OFF)
         if not allowed(value, config):
-            raise ValueError(f"{where}: {key} is {_show(value)}, which is not supported; {_remedy(key, value)}")
+            raise UserError(f"{where}: {key} is {_show(value)}, which is not supported; {_remedy(key, value)}")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0
     return Settings(rank, float(alpha) * scale, float(dropout))
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from megavlm.config.checks import check_recipe
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import ModelConfig, Recipe
 
@@ -36,7 +36,7 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
         where: the sources, for messages.
 
     Raises:
-        ValueError: the parts do not make one model, or ``base`` is no recipe.
+        UserError: the parts do not make one model, or ``base`` is no recipe.
     """
     tree: Tree = {**(base or _DEFAULTS)}
     whole = to_tree(model)
@@ -54,9 +54,9 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"--recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the recipe") from None
+        raise UserError(f"--recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the recipe") from None
     try:
         check_recipe(recipe)
     except RecipeError as error:
-        raise ValueError(f"{where}: do not make one model, or do not suit the recipe:\n{error}") from None
+        raise UserError(f"{where}: do not make one model, or do not suit the recipe:\n{error}") from None
     return to_yaml(recipe)

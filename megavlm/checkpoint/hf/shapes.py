@@ -16,6 +16,7 @@ from torch import Tensor
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.rules import Aside, Heads, Row
 from megavlm.checkpoint.slots import Slot, find_slots
+from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.models.build import MODULES
 from megavlm.models.registry import expand_presets
@@ -35,7 +36,7 @@ def make_model(branches: Mapping[str, Tree], where: str) -> ModelConfig:
     """Return the model that ``branches`` describe; a part that is not among them is a stand-in.
 
     Raises:
-        ValueError: a value is out of range.
+        UserError: a value is out of range.
     """
     tree = {"preset": "tiny", **{part: dict(branch) for part, branch in branches.items()}}
     expanded = expand_presets({"model": tree})["model"]
@@ -46,7 +47,7 @@ def make_model(branches: Mapping[str, Tree], where: str) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: gives model.{key} = {first.get('input')!r}: {first['msg']}") from None
+        raise UserError(f"{where}: gives model.{key} = {first.get('input')!r}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)

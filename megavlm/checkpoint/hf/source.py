@@ -18,6 +18,7 @@ from torch import Tensor
 from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.paths import read_json
 from megavlm.checkpoint.safe import load_weights
+from megavlm.config.errors import MissingFileError, UserError
 
 CONFIG = "config.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,14 +52,14 @@ class Source:
             as an index of Transformers' ``hidden_states``, or ``last_hidden_state``. LLaVA's is -2.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: a shard that the index names is missing, a file is damaged, or a pickle would run code.
+        MissingFileError: there is nothing at the path.
+        UserError: a shard that the index names is missing, a file is damaged, or a pickle would run code.
     """
 
     def __init__(self, path: Path, feature_layer: int | str = -2) -> None:
         self.feature_layer = feature_layer
         if not path.exists():
-            raise FileNotFoundError(2, "no such file or directory", str(path))
+            raise MissingFileError(f"{path}: no such file or directory")
         self.path = path
         self.directory = path if path.is_dir() else path.parent
         self.config = _read_configs(self.directory)
@@ -74,17 +75,17 @@ class Source:
         """Return the shape of a tensor.
 
         Raises:
-            ValueError: there is none of that name.
+            UserError: there is none of that name.
         """
         if name not in self.tensors:
-            raise ValueError(f"{self.path}: has no tensor {name}; is the checkpoint whole?")
+            raise UserError(f"{self.path}: has no tensor {name}; is the checkpoint whole?")
         return self.tensors[name].shape
 
     def get(self, name: str) -> Tensor:
         """Return a tensor, a view of the mapped file where possible.
 
         Raises:
-            ValueError: the file is damaged.
+            UserError: the file is damaged.
         """
         handle = self._open[self.tensors[name].file]
         if isinstance(handle, Mapping):
@@ -92,7 +93,7 @@ class Source:
         try:
             return handle.get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{self.tensors[name].file}: {name} cannot be read: {error}") from None
+            raise UserError(f"{self.tensors[name].file}: {name} cannot be read: {error}") from None
 
     def size_bytes(self) -> int:
         """Return the bytes of all tensors."""
@@ -106,7 +107,7 @@ class Source:
             if (path / name).is_file():
                 return _read_index(path / name) if name.endswith(".index.json") else {path / name: None}
         there = what_is(path)
-        raise ValueError(
+        raise UserError(
             f"{path}: holds no weights; {f'it is {there}' if there else 'looked for ' + ', '.join(_WEIGHTS)}"
         )
 
@@ -115,10 +116,10 @@ class Source:
         self._open[file] = handle
         for name in expected or ():
             if name not in found:
-                raise ValueError(f"{file}: lacks {name}, which the index promises; download the file again")
+                raise UserError(f"{file}: lacks {name}, which the index promises; download the file again")
         for name, info in found.items():
             if name in self.tensors:
-                raise ValueError(f"{file}: {name} is in {self.tensors[name].file.name} as well; remove one of the two")
+                raise UserError(f"{file}: {name} is in {self.tensors[name].file.name} as well; remove one of the two")
             self.tensors[name] = info
 
 
@@ -140,14 +141,14 @@ def _read_configs(directory: Path) -> dict[str, Any]:
 def _read_index(index: Path) -> dict[Path, list[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map; download the file again")
+        raise UserError(f"{index}: has no weight_map; download the file again")
     files: dict[Path, list[str] | None] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: names the file {shard!r}, outside of its directory")
+            raise UserError(f"{index}: names the file {shard!r}, outside of its directory")
         file = index.parent / shard
         if not file.is_file():
-            raise ValueError(f"{file}: missing, though {index.name} names it; download it")
+            raise UserError(f"{file}: missing, though {index.name} names it; download it")
         names = files.setdefault(file, [])
         assert names is not None
         names.append(name)
@@ -163,7 +164,7 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
             kind = piece.get_dtype()
             found[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES.get(kind, kind), file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: truncated, or no safetensors file ({error}); download it again") from None
+        raise UserError(f"{file}: truncated, or no safetensors file ({error}); download it again") from None
     return handle, found
 
 
@@ -172,7 +173,7 @@ def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{file}: holds no dictionary of tensors by name")
+        raise UserError(f"{file}: holds no dictionary of tensors by name")
     state = {name: value.detach() for name, value in state.items()}  # some are parameters
     found = {}
     for name, value in state.items():

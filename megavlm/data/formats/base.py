@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 Record = dict[str, Any]
 """A record in Qwen-VL's form, see :mod:`megavlm.data.schema`; still to be checked."""
 
@@ -28,7 +30,7 @@ class Broken:
     """One line for the user."""
 
 
-class BrokenError(ValueError):
+class BrokenError(UserError):
     """Raised while one record is made; :meth:`about` turns it into a :class:`Broken`."""
 
     def __init__(self, cause: str, reason: str) -> None:

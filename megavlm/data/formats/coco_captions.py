@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, language_of, pair, plain
 from megavlm.data.formats.source import Source
 
@@ -28,10 +29,10 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield a record for each caption.
 
     Raises:
-        ValueError: The file is no caption file.
+        UserError: The file is no caption file.
     """
     if not matches(source):
-        raise ValueError(f"{source.path} has no 'images' and 'annotations' with captions; give COCO's captions_*.json")
+        raise UserError(f"{source.path} has no 'images' and 'annotations' with captions; give COCO's captions_*.json")
     files = {image["id"]: image.get("file_name") for image in source.rows("images") if _has_id(image)}
     for annotation in source.rows("annotations"):
         try:

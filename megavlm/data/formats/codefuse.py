@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
 from megavlm.data.formats.llava import convert
 from megavlm.data.formats.parquet import files_of
@@ -40,18 +41,18 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield the records of all tasks, the tasks in order of their names.
 
     Raises:
-        FileNotFoundError: There is no such file or folder.
-        ValueError: It has no task files, or one of them holds no list.
+        MissingFileError: There is no such file or folder.
+        UserError: It has no task files, or one of them holds no list.
     """
     if not source.path.exists():
-        raise FileNotFoundError(f"{source.path} does not exist")
+        raise MissingFileError(f"{source.path} does not exist")
     path = source.path.absolute()
     if not source.is_folder:
         tasks = [(path.name if path.is_dir() else path.stem, source.path)]
     else:
         tasks = _task_files(source.path)
     if not tasks:
-        raise ValueError(f"{source.path} is no folder with a file of JSON or parquet, or a folder of them, per task")
+        raise UserError(f"{source.path} is no folder with a file of JSON or parquet, or a folder of them, per task")
     for task, file in tasks:
         yield from convert(_llava(source.below(file).rows(), file.name), source.ignored, task)
 

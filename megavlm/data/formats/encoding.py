@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from megavlm.config.errors import UserError
+
 UTF_8 = "utf-8-sig"
 """UTF-8, with or without a byte order mark."""
 _MARK = "\ufeff"
@@ -21,7 +23,7 @@ _MARKS = (
 _REMEDY = "convert it, for instance with iconv -f LATIN1 -t UTF-8"
 
 
-class NotUnicodeError(ValueError):
+class NotUnicodeError(UserError):
     """A line that is no text in the file's encoding."""
 
 
@@ -50,14 +52,14 @@ def open_text(path: Path) -> TextIO:
 def not_unicode(path: Path) -> ValueError:
     """Return what is told of a file that :func:`open_text` could not decode."""
     name = encoding_of(path).removesuffix("-sig").upper()
-    return ValueError(f"{path} is not {name} text; {_REMEDY}")
+    return UserError(f"{path} is not {name} text; {_REMEDY}")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str | NotUnicodeError]]:
     """Yield the lines of a file that are not empty, with their numbers from 1.
 
     Raises:
-        ValueError: Text of 16 or 32 bits that is damaged, so that lines cannot be told from each other.
+        UserError: Text of 16 or 32 bits that is damaged, so that lines cannot be told from each other.
     """
     encoding = encoding_of(path)
     if encoding == UTF_8:

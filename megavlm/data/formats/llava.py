@@ -32,7 +32,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield the records.
 
     Raises:
-        ValueError: The file holds no list.
+        UserError: The file holds no list.
     """
     yield from convert(source.rows(), source.ignored)
 

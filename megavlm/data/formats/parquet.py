@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.machine import is_machine_fault
 
 _ROWS = 16
@@ -29,13 +30,13 @@ def need_pyarrow(path: Path) -> Any:
     """Return the module ``pyarrow``, with its ``parquet``, to read ``path``.
 
     Raises:
-        ValueError: It is not installed.
+        UserError: It is not installed.
     """
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
-        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'megavlm[parquet]'") from None
+        raise UserError(f"{path}: parquet needs pyarrow; pip install 'megavlm[parquet]'") from None
     return pyarrow
 
 
@@ -48,14 +49,14 @@ def unreadable(path: Path, error: Exception, row: int = 0) -> ValueError:
     if is_machine_fault(error):
         raise error
     line = " ".join(str(error).split())
-    return ValueError(f"{path} cannot be read as parquet from row {row} on: {line}; fetch it again")
+    return UserError(f"{path} cannot be read as parquet from row {row} on: {line}; fetch it again")
 
 
 def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
     """Yield each row of a file, and the bytes of its pictures by the names that stand for them.
 
     Raises:
-        ValueError: It is no parquet file, or pyarrow is not installed.
+        UserError: It is no parquet file, or pyarrow is not installed.
     """
     pyarrow = need_pyarrow(path)
     number = 0

@@ -28,7 +28,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield the records.
 
     Raises:
-        ValueError: The file holds no list.
+        UserError: The file holds no list.
     """
     for entry in source.rows():
         try:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.base import Broken, Record
 from megavlm.data.formats.source import Source
 
@@ -57,10 +58,10 @@ def register(name: str, module: str, summary: str, options: tuple[str, ...] = ()
             an error.
 
     Raises:
-        ValueError: The name is taken.
+        UserError: The name is taken.
     """
     if name in _FORMATS:
-        raise ValueError(f"data format {name!r} is registered twice")
+        raise UserError(f"data format {name!r} is registered twice")
     _FORMATS[name] = Format(name, module, summary, options)
 
 
@@ -73,22 +74,22 @@ def choose(source: Source, name: str | None) -> Format:
     """Return the format called ``name``; for None, the only one that the input looks like.
 
     Raises:
-        FileNotFoundError: The input is missing.
-        ValueError: There is no such format, or not exactly one fits.
+        MissingFileError: The input is missing.
+        UserError: There is no such format, or not exactly one fits.
     """
     if name is not None:
         if name not in _FORMATS:
-            raise ValueError(f"--format {name}: no such format; there are {', '.join(_FORMATS)}")
+            raise UserError(f"--format {name}: no such format; there are {', '.join(_FORMATS)}")
         return _FORMATS[name]
     fitting = [entry for entry in _FORMATS.values() if entry.load().matches(source)]
     if len(fitting) == 1:
         return fitting[0]
     names = [entry.name for entry in fitting]
     if names:
-        raise ValueError(f"{source.path} could be {' or '.join(names)}; say which with --format")
+        raise UserError(f"{source.path} could be {' or '.join(names)}; say which with --format")
     if source.is_folder:
-        raise ValueError(
+        raise UserError(
             f"{source.path} is a folder, and not one of CodeFuse's with records per task; give the file, or the folder "
             "that itself has the parquet files"
         )
-    raise ValueError(f"{source.path} looks like none of {', '.join(_FORMATS)}; say which it is with --format")
+    raise UserError(f"{source.path} looks like none of {', '.join(_FORMATS)}; say which it is with --format")

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats import stream
 from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
 from megavlm.data.formats.encoding import NotUnicodeError, lines
@@ -51,11 +52,11 @@ class Source:
         """Whether it is a list of records: JSON's, JSON lines, or rows of parquet.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not JSON.
+            MissingFileError: There is no such file.
+            UserError: It is not JSON.
         """
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path} does not exist")
+            raise MissingFileError(f"{self.path} does not exist")
         if files_of(self.path) or self.path.suffix == ".jsonl":
             return True
         return not self.is_folder and stream.kind(self.path) == "["
@@ -87,18 +88,18 @@ class Source:
         A line of a ``.jsonl`` file that is no JSON is a :class:`Broken`.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It is not JSON or parquet, or has no such list, or an empty one.
+            MissingFileError: There is no such file.
+            UserError: It is not JSON or parquet, or has no such list, or an empty one.
         """
         if key is None and not self.is_list:
             what = "is a folder; give a file" if self.is_folder else "must hold a list of records"
-            raise ValueError(f"{self.path} {what}, or another --format")
+            raise UserError(f"{self.path} {what}, or another --format")
         empty = True
         for entry in self._rows(key):
             empty = False
             yield entry
         if empty:
-            raise ValueError(f"{self.path} must hold a list {f'{key!r} ' if key else ''}of records that is not empty")
+            raise UserError(f"{self.path} must hold a list {f'{key!r} ' if key else ''}of records that is not empty")
 
     def _rows(self, key: str | None) -> Iterator[Any]:
         if self.path.suffix == ".jsonl" and not self.path.is_dir():
@@ -117,7 +118,7 @@ class Source:
         """Yield the names and values of the object that the file holds.
 
         Raises:
-            ValueError: It is not JSON, or no object.
+            UserError: It is not JSON, or no object.
         """
         return stream.members(self.path)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.encoding import not_unicode, open_text
 
 _PIECE = 1 << 20
@@ -27,12 +28,12 @@ def kind(path: Path) -> str:
     """Return ``[`` for a file with a list, ``{`` for one with an object.
 
     Raises:
-        ValueError: It is neither, or not JSON at all.
+        UserError: It is neither, or not JSON at all.
     """
     with open_text(path) as file:
         found = _Scanner(file, path).peek()
     if found not in ("[", "{"):
-        raise ValueError(f"{path} is not valid JSON: it must begin with [ or {{")
+        raise UserError(f"{path} is not valid JSON: it must begin with [ or {{")
     return found
 
 
@@ -40,7 +41,7 @@ def elements(path: Path, key: str | None = None) -> Iterator[Any]:
     """Yield the elements of the list that the file holds; with ``key``, of the list that its object has there.
 
     Raises:
-        ValueError: The file is not JSON; the message names the record and its line.
+        UserError: The file is not JSON; the message names the record and its line.
     """
     with open_text(path) as file:
         scanner = _Scanner(file, path)
@@ -59,7 +60,7 @@ def members(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the names and values of the object that the file holds, each value whole.
 
     Raises:
-        ValueError: As of :func:`elements`.
+        UserError: As of :func:`elements`.
     """
     with open_text(path) as file:
         scanner = _Scanner(file, path)
@@ -72,7 +73,7 @@ def outline(path: Path, most: int = 16) -> dict[str, Any]:
     """Return the first members of the object that the file holds, at most ``most``, and of lists as many elements.
 
     Raises:
-        ValueError: As of :func:`elements`.
+        UserError: As of :func:`elements`.
     """
     found: dict[str, Any] = {}
     with open_text(path) as file:
@@ -176,7 +177,7 @@ class _Scanner:
     def end(self) -> None:
         """Check that nothing follows."""
         if self.peek():
-            raise ValueError(
+            raise UserError(
                 f"{self._path} is not valid JSON: something follows after its end, on line {self._here(self._at)}; "
                 "a file with an object in each line must be called .jsonl"
             )
@@ -204,7 +205,7 @@ class _Scanner:
 
     def _error(self, what: str, position: int) -> ValueError:
         where = "" if self._record is None else f"record {self._record}, "
-        return ValueError(
+        return UserError(
             f"{self._path} is not valid JSON: {where}line {self._here(position)}: {what}; mend it, or write the "
             "records as .jsonl, one in a line, where broken ones are skipped"
         )

@@ -34,7 +34,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield a record for each page.
 
     Raises:
-        ValueError: The file holds no list of them.
+        UserError: The file holds no list of them.
     """
     folder = source.path.absolute().parent
     root = source.images.absolute()

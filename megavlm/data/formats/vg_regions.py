@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, is_inside, plain
 from megavlm.data.formats.source import Source
 from megavlm.data.frames import Frame, frame_of
@@ -35,11 +36,11 @@ def read(source: Source) -> Iterator[Record | Broken]:
     """Yield the samples, picture after picture.
 
     Raises:
-        ValueError: The file holds no list, or ``per_sample`` is below 1.
+        UserError: The file holds no list, or ``per_sample`` is below 1.
     """
     per_sample = DEFAULT_PER_SAMPLE if source.per_sample is None else source.per_sample
     if per_sample < 1:
-        raise ValueError(f"--per-sample must be at least 1, not {per_sample}")
+        raise UserError(f"--per-sample must be at least 1, not {per_sample}")
     known = _image_info(source)
     for number, entry in enumerate(source.rows()):
         try:
@@ -90,7 +91,7 @@ def _image_info(source: Source) -> dict[int | str, Record]:
         if isinstance(entry.get("image_id"), int | str)
     }
     if not known:
-        raise ValueError(f"--image-info {source.image_info} has no images; give Visual Genome's image_data.json")
+        raise UserError(f"--image-info {source.image_info} has no images; give Visual Genome's image_data.json")
     return known
 
 

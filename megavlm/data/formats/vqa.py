@@ -24,6 +24,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.base import (
     Broken,
     BrokenError,
@@ -48,16 +49,16 @@ def read(source: Source) -> Result:
     """Yield a record for each question.
 
     Raises:
-        FileNotFoundError: The annotations are missing.
-        ValueError: The file has none of the shapes, or VQAv2's questions come without answers.
+        MissingFileError: The annotations are missing.
+        UserError: The file has none of the shapes, or VQAv2's questions come without answers.
     """
     shape = _shape(source)
     if shape is None:
-        raise ValueError(f"{source.path} is no question file that --format vqa knows (docs/data.md lists them)")
+        raise UserError(f"{source.path} is no question file that --format vqa knows (docs/data.md lists them)")
     if (shape is _questions) != (source.annotations is not None):
         if source.annotations is None:
-            raise ValueError(f"{source.path} holds questions only; give the answers with --annotations FILE")
-        raise ValueError(f"--annotations: {source.path} has its answers itself; leave it out")
+            raise UserError(f"{source.path} holds questions only; give the answers with --annotations FILE")
+        raise UserError(f"--annotations: {source.path} has its answers itself; leave it out")
     yield from shape(source)
 
 
@@ -109,7 +110,7 @@ def _questions(source: Source) -> Result:
     assert source.annotations is not None
     given = source.below(source.annotations)
     if given.is_list or not isinstance(given.outline.get("annotations"), list):
-        raise ValueError(f"--annotations {source.annotations} has no list 'annotations'; give VQAv2's annotations file")
+        raise UserError(f"--annotations {source.annotations} has no list 'annotations'; give VQAv2's annotations file")
     answers = {
         entry["question_id"]: _text_of(entry.get("multiple_choice_answer") or entry.get("answers"))
         for entry in given.rows("annotations")

@@ -12,6 +12,7 @@ from megatron.energon import WorkerConfig
 from megatron.energon.epathlib import EPath
 
 from megavlm.config.checks import source_name
+from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
 from megavlm.data.decode import make_decoder
@@ -99,8 +100,8 @@ def collect(
         scan: Samples of each data set to count, spread over it.
 
     Raises:
-        FileNotFoundError: A shard is missing.
-        ValueError: No sample is usable.
+        MissingFileError: A shard is missing.
+        UserError: No sample is usable.
     """
     names = [source_name(source) for source in data.train]
     encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
@@ -115,7 +116,7 @@ def collect(
         skipped = sum((counts.skipped for counts in found.counts), Counter[str]())
         causes = ", ".join(f"{number} {cause}" for cause, number in skipped.most_common())
         remedy = "raise --sequence-length" if "too long" in skipped else "prepare the data again"
-        raise ValueError(f"no sample of {', '.join(names)} can be trained on ({causes}); {remedy}")
+        raise UserError(f"no sample of {', '.join(names)} can be trained on ({causes}); {remedy}")
     found.samples = _share_out(kept, samples)
     if packs:
         with warnings.catch_warnings():

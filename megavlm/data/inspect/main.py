@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
 
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        FileNotFoundError: A data set, its shards or the tokenizer is missing.
-        ValueError: An argument is wrong, or no sample is usable.
+        MissingFileError: A data set, its shards or the tokenizer is missing.
+        UserError: An argument is wrong, or no sample is usable.
     """
     _check_arguments(args)
     recipe = None if args.recipe is None else _load_recipe(args.recipe)
@@ -119,15 +120,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in least_of.items():
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if not args.max_mb >= 0.1:
-        raise ValueError(f"--max-mb must be at least 0.1, not {args.max_mb:g}")
+        raise UserError(f"--max-mb must be at least 0.1, not {args.max_mb:g}")
     if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a directory; name a file")
+        raise UserError(f"--out {args.out} is a directory; name a file")
     if not args.shards and args.recipe is None:
-        raise ValueError("name the data sets to show, or a recipe with --recipe")
+        raise UserError("name the data sets to show, or a recipe with --recipe")
     if args.recipe is None and args.tokenizer is None:
-        raise ValueError("--tokenizer is missing; give a tokenizer file, or a recipe that names one with --recipe")
+        raise UserError("--tokenizer is missing; give a tokenizer file, or a recipe that names one with --recipe")
 
 
 def _load_recipe(name: str) -> Recipe:
@@ -153,11 +154,11 @@ def _with_tokenizer(recipe: Recipe, name: str) -> Recipe:
 
     missing = f"--tokenizer is missing: data.tokenizer of {name} is null, and its checkpoint.load"
     if recipe.data.tokenizer is None and recipe.checkpoint.load is None:
-        raise ValueError(f"{missing} as well; give a tokenizer file")
+        raise UserError(f"{missing} as well; give a tokenizer file")
     try:
         return with_tokenizer_of_load(recipe)
     except FileNotFoundError:
-        raise ValueError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
+        raise UserError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
 
 
 def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, int, int]:
@@ -169,12 +170,12 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
     if Path(tokenizer).is_dir():
         inside = find_tokenizer(Path(tokenizer))
         if inside is None:
-            raise ValueError(f"--tokenizer {tokenizer} holds no tokenizer (*.tiktoken, tokenizer.json or *.model)")
+            raise UserError(f"--tokenizer {tokenizer} holds no tokenizer (*.tiktoken, tokenizer.json or *.model)")
         tokenizer = str(inside)
     sources = tuple(DataSource(path=path) for path in args.shards) or (recipe.data.train if recipe else ())
     for source in sources:
         if not (Path(source.path) / ".nv-meta" / ".info.json").is_file():
-            raise FileNotFoundError(f"data set {source.path} is not prepared; make it with megavlm prepare")
+            raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
     if recipe is not None:
         known = {source.path: source for source in recipe.data.train}
         sources = tuple(known.get(source.path, source) for source in sources)

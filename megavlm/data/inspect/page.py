@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from megavlm.config.errors import UserError
 from megavlm.data.batch import Pack
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
@@ -42,13 +43,13 @@ def write_page(found: Collected, tokenizer: Tokenizer, limit: int) -> bytes:
         limit: Largest page in bytes; what does not fit is left out, and the page says so.
 
     Raises:
-        ValueError: Not even the figures fit.
+        UserError: Not even the figures fit.
     """
     head = _head(found)
     end = "</main></body></html>\n"
     used = len(head.encode()) + len(end) + _RESERVED
     if used > limit:
-        raise ValueError(f"--max-mb: the figures alone take {used:,} bytes; raise it to {used / 1e6 + 0.1:.1f}")
+        raise UserError(f"--max-mb: the figures alone take {used:,} bytes; raise it to {used / 1e6 + 0.1:.1f}")
     parts = [head]
     samples = (_sample(number, shown.pack, shown.task, found, tokenizer) for number, shown in enumerate(found.samples))
     packs = (_pack(number, pack, found, tokenizer) for number, pack in enumerate(found.packs))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
 
+from megavlm.config.errors import MissingFileError, UserError
+
 logger = logging.getLogger(__name__)
 
 LANGUAGES = ("en", "zh")
@@ -61,17 +63,17 @@ def read_corpus(path: Path | None, languages: tuple[str, ...]) -> list[Corpus]:
         languages: Of :data:`LANGUAGES`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not UTF-8, or has no text in one of the languages.
+        MissingFileError: There is no such file.
+        UserError: It is not UTF-8, or has no text in one of the languages.
     """
     if path is None:
         return [Corpus(language) for language in languages]
     if not path.is_file():
-        raise FileNotFoundError(f"corpus {path} does not exist")
+        raise MissingFileError(f"corpus {path} does not exist")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"corpus {path} is not UTF-8 text") from None
+        raise UserError(f"corpus {path} is not UTF-8 text") from None
     lines: dict[str, list[str]] = {language: [] for language in LANGUAGES}
     refused = 0
     for line in text.splitlines():
@@ -88,7 +90,7 @@ def read_corpus(path: Path | None, languages: tuple[str, ...]) -> list[Corpus]:
     for language in languages:
         if not lines[language]:
             names = {"en": "without", "zh": "with"}
-            raise ValueError(
+            raise UserError(
                 f"corpus {path} has no lines {names[language]} Chinese characters; take another --language, or file"
             )
     return [Corpus(language, tuple(lines[language])) for language in languages]

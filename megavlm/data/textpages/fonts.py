@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from megavlm.config.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 FONT_DIRECTORIES = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"))
@@ -57,7 +59,7 @@ def find_fonts(language: str, directories: Sequence[Path] = FONT_DIRECTORIES) ->
         directories: Where to look, with all that is below.
 
     Raises:
-        ValueError: There is none; the message names a Debian package that has one.
+        UserError: There is none; the message names a Debian package that has one.
     """
     paths = sorted({path for root in directories if root.is_dir() for path in root.rglob("*")})
     files = [path for path in paths if path.suffix.lower() in _SUFFIXES and path.is_file()]
@@ -65,7 +67,7 @@ def find_fonts(language: str, directories: Sequence[Path] = FONT_DIRECTORIES) ->
     found = [face for face in faces if _usable(face, _PROBES[language])]
     if not found:
         where = ", ".join(map(str, directories))
-        raise ValueError(
+        raise UserError(
             f"no font in {where} can write {_NAMES[language]}; apt install {_PACKAGES[language]}, or name a directory "
             "with --fonts"
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.publish import new_directory
 from megavlm.data.textpages.corpus import LANGUAGES, Corpus, read_corpus
 from megavlm.data.textpages.draw import choose_colours, choose_distortion, distort, draw_page, map_box, spoil
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        FileNotFoundError: The corpus or a font directory is missing.
-        ValueError: An argument is wrong, the output is not empty, or no font can write a language.
+        MissingFileError: The corpus or a font directory is missing.
+        UserError: An argument is wrong, the output is not empty, or no font can write a language.
     """
     _check_arguments(args)
     languages = tuple(dict.fromkeys(args.language))
@@ -110,16 +111,16 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     for name, least in (("pages", 1), ("workers", 1), ("size", _SMALLEST), ("seed", 0)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if not 0 <= args.grounded <= 1:
-        raise ValueError(f"--grounded must be from 0 to 1, not {args.grounded:g}")
+        raise UserError(f"--grounded must be from 0 to 1, not {args.grounded:g}")
     if not 0 <= args.distortion <= 3:
-        raise ValueError(f"--distortion must be from 0 to 3, not {args.distortion:g}")
+        raise UserError(f"--distortion must be from 0 to 3, not {args.distortion:g}")
     for directory in args.fonts or ():
         if not directory.is_dir():
-            raise FileNotFoundError(f"font directory {directory} does not exist")
+            raise MissingFileError(f"font directory {directory} does not exist")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out} is not an empty directory; choose another")
+        raise UserError(f"--out {args.out} is not an empty directory; choose another")
 
 
 def _render_all(plan: _Plan, pages: int, workers: int) -> Counter[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.tokenizer.base import ROLES, Tokenizer
 from megavlm.data.tokenizer.files import TOKENIZER_FILES, check_vocabulary, files_of, find_tokenizer, with_tokenizer
 from megavlm.data.tokenizer.huggingface_json import HFTokenizer
@@ -52,17 +53,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path: ``.tiktoken`` (Qwen v1), ``.json`` (Hugging Face) or ``.model`` (SentencePiece).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The suffix is none of these, or the file is broken or has no token that ends a document.
+        MissingFileError: There is no such file.
+        UserError: The suffix is none of these, or the file is broken or has no token that ends a document.
         ImportError: The library that the file needs is not installed.
     """
     path = Path(path)
     if path.suffix not in _KINDS:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {path} must end in .model (SentencePiece), .json (Hugging Face) or .tiktoken (Qwen)"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer {path} does not exist")
+        raise MissingFileError(f"tokenizer {path} does not exist")
     try:
         return _KINDS[path.suffix](path)
     except ModuleNotFoundError as error:

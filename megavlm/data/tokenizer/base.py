@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megavlm.config.errors import UserError
+
 ROLES: dict[str, tuple[str, ...]] = {
     "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>"),
     "im_start": ("<|im_start|>",),
@@ -67,12 +69,12 @@ class Tokenizer(ABC):
             Name and id of each role's token.
 
         Raises:
-            ValueError: The file has no token that ends a document.
+            UserError: The file has no token that ends a document.
         """
         found = {role: next((name for name in names if name in known), None) for role, names in ROLES.items()}
         if found["eos"] is None:
             names = ", ".join(ROLES["eos"])
-            raise ValueError(f"tokenizer {path} has no token that ends a document, which would be one of {names}")
+            raise UserError(f"tokenizer {path} has no token that ends a document, which would be one of {names}")
         self.added = tuple(ROLES[role][0] for role, name in found.items() if name is None)
         self.vocab_size = size + len(self.added)
         appended = {name: size + index for index, name in enumerate(self.added)}

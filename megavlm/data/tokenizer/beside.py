@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 ID_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that say ids beside a tokenizer's own."""
 
@@ -31,7 +33,7 @@ def tokens_beside(path: Path, known: Mapping[str, int]) -> dict[str, int]:
         known: its own tokens and their ids.
 
     Raises:
-        ValueError: a file is broken, or two places disagree; both are named.
+        UserError: a file is broken, or two places disagree; both are named.
     """
     directory, ids, places = path.parent, dict(known), dict.fromkeys(known, path.name)
     names = {number: token for token, number in known.items()}
@@ -40,13 +42,13 @@ def tokens_beside(path: Path, known: Mapping[str, int]) -> dict[str, int]:
         for token, number in tokens.items():
             where = f"tokenizer {directory / place.split(' ')[0]}"
             if ids.get(token, number) != number:
-                raise ValueError(
+                raise UserError(
                     f"{where}: {token} has the id {number} in {place}, but {places[token]} says {ids[token]}; "
                     "correct one"
                 )
             other = names.get(number, token)
             if other != token and not (other in known and _FREE_PIECE.search(other)):
-                raise ValueError(
+                raise UserError(
                     f"{where}: {token} has the id {number} in {place}, but {places[other]} says that this is {other}; "
                     "correct one"
                 )
@@ -67,7 +69,7 @@ def _places(directory: Path, path: Path) -> Iterator[tuple[str, dict[str, int]]]
     if added.is_file():
         tokens = _read(added)
         if not all(token and type(number) is int and number >= 0 for token, number in tokens.items()):
-            raise ValueError(f"tokenizer {added} must be an object of tokens and their ids")
+            raise UserError(f"tokenizer {added} must be an object of tokens and their ids")
         yield added.name, tokens
     config = directory / "tokenizer_config.json"
     if config.is_file():
@@ -77,7 +79,7 @@ def _places(directory: Path, path: Path) -> Iterator[tuple[str, dict[str, int]]]
             if len(tokens) != len(decoder) or not all(isinstance(token, str) and token for token in tokens):
                 raise TypeError
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"tokenizer {config}: {_DECODER} must be an object of ids and their tokens") from None
+            raise UserError(f"tokenizer {config}: {_DECODER} must be an object of ids and their tokens") from None
         yield f"{config.name} ({_DECODER})", tokens
     whole = directory / "tokenizer.json"
     if whole.is_file() and whole != path:
@@ -85,7 +87,7 @@ def _places(directory: Path, path: Path) -> Iterator[tuple[str, dict[str, int]]]
             entries = _read(whole).get("added_tokens") or ()
             yield f"{whole.name} (added_tokens)", {entry["content"]: entry["id"] for entry in entries}
         except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"tokenizer {whole} is not a tokenizer.json") from None
+            raise UserError(f"tokenizer {whole} is not a tokenizer.json") from None
 
 
 def _named(directory: Path) -> Iterator[str]:
@@ -108,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"tokenizer {path} is not valid JSON: {error}") from None
+        raise UserError(f"tokenizer {path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"tokenizer {path} must be an object")
+        raise UserError(f"tokenizer {path} must be an object")
     return tree

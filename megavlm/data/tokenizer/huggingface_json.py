@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 
@@ -29,7 +30,7 @@ class HFTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"tokenizer {path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+            raise UserError(f"tokenizer {path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
         # A file may carry these from the program that wrote it; text would be cut short silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -62,7 +63,7 @@ class HFTokenizer(Tokenizer):
         for name, number in wanted.items():
             given = self._tokenizer.token_to_id(name)
             if given != number:
-                raise ValueError(
+                raise UserError(
                     f"tokenizer {path} has gaps in its ids: {name} is {number}, but the tokenizers library makes it"
                     f" {given}; write the file without gaps"
                 )
@@ -75,6 +76,6 @@ def _read(path: Path) -> tuple[str, dict[str, int]]:
         tree: Any = json.loads(text)
         return text, {token["content"]: token["id"] for token in tree.get("added_tokens") or ()}
     except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise ValueError(f"tokenizer {path} is not valid JSON: {error}") from None
+        raise UserError(f"tokenizer {path} is not valid JSON: {error}") from None
     except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"tokenizer {path} is not a tokenizer.json") from None
+        raise UserError(f"tokenizer {path} is not a tokenizer.json") from None

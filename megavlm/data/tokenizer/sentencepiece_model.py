@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.tokenizer.base import ROLES, Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 from megavlm.data.tokenizer.tiktoken_file import QWEN_SPECIALS
@@ -23,7 +24,7 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     """Load a SentencePiece model: of :func:`train_sentencepiece` where it has Qwen's special tokens, else a plain one.
 
     Raises:
-        ValueError: The file is broken, or lacks what such a model needs.
+        UserError: The file is broken, or lacks what such a model needs.
     """
     import sentencepiece  # noqa: PLC0415 - only where such a file is read
 
@@ -32,7 +33,7 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     try:
         model.LoadFromSerializedProto(path.read_bytes())
     except RuntimeError:
-        raise ValueError(f"tokenizer {path} is not a SentencePiece model") from None
+        raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
     pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
     own = {names[0] for names in ROLES.values()} <= set(pieces)
     return SentencePieceTokenizer(model, pieces, path) if own else PlainSentencePieceTokenizer(model, pieces, path)
@@ -45,7 +46,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         own = {piece: i for i, piece in enumerate(pieces)}
         if more := sorted(set(tokens_beside(path, own)) - set(own)):
-            raise ValueError(f"tokenizer {path}: the files beside it add {more[0]}, which the model itself should have")
+            raise UserError(f"tokenizer {path}: the files beside it add {more[0]}, which the model itself should have")
         self._set_roles(own, len(pieces), path)
         self._bytes = [
             bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace(_SPACE_MARK, " ").encode()
@@ -53,7 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
         ]
         byte_ids = {self._bytes[i]: i for i in range(self.vocab_size) if model.IsByte(i)}
         if len(byte_ids) != 256:
-            raise ValueError(f"tokenizer {path} has no byte fallback, so it cannot write every text")
+            raise UserError(f"tokenizer {path} has no byte fallback, so it cannot write every text")
         # SentencePiece writes a space as U+2581 and cannot tell it from a real one, and it ends text at U+0000.
         self._escapes = {char: [byte_ids[bytes([b])] for b in char.encode()] for char in (_SPACE_MARK, "\0")}
 
@@ -120,7 +121,7 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | Path, vocab_size: 
         vocab_size: Most pieces wanted, special tokens and 256 bytes included; few texts may give fewer.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the special tokens and the texts, or there are no texts.
+        UserError: ``vocab_size`` is too small for the special tokens and the texts, or there are no texts.
     """
     import sentencepiece  # noqa: PLC0415 - only where a model is trained
 
@@ -150,7 +151,7 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | Path, vocab_size: 
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from None
+        raise UserError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from None
     out_path = Path(out_path)
     temporary = out_path.with_name(out_path.name + ".tmp")
     temporary.write_bytes(model.getvalue())

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from megavlm.config.errors import UserError
 from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 
@@ -47,7 +48,7 @@ class TiktokenTokenizer(Tokenizer):
             path.name, pat_str=_QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=specials
         )
         if more := sorted(set(tokens_beside(path, specials)) - set(specials)):
-            raise ValueError(f"tokenizer {path}: the files beside it add {more[0]}, which Qwen's tokenizer has not")
+            raise UserError(f"tokenizer {path}: the files beside it add {more[0]}, which Qwen's tokenizer has not")
         self._set_roles(specials, len(ranks) + len(specials), path)
 
     def encode(self, text: str) -> list[int]:
@@ -68,7 +69,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"tokenizer {path}, line {number}: expected a base64 token and its rank") from None
+            raise UserError(f"tokenizer {path}, line {number}: expected a base64 token and its rank") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
-        raise ValueError(f"tokenizer {path}: ranks must run from 0 without gaps")
+        raise UserError(f"tokenizer {path}: ranks must run from 0 without gaps")
     return ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
+from megavlm.config.errors import UserError
 from megavlm.evaluation.benchmarks.choices import read_mmbench, read_mmmu, read_scienceqa, read_seed
 from megavlm.evaluation.benchmarks.documents import read_ai2d, read_chartqa, read_docvqa, read_ocrvqa
 from megavlm.evaluation.benchmarks.hub import ROWS
@@ -73,12 +74,12 @@ def find_benchmark(name: str) -> Benchmark:
     """Return a benchmark.
 
     Raises:
-        ValueError: there is none of this name; the message has the nearest ones and all others.
+        UserError: there is none of this name; the message has the nearest ones and all others.
     """
     if name not in BENCHMARKS:
         near = get_close_matches(name.lower(), BENCHMARKS, cutoff=0.5)
         guess = f" did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"--benchmark {name}: unknown;{guess} There are {', '.join(BENCHMARKS)}")
+        raise UserError(f"--benchmark {name}: unknown;{guess} There are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
@@ -86,14 +87,14 @@ def read_items(benchmark: Benchmark, source: Source) -> list[Item]:
     """Read a benchmark's own file, or its parquet files on Hugging Face's hub.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: it is of another format, or the benchmark has none in parquet.
+        MissingFileError: a file is missing.
+        UserError: it is of another format, or the benchmark has none in parquet.
     """
     if not is_parquet(source.data):
         try:
             return benchmark.read(source)
-        except ValueError as error:
-            raise ValueError(f"{error}; {benchmark.name} reads {benchmark.file}, see docs/evaluation.md") from None
+        except UserError as error:
+            raise UserError(f"{error}; {benchmark.name} reads {benchmark.file}, see docs/evaluation.md") from None
     if benchmark.name not in ROWS:
-        raise ValueError(f"{source.data}: {benchmark.name} reads {benchmark.file}, not parquet")
+        raise UserError(f"{source.data}: {benchmark.name} reads {benchmark.file}, not parquet")
     return ROWS[benchmark.name](source, read_rows(source))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.evaluation.benchmarks.files import (
     from_base64,
@@ -35,11 +36,11 @@ def option(entry: Any, name: str, count: int) -> int:
     """Return a field that is the number of one of ``count`` options, from 0.
 
     Raises:
-        ValueError: it is missing, or something else.
+        UserError: it is missing, or something else.
     """
     right = number(entry, name)
     if not 0 <= right < count:
-        raise ValueError(f"{name!r} is {right} of {count} options")
+        raise UserError(f"{name!r} is {right} of {count} options")
     return right
 
 
@@ -47,8 +48,8 @@ def read_scienceqa(source: Source) -> list[Item]:
     """Read ``problems.json`` (lupantech/ScienceQA); those with a picture, which lies at ``SPLIT/ID/image.png``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
     split = source.split or "test"
 
@@ -81,8 +82,8 @@ def read_mmbench(source: Source) -> list[Item]:
     its own (index + 1000000 per rotation) is asked as it is. Pictures are base64 in the table.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
     rows = read_table(source.data)
     whole = any(row.get("index", "").isdigit() and int(row["index"]) >= _ROTATION for row in rows)
@@ -93,7 +94,7 @@ def read_mmbench(source: Source) -> list[Item]:
         image, own = text(row, "image"), row.get("index", "")
         name = image if len(image) <= _POINTER else own
         if name not in encoded:
-            raise ValueError(f"'image' names row {name}, which the table does not have")
+            raise UserError(f"'image' names row {name}, which the table does not have")
         if name not in decoded:
             decoded[name] = from_base64(encoded[name])
         yield from mmbench_items(source, row, decoded[name], rotate=not whole)
@@ -105,16 +106,16 @@ def mmbench_items(source: Source, row: Mapping[str, str], picture: Picture, *, r
     """Make the items of a row: one per option, with the options rotated; with ``rotate`` off, only the row's own.
 
     Raises:
-        ValueError: the row is not of MMBench's table.
+        UserError: the row is not of MMBench's table.
     """
     index = number(row, "index")
     filled = [letter for letter in LETTERS[:_MOST_OPTIONS] if _present(row.get(letter))]
     choices = tuple(row[letter] for letter in filled)
     if not choices or filled != list(LETTERS[: len(choices)]):
-        raise ValueError(f"its options must be A, B and so on without a gap, not {', '.join(filled) or 'none'}")
+        raise UserError(f"its options must be A, B and so on without a gap, not {', '.join(filled) or 'none'}")
     answer = row.get("answer", "")
     if source.answers and answer not in LETTERS[: len(choices)]:
-        raise ValueError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
+        raise UserError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
     right = LETTERS.find(answer) if answer else None
     for turn in range(len(choices) if rotate else 1):
         yield Item(
@@ -138,8 +139,8 @@ def read_seed(source: Source) -> list[Item]:
     """Read ``SEED-Bench.json`` (AILab-CVC): its questions about images; those about videos are skipped and counted.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
     found = read_json(source.data, dict)
     types = found.get("question_type")
@@ -166,14 +167,14 @@ def seed_items(
         pictures: finds its pictures.
 
     Raises:
-        ValueError: it is not of SEED-Bench's form.
+        UserError: it is not of SEED-Bench's form.
     """
     if text(entry, "data_type", "image") != "image":
         source.skipped["a question about a video"] += 1
         return
     answer = text(entry, "answer", "")
     if source.answers and answer not in tuple("ABCD"):
-        raise ValueError(f"'answer' is {answer!r}, which is not A, B, C or D")
+        raise UserError(f"'answer' is {answer!r}, which is not A, B, C or D")
     kind = text(entry, "question_type_id", "all")
     yield Item(
         id=text(entry, "question_id"),
@@ -191,8 +192,8 @@ def read_mmmu(source: Source) -> list[Item]:
     ``image_1`` to ``image_7`` are null, a path in the image directory, or ``{"bytes": base64}``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format, or a question names a picture that it does not have.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format, or a question names a picture that it does not have.
     """
     lines = source.data.suffix == ".jsonl"
     rows = read_lines(source.data) if lines else enumerate(read_json(source.data, list))
@@ -203,19 +204,19 @@ def mmmu_items(source: Source, row: Any) -> Iterator[Item]:
     """Make the item of a row; its pictures are files, in base64, or stored in the parquet file.
 
     Raises:
-        ValueError: it is not of MMMU's form, or it names a picture that it does not have.
+        UserError: it is not of MMMU's form, or it names a picture that it does not have.
     """
     key, answer = text(row, "id"), text(row, "answer", "")
     options = row.get("options")
     if isinstance(options, str):  # the published column is a Python list, written out
         options = _python_list(options)
         if options is None:
-            raise ValueError("'options' is not a list")
+            raise UserError("'options' is not a list")
     choices = texts({"options": options or []}, "options")
     if len(choices) > len(LETTERS):
-        raise ValueError(f"has {len(choices)} options")
+        raise UserError(f"has {len(choices)} options")
     if choices and source.answers and answer not in LETTERS[: len(choices)]:
-        raise ValueError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
+        raise UserError(f"'answer' is {answer!r}, which is not one of its {len(choices)} options")
     shown: list[Picture] = []
 
     def place(match: re.Match[str]) -> str:
@@ -262,4 +263,4 @@ def _mmmu_picture(source: Source, row: Any, index: str) -> Picture:
         return picture_in(source.images, value)
     if isinstance(value, dict) and isinstance(value.get("bytes"), str):
         return from_base64(value["bytes"])
-    raise ValueError(f"names <image {index}>, but has no image_{index}")
+    raise UserError(f"names <image {index}>, but has no image_{index}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import listed, make_items, number, picture_in, read_json, text, texts
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
@@ -17,8 +18,8 @@ def read_docvqa(source: Source) -> list[Item]:
     """Read ``val_v1.0.json`` (DocVQA, rrc.cvc.uab.es): ``data`` with ``questionId``, ``image``, ``answers``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(entry: Any) -> Iterator[Item]:
@@ -39,8 +40,8 @@ def read_chartqa(source: Source) -> list[Item]:
     Pictures lie in the image directory or a folder ``png`` in it.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(pair: tuple[int, Any]) -> Iterator[Item]:
@@ -64,12 +65,12 @@ def read_ocrvqa(source: Source) -> list[Item]:
     Pictures are named by the book's id and the ending of its ``imageURL``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format, or there is no such split.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format, or there is no such split.
     """
     wanted = _OCRVQA_SPLITS.get(source.split or "test")
     if wanted is None:
-        raise ValueError(f"--split {source.split}: OCR-VQA has {', '.join(_OCRVQA_SPLITS)}")
+        raise UserError(f"--split {source.split}: OCR-VQA has {', '.join(_OCRVQA_SPLITS)}")
 
     def make(pair: tuple[str, Any]) -> Iterator[Item]:
         key, entry = pair
@@ -77,7 +78,7 @@ def read_ocrvqa(source: Source) -> list[Item]:
             return
         questions, answers = texts(entry, "questions"), texts(entry, "answers")
         if len(questions) != len(answers):
-            raise ValueError(f"{len(questions)} questions, but {len(answers)} answers")
+            raise UserError(f"{len(questions)} questions, but {len(answers)} answers")
         name = key + (PurePosixPath(text(entry, "imageURL", "")).suffix or ".jpg")
         for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             yield Item(f"{key}#{index}", question, (picture_in(source.images, name),), (answer,))
@@ -93,13 +94,13 @@ def read_ai2d(source: Source) -> list[Item]:
     ``--annotations``) are the test set. ``--split all`` takes every picture.
 
     Raises:
-        FileNotFoundError: the folder, or the list of test pictures, is missing.
-        ValueError: a file is not of this format, or there is no such split.
+        MissingFileError: the folder, or the list of test pictures, is missing.
+        UserError: a file is not of this format, or there is no such split.
     """
     folder = source.data / "questions"
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no questions; give AI2D's folder, with questions/ and images/ in it")
+        raise MissingFileError(f"{folder}: no questions; give AI2D's folder, with questions/ and images/ in it")
     chosen = _ai2d_pictures(source)
 
     def make(path: Path) -> Iterator[Item]:
@@ -109,11 +110,11 @@ def read_ai2d(source: Source) -> list[Item]:
             return
         questions = found.get("questions")
         if not isinstance(questions, dict):
-            raise ValueError("has no object 'questions'")
+            raise UserError("has no object 'questions'")
         for question, entry in questions.items():
             options, right = texts(entry, "answerTexts"), number(entry, "correctAnswer")
             if not 0 <= right < len(options):
-                raise ValueError(f"{question!r}: 'correctAnswer' is {right} of {len(options)} options")
+                raise UserError(f"{question!r}: 'correctAnswer' is {right} of {len(options)} options")
             labelled = source.images / "abc_images" / name
             plain = picture_in(source.images / "images", name)
             picture = labelled if entry.get("abcLabel") and labelled.is_file() else plain
@@ -127,8 +128,8 @@ def _ai2d_pictures(source: Source) -> set[str] | None:
     if source.split == "all":
         return None
     if source.split not in (None, "test"):
-        raise ValueError(f"--split {source.split}: AI2D has test, all")
+        raise UserError(f"--split {source.split}: AI2D has test, all")
     path = source.annotations or source.data / _AI2D_TEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no list of test pictures; put it there, or give --split all")
+        raise MissingFileError(f"{path}: no list of test pictures; put it there, or give --split all")
     return {PurePosixPath(line.strip()).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.encoding import NotUnicodeError, lines, open_text
 from megavlm.data.schema import check_unicode
 from megavlm.evaluation.benchmarks.spec import Item
@@ -21,18 +22,18 @@ def read_json(path: Path, kind: type[Any]) -> Any:
     """Return what a JSON file holds.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or holds something else than ``kind``.
+        MissingFileError: there is no such file.
+        UserError: it is no JSON, or holds something else than ``kind``.
     """
     try:
         found = json.loads(path.read_bytes())
     except IsADirectoryError:
-        raise ValueError(f"{path} is a directory") from None
+        raise UserError(f"{path} is a directory") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, kind):
         wanted = "list" if kind is list else "object"
-        raise ValueError(f"{path} must hold a JSON {wanted}")
+        raise UserError(f"{path} must hold a JSON {wanted}")
     return found
 
 
@@ -42,19 +43,19 @@ def read_lines(path: Path) -> list[tuple[int, Any]]:
     Empty lines are passed over.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON.
+        MissingFileError: there is no such file.
+        UserError: a line is no JSON.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a directory")
+        raise UserError(f"{path} is a directory")
     found = []
     for number, line in lines(path):
         if isinstance(line, NotUnicodeError):
-            raise ValueError(f"{path}: {line}")
+            raise UserError(f"{path}: {line}")
         try:
             found.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
+            raise UserError(f"{path}: line {number} is not valid JSON: {error}") from None
     return found
 
 
@@ -62,11 +63,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a tab-separated file with a header.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such table.
+        MissingFileError: there is no such file.
+        UserError: it is no such table.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a directory")
+        raise UserError(f"{path} is a directory")
     before = csv.field_size_limit(_LARGEST_FIELD)
     try:
         with open_text(path) as file:
@@ -75,7 +76,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
                 for row in csv.DictReader(file, delimiter="\t")
             ]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a tab-separated table: {error}") from None
+        raise UserError(f"{path} is not a tab-separated table: {error}") from None
     finally:
         csv.field_size_limit(before)
 
@@ -84,11 +85,11 @@ def listed(path: Path, holder: Mapping[str, Any], name: str) -> list[Any]:
     """Return the list under ``name`` of a file's object.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     found = holder.get(name)
     if not isinstance(found, list):
-        raise ValueError(f"{path}: has no list {name!r}")
+        raise UserError(f"{path}: has no list {name!r}")
     return found
 
 
@@ -104,7 +105,7 @@ def make_items(
         what: what an entry is called in errors.
 
     Raises:
-        ValueError: an entry is wrong, an id comes twice, or there are no items.
+        UserError: an entry is wrong, an id comes twice, or there are no items.
     """
     items: list[Item] = []
     for name, entry in entries:
@@ -113,15 +114,15 @@ def make_items(
             for item in made:
                 _check_unicode(item)
             items += made
-        except ValueError as error:
-            raise ValueError(f"{path}: {what} {name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {what} {name}: {error}") from None
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise ValueError(f"{path}: two questions have the id {item.id}")
+            raise UserError(f"{path}: two questions have the id {item.id}")
         seen.add(item.id)
     if not items:
-        raise ValueError(f"{path}: holds no question to ask")
+        raise UserError(f"{path}: holds no question to ask")
     return items
 
 
@@ -143,13 +144,13 @@ def text(entry: Any, name: str, default: str | None = None) -> str:
     """Return a field that is text or a number, as text.
 
     Raises:
-        ValueError: it is missing (and there is no default), or of another type.
+        UserError: it is missing (and there is no default), or of another type.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"has no text {name!r}")
+        raise UserError(f"has no text {name!r}")
     return str(value)
 
 
@@ -157,11 +158,11 @@ def texts(entry: Any, name: str) -> tuple[str, ...]:
     """Return a field that is a list of texts or numbers.
 
     Raises:
-        ValueError: it is missing, or something else.
+        UserError: it is missing, or something else.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, list) or not all(isinstance(one, (str, int, float)) for one in value):
-        raise ValueError(f"has no list of texts {name!r}")
+        raise UserError(f"has no list of texts {name!r}")
     return tuple(str(one) for one in value)
 
 
@@ -169,11 +170,11 @@ def objects(entry: Any, name: str) -> list[Any]:
     """Return a field that is a list of objects; an empty one where it is missing.
 
     Raises:
-        ValueError: it is something else.
+        UserError: it is something else.
     """
     value = entry.get(name, []) if isinstance(entry, dict) else None
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise ValueError(f"{name!r} must be a list of objects")
+        raise UserError(f"{name!r} must be a list of objects")
     return value
 
 
@@ -181,11 +182,11 @@ def number(entry: Any, name: str) -> int:
     """Return a field that is a whole number.
 
     Raises:
-        ValueError: it is missing, or something else.
+        UserError: it is missing, or something else.
     """
     value = text(entry, name)
     if not value.lstrip("-").isdigit():
-        raise ValueError(f"{name!r} must be a whole number, not {value!r}")
+        raise UserError(f"{name!r} must be a whole number, not {value!r}")
     return int(value)
 
 
@@ -193,11 +194,11 @@ def picture_in(directory: Path, name: str) -> Path:
     """Return the path of a picture named by a benchmark's file.
 
     Raises:
-        ValueError: the name is empty, absolute, or leaves the directory.
+        UserError: the name is empty, absolute, or leaves the directory.
     """
     path = Path(name)
     if not name or path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"picture {name!r} must be a path inside the image directory")
+        raise UserError(f"picture {name!r} must be a path inside the image directory")
     return directory / path
 
 

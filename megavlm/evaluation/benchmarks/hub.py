@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.evaluation.benchmarks.choices import mmbench_items, mmmu_items, option, seed_items
 from megavlm.evaluation.benchmarks.files import make_items, objects, text, texts
 from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Source, StoredPicture
@@ -33,7 +34,7 @@ def _shown(row: _Row, column: str = "image") -> tuple[Picture, ...]:
     value = row.get(column)
     pictures = value if isinstance(value, list) else [value]
     if not pictures or not all(isinstance(one, StoredPicture) for one in pictures):
-        raise ValueError(f"has no picture {column!r}")
+        raise UserError(f"has no picture {column!r}")
     return tuple(pictures)
 
 
@@ -85,7 +86,7 @@ def _scienceqa(index: str, row: _Row) -> Iterator[Item]:
 def _yes_no(row: _Row) -> tuple[str, ...]:
     answer = text(row, "answer", "").strip().lower()
     if answer not in ("yes", "no", ""):
-        raise ValueError(f"'answer' is {answer!r}, which is not yes or no")
+        raise UserError(f"'answer' is {answer!r}, which is not yes or no")
     return (answer,) if answer else ()
 
 

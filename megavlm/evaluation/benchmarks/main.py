@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.manifest import MANIFEST, replace_text
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
@@ -60,8 +61,8 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
         tokenizer: its tokenizer.
 
     Raises:
-        FileNotFoundError: a file or pictures are missing.
-        ValueError: the benchmark is unknown, its file is wrong, or the directory has predictions of another run.
+        MissingFileError: a file or pictures are missing.
+        UserError: the benchmark is unknown, its file is wrong, or the directory has predictions of another run.
     """
     start = time.perf_counter()
     plan = _plan(args, recipe, checkpoint, tokenizer)
@@ -93,11 +94,11 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     benchmark = find_benchmark(args.benchmark)
     scored = not args.predict_only
     if scored and benchmark.needs and importlib.util.find_spec(benchmark.needs) is None:
-        raise ValueError(
+        raise UserError(
             f"--benchmark {benchmark.name}: its metric needs {benchmark.needs}: pip install 'megavlm[eval]'"
         )
     if not args.data.exists():
-        raise FileNotFoundError(f"{args.data} does not exist")
+        raise MissingFileError(f"{args.data} does not exist")
     images = args.images or (args.data if args.data.is_dir() else args.data.parent)
     source = Source(args.data, images, args.annotations, args.split, scored)
     items = read_items(benchmark, source)
@@ -136,7 +137,7 @@ def _weights(checkpoint: Path) -> str:
 def _check_answers(data: Path, items: Sequence[Item]) -> None:
     secret = [item.id for item in items if not item.answers and item.box is None]
     if secret:
-        raise ValueError(
+        raise UserError(
             f"{data}: {len(secret)} of {len(items)} questions have no answer, the first is {secret[0]}; "
             "give --predict-only for a test set whose answers are secret"
         )
@@ -146,7 +147,7 @@ def _check_pictures(questions: Sequence[Question], images: Path) -> None:
     files = [picture for one in questions for picture in one.item.pictures if isinstance(picture, Path)]
     missing = [path for path in files if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--images {images}: {len(missing)} of {len(files)} pictures are not there, the first is {missing[0]}"
         )
 

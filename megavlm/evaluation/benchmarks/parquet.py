@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.parquet import files_of, need_pyarrow, unreadable
 from megavlm.evaluation.benchmarks.spec import Source, StoredPicture
 
@@ -35,8 +36,8 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
     (``test-00000-of-00003.parquet``), ``--split`` says which.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: pyarrow is missing, a file is no parquet, or the split is not clear.
+        MissingFileError: there is no such file.
+        UserError: pyarrow is missing, a file is no parquet, or the split is not clear.
     """
     files = _files(source)
     names = ["" if path == source.data else f"{path.relative_to(source.data)} " for path in files]
@@ -55,9 +56,9 @@ def _files(source: Source) -> list[Path]:
     splits = {path: match["split"] for path in files if (match := _SHARD.match(path.name))}
     names = sorted(set(splits.values()))
     if source.split is None and len(names) > 1:
-        raise ValueError(f"{source.data} has the splits {', '.join(names)}; say which with --split NAME")
+        raise UserError(f"{source.data} has the splits {', '.join(names)}; say which with --split NAME")
     if source.split is not None and source.split not in names:
-        raise ValueError(f"--split {source.split}: {source.data} has {', '.join(names) or 'no splits'}")
+        raise UserError(f"--split {source.split}: {source.data} has {', '.join(names) or 'no splits'}")
     return [path for path in files if source.split is None or splits.get(path) == source.split]
 
 

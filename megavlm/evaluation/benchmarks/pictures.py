@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.frames import Frame, frame_of
 from megavlm.data.images import ImageError
 from megavlm.data.machine import is_file
@@ -34,18 +35,18 @@ def read_refcoco(source: Source) -> list[Item]:
     looked for under its whole path, or under its last parts.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(pair: tuple[int, Any]) -> Iterator[Item]:
         index, entry = pair
         box = entry.get("bbox") if isinstance(entry, dict) else None
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
-            raise ValueError("has no box of four numbers 'bbox'")
+            raise UserError("has no box of four numbers 'bbox'")
         size = number(entry, "width"), number(entry, "height")
         if min(size) < 1:
-            raise ValueError(f"its picture is {size[0]} x {size[1]} pixels")
+            raise UserError(f"its picture is {size[0]} x {size[1]} pixels")
         x1, y1, x2, y2 = (float(side) for side in box)
         picture = _found(source.images, text(entry, "image"))
         frame = Frame(*size, _turn(picture, *size))
@@ -59,7 +60,7 @@ def read_refcoco(source: Source) -> list[Item]:
         )
 
     if source.data.suffix in _PICKLES:
-        raise ValueError(f"{source.data}: a pickle can run any program when it is opened; take Qwen-VL's JSON lines")
+        raise UserError(f"{source.data}: a pickle can run any program when it is opened; take Qwen-VL's JSON lines")
     rows = ((line, (index, entry)) for index, (line, entry) in enumerate(read_lines(source.data)))
     return make_items(source.data, rows, make, "line")
 
@@ -92,8 +93,8 @@ def read_captions(source: Source) -> list[Item]:
     ``sentences``; its test split is taken unless ``--split`` says otherwise.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is of neither form.
+        MissingFileError: the file is missing.
+        UserError: it is of neither form.
     """
     found = read_json(source.data, dict)
     images = listed(source.data, found, "images")
@@ -105,8 +106,8 @@ def read_captions(source: Source) -> list[Item]:
         for index, entry in enumerate(listed(source.data, found, "annotations")):
             try:
                 captions[text(entry, "image_id")].append(text(entry, "caption"))
-            except ValueError as error:
-                raise ValueError(f"{source.data}: annotation {index}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{source.data}: annotation {index}: {error}") from None
 
     def make(entry: Any) -> Iterator[Item]:
         key, name = text(entry, "id"), text(entry, "file_name", text(entry, "image", ""))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megavlm.checkpoint.manifest import replace_text
+from megavlm.config.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def read_predictions(folder: Path, run: str, identity: Mapping[str, Any]) -> dic
         identity: what the name stands for.
 
     Raises:
-        ValueError: a file is of another run, or damaged elsewhere than at its end.
+        UserError: a file is of another run, or damaged elsewhere than at its end.
     """
     _check_identity(folder, run, identity)
     found: dict[str, Row] = {}
@@ -59,7 +60,7 @@ def _check_identity(folder: Path, run: str, identity: Mapping[str, Any]) -> None
     if before.get("run") != run:
         differ = [f"{key} {before.get(key)} instead of {value}" for key, value in identity.items()
                   if before.get(key) != value]  # fmt: skip
-        raise ValueError(f"{folder}: has predictions of another run ({'; '.join(differ)}); give another --out")
+        raise UserError(f"{folder}: has predictions of another run ({'; '.join(differ)}); give another --out")
 
 
 def _rows(path: Path, run: str) -> list[Row]:
@@ -75,9 +76,9 @@ def _rows(path: Path, run: str) -> list[Row]:
         except (ValueError, KeyError, TypeError):
             known = False
         if not known:
-            raise ValueError(f"{path}: line {number} is no prediction; delete the line, and it will be made again")
+            raise UserError(f"{path}: line {number} is no prediction; delete the line, and it will be made again")
         if row.get("run") != run:
-            raise ValueError(f"{path}: line {number} is of run {row.get('run')}, not of {run}; give another --out")
+            raise UserError(f"{path}: line {number} is of run {row.get('run')}, not of {run}; give another --out")
         rows.append(row)
     return rows
 

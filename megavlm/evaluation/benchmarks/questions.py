@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megavlm.config.errors import RecipeError
+from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt, encode_text
 from megavlm.data.schema import Turn, check_text
@@ -41,7 +41,7 @@ def make_questions(
     A question whose text has a control token (it would forge turns or pictures) is kept with its ``problem``.
 
     Raises:
-        ValueError: a prompt shows more or fewer pictures than its question has.
+        UserError: a prompt shows more or fewer pictures than its question has.
         RecipeError: prompts with their longest answers are longer than a pack.
     """
     # After "Answer:" the letter comes with its space, as in Qwen-VL's evaluation; a turn begins with the letter.
@@ -52,7 +52,7 @@ def make_questions(
         options = tuple(letters[: len(item.choices)])
         try:
             tokens, problem = _encode(text, tokenizer, recipe, chat), ""
-        except ValueError as error:
+        except UserError as error:
             tokens, problem = np.zeros(0, np.int64), str(error)
         questions.append(Question(item, text, tokens, options, problem))
     _check_lengths(questions, max_new_tokens, recipe.data.sequence_length)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -131,7 +132,7 @@ def render(benchmark: Benchmark, item: Item) -> str:
     """Return the text of a prompt; every picture is an :data:`IMAGE_PLACEHOLDER`.
 
     Raises:
-        ValueError: it shows more or fewer pictures than the question has.
+        UserError: it shows more or fewer pictures than the question has.
     """
     template = benchmark.prompt if item.choices or not benchmark.open_prompt else benchmark.open_prompt
     text = template.format(
@@ -142,7 +143,7 @@ def render(benchmark: Benchmark, item: Item) -> str:
     )
     shown = text.count(IMAGE_PLACEHOLDER)
     if shown != len(item.pictures):
-        raise ValueError(f"question {item.id}: its prompt shows {shown} pictures, but it has {len(item.pictures)}")
+        raise UserError(f"question {item.id}: its prompt shows {shown} pictures, but it has {len(item.pictures)}")
     return text
 
 

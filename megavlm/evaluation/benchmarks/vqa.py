@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import listed, make_items, number, objects, picture_in, read_json, text, texts
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
@@ -16,8 +17,8 @@ def read_vqa(source: Source) -> list[Item]:
     Pictures are COCO's, ``COCO_val2014_000000000042.jpg``, in the image directory or a folder ``val2014`` in it.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not of this format, or a question has no annotation.
+        MissingFileError: a file is missing.
+        UserError: a file is not of this format, or a question has no annotation.
     """
     questions = read_json(source.data, dict)
     # Questions of test-dev2015 are about the pictures of test2015.
@@ -28,7 +29,7 @@ def read_vqa(source: Source) -> list[Item]:
         key = number(entry, "question_id")
         found = answered.get(key, {})
         if source.answers and not found:
-            raise ValueError(f"question {key} has no annotation")
+            raise UserError(f"question {key} has no annotation")
         name = f"COCO_{subset}_{number(entry, 'image_id'):012d}.jpg"
         nested = source.images / subset / name
         yield Item(
@@ -51,20 +52,20 @@ def _annotations(source: Source) -> dict[int, Any]:
         name = source.data.name.replace("OpenEnded_", "").replace("questions", "annotations")
         path = source.data.with_name(name)
         if path == source.data or not path.is_file():
-            raise FileNotFoundError(f"no answers: {path} is not there; give --annotations FILE, or --predict-only")
+            raise MissingFileError(f"no answers: {path} is not there; give --annotations FILE, or --predict-only")
     found = listed(path, read_json(path, dict), "annotations")
     try:
         return {number(entry, "question_id"): entry for entry in found}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_textvqa(source: Source) -> list[Item]:
     """Read ``TextVQA_0.5.1_val.json`` (textvqa.org); pictures are ``IMAGE_ID.jpg``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(entry: Any) -> Iterator[Item]:
@@ -83,8 +84,8 @@ def read_vizwiz(source: Source) -> list[Item]:
     """Read VizWiz's ``val.json`` (vizwiz.org, VQA task): a list with ``image``, ``question``, ``answers``.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(entry: Any) -> Iterator[Item]:
@@ -104,8 +105,8 @@ def read_gqa(source: Source) -> list[Item]:
     """Read ``testdev_balanced_questions.json`` (GQA, cs.stanford.edu): an object by question id.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(pair: tuple[str, Any]) -> Iterator[Item]:

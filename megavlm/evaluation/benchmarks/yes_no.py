@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import make_items, picture_in, read_lines, text
 from megavlm.evaluation.benchmarks.spec import Item, Source
 
@@ -20,11 +21,11 @@ def read_mme(source: Source) -> list[Item]:
     of a picture has a line per question: question, tab, Yes or No. The questions of a picture are one unit.
 
     Raises:
-        FileNotFoundError: the folder is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the folder is missing.
+        UserError: it is not of this format.
     """
     if not source.data.is_dir():
-        raise FileNotFoundError(f"{source.data}: MME's folder, with a folder per sub-task, is not there")
+        raise MissingFileError(f"{source.data}: MME's folder, with a folder per sub-task, is not there")
     inner = source.data / _INNER
     root = inner if inner.is_dir() else source.data
     files = []
@@ -43,7 +44,7 @@ def read_mme(source: Source) -> list[Item]:
         for index, line in enumerate(lines):
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip().lower() not in ("yes", "no"):
-                raise ValueError(f"line {index + 1} is not a question, a tab, and Yes or No")
+                raise UserError(f"line {index + 1} is not a question, a tab, and Yes or No")
             unit = f"{task.name}/{path.stem}"
             answers = (answer.strip().lower(),)
             yield Item(f"{unit}#{index}", question.strip(), (picture,), answers, kind=task.name, unit=unit)
@@ -55,15 +56,15 @@ def read_pope(source: Source) -> list[Item]:
     """Read ``coco_pope_adversarial.json`` and its like (AoiDragon/POPE): JSON lines of COCO's val2014.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not of this format.
+        MissingFileError: the file is missing.
+        UserError: it is not of this format.
     """
 
     def make(pair: tuple[int, Any]) -> Iterator[Item]:
         index, entry = pair
         label = text(entry, "label", "").lower()
         if source.answers and label not in ("yes", "no"):
-            raise ValueError(f"'label' is {label!r}, which is not yes or no")
+            raise UserError(f"'label' is {label!r}, which is not yes or no")
         yield Item(
             id=text(entry, "question_id", str(index)),
             question=text(entry, "text"),

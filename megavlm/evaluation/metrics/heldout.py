@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 Box = tuple[int, int, int, int]
 """``(x1, y1, x2, y2)`` in thousandths of the picture's sides."""
 
@@ -49,7 +51,7 @@ def box_hit(prediction: str, answer: str, threshold: float = 0.5) -> bool:
     """Whether the first box predicted overlaps the answer's first by IoU >= ``threshold``."""
     predicted, expected = parse_boxes(prediction), parse_boxes(answer)
     if not expected:
-        raise ValueError(f"the answer has no box: {answer!r}")
+        raise UserError(f"the answer has no box: {answer!r}")
     return bool(predicted) and box_iou(predicted[0][1], expected[0][1]) >= threshold
 
 

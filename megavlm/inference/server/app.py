@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import Turn
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request, shown
@@ -71,7 +72,7 @@ class Service:
         """
         try:
             asked = self.model.encoded(asked)
-        except ValueError as error:
+        except UserError as error:
             raise bad_request(str(error), "messages") from None
         assert asked.tokens is not None
         count = len(asked.tokens)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+from megavlm.config.errors import UserError
+
 _MOST = 600
 """Characters of a message, and of a parameter's name: what was sent is not sent back."""
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
 
-class ApiError(ValueError):
+class ApiError(UserError):
     """What a client did wrong, or what the server cannot do now.
 
     Args:

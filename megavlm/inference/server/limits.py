@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.config.errors import UserError
 from megavlm.data.images import MAX_PIXELS
 
 _LONGEST = 86_400
@@ -14,7 +15,7 @@ class Limits:
     """What a request may take.
 
     Raises:
-        ValueError: a limit is below 1, or larger than can be kept.
+        UserError: a limit is below 1, or larger than can be kept.
     """
 
     batch: int = 8
@@ -40,11 +41,11 @@ class Limits:
         """Check them."""
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.seconds > _LONGEST:
-            raise ValueError(f"--seconds must be at most {_LONGEST}, which is a day, not {self.seconds}")
+            raise UserError(f"--seconds must be at most {_LONGEST}, which is a day, not {self.seconds}")
         if self.pixels > MAX_PIXELS:
-            raise ValueError(f"--pixels must be at most {MAX_PIXELS}, which the decoder takes, not {self.pixels}")
+            raise UserError(f"--pixels must be at most {MAX_PIXELS}, which the decoder takes, not {self.pixels}")
 
     @property
     def slots(self) -> int:

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import check_unicode
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        FileNotFoundError: the checkpoint is missing.
-        ValueError: the recipe does not fit this job, an argument is out of its range, the address cannot be
+        MissingFileError: the checkpoint is missing.
+        UserError: the recipe does not fit this job, an argument is out of its range, the address cannot be
             listened on, or a package is missing.
     """
     if args.name is not None:
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     defaults = Sampling(args.temperature, top_p=args.top_p)
     for package, extra in (("fastapi", "serve"), ("uvicorn", "serve"), *([("nicegui", "web")] if args.web else [])):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"the package {package} is missing: pip install 'megavlm[{extra}]'")
+            raise UserError(f"the package {package} is missing: pip install 'megavlm[{extra}]'")
     recipe, checkpoint, tokenizer = model_of(args)
     name = args.name or name_of(args.checkpoint)
     bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
@@ -107,7 +108,7 @@ def _lead(
     """Answer until SIGTERM or SIGINT, on rank 0.
 
     Raises:
-        ValueError: something else has begun to listen there.
+        UserError: something else has begun to listen there.
     """
     from megavlm.inference.server.app import Service, make_app  # noqa: PLC0415 - optional packages
     from megavlm.inference.server.worker import Worker  # noqa: PLC0415
@@ -128,7 +129,7 @@ def _lead(
         logger.info("serving %s on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
         try:
             worker.run()
-        except ValueError as error:  # of the model's work, not of the command line
+        except UserError as error:  # of the model's work, not of the command line
             raise RuntimeError(f"the model cannot go on: {error}") from error
     logger.info("stopped after %d answers", worker.answered)
 
@@ -148,7 +149,7 @@ def _ending_together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError):
+        if isinstance(error, UserError):
             raise
         if is_lost_peer(error):
             logger.error("another process of this job is gone, and with it a part of the model: the server ends")
@@ -172,7 +173,7 @@ def _bind(host: str, port: int) -> socket.socket:
     """Return a socket that has the address; clients are refused until the model is there.
 
     Raises:
-        ValueError: the address cannot be had.
+        UserError: the address cannot be had.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -189,7 +190,7 @@ def _listening(bound: socket.socket, host: str, port: int) -> Iterator[None]:
     """Listen during the block.
 
     Raises:
-        ValueError: another process has begun to.
+        UserError: another process has begun to.
     """
     try:
         bound.listen(128)
@@ -201,7 +202,7 @@ def _listening(bound: socket.socket, host: str, port: int) -> Iterator[None]:
 
 def _taken(host: str, port: int, error: Exception) -> ValueError:
     reason = getattr(error, "strerror", None) or error
-    return ValueError(f"--host {host} --port {port}: cannot listen there: {reason}")
+    return UserError(f"--host {host} --port {port}: cannot listen there: {reason}")
 
 
 class _http:  # noqa: N801 - a context

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn, check_unicode
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request, shown
@@ -144,7 +145,7 @@ def _sampling(body: dict[str, Any], defaults: Sampling) -> Sampling:
         )
     except ApiError:
         raise
-    except ValueError as error:
+    except UserError as error:
         raise bad_request(str(error), str(error).partition(":")[0]) from None
 
 
@@ -285,6 +286,6 @@ def _text(text: str, where: str, role: str) -> str:
         raise bad_request(f"{where}: text may not hold <img> or </img>; send a picture as an image_url part", where)
     try:
         check_unicode(text, f"{where}: the text")
-    except ValueError as error:
+    except UserError as error:
         raise bad_request(str(error), where) from None
     return text

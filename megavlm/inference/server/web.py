@@ -18,6 +18,7 @@ from nicegui import events, ui
 from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megavlm.config.errors import UserError
 from megavlm.data.images import decode_with_pil
 from megavlm.data.schema import Turn
 from megavlm.inference.boxes import draw_boxes
@@ -206,7 +207,7 @@ class _Conversation:
         self._show_busy(True)
         try:
             await self._ask(text)
-        except ValueError as error:  # also what the API would answer
+        except UserError as error:  # also what the API would answer
             _complain(str(error))
         except asyncio.CancelledError:  # by leave()
             return
@@ -218,7 +219,7 @@ class _Conversation:
         """Ask.
 
         Raises:
-            ValueError: it cannot be answered; the conversation stays as it was.
+            UserError: it cannot be answered; the conversation stays as it was.
         """
         service, shown = self.service, list(self.waiting)
         question = user_turn(text, len(shown))

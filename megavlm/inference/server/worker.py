@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from megavlm.config.errors import UserError
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request
 from megavlm.inference.server.stops import StopScanner
@@ -239,7 +240,7 @@ class Worker:
 
 def _failed(error: Exception) -> ApiError:
     """Return what the client of an answer is told that ended with ``error``."""
-    if isinstance(error, ValueError) and not isinstance(error, NotFiniteError):
+    if isinstance(error, UserError) and not isinstance(error, NotFiniteError):
         return bad_request(str(error), "messages")
     logger.error("an answer failed: %s", error)
     why = str(error) if isinstance(error, NotFiniteError) else "the model failed; the server's log says why"

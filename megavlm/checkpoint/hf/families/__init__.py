@@ -14,6 +14,7 @@ from megavlm.checkpoint.hf.families.qwen import (
 from megavlm.checkpoint.hf.families.vit import ClipFamily, SiglipFamily
 from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.source import Source
+from megavlm.config.errors import UserError
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -35,7 +36,7 @@ def detect(source: Source) -> Family:
     """Return the family of a checkpoint.
 
     Raises:
-        ValueError: it is of none.
+        UserError: it is of none.
     """
     for family in FAMILIES.values():
         if family.detect(source):
@@ -45,4 +46,4 @@ def detect(source: Source) -> Family:
         f"model_type {kind!r} of its config.json" if kind else "it has no config.json with a model_type, and its names"
     )
     known = "; ".join(f"{family.name} ({family.title})" for family in FAMILIES.values())
-    raise ValueError(f"{source.path}: {what} belongs to no family that is known here: {known}")
+    raise UserError(f"{source.path}: {what} belongs to no family that is known here: {known}")

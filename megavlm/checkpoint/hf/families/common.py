@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megavlm.checkpoint.hf.rules import CONCAT, QKV, QKV_BLOCKS, SPLIT3, TRANSPOSE, Aside, Table, both, row
+from megavlm.config.errors import UserError
 
 QWEN_LANGUAGE = Table(
     part="language",
@@ -157,10 +158,10 @@ def need(config: Mapping[str, Any], key: str, where: str) -> Any:
     """Return ``config[key]``.
 
     Raises:
-        ValueError: there is no such key.
+        UserError: there is no such key.
     """
     if config.get(key) is None:
-        raise ValueError(f"{where}: has no {key!r}, which the model's shape follows from")
+        raise UserError(f"{where}: has no {key!r}, which the model's shape follows from")
     return config[key]
 
 
@@ -168,9 +169,9 @@ def expect(config: Mapping[str, Any], where: str, **values: Any) -> None:
     """Check keys that the model here has one value for.
 
     Raises:
-        ValueError: a key has another value.
+        UserError: a key has another value.
     """
     for key, value in values.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if key in config and config[key] is not None and config[key] not in allowed:
-            raise ValueError(f"{where}: {key} is {config[key]!r}; only {' or '.join(map(repr, allowed))} is supported")
+            raise UserError(f"{where}: {key} is {config[key]!r}; only {' or '.join(map(repr, allowed))} is supported")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megavlm.checkpoint.hf.families.common import expect, need
+from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
 
 Tree = dict[str, Any]
@@ -15,7 +16,7 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
     """Return the recipe's ``model.language`` of a Qwen v1 ``config.json``.
 
     Raises:
-        ValueError: a key is missing, or has a value that the model here does not know.
+        UserError: a key is missing, or has a value that the model here does not know.
     """
     expect(config, where, no_bias=True, rotary_pct=1.0, scale_attn_weights=True)
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
@@ -80,7 +81,7 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
     """Return the recipe's ``model.language`` of a Llama, Qwen2 or Qwen3 ``config.json``.
 
     Raises:
-        ValueError: a key is missing, or has a value that the model here does not know.
+        UserError: a key is missing, or has a value that the model here does not know.
     """
     kind = config.get("model_type", "llama")
     expect(
@@ -119,7 +120,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[int, str | None, float
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     if base != int(base):
-        raise ValueError(f"{where}: rope_theta {base} is no whole number")
+        raise UserError(f"{where}: rope_theta {base} is no whole number")
     expect({"rope_type": kind}, where, rope_type=("default", "linear", "llama3"))
     if kind == "default":
         return int(base), None, 1.0

@@ -13,6 +13,7 @@ from typing import Any
 from megavlm.checkpoint.hf.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.checkpoint.hf.source import Source
 from megavlm.checkpoint.paths import read_json
+from megavlm.config.errors import UserError
 from megavlm.config.schema import VisionConfig
 
 Tree = dict[str, Any]
@@ -30,7 +31,7 @@ def normalisation(source: Source, image_size: int) -> Tree:
         image_size: of its tower, by config.json.
 
     Raises:
-        ValueError: two files disagree, a value is none, or pixels are treated in a way that is not done here.
+        UserError: two files disagree, a value is none, or pixels are treated in a way that is not done here.
     """
     found: Tree = {}
     for name in (PREPROCESSOR, PROCESSOR):
@@ -38,18 +39,18 @@ def normalisation(source: Source, image_size: int) -> Tree:
         tree = read_json(path) if path.is_file() else {}
         tree = tree.get("image_processor", {}) if name == PROCESSOR else tree
         if not isinstance(tree, Mapping):
-            raise ValueError(f"{path}: image_processor is no object; restore the file")
+            raise UserError(f"{path}: image_processor is no object; restore the file")
         one = _numbers(tree, str(path))
         for key, value in one.items():
             if found.get(key, value) != value:
-                raise ValueError(
+                raise UserError(
                     f"{path}: {key} is {list(value)}, but {source.directory / PREPROCESSOR} says {list(found[key])}; "
                     "correct one"
                 )
         found |= one
         size = _final_size(tree)
         if size is not None and size != (image_size, image_size):
-            raise ValueError(
+            raise UserError(
                 f"{path}: makes pictures of {size[0]} x {size[1]}, but config.json's tower is for {image_size} x "
                 f"{image_size}; correct one"
             )
@@ -64,7 +65,7 @@ def _numbers(tree: Mapping[str, Any], where: str) -> Tree:
         or not isinstance(scale, int | float)
         or not math.isclose(scale * 255, 1, rel_tol=1e-3)
     ):
-        raise ValueError(
+        raise UserError(
             f"{where}: pixels must be divided by 255 (do_rescale, rescale_factor); others are not supported"
         )
     if tree.get("do_normalize") is False:
@@ -77,7 +78,7 @@ def _numbers(tree: Mapping[str, Any], where: str) -> Tree:
         value = [value] * 3 if isinstance(value, int | float) else value
         good = isinstance(value, list) and len(value) == 3 and all(_number(one) for one in value)
         if not good or (key == "image_std" and min(value) <= 0):
-            raise ValueError(f"{where}: {key} is {str(value)[:60]}; it must be three numbers, one per colour")
+            raise UserError(f"{where}: {key} is {str(value)[:60]}; it must be three numbers, one per colour")
         numbers[key] = [float(one) for one in value]
     return numbers
 

@@ -21,6 +21,7 @@ from megavlm.checkpoint.hf.families.towers import CLIP_MEAN, CLIP_STD, qwen_visi
 from megavlm.checkpoint.hf.family import Family, Tree, config_file
 from megavlm.checkpoint.hf.rules import Aside, Table
 from megavlm.checkpoint.hf.source import Source
+from megavlm.config.errors import UserError
 from megavlm.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 
 _HEAD_DIM = 128  # the original code's resampler has hidden_size / 128 heads
@@ -81,7 +82,7 @@ class QwenVLFamily(QwenFamily):
         vision = qwen_vision(visual, rows, where)
         connector = _resampler(source, RESAMPLER.prefix, visual.get("n_queries"))
         if visual.get("output_dim", language["hidden_size"]) != language["hidden_size"]:
-            raise ValueError(f"{where}: visual.output_dim is not hidden_size; the resampler ends in the language model")
+            raise UserError(f"{where}: visual.output_dim is not hidden_size; the resampler ends in the language model")
         return {"vision": vision, "connector": connector, "language": language}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
@@ -133,13 +134,11 @@ def _resampler(source: Source, prefix: str, queries: int | None) -> Tree:
     """Return the connector branch of a resampler.
 
     Raises:
-        ValueError: the number of queries is not what the configuration says.
+        UserError: the number of queries is not what the configuration says.
     """
     rows, width = source.shape(prefix + "attn_pool.query")
     if queries is not None and rows != queries:
-        raise ValueError(
-            f"{source.path}: {prefix}attn_pool.query has {rows} rows, config.json says n_queries {queries}"
-        )
+        raise UserError(f"{source.path}: {prefix}attn_pool.query has {rows} rows, config.json says n_queries {queries}")
     return {"preset": "resampler", "num_queries": rows, "head_dim": min(_HEAD_DIM, width)}
 
 
@@ -223,7 +222,7 @@ def projector_branch(source: Source, prefix: str) -> Tree:
     """Return the connector branch of an ``mm_projector``, from its names and shapes.
 
     Raises:
-        ValueError: its names are those of no connector here.
+        UserError: its names are those of no connector here.
     """
     if prefix + "attn_pool.query" in source:
         return _resampler(source, prefix, None)
@@ -232,7 +231,7 @@ def projector_branch(source: Source, prefix: str) -> Tree:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.weight")
     numbers = sorted(int(match[1]) for name in source.tensors if (match := pattern.fullmatch(name)))
     if not numbers or numbers != list(range(0, 2 * len(numbers), 2)):
-        raise ValueError(f"{source.path}: the names under {prefix} are neither a resampler, nor linear, nor mlpNx_gelu")
+        raise UserError(f"{source.path}: the names under {prefix} are neither a resampler, nor linear, nor mlpNx_gelu")
     return {"preset": f"mlp{len(numbers)}x_gelu"}
 
 

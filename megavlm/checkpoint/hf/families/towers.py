@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megavlm.checkpoint.hf.families.common import expect, need
+from megavlm.config.errors import UserError
 from megavlm.config.schema import VisionConfig
 
 Tree = dict[str, Any]
@@ -25,11 +26,11 @@ def qwen_vision(visual: Mapping[str, Any], rows: int, where: str) -> Tree:
         where: the file, for messages.
 
     Raises:
-        ValueError: a key is missing, or the table is not that of a square grid.
+        UserError: a key is missing, or the table is not that of a square grid.
     """
     width, grid = need(visual, "width", where), math.isqrt(rows)
     if grid**2 != rows:
-        raise ValueError(f"{where}: a positional table with {rows} rows, which is no square grid")
+        raise UserError(f"{where}: a positional table with {rows} rows, which is no square grid")
     return {
         "preset": "openclip_vit_bigg",
         "image_size": need(visual, "image_size", where),
@@ -76,7 +77,7 @@ def transformers_vision(config: Mapping[str, Any], feature_layer: int | str, whe
         where: the file, for messages.
 
     Raises:
-        ValueError: a key is missing, or has a value that the model here does not know.
+        UserError: a key is missing, or has a value that the model here does not know.
     """
     kind = config.get("model_type", "clip_vision_model")
     clip = kind.startswith("clip")
@@ -113,13 +114,13 @@ def layers_that_run(layers: int, feature_layer: Any, where: str) -> int:
     """Return how many layers lie below the features that are taken.
 
     Raises:
-        ValueError: ``feature_layer`` is a list, or outside of the tower.
+        UserError: ``feature_layer`` is a list, or outside of the tower.
     """
     if not isinstance(feature_layer, int):
-        raise ValueError(f"{where}: vision_feature_layer {feature_layer!r}; features of one layer only are supported")
+        raise UserError(f"{where}: vision_feature_layer {feature_layer!r}; features of one layer only are supported")
     count = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
     if not 0 < count <= layers:
-        raise ValueError(f"{where}: vision_feature_layer {feature_layer} is outside of the tower's {layers} layers")
+        raise UserError(f"{where}: vision_feature_layer {feature_layer} is outside of the tower's {layers} layers")
     return count
 
 
