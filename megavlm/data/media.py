@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ class PlanKind:
 
     name: str
     build: Callable[[ModelConfig], ImagePlan]
-    """Makes the plan of a model; what is wrong with the keys it says by :class:`ValueError`."""
+    """Makes the plan of a model; what is wrong with the keys it says by :class:`UserError`."""
     keys: tuple[str, ...] = ()
     """Keys of ``model.image`` that it looks at, besides kind and resample."""
 
@@ -228,15 +229,15 @@ def register_plan(name: str, build: Callable[[ModelConfig], ImagePlan], keys: Se
 
     Args:
         name: What recipes call it.
-        build: Makes the plan of a model from ``model.image`` and the other branches; a ``ValueError`` of it names the
+        build: Makes the plan of a model from ``model.image`` and the other branches; a ``UserError`` of it names the
             key, the rule and the remedy.
         keys: Keys of ``model.image`` that it looks at, besides kind and resample; others are refused.
 
     Raises:
-        ValueError: The name is taken.
+        UserError: The name is taken.
     """
     if name in _KINDS:
-        raise ValueError(f"image plan {name!r} is registered twice")
+        raise UserError(f"image plan {name!r} is registered twice")
     _KINDS[name] = PlanKind(name, build, tuple(keys))
 
 
@@ -247,22 +248,21 @@ def plan_kinds() -> dict[str, PlanKind]:
     return dict(_KINDS)
 
 
-@functools.lru_cache(maxsize=64)
 def plan_of(model: ModelConfig) -> ImagePlan:
     """Return the image plan of a model.
 
     Raises:
-        ValueError: The keys of ``model.image`` make none; the message starts with the key.
+        UserError: The keys of ``model.image`` make none; the message starts with the key.
     """
     image, kinds = model.image, plan_kinds()
     if image.kind not in kinds:
-        raise ValueError(f"model.image.kind: no image plan {image.kind!r}; there are {', '.join(sorted(kinds))}")
+        raise UserError(f"model.image.kind: no image plan {image.kind!r}; there are {', '.join(sorted(kinds))}")
     kind = kinds[image.kind]
     for field in dataclasses.fields(image):
         if field.name in ("kind", "resample", *kind.keys) or getattr(image, field.name) == _default(image, field.name):
             continue
         takers = [one.name for one in kinds.values() if field.name in one.keys]
-        raise ValueError(
+        raise UserError(
             f"model.image.{field.name}: {image.kind} does not have this key ({', '.join(takers)} "
             f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
         )
@@ -277,7 +277,7 @@ def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
     """Return the colour that ``model.image.fill`` names, or its kind's own.
 
     Raises:
-        ValueError: It is no colour.
+        UserError: It is no colour.
     """
     fill = otherwise if model.image.fill is None else model.image.fill
     if fill == "mean":
@@ -286,7 +286,7 @@ def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
         return red, green, blue
     assert not isinstance(fill, str)
     if not all(0 <= value <= 255 for value in fill):
-        raise ValueError(f"model.image.fill: {list(fill)} is not a colour; give red, green and blue from 0 to 255")
+        raise UserError(f"model.image.fill: {list(fill)} is not a colour; give red, green and blue from 0 to 255")
     return fill
 
 
@@ -294,11 +294,11 @@ def feature_side(model: ModelConfig, kind: str) -> int:
     """Return the side of the square of features that a view becomes.
 
     Raises:
-        ValueError: Tower and connector make no square with the patches' order.
+        UserError: Tower and connector make no square with the patches' order.
     """
     side = math.isqrt(model.tokens_per_view)
     if side * side != model.tokens_per_view or model.connector.num_queries is not None:
-        raise ValueError(
+        raise UserError(
             f"model.image.kind: {kind} puts the features of tiles together to one picture, but the connector "
             f"{model.connector.preset!r} does not keep them where their patches are; take linear or mlp2x_gelu, or "
             "another image plan"

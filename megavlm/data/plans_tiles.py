@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.config.errors import UserError
 from megavlm.data.media import (
     Box,
     Canvas,
@@ -226,17 +227,17 @@ def _pinpoints(model: ModelConfig, default: Sequence[tuple[int, int]]) -> Pinpoi
     given = model.image.pinpoints or tuple((rows * side, columns * side) for rows, columns in default)
     for position, (height, width) in enumerate(given):
         if height < side or width < side or height % side or width % side:
-            raise ValueError(
+            raise UserError(
                 f"model.image.pinpoints.{position}: {height} x {width} is not made of tiles of {side} pixels "
                 "(model.vision.image_size); give multiples of it"
             )
         if (height // side) * (width // side) > _MOST_TILES:
-            raise ValueError(
+            raise UserError(
                 f"model.image.pinpoints.{position}: {height} x {width} is {(height // side) * (width // side)} tiles; "
                 f"at most {_MOST_TILES} are possible"
             )
     if len(given) > _MAX_PINPOINTS:
-        raise ValueError(f"model.image.pinpoints: {len(given)} resolutions; give at most {_MAX_PINPOINTS}")
+        raise UserError(f"model.image.pinpoints: {len(given)} resolutions; give at most {_MAX_PINPOINTS}")
     return tuple(given)
 
 
@@ -261,14 +262,14 @@ def tile_limits(model: ModelConfig, most: int) -> tuple[int, int]:
     """Return ``model.image.min_tiles`` and ``max_tiles``, or 1 and ``most``.
 
     Raises:
-        ValueError: They are no limits.
+        UserError: They are no limits.
     """
     image = model.image
     low, high = image.min_tiles or 1, image.max_tiles or most
     if high > _MOST_TILES:
-        raise ValueError(f"model.image.max_tiles: {high} tiles; at most {_MOST_TILES} are possible")
+        raise UserError(f"model.image.max_tiles: {high} tiles; at most {_MOST_TILES} are possible")
     if low > high:
-        raise ValueError(f"model.image.min_tiles: {low} is more than model.image.max_tiles ({high}); lower it")
+        raise UserError(f"model.image.min_tiles: {low} is more than model.image.max_tiles ({high}); lower it")
     return low, high
 
 
