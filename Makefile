@@ -49,7 +49,7 @@ test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
 
 # What Megatron-Core's version can change: layers, layouts, optimizer, checkpoints, and those of one with the other.
 SHORT := tests/parallel tests/models/test_vlm.py tests/training/test_layouts.py tests/training/test_optimizer.py \
-  tests/training/test_other_megatron.py tests/checkpoint/test_round_trips.py tests/checkpoint/test_safe.py \
+  tests/training/test_other_megatron.py tests/families/test_round_trips.py tests/checkpoint/test_safe.py \
   tests/checkpoint/test_publish.py
 test-312: ## a short set of tests on Python 3.12 with Megatron-Core 0.19 (installs 3 GB: its torch is a CUDA build)
 	OTHER_PYTHON="$${OTHER_PYTHON-$$(test -x .venv/bin/python && realpath -s .venv/bin/python)}" \

@@ -55,8 +55,8 @@ def make_recipe(mode: str, hidden: int, layers: int) -> Any:
     """Return the recipe of one way to fine-tune."""
     from pydantic import TypeAdapter
 
+    from megavlm.architectures.registry import expand_presets
     from megavlm.config.schema import Recipe
-    from megavlm.models.registry import expand_presets
 
     freeze = {"freeze": True}
     tree = {
@@ -85,10 +85,10 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
     import numpy as np
     import torch
 
+    from megavlm.architectures.adapters import frozen_linears
     from megavlm.checkpoint import distributed as checkpoint
     from megavlm.data.batch import Pack
     from megavlm.data.feed import micro_batch
-    from megavlm.models.language.adapters import frozen_linears
     from megavlm.parallel.cpu_layer import return_freed_memory
     from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
@@ -135,8 +135,8 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
 
 def qwen_vl_recipe(kind: str, tokens: int, *, tiny: bool, recompute: str = "selective") -> Any:
     """Return the shipped recipe on one GPU, with the authors' batch."""
+    from megavlm.architectures.registry import expand_presets
     from megavlm.config.load import load_recipe
-    from megavlm.models.registry import expand_presets
 
     name, more = QWEN_VL[kind]
     words = [
@@ -189,7 +189,7 @@ def quantise_random(language: Any) -> None:
     """Give the layers that wait for weights in 4 bits random ones."""
     import torch
 
-    from megavlm.models.language.adapters import frozen_linears
+    from megavlm.architectures.adapters import frozen_linears
     from megavlm.parallel.device import local_device
     from megavlm.parallel.lora import FrozenColumnParallelLinear
     from megavlm.parallel.nf4 import quantise

@@ -146,11 +146,11 @@ def _train_parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str]) -> int:
     """Check the recipe, then hand it to the training loop."""
+    from megavlm.architectures.registry import expand_presets
     from megavlm.checkpoint.paths import check_load, with_tokenizer_of_load
     from megavlm.config.checks import check_paths, check_recipe
     from megavlm.config.help import keys_help, to_yaml
     from megavlm.config.load import load_recipe
-    from megavlm.models.registry import expand_presets
 
     parser = _train_parser()
     if "-h" in words or "--help" in words:

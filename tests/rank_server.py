@@ -50,8 +50,9 @@ MODULES = (
     "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.profiler",
     "megavlm.cli", "megavlm.config.help", "megavlm.config.lora", "megavlm.training.main", "megavlm.training.loop",
     "megavlm.training.recorder", "megavlm.parallel.engine", "megavlm.checkpoint.hf.main", "megavlm.data.prepare",
-    "megavlm.models.vlm", "megavlm.models.connectors.resampler", "megavlm.models.connectors.mlp",
-    "megavlm.models.language.decoder", "megavlm.models.vision.vit", "megavlm.checkpoint.distributed",
+    "megavlm.models.vlm", "megavlm.architectures.connectors.resampler.build",
+    "megavlm.architectures.connectors.mlp.build", "megavlm.architectures.decoders.decoder.build",
+    "megavlm.architectures.towers.vit.build", "megavlm.checkpoint.distributed",
     "megavlm.evaluation.main", "megavlm.inference.main", "megavlm.inference.chat", "megavlm.inference.session",
 )  # fmt: skip
 

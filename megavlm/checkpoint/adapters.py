@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megavlm.architectures.adapters import frozen_linears
 from megavlm.checkpoint.base import holds_adapters
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.slots import Slot
@@ -15,7 +16,6 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
-from megavlm.models.language.adapters import frozen_linears
 from megavlm.parallel.lora import FrozenColumnParallelLinear
 from megavlm.parallel.nf4 import quantise
 

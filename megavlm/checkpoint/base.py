@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megavlm.checkpoint.paths import read_json, resolve
+from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
+from megavlm.weights.files import read_json
 
 RECORD = "adapter.json"
 

@@ -23,16 +23,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megavlm.architectures.adapters import has_adapters, is_adapter
 from megavlm.checkpoint import optimizer_state
 from megavlm.checkpoint.adapters import load_quantised, select
 from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.damage import check_shapes, check_state
 from megavlm.checkpoint.placement import parts
-from megavlm.checkpoint.safe import check_files, check_tensors, first_line, read_metadata
+from megavlm.checkpoint.safe import check_files, check_tensors, read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.errors import UserError
-from megavlm.models.language.adapters import has_adapters, is_adapter
+from megavlm.weights.pickles import first_line
 
 logger = logging.getLogger(__name__)
 

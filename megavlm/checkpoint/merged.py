@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.architectures.adapters import adapter_of
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.finite import check_finite, narrowed
@@ -22,7 +23,6 @@ from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import LoraConfig, ModelConfig
-from megavlm.models.language.adapters import adapter_of
 
 
 def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megavlm.checkpoint.kinds import what_is
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.weights.files import read_json
+from megavlm.weights.kinds import what_is
 
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
@@ -88,22 +88,6 @@ def read_run(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     return read_json(path / "run.json")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: it holds none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def read_tree(checkpoint: Path) -> dict[str, Any]:

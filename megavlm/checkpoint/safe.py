@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from megavlm.checkpoint.paths import read_json
 from megavlm.config.errors import UserError
 from megavlm.parallel.megatron_versions import CHECKPOINT_DEFAULTS
+from megavlm.weights.files import read_json
+from megavlm.weights.pickles import first_line, load_weights
 
 METADATA = ".metadata"
 _COMMON, _CONFIG = "common.pt", "metadata.json"
@@ -129,44 +130,9 @@ def check_tensors(checkpoint: Path, metadata: Metadata, keys: Iterable[str]) -> 
             )
 
 
-def load_weights(file: Path, *, mmap: bool = False) -> Any:
-    """Return what ``torch.save`` wrote to a file, without running anything from it.
-
-    Args:
-        file: the file.
-        mmap: map the tensors of the file instead of reading them, where its format allows that.
-
-    Raises:
-        MissingFileError: there is none.
-        UserError: it is damaged, or a pickle that names more than tensors and plain values.
-    """
-    try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        except RuntimeError:  # a file of before torch 1.6 is no zip archive and cannot be mapped
-            if not mmap:
-                raise
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise UserError(
-            f"{file}: damaged, or a pickle with more than tensors, which could run code"
-            f"{f' ({line})' if line else ''}; it was not opened"
-        ) from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{file}: truncated, or no weight file: {first_line(error)}") from None
-
-
 def behind(error: Exception) -> Exception:
     """Return the OSError that ``error`` follows from, or itself: torch's writer says something else of a full disk."""
     one: BaseException | None = error
     while one is not None and not isinstance(one, OSError):
         one = one.__cause__ or one.__context__
     return one if isinstance(one, OSError) else error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -34,19 +34,20 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
+from megavlm.architectures.adapters import trained_keys
 from megavlm.checkpoint import adapters, base, manifest, optimizer_state
 from megavlm.checkpoint import proof as proving
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.placement import misplaced
-from megavlm.checkpoint.safe import behind, first_line
+from megavlm.checkpoint.safe import behind
 from megavlm.checkpoint.slots import METADATA, model_state
 from megavlm.config.errors import MachineError, disk_problem
-from megavlm.models.language.adapters import trained_keys
 from megavlm.parallel.faults import fault
 from megavlm.parallel.lock import View
 from megavlm.parallel.megatron_versions import plan_save
 from megavlm.parallel.state import agreed, any_rank, is_reader
+from megavlm.weights.pickles import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
+from megavlm.architectures import registry
+from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.containers import sharded_state
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from megavlm.models import registry
 from megavlm.models.build import MODULES
-from megavlm.models.context import BuildContext
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints are saved: optimizer state as full tensors in the model's own shapes."""

@@ -54,7 +54,7 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("mlp.down_proj", _FC2),
     ),
 }
-"""By ``model.language.layer_names``. The tables of :mod:`megavlm.checkpoint.hf.families` name the same layers."""
+"""By ``model.language.layer_names``. The tables of :mod:`megavlm.families` name the same layers."""
 
 
 def targets_of(lora: LoraConfig, layer_names: str) -> tuple[Target, ...]:

@@ -1,7 +1,7 @@
 """The typed tree that a recipe fills: every key of ``megavlm train``, its type, default and meaning.
 
 The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
-Values that come from a preset have no default here; ``megavlm.models.registry`` fills them in first.
+Values that come from a preset have no default here; ``megavlm.architectures.registry`` fills them in first.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.hf.source import Source
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
@@ -34,6 +33,7 @@ from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
+from megavlm.weights.source import Source
 
 logger = logging.getLogger(__name__)
 

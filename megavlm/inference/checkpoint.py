@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
@@ -19,7 +20,6 @@ from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
 from megavlm.inference.sampling import Sampling
-from megavlm.models.registry import expand_presets
 
 _ALONE: dict[str, Any] = {
     "tensor_model_parallel_size": 1,

@@ -1,1 +1,1 @@
-"""Vision-language models built from Megatron-Core blocks. Presets are data: see :mod:`megavlm.models.registry`."""
+"""Vision-language models: towers, connectors and language models of :mod:`megavlm.architectures`, put together."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.module import Float16Module
 
+from megavlm.architectures.adapters import prepare_adapters
+from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModulesConfig, Recipe
-from megavlm.models.context import BuildContext
-from megavlm.models.language.adapters import prepare_adapters
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 from megavlm.parallel.device import local_device
 from megavlm.parallel.specs import use_transformer_engine

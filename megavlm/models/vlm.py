@@ -16,9 +16,9 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megavlm.architectures import registry
+from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
-from megavlm.models import registry
-from megavlm.models.context import BuildContext
 
 
 class VisionLanguageModel(MegatronModule):

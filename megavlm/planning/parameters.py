@@ -11,16 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm.architectures import registry
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
-from megavlm.models import registry
 from megavlm.planning.layout import Chunk, Layout
 
 _BUILDERS = {
-    "vision": {"megavlm.models.vision.vit"},
-    "connector": {"megavlm.models.connectors.resampler", "megavlm.models.connectors.mlp"},
-    "language": {"megavlm.models.language.decoder"},
+    "vision": {"megavlm.architectures.towers.vit.build"},
+    "connector": {"megavlm.architectures.connectors.resampler.build", "megavlm.architectures.connectors.mlp.build"},
+    "language": {"megavlm.architectures.decoders.decoder.build"},
 }
 _ALIGNMENT = 64
 """Elements to which the distributed optimizer's buffer aligns the start of each parameter."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.paths import read_run, resolve
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
@@ -27,7 +28,6 @@ from megavlm.config.schema import Recipe
 from megavlm.data import prepare
 from megavlm.data.tokenizer import train_sentencepiece
 from megavlm.evaluation.main import PANEL, PREDICTIONS, SCORES
-from megavlm.models.registry import expand_presets
 from megavlm.parallel.lock import LOCK_FILE, held
 from megavlm.parallel.output import try_writing
 from megavlm.parallel.processes import signalled_at_parents_end

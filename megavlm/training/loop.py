@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
+from megavlm.architectures.registry import CONNECTORS, LANGUAGE, VISION, Registry, expand_presets
 from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
@@ -31,7 +32,6 @@ from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.models.registry import CONNECTORS, LANGUAGE, VISION, Registry, expand_presets
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import View

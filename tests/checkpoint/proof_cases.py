@@ -342,8 +342,8 @@ def loaded(recipe: dict[str, Any], checkpoint: str, *, state: bool) -> str:
 
 def run_with_a_bad_save(words: list[str], step: int) -> tuple[int | None, str]:
     """Train as the command does, with a shifted moment in the save of one step; return exit code and error."""
+    from megavlm.architectures.registry import expand_presets
     from megavlm.config.load import load_recipe
-    from megavlm.models.registry import expand_presets
     from megavlm.training.main import run
 
     original = saver.save_preprocess

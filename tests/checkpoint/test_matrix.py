@@ -17,13 +17,13 @@ import torch
 from pydantic import TypeAdapter
 from run_cases import tensors
 
+from megavlm.architectures import registry
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.hf.shapes import alone
 from megavlm.checkpoint.manifest import is_proven
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.schema import ModelConfig
-from megavlm.models import registry
 
 VOCABULARY = 517
 # Sizes for what has such keys; four image tokens, as in ``tiny``'s packs.

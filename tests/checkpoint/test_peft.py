@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Qwen2Config
 
+from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.stream import CheckpointReader
@@ -25,7 +26,6 @@ from megavlm.config.help import to_yaml
 from megavlm.config.load import load_recipe
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.models.build import build_model, unwrap
-from megavlm.models.registry import expand_presets
 from megavlm.parallel.state import process_groups
 
 IMAGE = 119

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from megavlm.architectures.registry import expand_presets
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
-from megavlm.models.registry import expand_presets
 from megavlm.planning.layout import with_parallel
 
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -338,8 +338,8 @@ def test_rules_of_adapters(overrides, message, refused):
 
 
 def test_targets_are_the_names_of_the_families_tables():
-    from megavlm.checkpoint.hf.families.common import LLAMA_LANGUAGE, QWEN_LANGUAGE
     from megavlm.config.lora import LINEARS, TARGETS
+    from megavlm.families.common import LLAMA_LANGUAGE, QWEN_LANGUAGE
 
     for name, table in (("qwen", QWEN_LANGUAGE), ("llama", LLAMA_LANGUAGE)):
         rows = {

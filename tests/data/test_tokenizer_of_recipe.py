@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from megavlm import cli
+from megavlm.architectures.registry import expand_presets
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import TOKENIZER_FILES, find_tokenizer, with_tokenizer
 from megavlm.inference.checkpoint import recipe_of
-from megavlm.models.registry import expand_presets
 
 RECIPE = """\
 output_dir: {root}/run

@@ -31,9 +31,9 @@ prepare_device()
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
+from megavlm.architectures import context  # noqa: E402
+from megavlm.architectures.adapters import prepare_adapters  # noqa: E402
 from megavlm.checkpoint.slots import model_state  # noqa: E402
-from megavlm.models import context  # noqa: E402
-from megavlm.models.language.adapters import prepare_adapters  # noqa: E402
 from megavlm.models.vlm import build_chunks  # noqa: E402
 
 context.has_cuda = lambda: False  # weights are drawn on the CPU, which a device's random state would be needed for

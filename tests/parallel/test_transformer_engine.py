@@ -17,7 +17,7 @@ import pytest
 import torch
 from launch import ROOT
 
-from megavlm.models import registry
+from megavlm.architectures import registry
 
 # sys.modules says that it is not there: without a device the package is hidden from Megatron-Core.
 HERE = PathFinder.find_spec("transformer_engine") is not None and torch.version.cuda is not None

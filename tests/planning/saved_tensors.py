@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from megavlm.models.language.adapters import frozen_linears
+from megavlm.architectures.adapters import frozen_linears
 from megavlm.parallel.lora import FrozenColumnParallelLinear
 from megavlm.parallel.nf4 import quantise
 

@@ -13,8 +13,8 @@ from ranks import script
 from test_flops import resized
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
+from megavlm.architectures.registry import LANGUAGE
 from megavlm.config.errors import RecipeError
-from megavlm.models.registry import LANGUAGE
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import check_builders, chunk_parameters, static_bytes
@@ -148,8 +148,8 @@ def test_a_module_of_another_package_is_refused() -> None:
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
     """And quantised weights with the bytes that they really take."""
+    from megavlm.architectures.adapters import frozen_linears
     from megavlm.models.build import build_model, unwrap
-    from megavlm.models.language.adapters import frozen_linears
     from megavlm.parallel.nf4 import quantise
     from megavlm.parallel.state import process_groups
 

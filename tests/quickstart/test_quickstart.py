@@ -13,10 +13,10 @@ import pytest
 from launch import ROOT
 from ranks import megavlm
 
+from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
-from megavlm.models.registry import expand_presets
 from megavlm.parallel.lock import held
 from megavlm.quickstart.main import layout_for
 

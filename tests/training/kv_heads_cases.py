@@ -15,6 +15,7 @@ from lora_worker import fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
 
+from megavlm.architectures.registry import expand_presets  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
@@ -24,7 +25,6 @@ from megavlm.data.feed import MicroBatch, micro_batch  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
 from megavlm.inference.sampling import Sampling  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
-from megavlm.models.registry import expand_presets  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402

@@ -11,10 +11,10 @@ import torch
 from devices import DEVICE, Pretended, WrongDevice, pretended_device
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
+from megavlm.architectures.towers.vit.build import VisionTransformer
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.data.feed import micro_batch, share_packs
-from megavlm.models.vision.vit import VisionTransformer
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.optimizer import recipe_settings_kept

@@ -18,9 +18,9 @@ import torch
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megavlm.architectures import registry
 from megavlm.data.batch import Pack
 from megavlm.data.feed import micro_batch
-from megavlm.models import registry
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.step import run_batches

@@ -19,12 +19,12 @@ from ranks import script
 from run_data import RunData
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megavlm.architectures.context import BuildContext
+from megavlm.architectures.decoders.decoder.build import padded_vocab_size
+from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.models.build import MODULES, freeze
-from megavlm.models.context import BuildContext
-from megavlm.models.language.decoder import padded_vocab_size
-from megavlm.models.registry import expand_presets
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 
 # Facts page, A to C.

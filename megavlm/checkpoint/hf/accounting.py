@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megavlm.checkpoint.hf.family import Family
-from megavlm.checkpoint.hf.rules import Aside
 from megavlm.checkpoint.hf.shapes import Rule, find_aside, same_bits
-from megavlm.checkpoint.hf.source import Source
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
+from megavlm.families.family import Family
+from megavlm.weights.rules import Aside
+from megavlm.weights.source import Source
 
 _SHOWN = 5
 

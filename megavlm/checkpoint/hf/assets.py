@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.paths import read_json
 from megavlm.config.errors import UserError
 from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
+from megavlm.weights.files import read_json
 
 FOLDER = "hf"
 """Of a checkpoint's directory."""

@@ -14,24 +14,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm import __version__
+from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
-from megavlm.checkpoint.hf.families import detect
-from megavlm.checkpoint.hf.families.preprocessor import geometry
-from megavlm.checkpoint.hf.family import Family, config_file
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
-from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
+from megavlm.families.family import Family, config_file
+from megavlm.families.known import detect
+from megavlm.families.preprocessor import geometry
 from megavlm.models.build import MODULES
-from megavlm.models.context import BuildContext
+from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Given:
         Args:
             path: the directory or file.
             parts: what is taken of it; None for all.
-            feature_layer: see :class:`megavlm.checkpoint.hf.source.Source`.
+            feature_layer: see :class:`megavlm.weights.source.Source`.
 
         Raises:
             UserError: it is of no known family, or has not got the parts.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.base import RECORD, holds_adapters
-from megavlm.checkpoint.paths import read_json, read_run, resolve
+from megavlm.checkpoint.paths import read_run, resolve
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.weights.files import read_json
 
 Tree = dict[str, Any]
 
@@ -89,12 +90,12 @@ def _megatron(path: Path) -> Tree:
 
 
 def _hugging_face(path: Path) -> Tree:
-    from megavlm.checkpoint.hf.source import Source  # noqa: PLC0415 - torch
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415
+    from megavlm.weights.source import Source  # noqa: PLC0415 - torch
 
     source = Source(path)
     prepare_device()
-    from megavlm.checkpoint.hf.families import detect  # noqa: PLC0415
+    from megavlm.families.known import detect  # noqa: PLC0415
 
     try:
         family = detect(source)

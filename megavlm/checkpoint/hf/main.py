@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.architectures.registry import CONNECTORS, expand_presets, load_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.load import read_recipe
-from megavlm.models.registry import CONNECTORS, expand_presets, load_presets
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,8 @@ def run_incoming(args: argparse.Namespace) -> int:
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
-    from megavlm.checkpoint.hf.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
+    from megavlm.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
     parts = published_parts(args.hf) if args.hf is not None else {}

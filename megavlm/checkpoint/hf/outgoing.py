@@ -15,16 +15,11 @@ from tqdm import tqdm
 
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.hf.families import FAMILIES
-from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.checkpoint.hf.families.towers import LAST_HIDDEN_STATE
-from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
-from megavlm.checkpoint.hf.source import CONFIG, Source
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
-from megavlm.checkpoint.paths import read_json, read_tree
+from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import UserError
@@ -32,7 +27,13 @@ from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megavlm.families.family import Family
+from megavlm.families.known import FAMILIES
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
+from megavlm.families.towers import LAST_HIDDEN_STATE
 from megavlm.models.build import MODULES
+from megavlm.weights.files import read_json
+from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)
 

@@ -18,27 +18,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from megavlm.architectures.adapters import adapter_of
 from megavlm.checkpoint import manifest
 from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf import assets
-from megavlm.checkpoint.hf.family import Family
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
-from megavlm.checkpoint.kinds import what_is
 from megavlm.checkpoint.merged import recipe_branches
-from megavlm.checkpoint.paths import read_json, read_tree
+from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
-from megavlm.checkpoint.safe import load_weights
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS, TARGETS
 from megavlm.config.schema import LoraConfig, ModelConfig
-from megavlm.models.language.adapters import adapter_of
+from megavlm.families.family import Family
 from megavlm.parallel.lora import Adapter
+from megavlm.weights.files import read_json
+from megavlm.weights.kinds import what_is
+from megavlm.weights.pickles import load_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

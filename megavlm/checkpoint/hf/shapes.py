@@ -13,14 +13,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from megavlm.checkpoint.hf.family import Family
-from megavlm.checkpoint.hf.rules import Aside, Heads, Row
+from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.families.family import Family
 from megavlm.models.build import MODULES
-from megavlm.models.registry import expand_presets
 from megavlm.parallel.state import process_groups
+from megavlm.weights.rules import Aside, Heads, Row
 
 Tree = dict[str, Any]
 

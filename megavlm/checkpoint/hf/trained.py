@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.base import RECORD, holds_adapters
-from megavlm.checkpoint.hf.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
-from megavlm.checkpoint.hf.family import Family
-from megavlm.checkpoint.hf.source import CONFIG
 from megavlm.checkpoint.hf.template import SAMPLES, chatml
-from megavlm.checkpoint.paths import read_json, read_run
+from megavlm.checkpoint.paths import read_run
 from megavlm.config.schema import ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megavlm.families.family import Family
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
+from megavlm.weights.files import read_json
+from megavlm.weights.source import CONFIG
 
 Tree = dict[str, Any]
 _TOKENIZER, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

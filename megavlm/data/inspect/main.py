@@ -132,7 +132,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load_recipe(name: str) -> Recipe:
-    from megavlm.models.registry import expand_presets  # noqa: PLC0415
+    from megavlm.architectures.registry import expand_presets  # noqa: PLC0415
 
     path = Path(name)
     if path.is_dir() and name not in shipped_recipes():

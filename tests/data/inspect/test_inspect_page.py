@@ -18,6 +18,7 @@ from PIL import Image
 from tokenizer_files import write_llama, write_llava, write_qwen2, write_tiktoken
 
 from megavlm import cli
+from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation
@@ -28,7 +29,6 @@ from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
-from megavlm.models.registry import expand_presets
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;"
 HAN = "\u4e00\u53ea\u957f\u9888\u9e7f"

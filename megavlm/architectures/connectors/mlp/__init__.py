@@ -1,0 +1,1 @@
+"""One linear layer, or several with GELU between them."""

@@ -1,0 +1,69 @@
+"""LLaVA's connectors: one linear layer, or N linear layers with GELU between them (arXiv 2310.03744).
+
+Shape legend: N images, P patches of an image, W width of the tower, E width of the language model.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.nn.functional as F
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavlm.architectures.context import BuildContext
+from megavlm.config.schema import ModelConfig
+from megavlm.parallel.linear import column_linear, row_linear
+
+
+class MLPConnector(MegatronModule):
+    """[P, N, W] patch features to [P, N, E] image tokens, one per patch.
+
+    Layers alternate between column-parallel and row-parallel; with an odd number of them the last one's output
+    is gathered.
+    """
+
+    def __init__(self, model: ModelConfig, context: BuildContext) -> None:
+        width, embed = model.vision.hidden_size, model.language.hidden_size
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=embed,
+            num_attention_heads=model.language.num_attention_heads,
+            init_method_std=model.connector.init_method_std,
+            **context.transformer_settings("connector"),
+        )
+        super().__init__(config=config)
+        depth = _depth(model.connector.preset)
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            size_in = width if i == 0 else embed
+            if i % 2 == 0:
+                layers.append(
+                    column_linear(
+                        size_in, embed, config=config, init_method=config.init_method, gather_output=i == depth - 1
+                    )
+                )
+            else:
+                layers.append(row_linear(size_in, embed, config=config, init_method=config.init_method))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, features_PNW: Tensor) -> Tensor:
+        """Return [P, N, E] image tokens of [P, N, W] patch features."""
+        x = features_PNW
+        with get_fp8_context(self.config):  # nothing in bf16
+            for i, layer in enumerate(self.layers):
+                x = layer(x if i == 0 else F.gelu(x))[0]
+        return x
+
+
+def _depth(preset: str) -> int:
+    """Number of linear layers: 1 for ``linear``, N for ``mlpNx_gelu``."""
+    match = re.fullmatch(r"mlp([0-9]+)x_gelu", preset)
+    return int(match.group(1)) if match else 1
+
+
+def build(model: ModelConfig, context: BuildContext) -> MLPConnector:
+    """Build the connector (the function that every module of this folder has)."""
+    return MLPConnector(model, context)

@@ -1,0 +1,1 @@
+"""Learned queries that look at the patches."""

@@ -1,0 +1,135 @@
+"""Qwen v1, 2 and 3 and Llama on Megatron-Core's GPTModel: RMSNorm, rotary positions, gated SiLU MLP.
+
+What tells them apart is data: bias on QKV (Qwen v1, Qwen2), RMSNorm on queries and keys (Qwen3), key/value heads,
+tied embeddings, stretched rotary positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megavlm.architectures.adapters import adapted_linears
+from megavlm.architectures.context import BuildContext
+from megavlm.config.schema import LanguageConfig
+from megavlm.parallel.device import has_cuda
+from megavlm.parallel.rotary import PackRotary
+from megavlm.parallel.specs import block_submodules, layer_modules
+
+
+def transformer_config(language: LanguageConfig, context: BuildContext) -> TransformerConfig:
+    """Return the TransformerConfig of the language model, which also steers the pipeline schedule."""
+    parallel = context.parallel
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    full = parallel.recompute_granularity == "full"
+    shared = context.transformer_settings("language")
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=language.add_qkv_bias,
+        qk_layernorm=language.qk_layernorm,
+        init_method_std=language.init_method_std,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=context.dtype,
+        # Over gloo, outputs that were freed early and batched sends train wrongly (facts: Megatron on CPU, trap 4).
+        deallocate_pipeline_outputs=has_cuda(),
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
+        # Megatron's name for "the activation that the layer spec brings", which is ours: parallel/activation.py.
+        use_te_activation_func=not has_cuda() and not shared["bias_activation_fusion"],
+        **shared,
+    )
+
+
+def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
+    """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
+    multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
+    return -(-language.vocab_size // multiple) * multiple
+
+
+def _mask_padding(model: GPTModel, vocab_size: int) -> None:
+    """Take the rows that pad the vocabulary out of the softmax.
+
+    How many there are follows from TP; without this, the loss would too, and differ from the checkpoint's own.
+    """
+    layer = model.output_layer
+    rows = layer.output_size_per_partition
+    real = min(max(vocab_size - mpu.get_tensor_model_parallel_rank() * rows, 0), rows)
+
+    def mask(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        output[0][..., real:].fill_(float("-inf"))
+
+    if real < rows:
+        layer.register_forward_hook(mask)
+
+
+def build(
+    language: LanguageConfig,
+    context: BuildContext,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """Build the chunk of this pipeline stage (the function that every module of this folder has).
+
+    Args:
+        language: the recipe's ``model.language`` branch.
+        context: layout, number type, layer implementation.
+        pre_process: the chunk holds the embedding.
+        post_process: the chunk holds the final norm and the output layer.
+        vp_stage: index of the chunk on its stage, with a virtual pipeline.
+    """
+    config = transformer_config(language, context)
+    modules = layer_modules(
+        transformer_engine=context.transformer_engine,
+        causal=True,
+        qk_layernorm=language.qk_layernorm,
+        linears=adapted_linears(language, context.lora),
+        head_dim=language.kv_channels,
+    )
+    layers = get_num_layers_to_build(config, vp_stage)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_submodules(modules, layers),
+        vocab_size=padded_vocab_size(language, context),
+        max_sequence_length=language.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=language.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=language.rotary_base,
+        seq_len_interpolation_factor=language.rope_scaling_factor if language.rope_scaling == "linear" else None,
+        rope_scaling=language.rope_scaling == "llama3",
+        rope_scaling_factor=language.rope_scaling_factor,
+        # Image features are spliced in first; then the model scatters the sequence itself.
+        scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
+    )
+    if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
+        PackRotary.take_over(model.rotary_pos_emb)
+    if post_process:
+        _mask_padding(model, language.vocab_size)
+    return model

@@ -1,0 +1,1 @@
+"""A vision transformer on square images: Qwen-VL's, CLIP's and SigLIP's."""

@@ -1,0 +1,140 @@
+"""Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP.
+
+Shape legend: N images, C colours, P patches of an image, W width of the tower, T = P + 1 with a class token, else P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megavlm.architectures.context import BuildContext
+from megavlm.architectures.positions import resize_table
+from megavlm.config.schema import VisionConfig
+from megavlm.parallel.activation import BiasActivationMLP, gelu_tanh
+from megavlm.parallel.specs import block_submodules, layer_modules
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+}
+
+
+def transformer_config(vision: VisionConfig, context: BuildContext) -> TransformerConfig:
+    """Return the tower's own TransformerConfig: TP like the language model, no PP, no SP."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.layernorm_epsilon,
+        activation_func=_ACTIVATIONS[vision.activation],
+        bias_activation_fusion=False,  # Megatron's is the tanh form, whatever is asked for; ours: BiasActivationMLP
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        init_method_std=vision.init_method_std,
+        **(recompute if vision.gradient_checkpointing else {}),
+        **context.transformer_settings("vision"),
+    )
+
+
+class VisionTransformer(MegatronModule):
+    """Images to patch features.
+
+    Args:
+        vision: the recipe's ``model.vision`` branch.
+        context: layout, number type, layer implementation.
+    """
+
+    def __init__(self, vision: VisionConfig, context: BuildContext) -> None:
+        config = transformer_config(vision, context)
+        super().__init__(config=config)
+        modules = layer_modules(
+            transformer_engine=context.transformer_engine,
+            causal=False,
+            head_dim=vision.hidden_size // vision.num_attention_heads,
+        )
+        width, dtype = vision.hidden_size, context.dtype
+
+        def norm() -> torch.nn.Module:
+            return modules.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
+
+        self.grid = vision.image_size // vision.patch_size
+        self.image_mean, self.image_std = vision.image_mean, vision.image_std
+        self._moments: tuple[Tensor, Tensor] | None = None
+        # Pixels that fill no whole patch, right and below, are left out.
+        self.conv1 = torch.nn.Conv2d(
+            3, width, vision.patch_size, stride=vision.patch_size, bias=vision.conv_bias, dtype=dtype
+        )
+        # Kept at its own size and interpolated in every forward pass: a larger table could not be exported.
+        # With a class token, row 0 is its position.
+        rows = vision.positional_grid**2 + int(vision.class_token)
+        self.positional_embedding = torch.nn.Parameter(torch.empty(rows, width, dtype=dtype))
+        self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
+        self.ln_pre = norm() if vision.pre_layernorm else None
+        self.transformer = TransformerBlock(
+            config=config, spec=block_submodules(modules, vision.num_layers), post_layer_norm=False
+        )
+        for layer in self.transformer.layers:
+            BiasActivationMLP.take_over(layer.mlp)
+        self.ln_post = norm() if vision.post_layernorm else None
+        if context.initialize:
+            torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
+            if self.class_embedding is not None:
+                torch.nn.init.normal_(self.class_embedding, std=vision.init_method_std)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images_NCHW: [N, 3, H, W], uint8 (0..255), or floating point where already normalised.
+
+        Returns:
+            [P, N, W] features, in the number type of the weights; the class token's is not among them.
+        """
+        x_TNW = self._embed(self._normalise(images_NCHW))
+        if self.ln_pre is not None:
+            x_TNW = self.ln_pre(x_TNW)
+        x_TNW = self.transformer(hidden_states=x_TNW.contiguous(), attention_mask=None)
+        x_PNW = x_TNW if self.class_embedding is None else x_TNW[1:]
+        return x_PNW if self.ln_post is None else self.ln_post(x_PNW)
+
+    def _normalise(self, images_NCHW: Tensor) -> Tensor:
+        """Return the images in the number type of the weights, normalised where they are uint8."""
+        if images_NCHW.dtype is torch.uint8:
+            # Not buffers: Megatron's Float16Module would round them to bf16.
+            mean_C11, std_C11 = self._mean_and_std(images_NCHW.device)
+            images_NCHW = (images_NCHW.float() / 255.0 - mean_C11) / std_C11
+        return images_NCHW.to(self.conv1.weight.dtype)
+
+    def _mean_and_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[3, 1, 1] fp32 each, made once: to copy them to the device in every micro-batch is to wait for it."""
+        if self._moments is None or self._moments[0].device != device:
+            mean, std = (torch.tensor(value).view(3, 1, 1).to(device) for value in (self.image_mean, self.image_std))
+            self._moments = mean, std
+        return self._moments
+
+    def _embed(self, images_NCHW: Tensor) -> Tensor:
+        """Return [T, N, W]: the class token, if there is one, and the patches, with their positions."""
+        x_NWhw = self.conv1(images_NCHW)
+        x_PNW = x_NWhw.flatten(2).permute(2, 0, 1)
+        if self.class_embedding is None:
+            return x_PNW + resize_table(self.positional_embedding, self.grid).unsqueeze(1)
+        class_W = self.class_embedding + self.positional_embedding[0]
+        x_PNW = x_PNW + resize_table(self.positional_embedding[1:], self.grid).unsqueeze(1)
+        return torch.cat([class_W.expand(1, x_PNW.size(1), -1), x_PNW])
+
+
+def build(vision: VisionConfig, context: BuildContext) -> VisionTransformer:
+    """Build the tower (the function that every module of this folder has)."""
+    return VisionTransformer(vision, context)

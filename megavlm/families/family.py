@@ -1,0 +1,111 @@
+"""What the converters ask of a family of checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megavlm.config.schema import ModelConfig
+from megavlm.weights.rules import Aside, Row, Table
+from megavlm.weights.source import CONFIG, Source
+
+Tree = dict[str, Any]
+Constants = dict[str, tuple[tuple[int, ...], float]]
+"""Shape and value of tensors that are the same everywhere, by name."""
+
+
+class Family(ABC):
+    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``."""
+
+    name: ClassVar[str]
+    """As ``--family`` and the conversion's record call it."""
+    title: ClassVar[str]
+    """For people."""
+    parts: ClassVar[tuple[str, ...]]
+    """The parts of a model that it holds, in the order in which they are converted."""
+    styles: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
+    """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
+    words in braces in the tables' names stand for."""
+
+    preprocesses: ClassVar[bool] = False
+    """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    modules: ClassVar[str | None] = None
+    """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
+
+    @abstractmethod
+    def detect(self, source: Source) -> bool:
+        """Whether ``source`` is of this family."""
+
+    @abstractmethod
+    def branches(self, source: Source) -> Tree:
+        """Return the recipe's ``model`` branches of the parts.
+
+        Raises:
+            UserError: the configuration lacks a key, or asks for what the models here cannot do.
+        """
+
+    @abstractmethod
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table of each part."""
+
+    @abstractmethod
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the ``config.json`` of a model.
+
+        Args:
+            model: its shape.
+            tokens: ids of ``image`` and, where there is one, ``image_start``.
+        """
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Return why the family cannot hold ``model``, or None if it can."""
+        return None
+
+    def constants(self, model: ModelConfig, style: str) -> Constants:
+        """Return tensors without an effect that the family's code wants to load all the same.
+
+        They are written where the original ones are not at hand.
+        """
+        return {}
+
+    def probe(self, style: str) -> str:
+        """Return a name that a checkpoint in this naming has."""
+        return ""
+
+    def style_of(self, source: Source) -> str:
+        """Return the naming that ``source`` uses; the first if none fits, for the sake of the message."""
+        return next((s for s in self.styles if self.probe(s) in source), next(iter(self.styles)))
+
+    def tokens(self, source: Source) -> dict[str, int]:
+        """Return the ids of ``image`` and ``image_start``, as far as the configuration tells."""
+        return {}
+
+    def rules(
+        self, model: ModelConfig, style: str, slots: Mapping[str, object], parts: Sequence[str]
+    ) -> list[tuple[str, Row]]:
+        """Return the rules of ``parts``, each with its part.
+
+        Every canonical parameter is covered once: whatever is not is a slip in a table.
+        """
+        rules = [
+            (t.part, r) for t in self.tables(model, style) if t.part in parts for r in t.rules(slots, layers(t, model))
+        ]
+        covered = [name for _, rule in rules for name in rule.ours]
+        wanted = {name for name in slots if name.split(".", 1)[0] in parts}
+        assert len(covered) == len(set(covered)) and set(covered) == wanted, sorted(wanted ^ set(covered))
+        return rules
+
+    def asides(self, model: ModelConfig, style: str) -> list[Aside]:
+        """Return the tensors without a parameter."""
+        return [aside for table in self.tables(model, style) for aside in table.asides()]
+
+
+def layers(table: Table, model: ModelConfig) -> int:
+    """Return the number of layers of a table's part."""
+    return {"language": model.language.num_layers, "vision": model.vision.num_layers}.get(table.part, 0)
+
+
+def config_file(source: Source) -> str:
+    """Return the path of a source's config.json, for messages."""
+    return str(source.directory / CONFIG)

@@ -1,0 +1,141 @@
+"""LLaVA as Transformers has it: CLIP or SigLIP, two linear layers, and a Llama-like language model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from megavlm.config.schema import ModelConfig
+from megavlm.families.common import LLAMA_LANGUAGE, LLAVA_PROJECTOR, TRANSFORMERS_VISION, expect, need
+from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.family import Constants, Family, Tree, config_file
+from megavlm.families.llama import no_llama
+from megavlm.families.preprocessor import normalisation
+from megavlm.families.towers import transformers_vision, transformers_vision_config
+from megavlm.families.vit import no_transformers_tower
+from megavlm.weights.rules import Table
+from megavlm.weights.source import Source
+
+
+class LlavaFamily(Family):
+    """``LlavaForConditionalGeneration``."""
+
+    name = "llava"
+    title = "LLaVA (LlavaForConditionalGeneration)"
+    parts = ("vision", "connector", "language")
+    styles: ClassVar = {
+        # As published on the hub, and read by every version of Transformers.
+        "hub": {
+            "tower": "vision_tower.vision_model.",
+            "projector": "multi_modal_projector.",
+            "model": "language_model.model.",
+            "head": "language_model.lm_head.",
+        },
+        # As Transformers 5 writes it.
+        "transformers5": {
+            "tower": "vision_tower.",
+            "projector": "multi_modal_projector.",
+            "model": "language_model.model.",
+            "head": "language_model.lm_head.",
+        },
+        # Names of the modules since Transformers 4.52.
+        "modules": {
+            "tower": "model.vision_tower.vision_model.",
+            "projector": "model.multi_modal_projector.",
+            "model": "model.language_model.",
+            "head": "lm_head.",
+        },
+        "modules5": {
+            "tower": "model.vision_tower.",
+            "projector": "model.multi_modal_projector.",
+            "model": "model.language_model.",
+            "head": "lm_head.",
+        },
+    }
+
+    modules = "modules5"
+    preprocesses = True
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") == "llava"
+
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches."""
+        config, where = source.config, config_file(source)
+        expect(config, where, projector_hidden_act="gelu", multimodal_projector_bias=True)
+        vision_config = need(config, "vision_config", where)
+        vision = transformers_vision(vision_config, config.get("vision_feature_layer", -2), where)
+        # Without a class token there is nothing in front of the patches that "default" may drop.
+        strategy = "default" if vision["class_token"] else "full"
+        expect({"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}, where,
+               vision_feature_select_strategy=strategy)  # fmt: skip
+        vision |= normalisation(source, vision["image_size"])
+        text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
+        language = llama_language(text, where)
+        return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        names = self.styles[style]
+        return [
+            dataclasses.replace(TRANSFORMERS_VISION, prefix=names["tower"]),
+            dataclasses.replace(LLAVA_PROJECTOR, prefix=names["projector"]),
+            dataclasses.replace(LLAMA_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+        ]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a LLaVA configuration whose tower ends with the layer whose features are taken."""
+        image = tokens.get("image", model.language.vocab_size - 1)
+        text = llama_config(model.language)
+        del text["architectures"]
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "image_seq_length": model.tokens_per_image,
+            "image_token_id": image,
+            "image_token_index": image,
+            "model_type": "llava",
+            "multimodal_projector_bias": True,
+            "projector_hidden_act": "gelu",
+            "text_config": text,
+            "tie_word_embeddings": model.language.tie_word_embeddings,
+            "vision_config": transformers_vision_config(model.vision),
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default" if model.vision.class_token else "full",
+        }
+
+    def constants(self, model: ModelConfig, style: str) -> Constants:
+        """Return the norm behind the tower's layers, which LLaVA has and does not use."""
+        if model.vision.post_layernorm:
+            return {}
+        prefix, shape = self.styles[style]["tower"] + "post_layernorm.", (model.vision.hidden_size,)
+        return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Tower, connector and language model must be LLaVA's kinds."""
+        if model.connector.preset != "mlp2x_gelu":
+            return f"the connector is {model.connector.preset}, LLaVA's is mlp2x_gelu"
+        return no_transformers_tower(model.vision) or no_llama(model.language)
+
+    def tokens(self, source: Source) -> dict[str, int]:
+        """``image_token_index``, or its newer name."""
+        token = source.config.get("image_token_id", source.config.get("image_token_index"))
+        return {"image": token} if isinstance(token, int) else {}
+
+
+# Transformers' LlamaConfig; the hub's LLaVA-1.5 leaves out what it has no other value for.
+_LLAMA_DEFAULTS: Tree = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}

@@ -1,0 +1,308 @@
+"""Qwen v1, Qwen-VL and Belle-VL, and CodeFuse-VLM with its parts (facts from the two public repositories)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from megavlm.config.errors import UserError
+from megavlm.config.schema import ConnectorConfig, ModelConfig, VisionConfig
+from megavlm.families.common import (
+    LINEAR_PROJECTOR,
+    QWEN_LANGUAGE,
+    QWEN_VISION,
+    RESAMPLER,
+    SEQUENTIAL_PROJECTOR,
+    need,
+)
+from megavlm.families.decoders import qwen_config, qwen_language
+from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.towers import CLIP_MEAN, CLIP_STD, qwen_vision, qwen_visual
+from megavlm.weights.rules import Aside, Table
+from megavlm.weights.source import Source
+
+_HEAD_DIM = 128  # the original code's resampler has hidden_size / 128 heads
+_TABLE_ROWS = 256  # and its towers a positional table of 256 rows
+_CODEFUSE_TOWER = "transformer.vision_tower.vision_tower."
+_PROJECTOR = "mm_projector."
+
+
+class QwenFamily(Family):
+    """Qwen v1, the language model alone."""
+
+    name = "qwen"
+    title = "Qwen v1 language models"
+    parts: ClassVar[tuple[str, ...]] = ("language",)
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``; CodeFuse-VLM's language model may have its own."""
+        return source.config.get("model_type") in ("qwen", "llava_qwen") and "visual" not in source.config
+
+    def branches(self, source: Source) -> Tree:
+        """Return the language branch."""
+        return {"language": qwen_language(source.config, config_file(source))}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        return [QWEN_LANGUAGE]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a Qwen v1 configuration."""
+        return qwen_config(model.language)
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Qwen v1 has a bias on QKV, and no grouped queries."""
+        language = model.language
+        if not language.add_qkv_bias or language.qk_layernorm or language.rope_scaling is not None:
+            return "the language model is no Qwen v1: that has a bias on QKV, no norm on it, and no stretched positions"
+        if language.num_query_groups != language.num_attention_heads:
+            return "the language model has grouped queries, which Qwen v1 has not"
+        return None
+
+
+class QwenVLFamily(QwenFamily):
+    """Qwen-VL, Qwen-VL-Chat, Belle-VL: tower and resampler under ``transformer.visual``."""
+
+    name = "qwen_vl"
+    title = "Qwen-VL, Qwen-VL-Chat, Belle-VL"
+    parts = ("vision", "connector", "language")
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type`` and the ``visual`` settings."""
+        return source.config.get("model_type") == "qwen" and "visual" in source.config
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches."""
+        where, visual = config_file(source), source.config["visual"]
+        rows = source.shape(QWEN_VISION.prefix + "positional_embedding")[0]
+        language = qwen_language(source.config, where)
+        vision = qwen_vision(visual, rows, where)
+        connector = _resampler(source, RESAMPLER.prefix, visual.get("n_queries"))
+        if visual.get("output_dim", language["hidden_size"]) != language["hidden_size"]:
+            raise UserError(f"{where}: visual.output_dim is not hidden_size; the resampler ends in the language model")
+        return {"vision": vision, "connector": connector, "language": language}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        return [QWEN_VISION, RESAMPLER, QWEN_LANGUAGE]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a Qwen-VL configuration."""
+        visual = {
+            **qwen_visual(model.vision),
+            "n_queries": model.connector.num_queries,
+            "output_dim": model.language.hidden_size,
+            "image_start_id": tokens.get("image_start", 151857),
+        }
+        return {**qwen_config(model.language), "visual": dict(sorted(visual.items()))}
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """The original code fixes the resampler's heads and the rows of the tower's table."""
+        return super().refuses(model) or no_qwen_tower(model.vision) or no_qwen_resampler(model.connector)
+
+    def tokens(self, source: Source) -> dict[str, int]:
+        """``</img>`` and ``<imgpad>`` follow ``<img>``."""
+        start = source.config["visual"].get("image_start_id")
+        return {"image_start": start, "image": start + 2} if isinstance(start, int) else {}
+
+
+def no_qwen_tower(vision: VisionConfig) -> str | None:
+    """Return why a tower is not Qwen-VL's, or None."""
+    other = vision.class_token or vision.conv_bias or vision.post_layernorm or not vision.pre_layernorm
+    if other or vision.activation != "gelu":
+        return "the vision tower is not Qwen-VL's"
+    if [*vision.image_mean, *vision.image_std] != CLIP_MEAN + CLIP_STD:
+        return "pictures are normalised with other numbers than CLIP's, which Qwen-VL's code has fixed"
+    if vision.positional_grid**2 != _TABLE_ROWS:
+        return f"the tower's positional table has {vision.positional_grid**2} rows; Qwen-VL's code has {_TABLE_ROWS}"
+    return None
+
+
+def no_qwen_resampler(connector: ConnectorConfig) -> str | None:
+    """Return why a connector is not Qwen-VL's, or None."""
+    if connector.preset != "resampler":
+        return f"the connector is {connector.preset}, not the resampler"
+    if connector.head_dim != _HEAD_DIM:
+        return f"the resampler's heads are {connector.head_dim} wide; Qwen-VL's code makes them {_HEAD_DIM} wide"
+    return None
+
+
+def _resampler(source: Source, prefix: str, queries: int | None) -> Tree:
+    """Return the connector branch of a resampler.
+
+    Raises:
+        UserError: the number of queries is not what the configuration says.
+    """
+    rows, width = source.shape(prefix + "attn_pool.query")
+    if queries is not None and rows != queries:
+        raise UserError(f"{source.path}: {prefix}attn_pool.query has {rows} rows, config.json says n_queries {queries}")
+    return {"preset": "resampler", "num_queries": rows, "head_dim": min(_HEAD_DIM, width)}
+
+
+class CodeFuseFamily(QwenFamily):
+    """CodeFuse-VLM-14B: a Qwen LLM with ``mm_projector`` and ``vision_tower`` beside it."""
+
+    name = "codefuse_vlm"
+    title = "CodeFuse-VLM-14B"
+    parts = ("vision", "connector", "language")
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type`` and the tower's names."""
+        return source.config.get("model_type") == "llava_qwen" and _CODEFUSE_TOWER + "conv1.weight" in source
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches; the tower's shape lies in ``visual_config.json``."""
+        where = config_file(source)
+        visual = need(source.config, "visual_config", f"{source.directory}: without a visual_config.json, it")
+        rows = source.shape(_CODEFUSE_TOWER + "positional_embedding")[0]
+        return {
+            "vision": qwen_vision(visual, rows, str(source.directory / "visual_config.json")),
+            "connector": projector_branch(source, f"transformer.{_PROJECTOR}"),
+            "language": qwen_language(source.config, where),
+        }
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        tower = dataclasses.replace(QWEN_VISION, prefix=_CODEFUSE_TOWER)
+        return [tower, projector_table(model, f"transformer.{_PROJECTOR}"), QWEN_LANGUAGE]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration; the exporter writes ``visual_config`` to its own file."""
+        kind = "cross_attn" if model.connector.preset == "resampler" else model.connector.preset
+        visual = {**qwen_visual(model.vision), "output_dim": model.language.hidden_size}
+        visual["image_start_id"] = tokens.get("image_start", 151857)
+        return {
+            **qwen_config(model.language),
+            "architectures": ["LlavaQWenForCausalLM"],
+            "model_type": "llava_qwen",
+            "mm_hidden_size": model.vision.hidden_size,
+            "mm_projector_type": kind,
+            "mm_vision_tower": "Qwen-VL-visual",
+            "use_mm_proj": True,
+            "visual_config": dict(sorted(visual.items())),
+        }
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """The original code fixes 256 queries, their heads, and the rows of the tower's table."""
+        connector = model.connector
+        reason = super().refuses(model) or no_qwen_tower(model.vision)
+        if reason is None and connector.preset == "resampler":
+            reason = no_qwen_resampler(connector)
+            if reason is None and connector.num_queries != 256:
+                reason = f"the resampler has {connector.num_queries} queries; CodeFuse-VLM's code has 256"
+        return reason
+
+    def tokens(self, source: Source) -> dict[str, int]:
+        """As in Qwen-VL."""
+        start = source.config.get("visual_config", {}).get("image_start_id")
+        return {"image_start": start, "image": start + 2} if isinstance(start, int) else {}
+
+
+def published_parts(directory: Path) -> dict[str, Path]:
+    """Return where the parts lie in CodeFuse-VLM-14B as it is published; empty for any other directory.
+
+    The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
+    ``mm_projector``.
+    """
+    parts = {
+        "language": directory,
+        "vision": directory / "Qwen-VL-visual",
+        "connector": directory / "mm_projector" / "mm_projector.bin",
+    }
+    if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
+        return {}
+    merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
+    return {} if merged else parts
+
+
+def projector_branch(source: Source, prefix: str) -> Tree:
+    """Return the connector branch of an ``mm_projector``, from its names and shapes.
+
+    Raises:
+        UserError: its names are those of no connector here.
+    """
+    if prefix + "attn_pool.query" in source:
+        return _resampler(source, prefix, None)
+    if prefix + "weight" in source:
+        return {"preset": "linear"}
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.weight")
+    numbers = sorted(int(match[1]) for name in source.tensors if (match := pattern.fullmatch(name)))
+    if not numbers or numbers != list(range(0, 2 * len(numbers), 2)):
+        raise UserError(f"{source.path}: the names under {prefix} are neither a resampler, nor linear, nor mlpNx_gelu")
+    return {"preset": f"mlp{len(numbers)}x_gelu"}
+
+
+def projector_table(model: ModelConfig, prefix: str) -> Table:
+    """Return the table of an ``mm_projector``."""
+    if model.connector.preset == "resampler":
+        return dataclasses.replace(RESAMPLER, prefix=prefix)
+    if model.connector.preset in ("linear", "mlp1x_gelu"):
+        sequential = model.connector.preset != "linear"
+        return dataclasses.replace(LINEAR_PROJECTOR, names={"linear": prefix + "0" if sequential else prefix[:-1]})
+    return dataclasses.replace(SEQUENTIAL_PROJECTOR, prefix=prefix)
+
+
+class QwenTowerFamily(Family):
+    """``visual.bin`` with ``visual_config.json``: Qwen-VL's tower as CodeFuse-VLM keeps it."""
+
+    name = "qwen_visual"
+    title = "Qwen-VL's tower alone: visual.bin and visual_config.json"
+    parts = ("vision",)
+
+    def detect(self, source: Source) -> bool:
+        """By its names."""
+        return "conv1.weight" in source and "positional_embedding" in source
+
+    def branches(self, source: Source) -> Tree:
+        """Return the vision branch."""
+        visual = need(source.config, "visual_config", f"{source.directory}: without a visual_config.json, it")
+        rows = source.shape("positional_embedding")[0]
+        return {"vision": qwen_vision(visual, rows, str(source.directory / "visual_config.json"))}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        aside = Aside(r"attn_pool\..*|ln_post\..*|proj", "resampler of another language model", carried=True)
+        return [dataclasses.replace(QWEN_VISION, prefix="", aside=(aside,))]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return what goes into ``visual_config.json``."""
+        visual = {**qwen_visual(model.vision), "output_dim": model.language.hidden_size}
+        visual["image_start_id"] = tokens.get("image_start", 151857)
+        return {"visual_config": dict(sorted(visual.items()))}
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """It is Qwen-VL's tower or it is not."""
+        return no_qwen_tower(model.vision)
+
+
+class ProjectorFamily(Family):
+    """``mm_projector.bin``: a connector alone, as LLaVA's and CodeFuse-VLM's trainers write it."""
+
+    name = "mm_projector"
+    title = "a connector alone: mm_projector.bin"
+    parts = ("connector",)
+    styles: ClassVar = {f"transformer.{_PROJECTOR}": {}, f"model.{_PROJECTOR}": {}, _PROJECTOR: {}}
+
+    def detect(self, source: Source) -> bool:
+        """By its names."""
+        return "model_type" not in source.config and all(_PROJECTOR in name for name in source.tensors)
+
+    def style_of(self, source: Source) -> str:
+        """Return what stands in front of the connector's own names."""
+        name = next(iter(source.tensors))
+        return name[: name.index(_PROJECTOR) + len(_PROJECTOR)]
+
+    def branches(self, source: Source) -> Tree:
+        """Return the connector branch."""
+        return {"connector": projector_branch(source, self.style_of(source))}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        return [projector_table(model, style)]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """There is none."""
+        return {}

@@ -1,0 +1,90 @@
+"""CLIP and SigLIP towers as Transformers writes them: a whole dual encoder, or its vision half."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.families.common import TRANSFORMERS_VISION
+from megavlm.families.family import Constants, Family, Tree, config_file
+from megavlm.families.preprocessor import normalisation
+from megavlm.families.towers import transformers_vision, transformers_vision_config
+from megavlm.weights.rules import Aside, Table
+from megavlm.weights.source import Source
+
+_OTHER_HALF = Aside(
+    r"{top}text_model\..*|{top}(visual|text)_projection\..*|{top}logit_(scale|bias)",
+    "text tower and projections",
+    carried=True,
+)
+
+
+class ClipFamily(Family):
+    """OpenAI's and LAION's CLIP."""
+
+    name = "clip"
+    title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
+    parts = ("vision",)
+    preprocesses = True
+    styles: ClassVar = {"vision_model.": {}, "": {}}
+    kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") in self.kinds
+
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return style + "embeddings.patch_embedding.weight"
+
+    def branches(self, source: Source) -> Tree:
+        """Return the vision branch."""
+        half = source.config.get("vision_config", source.config)
+        vision = transformers_vision(half, source.feature_layer, config_file(source))
+        return {"vision": vision | normalisation(source, vision["image_size"])}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        aside = (*TRANSFORMERS_VISION.aside, _OTHER_HALF)
+        return [dataclasses.replace(TRANSFORMERS_VISION, prefix=style, aside=aside, names={"top": ""})]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration of a vision half whose last layer is the last that runs."""
+        config = transformers_vision_config(model.vision)
+        return {**config, "architectures": ["CLIPVisionModel" if model.vision.class_token else "SiglipVisionModel"]}
+
+    def constants(self, model: ModelConfig, style: str) -> Constants:
+        """Return the norm behind the layers, where the features are taken in front of it."""
+        if model.vision.post_layernorm:
+            return {}
+        prefix, shape = style + "post_layernorm.", (model.vision.hidden_size,)
+        return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """A class token and a first norm make a CLIP."""
+        return no_transformers_tower(model.vision, clip=self.name == "clip")
+
+
+class SiglipFamily(ClipFamily):
+    """SigLIP."""
+
+    name = "siglip"
+    title = "SigLIP vision towers in Transformers' layout"
+    kinds = ("siglip", "siglip_vision_model")
+
+
+def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> str | None:
+    """Return why a tower is neither CLIP's nor SigLIP's (or not the one asked for), or None."""
+    if vision.positional_grid != vision.image_size // vision.patch_size:
+        return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
+    is_clip = vision.class_token and not vision.conv_bias and vision.pre_layernorm and not vision.post_layernorm
+    is_siglip = vision.conv_bias and not vision.class_token and not vision.pre_layernorm
+    if clip is None and not (is_clip or is_siglip):
+        return "the vision tower is neither CLIP's nor SigLIP's"
+    if clip is True and not is_clip:
+        return "the vision tower is not CLIP's"
+    if clip is False and not is_siglip:
+        return "the vision tower is not SigLIP's"
+    return None

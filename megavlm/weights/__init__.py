@@ -1,0 +1,1 @@
+"""Files of weights and rules between names: what architectures and families need of them, and no more."""

@@ -1,0 +1,182 @@
+"""A directory of Hugging Face weights, opened without loading them.
+
+Safetensors (one file, or shards with an index), ``pytorch_model*.bin``, and the loose files that CodeFuse-VLM keeps its
+parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickles are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megavlm.config.errors import MissingFileError, UserError
+from megavlm.weights.files import read_json
+from megavlm.weights.kinds import what_is
+from megavlm.weights.pickles import load_weights
+
+CONFIG = "config.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In this order: a directory may have the weights twice, and safetensors is what Transformers takes.
+_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "visual.bin",
+    "mm_projector.bin",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that has not been loaded."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    """A torch type, or the name of one that is not floating point."""
+    file: Path
+
+
+class Source:
+    """The tensors and the configuration of a directory, or of a single weight file.
+
+    Args:
+        path: a directory in the layout of the Hugging Face hub, or a ``.safetensors`` or ``.bin`` file.
+        feature_layer: for a tower alone, whose configuration does not say it: the layer whose features are taken,
+            as an index of Transformers' ``hidden_states``, or ``last_hidden_state``. LLaVA's is -2.
+
+    Raises:
+        MissingFileError: there is nothing at the path.
+        UserError: a shard that the index names is missing, a file is damaged, or a pickle would run code.
+    """
+
+    def __init__(self, path: Path, feature_layer: int | str = -2) -> None:
+        self.feature_layer = feature_layer
+        if not path.exists():
+            raise MissingFileError(f"{path}: no such file or directory")
+        self.path = path
+        self.directory = path if path.is_dir() else path.parent
+        self.config = _read_configs(self.directory)
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, expected in self._files(path).items():
+            self._add(file, expected)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: has no tensor {name}; is the checkpoint whole?")
+        return self.tensors[name].shape
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, a view of the mapped file where possible.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        handle = self._open[self.tensors[name].file]
+        if isinstance(handle, Mapping):
+            return handle[name]
+        try:
+            return handle.get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"{self.tensors[name].file}: {name} cannot be read: {error}") from None
+
+    def size_bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return sum(torch.Size(t.shape).numel() * _itemsize(t.dtype) for t in self.tensors.values())
+
+    def _files(self, path: Path) -> dict[Path, list[str] | None]:
+        """Return the weight files, each with the names that an index promises in it."""
+        if path.is_file():
+            return {path: None}
+        for name in _WEIGHTS:
+            if (path / name).is_file():
+                return _read_index(path / name) if name.endswith(".index.json") else {path / name: None}
+        there = what_is(path)
+        raise UserError(
+            f"{path}: holds no weights; {f'it is {there}' if there else 'looked for ' + ', '.join(_WEIGHTS)}"
+        )
+
+    def _add(self, file: Path, expected: list[str] | None) -> None:
+        handle, found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
+        self._open[file] = handle
+        for name in expected or ():
+            if name not in found:
+                raise UserError(f"{file}: lacks {name}, which the index promises; download the file again")
+        for name, info in found.items():
+            if name in self.tensors:
+                raise UserError(f"{file}: {name} is in {self.tensors[name].file.name} as well; remove one of the two")
+            self.tensors[name] = info
+
+
+def _itemsize(dtype: torch.dtype | str) -> int:
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+
+
+def _read_configs(directory: Path) -> dict[str, Any]:
+    """Return ``config.json``, with ``visual_config.json`` of CodeFuse-VLM under its name."""
+    config: dict[str, Any] = {}
+    if (directory / CONFIG).is_file():
+        config = read_json(directory / CONFIG)
+    for path in (directory / "visual_config.json", directory / "Qwen-VL-visual" / "visual_config.json"):
+        if path.is_file():
+            config.setdefault("visual_config", read_json(path))
+    return config
+
+
+def _read_index(index: Path) -> dict[Path, list[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map; download the file again")
+    files: dict[Path, list[str] | None] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index}: names the file {shard!r}, outside of its directory")
+        file = index.parent / shard
+        if not file.is_file():
+            raise UserError(f"{file}: missing, though {index.name} names it; download it")
+        names = files.setdefault(file, [])
+        assert names is not None
+        names.append(name)
+    return files
+
+
+def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
+    try:
+        handle = safe_open(file, framework="pt")
+        found = {}
+        for name in handle.keys():  # noqa: SIM118 - no mapping
+            piece = handle.get_slice(name)
+            kind = piece.get_dtype()
+            found[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES.get(kind, kind), file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: truncated, or no safetensors file ({error}); download it again") from None
+    return handle, found
+
+
+def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
+    state = load_weights(file, mmap=True)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise UserError(f"{file}: holds no dictionary of tensors by name")
+    state = {name: value.detach() for name, value in state.items()}  # some are parameters
+    found = {}
+    for name, value in state.items():
+        dtype = value.dtype if value.dtype in _DTYPES.values() else str(value.dtype)
+        found[name] = TensorInfo(tuple(value.shape), dtype, file)
+    return state, found

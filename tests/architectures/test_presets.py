@@ -1,0 +1,246 @@
+"""Presets have the published sizes, and the registry takes new parts without a change elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state as mpu
+from pydantic import TypeAdapter
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
+
+from megavlm.architectures import registry
+from megavlm.architectures.context import BuildContext
+from megavlm.architectures.registry import CONNECTORS, LANGUAGE, VISION, Preset, Registry, expand_presets
+from megavlm.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
+from megavlm.data.feed import micro_batch
+from megavlm.models.build import MODULES
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.training.build import build_training
+from megavlm.training.step import train_step
+
+# Facts page, A to C.
+TOWER = 1_842_770_688
+SIZES = {
+    "qwen_vl_7b": {"vision": TOWER, "connector": 92_839_936, "language": 7_721_324_544},
+    "codefuse_vl_14b": {"vision": TOWER, "connector": 142_264_320, "language": 14_167_290_880},
+}
+# The public figures of the checkpoints.
+LANGUAGE_SIZES = {
+    "llama2_7b": 6_738_415_616,
+    "llama3_8b": 8_030_261_248,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+}
+
+
+def vit_layer(width: int, ffn: int) -> int:
+    """Return the parameters of one layer: four projections, the MLP, two norms."""
+    return 4 * (width**2 + width) + 2 * width * ffn + ffn + width + 4 * width
+
+
+TOWER_SIZES = {
+    # CLIPVisionModel has 303,507,456: less the last layer and the norm behind it.
+    "clip_vit_l_14_336": 303_507_456 - vit_layer(1024, 4096) - 2 * 1024,
+    # SiglipVisionModel has 428,225,600: less the pooling head (a probe, attention, a norm, an MLP).
+    "siglip_so400m_14_384": 428_225_600 - vit_layer(1152, 4304) + 2 * 1152 - 1152,
+}
+# llava-hf/llava-1.5-7b-hf has 7,063,427,072 with the whole CLIPVisionModel.
+LLAVA = 7_063_427_072 - 303_507_456
+
+
+def whole(preset: str) -> ModelConfig:
+    """Return the ``model`` branch of a recipe that names nothing but a whole model."""
+    return TypeAdapter(ModelConfig).validate_python(expand_presets({"model": {"preset": preset}})["model"])
+
+
+def build_on_meta(model: ModelConfig, parallel: ParallelConfig, **stage: bool) -> VisionLanguageModel:
+    """Build a chunk that has shapes and no memory."""
+    with torch.device("meta"):
+        return VisionLanguageModel(model, BuildContext(parallel, initialize=False), 0, **stage)
+
+
+def count(module: torch.nn.Module | None) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+
+@pytest.fixture
+def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget what a test registers."""
+    registry.load_presets()
+    for one in (VISION, CONNECTORS, LANGUAGE, registry.MODELS):
+        monkeypatch.setattr(one, "_presets", dict(one._presets))
+    yield
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_presets_have_the_published_sizes(preset: str) -> None:
+    model = build_on_meta(whole(preset), ParallelConfig())
+    assert {name: count(getattr(model, name)) for name in MODULES} == SIZES[preset]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("preset", LANGUAGE_SIZES)
+def test_language_models_have_the_published_sizes(preset: str) -> None:
+    found = LANGUAGE.find(preset)
+    language = TypeAdapter(LanguageConfig).validate_python({"preset": preset, **found.values})
+    with torch.device("meta"):
+        model = found.build(language, BuildContext(ParallelConfig(), initialize=False))
+    assert count(model) == LANGUAGE_SIZES[preset]
+
+
+@pytest.mark.parametrize("preset", TOWER_SIZES)
+def test_towers_have_the_published_sizes(preset: str) -> None:
+    found = VISION.find(preset)
+    vision = TypeAdapter(VisionConfig).validate_python({"preset": preset, **found.values})
+    with torch.device("meta"):
+        tower = found.build(vision, BuildContext(ParallelConfig(), initialize=False))
+    assert count(tower) == TOWER_SIZES[preset]
+    with torch.device("meta"):
+        features = tower(torch.empty(2, 3, vision.image_size, vision.image_size))
+    assert features.shape == (vision.patches_per_image, 2, vision.hidden_size)
+
+
+def test_llava_has_the_published_size() -> None:
+    tree = {"model": {"preset": "llava_1_5_7b", "language": {"vocab_divisor": 64}}}  # 32064 rows without padding
+    model = build_on_meta(TypeAdapter(ModelConfig).validate_python(expand_presets(tree)["model"]), ParallelConfig())
+    assert count(model.vision) == TOWER_SIZES["clip_vit_l_14_336"]
+    assert count(model.connector) + count(model.language) == LLAVA
+
+
+@pytest.mark.parametrize("first", [None, 2])
+def test_pipeline_stages_add_up_to_the_whole_model(first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = 4 if first is None else 3
+    parallel = ParallelConfig(pipeline_model_parallel_size=stages, num_layers_in_first_pipeline_stage=first)
+    monkeypatch.setattr(mpu, "_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", stages)
+    layers, sums = [], dict.fromkeys(MODULES, 0)
+    for stage in range(stages):
+        monkeypatch.setattr(mpu, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", stage)
+        ends = {"pre_process": stage == 0, "post_process": stage == stages - 1}
+        chunk = build_on_meta(whole("qwen_vl_7b"), parallel, **ends)
+        assert (chunk.vision is not None) == (chunk.connector is not None) == (stage == 0)
+        layers.append(len(chunk.language.decoder.layers))
+        for name in MODULES:
+            sums[name] += count(getattr(chunk, name))
+    assert sums == SIZES["qwen_vl_7b"]
+    assert layers == ([8] * 4 if first is None else [2, 15, 15])
+
+
+def test_unknown_names_are_answered_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match=r"no vision preset 'vit_huge'; there are .*openclip_vit_bigg.*, tiny_vit"):
+        VISION.find("vit_huge")
+    with pytest.raises(ValueError, match=r"^model\.language\.preset: no language preset 'gpt'; .*qwen_7b"):
+        expand_presets({"model": {"preset": "tiny", "language": {"preset": "gpt"}}})
+    with pytest.raises(ValueError, match=r"^model\.preset: no model preset 'huge'; .*codefuse_vl_14b"):
+        expand_presets({"model": {"preset": "huge"}})
+
+
+def test_a_name_is_registered_once() -> None:
+    names = Registry("vision")
+    names.register("one", "somewhere")
+    with pytest.raises(ValueError, match="vision preset 'one' is registered twice"):
+        names.register("one", "elsewhere")
+    assert names.find("one").module == "somewhere"
+
+
+@pytest.mark.parametrize("name", ["mlp1x_gelu", "mlp2x_gelu", "mlp12x_gelu"])
+def test_a_number_stands_for_n(name: str) -> None:
+    assert CONNECTORS.find(name).module == "megavlm.architectures.connectors.mlp.build"
+
+
+@pytest.mark.parametrize("name", ["mlpx_gelu", "mlp0x_gelu", "mlp-1x_gelu", "mlp<N>x_gelux", "amlp2x_gelu"])
+def test_only_a_number_stands_for_n(name: str) -> None:
+    with pytest.raises(ValueError, match=r"mlp<N>x_gelu"):
+        CONNECTORS.find(name)
+
+
+def test_the_recipe_wins_over_the_preset_and_another_preset_drops_adjustments() -> None:
+    tree = {"model": {"preset": "tiny", "language": {"num_layers": 2}, "connector": {"preset": "linear"}}}
+    model = expand_presets(tree)["model"]
+    assert model["language"]["num_layers"] == 2
+    assert model["language"]["hidden_size"] == 128  # tiny_qwen's
+    assert "num_queries" not in model["connector"]  # was the resampler's
+    assert tree["model"]["language"] == {"num_layers": 2}
+
+
+_NEW_CONNECTOR = '''
+"""A connector that averages the patches: one token per image."""
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Mean(MegatronModule):
+    def __init__(self, model, context):
+        heads = model.language.num_attention_heads
+        width = model.language.hidden_size
+        config = TransformerConfig(
+            num_layers=1, hidden_size=width, num_attention_heads=heads, **context.transformer_settings()
+        )
+        super().__init__(config=config)
+        self.project = torch.nn.Linear(model.vision.hidden_size, width)
+
+    def forward(self, features_PNW):
+        return self.project(features_PNW.mean(0, keepdim=True))
+
+
+def build(model, context):
+    return Mean(model, context)
+'''
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mean_connector.py").write_text(_NEW_CONNECTOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    CONNECTORS.register("mean", "mean_connector", num_queries=1)
+
+    recipe = tiny_recipe(model={"preset": "tiny", "connector": {"preset": "mean"}, "vision": {"image_size": 32}})
+    assert recipe.model.tokens_per_image == 1
+    training = build_training(recipe, IMAGE_TOKEN)
+    (module,) = training.modules
+    before = module.connector.project.weight.detach().clone()
+    pack, pixels = random_packs(1, seed=3)[0]
+    slots = (pack.tokens == IMAGE_TOKEN).nonzero()[0]
+    pack.tokens[slots[len(pixels) :]] = 0  # one slot per image
+    training.scheduler.step(1)
+    result = train_step(
+        training.chunks,
+        training.optimizer,
+        [micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
+        num_sources=1,
+    )
+    assert len(pixels) > 0
+    assert result.loss > 0
+    assert not torch.equal(before, module.connector.project.weight)
+    sys.modules.pop("mean_connector")
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_other_packages_bring_presets_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        def load(self) -> Any:
+            return lambda: CONNECTORS.register("theirs", "their.module", num_queries=9)
+
+    asked: list[str] = []
+
+    def entry_points(*, group: str) -> list[Entry]:
+        asked.append(group)
+        return [Entry()]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    # As in a new process:
+    monkeypatch.delitem(sys.modules, "megavlm.families.presets")
+    monkeypatch.delattr(sys.modules["megavlm.families"], "presets")
+    registry.MODELS._presets.clear()
+    model = expand_presets({"model": {"preset": "tiny", "connector": {"preset": "theirs"}}})["model"]
+    assert asked == ["megavlm.presets"]
+    assert model["connector"] == {"preset": "theirs", "num_queries": 9}
+    assert CONNECTORS.find("theirs") == Preset("theirs", "their.module", {"num_queries": 9})
+    expand_presets({"model": {"preset": "tiny"}})
+    assert asked == ["megavlm.presets"], "entry points are asked once"

@@ -1,0 +1,128 @@
+"""Mean, deviation and size of pictures come from the checkpoint's own files, and they must agree with config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_cases import clip, llava, llava_qwen_siglip, siglip_vision
+from transformers import PreTrainedModel
+
+from megavlm.architectures.registry import expand_presets
+from megavlm.cli import main
+from megavlm.config.load import load_recipe
+from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.state import process_groups
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+CLIP = [0.48145466, 0.4578275, 0.40821073]
+OWN = {"image_mean": MEAN, "image_std": STD}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llava": llava, "llava_siglip": llava_qwen_siglip, "clip": clip, "siglip_vision": siglip_vision,
+}  # fmt: skip
+FILES: dict[str, tuple[dict[str, Any], list[float] | None, list[float] | None]] = {
+    "own": ({"preprocessor_config.json": OWN}, MEAN, STD),
+    "in the processor's": ({"processor_config.json": {"image_processor": {**OWN}}}, MEAN, STD),
+    "both": (
+        {"preprocessor_config.json": OWN,
+         "processor_config.json": {"image_processor": {"image_mean": MEAN}}}, MEAN, STD,
+    ),
+    "one number": ({"preprocessor_config.json": {"image_mean": 0.1, "image_std": 0.2}}, [0.1] * 3, [0.2] * 3),
+    "not at all": ({"preprocessor_config.json": {"do_normalize": False}}, [0.0] * 3, [1.0] * 3),
+    "its class's": ({"preprocessor_config.json": {"image_processor_type": "CLIPImageProcessorFast"}}, CLIP, None),
+    "size": (
+        {"preprocessor_config.json": {**OWN, "do_center_crop": True,
+                                      "size": {"shortest_edge": 56}, "crop_size": {"height": 28, "width": 28}}},
+        MEAN, STD,
+    ),
+}  # fmt: skip
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "two that disagree": (
+        {"preprocessor_config.json": OWN, "processor_config.json": {"image_processor": {"image_mean": STD}}},
+        "processor_config.json: image_mean is [0.229, 0.224, 0.225], but",
+    ),
+    "two numbers": ({"preprocessor_config.json": {"image_mean": [1, 2]}}, "image_mean is [1, 2]; it must be three"),
+    "no spread": ({"preprocessor_config.json": {"image_std": [0.1, 0, 0.1]}}, "image_std is [0.1, 0, 0.1]; it must be"),
+    "text": ({"preprocessor_config.json": {"image_std": ["a", "b", "c"]}}, "image_std is ['a', 'b', 'c']; it must be"),
+    "not divided": ({"preprocessor_config.json": {"do_rescale": False}}, "pixels must be divided by 255"),
+    "divided by 127": ({"preprocessor_config.json": {"rescale_factor": 0.00784}}, "pixels must be divided by 255"),
+    "another size": (
+        {"preprocessor_config.json": {"size": {"height": 56, "width": 56}, "do_center_crop": False}},
+        "makes pictures of 56 x 56, but config.json's tower is for 28 x 28; correct one",
+    ),
+    "another cut": (
+        {"preprocessor_config.json": {"crop_size": {"height": 14, "width": 28}}},
+        "makes pictures of 14 x 28, but config.json",
+    ),
+    "a list": ({"processor_config.json": {"image_processor": [1]}}, "image_processor is no object"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    for name, make in MODELS.items():
+        make().save_pretrained(root / name)
+    return {name: root / name for name in MODELS}
+
+
+def with_files(source: Path, root: Path, files: dict[str, Any]) -> Path:
+    root.mkdir()
+    for file in source.iterdir():
+        (root / file.name).symlink_to(file)
+    for name, tree in files.items():
+        (root / name).unlink(missing_ok=True)
+        (root / name).write_text(json.dumps(tree))
+    return root
+
+
+def branch(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "hf" / "conversion.json").read_text())["model"]["vision"]
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_the_checkpoints_own_file_says(case: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    files, mean, std = FILES[case]
+    for name in MODELS if case == "own" else ("llava",):
+        hf, out = with_files(directories[name], tmp_path / name, files), tmp_path / f"{name}-m"
+        assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(out)]) == 0
+        got = branch(out)
+        assert got["image_mean"] == mean and (std is None or got["image_std"] == std), name
+
+
+def test_pixels_are_normalised_with_it(directories: dict[str, Path], tmp_path: Path) -> None:
+    """What the model makes of a picture of one colour is what Transformers' numbers make of it."""
+    hf = with_files(directories["llava"], tmp_path / "hf", FILES["own"][0])
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    images = torch.full((1, 3, 28, 28), 128, dtype=torch.uint8)
+    expected = (torch.full((1, 3, 28, 28), 128 / 255) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
+    with process_groups(recipe.parallel, 1), torch.no_grad():
+        tower = unwrap(build_model(recipe, 119)[0]).vision
+        torch.testing.assert_close(tower(images), tower(expected))
+
+
+def test_the_report_tells_of_another_geometry(
+    directories: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    hf = with_files(directories["llava"], tmp_path / "hf", FILES["size"][0])
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    assert f"note: {hf}/preprocessor_config.json cuts a square out of pictures; here they are squashed" in caplog.text
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_disagree_or_say_what_is_not_done(
+    case: str, directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, message = WRONG[case]
+    hf = with_files(directories["llava"], tmp_path / "hf", files)
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "m").exists()
