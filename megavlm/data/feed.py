@@ -28,6 +28,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megavlm.data.batch import Pack
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, ImageShape, arrange
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.parallel.device import local_device, use_local_device
 from megavlm.parallel.segments import packed_segments, to_device
@@ -55,9 +56,16 @@ class MicroBatch:
     segment_sources: Tensor
     """[G] int64: index of each segment's data set; -1 for padding."""
     images: Tensor | None
-    """[N, 3, H, W] uint8 on the first stage; None on the others."""
+    """[V, 3, H, W] uint8 views on the first stage; None on the others."""
     num_images: int
     """N, on every stage."""
+    num_views: int
+    """V, on every stage: one for each image but where the image plan makes several of it."""
+    image_index: Tensor | None = None
+    """[T, K] int64, with ``images``: the features that stand in each of the T image slots; -1 is the learned newline
+    vector. None where they stay in the order of the views."""
+    image_weight: Tensor | None = None
+    """[T, K] float32 weights of these; None where K is 1."""
 
     @property
     def token_sources(self) -> Tensor:
@@ -110,8 +118,7 @@ class Prefetcher:
     Args:
         source: where packs come from; it belongs to the prefetcher from now on, which closes it if it can be closed.
         decoder: makes pixels of image files.
-        image_size: side of the pixels.
-        tokens_per_image: slots of one image in a pack's tokens.
+        plan: what becomes of images.
         image_token_id: the token in those slots.
         depth: packs to read ahead.
         state: the state of an earlier run, to go on from.
@@ -125,15 +132,13 @@ class Prefetcher:
         self,
         source: PackSource,
         decoder: ImageDecoder,
-        image_size: int,
-        tokens_per_image: int,
+        plan: ImagePlan,
         image_token_id: int,
         depth: int,
         state: dict[str, Any] | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self._source, self._decoder, self._image_size = source, decoder, image_size
-        self._tokens_per_image, self._image_token_id = tokens_per_image, image_token_id
+        self._source, self._decoder, self._plan, self._image_token_id = source, decoder, plan, image_token_id
         self.counters, self._quarantine = FeedCounters(), quarantine
         # Read, and not handed to the decoder yet.
         self._pending: deque[Pack] = deque()
@@ -238,16 +243,26 @@ class Prefetcher:
                 continue
 
     def _decode(self, pack: Pack) -> ReadPack:
-        return decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
+        return decode_pack(pack, self._decoder, self._plan, self._image_token_id)
 
 
-def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> MicroBatch:
-    """Put one pack on a device. ``images`` is [N, 3, H, W] uint8, or None on a later stage."""
+def micro_batch(
+    pack: Pack, images: Tensor | None, device: torch.device, arrangement: Arrangement | None = None
+) -> MicroBatch:
+    """Put one pack on a device.
+
+    Args:
+        pack: tokens, labels, segments.
+        images: [V, 3, H, W] uint8 views of its images; None on a later stage.
+        device: where to.
+        arrangement: where the views' features go, with ``images``.
+    """
 
     def on_device(array: Any) -> Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
 
     position_ids = on_device(pack.position_ids)
+    index, weight = (None, None) if arrangement is None else arrangement_on(arrangement, device)
     return MicroBatch(
         tokens=on_device(pack.tokens)[None],
         labels=on_device(pack.labels)[None],
@@ -256,7 +271,19 @@ def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> Micr
         segment_sources=on_device(pack.segment_sources.astype(np.int64)),
         images=None if images is None else images.to(device),
         num_images=len(pack.images) if images is None else images.size(0),
+        num_views=len(pack.images) if images is None else images.size(0),
+        image_index=index,
+        image_weight=weight,
     )
+
+
+def arrangement_on(arrangement: Arrangement, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Return index and weight of an arrangement on a device, as far as there are."""
+    index, weight = (
+        None if array is None else to_device(torch.from_numpy(array), device)
+        for array in (arrangement.index, arrangement.weight)
+    )
+    return index, weight
 
 
 class Feed:
@@ -265,8 +292,8 @@ class Feed:
     Args:
         prefetcher: on the reader rank; None on the others.
         sequence_length: S.
-        image_size: H and W.
-        order: says from the number of images of each pack of a step, in the order of reading, in which order they
+        plan: what becomes of images.
+        order: says from the number of views of each pack of a step, in the order of reading, in which order they
             run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
             between steps does not know of it.
     """
@@ -275,12 +302,12 @@ class Feed:
         self,
         prefetcher: Prefetcher | None,
         sequence_length: int,
-        image_size: int,
+        plan: ImagePlan,
         order: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> None:
         assert (prefetcher is not None) == is_reader()
         self.prefetcher, self._order = prefetcher, order
-        self.sequence_length, self.image_size = sequence_length, image_size
+        self.sequence_length, self.plan = sequence_length, plan
         self.device = local_device()
         self.sample_keys: list[str] | None = None
         """Keys of the samples of the last step, on the reader rank."""
@@ -298,7 +325,7 @@ class Feed:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 if self._order is not None:
-                    read = [read[index] for index in self._order([len(item.pack.images) for item in read])]
+                    read = [read[index] for index in self._order([item.pixels.size(0) for item in read])]
                 pixels = torch.cat([item.pixels for item in read])
                 packs = [item.pack for item in read]
                 self.sample_keys = [key for pack in packs for key in pack.sample_keys]
@@ -308,7 +335,7 @@ class Feed:
         # Replicas whose reader is well must not go on to a step that the others do not take.
         if any_rank(failed):
             raise RuntimeError("a reader failed; its rank's log says why")
-        return share_packs(packs, pixels, num_microbatches, self.sequence_length, self.image_size)
+        return share_packs(packs, pixels, num_microbatches, self.sequence_length, self.plan)
 
     def close(self) -> None:
         """End the reading thread."""
@@ -317,17 +344,17 @@ class Feed:
 
 
 def share_packs(
-    packs: list[Pack] | None, pixels: Tensor | None, num_packs: int, sequence_length: int, image_size: int
+    packs: list[Pack] | None, pixels: Tensor | None, num_packs: int, sequence_length: int, plan: ImagePlan
 ) -> list[MicroBatch]:
     """Hand packs from the reader rank to the ranks of its replica.
 
     Args:
         packs: on the reader rank, ``num_packs`` packs of ``sequence_length`` tokens; None there means that
             reading failed.
-        pixels: on the reader rank, [N, 3, H, W] uint8 of all packs.
+        pixels: on the reader rank, [V, 3, H, W] uint8 views of all packs.
         num_packs: how many.
         sequence_length: S.
-        image_size: H and W.
+        plan: what became of the images.
 
     Raises:
         RuntimeError: reading failed on the reader rank.
@@ -343,38 +370,55 @@ def share_packs(
     rows = header.tolist()
     if rows[0][0] < 0:
         raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
-    segments = sum(row[0] for row in rows)
-    body = torch.empty(num_packs * (2 * sequence_length + 1) + 2 * segments, dtype=torch.int64)
+    lengths = [_parts(*row, sequence_length, plan) for row in rows]
+    body = torch.empty(sum(map(sum, lengths)), dtype=torch.int64)
     if packs is not None:
-        parts = [np.concatenate([p.tokens, p.labels, p.cu_seqlens, p.segment_sources]) for p in packs]
+        parts = []
+        for p in packs:
+            parts += [p.tokens, p.labels, p.cu_seqlens, p.segment_sources]
+            parts += [] if plan.fixed else [np.array(p.image_shapes, np.int64).reshape(-1)]
         body = torch.from_numpy(np.concatenate(parts).astype(np.int64))
     body = body.to(device)
     dist.broadcast(body, source, group=group)
-    pixels = _share_pixels(pixels, sum(row[1] for row in rows), image_size, device)
-    return _unpack(body.cpu().numpy(), rows, sequence_length, pixels, device)
+    received = _unpack(body.cpu().numpy(), rows, lengths, plan)
+    views = [count for _, _, count in received]
+    pixels = _share_pixels(pixels, sum(views), plan.side, device)
+    shares: Sequence[Tensor | None] = [None] * num_packs if pixels is None else pixels.split(views)
+    batches = []
+    for (pack, layouts, count), (_, images), own in zip(received, rows, shares, strict=True):
+        arrangement = None if own is None or layouts is None else arrange(plan, layouts)
+        batch = micro_batch(pack, own, device, arrangement)
+        batch.num_images, batch.num_views = images, count
+        batches.append(batch)
+    return batches
 
 
-def _share_pixels(pixels: Tensor | None, num_images: int, image_size: int, device: torch.device) -> Tensor | None:
-    """Hand [N, 3, H, W] pixels to the tensor-parallel ranks of the first stage; None on the other stages."""
+def _parts(segments: int, images: int, sequence_length: int, plan: ImagePlan) -> list[int]:
+    """Return the lengths of what is sent of a pack: tokens, labels, borders, sources and, if they count, sizes."""
+    return [sequence_length, sequence_length, segments + 1, segments, 0 if plan.fixed else 3 * images]
+
+
+def _share_pixels(pixels: Tensor | None, num_views: int, side: int, device: torch.device) -> Tensor | None:
+    """Hand [V, 3, H, W] pixels to the tensor-parallel ranks of the first stage; None on the other stages."""
     if not is_first_stage():
         return None
     if pixels is None:
-        pixels = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
+        pixels = torch.empty(num_views, 3, side, side, dtype=torch.uint8)
     pixels = pixels.to(device)
-    if num_images and mpu.get_tensor_model_parallel_world_size() > 1:
+    if num_views and mpu.get_tensor_model_parallel_world_size() > 1:
         dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
     return pixels
 
 
 def _unpack(
-    body: np.ndarray, rows: list[list[int]], sequence_length: int, pixels: Tensor | None, device: torch.device
-) -> list[MicroBatch]:
-    batches, at, image = [], 0, 0
-    for segments, num_images in rows:
-        ends = np.cumsum([sequence_length, sequence_length, segments + 1, segments]) + at
-        tokens, labels, cu_seqlens, sources = np.split(body[at : ends[-1]], ends[:-1] - at)
-        lengths = np.diff(cu_seqlens)
-        positions = np.arange(sequence_length) - np.repeat(cu_seqlens[:-1], lengths)
+    body: np.ndarray, rows: list[list[int]], lengths: list[list[int]], plan: ImagePlan
+) -> list[tuple[Pack, list[ImageLayout] | None, int]]:
+    """Return each pack without its files, the layouts of its images where they count, and the number of its views."""
+    found, at = [], 0
+    for (_, images), parts in zip(rows, lengths, strict=True):
+        ends = np.cumsum(parts) + at
+        tokens, labels, cu_seqlens, sources, shapes = np.split(body[at : ends[-1]], ends[:-1] - at)
+        positions = np.arange(len(tokens)) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         pack = Pack(
             tokens=tokens,
             labels=labels,
@@ -383,10 +427,9 @@ def _unpack(
             segment_sources=sources.astype(np.int32),
             images=[],
             sample_keys=[],
+            image_shapes=[ImageShape(*shape) for shape in shapes.reshape(-1, 3).tolist()],
         )
-        own = None if pixels is None else pixels[image : image + num_images]
-        batch = micro_batch(pack, own, device)
-        batch.num_images = num_images
-        batches.append(batch)
-        at, image = int(ends[-1]), image + num_images
-    return batches
+        layouts = pack.layouts(plan)
+        found.append((pack, layouts, images if layouts is None else sum(len(one.views) for one in layouts)))
+        at = int(ends[-1])
+    return found

@@ -35,6 +35,10 @@ Colour = tuple[int, int, int]
 """Red, green and blue from 0 to 255."""
 
 
+NEWLINE = -1
+"""Index of the learned newline vector among features."""
+
+
 class Box(NamedTuple):
     """A rectangle in pixels; right and bottom are not part of it."""
 
@@ -86,8 +90,8 @@ class FeatureIndex:
     """Which features stand at an image's T token positions."""
 
     index: NDArray[np.int64]
-    """[T, K] features that position t is made of: view v's feature f is ``v * tokens_per_view + f``, and -1 is the
-    learned newline vector. K is 1, or 4 where features are interpolated."""
+    """[T, K] features that position t is made of: view v's feature f is ``v * tokens_per_view + f``, and
+    :data:`NEWLINE` the learned vector. K is 1, or 4 where features are interpolated."""
     weight: NDArray[np.float32] | None = None
     """[T, K] their weights; None for 1."""
 
@@ -172,41 +176,46 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
     return layout
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the features of some views go among T slots."""
+
+    features: int
+    """How many features the views have."""
+    index: NDArray[np.int64] | None
+    """[T, K] which of them each slot is made of, -1 for the newline vector; None where they stay in their order."""
+    weight: NDArray[np.float32] | None = None
+    """[T, K] their weights; None for 1, with K 1."""
+
+
+def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
+    """Return where the features of several pictures go, one picture after the other."""
+    return joined([_arrangement(plan, layout) for layout in layouts])
+
+
 @functools.lru_cache(maxsize=1024)
-def feature_index(plan: ImagePlan, layout: ImageLayout) -> FeatureIndex | None:
-    """Return :meth:`ImagePlan.feature_index`, remembered."""
-    return plan.feature_index(layout)
+def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
+    found, features = plan.feature_index(layout), len(layout.views) * plan.tokens_per_view
+    return Arrangement(features, None) if found is None else Arrangement(features, found.index, found.weight)
 
 
-class Arrangement(NamedTuple):
-    """Where the features of a micro-batch's V views go among its T slots."""
-
-    index: NDArray[np.int64]
-    """[T, K] rows of the views' features, one after the other (V * tokens_per_view), and of the newline behind them."""
-    weight: NDArray[np.float32] | None
-    """[T, K], or None for ones."""
-
-
-def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement | None:
-    """Return where the features of several pictures go, one picture after the other; None where nothing moves."""
-    found = [feature_index(plan, layout) for layout in layouts]
-    if all(one is None for one in found):
-        return None
-    total = sum(len(layout.views) for layout in layouts) * plan.tokens_per_view
-    widest = max(1 if one is None else one.index.shape[1] for one in found)
-    weighted = any(one is not None and one.weight is not None for one in found)
-    rows, weights, first = [], [], 0
-    for layout, one in zip(layouts, found, strict=True):
-        count = len(layout.views) * plan.tokens_per_view
-        one = FeatureIndex(np.arange(count)[:, None]) if one is None else one
-        wide = np.zeros((len(one.index), widest), np.int64)
-        wide[:, : one.index.shape[1]] = np.where(one.index < 0, total, one.index + first)
-        weight = np.zeros(wide.shape, np.float32)
-        weight[:, : one.index.shape[1]] = 1.0 if one.weight is None else one.weight
-        rows.append(wide)
+def joined(parts: Sequence[Arrangement]) -> Arrangement:
+    """Return several arrangements as one, one after the other."""
+    features = sum(part.features for part in parts)
+    if all(part.index is None for part in parts):
+        return Arrangement(features, None)
+    weighted = any(part.weight is not None for part in parts)
+    widest = max(1 if part.index is None else part.index.shape[1] for part in parts)
+    indices, weights, first = [], [], 0
+    for part in parts:
+        own = np.arange(part.features)[:, None] if part.index is None else part.index
+        index, weight = np.zeros((len(own), widest), np.int64), np.zeros((len(own), widest), np.float32)
+        index[:, : own.shape[1]] = np.where(own < 0, NEWLINE, own + first)
+        weight[:, : own.shape[1]] = 1.0 if part.weight is None else part.weight
+        indices.append(index)
         weights.append(weight)
-        first += count
-    return Arrangement(np.concatenate(rows), np.concatenate(weights) if weighted else None)
+        first += part.features
+    return Arrangement(features, np.concatenate(indices), np.concatenate(weights) if weighted else None)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megavlm.config.errors import UserError
 from megavlm.data.media import (
+    NEWLINE,
     Box,
     Canvas,
     FeatureIndex,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 Pinpoints = tuple[tuple[int, int], ...]
 
-_NEWLINE = -1
 _LLAVA_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _MAX_PINPOINTS = 1000
 _MOST_TILES = 256
@@ -117,7 +117,7 @@ class AnyresMaxPlan(AnyresPlan):
         """Return the order of the features, and their weights where they are interpolated."""
         if layout.shape.images == 1:
             return super().feature_index(layout)
-        return FeatureIndex(np.append(np.arange(self.tokens_per_view), _NEWLINE).reshape(-1, 1))
+        return FeatureIndex(np.append(np.arange(self.tokens_per_view), NEWLINE).reshape(-1, 1))
 
     def _feature_rows(self, shape: ImageShape, resolution: tuple[int, int]) -> FeatureIndex:
         grid = self._unpadded(shape, resolution)
@@ -197,7 +197,7 @@ def _tiles(canvas: int, side: int, rows: int, columns: int) -> list[View]:
 
 
 def _with_newlines(grid: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([grid, np.full((len(grid), 1), _NEWLINE)], axis=1)
+    return np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
 
 
 def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIndex:

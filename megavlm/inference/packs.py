@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.media import Arrangement
 from megavlm.parallel.device import local_device
 
 
@@ -26,13 +27,19 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: Tensor | None = None) -> MicroBatch:
+def pack_segments(
+    segments: Sequence[Sequence[int]],
+    pack_length: int,
+    images: Tensor | None = None,
+    arrangement: Arrangement | None = None,
+) -> MicroBatch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
     Args:
         segments: token ids, ``pack_length`` at most in all.
         pack_length: positions of the pack.
-        images: [N, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
+        images: [V, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
+        arrangement: where their features go.
     """
     lengths, sources = [len(one) for one in segments], [0] * len(segments)
     padding = pack_length - sum(lengths)
@@ -49,4 +56,4 @@ def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: T
         images=[],
         sample_keys=[],
     )
-    return micro_batch(pack, images, local_device())
+    return micro_batch(pack, images, local_device(), arrangement)

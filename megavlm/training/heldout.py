@@ -18,7 +18,8 @@ from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.feed import share_packs
-from megavlm.data.read_pack import ReadPack, decode_pack
+from megavlm.data.media import ImagePlan, plan_of
+from megavlm.data.read_pack import ReadPack, decode_pack, no_pixels
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel.device import local_device
@@ -66,7 +67,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     wanted = -(-recipe.training.validation_packs // size)
     virtual = recipe.parallel.virtual_pipeline_model_parallel_size
     multiple = recipe.parallel.pipeline_model_parallel_size if virtual else 1
-    held_out = []
+    held_out, plan = [], plan_of(recipe.model)
     for source in recipe.data.validation:
         name = source_name(source)
         packs: list[ReadPack] | None = None
@@ -77,28 +78,26 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                     [source],
                     recipe.data,
                     tokenizer,
-                    recipe.model.tokens_per_image,
+                    plan,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=size,
                     seed=recipe.training.seed,
                     training=False,
                 )
-                packs = [_decode(pack, decoder, recipe, tokenizer) for pack in islice(reader, wanted)]
+                packs = [_decode(pack, decoder, plan, tokenizer) for pack in islice(reader, wanted)]
         most = torch.tensor([0 if packs is None else len(packs)], device=local_device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(-(-int(most) // multiple) * multiple, multiple)
         if packs is not None:
             empty = empty_pack(recipe.data.sequence_length, tokenizer.eos_id)
-            filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
+            filler = ReadPack(empty, no_pixels(plan))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))
     return held_out
 
 
-def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokenizer) -> ReadPack:
-    read = decode_pack(
-        pack, decoder, recipe.model.vision.image_size, recipe.model.tokens_per_image, tokenizer.imgpad_id
-    )
+def _decode(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, tokenizer: Tokenizer) -> ReadPack:
+    read = decode_pack(pack, decoder, plan, tokenizer.imgpad_id)
     for sample in (*pack.skipped, *read.masked):
         logger.warning("held-out sample left out: %s/%s: %s", sample.dataset, sample.key, sample.cause)
     return ReadPack(read.pack, read.pixels.cpu())
@@ -109,7 +108,7 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe)
 
     A data set in which no token has a label has no loss, and is left out.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums, plan = torch.zeros(2, dtype=torch.float64), plan_of(recipe.model)
     losses = {}
     for chunk in chunks:
         chunk.eval()
@@ -117,9 +116,7 @@ def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe)
         for data in held_out:
             packs = None if data.packs is None else [item.pack for item in data.packs]
             pixels = None if data.packs is None else torch.cat([item.pixels for item in data.packs])
-            batches = share_packs(
-                packs, pixels, data.count, recipe.data.sequence_length, recipe.model.vision.image_size
-            )
+            batches = share_packs(packs, pixels, data.count, recipe.data.sequence_length, plan)
             result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
             sums += result
             if result[1] > 0:

@@ -305,7 +305,7 @@ class Trainer:
                     recipe.data.train,
                     recipe.data,
                     self.tokenizer,
-                    recipe.model.tokens_per_image,
+                    self.plan,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,
@@ -314,15 +314,14 @@ class Trainer:
                 prefetcher = Prefetcher(
                     reader,
                     decoder,
-                    recipe.model.vision.image_size,
-                    recipe.model.tokens_per_image,
+                    self.plan,
                     self.tokenizer.imgpad_id,
                     depth=recipe.data.prefetch_steps * self.num_microbatches,
                     state=state,
                     quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
         order = StepOrder(recipe) if recipe.data.balance_images else None
-        return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size, order)
+        return Feed(prefetcher, recipe.data.sequence_length, self.plan, order)
 
 
 def newest_whole(root: Path) -> Path | None:

@@ -84,6 +84,8 @@ def forward_step(
         packed_seq_params=batch.packed_seq_params,
         labels=batch.labels.clamp(min=0),  # masked positions get some valid token; the mask drops their loss
         images=batch.images,
+        image_index=batch.image_index,
+        image_weight=batch.image_weight,
     )
     return output, partial(_loss, batch, num_sources, factors)
 

@@ -101,7 +101,7 @@ def test_tiles_of_anyres(kind: str) -> None:
 def merged(plan: ImagePlan, layout: ImageLayout, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
     """Features in the order of the tokens, as the model does it."""
     found = arrange(plan, [layout])
-    assert found is not None
+    assert found.index is not None
     rows = torch.cat([features.flatten(0, 1), newline[None]])[torch.from_numpy(found.index)]
     return rows[:, 0] if found.weight is None else (rows * torch.from_numpy(found.weight)[..., None]).sum(1)
 
@@ -131,15 +131,12 @@ def test_tokens_and_features_of_anyres(kind: str) -> None:
     generator, interpolated, empty = torch.Generator().manual_seed(0), 0, 0
     for width, height in sizes():
         layout = plan.plan(width, height)
-        if kind == "next":
-            expected = Processor._get_number_of_features(counts, height, width, SIDE, SIDE)
-        else:
-            expected = Processor._get_number_of_features(counts, height, width, SIDE, SIDE)
+        expected = Processor._get_number_of_features(counts, height, width, SIDE, SIDE)
         assert layout.runs == (expected,), (width, height)
         features = torch.randn(len(layout.views), FEATURES**2, 5, generator=generator)
         newline = torch.randn(5, generator=generator)
         found = arrange(plan, [layout])
-        assert found is not None
+        assert found.index is not None
         interpolated += found.weight is not None
         assert len(found.index) == expected
         try:
@@ -160,8 +157,8 @@ def test_several_pictures_of_onevision() -> None:
     assert (len(layout.views), layout.runs) == (1, (FEATURES**2 + 1,))
     assert layout.canvases[0].source == (0, -20, 100, 80)
     found = arrange(plan, [layout, plan.plan(SIDE, SIDE)])
-    assert found is not None
-    assert found.index[:10, 0].tolist() == [*range(9), 27]  # three views of nine features, and the newline behind them
+    assert found.index is not None and found.features == 27
+    assert found.index[:10, 0].tolist() == [*range(9), -1]
     assert found.index[10:19, 0].tolist() == [*range(9, 18)]
     assert anyres().plan(100, 60, images=2).runs == anyres().plan(100, 60).runs
 
@@ -184,7 +181,7 @@ def test_dynamic_tiles() -> None:
             ours = views_by_coordinates(layout)
             assert layout.runs == (4 * len(theirs),)
             assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)), (width, height)
-            assert arrange(plan, [layout]) is None
+            assert arrange(plan, [layout]).index is None
 
 
 def test_slices() -> None:
