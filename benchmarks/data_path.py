@@ -29,10 +29,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megavlm.commands import prepare
 from megavlm.config.schema import DataConfig, DataSource
-from megavlm.data import prepare
 from megavlm.data.chat import encode_conversation
-from megavlm.data.decode import ImageDecoder, make_decoder
+from megavlm.data.decode import ImageDecoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.packing import CarryOverPacker
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation

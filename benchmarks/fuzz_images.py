@@ -39,7 +39,8 @@ import numpy as np
 from PIL import Image
 
 from megavlm.data import image_header, images
-from megavlm.data.decode import ImageDecoder, make_decoder
+from megavlm.data.decode import ImageDecoder
+from megavlm.data.decoders import make_decoder
 
 LIMIT = 250_000
 """Pixels of the largest picture while this runs."""

@@ -51,8 +51,8 @@ def _compare(
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megavlm.layers.specs import layer_modules
     from megavlm.parallel.device import local_device
-    from megavlm.parallel.specs import layer_modules
 
     cross, groups = groups < 0, abs(groups)
     config = TransformerConfig(

@@ -349,7 +349,7 @@ def decoders(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from PIL import Image
 
-    from megavlm.data.decode import make_decoder
+    from megavlm.data.decoders import make_decoder
 
     rng = np.random.default_rng(0)
     files = []

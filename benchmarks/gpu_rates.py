@@ -94,8 +94,8 @@ def _attention(
     import numpy as np
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megavlm.parallel.attention import TorchAttention
-    from megavlm.parallel.segments import packed_segments
+    from megavlm.layers.attention import TorchAttention
+    from megavlm.layers.segments import packed_segments
 
     borders = np.array([*range(0, tokens, length), tokens], np.int32)
     q, k, v = (torch.randn(tokens, heads, width, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -190,9 +190,9 @@ def quantise_random(language: Any) -> None:
     import torch
 
     from megavlm.architectures.adapters import frozen_linears
+    from megavlm.layers.lora import FrozenColumnParallelLinear
+    from megavlm.layers.nf4 import quantise
     from megavlm.parallel.device import local_device
-    from megavlm.parallel.lora import FrozenColumnParallelLinear
-    from megavlm.parallel.nf4 import quantise
 
     for _, _, linear in frozen_linears(language):
         if linear.quantize:

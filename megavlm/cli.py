@@ -1,7 +1,7 @@
 """The command line: ``megavlm train``, ``prepare``, ``eval``, ``chat``, ``serve`` and the other subcommands.
 
-A subcommand's work lies in a module of its own, imported only when it runs, so that wrong input is refused,
-and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
+A command's work lies in a module of its own (:mod:`megavlm.commands`), imported only when it runs, so that wrong
+input is refused, and help printed, before torch is loaded. Wrong input costs one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -30,29 +30,27 @@ from megavlm.config.errors import (
     MachineError,
     OtherRankError,
     RecipeError,
-    UserError,
+    UsageError,
     for_users,
     speaker_of,
 )
 from megavlm.parallel.processes import children_end_with_us
 
-_MODULES = {
-    "prepare": ("megavlm.data.prepare", "turn conversation JSON and images into a data set for training"),
-    "render-text": ("megavlm.data.textpages.main", "render pages of text in English and Chinese, to train reading"),
-    "inspect": ("megavlm.data.inspect.main", "show prepared data as it will be trained, on a page of HTML"),
-    "convert": (
-        "megavlm.checkpoint.hf.main",
-        "bring weights in from Hugging Face, take them out, list and verify them",
-    ),
-    "plan": ("megavlm.planning.main", "pick the layout for a number of GPUs, and predict memory and time"),
-    "eval": ("megavlm.evaluation.main", "score a checkpoint on a benchmark"),
-    "generate": ("megavlm.inference.main", "answer one prompt, with pictures"),
-    "chat": ("megavlm.inference.chat", "talk with a checkpoint: several turns and pictures"),
-    "serve": ("megavlm.inference.server.main", "answer over HTTP as OpenAI's API does, with a web page"),
-    "doctor": ("megavlm.training.doctor", "read a run's directory and say what happened"),
-    "quickstart": ("megavlm.quickstart.main", "train a tiny model on generated images, on this machine"),
+_COMMANDS = {
+    "train": "train a model by a recipe",
+    "prepare": "turn conversation JSON and images into a data set for training",
+    "render-text": "render pages of text in English and Chinese, to train reading",
+    "inspect": "show prepared data as it will be trained, on a page of HTML",
+    "convert": "bring weights in from Hugging Face, take them out, list and verify them",
+    "plan": "pick the layout for a number of GPUs, and predict memory and time",
+    "eval": "score a checkpoint on a benchmark",
+    "generate": "answer one prompt, with pictures",
+    "chat": "talk with a checkpoint: several turns and pictures",
+    "serve": "answer over HTTP as OpenAI's API does, with a web page",
+    "doctor": "read a run's directory and say what happened",
+    "quickstart": "train a tiny model on generated images, on this machine",
 }
-_COMMANDS = {"train": "train a model by a recipe", **{name: text for name, (_, text) in _MODULES.items()}}
+"""What there is, each in the module of its name in :mod:`megavlm.commands`."""
 
 _MACHINE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EBUSY,
@@ -63,16 +61,12 @@ TRACEBACK = "MEGAVLM_TRACEBACK"
 """Environment variable: set it to 1 to see where an error for users was raised."""
 
 
-class _UsageError(UserError):
-    """The command line is wrong."""
-
-
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are exceptions, so that all errors for users look the same."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
-        raise _UsageError(f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     children_end_with_us()
     try:
         command = _top_parser().parse_args(words[:1]).command
-        return _train(words[1:]) if command == "train" else _delegate(command, words[1:])
+        return _run(command, words[1:])
     except (ValueError, FileNotFoundError) as error:
         if not for_users(error):
             raise
@@ -115,69 +109,11 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    from megavlm.config.load import shipped_recipes
-
-    parser = _Parser(
-        prog="megavlm train",
-        usage="megavlm train RECIPE [key=value ...] [--overrides FILE] [--print-config]",
-        description="Train a model by a recipe. Start it under torchrun for more than one process.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    names = ", ".join(shipped_recipes())
-    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
-    )
-    parser.add_argument(
-        "--overrides",
-        dest="files",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file with keys to set, as megavlm plan --write makes one; key=value wins over it",
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and every key of a recipe")
-    return parser
-
-
-def _train(words: Sequence[str]) -> int:
-    """Check the recipe, then hand it to the training loop."""
-    from megavlm.architectures.registry import expand_presets
-    from megavlm.checkpoint.paths import check_load, with_tokenizer_of_load
-    from megavlm.config.checks import check_paths, check_recipe
-    from megavlm.config.help import keys_help, to_yaml
-    from megavlm.config.load import load_recipe
-
-    parser = _train_parser()
-    if "-h" in words or "--help" in words:
-        print(parser.format_help() + "\n" + keys_help())
-        return 0
-    args = parser.parse_intermixed_args(words)
-    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
-    if args.print_config:
-        # Often asked on another machine than the one that trains: the number of processes may be unknown.
-        check_recipe(recipe, _world_size(None))
-        print(to_yaml(recipe), end="")
-        return 0
-    check_recipe(recipe, _world_size(1))
-    check_paths(recipe)
-    check_load(recipe)
-    # Settled here for all that follows, and for the recipe that checkpoints carry.
-    recipe = with_tokenizer_of_load(recipe)
-    _configure_logging()
-    run: Callable[..., int] = importlib.import_module("megavlm.training.main").run
-    return run(recipe)
-
-
-def _delegate(command: str, words: Sequence[str]) -> int:
-    """Run a subcommand whose module brings its own arguments."""
-    module_name, text = _MODULES[command]
-    module = importlib.import_module(module_name)
-    parser = _Parser(prog=f"megavlm {command}", description=text.capitalize() + ".", allow_abbrev=False)
+def _run(command: str, words: Sequence[str]) -> int:
+    """Run a command, whose module brings its own arguments."""
+    module = importlib.import_module(f"megavlm.commands.{command.replace('-', '_')}")
+    text = _COMMANDS[command]
+    parser = _Parser(prog=f"megavlm {command}", description=f"{text.capitalize()}.", allow_abbrev=False)
     module.add_arguments(parser)
     intermixed = getattr(module, "INTERMIXED", False)
     args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
@@ -193,15 +129,6 @@ def _configure_logging() -> None:
     logging.getLogger("megavlm").setLevel(level)
     # Megatron-Core calls collectives by names that torch has begun to rename.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def _world_size(default: int | None) -> int | None:
-    text = os.environ.get("WORLD_SIZE")
-    if text is None:
-        return default
-    if not text.isdigit() or int(text) == 0:
-        raise _UsageError(f"WORLD_SIZE: {text!r} is not a number of processes; start with torchrun, or unset it")
-    return int(text)
 
 
 def _report(error: BaseException, exit_code: int) -> int:
@@ -237,7 +164,7 @@ def _speaks(error: BaseException, lines: Sequence[str]) -> bool:
     speaker = speaker_of(error)
     if speaker is not None:
         return speaker == rank
-    same_everywhere = isinstance(error, RecipeError | _UsageError)
+    same_everywhere = isinstance(error, RecipeError | UsageError)
     if error_file and (os.environ.get("GROUP_RANK", "0") == "0" or not same_everywhere):
         name = f"megavlm-{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:16]}"
         try:

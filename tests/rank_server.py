@@ -48,12 +48,12 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 MODULES = (
     "numpy", "PIL.Image", "simplejpeg", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
     "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.profiler",
-    "megavlm.cli", "megavlm.config.help", "megavlm.config.lora", "megavlm.training.main", "megavlm.training.loop",
-    "megavlm.training.recorder", "megavlm.parallel.engine", "megavlm.checkpoint.hf.main", "megavlm.data.prepare",
+    "megavlm.cli", "megavlm.config.help", "megavlm.config.lora", "megavlm.training.loop",
+    "megavlm.training.recorder", "megavlm.parallel.engine", "megavlm.commands.convert", "megavlm.commands.prepare",
     "megavlm.models.vlm", "megavlm.architectures.connectors.resampler.build",
     "megavlm.architectures.connectors.mlp.build", "megavlm.architectures.decoders.decoder.build",
-    "megavlm.architectures.towers.vit.build", "megavlm.checkpoint.distributed",
-    "megavlm.evaluation.main", "megavlm.inference.main", "megavlm.inference.chat", "megavlm.inference.session",
+    "megavlm.architectures.towers.vit.build", "megavlm.checkpoint.distributed", "megavlm.commands.eval",
+    "megavlm.commands.generate", "megavlm.commands.chat", "megavlm.inference.session", "megavlm.commands.train",
 )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megavlm.architectures.registry import expand_presets
+from megavlm.commands import prepare
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
-from megavlm.data import prepare
 from megavlm.data.tokenizer import train_sentencepiece
 from megavlm.quickstart.render import render_dataset
 

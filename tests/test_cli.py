@@ -56,6 +56,12 @@ def fake_module(monkeypatch):
     return put
 
 
+@pytest.fixture
+def fake_train(fake_module, monkeypatch):
+    """Put a function in the place of the training that follows the checks."""
+    return lambda run: monkeypatch.setattr("megavlm.commands.train.train", run)
+
+
 def start(*words, **environment):
     clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
     return subprocess.run(
@@ -88,9 +94,9 @@ def test_help_needs_neither_torch_nor_the_training_code():
         assert key.path in done.stdout
 
 
-def test_train_hands_over_the_checked_recipe(recipe_file, fake_module):
+def test_train_hands_over_the_checked_recipe(recipe_file, fake_train):
     got = []
-    fake_module("megavlm.training.main", lambda recipe: got.append(recipe) or 7)
+    fake_train(lambda recipe: got.append(recipe) or 7)
     assert cli.main(["train", str(recipe_file), "optimizer.lr=2e-3"]) == 7
     assert got[0].optimizer.lr == 2e-3
 
@@ -113,15 +119,12 @@ def test_print_config_still_checks_the_rules(recipe_file, capsys, fake_module):
 
 
 @pytest.mark.parametrize(
-    ("command", "module"),
-    [
-        ("prepare", "megavlm.data.prepare"),
-        ("eval", "megavlm.evaluation.main"),
-        ("quickstart", "megavlm.quickstart.main"),
-    ],
+    ("command", "module"), [("prepare", "prepare"), ("eval", "eval"), ("render-text", "render_text")]
 )
 def test_subcommands_bring_their_arguments(command, module, fake_module, capsys):
-    fake_module(module, lambda args: args.number, lambda parser: parser.add_argument("--number", type=int))
+    fake_module(
+        f"megavlm.commands.{module}", lambda args: args.number, lambda parser: parser.add_argument("--number", type=int)
+    )
     assert cli.main([command, "--number", "3"]) == 3
     assert cli.main([command, "--number", "three"]) == 2
     assert capsys.readouterr().err == (
@@ -162,7 +165,7 @@ def test_a_wrong_world_size(recipe_file, monkeypatch, capsys, fake_module):
 
 
 def test_missing_files_cost_one_line_wherever_they_are_opened(fake_module, capsys, tmp_path):
-    fake_module("megavlm.data.prepare", lambda args: (tmp_path / "absent.json").read_text())
+    fake_module("megavlm.commands.prepare", lambda args: (tmp_path / "absent.json").read_text())
     assert cli.main(["prepare"]) == 2
     assert capsys.readouterr().err == f"megavlm: error: {tmp_path}/absent.json: no such file or directory\n"
 
@@ -171,7 +174,7 @@ def test_a_library_s_value_error_keeps_its_traceback(fake_module):
     def run(args):
         json.loads("{")
 
-    fake_module("megavlm.data.prepare", run)
+    fake_module("megavlm.commands.prepare", run)
     with pytest.raises(ValueError, match="Expecting property name"):
         cli.main(["prepare"])
 
@@ -180,10 +183,10 @@ def test_a_user_error_is_one_wherever_it_comes_from(fake_module, capsys):
     """From a package that brings presets of its own, too."""
     made = {}
     exec(compile("def fail(error):\n    raise error", "/elsewhere/plugin.py", "exec"), made)
-    fake_module("megavlm.data.prepare", lambda args: made["fail"](UserError("key: rule; remedy")))
+    fake_module("megavlm.commands.prepare", lambda args: made["fail"](UserError("key: rule; remedy")))
     assert cli.main(["prepare"]) == 2
     assert capsys.readouterr().err == "megavlm: error: key: rule; remedy\n"
-    fake_module("megavlm.data.prepare", lambda args: made["fail"](ValueError("a bug")))
+    fake_module("megavlm.commands.prepare", lambda args: made["fail"](ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["prepare"])
 
@@ -209,7 +212,7 @@ def _made(text):
     ],
 )
 def test_a_bug_in_our_own_lines_is_never_shown_as_wrong_input(fake_module, bug):
-    fake_module("megavlm.data.prepare", lambda args: _made(bug)())
+    fake_module("megavlm.commands.prepare", lambda args: _made(bug)())
     with pytest.raises((ValueError, KeyError, FileNotFoundError)):
         cli.main(["prepare"])
 
@@ -217,7 +220,7 @@ def test_a_bug_in_our_own_lines_is_never_shown_as_wrong_input(fake_module, bug):
 @pytest.mark.parametrize("kind", ["UserError", "RecipeError", "MissingFileError"])
 def test_what_the_user_did_wrong_is_a_line_and_exit_code_2(fake_module, capsys, kind):
     fake_module(
-        "megavlm.data.prepare",
+        "megavlm.commands.prepare",
         lambda args: _made(f"from megavlm.config.errors import {kind}; raise {kind}('key: rule; remedy')")(),
     )
     assert cli.main(["prepare"]) == 2
@@ -248,21 +251,21 @@ def test_torchrun_gets_the_error_of_any_rank(recipe_file, tmp_path, monkeypatch,
         (OtherRankError("rank 1 says why"), 1, ""),
     ],
 )
-def test_what_is_no_bug_has_no_traceback(recipe_file, fake_module, capsys, error, code, said):
+def test_what_is_no_bug_has_no_traceback(recipe_file, fake_train, capsys, error, code, said):
     def run(recipe):
         raise error
 
-    fake_module("megavlm.training.main", run)
+    fake_train(run)
     assert cli.main(["train", str(recipe_file)]) == code
     assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), OSError(28, "No space left on device"), KeyError("x")])
-def test_what_may_be_one_has(recipe_file, fake_module, error):
+def test_what_may_be_one_has(recipe_file, fake_train, error):
     def run(recipe):
         raise error
 
-    fake_module("megavlm.training.main", run)
+    fake_train(run)
     with pytest.raises(type(error)):
         cli.main(["train", str(recipe_file)])
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from megavlm.config.lora import LINEARS, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig
-from megavlm.parallel.lora import (
+from megavlm.layers.lora import (
     LORA,
     Adapter,
     FrozenColumnParallelLinear,

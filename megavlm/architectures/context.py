@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import EngineConfig, LoraConfig, ParallelConfig
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import has_kernels
 from megavlm.parallel.engine import Machine, Part, settings, this_machine
 
 
@@ -38,7 +38,7 @@ class BuildContext:
         Args:
             part: whose configuration it is: they differ in what computes in FP8, and in fused kernels.
         """
-        on_cpu = not has_cuda() or not self.initialize
+        on_cpu = not has_kernels() or not self.initialize
         return {
             "tensor_model_parallel_size": self.parallel.tensor_model_parallel_size,
             "params_dtype": self.dtype,

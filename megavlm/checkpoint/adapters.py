@@ -16,8 +16,8 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
-from megavlm.parallel.lora import FrozenColumnParallelLinear
-from megavlm.parallel.nf4 import quantise
+from megavlm.layers.lora import FrozenColumnParallelLinear
+from megavlm.layers.nf4 import quantise
 
 
 def select(state: dict[str, Any], chosen: Callable[[str, Any], bool]) -> dict[str, Any]:

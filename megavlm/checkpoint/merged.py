@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm.architectures.adapters import adapter_of
-from megavlm.checkpoint import manifest
+from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import base_of, holds_adapters
 from megavlm.checkpoint.finite import check_finite, narrowed
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import read_run, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots

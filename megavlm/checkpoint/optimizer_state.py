@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 
 from megavlm.checkpoint.slots import METADATA
+from megavlm.parallel.device import synchronize
 
 STATE = "optimizer.state."
 MASTERS = ("param", "fp32_param")
@@ -90,7 +90,7 @@ def in_host_memory(optimizer: Any) -> Iterator[None]:
                 for param in one.model_param_group_index_map
             }
             one._get_main_param_and_optimizer_states = copies.__getitem__
-        torch.cuda.synchronize()
+        synchronize()
         yield
     finally:
         for one in staged:

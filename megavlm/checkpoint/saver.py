@@ -35,9 +35,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm import __version__
 from megavlm.architectures.adapters import trained_keys
-from megavlm.checkpoint import adapters, base, manifest, optimizer_state
+from megavlm.checkpoint import adapters, assets, base, manifest, optimizer_state
 from megavlm.checkpoint import proof as proving
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import newest_first, step_directory
 from megavlm.checkpoint.placement import misplaced
 from megavlm.checkpoint.safe import behind

@@ -34,6 +34,10 @@ class UserError(ValueError):
     """What a user can mend: wrong input. One line each for key or file, rule and remedy; exit code 2."""
 
 
+class UsageError(UserError):
+    """The command line, or the environment of a job, is wrong: on all ranks alike."""
+
+
 class MissingFileError(UserError, FileNotFoundError):
     """A file or directory that the user named, or that belongs beside it, is not there."""
 

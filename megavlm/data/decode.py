@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megavlm.config.errors import UserError
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import OUT_OF_MEMORY, ImageError, ImageHeader, decode_jpeg, decode_with_pil, read_header
 from megavlm.data.media import ImageLayout, ImagePlan
@@ -171,7 +170,7 @@ class SimpleJpegDecoder(ImageDecoder):
 
     def __init__(self, alpha: Alpha = "white") -> None:
         super().__init__(alpha)
-        _require("simplejpeg", "simplejpeg")
+        require("simplejpeg", "simplejpeg")
 
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.kind == "jpeg" and header.plain
@@ -189,43 +188,19 @@ class SimpleJpegDecoder(ImageDecoder):
         return rescue
 
 
-def make_decoder(name: str = "auto", *, alpha: Alpha = "white", num_threads: int = 2) -> ImageDecoder:
-    """Make a decoder.
-
-    Args:
-        name: ``dali``, ``simplejpeg``, ``pil``, or ``auto``: DALI where a GPU and DALI are, else simplejpeg, else PIL.
-        alpha: What becomes of transparency, see ``data.image_alpha``.
-        num_threads: CPU threads of DALI.
-
-    Raises:
-        ImportError: The decoder's library is not installed; the message says how to install it.
-        UserError: There is no such decoder.
-    """
-    gpu = torch.cuda.is_available()
-    if name == "auto":
-        if gpu and _installed("nvidia.dali"):
-            name = "dali"
-        else:
-            name = "simplejpeg" if _installed("simplejpeg") else "pil"
-    if name == "pil":
-        return PilDecoder(alpha)
-    if name == "simplejpeg":
-        return SimpleJpegDecoder(alpha)
-    if name == "dali":
-        _require("dali", "nvidia.dali")
-        from megavlm.data.decode_dali import DaliDecoder  # noqa: PLC0415 - optional
-
-        return DaliDecoder(torch.cuda.current_device() if gpu else None, num_threads, alpha)
-    raise UserError(f"data.image_decoder must be auto, dali, simplejpeg or pil, not {name!r}")
-
-
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether a package is there."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-def _require(name: str, module: str) -> None:
-    if not _installed(module):
+def require(name: str, module: str) -> None:
+    """Check that the package of a decoder is there.
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
+    if not installed(module):
         raise ImportError(f"data.image_decoder {name} needs the package {module}: {_FIXES[name]}")

@@ -20,6 +20,7 @@ from megavlm.data.images import MAX_PIXELS, ImageError, ImageHeader
 from megavlm.data.media import Box, Canvas, Colour, ImageLayout, ImagePlan
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.render import take
+from megavlm.parallel.device import current_stream
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class DaliDecoder(ImageDecoder):
     def _to_torch(self, tensor: Any) -> torch.Tensor:
         pixels = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
         # On torch's own stream: the memory of ``pixels`` may still be read by kernels that are queued there.
-        stream = None if self._device_id is None else torch.cuda.current_stream(self.device)
+        stream = None if self._device_id is None else current_stream(self.device)
         feed_ndarray(tensor, pixels, cuda_stream=stream)
         return pixels
 

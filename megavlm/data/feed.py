@@ -30,8 +30,8 @@ from torch import Tensor
 from megavlm.data.batch import Pack
 from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, ImageShape, arrange
 from megavlm.data.read_pack import ReadPack, decode_pack
+from megavlm.layers.segments import packed_segments, to_device
 from megavlm.parallel.device import local_device, use_local_device
-from megavlm.parallel.segments import packed_segments, to_device
 from megavlm.parallel.state import any_rank, is_first_stage, is_reader
 
 if TYPE_CHECKING:

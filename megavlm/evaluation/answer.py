@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.records import HeldOutRecord
 from megavlm.inference.generate import generate

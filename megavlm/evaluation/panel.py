@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from megavlm.data.boxes import parse_boxes
 from megavlm.data.images import decode_with_pil
-from megavlm.evaluation.metrics import box_hit, exact_match, parse_boxes
+from megavlm.evaluation.metrics import box_hit, exact_match
 
 _INK = (35, 38, 47)
 _MUTED = (112, 118, 130)

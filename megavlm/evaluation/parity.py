@@ -20,8 +20,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.distributed import load
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe

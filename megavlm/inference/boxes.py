@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
+from megavlm.data.boxes import parse_boxes
 from megavlm.data.images import decode_with_pil
-from megavlm.evaluation.metrics import parse_boxes
 
 _COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.answer_text import AnswerText

@@ -10,9 +10,9 @@ from megatron.core.transformer.module import Float16Module
 from megavlm.architectures.adapters import prepare_adapters
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModulesConfig, Recipe
+from megavlm.layers.specs import use_transformer_engine
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 from megavlm.parallel.device import local_device
-from megavlm.parallel.specs import use_transformer_engine
 
 MODULES = ("vision", "connector", "language")
 """The parts of a model, as recipes and parameter names call them."""

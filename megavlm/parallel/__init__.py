@@ -1,1 +1,1 @@
-"""Everything that depends on the hardware: CUDA or CPU over gloo, process groups, layer specs (TE or torch)."""
+"""Everything that depends on the hardware: CUDA or CPU over gloo, process groups, locks, processes."""

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -128,6 +129,47 @@ def local_rank() -> int:
 def backend() -> str:
     """Return the torch.distributed backend of this machine."""
     return "nccl" if has_cuda() else "gloo"
+
+
+def current_gpu() -> int | None:
+    """Return the index of the GPU that this thread computes on, or None on a CPU."""
+    return torch.cuda.current_device() if has_cuda() else None
+
+
+def gpu_count() -> int:
+    """Return how many GPUs this process sees."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
+def has_kernels() -> bool:
+    """Whether the fused kernels of torch, Megatron-Core and Transformer Engine, which need a GPU, can run."""
+    return has_cuda()
+
+
+def frees_sent_outputs() -> bool:
+    """Whether a pipeline stage may free what it has sent: over gloo such outputs train wrongly."""
+    return has_cuda()
+
+
+def records_memory() -> bool:
+    """Whether allocations of device memory can be recorded here."""
+    return has_cuda()
+
+
+def device_random_state() -> torch.Tensor | None:
+    """Return the state of the GPU's random numbers; None on a CPU, whose state is torch's own."""
+    return torch.cuda.get_rng_state() if has_cuda() else None
+
+
+def restore_device_random_state(state: torch.Tensor) -> None:
+    """Go on from what :func:`device_random_state` returned on this or another machine; a CPU leaves it aside."""
+    if has_cuda():
+        torch.cuda.set_rng_state(state)
+
+
+def current_stream(device: torch.device) -> Any:
+    """Return torch's stream of a GPU."""
+    return torch.cuda.current_stream(device)
 
 
 def synchronize() -> None:

@@ -27,7 +27,7 @@ from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.keys import find_key
 from megavlm.config.schema import Recipe
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader

@@ -22,9 +22,9 @@ from torch import Tensor
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.feed import FeedCounters, MicroBatch
+from megavlm.layers.segments import segment_lengths
 from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.lock import View
-from megavlm.parallel.segments import segment_lengths
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.planning.flops import count_step
 from megavlm.training.lines import drop_steps_after

@@ -11,7 +11,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import device_random_state, restore_device_random_state
 
 Plain = dict[str, Any]
 
@@ -20,11 +20,12 @@ def random_state() -> Plain:
     """Return the states of Python, NumPy, torch, the device and Megatron-Core's tracker."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, internal, gauss_next = random.getstate()
+    on_device = device_random_state()
     return {
         "python": [version, list(internal), gauss_next],
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         "torch": _encode(torch.get_rng_state()),
-        "device": _encode(torch.cuda.get_rng_state()) if has_cuda() else None,
+        "device": None if on_device is None else _encode(on_device),
         "tracker": {key: _encode(value) for key, value in get_cuda_rng_tracker().get_states().items()},
     }
 
@@ -40,8 +41,8 @@ def restore_random_state(plain: Plain) -> None:
     name, keys, *rest = plain["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_decode(plain["torch"]))
-    if has_cuda() and plain["device"] is not None:
-        torch.cuda.set_rng_state(_decode(plain["device"]))
+    if plain["device"] is not None:
+        restore_device_random_state(_decode(plain["device"]))
     tracker = get_cuda_rng_tracker()  # a stream that is newer than the checkpoint (dropout was 0) stays as it is
     tracker.set_states(tracker.get_states() | {key: _decode(value) for key, value in plain["tracker"].items()})
 

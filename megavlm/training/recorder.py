@@ -11,7 +11,7 @@ import torch
 
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import LoggingConfig
-from megavlm.parallel.device import dump_memory_history, has_cuda, profiled_activities, start_memory_history
+from megavlm.parallel.device import dump_memory_history, profiled_activities, records_memory, start_memory_history
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def check_recorder(settings: LoggingConfig) -> None:
     Raises:
         RecipeError: it has not.
     """
-    if settings.memory_snapshot_steps is not None and not has_cuda():
+    if settings.memory_snapshot_steps is not None and not records_memory():
         raise RecipeError(
             "logging.memory_snapshot_steps: records device memory, and this machine has no CUDA device; set it to null"
         )

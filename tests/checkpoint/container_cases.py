@@ -21,7 +21,7 @@ from megavlm.checkpoint.containers import sharded_state
 from megavlm.checkpoint.placement import misplaced, parts
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.schema import ParallelConfig
-from megavlm.parallel.linear import column_linear, row_linear
+from megavlm.layers.linear import column_linear, row_linear
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 

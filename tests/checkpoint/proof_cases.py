@@ -342,9 +342,10 @@ def loaded(recipe: dict[str, Any], checkpoint: str, *, state: bool) -> str:
 
 def run_with_a_bad_save(words: list[str], step: int) -> tuple[int | None, str]:
     """Train as the command does, with a shifted moment in the save of one step; return exit code and error."""
+
     from megavlm.architectures.registry import expand_presets
+    from megavlm.commands.train import train
     from megavlm.config.load import load_recipe
-    from megavlm.training.main import run
 
     original = saver.save_preprocess
 
@@ -357,6 +358,6 @@ def run_with_a_bad_save(words: list[str], step: int) -> tuple[int | None, str]:
     recipe = load_recipe(words[0], words[1:], expand_presets)
     with mock.patch.object(saver, "save_preprocess", preprocess):
         try:
-            return run(recipe), ""
+            return train(recipe), ""
         except RuntimeError as error:
             return None, str(error)

@@ -9,7 +9,7 @@ import hf_makers
 import pytest
 from tokenizer_files import write_llama, write_llava
 
-from megavlm.checkpoint.hf import assets
+from megavlm.checkpoint import assets
 from megavlm.cli import main
 from megavlm.data.tokenizer import load_tokenizer
 

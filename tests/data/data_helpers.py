@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from megavlm.commands.prepare import add_arguments, run
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack
-from megavlm.data.prepare import add_arguments, run
 from megavlm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, ran
 
 from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.data.batch import Pack  # noqa: E402
-from megavlm.data.decode import make_decoder  # noqa: E402
+from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.feed import Feed, MicroBatch, Prefetcher, share_packs  # noqa: E402
 from megavlm.parallel.state import is_first_stage, is_reader, process_groups  # noqa: E402
 

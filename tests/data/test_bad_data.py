@@ -19,7 +19,8 @@ from data_helpers import TOKENS_PER_IMAGE, encode_image, open_reader, smooth_ima
 from PIL import Image
 
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
-from megavlm.data.decode import GRAY, PilDecoder, make_decoder
+from megavlm.data.decode import GRAY, PilDecoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Prefetcher
 from megavlm.data.quarantine import Quarantine, read_list
 from megavlm.data.read_pack import ReadPack

@@ -11,7 +11,8 @@ from data_helpers import encode_image, smooth_image
 from PIL import Image, ImageOps
 
 from megavlm.data import decode
-from megavlm.data.decode import GRAY, ImageDecoder, make_decoder
+from megavlm.data.decode import GRAY, ImageDecoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.images import ImageError, read_header
 
 SIZE = 112
@@ -130,7 +131,7 @@ def test_a_dali_exception_costs_no_image(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_missing_library_and_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="must be auto, dali, simplejpeg or pil"):
         make_decoder("opencv")
-    monkeypatch.setattr(decode, "_installed", lambda _: False)
+    monkeypatch.setattr(decode, "installed", lambda _: False)
     for name, fix in [("simplejpeg", "pip install simplejpeg"), ("dali", "pip install nvidia-dali")]:
         with pytest.raises(ImportError, match=fix):
             make_decoder(name)

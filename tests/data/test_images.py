@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 
 import megavlm
 from megavlm.data import decode, images
-from megavlm.data.decode import GRAY, ImageDecoder, make_decoder
+from megavlm.data.decode import GRAY, ImageDecoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.image_header import MAX_SIDE, scan
 from megavlm.data.images import FORMATS, OUT_OF_MEMORY, ImageError, decode_with_pil, read_header
 
@@ -144,7 +145,7 @@ SMALL_MACHINE = """
 import io, resource, sys
 from pathlib import Path
 from PIL import Image
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 
 def encode(size):
     file = io.BytesIO()

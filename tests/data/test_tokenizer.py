@@ -110,6 +110,6 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 def test_import_needs_no_torch() -> None:
     code = (
         "import sys, megavlm.data.tokenizer, megavlm.data.chat, megavlm.data.schema, megavlm.data.packing,"
-        " megavlm.data.prepare; assert 'torch' not in sys.modules"
+        " megavlm.commands.prepare; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

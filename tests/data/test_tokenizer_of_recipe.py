@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,9 +55,7 @@ def train(recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
     def run(*overrides: str) -> tuple[int, str | None, str]:
         got: list[Recipe] = []
-        module = types.ModuleType("megavlm.training.main")
-        module.run = lambda recipe: got.append(recipe) or 0  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr("megavlm.commands.train.train", lambda recipe: got.append(recipe) or 0)
         code = cli.main(["train", str(recipe_file), *overrides])
         return code, got[0].data.tokenizer if got else None, capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ranks import megavlm
 from run_data import RunData
 
-from megavlm.evaluation import main
+from megavlm.commands import eval as main
 from megavlm.evaluation.records import read_records
 from megavlm.parallel.lock import HeldError, held
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megavlm.evaluation.metrics import box_hit, box_iou, exact_match, parse_boxes, score
+from megavlm.data.boxes import parse_boxes
+from megavlm.evaluation.metrics import box_hit, box_iou, exact_match, score
 
 
 @pytest.mark.parametrize(

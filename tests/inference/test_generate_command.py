@@ -18,9 +18,9 @@ from ranks import megavlm
 from run_data import RunData
 
 from megavlm.cli import main
+from megavlm.commands.chat import Chat, _lines, _read_line
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.inference.boxes import draw_boxes
-from megavlm.inference.chat import Chat, _lines, _read_line
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session

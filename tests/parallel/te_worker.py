@@ -36,7 +36,7 @@ from megavlm.architectures.adapters import prepare_adapters  # noqa: E402
 from megavlm.checkpoint.slots import model_state  # noqa: E402
 from megavlm.models.vlm import build_chunks  # noqa: E402
 
-context.has_cuda = lambda: False  # weights are drawn on the CPU, which a device's random state would be needed for
+context.has_kernels = lambda: False  # weights are drawn on the CPU, which a device's random state would be needed for
 
 
 PARTS = ("core_attention", "q_layernorm", "final_layernorm", "ln_pre", "ln_post")

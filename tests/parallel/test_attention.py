@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.parallel.attention import TorchAttention
+from megavlm.layers.attention import TorchAttention
 from megavlm.parallel.state import process_groups
 
 HEADS, WIDTH = 4, 8

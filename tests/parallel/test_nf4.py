@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from megavlm.config.lora import check_quantiser
-from megavlm.parallel.nf4 import frozen_linear, quantise
+from megavlm.layers.nf4 import frozen_linear, quantise
 
 
 def theirs(weight: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.parallel.norm import TorchNorm
+from megavlm.layers.norm import TorchNorm
 
 
 def norm(kind: str, dtype: torch.dtype = torch.float32, *, sequence_parallel: bool = False) -> TorchNorm:

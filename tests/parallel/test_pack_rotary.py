@@ -10,9 +10,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from tiny import tiny_recipe
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.parallel import rotary
-from megavlm.parallel.rotary import PackRotary
-from megavlm.parallel.segments import packed_segments, segment_lengths
+from megavlm.layers import rotary
+from megavlm.layers.rotary import PackRotary
+from megavlm.layers.segments import packed_segments, segment_lengths
 from megavlm.parallel.state import process_groups
 
 CPU = torch.device("cpu")

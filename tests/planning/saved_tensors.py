@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from megavlm.architectures.adapters import frozen_linears
-from megavlm.parallel.lora import FrozenColumnParallelLinear
-from megavlm.parallel.nf4 import quantise
+from megavlm.layers.lora import FrozenColumnParallelLinear
+from megavlm.layers.nf4 import quantise
 
 
 class Saved:

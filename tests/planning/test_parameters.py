@@ -149,8 +149,8 @@ def test_a_module_of_another_package_is_refused() -> None:
 def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
     """And quantised weights with the bytes that they really take."""
     from megavlm.architectures.adapters import frozen_linears
+    from megavlm.layers.nf4 import quantise
     from megavlm.models.build import build_model, unwrap
-    from megavlm.parallel.nf4 import quantise
     from megavlm.parallel.state import process_groups
 
     freeze = {"vision": {"freeze": True}, "connector": {"freeze": True}}

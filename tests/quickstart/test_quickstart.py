@@ -15,10 +15,10 @@ from ranks import megavlm
 
 from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
+from megavlm.commands.quickstart import layout_for
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.parallel.lock import held
-from megavlm.quickstart.main import layout_for
 
 KEYS = {
     "loss_first",
@@ -105,9 +105,8 @@ def test_torchrun_ends_with_a_quickstart_that_is_killed(tmp_path: Path) -> None:
     for path in (package.parent / "__init__.py", package / "__init__.py"):
         path.touch()
     (package / "run.py").write_text(STAND_IN)
-    code = (
-        "import os; from megavlm.quickstart.main import _torchrun as t; os.environ['PYTHONPATH'] = os.environ['FAKE']"
-    )
+    code = "import os; from megavlm.commands.quickstart import _torchrun as t"
+    code += "; os.environ['PYTHONPATH'] = os.environ['FAKE']"
     code += "; t(1, [])"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.evaluation.metrics import parse_boxes
+from megavlm.data.boxes import parse_boxes
 from megavlm.quickstart import render
 from megavlm.quickstart.render import RenderedData, render_dataset
 from megavlm.quickstart.render_questions import (

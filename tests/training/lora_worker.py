@@ -27,8 +27,8 @@ from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.layers.lora import LORA  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
-from megavlm.parallel.lora import LORA  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from run_data import RunData
 
 from megavlm.config.schema import DataSource
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import load_tokenizer

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from run_data import RunData
 
+from megavlm.commands.train import train
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import LoggingConfig
-from megavlm.training.main import run
 from megavlm.training.recorder import Recorder
 
 
@@ -58,5 +58,5 @@ def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: py
 def test_a_memory_snapshot_without_a_gpu_is_refused_before_anything_starts(run_data: RunData, tmp_path: Path) -> None:
     recipe = run_data.recipe(tmp_path / "run", "logging.memory_snapshot_steps=[1,2]")
     with pytest.raises(RecipeError, match=r"^logging\.memory_snapshot_steps: .* no CUDA device; set it to null$"):
-        run(recipe)
+        train(recipe)
     assert not dist.is_initialized() and not (tmp_path / "run").exists()

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from megavlm import __version__
 from megavlm.architectures.context import BuildContext
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.accounting import Account, check_source
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits

@@ -53,7 +53,7 @@ def _megatron_directory(path: Path) -> Path | None:
 def _megatron(path: Path) -> Tree:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata  # noqa: PLC0415
 
-    from megavlm.checkpoint.hf import assets  # noqa: PLC0415
+    from megavlm.checkpoint import assets  # noqa: PLC0415
     from megavlm.checkpoint.safe import read_metadata  # noqa: PLC0415
 
     metadata = read_metadata(path)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained

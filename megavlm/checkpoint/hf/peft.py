@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megavlm.architectures.adapters import adapter_of
-from megavlm.checkpoint import manifest
+from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
-from megavlm.checkpoint.hf import assets
 from megavlm.checkpoint.hf.outgoing import choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
@@ -36,7 +35,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS, TARGETS
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
-from megavlm.parallel.lora import Adapter
+from megavlm.layers.lora import Adapter
 from megavlm.weights.files import read_json
 from megavlm.weights.kinds import what_is
 from megavlm.weights.pickles import load_weights

@@ -15,7 +15,7 @@ from megavlm.config.checks import source_name
 from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.read_pack import decode_pack

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.config.schema import Recipe
-from megavlm.data.decode import ImageDecoder, make_decoder
+from megavlm.data.decode import ImageDecoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question

@@ -22,7 +22,7 @@ from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation
-from megavlm.data.decode import make_decoder
+from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Prefetcher, micro_batch
 from megavlm.data.inspect.tokens import segments, shapes
 from megavlm.data.packing import PackableSample, build_pack

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ranks import megavlm
 from run_data import RECIPE, RunData
 
-from megavlm.data import prepare
+from megavlm.commands import prepare
 
 QUESTION = "Where is the red disc?"
 ANSWER = "The <ref>red disc</ref><box>(125,250),(500,625)</box> is there."

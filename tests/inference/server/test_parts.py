@@ -14,6 +14,7 @@ import torch
 from learnt import ANSWER, QUESTION, Learnt
 
 from megavlm.cli import main
+from megavlm.commands.serve import name_of
 from megavlm.data.schema import Turn
 from megavlm.inference import generate
 from megavlm.inference import sampling as sampling_module
@@ -21,7 +22,6 @@ from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError
-from megavlm.inference.server.main import name_of
 from megavlm.inference.server.stops import StopScanner
 from megavlm.inference.server.worker import Job, Worker
 from megavlm.inference.session import Asked, NotFiniteError, Piece, session

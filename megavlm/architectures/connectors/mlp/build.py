@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
-from megavlm.parallel.linear import column_linear, row_linear
+from megavlm.layers.linear import column_linear, row_linear
 
 
 class MLPConnector(MegatronModule):

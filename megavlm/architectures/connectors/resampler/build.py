@@ -19,8 +19,8 @@ from torch import Tensor
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table, sincos_table
 from megavlm.config.schema import ModelConfig
-from megavlm.parallel.linear import column_linear, row_linear
-from megavlm.parallel.specs import layer_modules
+from megavlm.layers.linear import column_linear, row_linear
+from megavlm.layers.specs import layer_modules
 
 
 class Resampler(MegatronModule):

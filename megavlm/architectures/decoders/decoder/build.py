@@ -18,9 +18,9 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import LanguageConfig
-from megavlm.parallel.device import has_cuda
-from megavlm.parallel.rotary import PackRotary
-from megavlm.parallel.specs import block_submodules, layer_modules
+from megavlm.layers.rotary import PackRotary
+from megavlm.layers.specs import block_submodules, layer_modules
+from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
 
 def transformer_config(language: LanguageConfig, context: BuildContext) -> TransformerConfig:
@@ -50,14 +50,14 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=context.dtype,
         # Over gloo, outputs that were freed early and batched sends train wrongly (facts: Megatron on CPU, trap 4).
-        deallocate_pipeline_outputs=has_cuda(),
+        deallocate_pipeline_outputs=frees_sent_outputs(),
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
-        # Megatron's name for "the activation that the layer spec brings", which is ours: parallel/activation.py.
-        use_te_activation_func=not has_cuda() and not shared["bias_activation_fusion"],
+        # Megatron's name for "the activation that the layer spec brings", which is ours: layers/activation.py.
+        use_te_activation_func=not has_kernels() and not shared["bias_activation_fusion"],
         **shared,
     )
 

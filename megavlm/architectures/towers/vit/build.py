@@ -18,8 +18,8 @@ from torch import Tensor
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table
 from megavlm.config.schema import VisionConfig
-from megavlm.parallel.activation import BiasActivationMLP, gelu_tanh
-from megavlm.parallel.specs import block_submodules, layer_modules
+from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
+from megavlm.layers.specs import block_submodules, layer_modules
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

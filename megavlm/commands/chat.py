@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture for the first question")
     parser.add_argument("--system", help="system message (default: the recipe's)")
-    parser.add_argument("--out", type=Path, default=Path("chat"), help="where pictures with boxes go (default ./chat)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/chat"), help="where pictures with boxes go (default ./runs/chat)"
+    )
     add_sampling_arguments(parser, 512)
 
 

@@ -38,7 +38,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
-from megavlm.parallel.nf4 import NF4Weight, frozen_linear
+from megavlm.layers.nf4 import NF4Weight, frozen_linear
+from megavlm.parallel.device import local_device
 
 LORA = ("lora_a", "lora_b")
 """Names of an adapter's parameters beside ``weight``."""
@@ -187,7 +188,7 @@ def _real_bias(layer: Any, config: Any) -> None:
     if layer.bias is not None and layer.bias.is_meta:
         marks = ("allreduce", "sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride")
         kept = {key: getattr(layer.bias, key) for key in marks if hasattr(layer.bias, key)}
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        device = "cpu" if config.use_cpu_initialization else local_device()
         layer.bias = Parameter(torch.zeros(layer.bias.shape, dtype=layer.bias.dtype, device=device))
         for key, value in kept.items():
             setattr(layer.bias, key, value)
@@ -328,7 +329,7 @@ class FrozenRowParallelLinear(_Frozen, RowParallelLinear):
 def _device(layer: Any, config: Any, quantize: bool) -> Any:
     if not quantize:
         return layer.weight.device
-    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    return "cpu" if config.use_cpu_initialization else local_device()
 
 
 def _mark_sharded(parameter: Parameter, dim: int) -> None:

@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megavlm.config.errors import UserError
-from megavlm.parallel.activation import swiglu
-from megavlm.parallel.attention import CompactSelfAttention, TorchAttention
-from megavlm.parallel.device import has_cuda, transformer_engine_installed
+from megavlm.layers.activation import swiglu
+from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.norm import TorchNorm
+from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
-from megavlm.parallel.norm import TorchNorm
 
 
 def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
@@ -34,7 +34,7 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
         UserError: Transformer Engine is asked for, and there is no CUDA device or it is not installed.
     """
     installed = transformer_engine_installed()
-    if choice == "transformer_engine" and not (installed and has_cuda()):
+    if choice == "transformer_engine" and not (installed and has_kernels()):
         missing = "transformer-engine is not installed" if not installed else "there is no CUDA device"
         raise UserError(
             f"parallel.transformer_impl: transformer_engine is asked for, but {missing}; "
@@ -42,7 +42,7 @@ def use_transformer_engine(choice: str, precision: str = "bf16") -> bool:
         )
     if choice == "auto" and precision == "fp32":
         return False
-    return choice != "torch" and installed and has_cuda()
+    return choice != "torch" and installed and has_kernels()
 
 
 WIDEST_ENGINE_HEAD = 128

@@ -14,7 +14,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from megavlm.parallel.segments import segment_positions
+from megavlm.layers.segments import segment_positions
 
 _plain_thd = rope_utils._apply_rotary_pos_emb_thd
 # One kernel where Megatron-Core's functions are compiled, its own operations elsewhere.

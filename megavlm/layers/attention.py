@@ -20,10 +20,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megavlm.parallel.segments import segment_lengths
+from megavlm.layers.segments import segment_lengths
+from megavlm.parallel.device import has_kernels
 
 _varlen_attn: Any = None
-if torch.cuda.is_available():  # torch 2.10 and later; without it, segments are attended to one by one
+if has_kernels():  # torch 2.10 and later; without it, segments are attended to one by one
     with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn as _varlen_attn
 

@@ -1,40 +1,94 @@
-"""``megavlm train``: the entry point of a run, on one process or under torchrun."""
+"""``megavlm train``: the entry point of a run, on one process or under torchrun.
+
+Wrong input is refused, and help printed, before torch is loaded.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megavlm.checkpoint.paths import newest_first
-from megavlm.config.errors import MachineError, OtherRankError, RecipeError, disk_problem
+from megavlm.architectures.registry import expand_presets
+from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of_load
+from megavlm.config.checks import check_paths, check_recipe
+from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
+from megavlm.config.help import keys_help, to_yaml
+from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
-from megavlm.parallel.device import prepare_device
 from megavlm.parallel.lock import LostError, View
 from megavlm.parallel.output import holding, try_writing
 
+INTERMIXED = True
+"""Overrides may stand between the options."""
 
-def run(recipe: Recipe) -> int:
-    """Train by a checked recipe.
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.usage = "megavlm train RECIPE [key=value ...] [--overrides FILE] [--print-config]"
+    parser.description = "Train a model by a recipe. Start it under torchrun for more than one process."
+    parser.epilog = keys_help()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    names = ", ".join(shipped_recipes())
+    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
+    )
+    parser.add_argument(
+        "--overrides",
+        dest="files",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file with keys to set, as megavlm plan --write makes one; key=value wins over it",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the recipe, then train, or print it.
 
     Returns:
         The exit code: 0, or 75 for a run that a signal stopped and that can go on.
 
     Raises:
-        RecipeError: tokenizer, data or checkpoint do not fit the recipe.
+        RecipeError: the recipe is wrong; tokenizer, data or checkpoint do not fit it.
         RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
+    """
+    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
+    if args.print_config:
+        # Often asked on another machine than the one that trains: the number of processes may be unknown.
+        check_recipe(recipe, _world_size(None))
+        sys.stdout.write(to_yaml(recipe))
+        return 0
+    check_recipe(recipe, _world_size(1))
+    check_paths(recipe)
+    check_load(recipe)
+    # Settled here for all that follows, and for the recipe that checkpoints carry.
+    return train(with_tokenizer_of_load(recipe))
+
+
+def train(recipe: Recipe) -> int:
+    """Train by a checked recipe.
+
+    Returns, Raises: as :func:`run`.
     """
     assert recipe.data.tokenizer is not None  # the command line found the file
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(recipe, tokenizer)
     try_writing(recipe.output_dir)
     check_output(recipe)
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     # Megatron-Core may be imported from here on.
     from megavlm.config.lora import check_quantiser  # noqa: PLC0415
+    from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
-    from megavlm.parallel.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.state import process_groups  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
@@ -57,6 +111,15 @@ def run(recipe: Recipe) -> int:
             return trainer.train()
         finally:
             trainer.close()
+
+
+def _world_size(default: int | None) -> int | None:
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
+    if not text.isdigit() or int(text) == 0:
+        raise UsageError(f"WORLD_SIZE: {text!r} is not a number of processes; start with torchrun, or unset it")
+    return int(text)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from megavlm.evaluation.benchmarks.hub import ROWS
-from megavlm.evaluation.benchmarks.main import run_benchmark
+from megavlm.evaluation.benchmarks.run import run_benchmark
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records

@@ -21,13 +21,13 @@ from typing import Any
 
 from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.paths import read_run, resolve
+from megavlm.commands import prepare
+from megavlm.commands.eval import PANEL, PREDICTIONS, SCORES
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
-from megavlm.data import prepare
 from megavlm.data.tokenizer import train_sentencepiece
-from megavlm.evaluation.main import PANEL, PREDICTIONS, SCORES
 from megavlm.parallel.lock import LOCK_FILE, held
 from megavlm.parallel.output import try_writing
 from megavlm.parallel.processes import signalled_at_parents_end
@@ -168,9 +168,9 @@ def layout_for(gpus: int) -> tuple[int, list[str]]:
 
 
 def _gpus() -> int:
-    import torch  # noqa: PLC0415 - seconds
+    from megavlm.parallel.device import gpu_count  # noqa: PLC0415 - imports torch: seconds
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return gpu_count()
 
 
 def _torchrun(ranks: int, words: Sequence[str]) -> None:

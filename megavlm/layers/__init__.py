@@ -1,0 +1,1 @@
+"""Layers: attention on packs, norms, activations, linears, rotary angles, LoRA, NF4; ``specs`` picks them."""
