@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.data.media import plan_kinds
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def load_presets() -> None:
     """Register the presets of this package and of installed packages that bring some (once)."""
     for room in ("towers", "connectors", "decoders"):
         importlib.import_module(f"megavlm.architectures.{room}")
+    plan_kinds()
     if "tiny" not in MODELS.names():
         importlib.import_module("megavlm.families.presets")  # the whole models
         for entry in entry_points(group="megavlm.presets"):
@@ -109,7 +111,17 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("preset"), str):
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
+    expanded |= _image(whole.get("image", {}), model)
     return {**tree, "model": expanded}
+
+
+def _image(whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the image branch: the whole model's adjustments are for its own kind of plan."""
+    own = model.get("image", {})
+    if not whole or not isinstance(own, dict):
+        return {}
+    same = own.get("kind", whole.get("kind")) == whole.get("kind")
+    return {"image": {**whole, **own} if same else own}
 
 
 def _find(registry: Registry, name: str, key: str) -> Preset:

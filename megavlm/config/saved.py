@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.schema import ConnectorConfig, LanguageConfig, LoraConfig, VisionConfig
+from megavlm.config.schema import ConnectorConfig, ImageConfig, LanguageConfig, LoraConfig, VisionConfig
 
 Tree = dict[str, Any]
 
@@ -47,7 +47,11 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
     branches = {name: model[name] for name in _BRANCHES if isinstance(model.get(name), Mapping)}
     if not all(_always(_BRANCHES[name]) <= branch.keys() for name, branch in branches.items()):
         return dict(model)
-    return {**model, **{name: {**_defaults(_BRANCHES[name]), **branch} for name, branch in branches.items()}}
+    filled = {name: {**_defaults(_BRANCHES[name]), **branch} for name, branch in branches.items()}
+    image = model.get("image", {})
+    if branches.keys() == _BRANCHES.keys() and isinstance(image, Mapping):
+        filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
+    return {**model, **filled}
 
 
 def _always(branch: Any) -> set[str]:

@@ -15,18 +15,19 @@ import functools
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megavlm.config.checks import TEXT_TOKENS, add_rule
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
 
 if TYPE_CHECKING:
-    from megavlm.config.schema import ImageConfig, ModelConfig
+    from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
 
 ImageRuns = tuple[int | str, ...]
 """What stands in a prompt for one picture: a number is so many feature slots, a text is literal markup between them."""
@@ -223,6 +224,7 @@ class PlanKind:
     """A kind of plan that recipes may name as ``model.image.kind``."""
 
     name: str
+    plan: type[ImagePlan]
     build: Callable[[ModelConfig], ImagePlan]
     """Makes the plan of a model; what is wrong with the keys it says by :class:`UserError`."""
     keys: tuple[str, ...] = ()
@@ -233,11 +235,14 @@ _KINDS: dict[str, PlanKind] = {}
 _OWN = ("plans_single", "plans_tiles", "plans_slices")
 
 
-def register_plan(name: str, build: Callable[[ModelConfig], ImagePlan], keys: Sequence[str] = ()) -> None:
+def register_plan(
+    name: str, plan: type[ImagePlan], build: Callable[[ModelConfig], ImagePlan], keys: Sequence[str] = ()
+) -> None:
     """Add a kind of plan.
 
     Args:
         name: What recipes call it.
+        plan: Its class.
         build: Makes the plan of a model from ``model.image`` and the other branches; a ``UserError`` of it names the
             key, the rule and the remedy.
         keys: Keys of ``model.image`` that it looks at, besides kind and resample; others are refused.
@@ -247,7 +252,7 @@ def register_plan(name: str, build: Callable[[ModelConfig], ImagePlan], keys: Se
     """
     if name in _KINDS:
         raise UserError(f"image plan {name!r} is registered twice")
-    _KINDS[name] = PlanKind(name, build, tuple(keys))
+    _KINDS[name] = PlanKind(name, plan, build, tuple(keys))
 
 
 def plan_kinds() -> dict[str, PlanKind]:
@@ -276,6 +281,31 @@ def plan_of(model: ModelConfig) -> ImagePlan:
             f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
         )
     return kind.build(model)
+
+
+def image_rules(recipe: Recipe) -> Iterator[str]:
+    """Check ``model.image``, and that a picture fits a sequence."""
+    try:
+        plan = plan_of(recipe.model)
+    except UserError as error:
+        yield str(error)
+        return
+    if not plan.square:
+        yield (
+            f"model.image.kind: the views of {recipe.model.image.kind} are not square, and the tower "
+            f"{recipe.model.vision.preset!r} takes squares only; choose another image plan"
+        )
+    shapes = [(plan.side, plan.side), (2 * plan.side, plan.side), (plan.side, 2 * plan.side)]
+    least = min(plan.plan(*shape).tokens for shape in shapes)
+    needed = least + 2 + TEXT_TOKENS
+    if recipe.data.sequence_length < needed:
+        yield (
+            f"data.sequence_length: {recipe.data.sequence_length} is too short: one image takes {least + 2} positions"
+            f"{'' if plan.fixed else ' or more'}, and text must fit beside it; take at least {needed}"
+        )
+
+
+add_rule(image_rules)
 
 
 def _default(image: ImageConfig, name: str) -> object:

@@ -90,6 +90,6 @@ def _crop(model: ModelConfig) -> ImagePlan:
     return CropPlan(side, model.tokens_per_view, model.image.resample, colour(model, (0, 0, 0)), short)
 
 
-register_plan("squash", _squash)
-register_plan("pad", _pad, keys=("fill",))
-register_plan("crop", _crop, keys=("short_side", "fill"))
+register_plan("squash", SquashPlan, _squash)
+register_plan("pad", PadPlan, _pad, keys=("fill",))
+register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))

@@ -108,4 +108,4 @@ def _slices(model: ModelConfig) -> ImagePlan:
     )  # fmt: skip
 
 
-register_plan("slices", _slices, keys=("max_tiles", "slice_markup"))
+register_plan("slices", SlicesPlan, _slices, keys=("max_tiles", "slice_markup"))

@@ -281,6 +281,6 @@ def _dynamic_tiles_plan(model: ModelConfig) -> ImagePlan:
     )  # fmt: skip
 
 
-register_plan("anyres", _anyres_plan, keys=("pinpoints", "fill"))
-register_plan("anyres_max", _anyres_max_plan, keys=("pinpoints", "fill", "max_tiles"))
-register_plan("dynamic_tiles", _dynamic_tiles_plan, keys=("min_tiles", "max_tiles", "thumbnail"))
+register_plan("anyres", AnyresPlan, _anyres_plan, keys=("pinpoints", "fill"))
+register_plan("anyres_max", AnyresMaxPlan, _anyres_max_plan, keys=("pinpoints", "fill", "max_tiles"))
+register_plan("dynamic_tiles", DynamicTilesPlan, _dynamic_tiles_plan, keys=("min_tiles", "max_tiles", "thumbnail"))

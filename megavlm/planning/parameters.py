@@ -15,6 +15,7 @@ from megavlm.architectures import registry
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
+from megavlm.data.media import plan_of
 from megavlm.planning.layout import Chunk, Layout
 
 _BUILDERS = {
@@ -189,6 +190,8 @@ def _chunk_parameters(
     found: list[Parameter] = []
     if first:
         found += [Parameter("vision", elements, learns[0]) for elements in vision_shapes(model.vision, tp)]
+        if plan_of(model).newline:
+            found.append(Parameter("connector", language.hidden_size, learns[1]))
         found += [Parameter("connector", elements, learns[1]) for elements in connector_shapes(model, tp)]
         if model.connector.num_queries is not None:  # positions: stored, never trained
             found.append(Parameter("connector", model.connector.num_queries * language.hidden_size, False))

@@ -110,7 +110,7 @@ class Timer:
             chunk,
             tokens=load.tokens,
             squared_lengths=load.squared_lengths,
-            images=load.images,
+            images=load.views,
         )
 
     def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
@@ -263,7 +263,7 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
-        tower, images = model.vision, self.workload.images
+        tower, images = model.vision, self.workload.views
         positions = tower.patches_per_image + int(tower.class_token)
         work = self._flops(Chunk(0, 0, first=True, last=False))
         dense, attention = self._tower(images), self._attention(work.tower_attention, of_tower=True)
@@ -279,7 +279,7 @@ class Timer:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
         connector = self._gemm(work.connector, images * tower.patches_per_image, hidden / tp, hidden)
-        queries = model.tokens_per_image * images * model.language.hidden_size * b
+        queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
         gathered += self._tensor_parallel(queries, 3)
         wires += gathered if images else 0.0
@@ -388,7 +388,7 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
-        pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
+        pixels = layout.microbatches * self.workload.views * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
         squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
@@ -398,7 +398,7 @@ class Timer:
             squared_lengths=squares,
             positions=positions,
             squared_positions=squares,
-            images=round(packs * self.workload.images),
+            images=round(packs * self.workload.views),
         )
         at_peak = step * self.peak * layout.gpus
         return StepTime(
