@@ -70,7 +70,8 @@ def make_mix(folder: Path, pictures: int) -> Mix:
     words = [str(rendered.train_json), f"--images={rendered.images_dir}", f"--out={folder / 'train'}"]
     prepare.run(parser.parse_args(words))
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    encoded = [encode_conversation(parse_conversation(r), tokenizer, TOKENS_PER_IMAGE, "") for r in records]
+    parsed = [parse_conversation(record) for record in records]
+    encoded = [encode_conversation(c, tokenizer, [(TOKENS_PER_IMAGE,)] * len(c.images), "") for c in parsed]
     return Mix(folder / "train", tokenizer, [len(sample.tokens) for sample in encoded])
 
 

@@ -136,7 +136,7 @@ def _quickstart(folder: Path, images: int, seed: int) -> list[Sample]:
     tokenizer = load_tokenizer(model)
     samples = []
     for record in records:
-        encoded = encode_conversation(record, tokenizer, TOKENS_PER_IMAGE, SYSTEM_MESSAGE)
+        encoded = encode_conversation(record, tokenizer, [(TOKENS_PER_IMAGE,)] * len(record.images), SYSTEM_MESSAGE)
         tokens = np.where(encoded.tokens == tokenizer.imgpad_id, IMAGE_TOKEN, encoded.tokens)
         pictures = [decode_with_pil((data.images_dir / path).read_bytes()) for path in record.images]
         samples.append(Sample(tokens, encoded.labels, _stack(np.asarray(picture) for picture in pictures)))

@@ -18,6 +18,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
+from megavlm.data.templates import find_template
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
+    if isinstance(model.get("template"), str):
+        find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):
         whole = _find(MODELS, model["preset"], "model.preset").values

@@ -19,7 +19,7 @@ from megavlm.config.errors import MachineError, OtherRankError, RecipeError, Usa
 from megavlm.config.help import keys_help, to_yaml
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import Recipe
-from megavlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LostError, View
 from megavlm.parallel.output import holding, try_writing
 
@@ -77,9 +77,7 @@ def train(recipe: Recipe) -> int:
 
     Returns, Raises: as :func:`run`.
     """
-    assert recipe.data.tokenizer is not None  # the command line found the file
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
+    tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch

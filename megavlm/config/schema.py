@@ -173,6 +173,8 @@ class ModelConfig:
 
     preset: str | None = None
     """Name of a registered whole model (tiny, qwen_vl_7b, codefuse_vl_14b): sets the presets of the three branches."""
+    template: str = "qwen_vl"
+    """How conversations are written (docs/templates.md): the name of a registered chat template."""
     vision: VisionConfig
     """The vision tower."""
     connector: ConnectorConfig
@@ -186,11 +188,6 @@ class ModelConfig:
     def tokens_per_view(self) -> int:
         """Features that tower and connector make of one view; a picture's tokens: ``megavlm.data.media.plan_of``."""
         return self.connector.num_queries or self.vision.patches_per_image
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Features of a picture of one view."""
-        return self.tokens_per_view
 
 
 @_config

@@ -1,8 +1,8 @@
-"""ChatML: a conversation as token ids and labels, exactly as Qwen-VL's fine-tuning script does it."""
+"""A conversation as token ids and labels, as the tokenizer's template writes it (``megavlm.data.template``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.media import ImageRuns
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
+from megavlm.data.template import TEXT, Span, Template
 from megavlm.data.tokenizer import Tokenizer
-
 
 @dataclass(frozen=True)
 class EncodedSample:
@@ -26,109 +27,179 @@ class EncodedSample:
     """Images whose slots are in ``tokens``."""
 
 
+def count_images(turns: Sequence[Turn]) -> int:
+    """Return how many images turns show."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+
+
 def encode_conversation(
-    conversation: Conversation, tokenizer: Tokenizer, tokens_per_image: int, system_message: str
+    conversation: Conversation, tokenizer: Tokenizer, runs: Sequence[ImageRuns], system: str | None
 ) -> EncodedSample:
     """Encode a conversation for training.
 
-    System and user turns keep ``<|im_start|>``, ``<|im_end|>`` and the newline after it as labels; assistant
-    turns keep these and their content, but not the role and its newline. Header, content and the newline at the
-    end are encoded apart, so that the mask cuts between tokens.
-
     Args:
         conversation: A checked conversation.
-        tokenizer: The tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image; ``<img>`` and ``</img>`` come on top.
-        system_message: System turn for a conversation that has none; empty for none.
+        tokenizer: The tokenizer, with its template.
+        runs: What stands for each image, in order of appearance; the template's marks come around it.
+        system: System turn for a conversation that has none; empty for none, None for the template's own.
 
     Raises:
-        UserError: A text contains control tokens of this tokenizer.
+        UserError: A text contains control tokens of this tokenizer, or there are more or fewer images than ``runs``.
     """
-    tokens: list[int] = []
-    labels: list[int] = []
-    for turn in _with_system(conversation.turns, system_message):
-        header, content, end = _encode_turn(turn, tokenizer, tokens_per_image)
-        tokens += header + content + end
-        labels += [tokenizer.im_start_id] + [IGNORE_INDEX] * (len(header) - 1)
-        labels += content if turn.role == "assistant" else [IGNORE_INDEX] * len(content)
-        labels += end
-    num_images = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in conversation.turns)
-    return EncodedSample(np.asarray(tokens, np.int64), np.asarray(labels, np.int64), num_images)
+    turns = _with_system(conversation.turns, tokenizer.template, system)
+    tokens, labels = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
+    return EncodedSample(np.asarray(tokens, np.int64), np.asarray(labels, np.int64), len(runs))
 
 
 def encode_prompt(
-    turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_image: int, system_message: str
+    turns: Sequence[Turn], tokenizer: Tokenizer, runs: Sequence[ImageRuns], system: str | None
 ) -> NDArray[np.int64]:
-    """Encode turns for generation: they end with ``<|im_start|>assistant`` and a newline.
+    """Encode turns for generation: they end with what leads to an answer.
 
     Args:
         turns: Earlier turns and the user's last one; images are :data:`IMAGE_PLACEHOLDER`.
-        tokenizer: The tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image.
-        system_message: System turn where ``turns`` have none; empty for none.
+        tokenizer: The tokenizer, with its template.
+        runs: What stands for each image.
+        system: System turn where ``turns`` have none; empty for none, None for the template's own.
 
     Returns:
         [T] token ids.
 
     Raises:
-        UserError: There are no turns, the last is not the user's, or a text contains control tokens.
+        UserError: There are no turns, the last is not the user's, a text contains control tokens, or there are more or
+            fewer images than ``runs``.
     """
     if not turns or turns[-1].role != "user":
         raise UserError("a prompt must end with a user turn")
-    tokens: list[int] = []
-    for turn in _with_system(turns, system_message):
+    turns = _with_system(turns, tokenizer.template, system)
+    for turn in turns:
         check_text(turn.text, f"the {turn.role} turn")
-        header, content, end = _encode_turn(turn, tokenizer, tokens_per_image)
-        tokens += header + content + end
-    tokens += turn_header("assistant", tokenizer)
+    tokens, _ = _encode(tokenizer.template.spans(turns, prompt=True), tokenizer, _Images(turns, runs))
     return np.asarray(tokens, np.int64)
 
 
-def turn_header(role: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of ``<|im_start|>``, the role and a newline, with which a turn begins."""
-    return [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
+def encode_text(text: str, tokenizer: Tokenizer, runs: Sequence[ImageRuns]) -> list[int]:
+    """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes an image with the template's marks around it.
+
+    Raises:
+        UserError: The text contains a control token of this tokenizer, by whatever name the file calls it; or is not
+            Unicode, on which tokenizers disagree: one raises, one writes other characters; or shows more or fewer
+            images than ``runs``.
+    """
+    return _encode([Span(text, markup=False)], tokenizer, _Images([Turn("user", text)], runs))[0]
 
 
 def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     """Text of the user's last turn in a prompt that :func:`encode_prompt` made, images as placeholders."""
-    ids = [int(i) for i in prompt]
-    starts = [position for position, i in enumerate(ids) if i == tokenizer.im_start_id]
-    turn = ids[starts[-2] + len(turn_header("user", tokenizer)) : starts[-1]]
+    ids, lead = [int(i) for i in prompt], _ids_of(tokenizer.template.lead, tokenizer)
+    user = tokenizer.template.user
+    before = _ids_of(user[: user.index(TEXT)], tokenizer)
+    start = max(at for at in range(len(ids)) if ids[at : at + len(before)] == before) + len(before)
+    turn = ids[start : len(ids) - len(lead)]
+    begin, end = (tokenizer.ids.get(mark) for mark in tokenizer.template.image)
     parts: list[list[int]] = [[]]
-    for i in turn[: turn.index(tokenizer.im_end_id)]:
-        if i == tokenizer.img_start_id:
+    for i in turn[: turn.index(tokenizer.ids[user[user.index(TEXT) + 1]])]:
+        if i == begin:
             parts.append([])
-        elif i not in (tokenizer.imgpad_id, tokenizer.img_end_id):
+        elif i not in (tokenizer.imgpad_id, end):
             parts[-1].append(i)
     return IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
 
 
-def encode_text(text: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[int]:
-    """Token ids of plain text; each :data:`IMAGE_PLACEHOLDER` becomes ``<img>``, its slots and ``</img>``.
+def answer_start(tokens: NDArray[np.int64], labels: NDArray[np.int64], tokenizer: Tokenizer) -> int | None:
+    """Return where the first answer of an encoded conversation begins.
+
+    Args:
+        tokens: [T] token ids.
+        labels: [T] labels; not looked at where the template trains more than answers.
+        tokenizer: The tokenizer, with its template.
+
+    Returns:
+        Position of the answer's first token, or None where there is no answer.
+    """
+    lead = np.asarray(_ids_of(tokenizer.template.lead, tokenizer), np.int64)
+    if len(tokens) < len(lead):
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(lead))
+    hits = np.flatnonzero((windows == lead).all(-1))
+    return int(hits[0]) + len(lead) if len(hits) else None
+
+
+class _Images:
+    """The images of a conversation, taken one by one.
 
     Raises:
-        UserError: The text contains a control token of this tokenizer, by whatever name the file calls it, or is not
-            Unicode, on which tokenizers disagree: one raises, one writes other characters.
+        UserError: there are more or fewer than ``runs``.
     """
-    check_unicode(text)
-    image = [tokenizer.img_start_id, *[tokenizer.imgpad_id] * tokens_per_image, tokenizer.img_end_id]
-    ids: list[int] = []
-    for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        encoded = tokenizer.encode(part) if part else []
-        # Looked for among the ids: names differ between tokenizers, and some normalise the text first.
-        forged = tokenizer.control_ids.intersection(encoded)
-        if forged:
-            raise UserError(f"text contains the control token {tokenizer.decode([min(forged)])}")
-        ids += (image if index else []) + encoded
-    return ids
+
+    def __init__(self, turns: Sequence[Turn], runs: Sequence[ImageRuns]) -> None:
+        shown = count_images(turns)
+        if shown != len(runs):
+            raise UserError(f"the conversation shows {shown} image(s), {len(runs)} are given")
+        self._runs = iter(runs)
+
+    def next(self) -> ImageRuns:
+        return next(self._runs)
 
 
-def _with_system(turns: Sequence[Turn], system_message: str) -> list[Turn]:
-    if system_message and (not turns or turns[0].role != "system"):
-        return [Turn("system", system_message), *turns]
+def _with_system(turns: Sequence[Turn], template: Template, system: str | None) -> list[Turn]:
+    text = template.default_system if system is None else system
+    if text and (not turns or turns[0].role != "system"):
+        return [Turn("system", text), *turns]
     return list(turns)
 
 
-def _encode_turn(turn: Turn, tokenizer: Tokenizer, tokens_per_image: int) -> tuple[list[int], list[int], list[int]]:
-    content = encode_text(turn.text, tokenizer, tokens_per_image)
-    return turn_header(turn.role, tokenizer), content, [tokenizer.im_end_id, *tokenizer.encode("\n")]
+def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tuple[list[int], list[int]]:
+    """Return ids and labels."""
+    tokens: list[int] = []
+    labels: list[int] = []
+    for ids, trained in _apart(spans, tokenizer, images):
+        tokens += ids
+        labels += ids if trained else [IGNORE_INDEX] * len(ids)
+    return tokens, labels
+
+
+def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], bool]]:
+    """Yield each span's ids, encoded by itself, so that the mask cuts between tokens."""
+    for span in spans:
+        if span.markup:
+            yield _ids_of([span.text], tokenizer), span.trained
+            continue
+        check_unicode(span.text)
+        ids: list[int] = []
+        for index, part in enumerate(span.text.split(IMAGE_PLACEHOLDER)):
+            ids += _image(images.next(), tokenizer) if index else []
+            ids += _checked(part, tokenizer)
+        yield ids, span.trained
+
+
+def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of text that others wrote.
+
+    Raises:
+        UserError: there is a control token among them.
+    """
+    ids = tokenizer.encode(text) if text else []
+    # Looked for among the ids: names differ between tokenizers, and some normalise the text first.
+    forged = tokenizer.control_ids.intersection(ids)
+    if forged:
+        raise UserError(f"text contains the control token {tokenizer.decode([min(forged)])}")
+    return ids
+
+
+def _image(runs: ImageRuns, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of an image, the template's marks around it included."""
+    begin, end = tokenizer.template.image
+    ids = _ids_of([begin], tokenizer)
+    for run in runs:
+        ids += _ids_of([run], tokenizer) if isinstance(run, str) else [tokenizer.imgpad_id] * run
+    return ids + _ids_of([end], tokenizer)
+
+
+def _ids_of(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of markup, encoded piece by piece."""
+    ids: list[int] = []
+    for piece in pieces:
+        known = tokenizer.ids.get(piece)
+        ids += [known] if known is not None else tokenizer.encode(piece) if piece else []
+    return ids

@@ -18,8 +18,16 @@ from dataclasses import dataclass, field
 import torch
 
 from megavlm.data.image_colours import Alpha
-from megavlm.data.images import OUT_OF_MEMORY, ImageError, ImageHeader, decode_jpeg, decode_with_pil, read_header
-from megavlm.data.media import ImageLayout, ImagePlan
+from megavlm.data.images import (
+    OUT_OF_MEMORY,
+    ImageError,
+    ImageHeader,
+    decode_jpeg,
+    decode_with_pil,
+    lay_out,
+    read_header,
+)
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.render import render_with_pil, render_with_torch
 
@@ -131,6 +139,17 @@ class ImageDecoder(ABC):
         for index in order:
             jobs[index].out.fill_(GRAY)
         return DecodedImages(pixels, order, [failed[index] for index in order])
+
+    def decode_prompt(self, images: Sequence[bytes], plan: ImagePlan) -> tuple[DecodedImages, Arrangement | None]:
+        """Decode the images of one prompt, and return where the features of their views go.
+
+        Raises:
+            ImageError: How many views an image has cannot be told.
+        """
+        if plan.fixed:
+            return self.decode(images, plan), None
+        layouts = lay_out(images, plan)
+        return self.decode(images, plan, layouts), arrange(plan, layouts)
 
     @abstractmethod
     def _is_fast(self, header: ImageHeader) -> bool:

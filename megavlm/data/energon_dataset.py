@@ -148,11 +148,12 @@ class PackEncoder(TaskEncoder):
         except ImageError as error:
             raise BrokenSampleError(f"bad image ({error.cause})") from None
         try:
-            encoded = encode_conversation(conversation, self.tokenizer, self.tokens_per_image, self.data.system_message)
+            runs = [layout.runs for layout in layouts]
+            encoded = encode_conversation(conversation, self.tokenizer, runs, self.data.system_message)
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
-        if encoded.num_images != len(wanted) or slots != len(wanted) * self.tokens_per_image:
+        if encoded.num_images != len(wanted) or slots != sum(layout.tokens for layout in layouts):
             raise BrokenSampleError("slots do not match images")
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")

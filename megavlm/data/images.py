@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,7 +26,7 @@ from megavlm.data.image_header import (
     name_of_unread,
     scan,
 )
-from megavlm.data.media import ImageLayout, ImagePlan
+from megavlm.data.media import ImageLayout, ImagePlan, ImageRuns
 from megavlm.data.plans_single import SquashPlan
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "decode_jpeg",
     "decode_with_pil",
     "geometry",
+    "image_runs",
     "lay_out",
     "read_header",
     "upright_size",
@@ -188,14 +189,33 @@ def lay_out(files: Sequence[bytes], plan: ImagePlan) -> list[ImageLayout]:
         ImageError: One cannot be opened, its size is out of bounds or in doubt, or the plan cannot have it.
     """
     found = []
-    for data in files:
-        if isinstance(plan, SquashPlan):  # whichever way up
-            header = read_header(data)
-            size = header.width, header.height
-        else:
-            size = upright_size(data)
-        found.append(plan.plan(*size, len(files)))
+    for number, data in enumerate(files, 1):
+        try:
+            if isinstance(plan, SquashPlan):  # whichever way up
+                header = read_header(data)
+                size = header.width, header.height
+            else:
+                size = upright_size(data)
+            found.append(plan.plan(*size, len(files)))
+        except ImageError as error:
+            raise ImageError(error.cause, f"image {number}: {error}") from None
     return found
+
+
+def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes]]) -> list[ImageRuns]:
+    """Return what stands in a prompt for each of its pictures.
+
+    Args:
+        plan: What becomes of them.
+        count: Pictures of the prompt.
+        files: Returns these; not called where the plan does the same with all.
+
+    Raises:
+        ImageError: As :func:`lay_out`.
+    """
+    if plan.fixed:
+        return [plan.plan(plan.side, plan.side).runs] * count
+    return [layout.runs for layout in lay_out(files(), plan)]
 
 
 def _orientation_of(image: Image.Image) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 from megavlm.config.errors import MissingFileError, RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
+from megavlm.data.images import ImageError, image_runs
+from megavlm.data.media import plan_of
 from megavlm.data.formats import Broken, Source
 from megavlm.data.formats.qwen_vl import conversation
 from megavlm.data.machine import is_file
@@ -122,9 +124,13 @@ def encode_records(
     Raises:
         RecipeError: a prompt with its longest answer is longer than a pack.
     """
-    prompts = []
+    prompts, plan = [], plan_of(recipe.model)
     for record in records:
-        tokens = encode_prompt(record.question, tokenizer, recipe.model.tokens_per_image, recipe.data.system_message)
+        try:
+            runs = image_runs(plan, len(record.images), lambda: [path.read_bytes() for path in record.images])
+        except ImageError as error:
+            raise UserError(f"record {record.id}: {error}") from None
+        tokens = encode_prompt(record.question, tokenizer, runs, recipe.data.system_message)
         needed = len(tokens) + max_new_tokens
         if needed > recipe.data.sequence_length:
             raise RecipeError(

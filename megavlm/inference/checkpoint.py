@@ -18,7 +18,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
-from megavlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, with_tokenizer
+from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.inference.sampling import Sampling
 
 _ALONE: dict[str, Any] = {
@@ -87,10 +87,7 @@ def load_for_inference(checkpoint: Path, overrides: Sequence[str]) -> tuple[Reci
         UserError: the recipe does not fit this job.
     """
     recipe, path = recipe_of(checkpoint, overrides)
-    assert recipe.data.tokenizer is not None
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    check_vocabulary(recipe, tokenizer)
-    return recipe, path, tokenizer
+    return recipe, path, tokenizer_of(recipe)
 
 
 def recipe_of(checkpoint: Path, overrides: Sequence[str]) -> tuple[Recipe, Path]:

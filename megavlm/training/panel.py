@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from megavlm.config.schema import Recipe
-from megavlm.data.chat import last_question, turn_header
+from megavlm.data.chat import answer_start, last_question
 from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
@@ -46,7 +46,6 @@ def find_questions(
     packs: Sequence[ReadPack], tokenizer: Tokenizer, plan: ImagePlan, room: int, count: int
 ) -> list[Question]:
     """Return the first ``count`` questions of ``packs`` whose prompt has at most ``room`` tokens."""
-    header = turn_header("assistant", tokenizer)
     questions: list[Question] = []
     for item in packs:
         pack = item.pack
@@ -57,24 +56,15 @@ def find_questions(
             if source < 0:
                 continue
             tokens = pack.tokens[start:end]
-            answer = _find(tokens, header)
+            answer = answer_start(tokens, pack.labels[start:end], tokenizer)
             if answer is not None and answer <= room and len(questions) < count:
                 prompt = tokens[:answer]
                 first, last = np.searchsorted(starts, [start, start + answer])
-                stop = np.flatnonzero(tokens[answer:] == tokenizer.im_end_id)
+                stop = np.flatnonzero(np.isin(tokens[answer:], tokenizer.stop_ids))
                 expected = tokens[answer : answer + (int(stop[0]) if len(stop) else 0)]
                 pixels, shapes = item.pixels[views[first] : views[last]], pack.image_shapes[first:last]
                 questions.append(Question(prompt, expected, pixels, shapes))
     return questions
-
-
-def _find(tokens: NDArray[np.int64], wanted: list[int]) -> int | None:
-    """Position after the first occurrence of ``wanted``."""
-    if len(tokens) < len(wanted):
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted))
-    hits = np.flatnonzero((windows == np.array(wanted)).all(-1))
-    return int(hits[0]) + len(wanted) if len(hits) else None
 
 
 def answer_panel(
@@ -103,7 +93,7 @@ def answer_panel(
         chunks,
         prompts,
         max_new_tokens=settings.panel_max_new_tokens,
-        stop_ids=[tokenizer.im_end_id, tokenizer.eos_id],
+        stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
         pack_length=recipe.data.sequence_length,
     )

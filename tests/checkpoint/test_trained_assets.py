@@ -25,7 +25,7 @@ from transformers import (
 
 from megavlm.checkpoint.hf.template import SAMPLES
 from megavlm.cli import main
-from megavlm.data.chat import encode_prompt
+from megavlm.data.chat import count_images, encode_prompt
 from megavlm.data.decode import resize_with_pil
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
@@ -102,10 +102,10 @@ def test_transformers_reads_what_was_trained(kind: str, tmp_path: Path, caplog: 
     assert not ours.added and ours.control_ids == before.control_ids and ours.vocab_size == before.vocab_size
 
     stops = GenerationConfig.from_pretrained(home).eos_token_id
-    assert stops == [before.im_end_id, before.eos_id]
+    assert stops == [before.ids["<|im_end|>"], before.eos_id]
     config = json.loads((home / "config.json").read_text())
     image = config.get("image_token_id", config.get("image_token_index"))
-    assert image == before.imgpad_id and config["text_config"]["eos_token_id"] == before.im_end_id
+    assert image == before.imgpad_id and config["text_config"]["eos_token_id"] == before.ids["<|im_end|>"]
     settings = json.loads((home / "tokenizer_config.json").read_text())
     assert settings["eos_token"] == "<|im_end|>" and settings["add_bos_token"] is False and settings["keep"] == 7
     assert settings["chat_template"] == (home / "chat_template.jinja").read_text() != VICUNA
@@ -118,14 +118,14 @@ def test_transformers_reads_what_was_trained(kind: str, tmp_path: Path, caplog: 
     for turns in SAMPLES:
         ids = theirs.apply_chat_template(messages(turns), add_generation_prompt=True, tokenize=True, return_dict=False)
         if "\nwhat" not in turns[-1].text:  # as a part, a picture is always called Picture 1
-            assert list(ids) == encode_prompt(turns, before, 1, SYSTEM).tolist(), turns
-    assert theirs.eos_token_id == before.im_end_id and theirs("Hi").input_ids == before.encode("Hi")
+            assert list(ids) == encode_prompt(turns, before, [(1,)] * count_images(turns), SYSTEM).tolist(), turns
+    assert theirs.eos_token_id == before.ids["<|im_end|>"] and theirs("Hi").input_ids == before.encode("Hi")
 
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 90, 3), np.uint8))
     processor = AutoProcessor.from_pretrained(home)
     text = processor.apply_chat_template(messages(SAMPLES[1]), add_generation_prompt=True)
     both = processor(text=text, images=[image], return_tensors="pt")
-    assert both.input_ids[0].tolist() == encode_prompt(SAMPLES[1], before, 16, SYSTEM).tolist()
+    assert both.input_ids[0].tolist() == encode_prompt(SAMPLES[1], before, [(16,)], SYSTEM).tolist()
     square = torch.from_numpy(resize_with_pil(image, 28)).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(CROP[key])[:, None, None] for key in ("image_mean", "image_std"))
     torch.testing.assert_close(both.pixel_values[0], (square - mean) / std, rtol=0, atol=0.03)
@@ -170,7 +170,7 @@ def test_an_export_comes_in_again_with_the_same_ids(kind: str, tmp_path: Path) -
     again = megatron(tmp_path / "again", tmp_path / "m2")
     one, two = (load_tokenizer(find_tokenizer(path / "hf")) for path in (checkpoint, again))  # type: ignore[arg-type]
     turns = SAMPLES[1]
-    assert encode_prompt(turns, one, 3, SYSTEM).tolist() == encode_prompt(turns, two, 3, SYSTEM).tolist()
+    assert encode_prompt(turns, one, [(3,)], SYSTEM).tolist() == encode_prompt(turns, two, [(3,)], SYSTEM).tolist()
     assert one.added and not two.added if kind != "qwen2" else not one.added
 
 

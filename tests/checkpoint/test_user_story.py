@@ -41,7 +41,7 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
     source = qwen_vl(tmp_path / "hf", s=sizes)
     config = json.loads((source / "config.json").read_text())
     # Quickstart's tokenizer has its special tokens in another order than Qwen's.
-    config["visual"]["image_start_id"] = tokenizer.img_start_id
+    config["visual"]["image_start_id"] = tokenizer.ids["<img>"]
     (source / "config.json").write_text(json.dumps(config))
     shutil.copy(run_data.root / "tokenizer.model", source / "tokenizer.model")
     start, run, home = tmp_path / "start", tmp_path / "run", tmp_path / "home"
@@ -60,10 +60,10 @@ def test_in_train_and_home(name: str, run_data: RunData, tmp_path: Path) -> None
         assert (home / file).read_bytes() == (source / file).read_bytes()
     template = (home / "chat_template.jinja").read_text()
     said = render(template, [{"role": "user", "content": "Hi?"}])
-    trained = encode_prompt([Turn("user", "Hi?")], tokenizer, 1, "You are a helpful assistant.")
+    trained = encode_prompt([Turn("user", "Hi?")], tokenizer, [], "You are a helpful assistant.")
     assert tokenizer.encode(said) == trained.tolist()
     stops = json.loads((home / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [tokenizer.im_end_id, tokenizer.eos_id]
+    assert stops == [tokenizer.ids["<|im_end|>"], tokenizer.eos_id]
     before, after = load(source), load(home)
     buffers = {"transformer.h.0.attn.masked_bias", "transformer.rotary_emb.inv_freq"}
     assert after.keys() == before.keys() - buffers
@@ -93,7 +93,7 @@ def test_a_run_from_scratch_goes_home_as_well(run_data: RunData, tmp_path: Path)
     assert main(["convert", "megatron-to-hf", "--megatron", str(tmp_path / "run"), "--out", str(home)]) == 0
     tokenizer = load_tokenizer(home / "tokenizer.model")
     config = json.loads((home / "config.json").read_text())
-    assert config["visual"]["image_start_id"] == tokenizer.img_start_id and config["intermediate_size"] == 192
+    assert config["visual"]["image_start_id"] == tokenizer.ids["<img>"] and config["intermediate_size"] == 192
     sizes = Sizes(
         vocab=512, hidden=256, layers=4, heads=4, ffn=96, image=32, patch=8, width=48, vision_layers=2, vision_heads=4,
         vision_ffn=96, queries=4, rows=256, image_token=tokenizer.imgpad_id,

@@ -193,7 +193,7 @@ def test_without_packing_a_sample_is_a_pack(opened: OpenReader, two_datasets: Da
 def test_packs_hold_the_images_of_their_slots(opened: OpenReader, two_datasets: Datasets, tokenizer: Tokenizer) -> None:
     for pack in islice(opened(two_datasets), 20):
         assert (pack.tokens == tokenizer.imgpad_id).sum() == 6 * len(pack.images)
-        assert (pack.tokens == tokenizer.img_start_id).sum() == len(pack.images)
+        assert (pack.tokens == tokenizer.ids["<img>"]).sum() == len(pack.images)
 
 
 def record(text: str = "red square.", images: int = 1) -> bytes:

@@ -52,8 +52,8 @@ def test_specials_are_single_tokens(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("\n")) == 1
     text = "<|im_start|>user\nhi<img><imgpad></img><|im_end|><|endoftext|>"
     ids = tokenizer.encode(text)
-    assert ids[0] == tokenizer.im_start_id and ids[-2:] == [tokenizer.im_end_id, tokenizer.eos_id]
-    assert ids[-5:-2] == [tokenizer.img_start_id, tokenizer.imgpad_id, tokenizer.img_end_id]
+    assert ids[0] == tokenizer.ids["<|im_start|>"] and ids[-2:] == [tokenizer.ids["<|im_end|>"], tokenizer.eos_id]
+    assert ids[-5:-2] == [tokenizer.ids["<img>"], tokenizer.imgpad_id, tokenizer.ids["</img>"]]
     assert tokenizer.decode(ids) == text
 
 
@@ -84,12 +84,12 @@ def test_tiktoken_specials_follow_the_ranks_in_qwens_order(tiktoken_path: Path) 
     shift = 151643 - 259
     assert tokenizer.added == ()
     assert tokenizer.vocab_size + shift == 151860
-    ids = [tokenizer.eos_id, tokenizer.im_start_id, tokenizer.im_end_id]
+    ids = [tokenizer.eos_id, tokenizer.ids["<|im_start|>"], tokenizer.ids["<|im_end|>"]]
     assert [i + shift for i in ids] == [151643, 151644, 151645]
-    ids = [tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.imgpad_id]
+    ids = [tokenizer.ids["<img>"], tokenizer.ids["</img>"], tokenizer.imgpad_id]
     assert [i + shift for i in ids] == [151857, 151858, 151859]
     assert tokenizer.encode("<ref>")[0] + shift == 151851 and len(QWEN_SPECIALS) == 217
-    assert tokenizer.encode("<|im_start|>user\n") == [tokenizer.im_start_id, 258, 10]
+    assert tokenizer.encode("<|im_start|>user\n") == [tokenizer.ids["<|im_start|>"], 258, 10]
     for text in ["héllo  你好\n\n12", "<box>(1,2)</box> \U0001f389"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -62,8 +62,8 @@ def tokenizer(paths: dict[str, Path], kind: str) -> Tokenizer:
 
 def role_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return (
-        *(tokenizer.eos_id, tokenizer.im_start_id, tokenizer.im_end_id),
-        *(tokenizer.img_start_id, tokenizer.img_end_id, tokenizer.imgpad_id),
+        *(tokenizer.eos_id, tokenizer.ids["<|im_start|>"], tokenizer.ids["<|im_end|>"]),
+        *(tokenizer.ids["<img>"], tokenizer.ids["</img>"], tokenizer.imgpad_id),
     )
 
 
@@ -149,7 +149,7 @@ def test_sentencepiece_encodes_as_its_library_does(paths: dict[str, Path]) -> No
     # Each stretch between special tokens has its own dummy prefix, and loses it again.
     text = "The cat<|im_end|> sat</s>\n<s>Two"
     ids = [
-        *(*reference.EncodeAsIds("The cat"), tokenizer.im_end_id, *reference.EncodeAsIds(" sat"), 2),
+        *(*reference.EncodeAsIds("The cat"), tokenizer.ids["<|im_end|>"], *reference.EncodeAsIds(" sat"), 2),
         *(*reference.EncodeAsIds("\n"), 1, *reference.EncodeAsIds("Two")),
     ]
     assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
@@ -219,7 +219,7 @@ def test_ids_in_the_files_beside_a_model(case: str, paths: dict[str, Path], tmp_
     for name, tree in given.items():
         (tmp_path / name).write_text(json.dumps(tree))
     tokenizer = load_tokenizer(path)
-    assert (tokenizer.imgpad_id, tokenizer.im_start_id, tokenizer.im_end_id) == (image, start, end)
+    assert (tokenizer.imgpad_id, tokenizer.ids["<|im_start|>"], tokenizer.ids["<|im_end|>"]) == (image, start, end)
     assert tokenizer.encode("<pad>") == [pad] and tokenizer.decode([image, pad]) == "<image><pad>"
 
 
@@ -269,14 +269,14 @@ def test_a_piece_that_was_left_free_may_get_a_name(tmp_path: Path) -> None:
     number = sentencepiece.SentencePieceProcessor(model_file=str(path)).PieceToId("[UNUSED_TOKEN_0]")
     beside = {"added_tokens_decoder": {str(number): {"content": "<|im_start|>"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
-    assert load_tokenizer(path).im_start_id == number
+    assert load_tokenizer(path).ids["<|im_start|>"] == number
 
 
 def test_conversation_and_mask(tokenizer: Tokenizer) -> None:
     conversation = parse_conversation(RECORD)
-    sample = encode_conversation(conversation, tokenizer, 3, "You are helpful.")
+    sample = encode_conversation(conversation, tokenizer, [(3,)], "You are helpful.")
     t = tokenizer
-    image = [t.img_start_id, *[t.imgpad_id] * 3, t.img_end_id]
+    image = [t.ids["<img>"], *[t.imgpad_id] * 3, t.ids["</img>"]]
     newline = t.encode("\n")
     want: list[tuple[list[int], bool]] = []
     for role, content in [
@@ -286,23 +286,23 @@ def test_conversation_and_mask(tokenizer: Tokenizer) -> None:
         ("user", t.encode("Sure?")),
         ("assistant", t.encode("Yes.")),
     ]:
-        want += [([t.im_start_id], True), (t.encode(f"{role}\n"), False), (content, role == "assistant")]
-        want += [([t.im_end_id, *newline], True)]
+        want += [([t.ids["<|im_start|>"]], True), (t.encode(f"{role}\n"), False), (content, role == "assistant")]
+        want += [([t.ids["<|im_end|>"], *newline], True)]
     assert sample.tokens.tolist() == [i for ids, _ in want for i in ids]
     labels = [i if trained else IGNORE_INDEX for ids, trained in want for i in ids]
     assert sample.labels.tolist() == labels
     assert (sample.tokens == t.imgpad_id).sum() == 3 and sample.num_images == 1
-    prompt = encode_prompt(conversation.turns[:3], t, 3, "You are helpful.")
+    prompt = encode_prompt(conversation.turns[:3], t, [(3,)], "You are helpful.")
     assert sample.tokens.tolist()[: len(prompt)] == prompt.tolist()
     assert last_question(prompt, t) == "Sure?"
-    first = encode_prompt(conversation.turns[:1], t, 3, "")
+    first = encode_prompt(conversation.turns[:1], t, [(3,)], "")
     assert last_question(first, t) == f"Picture 1: {IMAGE_PLACEHOLDER}\nHow many?"
 
 
 def test_byte_level_chat_is_the_rendered_text(paths: dict[str, Path]) -> None:
     """Encoding the pieces apart gives the ids of the whole text, as transformers encodes a rendered template."""
     reference = PreTrainedTokenizerFast(tokenizer_file=str(paths["qwen2"]))
-    sample = encode_conversation(parse_conversation(RECORD), load_tokenizer(paths["qwen2"]), 2, "You are helpful.")
+    sample = encode_conversation(parse_conversation(RECORD), load_tokenizer(paths["qwen2"]), [(2,)], "You are helpful.")
     values = [message["value"] for message in RECORD["conversations"]]
     values[0] = values[0].replace("<img>a.jpg</img>", "<|vision_start|>" + "<|image_pad|>" * 2 + "<|vision_end|>")
     turns = [("system", "You are helpful."), *zip(["user", "assistant"] * 2, values, strict=True)]
@@ -313,10 +313,10 @@ def test_byte_level_chat_is_the_rendered_text(paths: dict[str, Path]) -> None:
 def test_text_cannot_forge_turns_or_image_slots(tokenizer: Tokenizer, kind: str) -> None:
     for name in ROLE_NAMES[kind]:
         with pytest.raises(ValueError, match="control token"):
-            encode_prompt([Turn("user", f"Hi {name} there")], tokenizer, 3, "S.")
+            encode_prompt([Turn("user", f"Hi {name} there")], tokenizer, [], "S.")
         with pytest.raises(ValueError, match="control token"):
-            encode_text(f"{IMAGE_PLACEHOLDER}{name}", tokenizer, 3)
-    ids = encode_text(f"a{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER}b", tokenizer, 3)
+            encode_text(f"{IMAGE_PLACEHOLDER}{name}", tokenizer, [(3,)])
+    ids = encode_text(f"a{IMAGE_PLACEHOLDER}{IMAGE_PLACEHOLDER}b", tokenizer, [(3,)] * 2)
     assert ids.count(tokenizer.imgpad_id) == 6
 
 

@@ -35,7 +35,7 @@ def test_questions_of_held_out_packs(run_data: RunData, tmp_path: Path) -> None:
         text = tokenizer.decode(question.prompt.tolist())
         assert text.endswith("<|im_start|>assistant\n")
         assert 0 < len(question.expected) < 60
-        assert tokenizer.im_end_id not in question.expected
+        assert tokenizer.ids["<|im_end|>"] not in question.expected
     assert {question.num_images for question in questions} >= {0, 1, 2}
     assert len(find_questions(packs, tokenizer, slots, room=150, count=2)) == 2
     assert find_questions(packs, tokenizer, slots, room=5, count=9) == []

@@ -26,7 +26,7 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import ROLES, find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
@@ -248,7 +248,7 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
         )
 
 
-_ROLES = {"image": "imgpad", "image_start": "img_start"}
+_IMAGE_NAMES = {"image": ("<imgpad>", "<|image_pad|>", "<image>"), "image_start": ("<img>", "<|vision_start|>")}
 
 
 def _check_ids(one: Given, path: Path) -> None:
@@ -258,10 +258,10 @@ def _check_ids(one: Given, path: Path) -> None:
         UserError: they do not; both are named.
     """
     ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
-    for key, role in _ROLES.items():
+    for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
-        there = {name: tokenizer.encode(name) for name in ROLES[role] if name not in tokenizer.added}
+        there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
         there = {name: found for name, found in there.items() if len(found) == 1}
         if key in ids and there and [ids[key]] not in there.values():
             name, (number,) = next(iter(there.items()))

@@ -26,7 +26,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
-from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
@@ -287,7 +287,7 @@ def _write_assets(
     if not original:
         files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG)]
     assets.copy_files(files, partial)
-    tokens = _tokens(record, folder)
+    tokens = _tokens(checkpoint, record, folder)
     if not original:
         _write_config(partial, {}, family.config(model, tokens))
         return
@@ -303,7 +303,8 @@ def _write_meaning(
 ) -> None:
     """Write what the small files say after a training; without one they say what they said."""
     if was_trained(checkpoint):
-        result.trained = write_trained(partial, family, model, _system_message(checkpoint))
+        template = template_name(checkpoint)
+        result.trained = write_trained(partial, family, model, template, _system_message(checkpoint))
         return
     if "language" in family.parts and original:
         result.untouched = True
@@ -311,6 +312,12 @@ def _write_meaning(
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
             result.trained = write_pixels(partial, model)
+
+
+def template_name(checkpoint: Path) -> str:
+    """Return what a checkpoint's recipe calls its template; one that is older than the key was Qwen-VL's."""
+    model = (read_tree(checkpoint).get("model") if (checkpoint / "recipe.yaml").is_file() else None) or {}
+    return str(model.get("template", ModelConfig.template))
 
 
 def _system_message(checkpoint: Path) -> str:
@@ -326,15 +333,15 @@ def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: b
     return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
 
 
-def _tokens(record: Mapping[str, Any], folder: Path) -> dict[str, int]:
+def _tokens(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, int]:
     """Return the ids of ``image`` and ``image_start``."""
     if record.get("tokens"):
         return dict(record["tokens"])
     path = find_tokenizer(folder) if folder.is_dir() else None
     if path is None:
         return {}
-    tokenizer: Tokenizer = load_tokenizer(path)
-    return {"image": tokenizer.imgpad_id, "image_start": tokenizer.img_start_id}
+    tokenizer: Tokenizer = load_tokenizer(path, template_of(template_name(checkpoint), path))
+    return image_tokens(tokenizer)
 
 
 def _write_config(partial: Path, old: Tree, new: Tree) -> None:

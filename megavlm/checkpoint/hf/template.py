@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from megavlm.data.chat import encode_prompt
+from megavlm.data.chat import count_images, encode_prompt
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
 
@@ -71,20 +71,20 @@ def chatml(tokenizer: Tokenizer, system_message: str, *, slots: bool) -> tuple[s
 
 
 def _tried(tokenizer: Tokenizer, system_message: str, gap: str, *, slots: bool) -> tuple[str, int]:
-    def name(role: str) -> str:
-        return tokenizer.decode([getattr(tokenizer, f"{role}_id")])
+    def name(token: str) -> str:
+        return tokenizer.decode([tokenizer.ids[token]])
 
-    begin, close = name("img_start"), name("img_end")
-    opened = begin + name("imgpad") if slots else begin
+    begin, close = map(name, tokenizer.template.image)
+    opened = begin + tokenizer.decode([tokenizer.imgpad_id]) if slots else begin
     values: dict[str, str | bool] = {
-        "START": name("im_start"), "END": name("im_end"), "BEGIN": begin, "OPEN": opened, "CLOSE": close,
+        "START": name("<|im_start|>"), "END": name("<|im_end|>"), "BEGIN": begin, "OPEN": opened, "CLOSE": close,
         "PATHS": not slots, "SYSTEM": system_message, "GAP": gap,
     }  # fmt: skip
     head = "".join(f"{{%- set {key} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for key, value in values.items())
     wrong = 0
     for turns in SAMPLES:
         messages = [{"role": t.role, "content": t.text.replace(IMAGE_PLACEHOLDER, opened + close)} for t in turns]
-        trained = encode_prompt(turns, tokenizer, int(slots), system_message).tolist()
+        trained = encode_prompt(turns, tokenizer, [(int(slots),)] * count_images(turns), system_message).tolist()
         wrong += tokenizer.encode(render(head + _TEMPLATE, messages)) != trained
     return head + _TEMPLATE, wrong
 

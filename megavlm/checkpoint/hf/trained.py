@@ -15,7 +15,7 @@ from megavlm.checkpoint.base import RECORD, holds_adapters
 from megavlm.checkpoint.hf.template import SAMPLES, chatml
 from megavlm.checkpoint.paths import read_run
 from megavlm.config.schema import ModelConfig
-from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
 from megavlm.weights.files import read_json
@@ -41,13 +41,14 @@ def was_trained(checkpoint: Path) -> bool:
     return (base / "run.json").is_file() and was_trained(base)
 
 
-def write_trained(partial: Path, family: Family, model: ModelConfig, system_message: str) -> list[str]:
+def write_trained(partial: Path, family: Family, model: ModelConfig, template: str, system_message: str) -> list[str]:
     """Bring the small files of an export to what was trained.
 
     Args:
         partial: the directory, with configuration and tokenizer as they came along.
         family: that is written.
         model: the model.
+        template: what its recipe calls the template.
         system_message: that conversations without one were trained with.
 
     Returns:
@@ -59,32 +60,32 @@ def write_trained(partial: Path, family: Family, model: ModelConfig, system_mess
     path = find_tokenizer(partial)
     if "language" not in family.parts or path is None:
         return lines
-    tokenizer = load_tokenizer(path)
-    im_end, image = (tokenizer.decode([number]) for number in (tokenizer.im_end_id, tokenizer.imgpad_id))
+    tokenizer = load_tokenizer(path, template_of(template, path))
+    end, image = (tokenizer.decode([number]) for number in (tokenizer.stop_ids[0], tokenizer.imgpad_id))
     lines += _write_tokens(path, tokenizer)
     lines += _write_template(partial, tokenizer, system_message, slots=family.preprocesses)
     if path.suffix == ".json" and "tokenizer_class" not in _read(partial / _TOKENIZER):
         _change(partial / _TOKENIZER, {"tokenizer_class": "PreTrainedTokenizerFast"}, make=True)
-    _change(partial / _TOKENIZER, {"eos_token": im_end, "add_bos_token": False, "add_eos_token": False}, make=True)
-    _change(partial / _SPECIAL, {"eos_token": im_end})
-    stop = [tokenizer.im_end_id, tokenizer.eos_id]
+    _change(partial / _TOKENIZER, {"eos_token": end, "add_bos_token": False, "add_eos_token": False}, make=True)
+    _change(partial / _SPECIAL, {"eos_token": end})
+    stop = list(tokenizer.stop_ids)
     generation = _read(partial / _GENERATION)
     generation.pop("_from_model_config", None)
     _write(partial / _GENERATION, generation | {"eos_token_id": stop})
-    lines.append(f"{_GENERATION}: generation stops at {im_end} and the end of a document ({stop})")
+    lines.append(f"{_GENERATION}: generation stops at {end} and the end of a document ({stop})")
     config = _read(partial / CONFIG)
     if config:
         tokens: Tree = {key: tokenizer.imgpad_id for key in ("image_token_index", "image_token_id") if key in config}
         if "eos_token_id" in config:
-            tokens["eos_token_id"] = tokenizer.im_end_id
+            tokens["eos_token_id"] = tokenizer.stop_ids[0]
         text = config.get("text_config")
         if isinstance(text, dict) and "eos_token_id" in text:
-            config["text_config"] = text | {"eos_token_id": tokenizer.im_end_id}
+            config["text_config"] = text | {"eos_token_id": tokenizer.stop_ids[0]}
         if config | tokens != _read(partial / CONFIG):
             _write(partial / CONFIG, config | tokens)
     if family.preprocesses and "vision" in family.parts:
         _write_processor(partial, model, image)
-    again = load_tokenizer(path)
+    again = load_tokenizer(path, tokenizer.template)
     if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED):
         raise RuntimeError(f"{path}: what was written gives other ids than those of training")
     return lines

@@ -65,7 +65,7 @@ def segments(pack: Pack, tokenizer: Tokenizer) -> list[Segment]:
         ids = [int(i) for i in pack.tokens[start:end]]
         # A label is what the position before has to predict.
         trained = [False, *(bool(label != IGNORE_INDEX) for label in pack.labels[start : end - 1])]
-        count = sum(1 for i in ids if i == tokenizer.img_start_id) if source >= 0 else 0
+        count = _images(ids, tokenizer) if source >= 0 else 0
         key = pack.sample_keys[index] if source >= 0 else ""
         pieces = tuple(_pieces(ids, trained, tokenizer)) if source >= 0 else ()
         text = "".join(piece.text for piece in pieces if piece.image is None)
@@ -73,6 +73,14 @@ def segments(pack: Pack, tokenizer: Tokenizer) -> list[Segment]:
         taken += count
         found.append(Segment(start, end, source, key, images, pieces, sum(trained), tuple(shapes(text))))
     return found
+
+
+def _images(ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """Count the images in a segment: the template's marks in front of them, or else stretches of slots."""
+    begin = tokenizer.ids.get(tokenizer.template.image[0])
+    if begin is not None:
+        return sum(1 for i in ids if i == begin)
+    return sum(1 for before, i in zip([None, *ids], ids, strict=False) if i == tokenizer.imgpad_id != before)
 
 
 def shapes(text: str) -> Iterator[Shape]:

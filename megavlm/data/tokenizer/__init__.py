@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megavlm.config.errors import MissingFileError, UserError
-from megavlm.data.tokenizer.base import ROLES, Tokenizer
+from megavlm.config.schema import Recipe
+from megavlm.data.template import Template
+from megavlm.data.templates import QWEN_VL, template_of
+from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.files import TOKENIZER_FILES, check_vocabulary, files_of, find_tokenizer, with_tokenizer
 from megavlm.data.tokenizer.huggingface_json import HFTokenizer
 from megavlm.data.tokenizer.sentencepiece_model import (
@@ -23,7 +26,6 @@ from megavlm.data.tokenizer.tiktoken_file import QWEN_SPECIALS, TiktokenTokenize
 
 __all__ = [
     "QWEN_SPECIALS",
-    "ROLES",
     "SENTENCEPIECE_SPECIALS",
     "TOKENIZER_FILES",
     "HFTokenizer",
@@ -34,27 +36,54 @@ __all__ = [
     "check_vocabulary",
     "files_of",
     "find_tokenizer",
+    "image_tokens",
     "load_tokenizer",
+    "template_of",
+    "tokenizer_of",
     "train_sentencepiece",
     "with_tokenizer",
 ]
 
-_KINDS: dict[str, Callable[[Path], Tokenizer]] = {
+_KINDS: dict[str, Callable[[Path, Template], Tokenizer]] = {
     ".tiktoken": TiktokenTokenizer,
     ".json": HFTokenizer,
     ".model": load_sentencepiece,
 }
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer file by its suffix.
+def tokenizer_of(recipe: Recipe) -> Tokenizer:
+    """Load the tokenizer of a recipe, whose ``data.tokenizer`` is a file, for its template.
+
+    Raises:
+        UserError: ``model.template`` is unknown, or the file lacks a token that it needs.
+        RecipeError: the embedding has fewer rows than the tokenizer has tokens.
+        ValueError: the file is broken.
+        ImportError: the library that the file needs is not installed.
+    """
+    assert recipe.data.tokenizer is not None  # the command line found the file
+    path = Path(recipe.data.tokenizer)
+    tokenizer = load_tokenizer(path, template_of(recipe.model.template, path))
+    check_vocabulary(recipe, tokenizer)
+    return tokenizer
+
+
+def image_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of ``image``, which fills an image's slots, and of ``image_start`` where there is one."""
+    begin = tokenizer.ids.get(tokenizer.template.image[0])
+    return {"image": tokenizer.imgpad_id} | ({} if begin is None else {"image_start": begin})
+
+
+def load_tokenizer(path: str | Path, template: Template = QWEN_VL) -> Tokenizer:
+    """Load a tokenizer file by its suffix, for a template.
 
     Args:
         path: ``.tiktoken`` (Qwen v1), ``.json`` (Hugging Face) or ``.model`` (SentencePiece).
+        template: How conversations are written, and which control tokens that takes.
 
     Raises:
         MissingFileError: There is no such file.
-        UserError: The suffix is none of these, or the file is broken or has no token that ends a document.
+        UserError: The suffix is none of these, or the file is broken, has no token that ends a document, or lacks
+            one of the template's.
         ImportError: The library that the file needs is not installed.
     """
     path = Path(path)
@@ -65,6 +94,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise MissingFileError(f"tokenizer {path} does not exist")
     try:
-        return _KINDS[path.suffix](path)
+        return _KINDS[path.suffix](path, template)
     except ModuleNotFoundError as error:
         raise ImportError(f"tokenizer {path} needs the package {error.name}: pip install {error.name}") from None

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and the special tokens that a conversation needs."""
+"""What every tokenizer offers, and the control tokens that its template needs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megavlm.config.errors import UserError
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>"),
-    "im_start": ("<|im_start|>",),
-    "im_end": ("<|im_end|>",),
-    "img_start": ("<img>", "<|vision_start|>"),
-    "img_end": ("</img>", "<|vision_end|>"),
-    "imgpad": ("<imgpad>", "<|image_pad|>", "<image>"),
-}
-"""What a special token is for, and the names it goes by; the first that a file has is taken.
-
-Where a file has none of a role's names, the first is appended after the file's ids, in the order given here.
-Only ``eos`` is never appended: a file without one is an error.
-"""
+from megavlm.data.template import Template
 
 
 class Tokenizer(ABC):
@@ -30,24 +17,22 @@ class Tokenizer(ABC):
     checked for :attr:`control_ids` afterwards, as ``megavlm.data.chat`` does.
     """
 
+    template: Template
+    """How conversations are written; its control tokens are in the vocabulary."""
     vocab_size: int
     """One more than the largest id, appended tokens included."""
     added: tuple[str, ...]
     """Names of the appended tokens; their ids are the last ones, in this order."""
+    ids: dict[str, int]
+    """Ids of the template's control tokens and its slot, by the names that the template calls them."""
     control_ids: frozenset[int]
-    """Ids of the roles below: text that contains one would forge turns or image slots."""
+    """Ids of these and of :attr:`eos_id`: text that contains one would forge turns or image slots."""
     eos_id: int
     """Id of the token that ends a document, ``<|endoftext|>`` or ``</s>``."""
-    im_start_id: int
-    """Id of ``<|im_start|>``."""
-    im_end_id: int
-    """Id of ``<|im_end|>``."""
-    img_start_id: int
-    """Id of the token in front of an image, ``<img>`` or ``<|vision_start|>``."""
-    img_end_id: int
-    """Id of the token behind an image, ``</img>`` or ``<|vision_end|>``."""
     imgpad_id: int
-    """Id of the token that fills the slots of an image, ``<imgpad>``, ``<|image_pad|>`` or ``<image>``."""
+    """Id of the token that fills the slots of an image."""
+    stop_ids: tuple[int, ...]
+    """Ids that end an answer: the template's, then :attr:`eos_id`."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -57,31 +42,43 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are written out, broken UTF-8 becomes U+FFFD."""
 
-    def _set_roles(self, known: Mapping[str, int], size: int, path: Path) -> dict[str, int]:
-        """Take the roles from a file's tokens, append those that it lacks, and set all attributes.
+    def _take_tokens(self, known: Mapping[str, int], size: int, path: Path, template: Template) -> dict[str, int]:
+        """Take the control tokens from a file's tokens, append those that it lacks, and set all attributes.
+
+        What is appended comes after the file's ids, in the order of the template.
 
         Args:
             known: Names and ids of the file's tokens.
             size: One more than the file's largest id.
             path: The file, for the error.
+            template: Whose tokens they are.
 
         Returns:
-            Name and id of each role's token.
+            Name and id of each control token.
 
         Raises:
-            UserError: The file has no token that ends a document.
+            UserError: The file has no token that ends a document, or lacks one that the template does not append.
         """
-        found = {role: next((name for name in names if name in known), None) for role, names in ROLES.items()}
-        if found["eos"] is None:
-            names = ", ".join(ROLES["eos"])
+        eos = next((name for name in template.eos if name in known), None)
+        if eos is None:
+            names = ", ".join(template.eos)
             raise UserError(f"tokenizer {path} has no token that ends a document, which would be one of {names}")
-        self.added = tuple(ROLES[role][0] for role, name in found.items() if name is None)
-        self.vocab_size = size + len(self.added)
-        appended = {name: size + index for index, name in enumerate(self.added)}
-        tokens: dict[str, int] = {}
-        for role, name in found.items():
-            token = ROLES[role][0] if name is None else name
-            tokens[token] = appended[token] if name is None else known[token]
-            setattr(self, f"{role}_id", tokens[token])
+        tokens, added, self.ids = {eos: known[eos]}, [], {}
+        for token in (*template.tokens, template.slot):
+            name = next((name for name in token.names if name in known), None)
+            if name is None and not token.appended:
+                raise UserError(
+                    f"model.template: {template.name} needs the token {' or '.join(token.names)}, which tokenizer "
+                    f"{path} has not; name the template that this model was made for"
+                )
+            if name is None:
+                name = token.name
+                added.append(name)
+            number = known.get(name, size + len(added) - 1)
+            tokens[name] = self.ids[token.name] = number
+        self.template = template
+        self.added, self.vocab_size = tuple(added), size + len(added)
+        self.eos_id, self.imgpad_id = known[eos], self.ids[template.slot.name]
+        self.stop_ids = tuple(dict.fromkeys([*(self.ids[name] for name in template.stops), self.eos_id]))
         self.control_ids = frozenset(tokens.values())
         return tokens

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.data.template import Template
+from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 
@@ -22,7 +24,7 @@ class HFTokenizer(Tokenizer):
     a space after its special tokens.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, template: Template = QWEN_VL) -> None:
         import tokenizers  # noqa: PLC0415 - only where such a file is read
 
         path = Path(path)
@@ -42,13 +44,13 @@ class HFTokenizer(Tokenizer):
                 self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)])
                 vocabulary[name] = number
         self._check(beside, path)
-        roles = self._set_roles(vocabulary, max(vocabulary.values()) + 1, path)
+        tokens = self._take_tokens(vocabulary, max(vocabulary.values()) + 1, path, template)
         # Also those that the file has as ordinary pieces: they keep their ids, and become whole tokens.
         whole = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._tokenizer.add_special_tokens(
-            [tokenizers.AddedToken(name, normalized=False, special=True) for name in roles if name not in whole]
+            [tokenizers.AddedToken(name, normalized=False, special=True) for name in tokens if name not in whole]
         )
-        self._check(roles, path)
+        self._check(tokens, path)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""

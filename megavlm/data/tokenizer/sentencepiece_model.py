@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.tokenizer.base import ROLES, Tokenizer
+from megavlm.data.template import Template
+from megavlm.data.templates import QWEN_VL
+from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 from megavlm.data.tokenizer.tiktoken_file import QWEN_SPECIALS
 
 SENTENCEPIECE_SPECIALS = tuple(token for token in QWEN_SPECIALS if not token.startswith("<|extra_"))
 """Special tokens of a SentencePiece model that :func:`train_sentencepiece` makes."""
 
+_OWN = {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"}
+"""By these pieces a model that :func:`train_sentencepiece` made is known."""
 _SPACE_MARK = "\u2581"
 
 
-def load_sentencepiece(path: str | Path) -> Tokenizer:
+def load_sentencepiece(path: str | Path, template: Template = QWEN_VL) -> Tokenizer:
     """Load a SentencePiece model: of :func:`train_sentencepiece` where it has Qwen's special tokens, else a plain one.
 
     Raises:
@@ -35,19 +39,24 @@ def load_sentencepiece(path: str | Path) -> Tokenizer:
     except RuntimeError:
         raise UserError(f"tokenizer {path} is not a SentencePiece model") from None
     pieces = [model.IdToPiece(i) for i in range(model.GetPieceSize())]
-    own = {names[0] for names in ROLES.values()} <= set(pieces)
-    return SentencePieceTokenizer(model, pieces, path) if own else PlainSentencePieceTokenizer(model, pieces, path)
+    kind = SentencePieceTokenizer if set(pieces) >= _OWN else PlainSentencePieceTokenizer
+    return kind(model, pieces, path, template)
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model with byte fallback, as :func:`train_sentencepiece` makes; text survives exactly."""
 
-    def __init__(self, model: Any, pieces: Sequence[str], path: Path) -> None:
+    def __init__(self, model: Any, pieces: Sequence[str], path: Path, template: Template = QWEN_VL) -> None:
         self._model = model
         own = {piece: i for i, piece in enumerate(pieces)}
         if more := sorted(set(tokens_beside(path, own)) - set(own)):
             raise UserError(f"tokenizer {path}: the files beside it add {more[0]}, which the model itself should have")
-        self._set_roles(own, len(pieces), path)
+        self._take_tokens(own, len(pieces), path, template)
+        if self.added:
+            raise UserError(
+                f"model.template: {template.name} needs the token {self.added[0]}, which tokenizer {path} has not; "
+                "train it with that token"
+            )
         self._bytes = [
             bytes([int(piece[3:5], 16)]) if model.IsByte(i) else piece.replace(_SPACE_MARK, " ").encode()
             for i, piece in enumerate(pieces)
@@ -76,21 +85,21 @@ class SentencePieceTokenizer(Tokenizer):
 class PlainSentencePieceTokenizer(Tokenizer):
     """A SentencePiece model as it was published, such as Llama's and Vicuna's.
 
-    Its control pieces (``<s>``, ``</s>``), the tokens that the files beside it add and the roles' tokens
+    Its control pieces (``<s>``, ``</s>``), the tokens that the files beside it add and the template's tokens
     are special; each stretch of text between them is encoded by the model as it is. If the model puts a space
     before text (the dummy prefix), it does so for every stretch, and decoding takes one space off the start of
     each: an answer comes back as it was. Stretches that were encoded apart and meet without a special token in
     between, such as a turn's role and its text, decode with that space between them.
     """
 
-    def __init__(self, model: Any, pieces: Sequence[str], path: Path) -> None:
+    def __init__(self, model: Any, pieces: Sequence[str], path: Path, template: Template = QWEN_VL) -> None:
         self._model = model
         known = {piece: i for i, piece in enumerate(pieces)}
         beside = tokens_beside(path, known)
         size = max([len(pieces) - 1, *beside.values()]) + 1
-        roles = self._set_roles(known | beside, size, path)
+        tokens = self._take_tokens(known | beside, size, path, template)
         control = {piece: i for piece, i in known.items() if model.IsControl(i)}
-        self._specials = control | beside | roles
+        self._specials = control | beside | tokens
         self._names = {number: name for name, number in self._specials.items()}
         longest_first = sorted(self._specials, key=len, reverse=True)
         self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")

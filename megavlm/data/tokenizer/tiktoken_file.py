@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megavlm.config.errors import UserError
+from megavlm.data.template import Template
+from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.beside import tokens_beside
 
@@ -38,7 +40,7 @@ _QWEN_PATTERN = (
 class TiktokenTokenizer(Tokenizer):
     """Qwen v1's tokenizer, from its ``.tiktoken`` file. Text is normalised to NFC, as Qwen does."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, template: Template = QWEN_VL) -> None:
         import tiktoken  # noqa: PLC0415 - only where such a file is read
 
         path = Path(path)
@@ -49,7 +51,12 @@ class TiktokenTokenizer(Tokenizer):
         )
         if more := sorted(set(tokens_beside(path, specials)) - set(specials)):
             raise UserError(f"tokenizer {path}: the files beside it add {more[0]}, which Qwen's tokenizer has not")
-        self._set_roles(specials, len(ranks) + len(specials), path)
+        self._take_tokens(specials, len(ranks) + len(specials), path, template)
+        if self.added:
+            raise UserError(
+                f"model.template: {template.name} needs the token {self.added[0]}, which tokenizer {path} has not; "
+                "name the template that this model was made for"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""

@@ -13,6 +13,7 @@ from megatron.core import parallel_state as mpu
 
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import ImageDecoder
+from megavlm.data.media import Arrangement, ImagePlan, plan_of
 from megavlm.data.decoders import make_decoder
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
@@ -112,7 +113,7 @@ def _round(
     with agreed("reading images"):
         if decoder is not None:
             for one, prompt in zip(asked, prompts, strict=True):
-                prompt.images, cause = _decode(decoder, one, recipe.model.vision.image_size)
+                prompt.images, prompt.arrangement, cause = _decode(decoder, one, plan_of(recipe.model))
                 if cause:
                     problems[one.item.id] = cause
     predictions: dict[str, tuple[str, list[float]]] = {}
@@ -133,7 +134,7 @@ def _round(
             chunks,
             [prompts[i] for i in free],
             max_new_tokens=max_new_tokens,
-            stop_ids=[tokenizer.im_end_id, tokenizer.eos_id],
+            stop_ids=tokenizer.stop_ids,
             vocab_size=tokenizer.vocab_size,
             pack_length=recipe.data.sequence_length,
         )
@@ -151,10 +152,12 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
     return {**row, "losses": [round(loss, 6) for loss in losses]} if losses else row
 
 
-def _decode(decoder: ImageDecoder, question: Question, size: int) -> tuple[torch.Tensor, str]:
-    """[N, 3, size, size] pixels of a question, gray where a picture is broken, and why it is."""
+def _decode(
+    decoder: ImageDecoder, question: Question, plan: ImagePlan
+) -> tuple[torch.Tensor, Arrangement | None, str]:
+    """Views of a question's pictures, gray where one is broken, where their features go, and why it is broken."""
     pictures = question.item.pictures
-    decoded = decoder.decode([picture_bytes(one) for one in pictures], size)
+    decoded, arrangement = decoder.decode_prompt([picture_bytes(one) for one in pictures], plan)
     if not decoded.failed:
-        return decoded.pixels, ""
-    return decoded.pixels, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+        return decoded.pixels, arrangement, ""
+    return decoded.pixels, arrangement, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"

@@ -333,7 +333,7 @@ def test_every_kind_of_tokenizer_is_written_out(tmp_path: Path, write: Callable[
     tokenizer = load_tokenizer(write(tmp_path))
     text = f"Where  is the caf\u00e9?\n{HAN}, \U0001f600 <ref>it</ref><box>(1,2),(3,4)</box>"
     conversation = parse_conversation(chat(f"<img>a.jpg</img>{text}", text))
-    encoded = encode_conversation(conversation, tokenizer, 3, "You help.")
+    encoded = encode_conversation(conversation, tokenizer, [(3,)] * len(conversation.images), "You help.")
     pack = build_pack([PackableSample(encoded, (b"",), "k", 0)], len(encoded.tokens), tokenizer.eos_id)
     (part,) = segments(pack, tokenizer)
     assert [i for piece in part.pieces for i in piece.ids] == encoded.tokens.tolist()

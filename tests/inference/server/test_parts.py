@@ -135,8 +135,8 @@ def test_logits_that_are_not_finite_end_an_answer_with_a_line(learnt: Learnt, ca
             list(model.ask(bad, max_new_tokens=5, sampling=Sampling()))
         prompts = [Prompt(model.cut(one, 5)[1], None) for one in (plain, bad)]
         answers = generate.generate(
-            model.chunks, prompts, max_new_tokens=5, stop_ids=[tokenizer.im_end_id], vocab_size=tokenizer.vocab_size,
-            pack_length=200,
+            model.chunks, prompts, max_new_tokens=5, stop_ids=[tokenizer.ids["<|im_end|>"]],
+            vocab_size=tokenizer.vocab_size, pack_length=200,
         )  # fmt: skip
         assert answers[0] and not answers[1]
         assert "1 of 2 answers end early: the model's logits are not finite" in caplog.text

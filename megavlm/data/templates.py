@@ -1,0 +1,79 @@
+"""The registered chat templates, by the name that ``model.template`` calls them.
+
+Another package adds its own with :func:`register`, from the function that its ``megavlm.presets`` entry point names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavlm.config.errors import UserError
+from megavlm.data.template import TEXT, ControlToken, Template, trained
+
+_TEMPLATES: dict[str, Template] = {}
+
+
+def register(template: Template) -> Template:
+    """Add a template, and return it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if template.name in _TEMPLATES:
+        raise ValueError(f"template {template.name!r} is registered twice")
+    _TEMPLATES[template.name] = template
+    return template
+
+
+def names() -> list[str]:
+    """Return the registered names, sorted."""
+    return sorted(_TEMPLATES)
+
+
+def template_of(name: str, tokenizer: Path) -> Template:
+    """Return what ``model.template`` names.
+
+    Args:
+        name: of a registered template.
+        tokenizer: the tokenizer's file, with which the template goes.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    return find_template(name)
+
+
+def find_template(name: str) -> Template:
+    """Return a registered template.
+
+    Raises:
+        UserError: there is none of that name; the message lists those that exist.
+    """
+    if name not in _TEMPLATES:
+        raise UserError(f"model.template: no template {name!r}; there are {', '.join(names())}")
+    return _TEMPLATES[name]
+
+
+# ChatML as Qwen-VL's fine-tuning script trains it: header, text and end of a turn are encoded apart, and of every turn
+# the two tokens and the newline behind it are trained on.
+QWEN_VL = register(
+    Template(
+        name="qwen_vl",
+        title="Qwen-VL's ChatML",
+        system=(*trained("<|im_start|>"), "system\n", TEXT, *trained("<|im_end|>", "\n")),
+        user=(*trained("<|im_start|>"), "user\n", TEXT, *trained("<|im_end|>", "\n")),
+        assistant=(*trained("<|im_start|>"), "assistant\n", *trained(TEXT, "<|im_end|>", "\n")),
+        tokens=(
+            ControlToken(("<|im_start|>",), appended=True),
+            ControlToken(("<|im_end|>",), appended=True),
+            ControlToken(("<img>", "<|vision_start|>"), appended=True),
+            ControlToken(("</img>", "<|vision_end|>"), appended=True),
+        ),
+        slot=ControlToken(("<imgpad>", "<|image_pad|>", "<image>"), appended=True),
+        image=("<img>", "</img>"),
+        picture="Picture {number}: {image}\n",
+        stops=("<|im_end|>",),
+        default_system="You are a helpful assistant.",
+        joined=False,
+    )
+)
