@@ -88,7 +88,9 @@ def measure_reader(mix: Mix, num_workers: int, packs: int) -> dict[str, float]:
         system_message="",
     )
     with contextlib.closing(
-        PackReader([source], data, mix.tokenizer, TOKENS_PER_IMAGE, rank=0, world_size=1, seed=1, training=True)
+        PackReader(
+            [source], data, mix.tokenizer, SquashPlan(16, TOKENS_PER_IMAGE), rank=0, world_size=1, seed=1, training=True
+        )
     ) as reader:
         start = time.perf_counter()
         next(reader)

@@ -89,14 +89,14 @@ class ImageConfig:
     """What becomes of a picture before the tower sees it (docs/images.md): views, and tokens."""
 
     kind: str = "squash"
-    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop (the
-    square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL), slices
-    (MiniCPM-V)."""
+    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
+    (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
+    slices (MiniCPM-V)."""
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Filter that pictures are resized with; always antialiased."""
     fill: Literal["mean"] | tuple[int, int, int] | None = None
-    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the plan's
-    own: pad takes the mean, the others black."""
+    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
+    plan's own: pad takes the mean, the others black."""
     short_side: int | None = Field(default=None, gt=0, le=100_000)
     """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
     pinpoints: tuple[tuple[int, int], ...] = ()

@@ -15,6 +15,7 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_tex
 from megavlm.data.template import TEXT, Span, Template
 from megavlm.data.tokenizer import Tokenizer
 
+
 @dataclass(frozen=True)
 class EncodedSample:
     """A conversation as the model sees it, T positions."""

@@ -1,9 +1,9 @@
-"""Encoded image files to the views of an image plan in uint8, behind one interface: DALI, simplejpeg with torch, or PIL.
+"""Encoded image files to the uint8 views of an image plan, behind one interface: DALI, simplejpeg with torch, or PIL.
 
-All of them turn images upright by EXIF or XMP, lay what is transparent over white, make RGB of everything, and make views
-of it by :mod:`megavlm.data.media`, resized with antialiasing. Only plain JPEG and PNG files go to the fast path; odd ones
-go to PIL one by one, and what PIL cannot read, or has no memory for, becomes gray views, and the image's index is
-returned. A bad image never costs a neighbour.
+All of them turn images upright by EXIF or XMP, lay what is transparent over white, make RGB of everything, and make
+views of it by :mod:`megavlm.data.media`, resized with antialiasing. Only plain JPEG and PNG files go to the fast path;
+odd ones go to PIL one by one, and what PIL cannot read, or has no memory for, becomes gray views, and the image's index
+is returned. A bad image never costs a neighbour.
 """
 
 from __future__ import annotations

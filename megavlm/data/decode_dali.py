@@ -64,9 +64,7 @@ def _canvas_pipeline(device: str, resample: str, fill: Colour) -> Any:
         source = fn.slice(
             pictures, start=start, shape=shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=list(fill)
         )
-        found.append(
-            fn.resize(source, size=size, interp_type=_FILTERS[resample], antialias=True, dtype=types.UINT8)
-        )
+        found.append(fn.resize(source, size=size, interp_type=_FILTERS[resample], antialias=True, dtype=types.UINT8))
     return tuple(found)
 
 
@@ -138,9 +136,7 @@ class DaliDecoder(ImageDecoder):
 
     def _canvases(self, jobs: Sequence[Job], layouts: Sequence[ImageLayout | None], plan: ImagePlan) -> Any:
         """Return for each canvas the planes of all jobs, as DALI holds them."""
-        pipeline = self._pipeline(
-            (plan.resample, plan.fill), _canvas_pipeline, resample=plan.resample, fill=plan.fill
-        )
+        pipeline = self._pipeline((plan.resample, plan.fill), _canvas_pipeline, resample=plan.resample, fill=plan.fill)
         pipeline.feed_input("encoded", [np.frombuffer(job.data, np.uint8) for job in jobs])
         for number in range(_CANVASES):
             canvases = [

@@ -370,10 +370,10 @@ def share_packs(
     rows = header.tolist()
     if rows[0][0] < 0:
         raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
-    lengths = [_parts(*row, sequence_length, plan) for row in rows]
+    lengths = [_parts(segments, images, sequence_length, plan) for segments, images in rows]
     body = torch.empty(sum(map(sum, lengths)), dtype=torch.int64)
     if packs is not None:
-        parts = []
+        parts: list[np.ndarray] = []
         for p in packs:
             parts += [p.tokens, p.labels, p.cu_seqlens, p.segment_sources]
             parts += [] if plan.fixed else [np.array(p.image_shapes, np.int64).reshape(-1)]

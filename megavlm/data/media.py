@@ -171,9 +171,7 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
     for canvas in layout.canvases:
         for width, height in (canvas.source.size, canvas.resized, canvas.frame.size):
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-                raise ImageError(
-                    "too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}"
-                )
+                raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
     return layout
 
 

@@ -5,10 +5,10 @@ waits for ever, and the others that fill the rest best: an exact subset sum over
 stays in the pool. A group is never cut off at the end of a buffer, so fills of 99.8 % and more are usual.
 
 Tokens are the work of every pipeline stage; images (their views, where a plan cuts them into tiles) are the work of the
-first one alone. Packs of equal length may still hold few or many, and then the pipeline waits for its first stage. Therefore :func:`choose_pack` takes,
-among the choices that fill a pack equally well, the one with the number of images that is nearest the average of the
-waiting samples (``data.balance_images``). It depends on what it is given and on nothing else, so a restart needs no
-more state than the waiting samples and the number of packs.
+first one alone. Packs of equal length may still hold few or many, and then the pipeline waits for its first stage.
+Therefore :func:`choose_pack` takes, among the choices that fill a pack equally well, the one with the number of views
+that is nearest the average of the waiting samples (``data.balance_images``). It depends on what it is given and on
+nothing else, so a restart needs no more state than the waiting samples and the number of packs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a decoded picture to the views of its layout (:mod:`megavlm.data.media`), with PIL or with torch on the CPU.
 
-PIL's pixels are those of the published processors. Torch's antialiased resize in uint8 is three to four times faster and
-differs from PIL's by at most one level of 255 for 99.9 % of the pixels of photographs.
+PIL's pixels are those of the published processors. Torch's antialiased resize in uint8 is three to four times faster
+and differs from PIL's by at most one level of 255 for 99.9 % of the pixels of photographs.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def render_with_pil(picture: Image.Image, plan: ImagePlan, layout: ImageLayout) 
 def render_with_torch(picture: np.ndarray, plan: ImagePlan, layout: ImageLayout) -> Iterator[Tensor]:
     """Yield [3, H, W] uint8 for each view of a [H, W, 3] uint8 picture."""
     if plan.resample not in _TORCH_MODES:
-        for view in render_with_pil(Image.fromarray(picture), plan, layout):
-            yield torch.from_numpy(view).permute(2, 0, 1)
+        for pixels in render_with_pil(Image.fromarray(picture), plan, layout):
+            yield torch.from_numpy(pixels).permute(2, 0, 1)
         return
     pixels_CHW = torch.from_numpy(picture).permute(2, 0, 1)
     canvases: dict[int, Tensor] = {}

@@ -96,7 +96,7 @@ class LlavaFamily(Family):
         del text["architectures"]
         return {
             "architectures": ["LlavaForConditionalGeneration"],
-            "image_seq_length": model.tokens_per_image,
+            "image_seq_length": model.tokens_per_view,
             "image_token_id": image,
             "image_token_index": image,
             "model_type": "llava",

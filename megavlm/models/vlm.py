@@ -63,9 +63,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision = registry.VISION.find(model.vision.preset).build(model.vision, context)
             self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
             if plan_of(model).newline:
-                add_newline(
-                    self.connector, model.language.hidden_size, context.dtype, initialize=context.initialize
-                )
+                add_newline(self.connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
         self.language = language
 
     @property

@@ -67,8 +67,8 @@ def as_text(found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed
     lines = [
         f"Predicted, not measured: {found.gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
         *_measured(gpu),
-        f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images"
-        f"{_views(workload)} and {workload.samples:g} samples on average, {workload.most_views} {_unit(workload)} at most.",
+        f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images{_views(workload)} and"
+        f" {workload.samples:g} samples on average, {workload.most_views} {_unit(workload)} at most.",
         "",
     ]
     if found.plans:

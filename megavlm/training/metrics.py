@@ -324,7 +324,7 @@ def _is_finite(value: float | str) -> bool:
 
 
 def _counts(batch: MicroBatch) -> Tensor:
-    """[6] fp64: tokens, squared lengths of the segments, padding, its segments' squared lengths, images, their views."""
+    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views."""
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
     tokens, padding = lengths[real], lengths[~real]

@@ -1,9 +1,10 @@
 """The order in which the micro-batches of a step go through the pipeline.
 
 All micro-batches have equally many tokens, so later stages take equally long for each. The first stage also runs the
-tower over the views of their images, and those differ. Which order hides that best depends on the layout: a light micro-batch at
-the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains it sooner and
-heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest is taken.
+tower over the views of their images, and those differ. Which order hides that best depends on the layout: a light
+micro-batch at the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains
+it sooner and heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest
+is taken.
 
 The order depends on the recipe and on the images of the step alone, so a restart finds the same one, and a step is
 the same sum whatever the order.

@@ -126,7 +126,9 @@ def _share(questions: list[Question], plan: ImagePlan) -> list[Question]:
     if len(pixels):
         dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
     parts = pixels.split(counts)
-    return [Question(*one[:2], part, one[2]) for one, part in zip(box[0], parts, strict=True)]
+    return [
+        Question(prompt, expected, part, shapes) for (prompt, expected, shapes), part in zip(box[0], parts, strict=True)
+    ]
 
 
 def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:

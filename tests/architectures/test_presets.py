@@ -201,7 +201,7 @@ def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch:
     CONNECTORS.register("mean", "mean_connector", num_queries=1)
 
     recipe = tiny_recipe(model={"preset": "tiny", "connector": {"preset": "mean"}, "vision": {"image_size": 32}})
-    assert recipe.model.tokens_per_image == 1
+    assert recipe.model.tokens_per_view == 1
     training = build_training(recipe, IMAGE_TOKEN)
     (module,) = training.modules
     before = module.connector.project.weight.detach().clone()

@@ -25,7 +25,10 @@ from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.data.batch import Pack  # noqa: E402
 from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.feed import Feed, MicroBatch, Prefetcher, share_packs  # noqa: E402
+from megavlm.data.plans_single import SquashPlan  # noqa: E402
 from megavlm.parallel.state import is_first_stage, is_reader, process_groups  # noqa: E402
+
+PLAN = SquashPlan(IMAGE_SIZE, TOKENS_PER_IMAGE)
 
 
 class Source:
@@ -77,12 +80,12 @@ def run() -> None:
     expected = random_packs(4, seed=replica)
     packs = [pack for pack, _ in expected] if is_reader() else None
     pixels = torch.cat([torch.from_numpy(p) for _, p in expected]) if is_reader() else None
-    check(share_packs(packs, pixels, 4, SEQUENCE_LENGTH, IMAGE_SIZE), expected)
-    raises(lambda: share_packs(None, None, 4, SEQUENCE_LENGTH, IMAGE_SIZE), "reader of this data-parallel replica")
+    check(share_packs(packs, pixels, 4, SEQUENCE_LENGTH, PLAN), expected)
+    raises(lambda: share_packs(None, None, 4, SEQUENCE_LENGTH, PLAN), "reader of this data-parallel replica")
     # After an error, the next call works: all ranks are at the same place.
     texts = [item for item in expected if not len(item[1])]
     packs, pixels = (packs and [texts[0][0]]), (pixels if pixels is None else pixels[:0])
-    check(share_packs(packs, pixels, 1, SEQUENCE_LENGTH, IMAGE_SIZE), texts[:1])
+    check(share_packs(packs, pixels, 1, SEQUENCE_LENGTH, PLAN), texts[:1])
 
     prefetcher = None
     if is_reader():
@@ -90,9 +93,9 @@ def run() -> None:
             pack.images = [png(image) for image in own]
         # The last replica's reader breaks in the second step; the others are well.
         source = Source([pack for pack, _ in (expected[:3] if replica == replicas - 1 else expected)])
-        prefetcher = Prefetcher(source, make_decoder("pil"), IMAGE_SIZE, TOKENS_PER_IMAGE, IMAGE_TOKEN, depth=2)
+        prefetcher = Prefetcher(source, make_decoder("pil"), PLAN, IMAGE_TOKEN, depth=2)
     # The packs of a step come in the order that the feed is given, with their own pixels.
-    feed = Feed(prefetcher, SEQUENCE_LENGTH, IMAGE_SIZE, order=lambda images: [1, 0] if images[0] else [0, 1])
+    feed = Feed(prefetcher, SEQUENCE_LENGTH, PLAN, order=lambda images: [1, 0] if images[0] else [0, 1])
     assert len(expected[0][1]) > 0
     check(feed.next_step(2), expected[1::-1])
     for _ in range(2):

@@ -103,7 +103,13 @@ def prefetch(
     keys = {"packing": "none", "shuffle_buffer_size": 1} | options
     reader = open_reader([data], tokenizer, **keys)
     return Prefetcher(
-        reader, PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth=3, state=state, quarantine=quarantine
+        reader,
+        PilDecoder(),
+        SquashPlan(SIZE, TOKENS_PER_IMAGE),
+        tokenizer.imgpad_id,
+        depth=3,
+        state=state,
+        quarantine=quarantine,
     )
 
 

@@ -25,6 +25,7 @@ from megavlm.data.tokenizer import Tokenizer
 
 Datasets = tuple[Path, Path]
 SIZE = 16
+PLAN = SquashPlan(SIZE, TOKENS_PER_IMAGE)
 WORKER = Path(__file__).with_name("feed_worker.py")
 
 
@@ -51,9 +52,7 @@ def prefetch(two_datasets: Datasets, tokenizer: Tokenizer) -> Iterator[Callable[
         *, num_workers: int = 0, depth: int = 3, state: object = None, source: object = None, decoder: object = None
     ) -> Prefetcher:
         source = source or open_reader(two_datasets, tokenizer, num_workers=num_workers)
-        opened.append(
-            Prefetcher(source, decoder or PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth, state)
-        )
+        opened.append(Prefetcher(source, decoder or PilDecoder(), PLAN, tokenizer.imgpad_id, depth, state))
         return opened[-1]
 
     yield run
@@ -182,7 +181,7 @@ def test_workers_are_forked_before_the_thread_starts(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", spy)
-    Prefetcher(reader, PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth=1).close()
+    Prefetcher(reader, PilDecoder(), PLAN, tokenizer.imgpad_id, depth=1).close()
     assert workers == [1]
 
 
@@ -224,7 +223,7 @@ def broken_image_pack() -> Pack:
 
 def test_a_sample_with_a_broken_image_loses_its_labels() -> None:
     pack, before = broken_image_pack(), broken_image_pack()
-    read = decode_pack(pack, PilDecoder(), SIZE, 3, image_token_id=7)
+    read = decode_pack(pack, PilDecoder(), SquashPlan(SIZE, 3), image_token_id=7)
     assert [sample.cause for sample in read.masked] == ["bad image (not an image)"] and read.pixels.shape == (
         3,
         3,
@@ -243,7 +242,7 @@ def test_what_is_lost_is_counted_when_a_pack_is_taken(tokenizer: Tokenizer) -> N
             while True:
                 yield broken_image_pack()
 
-    prefetcher = Prefetcher(Source(0, OSError()), PilDecoder(), SIZE, 3, 7, depth=4)
+    prefetcher = Prefetcher(Source(0, OSError()), PilDecoder(), SquashPlan(SIZE, 3), 7, depth=4)
     try:
         time.sleep(0.2)
         assert not prefetcher.counters.skipped

@@ -17,6 +17,7 @@ from megavlm.data.media import ImageLayout, ImagePlan, arrange
 from megavlm.data.plans_single import CropPlan, PadPlan, SquashPlan
 from megavlm.data.plans_slices import SlicesPlan
 from megavlm.data.plans_tiles import AnyresMaxPlan, AnyresPlan, DynamicTilesPlan
+from megavlm.data.render import render_with_pil
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,7 +29,17 @@ MANY = tuple((rows * SIDE, columns * SIDE) for rows in range(1, 7) for columns i
 def sizes(count: int = 500) -> list[tuple[int, int]]:
     """Widths and heights: of all proportions, and edge cases of each plan."""
     rng = random.Random(13)
-    found = [(1, 1), (1, 300), (300, 1), (2, 2), (SIDE, SIDE), (SIDE * 2, SIDE), (SIDE, SIDE * 3), (337, 336), (448, 448)]
+    found = [
+        (1, 1),
+        (1, 300),
+        (300, 1),
+        (2, 2),
+        (SIDE, SIDE),
+        (SIDE * 2, SIDE),
+        (SIDE, SIDE * 3),
+        (337, 336),
+        (448, 448),
+    ]
     while len(found) < count:
         area, ratio = math.exp(rng.uniform(4, 15)), math.exp(rng.gauss(0, 0.8))
         found.append((max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))))
@@ -141,7 +152,11 @@ def test_tokens_and_features_of_anyres(kind: str) -> None:
         assert len(found.index) == expected
         try:
             theirs, _ = Model.pack_image_features(
-                SimpleNamespace(config=config), [features], torch.tensor([[height, width]]), image_newline=newline, **extra
+                SimpleNamespace(config=config),
+                [features],
+                torch.tensor([[height, width]]),
+                image_newline=newline,
+                **extra,
             )
         except RuntimeError:  # theirs cannot interpolate a picture of no columns
             empty += 1
@@ -208,7 +223,7 @@ def test_slices() -> None:
 
 
 def test_markup_of_slices() -> None:
-    """Written out from MiniCPM-V's published ``get_grid_placeholder`` (2.0, 2.5) and ``get_slice_image_placeholder``."""
+    """Written out from MiniCPM-V's published ``get_grid_placeholder`` (2.0, 2.5) and processor (2.6)."""
     nested, flat = SlicesPlan(448, 64), SlicesPlan(448, 64, markup="flat")
     assert nested.plan(300, 200).runs == ("<image>", 64, "</image>")
     assert nested.plan(900, 900).grid == (2, 2)
@@ -231,15 +246,13 @@ def test_crop_and_pad() -> None:
     for width, height in [*sizes(60)[10:], (30, 61), (61, 30), (99, 42), (42, 99), (43, 44)]:
         width, height = width % 200 + 1, height % 200 + 1
         image = picture.resize((width, height))
-        raw = {"do_normalize": False, "do_rescale": False}
+        raw = {"do_normalize": False, "do_rescale": False, "crop_size": SIDE}
         for plan, processor in (
-            (CropPlan(SIDE, 9, short_side=SIDE), CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE, **raw)),
-            (CropPlan(SIDE, 9, short_side=30), CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size=SIDE, **raw)),
+            (CropPlan(SIDE, 9, short_side=SIDE), CLIPImageProcessorPil(size={"shortest_edge": SIDE}, **raw)),
+            (CropPlan(SIDE, 9, short_side=30), CLIPImageProcessorPil(size={"shortest_edge": 30}, **raw)),
             (PadPlan(SIDE, 9, fill=(122, 116, 104)), LlavaImageProcessorPil(
-                size={"shortest_edge": SIDE}, crop_size=SIDE, do_pad=True, do_rescale=False, do_normalize=False)),
+                size={"shortest_edge": SIDE}, do_pad=True, **raw)),
         ):  # fmt: skip
-            from megavlm.data.render import render_with_pil
-
             (ours,) = render_with_pil(image, plan, plan.plan(width, height))
             theirs = np.array(processor(image)["pixel_values"][0])
             assert np.array_equal(ours.transpose(2, 0, 1), theirs), (plan, width, height)
@@ -247,7 +260,15 @@ def test_crop_and_pad() -> None:
 
 def test_what_no_plan_can_have() -> None:
     crop, pad = CropPlan(336, 576, short_side=336), PadPlan(336, 576)
-    for plan in (crop, pad, SquashPlan(336, 576), anyres(), anyres_max(), DynamicTilesPlan(448, 256), SlicesPlan(448, 64)):
+    for plan in (
+        crop,
+        pad,
+        SquashPlan(336, 576),
+        anyres(),
+        anyres_max(),
+        DynamicTilesPlan(448, 256),
+        SlicesPlan(448, 64),
+    ):
         for width, height in ((0, 0), (0, 5), (5, 0)):
             with pytest.raises(ImageError, match="no pixels"):
                 plan.plan(width, height)

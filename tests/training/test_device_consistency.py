@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, Pretended, WrongDevice, pretended_device
-from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
+from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, random_packs, tiny_recipe
 
 from megavlm.architectures.towers.vit.build import VisionTransformer
 from megavlm.checkpoint.distributed import load
@@ -72,7 +72,9 @@ def test_what_the_feed_shares_is_on_the_device(device: Pretended) -> None:
     with process_groups(tiny_recipe().parallel, 1):
         packs = random_packs(3, seed=1)
         pixels = torch.cat([torch.from_numpy(one) for _, one in packs])
-        for batch in share_packs([pack for pack, _ in packs], pixels, 3, SEQUENCE_LENGTH, IMAGE_SIZE):
+        for batch in share_packs(
+            [pack for pack, _ in packs], pixels, 3, SEQUENCE_LENGTH, SquashPlan(IMAGE_SIZE, TOKENS_PER_IMAGE)
+        ):
             mine = (batch.tokens, batch.labels, batch.position_ids, batch.segment_sources, batch.images)
             assert all(device.has(one) for one in mine if one is not None and one.numel())
             assert device.has(batch.packed_seq_params.cu_seqlens_q)

@@ -16,8 +16,8 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
 from megavlm.data.decoders import make_decoder
-from megavlm.data.media import ImagePlan
 from megavlm.data.energon_dataset import PackEncoder, RawSample
+from megavlm.data.media import ImagePlan
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader

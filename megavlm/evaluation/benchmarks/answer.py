@@ -13,8 +13,8 @@ from megatron.core import parallel_state as mpu
 
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.media import Arrangement, ImagePlan, plan_of
 from megavlm.data.decoders import make_decoder
+from megavlm.data.media import Arrangement, ImagePlan, plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
@@ -152,12 +152,11 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
     return {**row, "losses": [round(loss, 6) for loss in losses]} if losses else row
 
 
-def _decode(
-    decoder: ImageDecoder, question: Question, plan: ImagePlan
-) -> tuple[torch.Tensor, Arrangement | None, str]:
+def _decode(decoder: ImageDecoder, question: Question, plan: ImagePlan) -> tuple[torch.Tensor, Arrangement | None, str]:
     """Views of a question's pictures, gray where one is broken, where their features go, and why it is broken."""
     pictures = question.item.pictures
     decoded, arrangement = decoder.decode_prompt([picture_bytes(one) for one in pictures], plan)
-    if not decoded.failed:
-        return decoded.pixels, arrangement, ""
-    return decoded.pixels, arrangement, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+    problem = ""
+    if decoded.failed:
+        problem = f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+    return decoded.pixels, arrangement, problem

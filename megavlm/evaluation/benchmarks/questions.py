@@ -17,7 +17,7 @@ from megavlm.data.images import image_runs
 from megavlm.data.media import plan_of
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, render
+from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, picture_bytes, render
 
 
 @dataclass(frozen=True)
