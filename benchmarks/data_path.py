@@ -35,6 +35,7 @@ from megavlm.data.chat import encode_conversation
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.decoders import make_decoder
 from megavlm.data.packing import CarryOverPacker
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

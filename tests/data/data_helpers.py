@@ -17,6 +17,7 @@ from megavlm.commands.prepare import add_arguments, run
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack
 from megavlm.data.media import ImagePlan
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

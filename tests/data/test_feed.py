@@ -19,6 +19,7 @@ from megavlm.data.chat import EncodedSample
 from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
 from megavlm.data.feed import Prefetcher, micro_batch
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer

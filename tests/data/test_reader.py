@@ -14,6 +14,7 @@ from data_helpers import content, encode_image, open_reader, prepare, smooth_ima
 from tokenizer_files import write_llama
 
 from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.quickstart.render import render_dataset

@@ -15,6 +15,7 @@ from megavlm.architectures.towers.vit.build import VisionTransformer
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.data.feed import micro_batch, share_packs
+from megavlm.data.plans_single import SquashPlan
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.optimizer import recipe_settings_kept

@@ -25,7 +25,9 @@ from megavlm.data.chat import encode_conversation
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Prefetcher, micro_batch
 from megavlm.data.inspect.tokens import segments, shapes
+from megavlm.data.media import plan_of
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
