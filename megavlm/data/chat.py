@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,8 @@ def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tup
     """Return ids and labels."""
     tokens: list[int] = []
     labels: list[int] = []
-    for ids, trained in _apart(spans, tokenizer, images):
+    encode = _joined if tokenizer.template.joined else _apart
+    for ids, trained in encode(spans, tokenizer, images):
         tokens += ids
         labels += ids if trained else [IGNORE_INDEX] * len(ids)
     return tokens, labels
@@ -172,6 +174,63 @@ def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iter
             ids += _image(images.next(), tokenizer) if index else []
             ids += _checked(part, tokenizer)
         yield ids, span.trained
+
+
+def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], bool]]:
+    """Yield ids of stretches that are all trained on or not at all, of the whole conversation encoded as one string.
+
+    Where the mask changes within what would be one token, the text is cut there and encoded on from the cut: a prompt
+    is then what the training sequence begins with, whatever the answer.
+    """
+    before = ""
+    known: list[int] = []
+    for trained, group in groupby(spans, lambda span: span.trained):
+        text, runs = "", []
+        for span in group:
+            if not span.markup:
+                check_unicode(span.text)
+            for index, part in enumerate(span.text.split(IMAGE_PLACEHOLDER)):
+                if index:
+                    runs.append(images.next())
+                    text += _written(runs[-1], tokenizer)
+                if not span.markup:
+                    _checked(part, tokenizer)
+                text += part if not span.markup else _named(part, tokenizer)
+        if not text:
+            continue
+        whole = tokenizer.encode(before + text)
+        if whole[: len(known)] == known:
+            new, before, known = whole[len(known) :], before + text, whole
+        else:
+            before, known = text, tokenizer.encode(text)
+            new = known
+        yield _filled(new, runs, tokenizer), trained
+
+
+def _written(runs: ImageRuns, tokenizer: Tokenizer) -> str:
+    """Return an image as text, with one token for each run of slots."""
+    begin, end = (_named(mark, tokenizer) for mark in tokenizer.template.image)
+    slot = tokenizer.decode([tokenizer.imgpad_id])
+    return begin + "".join(run if isinstance(run, str) else slot if run else "" for run in runs) + end
+
+
+def _named(piece: str, tokenizer: Tokenizer) -> str:
+    """Return markup as the tokenizer calls it."""
+    known = tokenizer.ids.get(piece)
+    return piece if known is None else tokenizer.decode([known])
+
+
+def _filled(ids: Sequence[int], runs: Sequence[ImageRuns], tokenizer: Tokenizer) -> list[int]:
+    """Return ids with each image's slots in the place of its runs.
+
+    Raises:
+        UserError: a text made slots of its own.
+    """
+    lengths = [run for one in runs for run in one if isinstance(run, int) and run]
+    if ids.count(tokenizer.imgpad_id) != len(lengths):
+        raise UserError(f"text contains the control token {tokenizer.decode([tokenizer.imgpad_id])}")
+    left = iter(lengths)
+    return [i for token in ids for i in ([token] * next(left) if token == tokenizer.imgpad_id else [token])]
 
 
 def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
