@@ -163,10 +163,10 @@ class ImageDecoder(ABC):
         try:
             picture = decode_with_pil(job.data, self.alpha)
             views = render_with_pil(picture, job.plan, job.laid_out(*picture.size))
+            for out, view in zip(job.out, views, strict=True):
+                out.copy_(torch.from_numpy(view).permute(2, 0, 1))
         except MemoryError:
             raise ImageError(OUT_OF_MEMORY) from None
-        for out, view in zip(job.out, views, strict=True):
-            out.copy_(torch.from_numpy(view).permute(2, 0, 1))
 
     def _fail(self, error: ImageError) -> str:
         self.failures[error.cause] += 1

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,10 +40,10 @@ class SlowDecoder(PilDecoder):
         self.seconds = seconds
         self.busy = threading.Event()
 
-    def decode(self, images: list[bytes], size: int) -> DecodedImages:
+    def decode(self, *args: Any) -> DecodedImages:
         self.busy.set()
         time.sleep(self.seconds)
-        return super().decode(images, size)
+        return super().decode(*args)
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_an_error_of_the_reader_arrives_and_stays(prefetch: Callable[..., Prefet
 
 def test_an_error_of_the_decoder_arrives(prefetch: Callable[..., Prefetcher]) -> None:
     class Broken(PilDecoder):
-        def decode(self, images: list[bytes], size: int) -> DecodedImages:
+        def decode(self, *args: Any) -> DecodedImages:
             raise MemoryError("no room")
 
     prefetcher = prefetch(decoder=Broken())
