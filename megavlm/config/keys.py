@@ -87,8 +87,6 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
             words.append(" | ".join(typing.get_args(option)))
         elif typing.get_origin(option) is tuple:
             words.append(("or " if words else "") + _list_text(option))
-        elif typing.get_origin(option) is dict:
-            words.append("keys and values")
         else:
             words.append(_TYPE_NAMES[option])
     for attribute, sign in _BOUNDS:

@@ -111,8 +111,8 @@ class ImageConfig:
     """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
     slice_markup: Literal["nested", "flat"] = "nested"
     """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
-    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """Keys of an image plan that another package brings."""
+    options: tuple[str, ...] = ()
+    """Of an image plan that another package brings: its own keys, as key=value each."""
 
 
 @_config
