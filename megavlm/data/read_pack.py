@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
-from megavlm.data.media import ImagePlan
+from megavlm.data.media import Arrangement, ImagePlan, arrange
 
 if TYPE_CHECKING:
     from megavlm.data.decode import ImageDecoder
@@ -24,6 +24,8 @@ class ReadPack:
     pack: Pack
     pixels: Tensor
     """[V, 3, side, side] uint8 views of all images, on the decoder's device."""
+    arrangement: Arrangement | None = None
+    """Where the views' features go; None where they stay in their order."""
     masked: list[SkippedSample] = field(default_factory=list)
     """Samples of the pack that lost their labels, as an image of theirs cannot be decoded."""
 
@@ -32,14 +34,17 @@ def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_
     """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels."""
     if not pack.images:
         return ReadPack(pack, no_pixels(plan).to(decoder.device))
-    decoded = decoder.decode(pack.images, plan, pack.layouts(plan))
+    layouts = pack.layouts(plan)
+    decoded = decoder.decode(pack.images, plan, layouts)
+    arrangement = None if layouts is None else arrange(plan, layouts)
     firsts = image_starts(pack, plan, image_token_id)
     bad: dict[int, str] = {}
     for index, cause in zip(decoded.failed, decoded.causes, strict=True):
         bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, cause)
     for segment in bad:
         pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
-    return ReadPack(pack, decoded.pixels, [_masked(pack, segment, bad[segment]) for segment in sorted(bad)])
+    masked = [_masked(pack, segment, bad[segment]) for segment in sorted(bad)]
+    return ReadPack(pack, decoded.pixels, arrangement, masked)
 
 
 def no_pixels(plan: ImagePlan) -> Tensor:

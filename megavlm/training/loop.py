@@ -189,7 +189,7 @@ class Trainer:
     def validate(self) -> None:
         """Report the loss on each held-out data set."""
         with self.training.settled():
-            losses = validate(self.training.chunks, self.held_out, self.recipe)
+            losses = validate(self.training.chunks, self.held_out)
         if losses:
             logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
             self.metrics.write(losses)
@@ -323,7 +323,7 @@ class Trainer:
                     quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
         order = StepOrder(recipe) if recipe.data.balance_images else None
-        return Feed(prefetcher, recipe.data.sequence_length, self.plan, order)
+        return Feed(prefetcher, order)
 
 
 def newest_whole(root: Path) -> Path | None:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
-from megavlm.data.feed import FeedCounters, MicroBatch
+from megavlm.data.device_batch import Batch
+from megavlm.data.feed import FeedCounters
 from megavlm.layers.segments import segment_lengths
 from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.lock import View
@@ -96,7 +97,7 @@ class Metrics:
         """The data of the step is there."""
         self._timing.fetched()
 
-    def step(self, result: StepResult, batches: Sequence[MicroBatch], rates: Mapping[str, float]) -> None:
+    def step(self, result: StepResult, batches: Sequence[Batch], rates: Mapping[str, float]) -> None:
         """Take in the step since :meth:`begin`; reports where the window ends (a collective then)."""
         self._timing.end()
         self._seconds += time.perf_counter() - self._start
@@ -323,7 +324,7 @@ def _is_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
 
 
-def _counts(batch: MicroBatch) -> Tensor:
+def _counts(batch: Batch) -> Tensor:
     """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views."""
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0

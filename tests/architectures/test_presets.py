@@ -17,7 +17,7 @@ from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.registry import CONNECTORS, LANGUAGE, VISION, Preset, Registry, expand_presets
 from megavlm.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
@@ -212,7 +212,7 @@ def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch:
     result = train_step(
         training.chunks,
         training.optimizer,
-        [micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
+        [make_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
         num_sources=1,
     )
     assert len(pixels) > 0

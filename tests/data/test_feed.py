@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from ranks import script
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.chat import EncodedSample
 from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
-from megavlm.data.feed import Prefetcher, micro_batch
+from megavlm.data.device_batch import make_batch
+from megavlm.data.feed import Prefetcher
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.read_pack import ReadPack, decode_pack
@@ -260,7 +260,7 @@ def test_what_is_lost_is_counted_when_a_pack_is_taken(tokenizer: Tokenizer) -> N
 
 def test_a_pack_on_the_device() -> None:
     pack = broken_image_pack()
-    batch = micro_batch(pack, None, torch.device("cpu"))
+    batch = make_batch(pack, None, torch.device("cpu"))
     assert batch.tokens.shape == batch.labels.shape == batch.position_ids.shape == (1, 30)
     assert batch.num_images == 3 and batch.images is None
     params = batch.packed_seq_params

@@ -15,7 +15,7 @@ from tiny import IMAGE_TOKEN
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import ImagePlan, arrange, plan_of
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.models.arrange import arrange_features
@@ -35,19 +35,15 @@ def build(image: dict[str, Any], **branches: Any) -> tuple[VisionLanguageModel, 
     return model, plan_of(own.model)
 
 
-def batch_of(plan: ImagePlan, made: list[tuple[PackableSample, np.ndarray]], length: int) -> MicroBatch:
+def batch_of(plan: ImagePlan, made: list[tuple[PackableSample, np.ndarray]], length: int) -> Batch:
     pack = build_pack([sample for sample, _ in made], length, 3)
     layouts = [plan.plan(*shape) for shape in pack.image_shapes]
     pixels = torch.from_numpy(np.concatenate([pixels for _, pixels in made]))
-    return micro_batch(pack, pixels, torch.device("cpu"), arrange(plan, layouts))
+    return make_batch(pack, pixels, torch.device("cpu"), arrange(plan, layouts))
 
 
-def losses(model: VisionLanguageModel, batch: MicroBatch) -> Tensor:
-    out = model(
-        tokens=batch.tokens, position_ids=batch.position_ids, packed_seq_params=batch.packed_seq_params,
-        labels=batch.labels.clamp(min=0), images=batch.images, image_index=batch.image_index,
-        image_weight=batch.image_weight,
-    )  # fmt: skip
+def losses(model: VisionLanguageModel, batch: Batch) -> Tensor:
+    out = model(**batch.inputs(with_labels=True))
     return (out * (batch.labels != IGNORE_INDEX)).view(-1)
 
 
@@ -107,10 +103,14 @@ def test_every_layout_trains_tiles_like_one_process(tmp_path: Path) -> None:
 
     def jobs(name: str, **parallel: Any) -> list[dict[str, Any]]:
         return [
-            {"image": image, "recipe": {"parallel": parallel}, "weights": str(tmp_path / image["kind"] / "step-00000000"),
-             "save": str(tmp_path / name / image["kind"])}
+            {
+                "image": image,
+                "recipe": {"parallel": parallel},
+                "weights": str(tmp_path / image["kind"] / "step-00000000"),
+                "save": str(tmp_path / name / image["kind"]),
+            }
             for image in (ANYRES, ANYRES_MAX)
-        ]  # fmt: skip
+        ]
 
     (one,) = ranks.run("tiles_cases:train", jobs("one"), world=1)
     many = ranks.run("tiles_cases:train", jobs("many", **both), world=4)

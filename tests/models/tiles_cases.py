@@ -21,9 +21,10 @@ from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import IGNORE_INDEX, Pack  # noqa: E402
 from megavlm.data.chat import EncodedSample  # noqa: E402
-from megavlm.data.feed import MicroBatch, share_packs  # noqa: E402
-from megavlm.data.media import ImagePlan, plan_of  # noqa: E402
+from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
+from megavlm.data.media import ImagePlan, arrange, plan_of  # noqa: E402
 from megavlm.data.packing import PackableSample, build_pack  # noqa: E402
+from megavlm.data.read_pack import ReadPack  # noqa: E402
 from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
@@ -82,10 +83,10 @@ def packs(plan: ImagePlan, count: int, seed: int) -> list[tuple[Pack, np.ndarray
     return found
 
 
-def shared(plan: ImagePlan, made: Sequence[tuple[Pack, np.ndarray]]) -> list[MicroBatch]:
+def shared(plan: ImagePlan, made: Sequence[tuple[Pack, np.ndarray]]) -> list[Batch]:
     """Hand packs to the ranks of this replica as the feed does."""
-    pixels = torch.from_numpy(np.concatenate([one for _, one in made])) if is_reader() else None
-    return share_packs([one for one, _ in made] if is_reader() else None, pixels, len(made), LENGTH, plan)
+    read = [ReadPack(pack, torch.from_numpy(pixels), arrange(plan, pack.layouts(plan) or [])) for pack, pixels in made]
+    return share_packs(read if is_reader() else None, len(made))
 
 
 def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
