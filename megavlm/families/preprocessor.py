@@ -1,7 +1,7 @@
 """What happens to pixels: Transformers' ``preprocessor_config.json`` (or ``processor_config.json``), in and out.
 
-It says which image plan a checkpoint was trained with (``model.image``: squash, pad, crop or tiles, and the filter), and
-mean and standard deviation of ``model.vision``.
+It says which image plan a checkpoint was trained with (``model.image``: squash, pad, crop or tiles, and the filter),
+and mean and standard deviation of ``model.vision``.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def image_branch(source: Source, *, clip: bool) -> Tree:
     if tree.get("do_resize") is False:
         raise UserError(f"{path}: do_resize is false; pictures are always resized here: set it to true")
     kind = str(tree.get("image_processor_type", ""))
-    if kind.startswith("LlavaOnevision") or kind.startswith("LlavaNext"):
+    if kind.startswith(("LlavaOnevision", "LlavaNext")):
         pinpoints = _pinpoints(tree.get("image_grid_pinpoints"), str(path))
         return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
     if tree.get("crop_to_patches"):
@@ -249,7 +249,5 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
     else:
-        raise UserError(
-            f"model.image: {image.kind} cannot be written as this family's {PREPROCESSOR}; choose pad or crop"
-        )
+        raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own
