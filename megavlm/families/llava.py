@@ -79,7 +79,7 @@ class LlavaFamily(Family):
         vision |= normalisation(source, vision["image_size"])
         text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
         language = llama_language(text, where)
-        image = image_branch(source, clip=vision["class_token"])
+        image = image_branch(source, vision["image_size"], clip=vision["class_token"])
         return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language, "image": image}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:

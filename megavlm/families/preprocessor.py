@@ -109,13 +109,14 @@ def _final_size(tree: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def image_branch(source: Source, *, clip: bool) -> Tree:
+def image_branch(source: Source, image_size: int, *, clip: bool) -> Tree:
     """Return ``model.image`` as a checkpoint's own files say it; empty where there are none.
 
     LLaVA's original layout says it in config.json (``image_aspect_ratio``), Transformers in the processor's file.
 
     Args:
         source: the checkpoint.
+        image_size: of its tower.
         clip: whether its tower is CLIP's, whose processor cuts a square out where its file does not say otherwise.
 
     Raises:
@@ -143,7 +144,8 @@ def image_branch(source: Source, *, clip: bool) -> Tree:
     if _crops(tree, clip=clip):
         size = tree.get("size")
         short = size.get("shortest_edge") if isinstance(size, Mapping) else size
-        return {**branch, "kind": "crop", **({"short_side": short} if isinstance(short, int) else {})}
+        own = {"short_side": short} if isinstance(short, int) and short != image_size else {}
+        return {**branch, "kind": "crop", **own}
     size = tree.get("size")
     if isinstance(size, Mapping) and "shortest_edge" in size:
         raise UserError(

@@ -122,7 +122,7 @@ def test_pixels_are_normalised_with_it(directories: dict[str, Path], tmp_path: P
 GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava-hf": (FILES["size"][0]["preprocessor_config.json"], {"kind": "crop", "short_side": 56}),
     "bilinear": ({**OWN, "do_center_crop": True, "crop_size": 28, "size": {"shortest_edge": 28}, "resample": 2},
-                 {"kind": "crop", "short_side": 28, "resample": "bilinear"}),
+                 {"kind": "crop", "short_side": None, "resample": "bilinear"}),
     "padded": ({**OWN, "image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": 28,
                 "size": {"shortest_edge": 28}}, {"kind": "pad", "fill": "mean"}),
     "class of CLIP": ({"image_processor_type": "CLIPImageProcessor"}, {"kind": "crop"}),
@@ -150,7 +150,7 @@ def test_llava_has_its_own_geometry(case: str, directories: dict[str, Path], tmp
         assert np.array_equal(ours.transpose(2, 0, 1), np.asarray(theirs))
     # What an export writes comes in again as the same plan.
     again = with_files(directories["llava"], tmp_path / "again", {"preprocessor_config.json": written})
-    branch = image_branch(Source(again), clip=True)
+    branch = image_branch(Source(again), 28, clip=True)
     assert plan_of(dataclasses.replace(recipe.model, image=ImageConfig(**branch))) == plan
 
 
@@ -160,7 +160,7 @@ def test_llavas_original_configuration_says_how_pictures_are_padded(
     config = json.loads((directories["llava"] / "config.json").read_text())
     for aspect, expected in (("pad", {"kind": "pad", "fill": "mean"}), ("square", {"kind": "squash"})):
         files = {"config.json": config | {"image_aspect_ratio": aspect}}
-        branch = image_branch(Source(with_files(directories["llava"], tmp_path / aspect, files)), clip=False)
+        branch = image_branch(Source(with_files(directories["llava"], tmp_path / aspect, files)), 28, clip=False)
         assert {"kind": "squash", **branch} == {**expected, "resample": "bicubic"}
     hf = with_files(directories["llava"], tmp_path / "odd", {"config.json": config | {"image_aspect_ratio": "odd"}})
     assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
@@ -179,7 +179,7 @@ def test_processors_of_tiles(directories: dict[str, Path], tmp_path: Path) -> No
          {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 6}),
     )):  # fmt: skip
         hf = with_files(directories["llava"], tmp_path / str(number), {"preprocessor_config.json": tree})
-        assert image_branch(Source(hf), clip=True) == {**expected, "resample": "bicubic"}
+        assert image_branch(Source(hf), 28, clip=True) == {**expected, "resample": "bicubic"}
 
 
 def test_the_report_of_a_tower_tells_of_another_geometry(
