@@ -28,6 +28,7 @@ from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.state_codec import from_plain, to_plain
+from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.worker_signals import StopsWithParent
 
@@ -86,6 +87,7 @@ class PackReader:
         self._num_workers = data.num_workers if training else 0
         names = [source.name or Path(source.path).name for source in self.sources]
         self._encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
+        self._template = tokenizer.template.fingerprint
         self._data_hash = _hash_data(self.sources, data, tokenizer, tokens_per_image)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
@@ -127,9 +129,10 @@ class PackReader:
                 is broken.
         """
         assert self._packs is None, "restore comes before the first pack"
+        older = {"template": QWEN_VL.fingerprint}  # of a state from before the key
         for key, value in self._identity().items():
-            if not isinstance(state, dict) or state.get(key) != value:
-                was = state.get(key) if isinstance(state, dict) else state
+            if not isinstance(state, dict) or (older | state).get(key) != value:
+                was = (older | state).get(key) if isinstance(state, dict) else state
                 raise UserError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
         try:
             packed = zlib.decompressobj()
@@ -220,6 +223,7 @@ class PackReader:
             "world_size": self._world_size,
             "num_workers": self._num_workers,
             "seed": self._seed,
+            "template": self._template,
             "data_hash": self._data_hash,
         }
 
@@ -231,7 +235,7 @@ def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Token
         data.packing,
         data.packing_buffer_size,
         data.shuffle_buffer_size,
-        data.system_message,
+        tokenizer.template.default_system if data.system_message is None else data.system_message,
         tokens_per_image,
         tokenizer.vocab_size,
         tokenizer.encode("<|im_start|>The quick brown fox, 0123456789\n\u4f60\u597d"),
