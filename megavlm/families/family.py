@@ -34,6 +34,9 @@ class Family(ABC):
     template: ClassVar[str | None] = None
     """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
     gets as ``model.template``; None for that key's default."""
+    image_plan: ClassVar[str | None] = None
+    """Name of the image plan of its pictures, which a converted checkpoint gets as ``model.image.kind``, unless
+    :meth:`branches` has an ``image``; None for that key's default."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
@@ -45,7 +48,7 @@ class Family(ABC):
 
     @abstractmethod
     def branches(self, source: Source) -> Tree:
-        """Return the recipe's ``model`` branches of the parts.
+        """Return the recipe's ``model`` branches of the parts, and ``image`` where the checkpoint says it.
 
         Raises:
             UserError: the configuration lacks a key, or asks for what the models here cannot do.

@@ -12,6 +12,7 @@ from typing import Any
 from megavlm.architectures.registry import register_architectures
 from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
+from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template
 from megavlm.families import known
 
@@ -23,6 +24,7 @@ def load_presets() -> None:
     register_architectures()
     known.register()
     register()
+    plan_kinds()
     for entry in entry_points(group="megavlm.presets"):
         entry.load()()
 
@@ -55,7 +57,17 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("preset"), str):
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
+    expanded |= _image(whole.get("image", {}), model)
     return {**tree, "model": expanded}
+
+
+def _image(whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the image branch: the whole model's adjustments are for its own kind of plan."""
+    own = model.get("image", {})
+    if not whole or not isinstance(own, dict):
+        return {}
+    same = own.get("kind", whole.get("kind")) == whole.get("kind")
+    return {"image": {**whole, **own} if same else own}
 
 
 def _find(registry: Registry, name: str, key: str) -> Preset:
