@@ -26,11 +26,11 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.template import Template
-from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
+from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
 
@@ -48,7 +48,7 @@ class Given:
     branches: Tree
 
     @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: int | str = -2) -> Given:
+    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> Given:
         """Open a directory or file and recognise its family.
 
         Args:
@@ -129,16 +129,13 @@ def convert(
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if len(given) == 1 and "image" in given[0].branches:
         branches["image"] = given[0].branches["image"]
-    elif len(given) == 1 and given[0].family.image_plan is not None:
-        branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
     )
     for one in given:
         if tokenizer is not None and "language" in one.parts:
-            _check_ids(one, load_tokenizer(tokenizer, _template(one.family.template, tokenizer)), tokenizer)
-    template = next((one.family.template for one in given if "language" in one.parts), None)
+            _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
     report.notes = [
         note
@@ -147,10 +144,11 @@ def convert(
         for note in [geometry(one.source)]
         if note
     ]
-    if len(given) > 1 or fresh:
-        _grow_vocabulary(branches, tokenizer, template, report)
+    rows = (branches.get("language") or {}).get("vocab_size")
+    if len(given) > 1 or fresh or given[0].family.slotless:
+        _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where, template)
+    model = make_model(branches, where)
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -165,11 +163,11 @@ def convert(
         total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
         report.bytes = total
         for plan in plans:
-            plan.tell(report, whole=len(given) == 1 and not fresh)
+            plan.tell(report, whole=plan.given is given[0] and _comes_home(given, parts, home))
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
-            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype)
+            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype, rows)
             if verify:
                 _verify(partial, plans, total)
                 report.verified = True
@@ -247,17 +245,11 @@ def _grown(tensor: Tensor, slot: Slot) -> Tensor:
     return torch.cat([tensor, rows.to(tensor.dtype)])
 
 
-def _template(name: str | None, tokenizer: Path) -> Template:
-    """Return the template of a family that names one, or the default."""
-    return template_of(name or ModelConfig.template, tokenizer)
-
-
-def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str | None, report: Report) -> None:
+def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> None:
     """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
     if tokenizer is None or "language" not in branches:
         return
-    needed = load_tokenizer(tokenizer, _template(template, tokenizer)).vocab_size
-    rows = branches["language"]["vocab_size"]
+    needed, rows = load_tokenizer(tokenizer).vocab_size, branches["language"]["vocab_size"]
     if needed > rows:
         grown = -(-needed // 64) * 64
         branches["language"] = {**branches["language"], "vocab_size": grown}
@@ -269,13 +261,13 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str | Non
 _IMAGE_NAMES = {"image": ("<imgpad>", "<|image_pad|>", "<image>"), "image_start": ("<img>", "<|vision_start|>")}
 
 
-def _check_ids(one: Given, tokenizer: Tokenizer, path: Path) -> None:
+def _check_ids(one: Given, path: Path) -> None:
     """Check that config.json and the tokenizer mean the same tokens, where both have them.
 
     Raises:
         UserError: they do not; both are named.
     """
-    ids = one.family.tokens(one.source)
+    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
     for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
@@ -324,12 +316,15 @@ def _write_rest(
     tokenizer: Path | None,
     home: str | None,
     dtype: torch.dtype,
+    rows: int | None,
 ) -> None:
     """Write what a checkpoint has beside its tensors."""
     one = given[0]
-    whole = len(given) == 1 and one.parts == tuple(one.family.parts) and not report.fresh
+    whole = _comes_home(given, parts, home)
     if whole:
         assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
+        for name, tree in one.family.extra_files(one.source).items():
+            (partial / assets.FOLDER / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         if report.carried:
             _write_carried(partial / assets.FOLDER / assets.CARRIED, one.source, report.carried)
     elif tokenizer is not None:
@@ -338,6 +333,7 @@ def _write_rest(
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
         "home": home,
+        "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": list(parts),
         "feature_layer": one.source.feature_layer if whole else None,
@@ -354,6 +350,14 @@ def _write_rest(
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run: dict[str, Any] = {"step": 0, "megavlm": __version__, "converted_from": report.parts}
     (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
+
+
+def _comes_home(given: Sequence[Given], parts: Sequence[str], home: str | None) -> bool:
+    """Whether an export gives back what came in: one checkpoint taken whole, or one whose tower is apart."""
+    one = given[0]
+    if {part for each in given for part in each.parts} != set(parts):
+        return False  # some were initialised
+    return one.parts == tuple(one.family.parts) and (len(given) == 1 or one.family.name == home)
 
 
 def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> None:
