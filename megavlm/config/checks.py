@@ -93,6 +93,24 @@ def _vision(recipe: Recipe) -> Iterator[str]:
     yield from _divides(f"{own}.hidden_size", vision.hidden_size, heads, f"{own}.num_attention_heads")
     yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
     yield from _divides(f"{own}.ffn_hidden_size", vision.ffn_hidden_size, tp, _TP)
+    yield from _feature_layers(recipe)
+
+
+def _feature_layers(recipe: Recipe) -> Iterator[str]:
+    """Features of several layers: no layer runs in vain, and nothing is asked for that is not there."""
+    vision, own = recipe.model.vision, "model.vision.feature_layers"
+    taken = vision.feature_layers
+    if taken is None:
+        return
+    if min(taken) < 0 or max(taken) != vision.num_layers:
+        yield (
+            f"{own}: {list(taken)[:20]}; the highest must be model.vision.num_layers ({vision.num_layers}), the lowest"
+            " 0 or more; correct one"
+        )
+    if vision.post_layernorm:
+        yield f"{own}: goes without model.vision.post_layernorm, which follows the last layer alone; set one to null"
+    if recipe.engine.fp8 is not None and not recipe.engine.vision_bf16:
+        yield f"{own}: a tower whose layers are taken apart computes in BF16; set engine.vision_bf16 to true"
 
 
 def _connector(recipe: Recipe) -> Iterator[str]:

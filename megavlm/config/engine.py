@@ -165,7 +165,7 @@ def _shapes(recipe: Recipe) -> Iterator[str]:
         )
     if not engine.connector_bf16:
         widths["connector_bf16"] = (
-            ("model.vision.hidden_size", vision.hidden_size, 1),
+            ("model.vision.hidden_size", vision.feature_size, 1),
             ("model.language.hidden_size", language.hidden_size, tp),
             ("model.vision.image_size", vision.patches_per_image, 1),
             ("model.connector.num_queries", connector.num_queries or unit, 1),

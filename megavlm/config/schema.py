@@ -54,6 +54,9 @@ class VisionConfig:
     """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
     post_layernorm: bool = False
     """LayerNorm behind the layers (SigLIP)."""
+    feature_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Layers whose outputs are the features, set side by side in this order: 1 is the first layer, 0 what goes into it.
+    The highest is num_layers. Null takes the last layer's alone."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -67,6 +70,11 @@ class VisionConfig:
     def patches_per_image(self) -> int:
         """Patches of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a patch's features: of all layers that they are taken from."""
+        return self.hidden_size * len(self.feature_layers or (0,))
 
 
 @_config

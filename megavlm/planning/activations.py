@@ -189,7 +189,7 @@ def connector_kept(model: ModelConfig, tensor: int, images: int, kernels: Kernel
     """Return the bytes that the connector keeps."""
     b, hidden = kernels.number_bytes, model.language.hidden_size
     patches = images * model.vision.patches_per_image
-    features = patches * model.vision.hidden_size * b * int(learns)
+    features = patches * model.vision.feature_size * b * int(learns)
     if model.connector.num_queries is None:
         depth, kept = mlp_depth(model.connector.preset), features
         for layer in range(depth - 1):
@@ -204,7 +204,7 @@ def connector_kept(model: ModelConfig, tensor: int, images: int, kernels: Kernel
     # Queries and result of the attention; ln_post's input and output.
     kept += 2 * queries * hidden // tensor * b + queries * hidden * b * (1 + int(learns))
     kept += queries * (hidden // model.connector.head_dim // tensor) * 4
-    return kept + features * int(model.vision.hidden_size != hidden)
+    return kept + features * int(model.vision.feature_size != hidden)
 
 
 def vision_passing(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
@@ -219,7 +219,9 @@ def vision_passing(recipe: Recipe, layout: Layout, images: int, kernels: Kernels
     pixels = images * 3 * vision.image_size**2 * (1 + 4 + 4 + b)
     if not recipe.modules.vision.freeze:
         return max(pixels, 2 * stream)
-    return max(pixels + stream, 2 * stream + max(attention, mlp))
+    # Outputs of lower layers that are features too wait for the last one.
+    taps = (len(set(vision.feature_layers)) - 1 if vision.feature_layers else 0) * stream
+    return max(pixels + stream, taps + 2 * stream + max(attention, mlp))
 
 
 def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: int) -> Held:

@@ -47,7 +47,7 @@ def vision_flops(vision: VisionConfig, images: int) -> int:
 
 def connector_flops(model: ModelConfig, images: int) -> int:
     """Return the forward operations of the connector for ``images`` images."""
-    patches, width, hidden = model.vision.patches_per_image, model.vision.hidden_size, model.language.hidden_size
+    patches, width, hidden = model.vision.patches_per_image, model.vision.feature_size, model.language.hidden_size
     queries = model.connector.num_queries
     if queries is None:  # linear layers on every patch
         digits = "".join(c for c in model.connector.preset.split("x")[0] if c.isdigit())

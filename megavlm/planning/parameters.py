@@ -83,7 +83,7 @@ def vision_shapes(vision: VisionConfig, tensor: int) -> list[int]:
 
 def connector_shapes(model: ModelConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of the connector on one rank, without the resampler's fixed positions."""
-    width, hidden = model.vision.hidden_size, model.language.hidden_size
+    width, hidden = model.vision.feature_size, model.language.hidden_size
     queries = model.connector.num_queries
     if queries is None:
         shapes = []

@@ -54,6 +54,8 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "laion-qwen2-tied": _qwen2_tied,
     "siglip-qwen2": llava_qwen_siglip,
     "siglip-qwen3": _qwen3,
+    "clip-two-layers": lambda: llava(vision_feature_layer=[-2, -4]),
+    "clip-three-layers": lambda: llava(vision_feature_layer=[1, 3, 1]),
     "clip-last-layer": lambda: llava(vision_feature_layer=-1),
     "siglip-last-layer": lambda: llava(
         vision=SiglipVisionConfig(**_VISION, vision_use_head=False),

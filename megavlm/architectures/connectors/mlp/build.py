@@ -26,7 +26,7 @@ class MLPConnector(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        width, embed = model.vision.hidden_size, model.language.hidden_size
+        width, embed = model.vision.feature_size, model.language.hidden_size
         config = TransformerConfig(
             num_layers=1,
             hidden_size=embed,
