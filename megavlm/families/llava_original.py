@@ -8,6 +8,7 @@ lies in the checkpoint, or apart. Its shape is that of a known name, of the dire
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -157,7 +158,7 @@ class LlavaOriginalFamily(Family):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector and language model must be LLaVA's kinds."""
-        if model.connector.num_queries is not None:
+        if not re.fullmatch("linear|mlp[0-9]+x_gelu", model.connector.preset):
             return f"the connector is {model.connector.preset}, LLaVA's are linear and mlpNx_gelu"
         if model.language.qk_layernorm:
             return "the language model has a norm on queries and keys; LLaVA's are Llama, Mistral and Qwen2"

@@ -1,4 +1,4 @@
-"""LLaVA in its authors' layout: to and from Transformers', its tower apart, stage 1's projector alone, and bad input."""
+"""LLaVA in its authors' layout: to and from Transformers', a tower apart, stage 1's projector alone, and bad input."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_from_transformers_layout_to_the_authors_and_back(layers: int, tmp_path:
     original = convert_out(ours, tmp_path / "original", "--family", "llava_original")
     assert equal(tensors(original), {original_name(name): value for name, value in before.items()})
     config = json.loads((original / "config.json").read_text())
-    assert config["mm_hidden_size"] == 48 * layers and config["mm_vision_select_layer"] == model.config.vision_feature_layer
+    assert (
+        config["mm_hidden_size"] == 48 * layers
+        and config["mm_vision_select_layer"] == model.config.vision_feature_layer
+    )
     assert json.loads((original / "vision_config.json").read_text())["num_hidden_layers"] == 3
     back = convert_out(convert_in(tmp_path / "b", "--hf", original), tmp_path / "back", "--family", "llava")
     named = {name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in tensors(back).items()}

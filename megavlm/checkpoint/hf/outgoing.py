@@ -23,7 +23,9 @@ from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.architecture import BRANCHES, architecture_of
 from megavlm.config.errors import UserError
+from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
@@ -40,16 +42,6 @@ from megavlm.weights.source import CONFIG, Source
 logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What may differ between a configuration's model and the checkpoint's without the weights being others.
-_FREE = (
-    "preset",
-    "init_method_std",
-    "gradient_checkpointing",
-    "vocab_divisor",
-    "image_mean",
-    "image_std",
-    "layer_names",
-)
 _VISUAL_CONFIG = "visual_config.json"
 
 
@@ -272,10 +264,8 @@ def _kin(checkpoint: Path, family: Family, model: ModelConfig, record: Mapping[s
     )
     if tower is None or prefix is None or "tower" not in family.styles[family.style_for(model)]:
         return None
-    wanted = to_tree(model)["vision"]
-    there = to_tree(make_model({"vision": transformers_vision(*tower, str(path))}, str(path)))["vision"]
-    same = all(there[key] == value for key, value in wanted.items() if key not in _FREE)
-    return _Kin(tower, prefix) if same else None
+    there = make_model({"vision": transformers_vision(*tower, str(path))}, str(path))
+    return None if _differing("vision", model, there) else _Kin(tower, prefix)
 
 
 def _without_slot(
@@ -459,15 +449,20 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
         branches = family.branches(source)
     except UserError as error:
         return [str(error)]
-    wanted = to_tree(model)
-    there = to_tree(
-        make_model({**{p: wanted[p] for p in ("vision", "connector", "language")}, **branches}, str(source.path))
-    )
+    tree = to_tree(model)
+    written = make_model({**{part: tree[part] for part in BRANCHES}, **branches}, str(source.path))
+    return [key for part in family.parts for key in _differing(part, model, written)]
+
+
+def _differing(part: str, model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Return the keys of a part whose values two models do not share, of those that a published file says."""
+    wanted, there = getattr(model, part), getattr(other, part)
+    if architecture_of(model, part) is not architecture_of(other, part):
+        return [f"model.{part}.preset"]
     return [
         f"model.{part}.{key}"
-        for part in family.parts
-        for key, value in wanted[part].items()
-        if key not in _FREE and there[part][key] != value
+        for key in to_tree(model)[part]
+        if key != "preset" and meaning_of(wanted, key).published and getattr(wanted, key) != getattr(there, key)
     ]
 
 

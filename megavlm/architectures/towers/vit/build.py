@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.activations import quick_gelu
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table
-from megavlm.config.schema import VisionConfig
+from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
 from megavlm.layers.specs import block_submodules, layer_modules
 
@@ -29,7 +30,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def transformer_config(vision: VisionConfig, context: BuildContext) -> TransformerConfig:
+def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerConfig:
     """Return the tower's own TransformerConfig: TP like the language model, no PP, no SP."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -57,7 +58,7 @@ class VisionTransformer(MegatronModule):
         context: layout, number type, layer implementation.
     """
 
-    def __init__(self, vision: VisionConfig, context: BuildContext) -> None:
+    def __init__(self, vision: ViTConfig, context: BuildContext) -> None:
         config = transformer_config(vision, context)
         super().__init__(config=config)
         modules = layer_modules(
@@ -118,16 +119,17 @@ class VisionTransformer(MegatronModule):
             return self.transformer(hidden_states=x_TNW, attention_mask=None)
         taken = {0: x_TNW}
         for number, layer in enumerate(self.transformer.layers, 1):
-            x_TNW = self._layer(layer, x_TNW)
+            x_TNW = self._layer(layer, number, x_TNW)
             if number in self.feature_layers:
                 taken[number] = x_TNW
         return torch.cat([taken[number] for number in self.feature_layers], dim=-1)
 
-    def _layer(self, layer: torch.nn.Module, x_TNW: Tensor) -> Tensor:
+    def _layer(self, layer: torch.nn.Module, number: int, x_TNW: Tensor) -> Tensor:
         """Run one layer as Megatron-Core's block does, which does not give away what lies between its layers."""
 
         def run(x: Tensor) -> Tensor:
-            return layer(hidden_states=x, attention_mask=None)[0]
+            with get_fp8_context(self.config, number - 1):  # nothing in bf16
+                return layer(hidden_states=x, attention_mask=None)[0]
 
         if self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(run, False, x_TNW)
@@ -159,6 +161,6 @@ class VisionTransformer(MegatronModule):
         return torch.cat([class_W.expand(1, x_PNW.size(1), -1), x_PNW])
 
 
-def build(vision: VisionConfig, context: BuildContext) -> VisionTransformer:
+def build(vision: ViTConfig, context: BuildContext) -> VisionTransformer:
     """Build the tower (the function that every module of this folder has)."""
     return VisionTransformer(vision, context)
