@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "detect", "register"]
 
 _OURS = (
+    "megavlm.families.projector:ProjectorFamily",
     "megavlm.families.qwen:QwenVLFamily",
     "megavlm.families.qwen:CodeFuseFamily",
     "megavlm.families.llava:LlavaFamily",
+    "megavlm.families.llava_original:LlavaOriginalFamily",
+    "megavlm.families.llava_original:LlavaApartFamily",
     "megavlm.families.qwen:QwenFamily",
     "megavlm.families.llama:LlamaFamily",
     "megavlm.families.vit:ClipFamily",
     "megavlm.families.vit:SiglipFamily",
     "megavlm.families.qwen:QwenTowerFamily",
-    "megavlm.families.qwen:ProjectorFamily",
 )
 """One line each, in the order in which they are asked whether a checkpoint is theirs."""
 
