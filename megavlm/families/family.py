@@ -46,6 +46,10 @@ class Family(ABC):
     """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
+    own_files: ClassVar[tuple[str, ...]] = ()
+    """Small files that say, beside ``config.json``, what it is in no other family."""
+    with_tower_trained: ClassVar[str | None] = None
+    """Of a family whose tower is named and not held: the one that holds it, which is written once it was trained."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
@@ -102,6 +106,24 @@ class Family(ABC):
     def extra_files(self, source: Source) -> dict[str, Tree]:
         """Return what is to lie beside the small files of ``source``, as an export could not know it."""
         return {}
+
+    def scattered(self, directory: Path) -> dict[str, Path]:
+        """Return where the parts lie, for a checkpoint that is published in pieces; empty for any other directory."""
+        return {}
+
+    def tower_apart(self, source: Source, vision: Path | None) -> tuple[Path, Any] | None:
+        """Return where the tower is that ``source`` only names, and the layer, or layers, whose features are taken.
+
+        None for a family whose checkpoints need no other one.
+
+        Args:
+            source: of this family.
+            vision: what the user says.
+
+        Raises:
+            UserError: nobody says where it is.
+        """
+        return None
 
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""

@@ -75,6 +75,7 @@ class LlavaOriginalFamily(Family):
     }
     preprocesses = True
     slotless = True
+    own_files = (VISION_CONFIG,)
 
     def detect(self, source: Source) -> bool:
         """By the projector's type, the language model's names and whether the tower is there."""
@@ -196,6 +197,7 @@ class LlavaApartFamily(LlavaOriginalFamily):
 
     name = "llava_original_apart"
     title = "LLaVA in its authors' layout, its tower apart"
+    with_tower_trained = LlavaOriginalFamily.name
     parts = ("connector", "language")
 
     def detect(self, source: Source) -> bool:
@@ -219,27 +221,22 @@ class LlavaApartFamily(LlavaOriginalFamily):
         """Return two tables."""
         return super().tables(model, style)[1:]
 
+    def tower_apart(self, source: Source, vision: Path | None) -> tuple[Path, Any]:
+        """Return what the user says, or the directory that config.json names.
 
-def tower_apart(source: Source, vision: Path | None) -> tuple[Path, Any]:
-    """Return where the tower's weights of a checkpoint without them are, and the layer whose features are taken.
-
-    Args:
-        source: of :class:`LlavaApartFamily`.
-        vision: what the user says.
-
-    Raises:
-        UserError: nobody says, and the name in config.json is no directory.
-    """
-    name, layer = str(source.config.get("mm_vision_tower")), source.config.get("mm_vision_select_layer", -2)
-    if vision is not None:
-        return vision, layer
-    for path in (source.directory / name, Path(name)):
-        if path.is_dir():
-            return path, layer
-    raise UserError(
-        f"{source.path}: has no vision tower; config.json names it (mm_vision_tower {name!r}): give its directory with "
-        "--vision DIR"
-    )
+        Raises:
+            UserError: the user does not say, and the name in config.json is no directory.
+        """
+        name, layer = str(source.config.get("mm_vision_tower")), source.config.get("mm_vision_select_layer", -2)
+        if vision is not None:
+            return vision, layer
+        for path in (source.directory / name, Path(name)):
+            if path.is_dir():
+                return path, layer
+        raise UserError(
+            f"{source.path}: has no vision tower; config.json names it (mm_vision_tower {name!r}): give its directory "
+            "with --vision DIR"
+        )
 
 
 def _is_original(source: Source) -> bool:

@@ -139,6 +139,7 @@ class CodeFuseFamily(QwenFamily):
 
     name = "codefuse_vlm"
     title = "CodeFuse-VLM-14B"
+    own_files = ("visual_config.json",)
     parts = ("vision", "connector", "language")
 
     def detect(self, source: Source) -> bool:
@@ -192,22 +193,21 @@ class CodeFuseFamily(QwenFamily):
         start = source.config.get("visual_config", {}).get("image_start_id")
         return {"image_start": start, "image": start + 2} if isinstance(start, int) else {}
 
+    def scattered(self, directory: Path) -> dict[str, Path]:
+        """Return where the parts lie in CodeFuse-VLM-14B as it is published.
 
-def published_parts(directory: Path) -> dict[str, Path]:
-    """Return where the parts lie in CodeFuse-VLM-14B as it is published; empty for any other directory.
-
-    The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
-    ``mm_projector``.
-    """
-    parts = {
-        "language": directory,
-        "vision": directory / "Qwen-VL-visual",
-        "connector": directory / "mm_projector" / "mm_projector.bin",
-    }
-    if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
-        return {}
-    merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
-    return {} if merged else parts
+        The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
+        ``mm_projector``.
+        """
+        parts = {
+            "language": directory,
+            "vision": directory / "Qwen-VL-visual",
+            "connector": directory / "mm_projector" / "mm_projector.bin",
+        }
+        if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
+            return {}
+        merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
+        return {} if merged else parts
 
 
 class QwenTowerFamily(Family):
@@ -215,6 +215,7 @@ class QwenTowerFamily(Family):
 
     name = "qwen_visual"
     title = "Qwen-VL's tower alone: visual.bin and visual_config.json"
+    own_files = ("visual_config.json",)
     parts = ("vision",)
 
     def detect(self, source: Source) -> bool:

@@ -32,7 +32,6 @@ from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.families.family import Family, Tower
 from megavlm.families.known import FAMILIES
-from megavlm.families.llava_original import VISION_CONFIG, LlavaApartFamily, LlavaOriginalFamily
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer, transformers_vision
 from megavlm.models.build import MODULES
@@ -42,7 +41,6 @@ from megavlm.weights.source import CONFIG, Source
 logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_VISUAL_CONFIG = "visual_config.json"
 IMAGE = "image"
 """The branch of ``model`` that is no part of it: it has no weights."""
 
@@ -116,8 +114,9 @@ def export(
     branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
     name = family_name or record.get("family") or record.get("home")
-    if family_name is None and name == LlavaApartFamily.name and _tower_learnt(checkpoint):
-        name = LlavaOriginalFamily.name  # the tower that is named elsewhere is not this one any more
+    came = FAMILIES.get(str(name))
+    if family_name is None and came is not None and came.with_tower_trained and _tower_learnt(checkpoint):
+        name = came.with_tower_trained  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
@@ -345,7 +344,8 @@ def _write_assets(
     folder = checkpoint / assets.FOLDER
     files = [path for path in assets.small_files(folder) if path.name != assets.RECORD] if folder.is_dir() else []
     if not original:
-        files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG, VISION_CONFIG)]
+        theirs = {CONFIG, *(name for one in FAMILIES.values() for name in one.own_files)}
+        files = [path for path in files if path.name not in theirs]
     assets.copy_files(files, partial)
     tokens = _tokens(checkpoint, record, folder)
     if not original:
