@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.templates import find_template
+from megavlm.data.templates import find_template, is_checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
-    if isinstance(model.get("template"), str):
+    if isinstance(model.get("template"), str) and not is_checkpoint(model["template"]):
         find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):

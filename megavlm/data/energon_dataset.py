@@ -99,6 +99,7 @@ class PackEncoder(TaskEncoder):
     cookers = (Cooker(_cook),)
 
     def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, tokens_per_image: int) -> None:
+        tokenizer.template.check_training()
         self.data = data
         self.names = names
         self.tokenizer = tokenizer
