@@ -4,11 +4,11 @@
 waits for ever, and the others that fill the rest best: an exact subset sum over the pool. What is not taken
 stays in the pool. A group is never cut off at the end of a buffer, so fills of 99.8 % and more are usual.
 
-Tokens are the work of every pipeline stage; images are the work of the first one alone. Packs of equal length may
-still hold few or many images, and then the pipeline waits for its first stage. Therefore :func:`choose_pack` takes,
-among the choices that fill a pack equally well, the one with the number of images that is nearest the average of the
-waiting samples (``data.balance_images``). It depends on what it is given and on nothing else, so a restart needs no
-more state than the waiting samples and the number of packs.
+Tokens are the work of every pipeline stage; images (their views, where a plan cuts them into tiles) are the work of the
+first one alone. Packs of equal length may still hold few or many, and then the pipeline waits for its first stage.
+Therefore :func:`choose_pack` takes, among the choices that fill a pack equally well, the one with the number of views
+that is nearest the average of the waiting samples (``data.balance_images``). It depends on what it is given and on
+nothing else, so a restart needs no more state than the waiting samples and the number of packs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
+from megavlm.data.media import ImageShape
 
 
 class HasLength(Protocol):
@@ -48,6 +47,10 @@ class PackableSample:
     """Index of its data set in the blend."""
     shard: str = ""
     """File that it lies in."""
+    shapes: tuple[ImageShape, ...] = ()
+    """What the image plan asks of each image."""
+    views: int = 0
+    """Pictures that the tower sees."""
 
     def __len__(self) -> int:
         """Tokens."""
@@ -190,11 +193,7 @@ class CarryOverPacker(Generic[T]):
 
 
 def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_token: int) -> Pack:
-    """Lay samples out as one pack of S = ``sequence_length`` positions.
-
-    Labels are shifted within each segment: a position's label is the label of the next one, and the last
-    position of a segment has none. Positions start at 0 in each segment. What is left over is one segment of
-    ``pad_token`` without labels.
+    """Lay samples out as one pack of S = ``sequence_length`` positions, as :func:`make_pack` does.
 
     Args:
         samples: At least one, in order; together no longer than S.
@@ -204,27 +203,16 @@ def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_toke
     Raises:
         ValueError: There are no samples, or they do not fit.
     """
-    lengths = [len(sample) for sample in samples]
-    used = sum(lengths)
-    if not samples or used > sequence_length:
-        raise ValueError(f"{len(samples)} samples of {used} tokens do not make a pack of {sequence_length}")
-    tokens = np.full(sequence_length, pad_token, np.int64)
-    labels = np.full(sequence_length, IGNORE_INDEX, np.int64)
-    sources = [sample.source for sample in samples]
-    if used < sequence_length:
-        lengths.append(sequence_length - used)
-        sources.append(-1)
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    for sample, start, end in zip(samples, bounds, bounds[1:], strict=False):
-        tokens[start:end] = sample.encoded.tokens
-        labels[start : end - 1] = sample.encoded.labels[1:]
-    return Pack(
-        tokens=tokens,
-        labels=labels,
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=bounds,
-        segment_sources=np.asarray(sources, np.int32),
+    if not samples:
+        raise ValueError(f"no samples do not make a pack of {sequence_length}")
+    return make_pack(
+        [sample.encoded.tokens for sample in samples],
+        sequence_length,
+        labels=[sample.encoded.labels for sample in samples],
+        sources=[sample.source for sample in samples],
+        pad_token=pad_token,
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
         sample_shards=[sample.shard for sample in samples],
+        image_shapes=[shape for sample in samples for shape in sample.shapes],
     )

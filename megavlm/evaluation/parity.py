@@ -6,17 +6,14 @@ Runs at any layout, one sample at a time, through Megatron-Core's forward-only s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -25,11 +22,13 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import IGNORE_INDEX, make_pack
+from megavlm.data.device_batch import Batch, arrangement_on, make_batch
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, plan_of
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
@@ -48,7 +47,9 @@ class Sample:
     ids: Tensor
     """[S] int64."""
     pixels: Tensor
-    """[N, 3, H, W], normalised."""
+    """[V, 3, H, W], normalised views."""
+    layouts: list[ImageLayout]
+    """Of its images."""
     labels: Tensor | None
     """[S] int64, not shifted; IGNORE_INDEX where there is nothing to predict."""
     expected: dict[str, Tensor]
@@ -61,13 +62,13 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
     Raises:
         UserError: the file is damaged, has no samples, or they are of another model.
     """
-    source, size = Source(path), recipe.model.vision.image_size
+    source, size, plan = Source(path), recipe.model.vision.image_size, plan_of(recipe.model)
     names = sorted({name.split(".")[0] for name in source.tensors if name.endswith(".input_ids")})
     if not names:
         raise UserError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
     samples = []
     for name in names:
-        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "labels", *WHAT)
+        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "image_sizes", "labels", *WHAT)
                if f"{name}.{key}" in source}  # fmt: skip
         pixels = own.get("pixel_values", torch.zeros(0, 3, size, size))
         if pixels.shape[1:] != (3, size, size):
@@ -79,8 +80,27 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
             raise UserError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
         labels = own["labels"].flatten() if "labels" in own else None
         expected = {key: own[key] for key in WHAT if key in own}
-        samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, labels, expected))
+        layouts = _layouts(plan, own, len(pixels), f"{path}: {name}")
+        samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, layouts, labels, expected))
     return samples
+
+
+def _layouts(plan: ImagePlan, own: Mapping[str, Tensor], views: int, where: str) -> list[ImageLayout]:
+    """Return the layouts of a sample's images, from their sizes where these count.
+
+    Raises:
+        UserError: the sizes are missing, or make other views than there are.
+    """
+    if plan.fixed:
+        return [plan.plan(plan.side, plan.side)] * views
+    if views and "image_sizes" not in own:
+        raise UserError(f"{where}.image_sizes is missing: [N, 2] height and width, on which the views of images depend")
+    sizes = own["image_sizes"].reshape(-1, 2).tolist() if views else []
+    layouts = [plan.plan(int(width), int(height), len(sizes)) for height, width in sizes]
+    made = sum(len(layout.views) for layout in layouts)
+    if made != views:
+        raise UserError(f"{where}.pixel_values: {views} views, but images of these image_sizes make {made}")
+    return layouts
 
 
 def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], tolerance: float) -> int:
@@ -102,17 +122,16 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)
     for sample in samples:
-        _fill_slots(sample, tokens, recipe.model.tokens_per_image)
+        _fill_slots(sample, tokens)
     with process_groups(recipe.parallel, recipe.training.seed):
         chunks = build_model(recipe, tokens["image"])
         with agreed(f"loading {path}"):
             load(path, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         logger.info("%s, %s", describe(recipe.parallel, dist.get_world_size()), recipe.training.precision)
-        for chunk in chunks:
-            chunk.eval()
         worst = torch.zeros(len(WHAT), dtype=torch.float64)
         for sample in samples:
-            found = _compare(chunks, sample, recipe)
+            with pipeline.evaluating(chunks):
+                found = _compare(chunks, sample, recipe)
             worst = torch.maximum(worst, found)
             logger.info("%s: %s", sample.name, _show(sample, found))
     bad = bool((worst > tolerance).any())
@@ -139,7 +158,7 @@ def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
     return image_tokens(load_tokenizer(path, template_of(recipe.model.template, path)))
 
 
-def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
+def _fill_slots(sample: Sample, tokens: dict[str, int]) -> None:
     """Put the image token into every slot: Qwen's own processor writes the bytes of a path there.
 
     Raises:
@@ -147,14 +166,14 @@ def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
     """
     start = tokens.get("image_start")
     if start is not None and len(sample.pixels):
-        for position in (sample.ids == start).nonzero().flatten().tolist():
-            sample.ids[position + 1 : position + 1 + slots] = tokens["image"]
-    there, needed = int((sample.ids == tokens["image"]).sum()), len(sample.pixels) * slots
+        starts = (sample.ids == start).nonzero().flatten().tolist()
+        for position, layout in zip(starts, sample.layouts, strict=False):
+            sample.ids[position + 1 : position + 1 + layout.tokens] = tokens["image"]
+    there, needed = int((sample.ids == tokens["image"]).sum()), sum(layout.tokens for layout in sample.layouts)
     if there != needed:
-        raise UserError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
+        raise UserError(f"{sample.name}: {there} image slots, but its {len(sample.layouts)} images take {needed}")
 
 
-@torch.no_grad()
 def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
     """Return the largest difference in each of WHAT, on all ranks; zero where there is nothing to compare."""
     found = torch.zeros(len(WHAT), dtype=torch.float64)
@@ -163,7 +182,9 @@ def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
     if is_first_stage() and len(pixels) and "image_features" in sample.expected:
         features = model.encode_images(pixels)
         assert features is not None
-        found[1] = _largest(features.transpose(0, 1), sample.expected["image_features"])
+        index, weight = arrangement_on(arrange(plan_of(recipe.model), sample.layouts), local_device())
+        arranged = model.arranged(features, index, weight)
+        found[1] = _largest(arranged, sample.expected["image_features"].flatten(0, -2))
     length = len(sample.ids)
     if "logits" in sample.expected:
         outputs = _forward(chunks, sample, recipe, with_labels=False)
@@ -188,52 +209,21 @@ def _largest(ours: Tensor, theirs: Tensor) -> float:
 
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
     """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
-    parallel = recipe.parallel
-    batch = _batch(sample, parallel.tensor_model_parallel_size)
-    # The interleaved schedule wants a micro-batch per stage.
-    count = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
-    outputs: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_step, with_labels=with_labels),
-        data_iterator=[iter([batch] * count) for _ in chunks] if len(chunks) > 1 else iter([batch] * count),
-        model=list(chunks),
-        num_microbatches=count,
-        seq_length=batch.tokens.size(1),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return outputs
+    arrangement = arrange(plan_of(recipe.model), sample.layouts)
+    batch = _batch(sample, arrangement, recipe.parallel.tensor_model_parallel_size)
+
+    def step(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return model(**batch.inputs(with_labels=with_labels)), lambda output: output[0]
+
+    return pipeline.run(chunks, [batch], step, batch.tokens.size(1))
 
 
-def _step(batches: Iterator[MicroBatch], model: Any, with_labels: bool) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Run one chunk (Megatron-Core's ``forward_step_func``)."""
-    batch = next(batches)
-    output = model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        packed_seq_params=batch.packed_seq_params,
-        labels=batch.labels.clamp(min=0) if with_labels else None,
-        images=batch.images,
-    )
-    return output, lambda out, non_loss_data=True: out[0]
-
-
-def _batch(sample: Sample, multiple: int) -> MicroBatch:
+def _batch(sample: Sample, arrangement: Arrangement, multiple: int) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
     length = len(sample.ids)
-    padding = -length % multiple
-    labels = sample.labels if sample.labels is not None else torch.full((length,), IGNORE_INDEX)
-    shifted = torch.cat([labels[1:].long(), torch.full((padding + 1,), IGNORE_INDEX)])
-    pack = Pack(
-        tokens=F.pad(sample.ids, (0, padding)).numpy(),
-        labels=shifted.numpy(),
-        position_ids=np.concatenate([np.arange(length), np.arange(padding)]),
-        cu_seqlens=np.cumsum([0, length, *([padding] if padding else [])]).astype(np.int32),
-        segment_sources=np.array([0, *([-1] if padding else [])], np.int32),
-        images=[],
-        sample_keys=[],
-    )
-    return micro_batch(pack, sample.pixels if is_first_stage() else None, local_device())
+    labels = None if sample.labels is None else [sample.labels]
+    pack = make_pack([sample.ids], length + -length % multiple, labels=labels)
+    return make_batch(pack, sample.pixels if is_first_stage() else None, local_device(), arrangement)
 
 
 def _show(sample: Sample, found: Tensor) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.architectures.cost import decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, engine_key, held_by, kernels_of
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
 from megavlm.planning.layout import Layout, layout_of
-from megavlm.planning.parameters import layer_shapes, static_bytes
+from megavlm.planning.parameters import static_bytes
 from megavlm.planning.schedule import rank_order
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -57,7 +58,7 @@ def usable_bytes(gpu: Gpu) -> float:
 def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
     static = static_bytes(recipe, layout, stage)
-    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_images) for chunk in layout.chunks_of(stage)]
+    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_views) for chunk in layout.chunks_of(stage)]
     count, passing = _peak(layout, stage, held)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
     vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
@@ -101,10 +102,11 @@ def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> 
     # Tokens, labels, positions and sources of every micro-batch, int64.
     total = layout.microbatches * workload.tokens * 4 * 8
     if stage == 0:
-        total += round(layout.microbatches * workload.images * 3 * vision.image_size**2)
+        total += round(layout.microbatches * workload.views * 3 * vision.image_size**2)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.
-        layer = sum(layer_shapes(recipe.model.language, layout.tensor))
+        language = recipe.model.language
+        layer = sum(decoder_cost(language).layer_parameters(language, layout.tensor))
         total += 2 * layer * sum(chunk.layers for chunk in layout.chunks_of(stage))
     wide = workload.tokens * recipe.model.language.hidden_size * b
     if layout.sequence_parallel:  # the sequence that the linear layers gather

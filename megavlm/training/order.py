@@ -1,9 +1,10 @@
 """The order in which the micro-batches of a step go through the pipeline.
 
 All micro-batches have equally many tokens, so later stages take equally long for each. The first stage also runs the
-tower over their images, and those differ. Which order hides that best depends on the layout: a light micro-batch at
-the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains it sooner and
-heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest is taken.
+tower over the views of their images, and those differ. Which order hides that best depends on the layout: a light
+micro-batch at the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains
+it sooner and heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest
+is taken.
 
 The order depends on the recipe and on the images of the step alone, so a restart finds the same one, and a step is
 the same sum whatever the order.
@@ -14,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from megavlm.architectures.cost import Pictures, cost_of
 from megavlm.config.schema import Recipe
-from megavlm.planning.flops import connector_flops, language_flops, passes, vision_flops
+from megavlm.planning.flops import image_flops, language_flops, passes
 from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
 
@@ -23,7 +25,7 @@ Times = list[list[float]]
 
 
 class StepOrder:
-    """Orders the micro-batches of a step by their images.
+    """Orders the micro-batches of a step by the views of their images.
 
     Args:
         recipe: the run; its layout must be one that can run.
@@ -39,7 +41,7 @@ class StepOrder:
         """Return the indices of the micro-batches in the order in which to run them.
 
         Args:
-            images: [M] images of each micro-batch, in the order in which they were read.
+            images: [M] views of each micro-batch's images, in the order in which they were read.
         """
         read = list(range(len(images)))
         if self.pipeline == 1 or len(set(images)) < 2:
@@ -67,7 +69,7 @@ def candidates(images: Sequence[int]) -> Iterator[list[int]]:
     """Yield orders to choose from, as indices; the order of reading first.
 
     Args:
-        images: [M] images of each micro-batch.
+        images: [M] views of each micro-batch's images.
     """
     yield list(range(len(images)))
     light = sorted(range(len(images)), key=lambda index: (images[index], index))
@@ -102,9 +104,11 @@ def _language_work(recipe: Recipe) -> tuple[list[float], list[float]]:
 
 def _image_work(recipe: Recipe) -> tuple[float, float]:
     """Return the first stage's work for one image, forward and backward."""
-    vision, connector = vision_flops(recipe.model.vision, 1) / 1e12, connector_flops(recipe.model, 1) / 1e12
+    vision, connector = (image_flops(recipe.model, part, 1) / 1e12 for part in ("vision", "connector"))
     in_vision, in_connector, _ = passes(recipe)
-    again = int(recipe.model.vision.gradient_checkpointing and in_vision == 3)
+    tower = recipe.model.vision
+    recomputes = cost_of(recipe.model, "vision").again(tower, Pictures.alike(1, tower.grid)) > 0
+    again = int(recomputes and in_vision == 3)
     return vision + connector, (in_vision - 1 + again) * vision + (in_connector - 1) * connector
 
 
