@@ -271,9 +271,16 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _written(runs: ImageRuns, tokenizer: Tokenizer) -> str:
     """Return an image as text, with one token for each run of slots."""
-    begin, end = (_named(mark, tokenizer) for mark in tokenizer.template.image)
+    begin, end = (_named(mark, tokenizer) for mark in _marks(runs, tokenizer))
     slot = tokenizer.decode([tokenizer.imgpad_id])
     return begin + "".join(run if isinstance(run, str) else slot if run else "" for run in runs) + end
+
+
+def _marks(runs: ImageRuns, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return what stands around an image: nothing where its plan wrote the marks itself, as that of slices does."""
+    marks = tokenizer.template.image
+    written = bool(runs) and isinstance(runs[0], str) and bool(marks[0]) and runs[0].startswith(marks[0])
+    return ("", "") if written else marks
 
 
 def _named(piece: str, tokenizer: Tokenizer) -> str:
@@ -311,7 +318,7 @@ def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _image(runs: ImageRuns, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of an image, the template's marks around it included."""
-    begin, end = tokenizer.template.image
+    begin, end = _marks(runs, tokenizer)
     ids = _ids_of([begin], tokenizer)
     for run in runs:
         ids += _ids_of([run], tokenizer) if isinstance(run, str) else [tokenizer.imgpad_id] * run

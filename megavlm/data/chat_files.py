@@ -18,6 +18,10 @@ _LARGEST = 16 << 20
 Tree = dict[str, Any]
 
 
+class NoTemplateError(UserError):
+    """No chat template lies beside a tokenizer."""
+
+
 class ChatFiles:
     """What lies beside a tokenizer.
 
@@ -59,7 +63,7 @@ class ChatFiles:
             for key, text in _named(value, str(self.directory / file)).items():
                 found.setdefault(key, (text, str(self.directory / file)))
         if not found:
-            raise UserError(
+            raise NoTemplateError(
                 f"model.template: checkpoint takes the chat_template beside the tokenizer, and {self.directory} has "
                 f"none ({_JINJA}, {_PROCESSOR_TEMPLATE}, {_TOKENIZER}); name a registered template (docs/templates.md)"
             )
@@ -142,6 +146,17 @@ class ChatFiles:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not valid UTF-8: {error}") from None
+
+
+def has_template(tokenizer: Path) -> bool:
+    """Whether a chat template lies beside a tokenizer, be it a good one or not."""
+    try:
+        ChatFiles(tokenizer).template()
+    except NoTemplateError:
+        return False
+    except UserError:
+        return True
+    return True
 
 
 def _content(value: Any) -> str:

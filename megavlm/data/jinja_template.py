@@ -7,7 +7,6 @@ markers where it has them, else from rendering the conversation up to each answe
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +96,7 @@ class CheckpointTemplate(Template):
         first = self._rendered([Turn("user", _WORDS[0])], prompt=True)
         later = self._rendered([Turn("user", "?"), Turn("assistant", "!"), Turn("user", _WORDS[0])], prompt=True)
         before = _common_end(first.partition(_WORDS[0])[0], later.partition(_WORDS[0])[0].rpartition("!")[2])
-        after = os.path.commonprefix([first.partition(_WORDS[0])[2], later.partition(_WORDS[0])[2]])
+        after = _common_end(first.partition(_WORDS[0])[2][::-1], later.partition(_WORDS[0])[2][::-1])[::-1]
         text = text.rpartition(after)[0] if after.strip() and after in text else text
         return text.rpartition(before)[2] if before.strip() else text
 
@@ -144,7 +143,9 @@ class CheckpointTemplate(Template):
             elif part == STOP:
                 if start is None:
                     raise TemplateError(f"{self.where}: a generation marker ends what none began")
-                regions.append((start, size))
+                # What one answer is made of may stand in several blocks.
+                joins = bool(regions) and regions[-1][1] == start
+                regions.append((regions.pop()[0] if joins else start, size))
                 start = None
             else:
                 size += len(part)

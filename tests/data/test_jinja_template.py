@@ -23,7 +23,8 @@ from megavlm.data.tokenizer import Tokenizer, load_tokenizer, template_of
 # A dozen texts of different construction, each with what it shows of the mask: "answer" and what ends it.
 TEXTS: dict[str, tuple[str, str, str]] = {
     "loop over string contents": (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "", "<|im_end|>",
     ),
     "whitespace control, tests and a default system": (
@@ -93,7 +94,26 @@ TEXTS: dict[str, tuple[str, str, str]] = {
     ),
 }  # fmt: skip
 PARTS = ("parts, in their order", "images first, by filters", "string or parts, by a macro")
-WORDS = ["how", "many", "red", "cats", "sit", "on", "the", "mat?", "Two.", "你好", "café", "<b>bold</b>", "{{", "x", "}}", "3<4", "USER:", "It's"]
+WORDS = [
+    "how",
+    "many",
+    "red",
+    "cats",
+    "sit",
+    "on",
+    "the",
+    "mat?",
+    "Two.",
+    "你好",
+    "café",
+    "<b>bold</b>",
+    "{{",
+    "x",
+    "}}",
+    "3<4",
+    "USER:",
+    "It's",
+]
 
 
 def laid(directory: Path, text: Any, write: Any = write_qwen2, **settings: Any) -> Path:
