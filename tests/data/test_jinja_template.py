@@ -33,7 +33,7 @@ TEXTS: dict[str, tuple[str, str, str]] = {
         "    {%- if message.role == 'system' -%}\n        {{- message.content ~ ' ' -}}\n"
         "    {%- elif message.role == 'user' -%}\n        {{- 'USER: ' ~ message.content ~ ' ' -}}\n"
         "    {%- elif message.role == 'assistant' -%}\n        {{- 'ASSISTANT: ' ~ message.content ~ eos_token -}}\n"
-        "    {%- endif -%}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n    {{- 'ASSISTANT:' -}}\n{%- endif -%}\n",
+        "    {%- endif -%}\n{%- endfor -%}\n{%- if add_generation_prompt -%}\n    {{- 'ASSISTANT:' -}}\n{%- endif -%}",
         " ", "<|endoftext|>",
     ),
     "parts, in their order": (
@@ -50,8 +50,8 @@ TEXTS: dict[str, tuple[str, str, str]] = {
     ),
     "string or parts, by a macro": (
         "{% macro show(content) %}{% if content is string %}{{ content }}{% else %}{% for c in content %}"
-        "{% if 'image' in c or c.type == 'image' %}<|image_pad|>{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}"
-        "{% endif %}{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ show(m.content) }}<|im_end|>\n"
+        "{% if 'image' in c or c.type == 'image' %}<|image_pad|>{% elif 'text' in c %}{{ c.text }}{% endif %}"
+        "{% endfor %}{% endif %}{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ show(m.content) }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "", "<|im_end|>",
     ),
     "system inside the first question": (
@@ -74,8 +74,8 @@ TEXTS: dict[str, tuple[str, str, str]] = {
     ),
     "generation markers around what prefixes cannot tell": (
         "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% if loop.last %}<think>\n\n"
-        "</think>\n\n{% endif %}{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\n' }}{% else %}"
-        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "</think>\n\n{% endif %}{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\n' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", "", "<|im_end|>",
     ),
     "break and continue": (
