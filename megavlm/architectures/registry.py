@@ -24,7 +24,7 @@ from megavlm.config.architecture import (
 )
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
-from megavlm.data.templates import find_template
+from megavlm.data.templates import find_template, is_checkpoint
 
 __all__ = [
     "CONNECTORS", "LANGUAGE", "MODELS", "VISION", "Architecture", "Preset", "Registry", "architecture_of",
@@ -57,7 +57,7 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
-    if isinstance(model.get("template"), str):
+    if isinstance(model.get("template"), str) and not is_checkpoint(model["template"]):
         find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):
