@@ -267,8 +267,8 @@ class DataConfig:
     under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
-    system_message: str = "You are a helpful assistant."
-    """System turn put before each conversation that has none; empty for none."""
+    system_message: str | None = None
+    """System turn put before each conversation that has none; empty for none, null for that of model.template."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """A sample that cannot be used is left out, counted by its cause and listed in output_dir/quarantine-N.jsonl
     (N: the data-parallel rank); more than this share of the samples read so far ends the run."""
