@@ -148,7 +148,7 @@ def test_the_size_is_that_of_the_upright_picture() -> None:
     for data in upside + lying:
         (layout,) = lay_out([data], plan)
         decoded = make_decoder("simplejpeg").decode([data], plan, [layout])  # views of that size, or a failure
-        assert not decoded.failed and layout.grid == ((1, 2) if data in upside else (2, 1))
+        assert not decoded.failed and layout.grid == ((1, 3) if data in upside else (3, 1))
 
 
 def test_a_header_that_is_wrong_about_the_size_costs_its_picture_alone(decoder: ImageDecoder) -> None:
