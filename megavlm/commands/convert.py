@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.architectures.registry import CONNECTORS, expand_presets, load_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
+from megavlm.config.architecture import CONNECTORS
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.load import read_recipe
+from megavlm.families.presets import expand_presets, load_presets
 
 logger = logging.getLogger(__name__)
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - templates are long lines
 """Templates come in with a checkpoint, and go out with it: what is trained is what Transformers then writes."""
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LLAVA = (
     "{{- ' ' if m.role == 'user' else eos_token -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
-WORDS = "how many red cats sit on the mat Two. 你好 café <b>".split(" ")
+WORDS = ["how", "many", "red", "cats", "sit", "on", "the", "mat", "Two.", "你好", "café", "<b>"]
 ROWS = [name for name in names() if name != "qwen_vl"]  # its Jinja text: test_trained_assets.py
 
 
@@ -91,7 +92,12 @@ def test_a_row_in_jinja_gives_transformers_the_ids_of_training(name: str, tmp_pa
         ("llava", VICUNA, "vicuna_v1", "cannot be trained on"),
         ("llava", "{% for m in messages %}", "vicuna_v1", "syntax error, line 1"),
         ("llava", "{{ ().__class__.__mro__ }}", "vicuna_v1", "is refused: access to attribute"),
-        ("qwen2", None, "qwen_vl", "no token that ends a document, which would be one of </s> (model.template: vicuna_v1)"),
+        (
+            "qwen2",
+            None,
+            "qwen_vl",
+            "no token that ends a document, which would be one of </s> (model.template: vicuna_v1)",
+        ),
     ],
 )
 def test_a_llava_brings_its_template(

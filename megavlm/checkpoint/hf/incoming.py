@@ -131,6 +131,8 @@ def convert(
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if len(given) == 1 and "image" in given[0].branches:
         branches["image"] = given[0].branches["image"]
+    elif len(given) == 1 and given[0].family.image_plan is not None:
+        branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -150,7 +152,8 @@ def convert(
     if len(given) > 1 or fresh or given[0].family.slotless:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
+    model = make_model(branches, where, template)
     if len(given) == 1 and not fresh and tokenizer is not None:
         model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
     recipe = None
