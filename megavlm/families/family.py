@@ -137,6 +137,13 @@ class Family(ABC):
         """Return the naming that ``source`` uses; the first if none fits, for the sake of the message."""
         return next((s for s in self.styles if self.probe(s) in source), next(iter(self.styles)))
 
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Return what its conversations may be written in, by ``model.template``'s names; the first that goes is taken.
+
+        A name goes with a tokenizer that has its tokens; where none does, the default is taken.
+        """
+        return ()
+
     def tokens(self, source: Source) -> dict[str, int]:
         """Return the ids of ``image`` and ``image_start``, as far as the configuration tells."""
         return {}

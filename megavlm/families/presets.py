@@ -13,7 +13,7 @@ from megavlm.architectures.registry import register_architectures
 from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
-from megavlm.data.templates import find_template
+from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families import known
 
 
@@ -41,7 +41,7 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     if not isinstance(model, dict):
         return tree
-    if isinstance(model.get("template"), str):
+    if isinstance(model.get("template"), str) and not is_checkpoint(model["template"]):
         find_template(model["template"])
     whole: dict[str, Any] = {}
     if isinstance(model.get("preset"), str):

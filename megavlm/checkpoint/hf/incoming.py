@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.chat_files import has_template
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
@@ -152,6 +154,8 @@ def convert(
     where = ", ".join(str(one.source.path) for one in given)
     template = next((one.family.template for one in given if "language" in one.parts), None)
     model = make_model(branches, where, template)
+    if len(given) == 1 and not fresh and tokenizer is not None:
+        model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -282,6 +286,28 @@ def _check_ids(one: Given, path: Path) -> None:
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
                 f"{name} the id {number}; correct one"
             )
+
+
+def _template(one: Given, tokenizer: Path, default: str, report: Report) -> str:
+    """Return what the conversations of a whole model are written in."""
+    reasons: list[str] = []
+    for name in one.family.templates(one.source):
+        try:
+            template = template_of(name, tokenizer)
+            load_tokenizer(tokenizer, template)
+            template.check_training()
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if len(reasons) > 0 and has_template(tokenizer):
+            report.notes.append(f"{reasons[0]}; {name} is taken instead")
+        return name
+    if reasons:
+        report.notes.append(
+            f"none of the templates of {one.family.title} goes with its tokenizer ({reasons[-1]}); {default} is taken, "
+            "which these weights may never have seen: set model.template in the recipe"
+        )
+    return default
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:

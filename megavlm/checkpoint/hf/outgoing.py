@@ -381,10 +381,11 @@ def template_name(checkpoint: Path) -> str:
     return str(model.get("template", ModelConfig.template))
 
 
-def _system_message(checkpoint: Path) -> str:
-    """Return what conversations without a system turn were trained with."""
+def _system_message(checkpoint: Path) -> str | None:
+    """Return what conversations without a system turn were trained with; None for the template's own."""
     data = (read_tree(checkpoint).get("data") if (checkpoint / "recipe.yaml").is_file() else None) or {}
-    return str(data.get("system_message", DataConfig.system_message))
+    message = data.get("system_message", DataConfig.system_message)
+    return None if message is None else str(message)
 
 
 def _tower_learnt(checkpoint: Path) -> bool:
