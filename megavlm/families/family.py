@@ -38,7 +38,7 @@ class Family(ABC):
 
     template: ClassVar[str | None] = None
     """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
-    gets as ``model.template``; None for that key's default."""
+    gets as ``model.template`` unless :meth:`templates` knows a better one; None for that key's default."""
     image_plan: ClassVar[str | None] = None
     """Name of the image plan of its pictures, which a converted checkpoint gets as ``model.image.kind``, unless
     :meth:`branches` has an ``image``; None for that key's default."""

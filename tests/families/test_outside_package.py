@@ -72,6 +72,7 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     install(site)
     monkeypatch.syspath_prepend(str(site))
     hf, megatron = published(tmp_path / "hf"), tmp_path / "megatron"
+    shutil.copy(run_data.root / "tokenizer.model", hf)
     there_and_back = (
         ["convert", "hf-to-megatron", "--hf", hf, "--out", megatron],
         ["convert", "megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "back"],
@@ -104,13 +105,14 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     planned = ranks.megavlm(["plan", recipe, *words, *TP2_PP2, "--gpus", 4])
     assert "patchwork" in planned.output or "step" in planned.output, planned.output
 
-    # What was trained goes back: other weights under the same names.
+    # What was trained goes back: other weights under the same names, and its template.
     out = ["convert", "megatron-to-hf", "--megatron", tmp_path / "four", "--out", tmp_path / "trained"]
     ranks.run(commands, out)
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert set(trained) == set(after)
     for name in ("blocks.3.ffn.gain", "eyes.step.1.weight", "eyes.places", "bridge.bias"):
         assert not torch.equal(trained[name], before[name]), name
+    assert "'Q: '" in (said := (tmp_path / "trained" / "chat_template.jinja").read_text()) or '"Q: "' in said
 
     # Its own figures are those that count.
     (found,) = ranks.run(counted, recipe, *words)
@@ -122,7 +124,7 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     assert flops == 3 * (tower + connector + language)
 
     # Without figures: no plan, no order by cost, no MFU; training goes on.
-    uncounted = [*words, "model.vision.preset=uncounted"]
+    uncounted = [*words, "model.vision.preset=uncounted", "checkpoint.load=null"]
     refused = ranks.megavlm(["plan", recipe, *uncounted, "--gpus", 1], check=False)
     assert refused.code == 2 and "uncounted" in refused.output and "no figures" in refused.output
     refused = ranks.megavlm(["train", recipe, *uncounted, "data.balance_images=true"], check=False)

@@ -140,6 +140,7 @@ def convert(
     for one in given:
         if tokenizer is not None and "language" in one.parts:
             _check_ids(one, tokenizer)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
     report = Report(dict.fromkeys(fresh, "initialised"))
     report.notes = [
         note
@@ -150,9 +151,8 @@ def convert(
     ]
     rows = (branches.get("language") or {}).get("vocab_size")
     if len(given) > 1 or fresh or given[0].family.slotless:
-        _grow_vocabulary(branches, tokenizer, report)
+        _grow_vocabulary(branches, tokenizer, template or ModelConfig.template, report)
     where = ", ".join(str(one.source.path) for one in given)
-    template = next((one.family.template for one in given if "language" in one.parts), None)
     model = make_model(branches, where, template)
     if len(given) == 1 and not fresh and tokenizer is not None:
         model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
@@ -252,11 +252,12 @@ def _grown(tensor: Tensor, slot: Slot) -> Tensor:
     return torch.cat([tensor, rows.to(tensor.dtype)])
 
 
-def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> None:
+def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, report: Report) -> None:
     """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
     if tokenizer is None or "language" not in branches:
         return
-    needed, rows = load_tokenizer(tokenizer).vocab_size, branches["language"]["vocab_size"]
+    needed = load_tokenizer(tokenizer, template_of(template, tokenizer)).vocab_size
+    rows = branches["language"]["vocab_size"]
     if needed > rows:
         grown = -(-needed // 64) * 64
         branches["language"] = {**branches["language"], "vocab_size": grown}
@@ -274,7 +275,8 @@ def _check_ids(one: Given, path: Path) -> None:
     Raises:
         UserError: they do not; both are named.
     """
-    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
+    ids = one.family.tokens(one.source)
+    tokenizer = load_tokenizer(path, template_of(one.family.template or ModelConfig.template, path))
     for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
