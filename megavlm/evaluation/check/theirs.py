@@ -162,8 +162,8 @@ def _process_one(processor: Any, question: Question, *, templated: bool) -> None
 
 
 def _begins(processor: Any, text: str) -> bool:
-    begin = getattr(processor.tokenizer, "bos_token", None)
-    return bool(begin) and text.startswith(begin)
+    begin: str = getattr(processor.tokenizer, "bos_token", None) or ""
+    return begin != "" and text.startswith(begin)
 
 
 def _opened(path: Path) -> Image.Image:
