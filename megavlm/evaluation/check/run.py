@@ -26,6 +26,8 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
+from megavlm.data.images import lay_out
+from megavlm.data.media import Arrangement, ImageLayout, plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
@@ -39,7 +41,7 @@ from megavlm.evaluation.check.theirs import (
     process,
     transformers_class,
 )
-from megavlm.evaluation.parity import Sample, forward_sample
+from megavlm.evaluation.parity import Sample, features_of_sample, forward_sample
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.llava_original import LlavaOriginalFamily
 from megavlm.inference.checkpoint import load_for_inference
@@ -155,7 +157,15 @@ class _Ours:
 
     ids: Tensor
     pixels: Tensor
-    """[N, 3, H, W], normalised."""
+    """[V, 3, H, W] views, normalised."""
+    layouts: list[ImageLayout]
+    arrangement: Arrangement | None
+
+    def sample(self, question: Question) -> Sample:
+        """Return what both models are given."""
+        assert question.ids is not None
+        pixels = question.pixels if question.pixels is not None else self.pixels
+        return Sample(question.name, question.ids, pixels, self.layouts, None, {})
 
 
 def _ask(
@@ -168,26 +178,28 @@ def _ask(
     for number, (prompt, paths) in enumerate(asked, 1):
         name = f"{number}: {paths[0].name if paths else 'no picture'}, {prompt[:40]!r}"
         questions.append(Question(name, prompt, paths))
-        runs = [(recipe.model.tokens_per_image,)] * len(paths)
-        turn = user_turn(prompt, len(paths))
-        ids = encode_prompt([turn], tokenizer, runs, recipe.data.system_message)
-        ours.append(_Ours(torch.from_numpy(ids), _pixels(recipe, paths)))
+        ours.append(_read(prompt, paths, recipe, tokenizer))
     return questions, ours
 
 
-def _pixels(recipe: Recipe, paths: Sequence[Path]) -> Tensor:
-    """Return [N, 3, H, W] as the tower normalises them.
+def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokenizer) -> _Ours:
+    """Return what the reader here makes of a prompt with its pictures.
 
     Raises:
-        UserError: a picture cannot be read.
+        UserError: one of them cannot be read.
     """
-    vision = recipe.model.vision
+    vision, plan = recipe.model.vision, plan_of(recipe.model)
     decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
-    made = decoder.decode([read_image(path) for path in paths], vision.image_size)
+    files = [read_image(path) for path in paths]
+    made, arrangement = decoder.decode_prompt(files, plan)
     if made.failed:
         raise UserError(f"--image {paths[made.failed[0]]}: {made.causes[0]}")
+    layouts = lay_out(files, plan)
+    runs = [layout.runs for layout in layouts]
+    ids = encode_prompt([user_turn(prompt, len(paths))], tokenizer, runs, recipe.data.system_message)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
-    return (made.pixels.cpu().float() / 255.0 - mean) / std
+    pixels = (made.pixels.cpu().float() / 255.0 - mean) / std
+    return _Ours(torch.from_numpy(ids), pixels, layouts, arrangement)
 
 
 def _run(
@@ -198,21 +210,24 @@ def _run(
     process(theirs, questions)
     rows = [_before(question, own, recipe) for question, own in zip(questions, ours, strict=True)]
     for question, own in zip(questions, ours, strict=True):
-        _settle(question, own, recipe, tokenizer)
+        _settle(question, own, tokenizer)
     compute(theirs, questions, settings.max_new_tokens)
     close(theirs)
     with loaded(recipe, checkpoint, tokenizer) as chunks, _evaluating(chunks):
-        for question, row in zip(questions, rows, strict=True):
-            _compare(question, row, chunks, recipe, settings)
-            row.texts = (tokenizer.decode(question.answer), row.texts[1])
-        prompts = [Prompt(q.ids.numpy(), _images(q, recipe)) for q in questions if q.ids is not None]
+        samples = [own.sample(question) for question, own in zip(questions, ours, strict=True)]
+        for question, row, sample in zip(questions, rows, samples, strict=True):
+            _compare(question, row, chunks, recipe, settings, sample)
+        prompts = [
+            Prompt(sample.ids.numpy(), sample.pixels.to(local_device()), own.arrangement)
+            for sample, own in zip(samples, ours, strict=True)
+        ]
         room = max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens
         answers = generate(
             chunks, prompts, max_new_tokens=settings.max_new_tokens, stop_ids=[],
             vocab_size=recipe.model.language.vocab_size, pack_length=room,
         )  # fmt: skip
     for question, row, answer in zip(questions, rows, answers, strict=True):
-        row.texts = (row.texts[0], tokenizer.decode(answer))
+        row.texts = (tokenizer.decode(question.answer), tokenizer.decode(answer))
         _compare_answers(question, row, answer, settings.tolerance)
     return rows
 
@@ -244,32 +259,25 @@ def _before(question: Question, own: _Ours, recipe: Recipe) -> Row:
     return row
 
 
-def _settle(question: Question, own: _Ours, recipe: Recipe, tokenizer: Tokenizer) -> None:
+def _settle(question: Question, own: _Ours, tokenizer: Tokenizer) -> None:
     """Let both have the same ids and pixels: Transformers', or ours where it has none or they do not fit the model."""
     if question.pixels is None or question.pixels.shape != own.pixels.shape:
         question.pixels = own.pixels if question.images else None
-    slots = len(question.images) * recipe.model.tokens_per_image
+    slots = int((own.ids == tokenizer.imgpad_id).sum())
     if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
         question.ids = own.ids
 
 
-def _images(question: Question, recipe: Recipe) -> Tensor:
-    size = recipe.model.vision.image_size
-    return (question.pixels if question.pixels is not None else torch.zeros(0, 3, size, size)).to(local_device())
-
-
-def _compare(question: Question, row: Row, chunks: Sequence[Any], recipe: Recipe, settings: Settings) -> None:
+def _compare(
+    question: Question, row: Row, chunks: Sequence[Any], recipe: Recipe, settings: Settings, sample: Sample
+) -> None:
     """Compare features and logits."""
-    assert question.ids is not None and question.logits is not None
-    pixels = _images(question, recipe)
+    assert question.logits is not None
     if question.features is not None:
-        features = unwrap(chunks[0]).encode_images(pixels)
-        assert features is not None
-        row.features = _difference(features.transpose(0, 1).flatten(0, 1), question.features)
+        row.features = _difference(features_of_sample(unwrap(chunks[0]), sample, recipe), question.features)
         if row.features > settings.tolerance:
             row.reasons.append("image features")
-    sample = Sample(question.name, question.ids, pixels, None, {})
-    logits = forward_sample(chunks, sample, recipe)[: len(question.ids), : recipe.model.language.vocab_size]
+    logits = forward_sample(chunks, sample, recipe)
     row.logits = _difference(logits, question.logits[:, : logits.size(1)])
     if row.logits > settings.tolerance:
         row.reasons.append("logits")

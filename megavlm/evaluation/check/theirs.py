@@ -32,7 +32,9 @@ class Question:
     ids: Tensor | None = None
     """[S] int64, with the slots of the pictures; None where its processor or template is not at hand."""
     pixels: Tensor | None = None
-    """[N, 3, H, W] normalised; None as well."""
+    """[V, 3, H, W] normalised views; None as well."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What else the processor tells the model of its pictures."""
     features: Tensor | None = None
     """[N * Q, E]."""
     logits: Tensor | None = None
@@ -157,6 +159,7 @@ def _process_one(processor: Any, question: Question, *, templated: bool) -> None
     made = processor(text=text, images=images or None, return_tensors="pt", **twice)
     if images:
         question.pixels = made["pixel_values"].flatten(0, -4)
+        question.extra = {key: made[key] for key in ("image_sizes",) if key in made}
     if templated:
         question.ids = made["input_ids"][0].long()
 
@@ -187,7 +190,8 @@ def compute(theirs: Theirs, questions: Sequence[Question], max_new_tokens: int) 
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if question.pixels is not None:
             inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
-            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"])
+            inputs |= {key: value.to(device) for key, value in question.extra.items()}
+            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **question.extra)
             question.features = _flat(found)
         question.logits = theirs.model(**inputs).logits[0].float().cpu()
         made = theirs.model.generate(
