@@ -29,7 +29,7 @@ from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
-from megavlm.families.preprocessor import geometry
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
 from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
@@ -129,6 +129,7 @@ def convert(
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
+        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -172,6 +173,19 @@ def convert(
                 _verify(partial, plans, total)
                 report.verified = True
     return report
+
+
+def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+    """Check that a checkpoint says how pictures become pixels.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not image:
+        raise UserError(
+            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+        )
 
 
 class _Plan:

@@ -279,8 +279,10 @@ def _without_slot(
         return model
     path = find_tokenizer(folder)
     tokenizer = load_tokenizer(path, template_of(template_name(checkpoint), path)) if path else None
-    if tokenizer is None or len(tokenizer.added) > 1 or tokenizer.vocab_size - len(tokenizer.added) > rows:
+    if tokenizer is None or tokenizer.vocab_size - len(tokenizer.added) > rows:
         return model
+    if len(tokenizer.added) > 1 and was_trained(checkpoint):
+        return model  # conversations are written with the others
     return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=rows))
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint.hf.apart import open_whole
-from megavlm.checkpoint.hf.incoming import convert
+from megavlm.checkpoint.hf.incoming import check_processor, convert
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
@@ -33,7 +33,6 @@ from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
     Question,
     Theirs,
-    check_files,
     close,
     compute,
     ends,
@@ -111,7 +110,8 @@ def check(settings: Settings) -> int:
         raise UserError(f"{settings.hf}: is a {given[0].family.title}; check compares whole models")
     foreign = isinstance(given[0].family, LlavaOriginalFamily)
     if not foreign:
-        check_files(settings.hf, source, given[0].branches["vision"]["image_size"])
+        branches = given[0].branches
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
         transformers_class(settings.hf)
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
@@ -120,7 +120,8 @@ def check(settings: Settings) -> int:
         checkpoint = settings.checkpoint
         if checkpoint is None:
             checkpoint = Path(folder) / "converted"
-            convert(given, checkpoint, seed=0, fresh={}, base=None, verify=False)
+            home = given[0].family.name if len(given) > 1 else None
+            convert(given, checkpoint, seed=0, fresh={}, base=None, verify=False, home=home)
         path = resolve(checkpoint)
         overrides = [f"training.precision={settings.precision}"]
         recipe, _, tokenizer = load_for_inference(path, overrides)

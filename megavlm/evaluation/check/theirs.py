@@ -14,10 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from megavlm.config.errors import UserError
-from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.parallel.device import local_device
 from megavlm.weights.files import read_json
-from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +52,6 @@ class Theirs:
     """Of the model's class."""
     missing: list[str]
     """What cannot be compared, and why."""
-
-
-def check_files(directory: Path, source: Source, image_size: int) -> None:
-    """Check that the checkpoint says how pictures become pixels.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not (directory / PREPROCESSOR).is_file() and not (directory / PROCESSOR).is_file():
-        raise UserError(
-            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
-            f"{image_size} x {image_size} pixels that {source.directory / CONFIG}'s tower takes; download it too"
-        )
 
 
 def transformers_class(directory: Path) -> Any:
