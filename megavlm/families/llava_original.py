@@ -76,6 +76,8 @@ class LlavaOriginalFamily(Family):
     }
     preprocesses = True
     slotless = True
+    # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
+    tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
 
     def detect(self, source: Source) -> bool:
         """By the projector's type, the language model's names and whether the tower is there."""
@@ -116,8 +118,7 @@ class LlavaOriginalFamily(Family):
             "mm_vision_select_feature": "patch",
             "model_type": "llava_qwen" if kind == "qwen2" else "llava_llama",
             "tune_mm_mlp_adapter": False,
-            # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
-            "unfreeze_mm_vision_tower": True,
+            **self.tower_keys,
             "use_mm_proj": True,
         }
         layers = model.vision.feature_layers
