@@ -335,7 +335,7 @@ def _feature_layer(text: str | None) -> int | str | list[int] | None:
         numbers = [int(one) for one in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--vision-feature-layer: {text[:60]!r} is neither a number, nor several with commas between them, nor "
+            f"--vision-feature-layer: {text[:60]!r} is neither a number nor several with commas between them, nor "
             "last_hidden_state"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
