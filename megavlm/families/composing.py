@@ -53,6 +53,7 @@ def with_tower(one: Opened, vision: Path | None, open_tower: Callable[[Path, Any
             f"{config_file(one.source)}: mm_hidden_size is {named!r}, but the features of {tower} are {width} wide; "
             "give the tower that mm_vision_tower names"
         )
+    one.branches["image"] = one.family.pictures(one.source, given[1].source, given[1].branches["vision"])
     return given
 
 

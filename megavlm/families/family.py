@@ -44,6 +44,8 @@ class Family(ABC):
     :meth:`branches` has an ``image``; None for that key's default."""
     slotless: ClassVar[bool] = False
     """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
+    tower_keys: ClassVar[Mapping[str, Any]] = {}
+    """Keys of ``config.json`` by which the family's code takes the tower from the checkpoint, once it was trained."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
     own_files: ClassVar[tuple[str, ...]] = ()
@@ -52,6 +54,8 @@ class Family(ABC):
     """Of a family whose tower is named and not held: the one that holds it, which is written once it was trained."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    read_as: ClassVar[str | None] = None
+    """Name of the family that Transformers reads such a model as, where it has no class for this one."""
     modules: ClassVar[str | None] = None
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 
@@ -124,6 +128,16 @@ class Family(ABC):
             UserError: nobody says where it is.
         """
         return None
+
+    def pictures(self, source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
+        """Return ``model.image`` of a checkpoint whose tower is apart.
+
+        Args:
+            source: the checkpoint.
+            tower: where its tower was found.
+            vision: ``model.vision``.
+        """
+        raise NotImplementedError(f"{self.name}: has its tower with it")
 
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""

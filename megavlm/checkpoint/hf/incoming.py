@@ -29,9 +29,10 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.chat_files import has_template
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
+from megavlm.families.composing import with_tower
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
-from megavlm.families.preprocessor import geometry
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
 from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
@@ -73,6 +74,21 @@ class Given:
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
             where = source.directory / CONFIG
             raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
+
+
+def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[Given]:
+    """Open a checkpoint for all that it has, with the tower that it only names.
+
+    Args:
+        path: the checkpoint.
+        vision: where its tower is, if the user says so.
+        feature_layer: of a tower that comes alone.
+
+    Raises:
+        UserError: a tower is given to a checkpoint that has one, or none to one that has not.
+    """
+    whole = Given.open(path, None, feature_layer)
+    return with_tower(whole, vision, lambda tower, taken: Given.open(tower, ["vision"], taken))
 
 
 @dataclass
@@ -129,8 +145,9 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
-    if len(given) == 1 and "image" in given[0].branches:
+    if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
+        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
@@ -179,6 +196,19 @@ def convert(
                 _verify(partial, plans, total)
                 report.verified = True
     return report
+
+
+def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+    """Check that a checkpoint says how pictures become pixels.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not image:
+        raise UserError(
+            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+        )
 
 
 class _Plan:
