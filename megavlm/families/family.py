@@ -69,6 +69,10 @@ class Family(ABC):
         """
         return {}
 
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what ``processor_config.json`` says after a training; empty for what LLaVA's processor needs."""
+        return {}
+
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megavlm.config.errors import UserError
 from megavlm.families.family import Family
+from megavlm.families.internvl import InternVLChatFamily, InternVLFamily
 from megavlm.families.llama import LlamaFamily
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.qwen import (
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {
         QwenVLFamily(),
         CodeFuseFamily(),
         LlavaFamily(),
+        InternVLFamily(),
+        InternVLChatFamily(),
         QwenFamily(),
         LlamaFamily(),
         ClipFamily(),

@@ -126,8 +126,8 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
-    if len(given) == 1 and "image" in given[0].branches:
-        branches["image"] = given[0].branches["image"]
+    if len(given) == 1:
+        branches |= {key: given[0].branches[key] for key in ("image", "template") if key in given[0].branches}
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -256,7 +256,10 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
         )
 
 
-_IMAGE_NAMES = {"image": ("<imgpad>", "<|image_pad|>", "<image>"), "image_start": ("<img>", "<|vision_start|>")}
+_IMAGE_NAMES = {
+    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>"),
+    "image_start": ("<img>", "<|vision_start|>"),
+}
 
 
 def _check_ids(one: Given, path: Path) -> None:
