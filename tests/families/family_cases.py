@@ -18,9 +18,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -309,31 +306,79 @@ def llava_qwen3() -> PreTrainedModel:
     return llava(Qwen3Config(**_TEXT, head_dim=32))
 
 
-def internvl(text: PretrainedConfig | None = None, *, tied: bool = False, **vision: Any) -> PreTrainedModel:
-    """InternVL of InternViT-300M's kind and Qwen2."""
-    tower = InternVLVisionConfig(**{**_VISION, "attention_bias": True, **vision})
-    config = InternVLConfig(
-        vision_config=tower, text_config=text or Qwen2Config(**_TEXT, tie_word_embeddings=tied), image_token_id=119,
-        image_seq_length=4, tie_word_embeddings=tied,
-    )  # fmt: skip
-    one = made(InternVLForConditionalGeneration, config)
-    embeddings = one.model.vision_tower.embeddings
-    with torch.no_grad():  # Transformers starts them at 0
-        for parameter in (embeddings.cls_token, embeddings.position_embeddings):
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
-    return one
+ORIGINAL = (
+    ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+    ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""Names in LLaVA's own code, from Transformers' conversion (``convert_llava_weights_to_hf.py``)."""
 
 
-def internvl_6b() -> PreTrainedModel:
-    """InternVL of InternViT-6B's kind and Qwen3."""
-    kind = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
-    return internvl(Qwen3Config(**_TEXT, head_dim=32, tie_word_embeddings=False), **kind)
+def original_name(name: str) -> str:
+    """Return what LLaVA's own code calls a tensor of ``LlavaForConditionalGeneration``."""
+    return next(new + name.removeprefix(old) for old, new in ORIGINAL if name.startswith(old))
+
+
+def llava_original(
+    directory: Path, model: PreTrainedModel | None = None, *, tower: bool = True, depth: int = 2, **keys: Any
+) -> Path:
+    """LLaVA in its authors' layout, its tower inside or apart (in ``directory``-tower)."""
+    one, apart = model or llava(), directory.with_name(f"{directory.name}-tower")
+    one.save_pretrained(apart)
+    state = {original_name(name): value for name, value in load(apart).items()}
+    config = one.config
+    text = config.text_config.to_dict()
+    for layer in [layer for layer in range(4) if layer >= depth]:  # another depth than Transformers'
+        for kind in ("weight", "bias"):
+            state.pop(f"model.mm_projector.{2 * layer}.{kind}", None)
+    for layer in range(2, depth):
+        state[f"model.mm_projector.{2 * layer}.weight"] = torch.randn(text["hidden_size"], text["hidden_size"])
+        state[f"model.mm_projector.{2 * layer}.bias"] = torch.randn(text["hidden_size"])
+    layers, width = config.vision_feature_layer, config.vision_config.hidden_size
+    own = {
+        **text, "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+        "mm_vision_tower": str(apart), "mm_projector_type": f"mlp{depth}x_gelu", "mm_vision_select_layer": layers,
+        "mm_vision_select_feature": "patch", "mm_hidden_size": width * (len(layers) if isinstance(layers, list) else 1),
+        "image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": tower,
+        **keys,
+    }  # fmt: skip
+    if own["mm_projector_type"] == "linear":
+        state = {name.replace("mm_projector.0.", "mm_projector."): value for name, value in state.items()}
+    if not tower:
+        state = {name: value for name, value in state.items() if "vision_tower" not in name}
+    one.model.vision_tower.save_pretrained(apart)
+    return write(directory, state, own)
+
+
+def llava_pickled(directory: Path) -> Path:
+    """As most of them are published: two ``pytorch_model-*.bin`` with an index, in half precision."""
+    llava_original(directory)
+    state = {name: value.half() for name, value in load(directory).items()}
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in (1, 2):
+        file = f"pytorch_model-{shard:05d}-of-00002.bin"
+        own = {name: value for i, (name, value) in enumerate(sorted(state.items())) if i % 2 == shard - 1}
+        torch.save(own, directory / file)
+        weight_map |= dict.fromkeys(own, file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def llava_layers() -> PreTrainedModel:
+    """LLaVA with the features of two layers, the higher one first."""
+    return llava(vision_feature_layer=[-2, 1])
 
 
 TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama, "vicuna": vicuna, "qwen2": qwen2, "qwen3": qwen3, "clip": clip, "clip_vision": clip_vision,
     "siglip": siglip, "siglip_vision": siglip_vision, "llava": llava, "llava_qwen_siglip": llava_qwen_siglip,
-    "llava_qwen3": llava_qwen3, "internvl": internvl, "internvl_6b": internvl_6b,
+    "llava_qwen3": llava_qwen3, "llava_layers": llava_layers,
 }  # fmt: skip
 
 
@@ -354,66 +399,6 @@ def llava_named(directory: Path, tower: str, projector: str, model: str, head: s
     return directory
 
 
-_ORIGINAL_INTERNVL = (
-    # Longer names first; github.com/OpenGVLab/InternVL, internvl_chat/internvl/model/*/modeling_*.py.
-    ("model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
-    ("model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
-    ("model.vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
-    ("model.vision_tower.encoder.layer.", "vision_model.encoder.layers."),
-    ("model.multi_modal_projector.layer_norm", "mlp1.0"),
-    ("model.multi_modal_projector.linear_1", "mlp1.1"),
-    ("model.multi_modal_projector.linear_2", "mlp1.3"),
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    (".layernorm_before.", ".norm1."),
-    (".layernorm_after.", ".norm2."),
-    (".attention.projection_layer.", ".attn.proj."),
-    (".attention.", ".attn."),
-    (".lambda_1", ".ls1"),
-    (".lambda_2", ".ls2"),
-)
-
-
-def internvl_chat(directory: Path, model: PreTrainedModel | None = None) -> Path:
-    """InternVL as its authors write it: q, k and v of the tower in one matrix, its own config.json."""
-    one = model or internvl_6b()
-    state: State = {}
-    for name, value in one.state_dict().items():
-        for theirs, original in _ORIGINAL_INTERNVL:
-            if "vision" in name or not theirs.startswith("."):
-                name = name.replace(theirs, original)
-        state[name] = value
-    for name in [key for key in state if ".attn.q_proj." in key]:
-        parts = [state.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
-        state[name.replace("q_proj", "qkv")] = torch.cat(parts)
-    vision, text = one.config.vision_config, one.config.text_config.to_dict()
-    text["rope_scaling"] = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}  # as the published ones
-    rope = text.pop("rope_parameters")
-    config = {
-        "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5, "dynamic_image_size": True,
-        "force_image_size": 28, "llm_config": {**text, "rope_theta": rope["rope_theta"]}, "max_dynamic_patch": 12,
-        "min_dynamic_patch": 1, "model_type": "internvl_chat", "ps_version": "v2", "select_layer": -1,
-        "template": "internvl2_5", "use_thumbnail": True,
-        "vision_config": {
-            "hidden_act": "gelu", "hidden_size": vision.hidden_size, "image_size": 28, "initializer_factor": 0.1,
-            "intermediate_size": vision.intermediate_size, "layer_norm_eps": 1e-6, "model_type": "intern_vit_6b",
-            "norm_type": vision.norm_type, "num_attention_heads": vision.num_attention_heads,
-            "num_hidden_layers": vision.num_hidden_layers, "patch_size": 7, "qk_normalization": vision.use_qk_norm,
-            "qkv_bias": vision.attention_bias,
-        },
-    }  # fmt: skip
-    return write(directory, state, config, **{"added_tokens.json": json.dumps({"<IMG_CONTEXT>": 119})})
-
-
-def internvl_modules(directory: Path) -> Path:
-    """InternVL by the names of Transformers' modules, as its authors' script writes it."""
-    one = internvl()
-    one.save_pretrained(directory)
-    state = {name: value.contiguous() for name, value in one.state_dict().items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
-
-
 def load(directory: Path) -> State:
     """Return all tensors of a directory, by the safetensors library."""
     from safetensors.torch import load_file
@@ -430,8 +415,15 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen": qwen,
     "codefuse": codefuse,
     "codefuse_mlp": codefuse_mlp,
-    "internvl_chat": internvl_chat,
-    "internvl_modules": internvl_modules,
+    "llava_original": llava_original,
+    "llava_original_bin": llava_pickled,
+    "llava_original_layers": lambda path: llava_original(path, llava_layers()),
+    "llava_original_linear": lambda path: llava_original(path, depth=1, mm_projector_type="linear"),
+    "llava_original_mlp3_qwen2": lambda path: llava_original(
+        path, llava(Qwen2Config(**_TEXT)), depth=3, model_type="llava_qwen"
+    ),
+    "llava_original_siglip": lambda path: llava_original(path, llava_qwen_siglip(), model_type="llava_qwen"),
+    "llava_original_mistral": lambda path: llava_original(path, model_type="llava_mistral", sliding_window=None),
     "codefuse_tower": lambda path: codefuse_parts(path)[1],
     "llava_hub": lambda path: llava_named(
         path, "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."

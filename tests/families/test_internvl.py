@@ -14,8 +14,8 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from family_cases import internvl, internvl_6b, internvl_chat
 from internvl_cases import IMAGE, compare
+from internvl_models import internvl, internvl_6b, internvl_chat
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 

@@ -31,7 +31,7 @@ class PixelShuffleConfig(ConnectorConfig):
 
 def width_of(model: ModelConfig) -> int:
     """Return the width of a token in front of the linear layers."""
-    return model.vision.hidden_size * int(model.connector.factor) ** 2
+    return model.vision.feature_size * int(model.connector.factor) ** 2
 
 
 def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
