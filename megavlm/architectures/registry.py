@@ -74,6 +74,8 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
     expanded |= _image(whole.get("image", {}), model)
+    if "template" in whole:
+        expanded.setdefault("template", whole["template"])
     return {**tree, "model": expanded}
 
 

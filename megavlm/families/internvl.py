@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megavlm.config.architecture import architecture_of
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
@@ -304,6 +305,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 def no_internvl(model: ModelConfig) -> str | None:
     """Return why a model's parts are not InternVL's, or None."""
     vision = model.vision
+    if architecture_of(model, "vision").name != "vit" or vision.feature_layers is not None:
+        return "the vision tower is no InternViT"
     if model.connector.preset != "pixel_shuffle":
         return f"the connector is {model.connector.preset}, InternVL's is pixel_shuffle"
     kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
