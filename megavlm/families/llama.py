@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.schema import LanguageConfig, ModelConfig
-from megavlm.families.common import LLAMA_LANGUAGE
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.weights.rules import Table

@@ -13,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
+from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import LLAMA_LANGUAGE, TRANSFORMERS_VISION, expect, need
+from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from megavlm.architectures.connectors.resampler.tables import RESAMPLER
+from megavlm.architectures.decoders.decoder.tables import QWEN_LANGUAGE
+from megavlm.architectures.towers.vit.tables import QWEN_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ConnectorConfig, ImageConfig, ModelConfig, VisionConfig
-from megavlm.families.common import QWEN_LANGUAGE, QWEN_VISION, RESAMPLER, need
+from megavlm.families.common import need
 from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.schema import ModelConfig, VisionConfig
-from megavlm.families.common import TRANSFORMERS_VISION
 from megavlm.families.family import Constants, Family, Tree, config_file
 from megavlm.families.preprocessor import normalisation
 from megavlm.families.towers import transformers_vision, transformers_vision_config

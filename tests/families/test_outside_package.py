@@ -123,6 +123,12 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     language = 4 * (attention + weights + 100 * 64) + 2 * 100 * 64 * 512
     assert flops == 3 * (tower + connector + language)
 
+    # Adapters stand beside the layers that its table names.
+    lora = [*words, "lora.rank=4", "modules.vision.freeze=true", f"output_dir={tmp_path / 'lora'}"]
+    assert ranks.megavlm(["plan", recipe, *lora, "lora.targets=[attn.q,ffn.down]", "--gpus", 1]).code == 0
+    refused = ranks.megavlm(["plan", recipe, *lora, "lora.targets=[q_proj]", "--gpus", 1], check=False)
+    assert refused.code == 2 and "attn.q, attn.k, attn.v, attn.o, ffn.gate, ffn.up, ffn.down" in refused.output
+
     # Without figures: no plan, no order by cost, no MFU; training goes on.
     uncounted = [*words, "model.vision.preset=uncounted", "checkpoint.load=null"]
     refused = ranks.megavlm(["plan", recipe, *uncounted, "--gpus", 1], check=False)
