@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megavlm.config.architecture import architecture_of
 from megavlm.config.schema import ModelConfig
 from megavlm.weights.rules import Aside, Row, Table
 from megavlm.weights.source import CONFIG, Source
@@ -32,6 +33,9 @@ class Family(ABC):
     """For people."""
     parts: ClassVar[tuple[str, ...]]
     """The parts of a model that it holds, in the order in which they are converted."""
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names of the architectures that its parts may be of: :meth:`refuses` gets no other model. A part that does not
+    stand here may be of any."""
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
@@ -85,8 +89,17 @@ class Family(ABC):
         """
 
     def refuses(self, model: ModelConfig) -> str | None:
-        """Return why the family cannot hold ``model``, or None if it can."""
+        """Return why the family cannot hold ``model``, whose parts are of its architectures, or None if it can."""
         return None
+
+    def refusal(self, model: ModelConfig) -> str | None:
+        """Return why the family cannot hold any model, or None if it can."""
+        for part, known in self.architectures.items():
+            there = architecture_of(model, part).name
+            if part in self.parts and there not in known:
+                preset = getattr(model, part).preset
+                return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
+        return self.refuses(model)
 
     def constants(self, model: ModelConfig, style: str) -> Constants:
         """Return tensors without an effect that the family's code wants to load all the same.

@@ -98,6 +98,11 @@ class InternVLFamily(Family):
     name = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",),
+        "connector": ("pixel_shuffle",),
+        "language": ("decoder",),
+    }
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         # As published on the hub, and written by every version of Transformers.
         "hub": _names("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."),

@@ -29,6 +29,7 @@ class LlavaFamily(Family):
     name = "llava"
     title = "LLaVA (LlavaForConditionalGeneration)"
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {
         # As published on the hub, and read by every version of Transformers.
         "hub": {

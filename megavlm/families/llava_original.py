@@ -72,6 +72,7 @@ class LlavaOriginalFamily(Family):
     name = "llava_original"
     title = "LLaVA in its authors' layout (mm_projector, mm_vision_tower)"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {
         "published": {"tower": "model.vision_tower.vision_tower.vision_model."},
         "transformers5": {"tower": "model.vision_tower.vision_tower."},

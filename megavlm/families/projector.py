@@ -64,6 +64,7 @@ class ProjectorFamily(Family):
     name = "mm_projector"
     title = "a connector alone: mm_projector.bin"
     parts = ("connector",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"connector": ("mlp", "resampler")}
     styles: ClassVar = {f"model.{PROJECTOR}": {}, f"transformer.{PROJECTOR}": {}, PROJECTOR: {}}
     pickle = "mm_projector.bin"
 

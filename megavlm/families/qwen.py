@@ -32,6 +32,7 @@ class QwenFamily(Family):
     title = "Qwen v1 language models"
     template = "qwen_vl"
     parts: ClassVar[tuple[str, ...]] = ("language",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("decoder",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``; CodeFuse-VLM's language model may have its own."""
@@ -65,6 +66,7 @@ class QwenVLFamily(QwenFamily):
     name = "qwen_vl"
     title = "Qwen-VL, Qwen-VL-Chat, Belle-VL"
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type`` and the ``visual`` settings."""
@@ -145,6 +147,11 @@ class CodeFuseFamily(QwenFamily):
     title = "CodeFuse-VLM-14B"
     own_files = ("visual_config.json",)
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",),
+        "connector": ("mlp", "resampler"),
+        "language": ("decoder",),
+    }
 
     def detect(self, source: Source) -> bool:
         """By ``model_type`` and the tower's names."""
@@ -221,6 +228,7 @@ class QwenTowerFamily(Family):
     title = "Qwen-VL's tower alone: visual.bin and visual_config.json"
     own_files = ("visual_config.json",)
     parts = ("vision",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",)}
 
     def detect(self, source: Source) -> bool:
         """By its names."""

@@ -27,6 +27,7 @@ class ClipFamily(Family):
     name = "clip"
     title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
     parts = ("vision",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",)}
     preprocesses = True
     styles: ClassVar = {"vision_model.": {}, "": {}}
     kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")

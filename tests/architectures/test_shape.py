@@ -67,6 +67,9 @@ def test_rules_are_of_the_branch_and_the_layout(branch: str, one: Architecture) 
 def test_a_family_names_what_is_registered(name: str) -> None:
     family = FAMILIES[name]
     assert family.title and set(family.parts) <= set(BRANCHES)
+    known = {BRANCHES[part]: set(there) for part, there in family.architectures.items()}
+    assert all(there <= {one.name for one in registry.architectures()} for registry, there in known.items())
+    assert family.architectures, "whose refuses would get models of every architecture"
     assert family.template is None or family.template in names()
     assert family.image_plan is None or family.image_plan in plan_kinds()
     assert family.with_tower_trained is None or family.with_tower_trained in FAMILIES

@@ -138,6 +138,12 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     plain = ["train", recipe, f"output_dir={tmp_path / 'plain'}", *uncounted, "data.balance_images=false"]
     ranks.run(commands, plain, world=1, peak=1e12)
     assert [line["loss"] > 0 and "mfu" not in line for line in lines_of(tmp_path / "plain")] == [True, True]
+    # That tower is of an architecture that no family has, and each says so.
+    out = ["convert", "megatron-to-hf", "--megatron", tmp_path / "plain", "--out", tmp_path / "nowhere"]
+    refused = ranks.megavlm(out, check=False)
+    assert refused.code == 2 and "no Hugging Face family holds this model whole" in refused.output
+    assert "quilt: the vision preset 'uncounted' is of the architecture uncounted, not patchwork" in refused.output
+    assert "llava: the vision preset 'uncounted' is of the architecture uncounted, not vit" in refused.output
 
 
 def test_without_the_package_its_checkpoint_is_of_no_known_family(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             raise UserError(f"--family {name}: there are {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         missing = [part for part in family.parts if part not in parts]
-        reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refuses(model)
+        reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refusal(model)
         if reason is None:
             return family
         if asked:
@@ -198,7 +198,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
-            reason = family.refuses(model)
+            reason = family.refusal(model)
             if reason is None:
                 fitting.append(family)
             else:
@@ -208,7 +208,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     if fitting and name is not None:
         others = " or ".join(f"--family {family.name}" for family in fitting)
         raise UserError(
-            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
+            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refusal(model)}); "
             f"another that can is written if you ask for it: {others}"
         )
     raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from megavlm.config.schema import ModelConfig
 from megavlm.families.common import need
@@ -27,6 +27,7 @@ class QuiltFamily(Family):
     name = "quilt"
     title = "Quilt"
     parts = ("vision", "connector", "language")
+    architectures: ClassVar = {"vision": ("patchwork",), "connector": ("pool",), "language": ("scaled_decoder",)}
     template = "quilt"
     image_plan = "top"
 
@@ -56,8 +57,3 @@ class QuiltFamily(Family):
             "pool": model.connector.side,
             "text": {key: getattr(model.language, key) for key in _TEXT},
         }
-
-    def refuses(self, model: ModelConfig) -> str | None:
-        """Quilts alone."""
-        presets = (model.vision.preset, model.connector.preset, model.language.preset)
-        return None if presets == ("patchwork", "pool", "scaled") else f"{' + '.join(presets)} is not a quilt"
