@@ -173,6 +173,12 @@ class Template:
         return before
 
     @property
+    def answer_prefix(self) -> str:
+        """What a model says in front of an answer's own text, such as the space behind ``ASSISTANT:``."""
+        pieces = self.last_assistant or self.assistant
+        return "".join(pieces[len(self.lead) : pieces.index(TEXT)])
+
+    @property
     def trains_answers_only(self) -> bool:
         """Whether the first token that the loss counts is the first of an answer."""
         before = (*self.begin, *self.system, *self.user, *self.user_with_system, *self.lead)

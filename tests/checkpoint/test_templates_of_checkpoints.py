@@ -28,12 +28,12 @@ from megavlm.inference.checkpoint import load_for_inference
 # LLaVA's roles in a text of our own, and the parts that its processor gives.
 LLAVA = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{- m.content[0].text + ' ' -}}{%- else -%}"
-    "{{- m.role | upper + ': ' if m.role == 'user' else 'ASSISTANT: ' -}}{%- for c in m.content if c.type == 'image' -%}"
+    "{{- m.role | upper + ': ' -}}{%- for c in m.content if c.type == 'image' -%}"
     "{{- '<image>\n' -}}{%- endfor -%}{%- for c in m.content if c.type == 'text' -%}{{- c.text -}}{%- endfor -%}"
     "{{- ' ' if m.role == 'user' else eos_token -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )
-WORDS = "how many red cats sit on the mat Two. 你好 café <b>".split(" ")
+WORDS = ["how", "many", "red", "cats", "sit", "on", "the", "mat", "Two.", "你好", "café", "<b>"]
 ROWS = [name for name in names() if name != "qwen_vl"]  # its Jinja text: test_trained_assets.py
 
 
@@ -91,7 +91,12 @@ def test_a_row_in_jinja_gives_transformers_the_ids_of_training(name: str, tmp_pa
         ("llava", VICUNA, "vicuna_v1", "cannot be trained on"),
         ("llava", "{% for m in messages %}", "vicuna_v1", "syntax error, line 1"),
         ("llava", "{{ ().__class__.__mro__ }}", "vicuna_v1", "is refused: access to attribute"),
-        ("qwen2", None, "qwen_vl", "no token that ends a document, which would be one of </s> (model.template: vicuna_v1)"),
+        (
+            "qwen2",
+            None,
+            "qwen_vl",
+            "no token that ends a document, which would be one of </s> (model.template: vicuna_v1)",
+        ),
     ],
 )
 def test_a_llava_brings_its_template(
