@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.architectures.registry import CONNECTORS, expand_presets, load_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
+from megavlm.config.architecture import CONNECTORS
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.load import read_recipe
+from megavlm.families.presets import expand_presets, load_presets
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions.add_parser("inspect", help="list what a checkpoint of either kind holds (data: megavlm inspect)")
     )
     add_verify(actions.add_parser("verify", help="hold a checkpoint against reference logits"))
+    add_check(actions.add_parser("check", help="hold a model against Transformers' of the same checkpoint"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +48,11 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
         "Give one directory with --hf, or compose a model from --language, --vision and --connector."
     )
     parser.add_argument(
-        "--hf", type=Path, metavar="DIR", help="a whole checkpoint (or a language model, or a tower, alone)"
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="a whole checkpoint (or a language model, or a tower, alone); of a LLaVA"
+        " in its authors' layout that has no tower in it, with --vision",
     )
     parser.add_argument(
         "--language", type=Path, metavar="DIR", help="compose: checkpoint to take the language model from"
@@ -70,9 +76,8 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-feature-layer",
         metavar="LAYER",
-        default="-2",
-        help="of a CLIP or SigLIP tower that comes alone: an index of Transformers' hidden_states, or last_hidden_state"
-        " (default -2, as LLaVA)",
+        help="of a CLIP or SigLIP tower that comes alone: an index of Transformers' hidden_states, several with commas"
+        " between them (=-2,-5; features side by side), or last_hidden_state (default -2, as LLaVA)",
     )
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="recipe whose data, optimizer and other branches the checkpoint's"
@@ -177,6 +182,57 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_verify)
 
 
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``check``."""
+    parser.description = (
+        "Run the same pictures and prompts through Transformers and through the model here, one after the other, and "
+        "print the largest differences of pixels, token ids, image features, logits and greedy answers. Exit code 1 "
+        "above the tolerance. The first thing to do with a checkpoint that is new here. Takes the memory of the "
+        "weights in --dtype, and as much room in the directory of temporary files (TMPDIR) as the checkpoint has."
+    )
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="a whole checkpoint, as published")
+    parser.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="pictures (default: two that are drawn)"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=[], metavar="TEXT", help="asked of each picture, the first one also without"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=2e-4, help="largest difference of features and logits, as a share of the"
+        " largest value where that is above 1 (default 2e-4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="converted from it already (default: converts it for the check)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer (default 16)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both models (default fp32)")
+    parser.set_defaults(run=run_check)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Hold a model against Transformers'; exit code 1 above the tolerance.
+
+    Raises:
+        UserError: the arguments are wrong.
+    """
+    if not 0 <= args.tolerance < 1:
+        raise UserError(f"--tolerance must be from 0 to below 1, not {args.tolerance:g}")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("check runs as one process, not under torchrun; several processes: megavlm convert verify")
+    missing = next((path for path in args.image if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"--image {missing}: no such file")
+    _prepare()
+    from megavlm.evaluation.check.run import PROMPTS, Settings, check  # noqa: PLC0415
+
+    prompts = args.prompt or PROMPTS
+    return check(
+        Settings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
+    )
+
+
 def run_incoming(args: argparse.Namespace) -> int:
     """Convert to a Megatron checkpoint.
 
@@ -184,32 +240,35 @@ def run_incoming(args: argparse.Namespace) -> int:
         UserError: the arguments or the sources are wrong.
     """
     compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
+    apart = args.hf is not None and compose == ["vision"]  # a LLaVA whose tower is not in its checkpoint
     if args.adapter is not None or args.base is not None:
         return _run_adapter(args, compose)
-    if (args.hf is None) == (not compose):
+    if (args.hf is None) == (not compose) and not apart:
         raise UserError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
     if args.hf is not None and args.connector_preset is not None:
         raise UserError("--connector-preset: goes with a fresh connector, when composing, not with --hf")
-    if compose and not {"language", "vision"} & set(compose):
+    if compose and not apart and not {"language", "vision"} & set(compose):
         raise UserError("--connector alone makes no model; give --language and --vision too")
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
+    from megavlm.checkpoint.hf.apart import check_stage_1, open_whole  # noqa: PLC0415
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
     from megavlm.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
     parts = published_parts(args.hf) if args.hf is not None else {}
     fresh: dict[str, Any] = {}
-    if parts:
+    if parts and not apart:
         given = [Given.open(path, [part]) for part, path in parts.items()]
     elif args.hf is not None:
-        given = [Given.open(args.hf, None, layer)]
+        given = open_whole(args.hf, args.vision, -2 if layer is None else layer)
     else:
-        given = [Given.open(getattr(args, name), [name], layer) for name in compose]
+        given = [Given.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
+        check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
-    home = CodeFuseFamily.name if parts else None
+    home = CodeFuseFamily.name if parts else given[0].family.name if len(given) > 1 and args.hf is not None else None
     report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify, home=home)
     for line in report.lines():
         logger.info("%s", line)
@@ -270,13 +329,17 @@ def _prepare() -> None:
     return_freed_memory()
 
 
-def _feature_layer(text: str) -> int | str:
-    if text == "last_hidden_state":
+def _feature_layer(text: str | None) -> int | str | list[int] | None:
+    if text is None or text == "last_hidden_state":
         return text
     try:
-        return int(text)
+        numbers = [int(one) for one in text.split(",")]
     except ValueError:
-        raise UserError(f"--vision-feature-layer: {text!r} is neither a number nor last_hidden_state") from None
+        raise UserError(
+            f"--vision-feature-layer: {text[:60]!r} is neither a number nor several with commas between them, nor "
+            "last_hidden_state"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _base_recipe(recipe: str | None) -> dict[str, Any] | None:

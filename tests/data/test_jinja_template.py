@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - templates are long lines
 """``model.template: checkpoint``: Transformers' ids, a label mask, and texts that mean no good."""
 
 from __future__ import annotations
