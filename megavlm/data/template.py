@@ -201,7 +201,7 @@ class Template:
         Tokenizers that put a space before text write one behind each special token.
         """
         at = next((i for i, piece in enumerate(self.user) if piece in (TEXT, IMAGES)), len(self.user))
-        before, after = self.user[:at], (*self.user[at + 1 :], *self.lead)
+        before, after = self.user[:at] or self.begin, (*self.user[at + 1 :], *self.lead)
         if SYSTEM in self.user_with_system:
             behind = self.user_with_system[self.user_with_system.index(SYSTEM) + 1]
             text = text.rpartition(behind)[2] if behind.strip() and behind in text else text

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - templates are long lines
 """Templates come in with a checkpoint, and go out with it: what is trained is what Transformers then writes."""
 
 from __future__ import annotations
