@@ -2,7 +2,7 @@
 
 The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
 The keys of a model's branches are those of its architectures (:mod:`megavlm.architectures`). Values that come from a
-preset have no default there; ``megavlm.architectures.registry`` fills them in first.
+preset have no default there; ``megavlm.families.presets`` fills them in first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VisionConfig:
 
     if TYPE_CHECKING:
         image_size: int  # side of the square that the tower is made for, in pixels
-        hidden_size: int  # width of a feature
+        hidden_size: int  # width of the layers
         num_layers: int  # for layer-wise decay
         layernorm_epsilon: float  # connectors with norms take it over
         image_mean: tuple[float, float, float]
@@ -39,6 +39,11 @@ class VisionConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features of one picture."""
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature."""
+        return self.hidden_size
 
     @property
     def patches_per_image(self) -> int:

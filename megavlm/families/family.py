@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.config.schema import ModelConfig
@@ -15,8 +16,15 @@ Constants = dict[str, tuple[tuple[int, ...], float]]
 """Shape and value of tensors that are the same everywhere, by name."""
 
 
+Tower = tuple[Tree, Any]
+"""A vision configuration of Transformers, and the layer (or layers) whose features are taken."""
+
+
 class Family(ABC):
-    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``."""
+    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``.
+
+    This is all that the converters know of one; :data:`megavlm.families.registry.FAMILIES` has those that there are.
+    """
 
     name: ClassVar[str]
     """As ``--family`` and the conversion's record call it."""
@@ -28,6 +36,16 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    template: ClassVar[str | None] = None
+    """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
+    gets as ``model.template``; None for that key's default."""
+    image_plan: ClassVar[str | None] = None
+    """Name of the image plan of its pictures, which a converted checkpoint gets as ``model.image.kind``, unless
+    :meth:`branches` has an ``image``; None for that key's default."""
+    slotless: ClassVar[bool] = False
+    """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
+    pickle: ClassVar[str | None] = None
+    """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
@@ -39,7 +57,7 @@ class Family(ABC):
 
     @abstractmethod
     def branches(self, source: Source) -> Tree:
-        """Return the recipe's ``model`` branches of the parts.
+        """Return the recipe's ``model`` branches of the parts, and ``image`` where the checkpoint says it.
 
         Raises:
             UserError: the configuration lacks a key, or asks for what the models here cannot do.
@@ -51,7 +69,7 @@ class Family(ABC):
 
     @abstractmethod
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
-        """Return the ``config.json`` of a model.
+        """Return the ``config.json`` of a model; keys that end in ``.json`` are files of their own.
 
         Args:
             model: its shape.
@@ -69,13 +87,40 @@ class Family(ABC):
         """
         return {}
 
+    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
+        """Return the whole tower of a ``config.json`` in Transformers' form, with the layer whose features are taken.
+
+        None for a family that has it in no such form. What two families have of one tower, the layers behind it too,
+        goes from the one to the other.
+        """
+        return None
+
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Return a ``config.json`` of the family with another's tower, see :meth:`tower_of`."""
+        return config
+
+    def extra_files(self, source: Source) -> dict[str, Tree]:
+        """Return what is to lie beside the small files of ``source``, as an export could not know it."""
+        return {}
+
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""
         return ""
 
+    def style_for(self, model: ModelConfig) -> str:
+        """Return the naming to write where nothing else is known."""
+        return next(iter(self.styles))
+
     def style_of(self, source: Source) -> str:
         """Return the naming that ``source`` uses; the first if none fits, for the sake of the message."""
         return next((s for s in self.styles if self.probe(s) in source), next(iter(self.styles)))
+
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Return what its conversations may be written in, by ``model.template``'s names; the first that goes is taken.
+
+        A name goes with a tokenizer that has its tokens; where none does, the default is taken.
+        """
+        return ()
 
     def tokens(self, source: Source) -> dict[str, int]:
         """Return the ids of ``image`` and ``image_start``, as far as the configuration tells."""
@@ -103,7 +148,7 @@ class Family(ABC):
 
 def layers(table: Table, model: ModelConfig) -> int:
     """Return the number of layers of a table's part."""
-    return {"language": model.language.num_layers, "vision": model.vision.num_layers}.get(table.part, 0)
+    return int(getattr(model, table.part).num_layers) if table.layer else 0
 
 
 def config_file(source: Source) -> str:

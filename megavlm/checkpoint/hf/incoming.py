@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,12 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.chat_files import has_template
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
+from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
 
@@ -47,7 +50,7 @@ class Given:
     branches: Tree
 
     @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: int | str = -2) -> Given:
+    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> Given:
         """Open a directory or file and recognise its family.
 
         Args:
@@ -128,6 +131,8 @@ def convert(
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if len(given) == 1 and "image" in given[0].branches:
         branches["image"] = given[0].branches["image"]
+    elif len(given) == 1 and given[0].family.image_plan is not None:
+        branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -143,10 +148,14 @@ def convert(
         for note in [geometry(one.source)]
         if note
     ]
-    if len(given) > 1 or fresh:
+    rows = (branches.get("language") or {}).get("vocab_size")
+    if len(given) > 1 or fresh or given[0].family.slotless:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
+    model = make_model(branches, where, template)
+    if len(given) == 1 and not fresh and tokenizer is not None:
+        model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -161,11 +170,11 @@ def convert(
         total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
         report.bytes = total
         for plan in plans:
-            plan.tell(report, whole=len(given) == 1 and not fresh)
+            plan.tell(report, whole=plan.given is given[0] and _comes_home(given, parts, home))
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
-            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype)
+            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype, rows)
             if verify:
                 _verify(partial, plans, total)
                 report.verified = True
@@ -279,6 +288,28 @@ def _check_ids(one: Given, path: Path) -> None:
             )
 
 
+def _template(one: Given, tokenizer: Path, default: str, report: Report) -> str:
+    """Return what the conversations of a whole model are written in."""
+    reasons: list[str] = []
+    for name in one.family.templates(one.source):
+        try:
+            template = template_of(name, tokenizer)
+            load_tokenizer(tokenizer, template)
+            template.check_training()
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if len(reasons) > 0 and has_template(tokenizer):
+            report.notes.append(f"{reasons[0]}; {name} is taken instead")
+        return name
+    if reasons:
+        report.notes.append(
+            f"none of the templates of {one.family.title} goes with its tokenizer ({reasons[-1]}); {default} is taken, "
+            "which these weights may never have seen: set model.template in the recipe"
+        )
+    return default
+
+
 def _dtype(given: Sequence[Given]) -> torch.dtype:
     """Return the type of the language model's weights, or of any others."""
     order = sorted(given, key=lambda one: "language" not in one.parts)
@@ -314,12 +345,15 @@ def _write_rest(
     tokenizer: Path | None,
     home: str | None,
     dtype: torch.dtype,
+    rows: int | None,
 ) -> None:
     """Write what a checkpoint has beside its tensors."""
     one = given[0]
-    whole = len(given) == 1 and one.parts == tuple(one.family.parts) and not report.fresh
+    whole = _comes_home(given, parts, home)
     if whole:
         assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
+        for name, tree in one.family.extra_files(one.source).items():
+            (partial / assets.FOLDER / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         if report.carried:
             _write_carried(partial / assets.FOLDER / assets.CARRIED, one.source, report.carried)
     elif tokenizer is not None:
@@ -328,6 +362,7 @@ def _write_rest(
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
         "home": home,
+        "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": list(parts),
         "feature_layer": one.source.feature_layer if whole else None,
@@ -344,6 +379,14 @@ def _write_rest(
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run: dict[str, Any] = {"step": 0, "megavlm": __version__, "converted_from": report.parts}
     (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
+
+
+def _comes_home(given: Sequence[Given], parts: Sequence[str], home: str | None) -> bool:
+    """Whether an export gives back what came in: one checkpoint taken whole, or one whose tower is apart."""
+    one = given[0]
+    if {part for each in given for part in each.parts} != set(parts):
+        return False  # some were initialised
+    return one.parts == tuple(one.family.parts) and (len(given) == 1 or one.family.name == home)
 
 
 def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> None:
