@@ -44,6 +44,8 @@ class Family(ABC):
     :meth:`branches` has an ``image``; None for that key's default."""
     slotless: ClassVar[bool] = False
     """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
+    tower_keys: ClassVar[Mapping[str, Any]] = {}
+    """Keys of ``config.json`` by which the family's code takes the tower from the checkpoint, once it was trained."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
     preprocesses: ClassVar[bool] = False

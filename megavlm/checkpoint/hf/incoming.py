@@ -31,7 +31,7 @@ from megavlm.data.chat_files import has_template
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
-from megavlm.families.preprocessor import geometry
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
 from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
@@ -129,8 +129,9 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
-    if len(given) == 1 and "image" in given[0].branches:
+    if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
+        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
@@ -179,6 +180,19 @@ def convert(
                 _verify(partial, plans, total)
                 report.verified = True
     return report
+
+
+def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+    """Check that a checkpoint says how pictures become pixels.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not image:
+        raise UserError(
+            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+        )
 
 
 class _Plan:
