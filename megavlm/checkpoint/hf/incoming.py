@@ -134,6 +134,8 @@ def convert(
         check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
+    if len(given) == 1 and "template" in given[0].branches:
+        branches["template"] = given[0].branches["template"]
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -279,7 +281,10 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> 
         )
 
 
-_IMAGE_NAMES = {"image": ("<imgpad>", "<|image_pad|>", "<image>"), "image_start": ("<img>", "<|vision_start|>")}
+_IMAGE_NAMES = {
+    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>"),
+    "image_start": ("<img>", "<|vision_start|>"),
+}
 
 
 def _check_ids(one: Given, path: Path) -> None:
