@@ -11,6 +11,7 @@ from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
 from megavlm.config.schema import DataSource, Recipe
+from megavlm.config.split import cut_widths, tensor_ranks
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
@@ -81,8 +82,7 @@ _FIRST = "parallel.num_layers_in_first_pipeline_stage"
 
 
 def _vision(recipe: Recipe) -> Iterator[str]:
-    vision, tp = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
-    own = "model.vision"
+    vision, own = recipe.model.vision, "model.vision"
     # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
     if vision.image_size < vision.patch_size:
         yield (
@@ -91,8 +91,18 @@ def _vision(recipe: Recipe) -> Iterator[str]:
         )
     heads = vision.num_attention_heads
     yield from _divides(f"{own}.hidden_size", vision.hidden_size, heads, f"{own}.num_attention_heads")
-    yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
-    yield from _divides(f"{own}.ffn_hidden_size", vision.ffn_hidden_size, tp, _TP)
+    yield from _cut(recipe, "vision")
+
+
+def _cut(recipe: Recipe, part: str) -> Iterator[str]:
+    """Check that a part that is to be cut over the tensor-parallel ranks can be."""
+    tp = tensor_ranks(recipe.model, part, recipe.parallel.tensor_model_parallel_size)
+    for key, what, value in cut_widths(recipe.model, part):
+        if value % tp:
+            yield (
+                f"{key}: {what} is not divisible by {_TP} ({tp}); change one of the two, or set"
+                f" model.{part}.tensor_parallel to auto"
+            )
 
 
 def _connector(recipe: Recipe) -> Iterator[str]:
@@ -105,6 +115,7 @@ def _connector(recipe: Recipe) -> Iterator[str]:
         for name in ("num_queries", "head_dim"):
             if getattr(connector, name) is not None:
                 yield f"{own}.{name}: belongs to the resampler, not to {connector.preset!r}; set it to null"
+        yield from _cut(recipe, "connector")
         return
     if connector.preset == "resampler":
         for name in ("num_queries", "head_dim"):
@@ -125,10 +136,7 @@ def _connector(recipe: Recipe) -> Iterator[str]:
                 " take a divisor"
             )
         else:
-            heads = hidden // connector.head_dim
-            tp = recipe.parallel.tensor_model_parallel_size
-            if heads % tp:
-                yield f"{own}.head_dim: gives {heads} heads, not divisible by {_TP} ({tp}); change one of the two"
+            yield from _cut(recipe, "connector")
 
 
 def _language(recipe: Recipe) -> Iterator[str]:

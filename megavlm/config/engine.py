@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.config.schema import EngineConfig, Recipe
+from megavlm.config.split import tensor_ranks
 
 _KEY = "engine."
 _TP = "parallel.tensor_model_parallel_size"
@@ -156,17 +157,18 @@ def _shapes(recipe: Recipe) -> Iterator[str]:
         )
     }
     if not engine.vision_bf16:
+        own = tensor_ranks(model, "vision", tp)
         positions = vision.patches_per_image + int(vision.class_token)
         widths["vision_bf16"] = (
             ("model.vision.hidden_size", vision.hidden_size, 1),
-            ("model.vision.hidden_size", vision.hidden_size, tp),
-            ("model.vision.ffn_hidden_size", vision.ffn_hidden_size, tp),
+            ("model.vision.hidden_size", vision.hidden_size, own),
+            ("model.vision.ffn_hidden_size", vision.ffn_hidden_size, own),
             ("model.vision.image_size", positions, 1),
         )
     if not engine.connector_bf16:
         widths["connector_bf16"] = (
             ("model.vision.hidden_size", vision.hidden_size, 1),
-            ("model.language.hidden_size", language.hidden_size, tp),
+            ("model.language.hidden_size", language.hidden_size, tensor_ranks(model, "connector", tp)),
             ("model.vision.image_size", vision.patches_per_image, 1),
             ("model.connector.num_queries", connector.num_queries or unit, 1),
         )

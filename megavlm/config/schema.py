@@ -36,7 +36,7 @@ class VisionConfig:
     num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
     num_attention_heads: int = Field(gt=0)
-    """Attention heads; divides hidden_size, and is divisible by the tensor-parallel size."""
+    """Attention heads; divides hidden_size."""
     ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the MLP."""
     positional_grid: int = Field(gt=0, le=100_000)
@@ -62,6 +62,9 @@ class VisionConfig:
     """Standard deviation of the initial weights."""
     gradient_checkpointing: bool = False
     """Recompute every layer of the tower in the backward pass, to save activation memory."""
+    tensor_parallel: Literal["auto", "shard", "replicate"] = "auto"
+    """How the tower lies on the tensor-parallel ranks: shard (each layer is cut), replicate (each rank has all of it,
+    and encodes a part of the pictures), or auto: shard where they divide its heads and widths, else replicate."""
 
     @property
     def patches_per_image(self) -> int:
@@ -82,6 +85,8 @@ class ConnectorConfig:
     """Width of one attention head of the resampler; divides the language model's hidden_size. Null for the others."""
     init_method_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
+    tensor_parallel: Literal["auto", "shard", "replicate"] = "auto"
+    """How the connector lies on the tensor-parallel ranks; see model.vision.tensor_parallel."""
 
 
 @_config

@@ -19,6 +19,7 @@ from torch import Tensor
 from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
+from megavlm.models.front import build_front, encode, replicated
 
 
 class VisionLanguageModel(MegatronModule):
@@ -58,8 +59,8 @@ class VisionLanguageModel(MegatronModule):
         self.vision: Any = None
         self.connector: Any = None
         if pre_process:
-            self.vision = registry.VISION.find(model.vision.preset).build(model.vision, context)
-            self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+            self.vision, self.connector = build_front(model, context)
+        self.replicas = replicated(model, context)
         self.language = language
 
     @property
@@ -137,9 +138,10 @@ class VisionLanguageModel(MegatronModule):
                 return None
             shape = (1, 3, self.image_size, self.image_size)
             images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
-            features = self.vision(images)
-        return self.connector(features)
+        assert images is not None
+        # An empty picture is the same on all ranks, and its features go nowhere: nothing to share out.
+        replicas = frozenset[str]() if missing else self.replicas
+        return encode(self.vision, self.connector, images, trains_vision=trains_vision, replicas=replicas)
 
     def connector_device(self) -> torch.device:
         """Return the device that images belong on."""

@@ -18,6 +18,7 @@ from megavlm.config.lora import targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import gathered_width, linear_shapes, local_groups, mlp_depth, padded_vocabulary
+from megavlm.planning.shares import share
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,9 @@ def vision_layer_kept(vision: VisionConfig, tensor: int, images: int, kernels: K
 def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
     """Return the bytes that tower and connector keep for ``images`` images."""
     vision, modules, b = recipe.model.vision, recipe.modules, kernels.number_bytes
+    tensor, connected = _share(recipe, "connector", layout, images)
+    connector = connector_kept(recipe.model, tensor, connected, kernels, learns=not modules.connector.freeze)
+    tensor, images = _share(recipe, "vision", layout, images)
     kept = 0
     if not modules.vision.freeze:
         positions = images * (vision.patches_per_image + int(vision.class_token))
@@ -176,13 +180,18 @@ def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -
         if vision.gradient_checkpointing:
             kept += vision.num_layers * stream
         else:
-            kept += vision.num_layers * vision_layer_kept(vision, layout.tensor, images, kernels)
+            kept += vision.num_layers * vision_layer_kept(vision, tensor, images, kernels)
         # Pixels into the patch embedding; inputs of the outer norms.
         kept += images * 3 * vision.image_size**2 * b
         kept += stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
     if not (modules.vision.freeze and modules.connector.freeze):
-        kept += connector_kept(recipe.model, layout.tensor, images, kernels, learns=not modules.connector.freeze)
+        kept += connector
     return kept
+
+
+def _share(recipe: Recipe, part: str, layout: Layout, images: int) -> tuple[int, int]:
+    ranks, seen = share(recipe.model, part, layout, images)
+    return ranks, int(seen)
 
 
 def connector_kept(model: ModelConfig, tensor: int, images: int, kernels: Kernels, *, learns: bool) -> int:
@@ -209,7 +218,8 @@ def connector_kept(model: ModelConfig, tensor: int, images: int, kernels: Kernel
 
 def vision_passing(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
     """Return the most that the tower's forward pass needs beyond what it keeps: all of it, where it is frozen."""
-    vision, b, tp = recipe.model.vision, kernels.number_bytes, layout.tensor
+    vision, b = recipe.model.vision, kernels.number_bytes
+    tp, images = _share(recipe, "vision", layout, images)
     positions = images * (vision.patches_per_image + int(vision.class_token))
     stream = positions * vision.hidden_size * b
     split, ffn = stream // tp, positions * vision.ffn_hidden_size // tp * b
@@ -287,4 +297,5 @@ def _vision_backward(recipe: Recipe, layout: Layout, images: int, kernels: Kerne
     vision = recipe.model.vision
     if recipe.modules.vision.freeze or not vision.gradient_checkpointing:
         return 0
-    return vision_layer_kept(vision, layout.tensor, images, kernels)
+    tensor, images = _share(recipe, "vision", layout, images)
+    return vision_layer_kept(vision, tensor, images, kernels)

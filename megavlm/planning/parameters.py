@@ -15,6 +15,7 @@ from megavlm.architectures import registry
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe, VisionConfig
+from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.planning.layout import Chunk, Layout
 
 _BUILDERS = {
@@ -188,8 +189,9 @@ def _chunk_parameters(
     table = padded_vocabulary(language, tp) // tp * language.hidden_size
     found: list[Parameter] = []
     if first:
-        found += [Parameter("vision", elements, learns[0]) for elements in vision_shapes(model.vision, tp)]
-        found += [Parameter("connector", elements, learns[1]) for elements in connector_shapes(model, tp)]
+        own = {part: tensor_ranks(model, part, tp) for part in ("vision", "connector")}
+        found += [Parameter("vision", elements, learns[0]) for elements in vision_shapes(model.vision, own["vision"])]
+        found += [Parameter("connector", elements, learns[1]) for elements in connector_shapes(model, own["connector"])]
         if model.connector.num_queries is not None:  # positions: stored, never trained
             found.append(Parameter("connector", model.connector.num_queries * language.hidden_size, False))
     shapes = layer_shapes(language, tp) * layers
@@ -244,6 +246,13 @@ def _elements(kind: _Kind, data: int) -> tuple[int, int, int]:
 def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank."""
     return _elements(_kind(recipe, layout, chunk), 0)[1]
+
+
+def replicated_elements(recipe: Recipe, layout: Layout) -> int:
+    """Return the elements on the first stage that learn and whose gradients tensor-parallel ranks add up."""
+    parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
+    found = chunk_parameters(recipe, layout, layout.chunks[0]) if parts else ()
+    return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megavlm.config.schema import Recipe
 from megavlm.planning.flops import connector_flops, language_flops, vision_flops
 from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.shares import share
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def chunk_flops(
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
     attention = 2 * language.num_attention_heads * language.kv_channels * squared_lengths
-    seen = images if chunk.first else 0
+    images = images if chunk.first else 0
+    ranks, seen = share(model, "vision", layout, images)
+    connector_ranks, connected = share(model, "connector", layout, images)
     positions = tower.patches_per_image + int(tower.class_token)
     tower_attention = seen * tower.num_layers * 4 * positions**2 * tower.hidden_size
     # The patch embedding is not split: every tensor-parallel rank makes it whole.
@@ -59,7 +62,7 @@ def chunk_flops(
         layers=chunk.layers * layer / tp,
         attention=chunk.layers * attention / tp,
         output=output / tp * int(chunk.last),
-        tower=(seen * vision_flops(tower, 1) - tower_attention - embedding) / tp + embedding,
-        tower_attention=tower_attention / tp,
-        connector=seen * connector_flops(model, 1) / tp,
+        tower=(seen * vision_flops(tower, 1) - tower_attention - embedding) / ranks + embedding,
+        tower_attention=tower_attention / ranks,
+        connector=connected * connector_flops(model, 1) / connector_ranks,
     )

@@ -25,8 +25,10 @@ from megavlm.planning.parameters import (
     linear_shapes,
     local_groups,
     padded_vocabulary,
+    replicated_elements,
 )
 from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
 
@@ -134,7 +136,7 @@ class Timer:
 
     def _tower(self, images: float) -> float:
         """Return the seconds of the tower's products, forward."""
-        tower, tp = self.recipe.model.vision, self.layout.tensor
+        tower, (tp, images) = self.recipe.model.vision, share(self.recipe.model, "vision", self.layout, images)
         positions = images * (tower.patches_per_image + int(tower.class_token))
         width, ffn = tower.hidden_size, tower.ffn_hidden_size // tp
         shapes = [(3 * width // tp, width), (width, width // tp), (ffn, width), (width, ffn)] * tower.num_layers
@@ -153,7 +155,8 @@ class Timer:
             length = load.tokens / load.samples
             keys = length / 2  # causal: half of them are masked
         if self.gpu.rates is not None:
-            rate = self.gpu.rates.attend(length, heads / self.layout.tensor, width, causal=not of_tower)
+            tensor = share(model, "vision", self.layout, 0)[0] if of_tower else self.layout.tensor
+            rate = self.gpu.rates.attend(length, heads / tensor, width, causal=not of_tower)
             return flops / (rate * self.peak / self.gpu.bf16_flops)
         rate = self.peak * self.gpu.efficiency.attention
         if not self.kernels.fused:
@@ -262,14 +265,14 @@ class Timer:
 
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
-        model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
-        tower, images = model.vision, self.workload.images
+        model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
+        tower, (tp, images) = model.vision, share(model, "vision", self.layout, self.workload.images)
         positions = tower.patches_per_image + int(tower.class_token)
         work = self._flops(Chunk(0, 0, first=True, last=False))
-        dense, attention = self._tower(images), self._attention(work.tower_attention, of_tower=True)
+        dense, attention = self._tower(self.workload.images), self._attention(work.tower_attention, of_tower=True)
         stream = images * positions * tower.hidden_size * b
         moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
-        wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images else 0.0
+        wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images and tp == self.layout.tensor else 0.0
         forward = dense + attention + self._stream(moved, stream)
         forward = max(forward, tower.num_layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
@@ -278,11 +281,15 @@ class Timer:
             if tower.gradient_checkpointing:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
+        tp, images = share(model, "connector", self.layout, self.workload.images)
         connector = self._gemm(work.connector, images * tower.patches_per_image, hidden / tp, hidden)
-        queries = model.tokens_per_image * images * model.language.hidden_size * b
-        gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
-        gathered += self._tensor_parallel(queries, 3)
-        wires += gathered if images else 0.0
+        gathered = 0.0
+        if images and tp == self.layout.tensor:
+            gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
+            gathered += self._tensor_parallel(model.tokens_per_image * images * model.language.hidden_size * b, 3)
+        wires += gathered
+        if features := gathered_features(self.recipe, self.layout, self.workload.images):
+            wires += self._tensor_parallel(features * b, 1)
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
@@ -347,6 +354,14 @@ class Timer:
         gathered = self.kernels.number_bytes * learning * share
         return 4 * learning * share + COLLECTIVE_SECONDS, gathered + COLLECTIVE_SECONDS
 
+    def replicas(self) -> float:
+        """Return the seconds in which tensor-parallel ranks add up the gradients of what each holds whole."""
+        learning = replicated_elements(self.recipe, self.layout)
+        if not learning:
+            return 0.0
+        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        return 2 * self._tensor_parallel(4 * shard, 1)
+
     def _learning(self, stage: int) -> int:
         return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
 
@@ -386,7 +401,7 @@ class Timer:
             wired = max(wired, reduce + gather)
             left = reduce - sum(c.backward for c in own) * int(parallel.overlap_grad_reduce)
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
-            exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0))
+            exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
         pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE

@@ -402,6 +402,7 @@ def _same_builder(registry: Registry, one: str, other: str) -> bool:
 _SHAPE_FREE = (
     "init_method_std",
     "gradient_checkpointing",
+    "tensor_parallel",
     "max_position_embeddings",
     "seq_length",
     "use_dynamic_ntk",

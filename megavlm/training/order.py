@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megavlm.config.schema import Recipe
+from megavlm.config.split import is_replicated
 from megavlm.planning.flops import connector_flops, language_flops, passes, vision_flops
 from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
@@ -34,6 +35,9 @@ class StepOrder:
         self.pipeline = parallel.pipeline_model_parallel_size
         self.virtual = parallel.virtual_pipeline_model_parallel_size
         self._language, self._image, self._empty = _language_work(recipe), _image_work(recipe), _empty_images(recipe)
+        tensor = parallel.tensor_model_parallel_size
+        # Of a tower that each tensor-parallel rank holds whole, the others wait for the one with most pictures.
+        self._together = tensor if is_replicated(recipe.model, "vision", tensor) else 1
 
     def __call__(self, images: Sequence[int]) -> list[int]:
         """Return the indices of the micro-batches in the order in which to run them.
@@ -59,7 +63,8 @@ class StepOrder:
         both: tuple[Times, Times] = ([], [])
         for number in images:
             for times, stages, image in zip(both, self._language, self._image, strict=True):
-                times.append([stages[0] + max(number, self._empty) * image, *stages[1:]])
+                seen = -(-max(number, self._empty) // self._together) * self._together
+                times.append([stages[0] + seen * image, *stages[1:]])
         return both
 
 

@@ -48,6 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
     "tp2-dp3-sp": (6, {**TP2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 3}),
     "tied-pp2": (2, PP2, TP2),
+    "tp2-whole": (2, TP2, PP2),
 }
 """Ranks, a layout, and the other one that is loaded at afterwards."""
 
@@ -131,6 +132,9 @@ def check(layout: str, number: int, root: Path) -> None:
     model["language"]["tie_word_embeddings"] = layout == "tied-pp2"
     if layout == "tp4":  # more ranks than key/value heads
         model["language"]["num_query_groups"] = 2
+    if layout == "tp2-whole":  # the ranks hold whole towers and connectors
+        model["vision"] |= {"num_attention_heads": 3, "ffn_hidden_size": 97}
+        model["connector"]["tensor_parallel"] = "replicate"
     shared = {"model": model, "training": {"global_batch_size": 6, "precision": "bf16" if number % 2 else "fp32"}}
     here, there = {**shared, "parallel": first}, {**shared, "parallel": second}
     one, again, other = (root / name for name in ("one", "again", "other"))

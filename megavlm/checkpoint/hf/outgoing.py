@@ -43,6 +43,7 @@ _FREE = (
     "preset",
     "init_method_std",
     "gradient_checkpointing",
+    "tensor_parallel",
     "vocab_divisor",
     "image_mean",
     "image_std",
