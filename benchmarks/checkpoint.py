@@ -32,7 +32,7 @@ import torch  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.device import local_device  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import TrainingModel, build_training  # noqa: E402
@@ -42,7 +42,7 @@ from megavlm.training.step import train_step  # noqa: E402
 def steps(training: TrainingModel, saver: Saver, count: int, *, until_saved: bool = False) -> list[float]:
     """Take steps and return their seconds; polls the saver as the loop does."""
     (pack, pixels), *_ = random_packs(1)
-    batch = micro_batch(pack, torch.from_numpy(pixels), local_device())
+    batch = make_batch(pack, torch.from_numpy(pixels), local_device())
     seconds = []
     while len(seconds) < count or (until_saved and saver.busy):
         start = time.perf_counter()

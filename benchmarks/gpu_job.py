@@ -127,7 +127,7 @@ def make_batches(
 
     from megavlm.data.batch import IGNORE_INDEX
     from megavlm.data.chat import EncodedSample
-    from megavlm.data.feed import micro_batch
+    from megavlm.data.device_batch import make_batch
     from megavlm.data.packing import PackableSample, build_pack
     from megavlm.parallel.device import local_device
 
@@ -145,7 +145,7 @@ def make_batches(
             samples.append(PackableSample(EncodedSample(tokens, labels, 1), (b"",), str(len(samples)), 0))
             room -= len(tokens)
         pixels = rng.integers(0, 256, (len(samples), 3, side, side), dtype=np.uint8)
-        return micro_batch(build_pack(samples, size["sequence_length"], 0), torch.from_numpy(pixels), local_device())
+        return make_batch(build_pack(samples, size["sequence_length"], 0), torch.from_numpy(pixels), local_device())
 
     return [[pack() for _ in range(size["packs"])] for _ in range(steps)]
 

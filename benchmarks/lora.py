@@ -88,7 +88,7 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
     from megavlm.architectures.adapters import frozen_linears
     from megavlm.checkpoint import distributed as checkpoint
     from megavlm.data.batch import Pack
-    from megavlm.data.feed import micro_batch
+    from megavlm.data.device_batch import make_batch
     from megavlm.parallel.cpu_layer import return_freed_memory
     from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
@@ -114,7 +114,7 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
                 sample_keys=[],
             )  # fmt: skip
             side = recipe.model.vision.image_size
-            batch = micro_batch(pack, torch.zeros(0, 3, side, side, dtype=torch.uint8), torch.device("cpu"))
+            batch = make_batch(pack, torch.zeros(0, 3, side, side, dtype=torch.uint8), torch.device("cpu"))
             start = time.process_time()  # one thread: what others do on the machine counts less
             training.scheduler.step(1)
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)
@@ -166,7 +166,7 @@ def sample(recipe: Any, tokens: int, seed: int) -> Any:
     import torch
 
     from megavlm.data.batch import Pack
-    from megavlm.data.feed import micro_batch
+    from megavlm.data.device_batch import make_batch
     from megavlm.parallel.device import local_device
 
     rng = np.random.default_rng(seed)
@@ -182,7 +182,7 @@ def sample(recipe: Any, tokens: int, seed: int) -> Any:
         segment_sources=np.array([0], np.int32), images=[b""], sample_keys=[],
     )  # fmt: skip
     pixels = rng.integers(0, 256, (1, 3, side, side), dtype=np.uint8)
-    return micro_batch(pack, torch.from_numpy(pixels).to(local_device()), local_device())
+    return make_batch(pack, torch.from_numpy(pixels).to(local_device()), local_device())
 
 
 def quantise_random(language: Any) -> None:

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.device import local_device, synchronize  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.parallel.stopwatch import Stopwatch  # noqa: E402
@@ -81,7 +81,7 @@ def main() -> None:
         training = build_training(recipe, IMAGE_TOKEN)
         stopwatch = _Counted(training.configs)
         batches = [
-            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
+            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
             for pack, pixels in random_packs(args.micro_batches)
         ]
         for i in range(2 * args.pairs + 4):

@@ -215,7 +215,7 @@ class Megavlm(System):
         return [self._batch(pack, samples) for pack in packs if pack]
 
     def _batch(self, chosen: list[Any], samples: list[Sample]) -> tuple[Any, Work]:
-        from megavlm.data.feed import micro_batch
+        from megavlm.data.device_batch import make_batch
         from megavlm.data.packing import build_pack
 
         members = [samples[int(sample.key)] for sample in chosen]
@@ -223,7 +223,7 @@ class Megavlm(System):
         pack = build_pack(chosen, self.pack_length, PAD_TOKEN)
         work = _count(members, self.pack_length)
         assert work.supervised == pack.supervised_tokens
-        return micro_batch(pack, pixels, torch.device("cpu")), work
+        return make_batch(pack, pixels, torch.device("cpu")), work
 
     def step(self, batch: Any) -> float:
         """Take megavlm's training step."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
 
@@ -45,7 +45,7 @@ def sample(seed: int, length: int, images: int = 0) -> Sample:
     return Sample(tokens, labels, pixels)
 
 
-def pack(samples: Sequence[Sample], padding: int = 0) -> MicroBatch:
+def pack(samples: Sequence[Sample], padding: int = 0) -> Batch:
     """Put samples into one micro-batch, with a last segment of padding."""
     lengths = [len(s.tokens) for s in samples] + ([padding] if padding else [])
     tail_tokens, tail_labels = np.full(padding, 3), np.full(padding, IGNORE_INDEX)
@@ -58,7 +58,7 @@ def pack(samples: Sequence[Sample], padding: int = 0) -> MicroBatch:
         images=[],
         sample_keys=[],
     )
-    return micro_batch(one, torch.from_numpy(np.concatenate([s.pixels for s in samples])), torch.device("cpu"))
+    return make_batch(one, torch.from_numpy(np.concatenate([s.pixels for s in samples])), torch.device("cpu"))
 
 
 def recipe(
@@ -85,7 +85,7 @@ def build(**branches: dict[str, Any]) -> VisionLanguageModel:
     return unwrap(build_model(recipe(**branches), IMAGE_TOKEN)[0])
 
 
-def losses(model: VisionLanguageModel, batch: MicroBatch) -> Tensor:
+def losses(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """Return the [S] loss of each position, zero where there is no label."""
     out = model(
         tokens=batch.tokens,
@@ -97,7 +97,7 @@ def losses(model: VisionLanguageModel, batch: MicroBatch) -> Tensor:
     return (out * (batch.labels != IGNORE_INDEX)).view(-1)
 
 
-def gradients(model: VisionLanguageModel, batch: MicroBatch) -> dict[str, Tensor | None]:
+def gradients(model: VisionLanguageModel, batch: Batch) -> dict[str, Tensor | None]:
     """Return the gradient of the summed loss for each parameter, None where there is none."""
     model.zero_grad(set_to_none=True)
     losses(model, batch).sum().backward()

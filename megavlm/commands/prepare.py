@@ -239,7 +239,7 @@ def _data_yaml(sets: Mapping[str, ShardWriter], out: Path) -> str:
     return yaml12.dump({"data": {"train": train}})
 
 
-def _broken(record: Any, error: ValueError | OSError) -> Broken:
+def _broken(record: Any, error: UserError | OSError) -> Broken:
     """What to say of a record that raised ``error``."""
     if isinstance(error, BrokenError):
         cause = error.cause

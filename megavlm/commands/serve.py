@@ -200,7 +200,7 @@ def _listening(bound: socket.socket, host: str, port: int) -> Iterator[None]:
         yield
 
 
-def _taken(host: str, port: int, error: Exception) -> ValueError:
+def _taken(host: str, port: int, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or error
     return UserError(f"--host {host} --port {port}: cannot listen there: {reason}")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megavlm.config.architecture import BRANCHES, architecture_of
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
+from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import DataSource, Recipe
-from megavlm.config.split import cut_widths, tensor_ranks
+from megavlm.config.split import part_rules
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
@@ -33,7 +33,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _vision, _connector, _language, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
+        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
         engine_rules, lora_rules,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
@@ -69,123 +69,21 @@ def check_paths(recipe: Recipe) -> None:
         raise RecipeError.of(lines)
 
 
-def _divides(key: str, value: int, by: int, what: str) -> Iterator[str]:
-    """Yield a line if ``value`` is not a multiple of ``by``, which the text ``what`` names."""
-    if value % by:
-        yield f"{key}: {value} is not divisible by {what} ({by}); change one of the two"
-
-
-_TP = "parallel.tensor_model_parallel_size"
 _PP = "parallel.pipeline_model_parallel_size"
 _VPP = "parallel.virtual_pipeline_model_parallel_size"
 _FIRST = "parallel.num_layers_in_first_pipeline_stage"
 
 
-def _vision(recipe: Recipe) -> Iterator[str]:
-    vision, own = recipe.model.vision, "model.vision"
-    # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
-    if vision.image_size < vision.patch_size:
-        yield (
-            f"{own}.image_size: {vision.image_size} is smaller than one patch ({own}.patch_size {vision.patch_size});"
-            " raise it"
-        )
-    heads = vision.num_attention_heads
-    yield from _divides(f"{own}.hidden_size", vision.hidden_size, heads, f"{own}.num_attention_heads")
-    yield from _cut(recipe, "vision")
-
-
-def _cut(recipe: Recipe, part: str) -> Iterator[str]:
-    """Check that a part that is to be cut over the tensor-parallel ranks can be."""
-    tp = tensor_ranks(recipe.model, part, recipe.parallel.tensor_model_parallel_size)
-    for key, what, value in cut_widths(recipe.model, part):
-        if value % tp:
+def _architectures(recipe: Recipe) -> Iterator[str]:
+    """Yield what the architectures of the model's branches have against their keys."""
+    for branch in BRANCHES:
+        architecture = architecture_of(recipe.model, branch)
+        yield from part_rules(recipe.model, branch, recipe.parallel)
+        if architecture.cost is None and recipe.data.balance_images:
             yield (
-                f"{key}: {what} is not divisible by {_TP} ({tp}); change one of the two, or set"
-                f" model.{part}.tensor_parallel to auto"
+                f"data.balance_images: orders packs by their cost, and the {architecture.name} architecture of"
+                f" model.{branch} has no figures of its own; set it to false"
             )
-
-
-def _connector(recipe: Recipe) -> Iterator[str]:
-    connector, hidden = recipe.model.connector, recipe.model.language.hidden_size
-    own = "model.connector"
-    if (deep := re.fullmatch("mlp([0-9]+)x_gelu", connector.preset)) and len(deep[1]) > 2:
-        yield f"{own}.preset: {connector.preset[:40]} has more layers than a connector has; take at most 99"
-        return
-    if connector.preset == "linear" or re.fullmatch("mlp[0-9]+x_gelu", connector.preset):
-        for name in ("num_queries", "head_dim"):
-            if getattr(connector, name) is not None:
-                yield f"{own}.{name}: belongs to the resampler, not to {connector.preset!r}; set it to null"
-        yield from _cut(recipe, "connector")
-        return
-    if connector.preset == "resampler":
-        for name in ("num_queries", "head_dim"):
-            if getattr(connector, name) is None:
-                yield f"{own}.{name}: the resampler needs it; set it to a number"
-        # The 2D sin-cos table: halves for column and row, each with as many sines as cosines.
-        yield from _divides("model.language.hidden_size", hidden, 4, "4, as the resampler's sin-cos positions ask")
-    if connector.num_queries is not None and math.isqrt(connector.num_queries) ** 2 != connector.num_queries:
-        side = math.isqrt(connector.num_queries)
-        yield (
-            f"{own}.num_queries: {connector.num_queries} is not a square number, which a grid of queries needs;"
-            f" take {side**2 or 1} or {(side + 1) ** 2}"
-        )
-    if connector.head_dim is not None:
-        if hidden % connector.head_dim:
-            yield (
-                f"{own}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden});"
-                " take a divisor"
-            )
-        else:
-            yield from _cut(recipe, "connector")
-
-
-def _language(recipe: Recipe) -> Iterator[str]:
-    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
-    own = "model.language"
-    heads, groups = language.num_attention_heads, language.num_query_groups
-    yield from _divides(f"{own}.num_attention_heads", heads, tp, _TP)
-    yield from _divides(f"{own}.num_attention_heads", heads, groups, f"{own}.num_query_groups")
-    yield from _key_value_heads(recipe)
-    yield from _divides(f"{own}.ffn_hidden_size", language.ffn_hidden_size, tp, _TP)
-    if language.kv_channels % 2:
-        yield f"{own}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
-    for key in ("use_dynamic_ntk", "use_logn_attn"):
-        if getattr(language, key) and language.seq_length is None:
-            yield f"{own}.{key}: needs {own}.seq_length, the length that the model was trained with; set it"
-    if language.seq_length is not None and not (language.use_dynamic_ntk or language.use_logn_attn):
-        yield f"{own}.seq_length: has no effect without {own}.use_dynamic_ntk or use_logn_attn; set it to null"
-    if language.rope_scaling is None and language.rope_scaling_factor != 1:
-        yield (
-            f"{own}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {own}.rope_scaling;"
-            " set that to linear or llama3, or this to 1"
-        )
-
-
-def _key_value_heads(recipe: Recipe) -> Iterator[str]:
-    """Check that each rank has whole key/value heads, or that several share one whole head.
-
-    The number of heads is the model's own: what a user can change is the layout.
-    """
-    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
-    groups, width = language.num_query_groups, language.kv_channels
-
-    def splits(size: int) -> bool:
-        return groups % size == 0 or (size % groups == 0 and groups * width % size == 0)
-
-    if splits(tp):
-        return
-    fitting = [n for n in range(1, language.num_attention_heads + 1) if language.num_attention_heads % n == 0]
-    remedy = f"set {_TP} to one of {_choices([n for n in fitting if splits(n)])}"
-    if groups % tp and tp % groups:
-        yield (
-            f"model.language.num_query_groups: {groups} is neither a multiple nor a divisor of {_TP} ({tp}), so that"
-            f" ranks would share key/value heads unevenly; {remedy}"
-        )
-    else:
-        yield (
-            f"model.language.kv_channels: the {groups} x {width} rows of the keys are not divisible by {_TP} ({tp});"
-            f" {remedy}"
-        )
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:
@@ -210,7 +108,7 @@ def _stages(recipe: Recipe) -> Iterator[str]:
         rest = layers - first
         if rest < pp - 1 or rest % (pp - 1):
             fitting = [layers - per * (pp - 1) for per in range(1, layers) if layers - per * (pp - 1) > 0]
-            choice = f"take one of {_choices(fitting)}" if fitting else f"lower {_PP}"
+            choice = f"take one of {choices(fitting)}" if fitting else f"lower {_PP}"
             yield (
                 f"{_FIRST}: {first} of {layers} layers leaves {rest},"
                 f" which do not split evenly over the {pp - 1} other stages; {choice}"
@@ -236,20 +134,13 @@ def _recompute(recipe: Recipe, chunks: Sequence[int]) -> Iterator[str]:
         yield f"{key}: {unit} does not divide the layers of a model chunk ({counts}); take a divisor"
 
 
-def _choices(values: Sequence[int]) -> str:
-    shown = [str(value) for value in sorted(values)]
-    return ", ".join(shown) if len(shown) <= 6 else ", ".join([*shown[:5], "...", shown[-1]])
-
-
 def _parallel(recipe: Recipe) -> Iterator[str]:
     parallel = recipe.parallel
     tp = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel:
         if tp == 1:
-            yield f"parallel.sequence_parallel: needs {_TP} > 1; raise that, or set this to false"
-        yield from _divides(
-            "data.sequence_length", recipe.data.sequence_length, tp, f"{_TP}, as sequence_parallel asks"
-        )
+            yield f"parallel.sequence_parallel: needs {TP} > 1; raise that, or set this to false"
+        yield from divides("data.sequence_length", recipe.data.sequence_length, tp, f"{TP}, as sequence_parallel asks")
     if parallel.overlap_param_gather:
         for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
             if not getattr(parallel, name):
@@ -376,7 +267,7 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size % (tp * pp):
         yield (
-            f"{_TP}: {tp} x {_PP} ({pp}) = {tp * pp} does not divide the {world_size} processes of this job;"
+            f"{TP}: {tp} x {_PP} ({pp}) = {tp * pp} does not divide the {world_size} processes of this job;"
             " change the layout, or start as many processes with torchrun --nproc-per-node"
         )
         return

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import EngineConfig, Recipe
 from megavlm.config.split import tensor_ranks
 
@@ -137,7 +138,7 @@ def _shapes(recipe: Recipe) -> Iterator[str]:
     shards = tp if parallel.sequence_parallel else 1
     gathered = shards > 1 and engine.fp8_recipe == "blockwise"  # activations travel quantised, in whole blocks
     rows = _BLOCK if gathered else unit
-    language, vision, connector = model.language, model.vision, model.connector
+    language = model.language
     what = f"{rows} x {shards}, as {engine.fp8_recipe} FP8 asks" + (" with sequence_parallel" if shards > 1 else "")
     if recipe.data.sequence_length % (rows * shards):
         yield f"data.sequence_length: {recipe.data.sequence_length} is not divisible by {what}; change it"
@@ -146,33 +147,15 @@ def _shapes(recipe: Recipe) -> Iterator[str]:
             f"model.language.hidden_size: {language.hidden_size} is not divisible by {_BLOCK}, as blockwise FP8 asks "
             f"with sequence_parallel; take another {_KEY}fp8_recipe"
         )
-    heads = language.num_attention_heads * language.kv_channels
-    groups = language.num_query_groups * language.kv_channels
-    widths: dict[str, tuple[tuple[str, int, int], ...]] = {
-        "fp8": (
-            ("model.language.hidden_size", language.hidden_size, 1),
-            ("model.language.ffn_hidden_size", language.ffn_hidden_size, tp),
-            ("model.language.kv_channels", heads, tp),
-            ("model.language.kv_channels", heads + 2 * groups, tp),
-        )
-    }
-    if not engine.vision_bf16:
-        own = tensor_ranks(model, "vision", tp)
-        positions = vision.patches_per_image + int(vision.class_token)
-        widths["vision_bf16"] = (
-            ("model.vision.hidden_size", vision.hidden_size, 1),
-            ("model.vision.hidden_size", vision.hidden_size, own),
-            ("model.vision.ffn_hidden_size", vision.ffn_hidden_size, own),
-            ("model.vision.image_size", positions, 1),
-        )
-    if not engine.connector_bf16:
-        widths["connector_bf16"] = (
-            ("model.vision.hidden_size", vision.hidden_size, 1),
-            ("model.language.hidden_size", language.hidden_size, tensor_ranks(model, "connector", tp)),
-            ("model.vision.image_size", vision.patches_per_image, 1),
-            ("model.connector.num_queries", connector.num_queries or unit, 1),
-        )
-    for name, checks in widths.items():
+    parts = {"fp8": "language"}
+    parts |= {f"{part}_bf16": part for part in ("vision", "connector") if not getattr(engine, f"{part}_bf16")}
+    for name, part in parts.items():
+        architecture = architecture_of(model, part)
+        if architecture.products is None:
+            remedy = f"set {_KEY}fp8 to null" if name == "fp8" else f"set {_KEY}{name} to true"
+            yield f"model.{part}.preset: FP8 is not known to fit the {architecture.name} architecture; {remedy}"
+            continue
+        checks = architecture.products(own_of(model, part), tensor_ranks(model, part, tp))
         seen: set[str] = set()
         for key, value, split in checks:
             if key in seen or not value % (unit * split):

@@ -38,7 +38,7 @@ def keys_help(width: int | None = None) -> str:
 
 
 def _entry(key: Key, column: int, width: int) -> list[str]:
-    kind = f"{key.type}; {_default(key)}"
+    kind = f"{key.type}; {_default(key)}" + ("" if key.shared else f"; of {', '.join(key.owners)}")
     wide = width - column >= _WIDE
     indent = " " * (column if wide else 6)
     text = [

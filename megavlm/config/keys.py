@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megavlm.config.architecture import BRANCHES, Branch, load
 from megavlm.config.schema import Recipe
 
 INDEX = "<i>"
@@ -32,6 +34,10 @@ class Key:
     default: Any
     branch: bool
     """Whether other keys lie under it."""
+    owners: tuple[str, ...] = ()
+    """Of a key of ``model``'s branches: the architectures that have it."""
+    shared: bool = True
+    """Whether all architectures of its branch have it."""
 
 
 @functools.cache
@@ -45,21 +51,53 @@ def leaf_keys() -> list[Key]:
     return [key for key in all_keys() if not key.branch]
 
 
-def find_key(path: str) -> Key | None:
-    """Return the key called ``path``, where list positions may be numbers or INDEX."""
+def find_key(path: str, owner: str | None = None) -> Key | None:
+    """Return the key called ``path``, where list positions may be numbers or INDEX.
+
+    Args:
+        path: dotted.
+        owner: the architecture whose key it is; the first one that has it where that is None, or has it not.
+    """
     generic = ".".join(INDEX if part.isdigit() else part for part in path.split("."))
-    return next((key for key in all_keys() if key.path == generic), None)
+    found = [key for key in all_keys() if key.path == generic]
+    return next((key for key in found if owner in key.owners), found[0] if found else None)
 
 
-def _walk(owner: type, prefix: str) -> typing.Iterator[Key]:
+def _walk(owner: type, prefix: str) -> Iterator[Key]:
     for name, info in owner.__pydantic_fields__.items():  # type: ignore[attr-defined]
         path = f"{prefix}{name}"
         child, listed = _child(info.annotation)
-        default = None if info.is_required() or info.default_factory is not None else info.default
-        kind = _type_text(info.annotation, info.metadata)
-        yield Key(path, kind, info.description or "", info.is_required(), default, child is not None)
-        if child is not None:
+        yield _key(path, info, _meaning(owner, name), branch=child is not None)
+        if any(isinstance(item, Branch) for item in info.metadata):
+            yield from _of_architectures(name, f"{path}.")
+        elif child is not None:
             yield from _walk(child, f"{path}.{INDEX}." if listed else f"{path}.")
+
+
+def _meaning(owner: Any, name: str) -> str:
+    """Return the text under a field: of the class itself, or of the one that it has it from."""
+    classes = [one for one in owner.__mro__ if name in getattr(one, "__pydantic_fields__", ())]
+    texts = [one.__pydantic_fields__[name].description for one in classes]
+    return next((text for text in texts if text), "")
+
+
+def _key(path: str, info: Any, meaning: str, *, branch: bool) -> Key:
+    default = None if info.is_required() or info.default_factory is not None else info.default
+    kind = _type_text(info.annotation, info.metadata)
+    return Key(path, kind, meaning, info.is_required(), default, branch)
+
+
+def _of_architectures(branch: str, prefix: str) -> Iterator[Key]:
+    """Yield the keys of all architectures of a branch of ``model``; those that mean the same to several, once."""
+    load()
+    found: dict[Key, list[str]] = {}
+    architectures = BRANCHES[branch].architectures()
+    for architecture in architectures:
+        for name, info in architecture.config.__pydantic_fields__.items():
+            key = _key(f"{prefix}{name}", info, _meaning(architecture.config, name), branch=False)
+            found.setdefault(key, []).append(architecture.name)
+    for key, owners in found.items():
+        yield dataclasses.replace(key, owners=tuple(owners), shared=len(owners) == len(architectures))
 
 
 def _child(annotation: Any) -> tuple[type | None, bool]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megavlm.config import yaml12
+from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.keys import all_keys, find_key
 from megavlm.config.saved import is_saved, with_defaults
@@ -67,7 +68,7 @@ def load_recipe(
     try:
         return TypeAdapter(Recipe).validate_json(json.dumps(expanded), strict=True)
     except ValidationError as error:
-        raise RecipeError.of(_explain(error)) from None
+        raise RecipeError.of(_explain(error, expanded)) from None
 
 
 def read_recipe(recipe: str | Path) -> Tree:
@@ -167,8 +168,8 @@ def _set(parent: Any, part: str, value: Any) -> None:
         parent[int(part)] = value
 
 
-def _explain(error: ValidationError) -> list[str]:
-    """Return a line for each thing that is wrong, unknown keys first: they often cause the others."""
+def _explain(error: ValidationError, tree: Tree) -> list[str]:
+    """Return a line for each thing that is wrong with ``tree``, unknown keys first: they often cause the others."""
     unknown: list[str] = []
     wrong: list[str] = []
     missing: list[tuple[str, str]] = []
@@ -177,25 +178,47 @@ def _explain(error: ValidationError) -> list[str]:
         path = ".".join(str(part) for part in item["loc"])
         if item["type"] == "unexpected_keyword_argument":
             strays.add(path.rpartition(".")[0])
-            unknown.append(f"{path}: unknown key; {_suggest(path) or 'remove it, or correct its name'}")
+            unknown.append(_unknown(path, tree))
         elif item["type"] == "too_short" and item["input"]:
             continue  # Its entries are wrong, and each has a line of its own.
         elif item["type"] == "missing":
             missing.append((path.rpartition(".")[0], path))
         else:
-            wrong.append(_wrong_value(path, item["type"], item["input"]))
+            wrong.append(_wrong_value(path, item["type"], item["input"], _owner(path, tree)))
     # A branch without a preset lacks nearly everything: the preset alone is worth a line.
     bare = {parent for parent, path in missing if path == f"{parent}.preset"}
     absent = [
-        _missing_value(path)
+        _missing_value(path, _owner(path, tree))
         for parent, path in missing
         if parent not in strays and (parent not in bare or path == f"{parent}.preset")
     ]
     return unknown + wrong + absent
 
 
-def _wrong_value(path: str, rule: str, value: Any) -> str:
-    key = find_key(path)
+def _owner(path: str, tree: Tree) -> str | None:
+    """Return the architecture whose key ``path`` is, or would be; None outside of the branches of ``model``."""
+    parts = path.split(".")
+    if len(parts) < 2 or parts[0] != "model" or parts[1] not in BRANCHES:
+        return None
+    model = tree.get("model")
+    branch = model.get(parts[1]) if isinstance(model, dict) else None
+    preset = branch.get("preset") if isinstance(branch, dict) else None
+    if not isinstance(preset, str):
+        return None
+    architecture = BRANCHES[parts[1]].find(preset).architecture
+    return None if architecture is None else architecture.name
+
+
+def _unknown(path: str, tree: Tree) -> str:
+    owner, other = _owner(path, tree), find_key(path)
+    if owner is not None and other is not None:  # of another architecture
+        preset = tree["model"][path.split(".")[1]]["preset"]
+        return f"{path}: belongs to the {' and the '.join(other.owners)}, not to {preset!r}; set it to null"
+    return f"{path}: unknown key; {_suggest(path, owner) or 'remove it, or correct its name'}"
+
+
+def _wrong_value(path: str, rule: str, value: Any, owner: str | None) -> str:
+    key = find_key(path, owner)
     if rule == "too_short":
         return f"{path}: the list must have at least one entry; add one"
     if key is not None and key.branch and key.type == "list":
@@ -211,8 +234,8 @@ def _wrong_value(path: str, rule: str, value: Any) -> str:
     return f"{path}: expected {key.type}, got {_show(value)}; {hint or 'change the value'}"
 
 
-def _missing_value(path: str) -> str:
-    key = find_key(path)
+def _missing_value(path: str, owner: str | None) -> str:
+    key = find_key(path, owner)
     branch = path.rpartition(".")[0]
     meaning = f" ({key.meaning.rstrip('.')})" if key else ""
     preset = (
@@ -221,11 +244,20 @@ def _missing_value(path: str) -> str:
     return f"{path}: missing{meaning}; set it{preset}"
 
 
-def _suggest(path: str) -> str:
-    """Return 'did you mean ...?' with the nearest key beside ``path``, or one of that name elsewhere."""
+def _suggest(path: str, owner: str | None) -> str:
+    """Return 'did you mean ...?' with the nearest key beside ``path``, or one of that name elsewhere.
+
+    Of the keys of ``model``'s branches, those of the architecture ``owner`` alone are suggested beside it.
+    """
     parent, _, name = path.rpartition(".")
     generic = ".".join("<i>" if part.isdigit() else part for part in path.split(".")).rpartition(".")[0]
-    paths = [key.path for key in all_keys()]
+    paths = list(
+        dict.fromkeys(
+            key.path
+            for key in all_keys()
+            if owner is None or not key.owners or owner in key.owners or key.path.rpartition(".")[0] != generic
+        )
+    )
     siblings = {leaf for whole in paths for above, _, leaf in [whole.rpartition(".")] if above == generic}
     # A key of exactly that name elsewhere is more likely than one that looks a little like it.
     elsewhere_too = any(whole.rpartition(".")[2] == name for whole in paths)

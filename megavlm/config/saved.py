@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.schema import ConnectorConfig, LanguageConfig, LoraConfig, VisionConfig
+from megavlm.config.architecture import BRANCHES, load
+from megavlm.config.errors import UserError
+from megavlm.config.fields import Meaning, meaning_of
+from megavlm.config.schema import LoraConfig
 
 Tree = dict[str, Any]
-
-_BRANCHES: dict[str, Any] = {"vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig}
-_NO_FUNCTION = ("layer_names",)
-"""What lora.targets calls layers by: no weight means something else by it, and the preset's name is the known one."""
 
 
 def is_saved(recipe: Path) -> bool:
@@ -44,10 +43,22 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
     A model that lacks what saves have written from the first version on (keys without a default, init_method_std) was
     written by hand: its presets say what it is.
     """
-    branches = {name: model[name] for name in _BRANCHES if isinstance(model.get(name), Mapping)}
-    if not all(_always(_BRANCHES[name]) <= branch.keys() for name, branch in branches.items()):
+    classes = {name: _class_of(name, model[name]) for name in BRANCHES if isinstance(model.get(name), Mapping)}
+    if not all(found is None or _always(found) <= model[name].keys() for name, found in classes.items()):
         return dict(model)
-    return {**model, **{name: {**_defaults(_BRANCHES[name]), **branch} for name, branch in branches.items()}}
+    filled = {name: {**_defaults(found), **model[name]} for name, found in classes.items() if found is not None}
+    return {**model, **filled}
+
+
+def _class_of(branch: str, values: Mapping[str, Any]) -> Any:
+    """Return the class of a branch's keys; None where its preset is not known here (which is said where it is used)."""
+    load()
+    try:
+        architecture = BRANCHES[branch].find(str(values.get("preset"))).architecture
+    except UserError:
+        return None
+    assert architecture is not None
+    return architecture.config
 
 
 def _always(branch: Any) -> set[str]:
@@ -59,6 +70,6 @@ def _defaults(branch: Any) -> Tree:
     found = {
         name: info.get_default(call_default_factory=True)
         for name, info in branch.__pydantic_fields__.items()
-        if not info.is_required() and name not in _NO_FUNCTION
+        if not info.is_required() and meaning_of(branch, name) is not Meaning.NAMES
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

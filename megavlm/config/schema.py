@@ -1,147 +1,94 @@
 """The typed tree that a recipe fills: every key of ``megavlm train``, its type, default and meaning.
 
 The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
-Values that come from a preset have no default here; ``megavlm.architectures.registry`` fills them in first.
+The keys of a model's branches are those of its architectures (:mod:`megavlm.architectures`). Values that come from a
+preset have no default there; ``megavlm.architectures.registry`` fills them in first.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as _pydantic_dataclass
-from typing_extensions import dataclass_transform
+from pydantic import Field
 
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, dataclasses.field))
-def _config(cls: type) -> Any:
-    """Make ``cls`` a frozen, keyword-only dataclass that refuses unknown keys and keeps field docstrings."""
-    rules = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    return _pydantic_dataclass(cls, frozen=True, kw_only=True, config=rules)
+from megavlm.config.architecture import Branch
+from megavlm.config.fields import Meaning, config_class
 
 
-@_config
+@config_class
 class VisionConfig:
-    """The vision tower: a ViT on square images, whose output is one feature per patch."""
+    """The vision tower: pictures to features. Each architecture has a class of keys of its own.
+
+    What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
+    """
 
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
-    image_size: int = Field(gt=0, le=100_000)
-    """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
-    patch_size: int = Field(gt=0)
-    """Side of one patch, in pixels."""
-    hidden_size: int = Field(gt=0, le=10_000_000)
-    """Width of the tower."""
-    num_layers: int = Field(gt=0, le=10_000)
-    """Number of transformer layers."""
-    num_attention_heads: int = Field(gt=0)
-    """Attention heads; divides hidden_size."""
-    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
-    """Width of the MLP."""
-    positional_grid: int = Field(gt=0, le=100_000)
-    """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
-    layernorm_epsilon: float = Field(default=1e-6, gt=0)
-    """Epsilon of the LayerNorms."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), or x * sigmoid(1.702 x)
-    (OpenAI CLIP)."""
-    class_token: bool = False
-    """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped."""
-    conv_bias: bool = False
-    """Whether the patch embedding has a bias (SigLIP)."""
-    pre_layernorm: bool = True
-    """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
-    post_layernorm: bool = False
-    """LayerNorm behind the layers (SigLIP)."""
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    """Standard deviation of red, green and blue."""
-    init_method_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights."""
-    gradient_checkpointing: bool = False
-    """Recompute every layer of the tower in the backward pass, to save activation memory."""
-    tensor_parallel: Literal["auto", "shard", "replicate"] = "auto"
+    tensor_parallel: Annotated[Literal["auto", "shard", "replicate"], Meaning.RUN] = "auto"
     """How the tower lies on the tensor-parallel ranks: shard (each layer is cut), replicate (each rank has all of it,
     and encodes a part of the pictures), or auto: shard where they divide its heads and widths, else replicate."""
 
+    if TYPE_CHECKING:
+        image_size: int  # side of the square that the tower is made for, in pixels
+        hidden_size: int  # width of a feature
+        num_layers: int  # for layer-wise decay
+        layernorm_epsilon: float  # connectors with norms take it over
+        image_mean: tuple[float, float, float]
+        image_std: tuple[float, float, float]
+
+        def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features of one picture."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
+
     @property
     def patches_per_image(self) -> int:
-        """Patches of one image."""
-        return (self.image_size // self.patch_size) ** 2
+        """Features of one picture."""
+        rows, columns = self.grid
+        return rows * columns
 
 
-@_config
+@config_class
 class ConnectorConfig:
-    """The module between tower and language model."""
+    """The module between tower and language model. Each architecture has a class of keys of its own."""
 
     preset: str
     """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
-    num_queries: int | None = Field(default=None, gt=0, le=1_000_000)
-    """Queries of the resampler, a square number: the tokens that one image becomes.
-    Null for linear and mlpNx_gelu, which keep one token per patch."""
-    head_dim: int | None = Field(default=None, gt=0)
-    """Width of one attention head of the resampler; divides the language model's hidden_size. Null for the others."""
-    init_method_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights."""
-    tensor_parallel: Literal["auto", "shard", "replicate"] = "auto"
+    tensor_parallel: Annotated[Literal["auto", "shard", "replicate"], Meaning.RUN] = "auto"
     """How the connector lies on the tensor-parallel ranks; see model.vision.tensor_parallel."""
 
+    if TYPE_CHECKING:
 
-@_config
+        def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
+
+    def tokens_of(self, grid: tuple[int, int]) -> int:
+        """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
+        return grid[0] * grid[1]
+
+
+@config_class
 class LanguageConfig:
-    """The decoder-only language model."""
+    """The decoder-only language model. Each architecture has a class of keys of its own.
+
+    What other rooms may ask of any language model is declared here.
+    """
 
     preset: str
     """Name of a registered language preset; it gives the other keys of this branch their defaults."""
-    num_layers: int = Field(gt=0, le=10_000)
-    """Number of transformer layers."""
-    hidden_size: int = Field(gt=0, le=10_000_000)
-    """Width of the model."""
-    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
-    """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
-    num_attention_heads: int = Field(gt=0)
-    """Attention heads; divisible by the tensor-parallel size."""
-    num_query_groups: int = Field(gt=0)
-    """Key/value heads; equal to num_attention_heads for multi-head attention."""
-    kv_channels: int = Field(gt=0)
-    """Width of one attention head."""
-    vocab_size: int = Field(gt=0, le=10_000_000)
-    """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
-    vocab_divisor: int = Field(default=128, gt=0)
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    max_position_embeddings: int = Field(gt=0)
-    """Longest segment that the model is meant for."""
-    rotary_base: int = Field(default=10000, gt=0)
-    """Base of the rotary position embedding."""
-    rope_scaling: Literal["linear", "llama3"] | None = None
-    """Stretching of rotary positions: linear (positions divided by rope_scaling_factor), llama3 (as Llama 3.1,
-    low and high frequency factors 1 and 4, 8192 original positions), or null."""
-    rope_scaling_factor: float = Field(default=1.0, ge=1)
-    """Factor of rope_scaling; 1 without it."""
-    norm_epsilon: float = Field(default=1e-6, gt=0)
-    """Epsilon of the RMSNorms."""
-    add_qkv_bias: bool = True
-    """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
-    qk_layernorm: bool = False
-    """RMSNorm over each head's queries and keys (Qwen3)."""
-    tie_word_embeddings: bool = False
-    """Whether embedding and output layer share their weight (Qwen v1: no)."""
-    init_method_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
-    seq_length: int | None = Field(default=None, gt=1)
-    """Length that the model was trained with, for the next two keys (Qwen v1: 2048)."""
-    use_dynamic_ntk: bool = False
-    """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
-    use_logn_attn: bool = False
-    """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
-    layer_names: Literal["qwen", "llama"] = "llama"
-    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
-    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
+
+    if TYPE_CHECKING:
+        num_layers: int
+        hidden_size: int
+        vocab_size: int  # rows of the embedding, without padding
+        max_position_embeddings: int  # longest segment that the model is meant for
+        tie_word_embeddings: bool
+
+        def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
 
-@_config
+@config_class
 class ModelConfig:
     """What is trained: a vision tower, a connector and a language model."""
 
@@ -149,20 +96,20 @@ class ModelConfig:
     """Name of a registered whole model (tiny, qwen_vl_7b, codefuse_vl_14b): sets the presets of the three branches."""
     template: str = "qwen_vl"
     """How conversations are written (docs/templates.md): the name of a registered chat template."""
-    vision: VisionConfig
+    vision: Annotated[VisionConfig, Branch("vision")]
     """The vision tower."""
-    connector: ConnectorConfig
+    connector: Annotated[ConnectorConfig, Branch("connector")]
     """The connector."""
-    language: LanguageConfig
+    language: Annotated[LanguageConfig, Branch("language")]
     """The language model."""
 
     @property
     def tokens_per_image(self) -> int:
         """Language-model positions that the features of one image fill (without ``<img>`` and ``</img>``)."""
-        return self.connector.num_queries or self.vision.patches_per_image
+        return self.connector.tokens_of(self.vision.grid)
 
 
-@_config
+@config_class
 class ParallelConfig:
     """How the model is spread over processes; the data-parallel size is what remains of the world size."""
 
@@ -197,7 +144,7 @@ class ParallelConfig:
     """A collective that waits longer than this ends the job."""
 
 
-@_config
+@config_class
 class EngineConfig:
     """Number formats and kernels: FP8, communication overlap, fusions (docs/precision.md)."""
 
@@ -248,7 +195,7 @@ class EngineConfig:
     one by one. Attention stays out: the number of a pack's segments changes. Needs bf16 and Transformer Engine."""
 
 
-@_config
+@config_class
 class DataSource:
     """One data set of a blend."""
 
@@ -264,7 +211,7 @@ class DataSource:
     """With loss.kind task_mean: weight of the task's mean, relative to the others in the step."""
 
 
-@_config
+@config_class
 class DataConfig:
     """Where samples come from and how they become micro-batches."""
 
@@ -305,7 +252,7 @@ class DataConfig:
     alone and keeps the order of reading, as a run did that was started before this key."""
 
 
-@_config
+@config_class
 class ModuleTraining:
     """How one of the three modules learns."""
 
@@ -318,7 +265,7 @@ class ModuleTraining:
     distance from the top."""
 
 
-@_config
+@config_class
 class ModulesConfig:
     """Training of the parts: frozen or not, with which share of the learning rate."""
 
@@ -330,7 +277,7 @@ class ModulesConfig:
     """The language model; layer_decay must stay 1."""
 
 
-@_config
+@config_class
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -357,7 +304,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
 
-@_config
+@config_class
 class TrainingConfig:
     """The loop."""
 
@@ -382,7 +329,7 @@ class TrainingConfig:
     """Packs per validation data set, over all data-parallel ranks."""
 
 
-@_config
+@config_class
 class CheckpointConfig:
     """Saving and resuming."""
 
@@ -404,7 +351,7 @@ class CheckpointConfig:
     over."""
 
 
-@_config
+@config_class
 class LoggingConfig:
     """What is shown while training."""
 
@@ -432,7 +379,7 @@ class LoggingConfig:
     pytorch.org/memory_viz); null for none. CUDA only."""
 
 
-@_config
+@config_class
 class LossConfig:
     """What is minimised."""
 
@@ -441,7 +388,7 @@ class LossConfig:
     tokens, and of these the mean by loss_weight over the tasks in the step (multi-task fine-tuning)."""
 
 
-@_config
+@config_class
 class LoraConfig:
     """LoRA and Q-LoRA: the language model learns through adapters beside frozen weights (docs/finetuning.md)."""
 
@@ -464,7 +411,7 @@ class LoraConfig:
     them in training.precision. Needs bitsandbytes."""
 
 
-@_config
+@config_class
 class Recipe:
     """A whole training run."""
 

@@ -2,16 +2,20 @@
 
 Published towers have heads and widths that no useful tensor-parallel size divides (InternViT-6B: 25 heads; EVA02-L: an
 MLP of 2730). Such a part is not padded, but whole on each rank, which encodes its share of the pictures
-(:mod:`megavlm.parallel.replicas`).
+(:mod:`megavlm.parallel.replicas`). An architecture's own rules say whether it can be cut.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
-from megavlm.config.schema import ModelConfig
+from megavlm.config.architecture import architecture_of, own_of
+from megavlm.config.schema import ModelConfig, ParallelConfig
 
 
+@functools.lru_cache(maxsize=1024)
 def tensor_ranks(model: ModelConfig, part: str, tensor: int) -> int:
     """Return over how many of ``tensor`` ranks the layers of a part are cut: all of them, or 1 where it is replicated.
 
@@ -21,9 +25,12 @@ def tensor_ranks(model: ModelConfig, part: str, tensor: int) -> int:
         tensor: the tensor-parallel size.
     """
     how = getattr(getattr(model, part), "tensor_parallel", "shard")
-    if how == "replicate" or (how == "auto" and any(width % tensor for _, _, width in cut_widths(model, part))):
+    if how == "replicate":
         return 1
-    return tensor
+    if how == "shard" or tensor == 1:
+        return tensor
+    against = set(_rules(model, part, ParallelConfig(tensor_model_parallel_size=tensor)))
+    return tensor if against <= set(_rules(model, part, ParallelConfig())) else 1
 
 
 def is_replicated(model: ModelConfig, part: str, tensor: int) -> bool:
@@ -31,14 +38,17 @@ def is_replicated(model: ModelConfig, part: str, tensor: int) -> bool:
     return tensor_ranks(model, part, tensor) < tensor
 
 
-def cut_widths(model: ModelConfig, part: str) -> Iterator[tuple[str, str, int]]:
-    """Yield what the ranks share of a part that is cut: the key, what it says in words, and the number."""
-    vision, connector, hidden = model.vision, model.connector, model.language.hidden_size
-    if part == "vision":
-        yield "model.vision.num_attention_heads", str(vision.num_attention_heads), vision.num_attention_heads
-        yield "model.vision.ffn_hidden_size", str(vision.ffn_hidden_size), vision.ffn_hidden_size
-    elif part == "connector" and connector.head_dim is not None:
-        heads = hidden // connector.head_dim
-        yield "model.connector.head_dim", f"gives {heads} heads, which", heads
-    elif part == "connector":
-        yield "model.language.hidden_size", f"{hidden}, the connector's width,", hidden
+def part_rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield what the architecture of a part has against its keys, on as many ranks as the part is cut over."""
+    tensor = tensor_ranks(model, part, parallel.tensor_model_parallel_size)
+    lines = _rules(model, part, replace(parallel, tensor_model_parallel_size=tensor))
+    if tensor == 1 or part == "language":
+        yield from lines
+        return
+    whole = _rules(model, part, replace(parallel, tensor_model_parallel_size=1))
+    for line in lines:
+        yield line if line in whole else f"{line}, or set model.{part}.tensor_parallel to auto"
+
+
+def _rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> list[str]:
+    return list(architecture_of(model, part).rules(own_of(model, part), parallel))

@@ -7,11 +7,12 @@ pack is not full), N images, C colours, H and W image height and width.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
@@ -71,3 +72,57 @@ class Pack:
     def supervised_tokens(self) -> int:
         """Positions that have a label."""
         return int((self.labels != IGNORE_INDEX).sum())
+
+
+def make_pack(
+    tokens: Sequence[ArrayLike],
+    length: int,
+    *,
+    labels: Sequence[ArrayLike] | None = None,
+    sources: Sequence[int] | None = None,
+    pad_token: int = 0,
+    **rest: Any,
+) -> Pack:
+    """Lay segments out as one pack of S = ``length`` positions.
+
+    Labels are shifted within each segment: a position's label is the label of the next one, and the last position of a
+    segment has none. Positions start at 0 in each segment. What is left over is one segment of ``pad_token`` without
+    labels.
+
+    Args:
+        tokens: ids of each segment.
+        length: S, at least as much as the segments have.
+        labels: of each segment, one per token, not shifted; None where nothing is to be predicted.
+        sources: index of each segment's data set; 0 if not given.
+        pad_token: what fills the rest.
+        rest: other fields of :class:`Pack`.
+
+    Raises:
+        ValueError: the segments do not fit, or have not as many labels as tokens.
+    """
+    lengths = [len(np.asarray(one)) for one in tokens]
+    origins = list(sources) if sources is not None else [0] * len(lengths)
+    used = sum(lengths)
+    if used > length:
+        raise ValueError(f"{len(lengths)} samples of {used} tokens do not make a pack of {length}")
+    if used < length:
+        lengths.append(length - used)
+        origins.append(-1)
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    all_tokens = np.full(length, pad_token, np.int64)
+    all_labels = np.full(length, IGNORE_INDEX, np.int64)
+    for index, own in enumerate(tokens):
+        start, end = bounds[index : index + 2]
+        all_tokens[start:end] = own
+        if labels is not None:
+            if len(np.asarray(labels[index])) != lengths[index]:
+                raise ValueError(f"{len(np.asarray(labels[index]))} labels for {lengths[index]} tokens")
+            all_labels[start : end - 1] = np.asarray(labels[index])[1:]
+    return Pack(
+        tokens=all_tokens,
+        labels=all_labels,
+        position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths]),
+        cu_seqlens=bounds,
+        segment_sources=np.asarray(origins, np.int32),
+        **{"images": [], "sample_keys": [], **rest},
+    )

@@ -1,8 +1,8 @@
 """From the one reader of a data-parallel replica to all its ranks: micro-batches of a step, on the device.
 
 The reader rank (tensor rank 0 of the first stage) reads, packs and decodes ahead in a thread. Once per step it
-hands tokens, labels and segment borders to every rank of its replica, and uint8 pixels to the first stage only,
-so that nobody decodes twice and all tensor-parallel ranks see equal pixels.
+hands tokens, labels and segment borders to the ranks of its replica, and uint8 pixels to the first stage only
+(:mod:`megavlm.data.device_batch`), so that nobody decodes twice and all tensor-parallel ranks see equal pixels.
 
 Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 """
@@ -20,50 +20,17 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.packed_seq_params import PackedSeqParams
-from torch import Tensor
-
 from megavlm.data.batch import Pack
+from megavlm.data.device_batch import Batch, share_packs
 from megavlm.data.read_pack import ReadPack, decode_pack
-from megavlm.layers.segments import packed_segments, to_device
-from megavlm.parallel.device import local_device, use_local_device
-from megavlm.parallel.state import any_rank, is_first_stage, is_reader
+from megavlm.parallel.device import use_local_device
+from megavlm.parallel.state import any_rank, is_reader
 
 if TYPE_CHECKING:
     from megavlm.data.decode import ImageDecoder
     from megavlm.data.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class MicroBatch:
-    """One pack on the device of one rank."""
-
-    tokens: Tensor
-    """[1, S] int64."""
-    labels: Tensor
-    """[1, S] int64, already shifted; IGNORE_INDEX where there is nothing to predict."""
-    position_ids: Tensor
-    """[1, S] int64, from 0 in each segment."""
-    packed_seq_params: PackedSeqParams
-    """Segment borders for Megatron-Core."""
-    segment_sources: Tensor
-    """[G] int64: index of each segment's data set; -1 for padding."""
-    images: Tensor | None
-    """[N, 3, H, W] uint8 on the first stage; None on the others."""
-    num_images: int
-    """N, on every stage."""
-
-    @property
-    def token_sources(self) -> Tensor:
-        """[S] index of the data set that each position comes from."""
-        lengths = self.packed_seq_params.cu_seqlens_q.diff().long()
-        return torch.repeat_interleave(self.segment_sources, lengths, output_size=self.tokens.size(1))
 
 
 @dataclass
@@ -241,31 +208,11 @@ class Prefetcher:
         return decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
 
 
-def micro_batch(pack: Pack, images: Tensor | None, device: torch.device) -> MicroBatch:
-    """Put one pack on a device. ``images`` is [N, 3, H, W] uint8, or None on a later stage."""
-
-    def on_device(array: Any) -> Tensor:
-        return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
-
-    position_ids = on_device(pack.position_ids)
-    return MicroBatch(
-        tokens=on_device(pack.tokens)[None],
-        labels=on_device(pack.labels)[None],
-        position_ids=position_ids[None],
-        packed_seq_params=packed_segments(pack.cu_seqlens, device, position_ids),
-        segment_sources=on_device(pack.segment_sources.astype(np.int64)),
-        images=None if images is None else images.to(device),
-        num_images=len(pack.images) if images is None else images.size(0),
-    )
-
-
 class Feed:
     """The micro-batches of each step, on every rank of a data-parallel replica.
 
     Args:
         prefetcher: on the reader rank; None on the others.
-        sequence_length: S.
-        image_size: H and W.
         order: says from the number of images of each pack of a step, in the order of reading, in which order they
             run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
             between steps does not know of it.
@@ -274,119 +221,36 @@ class Feed:
     def __init__(
         self,
         prefetcher: Prefetcher | None,
-        sequence_length: int,
-        image_size: int,
         order: Callable[[Sequence[int]], Sequence[int]] | None = None,
     ) -> None:
         assert (prefetcher is not None) == is_reader()
         self.prefetcher, self._order = prefetcher, order
-        self.sequence_length, self.image_size = sequence_length, image_size
-        self.device = local_device()
         self.sample_keys: list[str] | None = None
         """Keys of the samples of the last step, on the reader rank."""
 
-    def next_step(self, num_microbatches: int) -> list[MicroBatch]:
+    def next_step(self, num_microbatches: int) -> list[Batch]:
         """Return the next ``num_microbatches``; a collective over the whole job.
 
         Raises:
             RuntimeError: a reader failed (raised on every rank of the job; the reader's own error is logged there).
         """
-        packs: list[Pack] | None = None
-        pixels: Tensor | None = None
+        read: list[ReadPack] | None = None
         failed = False
         if self.prefetcher is not None:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 if self._order is not None:
                     read = [read[index] for index in self._order([len(item.pack.images) for item in read])]
-                pixels = torch.cat([item.pixels for item in read])
-                packs = [item.pack for item in read]
-                self.sample_keys = [key for pack in packs for key in pack.sample_keys]
+                self.sample_keys = [key for item in read for key in item.pack.sample_keys]
             except Exception:
                 logger.exception("reading data failed")
                 failed = True
         # Replicas whose reader is well must not go on to a step that the others do not take.
         if any_rank(failed):
             raise RuntimeError("a reader failed; its rank's log says why")
-        return share_packs(packs, pixels, num_microbatches, self.sequence_length, self.image_size)
+        return share_packs(read, num_microbatches)
 
     def close(self) -> None:
         """End the reading thread."""
         if self.prefetcher is not None:
             self.prefetcher.close()
-
-
-def share_packs(
-    packs: list[Pack] | None, pixels: Tensor | None, num_packs: int, sequence_length: int, image_size: int
-) -> list[MicroBatch]:
-    """Hand packs from the reader rank to the ranks of its replica.
-
-    Args:
-        packs: on the reader rank, ``num_packs`` packs of ``sequence_length`` tokens; None there means that
-            reading failed.
-        pixels: on the reader rank, [N, 3, H, W] uint8 of all packs.
-        num_packs: how many.
-        sequence_length: S.
-        image_size: H and W.
-
-    Raises:
-        RuntimeError: reading failed on the reader rank.
-    """
-    device = local_device()
-    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
-    # Row of the header: segments and images of one pack; -1 says that reading failed.
-    header = torch.full((num_packs, 2), -1, dtype=torch.int64)
-    if packs is not None:
-        header = torch.tensor([[len(p.segment_sources), len(p.images)] for p in packs], dtype=torch.int64)
-    header = header.to(device)
-    dist.broadcast(header, source, group=group)
-    rows = header.tolist()
-    if rows[0][0] < 0:
-        raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
-    segments = sum(row[0] for row in rows)
-    body = torch.empty(num_packs * (2 * sequence_length + 1) + 2 * segments, dtype=torch.int64)
-    if packs is not None:
-        parts = [np.concatenate([p.tokens, p.labels, p.cu_seqlens, p.segment_sources]) for p in packs]
-        body = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-    body = body.to(device)
-    dist.broadcast(body, source, group=group)
-    pixels = _share_pixels(pixels, sum(row[1] for row in rows), image_size, device)
-    return _unpack(body.cpu().numpy(), rows, sequence_length, pixels, device)
-
-
-def _share_pixels(pixels: Tensor | None, num_images: int, image_size: int, device: torch.device) -> Tensor | None:
-    """Hand [N, 3, H, W] pixels to the tensor-parallel ranks of the first stage; None on the other stages."""
-    if not is_first_stage():
-        return None
-    if pixels is None:
-        pixels = torch.empty(num_images, 3, image_size, image_size, dtype=torch.uint8)
-    pixels = pixels.to(device)
-    if num_images and mpu.get_tensor_model_parallel_world_size() > 1:
-        dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
-    return pixels
-
-
-def _unpack(
-    body: np.ndarray, rows: list[list[int]], sequence_length: int, pixels: Tensor | None, device: torch.device
-) -> list[MicroBatch]:
-    batches, at, image = [], 0, 0
-    for segments, num_images in rows:
-        ends = np.cumsum([sequence_length, sequence_length, segments + 1, segments]) + at
-        tokens, labels, cu_seqlens, sources = np.split(body[at : ends[-1]], ends[:-1] - at)
-        lengths = np.diff(cu_seqlens)
-        positions = np.arange(sequence_length) - np.repeat(cu_seqlens[:-1], lengths)
-        pack = Pack(
-            tokens=tokens,
-            labels=labels,
-            position_ids=positions,
-            cu_seqlens=cu_seqlens.astype(np.int32),
-            segment_sources=sources.astype(np.int32),
-            images=[],
-            sample_keys=[],
-        )
-        own = None if pixels is None else pixels[image : image + num_images]
-        batch = micro_batch(pack, own, device)
-        batch.num_images = num_images
-        batches.append(batch)
-        at, image = int(ends[-1]), image + num_images
-    return batches

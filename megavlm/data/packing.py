@@ -17,9 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
 
 
@@ -190,11 +188,7 @@ class CarryOverPacker(Generic[T]):
 
 
 def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_token: int) -> Pack:
-    """Lay samples out as one pack of S = ``sequence_length`` positions.
-
-    Labels are shifted within each segment: a position's label is the label of the next one, and the last
-    position of a segment has none. Positions start at 0 in each segment. What is left over is one segment of
-    ``pad_token`` without labels.
+    """Lay samples out as one pack of S = ``sequence_length`` positions, as :func:`make_pack` does.
 
     Args:
         samples: At least one, in order; together no longer than S.
@@ -204,26 +198,14 @@ def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_toke
     Raises:
         ValueError: There are no samples, or they do not fit.
     """
-    lengths = [len(sample) for sample in samples]
-    used = sum(lengths)
-    if not samples or used > sequence_length:
-        raise ValueError(f"{len(samples)} samples of {used} tokens do not make a pack of {sequence_length}")
-    tokens = np.full(sequence_length, pad_token, np.int64)
-    labels = np.full(sequence_length, IGNORE_INDEX, np.int64)
-    sources = [sample.source for sample in samples]
-    if used < sequence_length:
-        lengths.append(sequence_length - used)
-        sources.append(-1)
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    for sample, start, end in zip(samples, bounds, bounds[1:], strict=False):
-        tokens[start:end] = sample.encoded.tokens
-        labels[start : end - 1] = sample.encoded.labels[1:]
-    return Pack(
-        tokens=tokens,
-        labels=labels,
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=bounds,
-        segment_sources=np.asarray(sources, np.int32),
+    if not samples:
+        raise ValueError(f"no samples do not make a pack of {sequence_length}")
+    return make_pack(
+        [sample.encoded.tokens for sample in samples],
+        sequence_length,
+        labels=[sample.encoded.labels for sample in samples],
+        sources=[sample.source for sample in samples],
+        pad_token=pad_token,
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
         sample_shards=[sample.shard for sample in samples],

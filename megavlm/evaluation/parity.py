@@ -6,17 +6,14 @@ Runs at any layout, one sample at a time, through Megatron-Core's forward-only s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -25,11 +22,12 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import IGNORE_INDEX, make_pack
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
 from megavlm.parallel.state import agreed, is_first_stage, is_last_stage, process_groups
@@ -108,11 +106,10 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
         with agreed(f"loading {path}"):
             load(path, modules=[unwrap(chunk) for chunk in chunks], base=recipe.checkpoint.load)
         logger.info("%s, %s", describe(recipe.parallel, dist.get_world_size()), recipe.training.precision)
-        for chunk in chunks:
-            chunk.eval()
         worst = torch.zeros(len(WHAT), dtype=torch.float64)
         for sample in samples:
-            found = _compare(chunks, sample, recipe)
+            with pipeline.evaluating(chunks):
+                found = _compare(chunks, sample, recipe)
             worst = torch.maximum(worst, found)
             logger.info("%s: %s", sample.name, _show(sample, found))
     bad = bool((worst > tolerance).any())
@@ -154,7 +151,6 @@ def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
         raise UserError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
 
 
-@torch.no_grad()
 def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
     """Return the largest difference in each of WHAT, on all ranks; zero where there is nothing to compare."""
     found = torch.zeros(len(WHAT), dtype=torch.float64)
@@ -188,52 +184,20 @@ def _largest(ours: Tensor, theirs: Tensor) -> float:
 
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
     """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
-    parallel = recipe.parallel
-    batch = _batch(sample, parallel.tensor_model_parallel_size)
-    # The interleaved schedule wants a micro-batch per stage.
-    count = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
-    outputs: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_step, with_labels=with_labels),
-        data_iterator=[iter([batch] * count) for _ in chunks] if len(chunks) > 1 else iter([batch] * count),
-        model=list(chunks),
-        num_microbatches=count,
-        seq_length=batch.tokens.size(1),
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    return outputs
+    batch = _batch(sample, recipe.parallel.tensor_model_parallel_size)
+
+    def step(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return model(**batch.inputs(with_labels=with_labels)), lambda output: output[0]
+
+    return pipeline.run(chunks, [batch], step, batch.tokens.size(1))
 
 
-def _step(batches: Iterator[MicroBatch], model: Any, with_labels: bool) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Run one chunk (Megatron-Core's ``forward_step_func``)."""
-    batch = next(batches)
-    output = model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        packed_seq_params=batch.packed_seq_params,
-        labels=batch.labels.clamp(min=0) if with_labels else None,
-        images=batch.images,
-    )
-    return output, lambda out, non_loss_data=True: out[0]
-
-
-def _batch(sample: Sample, multiple: int) -> MicroBatch:
+def _batch(sample: Sample, multiple: int) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
     length = len(sample.ids)
-    padding = -length % multiple
-    labels = sample.labels if sample.labels is not None else torch.full((length,), IGNORE_INDEX)
-    shifted = torch.cat([labels[1:].long(), torch.full((padding + 1,), IGNORE_INDEX)])
-    pack = Pack(
-        tokens=F.pad(sample.ids, (0, padding)).numpy(),
-        labels=shifted.numpy(),
-        position_ids=np.concatenate([np.arange(length), np.arange(padding)]),
-        cu_seqlens=np.cumsum([0, length, *([padding] if padding else [])]).astype(np.int32),
-        segment_sources=np.array([0, *([-1] if padding else [])], np.int32),
-        images=[],
-        sample_keys=[],
-    )
-    return micro_batch(pack, sample.pixels if is_first_stage() else None, local_device())
+    labels = None if sample.labels is None else [sample.labels]
+    pack = make_pack([sample.ids], length + -length % multiple, labels=labels)
+    return make_batch(pack, sample.pixels if is_first_stage() else None, local_device())
 
 
 def _show(sample: Sample, found: Tensor) -> str:

@@ -176,7 +176,7 @@ def _configs(chunks: Sequence[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
-    """Let the language layers of ``chunks`` use ``cache`` in evaluation mode, and leave them as they were.
+    """Let the language layers of ``chunks`` use ``cache``, and leave them as they were. For evaluation mode.
 
     The last stage gives logits [1, K, V / TP] of the turn's ``ends`` only.
 
@@ -187,15 +187,12 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     models = [unwrap(chunk).language for chunk in chunks]
     attentions = [layer.self_attention for model in models for layer in model.decoder.layers]
     cores = [attention.core_attention for attention in attentions]
-    trained = [chunk.training for chunk in chunks]
     hooks = []
     try:
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = CachedAttention(core, cache, getattr(core, "softmax_scale", None))
         # No angles for queries and none for keys: the layers leave them as they are.
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
-        for chunk in chunks:
-            chunk.eval()
         with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(Turn, cache.turn).ends):
             yield
     finally:
@@ -203,5 +200,3 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
             hook.remove()
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = core
-        for chunk, was in zip(chunks, trained, strict=True):
-            chunk.train(was)

@@ -15,15 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megavlm.config.errors import UserError
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import make_pack
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.inference.cache import KeyValueCache, Turn, caching
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
@@ -31,6 +28,7 @@ from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, log_probabilities
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage, is_reader
 
@@ -129,7 +127,7 @@ def generating(
     for group in _by_cache(asked, lengths, cached_positions):
         own = [(sampling, i) if isinstance(sampling, Sampling) else (sampling[i], 0) for i in group]
         run = _Run(chunks, [prompts[i] for i in group], own, [most[i] for i in group], vocab_size, pack_length)
-        with caching(chunks, run.cache):
+        with pipeline.evaluating(chunks), caching(chunks, run.cache):
             places = {i: place for place, i in enumerate(group)}
 
             def gone(places: dict[int, int] = places) -> set[int]:
@@ -154,7 +152,7 @@ def _by_cache(indices: Sequence[int], lengths: Sequence[int], positions: int) ->
 class _Request:
     """One micro-batch of generation."""
 
-    batch: MicroBatch
+    batch: Batch
     turn: Turn
     members: list[int]
     """The answers that get a token, as indices into the run's prompts."""
@@ -242,7 +240,7 @@ class _Run:
         return [made[id(prompt.images)] for prompt in self.prompts]
 
     def _padded(self, groups: list[list[int]]) -> list[list[int]]:
-        """Add empty groups where the interleaved schedule wants a multiple of the stages."""
+        """Add empty groups where the interleaved schedule wants a multiple of the stages: a cache is read once."""
         return groups + [[]] * (-len(groups) % self.stages if self.virtual else 0)
 
     def _rounded(self, length: int) -> int:
@@ -291,30 +289,13 @@ class _Run:
             self.positions.padded(freqs, length),
             None if scale is None else self.positions.padded(scale, length),
         )  # fmt: skip
-        pack = Pack(
-            tokens=tokens,
-            labels=np.full(length, IGNORE_INDEX, np.int64),
-            position_ids=np.zeros(length, np.int64),  # rotary angles come from the turn
-            cu_seqlens=np.array([0, length], np.int32),
-            segment_sources=np.zeros(1, np.int32),
-            images=[],
-            sample_keys=[],
-        )
-        return _Request(micro_batch(pack, None, device), turn, [group[k] for k in wanted])
+        pack = make_pack([tokens], length)
+        pack.position_ids[:] = np.pad(starts, (0, length - len(starts)))  # of the rows; behind them is padding
+        return _Request(make_batch(pack, None, device), turn, [group[k] for k in wanted])
 
     def _forward(self, requests: list[_Request], length: int) -> dict[int, Chosen]:
         """Run micro-batches of ``length`` positions; returns the chosen token of each member, on all ranks."""
-        chunks = list(self.chunks)
-        picked = get_forward_backward_func()(
-            forward_step_func=self._step,
-            data_iterator=[iter(requests) for _ in chunks] if len(chunks) > 1 else iter(requests),
-            model=chunks,
-            num_microbatches=len(requests),
-            seq_length=length,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        picked = pipeline.run(self.chunks, requests, self._step, length)
         order = [i for request in requests for i in request.members]
         best = min(self.report or 0, self.vocab_size)
         tokens = torch.zeros(len(order), dtype=torch.int64, device=local_device())
@@ -322,9 +303,7 @@ class _Run:
             tokens = torch.zeros(len(order), 2 + 2 * best, dtype=torch.float64, device=local_device())
         if picked:  # the last stage
             tokens = torch.cat(picked)
-        if self.stages > 1:
-            group = mpu.get_pipeline_model_parallel_group()
-            dist.broadcast(tokens, mpu.get_pipeline_model_parallel_last_rank(), group=group)
+        tokens = pipeline.from_last_stage(tokens)
         if self.report is None:
             return {i: Chosen(token) for i, token in zip(order, tokens.tolist(), strict=True)}
         return {i: self._reported(i, row, best) for i, row in zip(order, tokens.tolist(), strict=True)}
@@ -339,19 +318,13 @@ class _Run:
             int(row[0]), row[1], tuple((int(i), value) for i, value in zip(ids, values, strict=True))[:wanted]
         )
 
-    def _step(self, requests: Iterator[_Request], model: Any) -> tuple[Tensor, Callable[..., Tensor]]:
-        """Run one chunk (Megatron-Core's ``forward_step_func``); the last one chooses tokens."""
-        request = next(requests)
+    def _step(self, model: Any, request: _Request) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Run one chunk; the last one chooses tokens."""
         self.cache.turn = request.turn
-        output = model(
-            tokens=request.batch.tokens,
-            position_ids=request.batch.position_ids,
-            packed_seq_params=request.batch.packed_seq_params,
-            image_features=request.features,
-        )
+        output = model(**request.batch.inputs(), image_features=request.features)
         return output, partial(self._pick, request)
 
-    def _pick(self, request: _Request, logits_1KV: Tensor, non_loss_data: bool = True) -> Tensor:
+    def _pick(self, request: _Request, logits_1KV: Tensor) -> Tensor:
         """Return the tokens [K] that come after the K positions of ``request.turn.ends``.
 
         With a report, they are what :func:`log_probabilities` makes of them.
@@ -376,6 +349,6 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     return torch.cat([part for part in encoded if part is not None], dim=1)
 
 
-def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> MicroBatch:
+def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> Batch:
     """Return prompts, with their answers so far, as the segments of one pack."""
     return pack_segments([[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts], pack_length)

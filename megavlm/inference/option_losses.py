@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megavlm.config.errors import UserError
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
-from megavlm.models.build import unwrap
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage
 
@@ -38,14 +35,13 @@ class _Segment:
 class _Request:
     """One micro-batch."""
 
-    batch: MicroBatch
+    batch: Batch
     positions: Tensor
     """[K] positions in the pack."""
     tokens: Tensor
     """[K] tokens that should follow them."""
 
 
-@torch.no_grad()
 def option_losses(
     chunks: Sequence[Any],
     prompts: Sequence[Prompt],
@@ -75,16 +71,11 @@ def option_losses(
         raise UserError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
     packs = first_fit([len(one.tokens) for one in segments], pack_length)
     order = [want for group in packs for i in group for want in segments[i].wanted]
-    config = unwrap(chunks[0]).config
-    if config.virtual_pipeline_model_parallel_size:  # the interleaved schedule wants a multiple of the stages
-        packs += [[]] * (-len(packs) % config.pipeline_model_parallel_size)
-    for chunk in chunks:
-        chunk.eval()
-    losses = _run(
-        chunks, [[segments[i] for i in group] for group in packs], prompts, len(order), vocab_size, pack_length
-    )
-    for chunk in chunks:
-        chunk.train()
+    requests = [_request([segments[i] for i in group], prompts, pack_length) for group in packs]
+    with pipeline.evaluating(chunks):
+        found = pipeline.run(chunks, requests, partial(_step, vocab_size=vocab_size), pack_length)
+    there = torch.cat(found) if found else torch.zeros(len(order), dtype=torch.float32, device=local_device())
+    losses = pipeline.from_last_stage(there).tolist()
     sums = [[0.0] * len(some) for some in options]
     for (_, _, (prompt, option)), loss in zip(order, losses, strict=True):
         sums[prompt][option] += loss / len(options[prompt][option])
@@ -106,35 +97,6 @@ def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int
     return segments
 
 
-def _run(
-    chunks: Sequence[Any],
-    packs: Sequence[Sequence[_Segment]],
-    prompts: Sequence[Prompt],
-    count: int,
-    vocab_size: int,
-    pack_length: int,
-) -> list[float]:
-    """The wanted losses, in the order of packs and segments, on all ranks of the replica."""
-    if not packs:
-        return []
-    data = [iter([_request(some, prompts, pack_length) for some in packs]) for _ in chunks]
-    found = get_forward_backward_func()(
-        forward_step_func=partial(_forward, vocab_size=vocab_size),
-        data_iterator=data if len(chunks) > 1 else data[0],
-        model=list(chunks),
-        num_microbatches=len(packs),
-        seq_length=pack_length,
-        micro_batch_size=1,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
-    losses = torch.zeros(count, dtype=torch.float32, device=local_device())
-    if found:  # the last stage
-        losses = torch.cat(found)
-    dist.broadcast(losses, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    return [float(loss) for loss in losses.tolist()]
-
-
 def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_length: int) -> _Request:
     starts = np.cumsum([0, *(len(one.tokens) for one in segments)])
     wanted = [
@@ -150,17 +112,11 @@ def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_lengt
     )
 
 
-def _forward(requests: Iterator[_Request], model: Any, vocab_size: int) -> tuple[Tensor, Callable[..., Tensor]]:
-    """Run one chunk (Megatron-Core's ``forward_step_func``); the last one takes the losses."""
-    request = next(requests)
-    output = model(
-        tokens=request.batch.tokens,
-        position_ids=request.batch.position_ids,
-        packed_seq_params=request.batch.packed_seq_params,
-        images=request.batch.images,
-    )
+def _step(model: Any, request: _Request, vocab_size: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Run one chunk; the last one takes the losses."""
+    output = model(**request.batch.inputs())
 
-    def take(logits_1SV: Tensor, non_loss_data: bool = True) -> Tensor:
+    def take(logits_1SV: Tensor) -> Tensor:
         rows = gather_from_tensor_model_parallel_region(logits_1SV[0, request.positions])[:, :vocab_size].float()
         return rows.logsumexp(-1) - rows.gather(1, request.tokens[:, None]).squeeze(1)
 

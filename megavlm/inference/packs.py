@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
-from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.batch import make_pack
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.parallel.device import local_device
 
 
@@ -26,7 +25,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: Tensor | None = None) -> MicroBatch:
+def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: Tensor | None = None) -> Batch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
     Args:
@@ -34,19 +33,4 @@ def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: T
         pack_length: positions of the pack.
         images: [N, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
     """
-    lengths, sources = [len(one) for one in segments], [0] * len(segments)
-    padding = pack_length - sum(lengths)
-    if padding:
-        lengths, sources = [*lengths, padding], [*sources, -1]
-    tokens = np.zeros(pack_length, np.int64)
-    tokens[: pack_length - padding] = [token for one in segments for token in one]
-    pack = Pack(
-        tokens=tokens,
-        labels=np.full(pack_length, IGNORE_INDEX, np.int64),
-        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
-        segment_sources=np.array(sources, np.int32),
-        images=[],
-        sample_keys=[],
-    )
-    return micro_batch(pack, images, local_device())
+    return make_batch(make_pack(segments, pack_length), images, local_device())

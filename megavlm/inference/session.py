@@ -91,7 +91,7 @@ class Piece:
     finish: str | None = None
     """With the last piece: ``stop`` (the model ended the answer), ``length`` or ``error``."""
     error: Exception | None = None
-    """With ``error``: why. A ``ValueError`` is about the conversation, or a :class:`NotFiniteError`."""
+    """With ``error``: why. A ``UserError`` is about the conversation, or a :class:`NotFiniteError`."""
     report: TokenReport | None = None
     """What the sampling wants to be told of the token; not of one that ends the answer."""
 
@@ -188,7 +188,7 @@ class Session:
         assert box[0] is not None
         given = box[0]
         failed: dict[int, Exception] = {
-            i: ValueError(reason) if theirs else RuntimeError(reason) for i, (theirs, reason) in given.refused.items()
+            i: UserError(reason) if theirs else RuntimeError(reason) for i, (theirs, reason) in given.refused.items()
         }
         images, broken = self._decoded([one[0] for one in given.shown])
         prompts: dict[int, Prompt] = {}
@@ -294,7 +294,7 @@ class Session:
                     given.shown.append((fitted.images, tokens))
                 given.places[i] = known[id(one), new]
             except Exception as error:  # of this conversation, and of no other
-                theirs = isinstance(error, ValueError)
+                theirs = isinstance(error, UserError)
                 if not theirs:
                     logger.exception("a conversation cannot be read")
                 given.refused[i] = theirs, str(error) if theirs else f"{type(error).__name__}: {error}"
@@ -315,7 +315,7 @@ class Session:
                     decoded = self._decoder.decode(files, self.recipe.model.vision.image_size)
                     if decoded.failed:
                         cause = f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}"
-                        errors[place] = ValueError(cause)
+                        errors[place] = UserError(cause)
                     images[place] = decoded.pixels
                 except Exception as error:  # of these images, and of no others
                     logger.exception("a conversation's images cannot be decoded")

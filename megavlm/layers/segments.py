@@ -58,8 +58,8 @@ def segment_positions(packed: PackedSeqParams | None) -> Tensor | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to ``device`` without waiting for what the device has to do before."""
-    if device.type != "cuda":
+    """Copy a tensor to ``device``, from the host without waiting for what the device has to do before."""
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     # A copy from pageable memory waits for the device; pinned memory stays reserved until the copy is done.
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
+from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig
 from megavlm.config.split import is_replicated
 from megavlm.parallel.replicas import Shares, built_whole, mark_replicas
@@ -30,14 +30,12 @@ def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
 
 
 def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
-    kind: registry.Registry = {"vision": registry.VISION, "connector": registry.CONNECTORS}[part]
-    preset = kind.find(getattr(model, part).preset)
-    settings: Any = model.vision if part == "vision" else model
+    architecture, own = architecture_of(model, part), own_of(model, part)
     if part not in replicated(model, context):
-        return preset.build(settings, context)
+        return architecture.make(own, context)
     whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
     with built_whole():
-        module = preset.build(settings, replace(context, parallel=whole))
+        module = architecture.make(own, replace(context, parallel=whole))
     mark_replicas(module)
     return module
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe, VisionConfig
-from megavlm.planning.parameters import adapter_shapes
+from megavlm.architectures.cost import Pictures, cost_of, decoder_cost
+from megavlm.config.architecture import own_of
+from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
 
 def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:
@@ -21,43 +22,27 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
         language: its shape.
         tokens: tokens of all segments.
         squared_lengths: sum of the squares of the segments' lengths.
+
+    Raises:
+        NoCostError: its architecture has no cost.
     """
-    hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
-    key_value = 2 * language.num_query_groups * language.kv_channels
-    weights = hidden * (width + key_value) + width * hidden + 3 * hidden * language.ffn_hidden_size
-    # Scores and their product with the values, over half of the square (causal).
-    attention = 2 * width * squared_lengths
-    return language.num_layers * (2 * tokens * weights + attention) + 2 * tokens * hidden * language.vocab_size
+    layers = language.num_layers * decoder_cost(language).layer_work(language, tokens, squared_lengths).total
+    return int(layers) + 2 * tokens * language.hidden_size * language.vocab_size
 
 
 def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> int:
     """Return the forward operations of the adapters."""
-    return 2 * tokens * language.num_layers * sum(adapter_shapes(language, lora, 1))
+    return 2 * tokens * language.num_layers * sum(decoder_cost(language).adapter_parameters(language, lora, 1))
 
 
-def vision_flops(vision: VisionConfig, images: int) -> int:
-    """Return the forward operations of the tower for ``images`` images."""
-    patches, width = vision.patches_per_image, vision.hidden_size
-    positions = patches + int(vision.class_token)
-    weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
-    layer = 2 * positions * weights + 4 * positions * positions * width
-    embedding = 2 * patches * 3 * vision.patch_size**2 * width
-    return images * (vision.num_layers * layer + embedding)
+def image_flops(model: ModelConfig, part: str, images: float) -> float:
+    """Return the forward operations of ``vision`` or ``connector`` for ``images`` pictures.
 
-
-def connector_flops(model: ModelConfig, images: int) -> int:
-    """Return the forward operations of the connector for ``images`` images."""
-    patches, width, hidden = model.vision.patches_per_image, model.vision.hidden_size, model.language.hidden_size
-    queries = model.connector.num_queries
-    if queries is None:  # linear layers on every patch
-        digits = "".join(c for c in model.connector.preset.split("x")[0] if c.isdigit())
-        depth = int(digits or 1)
-        return images * 2 * patches * (width * hidden + (depth - 1) * hidden * hidden)
-    into = 0 if width == hidden else 2 * patches * width * hidden
-    keys_values = 2 * patches * 2 * hidden * hidden
-    attention = 4 * queries * patches * hidden
-    # out_proj and proj; the queries themselves are the same for all images and projected once.
-    return images * (into + keys_values + attention + 2 * queries * 2 * hidden * hidden)
+    Raises:
+        NoCostError: its architecture has no cost.
+    """
+    total: float = cost_of(model, part).work(own_of(model, part), Pictures.alike(images, model.vision.grid)).total
+    return total
 
 
 def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
@@ -75,8 +60,8 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
     vision, connector, language = passes(recipe)
     model, lora = recipe.model, recipe.lora
     total = (
-        vision * vision_flops(model.vision, images)
-        + connector * connector_flops(model, images)
+        vision * int(image_flops(model, "vision", images))
+        + connector * int(image_flops(model, "connector", images))
         + language * language_flops(model.language, tokens, squared_lengths)
     )
     if lora.rank is not None:
@@ -137,9 +122,9 @@ def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: 
         total += language_flops(language, tokens, 0) - 2 * tokens * language.hidden_size * language.vocab_size
         if recipe.lora.rank is not None:
             total += adapter_flops(language, recipe.lora, tokens)
-    if vision > 1 and recipe.model.vision.gradient_checkpointing:
-        embedding = 2 * recipe.model.vision.patches_per_image * 3 * recipe.model.vision.patch_size**2
-        total += vision_flops(recipe.model.vision, images) - images * embedding * recipe.model.vision.hidden_size
+    if vision > 1:
+        tower = recipe.model.vision
+        total += int(cost_of(recipe.model, "vision").again(tower, Pictures.alike(images, tower.grid)))
     return total
 
 

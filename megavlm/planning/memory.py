@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.architectures.cost import decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, engine_key, held_by, kernels_of
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
 from megavlm.planning.layout import Layout, layout_of
-from megavlm.planning.parameters import layer_shapes, static_bytes
+from megavlm.planning.parameters import static_bytes
 from megavlm.planning.schedule import rank_order
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -104,7 +105,8 @@ def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> 
         total += round(layout.microbatches * workload.images * 3 * vision.image_size**2)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.
-        layer = sum(layer_shapes(recipe.model.language, layout.tensor))
+        language = recipe.model.language
+        layer = sum(decoder_cost(language).layer_parameters(language, layout.tensor))
         total += 2 * layer * sum(chunk.layers for chunk in layout.chunks_of(stage))
     wide = workload.tokens * recipe.model.language.hidden_size * b
     if layout.sequence_parallel:  # the sequence that the linear layers gather

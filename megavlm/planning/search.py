@@ -13,7 +13,7 @@ from megavlm.planning.activations import kernels_of
 from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
 from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
-from megavlm.planning.parameters import check_builders
+from megavlm.planning.parameters import check_costs
 from megavlm.planning.timing import StepTime, Timer
 from megavlm.planning.workload import Workload
 
@@ -93,7 +93,7 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
     Raises:
         RecipeError: the recipe is wrong whatever the layout, or its model has parts that the planner does not know.
     """
-    check_builders(recipe.model)
+    check_costs(recipe.model)
     if kernels_of(recipe).fp8 and gpu.fp8_flops is None:
         raise RecipeError(f"engine.fp8: {gpu.name} has no FP8; set it to null, or plan for an H100 or H200")
     check_recipe(with_parallel(recipe, **_ONE))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megavlm.architectures.cost import cost_of, decoder_cost
 from megavlm.config.schema import Recipe
-from megavlm.planning.flops import connector_flops, language_flops, vision_flops
+from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import share
 
@@ -46,23 +47,21 @@ def chunk_flops(
         images: its images.
     """
     model, tp = recipe.model, layout.tensor
-    language, tower = model.language, model.vision
+    language = model.language
     # Per layer: the whole model without attention, less the output layer.
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
-    attention = 2 * language.num_attention_heads * language.kv_channels * squared_lengths
+    attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
     images = images if chunk.first else 0
-    ranks, seen = share(model, "vision", layout, images)
-    connector_ranks, connected = share(model, "connector", layout, images)
-    positions = tower.patches_per_image + int(tower.class_token)
-    tower_attention = seen * tower.num_layers * 4 * positions**2 * tower.hidden_size
-    # The patch embedding is not split: every tensor-parallel rank makes it whole.
-    embedding = seen * 2 * tower.patches_per_image * 3 * tower.patch_size**2 * tower.hidden_size
+    tower_ranks, seen = share(model, "vision", layout, images)
+    tower = cost_of(model, "vision").work(model.vision, seen)
+    connector_ranks, seen = share(model, "connector", layout, images)
+    connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
         layers=chunk.layers * layer / tp,
         attention=chunk.layers * attention / tp,
         output=output / tp * int(chunk.last),
-        tower=(seen * vision_flops(tower, 1) - tower_attention - embedding) / ranks + embedding,
-        tower_attention=tower_attention / ranks,
-        connector=connected * connector_flops(model, 1) / connector_ranks,
+        tower=tower.products / tower_ranks + tower.whole,
+        tower_attention=tower.attention / tower_ranks,
+        connector=connector.total / connector_ranks,
     )

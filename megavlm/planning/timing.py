@@ -9,24 +9,15 @@ it against published runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
-from megavlm.planning.activations import Kernels, kernels_of, weights_learn
+from megavlm.planning.activations import kernels_of, weights_learn
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import (
-    NF4_BYTES,
-    adapter_shapes,
-    adapter_widths,
-    gathered_width,
-    learning_elements,
-    linear_shapes,
-    local_groups,
-    padded_vocabulary,
-    replicated_elements,
-)
+from megavlm.planning.parameters import NF4_BYTES, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
@@ -122,57 +113,41 @@ class Timer:
             return flops / (self.gpu.rates.product(m, n, k) * self.peak / self.gpu.bf16_flops)
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
+    def _passage(self) -> LayerPassage:
+        language = self.recipe.model.language
+        return decoder_cost(language).layer_passage(language, self.layout, self.workload.tokens, self.kernels)
+
     def _linear(self) -> float:
         """Return the seconds of a language layer's products, forward; they may be in FP8."""
-        language, tp, tokens = self.recipe.model.language, self.layout.tensor, self.workload.tokens
-        hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
-        queries = language.num_attention_heads * language.kv_channels // tp
-        keys = language.num_query_groups * language.kv_channels // tp
-        shapes = ((queries + 2 * keys, hidden), (hidden, queries), (2 * ffn, hidden), (hidden, ffn))
+        tokens, shapes = self.workload.tokens, self._passage().products
         if self.kernels.fp8 and self.gpu.fp8_flops is not None:
             flops = sum(2 * tokens * rows * width for rows, width in shapes)
             return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
         return sum(self._gemm(2 * tokens * rows * width, tokens, rows, width) for rows, width in shapes)
 
-    def _tower(self, images: float) -> float:
-        """Return the seconds of the tower's products, forward."""
-        tower, (tp, images) = self.recipe.model.vision, share(self.recipe.model, "vision", self.layout, images)
-        positions = images * (tower.patches_per_image + int(tower.class_token))
-        width, ffn = tower.hidden_size, tower.ffn_hidden_size // tp
-        shapes = [(3 * width // tp, width), (width, width // tp), (ffn, width), (width, ffn)] * tower.num_layers
-        products = [(positions, rows, inputs) for rows, inputs in shapes]
-        products.append((images * tower.patches_per_image, width, 3 * tower.patch_size**2))
-        return sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in products)
+    def _attention(self, flops: float) -> float:
+        """Return the seconds of causal attention in the workload's samples."""
+        passage, length = self._passage(), self.workload.tokens / self.workload.samples
+        return self._attend(Attention(flops, passage.heads, passage.width, length), self.layout.tensor, causal=True)
 
-    def _attention(self, flops: float, *, of_tower: bool = False) -> float:
-        model, load = self.recipe.model, self.workload
-        if of_tower:
-            tower, heads = model.vision, model.vision.num_attention_heads
-            length: float = tower.patches_per_image + int(tower.class_token)
-            width, keys = tower.hidden_size // heads, length
-        else:
-            heads, width = model.language.num_attention_heads, model.language.kv_channels
-            length = load.tokens / load.samples
-            keys = length / 2  # causal: half of them are masked
+    def _attend(self, kind: Attention, ranks: int, *, causal: bool) -> float:
+        """Return the seconds of ``kind.operations`` on one of the ``ranks`` that share its heads."""
         if self.gpu.rates is not None:
-            tensor = share(model, "vision", self.layout, 0)[0] if of_tower else self.layout.tensor
-            rate = self.gpu.rates.attend(length, heads / tensor, width, causal=not of_tower)
-            return flops / (rate * self.peak / self.gpu.bf16_flops)
+            rate = self.gpu.rates.attend(kind.length, kind.heads / ranks, kind.width, causal=causal)
+            return kind.operations / (rate * self.peak / self.gpu.bf16_flops)
         rate = self.peak * self.gpu.efficiency.attention
         if not self.kernels.fused:
             rate = min(rate, _TORCH_ATTENTION)
-        return flops * (1 + _TILE / keys) / rate
+        keys = kind.length / 2 if causal else kind.length  # half of them are masked
+        return kind.operations * (1 + _TILE / keys) / rate
 
     def _casts(self) -> tuple[float, float]:
         """Return the seconds, forward and backward, of making FP8 numbers around a language layer's products."""
         if not self.kernels.fp8 or self.gpu.fp8_flops is None:
             return 0.0, 0.0
-        language, tp, tokens = self.recipe.model.language, self.layout.tensor, self.workload.tokens
-        hidden, ffn = language.hidden_size, language.ffn_hidden_size / tp
-        queries = language.num_attention_heads * language.kv_channels / tp
-        keys = local_groups(language, tp) * language.kv_channels
+        passage, tokens, hidden = self._passage(), self.workload.tokens, self.recipe.model.language.hidden_size
         each = _CAST_BYTES.get(self.recipe.engine.fp8_recipe, _CURRENT_CAST_BYTES) * tokens
-        inputs, gradients = 2 * hidden + queries + ffn, 2 * hidden + queries + 2 * keys + 2 * ffn
+        inputs, gradients = passage.cast_inputs, passage.cast_gradients
         return self._stream(each * inputs, each * hidden), self._stream(each * gradients, each * hidden)
 
     def _stream(self, moved: float, each: float | None = None) -> float:
@@ -199,17 +174,13 @@ class Timer:
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens = self.workload.tokens
         learns = weights_learn(self.recipe)
-        width = language.num_attention_heads * language.kv_channels
         work = self._flops(Chunk(0, 1, first=False, last=False))
         linear, attention = self._linear(), work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        rotated = tokens * (width // tp + local_groups(language, tp) * language.kv_channels) * b
-        gathered = tokens * gathered_width(language, tp) * b
-        # Norms and residuals; rotation; gated activation. Plain torch makes three times the passes over memory.
-        moved = (10 * stream + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b) * (
-            1 if self.kernels.fused else 3
-        )
+        passage = self._passage()
+        gathered = passage.gathered
+        moved = passage.moved * (1 if self.kernels.fused else 3)  # plain torch makes three times the passes over memory
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
         wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
@@ -237,23 +208,24 @@ class Timer:
         language, lora, tp = self.recipe.model.language, self.recipe.lora, self.layout.tensor
         if lora.rank is None:
             return 0.0, 0.0
+        cost = decoder_cost(language)
         b, tokens = self.kernels.number_bytes, self.workload.tokens
         product = sum(
             self._gemm(2 * tokens * elements, tokens, lora.rank, elements / lora.rank)
-            for elements in adapter_shapes(language, lora, tp)
+            for elements in cost.adapter_parameters(language, lora, tp)
         )
         # Inputs are read, and with dropout written beside a mask; what is added is written, read and summed.
-        into, out = adapter_widths(language, lora, tp)
+        into, out = cost.adapter_widths(language, lora, tp)
         moved = self._stream(tokens * (into * (1 + 2 * int(lora.dropout > 0)) + 4 * out) * b)
         unpack = 0.0
         if lora.quantize is not None:
-            unpack = self._stream(sum(linear_shapes(language, tp)) * (NF4_BYTES + b))
+            unpack = self._stream(sum(cost.linear_parameters(language, tp)) * (NF4_BYTES + b))
         return product + moved + unpack, 2 * product + moved + unpack
 
     def output(self) -> Cost:
         """Return the cost of the output layer and the loss."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
-        tokens, rows = self.workload.tokens, padded_vocabulary(self.recipe.model.language, self.layout.tensor)
+        tokens, rows = self.workload.tokens, decoder_cost(language).vocabulary(language, tp)
         learns = weights_learn(self.recipe) or self.recipe.lora.train_head
         product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.vocab_size
         # The loss in fp32 passes over the logits some ten times forward, three times backward.
@@ -266,29 +238,31 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
-        tower, (tp, images) = model.vision, share(model, "vision", self.layout, self.workload.images)
-        positions = tower.patches_per_image + int(tower.class_token)
-        work = self._flops(Chunk(0, 0, first=True, last=False))
-        dense, attention = self._tower(self.workload.images), self._attention(work.tower_attention, of_tower=True)
-        stream = images * positions * tower.hidden_size * b
-        moved = tower.num_layers * (14 * stream + 4 * images * positions * tower.ffn_hidden_size / tp * b)
-        wires = self._tensor_parallel(stream, 4 * tower.num_layers) if images and tp == self.layout.tensor else 0.0
-        forward = dense + attention + self._stream(moved, stream)
-        forward = max(forward, tower.num_layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
+        images, (tp, seen) = self.workload.images, share(model, "vision", self.layout, self.workload.images)
+        cost = cost_of(model, "vision")
+        passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
+        dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
+        shared = (replace(kind, operations=kind.operations / tp) for kind in passage.attention)
+        attention = sum(self._attend(kind, tp, causal=False) for kind in shared)
+        cut = tp == self.layout.tensor
+        wires = self._tensor_parallel(passage.stream, passage.collectives) if images and cut else 0.0
+        forward = dense + attention + self._stream(passage.moved, passage.stream)
+        forward = max(forward, passage.layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
         if not modules.vision.freeze:
             backward = 2 * forward + (_FLASH_BACKWARD - 2) * attention
-            if tower.gradient_checkpointing:
+            if cost.again(model.vision, seen):
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
-        tp, images = share(model, "connector", self.layout, self.workload.images)
-        connector = self._gemm(work.connector, images * tower.patches_per_image, hidden / tp, hidden)
-        gathered = 0.0
-        if images and tp == self.layout.tensor:
-            gathered = self._tensor_parallel(images * tower.patches_per_image * model.language.hidden_size * b, 1)
-            gathered += self._tensor_parallel(model.tokens_per_image * images * model.language.hidden_size * b, 3)
-        wires += gathered
-        if features := gathered_features(self.recipe, self.layout, self.workload.images):
+        work = self._flops(Chunk(0, 0, first=True, last=False))
+        tp, seen = share(model, "connector", self.layout, images)
+        connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
+        queries = model.tokens_per_image * images * model.language.hidden_size * b
+        gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
+        gathered += self._tensor_parallel(queries, 3)
+        gathered *= int(tp == self.layout.tensor)
+        wires += gathered if images else 0.0
+        if features := gathered_features(model, self.layout, images):
             wires += self._tensor_parallel(features * b, 1)
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
-from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.batch import Pack, make_pack
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.feed import share_packs
+from megavlm.data.device_batch import share_packs
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, is_reader
 from megavlm.training.step import run_batches
@@ -39,19 +39,6 @@ class HeldOut:
     """Packs of each replica, the same on all ranks."""
 
 
-def empty_pack(sequence_length: int, pad_token: int) -> Pack:
-    """Return a pack that holds nothing but padding."""
-    return Pack(
-        tokens=np.full(sequence_length, pad_token, np.int64),
-        labels=np.full(sequence_length, IGNORE_INDEX, np.int64),
-        position_ids=np.arange(sequence_length, dtype=np.int64),
-        cu_seqlens=np.array([0, sequence_length], np.int32),
-        segment_sources=np.array([-1], np.int32),
-        images=[],
-        sample_keys=[],
-    )
-
-
 def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | None) -> list[HeldOut]:
     """Read the first ``validation_packs`` packs of each held-out data set; a collective over the job.
 
@@ -64,8 +51,6 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     """
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
-    virtual = recipe.parallel.virtual_pipeline_model_parallel_size
-    multiple = recipe.parallel.pipeline_model_parallel_size if virtual else 1
     held_out = []
     for source in recipe.data.validation:
         name = source_name(source)
@@ -86,9 +71,9 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                 packs = [_decode(pack, decoder, recipe, tokenizer) for pack in islice(reader, wanted)]
         most = torch.tensor([0 if packs is None else len(packs)], device=local_device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        count = max(-(-int(most) // multiple) * multiple, multiple)
+        count = max(int(most), 1)
         if packs is not None:
-            empty = empty_pack(recipe.data.sequence_length, tokenizer.eos_id)
+            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id)
             filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))
@@ -104,28 +89,20 @@ def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokeni
     return ReadPack(read.pack, read.pixels.cpu())
 
 
-def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut], recipe: Recipe) -> dict[str, float]:
+def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, float]:
     """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective.
 
     A data set in which no token has a label has no loss, and is left out.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     losses = {}
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with pipeline.evaluating(chunks):
         for data in held_out:
-            packs = None if data.packs is None else [item.pack for item in data.packs]
-            pixels = None if data.packs is None else torch.cat([item.pixels for item in data.packs])
-            batches = share_packs(
-                packs, pixels, data.count, recipe.data.sequence_length, recipe.model.vision.image_size
-            )
+            batches = share_packs(data.packs, data.count)
             result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
             sums += result
             if result[1] > 0:
                 losses[f"validation_loss/{data.name}"] = float(result[0] / result[1])
             else:
                 logger.warning("data.validation %s: no token has a label, so it has no loss", data.name)
-    for chunk in chunks:
-        chunk.train()
     return {"validation_loss": float(sums[0] / sums[1]), **losses} if sums[1] > 0 else {}

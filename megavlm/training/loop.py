@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megavlm.architectures.registry import CONNECTORS, LANGUAGE, VISION, Registry, expand_presets
+from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
@@ -23,9 +23,10 @@ from megavlm.checkpoint.placement import misplaced
 from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
+from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import RecipeError, UserError
+from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
-from megavlm.config.keys import find_key
 from megavlm.config.schema import Recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
@@ -187,7 +188,7 @@ class Trainer:
     def validate(self) -> None:
         """Report the loss on each held-out data set."""
         with self.training.settled():
-            losses = validate(self.training.chunks, self.held_out, self.recipe)
+            losses = validate(self.training.chunks, self.held_out)
         if losses:
             logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
             self.metrics.write(losses)
@@ -322,7 +323,7 @@ class Trainer:
                     quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
         order = StepOrder(recipe) if recipe.data.balance_images else None
-        return Feed(prefetcher, recipe.data.sequence_length, recipe.model.vision.image_size, order)
+        return Feed(prefetcher, order)
 
 
 def newest_whole(root: Path) -> Path | None:
@@ -372,12 +373,13 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
         )
     saved = expand_presets({"model": read_tree(path).get("model") or {}})["model"]  # for those written by hand
     wanted = to_tree(recipe)["model"]
-    for branch, registry in (("vision", VISION), ("connector", CONNECTORS), ("language", LANGUAGE)):
+    for branch in BRANCHES:
+        own = getattr(recipe.model, branch)
         for key, value in wanted[branch].items():
-            there = saved[branch].get(key, _default(f"model.{branch}.{key}"))
-            if key in _SHAPE_FREE or there == value:
+            there = saved[branch].get(key, own.__pydantic_fields__[key].default)
+            if there == value or not meaning_of(own, key).fixed:
                 continue
-            if key == "preset" and registry is not CONNECTORS and _same_builder(registry, there, value):
+            if key == "preset" and _same_kind(branch, there, value):
                 continue
             raise RecipeError(
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
@@ -385,31 +387,10 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
             )
 
 
-def _default(path: str) -> Any:
-    key = find_key(path)
-    return None if key is None else key.default
-
-
-def _same_builder(registry: Registry, one: str, other: str) -> bool:
-    """Whether two presets are sizes of the same architecture."""
+def _same_kind(branch: str, *presets: str) -> bool:
+    """Whether two presets of a branch are sizes of the same architecture, which other keys say."""
     try:
-        return registry.find(one).module == registry.find(other).module
+        one, other = (BRANCHES[branch].find(preset) for preset in presets)
     except UserError:
         return False
-
-
-# What may differ between a checkpoint and the run that loads it; the positional table is fitted to the image.
-_SHAPE_FREE = (
-    "init_method_std",
-    "gradient_checkpointing",
-    "tensor_parallel",
-    "max_position_embeddings",
-    "seq_length",
-    "use_dynamic_ntk",
-    "use_logn_attn",
-    "vocab_divisor",
-    "layer_names",
-    "image_size",
-    "image_mean",
-    "image_std",
-)
+    return one.architecture is other.architecture and not (one.pattern or other.pattern)

@@ -25,7 +25,7 @@ from torch import Tensor
 from megavlm.config.checks import task_name
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 
 
 class TaskMean:
@@ -81,10 +81,14 @@ def mean_loss(sums_D2: Tensor, tasks: TaskMean | None) -> float:
     return float(total / max(tokens, 1.0))
 
 
-def supervised_tokens(batches: Sequence[MicroBatch], num_sources: int) -> Tensor:
-    """Return [D] int64 supervised tokens of each data set in the global batch; a collective over the replicas."""
-    counts = torch.zeros(num_sources, dtype=torch.int64, device=batches[0].labels.device)
+def supervised_tokens(batches: Sequence[Batch], num_sources: int) -> Tensor:
+    """Return [D] int64 supervised tokens of each data set in the global batch.
+
+    On the last stage, which has the labels; a collective over its replicas.
+    """
+    counts = torch.zeros(num_sources, dtype=torch.int64, device=batches[0].tokens.device)
     for batch in batches:
+        assert batch.labels is not None
         mask = (batch.labels != IGNORE_INDEX).view(-1)
         counts.index_add_(0, batch.token_sources.clamp(min=0), mask.long())
     dist.all_reduce(counts, group=mpu.get_data_parallel_group())

@@ -19,14 +19,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from megavlm.architectures.cost import costless
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
-from megavlm.data.feed import FeedCounters, MicroBatch
+from megavlm.data.device_batch import Batch
+from megavlm.data.feed import FeedCounters
 from megavlm.layers.segments import segment_lengths
 from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.lock import View
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
-from megavlm.planning.flops import count_step
+from megavlm.planning.flops import StepFlops, count_step
 from megavlm.training.lines import drop_steps_after
 from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
@@ -64,6 +66,7 @@ class Metrics:
         self._tasks = task_mean(recipe)
         self._counters = counters or FeedCounters()
         self._waited = self._counters.wait_seconds
+        self._costs = not costless(recipe.model)
         self._first_step = progress.step + 1
         self._timing = StepTiming(recipe.logging, configs)
         self._writer: Any = None
@@ -96,7 +99,7 @@ class Metrics:
         """The data of the step is there."""
         self._timing.fetched()
 
-    def step(self, result: StepResult, batches: Sequence[MicroBatch], rates: Mapping[str, float]) -> None:
+    def step(self, result: StepResult, batches: Sequence[Batch], rates: Mapping[str, float]) -> None:
         """Take in the step since :meth:`begin`; reports where the window ends (a collective then)."""
         self._timing.end()
         self._seconds += time.perf_counter() - self._start
@@ -130,14 +133,16 @@ class Metrics:
         tokens, squares, padding, padding_squares, images = counts.tolist()
         waited, seconds = slowest.tolist()
         supervised = float(self._losses[:, 1].sum())
-        flops = count_step(
-            self.recipe,
-            tokens=int(tokens),
-            squared_lengths=int(squares),
-            positions=int(tokens + padding),
-            squared_positions=int(squares + padding_squares),
-            images=int(images),
-        )
+        flops = StepFlops(0, 0, 0)
+        if self._costs:
+            flops = count_step(
+                self.recipe,
+                tokens=int(tokens),
+                squared_lengths=int(squares),
+                positions=int(tokens + padding),
+                squared_positions=int(squares + padding_squares),
+                images=int(images),
+            )
         # Without a label there is no loss, and 0 were a good one.
         values: dict[str, float | str] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
         values |= {
@@ -153,14 +158,14 @@ class Metrics:
             if count:
                 values[f"loss/{name}"] = loss / count
         peak = peak_flops(self.recipe.training.precision)
-        if peak is not None:
+        if peak is not None and self._costs:
             at_peak = seconds * peak * dist.get_world_size()
             values["mfu"] = flops.useful / at_peak
             values["mfu_conventional"] = flops.conventional / at_peak
             values["hfu"] = flops.hardware / at_peak
         # MFU is of the bf16 peak, in FP8 too, so that it can be compared; this is of the FP8 peak.
         fast = peak_flops("fp8") if self.recipe.engine.fp8 is not None else None
-        if fast is not None:
+        if fast is not None and self._costs:
             values["mfu_fp8_peak"] = flops.useful / seconds / (fast * dist.get_world_size())
         progress = self.progress
         progress.tokens += int(tokens)
@@ -321,7 +326,7 @@ def _is_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
 
 
-def _counts(batch: MicroBatch) -> Tensor:
+def _counts(batch: Batch) -> Tensor:
     """[5] fp64: tokens, squared lengths of the segments, padding, its segments' squared lengths, images."""
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0

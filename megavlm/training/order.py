@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from megavlm.architectures.cost import Pictures, cost_of
 from megavlm.config.schema import Recipe
 from megavlm.config.split import is_replicated
-from megavlm.planning.flops import connector_flops, language_flops, passes, vision_flops
+from megavlm.planning.flops import image_flops, language_flops, passes
 from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
 
@@ -107,9 +108,11 @@ def _language_work(recipe: Recipe) -> tuple[list[float], list[float]]:
 
 def _image_work(recipe: Recipe) -> tuple[float, float]:
     """Return the first stage's work for one image, forward and backward."""
-    vision, connector = vision_flops(recipe.model.vision, 1) / 1e12, connector_flops(recipe.model, 1) / 1e12
+    vision, connector = (image_flops(recipe.model, part, 1) / 1e12 for part in ("vision", "connector"))
     in_vision, in_connector, _ = passes(recipe)
-    again = int(recipe.model.vision.gradient_checkpointing and in_vision == 3)
+    tower = recipe.model.vision
+    recomputes = cost_of(recipe.model, "vision").again(tower, Pictures.alike(1, tower.grid)) > 0
+    again = int(recomputes and in_vision == 3)
     return vision + connector, (in_vision - 1 + again) * vision + (in_connector - 1) * connector
 
 

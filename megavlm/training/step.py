@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
+from megavlm.parallel import pipeline
 from megavlm.parallel.faults import fault, spoilt
-from megavlm.parallel.state import any_rank
+from megavlm.parallel.state import any_rank, is_last_stage
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
 
 
@@ -55,12 +55,13 @@ class StepResult:
         return self.supervised_tokens == 0
 
 
-def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: Batch, num_sources: int, factors: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
 
     In the sum, the losses of each data set are multiplied by its entry of ``factors``, [D]. The third value is [D, 2]:
     the plain sum and the count per data set.
     """
+    assert batch.labels is not None  # this runs on the last stage
     mask = (batch.labels != IGNORE_INDEX).view(-1)
     losses = losses.view(-1).float() * mask
     sources = batch.token_sources.clamp(min=0)
@@ -73,24 +74,17 @@ def _loss(batch: MicroBatch, num_sources: int, factors: Tensor | None, losses: T
 
 
 def forward_step(
-    batches: Iterator[MicroBatch], model: Any, num_sources: int, factors: Tensor | None = None
+    model: Any, batch: Batch, num_sources: int, factors: Tensor | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """Run one model chunk on the next micro-batch (Megatron-Core's ``forward_step_func``)."""
-    batch = next(batches)
+    """Run one model chunk on a micro-batch (a :data:`~megavlm.parallel.pipeline.Step`)."""
     fault("step.forward")
-    output = model(
-        tokens=batch.tokens,
-        position_ids=batch.position_ids,
-        packed_seq_params=batch.packed_seq_params,
-        labels=batch.labels.clamp(min=0),  # masked positions get some valid token; the mask drops their loss
-        images=batch.images,
-    )
+    output = model(**batch.inputs(with_labels=True))
     return output, partial(_loss, batch, num_sources, factors)
 
 
 def run_batches(
     chunks: Sequence[Any],
-    batches: Sequence[MicroBatch],
+    batches: Sequence[Batch],
     num_sources: int,
     *,
     forward_only: bool = False,
@@ -104,28 +98,20 @@ def run_batches(
         [D, 2] fp64 sums of loss and supervised tokens per data set over the global batch, on every rank.
     """
     report = torch.zeros(num_sources, 2, dtype=torch.float64, device=batches[0].tokens.device)
-    # All ranks have the labels of the whole step.
-    factors = None if tasks is None else tasks.token_factors(supervised_tokens(batches, num_sources))
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, num_sources=num_sources, factors=factors),
-        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.size(1),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    for item in reports:  # empty but on the last stage
-        report += item
+    factors = None
+    if tasks is not None and is_last_stage():  # which has the labels, and the losses
+        factors = tasks.token_factors(supervised_tokens(batches, num_sources))
+    step = partial(forward_step, num_sources=num_sources, factors=factors)
+    for found in pipeline.run(chunks, batches, step, batches[0].tokens.size(1), backward=not forward_only):
+        report += found[2] if forward_only else found  # the schedule itself keeps losses and counts
     dist.all_reduce(report, group=mpu.get_data_parallel_group())
-    dist.broadcast(report, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
-    return report.cpu()
+    return pipeline.from_last_stage(report).cpu()
 
 
 def train_step(
     chunks: Sequence[Any],
     optimizer: MegatronOptimizer,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[Batch],
     num_sources: int,
     largest_loss: float | None = None,
     tasks: TaskMean | None = None,

@@ -10,14 +10,25 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state as mpu
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.architectures import registry
+from megavlm.architectures.connectors.mlp import MLP
 from megavlm.architectures.context import BuildContext
-from megavlm.architectures.registry import CONNECTORS, LANGUAGE, VISION, Preset, Registry, expand_presets
-from megavlm.config.schema import LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
-from megavlm.data.feed import micro_batch
+from megavlm.architectures.registry import (
+    CONNECTORS,
+    LANGUAGE,
+    VISION,
+    Architecture,
+    Preset,
+    Registry,
+    expand_presets,
+)
+from megavlm.config.errors import UserError
+from megavlm.config.fields import config_class
+from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig, VisionConfig
+from megavlm.data.device_batch import make_batch
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
@@ -88,7 +99,8 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
 @pytest.mark.parametrize("preset", LANGUAGE_SIZES)
 def test_language_models_have_the_published_sizes(preset: str) -> None:
     found = LANGUAGE.find(preset)
-    language = TypeAdapter(LanguageConfig).validate_python({"preset": preset, **found.values})
+    assert found.architecture is not None
+    language = TypeAdapter(found.architecture.config).validate_python({"preset": preset, **found.values})
     with torch.device("meta"):
         model = found.build(language, BuildContext(ParallelConfig(), initialize=False))
     assert count(model) == LANGUAGE_SIZES[preset]
@@ -97,7 +109,8 @@ def test_language_models_have_the_published_sizes(preset: str) -> None:
 @pytest.mark.parametrize("preset", TOWER_SIZES)
 def test_towers_have_the_published_sizes(preset: str) -> None:
     found = VISION.find(preset)
-    vision = TypeAdapter(VisionConfig).validate_python({"preset": preset, **found.values})
+    assert found.architecture is not None
+    vision = TypeAdapter(found.architecture.config).validate_python({"preset": preset, **found.values})
     with torch.device("meta"):
         tower = found.build(vision, BuildContext(ParallelConfig(), initialize=False))
     assert count(tower) == TOWER_SIZES[preset]
@@ -142,15 +155,20 @@ def test_unknown_names_are_answered_with_those_that_exist() -> None:
 
 def test_a_name_is_registered_once() -> None:
     names = Registry("vision")
-    names.register("one", "somewhere")
-    with pytest.raises(ValueError, match="vision preset 'one' is registered twice"):
-        names.register("one", "elsewhere")
-    assert names.find("one").module == "somewhere"
+    one = Architecture("one", VisionConfig, "somewhere:build")
+    names.register("one", one)
+    with pytest.raises(UserError, match="vision preset 'one' is registered twice"):
+        names.register("one", Architecture("other", VisionConfig, "elsewhere:build"))
+    with pytest.raises(UserError, match="vision architecture 'one' is registered twice"):
+        names.register("two", Architecture("one", VisionConfig, "elsewhere:build"))
+    with pytest.raises(UserError, match="registered with 'somewhere'; give an Architecture"):
+        names.register("two", "somewhere")  # type: ignore[arg-type]
+    assert names.find("one").architecture is one
 
 
 @pytest.mark.parametrize("name", ["mlp1x_gelu", "mlp2x_gelu", "mlp12x_gelu"])
 def test_a_number_stands_for_n(name: str) -> None:
-    assert CONNECTORS.find(name).module == "megavlm.architectures.connectors.mlp.build"
+    assert CONNECTORS.find(name).architecture is MLP
 
 
 @pytest.mark.parametrize("name", ["mlpx_gelu", "mlp0x_gelu", "mlp-1x_gelu", "mlp<N>x_gelux", "amlp2x_gelu"])
@@ -169,7 +187,7 @@ def test_the_recipe_wins_over_the_preset_and_another_preset_drops_adjustments() 
 
 
 _NEW_CONNECTOR = '''
-"""A connector that averages the patches: one token per image."""
+"""A connector that averages the patches of each of some stripes, and its own key."""
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -177,16 +195,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 class Mean(MegatronModule):
     def __init__(self, model, context):
-        heads = model.language.num_attention_heads
         width = model.language.hidden_size
         config = TransformerConfig(
-            num_layers=1, hidden_size=width, num_attention_heads=heads, **context.transformer_settings()
+            num_layers=1, hidden_size=width, num_attention_heads=1, **context.transformer_settings()
         )
         super().__init__(config=config)
+        self.stripes = model.connector.stripes
         self.project = torch.nn.Linear(model.vision.hidden_size, width)
 
     def forward(self, features_PNW):
-        return self.project(features_PNW.mean(0, keepdim=True))
+        return self.project(features_PNW.unflatten(0, (self.stripes, -1)).mean(1))
 
 
 def build(model, context):
@@ -194,14 +212,33 @@ def build(model, context):
 '''
 
 
+@config_class
+class MeanConfig(ConnectorConfig):
+    """Means of stripes."""
+
+    stripes: int = Field(default=1, gt=0)
+    """Stripes of a picture: the tokens that it becomes."""
+
+    def tokens_of(self, grid: tuple[int, int]) -> int:
+        """Return the stripes."""
+        return self.stripes
+
+
 @pytest.mark.usefixtures("clean_registries")
-def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_connector_brings_its_keys_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mean_connector.py").write_text(_NEW_CONNECTOR)
     monkeypatch.syspath_prepend(str(tmp_path))
-    CONNECTORS.register("mean", "mean_connector", num_queries=1)
+    CONNECTORS.register("mean", Architecture("mean", MeanConfig, "mean_connector:build"), stripes=2)
 
-    recipe = tiny_recipe(model={"preset": "tiny", "connector": {"preset": "mean"}, "vision": {"image_size": 32}})
+    own = {"preset": "tiny", "vision": {"image_size": 32}}
+    recipe = tiny_recipe(model={**own, "connector": {"preset": "mean"}})
+    assert recipe.model.tokens_per_image == 2
+    recipe = tiny_recipe(model={**own, "connector": {"preset": "mean", "stripes": 1, "num_queries": None}})
     assert recipe.model.tokens_per_image == 1
+    with pytest.raises(ValidationError, match="num_queries"):
+        tiny_recipe(model={**own, "connector": {"preset": "mean", "num_queries": 4}})
+    with pytest.raises(ValidationError, match="stripes"):
+        tiny_recipe(model={**own, "connector": {"preset": "linear", "stripes": 4}})
     training = build_training(recipe, IMAGE_TOKEN)
     (module,) = training.modules
     before = module.connector.project.weight.detach().clone()
@@ -212,7 +249,7 @@ def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch:
     result = train_step(
         training.chunks,
         training.optimizer,
-        [micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
+        [make_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))],
         num_sources=1,
     )
     assert len(pixels) > 0
@@ -223,9 +260,11 @@ def test_a_new_connector_is_one_module_and_one_line(tmp_path: Path, monkeypatch:
 
 @pytest.mark.usefixtures("clean_registries")
 def test_other_packages_bring_presets_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = Architecture("theirs", ConnectorConfig, "their.module:build")
+
     class Entry:
         def load(self) -> Any:
-            return lambda: CONNECTORS.register("theirs", "their.module", num_queries=9)
+            return lambda: CONNECTORS.register("theirs", theirs, num_queries=9)
 
     asked: list[str] = []
 
@@ -234,13 +273,11 @@ def test_other_packages_bring_presets_by_entry_point(monkeypatch: pytest.MonkeyP
         return [Entry()]
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
-    # As in a new process:
-    monkeypatch.delitem(sys.modules, "megavlm.families.presets")
-    monkeypatch.delattr(sys.modules["megavlm.families"], "presets")
-    registry.MODELS._presets.clear()
+    for one in (VISION, CONNECTORS, LANGUAGE, registry.MODELS):  # as in a new process
+        one._presets.clear()
     model = expand_presets({"model": {"preset": "tiny", "connector": {"preset": "theirs"}}})["model"]
     assert asked == ["megavlm.presets"]
     assert model["connector"] == {"preset": "theirs", "num_queries": 9}
-    assert CONNECTORS.find("theirs") == Preset("theirs", "their.module", {"num_queries": 9})
+    assert CONNECTORS.find("theirs") == Preset("theirs", theirs, {"num_queries": 9})
     expand_presets({"model": {"preset": "tiny"}})
     assert asked == ["megavlm.presets"], "entry points are asked once"

@@ -23,7 +23,7 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.manifest import check, is_proven
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.config.help import to_yaml
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage, process_groups
 from megavlm.training.build import TrainingModel, build_training
@@ -244,7 +244,7 @@ def trained(recipe: dict[str, Any], steps: int = 2) -> tuple[TrainingModel, Any]
     for step in range(steps):
         mine = random_packs(tree.training.global_batch_size, seed=step)[rank::size]
         batches = [
-            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
+            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
             for pack, pixels in mine
         ]
         training.scheduler.step(1)
@@ -271,7 +271,7 @@ def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[floa
             keeper.save(State(training.modules, training.optimizer, training.scheduler, run={"step": 2}))
             start = time.perf_counter()
             (pack, pixels), *_ = random_packs(1)
-            batch = micro_batch(pack, torch.from_numpy(pixels), local_device())
+            batch = make_batch(pack, torch.from_numpy(pixels), local_device())
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)
             waited = time.perf_counter() - start
             keeper.finish()

@@ -16,7 +16,7 @@ from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.help import to_yaml
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage, process_groups
 from megavlm.training.build import build_training
@@ -63,7 +63,7 @@ def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: t
                 step += 1
                 mine = random_packs(tree.training.global_batch_size, seed=step)[rank::size]
                 batches = [
-                    micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
+                    make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
                     for pack, pixels in mine
                 ]
                 training.scheduler.step(1)

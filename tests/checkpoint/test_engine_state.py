@@ -18,7 +18,7 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.safe import read_metadata
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.config.schema import ParallelConfig
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import TrainingModel, build_training
 from megavlm.training.step import train_step
@@ -37,7 +37,7 @@ def build(**engine: Any) -> TrainingModel:
 
 def saved(training: TrainingModel, root: Path) -> Path:
     """Take a step, which gives the optimizer a state, and save."""
-    packs = [micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu")) for pack, pixels in random_packs(1)]
+    packs = [make_batch(pack, torch.from_numpy(pixels), torch.device("cpu")) for pack, pixels in random_packs(1)]
     training.scheduler.step(1)
     train_step(training.chunks, training.optimizer, packs, num_sources=1)
     path = Saver(root, keep=1).save(State(training.modules, training.optimizer, training.scheduler, run={"step": 1}))

@@ -24,8 +24,10 @@ from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, TOKENS_PER_IMAGE, ran
 from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.data.batch import Pack  # noqa: E402
 from megavlm.data.decoders import make_decoder  # noqa: E402
-from megavlm.data.feed import Feed, MicroBatch, Prefetcher, share_packs  # noqa: E402
-from megavlm.parallel.state import is_first_stage, is_reader, process_groups  # noqa: E402
+from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
+from megavlm.data.feed import Feed, Prefetcher  # noqa: E402
+from megavlm.data.read_pack import ReadPack  # noqa: E402
+from megavlm.parallel.state import is_first_stage, is_last_stage, is_reader, process_groups  # noqa: E402
 
 
 class Source:
@@ -45,10 +47,11 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def check(batches: list[MicroBatch], expected: list[tuple[Pack, np.ndarray]]) -> None:
+def check(batches: list[Batch], expected: list[tuple[Pack, np.ndarray]]) -> None:
     assert len(batches) == len(expected)
     for batch, (pack, pixels) in zip(batches, expected, strict=True):
-        for name in ("tokens", "labels", "position_ids"):
+        assert (batch.labels is not None) == is_last_stage()
+        for name in ("tokens", "position_ids", *(["labels"] if is_last_stage() else [])):
             got = getattr(batch, name)
             assert got.dtype == torch.int64 and np.array_equal(got.numpy(), getattr(pack, name)[None]), name
         borders = batch.packed_seq_params.cu_seqlens_q
@@ -75,14 +78,13 @@ def raises(call: Callable[[], object], message: str) -> None:
 def run() -> None:
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     expected = random_packs(4, seed=replica)
-    packs = [pack for pack, _ in expected] if is_reader() else None
-    pixels = torch.cat([torch.from_numpy(p) for _, p in expected]) if is_reader() else None
-    check(share_packs(packs, pixels, 4, SEQUENCE_LENGTH, IMAGE_SIZE), expected)
-    raises(lambda: share_packs(None, None, 4, SEQUENCE_LENGTH, IMAGE_SIZE), "reader of this data-parallel replica")
+    packs = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in expected]
+    check(share_packs(packs if is_reader() else None, 4), expected)
+    raises(lambda: share_packs(None, 4), "reader of this data-parallel replica")
     # After an error, the next call works: all ranks are at the same place.
     texts = [item for item in expected if not len(item[1])]
-    packs, pixels = (packs and [texts[0][0]]), (pixels if pixels is None else pixels[:0])
-    check(share_packs(packs, pixels, 1, SEQUENCE_LENGTH, IMAGE_SIZE), texts[:1])
+    packs = [one for one in packs if not len(one.pixels)]
+    check(share_packs(packs[:1] if is_reader() else None, 1), texts[:1])
 
     prefetcher = None
     if is_reader():
@@ -92,7 +94,7 @@ def run() -> None:
         source = Source([pack for pack, _ in (expected[:3] if replica == replicas - 1 else expected)])
         prefetcher = Prefetcher(source, make_decoder("pil"), IMAGE_SIZE, TOKENS_PER_IMAGE, IMAGE_TOKEN, depth=2)
     # The packs of a step come in the order that the feed is given, with their own pixels.
-    feed = Feed(prefetcher, SEQUENCE_LENGTH, IMAGE_SIZE, order=lambda images: [1, 0] if images[0] else [0, 1])
+    feed = Feed(prefetcher, order=lambda images: [1, 0] if images[0] else [0, 1])
     assert len(expected[0][1]) > 0
     check(feed.next_step(2), expected[1::-1])
     for _ in range(2):

@@ -17,7 +17,8 @@ from ranks import script
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.chat import EncodedSample
 from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
-from megavlm.data.feed import Prefetcher, micro_batch
+from megavlm.data.device_batch import make_batch
+from megavlm.data.feed import Prefetcher
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
@@ -258,7 +259,7 @@ def test_what_is_lost_is_counted_when_a_pack_is_taken(tokenizer: Tokenizer) -> N
 
 def test_a_pack_on_the_device() -> None:
     pack = broken_image_pack()
-    batch = micro_batch(pack, None, torch.device("cpu"))
+    batch = make_batch(pack, None, torch.device("cpu"))
     assert batch.tokens.shape == batch.labels.shape == batch.position_ids.shape == (1, 30)
     assert batch.num_images == 3 and batch.images is None
     params = batch.packed_seq_params

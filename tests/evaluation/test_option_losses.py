@@ -8,7 +8,7 @@ import torch
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE, tiny_recipe
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
@@ -42,7 +42,7 @@ def loss_by_labels(model: torch.nn.Module, prompt: Prompt, option: list[int]) ->
         images=[],
         sample_keys=[],
     )
-    batch = micro_batch(pack, prompt.images, torch.device("cpu"))
+    batch = make_batch(pack, prompt.images, torch.device("cpu"))
     with torch.no_grad():
         losses = model(
             tokens=batch.tokens,

@@ -10,7 +10,7 @@ from samples import build, gradients, pack, sample
 from torch import Tensor
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 from megavlm.inference.quick import quick_layers
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.state import process_groups
@@ -23,7 +23,7 @@ def alone() -> Iterator[None]:
         yield
 
 
-def logits(model: VisionLanguageModel, batch: MicroBatch) -> Tensor:
+def logits(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """[S or K, V] logits without gradients."""
     with torch.inference_mode():
         output = model(

@@ -21,7 +21,7 @@ from tiny import tiny_recipe
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
 
@@ -138,7 +138,7 @@ def build(state: State, s: Sizes, divisor: int = 8, **language: Any) -> VisionLa
     return model.eval()
 
 
-def batch_of(ids: list[Tensor], labels: list[Tensor], pixels: Tensor) -> MicroBatch:
+def batch_of(ids: list[Tensor], labels: list[Tensor], pixels: Tensor) -> Batch:
     """Pack samples; ``labels`` are not shifted, as Hugging Face has them."""
     shifted = [torch.cat([one[1:], torch.tensor([IGNORE_INDEX])]) for one in labels]
     lengths = torch.tensor([0, *map(len, ids)])
@@ -151,11 +151,11 @@ def batch_of(ids: list[Tensor], labels: list[Tensor], pixels: Tensor) -> MicroBa
         images=[],
         sample_keys=[],
     )
-    return micro_batch(pack, pixels, torch.device("cpu"))
+    return make_batch(pack, pixels, torch.device("cpu"))
 
 
 @torch.no_grad()
-def run(model: VisionLanguageModel, batch: MicroBatch, *, with_labels: bool) -> Tensor:
+def run(model: VisionLanguageModel, batch: Batch, *, with_labels: bool) -> Tensor:
     """Return [S, V] logits, or the [S] loss of each position (zero where there is no label)."""
     out = model(
         tokens=batch.tokens,

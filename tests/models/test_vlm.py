@@ -10,7 +10,7 @@ from samples import Sample, build, gradients, losses, pack, recipe, sample
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, TOKENS_PER_IMAGE
 from torch import Tensor
 
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
 from megavlm.training.step import train_step
@@ -26,7 +26,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=FP32 * max(1.0, float(expected.detach().abs().max())))
 
 
-def parts(batch: MicroBatch, values: Tensor) -> list[Tensor]:
+def parts(batch: Batch, values: Tensor) -> list[Tensor]:
     """Cut [S, ...] values at the segment borders."""
     return list(values.split(batch.packed_seq_params.cu_seqlens_q.diff().tolist()))
 
@@ -53,7 +53,7 @@ def test_a_pack_equals_its_samples_one_by_one(padding: int) -> None:
         close(got_gradient, expected)
 
 
-def capture_attention(model: VisionLanguageModel, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+def capture_attention(model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return [S, heads, D] query and key as the first layer's core attention gets them, and its [S, 3E] raw QKV."""
     seen: dict[str, Any] = {}
     attention = model.language.decoder.layers[0].self_attention
@@ -119,7 +119,7 @@ def test_a_later_token_does_not_change_an_earlier_loss() -> None:
     assert (new[12:] - old[12:]).abs().max() > 1e-3
 
 
-def spliced(model: VisionLanguageModel, batch: MicroBatch) -> Tensor:
+def spliced(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """Return the [S, E] embeddings that the language model gets."""
     seen: dict[str, Any] = {}
     hook = model.language.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -138,7 +138,7 @@ def test_image_features_fill_their_slots_in_order() -> None:
     one_by_one = torch.cat([model.connector(model.vision(image[None]))[:, 0] for image in batch.images])
     close(got[slots], one_by_one)
     close(got[~slots], model.language.embedding.word_embeddings.weight[batch.tokens[0][~slots]])
-    flipped = MicroBatch(**{**vars(batch), "images": batch.images.flip(0)})
+    flipped = Batch(**{**vars(batch), "images": batch.images.flip(0)})
     close(spliced(model, flipped)[slots], one_by_one.unflatten(0, (-1, TOKENS_PER_IMAGE)).flip(0).flatten(0, 1))
 
 
@@ -167,7 +167,7 @@ def test_features_may_be_given_instead_of_images() -> None:
 def test_slots_and_images_must_match() -> None:
     batch = pack([sample(5, 20, 2)])
     assert batch.images is not None
-    short = MicroBatch(**{**vars(batch), "images": batch.images[:1]})
+    short = Batch(**{**vars(batch), "images": batch.images[:1]})
     with pytest.raises(RuntimeError, match="not 4 image slots"):
         losses(build(), short)
 
@@ -229,7 +229,7 @@ def test_a_recomputed_tower_has_the_same_gradients() -> None:
         close(got, expected[name])
 
 
-def take_steps(batches: list[MicroBatch], **branches: dict[str, Any]) -> set[str]:
+def take_steps(batches: list[Batch], **branches: dict[str, Any]) -> set[str]:
     """Train one step per micro-batch; return the modules whose weights changed."""
     torch.manual_seed(0)
     training = build_training(recipe(training={"train_steps": 10}, **branches), IMAGE_TOKEN)
@@ -257,7 +257,7 @@ def test_text_alone_leaves_tower_and_connector_as_they_are() -> None:
     [("vision",), ("connector",), ("language",), ("vision", "connector"), ("vision", "language")],
     ids="-".join,
 )
-def test_frozen_modules_get_no_gradient_and_stay(frozen: tuple[str, ...], batches: list[MicroBatch]) -> None:
+def test_frozen_modules_get_no_gradient_and_stay(frozen: tuple[str, ...], batches: list[Batch]) -> None:
     modules = {name: {"freeze": True} for name in frozen}
     # Weight decay must not touch them either.
     changed = take_steps(batches, modules=modules, optimizer={"lr": 1e-2, "weight_decay": 0.5})

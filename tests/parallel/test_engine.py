@@ -21,7 +21,7 @@ from megavlm.architectures.registry import expand_presets
 from megavlm.architectures.towers.vit import build as vit
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings, without_fp8
 from megavlm.parallel.megatron_versions import cuda_graph_field
@@ -162,7 +162,7 @@ def test_fused_kernels_compute_the_same():
         assert training.modules[0].config.cross_entropy_loss_fusion == (choice == "on")
         results = []
         for seed in range(2):
-            packs = [micro_batch(pack, torch.from_numpy(px), torch.device("cpu")) for pack, px in random_packs(2, seed)]
+            packs = [make_batch(pack, torch.from_numpy(px), torch.device("cpu")) for pack, px in random_packs(2, seed)]
             training.scheduler.step(1)
             result = train_step(training.chunks, training.optimizer, packs, num_sources=1)
             results.append((result.loss, result.grad_norm))

@@ -27,7 +27,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import TrainingModel, build_training  # noqa: E402
 from megavlm.training.step import run_batches, train_step  # noqa: E402
@@ -57,7 +57,7 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
             mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()
         ]
         batches = [
-            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
             for pack, pixels in mine
         ]
         pipeline = mpu.get_pipeline_model_parallel_world_size()

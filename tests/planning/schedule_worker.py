@@ -18,11 +18,11 @@ prepare_device()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.models.build import unwrap  # noqa: E402
+from megavlm.parallel.pipeline import run  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import forward_step  # noqa: E402
@@ -40,28 +40,20 @@ def run_case(pipeline: int, virtual: int | None, microbatches: int) -> list[Call
         chunks = build_training(recipe, IMAGE_TOKEN).chunks
         packs = random_packs(microbatches)
         batches = [
-            micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
             for pack, pixels in packs
         ]
         done = [0] * len(chunks)
 
-        def recorded(iterator: Any, chunk: Any) -> Any:
+        def recorded(chunk: Any, batch: Batch) -> Any:
             at = unwrap(chunk).vp_stage or 0
             number, done[at] = done[at], done[at] + 1
             calls.append(("F", at, number))
-            output, loss = forward_step(iterator, chunk, num_sources=1)
+            output, loss = forward_step(chunk, batch, num_sources=1)
             output.register_hook(lambda _: calls.append(("B", at, number)))  # as its backward pass begins
             return output, loss
 
-        get_forward_backward_func()(
-            forward_step_func=recorded,
-            data_iterator=[iter(batches) for _ in chunks] if virtual else iter(batches),
-            model=chunks,
-            num_microbatches=microbatches,
-            seq_length=SEQUENCE_LENGTH,
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        run(chunks, batches, recorded, SEQUENCE_LENGTH, backward=True)
         everyone: list[Any] = [None] * pipeline
         dist.all_gather_object(everyone, calls, group=mpu.get_pipeline_model_parallel_group())
     return everyone

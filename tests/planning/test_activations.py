@@ -10,7 +10,7 @@ from saved_tensors import quantise_random, saved_tensors
 from test_parameters import OTHER
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 from megavlm.planning.activations import held_by
@@ -57,7 +57,7 @@ def test_what_is_kept_is_what_autograd_keeps(name: str) -> None:
         model = build_model(recipe, IMAGE_TOKEN)[0]
         quantise_random(unwrap(model).language)
         pack, pixels = random_packs(1, seed=3)[0]
-        batch = micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
+        batch = make_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
         assert batch.num_images > 0
         with saved_tensors(model.parameters()) as saved:
             model(

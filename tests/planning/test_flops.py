@@ -17,12 +17,11 @@ from megavlm.config.schema import ParallelConfig
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 from megavlm.planning.flops import (
-    connector_flops,
     count_step,
+    image_flops,
     language_flops,
     recomputed_flops,
     step_flops,
-    vision_flops,
 )
 
 LENGTHS, IMAGES = (23, 30, 17), 3
@@ -60,7 +59,7 @@ def test_tower_and_connector(connector: str) -> None:
     if connector == "resampler":  # and the queries' projection
         once += 2 * 4 * hidden**2 + resized(4, vision.patches_per_image, hidden)
     expected = counter.get_total_flops() - once
-    assert vision_flops(own.model.vision, IMAGES) + connector_flops(own.model, IMAGES) == expected
+    assert image_flops(own.model, "vision", IMAGES) + image_flops(own.model, "connector", IMAGES) == expected
 
 
 @pytest.mark.parametrize("vision", [{"class_token": True}, {"post_layernorm": True, "image_size": 30}])
@@ -73,7 +72,7 @@ def test_other_towers(vision: dict[str, Any]) -> None:
         tower(torch.zeros(IMAGES, 3, side, side, dtype=torch.uint8))
     shape = own.model.vision
     once = resized(shape.positional_grid**2, shape.patches_per_image, shape.hidden_size)
-    assert vision_flops(shape, IMAGES) + once == counter.get_total_flops()
+    assert image_flops(own.model, "vision", IMAGES) + once == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("language", [{}, {"num_query_groups": 2, "qk_layernorm": True, "tie_word_embeddings": True}])
@@ -114,7 +113,7 @@ def test_frozen_modules_cost_less() -> None:
         return step_flops(recipe(modules=modules), tokens=100, squared_lengths=2000, images=2)
 
     own = recipe()
-    vision, connector = vision_flops(own.model.vision, 2), connector_flops(own.model, 2)
+    vision, connector = image_flops(own.model, "vision", 2), image_flops(own.model, "connector", 2)
     language = language_flops(own.model.language, 100, 2000)
     frozen = {"freeze": True}
     assert total() == 3 * (vision + connector + language)
@@ -169,6 +168,6 @@ def test_three_ways_of_counting() -> None:
     assert flops.hardware - flops.conventional == language_flops(language, 96, 2 * 3414) - output
     # Images cost what the tower makes of their patches, whatever the text beside them.
     without = count_step(own, **{**counts, "images": 0})
-    images = 3 * (vision_flops(own.model.vision, 3) + connector_flops(own.model, 3))
+    images = 3 * (image_flops(own.model, "vision", 3) + image_flops(own.model, "connector", 3))
     for name in ("useful", "conventional", "hardware"):
         assert getattr(flops, name) - getattr(without, name) == images

@@ -13,11 +13,12 @@ from ranks import script
 from test_flops import resized
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
-from megavlm.architectures.registry import LANGUAGE
-from megavlm.config.errors import RecipeError
+from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.architectures.registry import LANGUAGE, Architecture
+from megavlm.config.errors import UserError
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
-from megavlm.planning.parameters import check_builders, chunk_parameters, static_bytes
+from megavlm.planning.parameters import check_costs, chunk_parameters, static_bytes
 from megavlm.planning.stage_flops import chunk_flops
 
 WORKER = Path(__file__).with_name("memory_worker.py")
@@ -134,13 +135,13 @@ def test_the_14b_has_the_parameters_that_its_presets_say() -> None:
 
 def test_a_module_of_another_package_is_refused() -> None:
     recipe = tiny_recipe()
-    LANGUAGE.register("theirs", "theirs.decoder")
+    LANGUAGE.register("theirs", Architecture("theirs", DecoderConfig, "theirs.decoder:build"))
     try:
         other = tiny_recipe(
             model={"preset": "tiny", "language": {**recipe.model.language.__dict__, "preset": "theirs"}}
         )
-        with pytest.raises(RecipeError, match=r"model\.language\.preset: .*'theirs'"):
-            check_builders(other.model)
+        with pytest.raises(UserError, match=r"model\.language\.preset: .*'theirs' has no figures of its cost"):
+            check_costs(other.model)
     finally:
         del LANGUAGE._presets["theirs"]
 

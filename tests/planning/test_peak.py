@@ -14,7 +14,7 @@ from tiny import IMAGE_TOKEN, tiny_recipe
 
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import Pack
-from megavlm.data.feed import MicroBatch, micro_batch
+from megavlm.data.device_batch import Batch, make_batch
 from megavlm.parallel.state import process_groups
 from megavlm.planning.memory import predict
 from megavlm.training.build import build_training
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def batch_of(images: int) -> MicroBatch:
+def batch_of(images: int) -> Batch:
     """Return a pack of two samples with that many images."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, IMAGE_TOKEN, TOKENS)
@@ -65,7 +65,7 @@ def batch_of(images: int) -> MicroBatch:
         sample_keys=[],
     )
     pixels = rng.integers(0, 256, (images, 3, SIDE, SIDE), dtype=np.uint8)
-    return micro_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
+    return make_batch(pack, torch.from_numpy(pixels), torch.device("cpu"))
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:

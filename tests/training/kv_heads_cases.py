@@ -21,7 +21,7 @@ from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.feed import MicroBatch, micro_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
 from megavlm.inference.sampling import Sampling  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
@@ -79,11 +79,11 @@ def train(job: Job) -> dict[str, Any]:
         return found | {"loss": [one.loss for one in results], "grad_norm": [one.grad_norm for one in results]}
 
 
-def _batches(recipe: Recipe, step: int) -> list[MicroBatch]:
+def _batches(recipe: Recipe, step: int) -> list[Batch]:
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = random_packs(recipe.training.global_batch_size, seed=step)[rank::size]
     cpu = torch.device("cpu")
-    return [micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
+    return [make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
 
 
 def save_gradients(modules: list[Any], recipe: Recipe, root: Path) -> None:

@@ -20,7 +20,7 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
@@ -43,7 +43,7 @@ def main() -> None:
         for step in range(recipe.training.train_steps):
             mine = random_packs(count, seed=step)[data_rank::data_size]
             batches = [
-                micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+                make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
                 for pack, pixels in mine
             ]
             training.scheduler.step(1)

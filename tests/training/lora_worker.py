@@ -26,7 +26,7 @@ from megavlm.architectures.adapters import frozen_linears, trained_keys  # noqa:
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.layers.lora import LORA  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
@@ -141,7 +141,7 @@ def run(job: dict[str, Any]) -> None:
         for step in range(first, first + recipe.training.train_steps):
             mine = random_packs(recipe.training.global_batch_size, seed=step)[data_rank::data_size]
             batches = [
-                micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+                make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
                 for pack, pixels in mine
             ]
             training.scheduler.step(1)

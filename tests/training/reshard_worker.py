@@ -14,7 +14,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
 from megavlm.checkpoint.distributed import load  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.device import local_device  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -35,7 +35,7 @@ def main() -> None:
             for step in range(3):
                 mine = random_packs(recipe.training.global_batch_size, seed=step)[rank::size]
                 batches = [
-                    micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
+                    make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
                     for pack, pixels in mine
                 ]
                 training.scheduler.step(1)

@@ -24,7 +24,7 @@ from tiny import IMAGE_TOKEN  # noqa: E402
 
 from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.data.batch import IGNORE_INDEX  # noqa: E402
-from megavlm.data.feed import MicroBatch  # noqa: E402
+from megavlm.data.device_batch import Batch  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
@@ -41,7 +41,7 @@ def supervised(one: Sample, count: int) -> Sample:
     return Sample(one.tokens, labels, one.pixels)
 
 
-def share(seed: int, images: int, count: int) -> MicroBatch:
+def share(seed: int, images: int, count: int) -> Batch:
     """Return a micro-batch of 48 tokens with ``images`` images and ``count`` supervised positions."""
     first, second = sample(seed, 30, images), sample(seed + 50, 18)
     return pack([supervised(first, min(count, 30)), supervised(second, max(count - 30, 0))])
@@ -54,7 +54,7 @@ class Case:
     replicas: tuple[list[tuple[int, int]], list[tuple[int, int]]]
     branches: dict[str, Any] = field(default_factory=dict)
 
-    def batches(self, step: int, replica: int) -> list[MicroBatch]:
+    def batches(self, step: int, replica: int) -> list[Batch]:
         """Return what one replica works on in a step."""
         return [share(100 * step + 10 * replica + i, *each) for i, each in enumerate(self.replicas[replica])]
 

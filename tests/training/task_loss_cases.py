@@ -23,7 +23,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import IGNORE_INDEX  # noqa: E402
-from megavlm.data.feed import MicroBatch, micro_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.loss import task_mean  # noqa: E402
@@ -76,10 +76,10 @@ def packs(step: int) -> list[tuple[Any, np.ndarray]]:
     return result
 
 
-def batches(step: int, first: int = 0, every: int = 1) -> list[MicroBatch]:
+def batches(step: int, first: int = 0, every: int = 1) -> list[Batch]:
     """Return every ``every``-th micro-batch of a step."""
     return [
-        micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+        make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
         for pack, pixels in packs(step)[first::every]
     ]
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, Pretended, WrongDevice, pretended_device
-from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.architectures.towers.vit.build import VisionTransformer
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
-from megavlm.data.feed import micro_batch, share_packs
+from megavlm.data.device_batch import make_batch, share_packs
+from megavlm.data.read_pack import ReadPack
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.optimizer import recipe_settings_kept
@@ -35,7 +36,7 @@ def train(**branches: Any) -> Any:
     training = build_training(recipe, IMAGE_TOKEN)
     for step in range(2):
         packs = random_packs(3, seed=step)
-        batches = [micro_batch(pack, torch.from_numpy(pixels), DEVICE) for pack, pixels in packs]
+        batches = [make_batch(pack, torch.from_numpy(pixels), DEVICE) for pack, pixels in packs]
         training.scheduler.step(1)
         result = train_step(training.chunks, training.optimizer, batches, num_sources=1)
         assert result.loss > 0 and result.grad_norm
@@ -71,8 +72,7 @@ def test_a_step_a_save_and_a_resume(name: str, device: Pretended, tmp_path: Path
 def test_what_the_feed_shares_is_on_the_device(device: Pretended) -> None:
     with process_groups(tiny_recipe().parallel, 1):
         packs = random_packs(3, seed=1)
-        pixels = torch.cat([torch.from_numpy(one) for _, one in packs])
-        for batch in share_packs([pack for pack, _ in packs], pixels, 3, SEQUENCE_LENGTH, IMAGE_SIZE):
+        for batch in share_packs([ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in packs], 3):
             mine = (batch.tokens, batch.labels, batch.position_ids, batch.segment_sources, batch.images)
             assert all(device.has(one) for one in mine if one is not None and one.numel())
             assert device.has(batch.packed_seq_params.cu_seqlens_q)

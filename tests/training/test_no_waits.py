@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megavlm.architectures import registry
 from megavlm.data.batch import Pack
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.step import run_batches
@@ -94,7 +94,7 @@ def batch(images, slots):
         sample_keys=[],
     )  # fmt: skip
     pixels = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    return micro_batch(one, pixels, torch.device("cpu"))
+    return make_batch(one, pixels, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

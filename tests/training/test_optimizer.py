@@ -16,7 +16,7 @@ from torch import Tensor
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.config.schema import ModuleTraining, ParallelConfig, Recipe
-from megavlm.data.feed import MicroBatch
+from megavlm.data.device_batch import Batch
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import TrainingModel, build_training
 from megavlm.training.optimizer import learning_rate_factor, learning_rates, recipe_settings_kept
@@ -40,7 +40,7 @@ def tiny(optimizer: dict[str, Any] | None = None, **branches: Any) -> Recipe:
     return recipe(optimizer={**plain, **(optimizer or {})}, **branches)
 
 
-def step_once(made: Recipe, batch: MicroBatch) -> tuple[TrainingModel, StepResult, dict[str, tuple[Tensor, Tensor]]]:
+def step_once(made: Recipe, batch: Batch) -> tuple[TrainingModel, StepResult, dict[str, tuple[Tensor, Tensor]]]:
     """Take one step; return each parameter before and after."""
     torch.manual_seed(0)
     training = build_training(made, IMAGE_TOKEN)

@@ -10,11 +10,11 @@ import torch
 from run_data import RunData
 
 from megavlm.config.schema import DataSource
+from megavlm.data.batch import make_pack
 from megavlm.data.decoders import make_decoder
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import load_tokenizer
-from megavlm.training.heldout import empty_pack
 from megavlm.training.panel import find_questions
 
 
@@ -42,7 +42,7 @@ def test_questions_of_held_out_packs(run_data: RunData, tmp_path: Path) -> None:
 
 
 def test_an_empty_pack_has_nothing_to_ask() -> None:
-    pack = empty_pack(32, pad_token=7)
+    pack = make_pack([], 32, pad_token=7)
     assert pack.padding_tokens == 32
     assert pack.supervised_tokens == 0
     assert np.array_equal(pack.cu_seqlens, [0, 32])

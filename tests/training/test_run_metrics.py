@@ -15,11 +15,12 @@ from step_cases import share
 from tiny import IMAGE_TOKEN
 
 from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.data.batch import make_pack
 from megavlm.data.read_pack import ReadPack
 from megavlm.parallel.lock import acquire
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import TrainingModel, build_training
-from megavlm.training.heldout import HeldOut, empty_pack, validate
+from megavlm.training.heldout import HeldOut, validate
 from megavlm.training.metrics import Metrics, progress_line
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult, train_step
@@ -83,12 +84,12 @@ def test_held_out_data_without_labels_have_no_loss(
     """0 would be the best loss of all."""
     recipe, training = built
     size = recipe.model.vision.image_size
-    empty = ReadPack(empty_pack(recipe.data.sequence_length, 0), torch.zeros(0, 3, size, size, dtype=torch.uint8))
-    full = empty_pack(recipe.data.sequence_length, 0)
+    empty = ReadPack(make_pack([], recipe.data.sequence_length), torch.zeros(0, 3, size, size, dtype=torch.uint8))
+    full = make_pack([], recipe.data.sequence_length)
     full.labels[:9], full.segment_sources[:] = 11, 0
     held_out = [HeldOut("none", [empty], 1), HeldOut("some", [ReadPack(full, empty.pixels)], 1)]
-    found = validate(training.chunks, held_out, recipe)
+    found = validate(training.chunks, held_out)
     assert set(found) == {"validation_loss", "validation_loss/some"} and found["validation_loss"] > 1
     assert found["validation_loss"] == found["validation_loss/some"]
     assert "data.validation none: no token has a label" in caplog.text
-    assert validate(training.chunks, held_out[:1], recipe) == {}
+    assert validate(training.chunks, held_out[:1]) == {}

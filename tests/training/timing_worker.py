@@ -20,7 +20,7 @@ import torch.distributed as dist  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from torch._C._distributed_c10d import ProcessGroup, Work  # noqa: E402
 
-from megavlm.data.feed import micro_batch  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
@@ -48,7 +48,7 @@ def main() -> None:
                 start = time.perf_counter()
                 timing.begin(step)
                 batches = [
-                    micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
+                    make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
                     for pack, pixels in random_packs(count, seed=step)
                 ]
                 timing.fetched()

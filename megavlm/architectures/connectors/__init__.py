@@ -1,7 +1,3 @@
-"""Connectors between tower and language model. One line here and one module with ``build`` add another."""
+"""Connectors between tower and language model: one folder each, named here."""
 
-from megavlm.architectures.registry import CONNECTORS
-
-CONNECTORS.register("resampler", "megavlm.architectures.connectors.resampler.build", num_queries=256, head_dim=128)
-CONNECTORS.register("linear", "megavlm.architectures.connectors.mlp.build")
-CONNECTORS.register("mlp<N>x_gelu", "megavlm.architectures.connectors.mlp.build")
+FOLDERS = ("resampler", "mlp")

@@ -22,7 +22,9 @@ from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config.architecture import BRANCHES, architecture_of
 from megavlm.config.errors import UserError
+from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
@@ -38,17 +40,6 @@ from megavlm.weights.source import CONFIG, Source
 logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What may differ between a configuration's model and the checkpoint's without the weights being others.
-_FREE = (
-    "preset",
-    "init_method_std",
-    "gradient_checkpointing",
-    "tensor_parallel",
-    "vocab_divisor",
-    "image_mean",
-    "image_std",
-    "layer_names",
-)
 _VISUAL_CONFIG = "visual_config.json"
 
 
@@ -384,16 +375,20 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
         branches = family.branches(source)
     except UserError as error:
         return [str(error)]
-    wanted = to_tree(model)
-    there = to_tree(
-        make_model({**{p: wanted[p] for p in ("vision", "connector", "language")}, **branches}, str(source.path))
-    )
-    return [
-        f"model.{part}.{key}"
-        for part in family.parts
-        for key, value in wanted[part].items()
-        if key not in _FREE and there[part][key] != value
-    ]
+    tree = to_tree(model)
+    written = make_model({**{part: tree[part] for part in BRANCHES}, **branches}, str(source.path))
+    found = []
+    for part in family.parts:
+        wanted, there = getattr(model, part), getattr(written, part)
+        if architecture_of(model, part) is not architecture_of(written, part):
+            found.append(f"model.{part}.preset")
+            continue
+        found += [
+            f"model.{part}.{key}"
+            for key in tree[part]
+            if key != "preset" and meaning_of(wanted, key).published and getattr(wanted, key) != getattr(there, key)
+        ]
+    return found
 
 
 def _verify(source: Source, rules: Sequence[Rule], reader: CheckpointReader, total: int) -> None:

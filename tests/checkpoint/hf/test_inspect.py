@@ -18,7 +18,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.checkpoint.slots import METADATA
 from megavlm.cli import main
-from megavlm.data.feed import micro_batch
+from megavlm.data.device_batch import make_batch
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.step import train_step
@@ -74,7 +74,7 @@ def test_a_trained_checkpoint_with_optimizer_state(tmp_path: Path, capsys: pytes
     path.mkdir()
     with process_groups(recipe.parallel, 1):
         training = build_training(recipe, IMAGE_TOKEN)
-        packs = [micro_batch(p, torch.from_numpy(x), torch.device("cpu")) for p, x in random_packs(1)]
+        packs = [make_batch(p, torch.from_numpy(x), torch.device("cpu")) for p, x in random_packs(1)]
         training.scheduler.step(1)
         train_step(training.chunks, training.optimizer, packs, num_sources=1)
         state = {"model": training.modules[0].sharded_state_dict(metadata=dict(METADATA))}

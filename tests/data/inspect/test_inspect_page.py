@@ -23,7 +23,8 @@ from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation
 from megavlm.data.decoders import make_decoder
-from megavlm.data.feed import Prefetcher, micro_batch
+from megavlm.data.device_batch import make_batch
+from megavlm.data.feed import Prefetcher
 from megavlm.data.inspect.tokens import segments, shapes
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.reader import PackReader
@@ -240,7 +241,7 @@ def test_the_page_shows_the_batches_of_the_trainer(workers: int, run_data, tmp_p
     shown = PackPage(out.read_text(encoding="utf-8"), tokenizer)
     assert len(shown.packs) == 5
     for read, segments_shown in zip(reads, shown.packs, strict=True):
-        batch = micro_batch(read.pack, read.pixels, torch.device("cpu"))
+        batch = make_batch(read.pack, read.pixels, torch.device("cpu"))
         tokens, labels = batch.tokens[0].tolist(), batch.labels[0].tolist()
         borders = batch.packed_seq_params.cu_seqlens_q.tolist()
         assert len(segments_shown) == len(borders) - 1

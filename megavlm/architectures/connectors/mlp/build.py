@@ -5,14 +5,13 @@ Shape legend: N images, P patches of an image, W width of the tower, E width of 
 
 from __future__ import annotations
 
-import re
-
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megavlm.architectures.connectors.mlp.config import MLPConfig
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
 from megavlm.layers.linear import column_linear, row_linear
@@ -26,16 +25,17 @@ class MLPConnector(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        width, embed = model.vision.hidden_size, model.language.hidden_size
+        width, embed, connector = model.vision.hidden_size, model.language.hidden_size, model.connector
+        assert isinstance(connector, MLPConfig)
         config = TransformerConfig(
             num_layers=1,
             hidden_size=embed,
-            num_attention_heads=model.language.num_attention_heads,
-            init_method_std=model.connector.init_method_std,
+            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
+            init_method_std=connector.init_method_std,
             **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
-        depth = _depth(model.connector.preset)
+        depth = connector.depth
         layers: list[nn.Module] = []
         for i in range(depth):
             size_in = width if i == 0 else embed
@@ -56,12 +56,6 @@ class MLPConnector(MegatronModule):
             for i, layer in enumerate(self.layers):
                 x = layer(x if i == 0 else F.gelu(x))[0]
         return x
-
-
-def _depth(preset: str) -> int:
-    """Number of linear layers: 1 for ``linear``, N for ``mlpNx_gelu``."""
-    match = re.fullmatch(r"mlp([0-9]+)x_gelu", preset)
-    return int(match.group(1)) if match else 1
 
 
 def build(model: ModelConfig, context: BuildContext) -> MLPConnector:

@@ -16,6 +16,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megavlm.architectures.connectors.resampler.config import ResamplerConfig
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table, sincos_table
 from megavlm.config.schema import ModelConfig
@@ -33,7 +34,8 @@ class Resampler(MegatronModule):
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         width, embed = model.vision.hidden_size, model.language.hidden_size
         connector = model.connector
-        assert connector.num_queries is not None and connector.head_dim is not None  # config.checks
+        assert isinstance(connector, ResamplerConfig)
+        assert connector.num_queries is not None and connector.head_dim is not None  # its rules
         config = TransformerConfig(
             num_layers=1,
             hidden_size=embed,
@@ -44,7 +46,7 @@ class Resampler(MegatronModule):
             **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
-        self.grid = model.vision.image_size // model.vision.patch_size
+        self.grid = model.vision.grid[0]
         self.head_dim = connector.head_dim
         dtype, side = context.dtype, math.isqrt(connector.num_queries)
 

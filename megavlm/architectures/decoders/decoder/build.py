@@ -17,13 +17,13 @@ from torch import Tensor
 
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
-from megavlm.config.schema import LanguageConfig
+from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.layers.rotary import PackRotary
 from megavlm.layers.specs import block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
 
-def transformer_config(language: LanguageConfig, context: BuildContext) -> TransformerConfig:
+def transformer_config(language: DecoderConfig, context: BuildContext) -> TransformerConfig:
     """Return the TransformerConfig of the language model, which also steers the pipeline schedule."""
     parallel = context.parallel
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -62,7 +62,7 @@ def transformer_config(language: LanguageConfig, context: BuildContext) -> Trans
     )
 
 
-def padded_vocab_size(language: LanguageConfig, context: BuildContext) -> int:
+def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
     """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
     multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
     return -(-language.vocab_size // multiple) * multiple
@@ -85,7 +85,7 @@ def _mask_padding(model: GPTModel, vocab_size: int) -> None:
 
 
 def build(
-    language: LanguageConfig,
+    language: DecoderConfig,
     context: BuildContext,
     *,
     pre_process: bool = True,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table
-from megavlm.config.schema import VisionConfig
+from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
 from megavlm.layers.specs import block_submodules, layer_modules
 
@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def transformer_config(vision: VisionConfig, context: BuildContext) -> TransformerConfig:
+def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerConfig:
     """Return the tower's own TransformerConfig: TP like the language model, no PP, no SP."""
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -56,7 +56,7 @@ class VisionTransformer(MegatronModule):
         context: layout, number type, layer implementation.
     """
 
-    def __init__(self, vision: VisionConfig, context: BuildContext) -> None:
+    def __init__(self, vision: ViTConfig, context: BuildContext) -> None:
         config = transformer_config(vision, context)
         super().__init__(config=config)
         modules = layer_modules(
@@ -135,6 +135,6 @@ class VisionTransformer(MegatronModule):
         return torch.cat([class_W.expand(1, x_PNW.size(1), -1), x_PNW])
 
 
-def build(vision: VisionConfig, context: BuildContext) -> VisionTransformer:
+def build(vision: ViTConfig, context: BuildContext) -> VisionTransformer:
     """Build the tower (the function that every module of this folder has)."""
     return VisionTransformer(vision, context)

@@ -1,0 +1,268 @@
+"""What the planner, MFU and the order of a step's packs ask an architecture: its cost. Imports no torch.
+
+A cost is a module (``cost.py`` of the architecture's folder) with the functions of :class:`TowerCost`,
+:class:`ConnectorCost` or :class:`DecoderCost`. An architecture without one is refused where a cost is needed, never
+guessed. Every number is of one tensor-parallel rank where ``tensor`` (their number) is an argument, else of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from megavlm.config.architecture import BRANCHES, architecture_of, load
+from megavlm.config.errors import UserError
+from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig
+
+
+class NoCostError(UserError):
+    """An architecture has no cost, and something needs it."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the layers are made of."""
+
+    fused: bool
+    """Transformer Engine's layers; False for plain torch."""
+    number_bytes: int
+    """Bytes of an activation: 2 in bf16, 4 in fp32."""
+    fp8: bool = False
+    """The language model's linear layers multiply in FP8, and keep their inputs so."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a tower encodes: sums over pictures, or over their tiles. Averages may be broken numbers."""
+
+    count: float
+    patches: float
+    """Features that the tower makes of them."""
+    squared: float
+    """Sum of the squares of each picture's patches, as attention asks."""
+
+    @staticmethod
+    def alike(count: float, grid: tuple[int, int]) -> Pictures:
+        """Return ``count`` pictures of so many rows and columns of patches."""
+        patches = grid[0] * grid[1]
+        return Pictures(count, count * patches, count * patches**2)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a forward pass, on all ranks together; a multiply-add is two."""
+
+    products: float
+    """Matrix products that tensor-parallel ranks share."""
+    attention: float = 0
+    """Scores and their product with the values."""
+    whole: float = 0
+    """Products that every tensor-parallel rank makes whole, counted once."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.products + self.attention + self.whole
+
+
+class Parameter(NamedTuple):
+    """One parameter, as one rank has it."""
+
+    elements: int
+    fixed: bool = False
+    """Stored, never trained."""
+
+
+class Product(NamedTuple):
+    """The sizes of a matrix product on one rank: [m, k] times [k, n]."""
+
+    m: float
+    n: float
+    k: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One kind of attention of a tower, forward, on all ranks together."""
+
+    operations: float
+    heads: int
+    width: int
+    """Of a head."""
+    length: float
+    """Positions that attend to each other."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What a tower's forward pass takes time for, on one rank."""
+
+    products: Sequence[Product]
+    attention: Sequence[Attention]
+    moved: float
+    """Bytes that element-wise work reads and writes."""
+    stream: float
+    """Bytes of the residual stream: of one tensor of that work, and of one collective."""
+    collectives: int
+    """All-gathers and reduce-scatters of the stream."""
+    layers: int
+    """Layers, for the kernels that are launched."""
+
+
+class TowerCost(Protocol):
+    """The cost of a tower; ``own`` is its branch of the recipe."""
+
+    def parameters(self, own: Any, tensor: int) -> list[Parameter]:
+        """Return each parameter, in the order of the module."""
+
+    def work(self, own: Any, pictures: Pictures) -> Work:
+        """Return the operations of a forward pass."""
+
+    def again(self, own: Any, pictures: Pictures) -> float:
+        """Return the operations that the backward pass of a tower that learns makes a second time."""
+
+    def kept(self, own: Any, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
+        """Return the bytes that a tower that learns keeps from the forward to the backward pass."""
+
+    def passing(self, own: Any, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
+        """Return the most bytes that its forward pass needs beyond what it keeps: all of them, where it is frozen."""
+
+    def rebuilt(self, own: Any, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
+        """Return the bytes that the backward pass of a tower that learns needs beside what was kept."""
+
+    def passage(self, own: Any, tensor: int, pictures: Pictures, kernels: Kernels) -> Passage:
+        """Return what a forward pass takes time for."""
+
+
+class ConnectorCost(Protocol):
+    """The cost of a connector; ``own`` is the ``model`` branch of the recipe."""
+
+    def parameters(self, own: Any, tensor: int) -> list[Parameter]:
+        """Return each parameter, in the order of the module."""
+
+    def work(self, own: Any, pictures: Pictures) -> Work:
+        """Return the operations of a forward pass."""
+
+    def kept(self, own: Any, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
+        """Return the bytes that it keeps where the tower or it learns; ``learns``: whether it does itself."""
+
+
+class Shards(Protocol):
+    """How a layer is cut: what a layout tells."""
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel ranks."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether they share the sequence between the layers' products."""
+
+
+class LayerPassing(NamedTuple):
+    """Bytes that come and go within a language layer, beyond what is kept."""
+
+    forward: int
+    backward: int
+    gathered: int
+    """Of what ranks gather to share key/value heads: at another time than the others."""
+
+
+@dataclass(frozen=True)
+class LayerPassage:
+    """What a language layer's forward pass takes time for, on one rank."""
+
+    products: Sequence[tuple[int, int]]
+    """Rows and columns of the weights."""
+    heads: int
+    """Attention heads, on all ranks."""
+    width: int
+    """Of a head."""
+    moved: float
+    """Bytes that element-wise work reads and writes, if every pass over memory is worth it."""
+    gathered: float
+    """Bytes that ranks gather to share key/value heads."""
+    cast_inputs: float
+    """Numbers of a token that FP8 products take in, forward."""
+    cast_gradients: float
+    """And as gradients, backward."""
+
+
+class DecoderCost(Protocol):
+    """The cost of a language model; ``own`` is its branch of the recipe."""
+
+    def vocabulary(self, own: Any, tensor: int) -> int:
+        """Return the rows of the embedding over all ranks, padding among them."""
+
+    def layer_parameters(self, own: Any, tensor: int) -> list[int]:
+        """Return the elements of each parameter of one layer on one rank."""
+
+    def linear_parameters(self, own: Any, tensor: int) -> list[int]:
+        """Return the elements of those of them that adapters stand beside, and that Q-LoRA quantises."""
+
+    def adapter_parameters(self, own: Any, lora: LoraConfig, tensor: int) -> list[int]:
+        """Return the elements of each adapter parameter of one layer on one rank."""
+
+    def adapter_widths(self, own: Any, lora: LoraConfig, tensor: int) -> tuple[int, int]:
+        """Return the numbers of a token that the adapters of one layer read, and that they add to."""
+
+    def layer_work(self, own: Any, tokens: float, squared_lengths: float) -> Work:
+        """Return the operations of a forward pass through one layer; the sum of squares is of segments' lengths."""
+
+    def layer_kept(self, own: Any, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+        """Return the bytes that one layer keeps without recomputation."""
+
+    def attention_kept(self, own: Any, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+        """Return what of these is not kept where the core attention is recomputed."""
+
+    def adapters_kept(self, own: Any, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels) -> int:
+        """Return the bytes that the adapters of one layer keep."""
+
+    def shared_kept(self, own: Any, tokens: int) -> int:
+        """Return the bytes that are kept once for all layers that are recomputed."""
+
+    def layer_passing(
+        self, own: Any, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool
+    ) -> LayerPassing:
+        """Return what comes and goes within a layer."""
+
+    def layer_passage(self, own: Any, shards: Shards, tokens: int, kernels: Kernels) -> LayerPassage:
+        """Return what a forward pass through one layer takes time for."""
+
+
+def decoder_cost(language: LanguageConfig) -> DecoderCost:
+    """Return the cost of a language model's architecture.
+
+    Raises:
+        NoCostError: it has none.
+    """
+    cost: DecoderCost = _cost("language", language.preset)
+    return cost
+
+
+def cost_of(model: ModelConfig, branch: str) -> Any:
+    """Return the cost of a branch's architecture.
+
+    Raises:
+        NoCostError: it has none.
+    """
+    return _cost(branch, getattr(model, branch).preset)
+
+
+def costless(model: ModelConfig) -> list[str]:
+    """Return the branches of a model whose architectures have no cost."""
+    return [branch for branch in BRANCHES if architecture_of(model, branch).cost is None]
+
+
+def _cost(branch: str, preset: str) -> Any:
+    load()
+    architecture = BRANCHES[branch].find(preset).architecture
+    assert architecture is not None
+    if architecture.cost is None:
+        raise NoCostError(
+            f"model.{branch}.preset: the {architecture.name} architecture of {preset!r} has no figures of its cost,"
+            " which plan, MFU and the order of packs (data.balance_images) need; give it a cost"
+            " (docs/architecture.md)"
+        )
+    return architecture.cost

@@ -1,0 +1,124 @@
+"""Keys of decoder-only language models, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megavlm.config.fields import Meaning, config_class
+from megavlm.config.rules import TP, choices, divides
+from megavlm.config.schema import LanguageConfig, ParallelConfig
+
+_OWN = "model.language"
+
+
+@config_class
+class DecoderConfig(LanguageConfig):
+    """The decoder-only language model."""
+
+    num_layers: int = Field(gt=0, le=10_000)
+    """Number of transformer layers."""
+    hidden_size: int = Field(gt=0, le=10_000_000)
+    """Width of the model."""
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
+    """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
+    num_attention_heads: int = Field(gt=0)
+    """Attention heads; divisible by the tensor-parallel size."""
+    num_query_groups: int = Field(gt=0)
+    """Key/value heads; equal to num_attention_heads for multi-head attention."""
+    kv_channels: int = Field(gt=0)
+    """Width of one attention head."""
+    vocab_size: int = Field(gt=0, le=10_000_000)
+    """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
+    vocab_divisor: Annotated[int, Meaning.RUN] = Field(default=128, gt=0)
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0)
+    """Longest segment that the model is meant for."""
+    rotary_base: int = Field(default=10000, gt=0)
+    """Base of the rotary position embedding."""
+    rope_scaling: Literal["linear", "llama3"] | None = None
+    """Stretching of rotary positions: linear (positions divided by rope_scaling_factor), llama3 (as Llama 3.1,
+    low and high frequency factors 1 and 4, 8192 original positions), or null."""
+    rope_scaling_factor: float = Field(default=1.0, ge=1)
+    """Factor of rope_scaling; 1 without it."""
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of the RMSNorms."""
+    add_qkv_bias: bool = True
+    """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
+    qk_layernorm: bool = False
+    """RMSNorm over each head's queries and keys (Qwen3)."""
+    tie_word_embeddings: bool = False
+    """Whether embedding and output layer share their weight (Qwen v1: no)."""
+    init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
+    seq_length: Annotated[int | None, Meaning.USE] = Field(default=None, gt=1)
+    """Length that the model was trained with, for the next two keys (Qwen v1: 2048)."""
+    use_dynamic_ntk: Annotated[bool, Meaning.USE] = False
+    """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
+    use_logn_attn: Annotated[bool, Meaning.USE] = False
+    """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
+    layer_names: Annotated[Literal["qwen", "llama"], Meaning.NAMES] = "llama"
+    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
+    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
+
+
+def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
+    """Yield a line for each broken rule: key, rule, remedy."""
+    tp = layout.tensor_model_parallel_size
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
+    yield from divides(f"{_OWN}.num_attention_heads", heads, groups, f"{_OWN}.num_query_groups")
+    yield from _key_value_heads(language, tp)
+    yield from divides(f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp, TP)
+    if language.kv_channels % 2:
+        yield f"{_OWN}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if getattr(language, key) and language.seq_length is None:
+            yield f"{_OWN}.{key}: needs {_OWN}.seq_length, the length that the model was trained with; set it"
+    if language.seq_length is not None and not (language.use_dynamic_ntk or language.use_logn_attn):
+        yield f"{_OWN}.seq_length: has no effect without {_OWN}.use_dynamic_ntk or use_logn_attn; set it to null"
+    if language.rope_scaling is None and language.rope_scaling_factor != 1:
+        yield (
+            f"{_OWN}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {_OWN}.rope_scaling;"
+            " set that to linear or llama3, or this to 1"
+        )
+
+
+def _key_value_heads(language: DecoderConfig, tp: int) -> Iterator[str]:
+    """Check that each rank has whole key/value heads, or that several share one whole head.
+
+    The number of heads is the model's own: what a user can change is the layout.
+    """
+    groups, width = language.num_query_groups, language.kv_channels
+
+    def splits(size: int) -> bool:
+        return groups % size == 0 or (size % groups == 0 and groups * width % size == 0)
+
+    if splits(tp):
+        return
+    fitting = [n for n in range(1, language.num_attention_heads + 1) if language.num_attention_heads % n == 0]
+    remedy = f"set {TP} to one of {choices([n for n in fitting if splits(n)])}"
+    if groups % tp and tp % groups:
+        yield (
+            f"model.language.num_query_groups: {groups} is neither a multiple nor a divisor of {TP} ({tp}), so that"
+            f" ranks would share key/value heads unevenly; {remedy}"
+        )
+    else:
+        yield (
+            f"model.language.kv_channels: the {groups} x {width} rows of the keys are not divisible by {TP} ({tp});"
+            f" {remedy}"
+        )
+
+
+def products(language: DecoderConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
+    """Return the sizes of the layers' matrix products: key, number, ranks that share it."""
+    heads = language.num_attention_heads * language.kv_channels
+    groups = language.num_query_groups * language.kv_channels
+    return (
+        (f"{_OWN}.hidden_size", language.hidden_size, 1),
+        (f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp),
+        (f"{_OWN}.kv_channels", heads, tp),
+        (f"{_OWN}.kv_channels", heads + 2 * groups, tp),
+    )

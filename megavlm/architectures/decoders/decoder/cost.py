@@ -1,0 +1,219 @@
+"""The cost of a decoder-only language model: see :class:`megavlm.architectures.cost.DecoderCost`.
+
+Read off the layers that ``build`` makes, tensor by tensor, for both kinds of layers (Transformer Engine's fused ones
+and plain torch). Korthikanti et al. (arXiv 2205.05198) count the same for GPT's layers.
+"""
+
+from __future__ import annotations
+
+from megavlm.architectures.cost import Kernels, LayerPassage, LayerPassing, Shards, Work
+from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.config.lora import targets_of
+from megavlm.config.schema import LoraConfig
+
+
+def vocabulary(language: DecoderConfig, tensor: int) -> int:
+    """Return the rows of the embedding over all tensor-parallel ranks, padding among them."""
+    multiple = language.vocab_divisor * tensor
+    return -(-language.vocab_size // multiple) * multiple
+
+
+def _local_groups(language: DecoderConfig, tensor: int) -> int:
+    """Return the key/value heads that one rank attends with: its share, or one that several ranks share."""
+    return max(language.num_query_groups // tensor, 1)
+
+
+def _gathered_width(language: DecoderConfig, tensor: int) -> int:
+    """Return the numbers of a token that ranks gather of QKV, each the whole of it, to share key/value heads; else 0.
+
+    Megatron-Core splits the rows of the projection evenly, whichever heads they belong to.
+    """
+    if language.num_query_groups >= tensor:
+        return 0
+    return (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
+
+
+def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
+    """Return the elements of each parameter of one language layer on one rank."""
+    hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
+    qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
+    shapes = [hidden, hidden, hidden * qkv, queries // tensor * hidden]
+    shapes += [qkv] * int(language.add_qkv_bias) + [language.kv_channels] * (2 * int(language.qk_layernorm))
+    ffn = language.ffn_hidden_size // tensor
+    return [*shapes, 2 * ffn * hidden, ffn * hidden]
+
+
+def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
+    """Return the elements of each adapter parameter of one language layer on one rank."""
+    assert lora.rank is not None
+    hidden, width, ffn = language.hidden_size, language.kv_channels, language.ffn_hidden_size
+    queries, keys = language.num_attention_heads * width, language.num_query_groups * width
+    found = targets_of(lora, language.layer_names)
+    shapes = []
+    for target in found:
+        if target.linear.endswith("linear_qkv"):
+            rows = (queries + 2 * keys) if target.parts == 1 else (queries, keys, keys)[target.part]
+            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
+        elif target.linear.endswith("linear_fc1"):
+            shapes += [lora.rank * hidden, lora.rank * ffn // tensor]
+        else:
+            inputs = queries if target.linear.endswith("linear_proj") else ffn
+            shapes += [lora.rank * inputs // tensor, lora.rank * hidden]
+    return shapes
+
+
+def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
+    """Return the numbers of a token that the adapters of one language layer read, and that they add to."""
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tensor
+    queries, keys = (
+        n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
+    )
+    linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language.layer_names)}
+    widths = {
+        "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
+        "linear_fc1": (hidden, 2 * ffn), "linear_fc2": (ffn, hidden),
+    }  # fmt: skip
+    return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
+
+
+def linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
+    """Return the elements of a layer's four linear weights; norms and biases are smaller."""
+    return sorted(layer_parameters(language, tensor))[-4:]
+
+
+def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that one language layer keeps without recomputation."""
+    b, tp = kernels.number_bytes, shards.tensor
+    local = tokens // tp if shards.sequence_parallel else tokens
+    hidden = language.hidden_size
+    queries = language.num_attention_heads * language.kv_channels // tp
+    keys = _local_groups(language, tp) * language.kv_channels
+    ffn = language.ffn_hidden_size // tp
+    stream = local * hidden
+    # Both norms keep their input, the plain one in fp32; what they give goes into a linear layer.
+    norms = 2 * stream * (b if kernels.fused else 4)
+    inputs = 0
+    if learns:
+        inputs = (2 * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
+        inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
+    # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
+    projected = queries + 2 * keys
+    gathered = _gathered_width(language, tp)
+    # Of what ranks gather to share a key/value head the value is copied, unless a norm in fp32 holds on to all of it.
+    held_whole = bool(gathered) and language.qk_layernorm and not kernels.fused and b == 4
+    if gathered:
+        projected = keys + gathered * int(held_whole)
+    attention = tokens * (projected + queries + keys) * b
+    attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
+    if not kernels.fused:  # cosines and sines, for queries and for keys
+        attention += 4 * tokens * language.kv_channels * b
+    # Its result: that of the fused kernel is also the input of the projection behind it.
+    attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
+    if language.qk_layernorm:
+        # The plain norm reads in fp32: keys are there already, where that is no conversion.
+        read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
+        attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
+    return norms + inputs + attention + tokens * 2 * ffn * b
+
+
+def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels) -> int:
+    """Return the bytes that the adapters of one language layer keep: what A and B multiply."""
+    assert lora.rank is not None
+    b, tp = kernels.number_bytes, shards.tensor
+    local = tokens // tp if shards.sequence_parallel else tokens
+    queries, keys = (n * language.kv_channels // tp for n in (language.num_attention_heads, language.num_query_groups))
+    inputs = {
+        "linear_qkv": local * language.hidden_size, "linear_proj": tokens * queries,
+        "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * language.ffn_hidden_size // tp,
+    }  # fmt: skip
+    kept = 0
+    for name, elements in inputs.items():
+        own = [target for target in targets_of(lora, language.layer_names) if target.linear.endswith(name)]
+        if not own:
+            continue
+        # The fused attention's result is kept as such; dropout makes another tensor, and has a mask of bytes.
+        there = kernels.fused and name == "linear_proj" and not lora.dropout
+        kept += elements * (b * int(not there) + int(lora.dropout > 0))
+        column = name in ("linear_qkv", "linear_fc1")
+        kept += len(own) * (tokens if column else local) * lora.rank * b
+        rows = sum((queries, keys, keys)[target.part] for target in own)
+        if own[0].parts == 3 and _gathered_width(language, tp):  # what multiplies each row of the layer, zeros among it
+            kept += (queries + 2 * keys) * len(own) * lora.rank * b
+        elif own[0].parts == 3:  # the rows of each part's B, side by side
+            kept += rows * lora.rank * b
+    return kept
+
+
+def shared_kept(language: DecoderConfig, tokens: int) -> int:
+    """Return the bytes that are kept once for all layers that are recomputed: the angles of the positions, in fp32."""
+    return tokens * language.kv_channels * 4
+
+
+def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return what of ``layer_kept`` is not kept where the core attention is recomputed."""
+    heads = language.num_attention_heads // shards.tensor
+    kept = tokens * heads * 4
+    # The result is still there as the input of the projection, where that keeps one.
+    if not (kernels.fused and learns):
+        kept += tokens * heads * language.kv_channels * kernels.number_bytes
+    return kept
+
+
+def layer_passing(
+    language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool
+) -> LayerPassing:
+    """Return what comes and goes within a layer."""
+    b, tp = kernels.number_bytes, shards.tensor
+    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
+    local = tokens // tp if shards.sequence_parallel else tokens
+    wide, stream = tokens * hidden * b, local * hidden * b
+    # Forward: what the projection gives before it is reduced, and after.
+    forward = wide + 2 * stream
+    # Backward, beside the gradient of the residual stream: gradients around the activation, less the result that the
+    # second product has let go of; then the gradients of the first product's weight and input, less the activation's.
+    inner = tokens * ffn * b
+    backward = 2 * stream + max(3 * inner, int(learns) * 2 * ffn * hidden * b + wide - inner)
+    if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
+        backward = 2 * stream + 4 * inner
+    if lora.quantize is not None:  # the largest weight, while it multiplies
+        weight = max(linear_parameters(language, tp)) * b
+        forward += weight
+        backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
+    # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the
+    # layer is not there yet, or no more.
+    return LayerPassing(forward, backward, gathered=2 * tokens * _gathered_width(language, tp) * b)
+
+
+def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -> Work:
+    """Return the operations of a forward pass through one layer, attention over half of the square (causal)."""
+    hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
+    key_value = 2 * language.num_query_groups * language.kv_channels
+    weights = hidden * (width + key_value) + width * hidden + 3 * hidden * language.ffn_hidden_size
+    return Work(products=2 * tokens * weights, attention=2 * width * squared_lengths)
+
+
+def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels) -> LayerPassage:
+    """Return what a forward pass through one layer takes time for."""
+    tp, b, hidden, ffn = (
+        shards.tensor,
+        kernels.number_bytes,
+        language.hidden_size,
+        language.ffn_hidden_size // shards.tensor,
+    )
+    width = language.num_attention_heads * language.kv_channels
+    queries, keys = width // tp, language.num_query_groups * language.kv_channels // tp
+    held = _local_groups(language, tp) * language.kv_channels  # keys that this rank attends with
+    local = tokens // tp if shards.sequence_parallel else tokens
+    rotated = tokens * (width // tp + held) * b
+    gathered = tokens * _gathered_width(language, tp) * b
+    ffn_each, queries_each = language.ffn_hidden_size / tp, width / tp
+    return LayerPassage(
+        products=((queries + 2 * keys, hidden), (hidden, queries), (2 * ffn, hidden), (hidden, ffn)),
+        heads=language.num_attention_heads,
+        width=language.kv_channels,
+        # Norms and residuals; rotation; gated activation.
+        moved=10 * local * hidden * b + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b,
+        gathered=gathered,
+        cast_inputs=2 * hidden + queries_each + ffn_each,
+        cast_gradients=2 * hidden + queries_each + 2 * held + 2 * ffn_each,
+    )

@@ -1,0 +1,91 @@
+"""Keys of a vision transformer on square images, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megavlm.config.fields import Meaning, config_class
+from megavlm.config.rules import TP, divides
+from megavlm.config.schema import ParallelConfig, VisionConfig
+
+_OWN = "model.vision"
+
+
+@config_class
+class ViTConfig(VisionConfig):
+    """The vision tower: a ViT on square images, whose output is one feature per patch."""
+
+    image_size: Annotated[int, Meaning.USE] = Field(gt=0, le=100_000)
+    """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
+    patch_size: int = Field(gt=0)
+    """Side of one patch, in pixels."""
+    hidden_size: int = Field(gt=0, le=10_000_000)
+    """Width of the tower."""
+    num_layers: int = Field(gt=0, le=10_000)
+    """Number of transformer layers."""
+    num_attention_heads: int = Field(gt=0)
+    """Attention heads; divides hidden_size."""
+    ffn_hidden_size: int = Field(gt=0, le=10_000_000)
+    """Width of the MLP."""
+    positional_grid: int = Field(gt=0, le=100_000)
+    """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
+    layernorm_epsilon: float = Field(default=1e-6, gt=0)
+    """Epsilon of the LayerNorms."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), or x * sigmoid(1.702 x)
+    (OpenAI CLIP)."""
+    class_token: bool = False
+    """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped."""
+    conv_bias: bool = False
+    """Whether the patch embedding has a bias (SigLIP)."""
+    pre_layernorm: bool = True
+    """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
+    post_layernorm: bool = False
+    """LayerNorm behind the layers (SigLIP)."""
+    image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
+    image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of red, green and blue."""
+    init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+    gradient_checkpointing: Annotated[bool, Meaning.RUN] = False
+    """Recompute every layer of the tower in the backward pass, to save activation memory."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of whole patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def positions(self) -> int:
+        """Positions of one picture inside the tower: its patches, and the class token."""
+        return self.patches_per_image + int(self.class_token)
+
+
+def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
+    """Yield a line for each broken rule: key, rule, remedy."""
+    tp = layout.tensor_model_parallel_size
+    # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
+    if vision.image_size < vision.patch_size:
+        yield (
+            f"{_OWN}.image_size: {vision.image_size} is smaller than one patch"
+            f" ({_OWN}.patch_size {vision.patch_size}); raise it"
+        )
+    heads = vision.num_attention_heads
+    yield from divides(f"{_OWN}.hidden_size", vision.hidden_size, heads, f"{_OWN}.num_attention_heads")
+    yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
+    yield from divides(f"{_OWN}.ffn_hidden_size", vision.ffn_hidden_size, tp, TP)
+
+
+def products(vision: ViTConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
+    """Return the sizes of the tower's matrix products: key, number, ranks that share it."""
+    return (
+        (f"{_OWN}.hidden_size", vision.hidden_size, 1),
+        (f"{_OWN}.hidden_size", vision.hidden_size, tp),
+        (f"{_OWN}.ffn_hidden_size", vision.ffn_hidden_size, tp),
+        (f"{_OWN}.image_size", vision.positions, 1),
+    )

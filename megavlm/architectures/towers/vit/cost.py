@@ -1,0 +1,104 @@
+"""The cost of a vision transformer on square images: see :class:`megavlm.architectures.cost.TowerCost`.
+
+Read off the layers that ``build`` makes, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from megavlm.architectures.cost import Attention, Kernels, Parameter, Passage, Pictures, Product, Work
+from megavlm.architectures.towers.vit.config import ViTConfig
+
+
+def _positions(vision: ViTConfig, pictures: Pictures) -> float:
+    return pictures.patches + int(vision.class_token) * pictures.count
+
+
+def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
+    """Return the parameters on one rank."""
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size
+    shapes = [3 * vision.patch_size**2 * width, (vision.positional_grid**2 + int(vision.class_token)) * width]
+    shapes += [width] * int(vision.conv_bias) + [width] * int(vision.class_token)
+    shapes += [width, width] * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+    layer = [width] * 4  # two LayerNorms
+    layer += [3 * width * width // tensor, 3 * width // tensor, width * width // tensor, width]
+    layer += [width * ffn // tensor, ffn // tensor, ffn * width // tensor, width]
+    return [Parameter(elements) for elements in shapes + layer * vision.num_layers]
+
+
+def work(vision: ViTConfig, pictures: Pictures) -> Work:
+    """Return the operations of a forward pass; every rank makes the patch embedding whole."""
+    width, token = vision.hidden_size, int(vision.class_token)
+    weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
+    squared = pictures.squared + token * (2 * pictures.patches + pictures.count)
+    return Work(
+        products=vision.num_layers * 2 * _positions(vision, pictures) * weights,
+        attention=vision.num_layers * 4 * squared * width,
+        whole=2 * pictures.patches * 3 * vision.patch_size**2 * width,
+    )
+
+
+def again(vision: ViTConfig, pictures: Pictures) -> float:
+    """Return the operations of the layers, where these are recomputed."""
+    if not vision.gradient_checkpointing:
+        return 0
+    forward = work(vision, pictures)
+    return forward.total - forward.whole
+
+
+def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
+    b, positions = kernels.number_bytes, _positions(vision, pictures)
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
+    # Inputs of two norms and of the linear layers behind them; QKV and the attention's result; around the activation.
+    around = 3 if vision.activation == "quick_gelu" else 2
+    kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b + around * positions * ffn * b
+    return kept + positions * (vision.num_attention_heads // tensor) * 4
+
+
+def kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
+    """Return the bytes that a tower that learns keeps."""
+    stream = _positions(vision, pictures) * vision.hidden_size * kernels.number_bytes
+    if vision.gradient_checkpointing:
+        layers = vision.num_layers * stream
+    else:
+        layers = vision.num_layers * _layer_kept(vision, tensor, pictures, kernels)
+    # Pixels into the patch embedding; inputs of the outer norms.
+    pixels = pictures.count * 3 * vision.image_size**2 * kernels.number_bytes
+    return layers + pixels + stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+
+
+def passing(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
+    """Return the most that the forward pass needs beyond what it keeps."""
+    b, positions = kernels.number_bytes, _positions(vision, pictures)
+    stream = positions * vision.hidden_size * b
+    split, ffn = stream // tensor, positions * vision.ffn_hidden_size // tensor * b
+    # The residual stream with a norm's result, then QKV and the attention's result, or the MLP around its bias.
+    attention, mlp = 3 * split + split, 2 * ffn
+    # Pixels in fp32, their normalised copy and the patches they become.
+    pixels = pictures.count * 3 * vision.image_size**2 * (1 + 4 + 4 + b)
+    if learns:
+        return max(pixels, 2 * stream)
+    return max(pixels + stream, 2 * stream + max(attention, mlp))
+
+
+def rebuilt(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
+    """Return the bytes of a recomputed layer."""
+    return _layer_kept(vision, tensor, pictures, kernels) if vision.gradient_checkpointing else 0
+
+
+def passage(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> Passage:
+    """Return what a forward pass takes time for."""
+    positions, b = _positions(vision, pictures), kernels.number_bytes
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
+    shapes = [(3 * width // tensor, width), (width, width // tensor), (ffn, width), (width, ffn)] * vision.num_layers
+    products = [Product(positions, rows, inputs) for rows, inputs in shapes]
+    products.append(Product(pictures.patches, width, 3 * vision.patch_size**2))
+    stream = positions * width * b
+    heads = vision.num_attention_heads
+    return Passage(
+        products=products,
+        attention=[Attention(work(vision, pictures).attention, heads, width // heads, vision.positions)],
+        moved=vision.num_layers * (14 * stream + 4 * positions * vision.ffn_hidden_size / tensor * b),
+        stream=stream,
+        collectives=4 * vision.num_layers,
+        layers=vision.num_layers,
+    )

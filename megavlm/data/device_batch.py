@@ -1,0 +1,250 @@
+"""A micro-batch on the devices of a replica: which fields it has, which ranks get each, and how it comes to them.
+
+:data:`FIELDS` is the one list of them. A new field is a row there and an attribute of :class:`Batch`; whoever makes
+batches and shares them out need not change.
+
+Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megavlm.data.batch import Pack
+from megavlm.data.read_pack import ReadPack
+from megavlm.layers.segments import packed_segments, to_device
+from megavlm.parallel.device import local_device
+from megavlm.parallel.state import is_first_stage, is_last_stage
+
+
+@dataclass(frozen=True)
+class BatchField:
+    """One tensor of a batch."""
+
+    name: str
+    stages: Literal["all", "first", "last"]
+    """Pipeline stages that get it. What is for the first one alone may be large: no other rank sees its bytes."""
+    dtype: torch.dtype
+    per_position: bool = False
+    """Whether its last dimension is S, so that context parallelism cuts it; other fields are whole on each rank."""
+    on_host: bool = False
+    """Whether the host reads its values; it stays there, and is small."""
+
+
+FIELDS = (
+    BatchField("cu_seqlens", "all", torch.int64, on_host=True),
+    BatchField("segment_sources", "all", torch.int64, on_host=True),
+    BatchField("num_images", "all", torch.int64, on_host=True),
+    BatchField("tokens", "all", torch.int64, per_position=True),
+    BatchField("position_ids", "all", torch.int64, per_position=True),
+    BatchField("labels", "last", torch.int64, per_position=True),
+    BatchField("images", "first", torch.uint8),
+)
+"""Fields of a batch; those of one route and number type travel together."""
+
+_MOST_DIMENSIONS = 5
+_ABSENT, _FAILED = -1, -2
+
+
+@dataclass
+class Batch:
+    """One pack on the device of one rank."""
+
+    tokens: Tensor
+    """[1, S] int64."""
+    position_ids: Tensor
+    """[1, S] int64, from 0 in each segment."""
+    packed_seq_params: PackedSeqParams
+    """Segment borders for Megatron-Core."""
+    segment_sources: Tensor
+    """[G] int64: index of each segment's data set; -1 for padding."""
+    num_images: int
+    """N, on every stage."""
+    labels: Tensor | None
+    """[1, S] int64, already shifted; IGNORE_INDEX where there is nothing to predict. From the feed only the last stage
+    has them."""
+    images: Tensor | None
+    """[N, 3, H, W] uint8 on the first stage; None on the others."""
+
+    @property
+    def token_sources(self) -> Tensor:
+        """[S] index of the data set that each position comes from."""
+        lengths = self.packed_seq_params.cu_seqlens_q.diff().long()
+        return torch.repeat_interleave(self.segment_sources, lengths, output_size=self.tokens.size(1))
+
+    def inputs(self, *, with_labels: bool = False) -> dict[str, Any]:
+        """Return what the model's ``forward`` takes of it.
+
+        Args:
+            with_labels: the last stage returns losses, not logits. Positions that do not count get some valid token;
+                whoever sums the losses leaves them out.
+        """
+        labels = self.labels.clamp(min=0) if with_labels and self.labels is not None else None
+        return {
+            "tokens": self.tokens,
+            "position_ids": self.position_ids,
+            "packed_seq_params": self.packed_seq_params,
+            "labels": labels,
+            "images": self.images,
+        }
+
+
+def make_batch(pack: Pack, images: Tensor | None, device: torch.device) -> Batch:
+    """Put one pack on a device.
+
+    Args:
+        pack: the pack.
+        images: [N, 3, H, W], uint8 or normalised floats; None where they are not for this rank.
+        device: where to.
+    """
+    return _batch(_fields(pack, images), device)
+
+
+def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]:
+    """Hand packs from the reader rank to the ranks of its replica, each field to the stages that need it.
+
+    Args:
+        packs: on the reader rank, ``num_packs`` of them; None there means that reading failed.
+        num_packs: how many.
+
+    Raises:
+        RuntimeError: reading failed on the reader rank.
+    """
+    device = local_device()
+    read = None if packs is None else [_fields(item.pack, item.pixels) for item in packs]
+    shapes = _share_shapes(read, num_packs, device)
+    found: list[dict[str, Tensor]] = [{} for _ in range(num_packs)]
+    for first_only, dtype in dict.fromkeys((one.stages == "first", one.dtype) for one in FIELDS):
+        if not first_only or is_first_stage():
+            fields = [one for one in FIELDS if (one.stages == "first", one.dtype) == (first_only, dtype)]
+            _share_route(fields, read, shapes, found, device)
+    return [_batch(one, device) for one in found]
+
+
+def _fields(pack: Pack, images: Tensor | None) -> dict[str, Tensor]:
+    """Return what there is of each of :data:`FIELDS`, as a rank that has all of the pack knows it."""
+    arrays = {
+        "cu_seqlens": pack.cu_seqlens,
+        "segment_sources": pack.segment_sources,
+        "num_images": np.array([len(pack.images) if images is None else images.size(0)]),
+        "tokens": pack.tokens,
+        "position_ids": pack.position_ids,
+        "labels": pack.labels,
+    }
+    found = {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+    return found if images is None else {**found, "images": images}
+
+
+def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
+    """Make a batch of its fields, wherever they are: the only place that does.
+
+    Raises:
+        AssertionError: fields that have a value per position are not equally long.
+    """
+    lengths = {one.name: fields[one.name].size(-1) for one in FIELDS if one.per_position and one.name in fields}
+    assert len(set(lengths.values())) == 1, f"fields of different lengths: {lengths}"
+
+    def placed(name: str) -> Tensor:
+        return to_device(fields[name], device)
+
+    position_ids = placed("position_ids")
+    return Batch(
+        tokens=placed("tokens")[None],
+        position_ids=position_ids[None],
+        packed_seq_params=packed_segments(fields["cu_seqlens"].numpy().astype(np.int32), device, position_ids),
+        segment_sources=placed("segment_sources"),
+        num_images=int(fields["num_images"]),
+        labels=placed("labels")[None] if "labels" in fields else None,
+        images=fields["images"].to(device) if "images" in fields else None,
+    )
+
+
+def _share_shapes(
+    read: Sequence[Mapping[str, Tensor]] | None, num_packs: int, device: torch.device
+) -> list[dict[str, list[int]]]:
+    """Tell all ranks of the replica the shape of each field of each pack; what is absent has none.
+
+    Raises:
+        RuntimeError: reading failed on the reader rank.
+    """
+    # A row: the number of dimensions, or _ABSENT, or _FAILED; then the dimensions.
+    table = torch.full((num_packs, len(FIELDS), 1 + _MOST_DIMENSIONS), _FAILED, dtype=torch.int64)
+    for pack, fields in enumerate(read or []):
+        for place, field in enumerate(FIELDS):
+            shape = list(fields[field.name].shape) if field.name in fields else None
+            table[pack, place, 0] = _ABSENT if shape is None else len(shape)
+            table[pack, place, 1 : 1 + len(shape or [])] = torch.tensor(shape or [], dtype=torch.int64)
+    table = to_device(table, device)
+    dist.broadcast(table, mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
+    rows = table.tolist()
+    if rows[0][0][0] == _FAILED:
+        raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
+    return [
+        {field.name: row[1 : 1 + row[0]] for field, row in zip(FIELDS, pack, strict=True) if row[0] != _ABSENT}
+        for pack in rows
+    ]
+
+
+def _share_route(
+    fields: Sequence[BatchField],
+    read: Sequence[Mapping[str, Tensor]] | None,
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    found: Sequence[dict[str, Tensor]],
+    device: torch.device,
+) -> None:
+    """Hand some fields of all packs over in one message, and put what is for this rank into ``found``.
+
+    Only what the host reads goes there; the rest stays on the device.
+
+    Args:
+        fields: of one number type, and either all for the first stage alone or all not.
+        read: on the reader rank, its packs.
+        shapes: of each pack and field.
+        found: the fields of each pack on this rank.
+        device: where to.
+    """
+    hosted = sorted(fields, key=lambda one: not one.on_host)
+    parts = [(pack, field) for field in hosted for pack in range(len(shapes)) if field.name in shapes[pack]]
+    body = _share_body(parts, read, shapes, device)
+    sizes = [prod(shapes[pack][field.name]) for pack, field in parts]
+    for_host = sum(size for (_, field), size in zip(parts, sizes, strict=True) if field.on_host)
+    host = body[:for_host].cpu() if for_host else None
+    at = 0
+    for (pack, field), size in zip(parts, sizes, strict=True):
+        if field.stages != "last" or is_last_stage():
+            piece = (host if host is not None and field.on_host else body)[at : at + size]
+            found[pack][field.name] = piece.view(*shapes[pack][field.name])
+        at += size
+
+
+def _share_body(
+    parts: Sequence[tuple[int, BatchField]],
+    read: Sequence[Mapping[str, Tensor]] | None,
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    device: torch.device,
+) -> Tensor:
+    """Return the values of ``parts`` (pack and field), one after the other, on the device of each rank they are for."""
+    _, like = parts[0]
+    if read is not None:
+        values = [read[pack][field.name] for pack, field in parts]
+        assert all(value.dtype == like.dtype for value in values), f"{like.name} and others are not {like.dtype}"
+        body = to_device(torch.cat([value.flatten() for value in values]), device)
+    else:
+        total = sum(prod(shapes[pack][field.name]) for pack, field in parts)
+        body = torch.empty(total, dtype=like.dtype, device=device)
+    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+    if like.stages == "first":
+        group, source = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_src_rank()
+    if len(body) and dist.get_world_size(group) > 1:
+        dist.broadcast(body, source, group=group)
+    return body
