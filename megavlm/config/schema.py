@@ -69,6 +69,37 @@ class ConnectorConfig:
 
 
 @config_class
+class ImageConfig:
+    """What becomes of a picture before the tower sees it (docs/images.md): views, and tokens."""
+
+    kind: str = "squash"
+    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
+    (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
+    slices (MiniCPM-V)."""
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Filter that pictures are resized with; always antialiased."""
+    fill: Literal["mean"] | tuple[int, int, int] | None = None
+    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
+    plan's own: pad takes the mean, the others black."""
+    short_side: int | None = Field(default=None, gt=0, le=100_000)
+    """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """Of anyres and anyres_max: resolutions that tiles make up, as [height, width] in pixels, in the published order.
+    Empty for LLaVA-1.6's five, or LLaVA-OneVision's 36."""
+    min_tiles: int | None = Field(default=None, gt=0)
+    """Of dynamic_tiles: fewest tiles of a picture; null for 1."""
+    max_tiles: int | None = Field(default=None, gt=0)
+    """Of dynamic_tiles and slices: most tiles of a picture (null for 12, or 9). Of anyres_max: tiles whose features a
+    picture has at most (null for 9)."""
+    thumbnail: bool = True
+    """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
+    slice_markup: Literal["nested", "flat"] = "nested"
+    """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
+    options: tuple[str, ...] = ()
+    """Of an image plan that another package brings: its own keys, as key=value each."""
+
+
+@config_class
 class LanguageConfig:
     """The decoder-only language model. Each architecture has a class of keys of its own.
 
@@ -102,10 +133,12 @@ class ModelConfig:
     """The connector."""
     language: Annotated[LanguageConfig, Branch("language")]
     """The language model."""
+    image: ImageConfig = Field(default_factory=ImageConfig)
+    """What becomes of pictures."""
 
     @property
-    def tokens_per_image(self) -> int:
-        """Language-model positions that the features of one image fill (without ``<img>`` and ``</img>``)."""
+    def tokens_per_view(self) -> int:
+        """Features that tower and connector make of one view; a picture's tokens: ``megavlm.data.media.plan_of``."""
         return self.connector.tokens_of(self.vision.grid)
 
 

@@ -7,7 +7,6 @@ MLP of 2730). Such a part is not padded, but whole on each rank, which encodes i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +14,6 @@ from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig, ParallelConfig
 
 
-@functools.lru_cache(maxsize=1024)
 def tensor_ranks(model: ModelConfig, part: str, tensor: int) -> int:
     """Return over how many of ``tensor`` ranks the layers of a part are cut: all of them, or 1 where it is replicated.
 

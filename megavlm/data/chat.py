@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 
 from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.media import ImageRuns
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
 from megavlm.data.template import TEXT, Span, Template
 from megavlm.data.tokenizer import Tokenizer
-
-ImageRuns = tuple[int | str, ...]
-"""What stands between the template's marks around an image: a number is a run of so many feature slots, a text is
-markup between runs, such as a newline behind a row of tiles."""
 
 
 @dataclass(frozen=True)

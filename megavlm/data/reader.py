@@ -27,6 +27,8 @@ from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
+from megavlm.data.media import ImagePlan
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.state_codec import from_plain, to_plain
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.worker_signals import StopsWithParent
@@ -53,7 +55,7 @@ class PackReader:
         sources: Data sets to read; :attr:`Pack.segment_sources` counts them.
         data: The data branch of the recipe.
         tokenizer: The tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image.
+        plan: What becomes of images.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -69,7 +71,7 @@ class PackReader:
         sources: Sequence[DataSource],
         data: DataConfig,
         tokenizer: Tokenizer,
-        tokens_per_image: int,
+        plan: ImagePlan,
         *,
         rank: int,
         world_size: int,
@@ -85,8 +87,8 @@ class PackReader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source.name or Path(source.path).name for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
-        self._data_hash = _hash_data(self.sources, data, tokenizer, tokens_per_image)
+        self._encoder = PackEncoder(data, names, tokenizer, plan)
+        self._data_hash = _hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
         self._packs: Iterator[Any] | None = None
@@ -224,7 +226,7 @@ class PackReader:
         }
 
 
-def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int) -> str:
+def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:
     """Digest of everything that decides which packs come in which order; directories may move."""
     parts: list[Any] = [
         data.sequence_length,
@@ -232,7 +234,8 @@ def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Token
         data.packing_buffer_size,
         data.shuffle_buffer_size,
         data.system_message,
-        tokens_per_image,
+        # Of squashing, the number alone: states from before other plans still fit.
+        plan.tokens_per_view if isinstance(plan, SquashPlan) else repr(plan),
         tokenizer.vocab_size,
         tokenizer.encode("<|im_start|>The quick brown fox, 0123456789\n\u4f60\u597d"),
     ]

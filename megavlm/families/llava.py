@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
 from megavlm.families.common import LLAMA_LANGUAGE, LLAVA_PROJECTOR, TRANSFORMERS_VISION, expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Constants, Family, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import normalisation
+from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_transformers_tower
 from megavlm.weights.rules import Table
@@ -78,7 +79,8 @@ class LlavaFamily(Family):
         vision |= normalisation(source, vision["image_size"])
         text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
         language = llama_language(text, where)
-        return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language}
+        image = image_branch(source, vision["image_size"], clip=vision["class_token"])
+        return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language, "image": image}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -96,7 +98,7 @@ class LlavaFamily(Family):
         del text["architectures"]
         return {
             "architectures": ["LlavaForConditionalGeneration"],
-            "image_seq_length": model.tokens_per_image,
+            "image_seq_length": model.tokens_per_view,
             "image_token_id": image,
             "image_token_index": image,
             "model_type": "llava",
@@ -120,6 +122,8 @@ class LlavaFamily(Family):
         """Tower, connector and language model must be LLaVA's kinds."""
         if model.connector.preset != "mlp2x_gelu":
             return f"the connector is {model.connector.preset}, LLaVA's is mlp2x_gelu"
+        if not plan_of(model).fixed:
+            return f"the image plan is {model.image.kind}, LLaVA-1.5 has one view of a picture"
         return no_transformers_tower(model.vision) or no_llama(model.language)
 
     def tokens(self, source: Source) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ConnectorConfig, ModelConfig, VisionConfig
+from megavlm.config.schema import ConnectorConfig, ImageConfig, ModelConfig, VisionConfig
 from megavlm.families.common import (
     LINEAR_PROJECTOR,
     QWEN_LANGUAGE,
@@ -101,7 +101,12 @@ class QwenVLFamily(QwenFamily):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """The original code fixes the resampler's heads and the rows of the tower's table."""
-        return super().refuses(model) or no_qwen_tower(model.vision) or no_qwen_resampler(model.connector)
+        return (
+            super().refuses(model)
+            or no_qwen_tower(model.vision)
+            or no_qwen_pictures(model.image)
+            or no_qwen_resampler(model.connector)
+        )
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``</img>`` and ``<imgpad>`` follow ``<img>``."""
@@ -118,6 +123,13 @@ def no_qwen_tower(vision: VisionConfig) -> str | None:
         return "pictures are normalised with other numbers than CLIP's, which Qwen-VL's code has fixed"
     if vision.positional_grid**2 != _TABLE_ROWS:
         return f"the tower's positional table has {vision.positional_grid**2} rows; Qwen-VL's code has {_TABLE_ROWS}"
+    return None
+
+
+def no_qwen_pictures(image: ImageConfig) -> str | None:
+    """Return why pictures are not treated as Qwen-VL's code does, or None."""
+    if (image.kind, image.resample) != ("squash", "bicubic"):
+        return f"pictures are made by {image.kind} ({image.resample}); Qwen-VL's code squashes them (bicubic)"
     return None
 
 
@@ -188,7 +200,7 @@ class CodeFuseFamily(QwenFamily):
     def refuses(self, model: ModelConfig) -> str | None:
         """The original code fixes 256 queries, their heads, and the rows of the tower's table."""
         connector = model.connector
-        reason = super().refuses(model) or no_qwen_tower(model.vision)
+        reason = super().refuses(model) or no_qwen_tower(model.vision) or no_qwen_pictures(model.image)
         if reason is None and connector.preset == "resampler":
             reason = no_qwen_resampler(connector)
             if reason is None and connector.num_queries != 256:
@@ -275,7 +287,7 @@ class QwenTowerFamily(Family):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """It is Qwen-VL's tower or it is not."""
-        return no_qwen_tower(model.vision)
+        return no_qwen_tower(model.vision) or no_qwen_pictures(model.image)
 
 
 class ProjectorFamily(Family):

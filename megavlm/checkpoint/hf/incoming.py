@@ -126,6 +126,8 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
+    if len(given) == 1 and "image" in given[0].branches:
+        branches["image"] = given[0].branches["image"]
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -134,7 +136,13 @@ def convert(
         if tokenizer is not None and "language" in one.parts:
             _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
-    report.notes = [note for one in given if "vision" in one.parts for note in [geometry(one.source)] if note]
+    report.notes = [
+        note
+        for one in given
+        if "vision" in one.parts and "image" not in branches
+        for note in [geometry(one.source)]
+        if note
+    ]
     if len(given) > 1 or fresh:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
@@ -324,7 +332,7 @@ def _write_rest(
         "parts": list(parts),
         "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
-        "model": {part: branches[part] for part in parts},
+        "model": {name: branches[name] for name in (*parts, "image") if name in branches},
         "origin": report.parts,
         "initialised": report.fresh,
         "ignored": report.ignored,

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VISUAL_CONFIG = "visual_config.json"
+IMAGE = "image"
+"""The branch of ``model`` that is no part of it: it has no weights."""
 
 
 @dataclass
@@ -112,7 +114,10 @@ def export(
     branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
     family = choose_family(
-        family_name or record.get("family") or record.get("home"), model, tuple(branches), asked=family_name is not None
+        family_name or record.get("family") or record.get("home"),
+        model,
+        [part for part in MODULES if part in branches],
+        asked=family_name is not None,
     )
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
@@ -151,7 +156,7 @@ def export(
 
 
 def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
-    """Return the branches of the model that a checkpoint holds.
+    """Return the branches of the model that a checkpoint holds, and what becomes of pictures (:data:`IMAGE`).
 
     Raises:
         UserError: it has neither a recipe nor a record.
@@ -166,7 +171,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
         raise UserError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
         )
-    branches = {part: model[part] for part in MODULES if part in model} if isinstance(model, dict) else {}
+    branches = {name: model[name] for name in (*MODULES, IMAGE) if name in model} if isinstance(model, dict) else {}
     if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
         raise UserError(f"{where}: has no model; restore the file")
     return branches
