@@ -30,7 +30,7 @@ class VisionConfig:
 
     if TYPE_CHECKING:
         image_size: int  # side of the square that the tower is made for, in pixels
-        hidden_size: int  # width of a feature
+        hidden_size: int  # width of the layers
         num_layers: int  # for layer-wise decay
         layernorm_epsilon: float  # connectors with norms take it over
         image_mean: tuple[float, float, float]
@@ -42,6 +42,11 @@ class VisionConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features of one picture."""
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature."""
+        return self.hidden_size
 
     @property
     def patches_per_image(self) -> int:
@@ -272,8 +277,8 @@ class DataConfig:
     under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
-    system_message: str = "You are a helpful assistant."
-    """System turn put before each conversation that has none; empty for none."""
+    system_message: str | None = None
+    """System turn put before each conversation that has none; empty for none, null for that of model.template."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """A sample that cannot be used is left out, counted by its cause and listed in output_dir/quarantine-N.jsonl
     (N: the data-parallel rank); more than this share of the samples read so far ends the run."""

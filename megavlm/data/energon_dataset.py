@@ -33,6 +33,7 @@ from megavlm.data.packing import PackableSample, build_pack, choose_pack
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
+from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class PackEncoder(TaskEncoder):
         try:
             runs = [layout.runs for layout in layouts]
             encoded = encode_conversation(conversation, self.tokenizer, runs, self.data.system_message)
+        except TemplateError:
+            raise BrokenSampleError("not of the template's form") from None
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())

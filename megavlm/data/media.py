@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megavlm.config.checks import TEXT_TOKENS, add_rule
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
 
 ImageRuns = tuple[int | str, ...]
@@ -200,6 +200,8 @@ def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
 
 def joined(parts: Sequence[Arrangement]) -> Arrangement:
     """Return several arrangements as one, one after the other."""
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
     features = sum(part.features for part in parts)
     if all(part.index is None for part in parts):
         return Arrangement(features, None)

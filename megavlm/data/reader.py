@@ -30,6 +30,7 @@ from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.media import ImagePlan
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.state_codec import from_plain, to_plain
+from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.worker_signals import StopsWithParent
 
@@ -88,6 +89,7 @@ class PackReader:
         self._num_workers = data.num_workers if training else 0
         names = [source.name or Path(source.path).name for source in self.sources]
         self._encoder = PackEncoder(data, names, tokenizer, plan)
+        self._template = tokenizer.template.fingerprint
         self._data_hash = _hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
@@ -129,9 +131,10 @@ class PackReader:
                 is broken.
         """
         assert self._packs is None, "restore comes before the first pack"
+        older = {"template": QWEN_VL.fingerprint}  # of a state from before the key
         for key, value in self._identity().items():
-            if not isinstance(state, dict) or state.get(key) != value:
-                was = state.get(key) if isinstance(state, dict) else state
+            if not isinstance(state, dict) or (older | state).get(key) != value:
+                was = (older | state).get(key) if isinstance(state, dict) else state
                 raise UserError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
         try:
             packed = zlib.decompressobj()
@@ -222,6 +225,7 @@ class PackReader:
             "world_size": self._world_size,
             "num_workers": self._num_workers,
             "seed": self._seed,
+            "template": self._template,
             "data_hash": self._data_hash,
         }
 
@@ -233,7 +237,7 @@ def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Token
         data.packing,
         data.packing_buffer_size,
         data.shuffle_buffer_size,
-        data.system_message,
+        tokenizer.template.default_system if data.system_message is None else data.system_message,
         # Of squashing, the number alone: states from before other plans still fit.
         plan.tokens_per_view if isinstance(plan, SquashPlan) else repr(plan),
         tokenizer.vocab_size,

@@ -48,7 +48,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
     "tp2-dp3-sp": (6, {**TP2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 3}),
     "tied-pp2": (2, PP2, TP2),
-    "tp2-whole": (2, TP2, PP2),
 }
 """Ranks, a layout, and the other one that is loaded at afterwards."""
 
@@ -65,7 +64,7 @@ def names(kind: str) -> list[str]:
         for name in wanted:
             model = make_model(**{kind: name})
             stored = {key: (slot.key, slot.global_shape) for key, slot in find_slots(model, (kind,)).items()}
-            first.setdefault((found.find(name).module, *stored.items()), name)
+            first.setdefault((found.find(name).architecture.name, *stored.items()), name)
     return list(first.values())
 
 
@@ -132,7 +131,7 @@ def check(layout: str, number: int, root: Path) -> None:
     model["language"]["tie_word_embeddings"] = layout == "tied-pp2"
     if layout == "tp4":  # more ranks than key/value heads
         model["language"]["num_query_groups"] = 2
-    if layout == "tp2-whole":  # the ranks hold whole towers and connectors
+        # The ranks hold towers whole, which they do not divide, and connectors.
         model["vision"] |= {"num_attention_heads": 3, "ffn_hidden_size": 97}
         model["connector"]["tensor_parallel"] = "replicate"
     shared = {"model": model, "training": {"global_batch_size": 6, "precision": "bf16" if number % 2 else "fp32"}}

@@ -17,7 +17,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
-from megavlm.data.feed import MicroBatch, micro_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -72,11 +72,11 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
-def batches(recipe: Any, step: int) -> list[MicroBatch]:
+def batches(recipe: Any, step: int) -> list[Batch]:
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = random_packs(recipe.training.global_batch_size, seed=step)[rank::size]
     cpu = torch.device("cpu")
-    return [micro_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
+    return [make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
 
 
 def features(training: Any) -> dict[int, torch.Tensor] | None:

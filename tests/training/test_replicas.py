@@ -219,7 +219,7 @@ def test_what_divides_is_cut_and_the_rest_is_whole() -> None:
     [
         (FIVE, MLP, "model.vision.num_attention_heads: 5 is not divisible by parallel.tensor_model_parallel_size (2)"),
         ({**FOUR, "ffn_hidden_size": 67}, MLP, "model.vision.ffn_hidden_size: 67 is not divisible"),
-        (FOUR, THREE, "model.connector.head_dim: gives 3 heads, which is not divisible"),
+        (FOUR, THREE, "model.connector.head_dim: gives 3 heads, not divisible"),
     ],
 )
 def test_what_is_to_be_cut_must_divide(vision: dict[str, Any], connector: dict[str, Any], message: str) -> None:
