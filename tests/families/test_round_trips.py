@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_cases import MAKERS, TRANSFORMERS, make
+from family_cases import MAKERS, TRANSFORMERS
+from family_cases import make as make_other
+from internvl_models import INTERNVL
 
 from megavlm.cli import main
 from megavlm.families.known import FAMILIES, detect
 from megavlm.weights.source import Source
 
-CASES = [*MAKERS, *TRANSFORMERS]
+CASES = [*MAKERS, *TRANSFORMERS, *INTERNVL]
+
+
+def make(name: str, directory: Path) -> Path:
+    return INTERNVL[name](directory) if name in INTERNVL else make_other(name, directory)
 
 
 def convert_in(source: Path, out: Path) -> Path:
