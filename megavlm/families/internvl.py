@@ -107,7 +107,7 @@ class InternVLFamily(Family):
         # Names of the modules since Transformers 4.52.
         "modules": _names("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head."),
     }
-    modules = "modules"
+    modules: ClassVar[str | None] = "modules"
     preprocesses = True
     tower: ClassVar[Table] = TRANSFORMERS_TOWER
 
@@ -221,7 +221,7 @@ class InternVLChatFamily(InternVLFamily):
             "head": "language_model.lm_head.",
         },
     }
-    modules = None
+    modules: ClassVar[str | None] = None
     preprocesses = False
     tower = ORIGINAL_TOWER
 

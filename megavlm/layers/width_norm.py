@@ -66,7 +66,7 @@ class WidthNormSelfAttention(CompactSelfAttention):
 def without_bias(linear: Any) -> Any:
     """Return a kind of linear layer without a bias, whatever the configuration says of all of a layer's."""
 
-    class Unbiased(linear):  # type: ignore[misc]
+    class Unbiased(linear):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "bias": False})
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from megavlm.architectures.registry import expand_presets  # noqa: E402
 from megavlm.checkpoint.distributed import load  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.data.media import arrange, plan_of  # noqa: E402
 from megavlm.evaluation.parity import _batch, read_reference, verify  # noqa: E402
+from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import run_batches  # noqa: E402

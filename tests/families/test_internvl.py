@@ -19,12 +19,12 @@ from internvl_models import internvl, internvl_6b, internvl_chat
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.families.known import FAMILIES
+from megavlm.families.presets import expand_presets
 
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",

@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from megavlm.architectures.context import BuildContext
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.hf.shapes import alone
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.families.known import FAMILIES
+from megavlm.families.presets import expand_presets
 from megavlm.models.vlm import VisionLanguageModel
 
 # As the model cards round them: InternVL2.5 and 3 (OpenGVLab/InternVL2_5-1B, InternVL3-1B, ..), InternVL3.5.

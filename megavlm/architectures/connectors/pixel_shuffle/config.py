@@ -53,5 +53,5 @@ def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
     return (
         ("model.vision.hidden_size", width_of(model), 1),
         ("model.language.hidden_size", model.language.hidden_size, tp),
-        ("model.vision.image_size", model.tokens_per_image, 1),
+        ("model.vision.image_size", model.tokens_per_view, 1),
     )
