@@ -36,7 +36,9 @@ def test_an_architecture_is_a_folder_of_one_shape(branch: str, one: Architecture
     assert one.config.__module__ == one.rules.__module__ == f"{folder}.config"
     assert issubclass(one.config, BASES[branch]) and one.config.__doc__
     for key, field in one.config.__pydantic_fields__.items():
-        assert field.description or key == "preset", f"{one.name}: {key} has no text, which --help would show"
+        inherited = BASES[branch].__pydantic_fields__.get(key)
+        described = field.description or (inherited is not None and inherited.description)
+        assert described, f"{one.name}: {key} has no text, which --help would show"
         assert meaning_of(one.config, key) is not None
     assert one.cost is None or one.cost.__name__ == f"{folder}.cost"
     assert {path.name for path in (PACKAGE / "architectures" / ROOMS[branch] / one.name).glob("*.py")} >= {
