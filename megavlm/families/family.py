@@ -109,8 +109,15 @@ class Family(ABC):
         return {}
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
-        """Return what ``processor_config.json`` says after a training; empty for what LLaVA's processor needs."""
+        """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def feature_layer(self, model: ModelConfig) -> Any:
+        """Return the layer, or layers, whose features a tower that is written anew gives.
+
+        Of a family of towers alone, whose ``config.json`` does not say it: see :class:`megavlm.weights.source.Source`.
+        """
+        return -2
 
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
         """Return the whole tower of a ``config.json`` in Transformers' form, with the layer whose features are taken.

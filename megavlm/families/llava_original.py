@@ -22,7 +22,7 @@ from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import image_branch, normalisation
+from megavlm.families.preprocessor import image_branch, llava_processor, normalisation
 from megavlm.families.projector import projector_branch, projector_table
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
@@ -168,6 +168,10 @@ class LlavaOriginalFamily(Family):
                 return {**config, "mm_vision_tower": name, "mm_vision_select_layer": own}
         own_file = {VISION_CONFIG: vision_config}
         return {**config, "mm_vision_tower": "vision_tower", "mm_vision_select_layer": layer, **own_file}
+
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what LLaVA's processor needs."""
+        return llava_processor(model.vision, image_token)
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector and language model must be LLaVA's kinds."""

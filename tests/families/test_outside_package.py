@@ -117,6 +117,13 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
         assert not torch.equal(trained[name], before[name]), name
     assert "'Q: '" in (said := (tmp_path / "trained" / "chat_template.jinja").read_text()) or '"Q: "' in said
 
+    # Where nothing says what the weights came as, it is the only family that can hold them.
+    (megatron / "hf" / "conversion.json").unlink()
+    ranks.run(commands, ["convert", "megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "unnamed"])
+    unnamed = load_file(tmp_path / "unnamed" / "model.safetensors")
+    assert set(unnamed) == set(after) and all(torch.equal(value, before[name]) for name, value in unnamed.items())
+    assert json.loads((tmp_path / "unnamed" / "config.json").read_text()).items() >= CONFIG.items()
+
     # Its own figures are those that count.
     (found,) = ranks.run(counted, recipe, *words)
     planned_sizes, built, flops = found

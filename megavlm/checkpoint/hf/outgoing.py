@@ -32,7 +32,7 @@ from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load
 from megavlm.families.family import Family
 from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer
+from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -148,7 +148,7 @@ def export(
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial, entries, record)
-            source = Source(partial, _feature_layer(record, model, original=original))
+            source = Source(partial, _feature_layer(record, family, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
             if verify and dtype is None:
@@ -312,7 +312,7 @@ def _write_assets(
         config = family.config(model, tokens)
         _write_config(partial, {}, family.with_tower(config, *kin.tower) if kin is not None else config)
         return
-    source = Source(partial, _feature_layer(record, model, original=original))
+    source = Source(partial, _feature_layer(record, family, model, original=original))
     result.changed = _differences(family, source, model)
     if result.changed:
         old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
@@ -352,13 +352,9 @@ def _system_message(checkpoint: Path) -> str | None:
     return None if message is None else str(message)
 
 
-def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> FeatureLayer:
-    """Return the layer whose features a tower alone gives: a tower that is written anew ends with it."""
-    if original:
-        return record.get("feature_layer") or -2
-    if model.vision.feature_layers is not None:
-        return list(model.vision.feature_layers)
-    return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
+def _feature_layer(record: Mapping[str, Any], family: Family, model: ModelConfig, *, original: bool) -> FeatureLayer:
+    """Return the layer whose features a tower alone gives."""
+    return record.get("feature_layer") or -2 if original else family.feature_layer(model)
 
 
 def _tokens(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, int]:
