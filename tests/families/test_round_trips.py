@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import MAKERS, TRANSFORMERS, make
+from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS, make
+from family_choice import PARTS
 
+from megavlm.architectures.registry import load_presets
 from megavlm.cli import main
+from megavlm.config.architecture import BRANCHES
 from megavlm.families.known import FAMILIES, detect
 from megavlm.weights.source import Source
 
@@ -31,7 +35,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(FAMILY_OF[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")
     checkpoint = convert_in(source, tmp_path / "megatron")
@@ -45,9 +49,21 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert len(list(back.glob("model-*.safetensors"))) > 1 and (back / "model.safetensors.index.json").is_file()
     for file in source.glob("*.json"):
         assert (back / file.name).read_text() == file.read_text()
-    assert detect(Source(back)).name == detect(Source(source)).name
+    assert detect(Source(back)).name == detect(Source(source)).name == FAMILY_OF[name]
 
 
-def test_every_family_is_tried(tmp_path: Path) -> None:
-    found = {detect(Source(make(name, tmp_path / name))).name for name in CASES}
-    assert found | {"mm_projector"} == set(FAMILIES)
+def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
+    """PARTS is what picks the tests of a family (make test-families)."""
+    load_presets()
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in CASES:
+        source = Source(make(name, tmp_path / name))
+        family = detect(source)
+        for branch, values in family.branches(source).items():
+            architecture = BRANCHES[branch].find(values["preset"]).architecture
+            assert architecture is not None
+            found[family.name].add(
+                architecture.build.removeprefix("megavlm.architectures.").removesuffix(".build:build")
+            )
+    assert found.keys() | {"mm_projector"} == FAMILIES.keys() == PARTS.keys()
+    assert found == {name: set(PARTS[name]) for name in found}
