@@ -365,9 +365,10 @@ def make(name: str, directory: Path) -> Path:
 
 
 FAMILY_OF: dict[str, str] = {
-    "qwen_vl": "qwen_vl", "qwen_vl_bf16": "qwen_vl", "qwen": "qwen", "codefuse": "codefuse_vlm", "codefuse_mlp": "codefuse_vlm",
-    "codefuse_tower": "qwen_visual", "llava_hub": "llava", "llava_modules": "llava", "llama": "llama", "vicuna": "llama",
-    "qwen2": "llama", "qwen3": "llama", "clip": "clip", "clip_vision": "clip", "siglip": "siglip",
-    "siglip_vision": "siglip", "llava": "llava", "llava_qwen_siglip": "llava", "llava_qwen3": "llava",
+    "qwen_vl": "qwen_vl", "qwen_vl_bf16": "qwen_vl", "qwen": "qwen", "codefuse": "codefuse_vlm",
+    "codefuse_mlp": "codefuse_vlm", "codefuse_tower": "qwen_visual", "llava_hub": "llava", "llava_modules": "llava",
+    "llama": "llama", "vicuna": "llama", "qwen2": "llama", "qwen3": "llama", "clip": "clip", "clip_vision": "clip",
+    "siglip": "siglip", "siglip_vision": "siglip", "llava": "llava", "llava_qwen_siglip": "llava",
+    "llava_qwen3": "llava",
 }  # fmt: skip
 """Whose checkpoint each of ``MAKERS`` and ``TRANSFORMERS`` is."""
