@@ -35,6 +35,7 @@ from megavlm.data.chat import encode_conversation
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.decoders import make_decoder
 from megavlm.data.packing import CarryOverPacker
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -88,7 +89,9 @@ def measure_reader(mix: Mix, num_workers: int, packs: int) -> dict[str, float]:
         system_message="",
     )
     with contextlib.closing(
-        PackReader([source], data, mix.tokenizer, TOKENS_PER_IMAGE, rank=0, world_size=1, seed=1, training=True)
+        PackReader(
+            [source], data, mix.tokenizer, SquashPlan(16, TOKENS_PER_IMAGE), rank=0, world_size=1, seed=1, training=True
+        )
     ) as reader:
         start = time.perf_counter()
         next(reader)

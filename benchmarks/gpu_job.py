@@ -132,7 +132,7 @@ def make_batches(
     from megavlm.parallel.device import local_device
 
     rng = np.random.default_rng(seed)
-    size, slots = SIZES[job["size"]], recipe.model.tokens_per_image
+    size, slots = SIZES[job["size"]], recipe.model.tokens_per_view
     side = recipe.model.vision.image_size
 
     def pack() -> Any:

@@ -172,7 +172,7 @@ def sample(recipe: Any, tokens: int, seed: int) -> Any:
     rng = np.random.default_rng(seed)
     words = recipe.model.language.vocab_size - 300  # what lies above are Qwen's special tokens
     ids = rng.integers(0, words, size=tokens + 1)
-    slots = slice(2, 2 + recipe.model.tokens_per_image)
+    slots = slice(2, 2 + recipe.model.tokens_per_view)
     labels = ids[1:].copy()
     ids[slots] = words
     labels[: slots.stop] = -100

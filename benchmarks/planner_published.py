@@ -222,7 +222,9 @@ def predict(row: Row, **efficiencies: float) -> StepTime:
     recipe, gpu = recipe_of(row), gpu_of(row)
     if efficiencies and gpu.name == "h100-80g":
         gpu = dataclasses.replace(gpu, efficiency=dataclasses.replace(gpu.efficiency, **efficiencies))
-    load = Workload(tokens=row.micro * row.length, images=0.0, most_images=0, samples=float(row.micro * row.samples))
+    load = Workload(
+        tokens=row.micro * row.length, images=0.0, views=0.0, most_views=0, samples=float(row.micro * row.samples)
+    )
     return Timer(recipe, layout_of(recipe, row.gpus), gpu, load).step()
 
 

@@ -33,6 +33,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qwen_vl": ("towers.vit", "connectors.resampler", "decoders.decoder"),
     "codefuse_vlm": ("towers.vit", "connectors.resampler", "connectors.mlp", "decoders.decoder"),
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "qwen": ("decoders.decoder",),
     "llama": ("decoders.decoder",),
     "clip": ("towers.vit",),

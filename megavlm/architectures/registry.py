@@ -23,6 +23,7 @@ from megavlm.config.architecture import (
     architecture_of,
 )
 from megavlm.config.errors import UserError
+from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template
 
 __all__ = [
@@ -39,6 +40,7 @@ def load_presets() -> None:
         for folder in importlib.import_module(f"megavlm.architectures.{room}").FOLDERS:
             importlib.import_module(f"megavlm.architectures.{room}.{folder}").register()
     importlib.import_module("megavlm.families.presets").register()  # the whole models
+    plan_kinds()
     for entry in entry_points(group="megavlm.presets"):
         entry.load()()
 
@@ -71,7 +73,17 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("preset"), str):
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
+    expanded |= _image(whole.get("image", {}), model)
     return {**tree, "model": expanded}
+
+
+def _image(whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the image branch: the whole model's adjustments are for its own kind of plan."""
+    own = model.get("image", {})
+    if not whole or not isinstance(own, dict):
+        return {}
+    same = own.get("kind", whole.get("kind")) == whole.get("kind")
+    return {"image": {**whole, **own} if same else own}
 
 
 def _find(registry: Registry, name: str, key: str) -> Preset:

@@ -23,8 +23,9 @@ RECORD = "conversion.json"
 _KINDS: dict[str, tuple[type, ...]] = {
     "family": (str,),
     "home": (str,),
+    "rows": (int,),
     "style": (str,),
-    "feature_layer": (int, str),
+    "feature_layer": (int, str, list),
     "tokens": (dict,),
     "model": (dict,),
     "origin": (dict,),

@@ -46,7 +46,11 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
         "Give one directory with --hf, or compose a model from --language, --vision and --connector."
     )
     parser.add_argument(
-        "--hf", type=Path, metavar="DIR", help="a whole checkpoint (or a language model, or a tower, alone)"
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="a whole checkpoint (or a language model, or a tower, alone); of a LLaVA"
+        " in its authors' layout that has no tower in it, with --vision",
     )
     parser.add_argument(
         "--language", type=Path, metavar="DIR", help="compose: checkpoint to take the language model from"
@@ -70,9 +74,8 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vision-feature-layer",
         metavar="LAYER",
-        default="-2",
-        help="of a CLIP or SigLIP tower that comes alone: an index of Transformers' hidden_states, or last_hidden_state"
-        " (default -2, as LLaVA)",
+        help="of a CLIP or SigLIP tower that comes alone: an index of Transformers' hidden_states, several with commas"
+        " between them (=-2,-5; features side by side), or last_hidden_state (default -2, as LLaVA)",
     )
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="recipe whose data, optimizer and other branches the checkpoint's"
@@ -184,32 +187,35 @@ def run_incoming(args: argparse.Namespace) -> int:
         UserError: the arguments or the sources are wrong.
     """
     compose = [name for name in ("language", "vision", "connector") if getattr(args, name) is not None]
+    apart = args.hf is not None and compose == ["vision"]  # a LLaVA whose tower is not in its checkpoint
     if args.adapter is not None or args.base is not None:
         return _run_adapter(args, compose)
-    if (args.hf is None) == (not compose):
+    if (args.hf is None) == (not compose) and not apart:
         raise UserError("give either --hf DIR, or --language DIR and --vision DIR to compose a model")
     if args.hf is not None and args.connector_preset is not None:
         raise UserError("--connector-preset: goes with a fresh connector, when composing, not with --hf")
-    if compose and not {"language", "vision"} & set(compose):
+    if compose and not apart and not {"language", "vision"} & set(compose):
         raise UserError("--connector alone makes no model; give --language and --vision too")
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
+    from megavlm.checkpoint.hf.apart import check_stage_1, open_whole  # noqa: PLC0415
     from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
     from megavlm.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
     parts = published_parts(args.hf) if args.hf is not None else {}
     fresh: dict[str, Any] = {}
-    if parts:
+    if parts and not apart:
         given = [Given.open(path, [part]) for part, path in parts.items()]
     elif args.hf is not None:
-        given = [Given.open(args.hf, None, layer)]
+        given = open_whole(args.hf, args.vision, -2 if layer is None else layer)
     else:
-        given = [Given.open(getattr(args, name), [name], layer) for name in compose]
+        given = [Given.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
+        check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
-    home = CodeFuseFamily.name if parts else None
+    home = CodeFuseFamily.name if parts else given[0].family.name if len(given) > 1 and args.hf is not None else None
     report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify, home=home)
     for line in report.lines():
         logger.info("%s", line)
@@ -270,13 +276,17 @@ def _prepare() -> None:
     return_freed_memory()
 
 
-def _feature_layer(text: str) -> int | str:
-    if text == "last_hidden_state":
+def _feature_layer(text: str | None) -> int | str | list[int] | None:
+    if text is None or text == "last_hidden_state":
         return text
     try:
-        return int(text)
+        numbers = [int(one) for one in text.split(",")]
     except ValueError:
-        raise UserError(f"--vision-feature-layer: {text!r} is neither a number nor last_hidden_state") from None
+        raise UserError(
+            f"--vision-feature-layer: {text[:60]!r} is neither a number, nor several with commas between them, nor "
+            "last_hidden_state"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _base_recipe(recipe: str | None) -> dict[str, Any] | None:

@@ -18,6 +18,8 @@ from pydantic import TypeAdapter
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
+from megavlm.data.media import ImagePlan, plan_of
+from megavlm.data.plans_single import SquashPlan
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = None if args.recipe is None else _load_recipe(args.recipe)
     if recipe is not None and args.tokenizer is None:
         recipe = _with_tokenizer(recipe, args.recipe)
-    data, tokens_per_image, seed = _settings(args, recipe)
+    data, plan, seed = _settings(args, recipe)
     from megavlm.data.inspect.collect import collect  # noqa: PLC0415 - loads torch
     from megavlm.data.inspect.page import write_page  # noqa: PLC0415
     from megavlm.data.templates import template_of  # noqa: PLC0415
@@ -108,8 +110,7 @@ def run(args: argparse.Namespace) -> int:
     found = collect(
         data,
         tokenizer,
-        tokens_per_image,
-        recipe.model.vision.image_size if recipe else _DEFAULT_IMAGE_SIZE,
+        plan,
         seed,
         replicas=args.data_parallel,
         samples=args.samples,
@@ -168,8 +169,13 @@ def _with_tokenizer(recipe: Recipe, name: str) -> Recipe:
         raise UserError(f"{missing}, {recipe.checkpoint.load}, has no checkpoint; give a tokenizer file") from None
 
 
-def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, int, int]:
-    """The data branch that is shown, positions of an image, and the seed of the order."""
+def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConfig, ImagePlan, int]:
+    """The data branch that is shown, what becomes of pictures, and the seed of the order.
+
+    Raises:
+        MissingFileError: a data set or the tokenizer is not there.
+        UserError: a number of tokens is given for a plan that has its own for each picture.
+    """
     from megavlm.data.tokenizer import find_tokenizer  # noqa: PLC0415
 
     tokenizer = args.tokenizer or (recipe.data.tokenizer if recipe else None)
@@ -193,9 +199,16 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
         changes["sequence_length"] = args.sequence_length or _DEFAULT_LENGTH
     if recipe is None:
         tokens = args.tokens_per_image or _DEFAULT_IMAGE_TOKENS
-        return TypeAdapter(DataConfig).validate_python(changes), tokens, _DEFAULT_SEED
-    tokens = args.tokens_per_image or recipe.model.tokens_per_image
-    return dataclasses.replace(recipe.data, **changes), tokens, recipe.training.seed
+        return TypeAdapter(DataConfig).validate_python(changes), SquashPlan(_DEFAULT_IMAGE_SIZE, tokens), _DEFAULT_SEED
+    plan = plan_of(recipe.model)
+    if args.tokens_per_image is not None:
+        if not plan.fixed:
+            raise UserError(
+                f"--tokens-per-image: the recipe's model.image.kind is {recipe.model.image.kind}, whose pictures have "
+                "each their own number; leave it out"
+            )
+        plan = dataclasses.replace(plan, tokens_per_view=args.tokens_per_image)
+    return dataclasses.replace(recipe.data, **changes), plan, recipe.training.seed
 
 
 def _write(path: Path, html: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megavlm.planning.picture import check_picture, draw
 from megavlm.planning.report import as_json, as_text, overrides_file
 from megavlm.planning.search import Plan, evaluate, search
 from megavlm.planning.timing import Timer
-from megavlm.planning.workload import Workload, assume_workload
+from megavlm.planning.workload import PICTURE, Workload, assume_workload
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -53,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-network", type=float, metavar="GB/S", help="between nodes, a GPU's share, in one direction"
     )
     parser.add_argument("--images-per-pack", type=float, metavar="X", help="images of a pack on average (else assumed)")
+    parser.add_argument(
+        "--picture-size",
+        metavar="WxH",
+        help="width and height of the average picture, where an image plan's tokens depend on it (default 1024x768)",
+    )
     parser.add_argument("--samples-per-pack", type=float, metavar="X", help="samples of a pack (else one per image)")
     parser.add_argument("--list", type=int, default=8, metavar="N", help="layouts to list (default 8)")
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, shares from 0 to 1")
@@ -80,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         check_picture(args.picture)
     recipe = load_recipe(args.recipe, args.overrides, expand_presets)
-    workload = assume_workload(recipe, args.images_per_pack, args.samples_per_pack)
+    workload = assume_workload(
+        recipe, args.images_per_pack, args.samples_per_pack, picture=_picture_size(args.picture_size)
+    )
     found = search(recipe, args.gpus, gpu, workload)
     own = _own(recipe, args.gpus, gpu, workload)
     if not found.plans:
@@ -95,6 +103,20 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         draw_plan(found.plans[0], gpu, workload, args.picture)
     return 0
+
+
+def _picture_size(text: str | None) -> tuple[int, int]:
+    """Return width and height.
+
+    Raises:
+        RecipeError: it is no size.
+    """
+    if text is None:
+        return PICTURE
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if found is None:
+        raise RecipeError(f"--picture-size: {text!r} is no size; give width and height as in 1024x768")
+    return int(found[1]), int(found[2])
 
 
 def _own(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan | str:

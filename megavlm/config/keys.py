@@ -124,7 +124,7 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
         if typing.get_origin(option) is Literal:
             words.append(" | ".join(typing.get_args(option)))
         elif typing.get_origin(option) is tuple:
-            words.append(_list_text(option))
+            words.append(("or " if words else "") + _list_text(option))
         else:
             words.append(_TYPE_NAMES[option])
     for attribute, sign in _BOUNDS:
@@ -133,6 +133,8 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _list_text(annotation: Any) -> str:
-    """Return how a list of plain values is called: of a fixed length, or of any."""
+    """Return how a list of values is called: of a fixed length, or of any."""
     values = typing.get_args(annotation)
+    if typing.get_origin(values[0]) is tuple:
+        return "list of lists"
     return f"list of {_TYPE_NAMES[values[0]]}s" if values[-1] is Ellipsis else f"list of {len(values)}"

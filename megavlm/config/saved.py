@@ -13,7 +13,7 @@ from typing import Any
 from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
-from megavlm.config.schema import LoraConfig
+from megavlm.config.schema import ImageConfig, LoraConfig
 
 Tree = dict[str, Any]
 
@@ -47,6 +47,9 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
     if not all(found is None or _always(found) <= model[name].keys() for name, found in classes.items()):
         return dict(model)
     filled = {name: {**_defaults(found), **model[name]} for name, found in classes.items() if found is not None}
+    image = model.get("image", {})
+    if classes.keys() == BRANCHES.keys() and isinstance(image, Mapping):
+        filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
     return {**model, **filled}
 
 

@@ -27,7 +27,7 @@ class VisionConfig:
 
     if TYPE_CHECKING:
         image_size: int  # side of the square that the tower is made for, in pixels
-        hidden_size: int  # width of a feature
+        hidden_size: int  # width of the layers
         num_layers: int  # for layer-wise decay
         layernorm_epsilon: float  # connectors with norms take it over
         image_mean: tuple[float, float, float]
@@ -39,6 +39,11 @@ class VisionConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the features of one picture."""
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature."""
+        return self.hidden_size
 
     @property
     def patches_per_image(self) -> int:
@@ -61,6 +66,37 @@ class ConnectorConfig:
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
         return grid[0] * grid[1]
+
+
+@config_class
+class ImageConfig:
+    """What becomes of a picture before the tower sees it (docs/images.md): views, and tokens."""
+
+    kind: str = "squash"
+    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
+    (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
+    slices (MiniCPM-V)."""
+    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    """Filter that pictures are resized with; always antialiased."""
+    fill: Literal["mean"] | tuple[int, int, int] | None = None
+    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
+    plan's own: pad takes the mean, the others black."""
+    short_side: int | None = Field(default=None, gt=0, le=100_000)
+    """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """Of anyres and anyres_max: resolutions that tiles make up, as [height, width] in pixels, in the published order.
+    Empty for LLaVA-1.6's five, or LLaVA-OneVision's 36."""
+    min_tiles: int | None = Field(default=None, gt=0)
+    """Of dynamic_tiles: fewest tiles of a picture; null for 1."""
+    max_tiles: int | None = Field(default=None, gt=0)
+    """Of dynamic_tiles and slices: most tiles of a picture (null for 12, or 9). Of anyres_max: tiles whose features a
+    picture has at most (null for 9)."""
+    thumbnail: bool = True
+    """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
+    slice_markup: Literal["nested", "flat"] = "nested"
+    """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
+    options: tuple[str, ...] = ()
+    """Of an image plan that another package brings: its own keys, as key=value each."""
 
 
 @config_class
@@ -97,10 +133,12 @@ class ModelConfig:
     """The connector."""
     language: Annotated[LanguageConfig, Branch("language")]
     """The language model."""
+    image: ImageConfig = Field(default_factory=ImageConfig)
+    """What becomes of pictures."""
 
     @property
-    def tokens_per_image(self) -> int:
-        """Language-model positions that the features of one image fill (without ``<img>`` and ``</img>``)."""
+    def tokens_per_view(self) -> int:
+        """Features that tower and connector make of one view; a picture's tokens: ``megavlm.data.media.plan_of``."""
         return self.connector.tokens_of(self.vision.grid)
 
 
@@ -234,8 +272,8 @@ class DataConfig:
     under it, mostly black, as models have seen it whose processor calls convert("RGB")."""
     prefetch_steps: int = Field(default=2, gt=0)
     """Steps that are read and decoded ahead."""
-    system_message: str = "You are a helpful assistant."
-    """System turn put before each conversation that has none; empty for none."""
+    system_message: str | None = None
+    """System turn put before each conversation that has none; empty for none, null for that of model.template."""
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     """A sample that cannot be used is left out, counted by its cause and listed in output_dir/quarantine-N.jsonl
     (N: the data-parallel rank); more than this share of the samples read so far ends the run."""

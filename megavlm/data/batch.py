@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
+
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
 
@@ -51,6 +53,8 @@ class Pack:
     """Keys of the samples, in order."""
     sample_shards: list[str] = field(default_factory=list)
     """Shards of the samples, in order."""
+    image_shapes: list[ImageShape] = field(default_factory=list)
+    """[N] what the image plan asks of each image; not looked at where it does the same with all (``plan.fixed``)."""
     restore_key: Any = field(default=None, repr=False)
     """What the reader needs to make this pack again (see :mod:`megavlm.data.reader`)."""
     skipped: list[SkippedSample] = field(default_factory=list)
@@ -67,6 +71,10 @@ class Pack:
         if self.segment_sources.size and self.segment_sources[-1] == -1:
             return int(self.cu_seqlens[-1] - self.cu_seqlens[-2])
         return 0
+
+    def layouts(self, plan: ImagePlan) -> list[ImageLayout] | None:
+        """Return the layout of each image; None where the plan has the same views and tokens for all."""
+        return None if plan.fixed else [plan.plan(*shape) for shape in self.image_shapes]
 
     @property
     def supervised_tokens(self) -> int:

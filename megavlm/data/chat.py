@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 
 from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.media import ImageRuns
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
 from megavlm.data.template import TEXT, Span, Template
 from megavlm.data.tokenizer import Tokenizer
-
-ImageRuns = tuple[int | str, ...]
-"""What stands between the template's marks around an image: a number is a run of so many feature slots, a text is
-markup between runs, such as a newline behind a row of tiles."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ def encode_conversation(
         system: System turn for a conversation that has none; empty for none, None for the template's own.
 
     Raises:
-        UserError: A text contains control tokens of this tokenizer, or there are more or fewer images than ``runs``.
+        UserError: A text contains control tokens of this tokenizer, there are more or fewer images than ``runs``, or
+            the template has no form for the conversation.
     """
     turns = _with_system(conversation.turns, tokenizer.template, system)
     tokens, labels = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
@@ -96,17 +94,31 @@ def encode_text(text: str, tokenizer: Tokenizer, runs: Sequence[ImageRuns]) -> l
 
 def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     """Text of the user's last turn in a prompt that :func:`encode_prompt` made, images as placeholders."""
-    ids, lead = [int(i) for i in prompt], _ids_of(tokenizer.template.lead, tokenizer)
-    user = tokenizer.template.user
-    before = _ids_of(user[: user.index(TEXT)], tokenizer)
+    template = tokenizer.template
+    ids = [int(i) for i in prompt]
+    if template.joined:
+        return template.question(_shown(ids, tokenizer))
+    before, lead = (
+        _ids_of(pieces, tokenizer) for pieces in (template.user[: template.user.index(TEXT)], template.lead)
+    )
     start = max(at for at in range(len(ids)) if ids[at : at + len(before)] == before) + len(before)
     turn = ids[start : len(ids) - len(lead)]
+    behind = _ids_of(template.user[template.user.index(TEXT) + 1 :][:1], tokenizer)
+    return _shown(turn[: turn.index(behind[0])] if behind and behind[0] in turn else turn, tokenizer)
+
+
+def _shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of ids, with each image as a placeholder."""
     begin, end = (tokenizer.ids.get(mark) for mark in tokenizer.template.image)
     parts: list[list[int]] = [[]]
-    for i in turn[: turn.index(tokenizer.ids[user[user.index(TEXT) + 1]])]:
-        if i == begin:
+    inside = False
+    for i, before in zip(ids, [None, *ids], strict=False):
+        # Where nothing marks an image, a run of slots is one.
+        opens = i == begin if begin is not None else i == tokenizer.imgpad_id and before != tokenizer.imgpad_id
+        if opens:
             parts.append([])
-        elif i not in (tokenizer.imgpad_id, end):
+        inside = (inside or opens) and i != end and begin is not None
+        if not inside and i not in (tokenizer.imgpad_id, end):
             parts[-1].append(i)
     return IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
 
@@ -122,6 +134,9 @@ def answer_start(tokens: NDArray[np.int64], labels: NDArray[np.int64], tokenizer
     Returns:
         Position of the answer's first token, or None where there is no answer.
     """
+    if tokenizer.template.trains_answers_only:
+        counted = np.flatnonzero(labels != IGNORE_INDEX)
+        return int(counted[0]) if len(counted) else None
     lead = np.asarray(_ids_of(tokenizer.template.lead, tokenizer), np.int64)
     if len(tokens) < len(lead):
         return None
@@ -148,10 +163,12 @@ class _Images:
 
 
 def _with_system(turns: Sequence[Turn], template: Template, system: str | None) -> list[Turn]:
+    """Return the turns as the template has them: with its system turn, and its form of pictures without a place."""
     text = template.default_system if system is None else system
+    turns = [Turn(turn.role, template.placed(turn.text)) for turn in turns]
     if text and (not turns or turns[0].role != "system"):
         return [Turn("system", text), *turns]
-    return list(turns)
+    return turns
 
 
 def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tuple[list[int], list[int]]:
@@ -159,16 +176,23 @@ def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tup
     tokens: list[int] = []
     labels: list[int] = []
     encode = _joined if tokenizer.template.joined else _apart
+    ends = tokenizer.ids.get(tokenizer.template.ends)
+    answered = False
     for ids, trained in encode(spans, tokenizer, images):
+        if not ids:
+            continue
         tokens += ids
         labels += ids if trained else [IGNORE_INDEX] * len(ids)
+        if answered and not trained and ends is not None:
+            labels[-len(ids)] = ends
+        answered = trained
     return tokens, labels
 
 
 def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], bool]]:
     """Yield each span's ids, encoded by itself, so that the mask cuts between tokens."""
     for span in spans:
-        if span.markup:
+        if span.markup and IMAGE_PLACEHOLDER not in span.text:
             yield _ids_of([span.text], tokenizer), span.trained
             continue
         check_unicode(span.text)

@@ -1,9 +1,9 @@
-"""Encoded image files to square uint8 pixels, behind one interface: DALI, simplejpeg with torch, or PIL.
+"""Encoded image files to the uint8 views of an image plan, behind one interface: DALI, simplejpeg with torch, or PIL.
 
-All of them turn images upright by EXIF or XMP, lay what is transparent over white, make RGB of everything, squash to a
-square and resize with antialiased bicubic interpolation. Only plain JPEG and PNG files go to the fast path; odd ones go
-to PIL one by one, and what PIL cannot read, or has no memory for, becomes a gray image whose index is returned. A bad
-image never costs a neighbour.
+All of them turn images upright by EXIF or XMP, lay what is transparent over white, make RGB of everything, and make
+views of it by :mod:`megavlm.data.media`, resized with antialiasing. Only plain JPEG and PNG files go to the fast path;
+odd ones go to PIL one by one, and what PIL cannot read, or has no memory for, becomes gray views, and the image's index
+is returned. A bad image never costs a neighbour.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from PIL import Image
 
 from megavlm.data.image_colours import Alpha
-from megavlm.data.images import OUT_OF_MEMORY, ImageError, ImageHeader, decode_jpeg, decode_with_pil, read_header
+from megavlm.data.images import (
+    OUT_OF_MEMORY,
+    ImageError,
+    ImageHeader,
+    decode_jpeg,
+    decode_with_pil,
+    lay_out,
+    read_header,
+)
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange
+from megavlm.data.plans_single import SquashPlan
+from megavlm.data.render import render_with_pil, render_with_torch
 
 logger = logging.getLogger(__name__)
 
 GRAY = 128
 """Value of every pixel of an image that cannot be decoded."""
-
 
 _FIXES = {
     "simplejpeg": "pip install simplejpeg",
@@ -39,15 +47,41 @@ class DecodedImages:
     """The pixels of some images."""
 
     pixels: torch.Tensor
-    """[N, 3, size, size] uint8 RGB on the decoder's device."""
+    """[V, 3, side, side] uint8 RGB of all their views, on the decoder's device."""
     failed: list[int] = field(default_factory=list)
     """Indices of the images that could not be decoded and are gray; mask their samples' labels."""
     causes: list[str] = field(default_factory=list)
     """Why, for each of them."""
 
 
+@dataclass
+class Job:
+    """An image that is to be decoded."""
+
+    data: bytes
+    plan: ImagePlan
+    out: torch.Tensor
+    """[views, 3, side, side] uint8, to be filled."""
+    layout: ImageLayout | None
+    """None where any size will do: the plan's views are the same for all."""
+    header: ImageHeader | None = None
+
+    def laid_out(self, width: int, height: int) -> ImageLayout:
+        """Return the layout of the picture, now that it is known how large it is.
+
+        Raises:
+            ImageError: It is not as large as was told from its header, on which the number of its tokens depends.
+        """
+        if self.layout is None:
+            return self.plan.plan(width, height)
+        if (width, height) != self.layout.shape[:2]:
+            was = f"{self.layout.shape.width} x {self.layout.shape.height}"
+            raise ImageError("broken header", f"{was} pixels by its header, {width} x {height} when decoded")
+        return self.layout
+
+
 class ImageDecoder(ABC):
-    """Decodes and resizes images. One thread at a time may use a decoder.
+    """Decodes images to views. One thread at a time may use a decoder.
 
     Args:
         alpha: What becomes of transparency, see ``data.image_alpha``.
@@ -60,51 +94,77 @@ class ImageDecoder(ABC):
         self.device = torch.device("cpu")
         """Where the pixels are made."""
 
-    def decode(self, images: Sequence[bytes], size: int) -> DecodedImages:
-        """Decode images and squash each to ``size`` x ``size``.
+    def decode(
+        self, images: Sequence[bytes], plan: ImagePlan | int, layouts: Sequence[ImageLayout] | None = None
+    ) -> DecodedImages:
+        """Decode images and make their views.
 
         Args:
             images: N encoded image files; N may be 0.
-            size: Side of the result in pixels.
+            plan: What becomes of them; a whole number squashes each to a square of this side.
+            layouts: Layout of each image; None where the plan has the same views for all (``plan.fixed``).
         """
-        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=self.device)
-        fast: dict[int, ImageHeader] = {}
+        plan = SquashPlan(plan, 0) if isinstance(plan, int) else plan
+        assert plan.square, "views that are not square are made by megavlm.data.render"
+        assert plan.fixed or layouts is not None, "how many views a picture has is told by its layout"
+        counts = [1] * len(images) if layouts is None else [len(layout.views) for layout in layouts]
+        shape = (sum(counts), 3, plan.side, plan.side)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        outs = pixels.split(counts) if images else ()
+        fast: dict[int, Job] = {}
         slow: list[int] = []
         failed: dict[int, str] = {}
-        for index, data in enumerate(images):
+        jobs = [
+            Job(data, plan, out, None if plan.fixed or layouts is None else layouts[index])
+            for index, (data, out) in enumerate(zip(images, outs, strict=True))
+        ]
+        for index, job in enumerate(jobs):
             try:
-                header = read_header(data)
+                job.header = read_header(job.data)
             except ImageError as error:
                 failed[index] = self._fail(error)
                 continue
-            if self._is_fast(header):
-                fast[index] = header
+            if self._is_fast(job.header):
+                fast[index] = job
             else:
                 slow.append(index)
         if fast:
-            slow += self._decode_fast(images, fast, size, pixels)
+            slow += self._decode_fast(fast)
         for index in slow:
             try:
-                pixels[index] = self._decode_slow(images[index], size)
+                self._decode_slow(jobs[index])
             except ImageError as error:
                 failed[index] = self._fail(error)
         order = sorted(failed)
-        pixels[order] = GRAY
+        for index in order:
+            jobs[index].out.fill_(GRAY)
         return DecodedImages(pixels, order, [failed[index] for index in order])
+
+    def decode_prompt(self, images: Sequence[bytes], plan: ImagePlan) -> tuple[DecodedImages, Arrangement | None]:
+        """Decode the images of one prompt, and return where the features of their views go.
+
+        Raises:
+            ImageError: How many views an image has cannot be told.
+        """
+        if plan.fixed:
+            return self.decode(images, plan), None
+        layouts = lay_out(images, plan)
+        return self.decode(images, plan, layouts), arrange(plan, layouts)
 
     @abstractmethod
     def _is_fast(self, header: ImageHeader) -> bool:
         """Whether the fast path takes such an image."""
 
     @abstractmethod
-    def _decode_fast(
-        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
-    ) -> list[int]:
-        """Decode those of ``images`` that have a header into ``out``; return the indices that need PIL."""
+    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+        """Fill the jobs' ``out``; return the indices of those that need PIL."""
 
-    def _decode_slow(self, data: bytes, size: int) -> torch.Tensor:
+    def _decode_slow(self, job: Job) -> None:
         try:
-            return _to_tensor(resize_with_pil(decode_with_pil(data, self.alpha), size)).to(self.device)
+            picture = decode_with_pil(job.data, self.alpha)
+            views = render_with_pil(picture, job.plan, job.laid_out(*picture.size))
+            for out, view in zip(job.out, views, strict=True):
+                out.copy_(torch.from_numpy(view).permute(2, 0, 1))
         except MemoryError:
             raise ImageError(OUT_OF_MEMORY) from None
 
@@ -120,10 +180,8 @@ class PilDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return False
 
-    def _decode_fast(
-        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
-    ) -> list[int]:
-        return list(headers)
+    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+        return list(jobs)
 
 
 class SimpleJpegDecoder(ImageDecoder):
@@ -136,31 +194,17 @@ class SimpleJpegDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.kind == "jpeg" and header.plain
 
-    def _decode_fast(
-        self, images: Sequence[bytes], headers: Mapping[int, ImageHeader], size: int, out: torch.Tensor
-    ) -> list[int]:
+    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
         rescue = []
-        for index in headers:
+        for index, job in jobs.items():
             try:
-                out[index] = resize_with_torch(decode_jpeg(images[index]), size)
+                picture = decode_jpeg(job.data)
+                layout = job.laid_out(picture.shape[1], picture.shape[0])
+                for out, view in zip(job.out, render_with_torch(picture, job.plan, layout), strict=True):
+                    out.copy_(view)
             except (ValueError, MemoryError, RuntimeError):  # torch has no MemoryError for its own allocations
                 rescue.append(index)
         return rescue
-
-
-def resize_with_pil(image: Image.Image, size: int) -> np.ndarray:
-    """Squash an RGB image to [size, size, 3] uint8 with PIL's bicubic filter."""
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def resize_with_torch(array: np.ndarray, size: int) -> torch.Tensor:
-    """Squash [H, W, 3] uint8 to [3, size, size] with torch's antialiased bicubic filter, in uint8 throughout."""
-    pixels = _to_tensor(array)[None]
-    return torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def installed(module: str) -> bool:

@@ -21,6 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megavlm.data.batch import Pack
+from megavlm.data.media import Arrangement
 from megavlm.data.read_pack import ReadPack
 from megavlm.layers.segments import packed_segments, to_device
 from megavlm.parallel.device import local_device
@@ -45,10 +46,13 @@ FIELDS = (
     BatchField("cu_seqlens", "all", torch.int64, on_host=True),
     BatchField("segment_sources", "all", torch.int64, on_host=True),
     BatchField("num_images", "all", torch.int64, on_host=True),
+    BatchField("num_views", "all", torch.int64, on_host=True),
     BatchField("tokens", "all", torch.int64, per_position=True),
     BatchField("position_ids", "all", torch.int64, per_position=True),
     BatchField("labels", "last", torch.int64, per_position=True),
     BatchField("images", "first", torch.uint8),
+    BatchField("image_index", "first", torch.int64),
+    BatchField("image_weight", "first", torch.float32),
 )
 """Fields of a batch; those of one route and number type travel together."""
 
@@ -74,7 +78,14 @@ class Batch:
     """[1, S] int64, already shifted; IGNORE_INDEX where there is nothing to predict. From the feed only the last stage
     has them."""
     images: Tensor | None
-    """[N, 3, H, W] uint8 on the first stage; None on the others."""
+    """[V, 3, H, W] uint8 views on the first stage; None on the others."""
+    num_views: int
+    """V, on every stage: one for each image but where the image plan makes several of it."""
+    image_index: Tensor | None = None
+    """[T, K] int64, with ``images``: the features that stand in each of the T image slots; -1 is the learned newline
+    vector. None where they stay in the order of the views."""
+    image_weight: Tensor | None = None
+    """[T, K] float32 weights of these; None where K is 1."""
 
     @property
     def token_sources(self) -> Tensor:
@@ -96,18 +107,32 @@ class Batch:
             "packed_seq_params": self.packed_seq_params,
             "labels": labels,
             "images": self.images,
+            "image_index": self.image_index,
+            "image_weight": self.image_weight,
         }
 
 
-def make_batch(pack: Pack, images: Tensor | None, device: torch.device) -> Batch:
+def make_batch(
+    pack: Pack, images: Tensor | None, device: torch.device, arrangement: Arrangement | None = None
+) -> Batch:
     """Put one pack on a device.
 
     Args:
         pack: the pack.
-        images: [N, 3, H, W], uint8 or normalised floats; None where they are not for this rank.
+        images: [V, 3, H, W] views, uint8 or normalised floats; None where they are not for this rank.
         device: where to.
+        arrangement: where the views' features go; None where they stay in their order.
     """
-    return _batch(_fields(pack, images), device)
+    return _batch(_fields(pack, images, arrangement), device)
+
+
+def arrangement_on(arrangement: Arrangement | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Return index and weight of an arrangement on a device, as far as there are."""
+    fields = _arranged(arrangement)
+    index, weight = (
+        to_device(fields[name], device) if name in fields else None for name in ("image_index", "image_weight")
+    )
+    return index, weight
 
 
 def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]:
@@ -121,7 +146,7 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]
         RuntimeError: reading failed on the reader rank.
     """
     device = local_device()
-    read = None if packs is None else [_fields(item.pack, item.pixels) for item in packs]
+    read = None if packs is None else [_fields(item.pack, item.pixels, item.arrangement) for item in packs]
     shapes = _share_shapes(read, num_packs, device)
     found: list[dict[str, Tensor]] = [{} for _ in range(num_packs)]
     for first_only, dtype in dict.fromkeys((one.stages == "first", one.dtype) for one in FIELDS):
@@ -131,18 +156,26 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]
     return [_batch(one, device) for one in found]
 
 
-def _fields(pack: Pack, images: Tensor | None) -> dict[str, Tensor]:
+def _arranged(arrangement: Arrangement | None) -> dict[str, Tensor]:
+    """Return what there is of ``image_index`` and ``image_weight``."""
+    arrays = {} if arrangement is None else {"image_index": arrangement.index, "image_weight": arrangement.weight}
+    return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
+
+
+def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None = None) -> dict[str, Tensor]:
     """Return what there is of each of :data:`FIELDS`, as a rank that has all of the pack knows it."""
+    views = len(pack.images) if images is None else images.size(0)
     arrays = {
         "cu_seqlens": pack.cu_seqlens,
         "segment_sources": pack.segment_sources,
-        "num_images": np.array([len(pack.images) if images is None else images.size(0)]),
+        "num_images": np.array([len(pack.images) or views]),
+        "num_views": np.array([views]),
         "tokens": pack.tokens,
         "position_ids": pack.position_ids,
         "labels": pack.labels,
     }
     found = {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
-    return found if images is None else {**found, "images": images}
+    return found if images is None else {**found, "images": images, **_arranged(arrangement)}
 
 
 def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
@@ -166,6 +199,9 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
         num_images=int(fields["num_images"]),
         labels=placed("labels")[None] if "labels" in fields else None,
         images=fields["images"].to(device) if "images" in fields else None,
+        num_views=int(fields["num_views"]),
+        image_index=placed("image_index") if "image_index" in fields else None,
+        image_weight=placed("image_weight") if "image_weight" in fields else None,
     )
 
 
@@ -215,6 +251,8 @@ def _share_route(
     """
     hosted = sorted(fields, key=lambda one: not one.on_host)
     parts = [(pack, field) for field in hosted for pack in range(len(shapes)) if field.name in shapes[pack]]
+    if not parts:
+        return
     body = _share_body(parts, read, shapes, device)
     sizes = [prod(shapes[pack][field.name]) for pack, field in parts]
     for_host = sum(size for (_, field), size in zip(parts, sizes, strict=True) if field.on_host)

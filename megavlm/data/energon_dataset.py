@@ -26,12 +26,14 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
-from megavlm.data.images import ImageError, read_header
+from megavlm.data.images import ImageError, lay_out
 from megavlm.data.machine import is_machine_fault
+from megavlm.data.media import ImagePlan
 from megavlm.data.packing import PackableSample, build_pack, choose_pack
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
+from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -91,17 +93,17 @@ class PackEncoder(TaskEncoder):
         data: The data branch of the recipe.
         names: Name of each data set, for sample keys.
         tokenizer: The tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image.
+        plan: What becomes of images.
     """
 
     decoder = None
     cookers = (Cooker(_cook),)
 
-    def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, tokens_per_image: int) -> None:
+    def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, plan: ImagePlan) -> None:
         self.data = data
         self.names = names
         self.tokenizer = tokenizer
-        self.tokens_per_image = tokens_per_image
+        self.plan = plan
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -143,17 +145,18 @@ class PackEncoder(TaskEncoder):
         if len(images) > len(wanted):
             raise BrokenSampleError("more images than slots")
         try:
-            for name in wanted:
-                read_header(sample.files[name])
+            layouts = lay_out([sample.files[name] for name in wanted], self.plan)
         except ImageError as error:
             raise BrokenSampleError(f"bad image ({error.cause})") from None
         try:
-            runs = [(self.tokens_per_image,)] * len(wanted)
+            runs = [layout.runs for layout in layouts]
             encoded = encode_conversation(conversation, self.tokenizer, runs, self.data.system_message)
+        except TemplateError:
+            raise BrokenSampleError("not of the template's form") from None
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
-        if encoded.num_images != len(wanted) or slots != len(wanted) * self.tokens_per_image:
+        if encoded.num_images != len(wanted) or slots != sum(layout.tokens for layout in layouts):
             raise BrokenSampleError("slots do not match images")
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")
@@ -163,6 +166,8 @@ class PackEncoder(TaskEncoder):
             key=f"{self.names[sample.source]}/{sample.__key__}",
             source=sample.source,
             shard=sample.shard,
+            shapes=tuple(layout.shape for layout in layouts),
+            views=sum(len(layout.views) for layout in layouts),
         )
 
     @stateless
@@ -273,7 +278,7 @@ class CarryOverPackingDataset(PackingDataset):
         # Workers take turns: this counts the packs of all of them.
         config = self.worker_config
         number = self._final_packing_sample_index.current_idx * max(1, config.num_workers) + config.rank_worker_id()
-        return choose_pack(lengths, self.capacity, [len(sample.images) for sample in waiting], number)
+        return choose_pack(lengths, self.capacity, [sample.views for sample in waiting], number)
 
 
 def build_dataset(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megavlm.data.batch import Pack
 from megavlm.data.device_batch import Batch, share_packs
+from megavlm.data.media import ImagePlan
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.parallel.device import use_local_device
 from megavlm.parallel.state import any_rank, is_reader
@@ -77,8 +78,7 @@ class Prefetcher:
     Args:
         source: where packs come from; it belongs to the prefetcher from now on, which closes it if it can be closed.
         decoder: makes pixels of image files.
-        image_size: side of the pixels.
-        tokens_per_image: slots of one image in a pack's tokens.
+        plan: what becomes of images.
         image_token_id: the token in those slots.
         depth: packs to read ahead.
         state: the state of an earlier run, to go on from.
@@ -92,15 +92,13 @@ class Prefetcher:
         self,
         source: PackSource,
         decoder: ImageDecoder,
-        image_size: int,
-        tokens_per_image: int,
+        plan: ImagePlan,
         image_token_id: int,
         depth: int,
         state: dict[str, Any] | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self._source, self._decoder, self._image_size = source, decoder, image_size
-        self._tokens_per_image, self._image_token_id = tokens_per_image, image_token_id
+        self._source, self._decoder, self._plan, self._image_token_id = source, decoder, plan, image_token_id
         self.counters, self._quarantine = FeedCounters(), quarantine
         # Read, and not handed to the decoder yet.
         self._pending: deque[Pack] = deque()
@@ -205,7 +203,7 @@ class Prefetcher:
                 continue
 
     def _decode(self, pack: Pack) -> ReadPack:
-        return decode_pack(pack, self._decoder, self._image_size, self._tokens_per_image, self._image_token_id)
+        return decode_pack(pack, self._decoder, self._plan, self._image_token_id)
 
 
 class Feed:
@@ -213,7 +211,7 @@ class Feed:
 
     Args:
         prefetcher: on the reader rank; None on the others.
-        order: says from the number of images of each pack of a step, in the order of reading, in which order they
+        order: says from the number of views of each pack of a step, in the order of reading, in which order they
             run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
             between steps does not know of it.
     """
@@ -240,7 +238,7 @@ class Feed:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 if self._order is not None:
-                    read = [read[index] for index in self._order([len(item.pack.images) for item in read])]
+                    read = [read[index] for index in self._order([item.pixels.size(0) for item in read])]
                 self.sample_keys = [key for item in read for key in item.pack.sample_keys]
             except Exception:
                 logger.exception("reading data failed")

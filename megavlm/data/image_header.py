@@ -72,6 +72,8 @@ class ImageHeader:
     plain: bool
     """Whether a fast decoder gives the same as PIL: complete, 8 bits, gray or RGB, no palette, no alpha, and nothing
     that may turn it (EXIF, XMP)."""
+    may_turn: bool = True
+    """Whether there is metadata that may turn it; where there is none, this is its upright size."""
 
 
 def check_size(width: int, height: int) -> None:
@@ -152,7 +154,7 @@ def _scan_jpeg(data: bytes) -> ImageHeader:
                 raise ImageError("too large", f"JPEG with more than {MAX_SCANS} scans")
             complete = b"\xff\xd9" in data[-64:]
             plain = complete and depth == 8 and components in (1, 3) and not turned and adobe_transform != 0
-            return ImageHeader("jpeg", width, height, plain)
+            return ImageHeader("jpeg", width, height, plain, turned)
         if marker == _SOS or length < 2:
             break
         position += length
@@ -166,7 +168,7 @@ def _scan_png(data: bytes) -> ImageHeader:
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise ImageError("broken header", "PNG without IHDR")
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
-    position, plain, complete = 8, depth == 8 and colour in (0, 2), False
+    position, plain, complete, turned = 8, depth == 8 and colour in (0, 2), False, False
     while position + 12 <= len(data) and not complete:
         (length,) = struct.unpack_from(">I", data, position)
         name = data[position + 4 : position + 8]
@@ -175,13 +177,14 @@ def _scan_png(data: bytes) -> ImageHeader:
         if name == b"IHDR" and position != 8:
             raise ImageError("broken header", "PNG with two IHDR")
         if name in (b"tRNS", b"eXIf", b"acTL"):
-            plain = False
+            plain, turned = False, turned or name == b"eXIf"
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
             keyword = data[position + 8 : position + 8 + min(length, 80)].split(b"\0")[0]
-            plain = plain and not _TEXT_WITH_METADATA.search(keyword)
+            if _TEXT_WITH_METADATA.search(keyword):
+                plain, turned = False, True
         complete = name == b"IEND"
         position += 12 + length
-    return ImageHeader("png", width, height, plain and complete)
+    return ImageHeader("png", width, height, plain and complete, turned or not complete)
 
 
 def _scan_webp(data: bytes) -> ImageHeader | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -25,6 +26,8 @@ from megavlm.data.image_header import (
     name_of_unread,
     scan,
 )
+from megavlm.data.media import ImageLayout, ImagePlan, ImageRuns
+from megavlm.data.plans_single import SquashPlan
 
 __all__ = [
     "FORMATS",
@@ -37,7 +40,10 @@ __all__ = [
     "decode_jpeg",
     "decode_with_pil",
     "geometry",
+    "image_runs",
+    "lay_out",
     "read_header",
+    "upright_size",
 ]
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -159,6 +165,57 @@ def geometry(data: bytes) -> Geometry:
         # PIL turns a TIFF as it loads it, and says its upright size before.
         turn = _valid(tags.get(ExifTags.Base.Orientation))
         return Geometry(height, width, turn) if turn >= 5 else Geometry(width, height, turn)
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of a picture as a person sees it, turned by EXIF or XMP.
+
+    From its header alone, but for a PNG with such metadata, which may stand behind its pixels.
+
+    Raises:
+        ImageError: It cannot be opened, or its size is out of bounds or in doubt.
+    """
+    header = read_header(data)
+    if not header.may_turn:
+        return header.width, header.height
+    stored = geometry(data)
+    return (stored.height, stored.width) if stored.turn >= 5 else (stored.width, stored.height)
+
+
+def lay_out(files: Sequence[bytes], plan: ImagePlan) -> list[ImageLayout]:
+    """Return the layouts of the pictures of one conversation, from their headers.
+
+    Raises:
+        ImageError: One cannot be opened, its size is out of bounds or in doubt, or the plan cannot have it.
+    """
+    found = []
+    for number, data in enumerate(files, 1):
+        try:
+            if isinstance(plan, SquashPlan):  # whichever way up
+                header = read_header(data)
+                size = header.width, header.height
+            else:
+                size = upright_size(data)
+            found.append(plan.plan(*size, len(files)))
+        except ImageError as error:
+            raise ImageError(error.cause, f"image {number}: {error}") from None
+    return found
+
+
+def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes]]) -> list[ImageRuns]:
+    """Return what stands in a prompt for each of its pictures.
+
+    Args:
+        plan: What becomes of them.
+        count: Pictures of the prompt.
+        files: Returns these; not called where the plan does the same with all.
+
+    Raises:
+        ImageError: As :func:`lay_out`.
+    """
+    if plan.fixed:
+        return [plan.plan(plan.side, plan.side).runs] * count
+    return [layout.runs for layout in lay_out(files(), plan)]
 
 
 def _orientation_of(image: Image.Image) -> int:

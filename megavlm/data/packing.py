@@ -4,11 +4,11 @@
 waits for ever, and the others that fill the rest best: an exact subset sum over the pool. What is not taken
 stays in the pool. A group is never cut off at the end of a buffer, so fills of 99.8 % and more are usual.
 
-Tokens are the work of every pipeline stage; images are the work of the first one alone. Packs of equal length may
-still hold few or many images, and then the pipeline waits for its first stage. Therefore :func:`choose_pack` takes,
-among the choices that fill a pack equally well, the one with the number of images that is nearest the average of the
-waiting samples (``data.balance_images``). It depends on what it is given and on nothing else, so a restart needs no
-more state than the waiting samples and the number of packs.
+Tokens are the work of every pipeline stage; images (their views, where a plan cuts them into tiles) are the work of the
+first one alone. Packs of equal length may still hold few or many, and then the pipeline waits for its first stage.
+Therefore :func:`choose_pack` takes, among the choices that fill a pack equally well, the one with the number of views
+that is nearest the average of the waiting samples (``data.balance_images``). It depends on what it is given and on
+nothing else, so a restart needs no more state than the waiting samples and the number of packs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
+from megavlm.data.media import ImageShape
 
 
 class HasLength(Protocol):
@@ -46,6 +47,10 @@ class PackableSample:
     """Index of its data set in the blend."""
     shard: str = ""
     """File that it lies in."""
+    shapes: tuple[ImageShape, ...] = ()
+    """What the image plan asks of each image."""
+    views: int = 0
+    """Pictures that the tower sees."""
 
     def __len__(self) -> int:
         """Tokens."""
@@ -209,4 +214,5 @@ def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_toke
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
         sample_shards=[sample.shard for sample in samples],
+        image_shapes=[shape for sample in samples for shape in sample.shapes],
     )

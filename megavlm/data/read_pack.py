@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
+from megavlm.data.media import Arrangement, ImagePlan, arrange
 
 if TYPE_CHECKING:
     from megavlm.data.decode import ImageDecoder
@@ -21,27 +23,45 @@ class ReadPack:
 
     pack: Pack
     pixels: Tensor
-    """[N, 3, H, W] uint8 on the decoder's device."""
+    """[V, 3, side, side] uint8 views of all images, on the decoder's device."""
+    arrangement: Arrangement | None = None
+    """Where the views' features go; None where they stay in their order."""
     masked: list[SkippedSample] = field(default_factory=list)
     """Samples of the pack that lost their labels, as an image of theirs cannot be decoded."""
 
 
-def decode_pack(
-    pack: Pack, decoder: ImageDecoder, image_size: int, tokens_per_image: int, image_token_id: int
-) -> ReadPack:
+def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_id: int) -> ReadPack:
     """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels."""
     if not pack.images:
-        return ReadPack(pack, torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8, device=decoder.device))
-    decoded = decoder.decode(pack.images, image_size)
-    slots = np.flatnonzero(pack.tokens == image_token_id)
-    firsts = slots[::tokens_per_image]
-    assert len(slots) == len(pack.images) * tokens_per_image, "image slots and images of a pack differ"
+        return ReadPack(pack, no_pixels(plan).to(decoder.device))
+    layouts = pack.layouts(plan)
+    decoded = decoder.decode(pack.images, plan, layouts)
+    arrangement = None if layouts is None else arrange(plan, layouts)
+    firsts = image_starts(pack, plan, image_token_id)
     bad: dict[int, str] = {}
     for index, cause in zip(decoded.failed, decoded.causes, strict=True):
         bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, cause)
     for segment in bad:
         pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
-    return ReadPack(pack, decoded.pixels, [_masked(pack, segment, bad[segment]) for segment in sorted(bad)])
+    masked = [_masked(pack, segment, bad[segment]) for segment in sorted(bad)]
+    return ReadPack(pack, decoded.pixels, arrangement, masked)
+
+
+def no_pixels(plan: ImagePlan) -> Tensor:
+    """[0, 3, side, side] uint8: the views of no image."""
+    return torch.zeros(0, 3, plan.side, plan.side, dtype=torch.uint8)
+
+
+def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np.int64]:
+    """Return [N] the position of each image's first slot."""
+    slots = np.flatnonzero(pack.tokens == image_token_id)
+    layouts = pack.layouts(plan)
+    if layouts is None:
+        assert len(slots) == len(pack.images) * plan.tokens_per_view, "image slots and images of a pack differ"
+        return slots[:: plan.tokens_per_view]
+    ends = np.cumsum([0, *(layout.tokens for layout in layouts)])
+    assert len(slots) == ends[-1], "image slots and images of a pack differ"
+    return slots[ends[:-1]]
 
 
 def _masked(pack: Pack, segment: int, cause: str) -> SkippedSample:

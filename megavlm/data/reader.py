@@ -28,7 +28,10 @@ from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
+from megavlm.data.media import ImagePlan
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.state_codec import from_plain, to_plain
+from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.worker_signals import StopsWithParent
 
@@ -54,7 +57,7 @@ class PackReader:
         sources: Data sets to read; :attr:`Pack.segment_sources` counts them.
         data: The data branch of the recipe.
         tokenizer: The tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image.
+        plan: What becomes of images.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -70,7 +73,7 @@ class PackReader:
         sources: Sequence[DataSource],
         data: DataConfig,
         tokenizer: Tokenizer,
-        tokens_per_image: int,
+        plan: ImagePlan,
         *,
         rank: int,
         world_size: int,
@@ -86,8 +89,9 @@ class PackReader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source.name or Path(source.path).name for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
-        self._data_hash = _hash_data(self.sources, data, tokenizer, tokens_per_image)
+        self._encoder = PackEncoder(data, names, tokenizer, plan)
+        self._template = tokenizer.template.fingerprint
+        self._data_hash = _hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
         self._packs: Iterator[Any] | None = None
@@ -129,9 +133,10 @@ class PackReader:
                 is broken.
         """
         assert self._packs is None, "restore comes before the first pack"
+        older = {"template": QWEN_VL.fingerprint}  # of a state from before the key
         for key, value in self._identity().items():
-            if not isinstance(state, dict) or state.get(key) != value:
-                was = state.get(key) if isinstance(state, dict) else state
+            if not isinstance(state, dict) or (older | state).get(key) != value:
+                was = (older | state).get(key) if isinstance(state, dict) else state
                 raise UserError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
         try:
             packed = zlib.decompressobj()
@@ -222,19 +227,21 @@ class PackReader:
             "world_size": self._world_size,
             "num_workers": self._num_workers,
             "seed": self._seed,
+            "template": self._template,
             "data_hash": self._data_hash,
         }
 
 
-def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, tokens_per_image: int) -> str:
+def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:
     """Digest of everything that decides which packs come in which order; directories may move."""
     parts: list[Any] = [
         data.sequence_length,
         data.packing,
         data.packing_buffer_size,
         data.shuffle_buffer_size,
-        data.system_message,
-        tokens_per_image,
+        tokenizer.template.default_system if data.system_message is None else data.system_message,
+        # Of squashing, the number alone: states from before other plans still fit.
+        plan.tokens_per_view if isinstance(plan, SquashPlan) else repr(plan),
         tokenizer.vocab_size,
         tokenizer.encode("<|im_start|>The quick brown fox, 0123456789\n\u4f60\u597d"),
     ]

@@ -6,16 +6,30 @@ own text goes. ``trained(...)`` marks what the loss counts. Ids come from ``mega
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 
-from megavlm.data.schema import Turn
+from megavlm.config.errors import UserError
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 
 TEXT = "\0text"
 """In a row: here stands the turn's own text. U+0000 is in no template."""
+SYSTEM = "\0system"
+"""In the pieces of a first turn: here stands the text of the system turn."""
+IMAGES = "\0images"
+"""In a row: here stand the images of the turn, and its words are left out."""
 
 
 _SLOTS = ("<image>", "<imgpad>", "<|image_pad|>")
+_PICTURE = re.compile(r"Picture (\d+): ?" + re.escape(IMAGE_PLACEHOLDER) + r"\n?")
+"""How records and prompts (``megavlm prepare``, ``generate``, ``serve``) show a picture without a place in the text."""
+
+
+class TemplateError(UserError):
+    """A conversation that a template has no form for, or a template that does not do."""
 
 
 class Trained(str):
@@ -63,12 +77,18 @@ class Template:
     """What ``model.template`` calls it."""
     title: str
     """In a few words, for lists."""
-    system: tuple[str, ...]
-    """Pieces of a system turn."""
+    begin: tuple[str, ...] = ()
+    """Pieces in front of every conversation, such as the token that begins a document."""
+    system: tuple[str, ...] = ()
+    """Pieces of a system turn; none where the template has no such turn."""
     user: tuple[str, ...]
     """Pieces of a user's turn."""
+    user_with_system: tuple[str, ...] = ()
+    """Pieces of the first user's turn behind a system turn, with :data:`SYSTEM`, where that stands inside of it."""
     assistant: tuple[str, ...]
     """Pieces of an answer. A prompt ends with those in front of the first trained piece that leads to the text."""
+    last_assistant: tuple[str, ...] = ()
+    """Pieces of the last answer and of what a prompt ends with, where they are others."""
     tokens: tuple[ControlToken, ...] = ()
     """Control tokens in the pieces, and around an image."""
     slot: ControlToken = field(default_factory=lambda: ControlToken(_SLOTS, appended=True))
@@ -77,6 +97,8 @@ class Template:
     """What stands before and behind the slots of an image."""
     picture: str = "{image}\n"
     """How a picture is shown that was given without a place in the text: ``{image}``, and ``{number}`` from 1."""
+    images_first: bool = False
+    """Whether all images stand in front of the conversation, wherever its text shows them."""
     eos: tuple[str, ...] = (
         "<|endoftext|>",
         "<|end_of_text|>",
@@ -87,29 +109,123 @@ class Template:
     """Names of the token that ends a document, and fills packs up; the first that a tokenizer has is taken."""
     stops: tuple[str, ...] = ()
     """Control tokens that end an answer, beside the one that ends a document."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids of others, where a checkpoint says no name."""
+    stop_text: str = ""
+    """Text that ends an answer, where its token is always the same; such as a newline."""
+    ends: str = ""
+    """Control token that the loss wants behind an answer where the template writes none, in the place of what does
+    stand there."""
     default_system: str = ""
     """System turn of conversations that have none, where the recipe names none either."""
+    most_exchanges: int | None = None
+    """Questions and answers that one conversation may hold; None for any number."""
     joined: bool = True
     """Whether text is cut into tokens as one string, as families do that render a conversation first; else piece by
     piece, as Qwen-VL's trainer does."""
 
     def spans(self, turns: Sequence[Turn], *, prompt: bool = False) -> list[Span]:
-        """Return a conversation as spans; a ``prompt`` ends with what leads to an answer."""
-        rows = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        found = [_span(piece, turn.text) for turn in turns for piece in rows[turn.role]]
-        if prompt:
-            found += [_span(piece, "") for piece in self.lead]
-        return found
+        """Return a conversation as spans; a ``prompt`` ends with what leads to an answer.
+
+        Raises:
+            TemplateError: the template has no form for such a conversation.
+        """
+        turns, system = self._checked(list(turns))
+        found = [Span(piece) for piece in self.begin]
+        if self.images_first:
+            shown = "".join(IMAGE_PLACEHOLDER for turn in turns for _ in range(turn.text.count(IMAGE_PLACEHOLDER)))
+            found += [Span(shown)] if shown else []
+            turns = [Turn(turn.role, _words(turn.text)) for turn in turns]
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+        last = -1 if prompt or not self.last_assistant else last
+        for i, turn in enumerate(turns):
+            pieces = {"system": self.system, "user": self.user, "assistant": self.assistant}[turn.role]
+            if i == last:
+                pieces = self.last_assistant
+            elif i == 0 and system is not None:
+                pieces = self.user_with_system
+            found += self._written(pieces, turn.text, system or "")
+        return found + [Span(piece) for piece in self.lead] if prompt else found
+
+    @property
+    def fingerprint(self) -> str:
+        """Name and a digest of all that decides which tokens a conversation becomes."""
+        content = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name not in ("name", "title")}
+        return f"{self.name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
     def lead(self) -> tuple[str, ...]:
         """The pieces in front of an answer, with which a prompt ends."""
-        before = self.assistant[: self.assistant.index(TEXT)]
+        pieces = self.last_assistant or self.assistant
+        before = pieces[: pieces.index(TEXT)]
         while before and isinstance(before[-1], Trained):
             before = before[:-1]
         return before
 
+    @property
+    def trains_answers_only(self) -> bool:
+        """Whether the first token that the loss counts is the first of an answer."""
+        before = (*self.begin, *self.system, *self.user, *self.user_with_system, *self.lead)
+        return not any(isinstance(piece, Trained) for piece in before)
 
-def _span(piece: str, text: str) -> Span:
-    own = piece == TEXT
-    return Span(text if own else piece, isinstance(piece, Trained), not own)
+    def placed(self, text: str) -> str:
+        """Return a turn's text with its pictures as this template shows those that have no place in the text.
+
+        Records and prompts call them ``Picture 1: ``, Qwen-VL's form; a template with a form of its own writes that.
+        """
+        if "{number}" in self.picture:
+            return text
+        shown = self.picture.format(image=IMAGE_PLACEHOLDER)
+        text, changed = _PICTURE.subn(lambda _: shown, text)
+        return text.removesuffix(shown) + shown.rstrip("\n") if changed and text.endswith(shown) else text
+
+    def question(self, text: str) -> str:
+        """Return the last user's own words, of a prompt's text that this template wrote.
+
+        Tokenizers that put a space before text write one behind each special token.
+        """
+        at = next((i for i, piece in enumerate(self.user) if piece in (TEXT, IMAGES)), len(self.user))
+        before, after = self.user[:at], (*self.user[at + 1 :], *self.lead)
+        if SYSTEM in self.user_with_system:
+            behind = self.user_with_system[self.user_with_system.index(SYSTEM) + 1]
+            text = text.rpartition(behind)[2] if behind.strip() and behind in text else text
+        starts = [found.end() for found in re.finditer(_spaced(before), text)] if before else []
+        text = text[max(starts, default=0) :]
+        end = re.search(" ?" + _spaced(after) + r"\s*\Z", text)
+        return text[: end.start()] if end else text
+
+    def _checked(self, turns: list[Turn]) -> tuple[list[Turn], str | None]:
+        """Return the turns without a system turn that goes into the first user's, and its text.
+
+        Raises:
+            TemplateError: the template has no form for them.
+        """
+        exchanges = sum(turn.role == "user" for turn in turns)
+        if self.most_exchanges is not None and exchanges > self.most_exchanges:
+            raise TemplateError(
+                f"model.template: {self.name} holds {self.most_exchanges} question and answer, the conversation has "
+                f"{exchanges}; name another template"
+            )
+        if not turns or turns[0].role != "system" or self.system:
+            return turns, None
+        if not self.user_with_system or len(turns) < 2 or turns[1].role != "user":
+            raise TemplateError(
+                f"model.template: {self.name} has no system turn; leave it out (data.system_message: null), or name "
+                "another template"
+            )
+        return turns[1:], turns[0].text
+
+    def _written(self, pieces: Sequence[str], text: str, system: str) -> Iterator[Span]:
+        own = {TEXT: text, SYSTEM: system, IMAGES: IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)}
+        for piece in pieces:
+            yield Span(own.get(piece, piece), isinstance(piece, Trained), piece not in own)
+
+
+def _spaced(pieces: Sequence[str]) -> str:
+    """Return a pattern of pieces, between which a space may stand."""
+    return " ?".join(re.escape(piece.rstrip(" ")) for piece in pieces) + " ?"
+
+
+def _words(text: str) -> str:
+    """Return a text without its images, and without the white space that stood around them."""
+    return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text

@@ -8,7 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megavlm.config.errors import UserError
-from megavlm.data.template import TEXT, ControlToken, Template, trained
+from megavlm.data.template import Template
+from megavlm.data.template_rows import QWEN_VL, ROWS
+
+__all__ = ["QWEN_VL", "find_template", "names", "register", "template_of"]
 
 _TEMPLATES: dict[str, Template] = {}
 
@@ -54,26 +57,5 @@ def find_template(name: str) -> Template:
     return _TEMPLATES[name]
 
 
-# ChatML as Qwen-VL's fine-tuning script trains it: header, text and end of a turn are encoded apart, and of every turn
-# the two tokens and the newline behind it are trained on.
-QWEN_VL = register(
-    Template(
-        name="qwen_vl",
-        title="Qwen-VL's ChatML",
-        system=(*trained("<|im_start|>"), "system\n", TEXT, *trained("<|im_end|>", "\n")),
-        user=(*trained("<|im_start|>"), "user\n", TEXT, *trained("<|im_end|>", "\n")),
-        assistant=(*trained("<|im_start|>"), "assistant\n", *trained(TEXT, "<|im_end|>", "\n")),
-        tokens=(
-            ControlToken(("<|im_start|>",), appended=True),
-            ControlToken(("<|im_end|>",), appended=True),
-            ControlToken(("<img>", "<|vision_start|>"), appended=True),
-            ControlToken(("</img>", "<|vision_end|>"), appended=True),
-        ),
-        slot=ControlToken(("<imgpad>", "<|image_pad|>", "<image>"), appended=True),
-        image=("<img>", "</img>"),
-        picture="Picture {number}: {image}\n",
-        stops=("<|im_end|>",),
-        default_system="You are a helpful assistant.",
-        joined=False,
-    )
-)
+for _row in ROWS:
+    register(_row)

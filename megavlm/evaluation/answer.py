@@ -12,6 +12,7 @@ from megatron.core import parallel_state as mpu
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.decoders import make_decoder
+from megavlm.data.media import plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.records import HeldOutRecord
 from megavlm.inference.generate import generate
@@ -79,7 +80,8 @@ def _show(indices: Sequence[int], records: Sequence[HeldOutRecord], prompts: Seq
             return
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
         for i in indices:
-            decoded = decoder.decode([path.read_bytes() for path in records[i].images], recipe.model.vision.image_size)
+            files = [path.read_bytes() for path in records[i].images]
+            decoded, prompts[i].arrangement = decoder.decode_prompt(files, plan_of(recipe.model))
             if decoded.failed:
                 raise UserError(f"{records[i].images[decoded.failed[0]]}: cannot be decoded")
             prompts[i].images = decoded.pixels

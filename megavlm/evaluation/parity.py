@@ -6,7 +6,7 @@ Runs at any layout, one sample at a time, through Megatron-Core's forward-only s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, make_pack
-from megavlm.data.device_batch import Batch, make_batch
+from megavlm.data.device_batch import Batch, arrangement_on, make_batch
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, plan_of
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
@@ -46,7 +47,9 @@ class Sample:
     ids: Tensor
     """[S] int64."""
     pixels: Tensor
-    """[N, 3, H, W], normalised."""
+    """[V, 3, H, W], normalised views."""
+    layouts: list[ImageLayout]
+    """Of its images."""
     labels: Tensor | None
     """[S] int64, not shifted; IGNORE_INDEX where there is nothing to predict."""
     expected: dict[str, Tensor]
@@ -59,13 +62,13 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
     Raises:
         UserError: the file is damaged, has no samples, or they are of another model.
     """
-    source, size = Source(path), recipe.model.vision.image_size
+    source, size, plan = Source(path), recipe.model.vision.image_size, plan_of(recipe.model)
     names = sorted({name.split(".")[0] for name in source.tensors if name.endswith(".input_ids")})
     if not names:
         raise UserError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
     samples = []
     for name in names:
-        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "labels", *WHAT)
+        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "image_sizes", "labels", *WHAT)
                if f"{name}.{key}" in source}  # fmt: skip
         pixels = own.get("pixel_values", torch.zeros(0, 3, size, size))
         if pixels.shape[1:] != (3, size, size):
@@ -77,8 +80,27 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
             raise UserError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
         labels = own["labels"].flatten() if "labels" in own else None
         expected = {key: own[key] for key in WHAT if key in own}
-        samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, labels, expected))
+        layouts = _layouts(plan, own, len(pixels), f"{path}: {name}")
+        samples.append(Sample(name, own["input_ids"].flatten().long(), pixels, layouts, labels, expected))
     return samples
+
+
+def _layouts(plan: ImagePlan, own: Mapping[str, Tensor], views: int, where: str) -> list[ImageLayout]:
+    """Return the layouts of a sample's images, from their sizes where these count.
+
+    Raises:
+        UserError: the sizes are missing, or make other views than there are.
+    """
+    if plan.fixed:
+        return [plan.plan(plan.side, plan.side)] * views
+    if views and "image_sizes" not in own:
+        raise UserError(f"{where}.image_sizes is missing: [N, 2] height and width, on which the views of images depend")
+    sizes = own["image_sizes"].reshape(-1, 2).tolist() if views else []
+    layouts = [plan.plan(int(width), int(height), len(sizes)) for height, width in sizes]
+    made = sum(len(layout.views) for layout in layouts)
+    if made != views:
+        raise UserError(f"{where}.pixel_values: {views} views, but images of these image_sizes make {made}")
+    return layouts
 
 
 def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], tolerance: float) -> int:
@@ -100,7 +122,7 @@ def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], toleranc
     samples = read_reference(reference, recipe)
     tokens = _tokens(path, recipe)
     for sample in samples:
-        _fill_slots(sample, tokens, recipe.model.tokens_per_image)
+        _fill_slots(sample, tokens)
     with process_groups(recipe.parallel, recipe.training.seed):
         chunks = build_model(recipe, tokens["image"])
         with agreed(f"loading {path}"):
@@ -136,7 +158,7 @@ def _tokens(checkpoint: Path, recipe: Recipe) -> dict[str, int]:
     return image_tokens(load_tokenizer(path, template_of(recipe.model.template, path)))
 
 
-def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
+def _fill_slots(sample: Sample, tokens: dict[str, int]) -> None:
     """Put the image token into every slot: Qwen's own processor writes the bytes of a path there.
 
     Raises:
@@ -144,11 +166,12 @@ def _fill_slots(sample: Sample, tokens: dict[str, int], slots: int) -> None:
     """
     start = tokens.get("image_start")
     if start is not None and len(sample.pixels):
-        for position in (sample.ids == start).nonzero().flatten().tolist():
-            sample.ids[position + 1 : position + 1 + slots] = tokens["image"]
-    there, needed = int((sample.ids == tokens["image"]).sum()), len(sample.pixels) * slots
+        starts = (sample.ids == start).nonzero().flatten().tolist()
+        for position, layout in zip(starts, sample.layouts, strict=False):
+            sample.ids[position + 1 : position + 1 + layout.tokens] = tokens["image"]
+    there, needed = int((sample.ids == tokens["image"]).sum()), sum(layout.tokens for layout in sample.layouts)
     if there != needed:
-        raise UserError(f"{sample.name}: {there} image slots for {len(sample.pixels)} images of {slots} tokens each")
+        raise UserError(f"{sample.name}: {there} image slots, but its {len(sample.layouts)} images take {needed}")
 
 
 def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
@@ -159,7 +182,9 @@ def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
     if is_first_stage() and len(pixels) and "image_features" in sample.expected:
         features = model.encode_images(pixels)
         assert features is not None
-        found[1] = _largest(features.transpose(0, 1), sample.expected["image_features"])
+        index, weight = arrangement_on(arrange(plan_of(recipe.model), sample.layouts), local_device())
+        arranged = model.arranged(features, index, weight)
+        found[1] = _largest(arranged, sample.expected["image_features"].flatten(0, -2))
     length = len(sample.ids)
     if "logits" in sample.expected:
         outputs = _forward(chunks, sample, recipe, with_labels=False)
@@ -184,7 +209,8 @@ def _largest(ours: Tensor, theirs: Tensor) -> float:
 
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
     """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
-    batch = _batch(sample, recipe.parallel.tensor_model_parallel_size)
+    arrangement = arrange(plan_of(recipe.model), sample.layouts)
+    batch = _batch(sample, arrangement, recipe.parallel.tensor_model_parallel_size)
 
     def step(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return model(**batch.inputs(with_labels=with_labels)), lambda output: output[0]
@@ -192,12 +218,12 @@ def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labe
     return pipeline.run(chunks, [batch], step, batch.tokens.size(1))
 
 
-def _batch(sample: Sample, multiple: int) -> Batch:
+def _batch(sample: Sample, arrangement: Arrangement, multiple: int) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
     length = len(sample.ids)
     labels = None if sample.labels is None else [sample.labels]
     pack = make_pack([sample.ids], length + -length % multiple, labels=labels)
-    return make_batch(pack, sample.pixels if is_first_stage() else None, local_device())
+    return make_batch(pack, sample.pixels if is_first_stage() else None, local_device(), arrangement)
 
 
 def _show(sample: Sample, found: Tensor) -> str:

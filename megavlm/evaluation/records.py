@@ -14,7 +14,9 @@ from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
 from megavlm.data.formats.qwen_vl import conversation
+from megavlm.data.images import ImageError, image_runs
 from megavlm.data.machine import is_file
+from megavlm.data.media import plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.prompt import Prompt
@@ -37,6 +39,10 @@ class HeldOutRecord:
     """The answers of a closed question; empty for an open one."""
     images: Sequence[Path]
     """The files that the question shows."""
+
+    def files(self) -> list[bytes]:
+        """Read these files."""
+        return [path.read_bytes() for path in self.images]
 
 
 def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
@@ -122,9 +128,12 @@ def encode_records(
     Raises:
         RecipeError: a prompt with its longest answer is longer than a pack.
     """
-    prompts = []
+    prompts, plan = [], plan_of(recipe.model)
     for record in records:
-        runs = [(recipe.model.tokens_per_image,)] * len(record.images)
+        try:
+            runs = image_runs(plan, len(record.images), record.files)
+        except ImageError as error:
+            raise UserError(f"record {record.id}: {error}") from None
         tokens = encode_prompt(record.question, tokenizer, runs, recipe.data.system_message)
         needed = len(tokens) + max_new_tokens
         if needed > recipe.data.sequence_length:

@@ -144,7 +144,7 @@ LLAVA_PROJECTOR = Table(
 SEQUENTIAL_PROJECTOR = Table(
     part="connector",
     # GELUs stand between the layers and take a number each; one layer alone has none.
-    rest=tuple(one for n in range(8) for one in both(f"layers.{n}", f"{2 * n}")),
+    rest=tuple(one for n in range(99) for one in both(f"layers.{n}", f"{2 * n}")),
     prefix="transformer.mm_projector.",
 )
 """``mlpNx_gelu`` of the original LLaVA and of CodeFuse-VLM."""

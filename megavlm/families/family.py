@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.config.schema import ModelConfig
@@ -13,6 +14,10 @@ from megavlm.weights.source import CONFIG, Source
 Tree = dict[str, Any]
 Constants = dict[str, tuple[tuple[int, ...], float]]
 """Shape and value of tensors that are the same everywhere, by name."""
+
+
+Tower = tuple[Tree, Any]
+"""A vision configuration of Transformers, and the layer (or layers) whose features are taken."""
 
 
 class Family(ABC):
@@ -28,6 +33,10 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    slotless: ClassVar[bool] = False
+    """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
+    pickle: ClassVar[str | None] = None
+    """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     modules: ClassVar[str | None] = None
@@ -51,7 +60,7 @@ class Family(ABC):
 
     @abstractmethod
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
-        """Return the ``config.json`` of a model.
+        """Return the ``config.json`` of a model; keys that end in ``.json`` are files of their own.
 
         Args:
             model: its shape.
@@ -69,9 +78,29 @@ class Family(ABC):
         """
         return {}
 
+    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
+        """Return the whole tower of a ``config.json`` in Transformers' form, with the layer whose features are taken.
+
+        None for a family that has it in no such form. What two families have of one tower, the layers behind it too,
+        goes from the one to the other.
+        """
+        return None
+
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Return a ``config.json`` of the family with another's tower, see :meth:`tower_of`."""
+        return config
+
+    def extra_files(self, source: Source) -> dict[str, Tree]:
+        """Return what is to lie beside the small files of ``source``, as an export could not know it."""
+        return {}
+
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""
         return ""
+
+    def style_for(self, model: ModelConfig) -> str:
+        """Return the naming to write where nothing else is known."""
+        return next(iter(self.styles))
 
     def style_of(self, source: Source) -> str:
         """Return the naming that ``source`` uses; the first if none fits, for the sake of the message."""

@@ -6,28 +6,26 @@ from megavlm.config.errors import UserError
 from megavlm.families.family import Family
 from megavlm.families.llama import LlamaFamily
 from megavlm.families.llava import LlavaFamily
-from megavlm.families.qwen import (
-    CodeFuseFamily,
-    ProjectorFamily,
-    QwenFamily,
-    QwenTowerFamily,
-    QwenVLFamily,
-)
+from megavlm.families.llava_original import LlavaApartFamily, LlavaOriginalFamily
+from megavlm.families.projector import ProjectorFamily
+from megavlm.families.qwen import CodeFuseFamily, QwenFamily, QwenTowerFamily, QwenVLFamily
 from megavlm.families.vit import ClipFamily, SiglipFamily
 from megavlm.weights.source import Source
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        ProjectorFamily(),
         QwenVLFamily(),
         CodeFuseFamily(),
         LlavaFamily(),
+        LlavaOriginalFamily(),
+        LlavaApartFamily(),
         QwenFamily(),
         LlamaFamily(),
         ClipFamily(),
         SiglipFamily(),
         QwenTowerFamily(),
-        ProjectorFamily(),
     )
 }
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
 from megavlm.families.common import LLAMA_LANGUAGE, LLAVA_PROJECTOR, TRANSFORMERS_VISION, expect, need
 from megavlm.families.decoders import llama_config, llama_language
-from megavlm.families.family import Constants, Family, Tree, config_file
+from megavlm.families.family import Constants, Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import normalisation
+from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.families.towers import transformers_vision, transformers_vision_config
-from megavlm.families.vit import no_transformers_tower
+from megavlm.families.vit import no_llava_tower
 from megavlm.weights.rules import Table
-from megavlm.weights.source import Source
+from megavlm.weights.source import CONFIG, Source
 
 
 class LlavaFamily(Family):
@@ -58,8 +60,9 @@ class LlavaFamily(Family):
     preprocesses = True
 
     def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == "llava"
+        """By ``model_type``, which LLaVA's own code has as well, without ``text_config``."""
+        config = source.config
+        return config.get("model_type") == "llava" and not any(key.startswith("mm_") for key in config)
 
     def probe(self, style: str) -> str:
         """Return the name of the patch embedding."""
@@ -69,8 +72,7 @@ class LlavaFamily(Family):
         """Return all three branches."""
         config, where = source.config, config_file(source)
         expect(config, where, projector_hidden_act="gelu", multimodal_projector_bias=True)
-        vision_config = need(config, "vision_config", where)
-        vision = transformers_vision(vision_config, config.get("vision_feature_layer", -2), where)
+        vision = transformers_vision(*self.tower_of(config, source.directory), where)
         # Without a class token there is nothing in front of the patches that "default" may drop.
         strategy = "default" if vision["class_token"] else "full"
         expect({"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}, where,
@@ -78,7 +80,8 @@ class LlavaFamily(Family):
         vision |= normalisation(source, vision["image_size"])
         text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
         language = llama_language(text, where)
-        return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language}
+        image = image_branch(source, vision["image_size"], clip=vision["class_token"])
+        return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language, "image": image}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -96,7 +99,7 @@ class LlavaFamily(Family):
         del text["architectures"]
         return {
             "architectures": ["LlavaForConditionalGeneration"],
-            "image_seq_length": model.tokens_per_image,
+            "image_seq_length": model.tokens_per_view,
             "image_token_id": image,
             "image_token_index": image,
             "model_type": "llava",
@@ -105,14 +108,21 @@ class LlavaFamily(Family):
             "text_config": text,
             "tie_word_embeddings": model.language.tie_word_embeddings,
             "vision_config": transformers_vision_config(model.vision),
-            "vision_feature_layer": -1,
+            "vision_feature_layer": list(model.vision.feature_layers or ()) or -1,
             "vision_feature_select_strategy": "default" if model.vision.class_token else "full",
         }
 
+    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:
+        """Both lie in the configuration."""
+        where = str(directory / CONFIG)
+        return need(config, "vision_config", where), config.get("vision_feature_layer", -2)
+
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Put both into it."""
+        return {**config, "vision_config": vision_config, "vision_feature_layer": layer}
+
     def constants(self, model: ModelConfig, style: str) -> Constants:
         """Return the norm behind the tower's layers, which LLaVA has and does not use."""
-        if model.vision.post_layernorm:
-            return {}
         prefix, shape = self.styles[style]["tower"] + "post_layernorm.", (model.vision.hidden_size,)
         return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
 
@@ -120,7 +130,9 @@ class LlavaFamily(Family):
         """Tower, connector and language model must be LLaVA's kinds."""
         if model.connector.preset != "mlp2x_gelu":
             return f"the connector is {model.connector.preset}, LLaVA's is mlp2x_gelu"
-        return no_transformers_tower(model.vision) or no_llama(model.language)
+        if not plan_of(model).fixed:
+            return f"the image plan is {model.image.kind}, LLaVA-1.5 has one view of a picture"
+        return no_llava_tower(model.vision) or no_llama(model.language)
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``image_token_index``, or its newer name."""

@@ -1,25 +1,28 @@
 """What happens to pixels: Transformers' ``preprocessor_config.json`` (or ``processor_config.json``), in and out.
 
-Pictures are squashed to a square here (``megavlm.data.decode``), bicubic with antialiasing, made numbers from 0 to 1,
-and normalised with mean and standard deviation of ``model.vision``, which come from this file where there is one.
+It says which image plan a checkpoint was trained with (``model.image``: squash, pad, crop or tiles, and the filter),
+and mean and standard deviation of ``model.vision``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import VisionConfig
+from megavlm.config.schema import ModelConfig
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.files import read_json
-from megavlm.weights.source import Source
+from megavlm.weights.source import CONFIG, Source
 
 Tree = dict[str, Any]
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-_BICUBIC = 3  # PIL's number
+_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""PIL's numbers."""
+_PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -106,38 +109,147 @@ def _final_size(tree: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def image_branch(source: Source, image_size: int, *, clip: bool) -> Tree:
+    """Return ``model.image`` as a checkpoint's own files say it; empty where there are none.
+
+    LLaVA's original layout says it in config.json (``image_aspect_ratio``), Transformers in the processor's file.
+
+    Args:
+        source: the checkpoint.
+        image_size: of its tower.
+        clip: whether its tower is CLIP's, whose processor cuts a square out where its file does not say otherwise.
+
+    Raises:
+        UserError: pictures are treated in a way that is not done here.
+    """
+    found = [(path, tree) for path, tree in _files(source) if tree]
+    aspect = source.config.get("image_aspect_ratio")
+    if not found and aspect is None:
+        return {}
+    path, tree = found[0] if found else (source.directory / PREPROCESSOR, {})
+    branch = {"resample": _filter(tree, str(path))}
+    if isinstance(aspect, str) and aspect != "square":
+        return {**branch, **_by_aspect(aspect, source)}
+    if tree.get("do_resize") is False:
+        raise UserError(f"{path}: do_resize is false; pictures are always resized here: set it to true")
+    kind = str(tree.get("image_processor_type", ""))
+    if kind.startswith(("LlavaOnevision", "LlavaNext")):
+        pinpoints = _pinpoints(tree.get("image_grid_pinpoints"), str(path))
+        return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
+    if tree.get("crop_to_patches"):
+        limits = {"min_tiles": tree.get("min_patches", 1), "max_tiles": tree.get("max_patches", 12)}
+        return {**branch, "kind": "dynamic_tiles", **limits}
+    if tree.get("do_pad") and not kind.startswith(("CLIP", "Siglip")):
+        return {**branch, "kind": "pad", "fill": "mean"}
+    if _crops(tree, clip=clip):
+        size = tree.get("size")
+        short = size.get("shortest_edge") if isinstance(size, Mapping) else size
+        own = {"short_side": short} if isinstance(short, int) and short != image_size else {}
+        return {**branch, "kind": "crop", **own}
+    size = tree.get("size")
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        raise UserError(
+            f"{path}: makes pictures that are not square (size {size}, do_center_crop false); not supported"
+        )
+    return branch
+
+
 def geometry(source: Source) -> str | None:
-    """Return how a checkpoint's own file brings pictures to a square, if otherwise than here."""
+    """Return how a tower's own file brings pictures to a square, where that is not how a composed model does it."""
     path = source.directory / PREPROCESSOR
     tree = read_json(path) if path.is_file() else {}
     if tree.get("do_pad"):
-        return f"{path} pads pictures to a square; here they are squashed to one"
+        return f"{path} pads pictures to a square; here they are squashed to one (model.image.kind=pad does as it)"
     if tree.get("do_center_crop"):
-        return f"{path} cuts a square out of pictures; here they are squashed to one"
+        return f"{path} cuts a square out of pictures; here they are squashed to one (model.image.kind=crop does as it)"
     return None
 
 
-def trained_preprocessor(vision: VisionConfig, old: Mapping[str, Any]) -> Tree:
+def _files(source: Source) -> Iterator[tuple[Path, Tree]]:
+    """Yield the image processor's settings in either file."""
+    for name in (PREPROCESSOR, PROCESSOR):
+        path = source.directory / name
+        tree = read_json(path) if path.is_file() else {}
+        tree = tree.get("image_processor", {}) if name == PROCESSOR else tree
+        yield path, tree if isinstance(tree, Mapping) else {}
+
+
+def _crops(tree: Mapping[str, Any], *, clip: bool) -> bool:
+    cropped = tree.get("do_center_crop")
+    if cropped is not None:
+        return bool(cropped)
+    kind = str(tree.get("image_processor_type", ""))
+    if kind.startswith(("CLIP", "Llava")) or (clip and not kind):
+        return not _is_square(tree.get("size"))
+    return "crop_size" in tree
+
+
+def _is_square(size: Any) -> bool:
+    return isinstance(size, Mapping) and "height" in size and "width" in size
+
+
+def _filter(tree: Mapping[str, Any], where: str) -> str:
+    number = tree.get("resample", _FILTERS["bicubic"])
+    names = [name for name, value in _FILTERS.items() if value == number]
+    if not names:
+        raise UserError(f"{where}: resample is {number!r}; there are {_FILTERS} (PIL's numbers)")
+    return names[0]
+
+
+def _by_aspect(aspect: str, source: Source) -> Tree:
+    """Return the plan that LLaVA's own code calls ``image_aspect_ratio``."""
+    where = f"{source.directory / CONFIG}: image_aspect_ratio"
+    if aspect == "pad":
+        return {"kind": "pad", "fill": "mean"}
+    if aspect.startswith("anyres"):
+        pinpoints = _pinpoints(source.config.get("image_grid_pinpoints"), where)
+        if aspect == "anyres":
+            return {"kind": "anyres", **pinpoints}
+        limit = aspect.removeprefix("anyres_max_")
+        if limit.isdigit() and int(limit):
+            return {"kind": "anyres_max", "max_tiles": int(limit), **pinpoints}
+    raise UserError(f"{where} is {aspect[:40]!r}; there are square, pad, anyres and anyres_max_N")
+
+
+def _pinpoints(value: Any, where: str) -> Tree:
+    if value is None:
+        return {}
+    good = isinstance(value, list) and all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(side, int) and side > 0 for side in one)
+        for one in value
+    )
+    if not good:
+        raise UserError(f"{where}: image_grid_pinpoints must be a list of [height, width]")
+    return {"pinpoints": value}
+
+
+def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     """Return the file for pictures as they are trained here; other keys stay as they were."""
-    side = {"height": vision.image_size, "width": vision.image_size}
-    kept = {
-        key: value
-        for key, value in old.items()
-        if key not in ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting")
-    }
-    return {
+    vision, image = model.vision, model.image
+    square = {"height": vision.image_size, "width": vision.image_size}
+    kept = {key: value for key, value in old.items() if key not in _PLAN_KEYS}
+    tree = {
         "image_processor_type": _KINDS[vision.class_token],
         **kept,
-        "crop_size": side,
-        "do_center_crop": False,
         "do_convert_rgb": True,
         "do_normalize": True,
-        **({"do_pad": False} if "do_pad" in old else {}),
         "do_rescale": True,
         "do_resize": True,
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
-        "resample": _BICUBIC,
+        "resample": _FILTERS[image.resample],
         "rescale_factor": 1 / 255,
-        "size": side,
     }
+    if image.kind == "squash":
+        own = {"crop_size": square, "do_center_crop": False, "size": square}
+        own |= {"do_pad": False} if "do_pad" in old else {}
+    elif image.kind == "crop":
+        short = {"shortest_edge": image.short_side or vision.image_size}
+        own = {"crop_size": square, "do_center_crop": True, "size": short}
+        own |= {"do_pad": False} if "do_pad" in old else {}
+    elif image.kind == "pad" and image.fill in (None, "mean"):
+        own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
+        own |= {"do_center_crop": False, "size": square}
+    else:
+        raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
+    return tree | own

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ConnectorConfig, ModelConfig, VisionConfig
-from megavlm.families.common import (
-    LINEAR_PROJECTOR,
-    QWEN_LANGUAGE,
-    QWEN_VISION,
-    RESAMPLER,
-    SEQUENTIAL_PROJECTOR,
-    need,
-)
+from megavlm.config.schema import ConnectorConfig, ImageConfig, ModelConfig, VisionConfig
+from megavlm.families.common import QWEN_LANGUAGE, QWEN_VISION, RESAMPLER, need
 from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD, qwen_vision, qwen_visual
 from megavlm.weights.rules import Aside, Table
 from megavlm.weights.source import Source
 
-_HEAD_DIM = 128  # the original code's resampler has hidden_size / 128 heads
 _TABLE_ROWS = 256  # and its towers a positional table of 256 rows
 _CODEFUSE_TOWER = "transformer.vision_tower.vision_tower."
-_PROJECTOR = "mm_projector."
 
 
 class QwenFamily(Family):
@@ -80,7 +71,7 @@ class QwenVLFamily(QwenFamily):
         rows = source.shape(QWEN_VISION.prefix + "positional_embedding")[0]
         language = qwen_language(source.config, where)
         vision = qwen_vision(visual, rows, where)
-        connector = _resampler(source, RESAMPLER.prefix, visual.get("n_queries"))
+        connector = resampler_branch(source, RESAMPLER.prefix, visual.get("n_queries"))
         if visual.get("output_dim", language["hidden_size"]) != language["hidden_size"]:
             raise UserError(f"{where}: visual.output_dim is not hidden_size; the resampler ends in the language model")
         return {"vision": vision, "connector": connector, "language": language}
@@ -101,7 +92,12 @@ class QwenVLFamily(QwenFamily):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """The original code fixes the resampler's heads and the rows of the tower's table."""
-        return super().refuses(model) or no_qwen_tower(model.vision) or no_qwen_resampler(model.connector)
+        return (
+            super().refuses(model)
+            or no_qwen_tower(model.vision)
+            or no_qwen_pictures(model.image)
+            or no_qwen_resampler(model.connector)
+        )
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``</img>`` and ``<imgpad>`` follow ``<img>``."""
@@ -121,25 +117,20 @@ def no_qwen_tower(vision: VisionConfig) -> str | None:
     return None
 
 
+def no_qwen_pictures(image: ImageConfig) -> str | None:
+    """Return why pictures are not treated as Qwen-VL's code does, or None."""
+    if (image.kind, image.resample) != ("squash", "bicubic"):
+        return f"pictures are made by {image.kind} ({image.resample}); Qwen-VL's code squashes them (bicubic)"
+    return None
+
+
 def no_qwen_resampler(connector: ConnectorConfig) -> str | None:
     """Return why a connector is not Qwen-VL's, or None."""
     if connector.preset != "resampler":
         return f"the connector is {connector.preset}, not the resampler"
-    if connector.head_dim != _HEAD_DIM:
-        return f"the resampler's heads are {connector.head_dim} wide; Qwen-VL's code makes them {_HEAD_DIM} wide"
+    if connector.head_dim != HEAD_DIM:
+        return f"the resampler's heads are {connector.head_dim} wide; Qwen-VL's code makes them {HEAD_DIM} wide"
     return None
-
-
-def _resampler(source: Source, prefix: str, queries: int | None) -> Tree:
-    """Return the connector branch of a resampler.
-
-    Raises:
-        UserError: the number of queries is not what the configuration says.
-    """
-    rows, width = source.shape(prefix + "attn_pool.query")
-    if queries is not None and rows != queries:
-        raise UserError(f"{source.path}: {prefix}attn_pool.query has {rows} rows, config.json says n_queries {queries}")
-    return {"preset": "resampler", "num_queries": rows, "head_dim": min(_HEAD_DIM, width)}
 
 
 class CodeFuseFamily(QwenFamily):
@@ -160,14 +151,14 @@ class CodeFuseFamily(QwenFamily):
         rows = source.shape(_CODEFUSE_TOWER + "positional_embedding")[0]
         return {
             "vision": qwen_vision(visual, rows, str(source.directory / "visual_config.json")),
-            "connector": projector_branch(source, f"transformer.{_PROJECTOR}"),
+            "connector": projector_branch(source, f"transformer.{PROJECTOR}"),
             "language": qwen_language(source.config, where),
         }
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         tower = dataclasses.replace(QWEN_VISION, prefix=_CODEFUSE_TOWER)
-        return [tower, projector_table(model, f"transformer.{_PROJECTOR}"), QWEN_LANGUAGE]
+        return [tower, projector_table(model, f"transformer.{PROJECTOR}"), QWEN_LANGUAGE]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration; the exporter writes ``visual_config`` to its own file."""
@@ -182,13 +173,13 @@ class CodeFuseFamily(QwenFamily):
             "mm_projector_type": kind,
             "mm_vision_tower": "Qwen-VL-visual",
             "use_mm_proj": True,
-            "visual_config": dict(sorted(visual.items())),
+            "visual_config.json": dict(sorted(visual.items())),
         }
 
     def refuses(self, model: ModelConfig) -> str | None:
         """The original code fixes 256 queries, their heads, and the rows of the tower's table."""
         connector = model.connector
-        reason = super().refuses(model) or no_qwen_tower(model.vision)
+        reason = super().refuses(model) or no_qwen_tower(model.vision) or no_qwen_pictures(model.image)
         if reason is None and connector.preset == "resampler":
             reason = no_qwen_resampler(connector)
             if reason is None and connector.num_queries != 256:
@@ -218,33 +209,6 @@ def published_parts(directory: Path) -> dict[str, Path]:
     return {} if merged else parts
 
 
-def projector_branch(source: Source, prefix: str) -> Tree:
-    """Return the connector branch of an ``mm_projector``, from its names and shapes.
-
-    Raises:
-        UserError: its names are those of no connector here.
-    """
-    if prefix + "attn_pool.query" in source:
-        return _resampler(source, prefix, None)
-    if prefix + "weight" in source:
-        return {"preset": "linear"}
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.weight")
-    numbers = sorted(int(match[1]) for name in source.tensors if (match := pattern.fullmatch(name)))
-    if not numbers or numbers != list(range(0, 2 * len(numbers), 2)):
-        raise UserError(f"{source.path}: the names under {prefix} are neither a resampler, nor linear, nor mlpNx_gelu")
-    return {"preset": f"mlp{len(numbers)}x_gelu"}
-
-
-def projector_table(model: ModelConfig, prefix: str) -> Table:
-    """Return the table of an ``mm_projector``."""
-    if model.connector.preset == "resampler":
-        return dataclasses.replace(RESAMPLER, prefix=prefix)
-    if model.connector.preset in ("linear", "mlp1x_gelu"):
-        sequential = model.connector.preset != "linear"
-        return dataclasses.replace(LINEAR_PROJECTOR, names={"linear": prefix + "0" if sequential else prefix[:-1]})
-    return dataclasses.replace(SEQUENTIAL_PROJECTOR, prefix=prefix)
-
-
 class QwenTowerFamily(Family):
     """``visual.bin`` with ``visual_config.json``: Qwen-VL's tower as CodeFuse-VLM keeps it."""
 
@@ -271,38 +235,8 @@ class QwenTowerFamily(Family):
         """Return what goes into ``visual_config.json``."""
         visual = {**qwen_visual(model.vision), "output_dim": model.language.hidden_size}
         visual["image_start_id"] = tokens.get("image_start", 151857)
-        return {"visual_config": dict(sorted(visual.items()))}
+        return {"visual_config.json": dict(sorted(visual.items()))}
 
     def refuses(self, model: ModelConfig) -> str | None:
         """It is Qwen-VL's tower or it is not."""
-        return no_qwen_tower(model.vision)
-
-
-class ProjectorFamily(Family):
-    """``mm_projector.bin``: a connector alone, as LLaVA's and CodeFuse-VLM's trainers write it."""
-
-    name = "mm_projector"
-    title = "a connector alone: mm_projector.bin"
-    parts = ("connector",)
-    styles: ClassVar = {f"transformer.{_PROJECTOR}": {}, f"model.{_PROJECTOR}": {}, _PROJECTOR: {}}
-
-    def detect(self, source: Source) -> bool:
-        """By its names."""
-        return "model_type" not in source.config and all(_PROJECTOR in name for name in source.tensors)
-
-    def style_of(self, source: Source) -> str:
-        """Return what stands in front of the connector's own names."""
-        name = next(iter(source.tensors))
-        return name[: name.index(_PROJECTOR) + len(_PROJECTOR)]
-
-    def branches(self, source: Source) -> Tree:
-        """Return the connector branch."""
-        return {"connector": projector_branch(source, self.style_of(source))}
-
-    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
-        """Return the table."""
-        return [projector_table(model, style)]
-
-    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
-        """There is none."""
-        return {}
+        return no_qwen_tower(model.vision) or no_qwen_pictures(model.image)

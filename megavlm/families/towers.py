@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megavlm.config.errors import UserError
@@ -67,13 +67,17 @@ LAST_HIDDEN_STATE = "last_hidden_state"
 """A feature layer: the last one, behind the norm that follows it (SigLIP; CLIP norms its pooled output alone)."""
 
 
-def transformers_vision(config: Mapping[str, Any], feature_layer: int | str, where: str) -> Tree:
+FeatureLayer = int | str | Sequence[int]
+"""Whose outputs are the features: an index of Transformers' ``hidden_states`` (-1 the last layer, -2 the one before),
+several of them, whose features lie side by side, or LAST_HIDDEN_STATE."""
+
+
+def transformers_vision(config: Mapping[str, Any], feature_layer: FeatureLayer, where: str) -> Tree:
     """Return the recipe's ``model.vision`` of a CLIP or SigLIP vision configuration.
 
     Args:
         config: a ``CLIPVisionConfig`` or ``SiglipVisionConfig``.
-        feature_layer: whose output is taken: an index of Transformers' ``hidden_states`` (-1 the last layer, -2 the
-            one before), or LAST_HIDDEN_STATE.
+        feature_layer: whose output is taken.
         where: the file, for messages.
 
     Raises:
@@ -88,14 +92,14 @@ def transformers_vision(config: Mapping[str, Any], feature_layer: int | str, whe
     activation = config.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh")
     expect({"hidden_act": activation}, where, hidden_act=tuple(_ACTIVATIONS))
     size, patch = config["image_size"], config["patch_size"]
+    last = feature_layer == LAST_HIDDEN_STATE
+    layers = taken_layers(config["num_hidden_layers"], -1 if last else feature_layer, where)
     return {
         "preset": "clip_vit" if clip else "siglip_vit",
         "image_size": size,
         "patch_size": patch,
         "hidden_size": config["hidden_size"],
-        "num_layers": layers_that_run(
-            config["num_hidden_layers"], -1 if feature_layer == LAST_HIDDEN_STATE else feature_layer, where
-        ),
+        "num_layers": max(layers),
         "num_attention_heads": config["num_attention_heads"],
         "ffn_hidden_size": config["intermediate_size"],
         "positional_grid": size // patch,
@@ -104,24 +108,36 @@ def transformers_vision(config: Mapping[str, Any], feature_layer: int | str, whe
         "class_token": clip,
         "conv_bias": not clip,
         "pre_layernorm": clip,
-        "post_layernorm": not clip and feature_layer == LAST_HIDDEN_STATE,
+        "post_layernorm": not clip and last,
+        "feature_layers": layers if len(layers) > 1 else None,
         "image_mean": CLIP_MEAN if clip else [0.5] * 3,
         "image_std": CLIP_STD if clip else [0.5] * 3,
     }
 
 
-def layers_that_run(layers: int, feature_layer: Any, where: str) -> int:
-    """Return how many layers lie below the features that are taken.
+def taken_layers(layers: int, feature_layer: Any, where: str) -> list[int]:
+    """Return the layers whose outputs are the features, counted from 1; 0 is what goes into the first.
+
+    Args:
+        layers: of the tower.
+        feature_layer: an index of Transformers' ``hidden_states``, or a list of them.
+        where: the file, for messages.
 
     Raises:
-        UserError: ``feature_layer`` is a list, or outside of the tower.
+        UserError: ``feature_layer`` is neither, or outside of the tower.
     """
-    if not isinstance(feature_layer, int):
-        raise UserError(f"{where}: vision_feature_layer {feature_layer!r}; features of one layer only are supported")
-    count = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
-    if not 0 < count <= layers:
-        raise UserError(f"{where}: vision_feature_layer {feature_layer} is outside of the tower's {layers} layers")
-    return count
+    wanted = feature_layer if isinstance(feature_layer, list | tuple) else [feature_layer]
+    if not wanted or not all(isinstance(one, int) and not isinstance(one, bool) for one in wanted):
+        raise UserError(
+            f"{where}: vision_feature_layer {str(feature_layer)[:60]!r} is neither a number nor a list of numbers"
+        )
+    found = [one if one >= 0 else layers + 1 + one for one in wanted]
+    for one, number_ in zip(wanted, found, strict=True):
+        if not 0 <= number_ <= layers or (len(found) == 1 and number_ == 0):
+            raise UserError(f"{where}: vision_feature_layer {one} is outside of the tower's {layers} layers")
+    if max(found) == 0:
+        raise UserError(f"{where}: vision_feature_layer {wanted} takes what goes into the first layer alone")
+    return found
 
 
 def transformers_vision_config(vision: VisionConfig) -> Tree:

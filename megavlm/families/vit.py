@@ -75,6 +75,13 @@ class SiglipFamily(ClipFamily):
     kinds = ("siglip", "siglip_vision_model")
 
 
+def no_llava_tower(vision: VisionConfig) -> str | None:
+    """Return why no LLaVA can have a tower, or None."""
+    if vision.post_layernorm:
+        return "the features are taken behind the tower's last norm, which no LLaVA does"
+    return no_transformers_tower(vision)
+
+
 def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> str | None:
     """Return why a tower is neither CLIP's nor SigLIP's (or not the one asked for), or None."""
     if vision.positional_grid != vision.image_size // vision.patch_size:

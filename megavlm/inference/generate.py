@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megavlm.config.errors import UserError
 from megavlm.data.batch import make_pack
-from megavlm.data.device_batch import Batch, make_batch
+from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.inference.cache import KeyValueCache, Turn, caching
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
@@ -209,7 +209,7 @@ class _Run:
         row, requests = 0, []
         for group in self._padded(groups):
             shown = [item for i in group if features and (item := features[i]) is not None]
-            requests.append(self._reading(group, row, length, torch.cat(shown, dim=1) if shown else None))
+            requests.append(self._reading(group, row, length, torch.cat(shown) if shown else None))
             row += len(group)
         tokens = self._forward(requests, length)
         rows = list(active)
@@ -341,12 +341,14 @@ class _Run:
 
 
 def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
-    """[Q, N, E] features of a prompt's images; None without images."""
+    """[T, E] features of a prompt's image slots; None without images."""
     if prompt.images is None or prompt.images.size(0) == 0:
         return None
     parts = prompt.images.to(local_device()).split(_IMAGES_AT_ONCE)
     encoded = [model.encode_images(part) for part in parts]
-    return torch.cat([part for part in encoded if part is not None], dim=1)
+    features_QVE = torch.cat([part for part in encoded if part is not None], dim=1)
+    index, weight = arrangement_on(prompt.arrangement, local_device())
+    return model.arranged(features_QVE, index, weight)
 
 
 def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> Batch:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megavlm.config.errors import UserError
 from megavlm.data.device_batch import Batch
+from megavlm.data.media import Arrangement, joined
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel import pipeline
@@ -102,14 +103,27 @@ def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_lengt
     wanted = [
         (int(start) + at, token) for start, one in zip(starts, segments, strict=False) for at, token, _ in one.wanted
     ]
-    shown = [prompts[one.prompt].images for one in segments] if is_first_stage() else []
-    pixels = [images for images in shown if images is not None and images.size(0)]
+    shown = [prompts[one.prompt] for one in segments] if is_first_stage() else []
+    shown = [prompt for prompt in shown if prompt.images is not None and prompt.images.size(0)]
+    pixels = [prompt.images for prompt in shown if prompt.images is not None]
     device = local_device()
     return _Request(
-        pack_segments([one.tokens for one in segments], pack_length, torch.cat(pixels) if pixels else None),
+        pack_segments(
+            [one.tokens for one in segments],
+            pack_length,
+            torch.cat(pixels) if pixels else None,
+            _arrangement(shown),
+        ),
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),
     )
+
+
+def _arrangement(shown: Sequence[Prompt]) -> Arrangement | None:
+    """Return where the features of several prompts' views go; None where they stay in their order."""
+    parts = [prompt.arrangement for prompt in shown if prompt.arrangement is not None]
+    assert len(parts) in (0, len(shown))
+    return joined(parts) if parts else None
 
 
 def _step(model: Any, request: _Request, vocab_size: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, make_batch
+from megavlm.data.media import Arrangement
 from megavlm.parallel.device import local_device
 
 
@@ -25,12 +26,18 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
-def pack_segments(segments: Sequence[Sequence[int]], pack_length: int, images: Tensor | None = None) -> Batch:
+def pack_segments(
+    segments: Sequence[Sequence[int]],
+    pack_length: int,
+    images: Tensor | None = None,
+    arrangement: Arrangement | None = None,
+) -> Batch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
     Args:
         segments: token ids, ``pack_length`` at most in all.
         pack_length: positions of the pack.
-        images: [N, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
+        images: [V, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
+        arrangement: where their features go.
     """
-    return make_batch(make_pack(segments, pack_length), images, local_device())
+    return make_batch(make_pack(segments, pack_length), images, local_device(), arrangement)

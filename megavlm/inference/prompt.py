@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megavlm.data.media import Arrangement
+
 
 @dataclass
 class Prompt:
@@ -16,7 +18,9 @@ class Prompt:
     tokens: NDArray[np.int64]
     """[T] token ids, with the slots of its images."""
     images: Tensor | None = None
-    """[N, 3, H, W] uint8 on the first stage (N may be 0); elsewhere it is not looked at."""
+    """[V, 3, H, W] uint8 views on the first stage (V may be 0); elsewhere it is not looked at."""
+    arrangement: Arrangement | None = None
+    """Where the views' features go; None where they stay in their order."""
     answer: list[int] = field(default_factory=list)
     """Generated token ids, without the one that ended the answer."""
 

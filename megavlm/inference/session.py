@@ -25,6 +25,8 @@ from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
+from megavlm.data.images import image_runs
+from megavlm.data.media import Arrangement, plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.answer_text import AnswerText
@@ -62,6 +64,10 @@ class Asked:
         places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in self.turns)
         if places != len(self.images):
             raise UserError(f"the prompt shows {places} image(s), {len(self.images)} are given")
+
+
+_Views = tuple[torch.Tensor | None, Arrangement | None]
+"""[V, 3, H, W] uint8 views of a conversation's images, and where their features go."""
 
 
 class NotFiniteError(UserError):
@@ -108,6 +114,7 @@ class Session:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, chunks: Sequence[Any], context: int) -> None:
         self.recipe, self.tokenizer, self.chunks, self.context = recipe, tokenizer, chunks, context
+        self.plan = plan_of(recipe.model)
         self._decoder = (
             make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_first_stage() else None
         )
@@ -135,7 +142,7 @@ class Session:
             else turn
             for turn in asked.turns
         ]
-        runs = [(self.recipe.model.tokens_per_image,)] * len(asked.images)
+        runs = image_runs(self.plan, len(asked.images), lambda: asked.images)
         tokens = encode_prompt(turns, self.tokenizer, runs, self.recipe.data.system_message)
         return replace(asked, tokens=tokens)
 
@@ -196,7 +203,7 @@ class Session:
             if place in broken:
                 failed[i] = broken[place]
             else:
-                prompts[i] = Prompt(given.shown[place][1], images[place])
+                prompts[i] = Prompt(given.shown[place][1], *images[place])
         if failed:
             yield {i: Piece("", 0, "error", error) for i, error in failed.items()}
         live = list(prompts)
@@ -300,23 +307,25 @@ class Session:
                 given.refused[i] = theirs, str(error) if theirs else f"{type(error).__name__}: {error}"
         return given
 
-    def _decoded(self, shown: Sequence[Sequence[bytes]]) -> tuple[list[torch.Tensor | None], dict[int, Exception]]:
+    def _decoded(self, shown: Sequence[Sequence[bytes]]) -> tuple[list[_Views], dict[int, Exception]]:
         """Decode the images of each conversation, on the ranks of the first stage.
 
         Returns:
-            [N, 3, H, W] uint8 for each (None on later stages), and the errors of those that cannot be decoded on some
-            rank, which all ranks know.
+            For each the views of its images and where their features go (None on later stages), and the errors of
+            those that cannot be decoded on some rank, which all ranks know.
         """
-        images: list[torch.Tensor | None] = [None] * len(shown)
+        images: list[_Views] = [(None, None)] * len(shown)
         errors: dict[int, Exception] = {}
         if self._decoder is not None:
             for place, files in enumerate(shown):
                 try:
-                    decoded = self._decoder.decode(files, self.recipe.model.vision.image_size)
+                    decoded, arrangement = self._decoder.decode_prompt(files, self.plan)
                     if decoded.failed:
                         cause = f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}"
                         errors[place] = UserError(cause)
-                    images[place] = decoded.pixels
+                    images[place] = decoded.pixels, arrangement
+                except UserError as error:
+                    errors[place] = error
                 except Exception as error:  # of these images, and of no others
                     logger.exception("a conversation's images cannot be decoded")
                     errors[place] = error

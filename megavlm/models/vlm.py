@@ -1,7 +1,7 @@
 """The vision-language model: a tower and a connector in front of a language model, cut into pipeline stages.
 
-Shape legend: S positions of a pack, N images, Q tokens of an image, E width of the language model, V the padded
-vocabulary; 1 stands for the batch dimension: a micro-batch is one pack.
+Shape legend: S positions of a pack, N views of its images, Q features of a view, T image slots, E width of the language
+model, V the padded vocabulary; 1 stands for the batch dimension: a micro-batch is one pack.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.models.arrange import add_newline, arrange_features, newline_of
 
 
 class VisionLanguageModel(MegatronModule):
@@ -60,6 +62,8 @@ class VisionLanguageModel(MegatronModule):
         if pre_process:
             self.vision = registry.VISION.find(model.vision.preset).build(model.vision, context)
             self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+            if plan_of(model).newline:
+                add_newline(self.connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
         self.language = language
 
     @property
@@ -83,6 +87,8 @@ class VisionLanguageModel(MegatronModule):
         labels: Tensor | None = None,
         images: Tensor | None = None,
         image_features: Tensor | None = None,
+        image_index: Tensor | None = None,
+        image_weight: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -92,7 +98,10 @@ class VisionLanguageModel(MegatronModule):
             packed_seq_params: segment borders, for every stage.
             labels: [1, S] int64 token to predict; positions that do not count hold any valid id.
             images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0.
-            image_features: first chunk: [Q, N, E] instead of ``images``, where they are known already.
+            image_features: first chunk: [T, E] instead of ``images``, where they are known already: of the slots, as
+                :meth:`arranged` returns them.
+            image_index: first chunk, with ``images``: where their features go, see :meth:`arranged`.
+            image_weight: the same.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
@@ -102,8 +111,8 @@ class VisionLanguageModel(MegatronModule):
         if self.pre_process:
             embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
             empty = image_features is None and (images is None or images.size(0) == 0)
-            if image_features is None:
-                image_features = self.encode_images(images)
+            if image_features is None and (features_QNE := self.encode_images(images)) is not None:
+                image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
             embeddings_S1E = self._splice(embeddings_S1E, tokens, image_features, empty=empty)
             if self.config.sequence_parallel:
                 embeddings_S1E = scatter_to_sequence_parallel_region(embeddings_S1E)
@@ -141,21 +150,35 @@ class VisionLanguageModel(MegatronModule):
             features = self.vision(images)
         return self.connector(features)
 
+    def arranged(
+        self, features_QNE: Tensor, image_index: Tensor | None = None, image_weight: Tensor | None = None
+    ) -> Tensor:
+        """Return the features [T, E] of the image slots, from those of the views.
+
+        Args:
+            features_QNE: what :meth:`encode_images` returns.
+            image_index: [T, K] which of them stand where, see ``megavlm.models.arrange``; None for in their order.
+            image_weight: [T, K] of these; None where K is 1.
+        """
+        return arrange_features(features_QNE, image_index, image_weight, newline_of(self.connector))
+
     def connector_device(self) -> torch.device:
         """Return the device that images belong on."""
         return next(self.connector.parameters()).device
 
-    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_QNE: Tensor | None, *, empty: bool) -> Tensor:
-        """Put image features where ``tokens`` holds the image token, image by image.
+    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_TE: Tensor | None, *, empty: bool) -> Tensor:
+        """Put image features where ``tokens`` holds the image token.
 
         ``empty``: they are of the empty picture of an image-less micro-batch. How many slots there are is told by the
         features: to count them would be to wait for the device, which checks the number itself.
         """
-        if features_QNE is None:
+        if features_TE is None:
             return embeddings_S1E
-        flat = features_QNE.transpose(0, 1).flatten(0, 1).to(embeddings_S1E.dtype)
+        flat = features_TE.to(embeddings_S1E.dtype)
         if empty:
-            return embeddings_S1E + 0.0 * flat.sum()
+            newline = newline_of(self.connector)
+            nothing = flat.sum() if newline is None else flat.sum() + newline.sum()
+            return embeddings_S1E + 0.0 * nothing
         slots = tokens[0] == self.image_token_id
         wanted = flat.size(0)
         torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are image features")

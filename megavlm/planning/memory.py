@@ -58,7 +58,7 @@ def usable_bytes(gpu: Gpu) -> float:
 def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
     static = static_bytes(recipe, layout, stage)
-    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_images) for chunk in layout.chunks_of(stage)]
+    held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_views) for chunk in layout.chunks_of(stage)]
     count, passing = _peak(layout, stage, held)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
     vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
@@ -102,7 +102,7 @@ def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> 
     # Tokens, labels, positions and sources of every micro-batch, int64.
     total = layout.microbatches * workload.tokens * 4 * 8
     if stage == 0:
-        total += round(layout.microbatches * workload.images * 3 * vision.image_size**2)
+        total += round(layout.microbatches * workload.views * 3 * vision.image_size**2)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.
         language = recipe.model.language

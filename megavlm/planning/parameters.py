@@ -15,6 +15,7 @@ from megavlm.architectures.cost import cost_of, decoder_cost
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
+from megavlm.data.media import plan_of
 from megavlm.planning.layout import Chunk, Layout
 
 _ALIGNMENT = 64
@@ -78,6 +79,8 @@ def _chunk_parameters(
     found: list[Parameter] = []
     if first:
         for part, learning in (("vision", learns[0]), ("connector", learns[1])):
+            if part == "connector" and plan_of(model).newline:
+                found.append(Parameter(part, language.hidden_size, learning))
             shapes = cost_of(model, part).parameters(own_of(model, part), tp)
             found += [Parameter(part, one.elements, learning and not one.fixed) for one in shapes]
     shapes = cost.layer_parameters(language, tp) * layers

@@ -54,13 +54,21 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _views(workload: Workload) -> str:
+    return "" if workload.views == workload.images else f" ({workload.views:g} views)"
+
+
+def _unit(workload: Workload) -> str:
+    return "images" if workload.views == workload.images else "views"
+
+
 def as_text(found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed: int, command: list[str]) -> str:
     """Return the search as a page of text."""
     lines = [
         f"Predicted, not measured: {found.gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
         *_measured(gpu),
-        f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images and"
-        f" {workload.samples:g} samples on average, {workload.most_images} images at most.",
+        f"A micro-batch is one pack: {workload.tokens} tokens, {workload.images:g} images{_views(workload)} and"
+        f" {workload.samples:g} samples on average, {workload.most_views} {_unit(workload)} at most.",
         "",
     ]
     if found.plans:

@@ -102,7 +102,7 @@ class Timer:
             chunk,
             tokens=load.tokens,
             squared_lengths=load.squared_lengths,
-            images=load.images,
+            images=load.views,
         )
 
     def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
@@ -236,7 +236,7 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
-        images, seen = self.workload.images, Pictures.alike(self.workload.images, model.vision.grid)
+        images, seen = self.workload.views, Pictures.alike(self.workload.views, model.vision.grid)
         cost = cost_of(model, "vision")
         passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
         dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
@@ -253,7 +253,7 @@ class Timer:
         hidden = model.language.hidden_size
         work = self._flops(Chunk(0, 0, first=True, last=False))
         connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
-        queries = model.tokens_per_image * images * model.language.hidden_size * b
+        queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
         gathered += self._tensor_parallel(queries, 3)
         wires += gathered if images else 0.0
@@ -362,7 +362,7 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
-        pixels = layout.microbatches * self.workload.images * 3 * self.recipe.model.vision.image_size**2
+        pixels = layout.microbatches * self.workload.views * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
         squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
@@ -372,7 +372,7 @@ class Timer:
             squared_lengths=squares,
             positions=positions,
             squared_positions=squares,
-            images=round(packs * self.workload.images),
+            images=round(packs * self.workload.views),
         )
         at_peak = step * self.peak * layout.gpus
         return StepTime(

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megavlm.config.checks import TEXT_TOKENS
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
+from megavlm.data.image_header import ImageError
+from megavlm.data.media import ImageLayout, ImagePlan, plan_of
 
 TEXT_PER_IMAGE = 128
 """Tokens of text that are assumed to go with an image."""
+
+
+PICTURE = (1024, 768)
+"""Width and height of the picture that is assumed where tokens and views depend on it."""
+
+_AREAS = (1, 4, 16, 64)
+_RATIOS = tuple(1.25**step for step in range(-16, 17))
 
 
 @dataclass(frozen=True)
@@ -19,9 +29,11 @@ class Workload:
     tokens: int
     """Positions of a pack."""
     images: float
-    """Images of a pack on average: what time is reckoned with."""
-    most_images: int
-    """Images of the heaviest pack: what memory is reckoned with."""
+    """Images of a pack on average."""
+    views: float
+    """Views of these images, which the tower sees: what time is reckoned with."""
+    most_views: int
+    """Views of the heaviest pack: what memory is reckoned with."""
     samples: float
     """Samples of a pack, of equal length."""
 
@@ -36,21 +48,28 @@ def assume_workload(
     images_per_pack: float | None = None,
     samples_per_pack: float | None = None,
     most_images: int | None = None,
+    picture: tuple[int, int] = PICTURE,
 ) -> Workload:
     """Return the workload of a recipe, with assumptions where nothing is given.
 
     Args:
         recipe: the recipe.
-        images_per_pack: images of a pack on average; None takes one for every ``tokens_per_image`` + 2 +
-            ``TEXT_PER_IMAGE`` tokens.
+        images_per_pack: images of a pack on average; None takes one for every ``slot`` of tokens (those of an image, 2
+            around it, ``TEXT_PER_IMAGE``).
         samples_per_pack: samples of a pack; None takes one per image, and at least one.
-        most_images: images of the heaviest pack; None takes as many as fit.
+        most_images: images of the heaviest pack; None takes as many as fit, of those that have most views for their
+            tokens.
+        picture: width and height of the average picture, for plans whose tokens depend on it.
 
     Raises:
         RecipeError: more images than a pack can hold, or a number below what makes sense.
     """
-    tokens = recipe.data.sequence_length
-    slot = recipe.model.tokens_per_image + 2
+    tokens, plan = recipe.data.sequence_length, plan_of(recipe.model)
+    try:
+        typical = plan.plan(*picture)
+    except ImageError as error:
+        raise RecipeError(f"--picture-size: {error}; give another") from None
+    slot = typical.tokens + 2
     fitting = max(tokens // (slot + TEXT_TOKENS), 1)
     images = images_per_pack
     if images is None:
@@ -64,5 +83,27 @@ def assume_workload(
         raise RecipeError(f"--samples-per-pack: {samples:g} is not between 1 and {tokens}; correct it")
     if recipe.data.packing == "none":
         fitting = max(round(images), 1)
-    most = fitting if most_images is None else most_images
-    return Workload(tokens=tokens, images=float(images), most_images=most, samples=float(samples))
+    heaviest = [(len(one.views), max(tokens // (one.tokens + 2 + TEXT_TOKENS), 1)) for one in _layouts(plan, typical)]
+    if most_images is not None or recipe.data.packing == "none":
+        most = max(views for views, _ in heaviest) * (fitting if most_images is None else most_images)
+    else:
+        most = max(views * count for views, count in heaviest)
+    return Workload(
+        tokens=tokens,
+        images=float(images),
+        views=float(images) * len(typical.views),
+        most_views=most,
+        samples=float(samples),
+    )
+
+
+def _layouts(plan: ImagePlan, typical: ImageLayout) -> list[ImageLayout]:
+    """Return layouts of pictures of many sizes and proportions."""
+    if plan.fixed:
+        return [typical]
+    found = [typical]
+    for area in _AREAS:
+        for ratio in _RATIOS:
+            side = plan.side * math.sqrt(area)
+            found.append(plan.plan(max(1, round(side * math.sqrt(ratio))), max(1, round(side / math.sqrt(ratio)))))
+    return found

@@ -17,7 +17,8 @@ from megavlm.config.schema import Recipe
 from megavlm.data.batch import Pack, make_pack
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.device_batch import share_packs
-from megavlm.data.read_pack import ReadPack, decode_pack
+from megavlm.data.media import ImagePlan, plan_of
+from megavlm.data.read_pack import ReadPack, decode_pack, no_pixels
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel import pipeline
@@ -51,7 +52,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     """
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
-    held_out = []
+    held_out, plan = [], plan_of(recipe.model)
     for source in recipe.data.validation:
         name = source_name(source)
         packs: list[ReadPack] | None = None
@@ -62,31 +63,29 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                     [source],
                     recipe.data,
                     tokenizer,
-                    recipe.model.tokens_per_image,
+                    plan,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=size,
                     seed=recipe.training.seed,
                     training=False,
                 )
-                packs = [_decode(pack, decoder, recipe, tokenizer) for pack in islice(reader, wanted)]
+                packs = [_decode(pack, decoder, plan, tokenizer) for pack in islice(reader, wanted)]
         most = torch.tensor([0 if packs is None else len(packs)], device=local_device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(int(most), 1)
         if packs is not None:
             empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id)
-            filler = ReadPack(empty, torch.zeros(0, 3, *[recipe.model.vision.image_size] * 2, dtype=torch.uint8))
+            filler = ReadPack(empty, no_pixels(plan))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))
     return held_out
 
 
-def _decode(pack: Pack, decoder: ImageDecoder, recipe: Recipe, tokenizer: Tokenizer) -> ReadPack:
-    read = decode_pack(
-        pack, decoder, recipe.model.vision.image_size, recipe.model.tokens_per_image, tokenizer.imgpad_id
-    )
+def _decode(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, tokenizer: Tokenizer) -> ReadPack:
+    read = decode_pack(pack, decoder, plan, tokenizer.imgpad_id)
     for sample in (*pack.skipped, *read.masked):
         logger.warning("held-out sample left out: %s/%s: %s", sample.dataset, sample.key, sample.cause)
-    return ReadPack(read.pack, read.pixels.cpu())
+    return ReadPack(read.pack, read.pixels.cpu(), read.arrangement)
 
 
 def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, float]:

@@ -27,9 +27,10 @@ from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ImageConfig, Recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
+from megavlm.data.media import plan_kinds, plan_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -82,6 +83,7 @@ class Trainer:
         )
         self.stop = StopRequest()
         self.tasks = task_mean(recipe)
+        self.plan = plan_of(recipe.model)
         self.training = build_training(recipe, tokenizer.imgpad_id)
         with agreed("looking where each parameter would be saved"):  # not hours later, at the first save
             raise_first(list(misplaced(self.training.modules, model_state(self.training.modules))))
@@ -306,7 +308,7 @@ class Trainer:
                     recipe.data.train,
                     recipe.data,
                     self.tokenizer,
-                    recipe.model.tokens_per_image,
+                    self.plan,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,
@@ -315,8 +317,7 @@ class Trainer:
                 prefetcher = Prefetcher(
                     reader,
                     decoder,
-                    recipe.model.vision.image_size,
-                    recipe.model.tokens_per_image,
+                    self.plan,
                     self.tokenizer.imgpad_id,
                     depth=recipe.data.prefetch_steps * self.num_microbatches,
                     state=state,
@@ -385,6 +386,22 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
+    _check_same_newline(path, saved, recipe)
+
+
+def _check_same_newline(path: Path, saved: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse to go from an image plan with a learned newline vector to one without, or back.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    kind, kinds = (saved.get("image") or {}).get("kind", ImageConfig().kind), plan_kinds()
+    if kind in kinds and kinds[kind].plan.newline != plan_of(recipe.model).newline:
+        has, lacks = (kind, recipe.model.image.kind) if kinds[kind].plan.newline else (recipe.model.image.kind, kind)
+        raise RecipeError(
+            f"model.image.kind: {recipe.model.image.kind!r}, but {path} was saved with {kind!r}; {has} has a learned "
+            f"newline vector and {lacks} has none: choose a plan that agrees with the checkpoint in that"
+        )
 
 
 def _same_kind(branch: str, *presets: str) -> bool:

@@ -86,7 +86,7 @@ class Metrics:
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
         # Of this replica: tokens, squared segment lengths, padding, squared lengths of padding, images.
-        self._counts = torch.zeros(5, dtype=torch.float64)
+        self._counts = torch.zeros(6, dtype=torch.float64)
         self._steps = 0
         self._seconds = 0.0
 
@@ -130,7 +130,7 @@ class Metrics:
             device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, squares, padding, padding_squares, images = counts.tolist()
+        tokens, squares, padding, padding_squares, images, views = counts.tolist()
         waited, seconds = slowest.tolist()
         supervised = float(self._losses[:, 1].sum())
         flops = StepFlops(0, 0, 0)
@@ -141,7 +141,7 @@ class Metrics:
                 squared_lengths=int(squares),
                 positions=int(tokens + padding),
                 squared_positions=int(squares + padding_squares),
-                images=int(images),
+                images=int(views),
             )
         # Without a label there is no loss, and 0 were a good one.
         values: dict[str, float | str] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
@@ -149,6 +149,7 @@ class Metrics:
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
+            "views_per_second": views / seconds,
             "padding_fraction": padding / max(tokens + padding, 1.0),
             "data_wait_fraction": waited / seconds,
             "data_wait_seconds": waited / self._steps,
@@ -271,6 +272,7 @@ _TAGS = {
     "useful_tokens_per_second": "speed/useful_tokens_per_second",
     "tokens_per_second": "speed/tokens_per_second",
     "images_per_second": "speed/images_per_second",
+    "views_per_second": "speed/views_per_second",
     "step_seconds": "speed/step_seconds",
     "data_wait_fraction": "speed/data_wait_fraction",
     "padding_fraction": "data/padding_fraction",
@@ -327,12 +329,12 @@ def _is_finite(value: float | str) -> bool:
 
 
 def _counts(batch: Batch) -> Tensor:
-    """[5] fp64: tokens, squared lengths of the segments, padding, its segments' squared lengths, images."""
+    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views."""
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
     tokens, padding = lengths[real], lengths[~real]
     sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
-    return torch.stack([*sums, torch.tensor(batch.num_images, dtype=torch.float64)])
+    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, batch.num_views], dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:

@@ -1,9 +1,10 @@
 """The order in which the micro-batches of a step go through the pipeline.
 
 All micro-batches have equally many tokens, so later stages take equally long for each. The first stage also runs the
-tower over their images, and those differ. Which order hides that best depends on the layout: a light micro-batch at
-the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains it sooner and
-heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest is taken.
+tower over the views of their images, and those differ. Which order hides that best depends on the layout: a light
+micro-batch at the front fills the pipeline sooner; where the first stage is the slowest, a light one at the end drains
+it sooner and heavy ones belong where it would wait anyhow. So a few orders are simulated for every step and the fastest
+is taken.
 
 The order depends on the recipe and on the images of the step alone, so a restart finds the same one, and a step is
 the same sum whatever the order.
@@ -24,7 +25,7 @@ Times = list[list[float]]
 
 
 class StepOrder:
-    """Orders the micro-batches of a step by their images.
+    """Orders the micro-batches of a step by the views of their images.
 
     Args:
         recipe: the run; its layout must be one that can run.
@@ -40,7 +41,7 @@ class StepOrder:
         """Return the indices of the micro-batches in the order in which to run them.
 
         Args:
-            images: [M] images of each micro-batch, in the order in which they were read.
+            images: [M] views of each micro-batch's images, in the order in which they were read.
         """
         read = list(range(len(images)))
         if self.pipeline == 1 or len(set(images)) < 2:
@@ -68,7 +69,7 @@ def candidates(images: Sequence[int]) -> Iterator[list[int]]:
     """Yield orders to choose from, as indices; the order of reading first.
 
     Args:
-        images: [M] images of each micro-batch.
+        images: [M] views of each micro-batch's images.
     """
     yield list(range(len(images)))
     light = sorted(range(len(images)), key=lambda index: (images[index], index))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import answer_start, last_question
-from megavlm.data.read_pack import ReadPack
+from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
+from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.inference.generate import generate
@@ -36,31 +37,33 @@ class Question:
     expected: NDArray[np.int64]
     """[A] tokens of the answer."""
     pixels: Tensor | None
-    """[N, 3, H, W] uint8 of the prompt's images; None on ranks that do not read."""
-    num_images: int
+    """[V, 3, H, W] uint8 views of the prompt's images; None on ranks that do not read."""
+    shapes: list[ImageShape]
+    """What the image plan asks of each of these images."""
 
 
 def find_questions(
-    packs: Sequence[ReadPack], tokenizer: Tokenizer, tokens_per_image: int, room: int, count: int
+    packs: Sequence[ReadPack], tokenizer: Tokenizer, plan: ImagePlan, room: int, count: int
 ) -> list[Question]:
     """Return the first ``count`` questions of ``packs`` whose prompt has at most ``room`` tokens."""
     questions: list[Question] = []
     for item in packs:
-        pack, image = item.pack, 0
+        pack = item.pack
+        starts = image_starts(pack, plan, tokenizer.imgpad_id)
+        views = np.cumsum([0, *([1] * len(starts) if plan.fixed else _views(pack.image_shapes, plan))])
         bounds = pack.cu_seqlens.tolist()
         for start, end, source in zip(bounds, bounds[1:], pack.segment_sources.tolist(), strict=False):
             if source < 0:
                 continue
             tokens = pack.tokens[start:end]
             answer = answer_start(tokens, pack.labels[start:end], tokenizer)
-            shown = int((tokens == tokenizer.imgpad_id).sum()) // tokens_per_image
             if answer is not None and answer <= room and len(questions) < count:
                 prompt = tokens[:answer]
-                used = int((prompt == tokenizer.imgpad_id).sum()) // tokens_per_image
+                first, last = np.searchsorted(starts, [start, start + answer])
                 stop = np.flatnonzero(np.isin(tokens[answer:], tokenizer.stop_ids))
                 expected = tokens[answer : answer + (int(stop[0]) if len(stop) else 0)]
-                questions.append(Question(prompt, expected, item.pixels[image : image + used], used))
-            image += shown
+                pixels, shapes = item.pixels[views[first] : views[last]], pack.image_shapes[first:last]
+                questions.append(Question(prompt, expected, pixels, shapes))
     return questions
 
 
@@ -81,10 +84,11 @@ def answer_panel(
     settings = recipe.logging
     room = recipe.data.sequence_length - settings.panel_max_new_tokens
     questions: list[Question] = []
+    plan = plan_of(recipe.model)
     if packs is not None:
-        questions = find_questions(packs, tokenizer, recipe.model.tokens_per_image, room, settings.panel_samples)
-    questions = _share(questions, recipe.model.vision.image_size)
-    prompts = [Prompt(question.prompt, question.pixels) for question in questions]
+        questions = find_questions(packs, tokenizer, plan, room, settings.panel_samples)
+    questions = _share(questions, plan)
+    prompts = [Prompt(question.prompt, question.pixels, _arrangement(question, plan)) for question in questions]
     answers = generate(
         chunks,
         prompts,
@@ -99,22 +103,32 @@ def answer_panel(
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
-def _share(questions: list[Question], image_size: int) -> list[Question]:
+def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
+    return [len(plan.plan(*shape).views) for shape in shapes]
+
+
+def _arrangement(question: Question, plan: ImagePlan) -> Arrangement | None:
+    return None if plan.fixed else arrange(plan, [plan.plan(*shape) for shape in question.shapes])
+
+
+def _share(questions: list[Question], plan: ImagePlan) -> list[Question]:
     """Hand the reader's questions to the ranks of its replica; pixels to the first stage only."""
     group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
-    box: list[Any] = [[(question.prompt, question.expected, question.num_images) for question in questions]]
+    box: list[Any] = [[(question.prompt, question.expected, question.shapes) for question in questions]]
     dist.broadcast_object_list(box, source, group=group)
     if not is_first_stage():
-        return [Question(prompt, expected, None, count) for prompt, expected, count in box[0]]
-    counts = [count for _, _, count in box[0]]
-    pixels = torch.zeros(sum(counts), 3, image_size, image_size, dtype=torch.uint8)
+        return [Question(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
+    counts = [len(shapes) if plan.fixed else sum(_views(shapes, plan)) for _, _, shapes in box[0]]
+    pixels = torch.zeros(sum(counts), 3, plan.side, plan.side, dtype=torch.uint8)
     if questions:
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
     pixels = pixels.to(local_device())
     if len(pixels):
         dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
     parts = pixels.split(counts)
-    return [Question(prompt, expected, part, n) for (prompt, expected, n), part in zip(box[0], parts, strict=True)]
+    return [
+        Question(prompt, expected, part, shapes) for (prompt, expected, shapes), part in zip(box[0], parts, strict=True)
+    ]
 
 
 def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:

@@ -6,7 +6,7 @@ parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickle
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,14 @@ class Source:
     Args:
         path: a directory in the layout of the Hugging Face hub, or a ``.safetensors`` or ``.bin`` file.
         feature_layer: for a tower alone, whose configuration does not say it: the layer whose features are taken,
-            as an index of Transformers' ``hidden_states``, or ``last_hidden_state``. LLaVA's is -2.
+            as an index of Transformers' ``hidden_states``, several, or ``last_hidden_state``. LLaVA's is -2.
 
     Raises:
         MissingFileError: there is nothing at the path.
         UserError: a shard that the index names is missing, a file is damaged, or a pickle would run code.
     """
 
-    def __init__(self, path: Path, feature_layer: int | str = -2) -> None:
+    def __init__(self, path: Path, feature_layer: int | str | Sequence[int] = -2) -> None:
         self.feature_layer = feature_layer
         if not path.exists():
             raise MissingFileError(f"{path}: no such file or directory")

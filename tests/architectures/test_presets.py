@@ -232,9 +232,9 @@ def test_a_new_connector_brings_its_keys_and_trains(tmp_path: Path, monkeypatch:
 
     own = {"preset": "tiny", "vision": {"image_size": 32}}
     recipe = tiny_recipe(model={**own, "connector": {"preset": "mean"}})
-    assert recipe.model.tokens_per_image == 2
+    assert recipe.model.tokens_per_view == 2
     recipe = tiny_recipe(model={**own, "connector": {"preset": "mean", "stripes": 1, "num_queries": None}})
-    assert recipe.model.tokens_per_image == 1
+    assert recipe.model.tokens_per_view == 1
     with pytest.raises(ValidationError, match="num_queries"):
         tiny_recipe(model={**own, "connector": {"preset": "mean", "num_queries": 4}})
     with pytest.raises(ValidationError, match="stripes"):

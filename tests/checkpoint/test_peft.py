@@ -24,6 +24,8 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.cli import main
 from megavlm.config.help import to_yaml
 from megavlm.config.load import load_recipe
+from megavlm.data.media import arrange, plan_of
+from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
@@ -46,7 +48,8 @@ def sample() -> Sample:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, IMAGE, (50,), generator=generator)
     ids[3:19] = ids[22:38] = IMAGE
-    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), None, {})
+    layouts = [SquashPlan(28, 16).plan(28, 28)] * 2
+    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), layouts, None, {})
 
 
 def convert(*words: object) -> None:
@@ -80,7 +83,7 @@ def ours(checkpoint: Path, one: Sample) -> Tensor:
     with process_groups(recipe.parallel, 1), torch.no_grad():
         model = unwrap(build_model(recipe, IMAGE)[0]).eval()
         load(checkpoint, modules=[model])
-        batch = _batch(one, 1)
+        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), 1)
         return model(batch.tokens, batch.position_ids, batch.packed_seq_params, images=batch.images)[0, :, :120]
 
 

@@ -26,7 +26,8 @@ from transformers import (
 from megavlm.checkpoint.hf.template import SAMPLES
 from megavlm.cli import main
 from megavlm.data.chat import count_images, encode_prompt
-from megavlm.data.decode import resize_with_pil
+from megavlm.data.plans_single import CropPlan
+from megavlm.data.render import render_with_pil
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 
@@ -110,7 +111,7 @@ def test_transformers_reads_what_was_trained(kind: str, tmp_path: Path, caplog: 
     assert settings["eos_token"] == "<|im_end|>" and settings["add_bos_token"] is False and settings["keep"] == 7
     assert settings["chat_template"] == (home / "chat_template.jinja").read_text() != VICUNA
     pixels = json.loads((home / "preprocessor_config.json").read_text())
-    assert (pixels["do_center_crop"], pixels["size"]) == (False, {"height": 28, "width": 28})
+    assert (pixels["do_center_crop"], pixels["size"]) == (True, {"shortest_edge": 28})
     assert pixels["image_mean"] == CROP["image_mean"] and pixels["image_std"] == CROP["image_std"]
     if kind == "llama":
         return  # Transformers 5 reads no SentencePiece model without protobuf's classes
@@ -126,7 +127,9 @@ def test_transformers_reads_what_was_trained(kind: str, tmp_path: Path, caplog: 
     text = processor.apply_chat_template(messages(SAMPLES[1]), add_generation_prompt=True)
     both = processor(text=text, images=[image], return_tensors="pt")
     assert both.input_ids[0].tolist() == encode_prompt(SAMPLES[1], before, [(16,)], SYSTEM).tolist()
-    square = torch.from_numpy(resize_with_pil(image, 28)).permute(2, 0, 1) / 255
+    plan = CropPlan(28, 1, short_side=28)
+    (view,) = render_with_pil(image, plan, plan.plan(*image.size))
+    square = torch.from_numpy(view).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(CROP[key])[:, None, None] for key in ("image_mean", "image_std"))
     torch.testing.assert_close(both.pixel_values[0], (square - mean) / std, rtol=0, atol=0.03)
 
@@ -139,11 +142,12 @@ def test_another_size_and_no_system_message(tmp_path: Path) -> None:
     )  # fmt: skip
     convert("megatron-to-hf", "--megatron", checkpoint, "--out", tmp_path / "home", "--family", "clip")
     pixels = json.loads((tmp_path / "home" / "preprocessor_config.json").read_text())
-    assert pixels["size"] == pixels["crop_size"] == {"height": 30, "width": 30} and pixels["image_mean"][0] == 0.1
+    assert pixels["crop_size"] == {"height": 30, "width": 30} and pixels["size"] == {"shortest_edge": 30}
+    assert pixels["image_mean"][0] == 0.1
     convert("megatron-to-hf", "--megatron", checkpoint, "--out", tmp_path / "whole")
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["vision_config"]["image_size"] == 30
     whole = json.loads((tmp_path / "whole" / "preprocessor_config.json").read_text())
-    assert whole["size"] == {"height": 30, "width": 30}
+    assert whole["crop_size"] == {"height": 30, "width": 30}
     theirs = AutoTokenizer.from_pretrained(tmp_path / "whole")
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == (
         "<|im_start|>user\nHi<|im_end|>\n"

@@ -16,6 +16,8 @@ from PIL import Image
 from megavlm.commands.prepare import add_arguments, run
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack
+from megavlm.data.media import ImagePlan
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -112,6 +114,7 @@ def open_reader(
     world_size: int = 1,
     seed: int = 1,
     training: bool = True,
+    plan: ImagePlan | None = None,
     **options: object,
 ) -> PackReader:
     """Open a reader of prepared data sets; ``options`` are keys of the recipe's data branch."""
@@ -124,7 +127,7 @@ def open_reader(
         sources,
         data,
         tokenizer,
-        TOKENS_PER_IMAGE,
+        plan or SquashPlan(16, TOKENS_PER_IMAGE),
         rank=rank,
         world_size=world_size,
         seed=seed,

@@ -26,8 +26,11 @@ from megavlm.data.batch import Pack  # noqa: E402
 from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
 from megavlm.data.feed import Feed, Prefetcher  # noqa: E402
+from megavlm.data.plans_single import SquashPlan  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
 from megavlm.parallel.state import is_first_stage, is_last_stage, is_reader, process_groups  # noqa: E402
+
+PLAN = SquashPlan(IMAGE_SIZE, TOKENS_PER_IMAGE)
 
 
 class Source:
@@ -92,7 +95,7 @@ def run() -> None:
             pack.images = [png(image) for image in own]
         # The last replica's reader breaks in the second step; the others are well.
         source = Source([pack for pack, _ in (expected[:3] if replica == replicas - 1 else expected)])
-        prefetcher = Prefetcher(source, make_decoder("pil"), IMAGE_SIZE, TOKENS_PER_IMAGE, IMAGE_TOKEN, depth=2)
+        prefetcher = Prefetcher(source, make_decoder("pil"), PLAN, IMAGE_TOKEN, depth=2)
     # The packs of a step come in the order that the feed is given, with their own pixels.
     feed = Feed(prefetcher, order=lambda images: [1, 0] if images[0] else [0, 1])
     assert len(expected[0][1]) > 0

@@ -22,6 +22,7 @@ from megavlm.data.batch import IGNORE_INDEX, Pack, SkippedSample
 from megavlm.data.decode import GRAY, PilDecoder
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Prefetcher
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.quarantine import Quarantine, read_list
 from megavlm.data.read_pack import ReadPack
 from megavlm.data.schema import UnsafePathError, parse_conversation
@@ -103,7 +104,13 @@ def prefetch(
     keys = {"packing": "none", "shuffle_buffer_size": 1} | options
     reader = open_reader([data], tokenizer, **keys)
     return Prefetcher(
-        reader, PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth=3, state=state, quarantine=quarantine
+        reader,
+        PilDecoder(),
+        SquashPlan(SIZE, TOKENS_PER_IMAGE),
+        tokenizer.imgpad_id,
+        depth=3,
+        state=state,
+        quarantine=quarantine,
     )
 
 

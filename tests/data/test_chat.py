@@ -92,7 +92,7 @@ def test_a_joined_template_is_one_string_cut_where_the_mask_changes(tokenizer: T
     template = Template(
         name="t", title="t", system=(TEXT, " "), user=("USER: ", TEXT, " "),
         assistant=("ASSISTANT:", *trained(" ", TEXT, "<|endoftext|>")), slot=tokenizer.template.slot,
-        tokens=tokenizer.template.tokens, image=("<img>", "</img>"),
+        tokens=tokenizer.template.tokens, image=("<img>", "</img>"), picture="Picture {number}: {image}\n",
     )  # fmt: skip
     joined = copy(tokenizer)
     joined.template = template

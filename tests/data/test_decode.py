@@ -124,7 +124,7 @@ def test_a_dali_exception_costs_no_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.failed in ([], [1])
     assert np.abs(result.pixels[0].numpy().astype(int) - reference(good)).mean() < 0.6
     assert torch.equal(result.pixels[0], result.pixels[2])
-    monkeypatch.setattr(decoder, "_run", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
+    monkeypatch.setattr(decoder, "_squash", lambda *_: (_ for _ in ()).throw(RuntimeError("boom")))
     assert decoder.decode([good, good], SIZE).failed == [] and decoder.rebuilds >= 1
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from megavlm.data.decode import GRAY, DecodedImages, PilDecoder
 from megavlm.data.device_batch import make_batch
 from megavlm.data.feed import Prefetcher
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 
 Datasets = tuple[Path, Path]
 SIZE = 16
+PLAN = SquashPlan(SIZE, TOKENS_PER_IMAGE)
 WORKER = Path(__file__).with_name("feed_worker.py")
 
 
@@ -37,10 +40,10 @@ class SlowDecoder(PilDecoder):
         self.seconds = seconds
         self.busy = threading.Event()
 
-    def decode(self, images: list[bytes], size: int) -> DecodedImages:
+    def decode(self, *args: Any) -> DecodedImages:
         self.busy.set()
         time.sleep(self.seconds)
-        return super().decode(images, size)
+        return super().decode(*args)
 
 
 @pytest.fixture
@@ -52,9 +55,7 @@ def prefetch(two_datasets: Datasets, tokenizer: Tokenizer) -> Iterator[Callable[
         *, num_workers: int = 0, depth: int = 3, state: object = None, source: object = None, decoder: object = None
     ) -> Prefetcher:
         source = source or open_reader(two_datasets, tokenizer, num_workers=num_workers)
-        opened.append(
-            Prefetcher(source, decoder or PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth, state)
-        )
+        opened.append(Prefetcher(source, decoder or PilDecoder(), PLAN, tokenizer.imgpad_id, depth, state))
         return opened[-1]
 
     yield run
@@ -148,7 +149,7 @@ def test_an_error_of_the_reader_arrives_and_stays(prefetch: Callable[..., Prefet
 
 def test_an_error_of_the_decoder_arrives(prefetch: Callable[..., Prefetcher]) -> None:
     class Broken(PilDecoder):
-        def decode(self, images: list[bytes], size: int) -> DecodedImages:
+        def decode(self, *args: Any) -> DecodedImages:
             raise MemoryError("no room")
 
     prefetcher = prefetch(decoder=Broken())
@@ -183,7 +184,7 @@ def test_workers_are_forked_before_the_thread_starts(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", spy)
-    Prefetcher(reader, PilDecoder(), SIZE, TOKENS_PER_IMAGE, tokenizer.imgpad_id, depth=1).close()
+    Prefetcher(reader, PilDecoder(), PLAN, tokenizer.imgpad_id, depth=1).close()
     assert workers == [1]
 
 
@@ -225,7 +226,7 @@ def broken_image_pack() -> Pack:
 
 def test_a_sample_with_a_broken_image_loses_its_labels() -> None:
     pack, before = broken_image_pack(), broken_image_pack()
-    read = decode_pack(pack, PilDecoder(), SIZE, 3, image_token_id=7)
+    read = decode_pack(pack, PilDecoder(), SquashPlan(SIZE, 3), image_token_id=7)
     assert [sample.cause for sample in read.masked] == ["bad image (not an image)"] and read.pixels.shape == (
         3,
         3,
@@ -244,7 +245,7 @@ def test_what_is_lost_is_counted_when_a_pack_is_taken(tokenizer: Tokenizer) -> N
             while True:
                 yield broken_image_pack()
 
-    prefetcher = Prefetcher(Source(0, OSError()), PilDecoder(), SIZE, 3, 7, depth=4)
+    prefetcher = Prefetcher(Source(0, OSError()), PilDecoder(), SquashPlan(SIZE, 3), 7, depth=4)
     try:
         time.sleep(0.2)
         assert not prefetcher.counters.skipped

@@ -136,7 +136,7 @@ def test_a_picture_that_memory_is_too_small_for_costs_itself(name: str, monkeypa
     assert (result.failed, result.causes) == ([1], [OUT_OF_MEMORY])
     assert (result.pixels[1] == GRAY).all()
     assert torch.equal(result.pixels[0], alone) and torch.equal(result.pixels[2], alone)
-    monkeypatch.setattr(decode, "resize_with_pil", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(decode, "render_with_pil", lambda *_: (_ for _ in ()).throw(MemoryError))
     assert make_decoder("pil").decode([good], SIZE).causes == [OUT_OF_MEMORY]
 
 

@@ -17,6 +17,7 @@ from tokenizer_files import write_llama
 
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.decoders import make_decoder
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.quickstart.render import render_dataset
@@ -264,7 +265,7 @@ def test_unusable_data_sets(opened: OpenReader, two_datasets: Datasets, tokenize
         opened(two_datasets[:1], world_size=201)
     data = DataConfig(train=(DataSource(path="x"),), tokenizer="x", sequence_length=64)
     with pytest.raises(ValueError, match="no data sets"):
-        PackReader([], data, tokenizer, 6, rank=0, world_size=1, seed=1, training=True)
+        PackReader([], data, tokenizer, SquashPlan(16, 6), rank=0, world_size=1, seed=1, training=True)
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(opened: OpenReader, two_datasets: Datasets) -> None:

@@ -306,10 +306,79 @@ def llava_qwen3() -> PreTrainedModel:
     return llava(Qwen3Config(**_TEXT, head_dim=32))
 
 
+ORIGINAL = (
+    ("vision_tower.vision_model.", "model.vision_tower.vision_tower.vision_model."),
+    ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+"""Names in LLaVA's own code, from Transformers' conversion (``convert_llava_weights_to_hf.py``)."""
+
+
+def original_name(name: str) -> str:
+    """Return what LLaVA's own code calls a tensor of ``LlavaForConditionalGeneration``."""
+    return next(new + name.removeprefix(old) for old, new in ORIGINAL if name.startswith(old))
+
+
+def llava_original(
+    directory: Path, model: PreTrainedModel | None = None, *, tower: bool = True, depth: int = 2, **keys: Any
+) -> Path:
+    """LLaVA in its authors' layout, its tower inside or apart (in ``directory``-tower)."""
+    one, apart = model or llava(), directory.with_name(f"{directory.name}-tower")
+    one.save_pretrained(apart)
+    state = {original_name(name): value for name, value in load(apart).items()}
+    config = one.config
+    text = config.text_config.to_dict()
+    for layer in [layer for layer in range(4) if layer >= depth]:  # another depth than Transformers'
+        for kind in ("weight", "bias"):
+            state.pop(f"model.mm_projector.{2 * layer}.{kind}", None)
+    for layer in range(2, depth):
+        state[f"model.mm_projector.{2 * layer}.weight"] = torch.randn(text["hidden_size"], text["hidden_size"])
+        state[f"model.mm_projector.{2 * layer}.bias"] = torch.randn(text["hidden_size"])
+    layers, width = config.vision_feature_layer, config.vision_config.hidden_size
+    own = {
+        **text, "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+        "mm_vision_tower": str(apart), "mm_projector_type": f"mlp{depth}x_gelu", "mm_vision_select_layer": layers,
+        "mm_vision_select_feature": "patch", "mm_hidden_size": width * (len(layers) if isinstance(layers, list) else 1),
+        "image_aspect_ratio": "pad", "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False,
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "tokenizer_model_max_length": 2048, "tokenizer_padding_side": "right", "unfreeze_mm_vision_tower": tower,
+        **keys,
+    }  # fmt: skip
+    if own["mm_projector_type"] == "linear":
+        state = {name.replace("mm_projector.0.", "mm_projector."): value for name, value in state.items()}
+    if not tower:
+        state = {name: value for name, value in state.items() if "vision_tower" not in name}
+    one.model.vision_tower.save_pretrained(apart)
+    return write(directory, state, own)
+
+
+def llava_pickled(directory: Path) -> Path:
+    """As most of them are published: two ``pytorch_model-*.bin`` with an index, in half precision."""
+    llava_original(directory)
+    state = {name: value.half() for name, value in load(directory).items()}
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in (1, 2):
+        file = f"pytorch_model-{shard:05d}-of-00002.bin"
+        own = {name: value for i, (name, value) in enumerate(sorted(state.items())) if i % 2 == shard - 1}
+        torch.save(own, directory / file)
+        weight_map |= dict.fromkeys(own, file)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def llava_layers() -> PreTrainedModel:
+    """LLaVA with the features of two layers, the higher one first."""
+    return llava(vision_feature_layer=[-2, 1])
+
+
 TRANSFORMERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama, "vicuna": vicuna, "qwen2": qwen2, "qwen3": qwen3, "clip": clip, "clip_vision": clip_vision,
     "siglip": siglip, "siglip_vision": siglip_vision, "llava": llava, "llava_qwen_siglip": llava_qwen_siglip,
-    "llava_qwen3": llava_qwen3,
+    "llava_qwen3": llava_qwen3, "llava_layers": llava_layers,
 }  # fmt: skip
 
 
@@ -346,6 +415,15 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "qwen": qwen,
     "codefuse": codefuse,
     "codefuse_mlp": codefuse_mlp,
+    "llava_original": llava_original,
+    "llava_original_bin": llava_pickled,
+    "llava_original_layers": lambda path: llava_original(path, llava_layers()),
+    "llava_original_linear": lambda path: llava_original(path, depth=1, mm_projector_type="linear"),
+    "llava_original_mlp3_qwen2": lambda path: llava_original(
+        path, llava(Qwen2Config(**_TEXT)), depth=3, model_type="llava_qwen"
+    ),
+    "llava_original_siglip": lambda path: llava_original(path, llava_qwen_siglip(), model_type="llava_qwen"),
+    "llava_original_mistral": lambda path: llava_original(path, model_type="llava_mistral", sliding_window=None),
     "codefuse_tower": lambda path: codefuse_parts(path)[1],
     "llava_hub": lambda path: llava_named(
         path, "vision_tower.vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."
@@ -369,6 +447,7 @@ FAMILY_OF: dict[str, str] = {
     "codefuse_mlp": "codefuse_vlm", "codefuse_tower": "qwen_visual", "llava_hub": "llava", "llava_modules": "llava",
     "llama": "llama", "vicuna": "llama", "qwen2": "llama", "qwen3": "llama", "clip": "clip", "clip_vision": "clip",
     "siglip": "siglip", "siglip_vision": "siglip", "llava": "llava", "llava_qwen_siglip": "llava",
-    "llava_qwen3": "llava",
+    "llava_qwen3": "llava", "llava_layers": "llava",
+    **dict.fromkeys([name for name in MAKERS if name.startswith("llava_original")], "llava_original"),
 }  # fmt: skip
 """Whose checkpoint each of ``MAKERS`` and ``TRANSFORMERS`` is."""

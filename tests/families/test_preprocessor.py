@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_cases import clip, llava, llava_qwen_siglip, siglip_vision
-from transformers import PreTrainedModel
+from PIL import Image
+from transformers import CLIPImageProcessorPil, PreTrainedModel
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
+from megavlm.config.schema import ImageConfig
+from megavlm.data.media import plan_of
+from megavlm.data.render import render_with_pil
+from megavlm.families.preprocessor import image_branch, trained_preprocessor
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
+from megavlm.weights.source import Source
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CLIP = [0.48145466, 0.4578275, 0.40821073]
@@ -58,6 +67,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"preprocessor_config.json": {"crop_size": {"height": 14, "width": 28}}},
         "makes pictures of 14 x 28, but config.json",
     ),
+    "another filter": ({"preprocessor_config.json": {"resample": 5}}, "resample is 5; there are"),
+    "not resized": ({"preprocessor_config.json": {"do_resize": False}}, "do_resize is false"),
     "a list": ({"processor_config.json": {"image_processor": [1]}}, "image_processor is no object"),
 }  # fmt: skip
 
@@ -108,11 +119,74 @@ def test_pixels_are_normalised_with_it(directories: dict[str, Path], tmp_path: P
         torch.testing.assert_close(tower(images), tower(expected))
 
 
-def test_the_report_tells_of_another_geometry(
+GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava-hf": (FILES["size"][0]["preprocessor_config.json"], {"kind": "crop", "short_side": 56}),
+    "bilinear": ({**OWN, "do_center_crop": True, "crop_size": 28, "size": {"shortest_edge": 28}, "resample": 2},
+                 {"kind": "crop", "short_side": None, "resample": "bilinear"}),
+    "padded": ({**OWN, "image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": 28,
+                "size": {"shortest_edge": 28}}, {"kind": "pad", "fill": "mean"}),
+    "class of CLIP": ({"image_processor_type": "CLIPImageProcessor"}, {"kind": "crop"}),
+    "squashed": ({**OWN, "do_center_crop": False, "size": {"height": 28, "width": 28}}, {"kind": "squash"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GEOMETRIES)
+def test_llava_has_its_own_geometry(case: str, directories: dict[str, Path], tmp_path: Path) -> None:
+    """In the recipe, in pixels as Transformers' processor makes them, and in the file of a trained export."""
+    tree, expected = GEOMETRIES[case]
+    hf = with_files(directories["llava"], tmp_path / "hf", {"preprocessor_config.json": tree})
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    assert {key: getattr(recipe.model.image, key) for key in expected} == expected
+    plan = plan_of(recipe.model)
+    picture = Image.effect_noise((61, 40), 80).convert("RGB")
+    (ours,) = render_with_pil(picture, plan, plan.plan(61, 40))
+    written = trained_preprocessor(recipe.model, {})
+    for settings in (tree, written):
+        kind = LlavaImageProcessorPil if settings.get("do_pad") else CLIPImageProcessorPil
+        sizes = {} if "size" in settings else {"size": {"shortest_edge": 28}, "crop_size": 28}
+        plain = {key: value for key, value in settings.items() if key != "image_processor_type"}
+        theirs = kind(**{**plain, **sizes, "do_rescale": False, "do_normalize": False})(picture)["pixel_values"][0]
+        assert np.array_equal(ours.transpose(2, 0, 1), np.asarray(theirs))
+    # What an export writes comes in again as the same plan.
+    again = with_files(directories["llava"], tmp_path / "again", {"preprocessor_config.json": written})
+    branch = image_branch(Source(again), 28, clip=True)
+    assert plan_of(dataclasses.replace(recipe.model, image=ImageConfig(**branch))) == plan
+
+
+def test_llavas_original_configuration_says_how_pictures_are_padded(
+    directories: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((directories["llava"] / "config.json").read_text())
+    for aspect, expected in (("pad", {"kind": "pad", "fill": "mean"}), ("square", {"kind": "squash"})):
+        files = {"config.json": config | {"image_aspect_ratio": aspect}}
+        branch = image_branch(Source(with_files(directories["llava"], tmp_path / aspect, files)), 28, clip=False)
+        assert {"kind": "squash", **branch} == {**expected, "resample": "bicubic"}
+    hf = with_files(directories["llava"], tmp_path / "odd", {"config.json": config | {"image_aspect_ratio": "odd"}})
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
+    assert "image_aspect_ratio is 'odd'; there are square, pad, anyres" in capsys.readouterr().err
+
+
+def test_processors_of_tiles(directories: dict[str, Path], tmp_path: Path) -> None:
+    """The families come later; their files are read here."""
+    pinpoints = [[28, 56], [56, 28]]
+    for number, (tree, expected) in enumerate((
+        ({"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints},
+         {"kind": "anyres", "pinpoints": pinpoints}),
+        ({"image_processor_type": "LlavaOnevisionImageProcessorFast", "image_grid_pinpoints": pinpoints},
+         {"kind": "anyres_max", "pinpoints": pinpoints}),
+        ({"image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": True, "max_patches": 6},
+         {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 6}),
+    )):  # fmt: skip
+        hf = with_files(directories["llava"], tmp_path / str(number), {"preprocessor_config.json": tree})
+        assert image_branch(Source(hf), 28, clip=True) == {**expected, "resample": "bicubic"}
+
+
+def test_the_report_of_a_tower_tells_of_another_geometry(
     directories: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    hf = with_files(directories["llava"], tmp_path / "hf", FILES["size"][0])
+    hf = with_files(directories["clip"], tmp_path / "hf", FILES["size"][0])
     assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
     assert f"note: {hf}/preprocessor_config.json cuts a square out of pictures; here they are squashed" in caplog.text
 

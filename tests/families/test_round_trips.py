@@ -18,6 +18,8 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.weights.source import Source
 
 CASES = [*MAKERS, *TRANSFORMERS]
+ALONE = {"mm_projector", "llava_original_apart"}
+"""Families that are a part, or parts in several places, which other tests make."""
 
 
 def convert_in(source: Path, out: Path) -> Path:
@@ -47,7 +49,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     for tensor, value in after.items():
         assert value.dtype == before[tensor].dtype and torch.equal(value, before[tensor]), tensor
     assert len(list(back.glob("model-*.safetensors"))) > 1 and (back / "model.safetensors.index.json").is_file()
-    for file in source.glob("*.json"):
+    for file in (file for file in source.glob("*.json") if not file.name.endswith(".index.json")):
         assert (back / file.name).read_text() == file.read_text()
     assert detect(Source(back)).name == detect(Source(source)).name == FAMILY_OF[name]
 
@@ -60,10 +62,12 @@ def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
         source = Source(make(name, tmp_path / name))
         family = detect(source)
         for branch, values in family.branches(source).items():
+            if branch not in BRANCHES:
+                continue
             architecture = BRANCHES[branch].find(values["preset"]).architecture
             assert architecture is not None
             found[family.name].add(
                 architecture.build.removeprefix("megavlm.architectures.").removesuffix(".build:build")
             )
-    assert found.keys() | {"mm_projector"} == FAMILIES.keys() == PARTS.keys()
+    assert found.keys() | ALONE == FAMILIES.keys() == PARTS.keys()
     assert found == {name: set(PARTS[name]) for name in found}

@@ -28,6 +28,8 @@ from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
+from megavlm.data.media import arrange, plan_of
+from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.families.known import FAMILIES
 from megavlm.inference.generate import generate
@@ -58,6 +60,8 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "laion-qwen2-tied": _qwen2_tied,
     "siglip-qwen2": llava_qwen_siglip,
     "siglip-qwen3": _qwen3,
+    "clip-two-layers": lambda: llava(vision_feature_layer=[-2, -4]),
+    "clip-three-layers": lambda: llava(vision_feature_layer=[1, 3, 1]),
     "clip-last-layer": lambda: llava(vision_feature_layer=-1),
     "siglip-last-layer": lambda: llava(
         vision=SiglipVisionConfig(**_VISION, vision_use_head=False),
@@ -77,7 +81,8 @@ def sample() -> Sample:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, IMAGE, (50,), generator=generator)
     ids[3:19] = ids[22:38] = IMAGE
-    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), None, {})
+    layouts = [SquashPlan(28, 16).plan(28, 28)] * 2
+    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), layouts, None, {})
 
 
 def theirs(model: PreTrainedModel, one: Sample, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -113,7 +118,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     with process_groups(recipe.parallel, 1):
         ours = unwrap(build_model(recipe, IMAGE)[0])
         load(tmp_path / "m", modules=[ours])
-        batch = _batch(one, 1)
+        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), 1)
         logits = ours(batch.tokens, batch.position_ids, batch.packed_seq_params, images=batch.images)[0, :, :120]
         close(logits, expected)
         (logits * weights).sum().backward()

@@ -161,7 +161,9 @@ def test_features_may_be_given_instead_of_images() -> None:
     model = build()
     batch = pack(SAMPLES)
     args = {"tokens": batch.tokens, "position_ids": batch.position_ids, "packed_seq_params": batch.packed_seq_params}
-    close(model(**args, image_features=model.encode_images(batch.images)), model(**args, images=batch.images))
+    features = model.encode_images(batch.images)
+    assert features is not None
+    close(model(**args, image_features=model.arranged(features)), model(**args, images=batch.images))
 
 
 def test_slots_and_images_must_match() -> None:

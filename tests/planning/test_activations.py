@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from saved_tensors import quantise_random, saved_tensors
-from test_parameters import OTHER
+from test_parameters import LAYERS, OTHER
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.data.device_batch import make_batch
@@ -35,6 +35,9 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed-tower": {"model": {"preset": "tiny", "vision": CHECKPOINTED}},
     "other": {"model": OTHER},
     "other-bf16": {**BF16, "model": OTHER},
+    "layers": {"model": LAYERS},
+    "layers-frozen-tower": {"model": LAYERS, "modules": {"vision": FROZEN}},
+    "layers-checkpointed": {"model": {**LAYERS, "vision": {**LAYERS["vision"], "gradient_checkpointing": True}}},
     "lora": {"lora": QWEN, "modules": BESIDE},
     "lora-bf16-selective": {
         **BF16,

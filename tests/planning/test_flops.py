@@ -45,8 +45,11 @@ def resized(rows: int, patches: int, width: int) -> int:
 
 
 @pytest.mark.parametrize("connector", ["resampler", "linear", "mlp2x_gelu"])
-def test_tower_and_connector(connector: str) -> None:
+@pytest.mark.parametrize("layers", [None, (1, 3)])
+def test_tower_and_connector(connector: str, layers: tuple[int, ...] | None) -> None:
+    """Features of two layers make the connector's input twice as wide."""
     model: dict[str, Any] = {"preset": "tiny", "connector": {"preset": connector}}
+    model["vision"] = {"num_layers": 3, "feature_layers": layers}
     if connector == "resampler":
         model["connector"] |= {"num_queries": 4, "head_dim": 16}
     own = tiny_recipe(model=model)

@@ -38,6 +38,11 @@ OTHER: dict[str, Any] = {
     | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
     | {"tie_word_embeddings": True},
 }
+LAYERS: dict[str, Any] = {
+    **OTHER,
+    "vision": {**OTHER["vision"], "post_layernorm": False, "feature_layers": (2, 0, 1)},
+}
+"""Features of several layers: the connector begins three times as wide."""
 TP4 = {"tensor_model_parallel_size": 4}
 QWEN2: dict[str, Any] = {
     **OTHER,
@@ -64,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2},
     },
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
+    "layers-tp2-pp2": {**BF16, "model": LAYERS, "parallel": {**TP2, **PP2, **TORCH}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -94,7 +100,9 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", *(name for name in CASES if "shared" in name)])
+@pytest.mark.parametrize(
+    "name", ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", *(name for name in CASES if "shared" in name)]
+)
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout = layout_of(recipe, RANKS)

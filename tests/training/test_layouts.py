@@ -55,6 +55,16 @@ OTHER_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+LAYERS_MODEL: dict[str, Any] = {
+    "preset": "tiny",
+    "vision": {**OTHER_MODEL["vision"], "post_layernorm": False, "feature_layers": (1, 2)}
+    | {"gradient_checkpointing": True, "patch_size": 16},
+    "connector": {"preset": "mlp2x_gelu", "num_queries": None, "head_dim": None, "init_method_std": 0.1},
+    "language": OTHER_MODEL["language"],
+}
+"""Features of two layers of the tower, side by side."""
+
+
 def run(tmp: Path, name: str, ranks: int, recipe: dict[str, Any], weights: Path) -> dict[str, list[float]]:
     """Train 3 steps; return losses and gradient norms."""
     job, out = tmp / f"{name}.job.json", tmp / f"{name}.json"
@@ -95,6 +105,16 @@ def test_another_model_equals_one_process(
     weights, expected = other
     ranks, parallel = OTHER_LAYOUTS[name]
     got = run(tmp_path, name, ranks, {"model": OTHER_MODEL, "parallel": parallel}, weights)
+    assert got["loss"] == pytest.approx(expected["loss"], rel=FP32)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
+
+
+def test_features_of_several_layers_equal_one_process(tmp_path: Path) -> None:
+    """With the layers recomputed in their backward passes at the one, and not at the other."""
+    weights, vision = tmp_path / "step-00000000", {**LAYERS_MODEL["vision"], "gradient_checkpointing": False}
+    expected = run(tmp_path, "single", 1, {"model": {**LAYERS_MODEL, "vision": vision}}, weights)
+    ranks, parallel = LAYOUTS["tp2-pp2-sp"]
+    got = run(tmp_path, "layers", ranks, {"model": LAYERS_MODEL, "parallel": parallel}, weights)
     assert got["loss"] == pytest.approx(expected["loss"], rel=FP32)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=FP32)
 

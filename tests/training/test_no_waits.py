@@ -106,7 +106,7 @@ def test_no_wait_in_forward_and_backward(monkeypatch, connector, branches):
     recipe = tiny_recipe(model={"connector": {**CONNECTORS[connector], "preset": preset}}, **BRANCHES[branches])
     with process_groups(recipe.parallel, 1):
         training = build_training(recipe, IMAGE_TOKEN)
-        batches = [batch(images, recipe.model.tokens_per_image) for images in (2, 0)]
+        batches = [batch(images, recipe.model.tokens_per_view) for images in (2, 0)]
         run_batches(training.chunks, batches, 1)  # what is made once
         with counted_waits(monkeypatch) as places:
             run_batches(training.chunks, batches, 1)

@@ -111,7 +111,7 @@ def test_numbers(name: str) -> None:
     recipe, stage = load(name), STAGES[name]
     optimizer, training = recipe.optimizer, recipe.training
     assert recipe.model.vision.image_size == stage.pixels
-    assert recipe.model.tokens_per_image == 256
+    assert recipe.model.tokens_per_view == 256
     assert recipe.data.sequence_length == stage.length
     assert [module for module in MODULES if not getattr(recipe.modules, module).freeze] == stage.trains
     assert training.global_batch_size == stage.batch

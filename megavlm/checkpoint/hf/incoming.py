@@ -30,6 +30,7 @@ from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import geometry
+from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
 
@@ -47,7 +48,7 @@ class Given:
     branches: Tree
 
     @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: int | str = -2) -> Given:
+    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> Given:
         """Open a directory or file and recognise its family.
 
         Args:
@@ -126,6 +127,8 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
+    if len(given) == 1 and "image" in given[0].branches:
+        branches["image"] = given[0].branches["image"]
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -134,8 +137,15 @@ def convert(
         if tokenizer is not None and "language" in one.parts:
             _check_ids(one, tokenizer)
     report = Report(dict.fromkeys(fresh, "initialised"))
-    report.notes = [note for one in given if "vision" in one.parts for note in [geometry(one.source)] if note]
-    if len(given) > 1 or fresh:
+    report.notes = [
+        note
+        for one in given
+        if "vision" in one.parts and "image" not in branches
+        for note in [geometry(one.source)]
+        if note
+    ]
+    rows = (branches.get("language") or {}).get("vocab_size")
+    if len(given) > 1 or fresh or given[0].family.slotless:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
     model = make_model(branches, where)
@@ -153,11 +163,11 @@ def convert(
         total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
         report.bytes = total
         for plan in plans:
-            plan.tell(report, whole=len(given) == 1 and not fresh)
+            plan.tell(report, whole=plan.given is given[0] and _comes_home(given, parts, home))
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
-            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype)
+            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype, rows)
             if verify:
                 _verify(partial, plans, total)
                 report.verified = True
@@ -306,12 +316,15 @@ def _write_rest(
     tokenizer: Path | None,
     home: str | None,
     dtype: torch.dtype,
+    rows: int | None,
 ) -> None:
     """Write what a checkpoint has beside its tensors."""
     one = given[0]
-    whole = len(given) == 1 and one.parts == tuple(one.family.parts) and not report.fresh
+    whole = _comes_home(given, parts, home)
     if whole:
         assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
+        for name, tree in one.family.extra_files(one.source).items():
+            (partial / assets.FOLDER / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         if report.carried:
             _write_carried(partial / assets.FOLDER / assets.CARRIED, one.source, report.carried)
     elif tokenizer is not None:
@@ -320,11 +333,12 @@ def _write_rest(
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
         "home": home,
+        "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": list(parts),
         "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
-        "model": {part: branches[part] for part in parts},
+        "model": {name: branches[name] for name in (*parts, "image") if name in branches},
         "origin": report.parts,
         "initialised": report.fresh,
         "ignored": report.ignored,
@@ -336,6 +350,14 @@ def _write_rest(
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run: dict[str, Any] = {"step": 0, "megavlm": __version__, "converted_from": report.parts}
     (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
+
+
+def _comes_home(given: Sequence[Given], parts: Sequence[str], home: str | None) -> bool:
+    """Whether an export gives back what came in: one checkpoint taken whole, or one whose tower is apart."""
+    one = given[0]
+    if {part for each in given for part in each.parts} != set(parts):
+        return False  # some were initialised
+    return one.parts == tuple(one.family.parts) and (len(given) == 1 or one.family.name == home)
 
 
 def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
-from megavlm.families.family import Family
+from megavlm.families.family import Family, Tower
 from megavlm.families.known import FAMILIES
+from megavlm.families.llava_original import VISION_CONFIG, LlavaApartFamily, LlavaOriginalFamily
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.families.towers import LAST_HIDDEN_STATE
+from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer, transformers_vision
 from megavlm.models.build import MODULES
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VISUAL_CONFIG = "visual_config.json"
+IMAGE = "image"
+"""The branch of ``model`` that is no part of it: it has no weights."""
 
 
 @dataclass
@@ -111,17 +115,20 @@ def export(
     record = assets.read_record(checkpoint)
     branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
-    family = choose_family(
-        family_name or record.get("family") or record.get("home"), model, tuple(branches), asked=family_name is not None
-    )
+    name = family_name or record.get("family") or record.get("home")
+    if family_name is None and name == LlavaApartFamily.name and _tower_learnt(checkpoint):
+        name = LlavaOriginalFamily.name  # the tower that is named elsewhere is not this one any more
+    family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
     original = record.get("family") == family.name
-    style = record["style"] if original and record.get("style") in family.styles else next(iter(family.styles))
+    style = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
+    model = _without_slot(checkpoint, family, model, record, original=original)
+    kin = None if original else _kin(checkpoint, family, model, record)
     reader = open_reader(checkpoint, base)
     result = Export(f"{family.name} ({family.title})")
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))
         rules.sort(key=lambda rule: -_type(rule, reader, dtype).itemsize)  # the larger first: all stay aligned
-        extra = _extra(checkpoint, family, model, style, result, original=original, dtype=dtype)
+        extra = _extra(checkpoint, family, model, style, result, kin, original=original, dtype=dtype)
         entries = [e for rule in rules for e in _entries(rule, _type(rule, reader, dtype))]
         entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
@@ -138,7 +145,9 @@ def export(
             finally:
                 writer.abort()
             result.files = len(writer.shards)
-            _write_assets(checkpoint, partial, family, model, record, result, original=original)
+            if family.pickle is not None:
+                _write_pickle(partial, family.pickle, result)
+            _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial, entries, record)
             source = Source(partial, _feature_layer(record, model, original=original))
@@ -151,7 +160,7 @@ def export(
 
 
 def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
-    """Return the branches of the model that a checkpoint holds.
+    """Return the branches of the model that a checkpoint holds, and what becomes of pictures (:data:`IMAGE`).
 
     Raises:
         UserError: it has neither a recipe nor a record.
@@ -166,7 +175,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
         raise UserError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
         )
-    branches = {part: model[part] for part in MODULES if part in model} if isinstance(model, dict) else {}
+    branches = {name: model[name] for name in (*MODULES, IMAGE) if name in model} if isinstance(model, dict) else {}
     if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
         raise UserError(f"{where}: has no model; restore the file")
     return branches
@@ -236,12 +245,61 @@ def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, res
     return cast
 
 
+@dataclass
+class _Kin:
+    """The family that the weights came in, where the one to write has the same tower under other names."""
+
+    tower: Tower
+    prefix: str
+    """Of the tower's names there."""
+
+
+def _kin(checkpoint: Path, family: Family, model: ModelConfig, record: Mapping[str, Any]) -> _Kin | None:
+    """Return what another family kept of the tower; None where that is another one, or a part of it changed."""
+    folder, other = checkpoint / assets.FOLDER, FAMILIES.get(str(record.get("family")))
+    path = folder / CONFIG
+    if other is None or not path.is_file() or not {"vision"} <= {*family.parts} & {*other.parts}:
+        return None
+    tower, prefix = (
+        other.tower_of(read_json(path), folder),
+        other.styles.get(record.get("style") or "", {}).get("tower"),
+    )
+    if tower is None or prefix is None or "tower" not in family.styles[family.style_for(model)]:
+        return None
+    there = make_model({"vision": transformers_vision(*tower, str(path))}, str(path))
+    return None if _differing("vision", model, there) else _Kin(tower, prefix)
+
+
+def _without_slot(
+    checkpoint: Path, family: Family, model: ModelConfig, record: Mapping[str, Any], *, original: bool
+) -> ModelConfig:
+    """Return the model with as many rows of the vocabulary as came in, where nothing but an image's slot was added."""
+    rows, folder = record.get("rows"), checkpoint / assets.FOLDER
+    if not original or not family.slotless or not isinstance(rows, int) or rows >= model.language.vocab_size:
+        return model
+    path = find_tokenizer(folder)
+    tokenizer = load_tokenizer(path, template_of(template_name(checkpoint), path)) if path else None
+    if tokenizer is None or len(tokenizer.added) > 1 or tokenizer.vocab_size - len(tokenizer.added) > rows:
+        return model
+    return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=rows))
+
+
+def _write_pickle(partial: Path, name: str, result: Export) -> None:
+    """Put what was written into one file of ``torch.save``."""
+    source = Source(partial)
+    torch.save({key: source.get(key).clone() for key in source.tensors}, partial / name)
+    for path in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
+        path.unlink()
+    result.files = 1
+
+
 def _extra(
     checkpoint: Path,
     family: Family,
     model: ModelConfig,
     style: str,
     result: Export,
+    kin: _Kin | None,
     *,
     original: bool,
     dtype: torch.dtype | None,
@@ -254,6 +312,13 @@ def _extra(
         tensors = {name: source.get(name) for name in source.tensors}
     elif original:
         return {}
+    elif kin is not None:
+        tensors, prefix = {}, family.styles[style]["tower"]
+        if carried.is_dir():
+            kept = Source(carried)
+            there = [name for name in kept.tensors if name.startswith(kin.prefix)]
+            tensors = {prefix + name.removeprefix(kin.prefix): kept.get(name) for name in there}
+        result.carried = len(tensors)
     else:
         constants = family.constants(model, style)
         result.constants = list(constants)
@@ -270,18 +335,22 @@ def _write_assets(
     model: ModelConfig,
     record: Mapping[str, Any],
     result: Export,
+    kin: _Kin | None,
     *,
     original: bool,
 ) -> None:
-    """Write configuration and tokenizer files."""
+    """Write configuration and tokenizer files; a part that is one file has none."""
+    if family.pickle is not None:
+        return
     folder = checkpoint / assets.FOLDER
     files = [path for path in assets.small_files(folder) if path.name != assets.RECORD] if folder.is_dir() else []
     if not original:
-        files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG)]
+        files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG, VISION_CONFIG)]
     assets.copy_files(files, partial)
     tokens = _tokens(checkpoint, record, folder)
     if not original:
-        _write_config(partial, {}, family.config(model, tokens))
+        config = family.config(model, tokens)
+        _write_config(partial, {}, family.with_tower(config, *kin.tower) if kin is not None else config)
         return
     source = Source(partial, _feature_layer(record, model, original=original))
     result.changed = _differences(family, source, model)
@@ -318,10 +387,18 @@ def _system_message(checkpoint: Path) -> str:
     return str(data.get("system_message", DataConfig.system_message))
 
 
-def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> int | str:
+def _tower_learnt(checkpoint: Path) -> bool:
+    """Whether a training changed the tower."""
+    modules = (read_tree(checkpoint).get("modules") if (checkpoint / "recipe.yaml").is_file() else None) or {}
+    return was_trained(checkpoint) and not (modules.get("vision") or {}).get("freeze", False)
+
+
+def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> FeatureLayer:
     """Return the layer whose features a tower alone gives: a tower that is written anew ends with it."""
     if original:
         return record.get("feature_layer") or -2
+    if model.vision.feature_layers is not None:
+        return list(model.vision.feature_layers)
     return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
 
 
@@ -338,12 +415,11 @@ def _tokens(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[s
 
 def _write_config(partial: Path, old: Tree, new: Tree) -> None:
     """Write ``config.json``, what is new over what was there; the tower's own settings go into their file."""
-    new = dict(new)
-    visual = new.pop("visual_config", None)
-    if visual is not None:
-        (partial / _VISUAL_CONFIG).write_text(json.dumps(visual, indent=2) + "\n", encoding="utf-8")
-    if new:
-        text = json.dumps(_merge(old, new), indent=2, ensure_ascii=False) + "\n"
+    for name in [name for name in new if name.endswith(".json")]:
+        (partial / name).write_text(json.dumps(new[name], indent=2) + "\n", encoding="utf-8")
+    own = {key: value for key, value in new.items() if not key.endswith(".json")}
+    if own:
+        text = json.dumps(_merge(old, own), indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
 
 
@@ -377,18 +453,19 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
         return [str(error)]
     tree = to_tree(model)
     written = make_model({**{part: tree[part] for part in BRANCHES}, **branches}, str(source.path))
-    found = []
-    for part in family.parts:
-        wanted, there = getattr(model, part), getattr(written, part)
-        if architecture_of(model, part) is not architecture_of(written, part):
-            found.append(f"model.{part}.preset")
-            continue
-        found += [
-            f"model.{part}.{key}"
-            for key in tree[part]
-            if key != "preset" and meaning_of(wanted, key).published and getattr(wanted, key) != getattr(there, key)
-        ]
-    return found
+    return [key for part in family.parts for key in _differing(part, model, written)]
+
+
+def _differing(part: str, model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Return the keys of a part whose values two models do not share, of those that a published file says."""
+    wanted, there = getattr(model, part), getattr(other, part)
+    if architecture_of(model, part) is not architecture_of(other, part):
+        return [f"model.{part}.preset"]
+    return [
+        f"model.{part}.{key}"
+        for key in to_tree(model)[part]
+        if key != "preset" and meaning_of(wanted, key).published and getattr(wanted, key) != getattr(there, key)
+    ]
 
 
 def _verify(source: Source, rules: Sequence[Rule], reader: CheckpointReader, total: int) -> None:

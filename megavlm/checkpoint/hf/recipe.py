@@ -13,6 +13,7 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import ModelConfig, Recipe
+from megavlm.data.media import plan_of
 
 Tree = dict[str, Any]
 
@@ -43,7 +44,7 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
     tree["model"] = whole
     if base is None:
         tree["output_dir"] = str(Path("runs") / out.name)
-        length = max(2048, model.tokens_per_image + _TEXT_TOKENS)
+        length = max(2048, _longest_image(model, where) + _TEXT_TOKENS)
         tree["data"] = {
             **tree["data"],
             "sequence_length": min(length, max(model.language.max_position_embeddings, length)),
@@ -60,3 +61,15 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
     except RecipeError as error:
         raise UserError(f"{where}: do not make one model, or do not suit the recipe:\n{error}") from None
     return to_yaml(recipe)
+
+
+def _longest_image(model: ModelConfig, where: str) -> int:
+    """Return the tokens of a large photograph.
+
+    Raises:
+        UserError: the image plan does not suit the model.
+    """
+    try:
+        return plan_of(model).plan(1600, 1200).tokens
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

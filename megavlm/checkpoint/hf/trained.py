@@ -94,9 +94,14 @@ def write_trained(partial: Path, family: Family, model: ModelConfig, template: s
 def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
     """Write how pictures are made pixels."""
     old = _read(partial / PREPROCESSOR) or dict(_read(partial / PROCESSOR).get("image_processor") or {})
-    _write(partial / PREPROCESSOR, trained_preprocessor(model.vision, old))
-    side = model.vision.image_size
-    return [f"{PREPROCESSOR}: pictures are squashed to {side} x {side}, bicubic, nothing is cut off"]
+    _write(partial / PREPROCESSOR, trained_preprocessor(model, old))
+    side, image = model.vision.image_size, model.image
+    how = {
+        "squash": f"squashed to {side} x {side}, {image.resample}, nothing is cut off",
+        "crop": f"cut to {side} x {side} from their middle, {image.resample}",
+        "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
+    }
+    return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
 
 
 def _write_tokens(path: Path, tokenizer: Tokenizer) -> list[str]:

@@ -17,6 +17,7 @@ from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
 from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
+from megavlm.data.media import ImagePlan
 from megavlm.data.packing import PackableSample, build_pack
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
@@ -65,7 +66,7 @@ class Collected:
     """Everything on the page."""
 
     data: DataConfig
-    tokens_per_image: int
+    plan: ImagePlan
     names: list[str]
     counts: list[Counts]
     samples: list[Shown] = field(default_factory=list)
@@ -77,8 +78,7 @@ class Collected:
 def collect(
     data: DataConfig,
     tokenizer: Tokenizer,
-    tokens_per_image: int,
-    image_size: int,
+    plan: ImagePlan,
     seed: int,
     *,
     replicas: int = 1,
@@ -91,8 +91,7 @@ def collect(
     Args:
         data: The data branch, with prepared data sets.
         tokenizer: Its tokenizer.
-        tokens_per_image: ``<imgpad>`` slots of one image.
-        image_size: Side of the decoded pictures, pixels.
+        plan: What becomes of pictures.
         seed: Seed of the order of the packs.
         replicas: Data-parallel size.
         samples: Samples to show, taken from all data sets in turn, spread over each.
@@ -104,8 +103,8 @@ def collect(
         UserError: No sample is usable.
     """
     names = [source_name(source) for source in data.train]
-    encoder = PackEncoder(data, names, tokenizer, tokens_per_image)
-    found = Collected(data, tokens_per_image, names, [])
+    encoder = PackEncoder(data, names, tokenizer, plan)
+    found = Collected(data, plan, names, [])
     kept: list[list[Shown]] = []
     for index, source in enumerate(data.train):
         reader = _open(source.path)
@@ -123,14 +122,14 @@ def collect(
             # As many workers as the recipe has make the packs what they are, also on a small machine.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             packed = PackReader(
-                data.train, data, tokenizer, tokens_per_image, rank=0, world_size=replicas, seed=seed, training=True
+                data.train, data, tokenizer, plan, rank=0, world_size=replicas, seed=seed, training=True
             )
             found.packs = [next(packed) for _ in range(packs)]
         packed.close()
     # As the trainer's feed does it: a sample with a picture that cannot be decoded loses its labels.
     decoder = make_decoder(data.image_decoder, alpha=data.image_alpha)
     for pack in (*(shown.pack for shown in found.samples), *found.packs):
-        read = decode_pack(pack, decoder, image_size, tokens_per_image, tokenizer.imgpad_id)
+        read = decode_pack(pack, decoder, plan, tokenizer.imgpad_id)
         found.masked |= {f"{skipped.dataset}/{skipped.key}": skipped.cause for skipped in read.masked}
     return found
 

@@ -83,6 +83,21 @@ def _fit(blocks: Iterable[str], used: int, most: int) -> tuple[list[str], int]:
     return taken, used
 
 
+def _picture_facts(found: Collected) -> str:
+    """How many tokens pictures have: one number, or from the samples on the page."""
+    if found.plan.fixed:
+        return f"{found.plan.tokens_per_view} tokens a picture (and two around it)"
+    shapes = [shape for pack in (*(one.pack for one in found.samples), *found.packs) for shape in pack.image_shapes]
+    if not shapes:
+        return f"{found.plan.tokens_per_view} tokens a view of a picture"
+    layouts = [found.plan.plan(*shape) for shape in shapes]
+    tokens, views = ([of(one) for one in layouts] for of in (lambda one: one.tokens, lambda one: len(one.views)))
+    return (
+        f"{min(tokens)} to {max(tokens)} tokens a picture ({sum(tokens) / len(tokens):.0f} on average), "
+        f"{min(views)} to {max(views)} views"
+    )
+
+
 def _head(found: Collected) -> str:
     data = found.data
     colours = _colours(found)
@@ -93,7 +108,7 @@ def _head(found: Collected) -> str:
     fill = _fill(found.packs)
     facts = [
         f"{data.sequence_length:,} tokens a pack",
-        f"{found.tokens_per_image} tokens a picture (and two around it)",
+        _picture_facts(found),
         f"packing {data.packing}",
         f"tokenizer {data.tokenizer}",
         *([f"system message \u201c{data.system_message}\u201d"] if data.system_message else []),

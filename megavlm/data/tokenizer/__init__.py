@@ -10,7 +10,8 @@ from pathlib import Path
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.template import Template
+from megavlm.data.schema import Turn
+from megavlm.data.template import Template, TemplateError
 from megavlm.data.templates import QWEN_VL, template_of
 from megavlm.data.tokenizer.base import Tokenizer
 from megavlm.data.tokenizer.files import TOKENIZER_FILES, check_vocabulary, files_of, find_tokenizer, with_tokenizer
@@ -64,7 +65,21 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     path = Path(recipe.data.tokenizer)
     tokenizer = load_tokenizer(path, template_of(recipe.model.template, path))
     check_vocabulary(recipe, tokenizer)
+    if recipe.data.system_message:
+        check_system(tokenizer.template, recipe.data.system_message)
     return tokenizer
+
+
+def check_system(template: Template, message: str) -> None:
+    """Check that a template has a place for the recipe's system message.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        template.spans([Turn("system", message), Turn("user", "?")], prompt=True)
+    except TemplateError as error:
+        raise UserError(f"data.system_message: {error}") from None
 
 
 def image_tokens(tokenizer: Tokenizer) -> dict[str, int]:
@@ -94,6 +109,12 @@ def load_tokenizer(path: str | Path, template: Template = QWEN_VL) -> Tokenizer:
     if not path.is_file():
         raise MissingFileError(f"tokenizer {path} does not exist")
     try:
-        return _KINDS[path.suffix](path, template)
+        tokenizer = _KINDS[path.suffix](path, template)
     except ModuleNotFoundError as error:
         raise ImportError(f"tokenizer {path} needs the package {error.name}: pip install {error.name}") from None
+    if template.stop_text:
+        # Text, so the id that it has behind other text; none where it would be a part of a longer piece.
+        known, whole = tokenizer.encode("a"), tokenizer.encode("a" + template.stop_text)
+        if whole[:-1] == known:
+            tokenizer.stop_ids = (whole[-1], *tokenizer.stop_ids)
+    return tokenizer

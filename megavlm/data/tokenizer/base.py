@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megavlm.config.errors import UserError
 from megavlm.data.template import Template
+
+# Special tokens that texts are made of, such as boxes: they forge nothing. The unknown token stands for any text.
+_IN_TEXTS = re.compile(
+    r"</?(ref|box|quad|point|unk)>|<(loc|seg)\d+>|<\|(object_ref|box|quad)_(start|end)\|>|<\|unk\|>|\[UNK\]"
+)
 
 
 class Tokenizer(ABC):
@@ -26,7 +32,8 @@ class Tokenizer(ABC):
     ids: dict[str, int]
     """Ids of the template's control tokens and its slot, by the names that the template calls them."""
     control_ids: frozenset[int]
-    """Ids of these and of :attr:`eos_id`: text that contains one would forge turns or image slots."""
+    """Ids of these, of :attr:`eos_id` and of the file's special tokens: text that contains one would forge turns or
+    image slots."""
     eos_id: int
     """Id of the token that ends a document, ``<|endoftext|>`` or ``</s>``."""
     imgpad_id: int
@@ -42,7 +49,9 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are written out, broken UTF-8 becomes U+FFFD."""
 
-    def _take_tokens(self, known: Mapping[str, int], size: int, path: Path, template: Template) -> dict[str, int]:
+    def _take_tokens(
+        self, known: Mapping[str, int], size: int, path: Path, template: Template, specials: Iterable[str] = ()
+    ) -> dict[str, int]:
         """Take the control tokens from a file's tokens, append those that it lacks, and set all attributes.
 
         What is appended comes after the file's ids, in the order of the template.
@@ -52,6 +61,7 @@ class Tokenizer(ABC):
             size: One more than the file's largest id.
             path: The file, for the error.
             template: Whose tokens they are.
+            specials: Names of the file's special tokens; those that texts are made of are let through.
 
         Returns:
             Name and id of each control token.
@@ -79,6 +89,8 @@ class Tokenizer(ABC):
         self.template = template
         self.added, self.vocab_size = tuple(added), size + len(added)
         self.eos_id, self.imgpad_id = known[eos], self.ids[template.slot.name]
-        self.stop_ids = tuple(dict.fromkeys([*(self.ids[name] for name in template.stops), self.eos_id]))
-        self.control_ids = frozenset(tokens.values())
+        named = [self.ids[name] for name in template.stops]
+        self.stop_ids = tuple(dict.fromkeys([*named, *template.stop_ids, self.eos_id]))
+        guarded = [known[name] for name in specials if name in known and not _IN_TEXTS.fullmatch(name)]
+        self.control_ids = frozenset([*tokens.values(), *guarded])
         return tokens

@@ -44,7 +44,8 @@ class HFTokenizer(Tokenizer):
                 self._tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)])
                 vocabulary[name] = number
         self._check(beside, path)
-        tokens = self._take_tokens(vocabulary, max(vocabulary.values()) + 1, path, template)
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        tokens = self._take_tokens(vocabulary, max(vocabulary.values()) + 1, path, template, special)
         # Also those that the file has as ordinary pieces: they keep their ids, and become whole tokens.
         whole = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._tokenizer.add_special_tokens(

@@ -97,8 +97,8 @@ class PlainSentencePieceTokenizer(Tokenizer):
         known = {piece: i for i, piece in enumerate(pieces)}
         beside = tokens_beside(path, known)
         size = max([len(pieces) - 1, *beside.values()]) + 1
-        tokens = self._take_tokens(known | beside, size, path, template)
         control = {piece: i for piece, i in known.items() if model.IsControl(i)}
+        tokens = self._take_tokens(known | beside, size, path, template, [*control, *beside])
         self._specials = control | beside | tokens
         self._names = {number: name for name, number in self._specials.items()}
         longest_first = sorted(self._specials, key=len, reverse=True)

@@ -51,7 +51,7 @@ class TiktokenTokenizer(Tokenizer):
         )
         if more := sorted(set(tokens_beside(path, specials)) - set(specials)):
             raise UserError(f"tokenizer {path}: the files beside it add {more[0]}, which Qwen's tokenizer has not")
-        self._take_tokens(specials, len(ranks) + len(specials), path, template)
+        self._take_tokens(specials, len(ranks) + len(specials), path, template, specials)
         if self.added:
             raise UserError(
                 f"model.template: {template.name} needs the token {self.added[0]}, which tokenizer {path} has not; "

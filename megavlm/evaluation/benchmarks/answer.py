@@ -14,6 +14,7 @@ from megatron.core import parallel_state as mpu
 from megavlm.config.schema import Recipe
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.decoders import make_decoder
+from megavlm.data.media import Arrangement, ImagePlan, plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
@@ -112,7 +113,7 @@ def _round(
     with agreed("reading images"):
         if decoder is not None:
             for one, prompt in zip(asked, prompts, strict=True):
-                prompt.images, cause = _decode(decoder, one, recipe.model.vision.image_size)
+                prompt.images, prompt.arrangement, cause = _decode(decoder, one, plan_of(recipe.model))
                 if cause:
                     problems[one.item.id] = cause
     predictions: dict[str, tuple[str, list[float]]] = {}
@@ -151,10 +152,11 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
     return {**row, "losses": [round(loss, 6) for loss in losses]} if losses else row
 
 
-def _decode(decoder: ImageDecoder, question: Question, size: int) -> tuple[torch.Tensor, str]:
-    """[N, 3, size, size] pixels of a question, gray where a picture is broken, and why it is."""
+def _decode(decoder: ImageDecoder, question: Question, plan: ImagePlan) -> tuple[torch.Tensor, Arrangement | None, str]:
+    """Views of a question's pictures, gray where one is broken, where their features go, and why it is broken."""
     pictures = question.item.pictures
-    decoded = decoder.decode([picture_bytes(one) for one in pictures], size)
-    if not decoded.failed:
-        return decoded.pixels, ""
-    return decoded.pixels, f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+    decoded, arrangement = decoder.decode_prompt([picture_bytes(one) for one in pictures], plan)
+    problem = ""
+    if decoded.failed:
+        problem = f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+    return decoded.pixels, arrangement, problem

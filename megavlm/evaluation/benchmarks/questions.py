@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import count_images, encode_prompt, encode_text
+from megavlm.data.images import image_runs
+from megavlm.data.media import plan_of
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, render
+from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, picture_bytes, render
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def make_questions(
         text = render(benchmark, item)
         options = tuple(letters[: len(item.choices)])
         try:
-            tokens, problem = _encode(text, tokenizer, recipe, chat), ""
+            tokens, problem = _encode(text, item, tokenizer, recipe, chat), ""
         except UserError as error:
             tokens, problem = np.zeros(0, np.int64), str(error)
         questions.append(Question(item, text, tokens, options, problem))
@@ -59,9 +61,9 @@ def make_questions(
     return questions
 
 
-def _encode(text: str, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
+def _encode(text: str, item: Item, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
     turns = [Turn("user", text)]
-    runs = [(recipe.model.tokens_per_image,)] * count_images(turns)
+    runs = image_runs(plan_of(recipe.model), count_images(turns), lambda: [picture_bytes(one) for one in item.pictures])
     if chat:
         return encode_prompt(turns, tokenizer, runs, recipe.data.system_message)
     check_text(text, "the question")

@@ -26,7 +26,9 @@ from megavlm.data.decoders import make_decoder
 from megavlm.data.device_batch import make_batch
 from megavlm.data.feed import Prefetcher
 from megavlm.data.inspect.tokens import segments, shapes
+from megavlm.data.media import plan_of
 from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -232,10 +234,10 @@ def test_the_page_shows_the_batches_of_the_trainer(workers: int, run_data, tmp_p
 
     loaded = load_recipe(str(recipe), [], expand_presets)
     tokenizer = load_tokenizer(loaded.data.tokenizer)
-    size, slots = loaded.model.vision.image_size, loaded.model.tokens_per_image
-    reader = PackReader(loaded.data.train, loaded.data, tokenizer, slots, rank=0, world_size=2,
+    plan = plan_of(loaded.model)
+    reader = PackReader(loaded.data.train, loaded.data, tokenizer, plan, rank=0, world_size=2,
                         seed=loaded.training.seed, training=True)  # fmt: skip
-    prefetcher = Prefetcher(reader, make_decoder(), size, slots, tokenizer.imgpad_id, depth=2)
+    prefetcher = Prefetcher(reader, make_decoder(), plan, tokenizer.imgpad_id, depth=2)
     reads = [prefetcher.take() for _ in range(5)]
     prefetcher.close()
     shown = PackPage(out.read_text(encoding="utf-8"), tokenizer)
@@ -296,7 +298,7 @@ def test_a_recipe_says_how_the_data_is_trained(run_data, tmp_path: Path) -> None
     assert "pictures/train-" in page.text  # the recipe's name of the data set
     loaded = load_recipe(recipe, [], expand_presets)
     tokenizer = load_tokenizer(loaded.data.tokenizer)
-    trained = next(PackReader(loaded.data.train, loaded.data, tokenizer, 4, rank=0, world_size=1,
+    trained = next(PackReader(loaded.data.train, loaded.data, tokenizer, SquashPlan(16, 4), rank=0, world_size=1,
                               seed=loaded.training.seed, training=True))  # fmt: skip
     for key in trained.sample_keys:
         assert key in page.text

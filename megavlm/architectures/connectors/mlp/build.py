@@ -25,7 +25,7 @@ class MLPConnector(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        width, embed, connector = model.vision.hidden_size, model.language.hidden_size, model.connector
+        width, embed, connector = model.vision.feature_size, model.language.hidden_size, model.connector
         assert isinstance(connector, MLPConfig)
         config = TransformerConfig(
             num_layers=1,

@@ -45,7 +45,7 @@ def rules(model: ModelConfig, _layout: ParallelConfig) -> Iterator[str]:
 def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
     """Return the sizes of the connector's matrix products: key, number, ranks that share it."""
     return (
-        ("model.vision.hidden_size", model.vision.hidden_size, 1),
+        ("model.vision.hidden_size", model.vision.feature_size, 1),
         ("model.language.hidden_size", model.language.hidden_size, tp),
         ("model.vision.image_size", model.vision.patches_per_image, 1),
     )

@@ -10,7 +10,7 @@ from megavlm.config.schema import ModelConfig
 def _sizes(model: ModelConfig) -> tuple[int, int, int]:
     """Return the number of layers, and the widths that they begin and end with."""
     assert isinstance(model.connector, MLPConfig)
-    return model.connector.depth, model.vision.hidden_size, model.language.hidden_size
+    return model.connector.depth, model.vision.feature_size, model.language.hidden_size
 
 
 def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:

@@ -32,7 +32,7 @@ class Resampler(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        width, embed = model.vision.hidden_size, model.language.hidden_size
+        width, embed = model.vision.feature_size, model.language.hidden_size
         connector = model.connector
         assert isinstance(connector, ResamplerConfig)
         assert connector.num_queries is not None and connector.head_dim is not None  # its rules

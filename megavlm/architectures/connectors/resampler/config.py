@@ -70,7 +70,7 @@ def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
     connector = model.connector
     assert isinstance(connector, ResamplerConfig)
     return (
-        ("model.vision.hidden_size", model.vision.hidden_size, 1),
+        ("model.vision.hidden_size", model.vision.feature_size, 1),
         ("model.language.hidden_size", model.language.hidden_size, tp),
         ("model.vision.image_size", model.vision.patches_per_image, 1),
         (f"{_OWN}.num_queries", connector.num_queries or 0, 1),

@@ -12,7 +12,7 @@ def _sizes(model: ModelConfig) -> tuple[int, int, int, int]:
     connector = model.connector
     assert isinstance(connector, ResamplerConfig)
     assert connector.num_queries is not None and connector.head_dim is not None  # its rules
-    return connector.num_queries, connector.head_dim, model.vision.hidden_size, model.language.hidden_size
+    return connector.num_queries, connector.head_dim, model.vision.feature_size, model.language.hidden_size
 
 
 def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.activations import quick_gelu
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -88,6 +90,7 @@ class VisionTransformer(MegatronModule):
         for layer in self.transformer.layers:
             BiasActivationMLP.take_over(layer.mlp)
         self.ln_post = norm() if vision.post_layernorm else None
+        self.feature_layers = vision.feature_layers
         if context.initialize:
             torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
             if self.class_embedding is not None:
@@ -100,14 +103,37 @@ class VisionTransformer(MegatronModule):
             images_NCHW: [N, 3, H, W], uint8 (0..255), or floating point where already normalised.
 
         Returns:
-            [P, N, W] features, in the number type of the weights; the class token's is not among them.
+            [P, N, W] features, in the number type of the weights; the class token's is not among them. With
+            ``feature_layers`` they are L times as wide: those of L layers, side by side.
         """
         x_TNW = self._embed(self._normalise(images_NCHW))
         if self.ln_pre is not None:
             x_TNW = self.ln_pre(x_TNW)
-        x_TNW = self.transformer(hidden_states=x_TNW.contiguous(), attention_mask=None)
+        x_TNW = self._layers(x_TNW.contiguous())
         x_PNW = x_TNW if self.class_embedding is None else x_TNW[1:]
         return x_PNW if self.ln_post is None else self.ln_post(x_PNW)
+
+    def _layers(self, x_TNW: Tensor) -> Tensor:
+        """Return [T, N, W] of the last layer, or [T, N, L * W] of the layers that are taken."""
+        if self.feature_layers is None:
+            return self.transformer(hidden_states=x_TNW, attention_mask=None)
+        taken = {0: x_TNW}
+        for number, layer in enumerate(self.transformer.layers, 1):
+            x_TNW = self._layer(layer, number, x_TNW)
+            if number in self.feature_layers:
+                taken[number] = x_TNW
+        return torch.cat([taken[number] for number in self.feature_layers], dim=-1)
+
+    def _layer(self, layer: torch.nn.Module, number: int, x_TNW: Tensor) -> Tensor:
+        """Run one layer as Megatron-Core's block does, which does not give away what lies between its layers."""
+
+        def run(x: Tensor) -> Tensor:
+            with get_fp8_context(self.config, number - 1):  # nothing in bf16
+                return layer(hidden_states=x, attention_mask=None)[0]
+
+        if self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled():
+            return tensor_parallel.checkpoint(run, False, x_TNW)
+        return run(x_TNW)
 
     def _normalise(self, images_NCHW: Tensor) -> Tensor:
         """Return the images in the number type of the weights, normalised where they are uint8."""

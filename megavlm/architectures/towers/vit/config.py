@@ -45,6 +45,9 @@ class ViTConfig(VisionConfig):
     """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
     post_layernorm: bool = False
     """LayerNorm behind the layers (SigLIP)."""
+    feature_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Layers whose outputs are the features, set side by side in this order: 1 is the first layer, 0 what goes into it.
+    The highest is num_layers. Null takes the last layer's alone."""
     image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
     image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.26862954, 0.26130258, 0.27577711)
@@ -59,6 +62,11 @@ class ViTConfig(VisionConfig):
         """Rows and columns of whole patches."""
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a patch's features, of all layers that they are taken from."""
+        return self.hidden_size * len(self.feature_layers or (0,))
 
     @property
     def positions(self) -> int:
@@ -79,6 +87,17 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
     yield from divides(f"{_OWN}.hidden_size", vision.hidden_size, heads, f"{_OWN}.num_attention_heads")
     yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
     yield from divides(f"{_OWN}.ffn_hidden_size", vision.ffn_hidden_size, tp, TP)
+    taken = vision.feature_layers
+    if taken is not None and (min(taken) < 0 or max(taken) != vision.num_layers):
+        yield (
+            f"{_OWN}.feature_layers: {list(taken)[:20]}; the highest must be {_OWN}.num_layers ({vision.num_layers}),"
+            " the lowest 0 or more; correct one"
+        )
+    if taken is not None and vision.post_layernorm:
+        yield (
+            f"{_OWN}.feature_layers: goes without {_OWN}.post_layernorm, which follows the last layer alone; set"
+            " feature_layers to null or post_layernorm to false"
+        )
 
 
 def products(vision: ViTConfig, tp: int) -> tuple[tuple[str, int, int], ...]:

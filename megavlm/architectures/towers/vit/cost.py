@@ -77,7 +77,9 @@ def passing(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
     pixels = pictures.count * 3 * vision.image_size**2 * (1 + 4 + 4 + b)
     if learns:
         return max(pixels, 2 * stream)
-    return max(pixels + stream, 2 * stream + max(attention, mlp))
+    # Outputs of lower layers that are features too wait for the last one.
+    waiting = (len(set(vision.feature_layers)) - 1) * stream if vision.feature_layers else 0
+    return max(pixels + stream, waiting + 2 * stream + max(attention, mlp))
 
 
 def rebuilt(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:

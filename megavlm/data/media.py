@@ -1,0 +1,345 @@
+"""Image plans: what becomes of a picture, in whole numbers, before a pixel of it is decoded.
+
+A plan says from the width and height of a picture which views of it the tower sees, how many feature tokens these
+become and in which order, and what stands between them. Packer, planner, template and server ask it from the file's
+header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_single``,
+``plans_tiles`` and ``plans_slices``; another package registers its own by :func:`register_plan`.
+
+This file imports neither torch nor PIL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from megavlm.config.checks import TEXT_TOKENS, add_rule
+from megavlm.config.errors import UserError
+from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
+
+ImageRuns = tuple[int | str, ...]
+"""What stands in a prompt for one picture: a number is so many feature slots, a text is literal markup between them."""
+
+Colour = tuple[int, int, int]
+"""Red, green and blue from 0 to 255."""
+
+
+NEWLINE = -1
+"""Index of the learned newline vector among features."""
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels; right and bottom are not part of it."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.right - self.left, self.bottom - self.top
+
+
+class ImageShape(NamedTuple):
+    """What a plan asks of a picture."""
+
+    width: int
+    """Pixels of the upright picture (turned by its EXIF or XMP orientation)."""
+    height: int
+    """Pixels of the upright picture."""
+    images: int = 1
+    """Pictures that its conversation shows: some plans tile a picture only where it is alone."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A plane that views are cut from, made of the picture in three steps; what no pixel reaches is filled."""
+
+    source: Box
+    """What is taken of the upright picture. It may reach beyond the picture (padding before the resize)."""
+    resized: tuple[int, int]
+    """Width and height that it is resized to."""
+    frame: Box
+    """What is taken of the result. It may reach beyond it (padding) or be a part (cropping)."""
+
+
+class View(NamedTuple):
+    """One picture that the tower sees."""
+
+    canvas: int
+    """Index of its canvas."""
+    box: Box
+    """Its part of the canvas, within the canvas's frame."""
+
+
+@dataclass(frozen=True)
+class FeatureIndex:
+    """Which features stand at an image's T token positions."""
+
+    index: NDArray[np.int64]
+    """[T, K] features that position t is made of: view v's feature f is ``v * tokens_per_view + f``, and
+    :data:`NEWLINE` the learned vector. K is 1, or 4 where features are interpolated."""
+    weight: NDArray[np.float32] | None = None
+    """[T, K] their weights; None for 1."""
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """A plan for one picture."""
+
+    shape: ImageShape
+    canvases: tuple[Canvas, ...]
+    views: tuple[View, ...]
+    """In the order in which the tower sees them."""
+    runs: ImageRuns
+    """The picture's place in the prompt; the template puts its own start and end around it."""
+    grid: tuple[int, int] = (1, 1)
+    """Rows and columns of the tiles, or slices."""
+
+    @property
+    def tokens(self) -> int:
+        """Feature slots in the prompt."""
+        return sum(run for run in self.runs if isinstance(run, int))
+
+    @property
+    def markup(self) -> tuple[str, ...]:
+        """Texts between the slots."""
+        return tuple(run for run in self.runs if isinstance(run, str))
+
+
+@dataclass(frozen=True)
+class ImagePlan(ABC):
+    """How pictures become views and tokens. Plans are values: equal ones do the same."""
+
+    side: int
+    """Side of a view in pixels (of slices: of a square of the same area)."""
+    tokens_per_view: int
+    """Features that tower and connector make of one view."""
+    resample: str = "bicubic"
+    """``bicubic``, ``bilinear`` or ``lanczos``; always antialiased."""
+    fill: Colour = (0, 0, 0)
+    """Colour of what no pixel reaches."""
+
+    fixed: ClassVar[bool] = False
+    """Whether every picture has the same views and tokens: its size need not be known."""
+    newline: ClassVar[bool] = False
+    """Whether the model learns a newline vector that stands among the features."""
+    square: ClassVar[bool] = True
+    """Whether all views are ``side`` x ``side``."""
+
+    @abstractmethod
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return the layout of a picture whose sides are within the limits."""
+
+    def feature_index(self, layout: ImageLayout) -> FeatureIndex | None:
+        """Return where the features of a picture go; None where they stay in the order of its views."""
+        return None
+
+    def plan(self, width: int, height: int, images: int = 1) -> ImageLayout:
+        """Return the layout of an upright picture.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+            images: Pictures that its conversation shows.
+
+        Raises:
+            ImageError: It has no pixels, or is too long and narrow: this plan would make too large a plane of it.
+        """
+        return _planned(self, ImageShape(width, height, 1 if self.fixed else images))
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
+    if shape.width < 1 or shape.height < 1:
+        raise ImageError("no pixels", f"{shape.width} x {shape.height}")
+    layout = plan.lay_out(shape)
+    for canvas in layout.canvases:
+        for width, height in (canvas.source.size, canvas.resized, canvas.frame.size):
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
+    return layout
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the features of some views go among T slots."""
+
+    features: int
+    """How many features the views have."""
+    index: NDArray[np.int64] | None
+    """[T, K] which of them each slot is made of, -1 for the newline vector; None where they stay in their order."""
+    weight: NDArray[np.float32] | None = None
+    """[T, K] their weights; None for 1, with K 1."""
+
+
+def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
+    """Return where the features of several pictures go, one picture after the other."""
+    return joined([_arrangement(plan, layout) for layout in layouts])
+
+
+@functools.lru_cache(maxsize=1024)
+def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
+    found, features = plan.feature_index(layout), len(layout.views) * plan.tokens_per_view
+    return Arrangement(features, None) if found is None else Arrangement(features, found.index, found.weight)
+
+
+def joined(parts: Sequence[Arrangement]) -> Arrangement:
+    """Return several arrangements as one, one after the other."""
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
+    features = sum(part.features for part in parts)
+    if all(part.index is None for part in parts):
+        return Arrangement(features, None)
+    weighted = any(part.weight is not None for part in parts)
+    widest = max(1 if part.index is None else part.index.shape[1] for part in parts)
+    indices, weights, first = [], [], 0
+    for part in parts:
+        own = np.arange(part.features)[:, None] if part.index is None else part.index
+        index, weight = np.zeros((len(own), widest), np.int64), np.zeros((len(own), widest), np.float32)
+        index[:, : own.shape[1]] = np.where(own < 0, NEWLINE, own + first)
+        weight[:, : own.shape[1]] = 1.0 if part.weight is None else part.weight
+        indices.append(index)
+        weights.append(weight)
+        first += part.features
+    return Arrangement(features, np.concatenate(indices), np.concatenate(weights) if weighted else None)
+
+
+@dataclass(frozen=True)
+class PlanKind:
+    """A kind of plan that recipes may name as ``model.image.kind``."""
+
+    name: str
+    plan: type[ImagePlan]
+    build: Callable[[ModelConfig], ImagePlan]
+    """Makes the plan of a model; what is wrong with the keys it says by :class:`UserError`."""
+    keys: tuple[str, ...] = ()
+    """Keys of ``model.image`` that it looks at, besides kind and resample."""
+
+
+_KINDS: dict[str, PlanKind] = {}
+_OWN = ("plans_single", "plans_tiles", "plans_slices")
+
+
+def register_plan(
+    name: str, plan: type[ImagePlan], build: Callable[[ModelConfig], ImagePlan], keys: Sequence[str] = ()
+) -> None:
+    """Add a kind of plan.
+
+    Args:
+        name: What recipes call it.
+        plan: Its class.
+        build: Makes the plan of a model from ``model.image`` and the other branches; a ``UserError`` of it names the
+            key, the rule and the remedy.
+        keys: Keys of ``model.image`` that it looks at, besides kind and resample; others are refused.
+
+    Raises:
+        UserError: The name is taken.
+    """
+    if name in _KINDS:
+        raise UserError(f"image plan {name!r} is registered twice")
+    _KINDS[name] = PlanKind(name, plan, build, tuple(keys))
+
+
+def plan_kinds() -> dict[str, PlanKind]:
+    """Return the registered kinds by name."""
+    for module in _OWN:
+        importlib.import_module(f"megavlm.data.{module}")
+    return dict(_KINDS)
+
+
+def plan_of(model: ModelConfig) -> ImagePlan:
+    """Return the image plan of a model.
+
+    Raises:
+        UserError: The keys of ``model.image`` make none; the message starts with the key.
+    """
+    image, kinds = model.image, plan_kinds()
+    if image.kind not in kinds:
+        raise UserError(f"model.image.kind: no image plan {image.kind!r}; there are {', '.join(sorted(kinds))}")
+    kind = kinds[image.kind]
+    for field in dataclasses.fields(image):
+        if field.name in ("kind", "resample", *kind.keys) or getattr(image, field.name) == _default(image, field.name):
+            continue
+        takers = [one.name for one in kinds.values() if field.name in one.keys]
+        raise UserError(
+            f"model.image.{field.name}: {image.kind} does not have this key ({', '.join(takers)} "
+            f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
+        )
+    return kind.build(model)
+
+
+def image_rules(recipe: Recipe) -> Iterator[str]:
+    """Check ``model.image``, and that a picture fits a sequence."""
+    try:
+        plan = plan_of(recipe.model)
+    except UserError as error:
+        yield str(error)
+        return
+    if not plan.square:
+        yield (
+            f"model.image.kind: the views of {recipe.model.image.kind} are not square, and the tower "
+            f"{recipe.model.vision.preset!r} takes squares only; choose another image plan"
+        )
+    shapes = [(plan.side, plan.side), (2 * plan.side, plan.side), (plan.side, 2 * plan.side)]
+    least = min(plan.plan(*shape).tokens for shape in shapes)
+    needed = least + 2 + TEXT_TOKENS
+    if recipe.data.sequence_length < needed:
+        yield (
+            f"data.sequence_length: {recipe.data.sequence_length} is too short: one image takes {least + 2} positions"
+            f"{'' if plan.fixed else ' or more'}, and text must fit beside it; take at least {needed}"
+        )
+
+
+add_rule(image_rules)
+
+
+def _default(image: ImageConfig, name: str) -> object:
+    return getattr(type(image)(), name)
+
+
+def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
+    """Return the colour that ``model.image.fill`` names, or its kind's own.
+
+    Raises:
+        UserError: It is no colour.
+    """
+    fill = otherwise if model.image.fill is None else model.image.fill
+    if fill == "mean":
+        # Rounded down, as LLaVA does.
+        red, green, blue = (min(max(int(value * 255), 0), 255) for value in model.vision.image_mean)
+        return red, green, blue
+    assert not isinstance(fill, str)
+    if not all(0 <= value <= 255 for value in fill):
+        raise UserError(f"model.image.fill: {list(fill)} is not a colour; give red, green and blue from 0 to 255")
+    return fill
+
+
+def feature_side(model: ModelConfig, kind: str) -> int:
+    """Return the side of the square of features that a view becomes.
+
+    Raises:
+        UserError: Tower and connector make no square with the patches' order.
+    """
+    side = math.isqrt(model.tokens_per_view)
+    if side * side != model.tokens_per_view or getattr(model.connector, "num_queries", None) is not None:
+        raise UserError(
+            f"model.image.kind: {kind} puts the features of tiles together to one picture, but the connector "
+            f"{model.connector.preset!r} does not keep them where their patches are; take linear or mlp2x_gelu, or "
+            "another image plan"
+        )
+    return side

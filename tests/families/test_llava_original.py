@@ -1,0 +1,239 @@
+"""LLaVA in its authors' layout: to and from Transformers', a tower apart, stage 1's projector alone, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_cases import clip_vision, llava, llava_layers, llava_original, load, original_name, vicuna
+from family_cases import write as write_directory
+from hf_makers import Canary
+from transformers import LlavaForConditionalGeneration
+
+from megavlm.checkpoint.hf import outgoing
+from megavlm.checkpoint.hf.shapes import make_model
+from megavlm.cli import main
+from megavlm.families.known import FAMILIES
+from megavlm.families.llava_original import TOWERS
+from megavlm.weights.source import Source
+
+pytestmark = pytest.mark.family("llava_original")
+
+
+def convert_in(out: Path, *words: object) -> Path:
+    assert main(["convert", "hf-to-megatron", *map(str, words), "--out", str(out)]) == 0
+    return out
+
+
+def convert_out(checkpoint: Path, out: Path, *more: str) -> Path:
+    assert main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(out), *more]) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], out: Path, *words: object) -> str:
+    """Convert what cannot be converted; return the one line that says so."""
+    assert main(["convert", "hf-to-megatron", *map(str, words), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("megavlm: error: ")]
+    assert len(lines) == 1 and "Traceback" not in error and not out.exists(), error
+    return lines[0]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    source = Source(directory)
+    return {name: source.get(name) for name in source.tensors}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def edit(directory: Path, **keys: Any) -> Path:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return directory
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_from_transformers_layout_to_the_authors_and_back(layers: int, tmp_path: Path) -> None:
+    """Layers behind the features and the norm after them come along: every tensor, bit for bit, and its name."""
+    model = llava() if layers == 1 else llava_layers()
+    model.save_pretrained(tmp_path / "hf")
+    before = load(tmp_path / "hf")
+    ours = convert_in(tmp_path / "a", "--hf", tmp_path / "hf")
+    original = convert_out(ours, tmp_path / "original", "--family", "llava_original")
+    assert equal(tensors(original), {original_name(name): value for name, value in before.items()})
+    config = json.loads((original / "config.json").read_text())
+    assert (
+        config["mm_hidden_size"] == 48 * layers
+        and config["mm_vision_select_layer"] == model.config.vision_feature_layer
+    )
+    assert json.loads((original / "vision_config.json").read_text())["num_hidden_layers"] == 3
+    back = convert_out(convert_in(tmp_path / "b", "--hf", original), tmp_path / "back", "--family", "llava")
+    named = {name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in tensors(back).items()}
+    assert equal(named, {name.replace("vision_tower.vision_model.", "vision_tower."): v for name, v in before.items()})
+    again, info = LlavaForConditionalGeneration.from_pretrained(back, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.config.vision_feature_layer == model.config.vision_feature_layer
+
+
+def test_a_tower_that_is_apart_stays_apart_until_it_learns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = llava_original(tmp_path / "hf", tower=False)
+    found = convert_in(tmp_path / "a", "--hf", source)  # at the path that config.json names
+    edit(source, mm_vision_tower="openai/clip-of-nobody")
+    given = convert_in(tmp_path / "b", "--hf", source, "--vision", tmp_path / "hf-tower")
+    for checkpoint in (found, given):
+        back = convert_out(checkpoint, tmp_path / f"{checkpoint.name}-back")
+        assert equal(tensors(back), tensors(source))
+    assert (tmp_path / "b-back" / "config.json").read_text() == (source / "config.json").read_text()
+    assert (found / "recipe.yaml").is_file()
+    line = refused(capsys, tmp_path / "c", "--hf", source)
+    assert "'openai/clip-of-nobody'" in line and "--vision DIR" in line
+    whole = llava_original(tmp_path / "whole")
+    line = refused(capsys, tmp_path / "c", "--hf", whole, "--vision", tmp_path / "hf-tower")
+    assert f"--vision {tmp_path / 'hf-tower'}" in line and str(whole) in line and "leave it out" in line
+    # A tower that was trained here goes home with the rest, and LLaVA's code is told to take it from there.
+    monkeypatch.setattr(outgoing, "_tower_learnt", lambda checkpoint: True)
+    trained = convert_out(given, tmp_path / "trained")
+    assert any("vision_tower" in name for name in tensors(trained))
+    assert json.loads((trained / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
+def test_the_projector_of_stage_1_alone(prefix: str, tmp_path: Path) -> None:
+    whole = llava_original(tmp_path / "hf")
+    own = {n: v for n, v in load(whole).items() if "mm_projector" in n}
+    stage1 = tmp_path / "stage1"
+    stage1.mkdir()
+    torch.save({n.replace("model.mm_projector.", prefix): v for n, v in own.items()}, stage1 / "mm_projector.bin")
+    (stage1 / "config.json").write_text((whole / "config.json").read_text())  # as LLaVA's trainer leaves it
+    clip_vision().save_pretrained(tmp_path / "clip")
+    vicuna().save_pretrained(tmp_path / "vicuna")
+    for n, path in enumerate((stage1, stage1 / "mm_projector.bin")):
+        words = ["--language", tmp_path / "vicuna", "--vision", tmp_path / "clip", "--connector", path]
+        ours = convert_in(tmp_path / f"a{n}", *words)
+        out = convert_out(ours, tmp_path / f"back{n}", "--family", "mm_projector")
+        assert [file.name for file in out.iterdir()] == ["mm_projector.bin"]
+        assert equal(torch.load(out / "mm_projector.bin", weights_only=True), own)
+
+
+def test_a_tower_with_a_public_name_is_called_by_it() -> None:
+    """And read back as the same tower, though the exported one ends where its features are taken."""
+    family = FAMILIES["llava_original"]
+    for name, layers in (("openai/clip-vit-large-patch14-336", -2), ("google/siglip-so400m-patch14-384", [-2, 4])):
+        tree = family.with_tower({}, TOWERS[name], layers)
+        there = layers if isinstance(layers, int) else [-2, 4 - TOWERS[name]["num_hidden_layers"] - 1]
+        assert tree == {"mm_vision_tower": name, "mm_vision_select_layer": there}
+    model = make_model({"vision": {"preset": "clip_vit_l_14_336"}, "connector": {"preset": "mlp2x_gelu"}}, "here")
+    config = family.config(model, {})
+    assert (config["mm_vision_tower"], config["mm_vision_select_layer"]) == ("openai/clip-vit-large-patch14-336", -2)
+    assert "vision_config.json" not in config
+
+
+def test_a_picture_gets_a_slot_in_a_vocabulary_that_has_none(tmp_path: Path) -> None:
+    """LLaVA's own code has the number -200 for it; a row more is made, and is gone again in what goes home."""
+    source = llava_original(tmp_path / "hf")
+    ours = convert_in(tmp_path / "a", "--hf", source)
+    record = json.loads((ours / "hf" / "conversion.json").read_text())
+    assert record["rows"] == 120 and record["model"]["language"]["vocab_size"] == 120  # no tokenizer, none made
+    assert equal(tensors(convert_out(ours, tmp_path / "back")), load(source))
+
+
+BAD_KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "width": ({"mm_hidden_size": 96}, ("mm_hidden_size is 96", "48 wide")),
+    "depth": ({"mm_projector_type": "mlp3x_gelu"}, ("mm_projector_type is 'mlp3x_gelu'", "mlp2x_gelu")),
+    "identity": ({"mm_projector_type": "identity"}, ("'identity'", "mlp2x_gelu")),
+    "tower": ({"mm_vision_tower": "acme/eyes"}, ("'acme/eyes'", "vision_config.json")),
+    "class token": ({"mm_vision_select_feature": "cls_patch"}, ("'cls_patch'", "'patch'")),
+    "layer": ({"mm_vision_select_layer": -9}, ("-9", "3 layers")),
+    "layers": ({"mm_vision_select_layer": [-2, True]}, ("neither a number nor a list",)),
+    "markers": ({"mm_use_im_start_end": True}, ("mm_use_im_start_end is True", "False")),
+    "tiles": ({"image_aspect_ratio": "anyres"}, ("image_aspect_ratio is 'anyres'", "'pad'")),
+    "window": ({"model_type": "llava_mistral", "sliding_window": 4096}, ("sliding_window is 4096", "null")),
+    "language": ({"model_type": "llava_mpt"}, ("'llava_mpt'", "llama, mistral, qwen2")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_KEYS)
+def test_a_configuration_that_does_not_fit(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, parts = BAD_KEYS[name]
+    source = edit(llava_original(tmp_path / "hf"), **keys)
+    line = refused(capsys, tmp_path / "m", "--hf", source)
+    assert str(source / "config.json") in line and all(part in line for part in parts), line
+
+
+def test_a_projector_that_is_for_other_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip_vision().save_pretrained(tmp_path / "clip")
+    vicuna().save_pretrained(tmp_path / "vicuna")
+    parts = ["--language", tmp_path / "vicuna", "--vision", tmp_path / "clip"]
+
+    def stage1(name: str, width: int = 48, hidden: int = 64, **config: Any) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        shapes = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+        state = {f"model.mm_projector.{key}": torch.randn(shape) for key, shape in shapes.items()}
+        torch.save(state, directory / "mm_projector.bin")
+        (directory / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+        return directory
+
+    line = refused(capsys, tmp_path / "m", *parts, "--connector", stage1("wide", width=96))
+    assert all(part in line for part in (str(tmp_path / "wide"), "features 96 wide", str(tmp_path / "clip"), "48 wide"))
+    line = refused(capsys, tmp_path / "m", *parts, "--connector", stage1("long", hidden=80))
+    assert all(part in line for part in ("tokens 80 wide", str(tmp_path / "vicuna"), "64 wide"))
+    line = refused(capsys, tmp_path / "m", *parts, "--connector", stage1("layer", mm_vision_select_layer=-1))
+    assert "mm_vision_select_layer is -1" in line and "layer 2 of 3 is taken; give --vision-feature-layer=-1" in line
+    line = refused(capsys, tmp_path / "m", *parts, "--connector", stage1("named", mm_hidden_size=1024))
+    assert "mm_hidden_size is 1024" in line and "48 wide" in line
+
+
+def test_weights_that_are_damaged_or_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pickle with code in it is not opened; half a download is said to be one, of either kind."""
+    state = load(llava_original(tmp_path / "whole"))
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    code = write_directory(tmp_path / "code", {}, config)
+    (code / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Canary(tmp_path / "ran")}, code / "pytorch_model.bin")
+    line = refused(capsys, tmp_path / "m", "--hf", code)
+    assert "pytorch_model.bin" in line and "could run code" in line and not (tmp_path / "ran").exists()
+    half = write_directory(tmp_path / "half", {}, config)
+    (half / "model.safetensors").unlink()
+    names = sorted(state)
+    weight_map = {}
+    for shard, own in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{shard:05d}-of-00002.bin"
+        torch.save({name: state[name] for name in own}, half / file)
+        weight_map |= dict.fromkeys(own, file)
+    (half / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    second = half / "pytorch_model-00002-of-00002.bin"
+    content = second.read_bytes()
+    second.write_bytes(content[: len(content) // 2])
+    line = refused(capsys, tmp_path / "m", "--hf", half)
+    assert str(second) in line and "truncated" in line
+    second.unlink()
+    line = refused(capsys, tmp_path / "m", "--hf", half)
+    assert f"{second}: missing, though pytorch_model.bin.index.json names it" in line
+    missing = write_directory(tmp_path / "missing", {n: v for n, v in state.items() if n != names[0]}, config)
+    assert names[0] in refused(capsys, tmp_path / "m", "--hf", missing)
+
+
+def test_several_layers_go_only_where_they_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tower alone, cut at two layers; the recipe's rules on them; and its way home."""
+    clip_vision().save_pretrained(tmp_path / "clip")
+    vicuna().save_pretrained(tmp_path / "vicuna")
+    words = ["--language", tmp_path / "vicuna", "--vision", tmp_path / "clip"]
+    ours = convert_in(tmp_path / "a", *words, "--vision-feature-layer=-2,1")
+    record = json.loads((ours / "hf" / "conversion.json").read_text())
+    assert record["model"]["vision"]["feature_layers"] == [2, 1] and record["model"]["vision"]["num_layers"] == 2
+    back = convert_out(ours, tmp_path / "back", "--family", "llava")
+    assert json.loads((back / "config.json").read_text())["vision_feature_layer"] == [2, 1]
+    line = refused(capsys, tmp_path / "m", *words, "--vision-feature-layer=-2;1")
+    assert "'-2;1'" in line and "commas" in line
+    for wrong, part in (("[3, 1]", "must be model.vision.num_layers (2)"), ("[2, -1]", "0 or more")):
+        overrides = ["data.train.0.path=x", f"model.vision.feature_layers={wrong}"]
+        assert main(["train", str(ours / "recipe.yaml"), *overrides]) == 2
+        assert f"model.vision.feature_layers: {wrong}" in (error := capsys.readouterr().err) and part in error
