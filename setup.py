@@ -58,6 +58,7 @@ setup(
         "dali": DALI,
         "dali-cuda120": DALI,
         "dali-cuda130": DALI_13,
+        "check": ["transformers"],
         "eval": EVAL,
         "parquet": PARQUET,
         "qlora": QLORA,

@@ -34,8 +34,11 @@ from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.chat import encode_conversation
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.decoders import make_decoder
+from megavlm.data.images import lay_out
+from megavlm.data.media import ImagePlan
 from megavlm.data.packing import CarryOverPacker
 from megavlm.data.plans_single import SquashPlan
+from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -48,6 +51,13 @@ VOCABULARY = 640
 PICTURES = 1000
 ROUNDS = 3
 PACKAGES = ("torch", "megatron-energon", "nvidia-dali-cuda120", "simplejpeg", "pillow", "numpy")
+
+
+SQUARES = SquashPlan(16, TOKENS_PER_IMAGE)
+SMALL_TILES = AnyresPlan(32, TOKENS_PER_IMAGE // 4, pinpoints=((32, 64), (64, 32), (64, 64)))
+"""For the quickstart's pictures of 64 pixels: about as many tokens as SQUARES gives them."""
+TILES = AnyresPlan(336, 576, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)))
+"""LLaVA-1.6's."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def make_mix(folder: Path, pictures: int) -> Mix:
     return Mix(folder / "train", tokenizer, [len(sample.tokens) for sample in encoded])
 
 
-def measure_reader(mix: Mix, num_workers: int, packs: int) -> dict[str, float]:
+def measure_reader(mix: Mix, num_workers: int, packs: int, plan: ImagePlan = SQUARES) -> dict[str, float]:
     """Read ``packs`` packs in each round, from a reader that runs already; images stay encoded."""
     source = DataSource(path=str(mix.path))
     data = DataConfig(
@@ -89,9 +99,7 @@ def measure_reader(mix: Mix, num_workers: int, packs: int) -> dict[str, float]:
         system_message="",
     )
     with contextlib.closing(
-        PackReader(
-            [source], data, mix.tokenizer, SquashPlan(16, TOKENS_PER_IMAGE), rank=0, world_size=1, seed=1, training=True
-        )
+        PackReader([source], data, mix.tokenizer, plan, rank=0, world_size=1, seed=1, training=True)
     ) as reader:
         start = time.perf_counter()
         next(reader)
@@ -137,6 +145,26 @@ def measure_decoder(decoder: ImageDecoder, pictures: Sequence[bytes], size: int)
         seconds.append(time.perf_counter() - start)
         assert not decoded.failed
     return {"images_per_s": len(pictures) / min(seconds[1:])}
+
+
+def measure_tiles(decoder: ImageDecoder, pictures: Sequence[bytes]) -> dict[str, float]:
+    """Decode all pictures to tiles, and as many squares of the same side, in turns; the best round of each."""
+    layouts = [lay_out([data], TILES)[0] for data in pictures]
+    views = sum(len(layout.views) for layout in layouts)
+    squares = [pictures[index % len(pictures)] for index in range(views)]
+    tiled, squashed = [], []
+    for _ in range(1 + ROUNDS):
+        for seconds, work in (
+            (tiled, lambda: decoder.decode(pictures, TILES, layouts)),
+            (squashed, lambda: decoder.decode(squares, TILES.side)),
+        ):
+            start = time.perf_counter()
+            work()
+            if decoder.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    tiles, plain = min(tiled[1:]), min(squashed[1:])
+    return {"images_per_s": len(pictures) / tiles, "views_per_s": views / tiles, "squares_per_s": views / plain}
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> int:
@@ -199,6 +227,7 @@ def measure(pictures: int) -> dict[str, Any]:
         mix = make_mix(Path(folder), pictures)
         for num_workers in (0, 1):
             result["reader"][str(num_workers)] = measure_reader(mix, num_workers, max(20, pictures // 5))
+        result["reader_of_tiles"] = measure_reader(mix, 0, max(20, pictures // 5), SMALL_TILES)
     result["padding"] = measure_padding(mix.lengths, samples=20 * pictures)
     result["samples"] = {"count": len(mix.lengths), "mean_tokens": sum(mix.lengths) / len(mix.lengths)}
     jpegs = make_pictures(max(4, pictures // 16))
@@ -209,7 +238,8 @@ def measure(pictures: int) -> dict[str, Any]:
             result["decoders"][name] = {"left_out": str(error)}
             continue
         sizes = {str(size): measure_decoder(decoder, jpegs, size) for size in (64, 448)}
-        result["decoders"][name] = {"device": decoder.device.type} | sizes
+        tiles = measure_tiles(decoder, jpegs[: max(2, len(jpegs) // 4)])
+        result["decoders"][name] = {"device": decoder.device.type, "tiles": tiles} | sizes
     return result
 
 
@@ -234,12 +264,23 @@ def table(result: dict[str, Any]) -> str:
             f"| reader | {where_read} | {r['packs_per_s']:.0f} packs/s, {r['tokens_per_s']:,.0f} tokens/s, first pack "
             f"after {r['first_pack_s']:.1f} s, padding {r['padding']:.2%} |"
         )
+    r = result["reader_of_tiles"]
+    lines.append(
+        f"| reader | tiles (anyres), in the calling process | {r['packs_per_s']:.0f} packs/s, "
+        f"{r['tokens_per_s']:,.0f} tokens/s, padding {r['padding']:.2%} |"
+    )
     for name, d in result["decoders"].items():
         if "left_out" in d:
             lines.append(f"| decoder | {name} | left out: {d['left_out']} |")
             continue
         rates = ", ".join(f"{d[size]['images_per_s']:.0f} images/s at {size} px" for size in ("64", "448"))
         lines.append(f"| decoder | {name} ({d['device']}) | {rates} |")
+        t = d["tiles"]
+        lines.append(
+            f"| tiles | {name} ({d['device']}), LLaVA-1.6's anyres at 336 px | {t['images_per_s']:.1f} images/s, "
+            f"{t['views_per_s']:.0f} views/s against {t['squares_per_s']:.0f} squares/s: "
+            f"{t['views_per_s'] / t['squares_per_s']:.2f} |"
+        )
     names = {
         "carry_over": "carry-over, exact subset sum",
         "first_fit_decreasing": "greedy first-fit decreasing within a buffer",

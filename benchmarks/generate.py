@@ -34,10 +34,10 @@ from transformers import (  # noqa: E402
     LlavaForConditionalGeneration,
 )
 
-from megavlm.architectures.registry import expand_presets  # noqa: E402
 from megavlm.checkpoint.distributed import load  # noqa: E402
 from megavlm.cli import main as megavlm  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
+from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
 from megavlm.inference.prompt import Prompt  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402

@@ -62,8 +62,8 @@ def make_recipe(job: dict[str, Any]) -> Recipe:
     """Return the recipe of a training job."""
     from pydantic import TypeAdapter
 
-    from megavlm.architectures.registry import expand_presets
     from megavlm.config.schema import Recipe
+    from megavlm.families.presets import expand_presets
 
     size = SIZES[job["size"]]
     model = dict(size["model"])

@@ -18,9 +18,9 @@ def save(job: dict[str, Any]) -> dict[str, Any]:
     prepare_device()
     import torch
 
-    from megavlm.architectures.registry import expand_presets
     from megavlm.checkpoint.saver import Saver, State
     from megavlm.config.schema import Recipe
+    from megavlm.families.presets import expand_presets
     from megavlm.parallel.state import process_groups
     from megavlm.training.build import build_training
     from megavlm.training.step import train_step

@@ -55,8 +55,8 @@ def make_recipe(mode: str, hidden: int, layers: int) -> Any:
     """Return the recipe of one way to fine-tune."""
     from pydantic import TypeAdapter
 
-    from megavlm.architectures.registry import expand_presets
     from megavlm.config.schema import Recipe
+    from megavlm.families.presets import expand_presets
 
     freeze = {"freeze": True}
     tree = {
@@ -135,8 +135,8 @@ def measure(mode: str, hidden: int, layers: int, steps: int, base: Path) -> dict
 
 def qwen_vl_recipe(kind: str, tokens: int, *, tiny: bool, recompute: str = "selective") -> Any:
     """Return the shipped recipe on one GPU, with the authors' batch."""
-    from megavlm.architectures.registry import expand_presets
     from megavlm.config.load import load_recipe
+    from megavlm.families.presets import expand_presets
 
     name, more = QWEN_VL[kind]
     words = [

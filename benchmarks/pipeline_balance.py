@@ -22,9 +22,9 @@ import numpy as np
 from mixes import FULL_SCALE_DESCRIPTIONS, shapes
 from pydantic import TypeAdapter
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.schema import Recipe
 from megavlm.data.packing import CarryOverPacker
+from megavlm.families.presets import expand_presets
 from megavlm.planning.schedule import simulate
 from megavlm.training.order import StepOrder
 

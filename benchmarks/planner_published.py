@@ -21,8 +21,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import Gpu, find_gpu
 from megavlm.planning.layout import layout_of
 from megavlm.planning.timing import StepTime, Timer

@@ -164,8 +164,8 @@ class Megavlm(System):
         super().__init__(pack_length)
         from pydantic import TypeAdapter
 
-        from megavlm.architectures.registry import expand_presets
         from megavlm.config.schema import Recipe
+        from megavlm.families.presets import expand_presets
         from megavlm.training.build import build_training
 
         language = {

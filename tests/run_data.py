@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.commands import prepare
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.families.presets import expand_presets
 from megavlm.quickstart.render import render_dataset
 
 RECIPE = """

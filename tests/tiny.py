@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.families.presets import expand_presets
 
 SEQUENCE_LENGTH = 96
 IMAGE_TOKEN = 500

@@ -16,9 +16,9 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.containers import sharded_state
+from megavlm.config import architecture as registry
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megavlm.models.build import MODULES
 
@@ -74,7 +74,7 @@ def _tensors(state: dict[str, Any]) -> dict[str, Any]:
 
 def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     """Build ``vision``, ``connector`` or ``language`` whole, in this process alone."""
-    registry.load_presets()
+    registry.load()
     if part == "vision":
         return registry.VISION.find(model.vision.preset).build(model.vision, context)
     if part == "connector":

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.architectures.registry import CONNECTORS, expand_presets, load_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.hf.inspect import describe
 from megavlm.checkpoint.paths import resolve
+from megavlm.config.architecture import CONNECTORS
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.load import read_recipe
+from megavlm.families.presets import expand_presets, load_presets
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         actions.add_parser("inspect", help="list what a checkpoint of either kind holds (data: megavlm inspect)")
     )
     add_verify(actions.add_parser("verify", help="hold a checkpoint against reference logits"))
+    add_check(actions.add_parser("check", help="hold a model against Transformers' of the same checkpoint"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -180,6 +182,57 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_verify)
 
 
+def add_check(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``check``."""
+    parser.description = (
+        "Run the same pictures and prompts through Transformers and through the model here, one after the other, and "
+        "print the largest differences of pixels, token ids, image features, logits and greedy answers. Exit code 1 "
+        "above the tolerance. The first thing to do with a checkpoint that is new here. Takes the memory of the "
+        "weights in --dtype, and as much room in the directory of temporary files (TMPDIR) as the checkpoint has."
+    )
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="a whole checkpoint, as published")
+    parser.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE", help="pictures (default: two that are drawn)"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=[], metavar="TEXT", help="asked of each picture, the first one also without"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=2e-4, help="largest difference of features and logits, as a share of the"
+        " largest value where that is above 1 (default 2e-4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="converted from it already (default: converts it for the check)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer (default 16)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both models (default fp32)")
+    parser.set_defaults(run=run_check)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Hold a model against Transformers'; exit code 1 above the tolerance.
+
+    Raises:
+        UserError: the arguments are wrong.
+    """
+    if not 0 <= args.tolerance < 1:
+        raise UserError(f"--tolerance must be from 0 to below 1, not {args.tolerance:g}")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("check runs as one process, not under torchrun; several processes: megavlm convert verify")
+    missing = next((path for path in args.image if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"--image {missing}: no such file")
+    _prepare()
+    from megavlm.evaluation.check.run import PROMPTS, Settings, check  # noqa: PLC0415
+
+    prompts = args.prompt or PROMPTS
+    return check(
+        Settings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
+    )
+
+
 def run_incoming(args: argparse.Namespace) -> int:
     """Convert to a Megatron checkpoint.
 
@@ -283,7 +336,7 @@ def _feature_layer(text: str | None) -> int | str | list[int] | None:
         numbers = [int(one) for one in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--vision-feature-layer: {text[:60]!r} is neither a number, nor several with commas between them, nor "
+            f"--vision-feature-layer: {text[:60]!r} is neither a number nor several with commas between them, nor "
             "last_hidden_state"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

@@ -140,7 +140,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load_recipe(name: str) -> Recipe:
-    from megavlm.architectures.registry import expand_presets  # noqa: PLC0415
+    from megavlm.families.presets import expand_presets  # noqa: PLC0415
 
     path = Path(name)
     if path.is_dir() and name not in shipped_recipes():

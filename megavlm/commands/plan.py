@@ -8,11 +8,11 @@ import re
 import sys
 from pathlib import Path
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import CUSTOM, DEFAULT, GIB, GPUS, Given, Gpu, choose_gpu
 from megavlm.planning.launch import launch_line
 from megavlm.planning.layout import with_parallel

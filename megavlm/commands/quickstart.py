@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.paths import read_run, resolve
 from megavlm.commands import prepare
 from megavlm.commands.eval import PANEL, PREDICTIONS, SCORES
@@ -28,6 +27,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import LOCK_FILE, held
 from megavlm.parallel.output import try_writing
 from megavlm.parallel.processes import signalled_at_parents_end

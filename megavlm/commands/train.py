@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of_load
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
@@ -20,6 +19,7 @@ from megavlm.config.help import keys_help, to_yaml
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import LostError, View
 from megavlm.parallel.output import holding, try_writing
 

@@ -20,7 +20,7 @@ from pydantic_core import InitErrorDetails, core_schema
 
 from megavlm.config.errors import UserError
 
-_ROOMS = "megavlm.architectures.registry"
+_ROOMS = "megavlm.families.presets"
 """What registers all that there is, when it is imported and asked to; by name, as an entry point is."""
 
 

@@ -48,7 +48,7 @@ def load_recipe(
     Args:
         recipe: Path of a YAML file, or the name of a shipped recipe.
         overrides: ``a.b.c=value`` each; the value is YAML, and a number in the key is a position in a list.
-        expand: Fills in what presets give (``megavlm.architectures.registry.expand_presets``).
+        expand: Fills in what presets give (``megavlm.families.presets.expand_presets``).
         files: YAML files whose keys replace those of the recipe, one after the other, before the overrides.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
 The keys of a model's branches are those of its architectures (:mod:`megavlm.architectures`). Values that come from a
-preset have no default there; ``megavlm.architectures.registry`` fills them in first.
+preset have no default there; ``megavlm.families.presets`` fills them in first.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.media import ImageRuns
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
-from megavlm.data.template import TEXT, Span, Template
+from megavlm.data.template import TEXT, Span
 from megavlm.data.tokenizer import Tokenizer
 
 
@@ -49,7 +49,7 @@ def encode_conversation(
         UserError: A text contains control tokens of this tokenizer, there are more or fewer images than ``runs``, or
             the template has no form for the conversation.
     """
-    turns = _with_system(conversation.turns, tokenizer.template, system)
+    turns = _with_system(conversation.turns, tokenizer, system)
     tokens, labels = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
     return EncodedSample(np.asarray(tokens, np.int64), np.asarray(labels, np.int64), len(runs))
 
@@ -74,7 +74,7 @@ def encode_prompt(
     """
     if not turns or turns[-1].role != "user":
         raise UserError("a prompt must end with a user turn")
-    turns = _with_system(turns, tokenizer.template, system)
+    turns = _with_system(turns, tokenizer, system)
     for turn in turns:
         check_text(turn.text, f"the {turn.role} turn")
     tokens, _ = _encode(tokenizer.template.spans(turns, prompt=True), tokenizer, _Images(turns, runs))
@@ -162,12 +162,22 @@ class _Images:
         return next(self._runs)
 
 
-def _with_system(turns: Sequence[Turn], template: Template, system: str | None) -> list[Turn]:
-    """Return the turns as the template has them: with its system turn, and its form of pictures without a place."""
+def _with_system(turns: Sequence[Turn], tokenizer: Tokenizer, system: str | None) -> list[Turn]:
+    """Return the turns as the template has them: with its system turn, and its form of pictures without a place.
+
+    Raises:
+        UserError: a text contains control tokens, and the template could not tell later.
+    """
+    template = tokenizer.template
     text = template.default_system if system is None else system
     turns = [Turn(turn.role, template.placed(turn.text)) for turn in turns]
     if text and (not turns or turns[0].role != "system"):
-        return [Turn("system", text), *turns]
+        turns = [Turn("system", text), *turns]
+    for turn in turns if template.renders else ():
+        check_unicode(turn.text)
+        parts = turn.text.split(IMAGE_PLACEHOLDER)
+        for part in (*parts, "".join(parts)):
+            _checked(part, tokenizer)
     return turns
 
 
@@ -207,12 +217,38 @@ def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Ite
     """Yield ids of stretches that are all trained on or not at all, of the whole conversation encoded as one string.
 
     Where the mask changes within what would be one token, the text is cut there and encoded on from the cut: a prompt
-    is then what the training sequence begins with, whatever the answer.
+    is then what the training sequence begins with, whatever the answer. A rendered text is cut nowhere, so that its ids
+    are Transformers'; such a token belongs to what it leads to.
     """
+    stretches = list(_stretches(spans, tokenizer, images))
+    if tokenizer.template.renders:
+        whole = tokenizer.encode("".join(text for text, _, _ in stretches))
+        text, at = "", 0
+        for one, runs, trained in stretches:
+            text += one
+            end = _common(tokenizer.encode(text), whole)
+            yield _filled(whole[at:end], runs, tokenizer), trained
+            at = end
+        return
     before = ""
     known: list[int] = []
+    for text, runs, trained in stretches:
+        whole = tokenizer.encode(before + text)
+        if whole[: len(known)] == known:
+            new, before, known = whole[len(known) :], before + text, whole
+        else:
+            before, known = text, tokenizer.encode(text)
+            new = known
+        yield _filled(new, runs, tokenizer), trained
+
+
+def _stretches(
+    spans: Sequence[Span], tokenizer: Tokenizer, images: _Images
+) -> Iterator[tuple[str, list[ImageRuns], bool]]:
+    """Yield text, images and mask of stretches in which the mask does not change; a run of slots is one token."""
     for trained, group in groupby(spans, lambda span: span.trained):
-        text, runs = "", []
+        text = ""
+        runs: list[ImageRuns] = []
         for span in group:
             if not span.markup:
                 check_unicode(span.text)
@@ -223,22 +259,28 @@ def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Ite
                 if not span.markup:
                     _checked(part, tokenizer)
                 text += part if not span.markup else _named(part, tokenizer)
-        if not text:
-            continue
-        whole = tokenizer.encode(before + text)
-        if whole[: len(known)] == known:
-            new, before, known = whole[len(known) :], before + text, whole
-        else:
-            before, known = text, tokenizer.encode(text)
-            new = known
-        yield _filled(new, runs, tokenizer), trained
+        if text:
+            yield text, runs, trained
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _written(runs: ImageRuns, tokenizer: Tokenizer) -> str:
     """Return an image as text, with one token for each run of slots."""
-    begin, end = (_named(mark, tokenizer) for mark in tokenizer.template.image)
+    begin, end = (_named(mark, tokenizer) for mark in _marks(runs, tokenizer))
     slot = tokenizer.decode([tokenizer.imgpad_id])
     return begin + "".join(run if isinstance(run, str) else slot if run else "" for run in runs) + end
+
+
+def _marks(runs: ImageRuns, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Return what stands around an image: nothing where its plan wrote the marks itself, as that of slices does."""
+    marks = tokenizer.template.image
+    written = bool(runs) and isinstance(runs[0], str) and bool(marks[0]) and runs[0].startswith(marks[0])
+    return ("", "") if written else marks
 
 
 def _named(piece: str, tokenizer: Tokenizer) -> str:
@@ -276,7 +318,7 @@ def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def _image(runs: ImageRuns, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of an image, the template's marks around it included."""
-    begin, end = tokenizer.template.image
+    begin, end = _marks(runs, tokenizer)
     ids = _ids_of([begin], tokenizer)
     for run in runs:
         ids += _ids_of([run], tokenizer) if isinstance(run, str) else [tokenizer.imgpad_id] * run

@@ -17,19 +17,13 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from megavlm.data.decode import ImageDecoder, Job
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import MAX_PIXELS, ImageError, ImageHeader
-from megavlm.data.media import Box, Canvas, Colour, ImageLayout, ImagePlan
 from megavlm.data.plans_single import SquashPlan
-from megavlm.data.render import take
+from megavlm.data.render import render_tensor
 from megavlm.parallel.device import current_stream
 
 logger = logging.getLogger(__name__)
 
 _MAX_BATCH = 32
-_CANVASES = 2
-"""Canvases of a picture that one pipeline makes: tiles and the whole."""
-# Without antialiasing, strong downscaling is far off: up to 65 of 255 at the 99.9th percentile.
-_FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR, "lanczos": types.INTERP_LANCZOS3}
-_UNUSED = Canvas(Box(0, 0, 1, 1), (1, 1), Box(0, 0, 1, 1))
 
 
 def _decoded(device: str) -> Any:
@@ -40,32 +34,21 @@ def _decoded(device: str) -> Any:
 
 
 @pipeline_def(exec_async=True, exec_pipelined=True, prefetch_queue_depth=1)
-def _squash_pipeline(device: str, size: int, resample: str) -> Any:
+def _squash_pipeline(device: str, size: int) -> Any:
     return fn.resize(
         _decoded(device),
         resize_x=size,
         resize_y=size,
-        interp_type=_FILTERS[resample],
+        interp_type=types.INTERP_CUBIC,
+        # Without antialiasing, strong downscaling is far off: up to 65 of 255 at the 99.9th percentile.
         antialias=True,
         dtype=types.UINT8,
     )
 
 
 @pipeline_def(exec_async=True, exec_pipelined=True, prefetch_queue_depth=1)
-def _canvas_pipeline(device: str, resample: str, fill: Colour) -> Any:
-    """Make the resized planes of :class:`Canvas`, each picture's own, with the picture's height and width."""
-    pictures = _decoded(device)
-    found = []
-    for number in range(_CANVASES):
-        start, shape, size = (
-            fn.external_source(name=f"{name}{number}", dtype=kind, ndim=1)
-            for name, kind in (("start", types.INT32), ("shape", types.INT32), ("size", types.FLOAT))
-        )
-        source = fn.slice(
-            pictures, start=start, shape=shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=list(fill)
-        )
-        found.append(fn.resize(source, size=size, interp_type=_FILTERS[resample], antialias=True, dtype=types.UINT8))
-    return tuple(found)
+def _decode_pipeline(device: str) -> Any:
+    return _decoded(device)
 
 
 class DaliDecoder(ImageDecoder):
@@ -95,11 +78,12 @@ class DaliDecoder(ImageDecoder):
         headers = {index: job.header for index, job in jobs.items() if job.header is not None}
         for part in _batches(headers):
             chosen = [jobs[index] for index in part]
+            plan = chosen[0].plan
             try:
-                if isinstance(chosen[0].plan, SquashPlan):
-                    self._squash(chosen, chosen[0].plan)
+                if isinstance(plan, SquashPlan) and plan.resample == "bicubic":
+                    self._squash(chosen, plan)
                 else:
-                    rescue += [index for index, fits in zip(part, self._tile(chosen), strict=True) if not fits]
+                    rescue += [index for index, fits in zip(part, self._render(chosen), strict=True) if not fits]
             except RuntimeError as error:
                 # A failed pipeline cannot be used again.
                 logger.warning("DALI failed on a batch of %d images, decoding them with PIL: %s", len(part), error)
@@ -109,45 +93,35 @@ class DaliDecoder(ImageDecoder):
         return rescue
 
     def _squash(self, jobs: Sequence[Job], plan: SquashPlan) -> None:
-        pipeline = self._pipeline((plan.side, plan.resample), _squash_pipeline, size=plan.side, resample=plan.resample)
-        pipeline.feed_input("encoded", [np.frombuffer(job.data, np.uint8) for job in jobs])
-        (output,) = pipeline.run()
-        pixels_NHWC = self._to_torch(output.as_tensor())
-        for job, pixels_HWC in zip(jobs, pixels_NHWC, strict=True):
+        """Resize in DALI as well, as runs did before there were image plans."""
+        output = self._run(jobs, ("squash", plan.side), _squash_pipeline, size=plan.side)
+        for job, pixels_HWC in zip(jobs, self._to_torch(output.as_tensor()), strict=True):
             job.out[0] = pixels_HWC.permute(2, 0, 1)
 
-    def _tile(self, jobs: Sequence[Job]) -> list[bool]:
-        """Fill the jobs' views; return whether each could be: others are PIL's to judge."""
-        plan = jobs[0].plan
-        layouts = [_layout(job) for job in jobs]
-        fitting = [index for index, layout in enumerate(layouts) if layout is not None]
-        if fitting:
-            outputs = self._canvases([jobs[index] for index in fitting], [layouts[index] for index in fitting], plan)
-        for place, index in enumerate(fitting):
-            layout = layouts[index]
-            assert layout is not None
-            frames = [
-                take(self._to_torch(output[place]).permute(2, 0, 1), canvas.frame, plan.fill)
-                for canvas, output in zip(layout.canvases, outputs, strict=False)
-            ]
-            for out, view in zip(jobs[index].out, layout.views, strict=True):
-                out.copy_(take(frames[view.canvas], view.box, plan.fill))
-        return [layout is not None for layout in layouts]
+    def _render(self, jobs: Sequence[Job]) -> list[bool]:
+        """Decode in DALI, and make views with torch: nearer to PIL's than DALI's filters, where pictures shrink much.
 
-    def _canvases(self, jobs: Sequence[Job], layouts: Sequence[ImageLayout | None], plan: ImagePlan) -> Any:
-        """Return for each canvas the planes of all jobs, as DALI holds them."""
-        pipeline = self._pipeline((plan.resample, plan.fill), _canvas_pipeline, resample=plan.resample, fill=plan.fill)
+        Returns:
+            Whether each could be: others are PIL's to judge, as another reader of the file sees another size.
+        """
+        output, done = self._run(jobs, "decode", _decode_pipeline), []
+        for index, job in enumerate(jobs):
+            pixels_CHW = self._to_torch(output[index]).permute(2, 0, 1)
+            try:
+                layout = job.laid_out(pixels_CHW.size(2), pixels_CHW.size(1))
+                for out, view in zip(job.out, render_tensor(pixels_CHW, job.plan, layout), strict=True):
+                    out.copy_(view)
+            except ImageError:
+                done.append(False)
+            else:
+                done.append(True)
+        return done
+
+    def _run(self, jobs: Sequence[Job], key: Any, make: Any, **settings: Any) -> Any:
+        pipeline = self._pipeline(key, make, **settings)
         pipeline.feed_input("encoded", [np.frombuffer(job.data, np.uint8) for job in jobs])
-        for number in range(_CANVASES):
-            canvases = [
-                layout.canvases[number] if layout is not None and number < len(layout.canvases) else _UNUSED
-                for layout in layouts
-            ]
-            boxes = [canvas.source for canvas in canvases]
-            pipeline.feed_input(f"start{number}", [np.array([box.top, box.left], np.int32) for box in boxes])
-            pipeline.feed_input(f"shape{number}", [np.array(box.size[::-1], np.int32) for box in boxes])
-            pipeline.feed_input(f"size{number}", [np.array(one.resized[::-1], np.float32) for one in canvases])
-        return pipeline.run()
+        (output,) = pipeline.run()
+        return output
 
     def _pipeline(self, key: Any, make: Any, **settings: Any) -> Any:
         if key not in self._pipelines:
@@ -167,20 +141,6 @@ class DaliDecoder(ImageDecoder):
         stream = None if self._device_id is None else current_stream(self.device)
         feed_ndarray(tensor, pixels, cuda_stream=stream)
         return pixels
-
-
-def _layout(job: Job) -> ImageLayout | None:
-    """Return the layout of a job's picture by its header, which DALI's decoder is held to by MAX_PIXELS alone.
-
-    None where it cannot be made here: another reader of the file saw another size, or there are too many canvases.
-    """
-    header = job.header
-    assert header is not None
-    try:
-        layout = job.laid_out(header.width, header.height)
-    except ImageError:
-        return None
-    return layout if len(layout.canvases) <= _CANVASES else None
 
 
 def _batches(headers: Mapping[int, ImageHeader]) -> Iterator[list[int]]:

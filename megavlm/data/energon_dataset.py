@@ -100,6 +100,7 @@ class PackEncoder(TaskEncoder):
     cookers = (Cooker(_cook),)
 
     def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, plan: ImagePlan) -> None:
+        tokenizer.template.check_training()
         self.data = data
         self.names = names
         self.tokenizer = tokenizer

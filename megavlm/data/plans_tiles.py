@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megavlm.config.errors import UserError
 from megavlm.data.media import (
     NEWLINE,
@@ -30,6 +27,9 @@ from megavlm.data.media import (
 from megavlm.data.plans_single import one_view, padded, squashed, stretched
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from megavlm.config.schema import ModelConfig
 
 Pinpoints = tuple[tuple[int, int], ...]
@@ -61,6 +61,8 @@ class AnyresPlan(ImagePlan):
 
     def feature_index(self, layout: ImageLayout) -> FeatureIndex | None:
         """Return the squashed view's features, then rows of the picture's, each with a newline vector behind it."""
+        import numpy as np  # noqa: PLC0415 - --help imports this module
+
         rows, columns = layout.grid
         own = self._feature_rows(layout.shape, (rows * self.side, columns * self.side))
         first = np.zeros((self.tokens_per_view, own.index.shape[1]), np.int64)
@@ -78,6 +80,8 @@ class AnyresPlan(ImagePlan):
 
     def _unpadded(self, shape: ImageShape, resolution: tuple[int, int]) -> NDArray[np.int64]:
         """[rows, columns] indices of the features that see the picture, without those of padding alone."""
+        import numpy as np  # noqa: PLC0415 - --help imports this module
+
         side, per_view = math.isqrt(self.tokens_per_view), self.tokens_per_view
         tall, wide = resolution[0] // self.side, resolution[1] // self.side
         views = 1 + np.arange(tall * wide).reshape(tall, 1, wide, 1)
@@ -115,6 +119,8 @@ class AnyresMaxPlan(AnyresPlan):
 
     def feature_index(self, layout: ImageLayout) -> FeatureIndex | None:
         """Return the order of the features, and their weights where they are interpolated."""
+        import numpy as np  # noqa: PLC0415 - --help imports this module
+
         if layout.shape.images == 1:
             return super().feature_index(layout)
         return FeatureIndex(np.append(np.arange(self.tokens_per_view), NEWLINE).reshape(-1, 1))
@@ -197,6 +203,8 @@ def _tiles(canvas: int, side: int, rows: int, columns: int) -> list[View]:
 
 
 def _with_newlines(grid: NDArray[np.int64]) -> NDArray[np.int64]:
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
     return np.concatenate([grid, np.full((len(grid), 1), NEWLINE)], axis=1)
 
 
@@ -205,6 +213,8 @@ def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIn
 
     As ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: each is a mean of four.
     """
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
     above, below, down = _neighbours(rows, grid.shape[0])
     left, right, across = _neighbours(columns, grid.shape[1])
     corners = [grid[np.ix_(y, x)] for y in (above, below) for x in (left, right)]
@@ -217,6 +227,8 @@ def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIn
 
 def _neighbours(count: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return for each of ``count`` points on ``size`` the neighbours on both sides, and the second one's weight."""
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
     at = np.maximum((np.arange(count) + 0.5) * (size / count) - 0.5, 0)
     before = np.minimum(np.floor(at).astype(np.int64), size - 1)
     return before, np.minimum(before + 1, size - 1), at - before

@@ -55,16 +55,21 @@ def render_with_pil(picture: Image.Image, plan: ImagePlan, layout: ImageLayout) 
 
 def render_with_torch(picture: np.ndarray, plan: ImagePlan, layout: ImageLayout) -> Iterator[Tensor]:
     """Yield [3, H, W] uint8 for each view of a [H, W, 3] uint8 picture."""
+    yield from render_tensor(torch.from_numpy(picture).permute(2, 0, 1), plan, layout)
+
+
+def render_tensor(pixels_CHW: Tensor, plan: ImagePlan, layout: ImageLayout) -> Iterator[Tensor]:
+    """Yield [3, H, W] uint8 for each view of a [3, H, W] uint8 picture, on its device."""
     if plan.resample not in _TORCH_MODES:
-        for pixels in render_with_pil(Image.fromarray(picture), plan, layout):
-            yield torch.from_numpy(pixels).permute(2, 0, 1)
+        picture = pixels_CHW.permute(1, 2, 0).cpu().numpy()
+        for view in render_with_pil(Image.fromarray(picture), plan, layout):
+            yield torch.from_numpy(view).permute(2, 0, 1)
         return
-    pixels_CHW = torch.from_numpy(picture).permute(2, 0, 1)
     canvases: dict[int, Tensor] = {}
-    for view in layout.views:
-        if view.canvas not in canvases:
-            canvases = {view.canvas: _canvas_with_torch(pixels_CHW, plan, layout.canvases[view.canvas])}
-        yield take(canvases[view.canvas], view.box, plan.fill)
+    for one in layout.views:
+        if one.canvas not in canvases:
+            canvases = {one.canvas: _canvas_with_torch(pixels_CHW, plan, layout.canvases[one.canvas])}
+        yield take(canvases[one.canvas], one.box, plan.fill)
 
 
 def take(pixels_CHW: Tensor, box: Box, fill: Colour) -> Tensor:
@@ -98,8 +103,27 @@ def _take(image: Image.Image, box: Box, fill: Colour) -> Image.Image:
 
 def _canvas_with_torch(pixels_CHW: Tensor, plan: ImagePlan, canvas: Canvas) -> Tensor:
     source = take(pixels_CHW, canvas.source, plan.fill)
-    width, height = canvas.resized
-    resized = torch.nn.functional.interpolate(
-        source[None], (height, width), mode=plan.resample, antialias=True, align_corners=False
-    )[0]
-    return take(resized, canvas.frame, plan.fill)
+    return take(resized(source, canvas.resized, plan.resample, exact_type=source.is_cuda), canvas.frame, plan.fill)
+
+
+def resized(pixels_CHW: Tensor, size: tuple[int, int], mode: str, *, exact_type: bool) -> Tensor:
+    """Return [3, H, W] uint8 resized to width and height with antialiasing.
+
+    Args:
+        pixels_CHW: uint8.
+        size: width and height.
+        mode: ``bicubic`` or ``bilinear``.
+        exact_type: compute in fp32; else in uint8, which torch has on the CPU alone.
+    """
+    width, height = size
+
+    def to(pixels_1CHW: Tensor, height: int, width: int) -> Tensor:
+        return torch.nn.functional.interpolate(
+            pixels_1CHW, (height, width), mode=mode, antialias=True, align_corners=False
+        )
+
+    if not exact_type:
+        return to(pixels_CHW[None], height, width)[0]
+    # As PIL: along rows first, to whole levels, then along columns. What overshoots is cut off in between.
+    rows = to(pixels_CHW[None].float(), pixels_CHW.size(1), width).round_().clamp_(0, 255)
+    return to(rows, height, width).round_().clamp_(0, 255).to(torch.uint8)[0]

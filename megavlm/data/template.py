@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
@@ -73,6 +74,8 @@ class ControlToken:
 class Template:
     """How the conversations of a model are written."""
 
+    renders: ClassVar[bool] = False
+    """Whether spans are a rendered text, in which the turns' own cannot be told apart any more."""
     name: str
     """What ``model.template`` calls it."""
     title: str
@@ -146,6 +149,13 @@ class Template:
                 pieces = self.user_with_system
             found += self._written(pieces, turn.text, system or "")
         return found + [Span(piece) for piece in self.lead] if prompt else found
+
+    def check_training(self) -> None:
+        """Check that the label mask of any conversation is known, as it is of a row.
+
+        Raises:
+            TemplateError: it is not.
+        """
 
     @property
     def fingerprint(self) -> str:

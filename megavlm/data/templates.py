@@ -11,7 +11,7 @@ from megavlm.config.errors import UserError
 from megavlm.data.template import Template
 from megavlm.data.template_rows import QWEN_VL, ROWS
 
-__all__ = ["QWEN_VL", "find_template", "names", "register", "template_of"]
+__all__ = ["QWEN_VL", "find_template", "is_checkpoint", "names", "register", "template_of"]
 
 _TEMPLATES: dict[str, Template] = {}
 
@@ -37,13 +37,22 @@ def template_of(name: str, tokenizer: Path) -> Template:
     """Return what ``model.template`` names.
 
     Args:
-        name: of a registered template.
+        name: of a registered template; or ``checkpoint``, for the one beside the tokenizer.
         tokenizer: the tokenizer's file, with which the template goes.
 
     Raises:
-        UserError: there is no such template.
+        UserError: there is no such template, or it cannot be used.
     """
+    if is_checkpoint(name):
+        from megavlm.data.jinja_template import checkpoint_template  # noqa: PLC0415 - Jinja only where it is used
+
+        return checkpoint_template(tokenizer, name)
     return find_template(name)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a name means the chat template that the model's own directory carries."""
+    return name.partition(":")[0] == "checkpoint"
 
 
 def find_template(name: str) -> Template:
@@ -53,7 +62,10 @@ def find_template(name: str) -> Template:
         UserError: there is none of that name; the message lists those that exist.
     """
     if name not in _TEMPLATES:
-        raise UserError(f"model.template: no template {name!r}; there are {', '.join(names())}")
+        raise UserError(
+            f"model.template: no template {name!r}; there are {', '.join(names())}, and checkpoint (the model's own "
+            "chat_template)"
+        )
     return _TEMPLATES[name]
 
 

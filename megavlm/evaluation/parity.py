@@ -28,6 +28,7 @@ from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, pla
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
+from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.layout import describe
@@ -178,18 +179,13 @@ def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
     """Return the largest difference in each of WHAT, on all ranks; zero where there is nothing to compare."""
     found = torch.zeros(len(WHAT), dtype=torch.float64)
     model = unwrap(chunks[0])
-    pixels = sample.pixels.to(local_device())
-    if is_first_stage() and len(pixels) and "image_features" in sample.expected:
-        features = model.encode_images(pixels)
-        assert features is not None
-        index, weight = arrangement_on(arrange(plan_of(recipe.model), sample.layouts), local_device())
-        arranged = model.arranged(features, index, weight)
+    if is_first_stage() and len(sample.pixels) and "image_features" in sample.expected:
+        arranged = features_of_sample(model, sample, recipe)
         found[1] = _largest(arranged, sample.expected["image_features"].flatten(0, -2))
     length = len(sample.ids)
     if "logits" in sample.expected:
-        outputs = _forward(chunks, sample, recipe, with_labels=False)
+        logits = forward_sample(chunks, sample, recipe)
         if is_last_stage():
-            logits = gather_from_tensor_model_parallel_region(outputs[0])[:length, : recipe.model.language.vocab_size]
             found[0] = _largest(logits, sample.expected["logits"].flatten(0, -2))
     if "loss" in sample.expected and sample.labels is not None:
         outputs = _forward(chunks, sample, recipe, with_labels=True)
@@ -205,6 +201,23 @@ def _compare(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
 def _largest(ours: Tensor, theirs: Tensor) -> float:
     difference = (ours.double().cpu() - theirs.double()).abs().max()
     return float(torch.nan_to_num(difference, nan=float("inf")))
+
+
+def features_of_sample(model: VisionLanguageModel, sample: Sample, recipe: Recipe) -> Tensor:
+    """Return [T, E] of a sample's image slots, on the first stage."""
+    features = model.encode_images(sample.pixels.to(local_device()))
+    assert features is not None
+    index, weight = arrangement_on(arrange(plan_of(recipe.model), sample.layouts), local_device())
+    return model.arranged(features, index, weight)
+
+
+def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
+    """Run one sample; the last stage returns its [S, V] logits, the others nothing of meaning."""
+    outputs = _forward(chunks, sample, recipe, with_labels=False)
+    if not is_last_stage():
+        return torch.empty(0)
+    whole = gather_from_tensor_model_parallel_region(outputs[0])
+    return whole[: len(sample.ids), : recipe.model.language.vocab_size]
 
 
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:

@@ -21,7 +21,10 @@ Tower = tuple[Tree, Any]
 
 
 class Family(ABC):
-    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``."""
+    """A kind of Hugging Face checkpoint: how it is recognised, its shape, its tables and its ``config.json``.
+
+    This is all that the converters know of one; :data:`megavlm.families.registry.FAMILIES` has those that there are.
+    """
 
     name: ClassVar[str]
     """As ``--family`` and the conversion's record call it."""
@@ -33,8 +36,16 @@ class Family(ABC):
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
+    template: ClassVar[str | None] = None
+    """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
+    gets as ``model.template``; None for that key's default."""
+    image_plan: ClassVar[str | None] = None
+    """Name of the image plan of its pictures, which a converted checkpoint gets as ``model.image.kind``, unless
+    :meth:`branches` has an ``image``; None for that key's default."""
     slotless: ClassVar[bool] = False
     """Whether its vocabulary has no token for the slots of an image: a conversion gives it one."""
+    tower_keys: ClassVar[Mapping[str, Any]] = {}
+    """Keys of ``config.json`` by which the family's code takes the tower from the checkpoint, once it was trained."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
     preprocesses: ClassVar[bool] = False
@@ -48,7 +59,7 @@ class Family(ABC):
 
     @abstractmethod
     def branches(self, source: Source) -> Tree:
-        """Return the recipe's ``model`` branches of the parts.
+        """Return the recipe's ``model`` branches of the parts, and ``image`` where the checkpoint says it.
 
         Raises:
             UserError: the configuration lacks a key, or asks for what the models here cannot do.
@@ -106,6 +117,13 @@ class Family(ABC):
         """Return the naming that ``source`` uses; the first if none fits, for the sake of the message."""
         return next((s for s in self.styles if self.probe(s) in source), next(iter(self.styles)))
 
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Return what its conversations may be written in, by ``model.template``'s names; the first that goes is taken.
+
+        A name goes with a tokenizer that has its tokens; where none does, the default is taken.
+        """
+        return ()
+
     def tokens(self, source: Source) -> dict[str, int]:
         """Return the ids of ``image`` and ``image_start``, as far as the configuration tells."""
         return {}
@@ -132,7 +150,7 @@ class Family(ABC):
 
 def layers(table: Table, model: ModelConfig) -> int:
     """Return the number of layers of a table's part."""
-    return {"language": model.language.num_layers, "vision": model.vision.num_layers}.get(table.part, 0)
+    return int(getattr(model, table.part).num_layers) if table.layer else 0
 
 
 def config_file(source: Source) -> str:

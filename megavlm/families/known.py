@@ -1,33 +1,38 @@
-"""The families. Another is one class with its tables and one entry here."""
+"""The families of this package, and which of all that are registered a checkpoint is of."""
 
 from __future__ import annotations
 
-from megavlm.config.errors import UserError
-from megavlm.families.family import Family
-from megavlm.families.llama import LlamaFamily
-from megavlm.families.llava import LlavaFamily
-from megavlm.families.llava_original import LlavaApartFamily, LlavaOriginalFamily
-from megavlm.families.projector import ProjectorFamily
-from megavlm.families.qwen import CodeFuseFamily, QwenFamily, QwenTowerFamily, QwenVLFamily
-from megavlm.families.vit import ClipFamily, SiglipFamily
-from megavlm.weights.source import Source
+from typing import TYPE_CHECKING
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        ProjectorFamily(),
-        QwenVLFamily(),
-        CodeFuseFamily(),
-        LlavaFamily(),
-        LlavaOriginalFamily(),
-        LlavaApartFamily(),
-        QwenFamily(),
-        LlamaFamily(),
-        ClipFamily(),
-        SiglipFamily(),
-        QwenTowerFamily(),
-    )
-}
+from megavlm.config.errors import UserError
+from megavlm.families.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from megavlm.families.family import Family
+    from megavlm.weights.source import Source
+
+__all__ = ["FAMILIES", "detect", "register"]
+
+_OURS = (
+    "megavlm.families.projector:ProjectorFamily",
+    "megavlm.families.qwen:QwenVLFamily",
+    "megavlm.families.qwen:CodeFuseFamily",
+    "megavlm.families.llava:LlavaFamily",
+    "megavlm.families.llava_original:LlavaOriginalFamily",
+    "megavlm.families.llava_original:LlavaApartFamily",
+    "megavlm.families.qwen:QwenFamily",
+    "megavlm.families.llama:LlamaFamily",
+    "megavlm.families.vit:ClipFamily",
+    "megavlm.families.vit:SiglipFamily",
+    "megavlm.families.qwen:QwenTowerFamily",
+)
+"""One line each, in the order in which they are asked whether a checkpoint is theirs."""
+
+
+def register() -> None:
+    """Register the families of this package."""
+    for place in _OURS:
+        FAMILIES.register(place)
 
 
 def detect(source: Source) -> Family:

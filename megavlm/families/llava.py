@@ -134,6 +134,14 @@ class LlavaFamily(Family):
             return f"the image plan is {model.image.kind}, LLaVA-1.5 has one view of a picture"
         return no_llava_tower(model.vision) or no_llama(model.language)
 
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Its own ``chat_template``, else the form of its language model; LLaVA-1.5's is Vicuna v1."""
+        text = source.config.get("text_config")
+        kind = text.get("model_type", "llama") if isinstance(text, dict) else "llama"
+        rows = {"mistral": ("mistral",), "qwen2": ("qwen2",), "phi3": ("phi_3",)}
+        # Llama 3 and a Phi-3 that is stored as one are known by their tokens.
+        return ("checkpoint", *rows.get(kind, ("llama_3", "phi_3", "vicuna_v1")))
+
     def tokens(self, source: Source) -> dict[str, int]:
         """``image_token_index``, or its newer name."""
         token = source.config.get("image_token_id", source.config.get("image_token_index"))

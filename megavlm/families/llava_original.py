@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
 from megavlm.families.common import LLAMA_LANGUAGE, TRANSFORMERS_VISION, expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import normalisation
+from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.families.projector import projector_branch, projector_table
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
@@ -75,6 +76,8 @@ class LlavaOriginalFamily(Family):
     }
     preprocesses = True
     slotless = True
+    # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
+    tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
 
     def detect(self, source: Source) -> bool:
         """By the projector's type, the language model's names and whether the tower is there."""
@@ -92,7 +95,7 @@ class LlavaOriginalFamily(Family):
         vision = transformers_vision(vision_config, layer, where)
         _check_width(config, vision, where)
         vision |= normalisation(source, vision["image_size"])
-        return {"vision": vision, **self._rest(source)}
+        return {"vision": vision, **self._rest(source), "image": pictures(source, source, vision)}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -107,7 +110,7 @@ class LlavaOriginalFamily(Family):
             **text,
             "architectures": [f"{_LANGUAGES.get(kind, 'LlavaLlama')}ForCausalLM"],
             "freeze_mm_mlp_adapter": False,
-            "image_aspect_ratio": "pad",
+            "image_aspect_ratio": "pad" if model.image.kind == "pad" else "square",
             "mm_hidden_size": model.vision.feature_size,
             "mm_projector_type": model.connector.preset,
             "mm_use_im_patch_token": False,
@@ -115,8 +118,7 @@ class LlavaOriginalFamily(Family):
             "mm_vision_select_feature": "patch",
             "model_type": "llava_qwen" if kind == "qwen2" else "llava_llama",
             "tune_mm_mlp_adapter": False,
-            # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
-            "unfreeze_mm_vision_tower": True,
+            **self.tower_keys,
             "use_mm_proj": True,
         }
         layers = model.vision.feature_layers
@@ -162,6 +164,8 @@ class LlavaOriginalFamily(Family):
             return f"the connector is {model.connector.preset}, LLaVA's are linear and mlpNx_gelu"
         if model.language.qk_layernorm:
             return "the language model has a norm on queries and keys; LLaVA's are Llama, Mistral and Qwen2"
+        if not plan_of(model).fixed:
+            return f"the image plan is {model.image.kind}; of LLaVA's those with one view of a picture are written"
         return no_llava_tower(model.vision) or no_llama(model.language)
 
     def extra_files(self, source: Source) -> dict[str, Tree]:
@@ -218,6 +222,21 @@ class LlavaApartFamily(LlavaOriginalFamily):
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return two tables."""
         return super().tables(model, style)[1:]
+
+
+def pictures(source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
+    """Return ``model.image``: padded where config.json says so, else as the tower's own processor does.
+
+    Args:
+        source: the checkpoint.
+        tower: where the processor's file lies, if there is one.
+        vision: ``model.vision``.
+    """
+    clip = bool(vision["class_token"])
+    if source.config.get("image_aspect_ratio") == "pad":
+        return image_branch(source, vision["image_size"], clip=clip)
+    own = image_branch(tower, vision["image_size"], clip=clip)
+    return own or {"kind": "crop" if clip else "squash"}
 
 
 def tower_apart(source: Source, vision: Path | None) -> tuple[Path, Any]:

@@ -1,6 +1,80 @@
-"""Whole models: a vision preset, a connector and a language preset, with what they adjust in each other."""
+"""Whole models, and the presets of a recipe filled in.
 
-from megavlm.architectures.registry import MODELS
+Packages other than this one register what they bring through the entry-point group ``megavlm.presets``: each entry
+point names a function that is called without arguments (CONTRIBUTING.md, "Add a family"). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+from megavlm.architectures.registry import register_architectures
+from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
+from megavlm.config.errors import UserError
+from megavlm.data.media import plan_kinds
+from megavlm.data.templates import find_template, is_checkpoint
+from megavlm.families import known
+
+
+def load_presets() -> None:
+    """Register architectures, families and presets of this package, and of installed packages that bring some, once."""
+    if MODELS.names():
+        return
+    register_architectures()
+    known.register()
+    register()
+    plan_kinds()
+    for entry in entry_points(group="megavlm.presets"):
+        entry.load()()
+
+
+def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the raw recipe ``tree`` with the values of the presets that its ``model`` branch names filled in.
+
+    What the tree sets itself wins over the preset. The input is not changed.
+
+    Raises:
+        UserError: an unknown preset; the message starts with the key.
+    """
+    load_presets()
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return tree
+    if isinstance(model.get("template"), str) and not is_checkpoint(model["template"]):
+        find_template(model["template"])
+    whole: dict[str, Any] = {}
+    if isinstance(model.get("preset"), str):
+        whole = _find(MODELS, model["preset"], "model.preset").values
+    expanded = dict(model)
+    for branch, registry in BRANCHES.items():
+        own = model.get(branch, {})
+        if not isinstance(own, dict):
+            continue
+        values = {**whole.get(branch, {}), **own}
+        if values.get("preset") != whole.get(branch, {}).get("preset"):
+            values = dict(own)  # another preset than the whole model's: its adjustments do not apply
+        if isinstance(values.get("preset"), str):
+            values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
+        expanded[branch] = values
+    expanded |= _image(whole.get("image", {}), model)
+    return {**tree, "model": expanded}
+
+
+def _image(whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the image branch: the whole model's adjustments are for its own kind of plan."""
+    own = model.get("image", {})
+    if not whole or not isinstance(own, dict):
+        return {}
+    same = own.get("kind", whole.get("kind")) == whole.get("kind")
+    return {"image": {**whole, **own} if same else own}
+
+
+def _find(registry: Registry, name: str, key: str) -> Preset:
+    try:
+        return registry.find(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def register() -> None:

@@ -26,6 +26,7 @@ class QwenFamily(Family):
 
     name = "qwen"
     title = "Qwen v1 language models"
+    template = "qwen_vl"
     parts: ClassVar[tuple[str, ...]] = ("language",)
 
     def detect(self, source: Source) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
@@ -19,6 +18,7 @@ from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
+from megavlm.families.presets import expand_presets
 from megavlm.inference.sampling import Sampling
 
 _ALONE: dict[str, Any] = {

@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megavlm.architectures import registry
 from megavlm.architectures.context import BuildContext
+from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.models.arrange import add_newline, arrange_features, newline_of
@@ -45,7 +45,7 @@ class VisionLanguageModel(MegatronModule):
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        registry.load_presets()
+        registry.load()
         language = registry.LANGUAGE.find(model.language.preset).build(
             model.language, context, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )

@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
@@ -34,6 +33,7 @@ from megavlm.data.media import plan_kinds, plan_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import View

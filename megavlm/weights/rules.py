@@ -1,7 +1,7 @@
 """What a family's table is made of: rows from Hugging Face names to canonical names, with few named reshapes.
 
 A row works in both directions. Which rows apply follows from the model: a row whose canonical parameter the model
-does not have (a bias, an untied output layer) is left out.
+does not have (a bias, an untied output layer) is left out. Nothing here imports torch before a tensor is reshaped.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from megavlm.config.schema import ModelConfig
 
-Tensors = Sequence[Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "Sequence[Tensor]"
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,14 @@ class Heads:
 
     @staticmethod
     def of(part: str, model: ModelConfig) -> Heads:
-        """Return the heads of a part of the model."""
-        if part == "language":
-            language = model.language
-            return Heads(language.num_attention_heads, language.num_query_groups, language.kv_channels)
-        vision = model.vision
-        count = vision.num_attention_heads
-        return Heads(count, count, vision.hidden_size // count)
+        """Return the heads of a part of the model; zeros for one that has no such projection."""
+        own = getattr(model, part)
+        count = getattr(own, "num_attention_heads", None)
+        if count is None:
+            return Heads(0, 0, 0)
+        groups = getattr(own, "num_query_groups", count)
+        width = getattr(own, "kv_channels", None)
+        return Heads(count, groups, own.hidden_size // count if width is None else width)
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,16 @@ class Reshape:
     to_theirs: Callable[[Tensors, Heads], Tensors]
 
 
+def _joined(parts: Tensors, dim: int = 0) -> Tensor:
+    import torch  # noqa: PLC0415 - tables are read without it
+
+    return torch.cat(list(parts), dim=dim)
+
+
 def _group(qkv: Tensors, heads: Heads) -> Tensors:
     """Q [heads * dim, ...], k and v [groups * dim, ...] to Megatron's [q.., k, v] of one group after the other."""
     parts = [part.unflatten(0, (heads.groups, -1)) for part in qkv]
-    return [torch.cat(parts, dim=1).flatten(0, 1)]
+    return [_joined(parts, dim=1).flatten(0, 1)]
 
 
 def _ungroup(fused: Tensors, heads: Heads) -> Tensors:
@@ -77,10 +85,10 @@ QKV = Reshape("q, k, v to [q, k, v] per group", _group, _ungroup)
 QKV_BLOCKS = Reshape(
     "[Q; K; V] to [q, k, v] per group",
     lambda x, heads: _group(_blocks(x[0], heads), heads),
-    lambda x, heads: [torch.cat(list(_ungroup(x, heads)))],
+    lambda x, heads: [_joined(_ungroup(x, heads))],
 )
-CONCAT = Reshape("gate and up, one above the other", lambda x, _: [torch.cat(list(x))], lambda x, _: x[0].chunk(2))
-SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [torch.cat(list(x))])
+CONCAT = Reshape("gate and up, one above the other", lambda x, _: [_joined(x)], lambda x, _: x[0].chunk(2))
+SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [_joined(x)])
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ from megavlm.architectures.registry import (
     Architecture,
     Preset,
     Registry,
-    expand_presets,
 )
 from megavlm.config.errors import UserError
 from megavlm.config.fields import config_class
 from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig, VisionConfig
 from megavlm.data.device_batch import make_batch
+from megavlm.families import presets
+from megavlm.families.presets import expand_presets, load_presets
+from megavlm.families.registry import FAMILIES
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
@@ -83,9 +85,11 @@ def count(module: torch.nn.Module | None) -> int:
 @pytest.fixture
 def clean_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Forget what a test registers."""
-    registry.load_presets()
+    load_presets()
     for one in (VISION, CONNECTORS, LANGUAGE, registry.MODELS):
         monkeypatch.setattr(one, "_presets", dict(one._presets))
+    monkeypatch.setattr(FAMILIES, "_places", list(FAMILIES._places))
+    monkeypatch.setattr(FAMILIES, "_families", dict(FAMILIES._families))
     yield
 
 
@@ -272,9 +276,11 @@ def test_other_packages_bring_presets_by_entry_point(monkeypatch: pytest.MonkeyP
         asked.append(group)
         return [Entry()]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(presets, "entry_points", entry_points)
     for one in (VISION, CONNECTORS, LANGUAGE, registry.MODELS):  # as in a new process
         one._presets.clear()
+    FAMILIES._places.clear()
+    FAMILIES._families.clear()
     model = expand_presets({"model": {"preset": "tiny", "connector": {"preset": "theirs"}}})["model"]
     assert asked == ["megavlm.presets"]
     assert model["connector"] == {"preset": "theirs", "num_queries": 9}

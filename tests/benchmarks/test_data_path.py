@@ -17,5 +17,7 @@ def test_small_run(tmp_path: Path) -> None:
     assert "| what | how | result |" in printed and f"Command: `{result['command']}`" in printed
     assert all(reader["packs_per_s"] > 0 and reader["padding"] <= 0.01 for reader in result["reader"].values())
     assert result["decoders"]["pil"]["448"]["images_per_s"] > 0
+    tiles = result["decoders"]["pil"]["tiles"]
+    assert tiles["views_per_s"] == 5 * tiles["images_per_s"] > 0 and result["reader_of_tiles"]["padding"] <= 0.02
     padding = result["padding"]
     assert 0 <= padding["carry_over"] <= 0.01 < padding["none"] and padding["first_fit_decreasing"] < padding["none"]

@@ -343,9 +343,9 @@ def loaded(recipe: dict[str, Any], checkpoint: str, *, state: bool) -> str:
 def run_with_a_bad_save(words: list[str], step: int) -> tuple[int | None, str]:
     """Train as the command does, with a shifted moment in the save of one step; return exit code and error."""
 
-    from megavlm.architectures.registry import expand_presets
     from megavlm.commands.train import train
     from megavlm.config.load import load_recipe
+    from megavlm.families.presets import expand_presets
 
     original = saver.save_preprocess
 

@@ -24,6 +24,7 @@ from megavlm.checkpoint.manifest import is_proven
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.schema import ModelConfig
+from megavlm.families.presets import expand_presets, load_presets
 
 VOCABULARY = 517
 # Sizes for what has such keys; four image tokens, as in ``tiny``'s packs.
@@ -54,7 +55,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 def names(kind: str) -> list[str]:
     """Return the presets of a registry, one for each set of tensors that some store, patterns filled in twice."""
-    registry.load_presets()
+    load_presets()
     found = {"vision": registry.VISION, "connector": registry.CONNECTORS, "language": registry.LANGUAGE}[kind]
     wanted = []
     for name in found.names():
@@ -82,7 +83,7 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
 
 
 def make_model(vision: str = "tiny_vit", connector: str = "linear", language: str = "llama") -> ModelConfig:
-    tree = registry.expand_presets({"model": branches(vision, connector, language)})["model"]
+    tree = expand_presets({"model": branches(vision, connector, language)})["model"]
     return TypeAdapter(ModelConfig).validate_python(tree)
 
 

@@ -12,7 +12,6 @@ from ranks import megavlm
 from run_data import RunData
 from tiny import tiny_recipe
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.hf.outgoing import model_branches
 from megavlm.checkpoint.hf.shapes import make_model
 from megavlm.checkpoint.manifest import write_manifest
@@ -23,6 +22,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.training.loop import _check_same_model
 

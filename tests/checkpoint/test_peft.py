@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, Qwen2Config
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.stream import CheckpointReader
@@ -27,6 +26,7 @@ from megavlm.config.load import load_recipe
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 

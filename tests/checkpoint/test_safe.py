@@ -16,11 +16,11 @@ from hf_makers import SMALL, Canary
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint import distributed
 from megavlm.checkpoint.safe import read_metadata
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,11 +67,19 @@ def made(root: Path, kind: str, *, siglip: bool = False) -> Path:
     return hf
 
 
-def trained(root: Path, *changes: tuple[str, str]) -> Path:
-    """Convert ``hf`` and let the checkpoint be one of step 5, as a run would have saved it."""
+def trained(root: Path, *changes: tuple[str, str], template: str | None = "qwen_vl") -> Path:
+    """Convert ``hf`` and let the checkpoint be one of step 5, as a run would have saved it.
+
+    Args:
+        root: where ``hf`` lies.
+        changes: of the recipe's text.
+        template: that was trained, Qwen-VL's ChatML unless told otherwise; None for the converted one.
+    """
     checkpoint = megatron(root / "hf", root / "m")
     (checkpoint / "run.json").write_text(json.dumps({"step": 5}))
     recipe = checkpoint / "recipe.yaml"
+    if template is not None:
+        recipe.write_text(re.sub(r"(?m)^  template: .*$", f"  template: {template}", recipe.read_text()))
     for old, new in changes:
         assert old in recipe.read_text()
         recipe.write_text(recipe.read_text().replace(old, new))
@@ -137,7 +146,7 @@ def test_transformers_reads_what_was_trained(kind: str, tmp_path: Path, caplog: 
 def test_another_size_and_no_system_message(tmp_path: Path) -> None:
     made(tmp_path, "qwen2")
     checkpoint = trained(
-        tmp_path, ("image_size: 28", "image_size: 30"), (f"system_message: {SYSTEM}", "system_message: ''"),
+        tmp_path, ("image_size: 28", "image_size: 30"), ("system_message: null", "system_message: ''"),
         ("    image_mean:\n      - 0.4", "    image_mean:\n      - 0.1"),
     )  # fmt: skip
     convert("megatron-to-hf", "--megatron", checkpoint, "--out", tmp_path / "home", "--family", "clip")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megavlm import cli
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
 
 TINY = """\
 output_dir: {root}/run

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+from megavlm.families.presets import expand_presets
 from megavlm.planning.layout import with_parallel
 
 TP2 = "parallel.tensor_model_parallel_size=2"

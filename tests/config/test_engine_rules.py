@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.checks import check_recipe
 from megavlm.config.engine import for_inference
 from megavlm.config.load import RecipeError, load_recipe
 from megavlm.config.schema import EngineConfig
+from megavlm.families.presets import expand_presets
 
 FP8 = "engine.fp8=hybrid"
 DELAYED = "engine.fp8_recipe=delayed"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config import yaml12
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
+from megavlm.families.presets import expand_presets
 
 
 def test_values_of_presets_file_and_overrides(load):

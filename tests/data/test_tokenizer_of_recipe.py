@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from megavlm import cli
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import TOKENIZER_FILES, find_tokenizer, with_tokenizer
+from megavlm.families.presets import expand_presets
 from megavlm.inference.checkpoint import recipe_of
 
 RECIPE = """\

@@ -80,7 +80,7 @@ def test_a_difference_in_anything_fails(what: str, converted: tuple[Path, Path],
             {"s0.pixel_values": torch.zeros(2, 3, 14, 14)},
             "s0.pixel_values is [2, 3, 14, 14]; the model takes [N, 3, 28, 28]",
         ),
-        ({"s0.pixel_values": torch.zeros(1, 3, 28, 28)}, "s0: 32 image slots for 1 images of 16 tokens each"),
+        ({"s0.pixel_values": torch.zeros(1, 3, 28, 28)}, "s0: 32 image slots, but its 1 images take 16"),
         ({"s0.logits": torch.zeros(1, 60, 121)}, "s0.logits are for 121 tokens, the model has 120"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ CODEFUSE = Sizes(
 )  # fmt: skip
 
 State = dict[str, Tensor]
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def qwen_config(s: Sizes) -> dict[str, Any]:
@@ -285,14 +287,33 @@ def siglip_vision() -> PreTrainedModel:
     return made(SiglipVisionModel, SiglipVisionConfig(**_VISION))
 
 
+SQUASHED: dict[str, Any] = {
+    "do_resize": True, "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "do_convert_rgb": True,
+}  # fmt: skip
+
+
+def _publish(model: PreTrainedModel, directory: Path, **keys: Any) -> None:
+    """Write weights, and how pictures are made pixels: squashed, by the numbers of the tower's kind."""
+    type(model).save_pretrained(model, directory, **keys)
+    vision = model.config.vision_config
+    clip, side = vision.model_type.startswith("clip"), {"height": vision.image_size, "width": vision.image_size}
+    numbers = (CLIP_MEAN, CLIP_STD) if clip else ([0.5] * 3, [0.5] * 3)
+    kind = {"image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor", "size": side}
+    tree = {**SQUASHED, **kind, "image_mean": numbers[0], "image_std": numbers[1]}
+    (Path(directory) / "preprocessor_config.json").write_text(json.dumps(tree, indent=2))
+
+
 def llava(text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, **keys: Any) -> PreTrainedModel:
     """LLaVA: CLIP, features of the layer before the last, and Llama."""
     text = text or LlamaConfig(**_TEXT, rms_norm_eps=1e-5)
     vision = vision or CLIPVisionConfig(**_VISION)
-    return made(
+    one = made(
         LlavaForConditionalGeneration,
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=119, **keys),
     )
+    one.save_pretrained = functools.partial(_publish, one)  # type: ignore[method-assign]
+    return one
 
 
 def llava_qwen_siglip() -> PreTrainedModel:

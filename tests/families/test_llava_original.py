@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import clip_vision, llava, llava_layers, llava_original, load, original_name, vicuna
+from family_cases import _TEXT, clip_vision, llava, llava_layers, llava_original, load, original_name, vicuna
 from family_cases import write as write_directory
 from hf_makers import Canary
-from transformers import LlavaForConditionalGeneration
+from tokenizer_files import write_llama
+from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from megavlm.checkpoint.hf import outgoing
 from megavlm.checkpoint.hf.shapes import make_model
@@ -98,8 +99,12 @@ def test_a_tower_that_is_apart_stays_apart_until_it_learns(
     line = refused(capsys, tmp_path / "c", "--hf", whole, "--vision", tmp_path / "hf-tower")
     assert f"--vision {tmp_path / 'hf-tower'}" in line and str(whole) in line and "leave it out" in line
     # A tower that was trained here goes home with the rest, and LLaVA's code is told to take it from there.
-    monkeypatch.setattr(outgoing, "_tower_learnt", lambda checkpoint: True)
+    monkeypatch.setattr(outgoing, "tower_learnt", lambda checkpoint: True)
     trained = convert_out(given, tmp_path / "trained")
+    inside = convert_out(
+        convert_in(tmp_path / "d", "--hf", edit(whole, unfreeze_mm_vision_tower=False)), tmp_path / "e"
+    )
+    assert json.loads((inside / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
     assert any("vision_tower" in name for name in tensors(trained))
     assert json.loads((trained / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
 
@@ -136,12 +141,15 @@ def test_a_tower_with_a_public_name_is_called_by_it() -> None:
 
 
 def test_a_picture_gets_a_slot_in_a_vocabulary_that_has_none(tmp_path: Path) -> None:
-    """LLaVA's own code has the number -200 for it; a row more is made, and is gone again in what goes home."""
-    source = llava_original(tmp_path / "hf")
+    """LLaVA's own code has the number -200 for it; rows are made for it, and are gone again in what goes home."""
+    source = llava_original(tmp_path / "hf", llava(LlamaConfig(**{**_TEXT, "vocab_size": 360})))
+    write_llama(source)  # 360 pieces, and no token of a picture
     ours = convert_in(tmp_path / "a", "--hf", source)
     record = json.loads((ours / "hf" / "conversion.json").read_text())
-    assert record["rows"] == 120 and record["model"]["language"]["vocab_size"] == 120  # no tokenizer, none made
-    assert equal(tensors(convert_out(ours, tmp_path / "back")), load(source))
+    assert record["rows"] == 360 and record["model"]["language"]["vocab_size"] > 360
+    back = convert_out(ours, tmp_path / "back")
+    assert equal(tensors(back), load(source))
+    assert (back / "config.json").read_text() == (source / "config.json").read_text()
 
 
 BAD_KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

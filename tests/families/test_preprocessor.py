@@ -16,13 +16,13 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedModel
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import ImageConfig
 from megavlm.data.media import plan_of
 from megavlm.data.render import render_with_pil
 from megavlm.families.preprocessor import image_branch, trained_preprocessor
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 from megavlm.weights.source import Source

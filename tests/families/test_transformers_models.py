@@ -23,7 +23,6 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import family_slots, make_rules
 from megavlm.cli import main
@@ -32,6 +31,7 @@ from megavlm.data.media import arrange, plan_of
 from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.families.known import FAMILIES
+from megavlm.families.presets import expand_presets
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap

@@ -83,6 +83,9 @@ def llava(directory: Path, _: Path) -> str | None:
             values = around + 0.1 * rng.standard_normal(tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     model.save_pretrained(directory)
+    squashed = {"do_center_crop": False, "size": {"height": 28, "width": 28}}
+    pixels = {"image_processor_type": "CLIPImageProcessor", **squashed}
+    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
     return None
 
 

@@ -74,7 +74,8 @@ def wide_model(recipe, wide):
     from megavlm.config.help import to_tree
 
     tree = to_tree(recipe)["model"]
-    return {name: {**branch, **wide} if isinstance(branch, dict) else branch for name, branch in tree.items()}
+    weights = ("vision", "connector", "language")
+    return {name: {**branch, **wide} if name in weights else branch for name, branch in tree.items()}
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 from megavlm.architectures.connectors.resampler.build import Resampler
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder import build as decoder
-from megavlm.architectures.registry import expand_presets
 from megavlm.architectures.towers.vit import build as vit
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from megavlm.data.device_batch import make_batch
+from megavlm.families.presets import expand_presets
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.engine import Machine, check_machine, settings, without_fp8
 from megavlm.parallel.megatron_versions import cuda_graph_field

@@ -18,6 +18,7 @@ import torch
 from launch import ROOT
 
 from megavlm.architectures import registry
+from megavlm.families.presets import load_presets
 
 # sys.modules says that it is not there: without a device the package is hidden from Megatron-Core.
 HERE = PathFinder.find_spec("transformer_engine") is not None and torch.version.cuda is not None
@@ -28,7 +29,7 @@ pytestmark = [
     ),
 ]
 
-registry.load_presets()
+load_presets()
 TOWER = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 128}
 DECODER: dict[str, Any] = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4}
 DECODER |= {"num_query_groups": 2, "kv_channels": 64, "vocab_size": 512, "max_position_embeddings": 2048}

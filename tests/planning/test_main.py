@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.cli import WRONG_INPUT, main
 from megavlm.config import yaml12
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
+from megavlm.families.presets import expand_presets
 from megavlm.planning.report import efficiency_table, gpu_table
 
 TINY = ["plan", "quickstart", "--gpus", "8", "training.global_batch_size=16"]

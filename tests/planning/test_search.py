@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tiny import tiny_recipe
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.peaks import peak_flops_of
 from megavlm.planning.gpus import GPUS, find_gpu
 from megavlm.planning.layout import layout_of, with_parallel

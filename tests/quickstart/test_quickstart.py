@@ -13,11 +13,11 @@ import pytest
 from launch import ROOT
 from ranks import megavlm
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.cli import main
 from megavlm.commands.quickstart import layout_for
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import held
 
 KEYS = {

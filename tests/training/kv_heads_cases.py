@@ -15,13 +15,13 @@ from lora_worker import fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.architectures.registry import expand_presets  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
+from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
 from megavlm.inference.sampling import Sampling  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402

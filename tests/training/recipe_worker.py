@@ -21,12 +21,12 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 
-from megavlm.architectures.registry import expand_presets  # noqa: E402
 from megavlm.checkpoint.paths import with_tokenizer_of_load  # noqa: E402
 from megavlm.config.checks import check_paths, check_recipe  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.tokenizer import load_tokenizer  # noqa: E402
+from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.models.build import MODULES  # noqa: E402
 from megavlm.parallel.layout import describe  # noqa: E402
 from megavlm.parallel.output import holding  # noqa: E402

@@ -7,10 +7,11 @@ import torch
 
 from megavlm.architectures.adapters import is_adapter
 from megavlm.architectures.context import BuildContext
-from megavlm.architectures.registry import LANGUAGE, expand_presets
+from megavlm.config.architecture import LANGUAGE
 from megavlm.config.checks import check_recipe
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import ParallelConfig
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.state import process_groups
 
 QWEN_VL = (64, 16.0, 0.05, ("c_attn", "attn.c_proj", "w1", "w2"))

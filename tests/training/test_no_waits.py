@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megavlm.architectures import registry
 from megavlm.data.batch import Pack
 from megavlm.data.device_batch import make_batch
+from megavlm.families.presets import load_presets
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.step import run_batches
@@ -72,7 +73,7 @@ def counted_waits(monkeypatch):
             yield places
 
 
-registry.load_presets()
+load_presets()
 CONNECTORS: dict[str, dict[str, object]] = {name: {"preset": name} for name in registry.CONNECTORS.names()}
 CONNECTORS["resampler"] |= {"num_queries": 4, "head_dim": 16}
 BRANCHES = {

@@ -21,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.build import padded_vocab_size
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import MODULES, freeze
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megavlm.checkpoint.hf.incoming import Given
 from megavlm.config.errors import UserError
 from megavlm.families.family import config_file
-from megavlm.families.llava_original import LlavaApartFamily, tower_apart
+from megavlm.families.llava_original import LlavaApartFamily, pictures, tower_apart
 from megavlm.families.projector import ProjectorFamily
 from megavlm.families.towers import FeatureLayer, taken_layers
 
@@ -39,6 +39,7 @@ def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> 
             f"{config_file(one.source)}: mm_hidden_size is {named!r}, but the features of {tower} are {width} wide; "
             "give the tower that mm_vision_tower names"
         )
+    one.branches["image"] = pictures(one.source, given[1].source, given[1].branches["vision"])
     return given
 
 

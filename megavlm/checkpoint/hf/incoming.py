@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,11 @@ from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer
+from megavlm.data.chat_files import has_template
+from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
-from megavlm.families.preprocessor import geometry
+from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
 from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.source import CONFIG, Source
@@ -127,8 +129,11 @@ def convert(
         UserError: the sources are wrong, or do not fit together.
     """
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
-    if len(given) == 1 and "image" in given[0].branches:
+    if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
+        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
+    elif len(given) == 1 and given[0].family.image_plan is not None:
+        branches["image"] = {"kind": given[0].family.image_plan}
     parts = [part for part in MODULES if part in branches]
     tokenizer = next(
         (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
@@ -148,7 +153,10 @@ def convert(
     if len(given) > 1 or fresh or given[0].family.slotless:
         _grow_vocabulary(branches, tokenizer, report)
     where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
+    model = make_model(branches, where, template)
+    if len(given) == 1 and not fresh and tokenizer is not None:
+        model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -172,6 +180,19 @@ def convert(
                 _verify(partial, plans, total)
                 report.verified = True
     return report
+
+
+def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+    """Check that a checkpoint says how pictures become pixels.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not image:
+        raise UserError(
+            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+        )
 
 
 class _Plan:
@@ -279,6 +300,28 @@ def _check_ids(one: Given, path: Path) -> None:
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
                 f"{name} the id {number}; correct one"
             )
+
+
+def _template(one: Given, tokenizer: Path, default: str, report: Report) -> str:
+    """Return what the conversations of a whole model are written in."""
+    reasons: list[str] = []
+    for name in one.family.templates(one.source):
+        try:
+            template = template_of(name, tokenizer)
+            load_tokenizer(tokenizer, template)
+            template.check_training()
+        except UserError as error:
+            reasons.append(str(error))
+            continue
+        if len(reasons) > 0 and has_template(tokenizer):
+            report.notes.append(f"{reasons[0]}; {name} is taken instead")
+        return name
+    if reasons:
+        report.notes.append(
+            f"none of the templates of {one.family.title} goes with its tokenizer ({reasons[-1]}); {default} is taken, "
+            "which these weights may never have seen: set model.template in the recipe"
+        )
+    return default
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:

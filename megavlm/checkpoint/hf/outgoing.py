@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
+from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
@@ -23,18 +23,17 @@ from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.stream import CheckpointReader
-from megavlm.config.architecture import BRANCHES, architecture_of
+from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import UserError
-from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
-from megavlm.families.family import Family, Tower
+from megavlm.families.family import Family
 from megavlm.families.known import FAMILIES
 from megavlm.families.llava_original import VISION_CONFIG, LlavaApartFamily, LlavaOriginalFamily
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer, transformers_vision
+from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -116,13 +115,13 @@ def export(
     branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
     name = family_name or record.get("family") or record.get("home")
-    if family_name is None and name == LlavaApartFamily.name and _tower_learnt(checkpoint):
+    if family_name is None and name == LlavaApartFamily.name and tower_learnt(checkpoint):
         name = LlavaOriginalFamily.name  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
-    model = _without_slot(checkpoint, family, model, record, original=original)
-    kin = None if original else _kin(checkpoint, family, model, record)
+    model = without_slot(checkpoint, family, model, record, template_name(checkpoint), original=original)
+    kin = None if original else kin_of(checkpoint, family, model, record)
     reader = open_reader(checkpoint, base)
     result = Export(f"{family.name} ({family.title})")
     with alone():
@@ -245,45 +244,6 @@ def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, res
     return cast
 
 
-@dataclass
-class _Kin:
-    """The family that the weights came in, where the one to write has the same tower under other names."""
-
-    tower: Tower
-    prefix: str
-    """Of the tower's names there."""
-
-
-def _kin(checkpoint: Path, family: Family, model: ModelConfig, record: Mapping[str, Any]) -> _Kin | None:
-    """Return what another family kept of the tower; None where that is another one, or a part of it changed."""
-    folder, other = checkpoint / assets.FOLDER, FAMILIES.get(str(record.get("family")))
-    path = folder / CONFIG
-    if other is None or not path.is_file() or not {"vision"} <= {*family.parts} & {*other.parts}:
-        return None
-    tower, prefix = (
-        other.tower_of(read_json(path), folder),
-        other.styles.get(record.get("style") or "", {}).get("tower"),
-    )
-    if tower is None or prefix is None or "tower" not in family.styles[family.style_for(model)]:
-        return None
-    there = make_model({"vision": transformers_vision(*tower, str(path))}, str(path))
-    return None if _differing("vision", model, there) else _Kin(tower, prefix)
-
-
-def _without_slot(
-    checkpoint: Path, family: Family, model: ModelConfig, record: Mapping[str, Any], *, original: bool
-) -> ModelConfig:
-    """Return the model with as many rows of the vocabulary as came in, where nothing but an image's slot was added."""
-    rows, folder = record.get("rows"), checkpoint / assets.FOLDER
-    if not original or not family.slotless or not isinstance(rows, int) or rows >= model.language.vocab_size:
-        return model
-    path = find_tokenizer(folder)
-    tokenizer = load_tokenizer(path, template_of(template_name(checkpoint), path)) if path else None
-    if tokenizer is None or len(tokenizer.added) > 1 or tokenizer.vocab_size - len(tokenizer.added) > rows:
-        return model
-    return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=rows))
-
-
 def _write_pickle(partial: Path, name: str, result: Export) -> None:
     """Put what was written into one file of ``torch.save``."""
     source = Source(partial)
@@ -299,7 +259,7 @@ def _extra(
     model: ModelConfig,
     style: str,
     result: Export,
-    kin: _Kin | None,
+    kin: Kin | None,
     *,
     original: bool,
     dtype: torch.dtype | None,
@@ -335,7 +295,7 @@ def _write_assets(
     model: ModelConfig,
     record: Mapping[str, Any],
     result: Export,
-    kin: _Kin | None,
+    kin: Kin | None,
     *,
     original: bool,
 ) -> None:
@@ -363,6 +323,10 @@ def _write_meaning(
     checkpoint: Path, partial: Path, family: Family, model: ModelConfig, result: Export, *, original: bool
 ) -> None:
     """Write what the small files say after a training; without one they say what they said."""
+    if family.tower_keys and "vision" in family.parts and tower_learnt(checkpoint):
+        config = read_json(partial / CONFIG)
+        text = json.dumps(config | dict(family.tower_keys), indent=2, ensure_ascii=False) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
     if was_trained(checkpoint):
         template = template_name(checkpoint)
         result.trained = write_trained(partial, family, model, template, _system_message(checkpoint))
@@ -381,16 +345,11 @@ def template_name(checkpoint: Path) -> str:
     return str(model.get("template", ModelConfig.template))
 
 
-def _system_message(checkpoint: Path) -> str:
-    """Return what conversations without a system turn were trained with."""
+def _system_message(checkpoint: Path) -> str | None:
+    """Return what conversations without a system turn were trained with; None for the template's own."""
     data = (read_tree(checkpoint).get("data") if (checkpoint / "recipe.yaml").is_file() else None) or {}
-    return str(data.get("system_message", DataConfig.system_message))
-
-
-def _tower_learnt(checkpoint: Path) -> bool:
-    """Whether a training changed the tower."""
-    modules = (read_tree(checkpoint).get("modules") if (checkpoint / "recipe.yaml").is_file() else None) or {}
-    return was_trained(checkpoint) and not (modules.get("vision") or {}).get("freeze", False)
+    message = data.get("system_message", DataConfig.system_message)
+    return None if message is None else str(message)
 
 
 def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> FeatureLayer:
@@ -453,19 +412,7 @@ def _differences(family: Family, source: Source, model: ModelConfig) -> list[str
         return [str(error)]
     tree = to_tree(model)
     written = make_model({**{part: tree[part] for part in BRANCHES}, **branches}, str(source.path))
-    return [key for part in family.parts for key in _differing(part, model, written)]
-
-
-def _differing(part: str, model: ModelConfig, other: ModelConfig) -> list[str]:
-    """Return the keys of a part whose values two models do not share, of those that a published file says."""
-    wanted, there = getattr(model, part), getattr(other, part)
-    if architecture_of(model, part) is not architecture_of(other, part):
-        return [f"model.{part}.preset"]
-    return [
-        f"model.{part}.{key}"
-        for key in to_tree(model)[part]
-        if key != "preset" and meaning_of(wanted, key).published and getattr(wanted, key) != getattr(there, key)
-    ]
+    return [key for part in family.parts for key in differing(part, model, written)]
 
 
 def _verify(source: Source, rules: Sequence[Rule], reader: CheckpointReader, total: int) -> None:

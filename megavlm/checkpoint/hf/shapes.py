@@ -13,11 +13,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from megavlm.architectures.registry import expand_presets
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.families.family import Family
+from megavlm.families.presets import expand_presets
 from megavlm.models.build import MODULES
 from megavlm.parallel.state import process_groups
 from megavlm.weights.rules import Aside, Heads, Row
@@ -32,13 +32,20 @@ def alone(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def make_model(branches: Mapping[str, Tree], where: str) -> ModelConfig:
+def make_model(branches: Mapping[str, Tree], where: str, template: str | None = None) -> ModelConfig:
     """Return the model that ``branches`` describe; a part that is not among them is a stand-in.
+
+    Args:
+        branches: of the parts.
+        where: the source, for messages.
+        template: name of the chat template; None for the default.
 
     Raises:
         UserError: a value is out of range.
     """
     tree = {"preset": "tiny", **{part: dict(branch) for part, branch in branches.items()}}
+    if template is not None:
+        tree["template"] = template
     expanded = expand_presets({"model": tree})["model"]
     # The whole model's own preset is no fact about it.
     expanded["preset"] = None

@@ -1,17 +1,20 @@
 """The chat template of what is trained here, in Jinja, as Transformers reads it; and the proof of its ids.
 
-Conversations are ChatML (``megavlm.data.chat``): header, content and end of a turn are encoded apart, and pictures of
-a turn are called Picture 1, 2, .. (``megavlm.inference``). A template gives one text, which is encoded as a whole.
+A template gives one text, which is encoded as a whole. Qwen-VL's ChatML has a text of its own here: header, content and
+end of a turn are encoded apart, and pictures of a turn are called Picture 1, 2, .. (``megavlm.inference``).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from megavlm.checkpoint.hf.row_template import row_template
 from megavlm.data.chat import count_images, encode_prompt
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 
 _TEMPLATE = """\
@@ -87,6 +90,33 @@ def _tried(tokenizer: Tokenizer, system_message: str, gap: str, *, slots: bool) 
         trained = encode_prompt(turns, tokenizer, [(int(slots),)] * count_images(turns), system_message).tolist()
         wrong += tokenizer.encode(render(head + _TEMPLATE, messages)) != trained
     return head + _TEMPLATE, wrong
+
+
+def row(tokenizer: Tokenizer, system_message: str) -> tuple[str, int]:
+    """Return a registered template in Jinja, and how many of :data:`SAMPLES` it encodes otherwise than trained."""
+    text = row_template(tokenizer, system_message)
+    wrong = 0
+    for turns in SAMPLES:
+        if turns[0].role == "system" and not (tokenizer.template.system or tokenizer.template.user_with_system):
+            turns = turns[1:]
+        try:
+            trained = encode_prompt(turns, tokenizer, [(1,)] * count_images(turns), system_message).tolist()
+        except TemplateError:
+            continue  # more exchanges than it holds
+        messages = [{"role": turn.role, "content": _parts(turn.text, tokenizer.template.picture)} for turn in turns]
+        wrong += tokenizer.encode(render(text, messages)) != trained
+    return text, wrong
+
+
+def _parts(text: str, picture: str) -> list[dict[str, str]]:
+    """Return a text as parts: what the template puts behind a picture is no part's text."""
+    image = re.escape(IMAGE_PLACEHOLDER)
+    pattern = rf"(?:Picture \d+: ?)?{image}\n?" if picture.endswith("\n") else rf"Picture \d+: ?{image}\n?|{image}"
+    found: list[dict[str, str]] = []
+    for index, one in enumerate(re.split(pattern, text)):
+        found += [{"type": "image"}] if index else []
+        found += [{"type": "text", "text": one}] if one else []
+    return found
 
 
 def render(template: str, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:

@@ -1,7 +1,8 @@
 """What an export says after a training: tokens, template, stop ids and pixels as they were trained here.
 
 A checkpoint brings the small files of where it came from along. A training changes what they mean: conversations are
-ChatML, text has no BOS, pictures are squashed to a square. Weights that nobody trained here keep their files untouched.
+written in the recipe's template, a BOS stands where that has it, pictures are treated as the recipe says. Weights that
+nobody trained here keep their files untouched, and so does a training in the checkpoint's own ``chat_template``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.base import RECORD, holds_adapters
-from megavlm.checkpoint.hf.template import SAMPLES, chatml
+from megavlm.checkpoint.hf.template import SAMPLES, chatml, row
 from megavlm.checkpoint.paths import read_run
 from megavlm.config.schema import ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
@@ -41,7 +42,9 @@ def was_trained(checkpoint: Path) -> bool:
     return (base / "run.json").is_file() and was_trained(base)
 
 
-def write_trained(partial: Path, family: Family, model: ModelConfig, template: str, system_message: str) -> list[str]:
+def write_trained(
+    partial: Path, family: Family, model: ModelConfig, template: str, system_message: str | None
+) -> list[str]:
     """Bring the small files of an export to what was trained.
 
     Args:
@@ -49,7 +52,7 @@ def write_trained(partial: Path, family: Family, model: ModelConfig, template: s
         family: that is written.
         model: the model.
         template: what its recipe calls the template.
-        system_message: that conversations without one were trained with.
+        system_message: that conversations without one were trained with; None for the template's own.
 
     Returns:
         Lines for the report: which file says what.
@@ -61,13 +64,23 @@ def write_trained(partial: Path, family: Family, model: ModelConfig, template: s
     if "language" not in family.parts or path is None:
         return lines
     tokenizer = load_tokenizer(path, template_of(template, path))
-    end, image = (tokenizer.decode([number]) for number in (tokenizer.stop_ids[0], tokenizer.imgpad_id))
-    lines += _write_tokens(path, tokenizer)
-    lines += _write_template(partial, tokenizer, system_message, slots=family.preprocesses)
+    own = tokenizer.template
+    ended = tokenizer.ids[own.stops[0]] if own.stops else tokenizer.eos_id
+    end, image = (tokenizer.decode([number]) for number in (ended, tokenizer.imgpad_id))
+    bare = not own.renders or not own.begin
+    lines += _write_tokens(path, tokenizer, bare=bare)
+    if own.renders:
+        lines.append(f"the chat_template is the checkpoint's own, as trained ({own.name})")
+    else:
+        system = own.default_system if system_message is None else system_message
+        lines += _write_template(partial, tokenizer, system, slots=family.preprocesses)
     if path.suffix == ".json" and "tokenizer_class" not in _read(partial / _TOKENIZER):
         _change(partial / _TOKENIZER, {"tokenizer_class": "PreTrainedTokenizerFast"}, make=True)
-    _change(partial / _TOKENIZER, {"eos_token": end, "add_bos_token": False, "add_eos_token": False}, make=True)
-    _change(partial / _SPECIAL, {"eos_token": end})
+    if bare:
+        _change(partial / _TOKENIZER, {"add_bos_token": False, "add_eos_token": False}, make=True)
+    if not own.renders:  # whose text may write what is called the end of a document
+        _change(partial / _TOKENIZER, {"eos_token": end}, make=True)
+        _change(partial / _SPECIAL, {"eos_token": end})
     stop = list(tokenizer.stop_ids)
     generation = _read(partial / _GENERATION)
     generation.pop("_from_model_config", None)
@@ -77,16 +90,16 @@ def write_trained(partial: Path, family: Family, model: ModelConfig, template: s
     if config:
         tokens: Tree = {key: tokenizer.imgpad_id for key in ("image_token_index", "image_token_id") if key in config}
         if "eos_token_id" in config:
-            tokens["eos_token_id"] = tokenizer.stop_ids[0]
+            tokens["eos_token_id"] = ended
         text = config.get("text_config")
         if isinstance(text, dict) and "eos_token_id" in text:
-            config["text_config"] = text | {"eos_token_id": tokenizer.stop_ids[0]}
+            config["text_config"] = text | {"eos_token_id": ended}
         if config | tokens != _read(partial / CONFIG):
             _write(partial / CONFIG, config | tokens)
     if family.preprocesses and "vision" in family.parts:
         _write_processor(partial, model, image)
     again = load_tokenizer(path, tokenizer.template)
-    if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED):
+    if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED) or again.ids != tokenizer.ids:
         raise RuntimeError(f"{path}: what was written gives other ids than those of training")
     return lines
 
@@ -104,17 +117,24 @@ def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
     return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
 
 
-def _write_tokens(path: Path, tokenizer: Tokenizer) -> list[str]:
-    """Give the tokens that were appended for training their ids in the tokenizer's own files."""
+def _write_tokens(path: Path, tokenizer: Tokenizer, *, bare: bool) -> list[str]:
+    """Give the tokens that were appended for training their ids in the tokenizer's own files.
+
+    Args:
+        path: the tokenizer's file.
+        tokenizer: that was trained with.
+        bare: take away what puts a BOS or EOS around text: the template writes its own.
+    """
     added = {name: tokenizer.vocab_size - len(tokenizer.added) + i for i, name in enumerate(tokenizer.added)}
     if path.suffix == ".json":
         tree = _read(path)
         entries = {entry["content"]: entry for entry in tree.get("added_tokens") or ()}
         for name, number in added.items():
             entries[name] = {"id": number, "content": name, **_FLAGS}
-        post, bare = tree.get("post_processor"), _without_adding(tree.get("post_processor"))
-        changed = {"added_tokens": sorted(entries.values(), key=lambda entry: entry["id"]), "post_processor": bare}
-        if added or post != bare:
+        post = tree.get("post_processor")
+        kept = _without_adding(post) if bare else post
+        changed = {"added_tokens": sorted(entries.values(), key=lambda entry: entry["id"]), "post_processor": kept}
+        if added or post != kept:
             _write(path, tree | changed, indent=None)
     elif path.suffix == ".model" and added:
         _change(path.parent / _ADDED, added, make=True)
@@ -135,7 +155,9 @@ def _without_adding(post: Any) -> Any:
 
 def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *, slots: bool) -> list[str]:
     """Write the chat template to where old and new versions of Transformers look for it."""
-    text, wrong = chatml(tokenizer, system_message, slots=slots)
+    numbered = "{number}" in tokenizer.template.picture
+    text, wrong = chatml(tokenizer, system_message, slots=slots) if numbered else row(tokenizer, system_message)
+    kind = "ChatML" if numbered else tokenizer.template.name
     (partial / _JINJA).write_text(text, encoding="utf-8")
     _change(partial / _TOKENIZER, {"chat_template": text}, make=True)
     _change(partial / _OLD_TEMPLATE, {"chat_template": text})
@@ -148,7 +170,7 @@ def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *,
             f"{wrong} of {len(SAMPLES)} conversations have other ids than in training, as this tokenizer cuts a whole "
             "turn otherwise; take the ids of megavlm.data.chat where that matters"
         )
-    return [f"{_JINJA}: ChatML, as trained ({proof})"]
+    return [f"{_JINJA}: {kind}, as trained ({proof})"]
 
 
 def _write_processor(partial: Path, model: ModelConfig, image: str) -> None:

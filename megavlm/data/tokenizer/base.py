@@ -72,7 +72,10 @@ class Tokenizer(ABC):
         eos = next((name for name in template.eos if name in known), None)
         if eos is None:
             names = ", ".join(template.eos)
-            raise UserError(f"tokenizer {path} has no token that ends a document, which would be one of {names}")
+            raise UserError(
+                f"tokenizer {path} has no token that ends a document, which would be one of {names} "
+                f"(model.template: {template.name})"
+            )
         tokens, added, self.ids = {eos: known[eos]}, [], {}
         for token in (*template.tokens, template.slot):
             name = next((name for name in token.names if name in known), None)

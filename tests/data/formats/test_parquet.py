@@ -11,8 +11,8 @@ from data_helpers import encode_image
 from PIL import Image
 
 from megavlm import cli
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe
+from megavlm.families.presets import expand_presets
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -18,7 +18,6 @@ from PIL import Image
 from tokenizer_files import write_llama, write_llava, write_qwen2, write_tiktoken
 
 from megavlm import cli
-from megavlm.architectures.registry import expand_presets
 from megavlm.config.load import load_recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation
@@ -32,6 +31,7 @@ from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.schema import parse_conversation
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.families.presets import expand_presets
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&lt;b&gt;"
 HAN = "\u4e00\u53ea\u957f\u9888\u9e7f"

@@ -1,0 +1,354 @@
+"""A checkpoint through Transformers and through the model here: the same pictures and prompts, one after the other.
+
+Each has the memory to itself. Differences of the model (features, logits, answers) are those of equal ids and pixels,
+Transformers' where its processor gives them, so that one difference is not counted four times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavlm.checkpoint.hf.apart import open_whole
+from megavlm.checkpoint.hf.incoming import check_processor, convert
+from megavlm.checkpoint.hf.outgoing import export
+from megavlm.checkpoint.paths import resolve
+from megavlm.config.errors import UserError
+from megavlm.config.schema import Recipe
+from megavlm.data.chat import encode_prompt
+from megavlm.data.decoders import make_decoder
+from megavlm.data.images import lay_out
+from megavlm.data.media import Arrangement, ImageLayout, plan_of
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.evaluation.check.pictures import drawn
+from megavlm.evaluation.check.theirs import (
+    Question,
+    Theirs,
+    close,
+    compute,
+    ends,
+    open_theirs,
+    process,
+    transformers_class,
+)
+from megavlm.evaluation.parity import Sample, features_of_sample, forward_sample
+from megavlm.families.llava import LlavaFamily
+from megavlm.families.llava_original import LlavaOriginalFamily
+from megavlm.inference.checkpoint import load_for_inference
+from megavlm.inference.generate import generate
+from megavlm.inference.loaded import loaded
+from megavlm.inference.prompt import Prompt
+from megavlm.inference.turns import read_image, user_turn
+from megavlm.models.build import MODULES, unwrap
+from megavlm.parallel.device import local_device
+from megavlm.parallel.free_memory import free_memory
+from megavlm.weights.source import Source
+
+logger = logging.getLogger(__name__)
+
+PROMPTS = ("Describe this picture in one sentence.",)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_GIB = 1 << 30
+_ROOM = 1.1
+"""Memory beside the weights: activations of one short sample at a time."""
+_LEVEL, _SHARE = 1.0, 0.999
+"""Pixels are equal if this share of them is within so many levels of 255."""
+
+
+@dataclass
+class Settings:
+    """What is asked for."""
+
+    hf: Path
+    images: Sequence[Path] = ()
+    prompts: Sequence[str] = PROMPTS
+    tolerance: float = 2e-4
+    max_new_tokens: int = 16
+    checkpoint: Path | None = None
+    """Converted already; None converts into a temporary directory."""
+    precision: str = "fp32"
+
+
+@dataclass
+class Row:
+    """What differs for one question; None where it could not be compared."""
+
+    name: str
+    pixels: tuple[float, float] | None = None
+    """Largest difference in levels of 255, and the share of the values within one level."""
+    ids: int | None = None
+    """Positions of the prompt whose tokens differ."""
+    features: float | None = None
+    logits: float | None = None
+    """Largest difference, divided by the largest value where that is above 1."""
+    answer: int | None = None
+    """First token of the answers that differs, from 1; 0 for none."""
+    texts: tuple[str, str] = ("", "")
+    """Theirs and ours."""
+    reasons: list[str] = field(default_factory=list)
+    """What is above the tolerance."""
+
+
+def check(settings: Settings) -> int:
+    """Compare and report; return 0, or 1 where a difference is above the tolerance.
+
+    Raises:
+        UserError: the checkpoint is no whole model, Transformers has no class for it, or there is too little memory.
+    """
+    source = Source(settings.hf)
+    given = open_whole(settings.hf, None, -2)
+    if {part for one in given for part in one.parts} != set(MODULES):
+        raise UserError(f"{settings.hf}: is a {given[0].family.title}; check compares whole models")
+    foreign = isinstance(given[0].family, LlavaOriginalFamily)
+    if not foreign:
+        branches = given[0].branches
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
+        transformers_class(settings.hf)
+    dtype = _DTYPES[settings.precision]
+    _check_memory(source, dtype, settings)
+    torch.backends.cudnn.allow_tf32 = False  # the patches of a tower would have 10 bits of mantissa
+    with tempfile.TemporaryDirectory(prefix="megavlm-check-") as folder:
+        checkpoint = settings.checkpoint
+        if checkpoint is None:
+            checkpoint = Path(folder) / "converted"
+            home = given[0].family.name if len(given) > 1 else None
+            convert(given, checkpoint, seed=0, fresh={}, base=None, verify=False, home=home)
+        path = resolve(checkpoint)
+        overrides = [f"training.precision={settings.precision}"]
+        recipe, _, tokenizer = load_for_inference(path, overrides)
+        pictures = list(settings.images) or drawn(Path(folder))
+        questions, ours = _ask(settings, recipe, tokenizer, pictures)
+        layout = _in_their_layout(path, Path(folder) / "transformers") if foreign else settings.hf
+        theirs = open_theirs(layout, dtype)
+        if foreign:
+            theirs.missing.append("the names of the weights: they came to Transformers through an export from here")
+        rows = _run(settings, recipe, path, tokenizer, theirs, questions, ours)
+        return _report(settings, theirs, rows, _ends(settings.hf, source, tokenizer))
+
+
+def _in_their_layout(checkpoint: Path, out: Path) -> Path:
+    """Write LLaVA's own layout in Transformers', which has no class for it."""
+    export(checkpoint, out, family_name=LlavaFamily.name, verify=False)
+    return out
+
+
+def _check_memory(source: Source, dtype: torch.dtype, settings: Settings) -> None:
+    needed = sum(math.prod(one.shape) for one in source.tensors.values()) * dtype.itemsize * _ROOM
+    free = free_memory()
+    if needed > free:
+        half = " (--dtype bf16 halves it, with a --tolerance of some 0.05)" if dtype is torch.float32 else ""
+        raise UserError(
+            f"{settings.hf}: needs {needed / _GIB:.1f} GiB of memory in {settings.precision}, and {free / _GIB:.1f} "
+            f"GiB are free on {local_device()}{half}; run it on a larger machine"
+        )
+
+
+@dataclass
+class _Ours:
+    """What the reader here makes of a question."""
+
+    ids: Tensor
+    pixels: Tensor
+    """[V, 3, H, W] views, normalised."""
+    layouts: list[ImageLayout]
+    arrangement: Arrangement | None
+
+    def sample(self, question: Question) -> Sample:
+        """Return what both models are given."""
+        assert question.ids is not None
+        pixels = question.pixels if question.pixels is not None else self.pixels
+        return Sample(question.name, question.ids, pixels, self.layouts, None, {})
+
+
+def _ask(
+    settings: Settings, recipe: Recipe, tokenizer: Tokenizer, pictures: Sequence[Path]
+) -> tuple[list[Question], list[_Ours]]:
+    """Return every prompt with every picture, and the first one without any; and what is made of them here."""
+    prompts = list(settings.prompts)
+    asked = [(prompt, (path,)) for path in pictures for prompt in prompts] + [(prompts[0], ())]
+    questions, ours = [], []
+    for number, (prompt, paths) in enumerate(asked, 1):
+        name = f"{number}: {paths[0].name if paths else 'no picture'}, {prompt[:40]!r}"
+        questions.append(Question(name, prompt, paths))
+        ours.append(_read(prompt, paths, recipe, tokenizer))
+    return questions, ours
+
+
+def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokenizer) -> _Ours:
+    """Return what the reader here makes of a prompt with its pictures.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    vision, plan = recipe.model.vision, plan_of(recipe.model)
+    decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
+    files = [read_image(path) for path in paths]
+    made, arrangement = decoder.decode_prompt(files, plan)
+    if made.failed:
+        raise UserError(f"--image {paths[made.failed[0]]}: {made.causes[0]}")
+    layouts = lay_out(files, plan)
+    runs = [layout.runs for layout in layouts]
+    ids = encode_prompt([user_turn(prompt, len(paths))], tokenizer, runs, recipe.data.system_message)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
+    pixels = (made.pixels.cpu().float() / 255.0 - mean) / std
+    return _Ours(torch.from_numpy(ids), pixels, layouts, arrangement)
+
+
+def _run(
+    settings: Settings, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, theirs: Theirs,
+    questions: Sequence[Question], ours: Sequence[_Ours],
+) -> list[Row]:  # fmt: skip
+    """Run the one, then the other."""
+    process(theirs, questions)
+    rows = [_before(question, own, recipe) for question, own in zip(questions, ours, strict=True)]
+    for question, own in zip(questions, ours, strict=True):
+        _settle(question, own, tokenizer)
+    compute(theirs, questions, settings.max_new_tokens)
+    close(theirs)
+    with loaded(recipe, checkpoint, tokenizer) as chunks, _evaluating(chunks):
+        samples = [own.sample(question) for question, own in zip(questions, ours, strict=True)]
+        for question, row, sample in zip(questions, rows, samples, strict=True):
+            _compare(question, row, chunks, recipe, settings, sample)
+        prompts = [
+            Prompt(sample.ids.numpy(), sample.pixels.to(local_device()), own.arrangement)
+            for sample, own in zip(samples, ours, strict=True)
+        ]
+        room = max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens
+        answers = generate(
+            chunks, prompts, max_new_tokens=settings.max_new_tokens, stop_ids=[],
+            vocab_size=recipe.model.language.vocab_size, pack_length=room,
+        )  # fmt: skip
+    for question, row, answer in zip(questions, rows, answers, strict=True):
+        row.texts = (tokenizer.decode(question.answer), tokenizer.decode(answer))
+        _compare_answers(question, row, answer, settings.tolerance)
+    return rows
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    for chunk in chunks:
+        chunk.eval()
+    yield
+
+
+def _before(question: Question, own: _Ours, recipe: Recipe) -> Row:
+    """Compare pixels and ids, where Transformers has made some."""
+    row = Row(question.name)
+    if question.pixels is not None and question.images:
+        row.pixels = (math.inf, 0.0)
+        if question.pixels.shape == own.pixels.shape:
+            std = torch.tensor(recipe.model.vision.image_std).view(3, 1, 1)
+            levels = (question.pixels.float() - own.pixels).abs() * std * 255
+            row.pixels = (float(levels.max()), float((levels <= _LEVEL + 1e-3).float().mean()))
+        if row.pixels[1] < _SHARE:
+            row.reasons.append("pixels")
+    if question.ids is not None:
+        same = min(len(question.ids), len(own.ids))
+        differing = int((question.ids[:same] != own.ids[:same]).sum())
+        row.ids = differing + max(len(question.ids), len(own.ids)) - same
+        if row.ids:
+            row.reasons.append("token ids")
+    return row
+
+
+def _settle(question: Question, own: _Ours, tokenizer: Tokenizer) -> None:
+    """Let both have the same ids and pixels: Transformers', or ours where it has none or they do not fit the model."""
+    if question.pixels is None or question.pixels.shape != own.pixels.shape:
+        question.pixels = own.pixels if question.images else None
+    slots = int((own.ids == tokenizer.imgpad_id).sum())
+    if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
+        question.ids = own.ids
+
+
+def _compare(
+    question: Question, row: Row, chunks: Sequence[Any], recipe: Recipe, settings: Settings, sample: Sample
+) -> None:
+    """Compare features and logits."""
+    assert question.logits is not None
+    if question.features is not None:
+        row.features = _difference(features_of_sample(unwrap(chunks[0]), sample, recipe), question.features)
+        if row.features > settings.tolerance:
+            row.reasons.append("image features")
+    logits = forward_sample(chunks, sample, recipe)
+    row.logits = _difference(logits, question.logits[:, : logits.size(1)])
+    if row.logits > settings.tolerance:
+        row.reasons.append("logits")
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return math.inf
+    largest = float((ours.double().cpu() - theirs.double()).abs().max())
+    return largest / max(1.0, float(theirs.abs().max())) if math.isfinite(largest) else math.inf
+
+
+def _compare_answers(question: Question, row: Row, answer: Sequence[int], tolerance: float) -> None:
+    """Compare greedy answers; where two tokens are as good as each other, rounding chooses."""
+    pairs = list(zip(question.answer, answer, strict=False))
+    row.answer = next((n for n, (one, other) in enumerate(pairs, 1) if one != other), 0)
+    if row.answer == 0 and len(question.answer) != len(answer):
+        row.answer = len(pairs) + 1
+    assert question.logits is not None
+    tie = 2 * tolerance * max(1.0, float(question.logits.abs().max()))
+    if row.answer and (row.answer > len(question.margins) or question.margins[row.answer - 1] > tie):
+        row.reasons.append("answers")
+
+
+def _ends(hf: Path, source: Source, tokenizer: Tokenizer) -> str | None:
+    """Return what is said of tokens that end an answer there and not here."""
+    text = source.config.get("text_config")
+    missing = ends(hf, {**source.config, **(text if isinstance(text, dict) else {})}) - set(tokenizer.stop_ids)
+    if not missing:
+        return None
+    return f"answers end there with the ids {sorted(missing)} too, which do not end them here"
+
+
+def _report(settings: Settings, theirs: Theirs, rows: Sequence[Row], end: str | None) -> int:
+    """Say what was found."""
+    import transformers  # noqa: PLC0415
+
+    logger.info("Transformers %s, %s, %s", transformers.__version__, theirs.name, settings.precision)
+    for row in rows:
+        logger.info("%s", row.name)
+        logger.info("  %s", _figures(row))
+        there, here = (text.replace("\n", " ")[:100] for text in row.texts)
+        same = f"{there!r}" if there == here else f"{there!r} there, {here!r} here"
+        logger.info("  greedy answers: %s: %s", _equal(row.answer), same)
+    for reason in theirs.missing:
+        logger.info("not compared: %s", reason)
+    if end is not None:
+        logger.info("note: %s", end)
+    bad = [f"{', '.join(row.reasons)} of {row.name}" for row in rows if row.reasons]
+    for line in bad:
+        logger.info("differs: %s", line)
+    features, logits = (
+        max((getattr(row, name) or 0.0 for row in rows), default=0.0) for name in ("features", "logits")
+    )
+    logger.info(
+        "largest differences: image features %.2e, logits %.2e; %s (%g)", features, logits,
+        "ABOVE the tolerance, or other pixels, ids or answers" if bad else "all within the tolerance",
+        settings.tolerance,
+    )  # fmt: skip
+    return int(bool(bad))
+
+
+def _figures(row: Row) -> str:
+    pixels = "not compared" if row.pixels is None else (
+        f"{row.pixels[0]:.1f} of 255 levels ({row.pixels[1]:.2%} within one)"
+    )  # fmt: skip
+    ids = "not compared" if row.ids is None else "equal" if not row.ids else f"{row.ids} differ"
+    features = "none" if row.features is None else f"{row.features:.1e}"
+    return f"pixels {pixels}; token ids {ids}; image features {features}; logits {row.logits:.1e}"
+
+
+def _equal(first: int | None) -> str:
+    return "equal" if not first else f"differ from token {first} on"

@@ -1,0 +1,210 @@
+"""What Transformers makes of pictures and prompts: pixels, token ids, image features, logits, greedy answers."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from megavlm.config.errors import UserError
+from megavlm.parallel.device import local_device
+from megavlm.weights.files import read_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Question:
+    """A prompt and its pictures, and what Transformers made of both; on the CPU."""
+
+    name: str
+    prompt: str
+    images: tuple[Path, ...]
+    ids: Tensor | None = None
+    """[S] int64, with the slots of the pictures; None where its processor or template is not at hand."""
+    pixels: Tensor | None = None
+    """[V, 3, H, W] normalised views; None as well."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """What else the processor tells the model of its pictures."""
+    features: Tensor | None = None
+    """[N * Q, E]."""
+    logits: Tensor | None = None
+    """[S, V]."""
+    answer: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    """Of each answered token: by how much its logit is above the next best."""
+
+
+@dataclass
+class Theirs:
+    """The model and its processor, opened without running code of the checkpoint."""
+
+    model: Any
+    processor: Any
+    name: str
+    """Of the model's class."""
+    missing: list[str]
+    """What cannot be compared, and why."""
+
+
+def transformers_class(directory: Path) -> Any:
+    """Return the configuration that Transformers reads.
+
+    Raises:
+        UserError: it is not installed, or has no class for such a checkpoint.
+    """
+    try:
+        import transformers  # noqa: PLC0415 - optional
+    except ImportError:
+        raise UserError("convert check needs Transformers: pip install 'megavlm[check]'") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        transformers.AutoModelForImageTextToText._model_mapping[type(config)]
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"{directory}: Transformers {transformers.__version__} has no class of its own that loads it, and code of "
+            f"the checkpoint is not run ({_first_line(error)}); compare with logits that its own code stored: megavlm "
+            "convert verify"
+        ) from None
+    return config
+
+
+def open_theirs(directory: Path, dtype: torch.dtype) -> Theirs:
+    """Load model and processor."""
+    import transformers  # noqa: PLC0415
+
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        directory, trust_remote_code=False, local_files_only=True, dtype=dtype, attn_implementation="eager",
+        output_loading_info=True,
+    )  # fmt: skip
+    missing = []
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        missing.append(f"{len(names)} tensors that Transformers does not find in the checkpoint ({names[0]}, ..)")
+    processor: Any = None
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True, backend="pil"
+        )
+        _complete(processor, model.config)
+    except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
+        missing.append(f"pixels and token ids: AutoProcessor cannot be made ({_first_line(error)})")
+    return Theirs(model.eval().to(local_device()), processor, type(model).__name__, missing)
+
+
+def _complete(processor: Any, config: Any) -> None:
+    """Tell LLaVA's processor what it counts slots by, where the checkpoint is older than its processor_config.json."""
+    if getattr(processor, "patch_size", 0) is None:
+        clip = config.vision_config.model_type.startswith("clip")
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(clip)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+
+
+def process(theirs: Theirs, questions: Sequence[Question]) -> None:
+    """Let the processor make pixels and token ids of the questions, as far as the checkpoint has what that takes."""
+    if theirs.processor is None:
+        return
+    templated = bool(getattr(theirs.processor, "chat_template", None))
+    try:
+        for question in questions:
+            _process_one(theirs.processor, question, templated=templated)
+    except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
+        theirs.missing.append(f"pixels and token ids: {type(theirs.processor).__name__}: {_first_line(error)}")
+        for question in questions:
+            question.pixels = question.ids = None
+        return
+    if not templated:
+        theirs.missing.append("token ids: the checkpoint has no chat template; ours are taken for both")
+
+
+def _process_one(processor: Any, question: Question, *, templated: bool) -> None:
+    images = [_opened(path) for path in question.images]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question.prompt}]
+    if templated:
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = "".join(f"{processor.image_token}\n" for _ in images) + question.prompt
+    # A template writes what begins a text itself, where it wants it.
+    twice = {"add_special_tokens": False} if templated and _begins(processor, text) else {}
+    made = processor(text=text, images=images or None, return_tensors="pt", **twice)
+    if images:
+        question.pixels = made["pixel_values"].flatten(0, -4)
+        question.extra = {key: made[key] for key in ("image_sizes",) if key in made}
+    if templated:
+        question.ids = made["input_ids"][0].long()
+
+
+def _begins(processor: Any, text: str) -> bool:
+    begin: str = getattr(processor.tokenizer, "bos_token", None) or ""
+    return begin != "" and text.startswith(begin)
+
+
+def _opened(path: Path) -> Image.Image:
+    """Return a picture as a person sees it, as it is read here: turned by its EXIF tag, on white."""
+    with Image.open(path) as file:
+        turned = ImageOps.exif_transpose(file)
+        if "A" in turned.getbands() or "transparency" in turned.info:
+            shown = Image.new("RGBA", turned.size, "white")
+            shown.alpha_composite(turned.convert("RGBA"))
+            turned = shown
+        return turned.convert("RGB")
+
+
+@torch.no_grad()
+def compute(theirs: Theirs, questions: Sequence[Question], max_new_tokens: int) -> None:
+    """Compute features, logits and greedy answers of questions that have ids and pixels."""
+    device = local_device()
+    for question in questions:
+        assert question.ids is not None
+        inputs = {"input_ids": question.ids[None].to(device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if question.pixels is not None:
+            inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
+            inputs |= {key: value.to(device) for key, value in question.extra.items()}
+            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **question.extra)
+            question.features = _flat(found)
+        question.logits = theirs.model(**inputs).logits[0].float().cpu()
+        made = theirs.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        question.answer = made.sequences[0, len(question.ids) :].tolist()
+        best = [score[0].float().topk(2).values for score in made.scores]
+        question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _flat(found: Any) -> Tensor:
+    """Return [N * Q, E] of what ``get_image_features`` of any class and version gives."""
+    if not isinstance(found, Tensor | list | tuple):
+        found = found.pooler_output
+    pieces = [found] if isinstance(found, Tensor) else list(found)
+    return torch.cat([piece.flatten(0, -2) for piece in pieces]).float().cpu()
+
+
+def close(theirs: Theirs) -> None:
+    """Give the memory of the model back."""
+    theirs.model = None
+    gc.collect()
+
+
+def ends(directory: Path, config: Mapping[str, Any]) -> set[int]:
+    """Return the ids that end an answer, by the checkpoint's generation_config.json, or its configuration."""
+    path = directory / "generation_config.json"
+    tree = read_json(path) if path.is_file() else dict(config)
+    found = tree.get("eos_token_id")
+    return {found} if isinstance(found, int) else set(found or ())
