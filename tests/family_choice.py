@@ -35,6 +35,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
+    "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "qwen": ("decoders.decoder",),
     "llama": ("decoders.decoder",),
     "clip": ("towers.vit",),
@@ -49,7 +51,7 @@ ENTRIES = ("megavlm.cli", "megavlm.commands.convert", "megavlm.commands.train", 
 """What tests of families start with. What these import, and belongs to no family, is the core."""
 LISTS = frozenset(
     {
-        "megavlm.families.known", "megavlm.families.presets", "megavlm.architectures.towers",
+        "megavlm.families.known", "megavlm.architectures.towers",
         "megavlm.architectures.connectors", "megavlm.architectures.decoders",
     }
 )  # fmt: skip
@@ -93,11 +95,12 @@ def choose(changed: Iterable[str], families: Mapping[str, Collection[str]]) -> C
     names = {path.relative_to(ROOT).as_posix(): name for name, path in known.items()}
     core = import_graph.closure(ENTRIES, edges)
     own: dict[str, set[str]] = {}
+    apart = {name: set() if name in LISTS else others for name, others in edges.items()}
     folders = {family: tuple(f"megavlm.architectures.{part}." for part in parts) for family, parts in families.items()}
     for family, its in folders.items():
         start = {name for name in known if its and f"{name}.".startswith(its)}
         start |= {file} if (file := family_file(family)) else set()
-        own[family] = {one for one in import_graph.closure(start, edges) if one.startswith(_ROOMS)} - LISTS
+        own[family] = {one for one in import_graph.closure(start, apart) if one.startswith(_ROOMS)} - LISTS
     architectures = {
         ".".join(name.split(".")[:4]) for name in known if name.startswith(_ROOMS[1]) and name.count(".") > 2
     }

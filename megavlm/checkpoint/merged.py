@@ -17,7 +17,7 @@ from megavlm.checkpoint.finite import check_finite, narrowed
 from megavlm.checkpoint.paths import read_run, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
-from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.fields import from_tree
@@ -117,7 +117,7 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
         raise UserError(f"{checkpoint}: has no adapters to merge; its weights are whole")
     reader = MergedReader(checkpoint, base)
     pieces = [
-        Piece(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
+        ParameterToWrite(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
         for slot in find_slots(reader.model).values()
     ]
     total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)

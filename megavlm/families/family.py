@@ -89,6 +89,10 @@ class Family(ABC):
         """
         return {}
 
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what ``processor_config.json`` says after a training; empty for what LLaVA's processor needs."""
+        return {}
+
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
         """Return the whole tower of a ``config.json`` in Transformers' form, with the layer whose features are taken.
 

@@ -18,6 +18,8 @@ _OURS = (
     "megavlm.families.qwen:QwenVLFamily",
     "megavlm.families.qwen:CodeFuseFamily",
     "megavlm.families.llava:LlavaFamily",
+    "megavlm.families.internvl:InternVLFamily",
+    "megavlm.families.internvl:InternVLChatFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
     "megavlm.families.qwen:QwenFamily",

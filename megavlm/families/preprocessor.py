@@ -89,7 +89,7 @@ def _numbers(tree: Mapping[str, Any], where: str) -> Tree:
 def _of_kind(tree: Mapping[str, Any], key: str) -> list[float] | None:
     """Return what Transformers' class takes where the file says nothing."""
     kind = str(tree.get("image_processor_type", ""))
-    if kind.startswith(("CLIP", "Llava")):
+    if kind.startswith(("CLIP", "Llava", "GotOcr2")):
         return CLIP_MEAN if key == "image_mean" else CLIP_STD
     return [0.5] * 3 if kind.startswith(("Siglip", "ViT")) else None
 
@@ -109,7 +109,7 @@ def _final_size(tree: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def image_branch(source: Source, image_size: int, *, clip: bool) -> Tree:
+def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = False) -> Tree:
     """Return ``model.image`` as a checkpoint's own files say it; empty where there are none.
 
     LLaVA's original layout says it in config.json (``image_aspect_ratio``), Transformers in the processor's file.
@@ -118,6 +118,7 @@ def image_branch(source: Source, image_size: int, *, clip: bool) -> Tree:
         source: the checkpoint.
         image_size: of its tower.
         clip: whether its tower is CLIP's, whose processor cuts a square out where its file does not say otherwise.
+        tiles: whether its processor cuts pictures to InternVL's tiles, whatever the image processor's file says.
 
     Raises:
         UserError: pictures are treated in a way that is not done here.
@@ -136,7 +137,7 @@ def image_branch(source: Source, image_size: int, *, clip: bool) -> Tree:
     if kind.startswith(("LlavaOnevision", "LlavaNext")):
         pinpoints = _pinpoints(tree.get("image_grid_pinpoints"), str(path))
         return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
-    if tree.get("crop_to_patches"):
+    if tiles or tree.get("crop_to_patches"):
         limits = {"min_tiles": tree.get("min_patches", 1), "max_tiles": tree.get("max_patches", 12)}
         return {**branch, "kind": "dynamic_tiles", **limits}
     if tree.get("do_pad") and not kind.startswith(("CLIP", "Siglip")):
@@ -250,6 +251,10 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     elif image.kind == "pad" and image.fill in (None, "mean"):
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
+    elif image.kind == "dynamic_tiles":
+        kind = str(old.get("image_processor_type"))
+        own = {"image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor", "size": square}
+        own |= {"crop_to_patches": True, "min_patches": image.min_tiles or 1, "max_patches": image.max_tiles or 12}
     else:
         raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own

@@ -58,6 +58,8 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
     expanded |= _image(whole.get("image", {}), model)
+    if "template" in whole:
+        expanded.setdefault("template", whole["template"])
     return {**tree, "model": expanded}
 
 
@@ -75,6 +77,15 @@ def _find(registry: Registry, name: str, key: str) -> Preset:
         return registry.find(name)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+# Towers and language models of InternVL: arXiv 2412.05271, table 1 (2.5), 2504.10479, table 1 (3), 2508.18265, table 1
+# (3.5), and the public config.json. Those on InternLM and on mixtures of experts are not among them.
+_INTERNVL = {
+    "2_5": {"1b": "0_5b", "4b": "3b", "38b": "32b", "78b": "72b"},
+    "3": {"1b": "0_5b", "2b": "1_5b", "8b": "7b", "14b": "14b", "38b": "32b", "78b": "72b"},
+    "3_5": {"1b": "0_6b", "2b": "1_7b", "4b": "4b", "8b": "8b", "14b": "14b", "38b": "32b"},
+}
 
 
 def register() -> None:
@@ -104,3 +115,19 @@ def register() -> None:
         connector={"preset": "mlp2x_gelu"},
         language={"preset": "llama2_7b", "vocab_size": 32064},
     )
+    for version, sizes in _INTERNVL.items():
+        for size, language in sizes.items():
+            qwen3 = version == "3_5"
+            MODELS.register(
+                f"internvl{version}_{size}",
+                vision={"preset": "intern_vit_6b_448" if size in ("38b", "78b") else "intern_vit_300m_448"},
+                connector={"preset": "pixel_shuffle"},
+                # Its tokenizer's tokens and no more, where Qwen3's own table has room for the new ones.
+                language={
+                    "preset": f"{'qwen3' if qwen3 else 'qwen2_5'}_{language}",
+                    "vocab_size": 151936 if qwen3 else 151674,
+                    "tie_word_embeddings": False,
+                },
+                image={"kind": "dynamic_tiles"},
+                template="internvl2_5",
+            )

@@ -86,6 +86,8 @@ def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> 
     """Return why a tower is neither CLIP's nor SigLIP's (or not the one asked for), or None."""
     if vision.positional_grid != vision.image_size // vision.patch_size:
         return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
+    if not plain_layers(vision):
+        return "the vision tower is neither CLIP's nor SigLIP's: its layers are InternViT's"
     is_clip = vision.class_token and not vision.conv_bias and vision.pre_layernorm and not vision.post_layernorm
     is_siglip = vision.conv_bias and not vision.class_token and not vision.pre_layernorm
     if clip is None and not (is_clip or is_siglip):
@@ -95,3 +97,9 @@ def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> 
     if clip is False and not is_siglip:
         return "the vision tower is not SigLIP's"
     return None
+
+
+def plain_layers(vision: VisionConfig) -> bool:
+    """Whether a tower's layers are those of the first ViTs: LayerNorms, biases everywhere, no scale, no other norm."""
+    other = vision.normalization != "LayerNorm" or vision.qk_norm is not None
+    return vision.add_qkv_bias and not vision.layer_scale and not other

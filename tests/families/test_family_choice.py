@@ -20,7 +20,7 @@ PARTS = {name: ALL_PARTS[name] for name in (*sorted(VIT), "qwen", "llama", "mm_p
     ("path", "families"),
     [
         ("megavlm/families/llava.py", {"llava"}),
-        ("megavlm/families/vit.py", {"clip", "siglip", "llava"}),  # llava imports it
+        ("megavlm/families/llama.py", {"llama", "llava"}),  # llava imports it
         ("megavlm/architectures/connectors/resampler/build.py", {"qwen_vl", "codefuse_vlm", "mm_projector"}),
         ("megavlm/architectures/connectors/mlp/cost.py", {"llava", "codefuse_vlm", "mm_projector"}),
         ("megavlm/architectures/towers/vit/gone.py", VIT),  # was removed

@@ -43,9 +43,8 @@ def make_model(branches: Mapping[str, Tree], where: str, template: str | None = 
     Raises:
         UserError: a value is out of range.
     """
-    tree = {"preset": "tiny", **{part: dict(branch) for part, branch in branches.items()}}
-    if template is not None:
-        tree["template"] = template
+    own = {name: dict(branch) if isinstance(branch, Mapping) else branch for name, branch in branches.items()}
+    tree = {"preset": "tiny", **({} if template is None else {"template": template}), **own}
     expanded = expand_presets({"model": tree})["model"]
     # The whole model's own preset is no fact about it.
     expanded["preset"] = None

@@ -116,6 +116,7 @@ def register() -> None:
         add_qkv_bias=False,
         qk_layernorm=True,
     )
+    _sizes()
     LANGUAGE.register(
         "tiny_qwen",
         DECODER,
@@ -130,3 +131,45 @@ def register() -> None:
         max_position_embeddings=2048,
         init_method_std=0.08,  # about 1 / sqrt(width)
     )
+
+
+# Layers, width, MLP, heads, key/value heads, rows of the embedding, whether the head is the embedding: the public
+# config.json of Qwen2.5-*-Instruct and Qwen3-*.
+_QWEN2_5 = {
+    "0_5b": (24, 896, 4864, 14, 2, 151936, True),
+    "1_5b": (28, 1536, 8960, 12, 2, 151936, True),
+    "3b": (36, 2048, 11008, 16, 2, 151936, True),
+    "14b": (48, 5120, 13824, 40, 8, 152064, False),
+    "32b": (64, 5120, 27648, 40, 8, 152064, False),
+    "72b": (80, 8192, 29568, 64, 8, 152064, False),
+}
+_QWEN3 = {
+    "0_6b": (28, 1024, 3072, 16, 8, 151936, True),
+    "1_7b": (28, 2048, 6144, 16, 8, 151936, True),
+    "4b": (36, 2560, 9728, 32, 8, 151936, True),
+    "14b": (40, 5120, 17408, 40, 8, 151936, False),
+    "32b": (64, 5120, 25600, 64, 8, 151936, False),
+}
+
+
+def _sizes() -> None:
+    """Register the other sizes of Qwen2.5 and Qwen3."""
+    kinds = (("qwen2_5", _QWEN2_5, 32768), ("qwen3", _QWEN3, 40960))
+    for name, sizes, positions in kinds:
+        for size, (layers, width, ffn, heads, groups, rows, tied) in sizes.items():
+            LANGUAGE.register(
+                f"{name}_{size}",
+                DECODER,
+                num_layers=layers,
+                hidden_size=width,
+                ffn_hidden_size=ffn,
+                num_attention_heads=heads,
+                num_query_groups=groups,
+                kv_channels=width // heads if name == "qwen2_5" else 128,
+                vocab_size=rows,
+                max_position_embeddings=positions,
+                rotary_base=1000000,
+                add_qkv_bias=name == "qwen2_5",
+                qk_layernorm=name == "qwen3",
+                tie_word_embeddings=tied,
+            )

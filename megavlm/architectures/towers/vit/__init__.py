@@ -1,4 +1,4 @@
-"""A vision transformer on square images: Qwen-VL's, CLIP's and SigLIP's."""
+"""A vision transformer on square images: Qwen-VL's, CLIP's, SigLIP's and InternViT."""
 
 from typing import Any
 
@@ -26,6 +26,15 @@ _SIGLIP: dict[str, Any] = {
     "image_mean": _HALF,
     "image_std": _HALF,
 }
+_INTERN: dict[str, Any] = {
+    "class_token": True,
+    "conv_bias": True,
+    "pre_layernorm": False,
+    "layer_scale": True,
+    "layernorm_epsilon": 1e-6,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+}
 
 
 def register() -> None:
@@ -33,6 +42,7 @@ def register() -> None:
     # What an architecture fixes; the recipe of a converted checkpoint gives the sizes (and a CLIP's activation).
     VISION.register("clip_vit", VIT, **_CLIP)
     VISION.register("siglip_vit", VIT, **_SIGLIP)
+    VISION.register("intern_vit", VIT, **_INTERN)
 
     # Qwen-VL's tower (OpenCLIP ViT-bigG without class token): facts page B; arXiv 2308.12966.
     VISION.register(
@@ -72,6 +82,35 @@ def register() -> None:
         ffn_hidden_size=4304,
         positional_grid=27,
         **_SIGLIP,
+    )
+    # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5 (their public config.json), as InternVL 2.5, 3 and
+    # 3.5 have them; the 6B without the last three of its 48 layers.
+    VISION.register(
+        "intern_vit_300m_448",
+        VIT,
+        image_size=448,
+        patch_size=14,
+        hidden_size=1024,
+        num_layers=24,
+        num_attention_heads=16,
+        ffn_hidden_size=4096,
+        positional_grid=32,
+        **_INTERN,
+    )
+    VISION.register(
+        "intern_vit_6b_448",
+        VIT,
+        image_size=448,
+        patch_size=14,
+        hidden_size=3200,
+        num_layers=45,
+        num_attention_heads=25,
+        ffn_hidden_size=12800,
+        positional_grid=32,
+        normalization="RMSNorm",
+        add_qkv_bias=False,
+        qk_norm="width",
+        **_INTERN,
     )
     VISION.register(
         "tiny_vit",

@@ -1,4 +1,4 @@
-"""Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP.
+"""Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP, InternViT.
 
 Shape legend: N images, C colours, P patches of an image, W width of the tower, T = P + 1 with a class token, else P.
 """
@@ -6,6 +6,7 @@ Shape legend: N images, C colours, P patches of an image, W width of the tower, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from megatron.core import tensor_parallel
 from megatron.core.activations import quick_gelu
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -21,7 +23,9 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table
 from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
-from megavlm.layers.specs import block_submodules, layer_modules
+from megavlm.layers.scale import LayerScale
+from megavlm.layers.specs import Modules, block_submodules, layer_modules
+from megavlm.layers.width_norm import WidthNormSelfAttention, without_bias
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -38,7 +42,7 @@ def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerC
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,
-        normalization="LayerNorm",
+        normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
         activation_func=_ACTIVATIONS[vision.activation],
         bias_activation_fusion=False,  # Megatron's is the tanh form, whatever is asked for; ours: BiasActivationMLP
@@ -48,6 +52,25 @@ def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerC
         **(recompute if vision.gradient_checkpointing else {}),
         **context.transformer_settings("vision"),
     )
+
+
+def _layer_parts(vision: ViTConfig, context: BuildContext) -> Modules:
+    """Return the parts of a layer."""
+    modules = layer_modules(
+        transformer_engine=context.transformer_engine,
+        causal=False,
+        head_dim=vision.hidden_size // vision.num_attention_heads,
+    )
+    parts: Any = modules.layer.submodules
+    attention = parts.self_attention
+    if not vision.add_qkv_bias:
+        attention.submodules.linear_qkv = without_bias(attention.submodules.linear_qkv)
+    if vision.qk_norm == "width":
+        attention.module = WidthNormSelfAttention
+    if vision.layer_scale:
+        scale = {"hidden_size": vision.hidden_size, "init": vision.layer_scale_init, "dtype": context.dtype}
+        parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=LayerScale, params=scale)
+    return modules
 
 
 class VisionTransformer(MegatronModule):
@@ -61,11 +84,7 @@ class VisionTransformer(MegatronModule):
     def __init__(self, vision: ViTConfig, context: BuildContext) -> None:
         config = transformer_config(vision, context)
         super().__init__(config=config)
-        modules = layer_modules(
-            transformer_engine=context.transformer_engine,
-            causal=False,
-            head_dim=vision.hidden_size // vision.num_attention_heads,
-        )
+        modules = _layer_parts(vision, context)
         width, dtype = vision.hidden_size, context.dtype
 
         def norm() -> torch.nn.Module:

@@ -33,7 +33,7 @@ class ViTConfig(VisionConfig):
     positional_grid: int = Field(gt=0, le=100_000)
     """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
-    """Epsilon of the LayerNorms."""
+    """Epsilon of the norms."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), or x * sigmoid(1.702 x)
     (OpenAI CLIP)."""
@@ -45,6 +45,16 @@ class ViTConfig(VisionConfig):
     """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
     post_layernorm: bool = False
     """LayerNorm behind the layers (SigLIP)."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Norms of the tower: LayerNorm, or RMSNorm (InternViT-6B)."""
+    add_qkv_bias: bool = True
+    """Whether queries, keys and values have a bias (not in InternViT-6B); the other linear layers always have one."""
+    qk_norm: Literal["width"] | None = None
+    """Norm on queries and on keys: an RMSNorm over all heads together (width: InternViT-6B), or null for none."""
+    layer_scale: bool = False
+    """Multiply what attention and MLP give by a learned vector each before it is added to the stream (InternViT)."""
+    layer_scale_init: Annotated[float, Meaning.RUN] = Field(default=0.1, gt=0)
+    """With layer_scale: initial value of these vectors."""
     feature_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Layers whose outputs are the features, set side by side in this order: 1 is the first layer, 0 what goes into it.
     The highest is num_layers. Null takes the last layer's alone."""

@@ -18,9 +18,12 @@ def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
     shapes = [3 * vision.patch_size**2 * width, (vision.positional_grid**2 + int(vision.class_token)) * width]
     shapes += [width] * int(vision.conv_bias) + [width] * int(vision.class_token)
-    shapes += [width, width] * (int(vision.pre_layernorm) + int(vision.post_layernorm))
-    layer = [width] * 4  # two LayerNorms
-    layer += [3 * width * width // tensor, 3 * width // tensor, width * width // tensor, width]
+    norm = [width] if vision.normalization == "RMSNorm" else [width, width]
+    shapes += norm * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+    layer = norm * 2 + [width] * (2 * int(vision.layer_scale))
+    layer += [3 * width * width // tensor, *[3 * width // tensor] * int(vision.add_qkv_bias)]
+    layer += [width // tensor] * (2 * int(vision.qk_norm is not None))
+    layer += [width * width // tensor, width]
     layer += [width * ffn // tensor, ffn // tensor, ffn * width // tensor, width]
     return [Parameter(elements) for elements in shapes + layer * vision.num_layers]
 
@@ -51,6 +54,10 @@ def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Ker
     # Inputs of two norms and of the linear layers behind them; QKV and the attention's result; around the activation.
     around = 3 if vision.activation == "quick_gelu" else 2
     kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b + around * positions * ffn * b
+    if vision.qk_norm is not None:  # queries and keys in front of their norms, in fp32, and normalised, unscaled
+        kept += 2 * positions * (width // tensor) * (4 + b)
+    if vision.layer_scale:  # what attention and MLP give, with its bias
+        kept += 2 * positions * width * b
     return kept + positions * (vision.num_attention_heads // tensor) * 4
 
 
@@ -96,10 +103,13 @@ def passage(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
     products.append(Product(pictures.patches, width, 3 * vision.patch_size**2))
     stream = positions * width * b
     heads = vision.num_attention_heads
+    # Layer scale reads and writes both branches again; the norm of queries and keys passes over them in fp32.
+    moved = 14 * stream + 4 * positions * vision.ffn_hidden_size / tensor * b
+    moved += 4 * stream * int(vision.layer_scale) + 12 * stream / tensor * int(vision.qk_norm is not None)
     return Passage(
         products=products,
         attention=[Attention(work(vision, pictures).attention, heads, width // heads, vision.positions)],
-        moved=vision.num_layers * (14 * stream + 4 * positions * vision.ffn_hidden_size / tensor * b),
+        moved=vision.num_layers * moved,
         stream=stream,
         collectives=4 * vision.num_layers,
         layers=vision.num_layers,

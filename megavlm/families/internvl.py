@@ -1,0 +1,474 @@
+"""InternVL 2.5, 3 and 3.5 with a dense language model: as Transformers has them, and as their authors write them.
+
+Transformers: ``InternVLForConditionalGeneration``. The authors: ``InternVLChatModel`` of github.com/OpenGVLab/InternVL
+(``internvl_chat/internvl/model``), whose tower has q, k and v in one matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megavlm.config.architecture import architecture_of
+from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.data.media import plan_of
+from megavlm.families.common import LLAMA_LANGUAGE, expect, need, number
+from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.llama import no_llama
+from megavlm.families.preprocessor import image_branch, normalisation
+from megavlm.weights.files import read_json
+from megavlm.weights.rules import ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
+from megavlm.weights.source import Source
+
+TEMPLATE = "internvl2_5"
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+_NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_QK_EPSILON = 1e-6  # Transformers has it fixed
+_LANGUAGES = ("qwen2", "qwen3", "llama")
+
+_PATCHES, _LAYER_BEHIND = "transformer.layers.{}.", "layer behind the one whose features are taken"
+
+TRANSFORMERS_TOWER = Table(
+    part="vision",
+    ours=_PATCHES,
+    theirs="{tower}encoder.layer.{}.",
+    layer=(
+        *both("input_layernorm", "layernorm_before"),
+        *both("self_attention.linear_qkv", "attention.q_proj attention.k_proj attention.v_proj", QKV),
+        row("self_attention.query_norm.weight", "attention.q_norm.weight"),
+        row("self_attention.key_norm.weight", "attention.k_norm.weight"),
+        *both("self_attention.linear_proj", "attention.projection_layer"),
+        row("self_attn_bda.weight", "lambda_1"),
+        *both("pre_mlp_layernorm", "layernorm_after"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+        row("mlp_bda.weight", "lambda_2"),
+    ),
+    rest=(
+        row("class_embedding", "{tower}embeddings.cls_token", TWO_AXES),
+        row("positional_embedding", "{tower}embeddings.position_embeddings", ONE_AXIS),
+        *both("conv1", "{tower}embeddings.patch_embeddings.projection"),
+    ),
+    aside=(
+        Aside(r"{tower}embeddings\.mask_token", "mask token of the tower's own training", carried=True),
+        Aside(r"{tower}encoder\.layer\.\d+\..*", _LAYER_BEHIND, carried=True),
+    ),
+)
+"""InternViT as Transformers writes it."""
+
+ORIGINAL_TOWER = Table(
+    part="vision",
+    ours=_PATCHES,
+    theirs="{tower}encoder.layers.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        *both("self_attention.linear_qkv", "attn.qkv", QKV_BLOCKS),
+        row("self_attention.query_norm.weight", "attn.q_norm.weight"),
+        row("self_attention.key_norm.weight", "attn.k_norm.weight"),
+        *both("self_attention.linear_proj", "attn.proj"),
+        row("self_attn_bda.weight", "ls1"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+        row("mlp_bda.weight", "ls2"),
+    ),
+    rest=(
+        row("class_embedding", "{tower}embeddings.class_embedding", TWO_AXES),
+        row("positional_embedding", "{tower}embeddings.position_embedding", ONE_AXIS),
+        *both("conv1", "{tower}embeddings.patch_embedding"),
+    ),
+    aside=(Aside(r"{tower}encoder\.layers\.\d+\..*", _LAYER_BEHIND, carried=True),),
+)
+"""InternViT as its authors write it."""
+
+CONNECTOR = Table(
+    part="connector",
+    rest=(*both("norm", "{norm}"), *both("linear_1", "{linear_1}"), *both("linear_2", "{linear_2}")),
+)
+
+
+def _names(tower: str, projector: str, model: str, head: str) -> dict[str, str]:
+    layers = {"norm": "layer_norm", "linear_1": "linear_1", "linear_2": "linear_2"}
+    return {"tower": tower, "model": model, "head": head} | {ours: projector + own for ours, own in layers.items()}
+
+
+class InternVLFamily(Family):
+    """``InternVLForConditionalGeneration``."""
+
+    name = "internvl"
+    title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
+    parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        # As published on the hub, and written by every version of Transformers.
+        "hub": _names("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."),
+        # Names of the modules since Transformers 4.52.
+        "modules": _names("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head."),
+    }
+    modules: ClassVar[str | None] = "modules"
+    preprocesses = True
+    tower: ClassVar[Table] = TRANSFORMERS_TOWER
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") == "internvl"
+
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return self.styles[style]["tower"] + "embeddings.patch_embeddings.projection.weight"
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches, and what becomes of pictures."""
+        config, where = source.config, config_file(source)
+        expect(config, where, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+        vision_config = need(config, "vision_config", where)
+        vision = _transformers_tower(vision_config, config.get("vision_feature_layer", -1), where)
+        vision |= normalisation(source, vision["image_size"])
+        # Its processor cuts pictures to tiles whatever crop_to_patches the image processor's file says.
+        image = {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 12}
+        image |= image_branch(source, vision["image_size"], clip=False, tiles=True)
+        return self._branches(source, vision, image, need(config, "text_config", where))
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        names = self.styles[style]
+        return [dataclasses.replace(table, names=names) for table in (self.tower, CONNECTOR, LLAMA_LANGUAGE)]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration of a model whose tower ends with the layer whose features are taken."""
+        vision = model.vision
+        side = [vision.positional_grid * vision.patch_size] * 2
+        return {
+            "architectures": ["InternVLForConditionalGeneration"],
+            "downsample_ratio": 1 / model.connector.factor,
+            "image_seq_length": model.tokens_per_view,
+            "image_token_id": tokens.get("image", model.language.vocab_size - 1),
+            "model_type": "internvl",
+            "projector_hidden_act": "gelu",
+            "text_config": _text_config(model),
+            "tie_word_embeddings": model.language.tie_word_embeddings,
+            "vision_config": {
+                **_tower_config(vision),
+                "attention_bias": vision.add_qkv_bias,
+                "architectures": ["InternVLVisionModel"],
+                "image_size": side,
+                "layer_scale_init_value": vision.layer_scale_init,
+                "model_type": "internvl_vision",
+                "patch_size": [vision.patch_size] * 2,
+                "use_absolute_position_embeddings": True,
+                "use_mask_token": False,
+                "use_mean_pooling": True,
+                "use_qk_norm": vision.qk_norm is not None,
+            },
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default",
+        }
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Tower, connector, language model and image plan must be InternVL's kinds."""
+        return no_internvl(model) or self._refuses_pictures(model)
+
+    def tokens(self, source: Source) -> dict[str, int]:
+        """``image_token_id``."""
+        token = source.config.get("image_token_id", _added_token(source))
+        return {"image": token} if isinstance(token, int) else {}
+
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what Transformers' processor needs to make slots of an image's token."""
+        return {"image_seq_length": model.tokens_per_view, "processor_class": "InternVLProcessor"}
+
+    def _refuses_pictures(self, model: ModelConfig) -> str | None:
+        if not model.image.thumbnail:
+            return "pictures have no thumbnail behind their tiles (model.image.thumbnail), which InternVL's have"
+        if model.vision.positional_grid != model.vision.image_size // model.vision.patch_size:
+            return f"the tower's positional table is {model.vision.positional_grid} wide, for tiles of another size"
+        if model.image.kind != "dynamic_tiles":
+            return (
+                f"the image plan is {model.image.kind}, InternVL's is dynamic_tiles (with max_tiles 1, pictures are"
+                " squashed)"
+            )
+        return None
+
+    def _branches(self, source: Source, vision: Tree, image: Tree, text: Mapping[str, Any]) -> Tree:
+        config, where = source.config, config_file(source)
+        language = llama_language(_text(text, where), where)
+        # A head that is written out is one of its own, whatever Transformers' defaults say of it.
+        head = self.styles[self.style_of(source)]["head"] + "weight"
+        language["tie_word_embeddings"] = head not in source or (
+            bool(text.get("tie_word_embeddings", False)) and bool(config.get("tie_word_embeddings", True))
+        )
+        connector = {"preset": "pixel_shuffle", "factor": _factor(config, vision, where)}
+        # What training looks up by its name; a template of the directory's own would be the same turns.
+        return {
+            "vision": vision, "connector": connector, "language": language, "image": image, "template": TEMPLATE,
+        }  # fmt: skip
+
+
+class InternVLChatFamily(InternVLFamily):
+    """``InternVLChatModel``, in the authors' layout."""
+
+    name = "internvl_chat"
+    title = "InternVL 2.5, 3, 3.5 in their authors' layout (InternVLChatModel)"
+    styles: ClassVar = {
+        "published": {
+            "tower": "vision_model.",
+            "norm": "mlp1.0",
+            "linear_1": "mlp1.1",
+            "linear_2": "mlp1.3",
+            "model": "language_model.model.",
+            "head": "language_model.lm_head.",
+        },
+    }
+    modules: ClassVar[str | None] = None
+    preprocesses = False
+    tower = ORIGINAL_TOWER
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") == "internvl_chat"
+
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return "vision_model.embeddings.patch_embedding.weight"
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches, and what becomes of pictures."""
+        config, where = source.config, config_file(source)
+        # v1 took the patches of a square column by column.
+        expect({"ps_version": config.get("ps_version", "v1")}, where, ps_version="v2")
+        expect(config, where, pad2square=False)
+        vision = _original_tower(need(config, "vision_config", where), config.get("select_layer", -1), where)
+        size = config.get("force_image_size")
+        vision |= {"image_size": size} if size is not None else {}
+        tiles = {
+            "kind": "dynamic_tiles",
+            "min_tiles": config.get("min_dynamic_patch", 1),
+            "max_tiles": config.get("max_dynamic_patch", 6),
+            "thumbnail": bool(config.get("use_thumbnail", False)),
+        }
+        image = tiles if config.get("dynamic_image_size", False) else {"kind": "squash"}
+        return self._branches(source, vision, image, need(config, "llm_config", where))
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration of a model whose tower ends with the layer whose features are taken."""
+        vision, image = model.vision, model.image
+        tiles = image.kind == "dynamic_tiles"
+        return {
+            "architectures": ["InternVLChatModel"],
+            "auto_map": {
+                "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+                "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+                "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
+            },
+            "downsample_ratio": 1 / model.connector.factor,
+            "dynamic_image_size": tiles,
+            "force_image_size": vision.image_size,
+            "llm_config": _text_config(model),
+            "max_dynamic_patch": (image.max_tiles or 12) if tiles else 1,
+            "min_dynamic_patch": (image.min_tiles or 1) if tiles else 1,
+            "model_type": "internvl_chat",
+            "pad2square": False,
+            "ps_version": "v2",
+            "select_layer": -1,
+            "template": TEMPLATE,
+            "tie_word_embeddings": model.language.tie_word_embeddings,
+            "use_backbone_lora": 0,
+            "use_llm_lora": 0,
+            "use_thumbnail": image.thumbnail,
+            "vision_config": {
+                **_tower_config(vision),
+                "architectures": ["InternVisionModel"],
+                "image_size": vision.positional_grid * vision.patch_size,
+                "initializer_factor": vision.layer_scale_init,
+                "model_type": "intern_vit_6b",  # of the 300M too
+                "patch_size": vision.patch_size,
+                "qk_normalization": vision.qk_norm is not None,
+                "qkv_bias": vision.add_qkv_bias,
+            },
+        }
+
+    def _refuses_pictures(self, model: ModelConfig) -> str | None:
+        if model.image.kind not in ("dynamic_tiles", "squash"):
+            return f"the image plan is {model.image.kind}, InternVL's are dynamic_tiles and squash"
+        if [*model.vision.image_mean, *model.vision.image_std] != [*_MEAN, *_STD]:
+            return "pictures are normalised with other numbers than ImageNet's, which InternVL's code has fixed"
+        if model.image.resample != "bicubic":
+            return f"pictures are resized {model.image.resample}; InternVL's code has bicubic"
+        return None
+
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def no_internvl(model: ModelConfig) -> str | None:
+    """Return why a model's parts are not InternVL's, or None."""
+    vision = model.vision
+    if architecture_of(model, "vision").name != "vit" or vision.feature_layers is not None:
+        return "the vision tower is no InternViT"
+    if model.connector.preset != "pixel_shuffle":
+        return f"the connector is {model.connector.preset}, InternVL's is pixel_shuffle"
+    kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
+    if not all(kept) or vision.pre_layernorm or vision.post_layernorm:
+        return "the vision tower is no InternViT"
+    if vision.qk_norm is not None and vision.layernorm_epsilon != _QK_EPSILON:
+        return f"the tower's norms have the epsilon {vision.layernorm_epsilon}; InternViT's code has {_QK_EPSILON}"
+    try:
+        plan_of(model)
+    except UserError as error:
+        return str(error)
+    return no_llama(model.language)
+
+
+def _transformers_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
+    """Return the recipe's ``model.vision`` of an ``InternVLVisionConfig``.
+
+    Raises:
+        UserError: a key has a value that the model here does not know.
+    """
+    expect(config, where, model_type="internvl_vision", use_absolute_position_embeddings=True, use_mean_pooling=True)
+    qk_norm = bool(config.get("use_qk_norm", False))
+    if qk_norm:
+        expect(config, where, layer_norm_eps=_QK_EPSILON)
+    defaults = {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+        "image_size": 448, "patch_size": 14, "norm_type": "layer_norm",
+    }  # fmt: skip
+    config = {**defaults, **config, "layer_scale": config.get("layer_scale_init_value", 0.1)}
+    return _tower(config, layer, where, bias=bool(config.get("attention_bias", False)), qk_norm=qk_norm)
+
+
+def _original_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
+    """Return the recipe's ``model.vision`` of an ``InternVisionConfig``.
+
+    Raises:
+        UserError: a key has a value that the model here does not know.
+    """
+    expect(config, where, model_type="intern_vit_6b", use_moe=False)
+    defaults = {
+        "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "intermediate_size": 12800,
+        "image_size": 224, "patch_size": 14, "norm_type": "rms_norm",
+    }  # fmt: skip
+    qk_norm, bias = bool(config.get("qk_normalization", True)), bool(config.get("qkv_bias", False))
+    config = {**defaults, **config, "layer_scale": config.get("initializer_factor", 0.1)}
+    return _tower(config, layer, where, bias=bias, qk_norm=qk_norm)
+
+
+def _tower(config: Mapping[str, Any], layer: Any, where: str, *, bias: bool, qk_norm: bool) -> Tree:
+    """Return ``model.vision`` of what both layouts call alike, ``layer_scale``, and the two keys that they do not."""
+    expect(config, where, hidden_act="gelu", num_channels=3, norm_type=tuple(_NORMS))
+    size, patch = _side(config, "image_size", where), _side(config, "patch_size", where)
+    return {
+        "preset": "intern_vit",
+        "image_size": size,
+        "patch_size": patch,
+        "hidden_size": config["hidden_size"],
+        "num_layers": _layers(config["num_hidden_layers"], layer, where),
+        "num_attention_heads": config["num_attention_heads"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "positional_grid": size // patch,
+        "layernorm_epsilon": number(config, "layer_norm_eps", where, 1e-6),
+        "normalization": _NORMS[config["norm_type"]],
+        "add_qkv_bias": bias,
+        "qk_norm": "width" if qk_norm else None,
+        "layer_scale_init": number(config, "layer_scale", where) or 0.1,
+        "image_mean": list(_MEAN),
+        "image_std": list(_STD),
+    }
+
+
+def _tower_config(vision: VisionConfig) -> Tree:
+    """Return what both layouts call alike."""
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "layer_norm_eps": vision.layernorm_epsilon,
+        "norm_type": {ours: theirs for theirs, ours in _NORMS.items()}[vision.normalization],
+        "num_attention_heads": vision.num_attention_heads,
+        "num_channels": 3,
+        "num_hidden_layers": vision.num_layers,
+    }
+
+
+def _side(config: Mapping[str, Any], key: str, where: str) -> int:
+    """Return the side of a square; Transformers writes both of them."""
+    value = config[key]
+    sides = value if isinstance(value, list) else [value]
+    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] <= 0:
+        raise UserError(f"{where}: {key} is {value!r}; only squares are supported")
+    return sides[0]
+
+
+def _layers(count: int, layer: Any, where: str) -> int:
+    """Return how many layers lie below the features that are taken."""
+    if not isinstance(layer, int):
+        raise UserError(f"{where}: the feature layer is {layer!r}; of InternViT one layer is taken: give its number")
+    taken = layer if layer >= 0 else count + 1 + layer
+    if not 0 < taken <= count:
+        raise UserError(f"{where}: the feature layer {layer} is outside of the tower's {count} layers; correct one")
+    return taken
+
+
+def _factor(config: Mapping[str, Any], vision: Tree, where: str) -> int:
+    """Return the side of the squares of patches that become one token.
+
+    Raises:
+        UserError: ``downsample_ratio`` is not one over a whole number that divides the tower's grid.
+    """
+    ratio = number(config, "downsample_ratio", where, 0.5)
+    grid = vision["image_size"] // vision["patch_size"]
+    factor = round(1 / ratio) if 0 < ratio <= 1 else 0
+    if not factor or 1 / factor != ratio or grid % factor:
+        fit = ", ".join(str(1 / side) for side in (1, 2, 4, 8) if grid % side == 0)
+        raise UserError(
+            f"{where}: downsample_ratio is {ratio!r}; it must be 1 over a whole number that divides the {grid} x {grid}"
+            f" patches of the tower, such as {fit}"
+        )
+    return factor
+
+
+def _text(text: Mapping[str, Any], where: str) -> Tree:
+    """Return the language model's configuration without what it has no effect on segments that it is made for.
+
+    Raises:
+        UserError: it is a model that is not known here.
+    """
+    kind = text.get("model_type")
+    architecture = (text.get("architectures") or [None])[0]
+    if kind not in _LANGUAGES:
+        raise UserError(
+            f"{where}: the language model is {kind or architecture!r} ({architecture}); of InternVL those on"
+            f" {', '.join(_LANGUAGES)} are supported, not those on InternLM2.5, InternLM3 or a mixture of experts"
+        )
+    # Dynamic NTK changes nothing up to max_position_embeddings.
+    tree = dict(text)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = tree.get(key)
+        if isinstance(rope, Mapping) and rope.get("rope_type", rope.get("type")) == "dynamic":
+            base = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+            tree[key] = {**base, "rope_type": "default"} if base else None
+    return tree
+
+
+def _text_config(model: ModelConfig) -> Tree:
+    config = llama_config(model.language)
+    if model.language.rope_scaling is None:
+        # Beside rope_theta they would say nothing, and take the place of a dynamic scaling that came along.
+        del config["rope_scaling"], config["rope_parameters"]
+    return config
+
+
+def _added_token(source: Source) -> int | None:
+    """Return the id of the token of an image's slots, by the tokenizer's files."""
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        path = source.directory / name
+        tree = read_json(path) if path.is_file() else {}
+        if isinstance(tree.get(IMAGE_TOKEN), int):
+            return int(tree[IMAGE_TOKEN])
+        for key, token in (tree.get("added_tokens_decoder") or {}).items():
+            if isinstance(token, Mapping) and token.get("content") == IMAGE_TOKEN and key.isdigit():
+                return int(key)
+    return None

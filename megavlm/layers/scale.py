@@ -1,0 +1,44 @@
+"""Layer scale (arXiv 2103.17239): a branch of a layer is multiplied by a learned vector before it is added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.jit import jit_fuser
+from torch import Tensor
+
+Sum = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+@jit_fuser
+def _scaled_sum(x: Tensor, bias: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+    return residual + scale * (x + bias)
+
+
+class LayerScale(torch.nn.Module):
+    """Stands in a ``TransformerLayer`` where Megatron-Core has ``bias_dropout_add`` (``self_attn_bda``, ``mlp_bda``).
+
+    Every tensor-parallel rank has the whole vector and sees whole sums, so its gradient is the same on all.
+
+    Args:
+        hidden_size: width of the stream.
+        init: initial value.
+        dtype: of the vector.
+    """
+
+    def __init__(self, hidden_size: int, init: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((hidden_size,), init, dtype=dtype))
+
+    def forward(self, _training: bool, _fused: bool) -> Sum:
+        """Return what the layer calls with the branch's output, the stream and the dropout probability."""
+        return self._add
+
+    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        assert not dropout, "layer scale is not built for dropout"
+        if bias is None:
+            return residual + self.weight * x
+        result: Tensor = _scaled_sum(x, bias, residual, self.weight)
+        return result
