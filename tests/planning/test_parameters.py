@@ -16,6 +16,7 @@ from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.architectures.registry import LANGUAGE, Architecture
 from megavlm.config.errors import UserError
+from megavlm.config.split import tensor_ranks
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import check_costs, chunk_parameters, static_bytes
@@ -43,6 +44,15 @@ LAYERS: dict[str, Any] = {
     "vision": {**OTHER["vision"], "post_layernorm": False, "feature_layers": (2, 0, 1)},
 }
 """Features of several layers: the connector begins three times as wide."""
+# InternViT-6B's layers, and squares of patches side by side.
+INTERNVL: dict[str, Any] = {
+    **OTHER,
+    "vision": {"preset": "intern_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 4}
+    | {"normalization": "RMSNorm", "add_qkv_bias": False, "qk_norm": "width", "class_token": False},
+    "connector": {"preset": "pixel_shuffle"},
+    "language": {**OTHER["language"], "vocab_size": 512},
+}
 TP4 = {"tensor_model_parallel_size": 4}
 QWEN2: dict[str, Any] = {
     **OTHER,
@@ -52,6 +62,16 @@ ADAPTERS: dict[str, Any] = {
     "lora": {"rank": 8, "targets": ("q_proj", "v_proj", "o_proj")},
     "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
 }
+FIVE_HEADS = {"hidden_size": 40, "num_attention_heads": 5, "ffn_hidden_size": 67}
+WHOLE: dict[str, Any] = {
+    **OTHER,
+    "vision": {"image_size": 32, "patch_size": 16, "num_layers": 2, "positional_grid": 4, **FIVE_HEADS},
+    "connector": {"num_queries": 4, "head_dim": 20},
+    "language": {**OTHER["language"], "hidden_size": 60, "vocab_size": 512},
+}
+WHOLE_TOWER: dict[str, Any] = {
+    **WHOLE, "vision": {**OTHER["vision"], **FIVE_HEADS}, "connector": {"preset": "mlp2x_gelu"}
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -70,11 +90,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
     "layers-tp2-pp2": {**BF16, "model": LAYERS, "parallel": {**TP2, **PP2, **TORCH}},
+    "internvl-tp2-pp2-sp": {**BF16, "model": INTERNVL, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
     "shared-heads-qwen2-fp32": {"model": QWEN2, "parallel": TP4},
     "shared-heads-adapters": {**BF16, "model": QWEN2, "parallel": {**TP4, **TORCH}, **ADAPTERS},
+    # Heads and widths that the ranks do not divide: each holds all of tower and connector, or of the tower alone.
+    "whole-tp2-pp2": {**BF16, "model": WHOLE, "parallel": {**TP2, **PP2, **TORCH}},
+    "whole-tp4-sp": {"model": WHOLE_TOWER, "parallel": {**TP4, "sequence_parallel": True}},
+    "whole-tp2-dp2": {**BF16, "model": WHOLE, "parallel": {**TP2, "overlap_grad_reduce": True}},
 }
 
 
@@ -100,9 +125,11 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-@pytest.mark.parametrize(
-    "name", ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", *(name for name in CASES if "shared" in name)]
-)
+KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
+KEPT += [name for name in CASES if "shared" in name]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout = layout_of(recipe, RANKS)
@@ -112,7 +139,7 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout, language = layout_of(recipe, RANKS), recipe.model.language
@@ -122,8 +149,9 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
     for chunk, real in zip(layout.chunks, measured[name], strict=True):
         work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
         # torch counts the whole square of attention, and the projection of the queries, once for all images.
-        queries = recipe.model.connector.num_queries or 0
-        once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        queries = getattr(recipe.model.connector, "num_queries", 0) or 0
+        sharing = tensor_ranks(recipe.model, "connector", layout.tensor)
+        once = 2 * queries * language.hidden_size**2 // sharing * int(chunk.first)
         if chunk.first:  # and fits two tables of positions to the grid
             vision = recipe.model.vision
             once += resized(vision.positional_grid**2, vision.patches_per_image, vision.hidden_size)
