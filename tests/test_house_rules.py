@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from import_graph import ROOT, modules
+from test_layering import ROOMS
 
 FILE_LINES, FUNCTION_LINES = 500, 80
 PRESETS = "register"
@@ -56,3 +58,11 @@ def test_a_class_name_has_one_meaning() -> None:
                 where[node.name.lstrip("_")].append(name)
     twice = {name: places for name, places in where.items() if len(places) > 1}
     assert twice.keys() == SEVERAL_MEANINGS, {name: twice.get(name) for name in twice.keys() ^ SEVERAL_MEANINGS}
+
+
+def test_contributing_names_every_room_and_no_test_that_is_gone() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Which tests to run")[2].partition("###")[0]
+    assert not [room for room in ROOMS if room != "cli" and f"`{room}/" not in table]
+    named = re.findall(r"(?:tests|benchmarks)/[\w/.]*\w", text)
+    assert len(named) > 20 and not [path for path in named if not (ROOT / path).exists()]
