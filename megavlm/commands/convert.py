@@ -225,11 +225,11 @@ def run_check(args: argparse.Namespace) -> int:
     if missing is not None:
         raise UserError(f"--image {missing}: no such file")
     _prepare()
-    from megavlm.evaluation.check.run import PROMPTS, Settings, check  # noqa: PLC0415
+    from megavlm.evaluation.check.run import PROMPTS, CheckSettings, check  # noqa: PLC0415
 
     prompts = args.prompt or PROMPTS
     return check(
-        Settings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
+        CheckSettings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
     )
 
 
@@ -252,7 +252,7 @@ def run_incoming(args: argparse.Namespace) -> int:
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
-    from megavlm.checkpoint.hf.incoming import Given, convert, open_whole  # noqa: PLC0415
+    from megavlm.checkpoint.hf.incoming import SourceOfParts, convert, open_whole  # noqa: PLC0415
     from megavlm.families.composing import check_stage_1  # noqa: PLC0415
     from megavlm.families.known import scattered  # noqa: PLC0415
 
@@ -260,11 +260,11 @@ def run_incoming(args: argparse.Namespace) -> int:
     family, parts = scattered(args.hf) if args.hf is not None else (None, {})
     fresh: dict[str, Any] = {}
     if parts and not apart:
-        given = [Given.open(path, [part]) for part, path in parts.items()]
+        given = [SourceOfParts.open(path, [part]) for part, path in parts.items()]
     elif args.hf is not None:
         given = open_whole(args.hf, args.vision, -2 if layer is None else layer)
     else:
-        given = [Given.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
+        given = [SourceOfParts.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
         check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)

@@ -34,6 +34,7 @@ from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 
+pytestmark = pytest.mark.family("internvl", "internvl_chat")
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",
     "parallel.pipeline_model_parallel_size=2",
@@ -138,7 +139,7 @@ def test_other_families_and_this_one_know_their_towers(tmp_path: Path) -> None:
     llava = dataclasses.replace(model, connector=_connector("mlp2x_gelu"), image=squash)
     assert "InternViT" in str(FAMILIES["llava"].refuses(llava))
     for changed, reason in (
-        ({"image": dataclasses.replace(model.image, kind="pad")}, "image plan is pad"),
+        ({"image": dataclasses.replace(squash, kind="pad")}, "image plan is pad"),
         ({"image": dataclasses.replace(model.image, thumbnail=False)}, "no thumbnail"),
         ({"connector": _connector("linear")}, "connector is linear"),
         ({"vision": dataclasses.replace(model.vision, layer_scale=False)}, "no InternViT"),
