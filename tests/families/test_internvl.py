@@ -138,7 +138,7 @@ def test_other_families_and_this_one_know_their_towers(tmp_path: Path) -> None:
     llava = dataclasses.replace(model, connector=_connector("mlp2x_gelu"), image=squash)
     assert "InternViT" in str(FAMILIES["llava"].refuses(llava))
     for changed, reason in (
-        ({"image": dataclasses.replace(model.image, kind="pad")}, "image plan is pad"),
+        ({"image": dataclasses.replace(squash, kind="pad")}, "image plan is pad"),
         ({"image": dataclasses.replace(model.image, thumbnail=False)}, "no thumbnail"),
         ({"connector": _connector("linear")}, "connector is linear"),
         ({"vision": dataclasses.replace(model.vision, layer_scale=False)}, "no InternViT"),
