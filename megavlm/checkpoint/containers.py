@@ -15,6 +15,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import nn
 
+from megavlm.parallel.replicas import is_replica
+
 _METHOD = "sharded_state_dict"
 
 
@@ -31,6 +33,10 @@ def sharded_state(module: nn.Module, prefix: str = "", metadata: dict[str, Any] 
             # On the instance: Megatron-Core's modules find it wherever they hold the container.
             setattr(one, _METHOD, functools.partial(_ask_children, one))
     state: dict[str, Any] = module.sharded_state_dict(prefix=prefix, metadata=metadata)  # type: ignore[operator]
+    for entry in state.values():
+        if is_replica(getattr(entry, "data", None)):  # built as if there were one rank: each would store it
+            pipeline, _, data = entry.replica_id
+            entry.replica_id = (pipeline, mpu.get_tensor_model_parallel_rank(), data)
     return state
 
 

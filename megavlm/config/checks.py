@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megavlm.config.architecture import BRANCHES, architecture_of, own_of
+from megavlm.config.architecture import BRANCHES, architecture_of
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
 from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import DataSource, Recipe
+from megavlm.config.split import part_rules
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
@@ -85,7 +86,7 @@ def _architectures(recipe: Recipe) -> Iterator[str]:
     """Yield what the architectures of the model's branches have against their keys."""
     for branch in BRANCHES:
         architecture = architecture_of(recipe.model, branch)
-        yield from architecture.rules(own_of(recipe.model, branch), recipe.parallel)
+        yield from part_rules(recipe.model, branch, recipe.parallel)
         if architecture.cost is None and recipe.data.balance_images:
             yield (
                 f"data.balance_images: orders packs by their cost, and the {architecture.name} architecture of"

@@ -12,6 +12,7 @@ from typing import Any
 
 from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import EngineConfig, Recipe
+from megavlm.config.split import tensor_ranks
 
 _KEY = "engine."
 _TP = "parallel.tensor_model_parallel_size"
@@ -154,7 +155,7 @@ def _shapes(recipe: Recipe) -> Iterator[str]:
             remedy = f"set {_KEY}fp8 to null" if name == "fp8" else f"set {_KEY}{name} to true"
             yield f"model.{part}.preset: FP8 is not known to fit the {architecture.name} architecture; {remedy}"
             continue
-        checks = architecture.products(own_of(model, part), tp)
+        checks = architecture.products(own_of(model, part), tensor_ranks(model, part, tp))
         seen: set[str] = set()
         for key, value, split in checks:
             if key in seen or not value % (unit * split):

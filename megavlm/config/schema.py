@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from megavlm.config.architecture import Branch
-from megavlm.config.fields import config_class
+from megavlm.config.fields import Meaning, config_class
 
 
 @config_class
@@ -24,6 +24,9 @@ class VisionConfig:
 
     preset: str
     """Name of a registered vision preset; it gives the other keys of this branch their defaults."""
+    tensor_parallel: Annotated[Literal["auto", "shard", "replicate"], Meaning.RUN] = "auto"
+    """How the tower lies on the tensor-parallel ranks: shard (each layer is cut), replicate (each rank has all of it,
+    and encodes a part of the pictures), or auto: shard where they divide its heads and widths, else replicate."""
 
     if TYPE_CHECKING:
         image_size: int  # side of the square that the tower is made for, in pixels
@@ -58,6 +61,8 @@ class ConnectorConfig:
 
     preset: str
     """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
+    tensor_parallel: Annotated[Literal["auto", "shard", "replicate"], Meaning.RUN] = "auto"
+    """How the connector lies on the tensor-parallel ranks; see model.vision.tensor_parallel."""
 
     if TYPE_CHECKING:
 
@@ -126,7 +131,8 @@ class ModelConfig:
     preset: str | None = None
     """Name of a registered whole model (tiny, qwen_vl_7b, codefuse_vl_14b): sets the presets of the three branches."""
     template: str = "qwen_vl"
-    """How conversations are written (docs/templates.md): the name of a registered chat template."""
+    """How conversations are written (docs/templates.md): the name of a registered chat template, or checkpoint for the
+    chat_template that the model's own directory carries."""
     vision: Annotated[VisionConfig, Branch("vision")]
     """The vision tower."""
     connector: Annotated[ConnectorConfig, Branch("connector")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -35,11 +36,12 @@ def column_linear(
             input_size, output_size, config=config, init_method=init_method, bias=bias, gather_output=gather_output
         )
     plain = _of_transformer_engine("TEColumnParallelLinear")
+    group = mpu.get_tensor_model_parallel_group()  # that of now: a part may be built as on one rank
 
     class Gathered(plain):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor) -> tuple[Tensor, Any]:
             output, rest = super().forward(x)
-            return gather_from_tensor_model_parallel_region(output), rest
+            return gather_from_tensor_model_parallel_region(output, group=group), rest
 
     return (Gathered if gather_output else plain)(
         input_size,

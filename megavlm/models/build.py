@@ -13,6 +13,7 @@ from megavlm.config.schema import ModulesConfig, Recipe
 from megavlm.layers.specs import use_transformer_engine
 from megavlm.models.vlm import VisionLanguageModel, build_chunks
 from megavlm.parallel.device import local_device
+from megavlm.parallel.replicas import share_weights
 
 MODULES = ("vision", "connector", "language")
 """The parts of a model, as recipes and parameter names call them."""
@@ -52,6 +53,7 @@ def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
         if recipe.lora.rank is not None:
             prepare_adapters(chunk.language, recipe.lora, recipe.training.seed)
         chunk.to(local_device())
+        share_weights(chunk)
         if recipe.training.precision == "bf16":
             chunks[i] = Float16Module(chunk.config, chunk)
     return chunks

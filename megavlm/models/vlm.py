@@ -21,6 +21,7 @@ from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.models.arrange import add_newline, arrange_features, newline_of
+from megavlm.models.front import build_front, encode, replicated
 
 
 class VisionLanguageModel(MegatronModule):
@@ -60,10 +61,10 @@ class VisionLanguageModel(MegatronModule):
         self.vision: Any = None
         self.connector: Any = None
         if pre_process:
-            self.vision = registry.VISION.find(model.vision.preset).build(model.vision, context)
-            self.connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+            self.vision, self.connector = build_front(model, context)
             if plan_of(model).newline:
                 add_newline(self.connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
+        self.replicas = replicated(model, context)
         self.language = language
 
     @property
@@ -146,9 +147,10 @@ class VisionLanguageModel(MegatronModule):
                 return None
             shape = (1, 3, self.image_size, self.image_size)
             images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
-            features = self.vision(images)
-        return self.connector(features)
+        assert images is not None
+        # An empty picture is the same on all ranks, and its features go nowhere: nothing to share out.
+        replicas = frozenset[str]() if missing else self.replicas
+        return encode(self.vision, self.connector, images, trains_vision=trains_vision, replicas=replicas)
 
     def arranged(
         self, features_QNE: Tensor, image_index: Tensor | None = None, image_weight: Tensor | None = None

@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.architectures.cost import Kernels, Pictures, cost_of, decoder_cost
+from megavlm.architectures.cost import Kernels, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.shares import share
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
 
 def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
     """Return the bytes that tower and connector keep for ``images`` images."""
-    model, modules, seen = recipe.model, recipe.modules, Pictures.alike(images, recipe.model.vision.grid)
+    model, modules = recipe.model, recipe.modules
     kept = 0
     if not modules.vision.freeze:
-        kept += int(cost_of(model, "vision").kept(model.vision, layout.tensor, seen, kernels))
+        ranks, seen = share(model, "vision", layout, images)
+        kept += int(cost_of(model, "vision").kept(model.vision, ranks, seen, kernels))
     if not (modules.vision.freeze and modules.connector.freeze):
         learns = not modules.connector.freeze
-        kept += int(cost_of(model, "connector").kept(model, layout.tensor, seen, kernels, learns=learns))
+        ranks, seen = share(model, "connector", layout, images)
+        kept += int(cost_of(model, "connector").kept(model, ranks, seen, kernels, learns=learns))
     return kept
 
 
@@ -124,10 +127,10 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
             vision += wide - stream
         # The tower comes before, and its backward pass after, what the language layers keep.
-        tower, seen = cost_of(recipe.model, "vision"), Pictures.alike(images, recipe.model.vision.grid)
+        tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", layout, images)
         trains_vision = not recipe.modules.vision.freeze
-        passing = int(tower.passing(recipe.model.vision, tp, seen, kernels, learns=trains_vision))
-        rebuilt = int(tower.rebuilt(recipe.model.vision, tp, seen, kernels)) if trains_vision else 0
+        passing = int(tower.passing(recipe.model.vision, ranks, seen, kernels, learns=trains_vision))
+        rebuilt = int(tower.rebuilt(recipe.model.vision, ranks, seen, kernels)) if trains_vision else 0
         forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
         if learns or lora.train_embeddings:  # the embedding's gradient

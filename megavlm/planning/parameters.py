@@ -15,6 +15,7 @@ from megavlm.architectures.cost import cost_of, decoder_cost
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
+from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.data.media import plan_of
 from megavlm.planning.layout import Chunk, Layout
 
@@ -81,7 +82,8 @@ def _chunk_parameters(
         for part, learning in (("vision", learns[0]), ("connector", learns[1])):
             if part == "connector" and plan_of(model).newline:
                 found.append(Parameter(part, language.hidden_size, learning))
-            shapes = cost_of(model, part).parameters(own_of(model, part), tp)
+            own = own_of(model, part)
+            shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [Parameter(part, one.elements, learning and not one.fixed) for one in shapes]
     shapes = cost.layer_parameters(language, tp) * layers
     if first:
@@ -131,6 +133,13 @@ def _elements(kind: _Kind, data: int) -> tuple[int, int, int]:
 def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
     """Return the elements of a chunk that learn, on one tensor-parallel rank."""
     return _elements(_kind(recipe, layout, chunk), 0)[1]
+
+
+def replicated_elements(recipe: Recipe, layout: Layout) -> int:
+    """Return the elements on the first stage that learn and whose gradients tensor-parallel ranks add up."""
+    parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
+    found = chunk_parameters(recipe, layout, layout.chunks[0]) if parts else ()
+    return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, cost_of, decoder_cost
+from megavlm.architectures.cost import cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
+from megavlm.planning.shares import share
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,16 @@ def chunk_flops(
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
     attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
-    seen = Pictures.alike(images if chunk.first else 0, model.vision.grid)
+    images = images if chunk.first else 0
+    tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
+    connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
         layers=chunk.layers * layer / tp,
         attention=chunk.layers * attention / tp,
         output=output / tp * int(chunk.last),
-        tower=tower.products / tp + tower.whole,
-        tower_attention=tower.attention / tp,
-        connector=connector.total / tp,
+        tower=tower.products / tower_ranks + tower.whole,
+        tower_attention=tower.attention / tower_ranks,
+        connector=connector.total / connector_ranks,
     )

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, Pictures, cost_of, decoder_cost
+from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import kernels_of, weights_learn
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import NF4_BYTES, learning_elements
+from megavlm.planning.parameters import NF4_BYTES, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
 
@@ -127,11 +128,12 @@ class Timer:
     def _attention(self, flops: float) -> float:
         """Return the seconds of causal attention in the workload's samples."""
         passage, length = self._passage(), self.workload.tokens / self.workload.samples
-        return self._attend(Attention(flops, passage.heads, passage.width, length), causal=True)
+        return self._attend(Attention(flops, passage.heads, passage.width, length), self.layout.tensor, causal=True)
 
-    def _attend(self, kind: Attention, *, causal: bool) -> float:
+    def _attend(self, kind: Attention, ranks: int, *, causal: bool) -> float:
+        """Return the seconds of ``kind.operations`` on one of the ``ranks`` that share its heads."""
         if self.gpu.rates is not None:
-            rate = self.gpu.rates.attend(kind.length, kind.heads / self.layout.tensor, kind.width, causal=causal)
+            rate = self.gpu.rates.attend(kind.length, kind.heads / ranks, kind.width, causal=causal)
             return kind.operations / (rate * self.peak / self.gpu.bf16_flops)
         rate = self.peak * self.gpu.efficiency.attention
         if not self.kernels.fused:
@@ -235,14 +237,15 @@ class Timer:
 
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
-        model, modules, b, tp = self.recipe.model, self.recipe.modules, self.kernels.number_bytes, self.layout.tensor
-        images, seen = self.workload.views, Pictures.alike(self.workload.views, model.vision.grid)
+        model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
+        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.views)
         cost = cost_of(model, "vision")
         passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
         dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
         shared = (replace(kind, operations=kind.operations / tp) for kind in passage.attention)
-        attention = sum(self._attend(kind, causal=False) for kind in shared)
-        wires = self._tensor_parallel(passage.stream, passage.collectives) if images else 0.0
+        attention = sum(self._attend(kind, tp, causal=False) for kind in shared)
+        cut = tp == self.layout.tensor
+        wires = self._tensor_parallel(passage.stream, passage.collectives) if images and cut else 0.0
         forward = dense + attention + self._stream(passage.moved, passage.stream)
         forward = max(forward, passage.layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
@@ -252,11 +255,15 @@ class Timer:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
         work = self._flops(Chunk(0, 0, first=True, last=False))
+        tp, seen = share(model, "connector", self.layout, images)
         connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
         queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
         gathered += self._tensor_parallel(queries, 3)
+        gathered *= int(tp == self.layout.tensor)
         wires += gathered if images else 0.0
+        if features := gathered_features(model, self.layout, images):
+            wires += self._tensor_parallel(features * b, 1)
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
@@ -321,6 +328,14 @@ class Timer:
         gathered = self.kernels.number_bytes * learning * share
         return 4 * learning * share + COLLECTIVE_SECONDS, gathered + COLLECTIVE_SECONDS
 
+    def replicas(self) -> float:
+        """Return the seconds in which tensor-parallel ranks add up the gradients of what each holds whole."""
+        learning = replicated_elements(self.recipe, self.layout)
+        if not learning:
+            return 0.0
+        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        return 2 * self._tensor_parallel(4 * shard, 1)
+
     def _learning(self, stage: int) -> int:
         return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
 
@@ -360,7 +375,7 @@ class Timer:
             wired = max(wired, reduce + gather)
             left = reduce - sum(c.backward for c in own) * int(parallel.overlap_grad_reduce)
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
-            exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0))
+            exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
         pixels = layout.microbatches * self.workload.views * 3 * self.recipe.model.vision.image_size**2
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE

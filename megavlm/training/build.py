@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megavlm.config.schema import Recipe
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel.replicas import sum_gradients
 from megavlm.training.optimizer import build_optimizer, build_scheduler
 
 
@@ -50,6 +51,12 @@ class TrainingModel:
             chunk.enable_forward_pre_hook()
 
 
+def _finish_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:
+    """Finish the gradients of a step: Megatron-Core's ``finalize_model_grads``, then those of replicas."""
+    finalize_model_grads(chunks, *args, **kwargs)
+    sum_gradients(chunks)
+
+
 def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
     """Build model, optimizer and schedule, and tell Megatron-Core's schedules how gradients are finished."""
     parallel = recipe.parallel
@@ -73,7 +80,7 @@ def build_training(recipe: Recipe, image_token_id: int) -> TrainingModel:
     optimizer = build_optimizer(recipe, wrapped)
     for chunk in wrapped:
         settings = unwrap(chunk).config
-        settings.finalize_model_grads_func = finalize_model_grads
+        settings.finalize_model_grads_func = _finish_gradients
         settings.grad_scale_func = optimizer.scale_loss
         if parallel.overlap_grad_reduce:
             settings.no_sync_func = [c.no_sync for c in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync

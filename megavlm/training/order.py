@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from megavlm.architectures.cost import Pictures, cost_of
 from megavlm.config.schema import Recipe
+from megavlm.config.split import is_replicated
 from megavlm.planning.flops import image_flops, language_flops, passes
 from megavlm.planning.layout import stage_layers
 from megavlm.planning.schedule import simulate
@@ -36,6 +37,9 @@ class StepOrder:
         self.pipeline = parallel.pipeline_model_parallel_size
         self.virtual = parallel.virtual_pipeline_model_parallel_size
         self._language, self._image, self._empty = _language_work(recipe), _image_work(recipe), _empty_images(recipe)
+        tensor = parallel.tensor_model_parallel_size
+        # Of a tower that each tensor-parallel rank holds whole, the others wait for the one with most pictures.
+        self._together = tensor if is_replicated(recipe.model, "vision", tensor) else 1
 
     def __call__(self, images: Sequence[int]) -> list[int]:
         """Return the indices of the micro-batches in the order in which to run them.
@@ -61,7 +65,8 @@ class StepOrder:
         both: tuple[Times, Times] = ([], [])
         for number in images:
             for times, stages, image in zip(both, self._language, self._image, strict=True):
-                times.append([stages[0] + max(number, self._empty) * image, *stages[1:]])
+                seen = -(-max(number, self._empty) // self._together) * self._together
+                times.append([stages[0] + seen * image, *stages[1:]])
         return both
 
 

@@ -65,7 +65,7 @@ def names(kind: str) -> list[str]:
         for name in wanted:
             model = make_model(**{kind: name})
             stored = {key: (slot.key, slot.global_shape) for key, slot in find_slots(model, (kind,)).items()}
-            first.setdefault((found.find(name).module, *stored.items()), name)
+            first.setdefault((found.find(name).architecture.name, *stored.items()), name)
     return list(first.values())
 
 
@@ -132,6 +132,9 @@ def check(layout: str, number: int, root: Path) -> None:
     model["language"]["tie_word_embeddings"] = layout == "tied-pp2"
     if layout == "tp4":  # more ranks than key/value heads
         model["language"]["num_query_groups"] = 2
+        # The ranks hold towers whole, which they do not divide, and connectors.
+        model["vision"] |= {"num_attention_heads": 3, "ffn_hidden_size": 97}
+        model["connector"]["tensor_parallel"] = "replicate"
     shared = {"model": model, "training": {"global_batch_size": 6, "precision": "bf16" if number % 2 else "fp32"}}
     here, there = {**shared, "parallel": first}, {**shared, "parallel": second}
     one, again, other = (root / name for name in ("one", "again", "other"))

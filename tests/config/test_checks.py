@@ -203,6 +203,9 @@ def test_refused_on_several_processes(refused, overrides, world_size, expected):
     assert line.startswith(expected), line
 
 
+CUT = ["model.vision.tensor_parallel=shard", "model.connector.tensor_parallel=shard"]
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -216,8 +219,19 @@ def test_refused_on_several_processes(refused, overrides, world_size, expected):
 )
 def test_tensor_parallel_size_divides_heads_and_widths(load, override, key):
     with pytest.raises(RecipeError) as error:
-        check_recipe(load(TP3, override), 3)
-    assert any(line.startswith(f"{key}: ") for line in str(error.value).splitlines()), str(error.value)
+        check_recipe(load(TP3, *CUT, override), 3)
+    (line,) = (line for line in str(error.value).splitlines() if line.startswith(f"{key}: "))
+    assert line.endswith("tensor_parallel to auto") == (not key.startswith("model.language")), line
+
+
+@pytest.mark.parametrize("how", ["auto", "replicate"])
+def test_towers_and_connectors_that_do_not_divide_are_not_cut(load, how):
+    """Of what is wrong above, the language model's is left."""
+    kept = [f"model.{part}.tensor_parallel={how}" for part in ("vision", "connector")]
+    with pytest.raises(RecipeError) as error:
+        check_recipe(load(TP3, *kept, "model.vision.ffn_hidden_size=385", "model.connector.head_dim=32"), 3)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(line.startswith("model.language.") for line in lines)
 
 
 TP = "parallel.tensor_model_parallel_size"
@@ -263,7 +277,15 @@ def test_ranks_share_key_value_heads_evenly(load, case):
 
 def test_a_tower_mlp_that_does_not_split(load):
     with pytest.raises(RecipeError, match=r"^model\.vision\.ffn_hidden_size: 385 is not divisible"):
-        check_recipe(load(TP2, "model.vision.ffn_hidden_size=385"))
+        check_recipe(load(TP2, *CUT, "model.vision.ffn_hidden_size=385"))
+    check_recipe(load(TP2, "model.vision.ffn_hidden_size=385"))
+
+
+def test_a_connector_width_that_does_not_split(load):
+    odd = ["model.language.hidden_size=127", "model.connector.preset=linear"]
+    with pytest.raises(RecipeError, match=r"^model\.language\.hidden_size: 127 is not divisible .* to auto$"):
+        check_recipe(load(TP2, *CUT, *odd))
+    check_recipe(load(TP2, *odd))
 
 
 def test_the_suggested_first_stage_is_accepted(load):

@@ -16,6 +16,7 @@ from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.architectures.registry import LANGUAGE, Architecture
 from megavlm.config.errors import UserError
+from megavlm.config.split import tensor_ranks
 from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import check_costs, chunk_parameters, static_bytes
@@ -61,6 +62,16 @@ ADAPTERS: dict[str, Any] = {
     "lora": {"rank": 8, "targets": ("q_proj", "v_proj", "o_proj")},
     "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
 }
+FIVE_HEADS = {"hidden_size": 40, "num_attention_heads": 5, "ffn_hidden_size": 67}
+WHOLE: dict[str, Any] = {
+    **OTHER,
+    "vision": {"image_size": 32, "patch_size": 16, "num_layers": 2, "positional_grid": 4, **FIVE_HEADS},
+    "connector": {"num_queries": 4, "head_dim": 20},
+    "language": {**OTHER["language"], "hidden_size": 60, "vocab_size": 512},
+}
+WHOLE_TOWER: dict[str, Any] = {
+    **WHOLE, "vision": {**OTHER["vision"], **FIVE_HEADS}, "connector": {"preset": "mlp2x_gelu"}
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -85,6 +96,10 @@ CASES: dict[str, dict[str, Any]] = {
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
     "shared-heads-qwen2-fp32": {"model": QWEN2, "parallel": TP4},
     "shared-heads-adapters": {**BF16, "model": QWEN2, "parallel": {**TP4, **TORCH}, **ADAPTERS},
+    # Heads and widths that the ranks do not divide: each holds all of tower and connector, or of the tower alone.
+    "whole-tp2-pp2": {**BF16, "model": WHOLE, "parallel": {**TP2, **PP2, **TORCH}},
+    "whole-tp4-sp": {"model": WHOLE_TOWER, "parallel": {**TP4, "sequence_parallel": True}},
+    "whole-tp2-dp2": {**BF16, "model": WHOLE, "parallel": {**TP2, "overlap_grad_reduce": True}},
 }
 
 
@@ -110,10 +125,11 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "internvl-tp2-pp2-sp", *(name for name in CASES if "shared" in name)],
-)
+KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
+KEPT += [name for name in CASES if "shared" in name]
+
+
+@pytest.mark.parametrize("name", KEPT)
 def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout = layout_of(recipe, RANKS)
@@ -123,7 +139,7 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "internvl-tp2-pp2-sp"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout, language = layout_of(recipe, RANKS), recipe.model.language
@@ -134,7 +150,8 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
         work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
         # torch counts the whole square of attention, and the projection of the queries, once for all images.
         queries = getattr(recipe.model.connector, "num_queries", 0) or 0
-        once = 2 * queries * language.hidden_size**2 // layout.tensor * int(chunk.first)
+        sharing = tensor_ranks(recipe.model, "connector", layout.tensor)
+        once = 2 * queries * language.hidden_size**2 // sharing * int(chunk.first)
         if chunk.first:  # and fits two tables of positions to the grid
             vision = recipe.model.vision
             once += resized(vision.positional_grid**2, vision.patches_per_image, vision.hidden_size)

@@ -109,6 +109,29 @@ def test_a_long_step_goes_on_as_it_began(parallel: dict[str, Any], gpus: int) ->
     assert timer.least() <= whole.total * (1 + 1e-9)
 
 
+def test_time_and_memory_answer_to_towers_that_are_whole_on_each_rank() -> None:
+    def with_tower(how: str, **tower: Any) -> tuple[Recipe, Any]:
+        recipe = big(tensor_model_parallel_size=4, sequence_parallel=True)
+        vision = dataclasses.replace(recipe.model.vision, tensor_parallel=how, **tower)
+        modules = dataclasses.replace(recipe.modules, vision=dataclasses.replace(recipe.modules.vision, freeze=False))
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vision=vision), modules=modules)
+        return recipe, layout_of(recipe, 8)
+
+    def seconds(how: str, images: float, **tower: Any) -> float:
+        load = dataclasses.replace(assume_workload(big()), images=images, views=images)
+        cost = Timer(*with_tower(how, **tower), H100, load).vision()
+        return cost.forward + cost.backward
+
+    small = {"hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 4096, "num_layers": 24}
+    assert seconds("replicate", 4, **small) < seconds("shard", 4, **small)  # no collectives in its layers
+    assert seconds("shard", 1) < seconds("replicate", 1)  # three of four ranks wait
+    assert seconds("replicate", 5) == pytest.approx(seconds("replicate", 8), rel=0.02)  # two for the busiest
+    shard, whole = (predict(with_tower(how)[0], 8)[0] for how in ("shard", "replicate"))
+    assert whole.weights > shard.weights and whole.gradients > shard.gradients
+    timer = Timer(*with_tower("replicate"), H100, assume_workload(big()))
+    assert timer.replicas() > 0 == Timer(*with_tower("shard"), H100, assume_workload(big())).replicas()
+
+
 def test_time_answers_to_the_engine_and_to_short_samples() -> None:
     load = assume_workload(big())
 

@@ -53,6 +53,17 @@ def test_the_work_of_all_stages_is_that_of_the_step(layout: str, trained: str) -
     assert sum(stage_layers(own)) == own.model.language.num_layers
 
 
+def test_a_tower_that_each_rank_holds_whole_counts_the_rank_with_most_pictures() -> None:
+    cut, whole = (
+        tiny_recipe(
+            model={"preset": "tiny", "vision": {"tensor_parallel": how}},
+            parallel={"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2},
+        )
+        for how in ("shard", "replicate")
+    )
+    assert StepOrder(whole).work([1, 4, 5]) == StepOrder(cut).work([4, 4, 8])
+
+
 def test_where_the_work_is() -> None:
     forward, backward = StepOrder(laid_out("pp 4, uneven", "frozen tower")).work([0, 2, 4])
     assert [row[1:] for row in forward] == [forward[0][1:]] * 3 and forward[2][0] > forward[1][0] > forward[0][0]

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megavlm.config.fields import Meaning, config_class
+from megavlm.config.rules import TP, divides
 from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig
 
 _OWN = "model.connector"
@@ -34,12 +35,13 @@ class MLPConfig(ConnectorConfig):
         return self.preset != "linear"
 
 
-def rules(model: ModelConfig, _layout: ParallelConfig) -> Iterator[str]:
+def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
     connector = model.connector
     assert isinstance(connector, MLPConfig)
     if connector.depth > _DEEPEST:
         yield (f"{_OWN}.preset: {connector.preset[:40]} has more layers than a connector has; take at most {_DEEPEST}")
+    yield from divides("model.language.hidden_size", model.language.hidden_size, layout.tensor_model_parallel_size, TP)
 
 
 def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:

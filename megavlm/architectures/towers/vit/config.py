@@ -27,7 +27,7 @@ class ViTConfig(VisionConfig):
     num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
     num_attention_heads: int = Field(gt=0)
-    """Attention heads; divides hidden_size, and is divisible by the tensor-parallel size."""
+    """Attention heads; divides hidden_size."""
     ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the MLP."""
     positional_grid: int = Field(gt=0, le=100_000)

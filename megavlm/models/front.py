@@ -1,0 +1,65 @@
+"""Tower and connector in front of the language model: how they are built, and how pictures go through them.
+
+Each is cut over the tensor-parallel ranks, or whole on each of them (:mod:`megavlm.config.split`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megavlm.architectures.context import BuildContext
+from megavlm.config.architecture import architecture_of, own_of
+from megavlm.config.schema import ModelConfig
+from megavlm.config.split import is_replicated
+from megavlm.parallel.replicas import Shares, built_whole, mark_replicas
+
+
+def build_front(model: ModelConfig, context: BuildContext) -> tuple[Any, Any]:
+    """Build tower and connector."""
+    return _build(model, context, "vision"), _build(model, context, "connector")
+
+
+def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
+    """Return which of vision and connector every tensor-parallel rank holds whole."""
+    tensor = context.parallel.tensor_model_parallel_size
+    return frozenset(part for part in ("vision", "connector") if is_replicated(model, part, tensor))
+
+
+def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
+    architecture, own = architecture_of(model, part), own_of(model, part)
+    if part not in replicated(model, context):
+        return architecture.make(own, context)
+    whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
+    with built_whole():
+        module = architecture.make(own, replace(context, parallel=whole))
+    mark_replicas(module)
+    return module
+
+
+def encode(
+    vision: Any, connector: Any, images: Tensor, *, trains_vision: bool, replicas: frozenset[str] = frozenset()
+) -> Tensor:
+    """Return [Q, N, E] features of pictures.
+
+    Args:
+        vision: the tower.
+        connector: the connector.
+        images: [N, 3, H, W], the same on all tensor-parallel ranks.
+        trains_vision: whether the tower's weights learn.
+        replicas: of vision and connector, those that run on this rank's share of the pictures alone.
+    """
+    shares = Shares(images.size(0)) if replicas else None
+    if shares is not None and "vision" in replicas:
+        images = shares.of(images)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
+        features = vision(images)
+    if shares is not None and "vision" in replicas and "connector" not in replicas:
+        features = shares.gather(features)
+    if shares is not None and "connector" in replicas and "vision" not in replicas:
+        features = shares.take(features)
+    features = connector(features)
+    return shares.gather(features) if shares is not None and "connector" in replicas else features
