@@ -277,16 +277,7 @@ class InternVLChatFamily(InternVLFamily):
             "use_backbone_lora": 0,
             "use_llm_lora": 0,
             "use_thumbnail": image.thumbnail,
-            "vision_config": {
-                **_tower_config(vision),
-                "architectures": ["InternVisionModel"],
-                "image_size": vision.positional_grid * vision.patch_size,
-                "initializer_factor": vision.layer_scale_init,
-                "model_type": "intern_vit_6b",  # of the 300M too
-                "patch_size": vision.patch_size,
-                "qk_normalization": vision.qk_norm is not None,
-                "qkv_bias": vision.add_qkv_bias,
-            },
+            "vision_config": _original_config(vision),
         }
 
     def _refuses_pictures(self, model: ModelConfig) -> str | None:
@@ -299,21 +290,57 @@ class InternVLChatFamily(InternVLFamily):
         return None
 
 
+class InternViTFamily(Family):
+    """InternViT alone, in the authors' layout."""
+
+    name = "intern_vit"
+    title = "InternViT towers in their authors' layout"
+    parts: ClassVar[tuple[str, ...]] = ("vision",)
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``."""
+        return source.config.get("model_type") == "intern_vit_6b"
+
+    def branches(self, source: Source) -> Tree:
+        """Return the vision branch; features are those of the last layer, as InternVL takes them."""
+        return {"vision": _original_tower(source.config, -1, config_file(source))}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the table."""
+        return [dataclasses.replace(ORIGINAL_TOWER, names={"tower": ""})]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return the configuration of a tower that ends with the layer whose features are taken."""
+        return _original_config(model.vision)
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """It is InternViT or it is not."""
+        return no_intern_vit(model)
+
+
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
-def no_internvl(model: ModelConfig) -> str | None:
-    """Return why a model's parts are not InternVL's, or None."""
+def no_intern_vit(model: ModelConfig) -> str | None:
+    """Return why a model's tower is not InternViT, or None."""
     vision = model.vision
     if architecture_of(model, "vision").name != "vit" or vision.feature_layers is not None:
         return "the vision tower is no InternViT"
-    if model.connector.preset != "pixel_shuffle":
-        return f"the connector is {model.connector.preset}, InternVL's is pixel_shuffle"
     kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
     if not all(kept) or vision.pre_layernorm or vision.post_layernorm:
         return "the vision tower is no InternViT"
     if vision.qk_norm is not None and vision.layernorm_epsilon != _QK_EPSILON:
         return f"the tower's norms have the epsilon {vision.layernorm_epsilon}; InternViT's code has {_QK_EPSILON}"
+    return None
+
+
+def no_internvl(model: ModelConfig) -> str | None:
+    """Return why a model's parts are not InternVL's, or None."""
+    reason = no_intern_vit(model)
+    if reason is not None:
+        return reason
+    if model.connector.preset != "pixel_shuffle":
+        return f"the connector is {model.connector.preset}, InternVL's is pixel_shuffle"
     try:
         plan_of(model)
     except UserError as error:
@@ -390,6 +417,20 @@ def _tower_config(vision: VisionConfig) -> Tree:
         "num_attention_heads": vision.num_attention_heads,
         "num_channels": 3,
         "num_hidden_layers": vision.num_layers,
+    }
+
+
+def _original_config(vision: VisionConfig) -> Tree:
+    """Return an ``InternVisionConfig``."""
+    return {
+        **_tower_config(vision),
+        "architectures": ["InternVisionModel"],
+        "image_size": vision.positional_grid * vision.patch_size,
+        "initializer_factor": vision.layer_scale_init,
+        "model_type": "intern_vit_6b",  # of the 300M too
+        "patch_size": vision.patch_size,
+        "qk_normalization": vision.qk_norm is not None,
+        "qkv_bias": vision.add_qkv_bias,
     }
 
 

@@ -15,8 +15,9 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from family_cases import qwen2
 from internvl_cases import IMAGE, compare
-from internvl_models import internvl, internvl_6b, internvl_chat
+from internvl_models import intern_vit, internvl, internvl_6b, internvl_chat, internvl_uneven
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -39,7 +40,11 @@ LAYOUT = [
     "parallel.pipeline_model_parallel_size=2",
     "parallel.sequence_parallel=true",
 ]
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {"300m-qwen2": internvl, "6b-qwen3": internvl_6b}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "300m-qwen2": internvl,
+    "6b-qwen3": internvl_6b,
+    "uneven": internvl_uneven,
+}
 TILE_SIZES = [[28, 28], [28, 56]]  # height, width: one tile; two and a thumbnail
 VIEWS = 4
 
@@ -160,6 +165,17 @@ def test_what_is_written_of_pictures_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(written))
     assert convert(tmp_path / "hf", tmp_path / "again").model.image == dataclasses.replace(model.image, min_tiles=1)
     assert FAMILIES["internvl"].processor(model, "x") == {"image_seq_length": 4, "processor_class": "InternVLProcessor"}
+
+
+def test_a_model_of_parts(tmp_path: Path) -> None:
+    """As stage 1 begins: a tower, a language model, a new connector."""
+    qwen2().save_pretrained(tmp_path / "llm")
+    words = ["--language", str(tmp_path / "llm"), "--vision", str(intern_vit(tmp_path / "vit"))]
+    words += ["--connector-preset", "pixel_shuffle", "--out", str(tmp_path / "m")]
+    assert main(["convert", "hf-to-megatron", *words]) == 0
+    model = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets).model
+    assert (model.vision.preset, model.vision.num_layers, model.connector.preset) == ("intern_vit", 3, "pixel_shuffle")
+    assert model.tokens_per_view == 4
 
 
 def test_a_written_config_gives_the_same_model_in_transformers(tmp_path: Path) -> None:
