@@ -20,7 +20,7 @@ _OURS = (
     "megavlm.families.llava:LlavaFamily",
     "megavlm.families.internvl:InternVLFamily",
     "megavlm.families.internvl:InternVLChatFamily",
-    "megavlm.families.internvl:InternViTFamily",
+    "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
     "megavlm.families.qwen:QwenFamily",

@@ -34,6 +34,10 @@ STAGES = {
     "internvl2_5_1b/stage2": Stage(ALL, 4e-5, 0.01, 22_000, 660, after="internvl2_5_1b/stage1"),
     "internvl2_5_4b/stage1": Stage(("connector",), 2e-4, 0.01, 100_000, 100),
     "internvl2_5_4b/stage2": Stage(ALL, 4e-5, 0.01, 11_000, 330, after="internvl2_5_4b/stage1"),
+    "internvl2_5_38b/stage1": Stage(("connector",), 2e-4, 0.05, 100_000, 100),
+    "internvl2_5_38b/stage2": Stage(ALL, 2e-5, 0.05, 5500, 165, after="internvl2_5_38b/stage1"),
+    "internvl2_5_78b/stage1": Stage(("connector",), 2e-4, 0.05, 100_000, 100),
+    "internvl2_5_78b/stage2": Stage(ALL, 2e-5, 0.05, 5500, 165, after="internvl2_5_78b/stage1"),
     "internvl3_8b/sft": Stage(("connector", "language"), 2e-5, 0.05, 1000, 30, batch=128),
 }
 
