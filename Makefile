@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CON
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test test-312 test-te test-long test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
+.PHONY: help setup dev quickstart test test-312 test-te test-long test-families test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -65,7 +65,12 @@ test-te: ## build every layer of Transformer Engine, without a GPU, with this ma
 	  $(PYTEST_ARGS)
 
 test-long: $(DEV) ## what takes half a minute and more: adapters and losses at layouts, recipes, timing, benchmarks
-	$(BIN)/python -m pytest tests -q -m long $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q -m 'long and not family' $(PYTEST_ARGS)
+
+# The base commit: SINCE=COMMIT, or auto (where the branch left origin/main, else the commit before), or all.
+SINCE ?= auto
+test-families: $(DEV) ## the longer tests of those families whose files, or whose parts' files, changed (SINCE=COMMIT|all)
+	$(BIN)/python -m pytest tests -q -m 'long and family' --changed-since='$(SINCE)' $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)
 	$(BIN)/python -m pytest tests -q -m reliability $(PYTEST_ARGS)

@@ -103,6 +103,8 @@ class Outcome:
     timed_out: bool = False
     outlived: list[str] = field(default_factory=list)
     """Command lines of what was left when all ranks had ended."""
+    processor_seconds: float = 0.0
+    """What the ranks and their children used."""
 
 
 def main(descriptor: int) -> None:
@@ -220,6 +222,8 @@ def _watch(case: Case, pids: dict[int, int], wanted: Callable[[], bool]) -> Outc
         if running:
             time.sleep(POLL)
     outcome.outlived = _outlived()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    outcome.processor_seconds = used.ru_utime + used.ru_stime
     return outcome
 
 

@@ -258,7 +258,9 @@ class Job:
 
     def _ended(self) -> Outcome:
         if self._outcome is None:
-            self._outcome = self._receive("ended", self._case.timeout + 4 * LAST_WORDS + 30)
+            outcome: Outcome = self._receive("ended", self._case.timeout + 4 * LAST_WORDS + 30)
+            _used.append(outcome.processor_seconds)
+            self._outcome = outcome
         return self._outcome
 
     def _receive(self, wanted: str, seconds: float) -> Any:
@@ -350,6 +352,14 @@ class _Server:
         self.process.wait()
         psutil.wait_procs(children, timeout=10)  # supervisors see that it is gone, and end their ranks
         self._log.close()
+
+
+_used: list[float] = []
+
+
+def processor_seconds() -> float:
+    """Return what the ranks of all cases so far have used, in seconds of one processor."""
+    return sum(_used)
 
 
 _the_server: _Server | None = None

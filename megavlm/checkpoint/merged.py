@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,9 +17,10 @@ from megavlm.checkpoint.finite import check_finite, narrowed
 from megavlm.checkpoint.paths import read_run, read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
-from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
+from megavlm.config.fields import from_tree
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import LoraConfig, ModelConfig
 
@@ -33,8 +34,8 @@ def recipe_branches(checkpoint: Path) -> tuple[ModelConfig, LoraConfig]:
     path = checkpoint / "recipe.yaml"
     tree = read_tree(checkpoint)
     try:
-        model = TypeAdapter(ModelConfig).validate_json(json.dumps(tree["model"]), strict=True)
-        return model, TypeAdapter(LoraConfig).validate_json(json.dumps(tree.get("lora") or {}), strict=True)
+        model = from_tree(ModelConfig, tree["model"])
+        return model, from_tree(LoraConfig, tree.get("lora") or {})
     except (ValidationError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is damaged: {str(error).splitlines()[0]}") from None
 
@@ -116,7 +117,7 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
         raise UserError(f"{checkpoint}: has no adapters to merge; its weights are whole")
     reader = MergedReader(checkpoint, base)
     pieces = [
-        Piece(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
+        ParameterToWrite(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
         for slot in find_slots(reader.model).values()
     ]
     total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)

@@ -43,7 +43,7 @@ from megavlm.checkpoint.safe import behind
 from megavlm.checkpoint.slots import METADATA, model_state
 from megavlm.config.errors import MachineError, disk_problem
 from megavlm.parallel.faults import fault
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 from megavlm.parallel.megatron_versions import plan_save
 from megavlm.parallel.state import agreed, any_rank, is_reader
 from megavlm.weights.pickles import first_line
@@ -100,7 +100,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 @dataclass
-class _Job:
+class _PendingCheckpoint:
     """A checkpoint that is being written."""
 
     partial: Path
@@ -134,10 +134,10 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, keep: int, *, asynchronous: bool = False, lock: View | None = None, proven: bool = True
+        self, root: Path, keep: int, *, asynchronous: bool = False, lock: LockView | None = None, proven: bool = True
     ) -> None:
         self.root, self.keep, self.asynchronous, self.lock, self.proven = root, keep, asynchronous, lock, proven
-        self._job: _Job | None = None
+        self._job: _PendingCheckpoint | None = None
         self.stalled_seconds = 0.0
         """Time that the last save kept training waiting."""
 
@@ -210,7 +210,7 @@ class Saver:
         """Whether a checkpoint is being written."""
         return self._job is not None
 
-    def _prepare(self, state: State) -> _Job:
+    def _prepare(self, state: State) -> _PendingCheckpoint:
         """Plan what each rank writes, and write the small files."""
         final = step_directory(self.root, state.run["step"])
         # With the lock's name in it: a run that lost its lock in the middle of a save cannot write into another's.
@@ -239,7 +239,7 @@ class Saver:
             proving.losses_are_errors(),
         ):
             request = plan_save(strategy, sharded, partial)
-        return _Job(partial, final, strategy, request, results, _live(state), witness)
+        return _PendingCheckpoint(partial, final, strategy, request, results, _live(state), witness)
 
     def _describe(self, state: State, name: str) -> tuple[Any, Any, proving.Witness | None]:
         """Return what Megatron-Core is to write, what goes into the common file, and who can prove it.
@@ -269,7 +269,7 @@ class Saver:
                 witness.examine(sharded)
         return sharded, common, witness
 
-    def _write(self, job: _Job, buckets: Sequence[Any]) -> None:
+    def _write(self, job: _PendingCheckpoint, buckets: Sequence[Any]) -> None:
         """Write this rank's shards and digest them; errors are kept for :meth:`_publish`."""
         parts: dict[int, Any] = {}
         written: dict[int, Any] | Exception = parts
@@ -331,7 +331,7 @@ class Saver:
         logger.info("saved %s", job.final)
         return job.final
 
-    def _publish_directory(self, job: _Job, known: manifest.Files) -> None:
+    def _publish_directory(self, job: _PendingCheckpoint, known: manifest.Files) -> None:
         self._check_lock()
         save_config(CheckpointingConfig("torch_dist", 1), str(job.partial))
         fault("checkpoint.before_manifest")
@@ -368,7 +368,7 @@ def _unwritten(checkpoint: Path, cause: Exception) -> Exception:
 class _removed_on_error:  # noqa: N801 - used like a function
     """Remove a partial directory where the block fails; the first rank does, if the directory is still the run's."""
 
-    def __init__(self, partial: Path, lock: View | None) -> None:
+    def __init__(self, partial: Path, lock: LockView | None) -> None:
         self.partial, self.lock = partial, lock
 
     def __enter__(self) -> None:

@@ -51,7 +51,7 @@ than its own part, and no more than a chunk is held in memory."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterToWrite:
     """One parameter to be written: its slot, number type, and how to get it (whole, or a view of a mapped file)."""
 
     slot: Slot
@@ -71,17 +71,17 @@ class Piece:
 class _Planner(SavePlanner):
     """Tells torch's writer what there is, and fetches it when its turn comes."""
 
-    def __init__(self, pieces: Sequence[Piece], progress: Callable[[int], Any]) -> None:
+    def __init__(self, pieces: Sequence[ParameterToWrite], progress: Callable[[int], Any]) -> None:
         self.progress = progress
-        self.sources: dict[MetadataIndex, tuple[Piece, int, int]] = {}
+        self.sources: dict[MetadataIndex, tuple[ParameterToWrite, int, int]] = {}
         self.items: list[WriteItem] = []
         self.tensors: dict[str, TensorStorageMetadata] = {}
-        self.last: tuple[Piece | None, Tensor | None] = (None, None)
+        self.last: tuple[ParameterToWrite | None, Tensor | None] = (None, None)
         for piece in pieces:
             for start, stop in piece.chunks():
                 self._add(piece, start, stop)
 
-    def _add(self, piece: Piece, start: int, stop: int) -> None:
+    def _add(self, piece: ParameterToWrite, start: int, stop: int) -> None:
         slot = piece.slot
         size, properties = torch.Size(slot.global_shape), TensorProperties(piece.dtype)
         tensor = self.tensors.setdefault(slot.key, TensorStorageMetadata(properties, size, []))
@@ -136,7 +136,7 @@ def _alone_in_storage(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
-def write_checkpoint(directory: Path, pieces: Sequence[Piece], progress: Callable[[int], Any]) -> None:
+def write_checkpoint(directory: Path, pieces: Sequence[ParameterToWrite], progress: Callable[[int], Any]) -> None:
     """Write the tensors of a checkpoint into an existing directory.
 
     Args:

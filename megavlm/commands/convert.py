@@ -225,11 +225,11 @@ def run_check(args: argparse.Namespace) -> int:
     if missing is not None:
         raise UserError(f"--image {missing}: no such file")
     _prepare()
-    from megavlm.evaluation.check.run import PROMPTS, Settings, check  # noqa: PLC0415
+    from megavlm.evaluation.check.run import PROMPTS, CheckSettings, check  # noqa: PLC0415
 
     prompts = args.prompt or PROMPTS
     return check(
-        Settings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
+        CheckSettings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
     )
 
 
@@ -253,18 +253,18 @@ def run_incoming(args: argparse.Namespace) -> int:
     _prepare()
     # Megatron-Core may be imported from here on.
     from megavlm.checkpoint.hf.apart import check_stage_1, open_whole  # noqa: PLC0415
-    from megavlm.checkpoint.hf.incoming import Given, convert  # noqa: PLC0415
+    from megavlm.checkpoint.hf.incoming import SourceOfParts, convert  # noqa: PLC0415
     from megavlm.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
     parts = published_parts(args.hf) if args.hf is not None else {}
     fresh: dict[str, Any] = {}
     if parts and not apart:
-        given = [Given.open(path, [part]) for part, path in parts.items()]
+        given = [SourceOfParts.open(path, [part]) for part, path in parts.items()]
     elif args.hf is not None:
         given = open_whole(args.hf, args.vision, -2 if layer is None else layer)
     else:
-        given = [Given.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
+        given = [SourceOfParts.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
         check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)

@@ -21,7 +21,7 @@ from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
 from megavlm.inference.checkpoint import load_for_inference
 from megavlm.parallel.device import prepare_device
-from megavlm.parallel.lock import TIMEOUT_SECONDS, View
+from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
     try_writing(args.out, "--out")
     with contextlib.ExitStack() as stack:
-        locks: list[View] = []
+        locks: list[LockView] = []
 
         def begin() -> None:
             locks.append(stack.enter_context(holding(args.out, "eval", "--out", TIMEOUT_SECONDS)))

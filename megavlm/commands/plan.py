@@ -13,7 +13,7 @@ from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.families.presets import expand_presets
-from megavlm.planning.gpus import CUSTOM, DEFAULT, GIB, GPUS, Given, Gpu, choose_gpu
+from megavlm.planning.gpus import CUSTOM, DEFAULT, GIB, GPUS, GivenGpu, Gpu, choose_gpu
 from megavlm.planning.launch import launch_line
 from megavlm.planning.layout import with_parallel
 from megavlm.planning.measured import read_rates
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: wrong input, or no layout fits.
     """
     rates = None if args.measured is None else read_rates(args.measured)
-    given = Given(
+    given = GivenGpu(
         args.gpu_memory, args.gpu_tflops, args.gpu_fp8_tflops, args.gpu_bandwidth, args.gpu_nvlink, args.gpu_network
     )
     gpu = choose_gpu(args.gpu, given, rates)

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _PageSettings:
     """What all pages share."""
 
     corpora: tuple[Corpus, ...]
@@ -78,7 +78,7 @@ class _Plan:
 
 _Rendered = tuple[dict[str, Any], Counter[str]]
 """A page's line of the metadata, and the characters that were left out."""
-_PLANS: list[_Plan] = []
+_PLANS: list[_PageSettings] = []
 """In a worker process: its plan."""
 
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     corpora = tuple(read_corpus(args.corpus, languages))
     faces = {language: tuple(find_fonts(language, args.fonts or FONT_DIRECTORIES)) for language in languages}
     with new_directory(args.out, "render-text", replace=False) as partial:
-        plan = _Plan(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
+        plan = _PageSettings(corpora, faces, args.seed, args.grounded, args.size, args.distortion, partial)
         dropped = _render_all(plan, args.pages, args.workers)
     if dropped:
         shown = " ".join(repr(char) for char, _ in dropped.most_common(8))
@@ -123,7 +123,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out} is not an empty directory; choose another")
 
 
-def _render_all(plan: _Plan, pages: int, workers: int) -> Counter[str]:
+def _render_all(plan: _PageSettings, pages: int, workers: int) -> Counter[str]:
     """Write all pages and the metadata; return the characters that no font has."""
     dropped: Counter[str] = Counter()
     with (plan.out / METADATA).open("w", encoding="utf-8") as metadata, _results(plan, pages, workers) as results:
@@ -138,7 +138,7 @@ def _render_all(plan: _Plan, pages: int, workers: int) -> Counter[str]:
 
 
 @contextmanager
-def _results(plan: _Plan, pages: int, workers: int) -> Iterator[Iterator[_Rendered]]:
+def _results(plan: _PageSettings, pages: int, workers: int) -> Iterator[Iterator[_Rendered]]:
     """Give the results of all pages in order, rendered by so many processes."""
     if workers == 1:
         yield (render_page(plan, index) for index in range(pages))
@@ -151,7 +151,7 @@ def _results(plan: _Plan, pages: int, workers: int) -> Iterator[Iterator[_Render
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int, plan: _Plan) -> None:
+def _begin(parent: int, plan: _PageSettings) -> None:
     """Prepare a worker process."""
     end_with_parent(parent)
     _PLANS.append(plan)
@@ -161,7 +161,7 @@ def _render_in_worker(index: int) -> _Rendered:
     return render_page(_PLANS[-1], index)
 
 
-def render_page(plan: _Plan, index: int) -> _Rendered:
+def render_page(plan: _PageSettings, index: int) -> _Rendered:
     """Write one page's picture.
 
     Returns:

@@ -20,7 +20,7 @@ from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.families.presets import expand_presets
-from megavlm.parallel.lock import LostError, View
+from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
 
 INTERMIXED = True
@@ -121,7 +121,7 @@ def _world_size(default: int | None) -> int | None:
 
 
 @contextlib.contextmanager
-def _causes_told(output_dir: str, lock: View) -> Iterator[None]:
+def _causes_told(output_dir: str, lock: LockView) -> Iterator[None]:
     """Make one line of what ends a run from outside: another run in its directory, a disk that fills up or goes away.
 
     Raises:

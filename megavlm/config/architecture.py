@@ -9,7 +9,6 @@ that a recipe is checked, and ``--help`` printed, in an instant. Who fills the r
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, core_schema
 
 from megavlm.config.errors import UserError
+from megavlm.config.fields import from_tree
 
 _ROOMS = "megavlm.families.presets"
 """What registers all that there is, when it is imported and asked to; by name, as an entry point is."""
@@ -207,7 +207,6 @@ class Branch:
         own, others = architecture.config.__pydantic_fields__, branch_keys(self.name)
         # A key of another architecture that is null says nothing; every save wrote those of all, once.
         kept = {key: item for key, item in value.items() if key in own or item is not None or key not in others}
-        adapter = TypeAdapter(architecture.config)
         if info.mode == "json":
-            return adapter.validate_json(json.dumps(kept), strict=True)
-        return adapter.validate_python(kept)
+            return from_tree(architecture.config, kept)
+        return TypeAdapter(architecture.config).validate_python(kept)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+import json
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from typing_extensions import dataclass_transform
+
+T = TypeVar("T")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field, dataclasses.field))
@@ -39,6 +42,17 @@ class Meaning(enum.Enum):
     def published(self) -> bool:
         """Whether a published configuration says the value."""
         return self in (Meaning.WEIGHTS, Meaning.USE)
+
+
+def from_tree(kind: type[T], tree: Any) -> T:
+    """Return an instance of a class of keys, of a plain tree as YAML and JSON have it; ``to_tree`` is the way back.
+
+    A value must have its key's type: no text is taken for a number. Lists make tuples.
+
+    Raises:
+        ValidationError: a key is missing, unknown or wrong.
+    """
+    return TypeAdapter(kind).validate_json(json.dumps(tree), strict=True)
 
 
 def meaning_of(config: Any, name: str) -> Meaning:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from megavlm.config import yaml12
 from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import RecipeError, UserError
+from megavlm.config.fields import from_tree
 from megavlm.config.keys import all_keys, find_key
 from megavlm.config.saved import is_saved, with_defaults
 from megavlm.config.schema import Recipe
@@ -66,7 +67,7 @@ def load_recipe(
     except UserError as error:
         raise RecipeError(str(error)) from None
     try:
-        return TypeAdapter(Recipe).validate_json(json.dumps(expanded), strict=True)
+        return from_tree(Recipe, expanded)
     except ValidationError as error:
         raise RecipeError.of(_explain(error, expanded)) from None
 

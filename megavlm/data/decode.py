@@ -55,7 +55,7 @@ class DecodedImages:
 
 
 @dataclass
-class Job:
+class DecodeTask:
     """An image that is to be decoded."""
 
     data: bytes
@@ -111,11 +111,11 @@ class ImageDecoder(ABC):
         shape = (sum(counts), 3, plan.side, plan.side)
         pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
         outs = pixels.split(counts) if images else ()
-        fast: dict[int, Job] = {}
+        fast: dict[int, DecodeTask] = {}
         slow: list[int] = []
         failed: dict[int, str] = {}
         jobs = [
-            Job(data, plan, out, None if plan.fixed or layouts is None else layouts[index])
+            DecodeTask(data, plan, out, None if plan.fixed or layouts is None else layouts[index])
             for index, (data, out) in enumerate(zip(images, outs, strict=True))
         ]
         for index, job in enumerate(jobs):
@@ -156,10 +156,10 @@ class ImageDecoder(ABC):
         """Whether the fast path takes such an image."""
 
     @abstractmethod
-    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+    def _decode_fast(self, jobs: Mapping[int, DecodeTask]) -> list[int]:
         """Fill the jobs' ``out``; return the indices of those that need PIL."""
 
-    def _decode_slow(self, job: Job) -> None:
+    def _decode_slow(self, job: DecodeTask) -> None:
         try:
             picture = decode_with_pil(job.data, self.alpha)
             views = render_with_pil(picture, job.plan, job.laid_out(*picture.size))
@@ -180,7 +180,7 @@ class PilDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return False
 
-    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+    def _decode_fast(self, jobs: Mapping[int, DecodeTask]) -> list[int]:
         return list(jobs)
 
 
@@ -194,7 +194,7 @@ class SimpleJpegDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.kind == "jpeg" and header.plain
 
-    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+    def _decode_fast(self, jobs: Mapping[int, DecodeTask]) -> list[int]:
         rescue = []
         for index, job in jobs.items():
             try:

@@ -14,7 +14,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from megavlm.data.decode import ImageDecoder, Job
+from megavlm.data.decode import DecodeTask, ImageDecoder
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import MAX_PIXELS, ImageError, ImageHeader
 from megavlm.data.plans_single import SquashPlan
@@ -73,7 +73,7 @@ class DaliDecoder(ImageDecoder):
     def _is_fast(self, header: ImageHeader) -> bool:
         return header.plain
 
-    def _decode_fast(self, jobs: Mapping[int, Job]) -> list[int]:
+    def _decode_fast(self, jobs: Mapping[int, DecodeTask]) -> list[int]:
         rescue: list[int] = []
         headers = {index: job.header for index, job in jobs.items() if job.header is not None}
         for part in _batches(headers):
@@ -92,13 +92,13 @@ class DaliDecoder(ImageDecoder):
                 rescue += part
         return rescue
 
-    def _squash(self, jobs: Sequence[Job], plan: SquashPlan) -> None:
+    def _squash(self, jobs: Sequence[DecodeTask], plan: SquashPlan) -> None:
         """Resize in DALI as well, as runs did before there were image plans."""
         output = self._run(jobs, ("squash", plan.side), _squash_pipeline, size=plan.side)
         for job, pixels_HWC in zip(jobs, self._to_torch(output.as_tensor()), strict=True):
             job.out[0] = pixels_HWC.permute(2, 0, 1)
 
-    def _render(self, jobs: Sequence[Job]) -> list[bool]:
+    def _render(self, jobs: Sequence[DecodeTask]) -> list[bool]:
         """Decode in DALI, and make views with torch: nearer to PIL's than DALI's filters, where pictures shrink much.
 
         Returns:
@@ -117,7 +117,7 @@ class DaliDecoder(ImageDecoder):
                 done.append(True)
         return done
 
-    def _run(self, jobs: Sequence[Job], key: Any, make: Any, **settings: Any) -> Any:
+    def _run(self, jobs: Sequence[DecodeTask], key: Any, make: Any, **settings: Any) -> Any:
         pipeline = self._pipeline(key, make, **settings)
         pipeline.feed_input("encoded", [np.frombuffer(job.data, np.uint8) for job in jobs])
         (output,) = pipeline.run()

@@ -7,6 +7,7 @@ packer, a state that is plain JSON, and the checks that keep a state from being 
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import logging
@@ -104,6 +105,7 @@ class PackReader:
         # The first call forks the workers, and they inherit what Energon keeps in class variables.
         with self._inside_energon() if self._packs is not None else _ENERGON_IN_PROCESS:
             if self._packs is None:
+                gc.collect()  # what workers inherit they could not destroy: worker_signals.py
                 self._packs = iter(self._loader)
             packed = next(self._packs)
         pack: Pack = packed.pack

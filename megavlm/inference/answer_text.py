@@ -8,6 +8,8 @@ from megavlm.data.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
 """What the bytes of a character that is not whole yet decode to."""
+_LONGEST = 4
+"""Tokens that one character may be: the bytes of UTF-8."""
 
 
 class AnswerText:
@@ -35,9 +37,20 @@ class AnswerText:
         self._new.append(token)
         text = self._text(self._new)
         if text.endswith(_BROKEN):
-            return ""
+            return self._hopeless(text)
         self._known, self._new = self._new, []
         return self._own(text)
+
+    def _hopeless(self, text: str) -> str:
+        """Return what no further token can make whole: a model may say broken bytes without end."""
+        if len(self._new) <= 4 * _LONGEST:
+            return ""
+        # A character that is still open began in the last tokens.
+        given = self._text(self._new[:-_LONGEST])
+        if not text.startswith(given):
+            return ""
+        self._known, self._new = self._new[:-_LONGEST], self._new[-_LONGEST:]
+        return self._own(given)
 
     def rest(self) -> str:
         """Return what is left at the answer's end."""

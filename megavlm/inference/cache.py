@@ -1,9 +1,9 @@
 """Keys and values that generation keeps, so that each new token costs one position instead of the whole prompt.
 
 While :func:`caching` is on, the core attention of every language layer is a :class:`CachedAttention`, which also turns
-queries and keys by the positions that the current :class:`Turn` gives; the layers themselves, tensor and sequence
-parallelism and the pipeline schedule are as in training. A prompt is read as a segment of a pack (a turn that fills the
-cache); then each turn has one position per answer.
+queries and keys by the positions that the current :class:`CacheWindow` gives; the layers themselves, tensor and
+sequence parallelism and the pipeline schedule are as in training. A prompt is read as a segment of a pack (a window
+that fills the cache); then each window has one position per answer.
 
 Shape legend: T positions of a turn, R rows of the cache (one per prompt), L positions of a row, N query heads and G
 key/value heads of this tensor-parallel rank, D width of a head.
@@ -26,7 +26,7 @@ from megavlm.parallel.engine import without_fp8
 
 
 @dataclass
-class Turn:
+class CacheWindow:
     """Which positions a micro-batch of generation has."""
 
     rows: range
@@ -91,7 +91,7 @@ class KeyValueCache:
 
     rows: int
     length: int
-    turn: Turn | None = None
+    turn: CacheWindow | None = None
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def layer(self, name: int, like_TGD: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ class CachedAttention(nn.Module):
         return self._next(query, key, value, turn, keys_RGLD, values_RGLD)
 
     def _next(
-        self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, turn: Turn, keys: Tensor, values: Tensor
+        self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, turn: CacheWindow, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Attend from one new position per row to all that the row has; positions behind the rows get zeros."""
         count = len(turn.rows)
@@ -193,7 +193,7 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
             attention.core_attention = CachedAttention(core, cache, getattr(core, "softmax_scale", None))
         # No angles for queries and none for keys: the layers leave them as they are.
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
-        with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(Turn, cache.turn).ends):
+        with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(CacheWindow, cache.turn).ends):
             yield
     finally:
         for hook in hooks:

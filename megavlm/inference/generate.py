@@ -21,7 +21,7 @@ from torch import Tensor
 from megavlm.config.errors import UserError
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
-from megavlm.inference.cache import KeyValueCache, Turn, caching
+from megavlm.inference.cache import CacheWindow, KeyValueCache, caching
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
@@ -153,7 +153,7 @@ class _Request:
     """One micro-batch of generation."""
 
     batch: Batch
-    turn: Turn
+    turn: CacheWindow
     members: list[int]
     """The answers that get a token, as indices into the run's prompts."""
     features: Tensor | None = None
@@ -253,7 +253,7 @@ class _Run:
         lengths = [len(prompt) for prompt in prompts]
         batch = pack_prompts(prompts, length)
         freqs, scale = self.positions.of([(i, range(span)) for i, span in zip(group, lengths, strict=True)])
-        turn = Turn(
+        turn = CacheWindow(
             range(row, row + len(group)), lengths, [0] * len(group), True,
             torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - 1).to(local_device()),
             self.positions.padded(freqs, length),
@@ -283,7 +283,7 @@ class _Run:
         freqs, scale = self.positions.of([(i, range(s, s + 1)) for i, s in zip(group, starts, strict=True)])
         device = local_device()
         wanted = [k for k, i in enumerate(group) if i in active]
-        turn = Turn(
+        turn = CacheWindow(
             range(row, row + len(group)), [1] * len(group), starts, False,
             torch.tensor(wanted, dtype=torch.int64, device=device),
             self.positions.padded(freqs, length),

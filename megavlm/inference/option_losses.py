@@ -23,7 +23,7 @@ from megavlm.parallel.state import is_first_stage
 
 
 @dataclass
-class _Segment:
+class _OptionSegment:
     """A prompt with all but the last token of an option; options of one token share it."""
 
     prompt: int
@@ -33,7 +33,7 @@ class _Segment:
 
 
 @dataclass
-class _Request:
+class _LossRequest:
     """One micro-batch."""
 
     batch: Batch
@@ -83,22 +83,22 @@ def option_losses(
     return sums
 
 
-def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]) -> list[_Segment]:
-    segments: list[_Segment] = []
+def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]) -> list[_OptionSegment]:
+    segments: list[_OptionSegment] = []
     for index, (prompt, some) in enumerate(zip(prompts, options, strict=True)):
-        by_start: dict[tuple[int, ...], _Segment] = {}
+        by_start: dict[tuple[int, ...], _OptionSegment] = {}
         for number, option in enumerate(some):
             assert option, "an option needs a token"
             start = tuple(option[:-1])
             if start not in by_start:
-                by_start[start] = _Segment(index, [*prompt.tokens.tolist(), *start])
+                by_start[start] = _OptionSegment(index, [*prompt.tokens.tolist(), *start])
             segment, last = by_start[start], len(prompt.tokens) - 1
             segment.wanted += [(last + i, token, (index, number)) for i, token in enumerate(option)]
         segments += by_start.values()
     return segments
 
 
-def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_length: int) -> _Request:
+def _request(segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack_length: int) -> _LossRequest:
     starts = np.cumsum([0, *(len(one.tokens) for one in segments)])
     wanted = [
         (int(start) + at, token) for start, one in zip(starts, segments, strict=False) for at, token, _ in one.wanted
@@ -107,7 +107,7 @@ def _request(segments: Sequence[_Segment], prompts: Sequence[Prompt], pack_lengt
     shown = [prompt for prompt in shown if prompt.images is not None and prompt.images.size(0)]
     pixels = [prompt.images for prompt in shown if prompt.images is not None]
     device = local_device()
-    return _Request(
+    return _LossRequest(
         pack_segments(
             [one.tokens for one in segments],
             pack_length,
@@ -126,7 +126,7 @@ def _arrangement(shown: Sequence[Prompt]) -> Arrangement | None:
     return joined(parts) if parts else None
 
 
-def _step(model: Any, request: _Request, vocab_size: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _step(model: Any, request: _LossRequest, vocab_size: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Run one chunk; the last one takes the losses."""
     output = model(**request.batch.inputs())
 

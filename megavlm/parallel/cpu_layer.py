@@ -70,7 +70,7 @@ class _Event(torch.cpu.Event):
         super().__init__()
 
 
-class _Stream(torch.cpu.Stream):
+class _CpuStream(torch.cpu.Stream):
     """A CUDA stream on a device that has one order of work."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -85,7 +85,7 @@ class _Stream(torch.cpu.Stream):
 
 
 def _streams_and_devices() -> None:
-    the_stream = _Stream()
+    the_stream = _CpuStream()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: "cpu"
     cuda.current_stream = lambda device=None: the_stream
@@ -95,7 +95,7 @@ def _streams_and_devices() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.set_stream = lambda stream: None
     cuda.synchronize = lambda device=None: None
-    cuda.Stream = _Stream
+    cuda.Stream = _CpuStream
     cuda.Event = _Event
 
 

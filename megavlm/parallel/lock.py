@@ -14,7 +14,7 @@ The holder writes a new number into its file every few seconds (the heartbeat). 
 
 Taking over is a rename, allowed to the one start that could create a file named by the lock that it replaces. A holder
 that finds another's name in the file, or none, has lost it; one that was hung for longer than a few heartbeats looks
-before it goes on (:meth:`View.lost`).
+before it goes on (:meth:`LockView.lost`).
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-class View:
+class LockView:
     """A lock as one of the holder's processes sees it.
 
     Args:
@@ -210,7 +210,7 @@ class View:
         self._lost = f"lost the lock {self.path}: {why}; this run stops here"
 
 
-class Lock(View):
+class Lock(LockView):
     """A lock that this process holds, with the thread that keeps its heartbeat; :func:`acquire` makes one."""
 
     def __init__(self, path: Path, holder: Holder, timeout_seconds: float) -> None:

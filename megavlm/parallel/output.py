@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.errors import FAILED, WRONG_INPUT, OtherRankError, RecipeError, disk_problem, for_users
-from megavlm.parallel.lock import LOCK_FILE, View, acquire
+from megavlm.parallel.lock import LOCK_FILE, LockView, acquire
 
 _TRIAL_BYTES = 1 << 16
 _OWN = ("checkpoints", "heartbeats", "tensorboard", "profile")
@@ -58,7 +58,7 @@ def _try_in(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_seconds: float) -> Iterator[View]:
+def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_seconds: float) -> Iterator[LockView]:
     """Hold a directory for all ranks of this job inside the block; a collective at its start.
 
     Args:
@@ -103,7 +103,7 @@ def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_s
     box = [(lock.token, lock.beat_seconds)] if lock is not None else [("", 0.0)]
     dist.broadcast_object_list(box, 0)
     try:
-        yield lock if lock is not None else View(path, *box[0], timeout_seconds)
+        yield lock if lock is not None else LockView(path, *box[0], timeout_seconds)
     finally:
         if lock is not None:
             lock.release()

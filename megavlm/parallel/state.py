@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -154,10 +155,22 @@ def from_first_rank(value: torch.Tensor | None) -> torch.Tensor | None:
     return pixels.cpu()
 
 
+_GLOO_LOST = re.compile(r"\[\S*/gloo/transport/\S+:\d+\] |Application timeout caused pair closure$")
+"""How gloo's transport begins what it says: with the place in its own source; of a pair closed before, no place."""
+
+
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` is a collective that broke or timed out, as another rank died or hangs."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error).lower()
-    signs = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "gloo", "nccl")
-    return any(sign in text for sign in signs)
+    """Whether ``error`` is a collective that broke or timed out, as another rank died or hangs.
+
+    NCCL, the store and the rendezvous have exceptions of their own. Gloo has not: what its transport raises is a plain
+    ``RuntimeError`` that begins with the line of its source. An error that merely speaks of these is none of them, and
+    one that was raised from such an error is.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError):
+            return True
+        if type(cause) is RuntimeError and _GLOO_LOST.match(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False

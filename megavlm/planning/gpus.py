@@ -142,7 +142,7 @@ DEFAULT = "h100-80g"
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenGpu:
     """What the command line says of a GPU; None where it says nothing."""
 
     memory_gib: float | None = None
@@ -156,7 +156,7 @@ class Given:
     """GB/s in one direction, between nodes."""
 
 
-def choose_gpu(name: str | None, given: Given | None = None, rates: Rates | None = None) -> Gpu:
+def choose_gpu(name: str | None, given: GivenGpu | None = None, rates: Rates | None = None) -> Gpu:
     """Return the GPU to plan for.
 
     Args:
@@ -167,7 +167,7 @@ def choose_gpu(name: str | None, given: Given | None = None, rates: Rates | None
     Raises:
         RecipeError: there is none of that name, or too little is known of a custom one.
     """
-    given = given or Given()
+    given = given or GivenGpu()
     for option, value in vars(given).items():
         if value is not None and not 0 < value < float("inf"):
             raise RecipeError(f"--gpu-{_OPTIONS[option]}: {value:g} is not a positive number; correct it")
@@ -185,7 +185,9 @@ def choose_gpu(name: str | None, given: Given | None = None, rates: Rates | None
     return dataclasses.replace(gpu, rates=rates, **{key: value for key, value in changed.items() if value is not None})
 
 
-_OPTIONS = {field.name: field.name.replace("_", "-") for field in dataclasses.fields(Given)} | {"memory_gib": "memory"}
+_OPTIONS = {field.name: field.name.replace("_", "-") for field in dataclasses.fields(GivenGpu)} | {
+    "memory_gib": "memory"
+}
 
 
 def _measured_name(rates: Rates) -> str | None:
@@ -193,7 +195,7 @@ def _measured_name(rates: Rates) -> str | None:
     return next((gpu.name for gpu in GPUS.values() if gpu.device == rates.device), None)
 
 
-def _custom(given: Given, rates: Rates | None) -> Gpu:
+def _custom(given: GivenGpu, rates: Rates | None) -> Gpu:
     """Return a GPU of which the table says nothing."""
     memory = given.memory_gib or (rates.memory_gib if rates else None)
     peak = given.tflops and given.tflops * 1e12

@@ -32,7 +32,7 @@ _Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, 
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ChunkParameter:
     """One parameter of a chunk."""
 
     module: str
@@ -53,7 +53,7 @@ def check_costs(model: ModelConfig) -> None:
         cost_of(model, branch)
 
 
-def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Parameter, ...]:
+def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[ChunkParameter, ...]:
     """Return the parameters of one chunk on one tensor-parallel rank."""
     return _chunk_parameters(*_kind(recipe, layout, chunk))
 
@@ -74,17 +74,17 @@ def _chunk_parameters(
     layers: int,
     first: bool,
     last: bool,
-) -> tuple[Parameter, ...]:
+) -> tuple[ChunkParameter, ...]:
     language, cost = model.language, decoder_cost(model.language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
-    found: list[Parameter] = []
+    found: list[ChunkParameter] = []
     if first:
         for part, learning in (("vision", learns[0]), ("connector", learns[1])):
             if part == "connector" and plan_of(model).newline:
-                found.append(Parameter(part, language.hidden_size, learning))
+                found.append(ChunkParameter(part, language.hidden_size, learning))
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
-            found += [Parameter(part, one.elements, learning and not one.fixed) for one in shapes]
+            found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
     shapes = cost.layer_parameters(language, tp) * layers
     if first:
         shapes.append(table)
@@ -94,27 +94,27 @@ def _chunk_parameters(
         if not (language.tie_word_embeddings and first):
             shapes.append(table)
     if lora.rank is None:
-        return (*found, *(Parameter("language", elements, learns[2]) for elements in shapes))
+        return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
     return (*found, *_with_adapters(language, lora, tp, layers, first, last))
 
 
 def _with_adapters(
     language: LanguageConfig, lora: LoraConfig, tp: int, layers: int, first: bool, last: bool
-) -> Iterator[Parameter]:
+) -> Iterator[ChunkParameter]:
     """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
     cost = decoder_cost(language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
     linears = cost.linear_parameters(language, tp)
     for elements in cost.layer_parameters(language, tp) * layers:
-        yield Parameter("language", elements, False, lora.quantize is not None and elements in linears)
+        yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
     for elements in cost.adapter_parameters(language, lora, tp) * layers:
-        yield Parameter("language", elements, True)
+        yield ChunkParameter("language", elements, True)
     if first:
-        yield Parameter("language", table, lora.train_embeddings)
+        yield ChunkParameter("language", table, lora.train_embeddings)
     if last:
-        yield Parameter("language", language.hidden_size, False)
+        yield ChunkParameter("language", language.hidden_size, False)
         if not (language.tie_word_embeddings and first):
-            yield Parameter("language", table, lora.train_head)
+            yield ChunkParameter("language", table, lora.train_head)
 
 
 @functools.lru_cache(maxsize=4096)

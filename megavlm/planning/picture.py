@@ -17,7 +17,7 @@ _SMALLEST_LABEL = 15
 
 
 @dataclass(frozen=True)
-class _Box:
+class _PictureBox:
     x: float
     y: float
     width: float
@@ -63,15 +63,15 @@ def check_picture(path: Path) -> None:
         raise RecipeError(f"--picture: {path}: is neither .png nor .svg; give the file one of these endings")
 
 
-def _shapes(timeline: Timeline, title: str) -> tuple[list[_Box], list[_Text], tuple[int, int]]:
+def _shapes(timeline: Timeline, title: str) -> tuple[list[_PictureBox], list[_Text], tuple[int, int]]:
     height = _TOP + timeline.pipeline * (_ROW + _GAP) + _BOTTOM
     scale = (_WIDTH - _LEFT - 20) / timeline.total
-    boxes: list[_Box] = []
+    boxes: list[_PictureBox] = []
     texts = [_Text(_LEFT, 12, title, 18)]
     bottom = height - _BOTTOM
     for tick in range(11):
         x = _LEFT + tick / 10 * timeline.total * scale
-        boxes.append(_Box(x, _TOP - 4, 1, bottom - _TOP + 4, _GRID))
+        boxes.append(_PictureBox(x, _TOP - 4, 1, bottom - _TOP + 4, _GRID))
         texts.append(_Text(x, bottom + 6, f"{1e3 * tick / 10 * timeline.total:.0f}", 13, centred=True))
     texts.append(_Text(_LEFT, bottom + 24, _legend(timeline), 13))
     for rank in range(timeline.pipeline):
@@ -80,7 +80,7 @@ def _shapes(timeline: Timeline, title: str) -> tuple[list[_Box], list[_Text], tu
         colours = _FORWARD if op.kind == "F" else _BACKWARD
         y, width = _TOP + op.rank * (_ROW + _GAP), (op.end - op.start) * scale
         x = _LEFT + op.start * scale
-        boxes.append(_Box(x, y, max(width - 1, 0.5), _ROW, colours[op.chunk % len(colours)]))
+        boxes.append(_PictureBox(x, y, max(width - 1, 0.5), _ROW, colours[op.chunk % len(colours)]))
         if width >= _SMALLEST_LABEL:
             texts.append(_Text(x + width / 2, y + _ROW / 2 - 7, str(op.microbatch), 12, centred=True))
     return boxes, texts, (_WIDTH, height)
@@ -91,7 +91,7 @@ def _legend(timeline: Timeline) -> str:
     return f"milliseconds; blue: forward, orange: backward, by number of the micro-batch; white: waiting{chunks}"
 
 
-def _svg(boxes: list[_Box], texts: list[_Text], size: tuple[int, int]) -> str:
+def _svg(boxes: list[_PictureBox], texts: list[_Text], size: tuple[int, int]) -> str:
     width, height = size
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
@@ -111,7 +111,7 @@ def _svg(boxes: list[_Box], texts: list[_Text], size: tuple[int, int]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _png(boxes: list[_Box], texts: list[_Text], size: tuple[int, int], path: Path) -> None:
+def _png(boxes: list[_PictureBox], texts: list[_Text], size: tuple[int, int], path: Path) -> None:
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only where a picture is wanted
 
     image = Image.new("RGB", size, _PAPER)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 Kind = Literal["F", "B"]
 
 
-class Work(NamedTuple):
+class Call(NamedTuple):
     """One call on a rank: the forward or backward pass of one micro-batch through one model chunk."""
 
     kind: Kind
@@ -70,7 +70,7 @@ class Timeline:
         return tuple(op for op in self.ops if op.rank == rank)
 
 
-def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | None = None) -> list[Work]:
+def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | None = None) -> list[Call]:
     """Return the calls of a rank in the order in which Megatron-Core makes them.
 
     Args:
@@ -83,8 +83,8 @@ def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | No
         ValueError: the interleaved schedule does not work with so many micro-batches.
     """
     if virtual is None:
-        forward = [Work("F", 0, m) for m in range(microbatches)]
-        backward = [Work("B", 0, m) for m in range(microbatches)]
+        forward = [Call("F", 0, m) for m in range(microbatches)]
+        backward = [Call("B", 0, m) for m in range(microbatches)]
         return _one_forward_one_backward(forward, backward, warmup=pipeline - rank - 1)
     if pipeline < 2 or virtual < 2:
         raise ValueError(f"an interleaved schedule needs 2 ranks and 2 chunks, not {pipeline} and {virtual}")
@@ -94,12 +94,12 @@ def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | No
         (chunk, first + m) for first in range(0, microbatches, pipeline) for chunk in range(virtual)
         for m in range(pipeline)
     ]  # fmt: skip
-    forward = [Work("F", chunk, m) for chunk, m in table]
-    backward = [Work("B", virtual - 1 - chunk, m) for chunk, m in table]
+    forward = [Call("F", chunk, m) for chunk, m in table]
+    backward = [Call("B", virtual - 1 - chunk, m) for chunk, m in table]
     return _one_forward_one_backward(forward, backward, warmup=2 * (pipeline - rank - 1) + (virtual - 1) * pipeline)
 
 
-def _one_forward_one_backward(forward: list[Work], backward: list[Work], warmup: int) -> list[Work]:
+def _one_forward_one_backward(forward: list[Call], backward: list[Call], warmup: int) -> list[Call]:
     warmup = min(warmup, len(forward))
     steady = zip(forward[warmup:], backward, strict=False)
     return [*forward[:warmup], *(work for pair in steady for work in pair), *backward[len(forward) - warmup :]]
@@ -160,7 +160,7 @@ def simulate(
 
 
 def _ready(
-    work: Work, stage: int, stages: int, ends: dict[tuple[Kind, int, int], float], p2p_seconds: float
+    work: Call, stage: int, stages: int, ends: dict[tuple[Kind, int, int], float], p2p_seconds: float
 ) -> float | None:
     """Return when the input of a call is there, or None while that is not known."""
     forward = work.kind == "F"

@@ -17,7 +17,7 @@ from megavlm.config.errors import UserError
 from megavlm.quickstart.render_questions import (
     MULTI_KINDS,
     SCENE_TASKS,
-    Turn,
+    QuestionAndAnswer,
     ask_multi,
     ask_read,
     ask_scene,
@@ -146,7 +146,7 @@ class _Split:
         paint(scene, self._image_size, self.rng).save(self._images_dir / name, **_JPEG)
         return name
 
-    def add(self, images: list[str], turns: list[Turn]) -> None:
+    def add(self, images: list[str], turns: list[QuestionAndAnswer]) -> None:
         """Append a record with these pictures and questions."""
         pictures = "".join(f"Picture {n}: <img>{p}</img>\n" for n, p in enumerate(images, 1))
         conversations = []
@@ -167,7 +167,7 @@ class _Split:
         self.records.append(record)
 
 
-def _fill_train(split: _Split, images: int, text_turns: list[Turn]) -> None:
+def _fill_train(split: _Split, images: int, text_turns: list[QuestionAndAnswer]) -> None:
     """One conversation per picture, then some about pairs of pictures and some about none."""
     rng = split.rng
     singles: list[tuple[str, Scene]] = []
@@ -191,7 +191,7 @@ def _fill_train(split: _Split, images: int, text_turns: list[Turn]) -> None:
     rng.shuffle(split.records)
 
 
-def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
+def _scene_turns(scene: Scene, rng: random.Random) -> list[QuestionAndAnswer]:
     """One to five different questions about the scene: one task for all of its objects, then others.
 
     What a question says about the scene can be copied in later answers, and then teaches nothing about pictures.
@@ -201,7 +201,7 @@ def _scene_turns(scene: Scene, rng: random.Random) -> list[Turn]:
     lead = rng.choices(tasks, [_LEAD_WEIGHTS[task] for task in tasks])[0]
     rng.shuffle(tasks)
     tasks.sort(key=lambda task: task != lead)
-    turns: list[Turn] = []
+    turns: list[QuestionAndAnswer] = []
     for task in tasks[: rng.randint(1, 3)]:
         asked = list(scene.items) if task == "box" else scene.items[:1]
         turns.extend(ask_scene(task, scene, item) for item in rng.sample(asked, len(asked)))
@@ -222,7 +222,7 @@ def _pair(singles: list[tuple[str, Scene]], rng: random.Random) -> tuple[tuple[s
     return first, candidates[0]
 
 
-def _pair_turns(scene_a: Scene, scene_b: Scene, rng: random.Random) -> list[Turn]:
+def _pair_turns(scene_a: Scene, scene_b: Scene, rng: random.Random) -> list[QuestionAndAnswer]:
     """Two to four questions about both pictures."""
     first, second = scene_a.items[0], scene_b.items[0]
     kinds = [kind for kind in MULTI_KINDS if kind != "which" or first.shape != second.shape]
@@ -230,7 +230,7 @@ def _pair_turns(scene_a: Scene, scene_b: Scene, rng: random.Random) -> list[Turn
     return [ask_multi(kind, first, second, rng.randrange(2)) for kind in chosen]
 
 
-def _fill_heldout(split: _Split, images: int, text_turns: list[Turn]) -> None:
+def _fill_heldout(split: _Split, images: int, text_turns: list[QuestionAndAnswer]) -> None:
     """Single questions, the tasks in turn and within each task the answers in turn."""
     rng = split.rng
     cycle = (*SCENE_TASKS, "read", "multi")

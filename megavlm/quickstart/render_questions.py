@@ -1,6 +1,6 @@
 """Questions and true answers about the quickstart's scenes.
 
-Every function returns a :class:`Turn`; the answer is derived from the scene alone.
+Every function returns a :class:`QuestionAndAnswer`; the answer is derived from the scene alone.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from megavlm.quickstart.render_scene import COLOURS, SHAPES, WORDS, Item, Scene
+from megavlm.quickstart.render_scene import COLOURS, SHAPES, WORDS, Scene, SceneObject
 
 SCENE_TASKS: tuple[str, ...] = ("colour", "shape", "count", "caption", "box")
 """Tasks about one picture with objects."""
@@ -22,7 +22,7 @@ _YES_NO = ("yes", "no")
 
 
 @dataclass(frozen=True)
-class Turn:
+class QuestionAndAnswer:
     """A question, its answer and, for a closed question, all answers it could have."""
 
     task: str
@@ -36,7 +36,7 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def box_text(item: Item) -> str:
+def box_text(item: SceneObject) -> str:
     """The object's place in Qwen-VL's notation."""
     x1, y1, x2, y2 = item.box
     return f"<ref>the {item.name}</ref><box>({x1},{y1}),({x2},{y2})</box>"
@@ -50,29 +50,29 @@ def caption_text(scene: Scene) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def ask_scene(task: str, scene: Scene, item: Item) -> Turn:
+def ask_scene(task: str, scene: Scene, item: SceneObject) -> QuestionAndAnswer:
     """A question of one of ``SCENE_TASKS``; ``item`` is the object asked for, if any is."""
     if task == "colour":
-        return Turn(task, f"What colour is the {item.shape}?", item.colour, tuple(COLOURS))
+        return QuestionAndAnswer(task, f"What colour is the {item.shape}?", item.colour, tuple(COLOURS))
     if task == "shape":
-        return Turn(task, f"What shape is the {item.colour} object?", item.shape, SHAPES)
+        return QuestionAndAnswer(task, f"What shape is the {item.colour} object?", item.shape, SHAPES)
     if task == "count":
-        return Turn(task, "How many objects are there?", str(len(scene.items)), ("1", "2", "3"))
+        return QuestionAndAnswer(task, "How many objects are there?", str(len(scene.items)), ("1", "2", "3"))
     if task == "caption":
-        return Turn(task, "Describe the image.", caption_text(scene))
+        return QuestionAndAnswer(task, "Describe the image.", caption_text(scene))
     if task == "box":
-        return Turn(task, f"Where is the {item.name}?", box_text(item))
+        return QuestionAndAnswer(task, f"Where is the {item.name}?", box_text(item))
     raise ValueError(f"unknown task {task!r}; known: {', '.join(SCENE_TASKS)}")
 
 
-def ask_read(scene: Scene) -> Turn:
+def ask_read(scene: Scene) -> QuestionAndAnswer:
     """What the lettering says."""
     if scene.lettering is None:
         raise ValueError("the scene has no lettering to ask for")
-    return Turn("read", "What does the text say?", scene.lettering.word, WORDS)
+    return QuestionAndAnswer("read", "What does the text say?", scene.lettering.word, WORDS)
 
 
-def ask_multi(kind: str, first: Item, second: Item, target: int) -> Turn:
+def ask_multi(kind: str, first: SceneObject, second: SceneObject, target: int) -> QuestionAndAnswer:
     """A question about two pictures with one object each; ``target`` (0, 1) is the one meant.
 
     For ``which`` the two shapes must differ.
@@ -82,23 +82,23 @@ def ask_multi(kind: str, first: Item, second: Item, target: int) -> Turn:
         if first.shape == second.shape:
             raise ValueError(f"both pictures show a {first.shape}")
         question = f"Which picture has a {meant.shape}?"
-        return Turn("multi", question, str(target + 1), ("1", "2"))
+        return QuestionAndAnswer("multi", question, str(target + 1), ("1", "2"))
     if kind == "same_colour":
         answer = _YES_NO[first.colour != second.colour]
-        return Turn("multi", "Are the two shapes the same colour?", answer, _YES_NO)
+        return QuestionAndAnswer("multi", "Are the two shapes the same colour?", answer, _YES_NO)
     if kind == "same_shape":
         answer = _YES_NO[first.shape != second.shape]
-        return Turn("multi", "Do both pictures show the same shape?", answer, _YES_NO)
+        return QuestionAndAnswer("multi", "Do both pictures show the same shape?", answer, _YES_NO)
     if kind == "colour_of":
         question = f"What colour is the object in picture {target + 1}?"
-        return Turn("multi", question, meant.colour, tuple(COLOURS))
+        return QuestionAndAnswer("multi", question, meant.colour, tuple(COLOURS))
     if kind == "shape_of":
         question = f"What shape is in picture {target + 1}?"
-        return Turn("multi", question, meant.shape, SHAPES)
+        return QuestionAndAnswer("multi", question, meant.shape, SHAPES)
     raise ValueError(f"unknown kind {kind!r}; known: {', '.join(MULTI_KINDS)}")
 
 
-def text_facts() -> list[tuple[Turn, Turn]]:
+def text_facts() -> list[tuple[QuestionAndAnswer, QuestionAndAnswer]]:
     """All facts of the text task, each in two wordings."""
     facts = []
     sums = tuple(str(n) for n in range(2 * min(_NUMBERS), 2 * max(_NUMBERS) + 1))
@@ -118,7 +118,7 @@ def text_facts() -> list[tuple[Turn, Turn]]:
     return facts
 
 
-def split_text_turns(rng: random.Random) -> tuple[list[Turn], list[Turn]]:
+def split_text_turns(rng: random.Random) -> tuple[list[QuestionAndAnswer], list[QuestionAndAnswer]]:
     """Training and held-out questions without a picture.
 
     A third of the facts is asked in one wording in training and in the other one held out: no
@@ -126,8 +126,8 @@ def split_text_turns(rng: random.Random) -> tuple[list[Turn], list[Turn]]:
     """
     facts = text_facts()
     rng.shuffle(facts)
-    train: list[Turn] = []
-    heldout: list[Turn] = []
+    train: list[QuestionAndAnswer] = []
+    heldout: list[QuestionAndAnswer] = []
     for number, fact in enumerate(facts):
         if number % 3:
             train.extend(fact)
@@ -138,6 +138,8 @@ def split_text_turns(rng: random.Random) -> tuple[list[Turn], list[Turn]]:
     return train, heldout
 
 
-def _fact(wordings: tuple[str, str], answer: str, choices: tuple[str, ...]) -> tuple[Turn, Turn]:
-    first, second = (Turn("text", question, answer, choices) for question in wordings)
+def _fact(
+    wordings: tuple[str, str], answer: str, choices: tuple[str, ...]
+) -> tuple[QuestionAndAnswer, QuestionAndAnswer]:
+    first, second = (QuestionAndAnswer("text", question, answer, choices) for question in wordings)
     return first, second

@@ -50,7 +50,7 @@ _TEXT_STEPS_Y = 5
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneObject:
     """One object: what it is and which grid cells it fills."""
 
     shape: str
@@ -85,7 +85,7 @@ class Lettering:
 class Scene:
     """What a picture shows: one to three objects in reading order, or a word."""
 
-    items: tuple[Item, ...] = ()
+    items: tuple[SceneObject, ...] = ()
     lettering: Lettering | None = None
 
     @property
@@ -96,7 +96,7 @@ class Scene:
             return f"word {mark.word} {mark.colour} {mark.x} {mark.y}"
         return "; ".join(f"{i.name} {i.column} {i.row} {i.cells}" for i in self.items)
 
-    def find(self, shape: str) -> Item | None:
+    def find(self, shape: str) -> SceneObject | None:
         """The object of that shape, if there is one (shapes never repeat in a scene)."""
         return next((item for item in self.items if item.shape == shape), None)
 
@@ -125,7 +125,7 @@ def draw_items(rng: random.Random, count: int, *, shape: str | None = None, colo
     else:
         cells = 3
         places = rng.sample(_QUADRANTS, count)
-    items = [Item(s, c, column, row, cells) for s, c, (column, row) in zip(shapes, colours, places, strict=True)]
+    items = [SceneObject(s, c, column, row, cells) for s, c, (column, row) in zip(shapes, colours, places, strict=True)]
     return Scene(tuple(sorted(items, key=lambda item: (item.row, item.column))))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import TrainingConfig
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import any_rank, is_logging_rank
 from megavlm.training.lines import drop_steps_after
 from megavlm.training.progress import Progress
@@ -35,7 +35,9 @@ class StepGuard:
         lock: of the directory; nothing is written once it is lost.
     """
 
-    def __init__(self, settings: TrainingConfig, progress: Progress, directory: Path, lock: View | None = None) -> None:
+    def __init__(
+        self, settings: TrainingConfig, progress: Progress, directory: Path, lock: LockView | None = None
+    ) -> None:
         self.settings, self.progress, self.directory, self._lock = settings, progress, directory, lock
         if is_logging_rank():
             drop_steps_after(directory / SKIPPED_FILE, progress.step)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Heartbeat:
         lock: of the directory; nothing is written once it is lost.
     """
 
-    def __init__(self, directory: Path, rank: int, world_size: int, lock: View | None = None) -> None:
+    def __init__(self, directory: Path, rank: int, world_size: int, lock: LockView | None = None) -> None:
         self._lock = lock
         self.path = directory / FOLDER / f"rank-{rank}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
@@ -71,7 +71,7 @@ class Trainer:
         UserError: the data or the checkpoint does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: View) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: LockView) -> None:
         self.recipe, self.tokenizer, self.lock = recipe, tokenizer, lock
         self.deadline = Deadline(recipe.training.exit_after_minutes)
         self.checkpoints = Path(recipe.output_dir) / "checkpoints"

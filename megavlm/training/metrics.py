@@ -26,7 +26,7 @@ from megavlm.data.device_batch import Batch
 from megavlm.data.feed import FeedCounters
 from megavlm.layers.segments import segment_lengths
 from megavlm.parallel.device import local_device, peak_flops
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.planning.flops import StepFlops, count_step
 from megavlm.training.lines import drop_steps_after
@@ -59,7 +59,7 @@ class Metrics:
         progress: Progress,
         counters: FeedCounters | None,
         configs: Sequence[Any],
-        lock: View | None = None,
+        lock: LockView | None = None,
     ) -> None:
         self.recipe, self.progress, self._lock = recipe, progress, lock
         self.sources = [source_name(source) for source in recipe.data.train]

@@ -30,7 +30,7 @@ _SMALLEST_PICTURE = 224
 
 
 @dataclass
-class Question:
+class HeldOutQuestion:
     """The first exchange of a held-out sample."""
 
     prompt: NDArray[np.int64]
@@ -45,9 +45,9 @@ class Question:
 
 def find_questions(
     packs: Sequence[ReadPack], tokenizer: Tokenizer, plan: ImagePlan, room: int, count: int
-) -> list[Question]:
+) -> list[HeldOutQuestion]:
     """Return the first ``count`` questions of ``packs`` whose prompt has at most ``room`` tokens."""
-    questions: list[Question] = []
+    questions: list[HeldOutQuestion] = []
     for item in packs:
         pack = item.pack
         starts = image_starts(pack, plan, tokenizer.imgpad_id)
@@ -64,7 +64,7 @@ def find_questions(
                 stop = np.flatnonzero(np.isin(tokens[answer:], tokenizer.stop_ids))
                 expected = tokens[answer : answer + (int(stop[0]) if len(stop) else 0)]
                 pixels, shapes = item.pixels[views[first] : views[last]], pack.image_shapes[first:last]
-                questions.append(Question(prompt, expected, pixels, shapes))
+                questions.append(HeldOutQuestion(prompt, expected, pixels, shapes))
     return questions
 
 
@@ -84,7 +84,7 @@ def answer_panel(
     """
     settings = recipe.logging
     room = recipe.data.sequence_length - settings.panel_max_new_tokens
-    questions: list[Question] = []
+    questions: list[HeldOutQuestion] = []
     plan = plan_of(recipe.model)
     if packs is not None:
         questions = find_questions(packs, tokenizer, plan, room, settings.panel_samples)
@@ -108,17 +108,17 @@ def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
     return [len(plan.plan(*shape).views) for shape in shapes]
 
 
-def _arrangement(question: Question, plan: ImagePlan) -> Arrangement | None:
+def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | None:
     return None if plan.fixed else arrange(plan, [plan.plan(*shape) for shape in question.shapes])
 
 
-def _share(questions: list[Question], plan: ImagePlan) -> list[Question]:
+def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQuestion]:
     """Hand the reader's questions to the ranks of its replica; pixels to the first stage only."""
     group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
     box: list[Any] = [[(question.prompt, question.expected, question.shapes) for question in questions]]
     dist.broadcast_object_list(box, source, group=group)
     if not is_first_stage():
-        return [Question(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
+        return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
     counts = [len(shapes) if plan.fixed else sum(_views(shapes, plan)) for _, _, shapes in box[0]]
     pixels = torch.zeros(sum(counts), 3, plan.side, plan.side, dtype=torch.uint8)
     if questions:
@@ -128,11 +128,12 @@ def _share(questions: list[Question], plan: ImagePlan) -> list[Question]:
         dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
     parts = pixels.split(counts)
     return [
-        Question(prompt, expected, part, shapes) for (prompt, expected, shapes), part in zip(box[0], parts, strict=True)
+        HeldOutQuestion(prompt, expected, part, shapes)
+        for (prompt, expected, shapes), part in zip(box[0], parts, strict=True)
     ]
 
 
-def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
+def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
     """What a card shows: the last user turn, both answers, and the pictures."""
     assert question.pixels is not None
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]

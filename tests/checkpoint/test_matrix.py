@@ -79,6 +79,9 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         if kind == "connector":  # keys that not every connector has
             small = {key: value for key, value in small.items() if key in own.find(name).values}
         tree[kind] = {"preset": name, **small}
+    whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
+    if whole.tokens_per_view != SMALL["connector"]["num_queries"]:  # it makes one token of several patches
+        tree["vision"]["patch_size"] //= 2
     return tree
 
 

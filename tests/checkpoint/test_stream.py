@@ -15,7 +15,7 @@ from megavlm.checkpoint.slots import Slot
 
 def _write(directory: Path, tensors: dict[Slot, Tensor]) -> stream.CheckpointReader:
     directory.mkdir()
-    pieces = [stream.Piece(slot, tensor.dtype, lambda t=tensor: t) for slot, tensor in tensors.items()]
+    pieces = [stream.ParameterToWrite(slot, tensor.dtype, lambda t=tensor: t) for slot, tensor in tensors.items()]
     told: list[int] = []
     stream.write_checkpoint(directory, pieces, told.append)
     assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 from megavlm.checkpoint import stream
 from megavlm.checkpoint.safe import check_files, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
-from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel.state import process_groups
 
@@ -46,7 +46,9 @@ def values(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 def write(directory: Path, tensors: dict[str, Tensor], progress: Callable[[int], Any] = lambda _: None) -> Path:
     directory.mkdir()
-    pieces = [Piece(slot, tensors[name].dtype, lambda name=name: tensors[name]) for name, slot in slots().items()]
+    pieces = [
+        ParameterToWrite(slot, tensors[name].dtype, lambda name=name: tensors[name]) for name, slot in slots().items()
+    ]
     write_checkpoint(directory, pieces, progress)
     return directory
 

@@ -94,7 +94,7 @@ def test_lines_of_pages_and_boxes_of_refcoco_too(turn: int, tmp_path: Path) -> N
     assert is_red(data, (min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])))
     line = {"image": "p.jpg", "sent": "red", "bbox": BOX, "width": 64, "height": 32}
     (tmp_path / "refcoco_val.jsonl").write_text(json.dumps(line))
-    (item,) = read_refcoco(spec.Source(tmp_path / "refcoco_val.jsonl", tmp_path))
+    (item,) = read_refcoco(spec.BenchmarkFiles(tmp_path / "refcoco_val.jsonl", tmp_path))
     assert item.size == ((32, 64) if turn >= 5 else (64, 32))
     assert is_red(data, tuple(round(v * 1000 / side) for v, side in zip(item.box, item.size * 2, strict=True)))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,6 +16,7 @@ from data_helpers import content, encode_image, open_reader, prepare, smooth_ima
 from tokenizer_files import write_llama
 
 from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.decoders import make_decoder
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -296,3 +299,22 @@ def test_padding_is_at_most_one_percent(opened: OpenReader, tmp_path: Path, toke
     padding = sum(pack.padding_tokens for pack in packs) / (60 * 512)
     assert padding <= 0.01, padding
     assert not reader.dropped and len({len(pack.sample_keys) for pack in packs}) > 1
+
+
+def test_workers_do_not_die_of_a_dropped_decoder(opened: OpenReader, two_datasets: Datasets) -> None:
+    """DALI's pipelines have threads, which a fork has not: destroyed in a worker they end it, or never end."""
+    pytest.importorskip("nvidia.dali")
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = make_decoder("dali")
+        decoder.decode([encode_image(smooth_image(1, 40, 40))], 28)
+        decoder.circle = decoder  # type: ignore[attr-defined] # garbage that only the collector finds
+        gone = weakref.ref(decoder)
+        del decoder
+        reader = opened(two_datasets, num_workers=1)
+        assert gone() is not None
+        assert len(take(reader, 30)) == 30  # the worker collects after each ten
+        assert gone() is None, "it is destroyed before the fork"
+    finally:
+        gc.enable()

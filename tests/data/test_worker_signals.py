@@ -1,7 +1,8 @@
-"""Signals that reach a reader's worker processes."""
+"""Signals that reach a reader's worker processes, and garbage that they inherit."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -52,6 +53,41 @@ def test_workers_outlive_signals_of_others_but_not_the_parents() -> None:
     with pytest.raises(RuntimeError, match=r"exited unexpectedly|is killed"):
         for _ in range(100):
             next(batches)
+
+
+class Threaded:
+    """Stands for what waits for its threads when it is destroyed, which a fork has not."""
+
+    def __init__(self) -> None:
+        self.home, self.circle = os.getpid(), self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.home:
+            os._exit(9)
+
+
+class Collecting(IterableDataset[int]):
+    """Collects garbage in the worker, as Energon does."""
+
+    def __iter__(self) -> Iterator[int]:
+        for number in range(100):
+            gc.collect()
+            yield number
+
+
+def test_a_worker_does_not_destroy_what_it_inherits() -> None:
+    loader = DataLoader(
+        Collecting(), batch_size=None, num_workers=1, multiprocessing_context="fork",
+        worker_init_fn=StopsWithParent(None),
+    )  # fmt: skip
+    gc.collect()
+    gc.disable()
+    try:
+        Threaded()
+        assert [number for number, _ in zip(loader, range(5), strict=False)] == [0, 1, 2, 3, 4]
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 RANK = """

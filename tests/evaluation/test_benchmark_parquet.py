@@ -17,11 +17,11 @@ from parquet_files import QUESTIONS, ROWS, make, mmmu, write
 from megavlm import cli
 from megavlm.evaluation.benchmarks import BENCHMARKS, hub, read_items
 from megavlm.evaluation.benchmarks.parquet import read_rows
-from megavlm.evaluation.benchmarks.spec import Item, Source, picture_bytes, render
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item, picture_bytes, render
 
 
 def read(name: str, path: Path, **more: Any) -> list[Item]:
-    items = read_items(BENCHMARKS[name], Source(path, path.parent, **more))
+    items = read_items(BENCHMARKS[name], BenchmarkFiles(path, path.parent, **more))
     for item in items:
         render(BENCHMARKS[name], item)
     return items
@@ -107,7 +107,7 @@ def test_pictures_are_read_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return real(self, group, columns=columns)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", spy)
-    rows = read_rows(Source(path, tmp_path))
+    rows = read_rows(BenchmarkFiles(path, tmp_path))
     assert "image.path" in taken
     assert not {"image", "image.bytes"}.intersection(taken)
     assert picture_bytes(rows[4][1]["image"]) == base64.b64decode(encoded(4))

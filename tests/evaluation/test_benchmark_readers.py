@@ -12,15 +12,15 @@ import pytest
 from benchmark_files import COUNT, MAKERS, QUESTIONS
 
 from megavlm.evaluation.benchmarks import BENCHMARKS
-from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Source, render
+from megavlm.evaluation.benchmarks.spec import LETTERS, BenchmarkFiles, Item, render
 
 WRONG = (None, 5, "x", [5], {"a": 1}, "half a character \ud83d", ["\udfff"])
 
 
-def source_of(words: list[str]) -> Source:
+def source_of(words: list[str]) -> BenchmarkFiles:
     given = dict(word.removeprefix("--").split("=", 1) for word in words)
     data = Path(given["data"])
-    return Source(data, Path(given.get("images", data if data.is_dir() else data.parent)))
+    return BenchmarkFiles(data, Path(given.get("images", data if data.is_dir() else data.parent)))
 
 
 def places(value: Any, depth: int = 5) -> Iterator[list[Any]]:
@@ -52,7 +52,7 @@ def damaged(value: Any) -> Iterator[Any]:
             yield one
 
 
-def read(name: str, source: Source) -> list[Item]:
+def read(name: str, source: BenchmarkFiles) -> list[Item]:
     items = BENCHMARKS[name].read(source)
     for item in items:
         render(BENCHMARKS[name], item)
@@ -103,7 +103,7 @@ def test_damaged_second_file(name: str, tmp_path: Path) -> None:
     assert refused > 10
 
 
-def caught(table: Source, text: str) -> ValueError:
+def caught(table: BenchmarkFiles, text: str) -> ValueError:
     table.data.write_text(text)
     with pytest.raises(ValueError) as error:
         read("mmbench", table)
@@ -133,7 +133,7 @@ def test_damaged_tables_and_folders(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="line 1 is not a question, a tab, and Yes or No"):
             read("mme", folder)
     with pytest.raises(FileNotFoundError, match="MME's folder"):
-        read("mme", Source(tmp_path / "none", tmp_path))
+        read("mme", BenchmarkFiles(tmp_path / "none", tmp_path))
 
 
 def test_no_picture_lies_outside_the_directory(tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ def test_no_picture_lies_outside_the_directory(tmp_path: Path) -> None:
 def test_splits(tmp_path: Path) -> None:
     for name, split, count in (("ocrvqa", "train", 2), ("ai2d", "all", COUNT), ("scienceqa", "train", 1)):
         plain = source_of(MAKERS[name](tmp_path / name))
-        assert len(read(name, Source(plain.data, plain.images, split=split))) == count
+        assert len(read(name, BenchmarkFiles(plain.data, plain.images, split=split))) == count
         with pytest.raises(ValueError, match=r"--split|no question"):
-            read(name, Source(plain.data, plain.images, split="nonsense"))
+            read(name, BenchmarkFiles(plain.data, plain.images, split="nonsense"))
 
 
 def test_what_readers_make_of_files(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_what_readers_make_of_files(tmp_path: Path) -> None:
     assert text == "<img></img>\nIs it red? Please answer yes or no."
     assert item.pictures == (tmp_path / "mme" / "artwork" / "images" / "toy_dataset" / "0.jpg",)
     (tmp_path / "mme").rename(tmp_path / "MME_Benchmark")  # as the hub's copy has it, a folder deeper
-    assert len(read("mme", Source(tmp_path, tmp_path))) == QUESTIONS["mme"]
+    assert len(read("mme", BenchmarkFiles(tmp_path, tmp_path))) == QUESTIONS["mme"]
     text, item = first("refcoco")
     assert (text, item.box, item.size) == ("<img></img><ref>left square</ref><box>", (2.0, 3.5, 20.0, 30.0), (40, 32))
     text, item = first("nocaps")

@@ -17,7 +17,7 @@ from ranks import RanksFailed, script
 
 from megavlm import cli
 from megavlm.evaluation.benchmarks.choices import read_mmbench
-from megavlm.evaluation.benchmarks.spec import Source
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles
 
 WORKER = Path(__file__).with_name("benchmark_worker.py")
 
@@ -247,7 +247,7 @@ def test_secret_answers(random_checkpoint: Path, tmp_path: Path, capsys: pytest.
 
 def test_a_table_with_rotations_of_its_own(random_checkpoint: Path, tmp_path: Path) -> None:
     MAKERS["mmbench"](tmp_path)
-    asked = read_mmbench(Source(tmp_path / "mmbench_dev_20230712.tsv", tmp_path))
+    asked = read_mmbench(BenchmarkFiles(tmp_path / "mmbench_dev_20230712.tsv", tmp_path))
     first = [item for item in asked if item.unit == "241"]
     assert [item.id for item in first] == ["241", "1000241", "2000241"]
     assert [item.choices for item in first] == [
@@ -261,7 +261,7 @@ def test_a_table_with_rotations_of_its_own(random_checkpoint: Path, tmp_path: Pa
     image = base64.b64encode(file.getvalue()).decode()
     table = f"index\tquestion\tA\tB\tanswer\timage\n7\tq\tx\ty\tB\t{image}\n1000007\tq\ty\tx\tA\t7\n"
     (tmp_path / "MMBench_DEV_EN.tsv").write_text(table)
-    asked = read_mmbench(Source(tmp_path / "MMBench_DEV_EN.tsv", tmp_path))
+    asked = read_mmbench(BenchmarkFiles(tmp_path / "MMBench_DEV_EN.tsv", tmp_path))
     assert [(item.id, item.unit, item.answers) for item in asked] == [("7", "7", ("B",)), ("1000007", "7", ("A",))]
     assert asked[1].pictures == asked[0].pictures == (file.getvalue(),)
 

@@ -461,3 +461,14 @@ def make(name: str, directory: Path) -> Path:
         return MAKERS[name](directory)
     TRANSFORMERS[name]().save_pretrained(directory)
     return directory
+
+
+FAMILY_OF: dict[str, str] = {
+    "qwen_vl": "qwen_vl", "qwen_vl_bf16": "qwen_vl", "qwen": "qwen", "codefuse": "codefuse_vlm",
+    "codefuse_mlp": "codefuse_vlm", "codefuse_tower": "qwen_visual", "llava_hub": "llava", "llava_modules": "llava",
+    "llama": "llama", "vicuna": "llama", "qwen2": "llama", "qwen3": "llama", "clip": "clip", "clip_vision": "clip",
+    "siglip": "siglip", "siglip_vision": "siglip", "llava": "llava", "llava_qwen_siglip": "llava",
+    "llava_qwen3": "llava", "llava_layers": "llava",
+    **dict.fromkeys([name for name in MAKERS if name.startswith("llava_original")], "llava_original"),
+}  # fmt: skip
+"""Whose checkpoint each of ``MAKERS`` and ``TRANSFORMERS`` is."""

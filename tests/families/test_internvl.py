@@ -35,6 +35,7 @@ from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 
+pytestmark = pytest.mark.family("internvl", "internvl_chat")
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",
     "parallel.pipeline_model_parallel_size=2",

@@ -21,6 +21,8 @@ from megavlm.families.known import FAMILIES
 from megavlm.families.llava_original import TOWERS
 from megavlm.weights.source import Source
 
+pytestmark = pytest.mark.family("llava_original")
+
 
 def convert_in(out: Path, *words: object) -> Path:
     assert main(["convert", "hf-to-megatron", *map(str, words), "--out", str(out)]) == 0

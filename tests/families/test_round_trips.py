@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import MAKERS, TRANSFORMERS
+from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
+from family_choice import PARTS
 from internvl_models import INTERNVL
 
 from megavlm.cli import main
+from megavlm.config.architecture import BRANCHES
 from megavlm.families.known import FAMILIES, detect
+from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-CASES = [*MAKERS, *TRANSFORMERS, *INTERNVL]
+CASES = {**FAMILY_OF, **dict.fromkeys(INTERNVL, "internvl"), "internvl_chat": "internvl_chat"}
+"""Checkpoints, and their families."""
+ALONE = {"mm_projector", "llava_original_apart"}
+"""Families that are a part, or parts in several places, which other tests make."""
 
 
 def make(name: str, directory: Path) -> Path:
@@ -37,7 +44,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(CASES[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")
     checkpoint = convert_in(source, tmp_path / "megatron")
@@ -51,9 +58,24 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert len(list(back.glob("model-*.safetensors"))) > 1 and (back / "model.safetensors.index.json").is_file()
     for file in (file for file in source.glob("*.json") if not file.name.endswith(".index.json")):
         assert (back / file.name).read_text() == file.read_text()
-    assert detect(Source(back)).name == detect(Source(source)).name
+    assert detect(Source(back)).name == detect(Source(source)).name == CASES[name]
 
 
-def test_every_family_is_tried(tmp_path: Path) -> None:
-    found = {detect(Source(make(name, tmp_path / name))).name for name in CASES}
-    assert found | {"mm_projector", "llava_original_apart"} == set(FAMILIES)
+def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
+    """PARTS is what picks the tests of a family (make test-families)."""
+    load_presets()
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in CASES:
+        source = Source(make(name, tmp_path / name))
+        family = detect(source)
+        for branch, values in family.branches(source).items():
+            if branch not in BRANCHES:
+                continue
+            architecture = BRANCHES[branch].find(values["preset"]).architecture
+            assert architecture is not None
+            found[family.name].add(
+                architecture.build.removeprefix("megavlm.architectures.").removesuffix(".build:build")
+            )
+    assert FAMILY_OF.keys() == {*MAKERS, *TRANSFORMERS}
+    assert found.keys() | ALONE == FAMILIES.keys() == PARTS.keys()
+    assert found == {name: set(PARTS[name]) for name in found}

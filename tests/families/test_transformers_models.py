@@ -6,8 +6,9 @@ activation), SigLIP, Llama (2, and 3's positions), Qwen2 (tied too) and Qwen3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,9 @@ from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 
+pytestmark = pytest.mark.family("llava")
+SHORT = ("clip-llama", "siglip-qwen3")
+"""Cases of ``make test``, all parts in their two extremes; the others are combinations of these parts."""
 IMAGE = 119
 TOLERANCE = 2e-5
 
@@ -67,6 +71,11 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def cases(names: Iterable[str], short: Collection[str] = SHORT) -> list[Any]:
+    """Return parameters; those that are not short are ``long``."""
+    return [pytest.param(name, marks=() if name in short else pytest.mark.long) for name in names]
+
+
 def sample() -> Sample:
     """Return text with two images of 16 patches."""
     generator = torch.Generator().manual_seed(2)
@@ -96,7 +105,7 @@ def _file_name(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(CASES))
 def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     model = CASES[name]()
     model.save_pretrained(tmp_path / "hf")
@@ -126,7 +135,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     assert compared == len(parameters)
 
 
-@pytest.mark.parametrize("name", ["clip-llama", "siglip-qwen3"])
+@pytest.mark.parametrize("name", cases(["clip-llama", "siglip-qwen3"], SHORT[1:]))
 def test_greedy_answers_are_theirs(name: str, tmp_path: Path) -> None:
     """A cache here, a cache there: prompts of unequal lengths, with none, one and two images."""
     model = CASES[name]()
@@ -161,7 +170,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, scale: float | None = None)
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE * scale)
 
 
-@pytest.mark.parametrize("name", ["clip-llama", "siglip-qwen3"])
+@pytest.mark.parametrize("name", cases(["clip-llama", "siglip-qwen3"], SHORT[:1]))
 def test_the_export_loads_in_transformers_with_equal_logits(name: str, tmp_path: Path) -> None:
     """Both where it goes back to where it came from, and where it is written anew, its tower cut off."""
     model = CASES[name]()
@@ -184,7 +193,13 @@ def test_the_export_loads_in_transformers_with_equal_logits(name: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [("clip", "-2"), ("clip_vision", "-1"), ("siglip", "last_hidden_state"), ("siglip_vision", "1")]
+    ("name", "layer"),
+    [
+        pytest.param("clip", "-2", marks=pytest.mark.family("clip")),
+        pytest.param("clip_vision", "-1", marks=[pytest.mark.family("clip"), pytest.mark.long]),
+        pytest.param("siglip", "last_hidden_state", marks=pytest.mark.family("siglip")),
+        pytest.param("siglip_vision", "1", marks=[pytest.mark.family("siglip"), pytest.mark.long]),
+    ],
 )
 def test_a_tower_alone_gives_the_features_that_are_asked_for(name: str, layer: str, tmp_path: Path) -> None:
     model = TRANSFORMERS[name]()

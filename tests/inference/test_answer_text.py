@@ -70,6 +70,19 @@ def test_what_a_token_would_add(tmp_path: Path) -> None:
     assert text.would_add(following) == text.add(following) != ""
 
 
+@pytest.mark.parametrize("kind", ["qwen", "qwen2", "llama"])
+def test_broken_bytes_without_end_cost_no_more(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(WRITERS[kind](tmp_path))
+    decode, lengths = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    party = next(ids for ids in [tokenizer.encode("\U0001f389")] if len(ids) > 2)[-3:]
+    broken = [party[-1]] * 300  # bytes that go on a character, and none that begins one
+    text = AnswerText(tokenizer)
+    said = "".join(text.add(token) for token in broken)
+    assert max(lengths) <= 40 and set(said) == {"\ufffd"} and len(said) > 250
+    assert said + text.rest() == decode(broken)
+
+
 def test_the_space_that_a_template_has_before_answers_is_no_part_of_them(tmp_path: Path) -> None:
     """As LLaVA, on a byte-level tokenizer: a later turn would have it twice."""
     tokenizer = load_tokenizer(files.write_qwen2(tmp_path), find_template("vicuna_v1_endoftext"))

@@ -25,6 +25,7 @@ from megavlm.data.device_batch import Batch, make_batch
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
 
+pytestmark = pytest.mark.family("qwen_vl")
 LOGITS, LOSS = 1e-4, 1e-5
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "reference" / "qwenvl-tiny"
 needs_shared = pytest.mark.skipif(

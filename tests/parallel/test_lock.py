@@ -17,7 +17,7 @@ import pytest
 
 from megavlm.config.errors import MachineError
 from megavlm.parallel import lock as module
-from megavlm.parallel.lock import HeldError, Holder, Lock, LostError, View, acquire, held, read_holder
+from megavlm.parallel.lock import HeldError, Holder, Lock, LockView, LostError, acquire, held, read_holder
 from megavlm.parallel.processes import this_process
 
 QUICK = 0.5
@@ -287,7 +287,7 @@ def test_the_heartbeat_goes_on_and_ends_where_another_has_the_lock(path: Path) -
 def test_after_a_hang_nothing_is_written_before_a_look(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was stopped has missed its heartbeats when it goes on: the first thing it does may be to write."""
     lock = acquire(path, "train", "x", timeout_seconds=60)  # its thread sleeps for 5 s
-    view = View(path, lock.token, lock.beat_seconds, 60)
+    view = LockView(path, lock.token, lock.beat_seconds, 60)
     assert not lock.lost() and not view.lost()
     if how == "taken":
         replace(path, holder())

@@ -31,8 +31,8 @@ from megavlm.quickstart.render_scene import (
     GRID,
     SHAPES,
     WORDS,
-    Item,
     Scene,
+    SceneObject,
     draw_items,
     draw_lettering,
     is_heldout_layout,
@@ -95,7 +95,7 @@ def colour_at(image: np.ndarray, x: float, y: float) -> str:
     return min(COLOURS, key=lambda name: int(np.abs(pixel - COLOURS[name]).sum()))
 
 
-def centre(item: Item) -> tuple[float, float]:
+def centre(item: SceneObject) -> tuple[float, float]:
     return (item.column + item.cells / 2) / GRID, (item.row + item.cells / 2) / GRID
 
 
@@ -351,7 +351,7 @@ def test_every_object_has_places_in_both_splits() -> None:
         for colour in COLOURS:
             for cells in (3, 4):
                 held = [
-                    is_heldout_layout(Scene((Item(shape, colour, x, y, cells),)))
+                    is_heldout_layout(Scene((SceneObject(shape, colour, x, y, cells),)))
                     for x in range(1, GRID - cells)
                     for y in range(1, GRID - cells)
                 ]
@@ -359,7 +359,7 @@ def test_every_object_has_places_in_both_splits() -> None:
 
 
 def test_worked_scene() -> None:
-    cross, circle = Item("cross", "orange", 1, 1, 3), Item("circle", "blue", 4, 4, 3)
+    cross, circle = SceneObject("cross", "orange", 1, 1, 3), SceneObject("circle", "blue", 4, 4, 3)
     scene = Scene((cross, circle))
     assert caption_text(scene) == "an orange cross and a blue circle"
     assert box_text(circle) == "<ref>the blue circle</ref><box>(500,500),(875,875)</box>"

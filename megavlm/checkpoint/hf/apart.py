@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megavlm.checkpoint.hf.incoming import Given
+from megavlm.checkpoint.hf.incoming import SourceOfParts
 from megavlm.config.errors import UserError
 from megavlm.families.family import config_file
 from megavlm.families.llava_original import LlavaApartFamily, pictures, tower_apart
@@ -13,7 +13,7 @@ from megavlm.families.projector import ProjectorFamily
 from megavlm.families.towers import FeatureLayer, taken_layers
 
 
-def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[Given]:
+def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[SourceOfParts]:
     """Open a checkpoint for all that it has, with the tower that it only names.
 
     Args:
@@ -24,7 +24,7 @@ def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> 
     Raises:
         UserError: a tower is given to a checkpoint that has one, or none to one that has not.
     """
-    one = Given.open(path, None, feature_layer)
+    one = SourceOfParts.open(path, None, feature_layer)
     if not isinstance(one.family, LlavaApartFamily):
         if vision is not None:
             raise UserError(
@@ -32,7 +32,7 @@ def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> 
             )
         return [one]
     tower, layer = tower_apart(one.source, vision)
-    given = [one, Given.open(tower, ["vision"], layer)]
+    given = [one, SourceOfParts.open(tower, ["vision"], layer)]
     width, named = _width(given[1]), one.source.config.get("mm_hidden_size")
     if named is not None and named != width:
         raise UserError(
@@ -43,12 +43,12 @@ def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> 
     return given
 
 
-def _width(tower: Given) -> int:
+def _width(tower: SourceOfParts) -> int:
     vision = tower.branches["vision"]
     return int(vision["hidden_size"]) * len(vision.get("feature_layers") or (0,))
 
 
-def check_stage_1(given: Sequence[Given]) -> None:
+def check_stage_1(given: Sequence[SourceOfParts]) -> None:
     """Hold a projector's own config.json, where its trainer left one, against the tower that is to go before it.
 
     Raises:
@@ -80,7 +80,7 @@ def check_stage_1(given: Sequence[Given]) -> None:
         )
 
 
-def _check_widths(projector: Given, tower: Given, language: Given | None) -> None:
+def _check_widths(projector: SourceOfParts, tower: SourceOfParts, language: SourceOfParts | None) -> None:
     """Check that a projector's first layer takes what the tower gives, and its last gives what the other takes."""
     if projector.branches["connector"]["preset"] == "resampler":
         return

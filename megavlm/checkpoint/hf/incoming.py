@@ -24,7 +24,7 @@ from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_m
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
-from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.chat_files import has_template
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Given:
+class SourceOfParts:
     """A source, and the parts that are taken from it."""
 
     source: Source
@@ -50,7 +50,7 @@ class Given:
     branches: Tree
 
     @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> Given:
+    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> SourceOfParts:
         """Open a directory or file and recognise its family.
 
         Args:
@@ -69,7 +69,7 @@ class Given:
                     there = " and ".join(family.parts)
                     raise UserError(f"{path}: is a {family.title}; it has no {part}, only {there}")
             branches = family.branches(source)
-            return Given(source, family, family.style_of(source), tuple(parts or family.parts), branches)
+            return SourceOfParts(source, family, family.style_of(source), tuple(parts or family.parts), branches)
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
             where = source.directory / CONFIG
             raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
@@ -105,7 +105,7 @@ class Report:
 
 
 def convert(
-    given: Sequence[Given],
+    given: Sequence[SourceOfParts],
     out: Path,
     *,
     seed: int,
@@ -166,7 +166,7 @@ def convert(
         recipe = converted_recipe(model, out, base, dtype, where)
     with alone(seed):
         slots = find_slots(model, parts)
-        plans = [_Plan(one, branches, slots) for one in given]
+        plans = [_MatchedSource(one, branches, slots) for one in given]
         pieces = [piece for plan in plans for piece in plan.pieces]
         for part in fresh:
             pieces += _initialise(part, model, slots, dtype, report)
@@ -198,10 +198,10 @@ def check_processor(directory: Path, image: Tree, image_size: int) -> None:
         )
 
 
-class _Plan:
+class _MatchedSource:
     """One source held against its family's rules, and the pieces that are taken from it."""
 
-    def __init__(self, given: Given, branches: Tree, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, given: SourceOfParts, branches: Tree, slots: Mapping[str, Slot]) -> None:
         self.given = given
         source, family = given.source, given.family
         own_model = make_model({**branches, **given.branches}, str(source.path))
@@ -234,7 +234,7 @@ class _Plan:
         """Return Hugging Face's tensors of a rule."""
         return [self.given.source.get(name) for name in rule.row.theirs]
 
-    def _pieces(self, rule: Rule, slots: Mapping[str, Slot]) -> list[Piece]:
+    def _pieces(self, rule: Rule, slots: Mapping[str, Slot]) -> list[ParameterToWrite]:
         pieces = []
         dtype = self.given.source.tensors[rule.row.theirs[0]].dtype
         assert isinstance(dtype, torch.dtype)
@@ -245,7 +245,7 @@ class _Plan:
                     f"{self.given.source.path}: {' and '.join(rule.row.theirs)} is made for another model: it gives "
                     f"{name} the shape {list(own.shape)}, the other parts ask for {list(slot.shape)}"
                 )
-            pieces.append(Piece(slot, dtype, self._reader(rule, i, slot)))
+            pieces.append(ParameterToWrite(slot, dtype, self._reader(rule, i, slot)))
         return pieces
 
     def _reader(self, rule: Rule, index: int, slot: Slot) -> Callable[[], Tensor]:
@@ -288,7 +288,7 @@ _IMAGE_NAMES = {
 }
 
 
-def _check_ids(one: Given, path: Path) -> None:
+def _check_ids(one: SourceOfParts, path: Path) -> None:
     """Check that config.json and the tokenizer mean the same tokens, where both have them.
 
     Raises:
@@ -308,7 +308,7 @@ def _check_ids(one: Given, path: Path) -> None:
             )
 
 
-def _template(one: Given, tokenizer: Path, default: str, report: Report) -> str:
+def _template(one: SourceOfParts, tokenizer: Path, default: str, report: Report) -> str:
     """Return what the conversations of a whole model are written in."""
     reasons: list[str] = []
     for name in one.family.templates(one.source):
@@ -330,7 +330,7 @@ def _template(one: Given, tokenizer: Path, default: str, report: Report) -> str:
     return default
 
 
-def _dtype(given: Sequence[Given]) -> torch.dtype:
+def _dtype(given: Sequence[SourceOfParts]) -> torch.dtype:
     """Return the type of the language model's weights, or of any others."""
     order = sorted(given, key=lambda one: "language" not in one.parts)
     types = [info.dtype for info in order[0].source.tensors.values() if isinstance(info.dtype, torch.dtype)]
@@ -339,7 +339,7 @@ def _dtype(given: Sequence[Given]) -> torch.dtype:
 
 def _initialise(
     part: str, model: ModelConfig, slots: Mapping[str, Slot], dtype: torch.dtype, report: Report
-) -> list[Piece]:
+) -> list[ParameterToWrite]:
     """Build a part with its initial weights and return them."""
     module = build_part(part, model, BuildContext(ParallelConfig(), dtype=dtype))
     state = {f"{part}.{name}": value.detach().cpu() for name, value in module.named_parameters()}
@@ -351,13 +351,13 @@ def _initialise(
     def reader(name: str) -> Callable[[], Tensor]:
         return lambda: state[name][: own[name].shape[0]] if own[name].vocabulary else state[name]
 
-    return [Piece(slot, dtype, reader(name)) for name, slot in own.items()]
+    return [ParameterToWrite(slot, dtype, reader(name)) for name, slot in own.items()]
 
 
 def _write_rest(
     partial: Path,
-    given: Sequence[Given],
-    plans: Sequence[_Plan],
+    given: Sequence[SourceOfParts],
+    plans: Sequence[_MatchedSource],
     branches: Tree,
     parts: Sequence[str],
     recipe: str | None,
@@ -401,7 +401,7 @@ def _write_rest(
     (partial / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
 
 
-def _comes_home(given: Sequence[Given], parts: Sequence[str], home: str | None) -> bool:
+def _comes_home(given: Sequence[SourceOfParts], parts: Sequence[str], home: str | None) -> bool:
     """Whether an export gives back what came in: one checkpoint taken whole, or one whose tower is apart."""
     one = given[0]
     if {part for each in given for part in each.parts} != set(parts):
@@ -429,7 +429,7 @@ def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> Non
         writer.abort()
 
 
-def _verify(checkpoint: Path, plans: Sequence[_Plan], total: int) -> None:
+def _verify(checkpoint: Path, plans: Sequence[_MatchedSource], total: int) -> None:
     """Read every tensor back, turn it into Hugging Face's form and compare it with the source, bit for bit.
 
     Raises:

@@ -29,7 +29,7 @@ from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import find_slots
-from megavlm.checkpoint.stream import CheckpointReader, Piece, write_checkpoint
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.lora import LINEARS, TARGETS
@@ -230,7 +230,7 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
                 raise UserError(
                     f"{where}: gives {name} the shape {list(value.shape)}, the model's is {list(slot.shape)}"
                 )
-            pieces.append(Piece(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
+            pieces.append(ParameterToWrite(slot, value.dtype, lambda value=value: value))  # type: ignore[misc]
         with publishing(out, needed_bytes=sum(value.nbytes for value in made.values())) as partial:
             write_checkpoint(partial, pieces, lambda _: None)
             _write_rest(base, partial, lora)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError, UserError
+from megavlm.config.fields import from_tree
 from megavlm.config.help import to_tree, to_yaml
 from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.media import plan_of
@@ -52,7 +52,7 @@ def converted_recipe(model: ModelConfig, out: Path, base: Tree | None, dtype: to
         tree["training"] = {**tree["training"], "precision": "fp32" if dtype is torch.float32 else "bf16"}
     tree["checkpoint"] = {**tree.get("checkpoint", {}), "load": str(out.absolute())}
     try:
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+        recipe = from_tree(Recipe, tree)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"--recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct the recipe") from None

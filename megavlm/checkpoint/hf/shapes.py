@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.config.errors import UserError
+from megavlm.config.fields import from_tree
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.families.family import Family
 from megavlm.families.presets import expand_presets
@@ -49,7 +49,7 @@ def make_model(branches: Mapping[str, Tree], where: str, template: str | None = 
     # The whole model's own preset is no fact about it.
     expanded["preset"] = None
     try:
-        return TypeAdapter(ModelConfig).validate_json(json.dumps(expanded), strict=True)
+        return from_tree(ModelConfig, expanded)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -19,7 +19,7 @@ from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.inspect.charts import bars, length_histogram
 from megavlm.data.inspect.collect import Collected, Counts
-from megavlm.data.inspect.tokens import Piece, Segment, Shape, segments
+from megavlm.data.inspect.tokens import Segment, Shape, ShownTokens, segments
 from megavlm.data.tokenizer import Tokenizer
 
 _THUMBNAIL = 280
@@ -230,7 +230,7 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
     )
 
 
-def _token(piece: Piece) -> str:
+def _token(piece: ShownTokens) -> str:
     if piece.image is not None:
         wrong = " s" if piece.supervised else ""
         return f'<span class="t i{wrong}">picture {piece.image + 1}: {escape(piece.text)}</span>'

@@ -18,7 +18,7 @@ _POINT = re.compile(r"\((\d+),(\d+)\)")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShownTokens:
     """One or several tokens that are shown together."""
 
     text: str
@@ -50,7 +50,7 @@ class Segment:
     """Index of its data set; -1 for padding."""
     key: str
     images: tuple[bytes, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShownTokens, ...]
     supervised: int
     """Tokens that the loss counts."""
     shapes: tuple[Shape, ...]
@@ -94,7 +94,7 @@ def shapes(text: str) -> Iterator[Shape]:
             yield Shape(match[2], (match[1] or "").strip(), tuple(points))
 
 
-def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[Piece]:
+def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[ShownTokens]:
     position, image = 0, 0
     context: list[Sequence[int]] = []
     while position < len(ids):
@@ -102,7 +102,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -
             end = position
             while end < len(ids) and ids[end] == tokenizer.imgpad_id:
                 end += 1
-            yield Piece(f"{end - position} slots", tuple(ids[position:end]), any(trained[position:end]), image)
+            yield ShownTokens(f"{end - position} slots", tuple(ids[position:end]), any(trained[position:end]), image)
             position, image, context = end, image + 1, []
             continue
         before = [i for whole in context for i in whole]
@@ -112,7 +112,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -
         while "\ufffd" in text and _may_grow(ids, trained, position, end, tokenizer):
             end += 1
             text = _text(before, ids[position:end], tokenizer)
-        yield Piece(text, tuple(ids[position:end]), trained[position])
+        yield ShownTokens(text, tuple(ids[position:end]), trained[position])
         # Whole characters only: the bytes of half a one would spoil those behind them in some tokenizers.
         context = [*context, ids[position:end]][-_CONTEXT:]
         position = end

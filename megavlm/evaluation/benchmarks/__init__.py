@@ -23,7 +23,7 @@ from megavlm.evaluation.benchmarks.scores import (
     mme_scores,
     pope_scores,
 )
-from megavlm.evaluation.benchmarks.spec import Benchmark, Item, Source
+from megavlm.evaluation.benchmarks.spec import Benchmark, BenchmarkFiles, Item
 from megavlm.evaluation.benchmarks.vqa import read_gqa, read_textvqa, read_vizwiz, read_vqa
 from megavlm.evaluation.benchmarks.yes_no import read_mme, read_pope
 from megavlm.evaluation.metrics.text import anls, exact, relaxed
@@ -83,7 +83,7 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def read_items(benchmark: Benchmark, source: Source) -> list[Item]:
+def read_items(benchmark: Benchmark, source: BenchmarkFiles) -> list[Item]:
     """Read a benchmark's own file, or its parquet files on Hugging Face's hub.
 
     Raises:

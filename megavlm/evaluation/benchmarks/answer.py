@@ -25,7 +25,7 @@ from megavlm.inference.loaded import loaded
 from megavlm.inference.option_losses import option_losses
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.faults import at_step, fault
-from megavlm.parallel.lock import View
+from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import agreed, is_first_stage, is_reader
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def answer_questions(
     identity: Mapping[str, Any],
     max_new_tokens: int,
     at_once: int,
-    begin: Callable[[], View],
+    begin: Callable[[], LockView],
 ) -> dict[str, Row] | None:
     """Answer the questions that have no prediction yet; data-parallel replicas share them out.
 
@@ -61,7 +61,7 @@ def answer_questions(
         Predictions by question on the first rank, None on the others.
     """
     run = str(identity["run"])
-    locks: list[View] = []
+    locks: list[LockView] = []
     with loaded(recipe, checkpoint, tokenizer, lambda: locks.append(begin())) as chunks:
         (lock,) = locks
         known: list[Any] = [sorted(done)]

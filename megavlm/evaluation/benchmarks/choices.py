@@ -21,7 +21,7 @@ from megavlm.evaluation.benchmarks.files import (
     text,
     texts,
 )
-from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Source, StoredPicture
+from megavlm.evaluation.benchmarks.spec import LETTERS, BenchmarkFiles, Item, Picture, StoredPicture
 
 _ROTATION = 1_000_000
 """MMBench gives the k-th rotation of question i the index i + k million."""
@@ -44,7 +44,7 @@ def option(entry: Any, name: str, count: int) -> int:
     return right
 
 
-def read_scienceqa(source: Source) -> list[Item]:
+def read_scienceqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``problems.json`` (lupantech/ScienceQA); those with a picture, which lies at ``SPLIT/ID/image.png``.
 
     Raises:
@@ -75,7 +75,7 @@ def read_scienceqa(source: Source) -> list[Item]:
     return make_items(source.data, ((key, (key, entry)) for key, entry in found.items()), make)
 
 
-def read_mmbench(source: Source) -> list[Item]:
+def read_mmbench(source: BenchmarkFiles) -> list[Item]:
     """Read MMBench's table (``mmbench_dev_20230712.tsv``, ``MMBench_DEV_EN.tsv``, ``MMBench_DEV_CN.tsv``).
 
     Each question is asked once per option, with the options rotated. A table that has the rotations as rows of
@@ -102,7 +102,9 @@ def read_mmbench(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(rows, 1), make, "row")
 
 
-def mmbench_items(source: Source, row: Mapping[str, str], picture: Picture, *, rotate: bool = True) -> Iterator[Item]:
+def mmbench_items(
+    source: BenchmarkFiles, row: Mapping[str, str], picture: Picture, *, rotate: bool = True
+) -> Iterator[Item]:
     """Make the items of a row: one per option, with the options rotated; with ``rotate`` off, only the row's own.
 
     Raises:
@@ -135,7 +137,7 @@ def _present(value: str | None) -> bool:
     return bool(value) and value != "nan"
 
 
-def read_seed(source: Source) -> list[Item]:
+def read_seed(source: BenchmarkFiles) -> list[Item]:
     """Read ``SEED-Bench.json`` (AILab-CVC): its questions about images; those about videos are skipped and counted.
 
     Raises:
@@ -156,7 +158,7 @@ def read_seed(source: Source) -> list[Item]:
 
 
 def seed_items(
-    source: Source, entry: Any, names: Mapping[str, str], pictures: Callable[[Any], tuple[Picture, ...]]
+    source: BenchmarkFiles, entry: Any, names: Mapping[str, str], pictures: Callable[[Any], tuple[Picture, ...]]
 ) -> Iterator[Item]:
     """Make the item of a question; none of one about a video, which is counted.
 
@@ -186,7 +188,7 @@ def seed_items(
     )
 
 
-def read_mmmu(source: Source) -> list[Item]:
+def read_mmmu(source: BenchmarkFiles) -> list[Item]:
     """Read MMMU's rows as JSON lines or a JSON list, with the columns of its parquet files (``hub.py`` reads those).
 
     ``image_1`` to ``image_7`` are null, a path in the image directory, or ``{"bytes": base64}``.
@@ -200,7 +202,7 @@ def read_mmmu(source: Source) -> list[Item]:
     return make_items(source.data, rows, lambda row: mmmu_items(source, row), "line" if lines else "entry")
 
 
-def mmmu_items(source: Source, row: Any) -> Iterator[Item]:
+def mmmu_items(source: BenchmarkFiles, row: Any) -> Iterator[Item]:
     """Make the item of a row; its pictures are files, in base64, or stored in the parquet file.
 
     Raises:
@@ -255,7 +257,7 @@ def _python_list(text: str) -> list[Any] | None:
     return value if isinstance(value, list) else None
 
 
-def _mmmu_picture(source: Source, row: Any, index: str) -> Picture:
+def _mmmu_picture(source: BenchmarkFiles, row: Any, index: str) -> Picture:
     value = row.get(f"image_{index}")
     if isinstance(value, StoredPicture):
         return value

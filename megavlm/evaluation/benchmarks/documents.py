@@ -8,13 +8,13 @@ from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import listed, make_items, number, picture_in, read_json, text, texts
-from megavlm.evaluation.benchmarks.spec import Item, Source
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item
 
 _OCRVQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 _AI2D_TEST = "ai2d_test_ids.csv"
 
 
-def read_docvqa(source: Source) -> list[Item]:
+def read_docvqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``val_v1.0.json`` (DocVQA, rrc.cvc.uab.es): ``data`` with ``questionId``, ``image``, ``answers``.
 
     Raises:
@@ -34,7 +34,7 @@ def read_docvqa(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(listed(source.data, found, "data")), make)
 
 
-def read_chartqa(source: Source) -> list[Item]:
+def read_chartqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``test_human.json`` or ``test_augmented.json`` (vis-nlp/ChartQA): ``imgname``, ``query``, ``label``.
 
     Pictures lie in the image directory or a folder ``png`` in it.
@@ -58,7 +58,7 @@ def read_chartqa(source: Source) -> list[Item]:
     return make_items(source.data, ((i, (i, entry)) for i, entry in enumerate(read_json(source.data, list))), make)
 
 
-def read_ocrvqa(source: Source) -> list[Item]:
+def read_ocrvqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``dataset.json`` (ocr-vqa.github.io): books by id, each with ``questions`` and ``answers``.
 
     Its ``split`` is 1, 2 or 3 for train, val and test; test is taken unless ``--split`` says otherwise.
@@ -87,7 +87,7 @@ def read_ocrvqa(source: Source) -> list[Item]:
     return make_items(source.data, ((key, (key, entry)) for key, entry in found.items()), make)
 
 
-def read_ai2d(source: Source) -> list[Item]:
+def read_ai2d(source: BenchmarkFiles) -> list[Item]:
     """Read AI2D's folder (allenai.org/data/diagrams): ``questions/*.json``, ``images`` or ``abc_images``.
 
     The pictures listed in ``ai2d_test_ids.csv`` (published apart, put it into the folder or name it with
@@ -123,7 +123,7 @@ def read_ai2d(source: Source) -> list[Item]:
     return make_items(folder, ((path.name, path) for path in files), make)
 
 
-def _ai2d_pictures(source: Source) -> set[str] | None:
+def _ai2d_pictures(source: BenchmarkFiles) -> set[str] | None:
     """Names of the pictures to ask about, without ending; None for all."""
     if source.split == "all":
         return None

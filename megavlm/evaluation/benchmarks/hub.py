@@ -13,17 +13,17 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.evaluation.benchmarks.choices import mmbench_items, mmmu_items, option, seed_items
 from megavlm.evaluation.benchmarks.files import make_items, objects, text, texts
-from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Source, StoredPicture
+from megavlm.evaluation.benchmarks.spec import LETTERS, BenchmarkFiles, Item, Picture, StoredPicture
 
 _Row = dict[str, Any]
 _Make = Callable[[str, _Row], Iterator[Item]]
 """A row's number in the whole set, and the row, to items."""
-Rows = Callable[[Source, Sequence[tuple[str, _Row]]], list[Item]]
+Rows = Callable[[BenchmarkFiles, Sequence[tuple[str, _Row]]], list[Item]]
 """Rows, each with a name for errors, to items."""
 
 
 def _reader(make: _Make) -> Rows:
-    def read(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
+    def read(source: BenchmarkFiles, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
         entries = ((name, (str(index), row)) for index, (name, row) in enumerate(rows))
         return make_items(source.data, entries, lambda pair: make(*pair), "in")
 
@@ -111,11 +111,11 @@ def _captions(column: str, key: str, kind: str = "") -> _Make:
     return make
 
 
-def _seed(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
+def _seed(source: BenchmarkFiles, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
     return make_items(source.data, rows, lambda row: seed_items(source, row, {}, _shown), "in")
 
 
-def _mmbench(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
+def _mmbench(source: BenchmarkFiles, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
     def make(row: _Row) -> Iterator[Item]:
         plain = {name: "" if cell is None else str(cell) for name, cell in row.items() if name != "image"}
         yield from mmbench_items(source, plain, _shown(row)[0])
@@ -123,7 +123,7 @@ def _mmbench(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
     return make_items(source.data, rows, make, "in")
 
 
-def _mmmu(source: Source, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
+def _mmmu(source: BenchmarkFiles, rows: Sequence[tuple[str, _Row]]) -> list[Item]:
     return make_items(source.data, rows, lambda row: mmmu_items(source, row), "in")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.data.formats.parquet import files_of, need_pyarrow, unreadable
-from megavlm.evaluation.benchmarks.spec import Source, StoredPicture
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, StoredPicture
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def _inside(folder: Path) -> list[Path]:
     return [file for one in folders for file in files_of(one)]
 
 
-def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(source: BenchmarkFiles) -> list[tuple[str, dict[str, Any]]]:
     """Return the rows of a parquet file, or of a folder's files, each with a name for errors.
 
     A picture is a :class:`StoredPicture` or None, several are a list. Of a folder with several splits
@@ -48,7 +48,7 @@ def read_rows(source: Source) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _files(source: Source) -> list[Path]:
+def _files(source: BenchmarkFiles) -> list[Path]:
     """The files to read, in the order of their names."""
     if source.data.is_file():
         return [source.data]

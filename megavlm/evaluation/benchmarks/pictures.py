@@ -22,13 +22,13 @@ from megavlm.evaluation.benchmarks.files import (
     read_lines,
     text,
 )
-from megavlm.evaluation.benchmarks.spec import Item, Source
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item
 
 _PICKLES = (".p", ".pkl", ".pickle")
 """RefCOCO's authors publish refs(unc).p and its like."""
 
 
-def read_refcoco(source: Source) -> list[Item]:
+def read_refcoco(source: BenchmarkFiles) -> list[Item]:
     """Read ``refcoco_testA.jsonl`` and its like as Qwen-VL publishes them (eval_mm/EVALUATION.md).
 
     A line has ``image``, ``sent``, ``bbox`` (x1, y1, x2, y2 in pixels), ``height`` and ``width``. The picture is
@@ -84,7 +84,7 @@ def _found(directory: Path, name: str) -> Path:
     return next((path for path in candidates if path.is_file()), whole)
 
 
-def read_captions(source: Source) -> list[Item]:
+def read_captions(source: BenchmarkFiles) -> list[Item]:
     """Read captions in COCO's form, or in Karpathy's.
 
     COCO's (``captions_val2014.json``, ``nocaps_val_4500_captions.json``, Qwen-VL's ``flickr30k_karpathy_test.json``)
@@ -117,7 +117,7 @@ def read_captions(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(images), make)
 
 
-def _karpathy(source: Source, entry: Any, split: str) -> Iterator[Item]:
+def _karpathy(source: BenchmarkFiles, entry: Any, split: str) -> Iterator[Item]:
     if text(entry, "split") != split:
         return
     captions = tuple(text(one, "raw") for one in objects(entry, "sentences"))

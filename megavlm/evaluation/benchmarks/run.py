@@ -24,11 +24,11 @@ from megavlm.evaluation.benchmarks import find_benchmark, read_items
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
 from megavlm.evaluation.benchmarks.published import PUBLISHED
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
-from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, Item, Scores, Source
+from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, BenchmarkFiles, Item, Scores
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, Page, write_report
 from megavlm.parallel.device import prepare_device
-from megavlm.parallel.lock import TIMEOUT_SECONDS, View
+from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkRun:
     """What is to be done, settled before a process group starts."""
 
     benchmark: Benchmark
@@ -72,9 +72,9 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
     asked = plan.questions[: args.limit]
     try_writing(plan.out, "--out")
     with contextlib.ExitStack() as stack:
-        locks: list[View] = []
+        locks: list[LockView] = []
 
-        def begin() -> View:
+        def begin() -> LockView:
             locks.append(stack.enter_context(holding(plan.out, "eval", "--out", TIMEOUT_SECONDS)))
             return locks[0]
 
@@ -90,7 +90,7 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
     return 0
 
 
-def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Any) -> Plan:
+def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Any) -> BenchmarkRun:
     benchmark = find_benchmark(args.benchmark)
     scored = not args.predict_only
     if scored and benchmark.needs and importlib.util.find_spec(benchmark.needs) is None:
@@ -100,7 +100,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     if not args.data.exists():
         raise MissingFileError(f"{args.data} does not exist")
     images = args.images or (args.data if args.data.is_dir() else args.data.parent)
-    source = Source(args.data, images, args.annotations, args.split, scored)
+    source = BenchmarkFiles(args.data, images, args.annotations, args.split, scored)
     items = read_items(benchmark, source)
     for cause, count in source.skipped.items():
         logger.warning("%d questions are skipped: %s", count, cause)
@@ -124,7 +124,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     name = f"{benchmark.name}-{sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
     done = read_predictions(out, name, identity)
     identity = {"run": name, **identity}
-    return Plan(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped)
+    return BenchmarkRun(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped)
 
 
 def _weights(checkpoint: Path) -> str:
@@ -157,7 +157,7 @@ def _warn_problems(questions: Sequence[Question]) -> None:
         logger.warning("question %s is not asked and counts as wrong: %s", one.item.id, one.problem)
 
 
-def _score(plan: Plan, asked: Sequence[Question], rows: Mapping[str, Row]) -> Scores | None:
+def _score(plan: BenchmarkRun, asked: Sequence[Question], rows: Mapping[str, Row]) -> Scores | None:
     if not plan.scored:
         return None
     found = [rows[one.item.id] for one in asked]
@@ -166,7 +166,7 @@ def _score(plan: Plan, asked: Sequence[Question], rows: Mapping[str, Row]) -> Sc
 
 
 def _write(
-    plan: Plan,
+    plan: BenchmarkRun,
     asked: Sequence[Question],
     rows: Mapping[str, Row],
     scores: Scores | None,

@@ -90,7 +90,7 @@ Metric = Callable[[Sequence[Item], Sequence[str]], Scores]
 
 
 @dataclass(frozen=True)
-class Source:
+class BenchmarkFiles:
     """Where a benchmark's files lie."""
 
     data: Path
@@ -112,7 +112,7 @@ class Benchmark:
     """How a benchmark is asked and scored."""
 
     name: str
-    read: Callable[[Source], list[Item]]
+    read: Callable[[BenchmarkFiles], list[Item]]
     prompt: str
     """Template with ``{pictures}``, ``{question}``, ``{hint}`` and ``{options}``."""
     max_new_tokens: int

@@ -8,10 +8,10 @@ from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import listed, make_items, number, objects, picture_in, read_json, text, texts
-from megavlm.evaluation.benchmarks.spec import Item, Source
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item
 
 
-def read_vqa(source: Source) -> list[Item]:
+def read_vqa(source: BenchmarkFiles) -> list[Item]:
     """Read VQA's pair of files (visualqa.org, okvqa.allenai.org): ``..questions.json`` and ``..annotations.json``.
 
     Pictures are COCO's, ``COCO_val2014_000000000042.jpg``, in the image directory or a folder ``val2014`` in it.
@@ -43,7 +43,7 @@ def read_vqa(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(listed(source.data, questions, "questions")), make)
 
 
-def _annotations(source: Source) -> dict[int, Any]:
+def _annotations(source: BenchmarkFiles) -> dict[int, Any]:
     """The annotations by question id; empty for a test set."""
     if not source.answers:
         return {}
@@ -60,7 +60,7 @@ def _annotations(source: Source) -> dict[int, Any]:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_textvqa(source: Source) -> list[Item]:
+def read_textvqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``TextVQA_0.5.1_val.json`` (textvqa.org); pictures are ``IMAGE_ID.jpg``.
 
     Raises:
@@ -80,7 +80,7 @@ def read_textvqa(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(listed(source.data, found, "data")), make)
 
 
-def read_vizwiz(source: Source) -> list[Item]:
+def read_vizwiz(source: BenchmarkFiles) -> list[Item]:
     """Read VizWiz's ``val.json`` (vizwiz.org, VQA task): a list with ``image``, ``question``, ``answers``.
 
     Raises:
@@ -101,7 +101,7 @@ def read_vizwiz(source: Source) -> list[Item]:
     return make_items(source.data, enumerate(read_json(source.data, list)), make)
 
 
-def read_gqa(source: Source) -> list[Item]:
+def read_gqa(source: BenchmarkFiles) -> list[Item]:
     """Read ``testdev_balanced_questions.json`` (GQA, cs.stanford.edu): an object by question id.
 
     Raises:

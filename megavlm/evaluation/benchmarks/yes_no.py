@@ -8,13 +8,13 @@ from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.evaluation.benchmarks.files import make_items, picture_in, read_lines, text
-from megavlm.evaluation.benchmarks.spec import Item, Source
+from megavlm.evaluation.benchmarks.spec import BenchmarkFiles, Item
 
 _PICTURES = (".jpg", ".png", ".jpeg")
 _TEXTS, _INNER = "questions_answers_YN", "MME_Benchmark"
 
 
-def read_mme(source: Source) -> list[Item]:
+def read_mme(source: BenchmarkFiles) -> list[Item]:
     """Read MME's folder (``MME_Benchmark_release_version``, or ``MME_Benchmark`` in it): a folder per sub-task.
 
     A sub-task has either ``images/`` and ``questions_answers_YN/``, or pictures and texts side by side. The text
@@ -52,7 +52,7 @@ def read_mme(source: Source) -> list[Item]:
     return make_items(source.data, ((path.relative_to(root), path) for path in files), make)
 
 
-def read_pope(source: Source) -> list[Item]:
+def read_pope(source: BenchmarkFiles) -> list[Item]:
     """Read ``coco_pope_adversarial.json`` and its like (AoiDragon/POPE): JSON lines of COCO's val2014.
 
     Raises:

@@ -31,7 +31,7 @@ from megavlm.data.media import Arrangement, ImageLayout, plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
-    Question,
+    CheckQuestion,
     Theirs,
     close,
     compute,
@@ -65,7 +65,7 @@ _LEVEL, _SHARE = 1.0, 0.999
 
 
 @dataclass
-class Settings:
+class CheckSettings:
     """What is asked for."""
 
     hf: Path
@@ -79,7 +79,7 @@ class Settings:
 
 
 @dataclass
-class Row:
+class CheckRow:
     """What differs for one question; None where it could not be compared."""
 
     name: str
@@ -98,7 +98,7 @@ class Row:
     """What is above the tolerance."""
 
 
-def check(settings: Settings) -> int:
+def check(settings: CheckSettings) -> int:
     """Compare and report; return 0, or 1 where a difference is above the tolerance.
 
     Raises:
@@ -141,7 +141,7 @@ def _in_their_layout(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _check_memory(source: Source, dtype: torch.dtype, settings: Settings) -> None:
+def _check_memory(source: Source, dtype: torch.dtype, settings: CheckSettings) -> None:
     needed = sum(math.prod(one.shape) for one in source.tensors.values()) * dtype.itemsize * _ROOM
     free = free_memory()
     if needed > free:
@@ -162,7 +162,7 @@ class _Ours:
     layouts: list[ImageLayout]
     arrangement: Arrangement | None
 
-    def sample(self, question: Question) -> Sample:
+    def sample(self, question: CheckQuestion) -> Sample:
         """Return what both models are given."""
         assert question.ids is not None
         pixels = question.pixels if question.pixels is not None else self.pixels
@@ -170,15 +170,15 @@ class _Ours:
 
 
 def _ask(
-    settings: Settings, recipe: Recipe, tokenizer: Tokenizer, pictures: Sequence[Path]
-) -> tuple[list[Question], list[_Ours]]:
+    settings: CheckSettings, recipe: Recipe, tokenizer: Tokenizer, pictures: Sequence[Path]
+) -> tuple[list[CheckQuestion], list[_Ours]]:
     """Return every prompt with every picture, and the first one without any; and what is made of them here."""
     prompts = list(settings.prompts)
     asked = [(prompt, (path,)) for path in pictures for prompt in prompts] + [(prompts[0], ())]
     questions, ours = [], []
     for number, (prompt, paths) in enumerate(asked, 1):
         name = f"{number}: {paths[0].name if paths else 'no picture'}, {prompt[:40]!r}"
-        questions.append(Question(name, prompt, paths))
+        questions.append(CheckQuestion(name, prompt, paths))
         ours.append(_read(prompt, paths, recipe, tokenizer))
     return questions, ours
 
@@ -204,9 +204,9 @@ def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokeniz
 
 
 def _run(
-    settings: Settings, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, theirs: Theirs,
-    questions: Sequence[Question], ours: Sequence[_Ours],
-) -> list[Row]:  # fmt: skip
+    settings: CheckSettings, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, theirs: Theirs,
+    questions: Sequence[CheckQuestion], ours: Sequence[_Ours],
+) -> list[CheckRow]:  # fmt: skip
     """Run the one, then the other."""
     process(theirs, questions)
     rows = [_before(question, own, recipe) for question, own in zip(questions, ours, strict=True)]
@@ -240,9 +240,9 @@ def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     yield
 
 
-def _before(question: Question, own: _Ours, recipe: Recipe) -> Row:
+def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
     """Compare pixels and ids, where Transformers has made some."""
-    row = Row(question.name)
+    row = CheckRow(question.name)
     if question.pixels is not None and question.images:
         row.pixels = (math.inf, 0.0)
         if question.pixels.shape == own.pixels.shape:
@@ -260,7 +260,7 @@ def _before(question: Question, own: _Ours, recipe: Recipe) -> Row:
     return row
 
 
-def _settle(question: Question, own: _Ours, tokenizer: Tokenizer) -> None:
+def _settle(question: CheckQuestion, own: _Ours, tokenizer: Tokenizer) -> None:
     """Let both have the same ids and pixels: Transformers', or ours where it has none or they do not fit the model."""
     if question.pixels is None or question.pixels.shape != own.pixels.shape:
         question.pixels = own.pixels if question.images else None
@@ -270,7 +270,12 @@ def _settle(question: Question, own: _Ours, tokenizer: Tokenizer) -> None:
 
 
 def _compare(
-    question: Question, row: Row, chunks: Sequence[Any], recipe: Recipe, settings: Settings, sample: Sample
+    question: CheckQuestion,
+    row: CheckRow,
+    chunks: Sequence[Any],
+    recipe: Recipe,
+    settings: CheckSettings,
+    sample: Sample,
 ) -> None:
     """Compare features and logits."""
     assert question.logits is not None
@@ -291,7 +296,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return largest / max(1.0, float(theirs.abs().max())) if math.isfinite(largest) else math.inf
 
 
-def _compare_answers(question: Question, row: Row, answer: Sequence[int], tolerance: float) -> None:
+def _compare_answers(question: CheckQuestion, row: CheckRow, answer: Sequence[int], tolerance: float) -> None:
     """Compare greedy answers; where two tokens are as good as each other, rounding chooses."""
     pairs = list(zip(question.answer, answer, strict=False))
     row.answer = next((n for n, (one, other) in enumerate(pairs, 1) if one != other), 0)
@@ -312,7 +317,7 @@ def _ends(hf: Path, source: Source, tokenizer: Tokenizer) -> str | None:
     return f"answers end there with the ids {sorted(missing)} too, which do not end them here"
 
 
-def _report(settings: Settings, theirs: Theirs, rows: Sequence[Row], end: str | None) -> int:
+def _report(settings: CheckSettings, theirs: Theirs, rows: Sequence[CheckRow], end: str | None) -> int:
     """Say what was found."""
     import transformers  # noqa: PLC0415
 
@@ -341,7 +346,7 @@ def _report(settings: Settings, theirs: Theirs, rows: Sequence[Row], end: str | 
     return int(bool(bad))
 
 
-def _figures(row: Row) -> str:
+def _figures(row: CheckRow) -> str:
     pixels = "not compared" if row.pixels is None else (
         f"{row.pixels[0]:.1f} of 255 levels ({row.pixels[1]:.2%} within one)"
     )  # fmt: skip

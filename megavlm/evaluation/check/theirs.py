@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Question:
+class CheckQuestion:
     """A prompt and its pictures, and what Transformers made of both; on the CPU."""
 
     name: str
@@ -114,7 +114,7 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
 
-def process(theirs: Theirs, questions: Sequence[Question]) -> None:
+def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:
     """Let the processor make pixels and token ids of the questions, as far as the checkpoint has what that takes."""
     if theirs.processor is None:
         return
@@ -131,7 +131,7 @@ def process(theirs: Theirs, questions: Sequence[Question]) -> None:
         theirs.missing.append("token ids: the checkpoint has no chat template; ours are taken for both")
 
 
-def _process_one(processor: Any, question: Question, *, templated: bool) -> None:
+def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) -> None:
     images = [_opened(path) for path in question.images]
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question.prompt}]
     if templated:
@@ -166,7 +166,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 @torch.no_grad()
-def compute(theirs: Theirs, questions: Sequence[Question], max_new_tokens: int) -> None:
+def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: int) -> None:
     """Compute features, logits and greedy answers of questions that have ids and pixels."""
     device = local_device()
     for question in questions:

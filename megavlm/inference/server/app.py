@@ -186,7 +186,7 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
     # What is wrong with the request still gets a status of its own.
     async with contextlib.aclosing(_until_gone(http, pieces)) as watched:
         first = await anext(watched)
-    return _Stream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
+    return _EventStream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
 
 
 async def _json(http: Request, limits: Limits) -> Any:
@@ -322,7 +322,7 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-class _Stream(StreamingResponse):
+class _EventStream(StreamingResponse):
     """Events, and what their request holds until they are sent or nobody reads them."""
 
     def __init__(self, held: contextlib.AsyncExitStack, events: AsyncIterator[str]) -> None:

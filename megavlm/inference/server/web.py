@@ -39,7 +39,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @ui.page("/", title=f"{service.name} - megavlm")
     def page() -> None:
-        _Conversation(service).build()
+        _OpenPage(service).build()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks at every object there is, and torch has some that complain
@@ -101,7 +101,7 @@ async def _refuse(send: Send, status: int) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-class _Conversation:
+class _OpenPage:
     """What one open page shows."""
 
     def __init__(self, service: Service) -> None:

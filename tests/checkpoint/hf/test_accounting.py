@@ -13,7 +13,7 @@ import torch
 from hf_makers import SMALL
 from qwen_reference import State
 
-from megavlm.checkpoint.hf.incoming import Given
+from megavlm.checkpoint.hf.incoming import SourceOfParts
 from megavlm.cli import main
 
 FC = "transformer.h.1.mlp.c_proj.weight"
@@ -127,7 +127,7 @@ def test_everything_is_used_in_a_sound_source(source: Path) -> None:
     from megavlm.checkpoint.hf.accounting import check_source
     from megavlm.checkpoint.hf.shapes import alone, family_slots, make_model, make_rules
 
-    given = Given.open(source)
+    given = SourceOfParts.open(source)
     model = make_model(given.branches, "here")
     with alone():
         rules = make_rules(given.family, model, given.style, family_slots(given.family, model))
