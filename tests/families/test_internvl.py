@@ -87,7 +87,10 @@ def write_reference(model: PreTrainedModel, recipe: Recipe, path: Path) -> None:
     save_file({name: value.contiguous().clone() for name, value in stored.items()}, path)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.long) if name == "uneven" else name for name in MODELS],
+)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     tmp = tmp_path_factory.mktemp("internvl")
     model = MODELS[request.param]()
