@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from megavlm.config.architecture import architecture_of
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect, number
@@ -80,6 +79,7 @@ class InternViTFamily(Family):
     name = "intern_vit"
     title = "InternViT towers in their authors' layout"
     parts: ClassVar[tuple[str, ...]] = ("vision",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
@@ -105,7 +105,7 @@ class InternViTFamily(Family):
 def no_intern_vit(model: ModelConfig) -> str | None:
     """Return why a model's tower is not InternViT, or None."""
     vision = model.vision
-    if architecture_of(model, "vision").name != "vit" or vision.feature_layers is not None:
+    if vision.feature_layers is not None:
         return "the vision tower is no InternViT"
     kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
     if not all(kept) or vision.pre_layernorm or vision.post_layernorm:

@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megavlm.architectures.connectors.pixel_shuffle.tables import PIXEL_SHUFFLE
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import LLAMA_LANGUAGE, expect, need, number
+from megavlm.families.common import expect, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.intern_vit import (
@@ -30,17 +32,12 @@ from megavlm.families.intern_vit import (
 from megavlm.families.llama import no_llama
 from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.weights.files import read_json
-from megavlm.weights.rules import Table, both
+from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
 TEMPLATE = "internvl2_5"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 _LANGUAGES = ("qwen2", "qwen3", "llama")
-
-CONNECTOR = Table(
-    part="connector",
-    rest=(*both("norm", "{norm}"), *both("linear_1", "{linear_1}"), *both("linear_2", "{linear_2}")),
-)
 
 
 def _names(tower: str, projector: str, model: str, head: str) -> dict[str, str]:
@@ -54,6 +51,11 @@ class InternVLFamily(Family):
     name = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",),
+        "connector": ("pixel_shuffle",),
+        "language": ("decoder",),
+    }
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         # As published on the hub, and written by every version of Transformers.
         "hub": _names("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."),
@@ -87,7 +89,7 @@ class InternVLFamily(Family):
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         names = self.styles[style]
-        return [dataclasses.replace(table, names=names) for table in (self.tower, CONNECTOR, LLAMA_LANGUAGE)]
+        return [dataclasses.replace(table, names=names) for table in (self.tower, PIXEL_SHUFFLE, LLAMA_LANGUAGE)]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration of a model whose tower ends with the layer whose features are taken."""
