@@ -20,6 +20,8 @@ from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.containers import sharded_state
 from megavlm.config import architecture as registry
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
+from megavlm.data.media import plan_of
+from megavlm.models.arrange import add_newline
 from megavlm.models.build import MODULES
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -78,7 +80,10 @@ def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     if part == "vision":
         return registry.VISION.find(model.vision.preset).build(model.vision, context)
     if part == "connector":
-        return registry.CONNECTORS.find(model.connector.preset).build(model, context)
+        connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+        if plan_of(model).newline:
+            add_newline(connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
+        return connector
     return registry.LANGUAGE.find(model.language.preset).build(model.language, context)
 
 

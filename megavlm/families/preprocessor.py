@@ -123,19 +123,19 @@ def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = F
     Raises:
         UserError: pictures are treated in a way that is not done here.
     """
-    found = [(path, tree) for path, tree in _files(source) if tree]
+    found = [(path, tree) for path, tree in processor_files(source) if tree]
     aspect = source.config.get("image_aspect_ratio")
     if not found and aspect is None:
         return {}
     path, tree = found[0] if found else (source.directory / PREPROCESSOR, {})
-    branch = {"resample": _filter(tree, str(path))}
+    branch = {"resample": resampling(tree, str(path))}
     if isinstance(aspect, str) and aspect != "square":
         return {**branch, **_by_aspect(aspect, source)}
     if tree.get("do_resize") is False:
         raise UserError(f"{path}: do_resize is false; pictures are always resized here: set it to true")
     kind = str(tree.get("image_processor_type", ""))
     if kind.startswith(("LlavaOnevision", "LlavaNext")):
-        pinpoints = _pinpoints(tree.get("image_grid_pinpoints"), str(path))
+        pinpoints = pinpoints_of(tree.get("image_grid_pinpoints"), str(path))
         return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
     if tiles or tree.get("crop_to_patches"):
         limits = {"min_tiles": tree.get("min_patches", 1), "max_tiles": tree.get("max_patches", 12)}
@@ -166,7 +166,7 @@ def geometry(source: Source) -> str | None:
     return None
 
 
-def _files(source: Source) -> Iterator[tuple[Path, Tree]]:
+def processor_files(source: Source) -> Iterator[tuple[Path, Tree]]:
     """Yield the image processor's settings in either file."""
     for name in (PREPROCESSOR, PROCESSOR):
         path = source.directory / name
@@ -189,7 +189,12 @@ def _is_square(size: Any) -> bool:
     return isinstance(size, Mapping) and "height" in size and "width" in size
 
 
-def _filter(tree: Mapping[str, Any], where: str) -> str:
+def resampling(tree: Mapping[str, Any], where: str) -> str:
+    """Return the filter that a file names by PIL's number.
+
+    Raises:
+        UserError: it is none that there is here.
+    """
     number = tree.get("resample", _FILTERS["bicubic"])
     names = [name for name, value in _FILTERS.items() if value == number]
     if not names:
@@ -203,7 +208,7 @@ def _by_aspect(aspect: str, source: Source) -> Tree:
     if aspect == "pad":
         return {"kind": "pad", "fill": "mean"}
     if aspect.startswith("anyres"):
-        pinpoints = _pinpoints(source.config.get("image_grid_pinpoints"), where)
+        pinpoints = pinpoints_of(source.config.get("image_grid_pinpoints"), where)
         if aspect == "anyres":
             return {"kind": "anyres", **pinpoints}
         limit = aspect.removeprefix("anyres_max_")
@@ -212,7 +217,12 @@ def _by_aspect(aspect: str, source: Source) -> Tree:
     raise UserError(f"{where} is {aspect[:40]!r}; there are square, pad, anyres and anyres_max_N")
 
 
-def _pinpoints(value: Any, where: str) -> Tree:
+def pinpoints_of(value: Any, where: str) -> Tree:
+    """Return ``pinpoints`` of ``image_grid_pinpoints``; empty where there are none.
+
+    Raises:
+        UserError: they are no resolutions.
+    """
     if value is None:
         return {}
     good = isinstance(value, list) and all(
@@ -260,6 +270,10 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     elif image.kind == "pad" and image.fill in (None, "mean"):
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
+    elif image.kind in ("anyres", "anyres_max"):
+        from megavlm.families.anyres import trained_anyres  # noqa: PLC0415 - it takes from here
+
+        own = trained_anyres(model)
     elif image.kind == "dynamic_tiles":
         kind = str(old.get("image_processor_type"))
         own = {"image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor", "size": square}
