@@ -45,7 +45,7 @@ _DEFAULTS: dict[str, Tree] = {
 }  # fmt: skip
 
 
-def _with_newline(styles: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+def _with_newline(styles: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
     """Return LLaVA's namings, with the newline vector's name in each."""
     return {
         style: {**names, "newline": "model.image_newline" if style.startswith("modules") else "image_newline"}
@@ -211,8 +211,8 @@ def _language(source: Source, head: str) -> Tree:
         window, longest = text.get("sliding_window"), text["max_position_embeddings"]
         if window is not None and window < longest:
             raise UserError(
-                f"{where}: sliding_window of text_config is {window!r}, and max_position_embeddings {longest}; only null,"
-                " or a window that none leaves, is supported"
+                f"{where}: sliding_window of text_config is {window!r}, and max_position_embeddings {longest}; only"
+                " null, or a window that none leaves, is supported"
             )
         text["model_type"] = "llama"
     language = llama_language(text, where)
