@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_internvl_sizes import count, model_of, rounded
+from test_internvl_sizes import count, model_of
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -32,10 +32,15 @@ PUBLISHED = {
 }  # fmt: skip
 SHORT = ("llava_1_6_mistral_7b", "llava_onevision_0_5b")
 KINDS: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], int, int]] = {
-    # Layers of the published tower; tokens of 640 x 480.
+    # Layers of the published tower; tokens of 640 x 480, as Transformers' processors count them.
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, 24, 2340),
-    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, 26, 3699),
+    "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, 26, 2929),
 }
+
+
+def rounded(number: int, like: str) -> str:
+    scale, digits = {"M": 1e6, "B": 1e9}[like[-1]], len(like[:-1].partition(".")[2])
+    return f"{number / scale:.{digits}f}{like[-1]}"
 
 
 def case(preset: str) -> Any:
