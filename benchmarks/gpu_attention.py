@@ -51,7 +51,7 @@ def _compare(
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megavlm.layers.specs import layer_modules
+    from megavlm.layers.specs import LayerKind, layer_modules
     from megavlm.parallel.device import local_device
 
     cross, groups = groups < 0, abs(groups)
@@ -68,8 +68,9 @@ def _compare(
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     if lengths is not None and causal:
         mask = AttnMaskType.padding_causal
+    kind = LayerKind("causal" if causal else "full")
     core = build_module(
-        layer_modules(transformer_engine=impl == "transformer_engine", causal=causal).core_attention,
+        layer_modules(kind, transformer_engine=impl == "transformer_engine").core_attention,
         config=config,
         layer_number=1,
         attn_mask_type=mask,

@@ -62,3 +62,15 @@ def test_only_parallel_asks_which_device_there_is() -> None:
                 or (isinstance(node, ast.alias) and node.name == "has_cuda")
             ]
             assert not asked, f"{path}: lines {asked}; ask megavlm.parallel.device"
+
+
+# What every family is, those that are registered, and what Transformers' towers and processors have in common.
+OF_ALL_FAMILIES = {"family", "known", "registry", "presets", "preprocessor", "towers", "composing"}
+
+
+def test_converters_know_no_family() -> None:
+    known = _modules()
+    for name, path in known.items():
+        if name.startswith("megavlm.checkpoint."):
+            families = {m for m in imports(path, known) if m.startswith("megavlm.families.")}
+            assert {m.removeprefix("megavlm.families.") for m in families} <= OF_ALL_FAMILIES, name

@@ -28,7 +28,7 @@ FrozenLinear = FrozenColumnParallelLinear | FrozenRowParallelLinear
 def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapter | None:
     """Return the adapters of a linear layer, named inside a layer of the language model; None for none."""
     assert lora.rank is not None
-    own = [target for target in targets_of(lora, language.layer_names) if target.linear == linear]
+    own = [target for target in targets_of(lora, language) if target.linear == linear]
     if not own:
         return None
     parts, grouped = own[0].parts, False

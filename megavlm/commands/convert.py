@@ -252,12 +252,12 @@ def run_incoming(args: argparse.Namespace) -> int:
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
-    from megavlm.checkpoint.hf.apart import check_stage_1, open_whole  # noqa: PLC0415
-    from megavlm.checkpoint.hf.incoming import SourceOfParts, convert  # noqa: PLC0415
-    from megavlm.families.qwen import CodeFuseFamily, published_parts  # noqa: PLC0415
+    from megavlm.checkpoint.hf.incoming import SourceOfParts, convert, open_whole  # noqa: PLC0415
+    from megavlm.families.composing import check_stage_1  # noqa: PLC0415
+    from megavlm.families.known import scattered  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
-    parts = published_parts(args.hf) if args.hf is not None else {}
+    family, parts = scattered(args.hf) if args.hf is not None else (None, {})
     fresh: dict[str, Any] = {}
     if parts and not apart:
         given = [SourceOfParts.open(path, [part]) for part, path in parts.items()]
@@ -268,7 +268,8 @@ def run_incoming(args: argparse.Namespace) -> int:
         check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
-    home = CodeFuseFamily.name if parts else given[0].family.name if len(given) > 1 and args.hf is not None else None
+    whole = family or (given[0].family if len(given) > 1 and args.hf is not None else None)
+    home = whole.name if whole is not None else None
     report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify, home=home)
     for line in report.lines():
         logger.info("%s", line)
@@ -375,16 +376,14 @@ def _fresh(args: argparse.Namespace, given: Sequence[Any], base: dict[str, Any] 
         fresh["connector"] = dict(model["connector"])
         return fresh
     branches = {part: one.branches[part] for one in given for part in one.parts} | fresh
-    qwen = not branches["vision"].get("class_token") and not branches["vision"].get("conv_bias")
-    name = args.connector_preset or ("resampler" if qwen else "mlp2x_gelu")
+    from megavlm.families.composing import fresh_connector  # noqa: PLC0415 - torch
+
+    fresh["connector"] = fresh_connector(branches, args.connector_preset)
     load_presets()
     try:
-        CONNECTORS.find(name)
+        CONNECTORS.find(fresh["connector"]["preset"])
     except UserError as error:
         raise UserError(f"--connector-preset: {error}") from None
-    fresh["connector"] = {"preset": name}
-    if name == "resampler":
-        fresh["connector"] |= {"num_queries": 256, "head_dim": min(128, branches["language"]["hidden_size"])}
     return fresh
 
 

@@ -47,6 +47,8 @@ class Architecture:
             FP8 asks to be whole blocks; None where that is not known, and FP8 is refused.
         cost: what the planner, MFU and the order of packs ask (:mod:`megavlm.architectures.cost`): a module, or an
             object with the same functions; None where it is not known, and these are refused.
+        targets: of a language model, by its branch: what ``lora.targets`` may name (``megavlm.config.lora.Target``);
+            None where it takes no adapters.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Architecture:
     rules: Callable[[Any, Any], Iterator[str]] = no_rules
     products: Callable[[Any, int], tuple[tuple[str, int, int], ...]] | None = None
     cost: Any = None
+    targets: Callable[[Any], tuple[Any, ...]] | None = None
 
     def make(self, *args: Any, **kwargs: Any) -> Any:
         """Call the builder, whose module is imported now."""
@@ -151,12 +154,17 @@ def load() -> None:
         importlib.import_module(_ROOMS).load_presets()
 
 
-def architecture_of(model: Any, branch: str) -> Architecture:
-    """Return the architecture of a branch (vision, connector or language) of a ``ModelConfig``."""
+def architecture_named(branch: str, preset: str) -> Architecture:
+    """Return the architecture of a preset of a branch (vision, connector or language)."""
     load()
-    architecture = BRANCHES[branch].find(getattr(model, branch).preset).architecture
+    architecture = BRANCHES[branch].find(preset).architecture
     assert architecture is not None
     return architecture
+
+
+def architecture_of(model: Any, branch: str) -> Architecture:
+    """Return the architecture of a branch of a ``ModelConfig``."""
+    return architecture_named(branch, getattr(model, branch).preset)
 
 
 def own_of(model: Any, branch: str) -> Any:

@@ -6,8 +6,9 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megavlm.config.architecture import architecture_named
 from megavlm.config.errors import UserError
-from megavlm.config.schema import LoraConfig, Recipe
+from megavlm.config.schema import LanguageConfig, LoraConfig, Recipe
 
 _KEY = "lora."
 
@@ -38,33 +39,21 @@ _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 LINEARS = (_QKV, _PROJ, _FC1, _FC2)
 """The linear layers of a layer of the language model."""
 
-TARGETS: dict[str, tuple[Target, ...]] = {
-    "qwen": (
-        Target("attn.c_attn", _QKV),
-        Target("attn.c_proj", _PROJ),
-        Target("mlp.w2", _FC1, 0, 2),  # w2 is the gate
-        Target("mlp.w1", _FC1, 1, 2),
-        Target("mlp.c_proj", _FC2),
-    ),
-    "llama": (
-        *(Target(f"self_attn.{name}_proj", _QKV, i, 3) for i, name in enumerate("qkv")),
-        Target("self_attn.o_proj", _PROJ),
-        Target("mlp.gate_proj", _FC1, 0, 2),
-        Target("mlp.up_proj", _FC1, 1, 2),
-        Target("mlp.down_proj", _FC2),
-    ),
-}
-"""By ``model.language.layer_names``. The tables of :mod:`megavlm.families` name the same layers."""
+
+def known_targets(language: LanguageConfig) -> tuple[Target, ...]:
+    """Return what ``lora.targets`` may name; nothing, where the language model's architecture takes no adapters."""
+    architecture = architecture_named("language", language.preset)
+    return () if architecture.targets is None else tuple(architecture.targets(language))
 
 
-def targets_of(lora: LoraConfig, layer_names: str) -> tuple[Target, ...]:
+def targets_of(lora: LoraConfig, language: LanguageConfig) -> tuple[Target, ...]:
     """Return the layers that get adapters."""
-    return tuple(t for t in TARGETS[layer_names] if any(t.called(name) for name in lora.targets))
+    return tuple(t for t in known_targets(language) if any(t.called(name) for name in lora.targets))
 
 
 def lora_rules(recipe: Recipe) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
-    lora, names = recipe.lora, recipe.model.language.layer_names
+    lora = recipe.lora
     if lora.rank is None:
         plain = LoraConfig()
         for name in ("alpha", "dropout", "targets", "train_embeddings", "train_head", "quantize"):
@@ -74,11 +63,18 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
                     "the branch)"
                 )
         return
-    known = ", ".join(target.path for target in TARGETS[names])
+    targets = known_targets(recipe.model.language)
+    if not targets:
+        yield (
+            f"{_KEY}rank: model.language.preset {recipe.model.language.preset!r} is of an architecture that names no "
+            "layers for adapters; set this to null"
+        )
+        return
+    known = ", ".join(target.path for target in targets)
     if not lora.targets:
         yield f"{_KEY}targets: names no layer; name some of {known}"
     for name in lora.targets:
-        if not any(target.called(name) for target in TARGETS[names]):
+        if not any(target.called(name) for target in targets):
             yield f"{_KEY}targets: {name!r} is none of the language model's layers; there are {known} (or their ends)"
     if recipe.modules.language.freeze:
         yield (

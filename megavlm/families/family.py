@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megavlm.config.architecture import architecture_of
 from megavlm.config.schema import ModelConfig
 from megavlm.weights.rules import Aside, Row, Table
 from megavlm.weights.source import CONFIG, Source
@@ -32,13 +33,16 @@ class Family(ABC):
     """For people."""
     parts: ClassVar[tuple[str, ...]]
     """The parts of a model that it holds, in the order in which they are converted."""
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Names of the architectures that its parts may be of: :meth:`refuses` gets no other model. A part that does not
+    stand here may be of any."""
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {"": {}}
     """Namings that are in use, by name; the first is written where nothing else is known. Each says what the
     words in braces in the tables' names stand for."""
 
     template: ClassVar[str | None] = None
     """Name of the chat template that its conversations are written in, which the recipe of a converted checkpoint
-    gets as ``model.template``; None for that key's default."""
+    gets as ``model.template`` unless :meth:`templates` knows a better one; None for that key's default."""
     image_plan: ClassVar[str | None] = None
     """Name of the image plan of its pictures, which a converted checkpoint gets as ``model.image.kind``, unless
     :meth:`branches` has an ``image``; None for that key's default."""
@@ -48,8 +52,14 @@ class Family(ABC):
     """Keys of ``config.json`` by which the family's code takes the tower from the checkpoint, once it was trained."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
+    own_files: ClassVar[tuple[str, ...]] = ()
+    """Small files that say, beside ``config.json``, what it is in no other family."""
+    with_tower_trained: ClassVar[str | None] = None
+    """Of a family whose tower is named and not held: the one that holds it, which is written once it was trained."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    read_as: ClassVar[str | None] = None
+    """Name of the family that Transformers reads such a model as, where it has no class for this one."""
     modules: ClassVar[str | None] = None
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 
@@ -79,8 +89,17 @@ class Family(ABC):
         """
 
     def refuses(self, model: ModelConfig) -> str | None:
-        """Return why the family cannot hold ``model``, or None if it can."""
+        """Return why the family cannot hold ``model``, whose parts are of its architectures, or None if it can."""
         return None
+
+    def refusal(self, model: ModelConfig) -> str | None:
+        """Return why the family cannot hold any model, or None if it can."""
+        for part, known in self.architectures.items():
+            there = architecture_of(model, part).name
+            if part in self.parts and there not in known:
+                preset = getattr(model, part).preset
+                return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
+        return self.refuses(model)
 
     def constants(self, model: ModelConfig, style: str) -> Constants:
         """Return tensors without an effect that the family's code wants to load all the same.
@@ -90,8 +109,15 @@ class Family(ABC):
         return {}
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
-        """Return what ``processor_config.json`` says after a training; empty for what LLaVA's processor needs."""
+        """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def feature_layer(self, model: ModelConfig) -> Any:
+        """Return the layer, or layers, whose features a tower that is written anew gives.
+
+        Of a family of towers alone, whose ``config.json`` does not say it: see :class:`megavlm.weights.source.Source`.
+        """
+        return -2
 
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
         """Return the whole tower of a ``config.json`` in Transformers' form, with the layer whose features are taken.
@@ -108,6 +134,34 @@ class Family(ABC):
     def extra_files(self, source: Source) -> dict[str, Tree]:
         """Return what is to lie beside the small files of ``source``, as an export could not know it."""
         return {}
+
+    def scattered(self, directory: Path) -> dict[str, Path]:
+        """Return where the parts lie, for a checkpoint that is published in pieces; empty for any other directory."""
+        return {}
+
+    def tower_apart(self, source: Source, vision: Path | None) -> tuple[Path, Any] | None:
+        """Return where the tower is that ``source`` only names, and the layer, or layers, whose features are taken.
+
+        None for a family whose checkpoints need no other one.
+
+        Args:
+            source: of this family.
+            vision: what the user says.
+
+        Raises:
+            UserError: nobody says where it is.
+        """
+        return None
+
+    def pictures(self, source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
+        """Return ``model.image`` of a checkpoint whose tower is apart.
+
+        Args:
+            source: the checkpoint.
+            tower: where its tower was found.
+            vision: ``model.vision``.
+        """
+        raise NotImplementedError(f"{self.name}: has its tower with it")
 
     def probe(self, style: str) -> str:
         """Return a name that a checkpoint in this naming has."""

@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megavlm.architectures.connectors.pixel_shuffle.tables import PIXEL_SHUFFLE
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.architecture import architecture_of
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import LLAMA_LANGUAGE, expect, need, number
+from megavlm.families.common import expect, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.llama import no_llama
@@ -84,11 +86,6 @@ ORIGINAL_TOWER = Table(
 )
 """InternViT as its authors write it."""
 
-CONNECTOR = Table(
-    part="connector",
-    rest=(*both("norm", "{norm}"), *both("linear_1", "{linear_1}"), *both("linear_2", "{linear_2}")),
-)
-
 
 def _names(tower: str, projector: str, model: str, head: str) -> dict[str, str]:
     layers = {"norm": "layer_norm", "linear_1": "linear_1", "linear_2": "linear_2"}
@@ -101,6 +98,11 @@ class InternVLFamily(Family):
     name = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",),
+        "connector": ("pixel_shuffle",),
+        "language": ("decoder",),
+    }
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         # As published on the hub, and written by every version of Transformers.
         "hub": _names("vision_tower.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head."),
@@ -134,7 +136,7 @@ class InternVLFamily(Family):
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         names = self.styles[style]
-        return [dataclasses.replace(table, names=names) for table in (self.tower, CONNECTOR, LLAMA_LANGUAGE)]
+        return [dataclasses.replace(table, names=names) for table in (self.tower, PIXEL_SHUFFLE, LLAMA_LANGUAGE)]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration of a model whose tower ends with the layer whose features are taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megavlm.config.errors import UserError
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from megavlm.families.family import Family
     from megavlm.weights.source import Source
 
-__all__ = ["FAMILIES", "detect", "register"]
+__all__ = ["FAMILIES", "detect", "register", "scattered"]
 
 _OURS = (
     "megavlm.families.projector:ProjectorFamily",
@@ -52,3 +53,12 @@ def detect(source: Source) -> Family:
     )
     known = "; ".join(f"{family.name} ({family.title})" for family in FAMILIES.values())
     raise UserError(f"{source.path}: {what} belongs to no family that is known here: {known}")
+
+
+def scattered(directory: Path) -> tuple[Family | None, dict[str, Path]]:
+    """Return the family that is published in pieces such as a directory has, and where each part lies."""
+    for family in FAMILIES.values():
+        parts = family.scattered(directory)
+        if parts:
+            return family, parts
+    return None, {}

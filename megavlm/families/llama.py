@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.schema import LanguageConfig, ModelConfig
-from megavlm.families.common import LLAMA_LANGUAGE
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.weights.rules import Table
@@ -18,6 +19,7 @@ class LlamaFamily(Family):
     name = "llama"
     title = "Llama, Vicuna, Qwen2, Qwen2.5, Qwen3 language models"
     parts = ("language",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("decoder",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megavlm.architectures.connectors.mlp.tables import LLAVA_PROJECTOR
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
+from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import LLAMA_LANGUAGE, LLAVA_PROJECTOR, TRANSFORMERS_VISION, expect, need
+from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Constants, Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import image_branch, normalisation
+from megavlm.families.preprocessor import image_branch, llava_processor, normalisation
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
 from megavlm.weights.rules import Table
@@ -26,6 +29,7 @@ class LlavaFamily(Family):
     name = "llava"
     title = "LLaVA (LlavaForConditionalGeneration)"
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {
         # As published on the hub, and read by every version of Transformers.
         "hub": {
@@ -125,6 +129,10 @@ class LlavaFamily(Family):
         """Return the norm behind the tower's layers, which LLaVA has and does not use."""
         prefix, shape = self.styles[style]["tower"] + "post_layernorm.", (model.vision.hidden_size,)
         return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
+
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what LLaVA's processor needs."""
+        return llava_processor(model.vision, image_token)
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector and language model must be LLaVA's kinds."""

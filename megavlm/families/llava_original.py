@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
+from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import LLAMA_LANGUAGE, TRANSFORMERS_VISION, expect, need
+from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.llama import no_llama
-from megavlm.families.preprocessor import image_branch, normalisation
+from megavlm.families.preprocessor import image_branch, llava_processor, normalisation
 from megavlm.families.projector import projector_branch, projector_table
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
@@ -70,12 +72,15 @@ class LlavaOriginalFamily(Family):
     name = "llava_original"
     title = "LLaVA in its authors' layout (mm_projector, mm_vision_tower)"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {
         "published": {"tower": "model.vision_tower.vision_tower.vision_model."},
         "transformers5": {"tower": "model.vision_tower.vision_tower."},
     }
     preprocesses = True
     slotless = True
+    own_files = (VISION_CONFIG,)
+    read_as = "llava"
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
 
@@ -164,6 +169,10 @@ class LlavaOriginalFamily(Family):
         own_file = {VISION_CONFIG: vision_config}
         return {**config, "mm_vision_tower": "vision_tower", "mm_vision_select_layer": layer, **own_file}
 
+    def processor(self, model: ModelConfig, image_token: str) -> Tree:
+        """Return what LLaVA's processor needs."""
+        return llava_processor(model.vision, image_token)
+
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector and language model must be LLaVA's kinds."""
         if not re.fullmatch("linear|mlp[0-9]+x_gelu", model.connector.preset):
@@ -206,6 +215,7 @@ class LlavaApartFamily(LlavaOriginalFamily):
 
     name = "llava_original_apart"
     title = "LLaVA in its authors' layout, its tower apart"
+    with_tower_trained = LlavaOriginalFamily.name
     parts = ("connector", "language")
 
     def detect(self, source: Source) -> bool:
@@ -229,6 +239,27 @@ class LlavaApartFamily(LlavaOriginalFamily):
         """Return two tables."""
         return super().tables(model, style)[1:]
 
+    def tower_apart(self, source: Source, vision: Path | None) -> tuple[Path, Any]:
+        """Return what the user says, or the directory that config.json names.
+
+        Raises:
+            UserError: the user does not say, and the name in config.json is no directory.
+        """
+        name, layer = str(source.config.get("mm_vision_tower")), source.config.get("mm_vision_select_layer", -2)
+        if vision is not None:
+            return vision, layer
+        for path in (source.directory / name, Path(name)):
+            if path.is_dir():
+                return path, layer
+        raise UserError(
+            f"{source.path}: has no vision tower; config.json names it (mm_vision_tower {name!r}): give its directory "
+            "with --vision DIR"
+        )
+
+    def pictures(self, source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
+        """As LLaVA in its authors' layout."""
+        return pictures(source, tower, vision)
+
 
 def pictures(source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
     """Return ``model.image``: padded where config.json says so, else as the tower's own processor does.
@@ -243,28 +274,6 @@ def pictures(source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
         return image_branch(source, vision["image_size"], clip=clip)
     own = image_branch(tower, vision["image_size"], clip=clip)
     return own or {"kind": "crop" if clip else "squash"}
-
-
-def tower_apart(source: Source, vision: Path | None) -> tuple[Path, Any]:
-    """Return where the tower's weights of a checkpoint without them are, and the layer whose features are taken.
-
-    Args:
-        source: of :class:`LlavaApartFamily`.
-        vision: what the user says.
-
-    Raises:
-        UserError: nobody says, and the name in config.json is no directory.
-    """
-    name, layer = str(source.config.get("mm_vision_tower")), source.config.get("mm_vision_select_layer", -2)
-    if vision is not None:
-        return vision, layer
-    for path in (source.directory / name, Path(name)):
-        if path.is_dir():
-            return path, layer
-    raise UserError(
-        f"{source.path}: has no vision tower; config.json names it (mm_vision_tower {name!r}): give its directory with "
-        "--vision DIR"
-    )
 
 
 def _is_original(source: Source) -> bool:

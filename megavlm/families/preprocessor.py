@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -222,6 +222,15 @@ def _pinpoints(value: Any, where: str) -> Tree:
     if not good:
         raise UserError(f"{where}: image_grid_pinpoints must be a list of [height, width]")
     return {"pinpoints": value}
+
+
+def llava_processor(vision: VisionConfig, image_token: str) -> Tree:
+    """Return what LLaVA's processor of Transformers needs to make slots of an image's token."""
+    clip = vision.class_token
+    return {
+        "image_token": image_token, "num_additional_image_tokens": int(clip), "patch_size": vision.patch_size,
+        "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default" if clip else "full",
+    }  # fmt: skip
 
 
 def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:

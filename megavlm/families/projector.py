@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from megavlm.architectures.connectors.mlp.tables import LINEAR_PROJECTOR, SEQUENTIAL_PROJECTOR
+from megavlm.architectures.connectors.resampler.tables import RESAMPLER
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
-from megavlm.families.common import LINEAR_PROJECTOR, RESAMPLER, SEQUENTIAL_PROJECTOR
 from megavlm.families.family import Family, Tree
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
@@ -63,6 +64,7 @@ class ProjectorFamily(Family):
     name = "mm_projector"
     title = "a connector alone: mm_projector.bin"
     parts = ("connector",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"connector": ("mlp", "resampler")}
     styles: ClassVar = {f"model.{PROJECTOR}": {}, f"transformer.{PROJECTOR}": {}, PROJECTOR: {}}
     pickle = "mm_projector.bin"
 

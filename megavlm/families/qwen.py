@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from megavlm.architectures.connectors.resampler.tables import RESAMPLER
+from megavlm.architectures.decoders.decoder.tables import QWEN_LANGUAGE
+from megavlm.architectures.towers.vit.tables import QWEN_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ConnectorConfig, ImageConfig, ModelConfig, VisionConfig
-from megavlm.families.common import QWEN_LANGUAGE, QWEN_VISION, RESAMPLER, need
+from megavlm.families.common import need
 from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch
@@ -29,6 +32,7 @@ class QwenFamily(Family):
     title = "Qwen v1 language models"
     template = "qwen_vl"
     parts: ClassVar[tuple[str, ...]] = ("language",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("decoder",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``; CodeFuse-VLM's language model may have its own."""
@@ -62,6 +66,7 @@ class QwenVLFamily(QwenFamily):
     name = "qwen_vl"
     title = "Qwen-VL, Qwen-VL-Chat, Belle-VL"
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
 
     def detect(self, source: Source) -> bool:
         """By ``model_type`` and the ``visual`` settings."""
@@ -140,7 +145,13 @@ class CodeFuseFamily(QwenFamily):
 
     name = "codefuse_vlm"
     title = "CodeFuse-VLM-14B"
+    own_files = ("visual_config.json",)
     parts = ("vision", "connector", "language")
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",),
+        "connector": ("mlp", "resampler"),
+        "language": ("decoder",),
+    }
 
     def detect(self, source: Source) -> bool:
         """By ``model_type`` and the tower's names."""
@@ -193,22 +204,21 @@ class CodeFuseFamily(QwenFamily):
         start = source.config.get("visual_config", {}).get("image_start_id")
         return {"image_start": start, "image": start + 2} if isinstance(start, int) else {}
 
+    def scattered(self, directory: Path) -> dict[str, Path]:
+        """Return where the parts lie in CodeFuse-VLM-14B as it is published.
 
-def published_parts(directory: Path) -> dict[str, Path]:
-    """Return where the parts lie in CodeFuse-VLM-14B as it is published; empty for any other directory.
-
-    The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
-    ``mm_projector``.
-    """
-    parts = {
-        "language": directory,
-        "vision": directory / "Qwen-VL-visual",
-        "connector": directory / "mm_projector" / "mm_projector.bin",
-    }
-    if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
-        return {}
-    merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
-    return {} if merged else parts
+        The language model is in the directory itself, ``visual.bin`` in ``Qwen-VL-visual`` and ``mm_projector.bin`` in
+        ``mm_projector``.
+        """
+        parts = {
+            "language": directory,
+            "vision": directory / "Qwen-VL-visual",
+            "connector": directory / "mm_projector" / "mm_projector.bin",
+        }
+        if not (parts["vision"] / "visual.bin").is_file() or not parts["connector"].is_file():
+            return {}
+        merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
+        return {} if merged else parts
 
 
 class QwenTowerFamily(Family):
@@ -216,7 +226,9 @@ class QwenTowerFamily(Family):
 
     name = "qwen_visual"
     title = "Qwen-VL's tower alone: visual.bin and visual_config.json"
+    own_files = ("visual_config.json",)
     parts = ("vision",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",)}
 
     def detect(self, source: Source) -> bool:
         """By its names."""

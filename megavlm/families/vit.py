@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.schema import ModelConfig, VisionConfig
-from megavlm.families.common import TRANSFORMERS_VISION
 from megavlm.families.family import Constants, Family, Tree, config_file
 from megavlm.families.preprocessor import normalisation
-from megavlm.families.towers import transformers_vision, transformers_vision_config
+from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision, transformers_vision_config
 from megavlm.weights.rules import Aside, Table
 from megavlm.weights.source import Source
 
@@ -27,6 +27,7 @@ class ClipFamily(Family):
     name = "clip"
     title = "CLIP vision towers (OpenAI, LAION) in Transformers' layout"
     parts = ("vision",)
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",)}
     preprocesses = True
     styles: ClassVar = {"vision_model.": {}, "": {}}
     kinds: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model")
@@ -61,6 +62,12 @@ class ClipFamily(Family):
             return {}
         prefix, shape = style + "post_layernorm.", (model.vision.hidden_size,)
         return {prefix + "weight": (shape, 1.0), prefix + "bias": (shape, 0.0)}
+
+    def feature_layer(self, model: ModelConfig) -> Any:
+        """Return the last layer, with which the tower ends here, or several."""
+        if model.vision.feature_layers is not None:
+            return list(model.vision.feature_layers)
+        return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
 
     def refuses(self, model: ModelConfig) -> str | None:
         """A class token and a first norm make a CLIP."""

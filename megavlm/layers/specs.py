@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -51,6 +51,21 @@ large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get t
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a layer does. A model's plan has one for each of its layers; equal kinds are built alike."""
+
+    mixer: Literal["causal", "full"]
+    """Attention in a segment: of each position to those before it and itself, or to all."""
+    head_dim: int = 0
+    """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
+    qk_layernorm: bool = False
+    """Each head's queries and keys are normalised."""
+
+
+_MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask}
+
+
+@dataclass(frozen=True)
 class Modules:
     """The parts from which a layer is built."""
 
@@ -61,38 +76,31 @@ class Modules:
     row_parallel: Any = RowParallelLinear
 
 
-def layer_modules(
-    *,
-    transformer_engine: bool,
-    causal: bool,
-    qk_layernorm: bool = False,
-    linears: Mapping[str, Any] | None = None,
-    head_dim: int = 0,
-) -> Modules:
-    """Return the parts for a decoder (``causal``) or an encoder.
+def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None) -> Modules:
+    """Return the parts of a layer.
 
     ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
     layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
-    a GPU). ``head_dim`` decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``.
+    a GPU).
 
-    With ``qk_layernorm``, each head's queries and keys are normalised. Every tensor-parallel rank has its own heads but
-    the same weights: Megatron-Core sums their gradients, which it knows by the names q_layernorm and k_layernorm.
+    With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
+    their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
-    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    mask = _MASKS[kind.mixer]
     core_attention, norm = TorchAttention, TorchNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
         norm = TENorm
-        if head_dim <= WIDEST_ENGINE_HEAD:
+        if kind.head_dim <= WIDEST_ENGINE_HEAD:
             core_attention = TEDotProductAttention
     if transformer_engine and linears is None:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=kind.qk_layernorm)
         layer.submodules.self_attention.module = CompactSelfAttention
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
         layer.submodules.self_attention.submodules.core_attention = core_attention
         return Modules(core_attention, norm, layer)
-    head_norm = norm if qk_layernorm else IdentityOp
+    head_norm = norm if kind.qk_layernorm else IdentityOp
     chosen = linears or {}
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -130,6 +138,6 @@ def layer_modules(
     return Modules(core_attention, norm, layer)
 
 
-def block_submodules(modules: Modules, num_layers: int) -> TransformerBlockSubmodules:
-    """Return the submodules of a block of ``num_layers`` (those of this pipeline stage) with a final norm."""
-    return TransformerBlockSubmodules(layer_specs=[modules.layer] * num_layers, layer_norm=modules.norm)
+def block_submodules(layers: Sequence[Modules]) -> TransformerBlockSubmodules:
+    """Return the submodules of a block of ``layers`` (those of this pipeline stage) with a final norm."""
+    return TransformerBlockSubmodules(layer_specs=[one.layer for one in layers], layer_norm=layers[0].norm)

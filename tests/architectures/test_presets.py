@@ -16,6 +16,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 from megavlm.architectures import registry
 from megavlm.architectures.connectors.mlp import MLP
 from megavlm.architectures.context import BuildContext
+from megavlm.architectures.decoders.decoder import build
 from megavlm.architectures.registry import (
     CONNECTORS,
     LANGUAGE,
@@ -31,6 +32,7 @@ from megavlm.data.device_batch import make_batch
 from megavlm.families import presets
 from megavlm.families.presets import expand_presets, load_presets
 from megavlm.families.registry import FAMILIES
+from megavlm.layers.specs import LayerKind
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.training.build import build_training
@@ -146,6 +148,22 @@ def test_pipeline_stages_add_up_to_the_whole_model(first: int | None, monkeypatc
             sums[name] += count(getattr(chunk, name))
     assert sums == SIZES["qwen_vl_7b"]
     assert layers == ([8] * 4 if first is None else [2, 15, 15])
+
+
+def test_each_stage_has_its_own_layers_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = whole("tiny"), LayerKind("causal")
+    assert set(build.layer_plan(model.language)) == {LayerKind("causal", head_dim=model.language.kv_channels)}
+    plan = (plain, LayerKind("full"), plain, LayerKind("causal", qk_layernorm=True))
+    monkeypatch.setattr(build, "layer_plan", lambda _language: plan)
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=1)
+    monkeypatch.setattr(mpu, "_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", 2)
+    found = []
+    for stage in range(2):
+        monkeypatch.setattr(mpu, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", stage)
+        chunk = build_on_meta(model, parallel, pre_process=stage == 0, post_process=stage == 1)
+        attention = [layer.self_attention for layer in chunk.language.decoder.layers]
+        found.append([(one.attn_mask_type.name, type(one.q_layernorm).__name__ != "IdentityOp") for one in attention])
+    assert found == [[("causal", False)], [("no_mask", False), ("causal", False), ("causal", True)]]
 
 
 def test_unknown_names_are_answered_with_those_that_exist() -> None:

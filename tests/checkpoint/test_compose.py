@@ -208,7 +208,7 @@ def test_tokens_that_the_language_model_lacks_get_rows(tmp_path: Path) -> None:
             ["--language", "{qwen}", "--vision", "{clip}", "--vision-feature-layer", "9"],
             "outside of the tower's 3 layers",
         ),
-        (["--language", "{qwen}", "--vision", "{clip}", "--vision-feature-layer", "x"], "neither a number nor"),
+        (["--language", "{qwen}", "--vision", "{clip}", "--vision-feature-layer", "x"], "is neither a number"),
     ],
 )
 def test_refusals(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

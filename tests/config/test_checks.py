@@ -359,18 +359,24 @@ def test_rules_of_adapters(overrides, message, refused):
     assert [line for line in refused(*overrides) if line.startswith(message)]
 
 
-def test_targets_are_the_names_of_the_families_tables():
-    from megavlm.config.lora import LINEARS, TARGETS
-    from megavlm.families.common import LLAMA_LANGUAGE, QWEN_LANGUAGE
+def test_targets_are_the_names_of_published_checkpoints():
+    """As PEFT lists them for Qwen v1 and for Llama (w2 and gate_proj are the gates)."""
+    from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE, QWEN_LANGUAGE
+    from megavlm.weights.targets import targets_in
 
-    for name, table in (("qwen", QWEN_LANGUAGE), ("llama", LLAMA_LANGUAGE)):
-        rows = {
-            row.ours[0].removesuffix(".weight"): row.theirs for row in table.layer if row.ours[0].endswith(".weight")
-        }
-        for linear in LINEARS:
-            own = sorted((t for t in TARGETS[name] if t.linear == linear), key=lambda t: t.part)
-            assert tuple(f"{t.path}.weight" for t in own) == rows[linear]
-            assert {t.parts for t in own} == {len(own)}
+    def named(table):
+        return [(t.path, t.linear.rpartition(".")[2], t.part, t.parts) for t in targets_in(table)]
+
+    assert named(QWEN_LANGUAGE) == [
+        ("attn.c_attn", "linear_qkv", 0, 1), ("attn.c_proj", "linear_proj", 0, 1), ("mlp.w2", "linear_fc1", 0, 2),
+        ("mlp.w1", "linear_fc1", 1, 2), ("mlp.c_proj", "linear_fc2", 0, 1),
+    ]  # fmt: skip
+    assert named(LLAMA_LANGUAGE) == [
+        ("self_attn.q_proj", "linear_qkv", 0, 3), ("self_attn.k_proj", "linear_qkv", 1, 3),
+        ("self_attn.v_proj", "linear_qkv", 2, 3), ("self_attn.o_proj", "linear_proj", 0, 1),
+        ("mlp.gate_proj", "linear_fc1", 0, 2), ("mlp.up_proj", "linear_fc1", 1, 2),
+        ("mlp.down_proj", "linear_fc2", 0, 1),
+    ]  # fmt: skip
 
 
 def test_a_connector_of_a_billion_layers(load):

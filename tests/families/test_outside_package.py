@@ -72,6 +72,7 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     install(site)
     monkeypatch.syspath_prepend(str(site))
     hf, megatron = published(tmp_path / "hf"), tmp_path / "megatron"
+    shutil.copy(run_data.root / "tokenizer.model", hf)
     there_and_back = (
         ["convert", "hf-to-megatron", "--hf", hf, "--out", megatron],
         ["convert", "megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "back"],
@@ -79,7 +80,10 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     ranks.run(commands, *there_and_back)
     model = yaml.safe_load((megatron / "recipe.yaml").read_text())["model"]
     assert model["template"] == "quilt" and model["image"]["kind"] == "top"
-    assert model["language"]["logits_scaling"] == 2.0 and model["connector"] == {"preset": "pool", "side": 2}
+    assert (
+        model["language"]["logits_scaling"] == 2.0
+        and model["connector"].items() >= {"preset": "pool", "side": 2}.items()
+    )
     before, after = load_file(hf / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert set(after) == set(before) - {"eyes.counter"}
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -104,13 +108,21 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     planned = ranks.megavlm(["plan", recipe, *words, *TP2_PP2, "--gpus", 4])
     assert "patchwork" in planned.output or "step" in planned.output, planned.output
 
-    # What was trained goes back: other weights under the same names.
+    # What was trained goes back: other weights under the same names, and its template.
     out = ["convert", "megatron-to-hf", "--megatron", tmp_path / "four", "--out", tmp_path / "trained"]
     ranks.run(commands, out)
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     assert set(trained) == set(after)
     for name in ("blocks.3.ffn.gain", "eyes.step.1.weight", "eyes.places", "bridge.bias"):
         assert not torch.equal(trained[name], before[name]), name
+    assert "'Q: '" in (said := (tmp_path / "trained" / "chat_template.jinja").read_text()) or '"Q: "' in said
+
+    # Where nothing says what the weights came as, it is the only family that can hold them.
+    (megatron / "hf" / "conversion.json").unlink()
+    ranks.run(commands, ["convert", "megatron-to-hf", "--megatron", megatron, "--out", tmp_path / "unnamed"])
+    unnamed = load_file(tmp_path / "unnamed" / "model.safetensors")
+    assert set(unnamed) == set(after) and all(torch.equal(value, before[name]) for name, value in unnamed.items())
+    assert json.loads((tmp_path / "unnamed" / "config.json").read_text()).items() >= CONFIG.items()
 
     # Its own figures are those that count.
     (found,) = ranks.run(counted, recipe, *words)
@@ -121,8 +133,14 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     language = 4 * (attention + weights + 100 * 64) + 2 * 100 * 64 * 512
     assert flops == 3 * (tower + connector + language)
 
+    # Adapters stand beside the layers that its table names.
+    lora = [*words, "lora.rank=4", "modules.vision.freeze=true", f"output_dir={tmp_path / 'lora'}"]
+    assert ranks.megavlm(["plan", recipe, *lora, "lora.targets=[attn.q,ffn.down]", "--gpus", 1]).code == 0
+    refused = ranks.megavlm(["plan", recipe, *lora, "lora.targets=[q_proj]", "--gpus", 1], check=False)
+    assert refused.code == 2 and "attn.q, attn.k, attn.v, attn.o, ffn.gate, ffn.up, ffn.down" in refused.output
+
     # Without figures: no plan, no order by cost, no MFU; training goes on.
-    uncounted = [*words, "model.vision.preset=uncounted"]
+    uncounted = [*words, "model.vision.preset=uncounted", "checkpoint.load=null"]
     refused = ranks.megavlm(["plan", recipe, *uncounted, "--gpus", 1], check=False)
     assert refused.code == 2 and "uncounted" in refused.output and "no figures" in refused.output
     refused = ranks.megavlm(["train", recipe, *uncounted, "data.balance_images=true"], check=False)
@@ -130,6 +148,12 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     plain = ["train", recipe, f"output_dir={tmp_path / 'plain'}", *uncounted, "data.balance_images=false"]
     ranks.run(commands, plain, world=1, peak=1e12)
     assert [line["loss"] > 0 and "mfu" not in line for line in lines_of(tmp_path / "plain")] == [True, True]
+    # That tower is of an architecture that no family has, and each says so.
+    out = ["convert", "megatron-to-hf", "--megatron", tmp_path / "plain", "--out", tmp_path / "nowhere"]
+    refused = ranks.megavlm(out, check=False)
+    assert refused.code == 2 and "no Hugging Face family holds this model whole" in refused.output
+    assert "quilt: the vision preset 'uncounted' is of the architecture uncounted, not patchwork" in refused.output
+    assert "llava: the vision preset 'uncounted' is of the architecture uncounted, not vit" in refused.output
 
 
 def test_without_the_package_its_checkpoint_is_of_no_known_family(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.chat_files import has_template
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
+from megavlm.families.composing import with_tower
 from megavlm.families.family import Family, config_file
 from megavlm.families.known import detect
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
@@ -73,6 +74,21 @@ class SourceOfParts:
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
             where = source.directory / CONFIG
             raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
+
+
+def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[SourceOfParts]:
+    """Open a checkpoint for all that it has, with the tower that it only names.
+
+    Args:
+        path: the checkpoint.
+        vision: where its tower is, if the user says so.
+        feature_layer: of a tower that comes alone.
+
+    Raises:
+        UserError: a tower is given to a checkpoint that has one, or none to one that has not.
+    """
+    whole = SourceOfParts.open(path, None, feature_layer)
+    return with_tower(whole, vision, lambda tower, taken: SourceOfParts.open(tower, ["vision"], taken))
 
 
 @dataclass
@@ -143,6 +159,7 @@ def convert(
     for one in given:
         if tokenizer is not None and "language" in one.parts:
             _check_ids(one, tokenizer)
+    template = next((one.family.template for one in given if "language" in one.parts), None)
     report = Report(dict.fromkeys(fresh, "initialised"))
     report.notes = [
         note
@@ -153,9 +170,8 @@ def convert(
     ]
     rows = (branches.get("language") or {}).get("vocab_size")
     if len(given) > 1 or fresh or given[0].family.slotless:
-        _grow_vocabulary(branches, tokenizer, report)
+        _grow_vocabulary(branches, tokenizer, template or ModelConfig.template, report)
     where = ", ".join(str(one.source.path) for one in given)
-    template = next((one.family.template for one in given if "language" in one.parts), None)
     model = make_model(branches, where, template)
     speaker = next((one for one in given if "language" in one.parts), None)
     if speaker is not None and tokenizer is not None:
@@ -269,11 +285,12 @@ def _grown(tensor: Tensor, slot: Slot) -> Tensor:
     return torch.cat([tensor, rows.to(tensor.dtype)])
 
 
-def _grow_vocabulary(branches: Tree, tokenizer: Path | None, report: Report) -> None:
+def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, report: Report) -> None:
     """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
     if tokenizer is None or "language" not in branches:
         return
-    needed, rows = load_tokenizer(tokenizer).vocab_size, branches["language"]["vocab_size"]
+    needed = load_tokenizer(tokenizer, template_of(template, tokenizer)).vocab_size
+    rows = branches["language"]["vocab_size"]
     if needed > rows:
         grown = -(-needed // 64) * 64
         branches["language"] = {**branches["language"], "vocab_size": grown}
@@ -294,7 +311,8 @@ def _check_ids(one: SourceOfParts, path: Path) -> None:
     Raises:
         UserError: they do not; both are named.
     """
-    ids, tokenizer = one.family.tokens(one.source), load_tokenizer(path)
+    ids = one.family.tokens(one.source)
+    tokenizer = load_tokenizer(path, template_of(one.family.template or ModelConfig.template, path))
     for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there

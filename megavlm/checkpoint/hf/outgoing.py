@@ -31,9 +31,8 @@ from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.known import FAMILIES
-from megavlm.families.llava_original import VISION_CONFIG, LlavaApartFamily, LlavaOriginalFamily
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
-from megavlm.families.towers import LAST_HIDDEN_STATE, FeatureLayer
+from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -41,7 +40,6 @@ from megavlm.weights.source import CONFIG, Source
 logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_VISUAL_CONFIG = "visual_config.json"
 IMAGE = "image"
 """The branch of ``model`` that is no part of it: it has no weights."""
 
@@ -115,8 +113,9 @@ def export(
     branches = model_branches(checkpoint, record)
     model = make_model(branches, str(checkpoint))
     name = family_name or record.get("family") or record.get("home")
-    if family_name is None and name == LlavaApartFamily.name and tower_learnt(checkpoint):
-        name = LlavaOriginalFamily.name  # the tower that is named elsewhere is not this one any more
+    came = FAMILIES.get(str(name))
+    if family_name is None and came is not None and came.with_tower_trained and tower_learnt(checkpoint):
+        name = came.with_tower_trained  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
     original = record.get("family") == family.name
     style = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
@@ -149,7 +148,7 @@ def export(
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial, entries, record)
-            source = Source(partial, _feature_layer(record, model, original=original))
+            source = Source(partial, _feature_layer(record, family, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
             if verify and dtype is None:
@@ -191,7 +190,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
             raise UserError(f"--family {name}: there are {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         missing = [part for part in family.parts if part not in parts]
-        reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refuses(model)
+        reason = f"the checkpoint has no {' and no '.join(missing)}" if missing else family.refusal(model)
         if reason is None:
             return family
         if asked:
@@ -199,7 +198,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     fitting, reasons = [], []
     for family in FAMILIES.values():
         if set(family.parts) == set(parts):
-            reason = family.refuses(model)
+            reason = family.refusal(model)
             if reason is None:
                 fitting.append(family)
             else:
@@ -209,7 +208,7 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
     if fitting and name is not None:
         others = " or ".join(f"--family {family.name}" for family in fitting)
         raise UserError(
-            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refuses(model)}); "
+            f"the weights came as {name}, which cannot hold the model as it is now ({FAMILIES[name].refusal(model)}); "
             f"another that can is written if you ask for it: {others}"
         )
     raise UserError(
@@ -305,14 +304,15 @@ def _write_assets(
     folder = checkpoint / assets.FOLDER
     files = [path for path in assets.small_files(folder) if path.name != assets.RECORD] if folder.is_dir() else []
     if not original:
-        files = [path for path in files if path.name not in (CONFIG, _VISUAL_CONFIG, VISION_CONFIG)]
+        theirs = {CONFIG, *(name for one in FAMILIES.values() for name in one.own_files)}
+        files = [path for path in files if path.name not in theirs]
     assets.copy_files(files, partial)
     tokens = _tokens(checkpoint, record, folder)
     if not original:
         config = family.config(model, tokens)
         _write_config(partial, {}, family.with_tower(config, *kin.tower) if kin is not None else config)
         return
-    source = Source(partial, _feature_layer(record, model, original=original))
+    source = Source(partial, _feature_layer(record, family, model, original=original))
     result.changed = _differences(family, source, model)
     if result.changed:
         old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
@@ -352,13 +352,9 @@ def _system_message(checkpoint: Path) -> str | None:
     return None if message is None else str(message)
 
 
-def _feature_layer(record: Mapping[str, Any], model: ModelConfig, *, original: bool) -> FeatureLayer:
-    """Return the layer whose features a tower alone gives: a tower that is written anew ends with it."""
-    if original:
-        return record.get("feature_layer") or -2
-    if model.vision.feature_layers is not None:
-        return list(model.vision.feature_layers)
-    return LAST_HIDDEN_STATE if model.vision.post_layernorm else -1
+def _feature_layer(record: Mapping[str, Any], family: Family, model: ModelConfig, *, original: bool) -> FeatureLayer:
+    """Return the layer whose features a tower alone gives."""
+    return record.get("feature_layer") or -2 if original else family.feature_layer(model)
 
 
 def _tokens(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, int]:

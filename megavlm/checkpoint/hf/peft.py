@@ -32,7 +32,7 @@ from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
-from megavlm.config.lora import LINEARS, TARGETS
+from megavlm.config.lora import LINEARS, known_targets
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
 from megavlm.layers.lora import Adapter
@@ -291,7 +291,7 @@ def _plan(
     trains = {key: rule is not None and rule.row.theirs[0] in left for key, rule in whole.items()}
     targets = tuple(
         t.path
-        for t in TARGETS[model.language.layer_names]
+        for t in known_targets(model.language)
         if any(layer.linear == t.linear and layer.theirs[_index(t.part, layer)] in given for layer in layers)
     )
     if trains["train_embeddings"] and model.language.tie_word_embeddings:

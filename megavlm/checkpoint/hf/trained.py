@@ -98,7 +98,7 @@ def write_trained(
         if config | tokens != _read(partial / CONFIG):
             _write(partial / CONFIG, config | tokens)
     if family.preprocesses and "vision" in family.parts:
-        _write_processor(partial, model, image, family.processor(model, image))
+        _write_processor(partial, family.processor(model, image))
     again = load_tokenizer(path, tokenizer.template)
     if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED) or again.ids != tokenizer.ids:
         raise RuntimeError(f"{path}: what was written gives other ids than those of training")
@@ -175,16 +175,12 @@ def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *,
     return [f"{_JINJA}: {kind}, as trained ({proof})"]
 
 
-def _write_processor(partial: Path, model: ModelConfig, image: str, own: Tree) -> None:
-    """Write what the family's processor, or LLaVA's, needs to make slots of an image's token."""
+def _write_processor(partial: Path, own: Tree) -> None:
+    """Write what the family's processor needs to make slots of an image's token."""
     old = _read(partial / PROCESSOR)
     old.pop("image_processor", None)  # it stands in a file of its own now
-    clip = model.vision.class_token
-    own = own or {
-        "image_token": image, "num_additional_image_tokens": int(clip), "patch_size": model.vision.patch_size,
-        "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default" if clip else "full",
-    }  # fmt: skip
-    _write(partial / PROCESSOR, old | own)
+    if old or own:
+        _write(partial / PROCESSOR, old | own)
 
 
 def _read(path: Path) -> Tree:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.hf.apart import open_whole
-from megavlm.checkpoint.hf.incoming import check_processor, convert
+from megavlm.checkpoint.hf.incoming import check_processor, convert, open_whole
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
@@ -41,8 +40,6 @@ from megavlm.evaluation.check.theirs import (
     transformers_class,
 )
 from megavlm.evaluation.parity import Sample, features_of_sample, forward_sample
-from megavlm.families.llava import LlavaFamily
-from megavlm.families.llava_original import LlavaOriginalFamily
 from megavlm.inference.checkpoint import load_for_inference
 from megavlm.inference.generate import generate
 from megavlm.inference.loaded import loaded
@@ -108,8 +105,8 @@ def check(settings: CheckSettings) -> int:
     given = open_whole(settings.hf, None, -2)
     if {part for one in given for part in one.parts} != set(MODULES):
         raise UserError(f"{settings.hf}: is a {given[0].family.title}; check compares whole models")
-    foreign = isinstance(given[0].family, LlavaOriginalFamily)
-    if not foreign:
+    other = given[0].family.read_as
+    if other is None:
         branches = given[0].branches
         check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
         transformers_class(settings.hf)
@@ -127,17 +124,17 @@ def check(settings: CheckSettings) -> int:
         recipe, _, tokenizer = load_for_inference(path, overrides)
         pictures = list(settings.images) or drawn(Path(folder))
         questions, ours = _ask(settings, recipe, tokenizer, pictures)
-        layout = _in_their_layout(path, Path(folder) / "transformers") if foreign else settings.hf
+        layout = _in_their_layout(path, Path(folder) / "transformers", other) if other else settings.hf
         theirs = open_theirs(layout, dtype)
-        if foreign:
+        if other is not None:
             theirs.missing.append("the names of the weights: they came to Transformers through an export from here")
         rows = _run(settings, recipe, path, tokenizer, theirs, questions, ours)
         return _report(settings, theirs, rows, _ends(settings.hf, source, tokenizer))
 
 
-def _in_their_layout(checkpoint: Path, out: Path) -> Path:
-    """Write LLaVA's own layout in Transformers', which has no class for it."""
-    export(checkpoint, out, family_name=LlavaFamily.name, verify=False)
+def _in_their_layout(checkpoint: Path, out: Path, family: str) -> Path:
+    """Write a model that Transformers has no class for in the layout of a family that it has one for."""
+    export(checkpoint, out, family_name=family, verify=False)
     return out
 
 

@@ -21,7 +21,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table, sincos_table
 from megavlm.config.schema import ModelConfig
 from megavlm.layers.linear import column_linear, row_linear
-from megavlm.layers.specs import layer_modules
+from megavlm.layers.specs import LayerKind, layer_modules
 
 
 class Resampler(MegatronModule):
@@ -55,9 +55,8 @@ class Resampler(MegatronModule):
                 size_in, size_out, config=config, init_method=config.init_method, bias=bias, gather_output=gather
             )
 
-        modules = layer_modules(
-            transformer_engine=context.transformer_engine, causal=False, head_dim=connector.head_dim
-        )
+        kind = LayerKind("full", head_dim=connector.head_dim)
+        modules = layer_modules(kind, transformer_engine=context.transformer_engine)
         self.query = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype))
         # Stored, never trained.
         self.pos_embed = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype), requires_grad=False)

@@ -2,6 +2,7 @@
 
 from megavlm.architectures.decoders.decoder import cost
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, products, rules
+from megavlm.architectures.decoders.decoder.tables import targets
 from megavlm.config.architecture import LANGUAGE, Architecture
 
 DECODER = Architecture(
@@ -11,6 +12,7 @@ DECODER = Architecture(
     rules=rules,
     products=products,
     cost=cost,
+    targets=targets,
 )
 
 

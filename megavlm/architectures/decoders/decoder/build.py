@@ -13,13 +13,14 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.layers.rotary import PackRotary
-from megavlm.layers.specs import block_submodules, layer_modules
+from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
 
@@ -62,6 +63,12 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
+def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
+    """Return the kind of each layer of the model, whichever stage has it."""
+    kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
+    return (kind,) * language.num_layers
+
+
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
     """Return the vocabulary rounded up to a multiple of ``vocab_divisor`` x TP, as Megatron pads it."""
     multiple = language.vocab_divisor * context.parallel.tensor_model_parallel_size
@@ -102,17 +109,15 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    modules = layer_modules(
-        transformer_engine=context.transformer_engine,
-        causal=True,
-        qk_layernorm=language.qk_layernorm,
-        linears=adapted_linears(language, context.lora),
-        head_dim=language.kv_channels,
-    )
-    layers = get_num_layers_to_build(config, vp_stage)
+    plan, linears = layer_plan(language), adapted_linears(language, context.lora)
+    modules = {
+        kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
+    }
+    first = get_transformer_layer_offset(config, vp_stage)
+    here = plan[first : first + get_num_layers_to_build(config, vp_stage)]
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_submodules(modules, layers),
+        transformer_layer_spec=block_submodules([modules[kind] for kind in here]),
         vocab_size=padded_vocab_size(language, context),
         max_sequence_length=language.max_position_embeddings,
         pre_process=pre_process,

@@ -48,7 +48,7 @@ def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -
     assert lora.rank is not None
     hidden, width, ffn = language.hidden_size, language.kv_channels, language.ffn_hidden_size
     queries, keys = language.num_attention_heads * width, language.num_query_groups * width
-    found = targets_of(lora, language.layer_names)
+    found = targets_of(lora, language)
     shapes = []
     for target in found:
         if target.linear.endswith("linear_qkv"):
@@ -68,7 +68,7 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     queries, keys = (
         n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
     )
-    linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language.layer_names)}
+    linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language)}
     widths = {
         "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
         "linear_fc1": (hidden, 2 * ffn), "linear_fc2": (ffn, hidden),
@@ -128,7 +128,7 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     }  # fmt: skip
     kept = 0
     for name, elements in inputs.items():
-        own = [target for target in targets_of(lora, language.layer_names) if target.linear.endswith(name)]
+        own = [target for target in targets_of(lora, language) if target.linear.endswith(name)]
         if not own:
             continue
         # The fused attention's result is kept as such; dropout makes another tensor, and has a mask of bytes.

@@ -24,7 +24,7 @@ from megavlm.architectures.positions import resize_table
 from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
 from megavlm.layers.scale import LayerScale
-from megavlm.layers.specs import Modules, block_submodules, layer_modules
+from megavlm.layers.specs import LayerKind, Modules, block_submodules, layer_modules
 from megavlm.layers.width_norm import WidthNormSelfAttention, without_bias
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,11 +56,8 @@ def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerC
 
 def _layer_parts(vision: ViTConfig, context: BuildContext) -> Modules:
     """Return the parts of a layer."""
-    modules = layer_modules(
-        transformer_engine=context.transformer_engine,
-        causal=False,
-        head_dim=vision.hidden_size // vision.num_attention_heads,
-    )
+    kind = LayerKind("full", head_dim=vision.hidden_size // vision.num_attention_heads)
+    modules = layer_modules(kind, transformer_engine=context.transformer_engine)
     parts: Any = modules.layer.submodules
     attention = parts.self_attention
     if not vision.add_qkv_bias:
@@ -104,7 +101,7 @@ class VisionTransformer(MegatronModule):
         self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
         self.ln_pre = norm() if vision.pre_layernorm else None
         self.transformer = TransformerBlock(
-            config=config, spec=block_submodules(modules, vision.num_layers), post_layer_norm=False
+            config=config, spec=block_submodules([modules] * vision.num_layers), post_layer_norm=False
         )
         for layer in self.transformer.layers:
             BiasActivationMLP.take_over(layer.mlp)

@@ -23,6 +23,7 @@ from quilt.config import (
     pool_rules,
 )
 from quilt.pictures import TopPlan, top_plan
+from quilt.tables import targets
 
 PATCHWORK = Architecture(
     name="patchwork", config=PatchworkConfig, build="quilt.build:tower", rules=patchwork_rules,
@@ -35,6 +36,7 @@ POOL = Architecture(
 SCALED = Architecture(
     name="scaled_decoder", config=ScaledDecoderConfig, build="quilt.build:decoder", rules=rules, products=products,
     cost=decoder_cost,
+    targets=targets,
 )  # fmt: skip
 
 TEMPLATE = Template(

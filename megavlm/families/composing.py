@@ -1,54 +1,68 @@
-"""LLaVA checkpoints in pieces: a tower that is named and not there, and the projector that stage 1 leaves alone."""
+"""Models put together of several checkpoints.
+
+A tower that is named and not there, the projector that LLaVA's stage 1 leaves alone, the connector that nobody gives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-from megavlm.checkpoint.hf.incoming import SourceOfParts
 from megavlm.config.errors import UserError
-from megavlm.families.family import config_file
-from megavlm.families.llava_original import LlavaApartFamily, pictures, tower_apart
+from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import ProjectorFamily
-from megavlm.families.towers import FeatureLayer, taken_layers
+from megavlm.families.towers import taken_layers
+from megavlm.weights.source import Source
 
 
-def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[SourceOfParts]:
-    """Open a checkpoint for all that it has, with the tower that it only names.
+class Given(Protocol):
+    """A checkpoint that was opened, and the parts that are taken from it."""
+
+    source: Source
+    family: Family
+    parts: tuple[str, ...]
+    branches: Tree
+
+
+Opened = TypeVar("Opened", bound=Given)
+
+
+def with_tower(one: Opened, vision: Path | None, open_tower: Callable[[Path, Any], Opened]) -> list[Opened]:
+    """Return a checkpoint that was opened for all that it has, and the tower that it only names.
 
     Args:
-        path: the checkpoint.
+        one: the checkpoint.
         vision: where its tower is, if the user says so.
-        feature_layer: of a tower that comes alone.
+        open_tower: opens a tower for the layer, or layers, whose features are taken.
 
     Raises:
         UserError: a tower is given to a checkpoint that has one, or none to one that has not.
     """
-    one = SourceOfParts.open(path, None, feature_layer)
-    if not isinstance(one.family, LlavaApartFamily):
+    found = one.family.tower_apart(one.source, vision)
+    if found is None:
         if vision is not None:
-            raise UserError(
-                f"--vision {vision}: {path} is a {one.family.title}; it goes with its own parts, leave it out"
-            )
+            where, title = one.source.path, one.family.title
+            raise UserError(f"--vision {vision}: {where} is a {title}; it goes with its own parts, leave it out")
         return [one]
-    tower, layer = tower_apart(one.source, vision)
-    given = [one, SourceOfParts.open(tower, ["vision"], layer)]
+    tower, layer = found
+    given = [one, open_tower(tower, layer)]
     width, named = _width(given[1]), one.source.config.get("mm_hidden_size")
     if named is not None and named != width:
         raise UserError(
             f"{config_file(one.source)}: mm_hidden_size is {named!r}, but the features of {tower} are {width} wide; "
             "give the tower that mm_vision_tower names"
         )
-    one.branches["image"] = pictures(one.source, given[1].source, given[1].branches["vision"])
+    one.branches["image"] = one.family.pictures(one.source, given[1].source, given[1].branches["vision"])
     return given
 
 
-def _width(tower: SourceOfParts) -> int:
+def _width(tower: Given) -> int:
     vision = tower.branches["vision"]
     return int(vision["hidden_size"]) * len(vision.get("feature_layers") or (0,))
 
 
-def check_stage_1(given: Sequence[SourceOfParts]) -> None:
+def check_stage_1(given: Sequence[Given]) -> None:
     """Hold a projector's own config.json, where its trainer left one, against the tower that is to go before it.
 
     Raises:
@@ -80,7 +94,7 @@ def check_stage_1(given: Sequence[SourceOfParts]) -> None:
         )
 
 
-def _check_widths(projector: SourceOfParts, tower: SourceOfParts, language: SourceOfParts | None) -> None:
+def _check_widths(projector: Given, tower: Given, language: Given | None) -> None:
     """Check that a projector's first layer takes what the tower gives, and its last gives what the other takes."""
     if projector.branches["connector"]["preset"] == "resampler":
         return
@@ -98,3 +112,18 @@ def _check_widths(projector: SourceOfParts, tower: SourceOfParts, language: Sour
             f"{source.path}: {numbered[-1]} gives tokens {last[0]} wide, but those of {language.source.path} are "
             f"{hidden} wide; give the projector that was trained with this language model"
         )
+
+
+def fresh_connector(branches: Mapping[str, Any], name: str | None) -> Tree:
+    """Return the branch of a connector that is to be initialised.
+
+    Args:
+        branches: of tower and language model.
+        name: of its preset; None for what usually stands behind such a tower.
+    """
+    vision, language = branches["vision"], branches["language"]
+    qwen = not vision.get("class_token") and not vision.get("conv_bias")
+    name = name or ("resampler" if qwen else "mlp2x_gelu")
+    if name == "resampler":
+        return {"preset": name, "num_queries": 256, "head_dim": min(128, language["hidden_size"])}
+    return {"preset": name}

@@ -1,0 +1,77 @@
+"""Names of a decoder's weights in published checkpoints, and which of its layers adapters may stand beside."""
+
+from __future__ import annotations
+
+import functools
+
+from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.config.lora import Target
+from megavlm.weights.rules import CONCAT, QKV, QKV_BLOCKS, Aside, Table, both, row
+from megavlm.weights.targets import targets_in
+
+QWEN_LANGUAGE = Table(
+    part="language",
+    ours="decoder.layers.{}.",
+    theirs="transformer.h.{}.",
+    layer=(
+        row("input_layernorm.weight", "ln_1.weight"),
+        *both("self_attention.linear_qkv", "attn.c_attn", QKV_BLOCKS),
+        row("self_attention.linear_proj.weight", "attn.c_proj.weight"),
+        row("pre_mlp_layernorm.weight", "ln_2.weight"),
+        row("mlp.linear_fc1.weight", "mlp.w2.weight mlp.w1.weight", CONCAT),  # w2 is the gate
+        row("mlp.linear_fc2.weight", "mlp.c_proj.weight"),
+    ),
+    rest=(
+        row("embedding.word_embeddings.weight", "transformer.wte.weight"),
+        row("decoder.final_layernorm.weight", "transformer.ln_f.weight"),
+        row("output_layer.weight", "lm_head.weight"),
+    ),
+    aside=(
+        Aside(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "causal mask buffer"),
+        Aside(r"transformer\.(h\.\d+\.attn\.)?rotary_emb\.inv_freq", "rotary frequency buffer"),
+    ),
+)
+"""Qwen v1."""
+
+LLAMA_LANGUAGE = Table(
+    part="language",
+    ours="decoder.layers.{}.",
+    theirs="{model}layers.{}.",
+    layer=(
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        *both(
+            "self_attention.linear_qkv",
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            QKV,
+        ),
+        row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+        row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", CONCAT),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+    ),
+    rest=(
+        row("embedding.word_embeddings.weight", "{model}embed_tokens.weight"),
+        row("decoder.final_layernorm.weight", "{model}norm.weight"),
+        row("output_layer.weight", "{head}weight"),
+    ),
+    aside=(
+        Aside(r"{model}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "rotary frequency buffer"),
+        Aside(r"{head}weight", "tied output layer, written out", same_as=r"{model}embed_tokens.weight"),
+    ),
+    names={"model": "model.", "head": "lm_head."},
+)
+"""Llama, Vicuna, Qwen2, Qwen2.5, Qwen3."""
+
+_BY_NAMES = {"qwen": QWEN_LANGUAGE, "llama": LLAMA_LANGUAGE}
+
+
+@functools.cache
+def _targets(layer_names: str) -> tuple[Target, ...]:
+    return targets_in(_BY_NAMES[layer_names])
+
+
+def targets(language: DecoderConfig) -> tuple[Target, ...]:
+    """Return what ``lora.targets`` may name."""
+    return _targets(language.layer_names)
