@@ -66,6 +66,24 @@ def lines_of(run: Path) -> list[dict[str, float]]:
     return [line for line in lines if "loss" in line]
 
 
+def without_figures(recipe: str, words: tuple[str, ...], root: Path) -> None:
+    """No plan, no order by cost, no MFU; training goes on, and no family takes the model."""
+    uncounted = [*words, "model.vision.preset=uncounted", "checkpoint.load=null"]
+    refused = ranks.megavlm(["plan", recipe, *uncounted, "--gpus", 1], check=False)
+    assert refused.code == 2 and "uncounted" in refused.output and "no figures" in refused.output
+    refused = ranks.megavlm(["train", recipe, *uncounted, "data.balance_images=true"], check=False)
+    assert refused.code == 2 and "data.balance_images" in refused.output
+    plain = ["train", recipe, f"output_dir={root / 'plain'}", *uncounted, "data.balance_images=false"]
+    ranks.run(commands, plain, world=1, peak=1e12)
+    assert [line["loss"] > 0 and "mfu" not in line for line in lines_of(root / "plain")] == [True, True]
+    # That tower is of an architecture that no family has, and each says so.
+    out = ["convert", "megatron-to-hf", "--megatron", root / "plain", "--out", root / "nowhere"]
+    refused = ranks.megavlm(out, check=False)
+    assert refused.code == 2 and "no Hugging Face family holds this model whole" in refused.output
+    assert "quilt: the vision preset 'uncounted' is of the architecture uncounted, not patchwork" in refused.output
+    assert "llava: the vision preset 'uncounted' is of the architecture uncounted, not vit" in refused.output
+
+
 def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     site.mkdir()
@@ -139,21 +157,7 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     refused = ranks.megavlm(["plan", recipe, *lora, "lora.targets=[q_proj]", "--gpus", 1], check=False)
     assert refused.code == 2 and "attn.q, attn.k, attn.v, attn.o, ffn.gate, ffn.up, ffn.down" in refused.output
 
-    # Without figures: no plan, no order by cost, no MFU; training goes on.
-    uncounted = [*words, "model.vision.preset=uncounted", "checkpoint.load=null"]
-    refused = ranks.megavlm(["plan", recipe, *uncounted, "--gpus", 1], check=False)
-    assert refused.code == 2 and "uncounted" in refused.output and "no figures" in refused.output
-    refused = ranks.megavlm(["train", recipe, *uncounted, "data.balance_images=true"], check=False)
-    assert refused.code == 2 and "data.balance_images" in refused.output
-    plain = ["train", recipe, f"output_dir={tmp_path / 'plain'}", *uncounted, "data.balance_images=false"]
-    ranks.run(commands, plain, world=1, peak=1e12)
-    assert [line["loss"] > 0 and "mfu" not in line for line in lines_of(tmp_path / "plain")] == [True, True]
-    # That tower is of an architecture that no family has, and each says so.
-    out = ["convert", "megatron-to-hf", "--megatron", tmp_path / "plain", "--out", tmp_path / "nowhere"]
-    refused = ranks.megavlm(out, check=False)
-    assert refused.code == 2 and "no Hugging Face family holds this model whole" in refused.output
-    assert "quilt: the vision preset 'uncounted' is of the architecture uncounted, not patchwork" in refused.output
-    assert "llava: the vision preset 'uncounted' is of the architecture uncounted, not vit" in refused.output
+    without_figures(recipe, words, tmp_path)
 
 
 def test_without_the_package_its_checkpoint_is_of_no_known_family(tmp_path: Path) -> None:
