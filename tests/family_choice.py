@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
+    "intern_vit": ("towers.vit",),
     "qwen": ("decoders.decoder",),
     "llama": ("decoders.decoder",),
     "clip": ("towers.vit",),

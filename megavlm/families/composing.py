@@ -16,7 +16,7 @@ from megavlm.families.towers import taken_layers
 from megavlm.weights.source import Source
 
 
-class Given(Protocol):
+class OpenedCheckpoint(Protocol):
     """A checkpoint that was opened, and the parts that are taken from it."""
 
     source: Source
@@ -25,7 +25,7 @@ class Given(Protocol):
     branches: Tree
 
 
-Opened = TypeVar("Opened", bound=Given)
+Opened = TypeVar("Opened", bound=OpenedCheckpoint)
 
 
 def with_tower(one: Opened, vision: Path | None, open_tower: Callable[[Path, Any], Opened]) -> list[Opened]:
@@ -57,12 +57,12 @@ def with_tower(one: Opened, vision: Path | None, open_tower: Callable[[Path, Any
     return given
 
 
-def _width(tower: Given) -> int:
+def _width(tower: OpenedCheckpoint) -> int:
     vision = tower.branches["vision"]
     return int(vision["hidden_size"]) * len(vision.get("feature_layers") or (0,))
 
 
-def check_stage_1(given: Sequence[Given]) -> None:
+def check_stage_1(given: Sequence[OpenedCheckpoint]) -> None:
     """Hold a projector's own config.json, where its trainer left one, against the tower that is to go before it.
 
     Raises:
@@ -94,7 +94,7 @@ def check_stage_1(given: Sequence[Given]) -> None:
         )
 
 
-def _check_widths(projector: Given, tower: Given, language: Given | None) -> None:
+def _check_widths(projector: OpenedCheckpoint, tower: OpenedCheckpoint, language: OpenedCheckpoint | None) -> None:
     """Check that a projector's first layer takes what the tower gives, and its last gives what the other takes."""
     if projector.branches["connector"]["preset"] == "resampler":
         return

@@ -12,79 +12,32 @@ from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.pixel_shuffle.tables import PIXEL_SHUFFLE
 from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
-from megavlm.config.architecture import architecture_of
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.intern_vit import (
+    MEAN,
+    ORIGINAL_TOWER,
+    STD,
+    TRANSFORMERS_TOWER,
+    no_intern_vit,
+    original_config,
+    original_tower,
+    tower_config,
+    transformers_tower,
+)
 from megavlm.families.llama import no_llama
 from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.weights.files import read_json
-from megavlm.weights.rules import ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
+from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
 TEMPLATE = "internvl2_5"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-_NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
-_QK_EPSILON = 1e-6  # Transformers has it fixed
 _LANGUAGES = ("qwen2", "qwen3", "llama")
-
-_PATCHES, _LAYER_BEHIND = "transformer.layers.{}.", "layer behind the one whose features are taken"
-
-TRANSFORMERS_TOWER = Table(
-    part="vision",
-    ours=_PATCHES,
-    theirs="{tower}encoder.layer.{}.",
-    layer=(
-        *both("input_layernorm", "layernorm_before"),
-        *both("self_attention.linear_qkv", "attention.q_proj attention.k_proj attention.v_proj", QKV),
-        row("self_attention.query_norm.weight", "attention.q_norm.weight"),
-        row("self_attention.key_norm.weight", "attention.k_norm.weight"),
-        *both("self_attention.linear_proj", "attention.projection_layer"),
-        row("self_attn_bda.weight", "lambda_1"),
-        *both("pre_mlp_layernorm", "layernorm_after"),
-        *both("mlp.linear_fc1", "mlp.fc1"),
-        *both("mlp.linear_fc2", "mlp.fc2"),
-        row("mlp_bda.weight", "lambda_2"),
-    ),
-    rest=(
-        row("class_embedding", "{tower}embeddings.cls_token", TWO_AXES),
-        row("positional_embedding", "{tower}embeddings.position_embeddings", ONE_AXIS),
-        *both("conv1", "{tower}embeddings.patch_embeddings.projection"),
-    ),
-    aside=(
-        Aside(r"{tower}embeddings\.mask_token", "mask token of the tower's own training", carried=True),
-        Aside(r"{tower}encoder\.layer\.\d+\..*", _LAYER_BEHIND, carried=True),
-    ),
-)
-"""InternViT as Transformers writes it."""
-
-ORIGINAL_TOWER = Table(
-    part="vision",
-    ours=_PATCHES,
-    theirs="{tower}encoder.layers.{}.",
-    layer=(
-        *both("input_layernorm", "norm1"),
-        *both("self_attention.linear_qkv", "attn.qkv", QKV_BLOCKS),
-        row("self_attention.query_norm.weight", "attn.q_norm.weight"),
-        row("self_attention.key_norm.weight", "attn.k_norm.weight"),
-        *both("self_attention.linear_proj", "attn.proj"),
-        row("self_attn_bda.weight", "ls1"),
-        *both("pre_mlp_layernorm", "norm2"),
-        *both("mlp.linear_fc1", "mlp.fc1"),
-        *both("mlp.linear_fc2", "mlp.fc2"),
-        row("mlp_bda.weight", "ls2"),
-    ),
-    rest=(
-        row("class_embedding", "{tower}embeddings.class_embedding", TWO_AXES),
-        row("positional_embedding", "{tower}embeddings.position_embedding", ONE_AXIS),
-        *both("conv1", "{tower}embeddings.patch_embedding"),
-    ),
-    aside=(Aside(r"{tower}encoder\.layers\.\d+\..*", _LAYER_BEHIND, carried=True),),
-)
-"""InternViT as its authors write it."""
 
 
 def _names(tower: str, projector: str, model: str, head: str) -> dict[str, str]:
@@ -126,7 +79,7 @@ class InternVLFamily(Family):
         config, where = source.config, config_file(source)
         expect(config, where, projector_hidden_act="gelu", vision_feature_select_strategy="default")
         vision_config = need(config, "vision_config", where)
-        vision = _transformers_tower(vision_config, config.get("vision_feature_layer", -1), where)
+        vision = transformers_tower(vision_config, config.get("vision_feature_layer", -1), where)
         vision |= normalisation(source, vision["image_size"])
         # Its processor cuts pictures to tiles whatever crop_to_patches the image processor's file says.
         image = {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 12}
@@ -152,7 +105,7 @@ class InternVLFamily(Family):
             "text_config": _text_config(model),
             "tie_word_embeddings": model.language.tie_word_embeddings,
             "vision_config": {
-                **_tower_config(vision),
+                **tower_config(vision),
                 "attention_bias": vision.add_qkv_bias,
                 "architectures": ["InternVLVisionModel"],
                 "image_size": side,
@@ -241,7 +194,7 @@ class InternVLChatFamily(InternVLFamily):
         # v1 took the patches of a square column by column.
         expect({"ps_version": config.get("ps_version", "v1")}, where, ps_version="v2")
         expect(config, where, pad2square=False)
-        vision = _original_tower(need(config, "vision_config", where), config.get("select_layer", -1), where)
+        vision = original_tower(need(config, "vision_config", where), config.get("select_layer", -1), where)
         size = config.get("force_image_size")
         vision |= {"image_size": size} if size is not None else {}
         tiles = {
@@ -279,139 +232,31 @@ class InternVLChatFamily(InternVLFamily):
             "use_backbone_lora": 0,
             "use_llm_lora": 0,
             "use_thumbnail": image.thumbnail,
-            "vision_config": {
-                **_tower_config(vision),
-                "architectures": ["InternVisionModel"],
-                "image_size": vision.positional_grid * vision.patch_size,
-                "initializer_factor": vision.layer_scale_init,
-                "model_type": "intern_vit_6b",  # of the 300M too
-                "patch_size": vision.patch_size,
-                "qk_normalization": vision.qk_norm is not None,
-                "qkv_bias": vision.add_qkv_bias,
-            },
+            "vision_config": original_config(vision),
         }
 
     def _refuses_pictures(self, model: ModelConfig) -> str | None:
         if model.image.kind not in ("dynamic_tiles", "squash"):
             return f"the image plan is {model.image.kind}, InternVL's are dynamic_tiles and squash"
-        if [*model.vision.image_mean, *model.vision.image_std] != [*_MEAN, *_STD]:
+        if [*model.vision.image_mean, *model.vision.image_std] != [*MEAN, *STD]:
             return "pictures are normalised with other numbers than ImageNet's, which InternVL's code has fixed"
         if model.image.resample != "bicubic":
             return f"pictures are resized {model.image.resample}; InternVL's code has bicubic"
         return None
 
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-
-
 def no_internvl(model: ModelConfig) -> str | None:
     """Return why a model's parts are not InternVL's, or None."""
-    vision = model.vision
-    if architecture_of(model, "vision").name != "vit" or vision.feature_layers is not None:
-        return "the vision tower is no InternViT"
+    reason = no_intern_vit(model)
+    if reason is not None:
+        return reason
     if model.connector.preset != "pixel_shuffle":
         return f"the connector is {model.connector.preset}, InternVL's is pixel_shuffle"
-    kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
-    if not all(kept) or vision.pre_layernorm or vision.post_layernorm:
-        return "the vision tower is no InternViT"
-    if vision.qk_norm is not None and vision.layernorm_epsilon != _QK_EPSILON:
-        return f"the tower's norms have the epsilon {vision.layernorm_epsilon}; InternViT's code has {_QK_EPSILON}"
     try:
         plan_of(model)
     except UserError as error:
         return str(error)
     return no_llama(model.language)
-
-
-def _transformers_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
-    """Return the recipe's ``model.vision`` of an ``InternVLVisionConfig``.
-
-    Raises:
-        UserError: a key has a value that the model here does not know.
-    """
-    expect(config, where, model_type="internvl_vision", use_absolute_position_embeddings=True, use_mean_pooling=True)
-    qk_norm = bool(config.get("use_qk_norm", False))
-    if qk_norm:
-        expect(config, where, layer_norm_eps=_QK_EPSILON)
-    defaults = {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-        "image_size": 448, "patch_size": 14, "norm_type": "layer_norm",
-    }  # fmt: skip
-    config = {**defaults, **config, "layer_scale": config.get("layer_scale_init_value", 0.1)}
-    return _tower(config, layer, where, bias=bool(config.get("attention_bias", False)), qk_norm=qk_norm)
-
-
-def _original_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
-    """Return the recipe's ``model.vision`` of an ``InternVisionConfig``.
-
-    Raises:
-        UserError: a key has a value that the model here does not know.
-    """
-    expect(config, where, model_type="intern_vit_6b", use_moe=False)
-    defaults = {
-        "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "intermediate_size": 12800,
-        "image_size": 224, "patch_size": 14, "norm_type": "rms_norm",
-    }  # fmt: skip
-    qk_norm, bias = bool(config.get("qk_normalization", True)), bool(config.get("qkv_bias", False))
-    config = {**defaults, **config, "layer_scale": config.get("initializer_factor", 0.1)}
-    return _tower(config, layer, where, bias=bias, qk_norm=qk_norm)
-
-
-def _tower(config: Mapping[str, Any], layer: Any, where: str, *, bias: bool, qk_norm: bool) -> Tree:
-    """Return ``model.vision`` of what both layouts call alike, ``layer_scale``, and the two keys that they do not."""
-    expect(config, where, hidden_act="gelu", num_channels=3, norm_type=tuple(_NORMS))
-    size, patch = _side(config, "image_size", where), _side(config, "patch_size", where)
-    return {
-        "preset": "intern_vit",
-        "image_size": size,
-        "patch_size": patch,
-        "hidden_size": config["hidden_size"],
-        "num_layers": _layers(config["num_hidden_layers"], layer, where),
-        "num_attention_heads": config["num_attention_heads"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "positional_grid": size // patch,
-        "layernorm_epsilon": number(config, "layer_norm_eps", where, 1e-6),
-        "normalization": _NORMS[config["norm_type"]],
-        "add_qkv_bias": bias,
-        "qk_norm": "width" if qk_norm else None,
-        "layer_scale_init": number(config, "layer_scale", where) or 0.1,
-        "image_mean": list(_MEAN),
-        "image_std": list(_STD),
-    }
-
-
-def _tower_config(vision: VisionConfig) -> Tree:
-    """Return what both layouts call alike."""
-    return {
-        "attention_dropout": 0.0,
-        "hidden_act": "gelu",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "layer_norm_eps": vision.layernorm_epsilon,
-        "norm_type": {ours: theirs for theirs, ours in _NORMS.items()}[vision.normalization],
-        "num_attention_heads": vision.num_attention_heads,
-        "num_channels": 3,
-        "num_hidden_layers": vision.num_layers,
-    }
-
-
-def _side(config: Mapping[str, Any], key: str, where: str) -> int:
-    """Return the side of a square; Transformers writes both of them."""
-    value = config[key]
-    sides = value if isinstance(value, list) else [value]
-    if len(set(sides)) != 1 or not isinstance(sides[0], int) or sides[0] <= 0:
-        raise UserError(f"{where}: {key} is {value!r}; only squares are supported")
-    return sides[0]
-
-
-def _layers(count: int, layer: Any, where: str) -> int:
-    """Return how many layers lie below the features that are taken."""
-    if not isinstance(layer, int):
-        raise UserError(f"{where}: the feature layer is {layer!r}; of InternViT one layer is taken: give its number")
-    taken = layer if layer >= 0 else count + 1 + layer
-    if not 0 < taken <= count:
-        raise UserError(f"{where}: the feature layer {layer} is outside of the tower's {count} layers; correct one")
-    return taken
 
 
 def _factor(config: Mapping[str, Any], vision: Tree, where: str) -> int:

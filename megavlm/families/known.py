@@ -21,6 +21,7 @@ _OURS = (
     "megavlm.families.llava:LlavaFamily",
     "megavlm.families.internvl:InternVLFamily",
     "megavlm.families.internvl:InternVLChatFamily",
+    "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
     "megavlm.families.qwen:QwenFamily",

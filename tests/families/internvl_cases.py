@@ -20,7 +20,7 @@ from megavlm.evaluation.parity import _batch, read_reference, verify  # noqa: E4
 from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
-from megavlm.training.step import run_batches  # noqa: E402
+from megavlm.training.step import run_batches, train_step  # noqa: E402
 from megavlm.weights.source import Source  # noqa: E402
 
 IMAGE = 119
@@ -28,9 +28,16 @@ IMAGE = 119
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
 
 
-def compare(checkpoint: str, reference: str, layout: list[str]) -> dict[str, float]:
-    """Compare with what Transformers computed; return the largest gradient difference by parameter."""
-    path, plain = Path(checkpoint), ["parallel.use_distributed_optimizer=false"]
+def compare(checkpoint: str, reference: str, layout: list[str]) -> tuple[dict[str, float], list[float]]:
+    """Compare with what Transformers computed, and train three steps.
+
+    Returns:
+        The largest gradient difference by parameter, and the losses of the steps.
+    """
+    path, plain = (
+        Path(checkpoint),
+        ["parallel.use_distributed_optimizer=false", "optimizer.lr=1e-3", "optimizer.warmup_steps=0"],
+    )
     assert verify(path, Path(reference), layout, ABSOLUTE) == 0
     recipe = load_recipe(path / "recipe.yaml", ["training.precision=fp32", *plain, *layout], expand_presets)
     wanted = Source(Path(reference))
@@ -50,7 +57,11 @@ def compare(checkpoint: str, reference: str, layout: list[str]) -> dict[str, flo
                 scale = float(wanted.get("largest." + key.split(".")[0]))
                 found[key] = float((parameter.main_grad - _shard(expected, parameter)).abs().max()) / scale
                 assert found[key] <= GRADIENTS, (key, found[key])
-    return found
+        losses = []
+        for _ in range(3):
+            training.scheduler.step(1)
+            losses.append(train_step(training.chunks, training.optimizer, [batch], num_sources=1).loss)
+    return found, losses
 
 
 def _global(name: str, first: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_cases import _TEXT, _VISION, State, made, write
+from family_cases import _TEXT, _VISION, State, load, made, write
 from safetensors.torch import save_file
 from transformers import (
     InternVLConfig,
@@ -40,6 +40,13 @@ def internvl_6b() -> PreTrainedModel:
     """InternVL of InternViT-6B's kind and Qwen3."""
     kind = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
     return internvl(Qwen3Config(**_TEXT, head_dim=32, tie_word_embeddings=False), **kind)
+
+
+def internvl_uneven() -> PreTrainedModel:
+    """The same with five heads, as InternViT-6B has 25: no tensor-parallel size but 1 and 5 divides them."""
+    kind = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
+    sizes = {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 75}
+    return internvl(Qwen3Config(**_TEXT, head_dim=32, tie_word_embeddings=False), **kind, **sizes)
 
 
 _ORIGINAL_INTERNVL = (
@@ -112,8 +119,19 @@ def saved(model: Callable[[], PreTrainedModel]) -> Callable[[Path], Path]:
     return save
 
 
+def intern_vit(directory: Path) -> Path:
+    """The tower alone, as its authors write it."""
+    internvl_chat(directory)
+    state, tree = load(directory), json.loads((directory / "config.json").read_text())
+    own = {key.removeprefix("vision_model."): value for key, value in state.items() if key.startswith("vision_model.")}
+    save_file(own, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(tree["vision_config"]))
+    (directory / "added_tokens.json").unlink()
+    return directory
+
+
 INTERNVL: dict[str, Callable[[Path], Path]] = {
     "internvl": saved(internvl), "internvl_6b": saved(internvl_6b), "internvl_modules": internvl_modules,
-    "internvl_chat": internvl_chat,
+    "internvl_chat": internvl_chat, "intern_vit": intern_vit,
 }  # fmt: skip
 """What makes a checkpoint, by name."""

@@ -41,7 +41,14 @@ def count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("preset", PUBLISHED)
+@pytest.mark.family("internvl")
+@pytest.mark.parametrize(
+    "preset",
+    [
+        name if name in ("internvl3_8b", "internvl3_5_1b") else pytest.param(name, marks=pytest.mark.long)
+        for name in PUBLISHED
+    ],
+)
 def test_a_preset_has_the_published_size(preset: str) -> None:
     model = model_of(preset)
     config = InternVLConfig(**FAMILIES["internvl"].config(model, {}))

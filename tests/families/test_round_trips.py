@@ -19,7 +19,12 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-CASES = {**FAMILY_OF, **dict.fromkeys(INTERNVL, "internvl"), "internvl_chat": "internvl_chat"}
+CASES = {
+    **FAMILY_OF,
+    **dict.fromkeys(INTERNVL, "internvl"),
+    "internvl_chat": "internvl_chat",
+    "intern_vit": "intern_vit",
+}
 """Checkpoints, and their families."""
 ALONE = {"mm_projector", "llava_original_apart"}
 """Families that are a part, or parts in several places, which other tests make."""

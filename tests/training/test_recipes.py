@@ -103,7 +103,8 @@ def load(name: str, *overrides: str) -> Recipe:
 
 
 def test_every_shipped_recipe_is_tested() -> None:
-    assert set(shipped_recipes()) == {"quickstart", "quickstart_lora", "qwen_vl_7b/lora", "qwen_vl_7b/qlora", *STAGES}
+    own = {name for name in shipped_recipes() if not name.startswith("internvl")}  # tests/families has theirs
+    assert own == {"quickstart", "quickstart_lora", "qwen_vl_7b/lora", "qwen_vl_7b/qlora", *STAGES}
 
 
 @pytest.mark.parametrize("name", STAGES)
