@@ -42,7 +42,7 @@ TRANSFORMERS_TOWER = Table(
     ),
     aside=(
         Aside(r"{tower}embeddings\.mask_token", "mask token of the tower's own training", carried=True),
-        Aside(r"{tower}encoder\.layer\.\d+\..*", _LAYER_BEHIND, carried=True),
+        Aside(r"{tower}encoder\.layer\.(\d+)\..*", _LAYER_BEHIND, carried=True, behind=True),
     ),
 )
 """InternViT as Transformers writes it."""
@@ -68,7 +68,7 @@ ORIGINAL_TOWER = Table(
         row("positional_embedding", "{tower}embeddings.position_embedding", ONE_AXIS),
         *both("conv1", "{tower}embeddings.patch_embedding"),
     ),
-    aside=(Aside(r"{tower}encoder\.layers\.\d+\..*", _LAYER_BEHIND, carried=True),),
+    aside=(Aside(r"{tower}encoder\.layers\.(\d+)\..*", _LAYER_BEHIND, carried=True, behind=True),),
 )
 """InternViT as its authors write it."""
 
