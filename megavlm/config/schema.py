@@ -123,6 +123,16 @@ class LanguageConfig:
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
+    @property
+    def ntk_length(self) -> int | None:
+        """Tokens of a prompt above which generation widens the rotary base (dynamic NTK); None for never."""
+        return None
+
+    @property
+    def logn_length(self) -> int | None:
+        """Position from which on generation scales queries (logn attention); None for never."""
+        return None
+
 
 @config_class
 class ModelConfig:
@@ -261,13 +271,13 @@ class DataConfig:
     tokenizer: str | None = None
     """Tokenizer file (.tiktoken, tokenizer.json or a SentencePiece .model), or a directory with one in it.
     Null for the one that lies in the checkpoint that checkpoint.load names."""
-    sequence_length: int = Field(gt=0)
+    sequence_length: int = Field(gt=0, le=1_000_000_000)
     """Tokens of one pack (one micro-batch)."""
     packing: Literal["carry_over", "none"] = "carry_over"
     """carry_over fills packs exactly and carries samples over; none puts one sample in each pack."""
-    packing_buffer_size: int = Field(default=256, gt=0)
+    packing_buffer_size: int = Field(default=256, gt=0, le=1_000_000_000)
     """Samples among which the packer chooses."""
-    shuffle_buffer_size: int = Field(default=256, gt=0)
+    shuffle_buffer_size: int = Field(default=256, gt=0, le=1_000_000_000)
     """Samples among which the reader shuffles."""
     num_workers: int = Field(default=1, ge=0)
     """Reader processes per data-parallel rank."""
@@ -349,11 +359,11 @@ class TrainingConfig:
 
     train_steps: int = Field(gt=0)
     """Optimizer steps of the whole run."""
-    global_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, le=1_000_000_000)
     """Packs per step over all data-parallel ranks; divisible by the data-parallel size."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute type; bf16 keeps fp32 master weights and reduces gradients in fp32."""
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, le=2**62)
     """Seed of the initial weights and of the data order."""
     exit_after_minutes: float | None = Field(default=None, gt=0)
     """Save a checkpoint and leave with exit code 0 after this time; null for never."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.data.plans_tiles import AnyresPlan
-from megavlm.families.preprocessor import PROCESSOR, pinpoints_of, processor_files, resampling
+from megavlm.families.preprocessor import GEOMETRY, PROCESSOR, pinpoints_of, processor_files, resampling
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
 
@@ -36,10 +37,18 @@ def anyres_branch(source: Source, image_size: int, kind: str) -> Tree:
         UserError: the processor's file and config.json do not go together, or pictures are treated in a way that is
             not done here.
     """
-    found = [(path, tree) for path, tree in processor_files(source) if tree]
-    if not found:
-        return {}
-    (path, tree), config = found[0], source.directory / CONFIG
+    found = [(path, tree) for path, tree in processor_files(source) if any(key in tree for key in GEOMETRY)]
+    branches = [_branch_of(source, path, tree, image_size, kind) for path, tree in found]
+    if branches and branches[-1] != branches[0]:
+        raise UserError(
+            f"{found[-1][0]}: pictures become {branches[-1]}, but by {found[0][0]} {branches[0]}; correct one"
+        )
+    return branches[0] if branches else {}
+
+
+def _branch_of(source: Source, path: Path, tree: Tree, image_size: int, kind: str) -> Tree:
+    """Return ``model.image`` by one file, held against config.json."""
+    config = source.directory / CONFIG
     known, named = _PROCESSORS[kind], str(tree.get("image_processor_type", _PROCESSORS[kind]))
     if not named.startswith(known):
         raise UserError(
@@ -48,10 +57,13 @@ def anyres_branch(source: Source, image_size: int, kind: str) -> Tree:
         )
     if tree.get("do_resize") is False:
         raise UserError(f"{path}: do_resize is false; pictures are always resized here: set it to true")
-    side = _side(tree.get("size"), _DEFAULT_SIDE[kind])
+    sides = {key: _side(tree.get(key), _DEFAULT_SIDE[kind]) for key in ("size", "crop_size") if key in tree}
+    key, side = next(((key, side) for key, side in sides.items() if side != image_size), ("size", image_size))
+    if not sides:
+        side = _DEFAULT_SIDE[kind]
     if side != image_size:
         raise UserError(
-            f"{path}: makes tiles of {side} pixels (size), but the tower of {config} is for {image_size} x "
+            f"{path}: makes tiles of {side} pixels ({key}), but the tower of {config} is for {image_size} x "
             f"{image_size}; correct one"
         )
     own = _pinpoints(tree, str(path), kind)

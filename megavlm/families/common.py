@@ -33,6 +33,18 @@ def number(config: Mapping[str, Any], key: str, where: str, default: float | Non
     return value
 
 
+def flag(config: Mapping[str, Any], key: str, where: str, *, default: bool) -> bool:
+    """Return the switch ``config[key]``; null is off, as it is for the code that reads it.
+
+    Raises:
+        UserError: it is neither true nor false: the text "false" would switch it on.
+    """
+    value = config.get(key, default)
+    if value not in (True, False, None):
+        raise UserError(f"{where}: {key} is {str(value)[:40]!r}; it must be true or false")
+    return bool(value)
+
+
 def expect(config: Mapping[str, Any], where: str, **values: Any) -> None:
     """Check keys that the model here has one value for.
 

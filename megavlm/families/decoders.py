@@ -7,7 +7,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
-from megavlm.families.common import expect, need, number
+from megavlm.families.common import expect, flag, need, number
 
 Tree = dict[str, Any]
 
@@ -21,7 +21,7 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, no_bias=True, rotary_pct=1.0, scale_attn_weights=True)
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
     width = config.get("kv_channels") or hidden // heads
-    ntk, logn = (bool(config.get(key, True)) for key in ("use_dynamic_ntk", "use_logn_attn"))
+    ntk, logn = (flag(config, key, where, default=True) for key in ("use_dynamic_ntk", "use_logn_attn"))
     return {
         "preset": "qwen",
         "num_layers": need(config, "num_hidden_layers", where),
@@ -35,7 +35,7 @@ def qwen_language(config: Mapping[str, Any], where: str) -> Tree:
         "rotary_base": int(number(config, "rotary_emb_base", where, 10000)),
         "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
         "add_qkv_bias": True,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": flag(config, "tie_word_embeddings", where, default=False),
         "init_method_std": config.get("initializer_range", 0.02),
         "seq_length": config.get("seq_length", 2048) if ntk or logn else None,
         "use_dynamic_ntk": ntk,
@@ -106,7 +106,7 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "add_qkv_bias": kind == "qwen2",
         "qk_layernorm": kind == "qwen3",
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": flag(config, "tie_word_embeddings", where, default=False),
         "init_method_std": config.get("initializer_range", 0.02),
     }
 

@@ -220,7 +220,7 @@ class Family(ABC):
 
     def asides(self, model: ModelConfig, style: str) -> list[Aside]:
         """Return the tensors without a parameter."""
-        return [aside for table in self.tables(model, style) for aside in table.asides()]
+        return [aside for table in self.tables(model, style) for aside in table.asides(layers(table, model))]
 
 
 def layers(table: Table, model: ModelConfig) -> int:

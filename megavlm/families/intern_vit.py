@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
-from megavlm.families.common import expect, number
+from megavlm.families.common import expect, flag, number
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.weights.rules import ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
 from megavlm.weights.source import Source
@@ -42,7 +42,7 @@ TRANSFORMERS_TOWER = Table(
     ),
     aside=(
         Aside(r"{tower}embeddings\.mask_token", "mask token of the tower's own training", carried=True),
-        Aside(r"{tower}encoder\.layer\.\d+\..*", _LAYER_BEHIND, carried=True),
+        Aside(r"{tower}encoder\.layer\.(\d+)\..*", _LAYER_BEHIND, carried=True, behind=True),
     ),
 )
 """InternViT as Transformers writes it."""
@@ -68,7 +68,7 @@ ORIGINAL_TOWER = Table(
         row("positional_embedding", "{tower}embeddings.position_embedding", ONE_AXIS),
         *both("conv1", "{tower}embeddings.patch_embedding"),
     ),
-    aside=(Aside(r"{tower}encoder\.layers\.\d+\..*", _LAYER_BEHIND, carried=True),),
+    aside=(Aside(r"{tower}encoder\.layers\.(\d+)\..*", _LAYER_BEHIND, carried=True, behind=True),),
 )
 """InternViT as its authors write it."""
 
@@ -122,7 +122,7 @@ def transformers_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tre
         UserError: a key has a value that the model here does not know.
     """
     expect(config, where, model_type="internvl_vision", use_absolute_position_embeddings=True, use_mean_pooling=True)
-    qk_norm = bool(config.get("use_qk_norm", False))
+    qk_norm = flag(config, "use_qk_norm", where, default=False)
     if qk_norm:
         expect(config, where, layer_norm_eps=_QK_EPSILON)
     defaults = {
@@ -130,7 +130,7 @@ def transformers_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tre
         "image_size": 448, "patch_size": 14, "norm_type": "layer_norm",
     }  # fmt: skip
     config = {**defaults, **config, "layer_scale": config.get("layer_scale_init_value", 0.1)}
-    return _tower(config, layer, where, bias=bool(config.get("attention_bias", False)), qk_norm=qk_norm)
+    return _tower(config, layer, where, bias=flag(config, "attention_bias", where, default=False), qk_norm=qk_norm)
 
 
 def original_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
@@ -144,7 +144,8 @@ def original_tower(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
         "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "intermediate_size": 12800,
         "image_size": 224, "patch_size": 14, "norm_type": "rms_norm",
     }  # fmt: skip
-    qk_norm, bias = bool(config.get("qk_normalization", True)), bool(config.get("qkv_bias", False))
+    qk_norm = flag(config, "qk_normalization", where, default=True)
+    bias = flag(config, "qkv_bias", where, default=False)
     config = {**defaults, **config, "layer_scale": config.get("initializer_factor", 0.1)}
     return _tower(config, layer, where, bias=bias, qk_norm=qk_norm)
 

@@ -15,7 +15,7 @@ from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import expect, need, number
+from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.intern_vit import (
@@ -152,7 +152,8 @@ class InternVLFamily(Family):
         # A head that is written out is one of its own, whatever Transformers' defaults say of it.
         head = self.styles[self.style_of(source)]["head"] + "weight"
         language["tie_word_embeddings"] = head not in source or (
-            bool(text.get("tie_word_embeddings", False)) and bool(config.get("tie_word_embeddings", True))
+            flag(text, "tie_word_embeddings", where, default=False)
+            and flag(config, "tie_word_embeddings", where, default=True)
         )
         connector = {"preset": "pixel_shuffle", "factor": _factor(config, vision, where)}
         # What training looks up by its name; a template of the directory's own would be the same turns.
@@ -201,9 +202,9 @@ class InternVLChatFamily(InternVLFamily):
             "kind": "dynamic_tiles",
             "min_tiles": config.get("min_dynamic_patch", 1),
             "max_tiles": config.get("max_dynamic_patch", 6),
-            "thumbnail": bool(config.get("use_thumbnail", False)),
+            "thumbnail": flag(config, "use_thumbnail", where, default=False),
         }
-        image = tiles if config.get("dynamic_image_size", False) else {"kind": "squash"}
+        image = tiles if flag(config, "dynamic_image_size", where, default=False) else {"kind": "squash"}
         return self._branches(source, vision, image, need(config, "llm_config", where))
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:

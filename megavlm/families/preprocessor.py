@@ -23,6 +23,8 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers."""
 _PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
+_SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "crop_to_patches")
+GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -37,12 +39,7 @@ def normalisation(source: Source, image_size: int) -> Tree:
         UserError: two files disagree, a value is none, or pixels are treated in a way that is not done here.
     """
     found: Tree = {}
-    for name in (PREPROCESSOR, PROCESSOR):
-        path = source.directory / name
-        tree = read_json(path) if path.is_file() else {}
-        tree = tree.get("image_processor", {}) if name == PROCESSOR else tree
-        if not isinstance(tree, Mapping):
-            raise UserError(f"{path}: image_processor is no object; restore the file")
+    for path, tree in processor_files(source):
         one = _numbers(tree, str(path))
         for key, value in one.items():
             if found.get(key, value) != value:
@@ -101,12 +98,8 @@ def _number(value: Any) -> bool:
 def _final_size(tree: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return height and width of what the file makes; None where it does not say."""
     cropped = tree.get("do_center_crop", "crop_size" in tree)
-    size = tree.get("crop_size") if cropped else tree.get("size")
-    if isinstance(size, int):
-        return (size, size) if cropped else None
-    if isinstance(size, Mapping) and isinstance(size.get("height"), int) and isinstance(size.get("width"), int):
-        return size["height"], size["width"]
-    return None
+    size = tree.get("crop_size" if cropped else "size") or {}
+    return (size["height"], size["width"]) if "height" in size else None
 
 
 def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = False) -> Tree:
@@ -128,29 +121,51 @@ def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = F
     if not found and aspect is None:
         return {}
     path, tree = found[0] if found else (source.directory / PREPROCESSOR, {})
-    branch = {"resample": resampling(tree, str(path))}
     if isinstance(aspect, str) and aspect != "square":
-        return {**branch, **_by_aspect(aspect, source)}
+        return {"resample": resampling(tree, str(path)), **_by_aspect(aspect, source)}
+    told = [(path, tree) for path, tree in found if any(key in tree for key in GEOMETRY)] or [(path, tree)]
+    branches = [_branch_of(tree, str(path), image_size, clip=clip, tiles=tiles) for path, tree in told]
+    if branches[-1] != branches[0]:
+        raise UserError(
+            f"{told[-1][0]}: pictures become {branches[-1]}, but by {told[0][0]} {branches[0]}; correct one"
+        )
+    return branches[0]
+
+
+def _branch_of(tree: Tree, where: str, image_size: int, *, clip: bool, tiles: bool) -> Tree:
+    """Return ``model.image`` by one file."""
+    branch: Tree = {"resample": resampling(tree, where)}
     if tree.get("do_resize") is False:
-        raise UserError(f"{path}: do_resize is false; pictures are always resized here: set it to true")
+        raise UserError(f"{where}: do_resize is false; pictures are always resized here: set it to true")
     kind = str(tree.get("image_processor_type", ""))
     if kind.startswith(("LlavaOnevision", "LlavaNext")):
-        pinpoints = pinpoints_of(tree.get("image_grid_pinpoints"), str(path))
+        pinpoints = pinpoints_of(tree.get("image_grid_pinpoints"), where)
         return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
     if tiles or tree.get("crop_to_patches"):
         limits = {"min_tiles": tree.get("min_patches", 1), "max_tiles": tree.get("max_patches", 12)}
         return {**branch, "kind": "dynamic_tiles", **limits}
-    if tree.get("do_pad") and not kind.startswith(("CLIP", "Siglip")):
-        return {**branch, "kind": "pad", "fill": "mean"}
-    if _crops(tree, clip=clip):
-        size = tree.get("size")
-        short = size.get("shortest_edge") if isinstance(size, Mapping) else size
-        own = {"short_side": short} if isinstance(short, int) and short != image_size else {}
-        return {**branch, "kind": "crop", **own}
-    size = tree.get("size")
-    if isinstance(size, Mapping) and "shortest_edge" in size:
+    size = tree.get("size") or {}
+    short, square = size.get("shortest_edge"), (size.get("height"), size.get("width"))
+    padded = bool(tree.get("do_pad")) and not kind.startswith(("CLIP", "Siglip"))
+    cropped = _crops(tree, clip=clip)
+    if "height" in size and square != (image_size, image_size) and cropped:
         raise UserError(
-            f"{path}: makes pictures that are not square (size {size}, do_center_crop false); not supported"
+            f"{where}: resizes pictures to {square[0]} x {square[1]} and cuts {image_size} x {image_size} out of that "
+            "(size, do_center_crop); not supported"
+        )
+    if padded and short not in (None, image_size):
+        raise UserError(
+            f"{where}: resizes padded pictures to {short} (size), but the tower is for {image_size} x {image_size}; "
+            "not supported"
+        )
+    if padded:
+        return {**branch, "kind": "pad", "fill": "mean"}
+    if cropped and "height" not in size:
+        own = {} if short in (None, image_size) else {"short_side": short}
+        return {**branch, "kind": "crop", **own}
+    if short is not None:
+        raise UserError(
+            f"{where}: makes pictures that are not square (size {size}, do_center_crop false); not supported"
         )
     return branch
 
@@ -167,12 +182,52 @@ def geometry(source: Source) -> str | None:
 
 
 def processor_files(source: Source) -> Iterator[tuple[Path, Tree]]:
-    """Yield the image processor's settings in either file."""
+    """Yield the image processor's settings in either file.
+
+    Raises:
+        UserError: a value is not of its kind.
+    """
     for name in (PREPROCESSOR, PROCESSOR):
         path = source.directory / name
         tree = read_json(path) if path.is_file() else {}
         tree = tree.get("image_processor", {}) if name == PROCESSOR else tree
-        yield path, tree if isinstance(tree, Mapping) else {}
+        if not isinstance(tree, Mapping):
+            raise UserError(f"{path}: image_processor is no object; restore the file")
+        yield path, _checked(tree, str(path))
+
+
+def _checked(tree: Mapping[str, Any], where: str) -> Tree:
+    """Return an image processor's settings with both sizes as objects; what is null is left out.
+
+    Raises:
+        UserError: a switch is neither true nor false, or a size is none.
+    """
+    found = {key: value for key, value in tree.items() if value is not None or key not in _SWITCHES}
+    for key in _SWITCHES:
+        if not isinstance(found.get(key, False), bool):
+            raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
+    for key in ("size", "crop_size"):
+        if tree.get(key) is not None:
+            found[key] = _sides(tree[key], key, where)
+        else:
+            found.pop(key, None)
+    return found
+
+
+def _sides(value: Any, key: str, where: str) -> dict[str, int]:
+    """Return a size as an object; a number is the shorter side, or that of the square that is cut out."""
+    if isinstance(value, int):
+        value = {"height": value, "width": value} if key == "crop_size" else {"shortest_edge": value}
+    if isinstance(value, list) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    sides = {name: side for name, side in value.items() if side is not None} if isinstance(value, Mapping) else {}
+    known = set(sides) in ({"height", "width"}, {"shortest_edge"})
+    if not known or not all(type(side) is int and side > 0 for side in sides.values()):
+        raise UserError(
+            f"{where}: {key} is {str(value)[:60]!r}; it must be an object of height and width, or of shortest_edge, in "
+            "pixels"
+        )
+    return sides
 
 
 def _crops(tree: Mapping[str, Any], *, clip: bool) -> bool:
@@ -181,12 +236,8 @@ def _crops(tree: Mapping[str, Any], *, clip: bool) -> bool:
         return bool(cropped)
     kind = str(tree.get("image_processor_type", ""))
     if kind.startswith(("CLIP", "Llava")) or (clip and not kind):
-        return not _is_square(tree.get("size"))
+        return "height" not in tree.get("size", {})
     return "crop_size" in tree
-
-
-def _is_square(size: Any) -> bool:
-    return isinstance(size, Mapping) and "height" in size and "width" in size
 
 
 def resampling(tree: Mapping[str, Any], where: str) -> str:
@@ -196,7 +247,7 @@ def resampling(tree: Mapping[str, Any], where: str) -> str:
         UserError: it is none that there is here.
     """
     number = tree.get("resample", _FILTERS["bicubic"])
-    names = [name for name, value in _FILTERS.items() if value == number]
+    names = [name for name, value in _FILTERS.items() if value == number and not isinstance(number, bool)]
     if not names:
         raise UserError(f"{where}: resample is {number!r}; there are {_FILTERS} (PIL's numbers)")
     return names[0]

@@ -97,8 +97,8 @@ _LLAVA_NEXT = {
     "1_6_34b": ("yi_34b", 64064, "chatml_direct"),
     "next_llama3_8b": ("llama3_8b", 128320, "llama_3"),
 }
-# LLaVA-OneVision (llava-hf/llava-onevision-qwen2-*-ov-hf; arXiv 2408.03326): Qwen2, whose shapes are Qwen2.5's, with three
-# tokens more, padded to 64.
+# LLaVA-OneVision (llava-hf/llava-onevision-qwen2-*-ov-hf; arXiv 2408.03326): Qwen2, whose shapes are Qwen2.5's, with
+# three tokens more, padded to 64.
 _ONEVISION = {"0_5b": 152000, "7b": 152128, "72b": 152128}
 
 

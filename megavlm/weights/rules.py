@@ -131,12 +131,21 @@ class Aside:
         why: the rule's name, for reports.
         carried: kept beside the checkpoint and given back on export; else left behind.
         same_as: pattern of the name whose tensor it must equal (a tied output layer written out).
+        behind: the pattern's group is the number of a layer, and only those behind the model's last one are meant.
+        first: of ``behind``: the number of the first such layer; a table fills it in.
     """
 
     pattern: str
     why: str
     carried: bool = False
     same_as: str | None = None
+    behind: bool = False
+    first: int = 0
+
+    def takes(self, name: str) -> bool:
+        """Whether it is about the tensor ``name``."""
+        found = re.fullmatch(self.pattern, name)
+        return found is not None and (not self.behind or int(found[1]) >= self.first)
 
 
 @dataclass(frozen=True)
@@ -171,14 +180,16 @@ class Table:
             rules += [self._fill(one, *prefixes) for one in self.layer]
         return [rule for rule in rules if all(name in slots for name in rule.ours)]
 
-    def asides(self) -> list[Aside]:
-        """Return the tensors without a parameter, with whole patterns."""
+    def asides(self, num_layers: int) -> list[Aside]:
+        """Return the tensors without a parameter of a model with so many layers, with whole patterns."""
         return [
             Aside(
                 self._name(a.pattern, escape=True),
                 a.why,
                 a.carried,
                 self._name(a.same_as, escape=True) if a.same_as else None,
+                a.behind,
+                num_layers,
             )
             for a in self.aside
         ]

@@ -40,7 +40,7 @@ def test_help_of_single_keys():
     assert "parallel.recompute_granularity full | selective or null; default null" in flat
     assert "optimizer.lr number > 0; required" in flat
     assert "modules.vision.layer_decay number > 0 <= 1; default 1" in flat
-    assert "model.vision.patch_size integer > 0; default from the preset" in flat
+    assert "model.vision.patch_size integer > 0 <= 10000; default from the preset" in flat
     assert "logging.profile_ranks list of integers; default [0]" in flat
     assert "logging.profile_steps list of 2 or null; default null" in flat
     assert find_key("data.train.3.weight").type == "number > 0"

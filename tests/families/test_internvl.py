@@ -215,6 +215,7 @@ def test_a_head_is_tied_where_there_is_none(tied: bool, tmp_path: Path) -> None:
     assert convert(tmp_path / "hf", tmp_path / "m").model.language.tie_word_embeddings is tied
 
 
+_SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 120}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ratio": ({"downsample_ratio": 0.3}, "downsample_ratio is 0.3"),
     "ratio of no whole squares": ({"downsample_ratio": 1 / 3}, "the 4 x 4 patches"),
@@ -224,6 +225,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "InternLM": ({"llm_config": {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}}, "InternLM2.5"),
     "experts": ({"llm_config": {"model_type": "qwen3_moe"}}, "mixture of experts"),
     "several layers": ({"select_layer": [-1, -2]}, "feature layer"),
+    "tiles by a word": ({"dynamic_image_size": "false"}, "dynamic_image_size is 'false'; it must be true or false"),
+    "a thumbnail by a word": ({"use_thumbnail": "no"}, "use_thumbnail is 'no'; it must be true or false"),
+    "more heads than there are": (
+        {"llm_config": {"model_type": "llama", **_SHAPE, "num_attention_heads": 10**30}},
+        "num_attention_heads = 1000000000000000000000000000000: ",
+    ),
+    # The tensors of the tower's layers are none of a layer behind them.
+    "norms that no one asks for": (
+        {"vision_config": {"qk_normalization": False}},
+        "vision_model.encoder.layers.0.attn.k_norm.weight: unknown to the family",
+    ),
 }
 
 
@@ -232,6 +244,7 @@ def test_what_is_not_known_is_said(name: str, tmp_path: Path, capsys: pytest.Cap
     changed, message = BAD[name]
     directory = internvl_chat(tmp_path / "hf")
     config = json.loads((directory / "config.json").read_text())
+    changed = {key: config[key] | value if key == "vision_config" else value for key, value in changed.items()}
     (directory / "config.json").write_text(json.dumps(config | changed))
     words = ["convert", "hf-to-megatron", "--hf", str(directory), "--out", str(tmp_path / "m")]
     assert main(words) == 2

@@ -23,8 +23,8 @@ from megavlm.data.media import plan_of
 from megavlm.families.known import FAMILIES
 from megavlm.models.vlm import VisionLanguageModel
 
-# As the hub rounds them: llava-hf/llava-v1.6-{vicuna-7b,vicuna-13b,mistral-7b,34b}-hf, llava-hf/llama3-llava-next-8b-hf,
-# llava-hf/llava-onevision-qwen2-{0.5b,7b,72b}-ov-hf.
+# As the hub rounds them: llava-hf/llava-v1.6-{vicuna-7b,vicuna-13b,mistral-7b,34b}-hf,
+# llava-hf/llama3-llava-next-8b-hf, llava-hf/llava-onevision-qwen2-{0.5b,7b,72b}-ov-hf.
 PUBLISHED = {
     "llava_1_6_vicuna_7b": "7.06B", "llava_1_6_vicuna_13b": "13.4B", "llava_1_6_mistral_7b": "7.57B",
     "llava_1_6_34b": "34.8B", "llava_next_llama3_8b": "8.36B", "llava_onevision_0_5b": "894M",

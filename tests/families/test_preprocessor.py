@@ -70,6 +70,24 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another filter": ({"preprocessor_config.json": {"resample": 5}}, "resample is 5; there are"),
     "not resized": ({"preprocessor_config.json": {"do_resize": False}}, "do_resize is false"),
     "a list": ({"processor_config.json": {"image_processor": [1]}}, "image_processor is no object"),
+    "a size in words": ({"preprocessor_config.json": {"size": "28"}}, "size is '28'; it must be an object of height"),
+    "half a size": ({"preprocessor_config.json": {"crop_size": {"height": 28}}}, "crop_size is \"{'height': 28}\"; it"),
+    "a side in words": ({"preprocessor_config.json": {"size": {"shortest_edge": "28"}}}, "size is \"{'shortest_edge'"),
+    "a switch in words": ({"preprocessor_config.json": {"do_center_crop": "false"}}, "do_center_crop is 'false'; it"),
+    "not square": ({"preprocessor_config.json": {"size": 28, "do_center_crop": False}}, "pictures that are not square"),
+    "cut from a square": (
+        {"preprocessor_config.json": {"size": {"height": 32, "width": 32}, "do_center_crop": True, "crop_size": 28}},
+        "resizes pictures to 32 x 32 and cuts 28 x 28 out of that",
+    ),
+    "padded and cut": (
+        {"preprocessor_config.json": {"size": {"shortest_edge": 32}, "do_pad": True, "crop_size": 28}},
+        "resizes padded pictures to 32 (size), but the tower is for 28 x 28",
+    ),
+    "two geometries": (
+        {"preprocessor_config.json": {"do_center_crop": True},
+         "processor_config.json": {"image_processor": {"do_pad": True}}},
+        "'fill': 'mean'}, but by",
+    ),
 }  # fmt: skip
 
 
@@ -127,6 +145,8 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "padded": ({**OWN, "image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": 28,
                 "size": {"shortest_edge": 28}}, {"kind": "pad", "fill": "mean"}),
     "class of CLIP": ({"image_processor_type": "CLIPImageProcessor"}, {"kind": "crop"}),
+    "square, then cut": ({**OWN, "do_center_crop": True, "size": {"height": 28, "width": 28}, "crop_size": 28},
+                         {"kind": "squash"}),
     "squashed": ({**OWN, "do_center_crop": False, "size": {"height": 28, "width": 28}}, {"kind": "squash"}),
 }  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_rows_that_the_model_lacks_are_left_out() -> None:
 
 
 def test_asides_match_whole_names_and_dots_are_dots() -> None:
-    asides = TABLE.asides()
+    asides = TABLE.asides(2)
     for name, why in (
         ("a.b.h.11.attn.bias", "mask"), ("a.b.h.x.attn.bias", None), ("a.b.h.1.attn.bias.weight", None),
         ("aXb.h.1.attn.bias", None), ("xa.b.h.1.attn.bias", None), ("outer.tied.weight", "tied"), ("tied.weight", None),

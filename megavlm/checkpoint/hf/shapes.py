@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +91,8 @@ def family_slots(family: Family, model: ModelConfig) -> dict[str, Slot]:
 
 
 def find_aside(asides: Sequence[Aside], name: str) -> Aside | None:
-    """Return the first aside whose pattern is that of ``name``."""
-    return next((aside for aside in asides if re.fullmatch(aside.pattern, name)), None)
+    """Return the first aside that is about ``name``."""
+    return next((aside for aside in asides if aside.takes(name)), None)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -99,8 +99,12 @@ def _named(directory: Path) -> Iterator[str]:
             settings |= {key: value for key, value in _read(path).items() if value is not None}
     for key in (*_NAMES, *_LISTS):
         value = settings.get(key)
-        values = value.values() if key in _LISTS and isinstance(value, dict) else value if key in _LISTS else [value]
-        for one in values or ():
+        values = [value]
+        if key in _LISTS and value is not None:
+            if not isinstance(value, dict | list):
+                raise UserError(f"tokenizer {directory}: {key} is {str(value)[:40]!r}; it must be a list of tokens")
+            values = list(value.values()) if isinstance(value, dict) else value
+        for one in values:
             token = one.get("content") if isinstance(one, dict) else one
             if isinstance(token, str) and token:
                 yield token

@@ -22,7 +22,7 @@ class ResamplerConfig(ConnectorConfig):
     num_queries: int | None = Field(default=None, gt=0, le=1_000_000)
     """Queries of the resampler, a square number: the tokens that one image becomes.
     Null for linear and mlpNx_gelu, which keep one token per patch."""
-    head_dim: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0, le=1_000_000)
     """Width of one attention head of the resampler; divides the language model's hidden_size. Null for the others."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""

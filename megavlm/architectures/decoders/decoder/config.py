@@ -24,19 +24,19 @@ class DecoderConfig(LanguageConfig):
     """Width of the model."""
     ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=100_000)
     """Attention heads; divisible by the tensor-parallel size."""
-    num_query_groups: int = Field(gt=0)
+    num_query_groups: int = Field(gt=0, le=100_000)
     """Key/value heads; equal to num_attention_heads for multi-head attention."""
-    kv_channels: int = Field(gt=0)
+    kv_channels: int = Field(gt=0, le=1_000_000)
     """Width of one attention head."""
     vocab_size: int = Field(gt=0, le=10_000_000)
     """Rows of the embedding; at least the tokenizer's size. Padded to a multiple of vocab_divisor x TP inside."""
-    vocab_divisor: Annotated[int, Meaning.RUN] = Field(default=128, gt=0)
+    vocab_divisor: Annotated[int, Meaning.RUN] = Field(default=128, gt=0, le=1_000_000)
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0)
+    max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0, le=1_000_000_000)
     """Longest segment that the model is meant for."""
-    rotary_base: int = Field(default=10000, gt=0)
+    rotary_base: int = Field(default=10000, gt=0, le=1_000_000_000_000)
     """Base of the rotary position embedding."""
     rope_scaling: Literal["linear", "llama3"] | None = None
     """Stretching of rotary positions: linear (positions divided by rope_scaling_factor), llama3 (as Llama 3.1,
@@ -53,7 +53,7 @@ class DecoderConfig(LanguageConfig):
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 x layers)."""
-    seq_length: Annotated[int | None, Meaning.USE] = Field(default=None, gt=1)
+    seq_length: Annotated[int | None, Meaning.USE] = Field(default=None, gt=1, le=1_000_000_000)
     """Length that the model was trained with, for the next two keys (Qwen v1: 2048)."""
     use_dynamic_ntk: Annotated[bool, Meaning.USE] = False
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
@@ -62,6 +62,16 @@ class DecoderConfig(LanguageConfig):
     layer_names: Annotated[Literal["qwen", "llama"], Meaning.NAMES] = "llama"
     """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
     (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
+
+    @property
+    def ntk_length(self) -> int | None:
+        """The trained length, with dynamic NTK."""
+        return self.seq_length if self.use_dynamic_ntk else None
+
+    @property
+    def logn_length(self) -> int | None:
+        """The trained length, with logn attention."""
+        return self.seq_length if self.use_logn_attn else None
 
 
 def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:

@@ -20,13 +20,13 @@ class ViTConfig(VisionConfig):
 
     image_size: Annotated[int, Meaning.USE] = Field(gt=0, le=100_000)
     """Side of the square that an image is resized to, in pixels; what fills no whole patch is left out."""
-    patch_size: int = Field(gt=0)
+    patch_size: int = Field(gt=0, le=10_000)
     """Side of one patch, in pixels."""
     hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the tower."""
     num_layers: int = Field(gt=0, le=10_000)
     """Number of transformer layers."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=100_000)
     """Attention heads; divides hidden_size."""
     ffn_hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the MLP."""

@@ -49,7 +49,9 @@ TRANSFORMERS_VISION = Table(
     aside=(
         Aside(r"embeddings\.position_ids", "position number buffer"),
         Aside(r"post_layernorm\.(weight|bias)", "norm behind layers that are not used", carried=True),
-        Aside(r"encoder\.layers\.\d+\..*", "layer behind the one whose features are taken", carried=True),
+        Aside(
+            r"encoder\.layers\.(\d+)\..*", "layer behind the one whose features are taken", carried=True, behind=True
+        ),
         Aside(r"head\..*", "attention pooling head", carried=True),
     ),
     prefix="vision_model.",
