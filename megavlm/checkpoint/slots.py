@@ -20,9 +20,8 @@ from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.containers import sharded_state
 from megavlm.config import architecture as registry
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from megavlm.data.media import plan_of
-from megavlm.models.arrange import add_newline
 from megavlm.models.build import MODULES
+from megavlm.models.fusion import build_fusion
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints are saved: optimizer state as full tensors in the model's own shapes."""
@@ -81,8 +80,7 @@ def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
         return registry.VISION.find(model.vision.preset).build(model.vision, context)
     if part == "connector":
         connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
-        if plan_of(model).newline:
-            add_newline(connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
+        build_fusion(model, connector, context, 0)  # its weights are the connector's
         return connector
     return registry.LANGUAGE.find(model.language.preset).build(model.language, context)
 

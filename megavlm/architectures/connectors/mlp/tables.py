@@ -18,7 +18,7 @@ TILES_PROJECTOR = dataclasses.replace(
     rest=(*LLAVA_PROJECTOR.rest, row("image_newline", "{newline}")),
     names={"newline": "image_newline"},
 )
-"""The same with the vector that ends each row of a picture's features (``megavlm/models/arrange.py``)."""
+"""The same with the vector that ends each row of a picture's features (``megavlm/models/fusion.py``)."""
 
 SEQUENTIAL_PROJECTOR = Table(
     part="connector",
