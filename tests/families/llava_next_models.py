@@ -73,12 +73,13 @@ def llava_next_mistral() -> PreTrainedModel:
     return llava_next(MistralConfig(**_TEXT, sliding_window=None, head_dim=16))
 
 
-def llava_onevision(*, tied: bool = False) -> PreTrainedModel:
+def llava_onevision(text: PretrainedConfig | None = None, *, tied: bool = False) -> PreTrainedModel:
     """LLaVA-OneVision: SigLIP's last layer, Qwen2, at most two tiles' features of a picture."""
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**_VISION, vision_use_head=False),
-        text_config=Qwen2Config(**_TEXT, tie_word_embeddings=tied), image_token_index=IMAGE, video_token_index=VIDEO,
-        image_grid_pinpoints=ONEVISION_PINPOINTS, vision_aspect_ratio="anyres_max_2", tie_word_embeddings=tied,
+        text_config=text or Qwen2Config(**_TEXT, tie_word_embeddings=tied),
+        image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=ONEVISION_PINPOINTS,
+        vision_aspect_ratio="anyres_max_2", tie_word_embeddings=tied,
     )  # fmt: skip
     one = made(LlavaOnevisionForConditionalGeneration, config)
     one.save_pretrained = functools.partial(_publish, one, onevision_files())  # type: ignore[method-assign]

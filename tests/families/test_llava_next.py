@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,23 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+import yaml
+from family_cases import _TEXT
 from internvl_cases import compare
-from llava_next_models import IMAGE, llava_next, llava_next_mistral, llava_onevision, next_files, onevision_files
+from llava_next_models import (
+    IMAGE,
+    VIDEO,
+    llava_next,
+    llava_next_mistral,
+    llava_onevision,
+    next_files,
+    onevision_files,
+)
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizer_files import write_llava
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, LlamaConfig, PreTrainedModel, Qwen2Config
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -204,6 +216,45 @@ def test_what_is_written_anew_is_read_again(name: str, tmp_path: Path) -> None:
     ):
         assert reason in str(family.refuses(dataclasses.replace(model, **other)))
     assert "image plan" in str(FAMILIES["llava"].refuses(model))
+
+
+@pytest.mark.parametrize("name", [of("next", long=True), of("onevision", long=True)])
+def test_a_trained_export_is_what_was_trained(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers' processor, model and template, of a checkpoint as it came, and as it goes home with other tiles."""
+    text = {**_TEXT, "vocab_size": 448, "eos_token_id": 2}
+    model = llava_onevision(Qwen2Config(**text)) if name == "onevision" else llava_next(LlamaConfig(**text))
+    model.config.image_token_index = 329
+    model.save_pretrained(tmp_path / "hf")
+    write_llava(tmp_path / "hf")
+    family = FAMILIES[FAMILY[name]]
+    recipe = convert(tmp_path / "hf", tmp_path / "m")
+    processor = family.processor(recipe.model, "<image>")
+    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps(processor))
+    with caplog.at_level(logging.INFO):
+        assert main(["convert", "check", "--hf", str(tmp_path / "hf")]) == 0, caplog.text
+    assert caplog.text.count("greedy answers: equal") == 3 and "all within the tolerance" in caplog.text
+    path = tmp_path / "m" / "recipe.yaml"
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["image"]["pinpoints"] = [[28, 56], [56, 28]]
+    if name == "onevision":
+        tree["model"]["image"]["max_tiles"] = 1
+    path.write_text(yaml.safe_dump(tree))
+    state = json.loads((tmp_path / "m" / "run.json").read_text()) if (tmp_path / "m" / "run.json").is_file() else {}
+    (tmp_path / "m" / "run.json").write_text(json.dumps(state | {"step": 3}))
+    out = tmp_path / "trained"
+    assert main(["convert", "megatron-to-hf", "--megatron", str(tmp_path / "m"), "--out", str(out)]) == 0
+    config, pixels = (json.loads((out / f"{kind}config.json").read_text()) for kind in ("", "preprocessor_"))
+    assert config["image_grid_pinpoints"] == pixels["image_grid_pinpoints"] == [[28, 56], [56, 28]]
+    if name == "onevision":
+        assert config["vision_aspect_ratio"] == "anyres_max_1"
+        assert json.loads((out / "processor_config.json").read_text())["vision_aspect_ratio"] == "anyres_max_1"
+        assert config["video_token_index"] == VIDEO
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert main(["convert", "check", "--hf", str(out)]) == 0, caplog.text
+    assert caplog.text.count("greedy answers: equal") == 3 and "all within the tolerance" in caplog.text
+    if name == "next":  # without torchvision there is no processor of films, and so no processor, of the other
+        assert caplog.text.count("token ids equal") == 3 and "not compared:" not in caplog.text
 
 
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, tuple[str, ...]]] = {
