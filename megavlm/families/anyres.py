@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
-from megavlm.data.media import plan_of
-from megavlm.data.plans_tiles import AnyresPlan
-from megavlm.families.preprocessor import GEOMETRY, PROCESSOR, pinpoints_of, processor_files, resampling
+from megavlm.families.preprocessor import (
+    GEOMETRY,
+    PROCESSOR,
+    TILE_PROCESSORS,
+    pinpoints_of,
+    processor_files,
+    resampling,
+)
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
 
 Tree = dict[str, Any]
 
-_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
 _DEFAULT_SIDE = {"anyres": 224, "anyres_max": 384}
 _DEFAULT_PINPOINTS = {
     "anyres": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
@@ -49,7 +52,7 @@ def anyres_branch(source: Source, image_size: int, kind: str) -> Tree:
 def _branch_of(source: Source, path: Path, tree: Tree, image_size: int, kind: str) -> Tree:
     """Return ``model.image`` by one file, held against config.json."""
     config = source.directory / CONFIG
-    known, named = _PROCESSORS[kind], str(tree.get("image_processor_type", _PROCESSORS[kind]))
+    known, named = TILE_PROCESSORS[kind], str(tree.get("image_processor_type", TILE_PROCESSORS[kind]))
     if not named.startswith(known):
         raise UserError(
             f"{path}: image_processor_type is {named!r}, but {config} is of model_type "
@@ -97,18 +100,6 @@ def aspect_of(source: Source) -> int:
     if limit == said or not limit.isdigit() or not int(limit):
         raise UserError(f"{config}: vision_aspect_ratio is {said[:40]!r}; only anyres_max_N is supported")
     return int(limit)
-
-
-def trained_anyres(model: ModelConfig) -> Tree:
-    """Return the keys of ``preprocessor_config.json`` that say how pictures are cut."""
-    side, plan = model.vision.image_size, plan_of(model)
-    assert isinstance(plan, AnyresPlan)
-    pinpoints = [list(one) for one in plan.pinpoints]
-    own: Tree = {"image_processor_type": _PROCESSORS[model.image.kind], "image_grid_pinpoints": pinpoints}
-    if model.image.kind == "anyres_max":
-        return {**own, "do_pad": True, "size": {"height": side, "width": side}}
-    square = {"height": side, "width": side}
-    return {**own, "do_center_crop": True, "do_pad": True, "crop_size": square, "size": {"shortest_edge": side}}
 
 
 def _pinpoints(tree: Mapping[str, Any], where: str, kind: str) -> list[list[int]]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -25,6 +27,8 @@ _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "crop_to_patches")
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
+TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
+"""Of LLaVA-1.6 and of LLaVA-OneVision."""
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -322,9 +326,7 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
     elif image.kind in ("anyres", "anyres_max"):
-        from megavlm.families.anyres import trained_anyres  # noqa: PLC0415 - it takes from here
-
-        own = trained_anyres(model)
+        own = _trained_anyres(model)
     elif image.kind == "dynamic_tiles":
         kind = str(old.get("image_processor_type"))
         own = {"image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor", "size": square}
@@ -332,3 +334,15 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     else:
         raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own
+
+
+def _trained_anyres(model: ModelConfig) -> Tree:
+    """Return the keys of ``preprocessor_config.json`` that say how pictures are cut."""
+    side, plan = model.vision.image_size, plan_of(model)
+    assert isinstance(plan, AnyresPlan)
+    pinpoints = [list(one) for one in plan.pinpoints]
+    own: Tree = {"image_processor_type": TILE_PROCESSORS[model.image.kind], "image_grid_pinpoints": pinpoints}
+    if model.image.kind == "anyres_max":
+        return {**own, "do_pad": True, "size": {"height": side, "width": side}}
+    square = {"height": side, "width": side}
+    return {**own, "do_center_crop": True, "do_pad": True, "crop_size": square, "size": {"shortest_edge": side}}
