@@ -105,7 +105,8 @@ class PackReader:
         # The first call forks the workers, and they inherit what Energon keeps in class variables.
         with self._inside_energon() if self._packs is not None else _ENERGON_IN_PROCESS:
             if self._packs is None:
-                gc.collect()  # what workers inherit they could not destroy: worker_signals.py
+                if self._num_workers:
+                    gc.collect()  # what workers inherit they could not destroy: worker_signals.py
                 self._packs = iter(self._loader)
             packed = next(self._packs)
         pack: Pack = packed.pack
