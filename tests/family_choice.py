@@ -80,9 +80,11 @@ def family_file(name: str) -> str | None:
 
 
 @functools.cache
-def _package() -> tuple[dict[str, Path], dict[str, set[str]]]:
+def _package() -> tuple[dict[str, Path], dict[str, set[str]], set[str]]:
+    """Return the package's files, what each imports, and the core."""
     known = import_graph.modules()
-    return known, import_graph.graph(known, named=True)
+    core = import_graph.closure(ENTRIES, import_graph.graph(known, named=True))
+    return known, import_graph.graph(known), core
 
 
 def choose(changed: Iterable[str], families: Mapping[str, Collection[str]]) -> Choice:
@@ -92,16 +94,17 @@ def choose(changed: Iterable[str], families: Mapping[str, Collection[str]]) -> C
         changed: files, relative to the root.
         families: the parts of each family.
     """
-    known, edges = _package()
+    known, edges, core = _package()
     names = {path.relative_to(ROOT).as_posix(): name for name, path in known.items()}
-    core = import_graph.closure(ENTRIES, edges)
     own: dict[str, set[str]] = {}
     apart = {name: set() if name in LISTS else others for name, others in edges.items()}
     folders = {family: tuple(f"megavlm.architectures.{part}." for part in parts) for family, parts in families.items()}
     for family, its in folders.items():
         start = {name for name in known if its and f"{name}.".startswith(its)}
         start |= {file} if (file := family_file(family)) else set()
-        own[family] = {one for one in import_graph.closure(start, apart) if one.startswith(_ROOMS)} - LISTS
+        own[family] = {
+            one for one in import_graph.closure(start, apart, parents=False) if one.startswith(_ROOMS)
+        } - LISTS
     architectures = {
         ".".join(name.split(".")[:4]) for name in known if name.startswith(_ROOMS[1]) and name.count(".") > 2
     }

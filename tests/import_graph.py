@@ -41,8 +41,8 @@ def graph(known: Mapping[str, Path], *, named: bool = False) -> dict[str, set[st
     return {name: imports(path, known, named=named) for name, path in known.items()}
 
 
-def closure(start: Iterable[str], edges: Mapping[str, set[str]]) -> set[str]:
-    """Return ``start`` and all that it imports, through others too, with the packages that they lie in."""
+def closure(start: Iterable[str], edges: Mapping[str, set[str]], *, parents: bool = True) -> set[str]:
+    """Return ``start`` and all that it imports, through others too; if ``parents``, with the packages they lie in."""
     found: set[str] = set()
     waiting = list(start)
     while waiting:
@@ -50,7 +50,7 @@ def closure(start: Iterable[str], edges: Mapping[str, set[str]]) -> set[str]:
         if name in found or name not in edges:
             continue
         found.add(name)
-        parts = name.split(".")
+        parts = name.split(".") if parents else []
         waiting += [".".join(parts[:length]) for length in range(1, len(parts))]
         waiting += edges[name]
     return found

@@ -79,7 +79,7 @@ def test_a_rank_that_hangs_says_where_and_leaves_nothing(tmp_path: Path) -> None
     with pytest.raises(RanksFailed) as failed:
         ranks.run("rank_cases:hanging_with_helpers", str(tmp_path), world=2, timeout=8)
     assert failed.value.timed_out and "time-out" in str(failed.value)
-    assert "in a_place_to_be_found" in failed.value.output  # of each rank that was quick enough to say so
+    assert "a_place_to_be_found" in failed.value.output  # of each rank that was quick enough to say so
     pids = [int(pid) for file in tmp_path.iterdir() for pid in file.read_text().split()]
     assert len(pids) == 6 and alive(pids) == []
 

@@ -123,6 +123,16 @@ class LanguageConfig:
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
+    @property
+    def ntk_length(self) -> int | None:
+        """Tokens of a prompt above which generation widens the rotary base (dynamic NTK); None for never."""
+        return None
+
+    @property
+    def logn_length(self) -> int | None:
+        """Position from which on generation scales queries (logn attention); None for never."""
+        return None
+
 
 @config_class
 class ModelConfig:

@@ -192,8 +192,8 @@ class _Run:
             self.bare.language,
             longest,
             [len(prompt.tokens) for prompt in prompts],
-            ntk_length=settings.seq_length if settings.use_dynamic_ntk else None,
-            logn_length=settings.seq_length if settings.use_logn_attn else None,
+            ntk_length=settings.ntk_length,
+            logn_length=settings.logn_length,
         )
         config = self.bare.config
         self.stages = config.pipeline_model_parallel_size

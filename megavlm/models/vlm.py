@@ -19,9 +19,8 @@ from torch import Tensor
 from megavlm.architectures.context import BuildContext
 from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
-from megavlm.data.media import plan_of
-from megavlm.models.arrange import add_newline, arrange_features, newline_of
 from megavlm.models.front import build_front, encode, replicated
+from megavlm.models.fusion import Fusion, build_fusion
 
 
 class VisionLanguageModel(MegatronModule):
@@ -53,17 +52,16 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=language.config)
         self.settings = model
         self.image_size = model.vision.image_size
-        self.image_token_id = image_token_id
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
         self.vision: Any = None
         self.connector: Any = None
+        self.fusion: Fusion | None = None
         if pre_process:
             self.vision, self.connector = build_front(model, context)
-            if plan_of(model).newline:
-                add_newline(self.connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
+            self.fusion = build_fusion(model, self.connector, context, image_token_id)
         self.replicas = replicated(model, context)
         self.language = language
 
@@ -108,19 +106,19 @@ class VisionLanguageModel(MegatronModule):
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
             activations (S / TP with sequence parallelism).
         """
-        decoder_input = None
-        if self.pre_process:
+        decoder_input, extras = None, None
+        if self.fusion is not None:
             embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
             empty = image_features is None and (images is None or images.size(0) == 0)
             if image_features is None and (features_QNE := self.encode_images(images)) is not None:
                 image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
-            embeddings_S1E = self._splice(embeddings_S1E, tokens, image_features, empty=empty)
+            fused_S1E, extras = self.fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
             if self.config.sequence_parallel:
-                embeddings_S1E = scatter_to_sequence_parallel_region(embeddings_S1E)
-            if torch.is_grad_enabled() and not embeddings_S1E.requires_grad:
+                fused_S1E = scatter_to_sequence_parallel_region(fused_S1E)
+            if torch.is_grad_enabled() and not fused_S1E.requires_grad:
                 # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
-                embeddings_S1E = embeddings_S1E.detach().requires_grad_()
-            decoder_input = embeddings_S1E
+                fused_S1E = fused_S1E.detach().requires_grad_()
+            decoder_input = fused_S1E
         return self.language(
             input_ids=tokens,
             position_ids=position_ids,
@@ -128,6 +126,7 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=decoder_input,
             labels=labels,
             packed_seq_params=packed_seq_params,
+            extra_block_kwargs=extras,
         )
 
     def encode_images(self, images: Tensor | None) -> Tensor | None:
@@ -159,33 +158,15 @@ class VisionLanguageModel(MegatronModule):
 
         Args:
             features_QNE: what :meth:`encode_images` returns.
-            image_index: [T, K] which of them stand where, see ``megavlm.models.arrange``; None for in their order.
+            image_index: [T, K] which of them stand where, see ``megavlm.models.fusion``; None for in their order.
             image_weight: [T, K] of these; None where K is 1.
         """
-        return arrange_features(features_QNE, image_index, image_weight, newline_of(self.connector))
+        assert self.fusion is not None
+        return self.fusion.arranged(features_QNE, image_index, image_weight)
 
     def connector_device(self) -> torch.device:
         """Return the device that images belong on."""
         return next(self.connector.parameters()).device
-
-    def _splice(self, embeddings_S1E: Tensor, tokens: Tensor, features_TE: Tensor | None, *, empty: bool) -> Tensor:
-        """Put image features where ``tokens`` holds the image token.
-
-        ``empty``: they are of the empty picture of an image-less micro-batch. How many slots there are is told by the
-        features: to count them would be to wait for the device, which checks the number itself.
-        """
-        if features_TE is None:
-            return embeddings_S1E
-        flat = features_TE.to(embeddings_S1E.dtype)
-        if empty:
-            newline = newline_of(self.connector)
-            nothing = flat.sum() if newline is None else flat.sum() + newline.sum()
-            return embeddings_S1E + 0.0 * nothing
-        slots = tokens[0] == self.image_token_id
-        wanted = flat.size(0)
-        torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are image features")
-        positions = torch.nonzero_static(slots, size=wanted).squeeze(1)
-        return embeddings_S1E.index_copy(0, positions, flat.unsqueeze(1))
 
 
 def build_chunks(model: ModelConfig, context: BuildContext, image_token_id: int) -> list[VisionLanguageModel]:

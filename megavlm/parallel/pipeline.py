@@ -17,7 +17,11 @@ from torch import Tensor
 
 Request = TypeVar("Request")
 Step = Callable[[Any, Request], tuple[Tensor, Callable[[Tensor], Any]]]
-"""Runs one chunk on one request: returns the chunk's output, and what the last stage makes of the last chunk's."""
+"""Runs one chunk on one request: returns the chunk's output, and what the last stage makes of the last chunk's.
+
+The output is all that goes to the next chunk: one tensor. What a fusion gives the layers beside it (``Extras`` of
+``megavlm.models.fusion``) is None in every model of today, and stays inside the chunk's forward pass.
+"""
 
 
 def run(

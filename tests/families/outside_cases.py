@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from megavlm.architectures.context import BuildContext
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.families.presets import expand_presets
+from megavlm.inference.checkpoint import load_for_inference
+from megavlm.inference.generate import generate, pack_prompts
+from megavlm.inference.loaded import loaded
+from megavlm.inference.prompt import Prompt
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel import pipeline
 from megavlm.parallel.state import process_groups
 from megavlm.planning.flops import step_flops
 from megavlm.planning.layout import layout_of
@@ -40,3 +47,25 @@ def counted(recipe: str, *overrides: str) -> tuple[list[int], list[int], int]:
         built = sorted(p.numel() for p in model.parameters())
     planned = sorted(p.elements for p in chunk_parameters(own, layout, layout.chunks[0]))
     return planned, built, step_flops(own, tokens=100, squared_lengths=5000, images=3)
+
+
+def answers(checkpoint: Path, *overrides: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Return greedy answers to a text and to a picture with text, by generation and by whole forward passes."""
+    own, path, tokenizer = load_for_inference(checkpoint, overrides)
+    vocabulary, length, new = own.model.language.vocab_size, 32, 6
+    rng = np.random.default_rng(5)
+    words = [rng.integers(5, 200, size) for size in (7, 9)]
+    slots = np.full(own.model.tokens_per_view, tokenizer.imgpad_id)
+    pixels = torch.from_numpy(rng.integers(0, 256, (1, 3, 32, 32), dtype=np.uint8))
+    asked = [Prompt(words[0]), Prompt(np.concatenate([words[1][:3], slots, words[1][3:]]), pixels)]
+    with loaded(own, path, tokenizer) as chunks:
+        found = generate(
+            chunks, asked, max_new_tokens=new, stop_ids=[], vocab_size=vocabulary, pack_length=length
+        )  # fmt: skip
+        plain = [Prompt(one.tokens, one.images) for one in asked]
+        with pipeline.evaluating(chunks):
+            for _ in range(new):
+                for one in plain:
+                    logits = chunks[0](**{**pack_prompts([one], len(one)).inputs(), "images": one.images})
+                    one.answer.append(int(logits[0, -1, :vocabulary].argmax()))
+    return found, [one.answer for one in plain]

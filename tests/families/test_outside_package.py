@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 import yaml
-from outside_cases import commands, counted
+from outside_cases import answers, commands, counted
 from run_data import RunData
 from safetensors.torch import load_file, save_file
 
@@ -141,6 +141,12 @@ def test_a_family_from_another_package(run_data: RunData, tmp_path: Path, monkey
     unnamed = load_file(tmp_path / "unnamed" / "model.safetensors")
     assert set(unnamed) == set(after) and all(torch.equal(value, before[name]) for name, value in unnamed.items())
     assert json.loads((tmp_path / "unnamed" / "config.json").read_text()).items() >= CONFIG.items()
+
+    # It answers with a cache as with whole forward passes, though its decoder's keys are none of megavlm's decoder.
+    (((text, picture), plain),) = ranks.run(answers, tmp_path / "one", *words)
+    assert [text, picture] == plain and len(text) == len(picture) == 6 and text != picture
+    asked = ["generate", tmp_path / "four", "--prompt", "What is this?", "--max-new-tokens=3", *words]
+    ranks.run(commands, asked)
 
     # Its own figures are those that count.
     (found,) = ranks.run(counted, recipe, *words)

@@ -18,8 +18,8 @@ from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import ImagePlan, arrange, plan_of
 from megavlm.data.packing import PackableSample, build_pack
-from megavlm.models.arrange import arrange_features
 from megavlm.models.build import build_model, freeze, unwrap
+from megavlm.models.fusion import arrange_features
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters

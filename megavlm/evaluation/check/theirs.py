@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from megavlm.config.errors import UserError
+from megavlm.data.images import decode_with_pil
 from megavlm.parallel.device import local_device
 from megavlm.weights.files import read_json
 
@@ -132,7 +132,8 @@ def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:
 
 
 def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) -> None:
-    images = [_opened(path) for path in question.images]
+    # Opened as everywhere here (upright, on white): what is compared is what becomes of the picture then.
+    images = [decode_with_pil(path.read_bytes()) for path in question.images]
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": question.prompt}]
     if templated:
         messages = [{"role": "user", "content": content}]
@@ -152,17 +153,6 @@ def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) ->
 def _begins(processor: Any, text: str) -> bool:
     begin: str = getattr(processor.tokenizer, "bos_token", None) or ""
     return begin != "" and text.startswith(begin)
-
-
-def _opened(path: Path) -> Image.Image:
-    """Return a picture as a person sees it, as it is read here: turned by its EXIF tag, on white."""
-    with Image.open(path) as file:
-        turned = ImageOps.exif_transpose(file)
-        if "A" in turned.getbands() or "transparency" in turned.info:
-            shown = Image.new("RGBA", turned.size, "white")
-            shown.alpha_composite(turned.convert("RGBA"))
-            turned = shown
-        return turned.convert("RGB")
 
 
 @torch.no_grad()

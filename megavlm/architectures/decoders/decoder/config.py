@@ -63,6 +63,16 @@ class DecoderConfig(LanguageConfig):
     """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
     (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
 
+    @property
+    def ntk_length(self) -> int | None:
+        """The trained length, with dynamic NTK."""
+        return self.seq_length if self.use_dynamic_ntk else None
+
+    @property
+    def logn_length(self) -> int | None:
+        """The trained length, with logn attention."""
+        return self.seq_length if self.use_logn_attn else None
+
 
 def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""

@@ -6,7 +6,7 @@ family" walks through it. Nothing here imports torch but ``build.py``, which is 
 
 import dataclasses
 
-from megavlm.architectures.decoders.decoder.config import products, rules
+from megavlm.architectures.decoders.decoder.config import products
 from megavlm.config.architecture import CONNECTORS, LANGUAGE, MODELS, VISION, Architecture
 from megavlm.data import templates
 from megavlm.data.media import register_plan
@@ -17,6 +17,7 @@ from quilt.config import (
     PatchworkConfig,
     PoolConfig,
     ScaledDecoderConfig,
+    decoder_rules,
     patchwork_products,
     patchwork_rules,
     pool_products,
@@ -34,9 +35,8 @@ POOL = Architecture(
     cost=connector_cost,
 )  # fmt: skip
 SCALED = Architecture(
-    name="scaled_decoder", config=ScaledDecoderConfig, build="quilt.build:decoder", rules=rules, products=products,
-    cost=decoder_cost,
-    targets=targets,
+    name="scaled_decoder", config=ScaledDecoderConfig, build="quilt.build:decoder", rules=decoder_rules,
+    products=products, cost=decoder_cost, targets=targets,
 )  # fmt: skip
 
 TEMPLATE = Template(
@@ -54,7 +54,7 @@ def register() -> None:
     VISION.register("patchwork", PATCHWORK)
     VISION.register("uncounted", dataclasses.replace(PATCHWORK, name="uncounted", cost=None))  # nobody counted it yet
     CONNECTORS.register("pool", POOL, side=2)
-    LANGUAGE.register("scaled", SCALED, add_qkv_bias=False)
+    LANGUAGE.register("scaled", SCALED)
     MODELS.register(
         "quilt_tiny",
         vision={"preset": "patchwork", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2},

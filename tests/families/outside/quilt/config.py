@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.fields import config_class
 from megavlm.config.rules import TP, divides
-from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig, VisionConfig
+from megavlm.config.schema import ConnectorConfig, LanguageConfig, ModelConfig, ParallelConfig, VisionConfig
 
 
 @config_class
@@ -74,8 +73,53 @@ def pool_products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ..
 
 
 @config_class
-class ScaledDecoderConfig(DecoderConfig):
-    """A decoder with a gain behind each MLP, and logits that are divided by a number."""
+class ScaledDecoderConfig(LanguageConfig):
+    """A decoder with a gain behind each MLP, and logits that are divided by a number.
 
+    A class of its own, and not a kind of ``DecoderConfig``: it has the keys that megavlm's decoder is built from.
+    """
+
+    num_layers: int = Field(gt=0)
+    """Number of layers."""
+    hidden_size: int = Field(gt=0)
+    """Width of the model."""
+    ffn_hidden_size: int = Field(gt=0)
+    """Width of the gated MLP."""
+    num_attention_heads: int = Field(gt=0)
+    """Attention heads."""
+    num_query_groups: int = Field(gt=0)
+    """Key/value heads."""
+    kv_channels: int = Field(gt=0)
+    """Width of an attention head."""
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding."""
+    max_position_embeddings: int = Field(gt=0)
+    """Longest segment that the model is meant for."""
     logits_scaling: float = Field(default=1.0, gt=0)
     """What the logits are divided by."""
+    vocab_divisor: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    rotary_base: int = 10000
+    """Base of the rotary position embedding."""
+    rope_scaling: None = None
+    """Rotary positions are not stretched."""
+    rope_scaling_factor: float = 1.0
+    """The same."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of the norms."""
+    add_qkv_bias: bool = False
+    """Whether the QKV projection has a bias."""
+    qk_layernorm: bool = False
+    """Whether queries and keys are normalised."""
+    tie_word_embeddings: bool = False
+    """Whether embedding and output layer share their weight."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+def decoder_rules(language: ScaledDecoderConfig, layout: ParallelConfig) -> Iterator[str]:
+    """Yield a line for each broken rule."""
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        yield from divides(f"model.language.{key}", getattr(language, key), layout.tensor_model_parallel_size, TP)
+    heads, groups = language.num_attention_heads, language.num_query_groups
+    yield from divides("model.language.num_attention_heads", heads, groups, "model.language.num_query_groups")

@@ -1,0 +1,152 @@
+"""How image features come to the language model: the one place between connector and decoder.
+
+A :class:`Fusion` makes of embeddings and features what the decoder takes in, and extras for its layers.
+:class:`Splice` is today's only one: features stand in place of the embeddings of image slots. Which feature goes where
+is told by the image plan (``megavlm.data.media.Arrangement``), on the host.
+
+Shape legend: S positions of a pack, N views of its images, Q features of a view, T image slots, K features that a slot
+is made of, E width of the language model; 1 stands for the batch dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megavlm.architectures.context import BuildContext
+from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+
+NEWLINE = "image_newline"
+"""Name of the newline vector, a parameter [E] of the connector: it is frozen, trained and saved with it."""
+
+Extras = Mapping[str, Any] | None
+"""What the layers get beside the decoder's input, as keyword arguments of Megatron-Core's transformer block.
+
+None for a fusion that is done before the first layer, as :class:`Splice` is. A deepstack (Qwen3-VL) will hand over
+the image slots and the features that some layers add there; cross-attention (Llama 3.2 Vision) the features, as
+``context``, and its mask. They reach the layers of the chunk that fuses, by ``extra_block_kwargs`` of its forward pass;
+to other pipeline stages goes one tensor alone, the decoder's (``Step`` in ``megavlm.parallel.pipeline``).
+"""
+
+
+class Fusion(Protocol):
+    """What a way to bring image features into the language model does; on the first chunk."""
+
+    def arranged(self, features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
+        """Return the features of a micro-batch as :meth:`fuse` takes them: [T, E], one for each image slot.
+
+        They may be kept, and put together with those of other samples: generation makes them once for each prompt.
+
+        Args:
+            features_QNE: what the connector made of the views.
+            index_TK: which of them stand where, see :func:`arrange_features`; None for in their order.
+            weight_TK: of these; None where K is 1.
+        """
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Return the decoder's input [S, 1, E], not yet cut for sequence parallelism, and the extras.
+
+        Args:
+            embeddings_S1E: of ``tokens``.
+            features_TE: what :meth:`arranged` returned; None where there is neither a picture nor a stand-in.
+            tokens: [1, S] int64.
+            stand_in: the features are of the empty picture of a micro-batch without pictures. Nothing may depend on
+                their values, but each parameter that made them, and the fusion's own, must get a gradient: of zeros.
+        """
+
+
+def build_fusion(model: ModelConfig, connector: nn.Module, context: BuildContext, image_token_id: int) -> Fusion:
+    """Return the model's fusion. Where it has weights, they are the connector's: they have a name and a rank already.
+
+    The one place that chooses. Every decoder of today has self-attention layers alone, and takes a splice.
+    """
+    if plan_of(model).newline:
+        add_newline(connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
+    return Splice(connector, image_token_id)
+
+
+class Splice:
+    """Features replace the embeddings of image slots; the layers know nothing of pictures.
+
+    Args:
+        connector: which holds the newline vector, if there is one.
+        image_token_id: the token of an image slot.
+    """
+
+    def __init__(self, connector: nn.Module, image_token_id: int) -> None:
+        self._connector = connector
+        self._image_token_id = image_token_id
+
+    def arranged(self, features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
+        """Return the features [T, E] of the image slots."""
+        return arrange_features(features_QNE, index_TK, weight_TK, newline_of(self._connector))
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Put the features where ``tokens`` holds the image token.
+
+        How many slots there are is told by the features: to count them would be to wait for the device, which checks
+        the number itself.
+        """
+        if features_TE is None:
+            return embeddings_S1E, None
+        flat_TE = features_TE.to(embeddings_S1E.dtype)
+        if stand_in:
+            newline = newline_of(self._connector)
+            nothing = flat_TE.sum() if newline is None else flat_TE.sum() + newline.sum()
+            return embeddings_S1E + 0.0 * nothing, None
+        slots = tokens[0] == self._image_token_id
+        wanted = flat_TE.size(0)
+        torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are image features")
+        positions = torch.nonzero_static(slots, size=wanted).squeeze(1)
+        return embeddings_S1E.index_copy(0, positions, flat_TE.unsqueeze(1)), None
+
+
+def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:
+    """Give a connector the vector that stands at the end of a row of an image's features.
+
+    It is the same on all tensor-parallel ranks, and so is its gradient: behind it the embeddings are scattered, or not,
+    by Megatron-Core's mappings, whose backward gathers.
+    """
+    vector = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
+    if initialize:
+        nn.init.normal_(vector, std=hidden_size**-0.5)  # as LLaVA-1.6 begins
+    connector.register_parameter(NEWLINE, vector)
+
+
+def newline_of(connector: nn.Module) -> Tensor | None:
+    """Return a connector's newline vector, if there is one."""
+    return getattr(connector, NEWLINE, None)
+
+
+def arrange_features(
+    features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None, newline_E: Tensor | None
+) -> Tensor:
+    """Return the features [T, E] of the image slots: reordered, interpolated, with the newline vector.
+
+    Args:
+        features_QNE: what the connector made of the views.
+        index_TK: rows of the views' features, view by view; -1 is the newline. None keeps their order.
+        weight_TK: of these rows; None where K is 1.
+        newline_E: the newline vector.
+    """
+    flat_FE = features_QNE.transpose(0, 1).flatten(0, 1)
+    if index_TK is None:
+        return flat_FE
+    # Plain indexing, whose gradient is summed in a fixed order: tensor-parallel ranks must find the same.
+    if weight_TK is None:
+        slots_TE = flat_FE[index_TK[:, 0].clamp(min=0)]
+    else:
+        taken_TKE = flat_FE[index_TK.clamp(min=0)].float()
+        slots_TE = (taken_TKE * weight_TK[..., None]).sum(1).to(flat_FE.dtype)
+    if newline_E is None:
+        return slots_TE
+    # A mean of rows would round a bf16 gradient at each; a sum over those chosen does not.
+    return torch.where(index_TK[:, :1] < 0, newline_E.to(slots_TE.dtype), slots_TE)
