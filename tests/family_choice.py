@@ -35,6 +35,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "intern_vit": ("towers.vit",),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from megavlm.config.architecture import architecture_of
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
 from megavlm.weights.rules import Aside, Row, Table
 from megavlm.weights.source import CONFIG, Source
 
@@ -88,6 +89,13 @@ class Family(ABC):
             tokens: ids of ``image`` and, where there is one, ``image_start``.
         """
 
+    def pictures_of(self, model: ModelConfig) -> Tree:
+        """Return the keys of ``config.json`` that say what becomes of pictures, where the family's code reads some.
+
+        A training may change them, and the shape of no part shows it.
+        """
+        return {}
+
     def refuses(self, model: ModelConfig) -> str | None:
         """Return why the family cannot hold ``model``, whose parts are of its architectures, or None if it can."""
         return None
@@ -99,7 +107,16 @@ class Family(ABC):
             if part in self.parts and there not in known:
                 preset = getattr(model, part).preset
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
-        return self.refuses(model)
+        return self.refuses(model) or self._newline_refused(model)
+
+    def _newline_refused(self, model: ModelConfig) -> str | None:
+        """Return why the connector's learned newline vector has no place in the family, or None."""
+        if "connector" not in self.parts or not plan_of(model).newline:
+            return None
+        tables = self.tables(model, next(iter(self.styles)))
+        if any("image_newline" in one.ours for table in tables if table.part == "connector" for one in table.rest):
+            return None
+        return f"the image plan {model.image.kind} has a learned newline vector, for which the family has no name"
 
     def constants(self, model: ModelConfig, style: str) -> Constants:
         """Return tensors without an effect that the family's code wants to load all the same.

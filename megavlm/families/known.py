@@ -19,6 +19,8 @@ _OURS = (
     "megavlm.families.qwen:QwenVLFamily",
     "megavlm.families.qwen:CodeFuseFamily",
     "megavlm.families.llava:LlavaFamily",
+    "megavlm.families.llava_next:LlavaNextFamily",
+    "megavlm.families.llava_next:LlavaOnevisionFamily",
     "megavlm.families.internvl:InternVLFamily",
     "megavlm.families.internvl:InternVLChatFamily",
     "megavlm.families.intern_vit:InternViTFamily",

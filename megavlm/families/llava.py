@@ -82,7 +82,7 @@ class LlavaFamily(Family):
         expect({"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}, where,
                vision_feature_select_strategy=strategy)  # fmt: skip
         vision |= normalisation(source, vision["image_size"])
-        text = {**_LLAMA_DEFAULTS, **need(config, "text_config", where)}
+        text = {**LLAMA_DEFAULTS, **need(config, "text_config", where)}
         language = llama_language(text, where)
         image = image_branch(source, vision["image_size"], clip=vision["class_token"])
         return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language, "image": image}
@@ -157,7 +157,7 @@ class LlavaFamily(Family):
 
 
 # Transformers' LlamaConfig; the hub's LLaVA-1.5 leaves out what it has no other value for.
-_LLAMA_DEFAULTS: Tree = {
+LLAMA_DEFAULTS: Tree = {
     "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 11008,

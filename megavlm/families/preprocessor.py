@@ -13,6 +13,8 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
@@ -24,7 +26,9 @@ _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 """PIL's numbers."""
 _PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "crop_to_patches")
-_GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
+GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
+TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
+"""Of LLaVA-1.6 and of LLaVA-OneVision."""
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -39,7 +43,7 @@ def normalisation(source: Source, image_size: int) -> Tree:
         UserError: two files disagree, a value is none, or pixels are treated in a way that is not done here.
     """
     found: Tree = {}
-    for path, tree in _files(source):
+    for path, tree in processor_files(source):
         one = _numbers(tree, str(path))
         for key, value in one.items():
             if found.get(key, value) != value:
@@ -116,14 +120,14 @@ def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = F
     Raises:
         UserError: pictures are treated in a way that is not done here.
     """
-    found = [(path, tree) for path, tree in _files(source) if tree]
+    found = [(path, tree) for path, tree in processor_files(source) if tree]
     aspect = source.config.get("image_aspect_ratio")
     if not found and aspect is None:
         return {}
     path, tree = found[0] if found else (source.directory / PREPROCESSOR, {})
     if isinstance(aspect, str) and aspect != "square":
-        return {"resample": _filter(tree, str(path)), **_by_aspect(aspect, source)}
-    told = [(path, tree) for path, tree in found if any(key in tree for key in _GEOMETRY)] or [(path, tree)]
+        return {"resample": resampling(tree, str(path)), **_by_aspect(aspect, source)}
+    told = [(path, tree) for path, tree in found if any(key in tree for key in GEOMETRY)] or [(path, tree)]
     branches = [_branch_of(tree, str(path), image_size, clip=clip, tiles=tiles) for path, tree in told]
     if branches[-1] != branches[0]:
         raise UserError(
@@ -134,12 +138,12 @@ def image_branch(source: Source, image_size: int, *, clip: bool, tiles: bool = F
 
 def _branch_of(tree: Tree, where: str, image_size: int, *, clip: bool, tiles: bool) -> Tree:
     """Return ``model.image`` by one file."""
-    branch: Tree = {"resample": _filter(tree, where)}
+    branch: Tree = {"resample": resampling(tree, where)}
     if tree.get("do_resize") is False:
         raise UserError(f"{where}: do_resize is false; pictures are always resized here: set it to true")
     kind = str(tree.get("image_processor_type", ""))
     if kind.startswith(("LlavaOnevision", "LlavaNext")):
-        pinpoints = _pinpoints(tree.get("image_grid_pinpoints"), where)
+        pinpoints = pinpoints_of(tree.get("image_grid_pinpoints"), where)
         return {**branch, "kind": "anyres_max" if kind.startswith("LlavaOnevision") else "anyres", **pinpoints}
     if tiles or tree.get("crop_to_patches"):
         limits = {"min_tiles": tree.get("min_patches", 1), "max_tiles": tree.get("max_patches", 12)}
@@ -181,7 +185,7 @@ def geometry(source: Source) -> str | None:
     return None
 
 
-def _files(source: Source) -> Iterator[tuple[Path, Tree]]:
+def processor_files(source: Source) -> Iterator[tuple[Path, Tree]]:
     """Yield the image processor's settings in either file.
 
     Raises:
@@ -240,7 +244,12 @@ def _crops(tree: Mapping[str, Any], *, clip: bool) -> bool:
     return "crop_size" in tree
 
 
-def _filter(tree: Mapping[str, Any], where: str) -> str:
+def resampling(tree: Mapping[str, Any], where: str) -> str:
+    """Return the filter that a file names by PIL's number.
+
+    Raises:
+        UserError: it is none that there is here.
+    """
     number = tree.get("resample", _FILTERS["bicubic"])
     names = [name for name, value in _FILTERS.items() if value == number and not isinstance(number, bool)]
     if not names:
@@ -254,7 +263,7 @@ def _by_aspect(aspect: str, source: Source) -> Tree:
     if aspect == "pad":
         return {"kind": "pad", "fill": "mean"}
     if aspect.startswith("anyres"):
-        pinpoints = _pinpoints(source.config.get("image_grid_pinpoints"), where)
+        pinpoints = pinpoints_of(source.config.get("image_grid_pinpoints"), where)
         if aspect == "anyres":
             return {"kind": "anyres", **pinpoints}
         limit = aspect.removeprefix("anyres_max_")
@@ -263,7 +272,12 @@ def _by_aspect(aspect: str, source: Source) -> Tree:
     raise UserError(f"{where} is {aspect[:40]!r}; there are square, pad, anyres and anyres_max_N")
 
 
-def _pinpoints(value: Any, where: str) -> Tree:
+def pinpoints_of(value: Any, where: str) -> Tree:
+    """Return ``pinpoints`` of ``image_grid_pinpoints``; empty where there are none.
+
+    Raises:
+        UserError: they are no resolutions.
+    """
     if value is None:
         return {}
     good = isinstance(value, list) and all(
@@ -311,6 +325,8 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     elif image.kind == "pad" and image.fill in (None, "mean"):
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
+    elif image.kind in ("anyres", "anyres_max"):
+        own = _trained_anyres(model)
     elif image.kind == "dynamic_tiles":
         kind = str(old.get("image_processor_type"))
         own = {"image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor", "size": square}
@@ -318,3 +334,15 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     else:
         raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own
+
+
+def _trained_anyres(model: ModelConfig) -> Tree:
+    """Return the keys of ``preprocessor_config.json`` that say how pictures are cut."""
+    side, plan = model.vision.image_size, plan_of(model)
+    assert isinstance(plan, AnyresPlan)
+    pinpoints = [list(one) for one in plan.pinpoints]
+    own: Tree = {"image_processor_type": TILE_PROCESSORS[model.image.kind], "image_grid_pinpoints": pinpoints}
+    if model.image.kind == "anyres_max":
+        return {**own, "do_pad": True, "size": {"height": side, "width": side}}
+    square = {"height": side, "width": side}
+    return {**own, "do_center_crop": True, "do_pad": True, "crop_size": square, "size": {"shortest_edge": side}}

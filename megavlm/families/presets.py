@@ -88,6 +88,43 @@ _INTERNVL = {
 }
 
 
+# LLaVA-1.6 in Transformers' form (llava-hf/llava-v1.6-*-hf, llava-hf/llama3-llava-next-8b-hf): the language model, the
+# rows of its embedding with two tokens more, padded to 64, and the template.
+_LLAVA_NEXT = {
+    "1_6_vicuna_7b": ("llama2_7b", 32064, "vicuna_v1"),
+    "1_6_vicuna_13b": ("llama2_13b", 32064, "vicuna_v1"),
+    "1_6_mistral_7b": ("mistral_7b", 32064, "mistral"),
+    "1_6_34b": ("yi_34b", 64064, "chatml_direct"),
+    "next_llama3_8b": ("llama3_8b", 128320, "llama_3"),
+}
+# LLaVA-OneVision (llava-hf/llava-onevision-qwen2-*-ov-hf; arXiv 2408.03326): Qwen2, whose shapes are Qwen2.5's, with
+# three tokens more, padded to 64.
+_ONEVISION = {"0_5b": 152000, "7b": 152128, "72b": 152128}
+
+
+def _register_llava_tiles() -> None:
+    """Register LLaVA-1.6 and LLaVA-OneVision."""
+    for name, (language, rows, template) in _LLAVA_NEXT.items():
+        MODELS.register(
+            f"llava_{name}",
+            vision={"preset": "clip_vit_l_14_336"},
+            connector={"preset": "mlp2x_gelu"},
+            language={"preset": language, "vocab_size": rows},
+            image={"kind": "anyres"},
+            template=template,
+        )
+    for size, rows in _ONEVISION.items():
+        MODELS.register(
+            f"llava_onevision_{size}",
+            # The features of its 26th layer, in front of the norm behind them.
+            vision={"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False},
+            connector={"preset": "mlp2x_gelu"},
+            language={"preset": f"qwen2_5_{size}", "vocab_size": rows},
+            image={"kind": "anyres_max", "max_tiles": 9},
+            template="qwen2",
+        )
+
+
 def register() -> None:
     """Register the whole models that a recipe may name."""
     MODELS.register(
@@ -115,6 +152,7 @@ def register() -> None:
         connector={"preset": "mlp2x_gelu"},
         language={"preset": "llama2_7b", "vocab_size": 32064},
     )
+    _register_llava_tiles()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

@@ -323,9 +323,10 @@ def _write_meaning(
     checkpoint: Path, partial: Path, family: Family, model: ModelConfig, result: Export, *, original: bool
 ) -> None:
     """Write what the small files say after a training; without one they say what they said."""
-    if family.tower_keys and "vision" in family.parts and tower_learnt(checkpoint):
-        config = read_json(partial / CONFIG)
-        text = json.dumps(config | dict(family.tower_keys), indent=2, ensure_ascii=False) + "\n"
+    changed = dict(family.tower_keys) if "vision" in family.parts and tower_learnt(checkpoint) else {}
+    changed |= family.pictures_of(model) if was_trained(checkpoint) else {}
+    if changed:
+        text = json.dumps(read_json(partial / CONFIG) | changed, indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
     if was_trained(checkpoint):
         template = template_name(checkpoint)

@@ -113,6 +113,8 @@ def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
     how = {
         "squash": f"squashed to {side} x {side}, {image.resample}, nothing is cut off",
         "crop": f"cut to {side} x {side} from their middle, {image.resample}",
+        "anyres": f"squashed, and cut to tiles of {side} x {side}, {image.resample}",
+        "anyres_max": f"squashed, and cut to tiles of {side} x {side}, {image.resample}",
         "dynamic_tiles": f"cut to tiles of {side} x {side}, {image.resample}",
         "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
     }

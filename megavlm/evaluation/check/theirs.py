@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,8 +166,11 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if question.pixels is not None:
             inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
-            inputs |= {key: value.to(device) for key, value in question.extra.items()}
-            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **question.extra)
+            # Sizes of pictures, which those models ask for whose pictures are cut to tiles by them.
+            taken = inspect.signature(theirs.model.get_image_features).parameters
+            extra = {key: value.to(device) for key, value in question.extra.items() if key in taken}
+            inputs |= extra
+            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
         question.logits = theirs.model(**inputs).logits[0].float().cpu()
         made = theirs.model.generate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import Table, both
+import dataclasses
+
+from megavlm.weights.rules import Table, both, row
 
 LLAVA_PROJECTOR = Table(
     part="connector",
@@ -10,6 +12,13 @@ LLAVA_PROJECTOR = Table(
     prefix="multi_modal_projector.",
 )
 """LLaVA's two layers, as Transformers calls them."""
+
+TILES_PROJECTOR = dataclasses.replace(
+    LLAVA_PROJECTOR,
+    rest=(*LLAVA_PROJECTOR.rest, row("image_newline", "{newline}")),
+    names={"newline": "image_newline"},
+)
+"""The same with the vector that ends each row of a picture's features (``megavlm/models/fusion.py``)."""
 
 SEQUENTIAL_PROJECTOR = Table(
     part="connector",

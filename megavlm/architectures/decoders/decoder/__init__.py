@@ -72,6 +72,53 @@ def register() -> None:
         norm_epsilon=1e-5,
         add_qkv_bias=False,
     )
+    # The public config.json of Llama-2-13b-hf; Vicuna-13B v1.5 has the same shape.
+    LANGUAGE.register(
+        "llama2_13b",
+        DECODER,
+        num_layers=40,
+        hidden_size=5120,
+        ffn_hidden_size=13824,
+        num_attention_heads=40,
+        num_query_groups=40,
+        kv_channels=128,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        norm_epsilon=1e-5,
+        add_qkv_bias=False,
+    )
+    # The public config.json of Mistral-7B-Instruct-v0.2, which has no window.
+    LANGUAGE.register(
+        "mistral_7b",
+        DECODER,
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rotary_base=1000000,
+        norm_epsilon=1e-5,
+        add_qkv_bias=False,
+    )
+    # The public config.json of Yi-34B.
+    LANGUAGE.register(
+        "yi_34b",
+        DECODER,
+        num_layers=60,
+        hidden_size=7168,
+        ffn_hidden_size=20480,
+        num_attention_heads=56,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=64000,
+        max_position_embeddings=4096,
+        rotary_base=5000000,
+        norm_epsilon=1e-5,
+        add_qkv_bias=False,
+    )
     # The public config.json of Meta-Llama-3-8B.
     LANGUAGE.register(
         "llama3_8b",
