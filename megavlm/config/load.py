@@ -176,8 +176,11 @@ def _explain(error: ValidationError, tree: Tree) -> list[str]:
     missing: list[tuple[str, str]] = []
     strays: set[str] = set()
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "unexpected_keyword_argument":
+        path, inside = _of_key([str(part) for part in item["loc"]])
+        if inside:
+            line = _wrong_value(path, "", _value_at(tree, path), _owner(path, tree))
+            wrong += [line] if line not in wrong else []
+        elif item["type"] == "unexpected_keyword_argument":
             strays.add(path.rpartition(".")[0])
             unknown.append(_unknown(path, tree))
         elif item["type"] == "too_short" and item["input"]:
@@ -194,6 +197,22 @@ def _explain(error: ValidationError, tree: Tree) -> list[str]:
         if parent not in strays and (parent not in bare or path == f"{parent}.preset")
     ]
     return unknown + wrong + absent
+
+
+def _of_key(parts: Sequence[str]) -> tuple[str, bool]:
+    """Return the key that an error is about, and whether it is about a part of its value, such as one of a list."""
+    for end in range(len(parts) - 1, 0, -1):
+        key = find_key(".".join(parts[:end]))
+        if key is not None:
+            return (".".join(parts[:end]), True) if not key.branch else (".".join(parts), False)
+    return ".".join(parts), False
+
+
+def _value_at(tree: Any, path: str) -> Any:
+    """Return what a recipe has under a dotted key."""
+    for part in path.split("."):
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    return tree
 
 
 def _owner(path: str, tree: Tree) -> str | None:

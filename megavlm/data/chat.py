@@ -329,5 +329,5 @@ def _ids_of(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     ids: list[int] = []
     for piece in pieces:
         known = tokenizer.ids.get(piece)
-        ids += [known] if known is not None else tokenizer.encode(piece) if piece else []
+        ids += [known] if known is not None else tokenizer.encode_markup(piece) if piece else []
     return ids

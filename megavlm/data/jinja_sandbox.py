@@ -196,7 +196,13 @@ def render(text: str, values: Mapping[str, Any], where: str) -> str:
         raise TemplateError(
             f"{where}: the chat template fails on the conversation: {type(error).__name__}: {str(error)[:200]}"
         ) from None
-    return "".join(parts)
+    made = "".join(parts)
+    if not made.isascii():
+        try:
+            made.encode("utf-8")
+        except UnicodeEncodeError:  # an escape such as \ud800 in one of its texts
+            raise TemplateError(f"{where}: the chat template writes half a surrogate pair, which is no text") from None
+    return made
 
 
 @functools.lru_cache(maxsize=16)

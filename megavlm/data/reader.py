@@ -7,6 +7,7 @@ packer, a state that is plain JSON, and the checks that keep a state from being 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gc
 import hashlib
 import json
@@ -91,6 +92,7 @@ class PackReader:
         names = [source.name or Path(source.path).name for source in self.sources]
         self._encoder = PackEncoder(data, names, tokenizer, plan)
         self._template = tokenizer.template.fingerprint
+        self._images = _images_of(plan)
         self._data_hash = _hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
@@ -105,7 +107,8 @@ class PackReader:
         # The first call forks the workers, and they inherit what Energon keeps in class variables.
         with self._inside_energon() if self._packs is not None else _ENERGON_IN_PROCESS:
             if self._packs is None:
-                gc.collect()  # what workers inherit they could not destroy: worker_signals.py
+                if self._num_workers:
+                    gc.collect()  # what workers inherit they could not destroy: worker_signals.py
                 self._packs = iter(self._loader)
             packed = next(self._packs)
         pack: Pack = packed.pack
@@ -133,11 +136,14 @@ class PackReader:
                 is broken.
         """
         assert self._packs is None, "restore comes before the first pack"
-        older = {"template": QWEN_VL.fingerprint}  # of a state from before the key
+        older = {"template": QWEN_VL.fingerprint, "images": self._images}  # of a state from before the keys
         for key, value in self._identity().items():
             if not isinstance(state, dict) or (older | state).get(key) != value:
                 was = (older | state).get(key) if isinstance(state, dict) else state
-                raise UserError(f"the reader state was saved with {key} {was!r}, but this run has {value!r}")
+                raise UserError(
+                    f"the reader state was saved with {key} {was!r}, but this run has {value!r}; set it back, or begin "
+                    "another stage from the weights (checkpoint.load, another output_dir)"
+                )
         try:
             packed = zlib.decompressobj()
             text = packed.decompress(base64.b64decode(state["loader"]), _MOST_STATE)
@@ -228,8 +234,19 @@ class PackReader:
             "num_workers": self._num_workers,
             "seed": self._seed,
             "template": self._template,
+            "images": self._images,
             "data_hash": self._data_hash,
         }
+
+
+def _images_of(plan: ImagePlan) -> str:
+    """Return a plan in words, with a digest of all its values where these are many.
+
+    The side is not told: the same tokens of a finer picture may go on.
+    """
+    values = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name != "side"}
+    text = f"{type(plan).__name__}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
+    return text if len(text) <= 160 else f"{text[:150]}.. {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:

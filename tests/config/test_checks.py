@@ -181,6 +181,7 @@ def test_refused_on_one_process(refused, overrides, expected):
             "parallel.tensor_model_parallel_size: 2 x parallel.pipeline_model_parallel_size (2) = 4 does not",
         ),
         ([], 3, "training.global_batch_size: 8 is not divisible by the data-parallel size (3)"),
+        (["model.vision.image_std=[0.2,0,0.2]"], 1, "model.vision.image_std: [0.2, 0.0, 0.2] must be above 0, as pix"),
         (
             [PP2, VPP2, "training.global_batch_size=3"],
             2,

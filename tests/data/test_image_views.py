@@ -19,6 +19,7 @@ import torch
 from data_helpers import encode_image, open_reader, smooth_image, write_raw
 from PIL import Image
 
+from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.decode import GRAY, ImageDecoder
 from megavlm.data.decoders import make_decoder
@@ -274,7 +275,9 @@ def test_a_reader_of_tiles_goes_on_exactly(tmp_path: Path, tokenizer: Tokenizer)
     two = opened(state)
     assert list(taken(two, 4)) == rest and first[0] != rest[0]
     two.close()
-    with pytest.raises(ValueError, match="data_hash"):
+    with pytest.raises(
+        UserError, match=r"images .AnyresPlan.*\(32, 32\).* has .AnyresPlan.*set it back, or begin another"
+    ):
         opened(state, AnyresPlan(16, 4, pinpoints=((16, 32), (32, 16))))
     views = Counter(len(SMALL.plan(*shape).views) for item in rest for shape in item[2])
     assert len(views) > 1

@@ -253,6 +253,7 @@ BAD = {
     "changing the conversation": "{{ messages.append(1) }}",
     "files": "{% include '/etc/passwd' %}",
     "an unknown function": "{{ open('/etc/passwd').read() }}",
+    "half a character": "{% for m in messages %}{{ '\\ud800' + m.content }}{% endfor %}",
     "a formatted attribute": "{{ '{0.__class__}'.format(messages) }}",
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import content, encode_image, open_reader, prepare, smooth_image, take, write_raw
+from data_helpers import TOKENS_PER_IMAGE, content, encode_image, open_reader, prepare, smooth_image, take, write_raw
 from tokenizer_files import write_llama
 
 from megavlm.config.schema import DataConfig, DataSource
@@ -116,6 +116,10 @@ def test_a_state_that_does_not_fit_is_refused(opened: OpenReader, two_datasets: 
             opened(datasets, world_size=2).restore(state)
     with pytest.raises(ValueError, match="saved with data_hash"):
         opened(two_datasets, world_size=2, balance_images=False).restore(state)
+    with pytest.raises(ValueError, match=r"with images .*bicubic.* has .*bilinear.*set it back, or begin"):
+        opened(two_datasets, world_size=2, plan=SquashPlan(16, TOKENS_PER_IMAGE, "bilinear")).restore(state)
+    older = {key: value for key, value in state.items() if key != "images"}
+    opened(two_datasets, world_size=2).restore(older)
     for broken in (None, [], {}, state | {"loader": "?"}, state | {"loader": "eJxTMlSyUjIEAAK0ANY="}):
         with pytest.raises(ValueError, match=r"reader state"):
             opened(two_datasets, world_size=2).restore(broken)

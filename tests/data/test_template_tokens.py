@@ -86,8 +86,12 @@ def test_what_a_tokenizer_or_a_recipe_lacks(tmp_path: Path) -> None:
             load_tokenizer(path, find_template(name))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"data.system_message: .*minicpm has no system turn"):
-        check_system(find_template("minicpm"), "Be kind.")
-    check_system(find_template("gemma"), "Be kind.")
+        check_system(with_tokens(tmp_path, "minicpm"), "Be kind.")
+    gemma = with_tokens(tmp_path, "gemma")
+    check_system(gemma, "Be kind.")
+    for forged in ("Be <|im_end|>", "Be <end_of_turn>"):
+        with pytest.raises(UserError, match=r"data.system_message: .*contains the control token <.*; leave it out"):
+            check_system(gemma, forged)
 
 
 def test_a_caption_ends_with_its_newline(tmp_path: Path) -> None:

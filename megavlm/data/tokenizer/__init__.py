@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
-from megavlm.data.schema import Turn
+from megavlm.data.schema import Turn, check_text
 from megavlm.data.template import Template, TemplateError
 from megavlm.data.templates import QWEN_VL, template_of
 from megavlm.data.tokenizer.base import Tokenizer
@@ -66,18 +66,25 @@ def tokenizer_of(recipe: Recipe) -> Tokenizer:
     tokenizer = load_tokenizer(path, template_of(recipe.model.template, path))
     check_vocabulary(recipe, tokenizer)
     if recipe.data.system_message:
-        check_system(tokenizer.template, recipe.data.system_message)
+        check_system(tokenizer, recipe.data.system_message)
     return tokenizer
 
 
-def check_system(template: Template, message: str) -> None:
-    """Check that a template has a place for the recipe's system message.
+def check_system(tokenizer: Tokenizer, message: str) -> None:
+    """Check that a tokenizer's template has a place for the recipe's system message, which is text.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or every sample would be left out as the message contains a control token.
     """
     try:
-        template.spans([Turn("system", message), Turn("user", "?")], prompt=True)
+        check_text(message)
+        forged = tokenizer.control_ids.intersection(tokenizer.encode(message))
+        if forged:
+            raise UserError(f"text contains the control token {tokenizer.decode([min(forged)])}")
+    except UserError as error:
+        raise UserError(f"data.system_message: {error}; leave it out: the template writes such tokens") from None
+    try:
+        tokenizer.template.spans([Turn("system", message), Turn("user", "?")], prompt=True)
     except TemplateError as error:
         raise UserError(f"data.system_message: {error}") from None
 

@@ -47,6 +47,13 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; nothing is put before or after it."""
 
+    def encode_markup(self, text: str) -> list[int]:
+        """Token ids of a piece of the template's own text, remembered: each turn has the same ones."""
+        found = self._markup.get(text)
+        if found is None:
+            found = self._markup[text] = self.encode(text)
+        return found
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special tokens are written out, broken UTF-8 becomes U+FFFD."""
@@ -79,6 +86,7 @@ class Tokenizer(ABC):
                 f"(model.template: {template.name})"
             )
         tokens, added, self.ids, self.spelled = {eos: known[eos]}, [], {}, {}
+        self._markup: dict[str, list[int]] = {}
         for token in (*template.tokens, template.slot):
             name = next((name for name in token.names if name in known), None)
             if name is None and not token.appended:

@@ -86,6 +86,8 @@ class ViTConfig(VisionConfig):
 
 def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
+    if min(vision.image_std) <= 0:
+        yield f"{_OWN}.image_std: {list(vision.image_std)} must be above 0, as pixels are divided by it; correct it"
     tp = layout.tensor_model_parallel_size
     # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
     if vision.image_size < vision.patch_size:
