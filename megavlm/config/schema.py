@@ -131,7 +131,8 @@ class ModelConfig:
     preset: str | None = None
     """Name of a registered whole model (tiny, qwen_vl_7b, codefuse_vl_14b): sets the presets of the three branches."""
     template: str = "qwen_vl"
-    """How conversations are written (docs/templates.md): the name of a registered chat template."""
+    """How conversations are written (docs/templates.md): the name of a registered chat template, or checkpoint for the
+    chat_template that the model's own directory carries."""
     vision: Annotated[VisionConfig, Branch("vision")]
     """The vision tower."""
     connector: Annotated[ConnectorConfig, Branch("connector")]

@@ -272,7 +272,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 def _written(runs: ImageRuns, tokenizer: Tokenizer) -> str:
     """Return an image as text, with one token for each run of slots."""
     begin, end = (_named(mark, tokenizer) for mark in _marks(runs, tokenizer))
-    slot = tokenizer.decode([tokenizer.imgpad_id])
+    slot = tokenizer.spelled[tokenizer.template.slot.name]
     return begin + "".join(run if isinstance(run, str) else slot if run else "" for run in runs) + end
 
 
@@ -285,8 +285,7 @@ def _marks(runs: ImageRuns, tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _named(piece: str, tokenizer: Tokenizer) -> str:
     """Return markup as the tokenizer calls it."""
-    known = tokenizer.ids.get(piece)
-    return piece if known is None else tokenizer.decode([known])
+    return tokenizer.spelled.get(piece, piece)
 
 
 def _filled(ids: Sequence[int], runs: Sequence[ImageRuns], tokenizer: Tokenizer) -> list[int]:

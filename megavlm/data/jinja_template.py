@@ -7,6 +7,7 @@ markers where it has them, else from rendering the conversation up to each answe
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,6 +91,22 @@ class CheckpointTemplate(Template):
                 "the registered template that this model was made for (docs/templates.md), or put {% generation %} "
                 "around what the assistant says"
             ) from None
+
+    @functools.cached_property
+    def _written_before_answers(self) -> str:
+        try:
+            prompt = self._rendered(_TRIED[0][:1], prompt=True)
+            whole = self._rendered(_TRIED[0], prompt=False).replace(START, "").replace(STOP, "")
+        except TemplateError:
+            return ""
+        before = whole.partition(_WORDS[1])[0]
+        found = before[len(prompt) :] if before.startswith(prompt) else ""
+        return "" if found.strip() else found
+
+    @property
+    def answer_prefix(self) -> str:
+        """White space that a model says in front of an answer's own text."""
+        return self._written_before_answers
 
     def question(self, text: str) -> str:
         """Return the last user's own words, of a prompt's text that this template wrote."""

@@ -173,6 +173,12 @@ class Template:
         return before
 
     @property
+    def answer_prefix(self) -> str:
+        """What a model says in front of an answer's own text, such as the space behind ``ASSISTANT:``."""
+        pieces = self.last_assistant or self.assistant
+        return "".join(pieces[len(self.lead) : pieces.index(TEXT)])
+
+    @property
     def trains_answers_only(self) -> bool:
         """Whether the first token that the loss counts is the first of an answer."""
         before = (*self.begin, *self.system, *self.user, *self.user_with_system, *self.lead)
@@ -195,7 +201,7 @@ class Template:
         Tokenizers that put a space before text write one behind each special token.
         """
         at = next((i for i, piece in enumerate(self.user) if piece in (TEXT, IMAGES)), len(self.user))
-        before, after = self.user[:at], (*self.user[at + 1 :], *self.lead)
+        before, after = self.user[:at] or self.begin, (*self.user[at + 1 :], *self.lead)
         if SYSTEM in self.user_with_system:
             behind = self.user_with_system[self.user_with_system.index(SYSTEM) + 1]
             text = text.rpartition(behind)[2] if behind.strip() and behind in text else text

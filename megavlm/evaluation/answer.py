@@ -15,6 +15,7 @@ from megavlm.data.decoders import make_decoder
 from megavlm.data.media import plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.records import HeldOutRecord
+from megavlm.inference.answer_text import answer_text
 from megavlm.inference.generate import generate
 from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
@@ -65,7 +66,7 @@ def answer(
                 pack_length=recipe.data.sequence_length,
             )
             for i, tokens in zip(some, ids, strict=True):
-                answers[i] = tokenizer.decode(tokens)
+                answers[i] = answer_text(tokens, tokenizer)
                 prompts[i].images = None
         gathered: list[Any] = [None] * size
         dist.all_gather_object(gathered, answers, group=mpu.get_data_parallel_group())

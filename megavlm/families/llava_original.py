@@ -83,6 +83,12 @@ class LlavaOriginalFamily(Family):
         """By the projector's type, the language model's names and whether the tower is there."""
         return _is_original(source) and self._holds_tower(source)
 
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """By the language model: its authors' code has the forms, and no ``chat_template``."""
+        rows = {"mistral": ("mistral",), "qwen2": ("qwen2",)}
+        # Llama 3 and Yi have Llama's names, and tokens of their own.
+        return rows.get(_KINDS.get(source.config.get("model_type", ""), ""), ("llama_3", "vicuna_v1", "chatml_direct"))
+
     def probe(self, style: str) -> str:
         """Return the name of the patch embedding."""
         return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megavlm.data.tokenizer import Tokenizer
 
 _BROKEN = "\ufffd"
@@ -25,6 +27,8 @@ class AnswerText:
         """The tokens of the last whole text, which has been given."""
         self._new: list[int] = []
         """Tokens since, whose text ends within a character."""
+        self._prefix = tokenizer.template.answer_prefix
+        """What the template has in front of an answer, until the first text has come."""
 
     def add(self, token: int) -> str:
         """Return the text that a token completes; it may be empty."""
@@ -33,18 +37,29 @@ class AnswerText:
         if text.endswith(_BROKEN):
             return ""
         self._known, self._new = self._new, []
-        return text
+        return self._own(text)
 
     def rest(self) -> str:
         """Return what is left at the answer's end."""
         text = self._text(self._new) if self._new else ""
         self._known, self._new = [*self._known, *self._new], []
-        return text
+        return self._own(text)
 
     def would_add(self, token: int) -> str:
         """Return the text of a token if it came next, by itself where it completes a character."""
         return self._text([*self._new, token])
 
+    def _own(self, text: str) -> str:
+        """Return the answer's own text of what comes next, without what the template has in front of it."""
+        if text:
+            text, self._prefix = text.removeprefix(self._prefix), ""
+        return text
+
     def _text(self, new: list[int]) -> str:
         before = self._tokenizer.decode(self._known)
         return self._tokenizer.decode([*self._known, *new])[len(before) :]
+
+
+def answer_text(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of a whole answer, without what the template has in front of it."""
+    return tokenizer.decode(ids).removeprefix(tokenizer.template.answer_prefix)

@@ -20,6 +20,7 @@ from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
+from megavlm.inference.answer_text import answer_text
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.device import local_device
@@ -137,7 +138,7 @@ def _item(question: Question, answer: Sequence[int], tokenizer: Tokenizer) -> Pa
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]
     return PanelItem(
         question=last_question(question.prompt.tolist(), tokenizer),
-        expected=tokenizer.decode([int(i) for i in question.expected]),
-        predicted=tokenizer.decode(answer),
+        expected=answer_text([int(i) for i in question.expected], tokenizer),
+        predicted=answer_text(answer, tokenizer),
         images=[picture.resize([max(side, _SMALLEST_PICTURE) for side in picture.size]) for picture in pictures],
     )

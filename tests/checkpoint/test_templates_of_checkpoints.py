@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - templates are long lines
 """Templates come in with a checkpoint, and go out with it: what is trained is what Transformers then writes."""
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from megavlm.inference.checkpoint import load_for_inference
 # LLaVA's roles in a text of our own, and the parts that its processor gives.
 LLAVA = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{- m.content[0].text + ' ' -}}{%- else -%}"
-    "{{- m.role | upper + ': ' if m.role == 'user' else 'ASSISTANT: ' -}}{%- for c in m.content if c.type == 'image' -%}"
+    "{{- m.role | upper + ': ' -}}{%- for c in m.content if c.type == 'image' -%}"
     "{{- '<image>\n' -}}{%- endfor -%}{%- for c in m.content if c.type == 'text' -%}{{- c.text -}}{%- endfor -%}"
     "{{- ' ' if m.role == 'user' else eos_token -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"

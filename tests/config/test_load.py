@@ -105,7 +105,7 @@ def test_merge_keys_are_not_duplicates():
         (["parallel.sequence_parallel=1"], "parallel.sequence_parallel: expected true or false, got 1"),
         (["optimizer.schedule=cosin"], 'expected cosine | constant | WSD, got "cosin"; did you mean cosine?'),
         (["output_dir=3"], "output_dir: expected text, got 3; quote it, or write '' for empty"),
-        (["data.system_message="], "data.system_message: expected text, got null; quote it, or write '' for empty"),
+        (["output_dir="], "output_dir: expected text, got null; quote it, or write '' for empty"),
         (["data.train=[]"], "data.train: the list must have at least one entry; add one"),
         (["data.train=/a"], "data.train: expected a list, got \"/a\"; write its entries with '-' or in brackets"),
         (["training=7"], "training: expected keys under it, got 7"),

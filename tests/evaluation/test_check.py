@@ -173,7 +173,9 @@ def test_a_template_of_its_own(published: Path, tmp_path: Path, caplog: pytest.L
         "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ANSWER:"
     )
     (other / "chat_template.jinja").write_text(template)
-    text = checked(caplog, 1, "--hf", other)
+    converted = tmp_path / "m"  # of the checkpoint without it, so with another template
+    assert main(["convert", "hf-to-megatron", "--hf", str(published), "--out", str(converted)]) == 0
+    text = checked(caplog, 1, "--hf", other, "--checkpoint", converted)
     found = [line.split(" of ")[0] for line in text.splitlines() if line.startswith("differs: ")]
     assert found == ["differs: token ids"] * 3 and text.count("greedy answers: equal") == 3
 

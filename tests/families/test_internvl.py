@@ -5,6 +5,7 @@ Weights there and back are in test_round_trips.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,19 @@ from internvl_models import internvl, internvl_6b, internvl_chat
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
+from megavlm.data.media import plan_of
 from megavlm.families.known import FAMILIES
+from megavlm.families.preprocessor import trained_preprocessor
 from megavlm.families.presets import expand_presets
+from megavlm.inference.generate import generate
+from megavlm.inference.prompt import Prompt
+from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.state import process_groups
 
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",
@@ -95,6 +103,63 @@ def test_features_logits_and_gradients_over_four_ranks(converted: tuple[str, str
     one, many = found[0], set().union(*found)
     assert {name.split(".")[0] for name in one} == {"vision", "connector", "language"}  # the first stage has these
     assert {"language.decoder.layers.3.mlp.linear_fc2.weight", "language.output_layer.weight"} <= many
+
+
+def test_greedy_answers_are_theirs(tmp_path: Path) -> None:
+    """Of pictures that are not square: three views, one view, none."""
+    model = internvl_6b()
+    model.save_pretrained(tmp_path / "hf")
+    recipe = convert(tmp_path / "hf", tmp_path / "m")
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, IMAGE, (30,), generator=generator)
+    ids[4:16] = IMAGE
+    one = ids[12:].clone()
+    pixels = torch.randn(3, 3, 28, 28, generator=generator)
+    assert len(plan_of(recipe.model).plan(56, 28).views) == 3
+    shown = [(ids, pixels), (one, pixels[:1]), (ids[16:], pixels[:0])]
+    expected = []
+    for tokens, views in shown:
+        images = {"pixel_values": views} if len(views) else {}
+        whole = model.generate(input_ids=tokens[None], **images, attention_mask=torch.ones(1, len(tokens)),
+                               do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)  # fmt: skip
+        expected.append(whole[0, len(tokens) :].tolist())
+    with process_groups(recipe.parallel, 1):
+        chunks = build_model(recipe, IMAGE)
+        load(tmp_path / "m", modules=[unwrap(chunk) for chunk in chunks])
+        prompts = [Prompt(tokens.numpy(), views) for tokens, views in shown]
+        answers = generate(chunks, prompts, max_new_tokens=8, stop_ids=[], vocab_size=120, pack_length=128)
+    assert answers == expected
+
+
+def test_other_families_and_this_one_know_their_towers(tmp_path: Path) -> None:
+    internvl().save_pretrained(tmp_path / "hf")
+    model = convert(tmp_path / "hf", tmp_path / "m").model
+    squash = dataclasses.replace(model.image, kind="squash", min_tiles=None, max_tiles=None)
+    llava = dataclasses.replace(model, connector=_connector("mlp2x_gelu"), image=squash)
+    assert "InternViT" in str(FAMILIES["llava"].refuses(llava))
+    for changed, reason in (
+        ({"image": dataclasses.replace(model.image, kind="pad")}, "image plan is pad"),
+        ({"image": dataclasses.replace(model.image, thumbnail=False)}, "no thumbnail"),
+        ({"connector": _connector("linear")}, "connector is linear"),
+        ({"vision": dataclasses.replace(model.vision, layer_scale=False)}, "no InternViT"),
+    ):
+        assert reason in str(FAMILIES["internvl"].refuses(dataclasses.replace(model, **changed)))
+    assert FAMILIES["internvl"].refuses(model) is None
+
+
+def _connector(preset: str) -> Any:
+    return load_recipe("quickstart", [f"model.connector={{preset: {preset}}}"], expand_presets).model.connector
+
+
+def test_what_is_written_of_pictures_is_read_again(tmp_path: Path) -> None:
+    """After a training: tiles as the processor's file has them."""
+    internvl().save_pretrained(tmp_path / "hf")
+    model = convert(tmp_path / "hf", tmp_path / "m").model
+    model = dataclasses.replace(model, image=dataclasses.replace(model.image, max_tiles=6, resample="bilinear"))
+    written = trained_preprocessor(model, {})
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(written))
+    assert convert(tmp_path / "hf", tmp_path / "again").model.image == dataclasses.replace(model.image, min_tiles=1)
+    assert FAMILIES["internvl"].processor(model, "x") == {"image_seq_length": 4, "processor_class": "InternVLProcessor"}
 
 
 def test_a_written_config_gives_the_same_model_in_transformers(tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def with_files(source: Path, root: Path, files: dict[str, Any]) -> Path:
     root.mkdir()
     for file in source.iterdir():
-        (root / file.name).symlink_to(file)
+        if file.name != "preprocessor_config.json":  # the tests say which there is
+            (root / file.name).symlink_to(file)
     for name, tree in files.items():
         (root / name).unlink(missing_ok=True)
         (root / name).write_text(json.dumps(tree))

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import tokenizer_files as files
 
+from megavlm.data.chat import encode_prompt
+from megavlm.data.schema import Turn
+from megavlm.data.templates import find_template
 from megavlm.data.tokenizer import load_tokenizer
-from megavlm.inference.answer_text import AnswerText
+from megavlm.inference.answer_text import AnswerText, answer_text
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "qwen": files.write_tiktoken,
@@ -65,3 +68,15 @@ def test_what_a_token_would_add(tmp_path: Path) -> None:
     text.add(first[0])
     following = second[len(first)]
     assert text.would_add(following) == text.add(following) != ""
+
+
+def test_the_space_that_a_template_has_before_answers_is_no_part_of_them(tmp_path: Path) -> None:
+    """As LLaVA, on a byte-level tokenizer: a later turn would have it twice."""
+    tokenizer = load_tokenizer(files.write_qwen2(tmp_path), find_template("vicuna_v1_endoftext"))
+    text = AnswerText(tokenizer)
+    ids = tokenizer.encode(" Two cats.  ")
+    assert "".join([*(text.add(token) for token in ids), text.rest()]) == "Two cats.  " == answer_text(ids, tokenizer)
+    asked = [Turn("user", "a"), Turn("assistant", answer_text(ids, tokenizer)), Turn("user", "b")]
+    prompt = encode_prompt(asked, tokenizer, [], "").tolist()
+    first = encode_prompt(asked[:1], tokenizer, [], "").tolist()
+    assert prompt[len(first) : len(first) + len(ids)] == ids

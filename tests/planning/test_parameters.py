@@ -44,6 +44,15 @@ LAYERS: dict[str, Any] = {
     "vision": {**OTHER["vision"], "post_layernorm": False, "feature_layers": (2, 0, 1)},
 }
 """Features of several layers: the connector begins three times as wide."""
+# InternViT-6B's layers, and squares of patches side by side.
+INTERNVL: dict[str, Any] = {
+    **OTHER,
+    "vision": {"preset": "intern_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 4}
+    | {"normalization": "RMSNorm", "add_qkv_bias": False, "qk_norm": "width", "class_token": False},
+    "connector": {"preset": "pixel_shuffle"},
+    "language": {**OTHER["language"], "vocab_size": 512},
+}
 TP4 = {"tensor_model_parallel_size": 4}
 QWEN2: dict[str, Any] = {
     **OTHER,
@@ -81,6 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
     "layers-tp2-pp2": {**BF16, "model": LAYERS, "parallel": {**TP2, **PP2, **TORCH}},
+    "internvl-tp2-pp2-sp": {**BF16, "model": INTERNVL, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -115,7 +125,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
         assert [predicted.weights, predicted.gradients] == real[:2]
 
 
-KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp"]
+KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
 KEPT += [name for name in CASES if "shared" in name]
 
 
@@ -129,7 +139,7 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout, language = layout_of(recipe, RANKS), recipe.model.language
@@ -139,7 +149,7 @@ def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: 
     for chunk, real in zip(layout.chunks, measured[name], strict=True):
         work = chunk_flops(recipe, layout, chunk, tokens=SEQUENCE_LENGTH, squared_lengths=squares, images=images)
         # torch counts the whole square of attention, and the projection of the queries, once for all images.
-        queries = recipe.model.connector.num_queries or 0
+        queries = getattr(recipe.model.connector, "num_queries", 0) or 0
         sharing = tensor_ranks(recipe.model, "connector", layout.tensor)
         once = 2 * queries * language.hidden_size**2 // sharing * int(chunk.first)
         if chunk.first:  # and fits two tables of positions to the grid

@@ -59,9 +59,11 @@ def test_a_run_of_tiles_through_every_command(
     picture = tmp_path / "wide.png"
     Image.effect_noise((90, 30), 80).convert("RGB").save(picture)
     ask = ["generate", "--image", str(picture), "--prompt", "What is this?", "--max-new-tokens=6"]
-    answers = [ranks.megavlm([*ask, str(tmp_path / "wide")], world=None).stdout]
-    answers.append(ranks.megavlm([*ask, str(tmp_path / "wide"), *layout], world=4).stdout)
-    assert answers[0] == answers[1]
+    answers = [
+        ranks.megavlm([*ask, str(tmp_path / "wide"), *more], world=world, apart=True).stdout
+        for more, world in (((), None), (layout, 4))
+    ]
+    assert answers[0] == answers[1] and answers[0].strip()
     narrow = tmp_path / "narrow.png"
     Image.new("RGB", (1, 10000)).save(narrow)
     ranks.megavlm(["generate", str(tmp_path / "run"), "--image", str(narrow), "--prompt", "?", "--max-new-tokens=2"])
@@ -77,7 +79,7 @@ def test_a_run_of_tiles_through_every_command(
     assert "model.image.kind: 'squash', but" in done.stdout + done.stderr
 
     page = tmp_path / "page.html"
-    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] / "recipe.yaml"
     assert main(["inspect", "--recipe", str(recipe), "--out", str(page), "--samples", "2", "--packs", "1"]) == 0
     assert "views" in page.read_text()
     assert main(["plan", str(recipe), "--gpus", "1", "--picture-size", "90x30"]) == 0

@@ -157,8 +157,9 @@ def convert(
     where = ", ".join(str(one.source.path) for one in given)
     template = next((one.family.template for one in given if "language" in one.parts), None)
     model = make_model(branches, where, template)
-    if len(given) == 1 and not fresh and tokenizer is not None:
-        model = dataclasses.replace(model, template=_template(given[0], tokenizer, model.template, report))
+    speaker = next((one for one in given if "language" in one.parts), None)
+    if speaker is not None and tokenizer is not None:
+        model = dataclasses.replace(model, template=_template(speaker, tokenizer, model.template, report))
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):

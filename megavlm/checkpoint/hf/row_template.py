@@ -62,8 +62,7 @@ def row_template(tokenizer: Tokenizer, system_message: str) -> str:
     row = tokenizer.template
 
     def named(piece: str) -> str:
-        known = tokenizer.ids.get(piece)
-        return piece if known is None else tokenizer.decode([known])
+        return tokenizer.spelled.get(piece, piece)
 
     def written(pieces: Sequence[str], text: str = "turn.text", system: str = "state.system") -> str:
         own = {TEXT: text, SYSTEM: system, IMAGES: "turn.images"}
@@ -80,7 +79,7 @@ def row_template(tokenizer: Tokenizer, system_message: str) -> str:
         return "{{- " + " + ".join(terms) + " -}}" if terms else ""
 
     begin, end = map(named, row.image)
-    image = begin + tokenizer.decode([tokenizer.imgpad_id]) + end
+    image = begin + named(row.slot.name) + end
     behind = row.picture.replace("{image}", "")
     assert behind in ("", "\n"), row.picture  # with a number: Qwen-VL's own text
     folded = bool(row.user_with_system) and not row.system

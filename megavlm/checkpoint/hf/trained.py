@@ -66,7 +66,8 @@ def write_trained(
     tokenizer = load_tokenizer(path, template_of(template, path))
     own = tokenizer.template
     ended = tokenizer.ids[own.stops[0]] if own.stops else tokenizer.eos_id
-    end, image = (tokenizer.decode([number]) for number in (ended, tokenizer.imgpad_id))
+    named = {tokenizer.ids[name]: spelled for name, spelled in tokenizer.spelled.items()}
+    end, image = (named.get(number) or tokenizer.decode([number]) for number in (ended, tokenizer.imgpad_id))
     bare = not own.renders or not own.begin
     lines += _write_tokens(path, tokenizer, bare=bare)
     if own.renders:

@@ -31,6 +31,8 @@ class Tokenizer(ABC):
     """Names of the appended tokens; their ids are the last ones, in this order."""
     ids: dict[str, int]
     """Ids of the template's control tokens and its slot, by the names that the template calls them."""
+    spelled: dict[str, str]
+    """What the file calls these, by the same names: decoding an id may write it otherwise."""
     control_ids: frozenset[int]
     """Ids of these, of :attr:`eos_id` and of the file's special tokens: text that contains one would forge turns or
     image slots."""
@@ -76,7 +78,7 @@ class Tokenizer(ABC):
                 f"tokenizer {path} has no token that ends a document, which would be one of {names} "
                 f"(model.template: {template.name})"
             )
-        tokens, added, self.ids = {eos: known[eos]}, [], {}
+        tokens, added, self.ids, self.spelled = {eos: known[eos]}, [], {}, {}
         for token in (*template.tokens, template.slot):
             name = next((name for name in token.names if name in known), None)
             if name is None and not token.appended:
@@ -89,6 +91,7 @@ class Tokenizer(ABC):
                 added.append(name)
             number = known.get(name, size + len(added) - 1)
             tokens[name] = self.ids[token.name] = number
+            self.spelled[token.name] = name
         self.template = template
         self.added, self.vocab_size = tuple(added), size + len(added)
         self.eos_id, self.imgpad_id = known[eos], self.ids[template.slot.name]

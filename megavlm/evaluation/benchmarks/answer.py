@@ -19,6 +19,7 @@ from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
 from megavlm.evaluation.benchmarks.spec import LETTERS, picture_bytes, picture_name
+from megavlm.inference.answer_text import answer_text
 from megavlm.inference.generate import generate
 from megavlm.inference.loaded import loaded
 from megavlm.inference.option_losses import option_losses
@@ -139,7 +140,7 @@ def _round(
             pack_length=recipe.data.sequence_length,
         )
         for i, ids in zip(free, answers, strict=True):
-            text = tokenizer.decode([token for token in ids if token not in tokenizer.control_ids])
+            text = answer_text([token for token in ids if token not in tokenizer.control_ids], tokenizer)
             predictions[asked[i].item.id] = (text.strip(), [])
     return [_row(one, problems.get(one.item.id, ""), *predictions.get(one.item.id, ("", []))) for one in questions]
 

@@ -47,7 +47,7 @@ def make_questions(
         RecipeError: prompts with their longest answers are longer than a pack.
     """
     # After "Answer:" the letter comes with its space, as in Qwen-VL's evaluation; a turn begins with the letter.
-    letters = [tuple(tokenizer.encode(letter if chat else f" {letter}")) for letter in LETTERS]
+    letters = [_said(letter, tokenizer) if chat else tuple(tokenizer.encode(f" {letter}")) for letter in LETTERS]
     questions = []
     for item in items:
         text = render(benchmark, item)
@@ -61,13 +61,25 @@ def make_questions(
     return questions
 
 
+def _said(letter: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids of a letter as an answer's beginning."""
+    template = tokenizer.template
+    if not template.joined or not template.answer_prefix:
+        return tuple(tokenizer.encode(letter))
+    # With its space, as it stands behind what leads to an answer: some tokenizers begin text with one of their own.
+    lead = template.lead[-1] if template.lead else "\n"
+    known, whole = (tokenizer.encode(lead + said) for said in ("", template.answer_prefix + letter))
+    return tuple(whole[len(known) :]) if whole[: len(known)] == known else tuple(tokenizer.encode(letter))
+
+
 def _encode(text: str, item: Item, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
     turns = [Turn("user", text)]
     runs = image_runs(plan_of(recipe.model), count_images(turns), lambda: [picture_bytes(one) for one in item.pictures])
     if chat:
         return encode_prompt(turns, tokenizer, runs, recipe.data.system_message)
     check_text(text, "the question")
-    return np.asarray(encode_text(text, tokenizer, runs), np.int64)
+    begin = [tokenizer.ids.get(piece) for piece in tokenizer.template.begin]
+    return np.asarray([*(i for i in begin if i is not None), *encode_text(text, tokenizer, runs)], np.int64)
 
 
 def _check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: int) -> None:

@@ -54,8 +54,12 @@ def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Ker
     # Inputs of two norms and of the linear layers behind them; QKV and the attention's result; around the activation.
     around = 3 if vision.activation == "quick_gelu" else 2
     kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b + around * positions * ffn * b
-    if vision.qk_norm is not None:  # queries and keys in front of their norms, in fp32, and normalised, unscaled
-        kept += 2 * positions * (width // tensor) * (4 + b)
+    # Plain torch computes these norms in fp32: it keeps such a copy, and what is normalised but not yet scaled.
+    copy = 0 if b == 4 else 4
+    if vision.qk_norm is not None:  # the results too, as the values' view keeps what they were made of
+        kept += 2 * positions * (width // tensor) * (copy + 2 * b)
+    if vision.normalization == "RMSNorm" and not kernels.fused:  # instead of the stream
+        kept += 2 * positions * width * 4
     if vision.layer_scale:  # what attention and MLP give, with its bias
         kept += 2 * positions * width * b
     return kept + positions * (vision.num_attention_heads // tensor) * 4
