@@ -52,7 +52,10 @@ THREE = {"head_dim": 20}
 MLP = {"preset": "mlp2x_gelu"}
 FROZEN = {"freeze": True}
 LORA = {"lora": {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "w1"]}}
+INTERN = {"normalization": "RMSNorm", "qk_norm": "width", "layer_scale": True, "add_qkv_bias": False}
 MODELS: dict[str, dict[str, Any]] = {
+    # Norms over all heads; and Megatron-Core adds up the gradients of the language model's own such norms.
+    "intern": {"model": model({**FIVE, **INTERN, "feature_layers": (1, 2)}, MLP, qk_layernorm=True)},
     "both": {"model": model(FIVE, THREE)},
     "tower": {"model": model({**FIVE, "class_token": True, "post_layernorm": True}, MLP)},
     "connector": {"model": model(FOUR, THREE)},
@@ -73,6 +76,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tower at TP 2 x DP 2, overlapped": ("tower", TP2 | OVERLAP),
     "connector at TP 2 x PP 2 + SP": ("connector", TP2 | PP2 | SP),
     "connector at TP 4": ("connector", TP4),
+    "intern at TP 2 x DP 2, overlapped": ("intern", TP2 | OVERLAP),
+    "intern at TP 4 + SP": ("intern", TP4 | SP),
     "wanted at TP 2 x DP 2, overlapped": ("wanted", TP2 | OVERLAP),
     "recomputed at TP 4": ("recomputed", TP4),
     "frozen connector at TP 2 x DP 2, overlapped": ("frozen connector", TP2 | OVERLAP),
