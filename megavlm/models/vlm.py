@@ -20,7 +20,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.models.front import build_front, encode, replicated
-from megavlm.models.fusion import Fusion, build_fusion
+from megavlm.models.fusion import Extras, Fusion, build_fusion
 
 
 class VisionLanguageModel(MegatronModule):
@@ -108,17 +108,9 @@ class VisionLanguageModel(MegatronModule):
         """
         decoder_input, extras = None, None
         if self.fusion is not None:
-            embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
-            empty = image_features is None and (images is None or images.size(0) == 0)
-            if image_features is None and (features_QNE := self.encode_images(images)) is not None:
-                image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
-            fused_S1E, extras = self.fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
-            if self.config.sequence_parallel:
-                fused_S1E = scatter_to_sequence_parallel_region(fused_S1E)
-            if torch.is_grad_enabled() and not fused_S1E.requires_grad:
-                # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
-                fused_S1E = fused_S1E.detach().requires_grad_()
-            decoder_input = fused_S1E
+            decoder_input, extras = self._fused(
+                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight
+            )
         return self.language(
             input_ids=tokens,
             position_ids=position_ids,
@@ -128,6 +120,32 @@ class VisionLanguageModel(MegatronModule):
             packed_seq_params=packed_seq_params,
             extra_block_kwargs=extras,
         )
+
+    def _fused(
+        self,
+        fusion: Fusion,
+        tokens: Tensor,
+        position_ids: Tensor,
+        images: Tensor | None,
+        image_features: Tensor | None,
+        image_index: Tensor | None,
+        image_weight: Tensor | None,
+    ) -> tuple[Tensor, Extras]:
+        """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what travels beside it.
+
+        A function of its own, so that nothing that it makes on the way is held while the layers run.
+        """
+        embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
+        empty = image_features is None and (images is None or images.size(0) == 0)
+        if image_features is None and (features_QNE := self.encode_images(images)) is not None:
+            image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
+        fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
+        if self.config.sequence_parallel:
+            fused_S1E = scatter_to_sequence_parallel_region(fused_S1E)
+        if torch.is_grad_enabled() and not fused_S1E.requires_grad:
+            # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
+            fused_S1E = fused_S1E.detach().requires_grad_()
+        return fused_S1E, extras
 
     def encode_images(self, images: Tensor | None) -> Tensor | None:
         """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.
