@@ -13,8 +13,6 @@ from import_graph import ROOT, modules
 from test_layering import ROOMS
 
 FILE_LINES, FUNCTION_LINES = 500, 80
-PRESETS = "register"
-"""Functions of this name are tables of presets, one call each: read like data, and as long as there are presets."""
 SEVERAL_MEANINGS = {
     # weights.source: a checkpoint's tensors; data.formats.source: what prepare was given. Formats that others write
     # import the one, families that others write the other: both names are published, and no file needs both.
@@ -44,7 +42,7 @@ def test_files_and_functions_have_a_size() -> None:
         f"{path.relative_to(ROOT)}: {function.name}: {count} lines"
         for path, tree in trees().items()
         for function in functions(tree)
-        if (count := (function.end_lineno or 0) - function.lineno + 1) > FUNCTION_LINES and function.name != PRESETS
+        if (count := (function.end_lineno or 0) - function.lineno + 1) > FUNCTION_LINES
     ]
     assert not long
 

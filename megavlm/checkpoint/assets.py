@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
-from megavlm.weights.files import read_json
 
 FOLDER = "hf"
 """Of a checkpoint's directory."""

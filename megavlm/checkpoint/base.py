@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
-from megavlm.weights.files import read_json
+from megavlm.config.json_object import read_json
 
 RECORD = "adapter.json"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megavlm.config.errors import MissingFileError, UserError
-from megavlm.weights.files import read_json
+from megavlm.config.json_object import read_json
 from megavlm.weights.kinds import what_is
 
 if TYPE_CHECKING:

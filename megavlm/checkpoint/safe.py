@@ -16,8 +16,8 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.parallel.megatron_versions import CHECKPOINT_DEFAULTS
-from megavlm.weights.files import read_json
 from megavlm.weights.pickles import first_line, load_weights
 
 METADATA = ".metadata"

@@ -13,7 +13,7 @@ from typing import Any
 from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
-from megavlm.config.schema import ImageConfig, LoraConfig
+from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig
 
 Tree = dict[str, Any]
 
@@ -50,6 +50,7 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
     image = model.get("image", {})
     if classes.keys() == BRANCHES.keys() and isinstance(image, Mapping):
         filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
+        filled["template"] = model.get("template", ModelConfig.template)  # and all spoke Qwen-VL's
     return {**model, **filled}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 
 _JINJA, _PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
 _TOKENIZER, _SPECIAL, _PROCESSOR = "tokenizer_config.json", "special_tokens_map.json", "processor_config.json"
@@ -132,13 +132,7 @@ class ChatFiles:
         path = self.directory / name
         if not path.is_file() or (path.stat().st_size > _LARGEST and name != "tokenizer.json"):
             return {}
-        try:
-            tree = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must be an object")
-        return tree
+        return read_json(path)
 
     @staticmethod
     def _text(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.families.preprocessor import (
     GEOMETRY,
     PROCESSOR,
@@ -15,7 +16,6 @@ from megavlm.families.preprocessor import (
     processor_files,
     resampling,
 )
-from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
 
 Tree = dict[str, Any]

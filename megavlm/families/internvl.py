@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from megavlm.architectures.connectors.pixel_shuffle.tables import PIXEL_SHUFFLE
 from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
@@ -31,7 +32,6 @@ from megavlm.families.intern_vit import (
 )
 from megavlm.families.llama import no_llama
 from megavlm.families.preprocessor import image_branch, normalisation
-from megavlm.weights.files import read_json
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, need
@@ -26,7 +27,6 @@ from megavlm.families.preprocessor import image_branch, llava_processor, normali
 from megavlm.families.projector import projector_branch, projector_table
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
-from megavlm.weights.files import read_json
 from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 

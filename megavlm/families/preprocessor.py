@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
 from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
-from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
 
 Tree = dict[str, Any]

@@ -151,6 +151,8 @@ def register() -> None:
         vision={"preset": "clip_vit_l_14_336"},
         connector={"preset": "mlp2x_gelu"},
         language={"preset": "llama2_7b", "vocab_size": 32064},
+        image={"kind": "pad"},  # as its authors train it; a converted checkpoint has its own processor's
+        template="vicuna_v1",
     )
     _register_llava_tiles()
     for version, sizes in _INTERNVL.items():

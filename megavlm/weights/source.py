@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megavlm.config.errors import MissingFileError, UserError
-from megavlm.weights.files import read_json
+from megavlm.config.json_object import read_json
 from megavlm.weights.kinds import what_is
 from megavlm.weights.pickles import load_weights
 

@@ -18,14 +18,16 @@ from megavlm.checkpoint.manifest import write_manifest
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_tree
 from megavlm.config import yaml12
+from megavlm.config.architecture import MODELS
 from megavlm.config.errors import RecipeError
 from megavlm.config.help import to_tree
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
-from megavlm.families.presets import expand_presets
+from megavlm.families.presets import expand_presets, load_presets
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.training.loop import _check_same_model
 
+load_presets()
 # The presets of these parts give other values than the keys' defaults.
 PRESETS: dict[str, Any] = {
     "vision": {"preset": "siglip_vit", "patch_size": 8, "image_size": 32, "hidden_size": 48, "num_layers": 2}
@@ -111,6 +113,25 @@ def test_answers_export_and_recipes_take_the_default(key: str, tmp_path: Path) -
     (path / "recipe.yaml").unlink()
     branch, name = key.split(".")
     assert model_branches(path, record)[branch][name] == default
+
+
+@pytest.mark.parametrize(
+    "preset", [name for name in sorted(MODELS.names()) if {"image", "template"} & {*MODELS.find(name).values}]
+)
+def test_before_templates_and_image_plans_all_were_as_qwen_vl(preset: str, tmp_path: Path) -> None:
+    """A preset of a whole model that names others today does not change what a checkpoint was trained with."""
+    today = tiny_recipe(model={"preset": preset, "vision": {}, "connector": {}, "language": {}})
+    assert (today.model.template, today.model.image.kind) != ("qwen_vl", "squash")
+    tree = to_tree(today)
+    tree["data"]["sequence_length"] = 4096
+    del tree["model"]["template"], tree["model"]["image"]
+    path = older(tmp_path / "m", tree=tree)
+    for model in (
+        load_recipe(path / "recipe.yaml", [], expand_presets).model,
+        recipe_at_layout(path, []).model,
+        make_model(model_branches(path, {}), "m"),
+    ):
+        assert (model.template, model.image.kind) == ("qwen_vl", "squash")
 
 
 def test_a_default_that_fits_no_model_is_said(tmp_path: Path) -> None:

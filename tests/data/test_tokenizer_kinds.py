@@ -176,8 +176,8 @@ def test_sentencepiece_with_added_tokens_beside_it(paths: dict[str, Path], tmp_p
     for text, message in [
         ('{"<image>": 5}', "<image> has the id 5 in added_tokens.json, but tokenizer.model says that this is <0x02>"),
         ('{"</s>": 360}', "</s> has the id 360 in added_tokens.json, but tokenizer.model says 2; correct one"),
-        ("[1]", "must be an object"),
-        ('{"a": "b"}', "must be an object"),
+        ("[1]", "must hold a JSON object"),
+        ('{"a": "b"}', "must be an object of tokens"),
         ("{", "not valid JSON"),
     ]:
         beside.write_text(text)
@@ -244,7 +244,7 @@ def test_places_that_disagree_are_both_named(kind: str, paths: dict[str, Path], 
         ),
         ({"added_tokens.json": {load_tokenizer(path).decode([1]): 77}}, rf"in added_tokens.json, but {path.name} says"),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "must be an object of ids and their tokens"),
-        ({"special_tokens_map.json": [1]}, "must be an object"),
+        ({"special_tokens_map.json": [1]}, "must hold a JSON object"),
     ]  # fmt: skip
     for given, message in pairs:
         for name, tree in given.items():

@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.checkpoint.base import RECORD, holds_adapters
 from megavlm.checkpoint.paths import read_run, resolve
 from megavlm.config.errors import MissingFileError, UserError
-from megavlm.weights.files import read_json
+from megavlm.config.json_object import read_json
 
 Tree = dict[str, Any]
 

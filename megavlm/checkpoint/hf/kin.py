@@ -15,12 +15,12 @@ from megavlm.checkpoint.paths import read_tree
 from megavlm.config.architecture import architecture_of
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family, Tower
 from megavlm.families.known import FAMILIES
 from megavlm.families.towers import transformers_vision
-from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG
 
 

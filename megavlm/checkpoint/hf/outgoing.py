@@ -26,6 +26,7 @@ from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import UserError
 from megavlm.config.help import to_tree
+from megavlm.config.json_object import read_json
 from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
@@ -34,7 +35,6 @@ from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
-from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)

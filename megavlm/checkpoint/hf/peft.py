@@ -32,11 +32,11 @@ from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.config.lora import LINEARS, known_targets
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
 from megavlm.layers.lora import Adapter
-from megavlm.weights.files import read_json
 from megavlm.weights.kinds import what_is
 from megavlm.weights.pickles import load_weights
 

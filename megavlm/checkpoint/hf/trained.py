@@ -15,11 +15,11 @@ from typing import Any
 from megavlm.checkpoint.base import RECORD, holds_adapters
 from megavlm.checkpoint.hf.template import SAMPLES, chatml, row
 from megavlm.checkpoint.paths import read_run
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
-from megavlm.weights.files import read_json
 from megavlm.weights.source import CONFIG
 
 Tree = dict[str, Any]

@@ -7,13 +7,13 @@ The facts are those of Transformers: ``added_tokens.json`` (older versions) and 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 
 ID_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that say ids beside a tokenizer's own."""
@@ -67,13 +67,13 @@ def _places(directory: Path, path: Path) -> Iterator[tuple[str, dict[str, int]]]
     """Yield each place with ids, and what it says."""
     added = directory / "added_tokens.json"
     if added.is_file():
-        tokens = _read(added)
+        tokens = read_json(added)
         if not all(token and type(number) is int and number >= 0 for token, number in tokens.items()):
             raise UserError(f"tokenizer {added} must be an object of tokens and their ids")
         yield added.name, tokens
     config = directory / "tokenizer_config.json"
     if config.is_file():
-        decoder = _read(config).get(_DECODER) or {}
+        decoder = read_json(config).get(_DECODER) or {}
         try:
             tokens = {entry["content"]: int(number) for number, entry in decoder.items()}
             if len(tokens) != len(decoder) or not all(isinstance(token, str) and token for token in tokens):
@@ -84,7 +84,7 @@ def _places(directory: Path, path: Path) -> Iterator[tuple[str, dict[str, int]]]
     whole = directory / "tokenizer.json"
     if whole.is_file() and whole != path:
         try:
-            entries = _read(whole).get("added_tokens") or ()
+            entries = read_json(whole).get("added_tokens") or ()
             yield f"{whole.name} (added_tokens)", {entry["content"]: entry["id"] for entry in entries}
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"tokenizer {whole} is not a tokenizer.json") from None
@@ -96,7 +96,7 @@ def _named(directory: Path) -> Iterator[str]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
         if path.is_file():
-            settings |= {key: value for key, value in _read(path).items() if value is not None}
+            settings |= {key: value for key, value in read_json(path).items() if value is not None}
     for key in (*_NAMES, *_LISTS):
         value = settings.get(key)
         values = [value]
@@ -108,13 +108,3 @@ def _named(directory: Path) -> Iterator[str]:
             token = one.get("content") if isinstance(one, dict) else one
             if isinstance(token, str) and token:
                 yield token
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer {path} is not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"tokenizer {path} must be an object")
-    return tree

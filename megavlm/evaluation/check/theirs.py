@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.data.images import decode_with_pil
 from megavlm.parallel.device import local_device
-from megavlm.weights.files import read_json
 
 logger = logging.getLogger(__name__)
 

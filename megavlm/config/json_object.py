@@ -1,4 +1,4 @@
-"""Small files beside weights."""
+"""Small JSON files beside weights and tokenizers, each of which holds one object."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it holds none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

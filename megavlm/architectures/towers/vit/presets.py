@@ -1,0 +1,64 @@
+"""Published vision transformers: one row each, by the name that a recipe calls them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class ViTSize(NamedTuple):
+    """The sizes in a public ``config.json``; a tower has as many layers as are run for its features."""
+
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    positional_grid: int
+
+
+_HALF = (0.5, 0.5, 0.5)
+
+KINDS: dict[str, dict[str, Any]] = {
+    "clip_vit": {"class_token": True, "layernorm_epsilon": 1e-5},
+    "siglip_vit": {
+        "layernorm_epsilon": 1e-6,
+        "activation": "gelu_tanh",
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "post_layernorm": True,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+    },
+    "intern_vit": {
+        "class_token": True,
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "layer_scale": True,
+        "layernorm_epsilon": 1e-6,
+        "image_mean": (0.485, 0.456, 0.406),
+        "image_std": (0.229, 0.224, 0.225),
+    },
+}
+"""What a family fixes; the recipe of a converted checkpoint gives the sizes (and a CLIP's activation)."""
+
+_CLIP, _SIGLIP, _INTERN = KINDS["clip_vit"], KINDS["siglip_vit"], KINDS["intern_vit"]
+
+SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
+    # About 1 / sqrt(width): with the usual 0.02, so narrow a tower passes little on and learns late.
+    "tiny_vit": (ViTSize(64, 8, 96, 3, 4, 384, 8), {"init_method_std": 0.1}),
+    # Qwen-VL's tower (OpenCLIP ViT-bigG without class token): facts page B; arXiv 2308.12966.
+    "openclip_vit_bigg": (ViTSize(448, 14, 1664, 48, 16, 8192, 16), {}),
+    # openai/clip-vit-large-patch14-336 as LLaVA-1.5 uses it: the features of the last layer but one, so 23 of 24 run.
+    "clip_vit_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 4096, 24), {**_CLIP, "activation": "quick_gelu"}),
+    # google/siglip-so400m-patch14-384 without its pooling head; 27 patches of 14 leave 6 of 384 pixels out.
+    "siglip_so400m_14_384": (ViTSize(384, 14, 1152, 27, 16, 4304, 27), _SIGLIP),
+    # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5, as InternVL 2.5, 3 and 3.5 have them; the 6B
+    # without the last three of its 48 layers.
+    "intern_vit_300m_448": (ViTSize(448, 14, 1024, 24, 16, 4096, 32), _INTERN),
+    "intern_vit_6b_448": (
+        ViTSize(448, 14, 3200, 45, 25, 12800, 32),
+        {**_INTERN, "normalization": "RMSNorm", "add_qkv_bias": False, "qk_norm": "width"},
+    ),
+}
+"""Sizes, and what else is not a default."""
