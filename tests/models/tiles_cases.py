@@ -37,13 +37,13 @@ ANYRES_MAX = {"kind": "anyres_max", "pinpoints": PINPOINTS, "max_tiles": 1}
 TILES = {"kind": "dynamic_tiles", "max_tiles": 4}
 
 
-def recipe(image: dict[str, Any], **branches: Any) -> Recipe:
-    """Return a small LLaVA-like model with an image plan."""
+def recipe(image: dict[str, Any], *, split: str = "auto", **branches: Any) -> Recipe:
+    """Return a small LLaVA-like model with an image plan; ``split`` is how tower and connector lie on TP ranks."""
     model = {
         "preset": "tiny",
         "vision": {"image_size": IMAGE_SIZE, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96, **STD}
-        | {"num_attention_heads": 4, "positional_grid": 2},
-        "connector": {"preset": "mlp2x_gelu", **STD},
+        | {"num_attention_heads": 4, "positional_grid": 2, "tensor_parallel": split},
+        "connector": {"preset": "mlp2x_gelu", "tensor_parallel": split, **STD},
         "language": {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4}
         | {"kv_channels": 16, **STD},
         "image": image,
@@ -95,7 +95,7 @@ def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
-    own = recipe(job["image"], **job.get("recipe", {}))
+    own = recipe(job["image"], split=job["split"], **job["recipe"])
     plan = plan_of(own.model)
     with process_groups(own.parallel, own.training.seed):
         training = build_training(own, IMAGE_TOKEN)
