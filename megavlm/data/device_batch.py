@@ -1,7 +1,8 @@
 """A micro-batch on the devices of a replica: which fields it has, which ranks get each, and how it comes to them.
 
-:data:`FIELDS` is the one list of them. A new field is a row there and an attribute of :class:`Batch`; whoever makes
-batches and shares them out need not change.
+:data:`FIELDS` is the one list of them, and says all that sending them needs. A new field is a row there, an attribute
+of :class:`Batch`, and a line in ``_fields`` (from a pack), ``_batch`` (on its device) and, if the model takes it,
+``inputs``.
 
 Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 """

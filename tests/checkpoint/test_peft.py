@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_cases import _TEXT, QWEN_VL, llava, llava_qwen3, llava_qwen_siglip, qwen_vl
+from family_cases import _TEXT, IMAGE, QWEN_VL, llava, llava_qwen3, llava_qwen_siglip, qwen_vl, sample
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,13 +24,11 @@ from megavlm.cli import main
 from megavlm.config.help import to_yaml
 from megavlm.config.load import load_recipe
 from megavlm.data.media import arrange, plan_of
-from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.families.presets import expand_presets
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
 
-IMAGE = 119
 TOLERANCE = 2e-5
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["v_proj", "q_proj", "up_proj"]
@@ -41,15 +39,6 @@ CASES = {
     "qwen3-all": (llava_qwen3, ALL, []),
     "qwen3-some": (llava_qwen3, ["k_proj", "o_proj", "gate_proj"], ["lora.train_head=true"]),
 }
-
-
-def sample() -> Sample:
-    """Return text with two images of 16 patches."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, IMAGE, (50,), generator=generator)
-    ids[3:19] = ids[22:38] = IMAGE
-    layouts = [SquashPlan(28, 16).plan(28, 28)] * 2
-    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), layouts, None, {})
 
 
 def convert(*words: object) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import family_cases
 import pytest
 from family_cases import _TEXT, _VISION, llava
+from internvl_models import internvl
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizer_files import write_llava
+from tokenizer_files import write_llava, write_qwen2
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -87,6 +88,34 @@ def test_equal_models_are_equal(name: str, tmp_path: Path, caplog: pytest.LogCap
     assert "not compared: token ids: the checkpoint has no chat template" in text
     assert "Transformers 5" in text and "LlavaForConditionalGeneration, fp32" in text
     assert not list(tmp_path.glob("megavlm-check-*"))
+
+
+def test_tiles_of_internvl_are_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its processor cannot be made without torchvision: the views are ours, and that is said."""
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    file = write_qwen2(hf)
+    tree = json.loads(file.read_text())
+    first = 1 + max([*tree["model"]["vocab"].values(), *(token["id"] for token in tree["added_tokens"])])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    names = ("<img>", "</img>", "<IMG_CONTEXT>")
+    tree["added_tokens"] += [
+        {"id": first + i, "content": name, **flags, "special": True} for i, name in enumerate(names)
+    ]
+    file.write_text(json.dumps(tree))
+    model = internvl(Qwen2Config(**{**_TEXT, "vocab_size": first + 3, "eos_token_id": 2}))
+    model.config.image_token_id = first + 2
+    model.save_pretrained(hf)
+    text = checked(caplog, 0, "--hf", hf)
+    assert "InternVLForConditionalGeneration, fp32" in text and text.count("greedy answers: equal") == 3
+    assert "not compared: pixels and token ids: AutoProcessor" in text and "all within the tolerance" in text
+    moved = load_file(hf / "model.safetensors")
+    name = next(key for key in moved if key.endswith("multi_modal_projector.linear_1.weight"))
+    moved[name][0] += 1
+    save_file(moved, tmp_path / "changed.safetensors", metadata={"format": "pt"})
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 0
+    (hf / "model.safetensors").write_bytes((tmp_path / "changed.safetensors").read_bytes())
+    assert "ABOVE the tolerance" in checked(caplog, 1, "--hf", hf, "--checkpoint", tmp_path / "m")
 
 
 def test_users_pictures_prompts_and_checkpoint(

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qwen_reference
 import torch
@@ -35,6 +35,9 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+if TYPE_CHECKING:
+    from megavlm.evaluation.parity import Sample
 
 QWEN_VL = Sizes(
     vocab=120, hidden=256, layers=4, heads=4, ffn=88, image=28, patch=7, width=40, vision_layers=2, vision_heads=4,
@@ -472,3 +475,19 @@ FAMILY_OF: dict[str, str] = {
     **dict.fromkeys([name for name in MAKERS if name.startswith("llava_original")], "llava_original"),
 }  # fmt: skip
 """Whose checkpoint each of ``MAKERS`` and ``TRANSFORMERS`` is."""
+
+
+IMAGE = 119
+"""The image token of the small LLaVAs."""
+
+
+def sample() -> Sample:
+    """Return text with two images of 16 patches."""
+    from megavlm.data.plans_single import SquashPlan
+    from megavlm.evaluation.parity import Sample
+
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, IMAGE, (50,), generator=generator)
+    ids[3:19] = ids[22:38] = IMAGE
+    layouts = [SquashPlan(28, 16).plan(28, 28)] * 2
+    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), layouts, None, {})

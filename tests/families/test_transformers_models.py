@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import _TEXT, _VISION, TRANSFORMERS, llama, llava, llava_qwen_siglip
+from family_cases import _TEXT, _VISION, IMAGE, TRANSFORMERS, llama, llava, llava_qwen_siglip, sample
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -28,7 +28,6 @@ from megavlm.checkpoint.hf.shapes import family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.data.media import arrange, plan_of
-from megavlm.data.plans_single import SquashPlan
 from megavlm.evaluation.parity import Sample, _batch
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets
@@ -40,7 +39,6 @@ from megavlm.parallel.state import process_groups
 pytestmark = pytest.mark.family("llava")
 SHORT = ("clip-llama", "siglip-qwen3")
 """Cases of ``make test``, all parts in their two extremes; the others are combinations of these parts."""
-IMAGE = 119
 TOLERANCE = 2e-5
 
 
@@ -74,15 +72,6 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
 def cases(names: Iterable[str], short: Collection[str] = SHORT) -> list[Any]:
     """Return parameters; those that are not short are ``long``."""
     return [pytest.param(name, marks=() if name in short else pytest.mark.long) for name in names]
-
-
-def sample() -> Sample:
-    """Return text with two images of 16 patches."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(0, IMAGE, (50,), generator=generator)
-    ids[3:19] = ids[22:38] = IMAGE
-    layouts = [SquashPlan(28, 16).plan(28, 28)] * 2
-    return Sample("s0", ids, torch.randn(2, 3, 28, 28, generator=generator), layouts, None, {})
 
 
 def theirs(model: PreTrainedModel, one: Sample, weights: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
