@@ -1,1 +1,1 @@
-"""Architectures of parts of a model. Presets are data: see :mod:`megavlm.architectures.registry`."""
+"""Architectures of parts of a model. Presets are data: see :mod:`megavlm.architectures.known`."""

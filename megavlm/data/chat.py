@@ -226,7 +226,7 @@ def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Ite
         text, at = "", 0
         for one, runs, trained in stretches:
             text += one
-            end = _common(tokenizer.encode(text), whole)
+            end = max(at, _common(tokenizer.encode(text), whole))  # no id twice, whatever a tokenizer makes of a prefix
             yield _filled(whole[at:end], runs, tokenizer), trained
             at = end
         return

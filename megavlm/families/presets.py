@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Any
 
-from megavlm.architectures.registry import register_architectures
+from megavlm.architectures import known as known_architectures
 from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
@@ -21,7 +21,7 @@ def load_presets() -> None:
     """Register architectures, families and presets of this package, and of installed packages that bring some, once."""
     if MODELS.names():
         return
-    register_architectures()
+    known_architectures.register()
     known.register()
     register()
     plan_kinds()

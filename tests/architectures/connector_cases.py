@@ -13,7 +13,7 @@ from connector_reference import (
 from samples import recipe
 from torch import Tensor, nn
 
-from megavlm.architectures.registry import CONNECTORS
+from megavlm.config.architecture import CONNECTORS
 from megavlm.models.build import build_context
 
 IMAGES, PATCHES, WIDTH, EMBED = 3, 16, 48, 64

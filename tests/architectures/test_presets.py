@@ -13,11 +13,11 @@ from megatron.core import parallel_state as mpu
 from pydantic import Field, TypeAdapter, ValidationError
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
-from megavlm.architectures import registry
 from megavlm.architectures.connectors.mlp import MLP
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder import build
-from megavlm.architectures.registry import (
+from megavlm.config import architecture as registry
+from megavlm.config.architecture import (
     CONNECTORS,
     LANGUAGE,
     VISION,

@@ -9,7 +9,7 @@ from samples import recipe
 from torch import Tensor, nn
 
 from megavlm.architectures.positions import resize_table
-from megavlm.architectures.registry import VISION
+from megavlm.config.architecture import VISION
 from megavlm.models.build import build_context
 
 CLIP = {"class_token": True, "layernorm_epsilon": 1e-5}

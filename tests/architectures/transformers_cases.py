@@ -31,7 +31,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from megavlm.architectures.registry import LANGUAGE, VISION
+from megavlm.config.architecture import LANGUAGE, VISION
 from megavlm.models.build import build_context
 
 # Segments of a pack, long enough that a stretched rotary table shows.

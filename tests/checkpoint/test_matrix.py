@@ -17,12 +17,12 @@ import torch
 from pydantic import TypeAdapter
 from run_cases import tensors
 
-from megavlm.architectures import registry
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.hf.shapes import alone
 from megavlm.checkpoint.manifest import is_proven
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader
+from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.families.presets import expand_presets, load_presets
 

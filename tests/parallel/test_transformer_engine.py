@@ -17,7 +17,7 @@ import pytest
 import torch
 from launch import ROOT
 
-from megavlm.architectures import registry
+from megavlm.config import architecture as registry
 from megavlm.families.presets import load_presets
 
 # sys.modules says that it is not there: without a device the package is hidden from Megatron-Core.

@@ -14,7 +14,7 @@ from test_flops import resized
 from tiny import SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.architectures.registry import LANGUAGE, Architecture
+from megavlm.config.architecture import LANGUAGE, Architecture
 from megavlm.config.errors import UserError
 from megavlm.config.split import tensor_ranks
 from megavlm.planning.activations import held_by

@@ -18,7 +18,7 @@ import torch
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megavlm.architectures import registry
+from megavlm.config import architecture as registry
 from megavlm.data.batch import Pack
 from megavlm.data.device_batch import make_batch
 from megavlm.families.presets import load_presets
