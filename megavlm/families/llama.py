@@ -83,7 +83,7 @@ class LlamaFamily(Family):
 
     def branches(self, source: Source) -> Tree:
         """Return the language branch."""
-        return {"language": KINDS[source.config["model_type"]].read(source.config, config_file(source))}
+        return {"language": KINDS[source.config["model_type"]].branch(source.config, config_file(source))}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""

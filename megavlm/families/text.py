@@ -49,7 +49,7 @@ def text_branch(source: Source, text: Mapping[str, Any], head: str, where: str) 
     if kind is None:
         known = ", ".join(one.model_type for one in _HALVES)
         raise UserError(f"{where}: model_type of text_config is {text.get('model_type')!r}; there are {known}")
-    language = kind.read({**kind.defaults, **text}, where)
+    language = kind.branch({**kind.defaults, **text}, where)
     # A head that is written out is one of its own, where the whole model's configuration does not tie it.
     apart = head + "weight" in source and source.config.get("tie_word_embeddings") is False
     language["tie_word_embeddings"] = language["tie_word_embeddings"] and not apart

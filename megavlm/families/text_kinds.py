@@ -59,6 +59,16 @@ class TextKind:
     layer_names: str = "llama"
     in_transformers: bool = True
 
+    def branch(self, config: Mapping[str, Any], where: str) -> Tree:
+        """Return the recipe's ``model.language``: what the configuration says, and what the kind fixes.
+
+        Raises:
+            UserError: a key is missing, or has a value that the model here does not know.
+        """
+        own = {key: value for key, value in self.fixed.items() if value is not ANY and not callable(value)}
+        names = {} if self.layer_names == "llama" else {"layer_names": self.layer_names}
+        return {"add_qkv_bias": False, **own, **names, **self.read(config, where)}
+
     def refuses(self, language: LanguageConfig) -> str | None:
         """Return why a model is not of this kind, or None."""
         for key, wanted in {**PLAIN, **self.fixed}.items():
@@ -182,7 +192,7 @@ class TextFamily(Family):
 
     def branches(self, source: Source) -> Tree:
         """Return the language branch."""
-        return {"language": self.kind.read(source.config, config_file(source))}
+        return {"language": self.kind.branch(source.config, config_file(source))}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""

@@ -13,6 +13,7 @@ from family_cases import make as make_other
 from family_choice import PARTS
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
+from text_cases import ROWS
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -26,6 +27,7 @@ CASES = {
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
     **{name: family for name, (family, _) in LLAVA_TILES.items()},
+    **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
 ALONE = {"mm_projector", "llava_original_apart"}
@@ -35,6 +37,9 @@ ALONE = {"mm_projector", "llava_original_apart"}
 def make(name: str, directory: Path) -> Path:
     if name in LLAVA_TILES:
         return LLAVA_TILES[name][1](directory)
+    if name in ROWS and name not in TRANSFORMERS:
+        ROWS[name].make().save_pretrained(directory)
+        return directory
     return INTERNVL[name](directory) if name in INTERNVL else make_other(name, directory)
 
 
