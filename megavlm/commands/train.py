@@ -22,6 +22,7 @@ from megavlm.data.tokenizer import tokenizer_of
 from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
+from megavlm.training.loggers.known import check_loggers
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -77,6 +78,7 @@ def train(recipe: Recipe) -> int:
 
     Returns, Raises: as :func:`run`.
     """
+    check_loggers(recipe.logging)
     tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
+from megavlm.config.logs import LoggingConfig
 
 
 @config_class
@@ -398,34 +399,6 @@ class CheckpointConfig:
     """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
     another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
     over."""
-
-
-@config_class
-class LoggingConfig:
-    """What is shown while training."""
-
-    log_interval: int = Field(default=10, gt=0)
-    """Steps between progress lines and TensorBoard points."""
-    tensorboard: bool = True
-    """Write TensorBoard files to output_dir/tensorboard."""
-    panel_interval: int | None = Field(default=None, gt=0)
-    """Steps between panels of held-out images with the model's answers; null for none. Needs data.validation."""
-    panel_samples: int = Field(default=6, gt=0)
-    """Samples on a panel."""
-    panel_max_new_tokens: int = Field(default=24, gt=0)
-    """Longest answer on a panel."""
-    timing_interval: int | None = Field(default=10, gt=0)
-    """Steps between steps whose parts are timed on all ranks: stages, pipeline bubble, communication, the slowest rank;
-    null for none. They are shown with the next progress line. Steps that are recorded (profile_steps,
-    memory_snapshot_steps) are not timed."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last step to record with PyTorch's profiler, to output_dir/profile (for chrome://tracing,
-    ui.perfetto.dev or TensorBoard); null for none. Recorded steps are slower."""
-    profile_ranks: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Ranks that write profiles and memory snapshots."""
-    memory_snapshot_steps: tuple[int, int] | None = None
-    """First and last step of which every allocation of device memory is recorded, to output_dir/profile (for
-    pytorch.org/memory_viz); null for none. CUDA only."""
 
 
 @config_class
