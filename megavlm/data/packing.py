@@ -209,6 +209,7 @@ def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_toke
         [sample.encoded.tokens for sample in samples],
         sequence_length,
         labels=[sample.encoded.labels for sample in samples],
+        weights=[sample.encoded.weights for sample in samples],
         sources=[sample.source for sample in samples],
         pad_token=pad_token,
         images=[image for sample in samples for image in sample.images],
