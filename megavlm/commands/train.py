@@ -17,7 +17,7 @@ from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
 from megavlm.config.help import keys_help, to_yaml
-from megavlm.config.load import load_recipe, shipped_recipes
+from megavlm.config.load import load_recipe, recipes_of_any_model, shipped_recipes
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
@@ -33,8 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model by a recipe. Start it under torchrun for more than one process."
     parser.epilog = keys_help()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = ", ".join(shipped_recipes())
-    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    names, general = ", ".join(shipped_recipes()), " or ".join(recipes_of_any_model())
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help=f"YAML file, or a shipped recipe: {general} for any model that checkpoint.load names, or {names}",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
     )

@@ -252,11 +252,11 @@ def _exports(recipe: Recipe) -> Iterator[str]:
     if rule < 1:
         yield f"checkpoint.export_hf: {rule} is no number of steps; write last, every, or 1 or more"
     elif interval is None:
-        yield f"checkpoint.export_hf: {rule} needs checkpoint.save_interval, as checkpoints are exported; set that, or last"
+        yield f"checkpoint.export_hf: {rule} needs checkpoint.save_interval: checkpoints are exported; set that too"
     elif rule % interval:
         yield (
-            f"checkpoint.export_hf: {rule} is not a multiple of checkpoint.save_interval ({interval}), as checkpoints are"
-            " exported; take a multiple of it"
+            f"checkpoint.export_hf: {rule} is not a multiple of checkpoint.save_interval ({interval}), and checkpoints"
+            " are exported; take a multiple of it"
         )
 
 

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """Raise it when the same directory gives another conversion than before: those of older versions are left alone."""
 _POLL_SECONDS = 0.5
+_CLOCK = len("00:00:00 ")
+"""What stands before a line of the log."""
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 14
 
 
@@ -125,8 +127,9 @@ class _Conversion:
             return False
         if (self.path / "run.json").is_file():
             if self.process is not None:
-                for line in self.process.said():
-                    logger.info("convert: %s", line)
+                for line in self.process.said()[:-2]:  # what it wrote, and how to train that
+                    if " note: " not in line:  # which the run has said
+                        logger.info("convert: %s", line[_CLOCK:])
             else:
                 logger.info("%s: converted before, to %s", self.directory, self.path)
             self.process = None
