@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
+        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _exports, _loss,
         engine_rules, lora_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
@@ -242,6 +242,22 @@ def _intervals(recipe: Recipe) -> Iterator[str]:
     ):
         if value is not None:
             yield f"{key}: needs held-out data; add data.validation, or set this to null"
+
+
+def _exports(recipe: Recipe) -> Iterator[str]:
+    """Check that exports are of steps that have a checkpoint."""
+    rule, interval = recipe.checkpoint.export_hf, recipe.checkpoint.save_interval
+    if not isinstance(rule, int):
+        return
+    if rule < 1:
+        yield f"checkpoint.export_hf: {rule} is no number of steps; write last, every, or 1 or more"
+    elif interval is None:
+        yield f"checkpoint.export_hf: {rule} needs checkpoint.save_interval: checkpoints are exported; set that too"
+    elif rule % interval:
+        yield (
+            f"checkpoint.export_hf: {rule} is not a multiple of checkpoint.save_interval ({interval}), and checkpoints"
+            " are exported; take a multiple of it"
+        )
 
 
 def _recorded(recipe: Recipe) -> Iterator[str]:

@@ -394,7 +394,14 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None
-    """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+    """Checkpoint whose weights to start from (fresh optimizer and step 0), or a Hugging Face directory: model,
+    template, image plan and tokenizer are then its own, and its weights are converted once; ignored when resuming."""
+    converted_dir: str | None = None
+    """Where Hugging Face directories are converted to, for this run and others; null for a directory "converted" beside
+    output_dir."""
+    export_hf: Literal["last", "every"] | int | None = None
+    """Also write a Hugging Face directory to output_dir/hf, in the background: of the last checkpoint, of every one, or
+    of those of every so many steps and the last; null for none. Of adapters there are two: merged, and as PEFT's."""
     lock_timeout_seconds: float = Field(default=60.0, ge=1)
     """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
     another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
@@ -423,7 +430,8 @@ class LoraConfig:
     """Dropout on the input of the adapters."""
     targets: tuple[str, ...] = ()
     """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
-    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or
+    all-linear, which means all of them."""
     train_embeddings: bool = False
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False
