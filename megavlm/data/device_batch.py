@@ -85,8 +85,8 @@ class Batch:
     num_views: int
     """V, on every stage: one for each image but where the image plan makes several of it."""
     image_grid: Tensor | None = None
-    """[V, 3] int64 on the host, on every stage: frames, rows and columns of patches of each picture, where pictures keep
-    sizes of their own. None where they do not, or there are none."""
+    """[V, 3] int64 on the host, on every stage: frames, rows and columns of patches of each picture, where pictures
+    keep sizes of their own. None where they do not, or there are none."""
     image_index: Tensor | None = None
     """[T, K] int64, with ``images``: the features that stand in each of the T image slots; -1 is the learned newline
     vector. None where they stay in the order of the views."""
@@ -126,7 +126,7 @@ def make_batch(
 
     Args:
         pack: the pack.
-        images: [V, 3, H, W] views, or [P, F] patches, uint8 or normalised floats; None where they are not for this rank.
+        images: [V, 3, H, W] views or [P, F] patches, uint8 or normalised floats; None where they are not for this rank.
         device: where to.
         arrangement: where the views' features go; None where they stay in their order.
     """

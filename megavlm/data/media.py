@@ -110,8 +110,8 @@ class ImageLayout:
     grid: tuple[int, int] = (1, 1)
     """Rows and columns of the tiles, or slices."""
     patches: tuple[int, int, int] | None = None
-    """Of a picture that keeps a size of its own (``plan.packed``): its frames (in temporal patches), rows and columns of
-    patches. Each frame's patches stand block by block, as the connector joins them."""
+    """Of a picture that keeps a size of its own (``plan.packed``): its frames (in temporal patches), rows and columns
+    of patches. Each frame's patches stand block by block, as the connector joins them."""
 
     @property
     def tokens(self) -> int:

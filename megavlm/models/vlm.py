@@ -88,6 +88,7 @@ class VisionLanguageModel(MegatronModule):
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
         image_weight: Tensor | None = None,
+        image_grid: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -96,11 +97,14 @@ class VisionLanguageModel(MegatronModule):
             position_ids: [1, S] int64, from 0 in each segment.
             packed_seq_params: segment borders, for every stage.
             labels: [1, S] int64 token to predict; positions that do not count hold any valid id.
-            images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0.
+            images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0. With ``image_grid``
+                [P, F] patches.
             image_features: first chunk: [T, E] instead of ``images``, where they are known already: of the slots, as
                 :meth:`arranged` returns them.
             image_index: first chunk, with ``images``: where their features go, see :meth:`arranged`.
             image_weight: the same.
+            image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
+                have sizes of their own.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
@@ -109,7 +113,7 @@ class VisionLanguageModel(MegatronModule):
         decoder_input, extras = None, None
         if self.fusion is not None:
             decoder_input, extras = self._fused(
-                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight
+                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid
             )
         return self.language(
             input_ids=tokens,
@@ -130,6 +134,7 @@ class VisionLanguageModel(MegatronModule):
         image_features: Tensor | None,
         image_index: Tensor | None,
         image_weight: Tensor | None,
+        image_grid: Tensor | None,
     ) -> tuple[Tensor, Extras]:
         """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what travels beside it.
 
@@ -137,7 +142,7 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         empty = image_features is None and (images is None or images.size(0) == 0)
-        if image_features is None and (features_QNE := self.encode_images(images)) is not None:
+        if image_features is None and (features_QNE := self.encode_images(images, image_grid)) is not None:
             image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
         fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
         if self.config.sequence_parallel:
@@ -147,8 +152,10 @@ class VisionLanguageModel(MegatronModule):
             fused_S1E = fused_S1E.detach().requires_grad_()
         return fused_S1E, extras
 
-    def encode_images(self, images: Tensor | None) -> Tensor | None:
+    def encode_images(self, images: Tensor | None, grid: Tensor | None = None) -> Tensor | None:
         """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.
+
+        With the ``grid`` of pictures that have sizes of their own, they are [Q, 1, E], one picture after the other.
 
         For a training micro-batch without images, one empty picture stands in wherever tower or connector
         learn; :meth:`forward` gives it no weight. Gradients are then zero rather than missing: overlapped gradient
@@ -162,12 +169,19 @@ class VisionLanguageModel(MegatronModule):
         if missing:
             if not trains_vision and not any(p.requires_grad for p in self.connector.parameters()):
                 return None
-            shape = (1, 3, self.image_size, self.image_size)
-            images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())
+            images, grid = self._empty_picture()
         assert images is not None
         # An empty picture is the same on all ranks, and its features go nowhere: nothing to share out.
         replicas = frozenset[str]() if missing else self.replicas
-        return encode(self.vision, self.connector, images, trains_vision=trains_vision, replicas=replicas)
+        return encode(self.vision, self.connector, images, grid, trains_vision=trains_vision, replicas=replicas)
+
+    def _empty_picture(self) -> tuple[Tensor, Tensor | None]:
+        """Return the pixels of the picture that stands in where there are none, and its grid if it has one."""
+        if self.settings.vision.packed:
+            pixels, grid = self.vision.empty(self.connector_device())
+            return pixels, grid
+        shape = (1, 3, self.image_size, self.image_size)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.connector_device()), None
 
     def arranged(
         self, features_QNE: Tensor, image_index: Tensor | None = None, image_weight: Tensor | None = None
