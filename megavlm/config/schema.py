@@ -44,6 +44,11 @@ class VisionConfig:
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
 
     @property
+    def packed(self) -> bool:
+        """Whether it takes pictures of any size, as flat patches with the grid of each; else equal squares."""
+        return False
+
+    @property
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
@@ -80,7 +85,7 @@ class ImageConfig:
     kind: str = "squash"
     """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
     (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
-    slices (MiniCPM-V)."""
+    slices (MiniCPM-V). Of its own size and proportions, for towers that take such pictures: native (Qwen2-VL)."""
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Filter that pictures are resized with; always antialiased."""
     fill: Literal["mean"] | tuple[int, int, int] | None = None
@@ -100,6 +105,13 @@ class ImageConfig:
     """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
     slice_markup: Literal["nested", "flat"] = "nested"
     """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
+    min_pixels: int | None = Field(default=None, gt=0)
+    """Of native: pixels that a smaller picture is enlarged to; null for those of 4 tokens."""
+    max_pixels: int | None = Field(default=None, gt=0)
+    """Of native: pixels that a larger picture is made smaller to; null for those of 1280 tokens."""
+    total_pixels: int | None = Field(default=None, gt=0)
+    """Of native: pixels of all pictures of a sample together; each gets an equal part of them, and no less than
+    min_pixels. Null for no such limit."""
     options: tuple[str, ...] = ()
     """Of an image plan that another package brings: its own keys, as key=value each."""
 
