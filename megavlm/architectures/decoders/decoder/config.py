@@ -143,11 +143,11 @@ def _rotary(language: DecoderConfig) -> Iterator[str]:
         )
         return
     # Pair 3 i + 1 is the i-th of the rows, 3 i + 2 that of the columns; time has what is left.
-    most = (pairs + 1) // 3, pairs // 3
-    if language.rotary_sections_interleaved and (sections[1] > most[0] or sections[2] > most[1]):
+    rows, columns = (pairs + 1) // 3, pairs // 3
+    if language.rotary_sections_interleaved and (sections[1] > rows or sections[2] > columns):
         yield (
-            f"{_OWN}.rotary_sections: {list(sections)} do not take turns over {pairs} pairs: row and column have at most"
-            f" {most[0]} and {most[1]}; change them, or set {_OWN}.rotary_sections_interleaved to false"
+            f"{_OWN}.rotary_sections: {list(sections)} do not take turns over {pairs} pairs: row and column have at"
+            f" most {rows} and {columns}; change them, or set {_OWN}.rotary_sections_interleaved to false"
         )
     for key in ("use_dynamic_ntk", "use_logn_attn"):
         if getattr(language, key):
