@@ -136,6 +136,16 @@ class LanguageConfig:
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
     @property
+    def position_axes(self) -> int:
+        """Numbers of a token's position: 1, or 3 where it has a time, a row and a column of its own (M-RoPE)."""
+        return 1
+
+    @property
+    def fused_rotary(self) -> bool:
+        """Whether Transformer Engine's kernel can turn its heads (``engine.apply_rope_fusion``)."""
+        return True
+
+    @property
     def ntk_length(self) -> int | None:
         """Tokens of a prompt above which generation widens the rotary base (dynamic NTK); None for never."""
         return None

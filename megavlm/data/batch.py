@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid
+from megavlm.data.positions import OwnPositions
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
@@ -42,7 +43,8 @@ class Pack:
     labels: NDArray[np.int64]
     """[S] the token to predict at each position (already shifted by one within its segment), or IGNORE_INDEX."""
     position_ids: NDArray[np.int64]
-    """[S] positions, from 0 in each segment."""
+    """[S] positions, from 0 in each segment; or [3, S], of time, row and column, for models that have these
+    (:mod:`megavlm.data.positions`)."""
     cu_seqlens: NDArray[np.int32]
     """[G + 1] where each segment starts, and S at the end; padding is the last segment."""
     segment_sources: NDArray[np.int32]
@@ -89,6 +91,8 @@ def make_pack(
     labels: Sequence[ArrayLike] | None = None,
     sources: Sequence[int] | None = None,
     pad_token: int = 0,
+    positions: OwnPositions | None = None,
+    grids: Sequence[Sequence[TokenGrid]] | None = None,
     **rest: Any,
 ) -> Pack:
     """Lay segments out as one pack of S = ``length`` positions.
@@ -103,6 +107,8 @@ def make_pack(
         labels: of each segment, one per token, not shifted; None where nothing is to be predicted.
         sources: index of each segment's data set; 0 if not given.
         pad_token: what fills the rest.
+        positions: how the model's positions are made, where they are not counted.
+        grids: with ``positions``, those of each segment's pictures; None where there are no pictures.
         rest: other fields of :class:`Pack`.
 
     Raises:
@@ -129,7 +135,9 @@ def make_pack(
     return Pack(
         tokens=all_tokens,
         labels=all_labels,
-        position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths]),
+        position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths])
+        if positions is None
+        else positions.pack(tokens, [()] * len(tokens) if grids is None else grids, length),
         cu_seqlens=bounds,
         segment_sources=np.asarray(origins, np.int32),
         **{"images": [], "sample_keys": [], **rest},

@@ -69,7 +69,7 @@ class Batch:
     tokens: Tensor
     """[1, S] int64."""
     position_ids: Tensor
-    """[1, S] int64, from 0 in each segment."""
+    """[1, S] int64, from 0 in each segment; or [1, 3, S], see :class:`megavlm.data.batch.Pack`."""
     packed_seq_params: PackedSeqParams
     """Segment borders for Megatron-Core."""
     segment_sources: Tensor

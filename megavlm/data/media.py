@@ -97,6 +97,22 @@ class FeatureIndex:
     """[T, K] their weights; None for 1."""
 
 
+class TokenGrid(NamedTuple):
+    """How the features of a picture, or of frames of a film that stand together, lie beside each other."""
+
+    frames: int
+    rows: int
+    columns: int
+    step: float = 1.0
+    """How much later a frame is than the one before it, in positions: of Qwen2.5-VL's films, the seconds from one to
+    the next times ``tokens_per_second``."""
+
+    @property
+    def tokens(self) -> int:
+        """Slots in the prompt."""
+        return self.frames * self.rows * self.columns
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """A plan for one picture."""
@@ -166,6 +182,20 @@ class ImagePlan(ABC):
     def row(self) -> tuple[int, ...]:
         """Shape of what :meth:`pixels_of` counts: a view."""
         return (3, self.side, self.side)
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Return how a picture's slots lie beside each other, for models whose positions have rows and columns.
+
+        Raises:
+            UserError: They lie on no grid.
+        """
+        side = math.isqrt(self.tokens_per_view)
+        if self.newline or side**2 != self.tokens_per_view or layout.tokens != len(layout.views) * side**2:
+            raise UserError(
+                "model.image.kind: what stands for a picture is no grid of rows and columns, which "
+                "model.language.rotary_sections asks for; take native, squash or another plan of whole squares"
+            )
+        return (TokenGrid(1, side, side),) * len(layout.views)
 
     def views_of(self, layout: ImageLayout) -> float:
         """Return how many views of usual size a picture is worth to the tower."""
@@ -333,6 +363,11 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"{vision.preset!r} takes squares only; choose another image plan"
         )
     side = 1 if plan.packed else plan.side
+    if recipe.model.language.position_axes > 1:
+        try:
+            plan.token_grids(plan.plan(side, side))
+        except UserError as error:
+            yield str(error)
     shapes = [(side, side), (2 * side, side), (side, 2 * side)]
     least = min(plan.plan(*shape).tokens for shape in shapes)
     needed = least + 2 + TEXT_TOKENS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import ImageError
-from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, View, register_plan
+from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, TokenGrid, View, register_plan
 from megavlm.data.plans_single import stretched
 
 if TYPE_CHECKING:
@@ -71,6 +71,12 @@ class NativePlan(ImagePlan):
             grow = math.sqrt(self.min_pixels / (height * width))
             wide, tall = (math.ceil(side * grow / block) * block for side in (width, height))
         return wide, tall
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Return the picture's blocks of patches."""
+        assert layout.patches is not None
+        frames, rows, columns = layout.patches
+        return (TokenGrid(frames, rows // self.merge, columns // self.merge),)
 
     def features_of(self, layout: ImageLayout) -> int:
         """Return the picture's tokens."""

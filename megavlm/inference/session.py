@@ -25,7 +25,7 @@ from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
-from megavlm.data.images import image_runs
+from megavlm.data.images import image_grids, image_runs
 from megavlm.data.media import Arrangement, plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
@@ -203,7 +203,9 @@ class Session:
             if place in broken:
                 failed[i] = broken[place]
             else:
-                prompts[i] = Prompt(given.shown[place][1], *images[place])
+                files, tokens = given.shown[place]
+                grids = image_grids(self.recipe.model, len(files), functools.partial(tuple, files))
+                prompts[i] = Prompt(tokens, *images[place], grids)
         if failed:
             yield {i: Piece("", 0, "error", error) for i, error in failed.items()}
         live = list(prompts)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megavlm.architectures.context import BuildContext
 from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
+from megavlm.data.positions import positions_of
 from megavlm.models.front import build_front, encode, replicated
 from megavlm.models.fusion import Extras, Fusion, build_fusion
 
@@ -63,6 +64,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision, self.connector = build_front(model, context)
             self.fusion = build_fusion(model, self.connector, context, image_token_id)
         self.replicas = replicated(model, context)
+        self.own_positions = positions_of(model, image_token_id)
         self.language = language
 
     @property
@@ -94,7 +96,8 @@ class VisionLanguageModel(MegatronModule):
 
         Args:
             tokens: [1, S] int64.
-            position_ids: [1, S] int64, from 0 in each segment.
+            position_ids: [1, S] int64, from 0 in each segment; or [1, 3, S] (``own_positions``). Rotary angles go by
+                those in ``packed_seq_params``.
             packed_seq_params: segment borders, for every stage.
             labels: [1, S] int64 token to predict; positions that do not count hold any valid id.
             images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0. With ``image_grid``

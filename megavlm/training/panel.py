@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.chat import answer_start, last_question
 from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
+from megavlm.data.positions import own_grids
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
@@ -89,7 +90,7 @@ def answer_panel(
     if packs is not None:
         questions = find_questions(packs, tokenizer, plan, room, settings.panel_samples)
     questions = _share(questions, plan)
-    prompts = [Prompt(question.prompt, question.pixels, _arrangement(question, plan)) for question in questions]
+    prompts = [_prompt(question, plan, recipe.model) for question in questions]
     answers = generate(
         chunks,
         prompts,
@@ -106,6 +107,11 @@ def answer_panel(
 
 def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
     return [len(plan.plan(*shape).views) for shape in shapes]
+
+
+def _prompt(question: HeldOutQuestion, plan: ImagePlan, model: ModelConfig) -> Prompt:
+    grids = own_grids(model, [plan.plan(*shape) for shape in question.shapes])
+    return Prompt(question.prompt, question.pixels, _arrangement(question, plan), grids)
 
 
 def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.layers.rotary import PackRotary
+from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
@@ -30,6 +30,8 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     virtual = parallel.virtual_pipeline_model_parallel_size
     full = parallel.recompute_granularity == "full"
     shared = context.transformer_settings("language")
+    if not language.fused_rotary:
+        shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -44,6 +46,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         add_bias_linear=False,
         add_qkv_bias=language.add_qkv_bias,
         qk_layernorm=language.qk_layernorm,
+        rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -125,6 +128,7 @@ def build(
         parallel_output=True,
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=language.rotary_percent,
         rotary_base=language.rotary_base,
         seq_len_interpolation_factor=language.rope_scaling_factor if language.rope_scaling == "linear" else None,
         rope_scaling=language.rope_scaling == "llama3",
@@ -134,7 +138,8 @@ def build(
         vp_stage=vp_stage,
     )
     if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
-        PackRotary.take_over(model.rotary_pos_emb)
+        axes = pair_axes(language.rotary_sections, interleaved=language.rotary_sections_interleaved)
+        PackRotary.take_over(model.rotary_pos_emb, axes)
     if post_process:
         _mask_padding(model, language.vocab_size)
     return model
