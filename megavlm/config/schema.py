@@ -60,6 +60,11 @@ class VisionConfig:
         return self.hidden_size
 
     @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels of one picture, uint8."""
+        return 3 * int(self.image_size) ** 2
+
+    @property
     def patches_per_image(self) -> int:
         """Features of one picture."""
         rows, columns = self.grid

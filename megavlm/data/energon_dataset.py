@@ -178,7 +178,7 @@ class PackEncoder(TaskEncoder):
             source=sample.source,
             shard=sample.shard,
             shapes=tuple(layout.shape for layout in layouts),
-            views=sum(len(layout.views) for layout in layouts),
+            views=round(sum(self.plan.views_of(layout) for layout in layouts)),
         )
 
     @stateless

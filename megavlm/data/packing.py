@@ -51,7 +51,7 @@ class PackableSample:
     shapes: tuple[ImageShape, ...] = ()
     """What the image plan asks of each image."""
     views: int = 0
-    """Pictures that the tower sees."""
+    """Pictures that the tower sees; where they keep sizes of their own, what they are worth in those of usual size."""
 
     def __len__(self) -> int:
         """Tokens."""

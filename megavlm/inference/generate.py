@@ -350,9 +350,15 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     """[T, E] features of a prompt's image slots; None without images."""
     if prompt.images is None or prompt.images.size(0) == 0:
         return None
-    parts = prompt.images.to(local_device()).split(_IMAGES_AT_ONCE)
-    encoded = [model.encode_images(part) for part in parts]
-    features_QVE = torch.cat([part for part in encoded if part is not None], dim=1)
+    grid = None if prompt.arrangement is None else prompt.arrangement.grid
+    pixels = prompt.images.to(local_device())
+    if grid is None:
+        encoded = [model.encode_images(part) for part in pixels.split(_IMAGES_AT_ONCE)]
+    else:
+        grids = torch.from_numpy(grid).split(_IMAGES_AT_ONCE)
+        parts = pixels.split([int(own.prod(1).sum()) for own in grids])
+        encoded = [model.encode_images(part, own) for part, own in zip(parts, grids, strict=True)]
+    features_QVE = torch.cat([part for part in encoded if part is not None], dim=1 if grid is None else 0)
     index, weight = arrangement_on(prompt.arrangement, local_device())
     return model.arranged(features_QVE, index, weight)
 

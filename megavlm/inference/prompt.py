@@ -19,9 +19,11 @@ class Prompt:
     tokens: NDArray[np.int64]
     """[T] token ids, with the slots of its images."""
     images: Tensor | None = None
-    """[V, 3, H, W] uint8 views on the first stage (V may be 0); elsewhere it is not looked at."""
+    """[V, 3, H, W] uint8 views on the first stage (V may be 0), or [P, F] patches with the grid of ``arrangement``;
+    elsewhere it is not looked at."""
     arrangement: Arrangement | None = None
-    """Where the views' features go; None where they stay in their order."""
+    """Where the views' features go, and the grid of pictures that keep sizes of their own; None where they stay in
+    their order."""
     grids: tuple[TokenGrid, ...] = ()
     """How the slots of its images lie, on all ranks; looked at where the model's positions have rows and columns."""
     answer: list[int] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.chat import answer_start, last_question
 from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
+from megavlm.data.patches import pictures_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.positions import own_grids
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ class HeldOutQuestion:
     expected: NDArray[np.int64]
     """[A] tokens of the answer."""
     pixels: Tensor | None
-    """[V, 3, H, W] uint8 views of the prompt's images; None on ranks that do not read."""
+    """[V, 3, H, W] uint8 views of the prompt's images, or [P, F] patches; None on ranks that do not read."""
     shapes: list[ImageShape]
     """What the image plan asks of each of these images."""
 
@@ -101,12 +103,13 @@ def answer_panel(
     )
     if not is_reader() or not questions:
         return None
-    items = [_item(question, answer, tokenizer) for question, answer in zip(questions, answers, strict=True)]
+    items = [_item(question, answer, tokenizer, plan) for question, answer in zip(questions, answers, strict=True)]
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
 def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
-    return [len(plan.plan(*shape).views) for shape in shapes]
+    """Return how many rows of the pixels each image has."""
+    return [plan.pixels_of(plan.plan(*shape))[0] for shape in shapes]
 
 
 def _prompt(question: HeldOutQuestion, plan: ImagePlan, model: ModelConfig) -> Prompt:
@@ -126,7 +129,7 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     if not is_first_stage():
         return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
     counts = [len(shapes) if plan.fixed else sum(_views(shapes, plan)) for _, _, shapes in box[0]]
-    pixels = torch.zeros(sum(counts), 3, plan.side, plan.side, dtype=torch.uint8)
+    pixels = torch.zeros(sum(counts), *plan.row, dtype=torch.uint8)
     if questions:
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
     pixels = pixels.to(local_device())
@@ -139,10 +142,14 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     ]
 
 
-def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
+def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, plan: ImagePlan) -> PanelItem:
     """What a card shows: the last user turn, both answers, and the pictures."""
     assert question.pixels is not None
-    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]
+    shown: Iterable[Tensor] = question.pixels
+    if isinstance(plan, NativePlan):
+        grids = [plan.plan(*shape).patches or (0, 0, 0) for shape in question.shapes]
+        shown = pictures_of(question.pixels, grids, plan)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
     return PanelItem(
         question=last_question(question.prompt.tolist(), tokenizer),
         expected=answer_text([int(i) for i in question.expected], tokenizer),

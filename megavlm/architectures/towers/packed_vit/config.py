@@ -99,6 +99,11 @@ class PackedViTConfig(VisionConfig):
         return 3 * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the patches of the picture that plans reckon with."""
+        return self.patches_per_image * self.patch_values
+
+    @property
     def window(self) -> int | None:
         """Side of a window in blocks of patches; None for whole pictures."""
         return None if self.window_size is None else self.window_size // (self.patch_size * self.spatial_merge_size)
