@@ -13,6 +13,7 @@ from pydantic import Field
 
 from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
+from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 
 
@@ -45,9 +46,24 @@ class VisionConfig:
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
 
     @property
+    def packed(self) -> bool:
+        """Whether it takes pictures of any size, as flat patches with the grid of each; else equal squares."""
+        return False
+
+    @property
+    def deepstack(self) -> int:
+        """Layers of the tower whose features are added behind as many language layers, from the first on."""
+        return 0
+
+    @property
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels of one picture, uint8."""
+        return 3 * int(self.image_size) ** 2
 
     @property
     def patches_per_image(self) -> int:
@@ -69,40 +85,14 @@ class ConnectorConfig:
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
+    @property
+    def level(self) -> ConnectorConfig:
+        """The connector of each level of a deepstack; the same, unless a class says else."""
+        return self
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
         return grid[0] * grid[1]
-
-
-@config_class
-class ImageConfig:
-    """What becomes of a picture before the tower sees it (docs/images.md): views, and tokens."""
-
-    kind: str = "squash"
-    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
-    (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
-    slices (MiniCPM-V)."""
-    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    """Filter that pictures are resized with; always antialiased."""
-    fill: Literal["mean"] | tuple[int, int, int] | None = None
-    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
-    plan's own: pad takes the mean, the others black."""
-    short_side: int | None = Field(default=None, gt=0, le=100_000)
-    """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
-    pinpoints: tuple[tuple[int, int], ...] = ()
-    """Of anyres and anyres_max: resolutions that tiles make up, as [height, width] in pixels, in the published order.
-    Empty for LLaVA-1.6's five, or LLaVA-OneVision's 36."""
-    min_tiles: int | None = Field(default=None, gt=0)
-    """Of dynamic_tiles: fewest tiles of a picture; null for 1."""
-    max_tiles: int | None = Field(default=None, gt=0)
-    """Of dynamic_tiles and slices: most tiles of a picture (null for 12, or 9). Of anyres_max: tiles whose features a
-    picture has at most (null for 9)."""
-    thumbnail: bool = True
-    """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
-    slice_markup: Literal["nested", "flat"] = "nested"
-    """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
-    options: tuple[str, ...] = ()
-    """Of an image plan that another package brings: its own keys, as key=value each."""
 
 
 @config_class
@@ -123,6 +113,21 @@ class LanguageConfig:
         tie_word_embeddings: bool
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers of a token's position: 1, or 3 where it has a time, a row and a column of its own (M-RoPE)."""
+        return 1
+
+    @property
+    def takes_deepstack(self) -> bool:
+        """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
+        return False
+
+    @property
+    def fused_rotary(self) -> bool:
+        """Whether Transformer Engine's kernel can turn its heads (``engine.apply_rope_fusion``)."""
+        return True
 
     @property
     def ntk_length(self) -> int | None:

@@ -32,6 +32,7 @@ from megavlm.config.schema import ImageConfig, Recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.media import plan_kinds, plan_of
+from megavlm.data.positions import positions_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -328,6 +329,7 @@ class Trainer:
                     recipe.data,
                     self.tokenizer,
                     self.plan,
+                    positions_of(recipe.model, self.tokenizer.imgpad_id),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,

@@ -6,6 +6,7 @@ tied embeddings, stretched rotary positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.layers.rotary import PackRotary
+from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
@@ -30,6 +31,8 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     virtual = parallel.virtual_pipeline_model_parallel_size
     full = parallel.recompute_granularity == "full"
     shared = context.transformer_settings("language")
+    if not language.fused_rotary:
+        shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -44,6 +47,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         add_bias_linear=False,
         add_qkv_bias=language.add_qkv_bias,
         qk_layernorm=language.qk_layernorm,
+        rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -63,10 +67,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
-    return (kind,) * language.num_layers
+    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -109,7 +113,7 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language), adapted_linears(language, context.lora)
+    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
@@ -125,6 +129,7 @@ def build(
         parallel_output=True,
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=language.rotary_percent,
         rotary_base=language.rotary_base,
         seq_len_interpolation_factor=language.rope_scaling_factor if language.rope_scaling == "linear" else None,
         rope_scaling=language.rope_scaling == "llama3",
@@ -134,7 +139,8 @@ def build(
         vp_stage=vp_stage,
     )
     if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
-        PackRotary.take_over(model.rotary_pos_emb)
+        axes = pair_axes(language.rotary_sections, interleaved=language.rotary_sections_interleaved)
+        PackRotary.take_over(model.rotary_pos_emb, axes)
     if post_process:
         _mask_padding(model, language.vocab_size)
     return model

@@ -105,8 +105,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
-    if not kernels.fused:  # cosines and sines, for queries and for keys
-        attention += 4 * tokens * language.kv_channels * b
+    if not kernels.fused or not language.fused_rotary:  # cosines and sines, for queries and for keys
+        attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     if language.qk_layernorm:
@@ -146,7 +146,7 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
 
 def shared_kept(language: DecoderConfig, tokens: int) -> int:
     """Return the bytes that are kept once for all layers that are recomputed: the angles of the positions, in fp32."""
-    return tokens * language.kv_channels * 4
+    return tokens * language.rotary_channels * 4
 
 
 def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
