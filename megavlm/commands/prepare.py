@@ -22,6 +22,7 @@ from megavlm.config import yaml12
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Record, Source, choose, formats
+from megavlm.data.formats.base import relative
 from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
 from megavlm.data.machine import is_file, is_machine_fault
 from megavlm.data.publish import clear_leftovers, new_directory
@@ -257,7 +258,10 @@ def _sample_members(
     urls: dict[str, str] = {}
     if args.allow_urls:
         record, urls = _name_urls(record)
+    record = relative(record, args.images)
     conversation = parse_conversation(record)
+    if not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
+        raise BrokenError("nothing to train on", "every answer of the record has weight 0")
     kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
     yield "json", json.dumps(kept).encode()
     for number, path in enumerate(conversation.images):

@@ -43,6 +43,8 @@ class CacheWindow:
     """[T, 1, 1, D] fp32 rotary angles of its positions; fewer than D where a part of each head is turned."""
     query_scale: Tensor | None = None
     """[T] fp32 factor on the queries (logn attention), or None for 1."""
+    interleaved: bool = False
+    """Whether neighbouring channels are a pair, instead of those half a head apart."""
     _angles: tuple[Tensor, Tensor] | None = None
     _places: dict[int | None, tuple[Any, Any, slice, Tensor | None]] = field(default_factory=dict)
 
@@ -56,14 +58,18 @@ class CacheWindow:
         if self._angles is None:
             freqs_T1D = self.freqs[:, 0]
             sin = freqs_T1D.sin()
-            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+            if self.interleaved:
+                signed = torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2)
+            else:
+                signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
             self._angles = freqs_T1D.cos().to(query_TND.dtype), signed.to(query_TND.dtype)
         cos, sin = self._angles
-        both = torch.cat((query_TND, key_TGD), dim=1)
-        part = both if width == both.size(-1) else both[..., :width]
-        turned = (part * cos).add_(part.roll(half, dims=-1).mul_(sin))
-        if part is not both:
-            turned = torch.cat((turned, both[..., width:]), dim=-1)
+        whole = torch.cat((query_TND, key_TGD), dim=1)
+        both = whole[..., :width]  # of some models only a part of a head is turned
+        other = both.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if self.interleaved else both.roll(half, dims=-1)
+        turned = (both * cos).add_(other.mul_(sin))
+        if width < whole.size(-1):
+            turned = torch.cat((turned, whole[..., width:]), dim=-1)
         query_TND, key_TGD = turned.split((query_TND.size(1), key_TGD.size(1)), dim=1)
         return query_TND, key_TGD
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import ResidualMultiplier
@@ -68,6 +69,8 @@ class LayerKind:
     """Of what attention and MLP give, before it is added."""
     sliding_window: int | None = None
     """Positions that each attends to, its own among them; None for all."""
+    deepstack: bool = False
+    """What the context holds is added behind it (``layers/deepstack.py``)."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask}
@@ -117,10 +120,12 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         layer.submodules.self_attention.params = attention_params
         layer.submodules.self_attention.submodules.core_attention = core_attention
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
+        if kind.deepstack:
+            layer.module = DeepstackLayer
         return Modules(core_attention, norm, layer)
     head_norm = norm if kind.qk_layernorm else IdentityOp
     layer = ModuleSpec(
-        module=ParallelTransformerLayer if kind.parallel else TransformerLayer,
+        module=_layer_class(kind),
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -153,6 +158,13 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     return Modules(core_attention, norm, layer)
+
+
+def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
+    assert not (kind.parallel and kind.deepstack), "a layer side by side adds nothing behind it"
+    if kind.parallel:
+        return ParallelTransformerLayer
+    return DeepstackLayer if kind.deepstack else TransformerLayer
 
 
 def _branch_sum(kind: LayerKind) -> Any:

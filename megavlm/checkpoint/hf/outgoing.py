@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
-from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
+from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader

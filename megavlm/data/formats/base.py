@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megavlm.config.errors import UserError
@@ -15,6 +15,7 @@ Record = dict[str, Any]
 """A record in Qwen-VL's form, see :mod:`megavlm.data.schema`; still to be checked."""
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_ABSOLUTE = re.compile(r"<img>\s*((?:file://)?/[^<\n\0]*?)\s*</img>")
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
@@ -84,6 +85,29 @@ def plain(text: str, what: str) -> str:
     if tag:
         raise BrokenError("markup in text", f"{what} contains {tag[0]}, which would be read as markup")
     return text
+
+
+def relative(record: Record, root: Path) -> Record:
+    """Return a record in Qwen-VL's form whose absolute paths of pictures, where they lie in ``root``, start from it."""
+
+    def replaced(found: re.Match[str]) -> str:
+        path = Path(found[1].removeprefix("file://"))
+        for base in dict.fromkeys((root.absolute(), root.resolve())):
+            if path.is_relative_to(base):
+                return f"<img>{path.relative_to(base)}</img>"
+        return found[0]
+
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        return record
+    return record | {
+        "conversations": [
+            turn | {"value": _ABSOLUTE.sub(replaced, turn["value"])}
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+            else turn
+            for turn in turns
+        ]
+    }
 
 
 def pair(record_id: Any, task: str, image: str, question: str, answer: str) -> Record:

@@ -1,7 +1,8 @@
 """Rows of parquet files, whose pictures are in them: as the Hugging Face hub and CodeFuse-VLM's users have them.
 
-A picture is a column of bytes, or of ``{"bytes", "path"}`` (the hub's ``Image``), or of a list of these. In the row
-that is yielded a name stands in its place, and its bytes are handed out beside it.
+A picture is a column of bytes, or of ``{"bytes", "path"}`` (the hub's ``Image``), or of a list of these; it may also
+lie deeper, in the parts of a message. In the row that is yielded a name stands in its place, and its bytes are handed
+out beside it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def _take_pictures(row: Row, name: str) -> tuple[Row, dict[str, bytes]]:
             if value["bytes"] is None:
                 return value.get("path")
             value = value["bytes"]
+        if isinstance(value, dict):
+            return {key: replace(each) for key, each in value.items()}
         if isinstance(value, bytes):
             place = f"{name}/{len(pictures)}"
             pictures[place] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats import stream
 from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
+from megavlm.data.formats.columns import described
 from megavlm.data.formats.encoding import NotUnicodeError, lines
-from megavlm.data.formats.keys import is_given
+from megavlm.data.formats.keys import has_roles, is_given
 from megavlm.data.formats.parquet import files_of, read_rows
 from megavlm.data.machine import is_file
 
@@ -102,17 +103,21 @@ class Source:
             raise UserError(f"{self.path} must hold a list {f'{key!r} ' if key else ''}of records that is not empty")
 
     def _rows(self, key: str | None) -> Iterator[Any]:
-        if self.path.suffix == ".jsonl" and not self.path.is_dir():
-            yield from (_line(number, line) for number, line in lines(self.path))
-            return
+        renamed = described(self.path) if key is None else None
+        for row, pictures in self._stored(key):
+            self.pictures.clear()
+            self.pictures.update(pictures)
+            yield row if renamed is None or not isinstance(row, dict) else renamed.apply(row)
+
+    def _stored(self, key: str | None) -> Iterator[tuple[Any, Mapping[str, bytes]]]:
+        """Yield what is stored, and the pictures that are stored in it."""
         files = files_of(self.path)
-        if not files:
-            yield from stream.elements(self.path, key)
+        if self.path.suffix == ".jsonl" and not self.path.is_dir():
+            yield from ((_line(number, line), {}) for number, line in lines(self.path))
+        elif not files:
+            yield from ((element, {}) for element in stream.elements(self.path, key))
         for path in files:
-            for row, pictures in read_rows(path):
-                self.pictures.clear()
-                self.pictures.update(pictures)
-                yield row
+            yield from read_rows(path)
 
     def members(self) -> Iterator[tuple[str, Any]]:
         """Yield the names and values of the object that the file holds.
@@ -149,7 +154,7 @@ class Source:
 def _is_plain(entry: Record) -> bool:
     """Whether it is a conversation without a picture, in whoever's form."""
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or is_given(entry.get("image")) or is_given(entry.get("images")):
+    if not isinstance(turns, list) or has_roles(entry) or is_given(entry.get("image")) or is_given(entry.get("images")):
         return False
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     return not any(isinstance(text, str) and ("<img>" in text or "<image>" in text) for text in texts)

@@ -8,6 +8,7 @@ hooks and a parameter, so that its forward pass stays its own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
-from megavlm.layers.rotary import PackRotary
+from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
@@ -48,6 +49,8 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         shared["bias_activation_fusion"] = (
             False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
         )
+    if not language.fused_rotary:
+        shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -63,6 +66,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         add_bias_linear=language.add_bias_linear,
         add_qkv_bias=language.add_qkv_bias,
         qk_layernorm=language.qk_layernorm,
+        rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -82,7 +86,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind(
         "causal",
@@ -92,7 +96,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
         residual_multiplier=language.residual_multiplier,
         sliding_window=language.sliding_window,
     )
-    return (kind,) * language.num_layers
+    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -161,7 +165,7 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language), adapted_linears(language, context.lora)
+    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
@@ -187,7 +191,8 @@ def build(
         vp_stage=vp_stage,
     )
     if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
-        PackRotary.take_over(model.rotary_pos_emb)
+        axes = pair_axes(language.rotary_sections, interleaved=language.rotary_sections_interleaved)
+        PackRotary.take_over(model.rotary_pos_emb, axes)
     if language.activation != "silu" or not language.gated_linear_unit:
         kind = GeGLUMLP if language.gated_linear_unit else BiasActivationMLP
         for layer in model.decoder.layers:

@@ -47,6 +47,14 @@ class DecoderConfig(LanguageConfig):
     """Factor of rope_scaling; 1 without it."""
     rotary_percent: float = Field(default=1.0, gt=0, le=1)
     """Part of a head that rotary positions turn (Hugging Face: partial_rotary_factor); the rest has no position."""
+    rotary_interleaved: bool = False
+    """Turn neighbouring channels as a pair (GLM), instead of those half a head apart."""
+    rotary_sections: tuple[int, ...] = ()
+    """Of M-RoPE: how many of a head's pairs of channels turn by a token's place in time, by its row and by its column
+    (Hugging Face: mrope_section). Empty for one position a token, counted from 0."""
+    rotary_sections_interleaved: bool = False
+    """With rotary_sections: time, row and column take turns over the pairs (Qwen3-VL; Hugging Face: mrope_interleaved),
+    instead of having one stretch of them each."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Kind of all norms; LayerNorm subtracts the mean and has a bias (Phi, StableLM)."""
     layernorm_zero_centered_gamma: bool = False
@@ -91,14 +99,29 @@ class DecoderConfig(LanguageConfig):
     set it."""
 
     @property
-    def rotary_channels(self) -> int:
-        """Channels of a head that are turned."""
-        return int(self.kv_channels * self.rotary_percent)
-
-    @property
     def qkv_bias(self) -> bool:
         """Whether the QKV projection has a bias."""
         return self.add_qkv_bias or self.add_bias_linear
+
+    @property
+    def position_axes(self) -> int:
+        """Three with M-RoPE: time, row, column."""
+        return 3 if self.rotary_sections else 1
+
+    @property
+    def takes_deepstack(self) -> bool:
+        """It can, but for layers whose attention and MLP stand side by side: ``build`` does it."""
+        return not self.use_parallel_residual
+
+    @property
+    def fused_rotary(self) -> bool:
+        """Transformer Engine's kernel turns whole heads by one position."""
+        return not self.rotary_sections and not self.rotary_interleaved and self.rotary_percent == 1.0
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are turned."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def ntk_length(self) -> int | None:
@@ -137,13 +160,35 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
 
 
 def _rotary(language: DecoderConfig) -> Iterator[str]:
-    """Check which channels of a head are turned."""
-    channels = language.rotary_channels
+    """Check which channels of a head are turned, and by what."""
+    channels, sections = language.rotary_channels, language.rotary_sections
     if language.rotary_percent < 1 and (channels < 2 or channels % 2):
         yield (
             f"{_OWN}.rotary_percent: {language.rotary_percent:g} of {language.kv_channels} channels are {channels}, and"
             " rotary positions turn pairs; choose a part that is even"
         )
+        return
+    if not sections:
+        if language.rotary_sections_interleaved:
+            yield f"{_OWN}.rotary_sections_interleaved: has no effect without {_OWN}.rotary_sections; set that"
+        return
+    pairs = channels // 2
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != pairs:
+        yield (
+            f"{_OWN}.rotary_sections: {list(sections)} are not the pairs of time, row and column; give three whole"
+            f" numbers with the sum {pairs}, the pairs of a head that are turned"
+        )
+        return
+    # Pair 3 i + 1 is the i-th of the rows, 3 i + 2 that of the columns; time has what is left.
+    rows, columns = (pairs + 1) // 3, pairs // 3
+    if language.rotary_sections_interleaved and (sections[1] > rows or sections[2] > columns):
+        yield (
+            f"{_OWN}.rotary_sections: {list(sections)} do not take turns over {pairs} pairs: row and column have at"
+            f" most {rows} and {columns}; change them, or set {_OWN}.rotary_sections_interleaved to false"
+        )
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if getattr(language, key):
+            yield f"{_OWN}.{key}: counts tokens, and with {_OWN}.rotary_sections positions do not; set it to false"
 
 
 def _key_value_heads(language: DecoderConfig, tp: int) -> Iterator[str]:

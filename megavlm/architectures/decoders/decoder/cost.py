@@ -138,7 +138,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
-    if not kernels.fused:  # cosines and sines, for queries and for keys
+    if not kernels.fused or not language.fused_rotary:  # cosines and sines, for queries and for keys
         attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b

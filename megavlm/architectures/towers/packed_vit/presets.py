@@ -1,0 +1,34 @@
+"""Published vision transformers on pictures of any size, by the name that a recipe calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SECOND: dict[str, Any] = {"patch_size": 14, "activation": "quick_gelu", "layernorm_epsilon": 1e-6}
+_SECOND_AND_HALF: dict[str, Any] = {
+    "patch_size": 14,
+    "normalization": "RMSNorm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "layernorm_epsilon": 1e-6,
+    "window_size": 112,
+}
+
+KINDS: dict[str, dict[str, Any]] = {"qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF}
+"""What a family fixes; the recipe of a converted checkpoint gives the sizes."""
+
+_WIDTH = {"hidden_size": 1280, "num_layers": 32, "num_attention_heads": 16}
+
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Qwen/Qwen2-VL-{2B,7B,72B}-Instruct: one tower, with mlp_ratio 4.
+    "qwen2_vl_vit_675m": ("qwen2_vl_vit", {**_WIDTH, "ffn_hidden_size": 5120}),
+    # Qwen/Qwen2.5-VL-{3B,7B,72B}-Instruct.
+    "qwen2_5_vl_vit_670m": (
+        "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3420, "full_attention_layers": (7, 15, 23, 31)},
+    ),
+    # Qwen/Qwen2.5-VL-32B-Instruct, whose MLP is a little wider.
+    "qwen2_5_vl_vit_32b": (
+        "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3456, "full_attention_layers": (7, 15, 23, 31)},
+    ),
+}  # fmt: skip
+"""By kind, and what the kind does not say."""
