@@ -43,11 +43,12 @@ def _write_mistral(language: LanguageConfig) -> Tree:
 
 
 LLAMA = TextKind(
-    "llama", "Llama", LLAMA_LANGUAGE, llama_language, llama_config, {}, defaults=LLAMA_DEFAULTS,
+    "llama", "Llama", LLAMA_LANGUAGE, llama_language, llama_config,
+    {"rotary_sections": ANY}, defaults=LLAMA_DEFAULTS,
     templates=("llama_3", "phi_3", "vicuna_v1"),  # Llama 3 and a Phi-3 that is stored as one are known by their tokens
 )  # fmt: skip
 QWEN2 = TextKind(
-    "qwen2", "Qwen2", LLAMA_LANGUAGE, llama_language, llama_config, {"add_qkv_bias": True},
+    "qwen2", "Qwen2", LLAMA_LANGUAGE, llama_language, llama_config, {"add_qkv_bias": True, "rotary_sections": ANY},
     defaults={
         "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
@@ -55,7 +56,8 @@ QWEN2 = TextKind(
     templates=("qwen2",),
 )  # fmt: skip
 QWEN3 = TextKind(
-    "qwen3", "Qwen3", LLAMA_LANGUAGE, llama_language, llama_config, {"qk_layernorm": True}, defaults=LLAMA_DEFAULTS,
+    "qwen3", "Qwen3", LLAMA_LANGUAGE, llama_language, llama_config,
+    {"qk_layernorm": True, "rotary_sections": ANY}, defaults=LLAMA_DEFAULTS,
     templates=("llama_3", "phi_3", "vicuna_v1"),
 )  # fmt: skip
 MISTRAL = TextKind(

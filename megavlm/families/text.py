@@ -77,6 +77,8 @@ def no_half(language: LanguageConfig) -> str | None:
     """Return why a language model is no half of a composed model of Transformers, or None."""
     if getattr(language, "lm_head_bias", False):
         return "the language model's output layer has a bias, for which Transformers' composed models have no place"
+    if getattr(language, "rotary_sections", ()):
+        return "the language model has three numbers a position (model.language.rotary_sections), LLaVA's have one"
     if language.add_qkv_bias and language.qk_layernorm and not getattr(language, "add_bias_linear", False):
         return "the language model has both a bias on QKV and a norm on queries and keys; Qwen2 and Qwen3 have one each"
     return refused(_HALVES, _with_head(language))

@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
     "add_qkv_bias": False, "qk_layernorm": False, "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False,
     "add_bias_linear": False, "lm_head_bias": False, "gated_linear_unit": True, "activation": "silu",
     "use_parallel_residual": False, "rotary_percent": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
-    "logits_scaling": 1.0, "sliding_window": None,
+    "logits_scaling": 1.0, "sliding_window": None, "rotary_interleaved": False, "rotary_sections": (),
 }  # fmt: skip
 """What Llama has, of the keys by which language models differ other than in size."""
 
@@ -97,7 +97,7 @@ def shape(config: Mapping[str, Any], where: str, kind: str, *, epsilon: str = "r
     """
     expect(config, where, quantization_config=None, attention_dropout=0.0)
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
-    base, scaling, factor = _rope(config, where)
+    rope = {key: value for key, value in _rope(config, where).items() if key != "rotary_percent"}
     return {
         "preset": kind,
         "num_layers": need(config, "num_hidden_layers", where),
@@ -108,9 +108,7 @@ def shape(config: Mapping[str, Any], where: str, kind: str, *, epsilon: str = "r
         "kv_channels": config.get("head_dim") or hidden // heads,
         "vocab_size": need(config, "vocab_size", where),
         "max_position_embeddings": need(config, "max_position_embeddings", where),
-        "rotary_base": base,
-        "rope_scaling": scaling,
-        "rope_scaling_factor": factor,
+        **rope,
         "norm_epsilon": number(config, epsilon, where),
         "tie_word_embeddings": flag(config, "tie_word_embeddings", where, default=False),
         "init_method_std": number(config, "initializer_range", where, 0.02),
@@ -184,6 +182,7 @@ class TextFamily(Family):
 
     parts = ("language",)
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("decoder",)}
+    own_rotary = True
     kind: ClassVar[TextKind]
 
     def detect(self, source: Source) -> bool:
