@@ -74,14 +74,13 @@ WHOLE_TOWER: dict[str, Any] = {
 }  # fmt: skip
 # A norm with bias for attention and MLP side by side, biases everywhere, no gate, half a head turned.
 PHI: dict[str, Any] = {
-    **OTHER,
-    "language": {**OTHER["language"], "preset": "phi", "tie_word_embeddings": False, "vocab_size": 512},
+    **INTERNVL,
+    "language": {**INTERNVL["language"], "preset": "phi", "tie_word_embeddings": False},
 }
 # Norms around 1, GeGLU, one key/value head, multipliers.
 GEMMA: dict[str, Any] = {
-    **OTHER,
-    "language": {**OTHER["language"], "preset": "gemma", "embedding_multiplier": 8.0, "num_query_groups": 2}
-    | {"residual_multiplier": 0.5, "vocab_size": 512},
+    **INTERNVL,
+    "language": {**INTERNVL["language"], "preset": "gemma", "embedding_multiplier": 8.0, "residual_multiplier": 0.5},
 }
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},

@@ -56,11 +56,13 @@ def final_parameters(language: DecoderConfig, tensor: int) -> list[FinalParamete
 
 def norm_kept(language: DecoderConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that a norm of so many elements keeps: its input, and what its weight multiplies."""
-    b = kernels.number_bytes
-    if kernels.fused or (language.normalization == "LayerNorm" and not language.layernorm_zero_centered_gamma):
+    b, zero_centered = kernels.number_bytes, language.layernorm_zero_centered_gamma
+    if kernels.fused:
         return elements * b
-    apart = learns and not language.layernorm_zero_centered_gamma
-    return elements * (4 + b * int(apart))
+    if language.normalization == "LayerNorm":
+        return elements * (4 if zero_centered else b)
+    # What the weight multiplies is in fp32 where 1 is added to it first.
+    return elements * (4 + (4 if zero_centered else b) * int(learns))
 
 
 def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
