@@ -28,7 +28,7 @@ AGAIN_SECONDS = 15.0
 """Between attempts where a server does not answer."""
 
 
-class State:
+class KeptRun:
     """What the run's directory keeps of a logger's run, so that a restart goes on with it: id, and the last step sent.
 
     Args:
@@ -93,7 +93,7 @@ class Sender:
         again_seconds: between attempts.
     """
 
-    def __init__(self, backend: Backend, state: State, answers: Answers, again_seconds: float = AGAIN_SECONDS) -> None:
+    def __init__(self, backend: Backend, state: KeptRun, answers: Answers, again_seconds: float = AGAIN_SECONDS) -> None:
         self._backend, self._state, self._answers = backend, state, answers
         self._again_seconds = again_seconds
         self._open = self._troubled = False
@@ -199,7 +199,7 @@ def main(key: str) -> None:
     first = json.loads(sys.stdin.buffer.readline())
     folder = Path(first["folder"])
     known = next(one for one in LOGGERS if one.key == key)
-    state = State(folder / f"{key}.json", first["step"])
+    state = KeptRun(folder / f"{key}.json", first["step"])
     start = Start(first["name"], first["setting"], folder, first["recipe"], first["recipe_yaml"], state.run)
     answers = Answers(known.title, own)
     backend: Backend = getattr(backends, known.backend)(start, answers.say)
