@@ -26,7 +26,7 @@ from megavlm.config.logs import LoggingConfig
 from megavlm.training.loggers import outlet
 from megavlm.training.loggers.backends import flat, one_line
 from megavlm.training.loggers.known import LOGGERS, Known, check_loggers
-from megavlm.training.loggers.process import Answers, Sender, KeptRun
+from megavlm.training.loggers.process import Answers, KeptRun, Sender
 
 BLOCK = 32768  # of LevelDB's log format, which W&B and SwanLab both write
 

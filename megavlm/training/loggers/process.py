@@ -24,9 +24,6 @@ from megavlm.training.loggers import backends
 from megavlm.training.loggers.backends import Backend, Start, one_line
 from megavlm.training.loggers.known import LOGGERS
 
-AGAIN_SECONDS = 15.0
-"""Between attempts where a server does not answer."""
-
 
 class KeptRun:
     """What the run's directory keeps of a logger's run, so that a restart goes on with it: id, and the last step sent.
@@ -90,10 +87,10 @@ class Sender:
         backend: what takes them.
         state: of its run.
         answers: to the run.
-        again_seconds: between attempts.
+        again_seconds: between attempts where a server does not answer.
     """
 
-    def __init__(self, backend: Backend, state: KeptRun, answers: Answers, again_seconds: float = AGAIN_SECONDS) -> None:
+    def __init__(self, backend: Backend, state: KeptRun, answers: Answers, again_seconds: float = 15.0) -> None:
         self._backend, self._state, self._answers = backend, state, answers
         self._again_seconds = again_seconds
         self._open = self._troubled = False
