@@ -95,8 +95,9 @@ def write_trained(
         if "eos_token_id" in config:
             tokens["eos_token_id"] = ended
         text = config.get("text_config")
-        if isinstance(text, dict) and "eos_token_id" in text:
-            config["text_config"] = text | {"eos_token_id": ended}
+        if isinstance(text, dict):
+            ends = {"eos_token_id": ended} if "eos_token_id" in text else {}
+            config["text_config"] = _named(family, model) | text | ends
         if config | tokens != _read(partial / CONFIG):
             _write(partial / CONFIG, config | tokens)
     if family.preprocesses and "vision" in family.parts:
@@ -110,6 +111,12 @@ def write_trained(
     if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED) or again.ids != tokenizer.ids:
         raise RuntimeError(f"{path}: what was written gives other ids than those of training")
     return lines
+
+
+def _named(family: Family, model: ModelConfig) -> Tree:
+    """Return what servers find the language model's class by; Transformers leaves it out of a nested configuration."""
+    own = family.config(model, {"image": 0}).get("text_config") or {}
+    return {key: own[key] for key in ("architectures",) if key in own}
 
 
 def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
