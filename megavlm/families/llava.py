@@ -100,7 +100,6 @@ class LlavaFamily(Family):
         """Return a LLaVA configuration whose tower ends with the layer whose features are taken."""
         image = tokens.get("image", model.language.vocab_size - 1)
         text = llama_config(model.language)
-        del text["architectures"]
         return {
             "architectures": ["LlavaForConditionalGeneration"],
             "image_seq_length": model.tokens_per_view,

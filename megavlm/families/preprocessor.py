@@ -29,6 +29,7 @@ _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pa
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
 TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
 """Of LLaVA-1.6 and of LLaVA-OneVision."""
+_TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -303,6 +304,8 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     vision, image = model.vision, model.image
     square = {"height": vision.image_size, "width": vision.image_size}
     kept = {key: value for key, value in old.items() if key not in _PLAN_KEYS}
+    if str(old.get("image_processor_type")).startswith(_TILING):  # one of tiles does so whatever its other keys say
+        kept.pop("image_processor_type")
     tree = {
         "image_processor_type": _KINDS[vision.class_token],
         **kept,

@@ -18,6 +18,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.fields import from_tree
 from megavlm.config.schema import ModelConfig
 from megavlm.data.chat_files import has_template
+from megavlm.data.media import plan_kinds
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.composing import with_tower
 from megavlm.families.family import Family, config_file
@@ -144,6 +145,8 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
         check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
+    elif len(given) > 1:
+        branches |= _newline_plan(given)
     if len(given) == 1 and "template" in given[0].branches:
         branches["template"] = given[0].branches["template"]
     parts = [part for part in BRANCHES if part in branches]
@@ -173,6 +176,14 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     if speaker is not None and tokenizer is not None:
         model = dataclasses.replace(model, template=_template(speaker, tokenizer, model.template, notes))
     return Understood(branches, model, parts, tokenizer, rows, where, grown, notes)
+
+
+def _newline_plan(given: Sequence[SourceOfParts]) -> Tree:
+    """Return the image plan of the checkpoint that gives the connector, where a vector of that plan is part of it."""
+    one = next((one for one in given if "connector" in one.parts), None)
+    image = {} if one is None else one.branches.get("image") or {"kind": one.family.image_plan}
+    kind = plan_kinds().get(str(image.get("kind")))
+    return {"image": image} if kind is not None and kind.plan.newline else {}
 
 
 def open_directory(
