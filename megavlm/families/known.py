@@ -23,6 +23,8 @@ _OURS = (
     "megavlm.families.llava_next:LlavaOnevisionFamily",
     "megavlm.families.internvl:InternVLFamily",
     "megavlm.families.internvl:InternVLChatFamily",
+    "megavlm.families.qwen2_vl:Qwen2VLFamily",
+    "megavlm.families.qwen2_vl:Qwen25VLFamily",
     "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
