@@ -81,7 +81,8 @@ class Positions:
         if self._own is not None:
             parts = [self._own[i][:, span.start : span.stop] for i, span in spans]
             whole = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
-            return self._rotary(to_device(torch.from_numpy(whole), local_device())), None
+            # Not called as a module: a hook keeps it from making angles while the cache is in use.
+            return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:
             some = next(iter(self._tables.values()))
             return some[:0], None if self._scales is None else self._scales[:0]
