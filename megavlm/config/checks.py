@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
+        _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
         engine_rules, lora_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
@@ -92,6 +92,15 @@ def _architectures(recipe: Recipe) -> Iterator[str]:
                 f"data.balance_images: orders packs by their cost, and the {architecture.name} architecture of"
                 f" model.{branch} has no figures of its own; set it to false"
             )
+
+
+def _deepstack(recipe: Recipe) -> Iterator[str]:
+    """Check that the language model takes what the tower's layers give it."""
+    language, levels, key = recipe.model.language, recipe.model.vision.deepstack, "model.vision.deepstack_layers"
+    if levels and not language.takes_deepstack:
+        yield f"{key}: the language model {language.preset!r} adds nothing behind its layers; set this to []"
+    elif levels > language.num_layers:
+        yield f"{key}: {levels} layers, each for one of model.language.num_layers ({language.num_layers}); name fewer"
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:

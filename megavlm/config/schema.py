@@ -50,6 +50,11 @@ class VisionConfig:
         return False
 
     @property
+    def deepstack(self) -> int:
+        """Layers of the tower whose features are added behind as many language layers, from the first on."""
+        return 0
+
+    @property
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
@@ -79,6 +84,11 @@ class ConnectorConfig:
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
+    @property
+    def level(self) -> ConnectorConfig:
+        """The connector of each level of a deepstack; the same, unless a class says else."""
+        return self
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
         return grid[0] * grid[1]
@@ -107,6 +117,11 @@ class LanguageConfig:
     def position_axes(self) -> int:
         """Numbers of a token's position: 1, or 3 where it has a time, a row and a column of its own (M-RoPE)."""
         return 1
+
+    @property
+    def takes_deepstack(self) -> bool:
+        """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
+        return False
 
     @property
     def fused_rotary(self) -> bool:

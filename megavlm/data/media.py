@@ -363,6 +363,11 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"{vision.preset!r} takes squares only; choose another image plan"
         )
     side = 1 if plan.packed else plan.side
+    if vision.deepstack and plan.newline:
+        yield (
+            f"model.image.kind: {recipe.model.image.kind} has a newline vector, which no level of "
+            "model.vision.deepstack_layers has; choose another image plan, or set that to []"
+        )
     if recipe.model.language.position_axes > 1:
         try:
             plan.token_grids(plan.plan(side, side))

@@ -81,7 +81,7 @@ class Positions:
         if self._own is not None:
             parts = [self._own[i][:, span.start : span.stop] for i, span in spans]
             whole = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
-            # Not called as a module: a hook keeps it from making angles while the cache is in use.
+            # Not by a call: what the layers get of the module is replaced while answers are generated.
             return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:
             some = next(iter(self._tables.values()))

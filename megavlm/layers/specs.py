@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.norm import TorchNorm
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
@@ -60,6 +61,8 @@ class LayerKind:
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
     """Each head's queries and keys are normalised."""
+    deepstack: bool = False
+    """What the context holds is added behind it (``layers/deepstack.py``)."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask}
@@ -99,11 +102,13 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         layer.submodules.self_attention.module = CompactSelfAttention
         layer.submodules.self_attention.params = {"attn_mask_type": mask}
         layer.submodules.self_attention.submodules.core_attention = core_attention
+        if kind.deepstack:
+            layer.module = DeepstackLayer
         return Modules(core_attention, norm, layer)
     head_norm = norm if kind.qk_layernorm else IdentityOp
     chosen = linears or {}
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DeepstackLayer if kind.deepstack else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

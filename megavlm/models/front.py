@@ -15,6 +15,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig
 from megavlm.config.split import is_replicated
+from megavlm.models.levels import connect, make_connector
 from megavlm.parallel.replicas import PackedShares, Shares, built_whole, mark_replicas
 
 
@@ -32,10 +33,11 @@ def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
 def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
     architecture, own = architecture_of(model, part), own_of(model, part)
     if part not in replicated(model, context):
-        return architecture.make(own, context)
+        return make_connector(model, context) if part == "connector" else architecture.make(own, context)
     whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
     with built_whole():
-        module = architecture.make(own, replace(context, parallel=whole))
+        inside = replace(context, parallel=whole)
+        module = make_connector(model, inside) if part == "connector" else architecture.make(own, inside)
     mark_replicas(module)
     return module
 
@@ -70,7 +72,7 @@ def encode(
         features = shares.gather(features)
     if shares is not None and "connector" in replicas and "vision" not in replicas:
         features = shares.take(features)
-    features = connector(features)
+    features = connect(connector, features)
     return shares.gather(features) if shares is not None and "connector" in replicas else features
 
 
@@ -89,7 +91,7 @@ def _encode_packed(
     if shares is not None and "connector" in replicas and "vision" not in replicas:
         features = shares.take(features)
     patches = features.size(0)
-    features = connector(features)
+    features = connect(connector, features)
     if shares is not None and "connector" in replicas:
         features = shares.gather(features, patches // features.size(0))
     return features

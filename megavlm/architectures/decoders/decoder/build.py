@@ -6,6 +6,7 @@ tied embeddings, stretched rotary positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -66,10 +67,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
-    return (kind,) * language.num_layers
+    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -112,7 +113,7 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language), adapted_linears(language, context.lora)
+    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }

@@ -79,6 +79,11 @@ class DecoderConfig(LanguageConfig):
         return 3 if self.rotary_sections else 1
 
     @property
+    def takes_deepstack(self) -> bool:
+        """It can: ``build`` does it."""
+        return True
+
+    @property
     def fused_rotary(self) -> bool:
         """Transformer Engine's kernel turns whole heads by one position."""
         return not self.rotary_sections and not self.rotary_interleaved and self.rotary_percent == 1.0

@@ -146,7 +146,8 @@ class PackedVisionTransformer(MegatronModule):
             grid_V3: [V, 3] int64 on the host: frames, rows and columns of patches of each picture.
 
         Returns:
-            [P, 1, W] features in the order of the patches, in the number type of the weights.
+            [P, 1, W] features in the order of the patches, in the number type of the weights; with R
+            ``deepstack_layers`` [P, 1, (1 + R) * W], those of the last layer and of these side by side.
 
         Raises:
             ValueError: the grid is not that of the patches.
@@ -164,15 +165,16 @@ class PackedVisionTransformer(MegatronModule):
             x_TW = self.ln_pre(x_TW)
         if self.positional_embedding is not None:
             x_TW = x_TW + self._interpolated(shown)
-        x_T1W = self._layers(self._moved(x_TW, places.order).unsqueeze(1), places)
-        x_TW = self._moved(x_T1W.squeeze(1), places.back)
+        taken = self._layers(self._moved(x_TW, places.order).unsqueeze(1), places)
+        x_TW = self._moved(torch.cat(taken, dim=-1).squeeze(1) if len(taken) > 1 else taken[0].squeeze(1), places.back)
         if places.class_rows is not None:
             x_TW = x_TW[places.class_rows.argsort()[places.whole.cu_seqlens_q.numel() - 1 :]]
         x_P1W = x_TW.unsqueeze(1)
         return x_P1W if self.ln_post is None else self.ln_post(x_P1W)
 
-    def _layers(self, x_T1W: Tensor, places: _Places) -> Tensor:
-        """Run the layers, each on whole pictures or on windows."""
+    def _layers(self, x_T1W: Tensor, places: _Places) -> list[Tensor]:
+        """Run the layers, each on whole pictures or on windows; return the last one's output, and those of levels."""
+        taken: dict[int, Tensor] = {}
         recompute = self.settings.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.transformer.layers):
             windowed = places.windows is not None and number not in self.settings.full_attention_layers
@@ -190,7 +192,9 @@ class PackedVisionTransformer(MegatronModule):
                 x_T1W = tensor_parallel.checkpoint(run, False, x_T1W, places.angles)
             else:
                 x_T1W = run(x_T1W, places.angles)
-        return x_T1W
+            if number in self.settings.deepstack_layers:
+                taken[number] = x_T1W
+        return [x_T1W, *(taken[number] for number in self.settings.deepstack_layers)]
 
     def _places(self, shown: list[geometry.Picture], device: torch.device) -> _Places:
         vision = self.settings

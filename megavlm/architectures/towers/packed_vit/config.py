@@ -65,6 +65,9 @@ class PackedViTConfig(VisionConfig):
     """Side in pixels of the windows that patches attend within (Qwen2.5-VL: 112); null for whole pictures."""
     full_attention_layers: tuple[int, ...] = ()
     """With window_size: layers that attend to whole pictures, 0 is the first (fullatt_block_indexes)."""
+    deepstack_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, whose outputs are added to the images' positions behind the first language layers, in
+    this order, each through a connector of its own (Qwen3-VL; Hugging Face: deepstack_visual_indexes)."""
     image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
     image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.26862954, 0.26130258, 0.27577711)
@@ -78,6 +81,11 @@ class PackedViTConfig(VisionConfig):
     def packed(self) -> bool:
         """That it takes pictures of any size."""
         return True
+
+    @property
+    def deepstack(self) -> int:
+        """Layers that the language model gets beside the last one."""
+        return len(self.deepstack_layers)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -135,3 +143,9 @@ def rules(vision: PackedViTConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.class_token: goes with rotary_base, and without window_size and positional_grid; set it to false, "
             "or change these"
         )
+    stacked = vision.deepstack_layers
+    if stacked and not 0 <= min(stacked) <= max(stacked) < vision.num_layers:
+        last = vision.num_layers - 1
+        yield f"{_OWN}.deepstack_layers: {list(stacked)[:20]} are not all layers from 0 to {last}; correct it"
+    if stacked and vision.post_layernorm:
+        yield f"{_OWN}.deepstack_layers: go without {_OWN}.post_layernorm; set that to false, or this to []"
