@@ -35,12 +35,12 @@ _WIDTH = {"hidden_size": 1280, "num_layers": 32, "num_attention_heads": 16}
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     # Qwen/Qwen2-VL-{2B,7B,72B}-Instruct: one tower, with mlp_ratio 4.
     "qwen2_vl_vit_675m": ("qwen2_vl_vit", {**_WIDTH, "ffn_hidden_size": 5120}),
-    # Qwen/Qwen2.5-VL-{3B,7B,72B}-Instruct.
+    # Qwen/Qwen2.5-VL-{3B,7B}-Instruct.
     "qwen2_5_vl_vit_670m": (
         "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3420, "full_attention_layers": (7, 15, 23, 31)},
     ),
-    # Qwen/Qwen2.5-VL-32B-Instruct, whose MLP is a little wider.
-    "qwen2_5_vl_vit_32b": (
+    # Qwen/Qwen2.5-VL-{32B,72B}-Instruct, whose MLP is wider by 36.
+    "qwen2_5_vl_vit_675m": (
         "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3456, "full_attention_layers": (7, 15, 23, 31)},
     ),
     # Qwen/Qwen3-VL-{2B,4B}-Instruct, and {8B,32B}.
