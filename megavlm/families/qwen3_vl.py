@@ -34,9 +34,8 @@ class Qwen3VLFamily(Qwen2VLFamily):
     name = "qwen3_vl"
     title = "Qwen3-VL, dense (Qwen3VLForConditionalGeneration)"
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
+        "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }
-    modules: ClassVar[str | None] = None
     template: ClassVar[str | None] = "qwen3_vl"
     model_class = "Qwen3VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN3_VL_VISION
