@@ -11,18 +11,25 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from internvl_cases import compare
 from qwen3_vl_models import qwen3_vl, save
 from test_qwen2_vl import IMAGE, LAYOUT, SIZES, convert, inputs, prompt, write_reference
+from test_qwen2_vl_sizes import count, model_of
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.distributed import load
+from megavlm.checkpoint.hf.shapes import alone
 from megavlm.config.errors import UserError
+from megavlm.config.schema import ParallelConfig
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.positions import own_grids
 from megavlm.families.known import FAMILIES
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
+from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.state import process_groups
 from megavlm.weights.source import Source
 
@@ -102,3 +109,24 @@ def test_configurations_that_are_refused(vision: dict[str, object], expected: st
     with pytest.raises(UserError) as raised:
         FAMILIES["qwen3_vl"].branches(Source(tmp_path / "hf"))
     assert expected in str(raised.value)
+
+
+# As the hub counts the parameters of Qwen/Qwen3-VL-*-Instruct.
+PUBLISHED = {
+    "qwen3_vl_2b": 2_127_532_032, "qwen3_vl_4b": 4_437_815_808, "qwen3_vl_8b": 8_767_123_696,
+    "qwen3_vl_32b": 33_357_390_064,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name == "qwen3_vl_2b" else pytest.param(name, marks=pytest.mark.long) for name in PUBLISHED]
+)
+def test_a_preset_has_the_published_size(preset: str) -> None:
+    model, family = model_of(preset), FAMILIES["qwen3_vl"]
+    assert family.refusal(model) is None
+    config = AutoConfig.for_model(**family.config(model, {}))
+    with alone(), torch.device("meta"):
+        ours = VisionLanguageModel(model, BuildContext(ParallelConfig(), initialize=False), 0)
+        theirs = AutoModelForImageTextToText.from_config(config)
+    assert count(ours) == count(theirs) == PUBLISHED[preset]
+    assert count(theirs.model.visual) == count(ours.vision) + count(ours.connector)
