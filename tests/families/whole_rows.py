@@ -29,6 +29,7 @@ from llava_next_models import (
     tiles_answers,
 )
 from llava_published import llava_answers
+from text_cases import ROWS as TEXT_ROWS
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -297,8 +298,15 @@ ROWS: dict[str, WholeFamily] = {
     "qwen_visual": part(("codefuse_tower",), "the tower of codefuse_vlm alone; numbers are those of codefuse_vlm"),
     "qwen": part(("qwen",), "a language model alone; numbers are those of qwen_vl"),
     "llama": part(
-        ("llama", "vicuna", "qwen2", "qwen3"),
+        ("llama", "vicuna", "qwen2", "qwen3", "mistral"),
         "a language model alone; numbers are those of llava, by language model: test_transformers_models.py",
     ),
+    **{
+        family: part(
+            tuple(name for name, row in TEXT_ROWS.items() if row.family == family),
+            "a language model alone; loss, gradients and answers at two layouts: test_text_kinds.py",
+        )
+        for family in ("phi", "phi3", "gemma", "stablelm", "minicpm", "internlm2")
+    },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),
 }  # fmt: skip
