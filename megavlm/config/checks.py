@@ -64,10 +64,17 @@ def check_paths(recipe: Recipe) -> None:
     for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for position, source in enumerate(sources):
             name = f"{key}.{position}.path"
-            if not Path(source.path).is_dir():
-                lines.append(f"{name}: no directory {source.path!r}; make it with megavlm prepare, or correct the path")
-            elif not (Path(source.path) / _PREPARED).is_dir():
-                lines.append(f"{name}: {source.path!r} has no {_PREPARED}; make the data set with megavlm prepare")
+            plain = not (Path(source.path) / _PREPARED).is_dir()
+            if plain and "://" not in source.path and not Path(source.path).exists():
+                lines.append(
+                    f"{name}: no file or directory {source.path!r}; name one that megavlm prepare wrote, or plain data"
+                )
+            for other in ("images", "format") if not plain else ():
+                if getattr(source, other) is not None:
+                    lines.append(f"{key}.{position}.{other}: {source.path!r} is prepared already; leave it out")
+            images = source.images
+            if images is not None and "://" not in images and not Path(images).is_dir():
+                lines.append(f"{key}.{position}.images: no directory {images!r}; correct the path")
     load = recipe.checkpoint.load
     if load is not None and not Path(load).exists():
         lines.append(f"checkpoint.load: no checkpoint {load!r}; correct the path, or leave the key out")

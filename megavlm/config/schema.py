@@ -255,7 +255,12 @@ class DataSource:
     """One data set of a blend."""
 
     path: str
-    """Directory that megavlm prepare wrote."""
+    """Directory that megavlm prepare wrote; or what it reads, which is then prepared once, in data.cache: a file of
+    JSON, JSON lines, parquet or tar, a directory of these, a saved Hugging Face data set, or a URL (s3://, gs://)."""
+    images: str | None = None
+    """Of plain data: directory, or URL, that paths of pictures start from; null for where the data is."""
+    format: str | None = None
+    """Of plain data: its format, as megavlm prepare --help lists them; null for what it looks like."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this data set in the blend, relative to the others."""
     name: str | None = None
@@ -274,6 +279,9 @@ class DataConfig:
     """Data sets to train on, blended by weight."""
     validation: tuple[DataSource, ...] = ()
     """Held-out data sets, each evaluated for itself."""
+    cache: str | None = None
+    """Directory in which plain data is prepared, shared by runs; null for megavlm/data in XDG_CACHE_HOME, or in
+    ~/.cache. On several nodes, one that all see; else each node prepares its own."""
     tokenizer: str | None = None
     """Tokenizer file (.tiktoken, tokenizer.json or a SentencePiece .model), or a directory with one in it.
     Null for the one that lies in the checkpoint that checkpoint.load names."""

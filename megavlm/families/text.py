@@ -68,9 +68,7 @@ def text_config(language: LanguageConfig) -> Tree:
     """Return the ``text_config`` of a language half that is not refused."""
     kind = _half(language)
     assert kind is not None, "a model that is refused is not written"
-    config = kind.write(language)
-    del config["architectures"]
-    return config
+    return kind.write(language)
 
 
 def no_half(language: LanguageConfig) -> str | None:

@@ -11,7 +11,8 @@ is made of, E width of the language model; 1 stands for the batch dimension.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,16 @@ from megavlm.data.media import plan_of
 NEWLINE = "image_newline"
 """Name of the newline vector, a parameter [E] of the connector: it is frozen, trained and saved with it."""
 
-Extras = Tensor | None
-"""What the layers get beside the decoder's input: [S, 1, R * E], of which each of R layers adds E to its output.
+BESIDE = "beside"
+"""Of the extras, [S, 1, R * E], of which each of R layers adds E to its output. It is as long as the decoder's input,
+so that sequence parallelism cuts both alike and it can travel from stage to stage (``megavlm.models.streams``)."""
 
-None for a fusion that is done before the first layer, as :class:`Splice` is, and where there are no pictures. It is as
-long as the decoder's input, so that sequence parallelism cuts both alike and it can travel with it from stage to stage
-(``megavlm.models.streams``). Cross-attention (Llama 3.2 Vision) will hand over the features themselves.
+Extras = Mapping[str, Any] | None
+"""What the layers get beside the decoder's input: :data:`BESIDE`, and keyword arguments of Megatron-Core's block.
+
+None for a fusion that is done before the first layer, as :class:`Splice` is, and where there are no pictures.
+Cross-attention (Llama 3.2 Vision) will hand over the features, as ``context``, and its mask. What is not beside the
+stream reaches the layers of the chunk that fuses only.
 """
 
 
@@ -127,7 +132,7 @@ class Deepstack(Splice):
         levels_TE = features_TE[:, width:].to(embeddings_S1E.dtype)
         positions = torch.nonzero_static(tokens[0] == self._image_token_id, size=levels_TE.size(0)).squeeze(1)
         nothing = levels_TE.new_zeros(embeddings_S1E.size(0), 1, levels_TE.size(1))
-        return fused_S1E, nothing.index_copy(0, positions, levels_TE.unsqueeze(1))
+        return fused_S1E, {BESIDE: nothing.index_copy(0, positions, levels_TE.unsqueeze(1))}
 
 
 def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:

@@ -1,9 +1,9 @@
 """Several streams in the one tensor that goes from pipeline stage to pipeline stage.
 
 Megatron-Core's interleaved schedule sends tensors of one shape, and one of them. What goes beside the residual stream
-(``Extras`` of ``megavlm.models.fusion``) therefore stands behind it, along the sequence: 1 + R streams of S rows each,
-which the schedule takes for a sequence of (1 + R) * S. All boundaries carry as many streams as the widest needs, the
-first; those that are used up are zeros.
+(``BESIDE`` of ``megavlm.models.fusion``) therefore stands behind it, along the sequence: 1 + R streams of S rows each,
+which the schedule takes for a sequence of (1 + R) * S. All boundaries carry as many streams as the widest needs, which
+is the first; those that are used up are zeros. Where the first chunk has all layers that take one, nothing is added.
 
 Shape legend: S positions (with sequence parallelism this rank's part), E width of the language model, R streams beside
 the residual one.

@@ -24,7 +24,7 @@ from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.data.positions import positions_of
 from megavlm.models.front import build_front, encode, replicated
-from megavlm.models.fusion import Fusion, build_fusion
+from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
 from megavlm.models.streams import Streams, one_after_the_other
 
 
@@ -120,9 +120,9 @@ class VisionLanguageModel(MegatronModule):
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
             activations (S / TP with sequence parallelism), and behind them what travels beside (``streams.py``).
         """
-        decoder_input, beside = None, None
+        decoder_input, beside, extras = None, None, None
         if self.fusion is not None:
-            decoder_input, beside = self._fused(
+            decoder_input, beside, extras = self._fused(
                 self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid
             )
         elif self._received is not None:
@@ -136,7 +136,7 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=decoder_input,
             labels=labels,
             packed_seq_params=packed_seq_params,
-            extra_block_kwargs=None if beside is None else {"context": beside},
+            extra_block_kwargs=extras if beside is None else {"context": beside, **(extras or {})},
         )
         return output if self.post_process else self.streams.join(output, beside)
 
@@ -150,8 +150,10 @@ class VisionLanguageModel(MegatronModule):
         image_index: Tensor | None,
         image_weight: Tensor | None,
         image_grid: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and [R * S, 1, E] beside it.
+    ) -> tuple[Tensor, Tensor | None, Extras]:
+        """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what the layers get with it.
+
+        That is [R * S, 1, E], what goes beside the stream, and arguments of this chunk's block.
 
         A function of its own, so that nothing that it makes on the way is held while the layers run.
         """
@@ -165,10 +167,11 @@ class VisionLanguageModel(MegatronModule):
         if torch.is_grad_enabled() and not fused_S1E.requires_grad:
             # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
             fused_S1E = fused_S1E.detach().requires_grad_()
-        if extras is not None:
-            width, shared = embeddings_S1E.size(-1), self.config.sequence_parallel
-            extras = one_after_the_other(extras, width, sequence_parallel=shared)
-        return fused_S1E, extras
+        if extras is None or BESIDE not in extras:
+            return fused_S1E, None, extras
+        width, shared = embeddings_S1E.size(-1), self.config.sequence_parallel
+        beside = one_after_the_other(extras[BESIDE], width, sequence_parallel=shared)
+        return fused_S1E, beside, {name: value for name, value in extras.items() if name != BESIDE} or None
 
     def encode_images(self, images: Tensor | None, grid: Tensor | None = None) -> Tensor | None:
         """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.

@@ -32,13 +32,17 @@ from megavlm.cli import main
 from megavlm.config.architecture import MODELS
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
-from megavlm.config.load import load_recipe, shipped_recipes
+from megavlm.config.load import SHIPPED, load_recipe, shipped_recipes
 from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe
 from megavlm.config.split import tensor_ranks
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets, load_presets
+from megavlm.data.media import plan_of
 from megavlm.models.build import MODULES
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.gpus import choose_gpu
+from megavlm.planning.search import evaluate
+from megavlm.planning.workload import assume_workload
 
 LAYOUT = [
     "parallel.tensor_model_parallel_size=2",
@@ -281,24 +285,36 @@ def groups(tensor: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def counted(model: ModelConfig, tensor: int) -> int:
-    """Return the parameters of all tensor-parallel ranks together, as one process would have them.
+Shapes = dict[str, torch.Size]
 
-    What is cut counts on each rank, what each rank has whole counts once; the rows that pad the vocabulary to a
-    multiple of the ranks do not count.
-    """
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+
+def shapes(model: ModelConfig, tensor: int) -> Shapes:
+    """Return the shapes of the parameters that the last of ``tensor`` ranks holds."""
     with groups(tensor), torch.device("meta"):
-        context = BuildContext(parallel, initialize=False)
-        module = VisionLanguageModel(model, context, 0)
-        total = 0
-        for part in MODULES:
-            cut = tensor_ranks(model, part, tensor)
-            for parameter in getattr(module, part).parameters():
-                total += parameter.numel() * (cut if getattr(parameter, "tensor_model_parallel", False) else 1)
-        language = model.language
-        padding = padded_vocab_size(language, context) - language.vocab_size
-    return total - padding * language.hidden_size * (1 if language.tie_word_embeddings else 2)
+        context = BuildContext(ParallelConfig(tensor_model_parallel_size=tensor), initialize=False)
+        return {name: p.shape for name, p in VisionLanguageModel(model, context, 0).named_parameters()}
+
+
+def counted(model: ModelConfig, own: Shapes, whole: Shapes, tensor: int) -> int:
+    """Return the parameters that all tensor-parallel ranks hold, as one process would have them.
+
+    What is cut lies on each rank once, along one axis; what a rank has whole, all of them have, and it counts once; rows
+    that pad the vocabulary to a multiple of the ranks do not count.
+    """
+    assert own.keys() == whole.keys()
+    rows = padded_vocab_size(model.language, BuildContext(ParallelConfig(tensor_model_parallel_size=tensor)))
+    total = 0
+    for name, shape in own.items():
+        there = whole[name]
+        if shape == there:
+            total += there.numel()
+            continue
+        (axis,) = (axis for axis, (a, b) in enumerate(zip(shape, there, strict=True)) if a != b)
+        vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        assert shape[axis] * tensor == (rows if vocabulary else there[axis]), (name, shape, there)
+        assert tensor_ranks(model, name.split(".")[0], tensor) == tensor, name
+        total += shape.numel() * tensor - ((rows - there[axis]) * there[1] if vocabulary else 0)
+    return total
 
 
 def rounded(number: int, like: str) -> str:
@@ -310,7 +326,8 @@ def rounded(number: int, like: str) -> str:
 def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str, preset: str) -> None:
     model, row = model_of(preset), ROWS[name]
     published: Published = point(name, "presets")[preset]
-    whole = counted(model, 1)
+    alone = shapes(model, 1)
+    whole = sum(shape.numel() for shape in alone.values())
     if isinstance(row.built, Lack):
         assert whole == published.count
     else:
@@ -325,4 +342,47 @@ def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str
                 check_recipe(recipe_of({"preset": preset}, tensor))
         else:
             check_recipe(recipe_of({"preset": preset}, tensor))
-            assert counted(model, tensor) == whole, tensor
+            assert counted(model, shapes(model, tensor), alone, tensor) == whole, tensor
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize(("name", "recipe"), each("recipes"))
+def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
+    found, stage = load_recipe(recipe, [], expand_presets), point(name, "recipes")[recipe]
+    check_recipe(found)
+    optimizer, training, modules = found.optimizer, found.training, found.modules
+    preset = recipe.split("/")[0]
+    assert found.model.preset == preset
+    assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
+    assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, 0, "cosine")
+    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, 1)
+    warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
+    assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
+    assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
+    assert (found.data.sequence_length, training.precision) == (stage.length, "bf16")
+    adam = (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps, optimizer.clip_grad)
+    assert adam == (0.9, 0.999, 1e-8, 1)
+    assert found.model.template == (stage.template or model_of(preset).template)
+    assert plan_of(found.model).plan(640, 480).tokens == stage.tokens
+    assert found.output_dir == f"runs/{recipe}"
+    assert found.checkpoint.load == (f"runs/{stage.after}" if stage.after else "/path/to/checkpoint")
+
+
+@pytest.mark.parametrize(("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()])
+def test_a_recipe_says_what_the_planner_predicts_of_it(name: str, recipe: str) -> None:
+    """And where its numbers are from: a file, and the commit."""
+    head = "\n".join(
+        line.removeprefix("#").strip()
+        for line in (SHIPPED / f"{recipe}.yaml").read_text().partition("output_dir:")[0].splitlines()
+    ).replace("\n", " ")
+    assert re.search(r"Numbers: .*github\.com/[\w/-]+, .* @ [0-9a-f]{8}", head)
+    said = re.search(point(name, "headers"), head)
+    assert said is not None, head
+    found = load_recipe(recipe, [], expand_presets)
+    plan = evaluate(found, int(said["gpus"]), choose_gpu("h100-80g"), assume_workload(found))
+    assert plan.layout.tensor == int(said["tensor"]) and plan.layout.pipeline == int(said["pipeline"] or 1)
+    assert plan.fullest / 2**30 == pytest.approx(float(said["memory"]), abs=0.51)
+    assert plan.time.step == pytest.approx(float(said["seconds"]), rel=0.1 if float(said["seconds"]) < 1 else 0.03)
+    assert plan.gpu_hours == pytest.approx(float(said["hours"]), rel=0.02, abs=0.51)

@@ -99,14 +99,16 @@ class Stage:
     batch: int
     length: int
     tokens: int
-    """Slots of a picture of 1600 x 1200, by the stage's image plan."""
+    """Slots of a picture of 640 x 480, by the stage's image plan."""
+    after: str | None = None
+    """The stage before, whose weights it starts from."""
     warmup: int | None = None
     """Steps; None for 3 % of all."""
     decay: float = 0.0
-    after: str | None = None
-    """The stage before, whose weights it starts from."""
-    multipliers: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of the learning rate: tower, connector, language model."""
+    tower: float = 1.0
+    """Of the learning rate: that of the tower."""
+    template: str | None = None
+    """Another than the preset's."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ class WholeFamily:
     built: Callable[[ModelConfig], tuple[nn.Module, list[nn.Module]]] | Lack
     """Builds the published class of a preset, and names what of it is not built here: layers behind the features."""
     recipes: Mapping[str, Stage] | Lack
+    headers: str | Lack
+    """How each recipe says what ``megavlm plan`` predicts of it: a regular expression with groups gpus, memory (GiB of
+    the fullest), seconds (of a step), hours (of all GPUs), tensor and pipeline."""
     planner: Mapping[str, float] | Lack
     """Bytes of weights, gradients and what is kept for the backward pass, and operations, that the planner says of the
     tiny model at each layout: by which share each may be off."""

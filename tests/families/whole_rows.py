@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from family_cases import (
@@ -89,7 +88,40 @@ TILE_FILES: dict[str, Any] = {
 }  # fmt: skip
 """The same as OpenGVLab/InternVL3-8B-hf has it, with at most 6 tiles."""
 
-_NO_RECIPE = "trained from the converted checkpoint by the recipes of llava_next and qwen_vl: the authors' stages are"
+HEADER = (
+    r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), (?P<seconds>[\d.]+) s a step, "
+    r"(?P<hours>\d+) GPU hours(?: for \d+ steps)?\. TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
+)
+_ALIGN = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 576, template="llava_plain")
+_OF_USERS = Stage(("connector", "language"), 2e-5, 1000, 128, 16384, 3328, decay=0.05)
+_SFT_3_5 = Stage(ALL, 8e-5, 8000, 512, 32768, 3328, decay=0.05)
+
+
+def _llava(preset: str, first: Stage, second: Stage, names: tuple[str, str] = ("pretrain", "sft")) -> dict[str, Stage]:
+    """Return two stages, the second of which starts from the first."""
+    one, two = (f"{preset}/{name}" for name in names)
+    return {one: first, two: replace(second, after=one)}
+
+
+def _onevision(preset: str) -> dict[str, Stage]:
+    found, before = dict[str, Stage](), None
+    learns = Stage(ALL, 1e-5, 15_625, 256, 32768, 2929, tower=0.2)
+    stages = {
+        "align": Stage(("connector",), 1e-3, 1089, 512, 8192, 729, template="llava_plain_no_bos"),
+        "mid": learns, "single_image": replace(learns, steps=12_500), "onevision": replace(learns, steps=6250),
+    }  # fmt: skip
+    for name, stage in stages.items():
+        found[f"{preset}/{name}"] = replace(stage, after=before)
+        before = f"{preset}/{name}"
+    return found
+
+
+def _internvl2_5(size: str, lr: float, decay: float, steps: int) -> dict[str, Stage]:
+    first = Stage(("connector",), 2e-4, 100_000, 512, 16384, 3328, warmup=100, decay=decay)
+    second = Stage(ALL, lr, steps, 512, 16384, 3328, decay=decay)
+    return _llava(f"internvl2_5_{size}", first, second, ("stage1", "stage2"))
+
+
 HEADS = "is not divisible by parallel.tensor_model_parallel_size"
 
 
@@ -109,7 +141,14 @@ ROWS: dict[str, WholeFamily] = {
         # As the hub counts them: llava-hf/llava-1.5-{7b,13b}-hf.
         presets={"llava_1_5_7b": Published("7.06B"), "llava_1_5_13b": Published("13.4B")},
         built=published("llava", LlavaConfig, {23: 24}),
-        recipes={},
+        recipes={
+            preset: stage
+            for size in ("7b", "13b")
+            for preset, stage in _llava(
+                f"llava_1_5_{size}", _ALIGN, Stage(("connector", "language"), 2e-5, 665_000 // 128, 128, 2048, 576)
+            ).items()
+        },
+        headers=HEADER,
         planner=PLANNED,
     ),
     "llava_next": WholeFamily(
@@ -131,7 +170,23 @@ ROWS: dict[str, WholeFamily] = {
             "llava_next_llama3_8b": Published("8.36B"),
         },
         built=published("llava_next", LlavaNextConfig, {23: 24}),
-        recipes={},
+        recipes={
+            **{
+                preset: stage
+                for size in ("vicuna_7b", "vicuna_13b", "mistral_7b", "34b")
+                for preset, stage in _llava(
+                    f"llava_1_6_{size}",
+                    replace(_ALIGN, template="llava_plain_no_bos" if size == "34b" else "llava_plain"),
+                    Stage(ALL, 2e-5, 760_000 // 128, 128, 4096, 2340, tower=0.1),
+                ).items()
+            },
+            **_llava(
+                "llava_next_llama3_8b",
+                replace(_ALIGN, length=8192, template="llava_plain_llama_3"),
+                Stage(ALL, 1e-5, 790_000 // 128, 128, 8192, 2340, tower=0.2),
+            ),
+        },
+        headers=HEADER,
         planner=PLANNED,
     ),
     "llava_onevision": WholeFamily(
@@ -153,7 +208,8 @@ ROWS: dict[str, WholeFamily] = {
             "llava_onevision_72b": Published("73.2B"),
         },
         built=published("llava_onevision", LlavaOnevisionConfig, {26: 26}),
-        recipes={},
+        recipes={**_onevision("llava_onevision_0_5b"), **_onevision("llava_onevision_7b")},
+        headers=HEADER,
         planner=PLANNED,
     ),
     "internvl": WholeFamily(
@@ -184,7 +240,16 @@ ROWS: dict[str, WholeFamily] = {
             "internvl3_5_38b": Published("38.4B"),
         },
         built=published("internvl", InternVLConfig, {}),
-        recipes={},
+        recipes={
+            **_internvl2_5("1b", 4e-5, 0.01, 22_000),
+            **_internvl2_5("4b", 4e-5, 0.01, 11_000),
+            **_internvl2_5("38b", 2e-5, 0.05, 5500),
+            **_internvl2_5("78b", 2e-5, 0.05, 5500),
+            **{f"internvl3_{size}/sft": _OF_USERS for size in ("2b", "8b", "14b", "38b", "78b")},
+            "internvl3_1b/sft": replace(_OF_USERS, lr=1e-5),
+            **{f"internvl3_5_{size}/sft": _SFT_3_5 for size in ("1b", "2b", "4b", "8b", "14b", "38b")},
+        },
+        headers=HEADER,
         planner=PLANNED,
     ),
     "qwen_vl": WholeFamily(
@@ -198,6 +263,7 @@ ROWS: dict[str, WholeFamily] = {
         presets={"qwen_vl_7b": Published(9_656_935_168)},
         built=Lack("no class to build: the counts are those of the published tensors (tests/training/test_recipes.py)"),
         recipes=Lack("qwen_vl_7b/{pretrain,multitask,sft,lora,qlora}: tests/training/test_recipes.py"),
+        headers=Lack("written before there was a planner: a number of GPUs, by hand"),
         planner=PLANNED,
     ),
     "codefuse_vlm": WholeFamily(
@@ -211,6 +277,7 @@ ROWS: dict[str, WholeFamily] = {
         presets={"codefuse_vl_14b": Published(16_152_325_888)},
         built=Lack("no class to build: the counts are those of the published tensors (tests/training/test_recipes.py)"),
         recipes=Lack("codefuse_vl_14b/{align,sft}, belle_vl_14b/{align,sft}: tests/training/test_recipes.py"),
+        headers=Lack("written before there was a planner: a number of GPUs, by hand"),
         planner={**PLANNED, "activations": 0.12},  # a tenth of it are 256 queries
        
     ),

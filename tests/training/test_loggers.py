@@ -26,7 +26,7 @@ from megavlm.config.logs import LoggingConfig
 from megavlm.training.loggers import outlet
 from megavlm.training.loggers.backends import flat, one_line
 from megavlm.training.loggers.known import LOGGERS, Known, check_loggers
-from megavlm.training.loggers.process import Answers, Sender, State
+from megavlm.training.loggers.process import Answers, KeptRun, Sender
 
 BLOCK = 32768  # of LevelDB's log format, which W&B and SwanLab both write
 
@@ -211,7 +211,7 @@ class Backend:
 
 def send(backend: Any, folder: Path, items: list[dict[str, Any]], after: int = 0) -> tuple[list[str], int]:
     out = io.StringIO()
-    sender = Sender(backend, State(folder / "x.json", after), Answers("X", out), again_seconds=0)
+    sender = Sender(backend, KeptRun(folder / "x.json", after), Answers("X", out), again_seconds=0)
     sender.run(iter(items))
     answers = [json.loads(line) for line in out.getvalue().splitlines()]
     return [one["say"] for one in answers if "say" in one], sum(one.get("sent", 0) for one in answers)
@@ -239,7 +239,7 @@ def test_items_wait_for_a_server_and_those_that_nobody_takes_are_passed_over(tmp
 def test_what_a_server_never_takes_is_counted_and_the_end_is_not_held_up(tmp_path: Path) -> None:
     backend = Backend(*[ConnectionError("down")] * 9)
     out = io.StringIO()
-    sender = Sender(backend, State(tmp_path / "x.json", 0), Answers("X", out))  # type: ignore[arg-type]
+    sender = Sender(backend, KeptRun(tmp_path / "x.json", 0), Answers("X", out))  # type: ignore[arg-type]
     sender.ended.set()
     sender.run(iter([{"step": 1, "values": {}}, {"end": True}]))
     assert '"sent"' not in out.getvalue() and out.getvalue().count("down.") == 1

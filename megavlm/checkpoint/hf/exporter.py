@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class _Export:
+class _DirectoryToWrite:
     """One directory to write."""
 
     checkpoint: Path
@@ -56,8 +56,8 @@ class Exporter:
         load = recipe.checkpoint.load
         self._load = load
         self._base_name = str(Path(load).absolute()) if load is not None and holds_model(Path(load)) else ""
-        self._waiting: deque[_Export] = deque()
-        self._now: tuple[_Export, ConvertProcess] | None = None
+        self._waiting: deque[_DirectoryToWrite] = deque()
+        self._now: tuple[_DirectoryToWrite, ConvertProcess] | None = None
 
     def due(self, step: int) -> bool:
         """Whether the checkpoint of a step is exported."""
@@ -78,11 +78,11 @@ class Exporter:
         words = ("megatron-to-hf", "--megatron", str(checkpoint), "--out")
         adapters = holds_adapters(checkpoint)
         base = ("--base", self._load) if adapters and self._load is not None and not self._base_name else ()
-        exports = [_Export(checkpoint, out, (*words, str(out), *base))]
+        exports = [_DirectoryToWrite(checkpoint, out, (*words, str(out), *base))]
         if adapters:
             alone = out.with_name(f"{out.name}-adapter")
             named = ("--base-name", self._base_name) if self._base_name else ()
-            exports.append(_Export(checkpoint, alone, (*words, str(alone), "--adapter", *named)))
+            exports.append(_DirectoryToWrite(checkpoint, alone, (*words, str(alone), "--adapter", *named)))
         self._waiting += [one for one in exports if not one.done()]
         self.poll()
 
@@ -117,7 +117,7 @@ class Exporter:
             logger.info("%s is not exported yet; the run's next start does it", self._now[0].checkpoint.name)
             self._now = None
 
-    def _start(self, export: _Export) -> None:
+    def _start(self, export: _DirectoryToWrite) -> None:
         try:
             export.out.parent.mkdir(parents=True, exist_ok=True)
             if export.out.exists():  # of a checkpoint that the run went back behind
@@ -132,13 +132,13 @@ class Exporter:
         except OSError as error:
             self._failed(export, str(error))
 
-    def _report(self, export: _Export, process: ConvertProcess) -> None:
+    def _report(self, export: _DirectoryToWrite, process: ConvertProcess) -> None:
         if process.wait() == 0:
             logger.info("exported %s", export.out)
         else:
             self._failed(export, process.problem())
 
-    def _failed(self, export: _Export, problem: str) -> None:
+    def _failed(self, export: _DirectoryToWrite, problem: str) -> None:
         logger.error(
             "checkpoint.export_hf: %s was not written, and the run goes on; its checkpoint stays: %s. Try again: "
             "megavlm convert %s",

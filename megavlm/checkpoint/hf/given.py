@@ -18,6 +18,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.fields import from_tree
 from megavlm.config.schema import ModelConfig
 from megavlm.data.chat_files import has_template
+from megavlm.data.media import plan_kinds
 from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
 from megavlm.families.composing import with_tower
 from megavlm.families.family import Family, config_file
@@ -141,9 +142,11 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
-        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
+        check_processor(given[0].source.directory, branches["image"], branches["vision"].get("image_size"))
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
+    elif len(given) > 1:
+        branches |= _newline_plan(given)
     if len(given) == 1 and "template" in given[0].branches:
         branches["template"] = given[0].branches["template"]
     parts = [part for part in BRANCHES if part in branches]
@@ -175,6 +178,14 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     return Understood(branches, model, parts, tokenizer, rows, where, grown, notes)
 
 
+def _newline_plan(given: Sequence[SourceOfParts]) -> Tree:
+    """Return the image plan of the checkpoint that gives the connector, where a vector of that plan is part of it."""
+    one = next((one for one in given if "connector" in one.parts), None)
+    image = {} if one is None else one.branches.get("image") or {"kind": one.family.image_plan}
+    kind = plan_kinds().get(str(image.get("kind")))
+    return {"image": image} if kind is not None and kind.plan.newline else {}
+
+
 def open_directory(
     path: Path, vision: Path | None = None, feature_layer: FeatureLayer = -2
 ) -> tuple[list[SourceOfParts], str | None]:
@@ -200,16 +211,17 @@ def open_directory(
     return given, whole.name if whole is not None else None
 
 
-def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+def check_processor(directory: Path, image: Tree, image_size: int | None) -> None:
     """Check that a checkpoint says how pictures become pixels.
 
     Raises:
         UserError: it does not.
     """
     if not image:
+        pixels = "patches" if image_size is None else f"{image_size} x {image_size} pixels"
         raise UserError(
             f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
-            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+            f"{pixels} that {CONFIG}'s tower takes; download it too"
         )
 
 

@@ -1,4 +1,4 @@
-"""A question and its answer, with earlier ones: ``instruction``, ``input``, ``output``; ``query``, ``response``.
+"""A question, its answer, and earlier ones: alpaca's ``instruction``, ``input``, ``output``; ``query``, ``response``.
 
 Sources (facts): ``data/README.md`` of github.com/hiyouga/LLaMA-Factory (the question is instruction, line end, input;
 ``history`` is a list of pairs whose answers are trained on too; ``system``, ``images``) and the custom data sets of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from megavlm.config.errors import UserError
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 """A record in Qwen-VL's form, see :mod:`megavlm.data.schema`; still to be checked."""
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-_ABSOLUTE = re.compile(r"<img>\s*((?:file://)?/[^<\n\0]*?)\s*</img>")
+_ABSOLUTE = re.compile(r"<img>\s*((?:/|[a-z]\w*://)[^<\n\0]*?)\s*</img>")
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
@@ -87,14 +87,14 @@ def plain(text: str, what: str) -> str:
     return text
 
 
-def relative(record: Record, root: Path) -> Record:
-    """Return a record in Qwen-VL's form whose absolute paths of pictures, where they lie in ``root``, start from it."""
+def relative(record: Record, bases: Sequence[str]) -> Record:
+    """Return a record in Qwen-VL's form whose absolute paths of pictures start from that of ``bases`` they lie in."""
 
     def replaced(found: re.Match[str]) -> str:
-        path = Path(found[1].removeprefix("file://"))
-        for base in dict.fromkeys((root.absolute(), root.resolve())):
-            if path.is_relative_to(base):
-                return f"<img>{path.relative_to(base)}</img>"
+        path = found[1].removeprefix("file://")
+        for base in bases:
+            if path.startswith(f"{base.rstrip('/')}/"):
+                return f"<img>{path[len(base.rstrip('/')) :].lstrip('/')}</img>"
         return found[0]
 
     turns = record.get("conversations") if isinstance(record, dict) else None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats import stream
@@ -16,12 +16,27 @@ from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
 from megavlm.data.formats.columns import described
 from megavlm.data.formats.encoding import NotUnicodeError, lines
 from megavlm.data.formats.keys import has_roles, is_given
-from megavlm.data.formats.parquet import files_of, read_rows
+from megavlm.data.formats.tables import files_of, read_rows
+from megavlm.data.image_header import MAX_BYTES
 from megavlm.data.machine import is_file
 
 _HEAD = 200
 """Records by which a file's format is told."""
 _HEAD_OF_PARQUET = 16
+
+
+class PictureStore(Protocol):
+    """Pictures that are not in a directory."""
+
+    url: str
+
+    def has(self, path: str) -> bool:
+        """Whether there is a picture at this path."""
+        ...
+
+    def read(self, path: str, most: int) -> bytes:
+        """Return its file, of at most ``most`` bytes, or raise :class:`BrokenError`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class Source:
     """Visual Genome: ``image_data.json``."""
     per_sample: int | None = None
     """Visual Genome: regions of one sample; None for the default."""
+    store: PictureStore | None = None
+    """Where pictures are, in the place of :attr:`images`."""
     pictures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
     """Pictures that came with the row that was read last, by the path that stands for each in its record."""
     ignored: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
@@ -134,9 +151,20 @@ class Source:
     def find_image(self, candidates: Sequence[str]) -> str:
         """Return the first of the paths below :attr:`images` that is there, else the first of all."""
         for path in candidates:
-            if path in self.pictures or (is_inside(path) and is_file(self.images / path)):
+            if self.has_image(path):
                 return path
         return candidates[0]
+
+    @property
+    def where(self) -> str:
+        """Where pictures are, for messages."""
+        return str(self.images) if self.store is None else self.store.url
+
+    def has_image(self, path: str) -> bool:
+        """Whether there is a picture at this path."""
+        if path in self.pictures:
+            return True
+        return is_inside(path) and (self.store.has(path) if self.store is not None else is_file(self.images / path))
 
     def read_image(self, path: str) -> bytes:
         """Return a picture's file.
@@ -146,8 +174,10 @@ class Source:
         """
         if path in self.pictures:
             return self.pictures[path]
+        if self.store is not None and is_inside(path):
+            return self.store.read(path, MAX_BYTES)
         if not is_inside(path) or not is_file(self.images / path):
-            raise BrokenError("image missing", f"no picture {path!r} in {self.images}")
+            raise BrokenError("image missing", f"no picture {path!r} in {self.where}")
         return (self.images / path).read_bytes()
 
 

@@ -110,7 +110,7 @@ def check(settings: CheckSettings) -> int:
     other = given[0].family.read_as
     if other is None:
         branches = given[0].branches
-        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
         transformers_class(settings.hf)
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)

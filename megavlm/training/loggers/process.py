@@ -24,11 +24,8 @@ from megavlm.training.loggers import backends
 from megavlm.training.loggers.backends import Backend, Start, one_line
 from megavlm.training.loggers.known import LOGGERS
 
-AGAIN_SECONDS = 15.0
-"""Between attempts where a server does not answer."""
 
-
-class State:
+class KeptRun:
     """What the run's directory keeps of a logger's run, so that a restart goes on with it: id, and the last step sent.
 
     Args:
@@ -90,10 +87,10 @@ class Sender:
         backend: what takes them.
         state: of its run.
         answers: to the run.
-        again_seconds: between attempts.
+        again_seconds: between attempts where a server does not answer.
     """
 
-    def __init__(self, backend: Backend, state: State, answers: Answers, again_seconds: float = AGAIN_SECONDS) -> None:
+    def __init__(self, backend: Backend, state: KeptRun, answers: Answers, again_seconds: float = 15.0) -> None:
         self._backend, self._state, self._answers = backend, state, answers
         self._again_seconds = again_seconds
         self._open = self._troubled = False
@@ -199,7 +196,7 @@ def main(key: str) -> None:
     first = json.loads(sys.stdin.buffer.readline())
     folder = Path(first["folder"])
     known = next(one for one in LOGGERS if one.key == key)
-    state = State(folder / f"{key}.json", first["step"])
+    state = KeptRun(folder / f"{key}.json", first["step"])
     start = Start(first["name"], first["setting"], folder, first["recipe"], first["recipe_yaml"], state.run)
     answers = Answers(known.title, own)
     backend: Backend = getattr(backends, known.backend)(start, answers.say)

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megavlm.architectures.connectors.patch_merger.config import PatchMergerConfig, width_of
+from megavlm.architectures.connectors.patch_merger.config import PatchMergerConfig, norm_width, width_of
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
 from megavlm.layers.linear import column_linear, row_linear
@@ -36,17 +36,20 @@ class PatchMerger(MegatronModule):
             **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
-        self.block = connector.merge_size**2
+        self.block, self.norm_after_merge = connector.merge_size**2, connector.norm_after_merge
         width, init = width_of(model), config.init_method
         # The same on all tensor-parallel ranks, and so are its gradients: the layer behind it adds up theirs.
         whole = replace(config, sequence_parallel=False)
-        self.norm = TorchNorm(whole, model.vision.feature_size, eps=connector.layernorm_epsilon)
+        self.norm = TorchNorm(whole, norm_width(model), eps=connector.layernorm_epsilon)
         self.linear_1 = column_linear(width, width, config=config, init_method=init)
         self.linear_2 = row_linear(width, embed, config=config, init_method=init)
 
     def forward(self, features_P1W: Tensor) -> Tensor:
         """Return [Q, 1, E] image tokens of [P, 1, W] patch features."""
-        x = self.norm(features_P1W).unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2)
+        x = features_P1W if self.norm_after_merge else self.norm(features_P1W)
+        x = x.unflatten(0, (-1, self.block)).transpose(1, 2).flatten(2)
+        if self.norm_after_merge:
+            x = self.norm(x)
         with get_fp8_context(self.config):  # nothing in bf16
             x = F.gelu(self.linear_1(x)[0])
             return self.linear_2(x)[0]

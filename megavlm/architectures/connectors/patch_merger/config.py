@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -22,10 +23,17 @@ class PatchMergerConfig(ConnectorConfig):
     """Side of the block of patches that becomes one token: the tower's spatial_merge_size."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norm of each patch's features."""
+    norm_after_merge: bool = False
+    """Whether the norm is of a block's features side by side, instead of each patch's own (the levels of Qwen3-VL)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the norm."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
+
+    @property
+    def level(self) -> PatchMergerConfig:
+        """Those of a deepstack have the norm behind the merge, as Qwen3-VL's."""
+        return replace(self, norm_after_merge=True)
 
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the number of whole blocks."""
@@ -35,6 +43,11 @@ class PatchMergerConfig(ConnectorConfig):
 def width_of(model: ModelConfig) -> int:
     """Return the width of a block's features, and of the first linear layer."""
     return model.vision.feature_size * int(model.connector.merge_size) ** 2
+
+
+def norm_width(model: ModelConfig) -> int:
+    """Return the width of the norm."""
+    return width_of(model) if model.connector.norm_after_merge else model.vision.feature_size
 
 
 def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.architectures.connectors.patch_merger.config import width_of
+from megavlm.architectures.connectors.patch_merger.config import norm_width, width_of
 from megavlm.architectures.cost import Kernels, Parameter, Pictures, Work
 from megavlm.config.schema import ModelConfig
 
@@ -13,7 +13,7 @@ def _tokens(model: ModelConfig, pictures: Pictures) -> float:
 
 def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
     """Return the parameters on one rank."""
-    width, hidden, own = width_of(model), model.language.hidden_size, model.vision.feature_size
+    width, hidden, own = width_of(model), model.language.hidden_size, norm_width(model)
     norm = [own] if model.connector.normalization == "RMSNorm" else [own, own]
     shapes = [*norm, width * width // tensor, width // tensor, width * hidden // tensor, hidden]
     return [Parameter(elements) for elements in shapes]

@@ -33,3 +33,12 @@ QWEN2_5_VL_VISION = Table(
     rest=(row("patch_embed.weight", "patch_embed.proj.weight"),),
 )
 """The tower of Qwen2.5-VL, without its merger."""
+
+QWEN3_VL_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=(*_LAYER, *both("mlp.linear_fc1", "mlp.linear_fc1"), *both("mlp.linear_fc2", "mlp.linear_fc2")),
+    rest=(*both("patch_embed", "patch_embed.proj"), row("positional_embedding", "pos_embed.weight")),
+)
+"""The tower of Qwen3-VL, without its mergers."""
