@@ -96,6 +96,14 @@ def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]
     assert found.keys() == ROWS.keys()
 
 
+def test_layers_that_are_recomputed(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """Of those that are more than Megatron-Core's own: side by side, norms behind branches, multiplied branches."""
+    folder, branches = written
+    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm")}
+    assert compare_all(own, str(folder), {"recompute_granularity": "full"}).keys() == own.keys()
+    assert compare_all(own, str(folder), {"recompute_granularity": "selective"}).keys() == own.keys()
+
+
 def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """In one start of ranks; together they compare every parameter."""
     folder, branches = written

@@ -148,7 +148,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
-        attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
+        multiplied = 4 if language.layernorm_zero_centered_gamma else b
+        attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
     return norms + inputs + attention + tokens * _inner_width(language) * ffn * b
 
 
