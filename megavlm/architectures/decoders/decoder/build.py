@@ -51,6 +51,11 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         shared["bias_activation_fusion"] = (
             False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
         )
+    if language.use_parallel_residual and context.engine.cuda_graph_impl != "none":
+        raise UserError(
+            "engine.cuda_graph_impl: a graph of the MLP is for layers where it stands behind attention, and"
+            " model.language.use_parallel_residual has it beside; set it to none"
+        )
     if not language.fused_rotary:
         shared["apply_rope_fusion"] = False
     return TransformerConfig(
