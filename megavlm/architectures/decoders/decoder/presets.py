@@ -126,7 +126,7 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
             "logits_scaling": 2304 / 256,
         },
     ),
-    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5.
+    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5. The 20B's rotary base is unchecked.
     "internlm2_5_1_8b": (DecoderSize(24, 2048, 8192, 16, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_20b": (
