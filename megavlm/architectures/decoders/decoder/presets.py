@@ -96,7 +96,7 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
         DecoderSize(18, 2048, 16384, 8, 1, 256, 256000, 8192),
         {**_GEMMA, "embedding_multiplier": math.sqrt(2048)},
     ),
-    # google/gemma-3-1b-it; the language models of google/gemma-3-{4b,12b,27b}-it, whose whole positions are stretched.
+    # google/gemma-3-1b-it; the language models of google/gemma-3-{4b,12b,27b}-it, stretched where there is no window.
     "gemma_3_1b": (
         DecoderSize(26, 1152, 6912, 4, 1, 256, 262144, 32768),
         {**_GEMMA3, "sliding_window": 512, "embedding_multiplier": math.sqrt(1152)},
@@ -126,7 +126,8 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
             "logits_scaling": 2304 / 256,
         },
     ),
-    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5. The 20B's rotary base is unchecked.
+    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5. The rotary base of the 20B
+    # is unchecked.
     "internlm2_5_1_8b": (DecoderSize(24, 2048, 8192, 16, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_20b": (
