@@ -14,7 +14,7 @@ from megavlm.data.formats.base import BrokenError, Record
 from megavlm.data.schema import WEIGHT_KEYS, turn_weight
 
 _USED = frozenset({"id", "task", "conversations", "image", "images", "system"})
-_SCORED = frozenset({"answer", "choices"})
+SCORED = ("answer", "answers", "choices", "metric")
 """Of held-out records, for ``megavlm eval``."""
 _REFUSED = frozenset({
     "video", "videos", "audio", "audios",  # other media: the model would be trained blind
@@ -87,7 +87,7 @@ def check_keys(entry: Record, ignored: Counter[str]) -> None:
     for key, value in entry.items():
         if key in _WEIGHTS and value is not None and value != 1:  # True is 1
             raise BrokenError("unsupported key", f"{key!r} of a record is not supported; give its answers a weight")
-        if key in _USED or key in _SCORED or key in _WEIGHTS or not is_given(value):
+        if key in _USED or key in SCORED or key in _WEIGHTS or not is_given(value):
             continue
         if key in _REFUSED:
             raise BrokenError("unsupported key", f"{key!r} is not supported; leave the key out, or the record")
