@@ -79,10 +79,10 @@ def train(recipe: Recipe) -> int:
     Returns, Raises: as :func:`run`.
     """
     tokenizer = tokenizer_of(recipe)
-    for source in (*recipe.data.train, *recipe.data.validation):
-        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     try_writing(recipe.output_dir)
     check_output(recipe)
+    for source in (*recipe.data.train, *recipe.data.validation):
+        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()

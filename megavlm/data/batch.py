@@ -133,9 +133,9 @@ def make_pack(
     all_weights = None
     if weights is not None and any(own is not None for own in weights):
         all_weights = np.ones(length, np.float32)
-        for index, own in enumerate(weights):
+        for index, given in enumerate(weights):
             start, end = bounds[index : index + 2]
-            all_weights[start : end - 1] = 1.0 if own is None else np.asarray(own, np.float32)[1:]
+            all_weights[start : end - 1] = 1.0 if given is None else np.asarray(given, np.float32)[1:]
     return Pack(
         tokens=all_tokens,
         labels=all_labels,

@@ -21,7 +21,7 @@ from typing import Any
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.formats import Broken, BrokenError, Format, Record, Source, choose
-from megavlm.data.formats.base import relative
+from megavlm.data.formats.pictures import settled
 from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
 from megavlm.data.machine import is_file, is_machine_fault
 from megavlm.data.schema import UnsafePathError, parse_conversation
@@ -234,7 +234,7 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(relative(record, bases), source, options))
+                    members = list(_sample_members(settled(record, bases, source.pictures), source, options))
                 except (UserError, OSError) as error:
                     if is_machine_fault(error):
                         raise

@@ -18,8 +18,8 @@ from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
-from megavlm.data.formats.base import relative
 from megavlm.data.formats.keys import has_roles
+from megavlm.data.formats.pictures import settled
 from megavlm.data.formats.qwen_vl import conversation
 from megavlm.data.images import MAX_BYTES, image_runs
 from megavlm.data.media import plan_of
@@ -95,7 +95,7 @@ def read_records(
             try:
                 if isinstance(entry, Broken):
                     raise UserError(entry.reason)
-                found.append(_record(relative(entry, bases), str(index), source))
+                found.append(_record(settled(entry, bases, source.pictures), str(index), source))
             except MissingFileError as error:
                 raise MissingFileError(f"{data}: record {index}: {error}") from None
             except UserError as error:

@@ -112,6 +112,7 @@ def test_inline_pictures_absolute_paths_and_utf_16_reach_the_shards(tmp_path: Pa
         said([{"type": "image", "url": (tmp_path / "p/a.png").as_uri()}, TEXT], "4"),
         said("What?", "5", images=["/etc/hostname"]),
         said("What?", "6"),
+        said("What?", "7", images=["data:image/png;base64,?"]),
     ]
     records[5]["messages"][1]["weight"] = 0
     for encoding in ("utf-8", "utf-16"):
@@ -119,8 +120,20 @@ def test_inline_pictures_absolute_paths_and_utf_16_reach_the_shards(tmp_path: Pa
         out = tmp_path / encoding
         prepare(tmp_path, [], name=encoding, images=tmp_path / "p", json=tmp_path / "d.jsonl")
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-        assert [one["cause"] for one in rejected] == ["unsafe image path", "nothing to train on"]
+        assert [one["cause"] for one in rejected] == ["unsafe image path", "nothing to train on", "bad record"]
+        assert max(len(one["reason"]) for one in rejected) < 200
         assert (out / "shard-000000.tar").read_bytes().count(PNG) == 4
+
+
+def test_inline_pictures_in_other_forms(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    turns = [{"from": "user", "value": f"Picture 1: <img>{URL}</img>\nWhat?"}, {"from": "assistant", "value": "1"}]
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "1"}]
+    for form, record in (("qwen-vl", {"conversations": turns}), ("llava", {"conversations": asked, "image": URL}),
+                         ("llava", {"conversations": asked, "image": str(tmp_path / "a.png")})):  # fmt: skip
+        out = prepare(tmp_path, [record], name="one", images=tmp_path, format=form, overwrite=True)
+        shard = (out / "shard-000000.tar").read_bytes()
+        assert shard.count(PNG) == 1 and b"base64" not in shard
 
 
 def test_parquet_with_pictures_in_the_parts(tmp_path: Path) -> None:
