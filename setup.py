@@ -19,6 +19,10 @@ PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
+# Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
+WANDB = ["wandb>=0.19"]
+MLFLOW = ["mlflow-skinny>=2.15"]
+SWANLAB = ["swanlab>=0.10"]
 
 setup(
     name="megavlm",
@@ -61,6 +65,10 @@ setup(
         "dali-cuda120": DALI,
         "dali-cuda130": DALI_13,
         "check": ["transformers"],
+        "loggers": [*WANDB, *MLFLOW, *SWANLAB],
+        "mlflow": MLFLOW,
+        "swanlab": SWANLAB,
+        "wandb": WANDB,
         "eval": EVAL,
         "parquet": PARQUET,
         "gcs": ["google-cloud-storage>=3.2,<4"],
@@ -72,8 +80,11 @@ setup(
         "dev": [
             *DALI,
             *EVAL,
+            *MLFLOW,
             *QLORA,
             *S3,
+            *SWANLAB,
+            *WANDB,
             *WEB,
             "flask",  # moto's server
             "flask-cors",

@@ -140,12 +140,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load_recipe(name: str) -> Recipe:
-    from megavlm.families.presets import expand_presets  # noqa: PLC0415
+    from megavlm.checkpoint.hf.directory import expand_recipe  # noqa: PLC0415
 
     path = Path(name)
     if path.is_dir() and name not in shipped_recipes():
         path = _resolve(path) / "recipe.yaml"
-    return load_recipe(path if path.is_file() else name, [], expand_presets)
+    return load_recipe(path if path.is_file() else name, [], expand_recipe)
 
 
 def _resolve(path: Path) -> Path:

@@ -41,8 +41,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
-        engine_rules, lora_rules, *_MORE,
+        _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _exports,
+        _loss, engine_rules, lora_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -99,6 +99,15 @@ def _architectures(recipe: Recipe) -> Iterator[str]:
                 f"data.balance_images: orders packs by their cost, and the {architecture.name} architecture of"
                 f" model.{branch} has no figures of its own; set it to false"
             )
+
+
+def _deepstack(recipe: Recipe) -> Iterator[str]:
+    """Check that the language model takes what the tower's layers give it."""
+    language, levels, key = recipe.model.language, recipe.model.vision.deepstack, "model.vision.deepstack_layers"
+    if levels and not language.takes_deepstack:
+        yield f"{key}: the language model {language.preset!r} adds nothing behind its layers; set this to []"
+    elif levels > language.num_layers:
+        yield f"{key}: {levels} layers, each for one of model.language.num_layers ({language.num_layers}); name fewer"
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:
@@ -249,6 +258,22 @@ def _intervals(recipe: Recipe) -> Iterator[str]:
     ):
         if value is not None:
             yield f"{key}: needs held-out data; add data.validation, or set this to null"
+
+
+def _exports(recipe: Recipe) -> Iterator[str]:
+    """Check that exports are of steps that have a checkpoint."""
+    rule, interval = recipe.checkpoint.export_hf, recipe.checkpoint.save_interval
+    if not isinstance(rule, int):
+        return
+    if rule < 1:
+        yield f"checkpoint.export_hf: {rule} is no number of steps; write last, every, or 1 or more"
+    elif interval is None:
+        yield f"checkpoint.export_hf: {rule} needs checkpoint.save_interval: checkpoints are exported; set that too"
+    elif rule % interval:
+        yield (
+            f"checkpoint.export_hf: {rule} is not a multiple of checkpoint.save_interval ({interval}), and checkpoints"
+            " are exported; take a multiple of it"
+        )
 
 
 def _recorded(recipe: Recipe) -> Iterator[str]:

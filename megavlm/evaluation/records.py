@@ -21,8 +21,8 @@ from megavlm.data.formats import Broken, Source
 from megavlm.data.formats.keys import has_roles
 from megavlm.data.formats.pictures import settled
 from megavlm.data.formats.qwen_vl import conversation
-from megavlm.data.images import MAX_BYTES, image_runs
-from megavlm.data.media import plan_of
+from megavlm.data.images import MAX_BYTES, image_grids, image_runs
+from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.preparing import Preparation, check_there, choose_format, open_source
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
 from megavlm.data.template import TemplateError
@@ -263,12 +263,14 @@ def make_questions(
         turns = asked(record, template)
         text = turns[-1].text
         item = Item(record.id, text, tuple(record.images), record.answers, kind=record.task)
+        grids: tuple[TokenGrid, ...] = ()
         try:
             runs = image_runs(plan, len(record.images), record.files)
+            grids = image_grids(recipe.model, len(record.images), record.files)
             tokens, problem = encode_prompt(turns, tokenizer, runs, recipe.data.system_message), ""
         except TemplateError:
             raise
         except UserError as error:
             tokens, problem = np.zeros(0, np.int64), str(error)
-        found.append(Question(item, text, tokens, (), problem))
+        found.append(Question(item, text, tokens, (), problem, grids))
     return found

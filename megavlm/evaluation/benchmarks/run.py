@@ -27,7 +27,6 @@ from megavlm.evaluation.benchmarks.questions import Question, digest, make_quest
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, BenchmarkFiles, Item, Scores
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, Page, write_report
-from megavlm.parallel.device import prepare_device
 from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
@@ -95,6 +94,8 @@ def answer_run(
     Returns:
         What was asked and predicted, on the first rank; None on the others.
     """
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     from megavlm.evaluation.benchmarks.answer import answer_questions  # noqa: PLC0415 - imports Megatron-Core
 
