@@ -32,14 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        type=location,
         required=True,
         metavar="FILE",
         help="the benchmark's own file or folder; or held-out records, whatever megavlm prepare reads",
     )
     parser.add_argument(
         "--images",
-        type=location,
         metavar="DIR",
         help="directory of the pictures (default: where the data is)",
     )
@@ -128,6 +126,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    args.data = location(args.data)
+    args.images = None if args.images is None else location(args.images)
     if args.benchmark is not None:
         find_benchmark(args.benchmark)
         for name in ("format", "metric", "prompt"):

@@ -112,9 +112,13 @@ class Summary:
         return ", ".join(f"{number} {cause}" for cause, number in self.causes.most_common())
 
 
-def location(text: str) -> Path | str:
-    """Return the path that a user gave, or the URL of an object store as it is."""
-    return text if is_url(text) else Path(text)
+def location(text: str | Path) -> Path | str:
+    """Return the path that a user gave, or the URL of an object store as it is.
+
+    Raises:
+        UserError: It is a URL that is not read.
+    """
+    return text if isinstance(text, str) and is_url(text) else Path(text)
 
 
 def check_there(options: Preparation) -> None:

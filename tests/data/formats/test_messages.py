@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from data_helpers import encode_image, prepare
+from data_helpers import encode_image, open_reader, prepare
 from PIL import Image
 from test_data_formats import read
 
 from megavlm.config.errors import UserError
 from megavlm.data.formats import Source, choose
+from megavlm.data.tokenizer import Tokenizer
 
 PNG = encode_image(Image.new("RGB", (6, 5), (9, 99, 199)), "PNG")
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -134,6 +135,25 @@ def test_inline_pictures_in_other_forms(tmp_path: Path) -> None:
         out = prepare(tmp_path, [record], name="one", images=tmp_path, format=form, overwrite=True)
         shard = (out / "shard-000000.tar").read_bytes()
         assert shard.count(PNG) == 1 and b"base64" not in shard
+
+
+def test_weights_come_to_the_packs(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = said("One?", "first", "Two?", "second", "Three?", "third")
+    record["messages"][1] |= {"loss": False}
+    record["messages"][3] |= {"weight": 0.5}
+    out = prepare(tmp_path, [record], name="weighted", images=tmp_path)
+    reader = open_reader([out], tokenizer, training=False, sequence_length=96)
+    (pack,) = list(reader)
+    reader.close()
+    assert pack.loss_weights is not None
+    # A position's label is the token behind it.
+    shown = {weight: tokenizer.decode(pack.labels[(pack.loss_weights == weight) & (pack.labels >= 0)].tolist())
+             for weight in (0.5, 1.0)}  # fmt: skip
+    assert "second" in shown[0.5] and "third" in shown[1.0] and "first" not in shown[0.5] + shown[1.0]
+    assert pack.supervised_tokens == int((pack.labels >= 0).sum())
+    lighter = prepare(tmp_path, [said("One?", "first")], name="plain", images=tmp_path)
+    (pack,) = list(open_reader([lighter], tokenizer, training=False, sequence_length=96))
+    assert pack.loss_weights is None
 
 
 def test_parquet_with_pictures_in_the_parts(tmp_path: Path) -> None:
