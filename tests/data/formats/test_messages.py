@@ -76,7 +76,8 @@ BROKEN = {
     "unsupported key": [
         said("What?", "A flag.", **keys)
         for keys in ({"videos": ["a.mp4"]}, {"audios": ["a.wav"]}, {"tools": "[{}]"}, {"chosen": "x"}, {"weight": 0.5},
-                     {"rejected_response": "x"}, {"loss": False}, {"train": 0}, {"objects": {"ref": ["a"]}}, {"kto_tag": False}, {"label": False})
+                     {"rejected_response": "x"}, {"loss": False}, {"train": 0}, {"objects": {"ref": ["a"]}},
+                     {"kto_tag": False}, {"label": False})
     ],
     "unsupported role": [{"id": "r", "messages": [{"role": "tool", "content": "x"}]}],
     "unsupported part": [said([{"type": "video", "video": "a.mp4"}, TEXT], "A flag.")],
