@@ -112,7 +112,7 @@ class Metrics:
         self.progress.step = step
         self.progress.packs += self.recipe.training.global_batch_size
         self.progress.supervised_tokens += result.supervised_tokens
-        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.train_steps
+        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.steps
         if ends or step == self._first_step:
             self.report(result.grad_norm, rates)
 
@@ -218,7 +218,7 @@ class Metrics:
         values |= skipped_values(self.progress)
         values |= self._timing.collect()
         if is_logging_rank():
-            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.train_steps))
+            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.steps))
         self.write(values)
 
     def write(self, values: Mapping[str, float | str]) -> None:
