@@ -33,10 +33,12 @@ from megavlm.config.schema import ImageConfig, Recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.media import plan_kinds, plan_of
+from megavlm.data.positions import positions_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
+from megavlm.models.fusion import NEWLINE
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import LockView
@@ -293,12 +295,12 @@ class Trainer:
         if load is not None:
             path = resolve(load)
             with agreed(f"loading {path}"):
-                _check_same_model(path, self.recipe)
+                fresh = _check_same_model(path, self.recipe, resuming=False)
                 check_same_adapters(path, self.recipe, resuming=False)
                 self.base = self._find_base(path, load)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
-            weights = checkpoint.load(path, modules=training.modules, base=self.base)
+            weights = checkpoint.load(path, modules=training.modules, base=self.base, fresh=fresh)
             self.parent = path
             # The fp32 masters of weights in FP8 come from the checkpoint, not from what rounding has left.
             exact = {"state_dict": weights} if self.recipe.engine.fp8_param_gather else {}
@@ -331,6 +333,7 @@ class Trainer:
                     recipe.data,
                     self.tokenizer,
                     self.plan,
+                    positions_of(recipe.model, self.tokenizer.imgpad_id),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,
@@ -383,8 +386,11 @@ def _list_losses(losses: dict[str, float]) -> str:
     return ", ".join(f"{value:.4f} ({name})" for name, value in names)
 
 
-def _check_same_model(path: Path, recipe: Recipe) -> None:
+def _check_same_model(path: Path, recipe: Recipe, *, resuming: bool = True) -> frozenset[str]:
     """Refuse a checkpoint of another model, by the first key that differs.
+
+    Returns:
+        Parameters that the checkpoint has not, and that begin anew.
 
     Raises:
         RecipeError: naming the key.
@@ -408,22 +414,32 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
-    _check_same_newline(path, saved, recipe)
+    return _new_newline(path, saved, recipe, resuming=resuming)
 
 
-def _check_same_newline(path: Path, saved: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse to go from an image plan with a learned newline vector to one without, or back.
+def _new_newline(path: Path, saved: dict[str, Any], recipe: Recipe, *, resuming: bool) -> frozenset[str]:
+    """Return the newline vector, where a run is the first with one: a stage that is started from one without.
+
+    LLaVA-1.6's stage 1 shows pictures whole, and its stage 2 in tiles.
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: naming the key; the run goes on, the vector would not learn, or it would be thrown away.
     """
     kind, kinds = (saved.get("image") or {}).get("kind", ImageConfig().kind), plan_kinds()
-    if kind in kinds and kinds[kind].plan.newline != plan_of(recipe.model).newline:
-        has, lacks = (kind, recipe.model.image.kind) if kinds[kind].plan.newline else (recipe.model.image.kind, kind)
-        raise RecipeError(
-            f"model.image.kind: {recipe.model.image.kind!r}, but {path} was saved with {kind!r}; {has} has a learned "
-            f"newline vector and {lacks} has none: choose a plan that agrees with the checkpoint in that"
-        )
+    if kind not in kinds or kinds[kind].plan.newline == plan_of(recipe.model).newline:
+        return frozenset()
+    own = recipe.model.image.kind
+    has, lacks = (kind, own) if kinds[kind].plan.newline else (own, kind)
+    both = (
+        f"model.image.kind: {own!r}, but {path} was saved with {kind!r}; {has} has a learned newline vector and "
+        f"{lacks} has none"
+    )
+    if has == kind or resuming:
+        raise RecipeError(f"{both}: choose a plan that agrees with the checkpoint in that")
+    if recipe.modules.connector.freeze:
+        raise RecipeError(f"{both}, and it would not learn: set modules.connector.freeze to false")
+    logger.info("%s: it begins anew", both)
+    return frozenset({f"connector.{NEWLINE}"})
 
 
 def _same_kind(branch: str, *presets: str) -> bool:

@@ -142,7 +142,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
-        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
+        check_processor(given[0].source.directory, branches["image"], branches["vision"].get("image_size"))
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
     elif len(given) > 1:
@@ -211,16 +211,17 @@ def open_directory(
     return given, whole.name if whole is not None else None
 
 
-def check_processor(directory: Path, image: Tree, image_size: int) -> None:
+def check_processor(directory: Path, image: Tree, image_size: int | None) -> None:
     """Check that a checkpoint says how pictures become pixels.
 
     Raises:
         UserError: it does not.
     """
     if not image:
+        pixels = "patches" if image_size is None else f"{image_size} x {image_size} pixels"
         raise UserError(
             f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
-            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
+            f"{pixels} that {CONFIG}'s tower takes; download it too"
         )
 
 

@@ -17,6 +17,8 @@ from megavlm.checkpoint.hf.template import SAMPLES, chatml, row
 from megavlm.checkpoint.paths import read_run
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
@@ -132,6 +134,8 @@ def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
         "dynamic_tiles": f"cut to tiles of {side} x {side}, {image.resample}",
         "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
     }
+    if isinstance(plan := plan_of(model), NativePlan):
+        how["native"] = f"of their own proportions, {plan.min_pixels} to {plan.max_pixels} pixels, {image.resample}"
     return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
 
 
