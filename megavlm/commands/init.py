@@ -268,7 +268,7 @@ def _choose(tree: dict[str, Any], gpus: int, kind: str | None, found: Measured) 
     if not gpus:
         return _choose_on_cpu(tree)
     gpu = choose_gpu(kind)
-    reasons = []
+    reasons: list[str] = []
     for method in ("full", "lora", "qlora"):
         trial = json.loads(json.dumps(tree))
         _set_method(trial, method)

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from megatron.energon.epathlib import EPath
 
 from megavlm.checkpoint.manifest import replace_text
 from megavlm.config.checks import check_recipe, source_name
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import DataSource, Recipe
+from megavlm.data.cache import located
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import plan_of
 from megavlm.data.packing import CarryOverPacker, PackableSample
@@ -65,9 +67,10 @@ def with_steps(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
         return recipe
     path = Path(recipe.output_dir) / RECORD
     with agreed("counting the samples of data.train"):
-        key = hash_data(recipe.data.train, recipe.data, tokenizer, plan_of(recipe.model))
-    known = _read(path, key, len(recipe.data.train))
-    lengths = known or _count(recipe, tokenizer)
+        sources = [located(source, recipe.data) for source in recipe.data.train]
+        key = hash_data(sources, recipe.data, tokenizer, plan_of(recipe.model))
+    known = _read(path, key, len(sources))
+    lengths = known or _count(sources, recipe, tokenizer)
     if known is None:
         with agreed(f"writing {path}"):
             if dist.get_rank() == 0:
@@ -93,19 +96,19 @@ def steps_of(epochs: float, lengths: list[DataLength], weights: list[float], rec
     return max(1, math.ceil(packs / recipe.training.global_batch_size - 1e-6)), passes
 
 
-def _count(recipe: Recipe, tokenizer: Tokenizer) -> list[DataLength]:
+def _count(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer) -> list[DataLength]:
     """Count every data set, each reader a part of it; a collective."""
     plan, data = plan_of(recipe.model), recipe.data
-    found = torch.zeros(len(data.train), 2, dtype=torch.float64, device=local_device())
+    found = torch.zeros(len(sources), 2, dtype=torch.float64, device=local_device())
     if dist.get_rank() == 0:
         logger.info("training.epochs: counting data.train, once")
     with agreed("counting the samples of data.train"):
         if is_reader():
-            names = [source_name(source) for source in data.train]
+            names = [source_name(source) for source in sources]
             encoder = PackEncoder(data, names, tokenizer, plan)
-            for index in range(len(data.train)):
+            for index, source in enumerate(sources):
                 rank, readers = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-                one = count_packs(Path(data.train[index].path), index, encoder, rank, readers)
+                one = count_packs(Path(source.path), index, encoder, rank, readers)
                 found[index, 0], found[index, 1] = one.samples, one.packs
     dist.all_reduce(found)
     return [DataLength(int(samples), packs) for samples, packs in found.tolist()]

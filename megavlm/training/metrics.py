@@ -275,7 +275,7 @@ class Metrics:
                 self._writer.close()
             if self._file is not None:
                 self._file.close()
-        complete = self.progress.step >= self.recipe.training.train_steps
+        complete = self.progress.step >= self.recipe.training.steps
         for outlet in self._outlets:
             outlet.close(None if sys.exc_info()[0] is not None else complete)
 
