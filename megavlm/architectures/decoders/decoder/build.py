@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -20,6 +21,7 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.layers.post_norm import NormedSum
 from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
@@ -117,6 +119,11 @@ def build(
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
+    if language.post_layernorms:
+        for one in modules.values():
+            params = {"norm": one.norm, "config": config, "eps": language.norm_epsilon}
+            parts: Any = one.layer.submodules
+            parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormedSum, params=params)
     first = get_transformer_layer_offset(config, vp_stage)
     here = plan[first : first + get_num_layers_to_build(config, vp_stage)]
     model = GPTModel(
