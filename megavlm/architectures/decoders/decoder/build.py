@@ -69,10 +69,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
-    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
+    return (kind,) * language.num_layers
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -115,7 +115,8 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
+    linears, levels = adapted_linears(language, context.lora), context.deepstack
+    plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
