@@ -25,6 +25,7 @@ from megavlm.data.positions import positions_of
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.streams import Streams
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.activations import carried_streams
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
 
@@ -175,6 +176,9 @@ def test_the_planner_counts_the_levels_connectors() -> None:
     layout = layout_of(own, 1)
     counted = sum(one.elements for chunk in layout.chunks_of(0) for one in chunk_parameters(own, layout, chunk))
     assert counted == sum(p.numel() for p in model.parameters())
+    for stages, carried in ((1, 0), (2, 1), (4, 2)):
+        deep = cases.recipe(pipeline_model_parallel_size=stages)
+        assert carried_streams(deep, layout_of(deep, stages)) == carried
 
 
 @pytest.mark.parametrize(
