@@ -5,18 +5,15 @@ Weights there and back are in test_round_trips.py.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
 from internvl_cases import compare
-from qwen2_vl_models import IMAGE, PREPROCESSOR, qwen2_5_vl, qwen2_vl, save
+from qwen2_vl_models import IMAGE, qwen2_5_vl, qwen2_vl, save
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,19 +21,16 @@ from transformers import PreTrainedModel
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
-from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.positions import own_grids
 from megavlm.families.known import FAMILIES
-from megavlm.families.preprocessor import trained_preprocessor
 from megavlm.families.presets import expand_presets
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
-from megavlm.weights.source import Source
 
 pytestmark = pytest.mark.family("qwen2_vl", "qwen2_5_vl")
 LAYOUT = [
