@@ -211,7 +211,12 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
     for key in _SWITCHES:
         if not isinstance(found.get(key, False), bool):
             raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
+    # Of pictures that keep sizes of their own, these are numbers of pixels.
+    areas = str(tree.get("image_processor_type", "")).startswith("Qwen2VL") or "merge_size" in tree
     for key in ("size", "crop_size"):
+        if areas and key == "size" and isinstance(tree.get(key), Mapping):
+            if set(tree[key]) <= {"shortest_edge", "longest_edge"}:
+                continue
         if tree.get(key) is not None:
             found[key] = _sides(tree[key], key, where)
         else:

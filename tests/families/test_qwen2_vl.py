@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import ranks
 import torch
@@ -20,8 +21,10 @@ from PIL import Image
 from pydantic import TypeAdapter
 from qwen2_vl_models import IMAGE, publish, qwen2_5_vl, qwen2_vl, save
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
@@ -194,6 +197,7 @@ def test_prepare_train_and_export(tmp_path: Path) -> None:
         f"output_dir={run}",
     ]
     small = ["training.train_steps=3", "training.global_batch_size=2", "data.sequence_length=256", "data.num_workers=0"]
+    small += ["optimizer.warmup_steps=0", "optimizer.lr=1e-3"]
     ranks.megavlm([*train, *small, *LAYOUT, "training.precision=fp32", "model.image.max_pixels=2048"], world=4)
     out = tmp_path / "out"
     assert main(["convert", "megatron-to-hf", "--megatron", str(run), "--out", str(out)]) == 0
@@ -203,6 +207,30 @@ def test_prepare_train_and_export(tmp_path: Path) -> None:
     changed = dict(before.named_parameters())
     assert all(not torch.equal(p, changed[name]) for name, p in trained.named_parameters() if p.dim() > 1)
     assert main(["convert", "check", "--hf", str(out)]) == 0
+    picture = tmp_path / "pictures" / "0.png"
+    words = ["generate", str(run), "--image", str(picture), "--prompt", "What is it?", "--max-new-tokens=8"]
+    answer = ranks.megavlm(words, apart=True).stdout
+    assert answer.strip() == theirs(trained, out, picture, "What is it?", 8).strip() != ""
+
+
+def theirs(model: PreTrainedModel, directory: Path, picture: Path, question: str, most: int) -> str:
+    """Return Transformers' greedy answer, from the picture's file, with the PIL variant of its processor."""
+    processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+    made = processor(Image.open(picture).convert("RGB"), return_tensors="pt")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
+    messages = [{"role": "user", "content": content}]
+    text = jinja2.Template(template).render(messages=messages, add_generation_prompt=True)
+    slots = int(made["image_grid_thw"].prod()) // processor.merge_size**2
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * slots)
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    kinds = (ids == model.config.image_token_id).int()[None]
+    whole = model.generate(
+        input_ids=ids[None], attention_mask=torch.ones(1, len(ids)), mm_token_type_ids=kinds, do_sample=False,
+        max_new_tokens=most, pad_token_id=0, **made,
+    )  # fmt: skip
+    return tokenizer.decode(whole[0, len(ids) :].tolist())
 
 
 @pytest.mark.parametrize(
