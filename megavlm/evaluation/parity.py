@@ -211,7 +211,8 @@ def features_of_sample(model: VisionLanguageModel, sample: Sample, recipe: Recip
     features = model.encode_images(sample.pixels.to(local_device()), grid)
     assert features is not None
     index, weight = arrangement_on(arrangement, local_device())
-    return model.arranged(features, index, weight)
+    # Behind them, those of a deepstack's levels: the reference has the tower's last layer's.
+    return model.arranged(features, index, weight)[:, : recipe.model.language.hidden_size]
 
 
 def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:

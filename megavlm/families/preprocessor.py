@@ -214,24 +214,29 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
     # Of pictures that keep sizes of their own, these are numbers of pixels.
     areas = str(tree.get("image_processor_type", "")).startswith("Qwen2VL") or "merge_size" in tree
     for key in ("size", "crop_size"):
-        if areas and key == "size" and isinstance(tree.get(key), Mapping):
-            if set(tree[key]) <= {"shortest_edge", "longest_edge"}:
-                continue
+        edges = isinstance(tree.get(key), Mapping) and set(tree[key]) <= {"shortest_edge", "longest_edge"}
+        if areas and edges and key == "size":
+            continue
         if tree.get(key) is not None:
-            found[key] = _sides(tree[key], key, where)
+            native = str(tree.get("image_processor_type", "")).startswith("Qwen2")
+            found[key] = _sides(tree[key], key, where, native=native)
         else:
             found.pop(key, None)
     return found
 
 
-def _sides(value: Any, key: str, where: str) -> dict[str, int]:
-    """Return a size as an object; a number is the shorter side, or that of the square that is cut out."""
+def _sides(value: Any, key: str, where: str, *, native: bool) -> dict[str, int]:
+    """Return a size as an object; a number is the shorter side, or that of the square that is cut out.
+
+    Processors of pictures at their own size (``native``) call the fewest and most pixels of one so.
+    """
     if isinstance(value, int):
         value = {"height": value, "width": value} if key == "crop_size" else {"shortest_edge": value}
     if isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     sides = {name: side for name, side in value.items() if side is not None} if isinstance(value, Mapping) else {}
     known = set(sides) in ({"height", "width"}, {"shortest_edge"})
+    known |= native and set(sides) == {"shortest_edge", "longest_edge"}
     if not known or not all(type(side) is int and side > 0 for side in sides.values()):
         raise UserError(
             f"{where}: {key} is {str(value)[:60]!r}; it must be an object of height and width, or of shortest_edge, in "

@@ -154,6 +154,30 @@ def _register_qwen2_vl() -> None:
             )
 
 
+# Qwen/Qwen3-VL-*-Instruct, dense: the sizes of Qwen3, whose 2B is its 1.7B; the tower.
+_QWEN3_VL = {"2b": ("1_7b", "300m"), "4b": ("4b", "300m"), "8b": ("8b", "410m"), "32b": ("32b", "410m")}
+
+
+def _register_qwen3_vl() -> None:
+    """Register Qwen3-VL."""
+    for size, (language, tower) in _QWEN3_VL.items():
+        MODELS.register(
+            f"qwen3_vl_{size}",
+            vision={"preset": f"qwen3_vl_vit_{tower}"},
+            connector={"preset": "patch_merger"},
+            language={
+                "preset": f"qwen3_{language}",
+                "max_position_embeddings": 262144,
+                "rotary_base": 5000000,
+                "rotary_sections": [24, 20, 20],
+                "rotary_sections_interleaved": True,
+            },
+            # As its preprocessor_config.json: 64 to 16384 tokens.
+            image={"kind": "native", "min_pixels": 65536, "max_pixels": 16777216},
+            template="qwen3_vl",
+        )
+
+
 def register() -> None:
     """Register the whole models that a recipe may name."""
     MODELS.register(
@@ -185,6 +209,7 @@ def register() -> None:
     )
     _register_llava_tiles()
     _register_qwen2_vl()
+    _register_qwen3_vl()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

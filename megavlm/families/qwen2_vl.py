@@ -28,7 +28,8 @@ _EPSILON = 1e-6
 """Of all norms of tower and connector: their code has it, and no key."""
 _PLAIN: Tree = {
     "conv_bias": False, "add_bias_linear": True, "add_qkv_bias": True, "class_token": False, "pre_layernorm": False,
-    "post_layernorm": False, "positional_grid": None, "rotary_base": 10000.0, "layernorm_epsilon": _EPSILON,
+    "post_layernorm": False, "positional_grid": None, "deepstack_layers": (), "rotary_base": 10000.0,
+    "layernorm_epsilon": _EPSILON,
 }  # fmt: skip
 """What the towers of both have one value for."""
 
@@ -134,25 +135,32 @@ class Qwen2VLFamily(Family):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector, positions and image plan must be Qwen2-VL's kinds."""
+        language = model.language
+        if not language.rotary_sections or language.rotary_sections_interleaved:
+            return "the language model's positions are not in sections (rotary_sections), as Qwen2-VL's are"
+        if not language.add_qkv_bias:
+            return "the language model has no bias on queries, keys and values, which Qwen2-VL's has"
+        if language.kv_channels * language.num_attention_heads != language.hidden_size:
+            return "the heads of the language model are not as wide as it is, for which its configuration has no key"
+        return self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
+
+    def _refuses_common(self, model: ModelConfig) -> str | None:
+        """Return what is against a model in all families of this form, or None."""
         for key, value in self.fixed.items():
             if getattr(model.vision, key) != value:
                 return f"the tower has {key} {getattr(model.vision, key)!r}, {self.title} has {value!r}"
         connector, language = model.connector, model.language
         if connector.normalization != self.fixed["normalization"] or connector.layernorm_epsilon != _EPSILON:
             return f"the connector has another norm than the tower ({self.fixed['normalization']}, epsilon {_EPSILON})"
-        if not language.rotary_sections or language.rotary_sections_interleaved:
-            return "the language model's positions are not in sections (rotary_sections), as Qwen2-VL's are"
+        if connector.norm_after_merge:
+            return "the connector has its norm behind the merge (norm_after_merge), the family's in front of it"
         if language.rope_scaling is not None or language.rotary_percent != 1 or language.rotary_interleaved:
             return "the language model's rotary positions are stretched, or turn a part of a head or neighbouring pairs"
-        if not language.add_qkv_bias:
-            return "the language model has no bias on queries, keys and values, which Qwen2-VL's has"
-        if language.kv_channels * language.num_attention_heads != language.hidden_size:
-            return "the heads of the language model are not as wide as it is, for which its configuration has no key"
         try:
             plan_of(model)
         except UserError as error:
             return str(error)
-        return self._refuses_tower(model.vision) or no_llama(language)
+        return None
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form that it has."""

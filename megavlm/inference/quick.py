@@ -83,7 +83,9 @@ def _product(
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is attention and MLP with a residual connection each, and nothing else."""
-    return type(layer) is TransformerLayer and isinstance(layer.cross_attention, IdentityOp)
+    sums = layer.self_attn_bda, layer.mlp_bda
+    plain = type(layer) is TransformerLayer and isinstance(layer.cross_attention, IdentityOp)
+    return plain and not any(isinstance(one, nn.Module) for one in sums)
 
 
 def _layer(

@@ -14,6 +14,7 @@ from family_choice import PARTS
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
+from qwen3_vl_models import QWEN3_VL
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -26,7 +27,7 @@ CASES = {
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL).items()},
+    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL).items()},
 }
 """Checkpoints, and their families."""
 ALONE = {"mm_projector", "llava_original_apart"}
@@ -34,8 +35,8 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES | QWEN2_VL:
-        return (LLAVA_TILES | QWEN2_VL)[name][1](directory)
+    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL:
+        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL)[name][1](directory)
     return INTERNVL[name](directory) if name in INTERNVL else make_other(name, directory)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -20,6 +21,7 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.layers.post_norm import NormedSum
 from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
@@ -67,10 +69,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
-    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
+    return (kind,) * language.num_layers
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -113,10 +115,16 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
+    linears, levels = adapted_linears(language, context.lora), context.deepstack
+    plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
+    if language.post_layernorms:
+        for one in modules.values():
+            params = {"norm": one.norm, "config": config, "eps": language.norm_epsilon}
+            parts: Any = one.layer.submodules
+            parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=NormedSum, params=params)
     first = get_transformer_layer_offset(config, vp_stage)
     here = plan[first : first + get_num_layers_to_build(config, vp_stage)]
     model = GPTModel(

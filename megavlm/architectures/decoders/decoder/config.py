@@ -59,6 +59,9 @@ class DecoderConfig(LanguageConfig):
     """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
     qk_layernorm: bool = False
     """RMSNorm over each head's queries and keys (Qwen3)."""
+    post_layernorms: bool = False
+    """RMSNorm on what attention and MLP give, before it is added (GLM-4; Hugging Face: post_self_attn_layernorm,
+    post_mlp_layernorm)."""
     tie_word_embeddings: bool = False
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
@@ -69,9 +72,10 @@ class DecoderConfig(LanguageConfig):
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
     use_logn_attn: Annotated[bool, Meaning.USE] = False
     """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
-    layer_names: Annotated[Literal["qwen", "llama"], Meaning.NAMES] = "llama"
-    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
-    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
+    layer_names: Annotated[Literal["qwen", "llama", "glm"], Meaning.NAMES] = "llama"
+    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), llama
+    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), or glm (GLM-4: the same with
+    gate_up_proj). Presets set it."""
 
     @property
     def position_axes(self) -> int:

@@ -39,6 +39,7 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
     shapes = [hidden, hidden, hidden * qkv, queries // tensor * hidden]
     shapes += [qkv] * int(language.add_qkv_bias) + [language.kv_channels] * (2 * int(language.qk_layernorm))
+    shapes += [hidden] * (2 * int(language.post_layernorms))
     ffn = language.ffn_hidden_size // tensor
     return [*shapes, 2 * ffn * hidden, ffn * hidden]
 
@@ -91,11 +92,12 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     ffn = language.ffn_hidden_size // tp
     stream = local * hidden
     # Both norms keep their input, the plain one in fp32; what they give goes into a linear layer.
-    norms = 2 * stream * (b if kernels.fused else 4)
+    norms = (2 + 2 * int(language.post_layernorms)) * stream * (b if kernels.fused else 4)
     inputs = 0
     if learns:
         inputs = (2 * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
-        inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
+        # The plain norms', before their weight is applied.
+        inputs += 0 if kernels.fused else (2 + 2 * int(language.post_layernorms)) * stream * b
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)

@@ -31,6 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {"add_qkv_bias": False},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"add_qkv_bias": False, "qk_layernorm": True},
+    "glm4": {
+        "add_qkv_bias": True,
+        "post_layernorms": True,
+        "rotary_percent": 0.5,
+        "rotary_interleaved": True,
+        "norm_epsilon": 1e-5,
+        "layer_names": "glm",
+    },
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
