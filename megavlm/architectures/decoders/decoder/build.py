@@ -94,7 +94,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind(
         "causal",
@@ -108,7 +108,7 @@ def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, 
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
     plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
-    return tuple(replace(one, deepstack=True) if i < deepstack else one for i, one in enumerate(plan))
+    return tuple(plan)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -177,11 +177,12 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
+    linears, levels = adapted_linears(language, context.lora), context.deepstack
+    plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
-    if language.post_branch_layernorm:
+    if language.post_layernorms:
         for one in modules.values():
             params = {"norm": one.norm, "config": config, "multiplier": language.residual_multiplier}
             one.layer.submodules.self_attn_bda = ModuleSpec(module=NormedSum, params=params)
