@@ -370,9 +370,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert found.checkpoint.load == (f"runs/{stage.after}" if stage.after else "/path/to/checkpoint")
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()]
-)
+@pytest.mark.parametrize(("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()])
 def test_a_recipe_says_what_the_planner_predicts_of_it(name: str, recipe: str) -> None:
     """And where its numbers are from: a file, and the commit."""
     head = "\n".join(
