@@ -121,6 +121,8 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
         DecoderSize(62, 5376, 21504, 32, 16, 128, 262208, 131072),
         {**_GEMMA3, **_BY_8, "embedding_multiplier": math.sqrt(5376), "query_pre_attn_scalar": 168.0},
     ),
+    # THUDM/GLM-4-9B-0414.
+    "glm_4_9b": (DecoderSize(40, 4096, 13696, 32, 2, 128, 151552, 32768), KINDS["glm4"]),
     # stabilityai/stablelm-2-1_6b.
     "stablelm_2_1_6b": (DecoderSize(24, 2048, 5632, 32, 32, 64, 100352, 4096), _STABLELM),
     # openbmb/MiniCPM-2B-sft-bf16: scale_emb 12, scale_depth 1.4, dim_model_base 256.
