@@ -98,6 +98,7 @@ def train(recipe: Recipe) -> int:
     from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.state import process_groups  # noqa: PLC0415
+    from megavlm.training.epochs import with_steps  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
 
@@ -112,7 +113,7 @@ def train(recipe: Recipe) -> int:
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        trainer = Trainer(recipe, tokenizer, lock)
+        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())
         leaving.callback(trainer.exporter.end)
