@@ -12,14 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of_load
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
 from megavlm.config.help import keys_help, to_yaml
-from megavlm.config.load import load_recipe, shipped_recipes
+from megavlm.config.load import load_recipe, recipes_of_any_model, shipped_recipes
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
-from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
 from megavlm.training.loggers.known import check_loggers
@@ -34,8 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model by a recipe. Start it under torchrun for more than one process."
     parser.epilog = keys_help()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = ", ".join(shipped_recipes())
-    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    names, general = ", ".join(shipped_recipes()), " or ".join(recipes_of_any_model())
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help=f"YAML file, or a shipped recipe: {general} for any model that checkpoint.load names, or {names}",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
     )
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: the recipe is wrong; tokenizer, data or checkpoint do not fit it.
         RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
     """
-    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
+    recipe = load_recipe(args.recipe, args.overrides, expand_recipe, args.files)
     if args.print_config:
         # Often asked on another machine than the one that trains: the number of processes may be unknown.
         check_recipe(recipe, _world_size(None))
@@ -82,6 +86,10 @@ def train(recipe: Recipe) -> int:
     tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)
+    from megavlm.data.cache import located  # noqa: PLC0415 - imports numpy
+
+    for source in (*recipe.data.train, *recipe.data.validation):
+        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
@@ -90,6 +98,7 @@ def train(recipe: Recipe) -> int:
     from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.state import process_groups  # noqa: PLC0415
+    from megavlm.training.epochs import with_steps  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
 
@@ -104,11 +113,14 @@ def train(recipe: Recipe) -> int:
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        trainer = Trainer(recipe, tokenizer, lock)
+        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())
+        leaving.callback(trainer.exporter.end)
         try:
-            return trainer.train()
+            code = trainer.train()
+            leaving.callback(trainer.exporter.finish, lambda: trainer.stop.signal is not None)
+            return code
         finally:
             trainer.close()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
-from megavlm.planning.activations import kernels_of, weights_learn
+from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
@@ -305,6 +305,7 @@ class Timer:
             return 0.0
         tokens, tp = self.workload.tokens, self.layout.tensor
         moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved *= 1 + carried_streams(self.recipe, self.layout)
         moved //= tp if self.layout.sequence_parallel else 1
         rate = self.gpu.network * self.gpu.efficiency.network
         if not self.layout.pipeline_crosses_nodes:
@@ -377,7 +378,7 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
-        pixels = layout.microbatches * self.workload.views * 3 * self.recipe.model.vision.image_size**2
+        pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
         squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens

@@ -112,12 +112,12 @@ class Metrics:
             self._losses += result.source_losses
         self._steps += 1
         for batch in batches:
-            self._counts += _counts(batch)
+            self._counts += _counts(batch, self.recipe.model.vision.patches_per_image)
         step = self.progress.step + 1
         self.progress.step = step
         self.progress.packs += self.recipe.training.global_batch_size
         self.progress.supervised_tokens += result.supervised_tokens
-        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.train_steps
+        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.steps
         if ends or step == self._first_step:
             self.report(result.grad_norm, rates)
 
@@ -223,7 +223,7 @@ class Metrics:
         values |= skipped_values(self.progress)
         values |= self._timing.collect()
         if is_logging_rank():
-            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.train_steps))
+            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.steps))
         self.write(values)
 
     def write(self, values: Mapping[str, float | str]) -> None:
@@ -275,7 +275,7 @@ class Metrics:
                 self._writer.close()
             if self._file is not None:
                 self._file.close()
-        complete = self.progress.step >= self.recipe.training.train_steps
+        complete = self.progress.step >= self.recipe.training.steps
         for outlet in self._outlets:
             outlet.close(None if sys.exc_info()[0] is not None else complete)
 
@@ -344,13 +344,17 @@ def _is_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
 
 
-def _counts(batch: Batch) -> Tensor:
-    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views."""
+def _counts(batch: Batch, patches: int) -> Tensor:
+    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views.
+
+    Pictures that keep sizes of their own are so many views as they have times the ``patches`` of the usual one.
+    """
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
     tokens, padding = lengths[real], lengths[~real]
     sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
-    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, batch.num_views], dtype=torch.float64)])
+    views = batch.num_views if batch.image_grid is None else float(batch.image_grid.prod(1).sum()) / patches
+    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, views], dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:

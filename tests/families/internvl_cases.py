@@ -18,6 +18,7 @@ from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.data.media import arrange, plan_of  # noqa: E402
 from megavlm.evaluation.parity import _batch, read_reference, verify  # noqa: E402
 from megavlm.families.presets import expand_presets  # noqa: E402
+from megavlm.models.build import unwrap  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import run_batches, train_step  # noqa: E402
@@ -46,7 +47,7 @@ def compare(checkpoint: str, reference: str, layout: list[str]) -> tuple[dict[st
         load(path, modules=training.modules)
         (sample,) = read_reference(Path(reference), recipe)
         arrangement = arrange(plan_of(recipe.model), sample.layouts)
-        batch = _batch(sample, arrangement, recipe.parallel.tensor_model_parallel_size)
+        batch = _batch(sample, arrangement, recipe, unwrap(training.chunks[0]).own_positions)
         run_batches(training.chunks, [batch], num_sources=1)
         found = {}
         for module in training.modules:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.hf.incoming import check_processor, convert, open_whole
+from megavlm.checkpoint.hf.given import check_processor, open_whole
+from megavlm.checkpoint.hf.incoming import convert
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
@@ -27,6 +28,7 @@ from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
 from megavlm.data.images import lay_out
 from megavlm.data.media import Arrangement, ImageLayout, plan_of
+from megavlm.data.positions import own_grids
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
@@ -108,7 +110,7 @@ def check(settings: CheckSettings) -> int:
     other = given[0].family.read_as
     if other is None:
         branches = given[0].branches
-        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
         transformers_class(settings.hf)
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
@@ -155,7 +157,7 @@ class _Ours:
 
     ids: Tensor
     pixels: Tensor
-    """[V, 3, H, W] views, normalised."""
+    """[V, 3, H, W] views, or [P, F] patches, normalised."""
     layouts: list[ImageLayout]
     arrangement: Arrangement | None
 
@@ -196,8 +198,13 @@ def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokeniz
     runs = [layout.runs for layout in layouts]
     ids = encode_prompt([user_turn(prompt, len(paths))], tokenizer, runs, recipe.data.system_message)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
-    pixels = (made.pixels.cpu().float() / 255.0 - mean) / std
-    return _Ours(torch.from_numpy(ids), pixels, layouts, arrangement)
+    pixels = (_by_colour(made.pixels.cpu().float()) / 255.0 - mean) / std
+    return _Ours(torch.from_numpy(ids), pixels.view(made.pixels.shape), layouts, arrangement)
+
+
+def _by_colour(pixels: Tensor) -> Tensor:
+    """Return views [V, 3, H, W] as they are, and patches [P, F] as [P, 3, F / 3, 1]."""
+    return pixels if pixels.dim() == 4 else pixels.view(len(pixels), 3, pixels.size(1) // 3, 1)
 
 
 def _run(
@@ -216,7 +223,12 @@ def _run(
         for question, row, sample in zip(questions, rows, samples, strict=True):
             _compare(question, row, chunks, recipe, settings, sample)
         prompts = [
-            Prompt(sample.ids.numpy(), sample.pixels.to(local_device()), own.arrangement)
+            Prompt(
+                sample.ids.numpy(),
+                sample.pixels.to(local_device()),
+                own.arrangement,
+                own_grids(recipe.model, own.layouts),
+            )
             for sample, own in zip(samples, ours, strict=True)
         ]
         room = max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens
@@ -243,8 +255,8 @@ def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
     if question.pixels is not None and question.images:
         row.pixels = (math.inf, 0.0)
         if question.pixels.shape == own.pixels.shape:
-            std = torch.tensor(recipe.model.vision.image_std).view(3, 1, 1)
-            levels = (question.pixels.float() - own.pixels).abs() * std * 255
+            std = torch.tensor(recipe.model.vision.image_std)
+            levels = _by_colour((question.pixels.float() - own.pixels).abs()) * std.view(3, 1, 1) * 255
             row.pixels = (float(levels.max()), float((levels <= _LEVEL + 1e-3).float().mean()))
         if row.pixels[1] < _SHARE:
             row.reasons.append("pixels")
@@ -263,6 +275,8 @@ def _settle(question: CheckQuestion, own: _Ours, tokenizer: Tokenizer) -> None:
         question.pixels = own.pixels if question.images else None
         shapes = [layout.shape for layout in own.layouts]
         question.extra = {"image_sizes": torch.tensor([[shape.height, shape.width] for shape in shapes])}
+        if own.arrangement is not None and own.arrangement.grid is not None:
+            question.extra["image_grid_thw"] = torch.from_numpy(own.arrangement.grid)
     slots = int((own.ids == tokenizer.imgpad_id).sum())
     if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
         question.ids = own.ids
