@@ -241,6 +241,34 @@ def decoder_cost(language: LanguageConfig) -> DecoderCost:
     return cost
 
 
+class FinalParameter(NamedTuple):
+    """A parameter behind the layers of a language model, as one rank has it."""
+
+    elements: int
+    head: bool = False
+    """It is the output layer's: its bias."""
+
+
+def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParameter]:
+    """Return what a language model has behind its layers on one rank, but the output layer's weight.
+
+    A cost has ``final_parameters(own, tensor)`` where that is not one norm's weight.
+    """
+    own = getattr(decoder_cost(language), "final_parameters", None)
+    return [FinalParameter(language.hidden_size)] if own is None else list(own(language, tensor))
+
+
+def final_norm_kept(language: LanguageConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that the norm behind the layers keeps of so many elements.
+
+    A cost has ``norm_kept`` of these arguments where that norm is no RMSNorm.
+    """
+    own = getattr(decoder_cost(language), "norm_kept", None)
+    if own is not None:
+        return int(own(language, elements, kernels, learns=learns))
+    return elements * (kernels.number_bytes if kernels.fused else 4 + kernels.number_bytes * int(learns))
+
+
 def cost_of(model: ModelConfig, branch: str) -> Any:
     """Return the cost of a branch's architecture.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ def save_weights(root: Path, modules: Sequence[Any], step: int = 0, recipe_yaml:
 
 
 def load(
-    path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None, base: str | Path | None = None
-) -> dict[str, Any]:
+    path: Path, *, modules: Sequence[Any], optimizer: Any = None, scheduler: Any = None, base: str | Path | None = None,
+    fresh: Collection[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Load a checkpoint at this run's layout, whatever layout it was saved at; a collective over all ranks.
 
     A model with adapters takes its frozen weights from the checkpoint's base, or from ``path`` itself if that is a
@@ -75,6 +76,7 @@ def load(
         optimizer: also load its state; None loads weights alone.
         scheduler: also load its state.
         base: where the base of adapters may lie if it has been moved (a recipe's ``checkpoint.load``).
+        fresh: parameters that the checkpoint has not, which stay as they are; of weights alone, without adapters.
 
     Returns:
         The weights as they are stored, per chunk: what FP8 weights round.
@@ -96,7 +98,7 @@ def load(
         stored = read_metadata(path).state_dict_metadata
         state = select(model_state(modules), lambda name, entry: is_adapter(name) or entry.key in stored)
     else:
-        state = model_state(modules)
+        state = select(model_state(modules), lambda name, _: name not in fresh)
     names = list(state)
     if optimizer is not None:
         _said_by_all(lambda: check_state(path, dist.get_rank(), dist.get_world_size()))

@@ -14,6 +14,7 @@ from pydantic import Field
 from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
+from megavlm.config.logs import LoggingConfig
 
 
 @config_class
@@ -254,7 +255,12 @@ class DataSource:
     """One data set of a blend."""
 
     path: str
-    """Directory that megavlm prepare wrote."""
+    """Directory that megavlm prepare wrote; or what it reads, which is then prepared once, in data.cache: a file of
+    JSON, JSON lines, parquet or tar, a directory of these, a saved Hugging Face data set, or a URL (s3://, gs://)."""
+    images: str | None = None
+    """Of plain data: directory, or URL, that paths of pictures start from; null for where the data is."""
+    format: str | None = None
+    """Of plain data: its format, as megavlm prepare --help lists them; null for what it looks like."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this data set in the blend, relative to the others."""
     name: str | None = None
@@ -273,6 +279,9 @@ class DataConfig:
     """Data sets to train on, blended by weight."""
     validation: tuple[DataSource, ...] = ()
     """Held-out data sets, each evaluated for itself."""
+    cache: str | None = None
+    """Directory in which plain data is prepared, shared by runs; null for megavlm/data in XDG_CACHE_HOME, or in
+    ~/.cache. On several nodes, one that all see; else each node prepares its own."""
     tokenizer: str | None = None
     """Tokenizer file (.tiktoken, tokenizer.json or a SentencePiece .model), or a directory with one in it.
     Null for the one that lies in the checkpoint that checkpoint.load names."""
@@ -398,39 +407,18 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None
-    """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+    """Checkpoint whose weights to start from (fresh optimizer and step 0), or a Hugging Face directory: model,
+    template, image plan and tokenizer are then its own, and its weights are converted once; ignored when resuming."""
+    converted_dir: str | None = None
+    """Where Hugging Face directories are converted to, for this run and others; null for a directory "converted" beside
+    output_dir."""
+    export_hf: Literal["last", "every"] | int | None = None
+    """Also write a Hugging Face directory to output_dir/hf, in the background: of the last checkpoint, of every one, or
+    of those of every so many steps and the last; null for none. Of adapters there are two: merged, and as PEFT's."""
     lock_timeout_seconds: float = Field(default=60.0, ge=1)
     """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
     another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
     over."""
-
-
-@config_class
-class LoggingConfig:
-    """What is shown while training."""
-
-    log_interval: int = Field(default=10, gt=0)
-    """Steps between progress lines and TensorBoard points."""
-    tensorboard: bool = True
-    """Write TensorBoard files to output_dir/tensorboard."""
-    panel_interval: int | None = Field(default=None, gt=0)
-    """Steps between panels of held-out images with the model's answers; null for none. Needs data.validation."""
-    panel_samples: int = Field(default=6, gt=0)
-    """Samples on a panel."""
-    panel_max_new_tokens: int = Field(default=24, gt=0)
-    """Longest answer on a panel."""
-    timing_interval: int | None = Field(default=10, gt=0)
-    """Steps between steps whose parts are timed on all ranks: stages, pipeline bubble, communication, the slowest rank;
-    null for none. They are shown with the next progress line. Steps that are recorded (profile_steps,
-    memory_snapshot_steps) are not timed."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last step to record with PyTorch's profiler, to output_dir/profile (for chrome://tracing,
-    ui.perfetto.dev or TensorBoard); null for none. Recorded steps are slower."""
-    profile_ranks: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Ranks that write profiles and memory snapshots."""
-    memory_snapshot_steps: tuple[int, int] | None = None
-    """First and last step of which every allocation of device memory is recorded, to output_dir/profile (for
-    pytorch.org/memory_viz); null for none. CUDA only."""
 
 
 @config_class
@@ -455,7 +443,8 @@ class LoraConfig:
     """Dropout on the input of the adapters."""
     targets: tuple[str, ...] = ()
     """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
-    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or
+    all-linear, which means all of them."""
     train_embeddings: bool = False
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False

@@ -52,6 +52,7 @@ FIELDS = (
     BatchField("tokens", "all", torch.int64, per_position=True),
     BatchField("position_ids", "all", torch.int64, per_position=True),
     BatchField("labels", "last", torch.int64, per_position=True),
+    BatchField("loss_weights", "last", torch.float32, per_position=True),
     BatchField("images", "first", torch.uint8),
     BatchField("image_index", "first", torch.int64),
     BatchField("image_weight", "first", torch.float32),
@@ -92,6 +93,8 @@ class Batch:
     vector. None where they stay in the order of the views."""
     image_weight: Tensor | None = None
     """[T, K] float32 weights of these; None where K is 1."""
+    loss_weights: Tensor | None = None
+    """[1, S] float32, with ``labels``: what the losses are multiplied by; None where all count 1."""
 
     @property
     def token_sources(self) -> Tensor:
@@ -186,6 +189,8 @@ def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None =
         "labels": pack.labels,
     }
     found = {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+    if pack.loss_weights is not None:
+        found["loss_weights"] = torch.from_numpy(pack.loss_weights)
     return found if images is None else {**found, "images": images, **_arranged(arrangement)}
 
 
@@ -214,6 +219,7 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
         image_grid=fields.get("image_grid"),
         image_index=placed("image_index") if "image_index" in fields else None,
         image_weight=placed("image_weight") if "image_weight" in fields else None,
+        loss_weights=placed("loss_weights")[None] if "loss_weights" in fields else None,
     )
 
 

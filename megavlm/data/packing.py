@@ -222,6 +222,7 @@ def build_pack(
         [sample.encoded.tokens for sample in samples],
         sequence_length,
         labels=[sample.encoded.labels for sample in samples],
+        weights=[sample.encoded.weights for sample in samples],
         sources=[sample.source for sample in samples],
         pad_token=pad_token,
         positions=positions,

@@ -25,9 +25,11 @@ import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from megavlm.config.checks import source_name
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
+from megavlm.data.cache import located
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.media import ImagePlan
 from megavlm.data.plans_single import SquashPlan
@@ -86,13 +88,13 @@ class PackReader:
     ) -> None:
         if not sources:
             raise ValueError("there are no data sets to read")
-        self.sources = tuple(sources)
+        self.sources = tuple(located(source, data) for source in sources)
         self.training = training
         self.dropped: Counter[str] = Counter()
         """Samples left out so far, by cause."""
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
-        names = [source.name or Path(source.path).name for source in self.sources]
+        names = [source_name(source) for source in self.sources]
         self._encoder = PackEncoder(data, names, tokenizer, plan, positions)
         self._template = tokenizer.template.fingerprint
         self._images = _images_of(plan)

@@ -50,6 +50,22 @@ LLAVA_PLAIN = Template(
     stop_text="\n",
     most_exchanges=1,
 )
+LLAVA_PLAIN_LLAMA_3 = replace(
+    LLAVA_PLAIN,
+    name="llava_plain_llama_3",
+    title="the same, on Llama 3",
+    begin=("<|begin_of_text|>",),
+    tokens=_needs("<|begin_of_text|>"),
+    eos=("<|end_of_text|>",),
+)
+LLAVA_PLAIN_NO_BOS = replace(
+    LLAVA_PLAIN,
+    name="llava_plain_no_bos",
+    title="the same, on Qwen2 and Yi, whose texts begin with nothing",
+    begin=(),
+    tokens=_needs("<|endoftext|>"),
+    eos=("<|endoftext|>",),
+)
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -283,7 +299,7 @@ CHATML_DIRECT = Template(
 )
 
 ROWS = (
-    QWEN_VL, LLAVA_PLAIN, VICUNA_V1, VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3,
-    PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM, QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, INTERNVL2_5,
-    CHATML_DIRECT,
+    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
+    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

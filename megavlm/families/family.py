@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,8 @@ class Family(ABC):
     (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    wraps_pictures: ClassVar[tuple[str, str] | None] = None
+    """What its processor of Transformers writes around the slots of a picture by itself."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     read_as: ClassVar[str | None] = None
@@ -143,6 +145,24 @@ class Family(ABC):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
+        """Return what its processor asks the tokenizer for by name (``extra_special_tokens``), after a training.
+
+        Args:
+            image_token: that fills an image's slots.
+            known: whether the tokenizer has a token; one that it lacks would be added behind the embedding's rows.
+        """
+        return {}
+
+    def unsaid(self, model: ModelConfig, template: str) -> list[str]:
+        """Return what was trained and has no place in the family's files: a line each, with the key.
+
+        Args:
+            model: the model.
+            template: name of the template that it was trained in.
+        """
+        return []
 
     def feature_layer(self, model: ModelConfig) -> Any:
         """Return the layer, or layers, whose features a tower that is written anew gives.

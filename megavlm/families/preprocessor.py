@@ -30,6 +30,7 @@ _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pa
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
 TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
 """Of LLaVA-1.6 and of LLaVA-OneVision."""
+_TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -310,6 +311,8 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     square = {"height": vision.image_size, "width": vision.image_size}
     kinds = _KINDS[bool(getattr(vision, "class_token", False))]
     kept = {key: value for key, value in old.items() if key not in _PLAN_KEYS}
+    if str(old.get("image_processor_type")).startswith(_TILING):  # one of tiles does so whatever its other keys say
+        kept.pop("image_processor_type")
     tree = {
         "image_processor_type": kinds,
         **kept,

@@ -198,15 +198,16 @@ def register() -> None:
         connector={"preset": "resampler"},
         language={"preset": "qwen_14b"},
     )
-    # LLaVA-1.5-7B in Transformers' form (llava-hf/llava-1.5-7b-hf): Vicuna's 32000 tokens, two more, and padding.
-    MODELS.register(
-        "llava_1_5_7b",
-        vision={"preset": "clip_vit_l_14_336"},
-        connector={"preset": "mlp2x_gelu"},
-        language={"preset": "llama2_7b", "vocab_size": 32064},
-        image={"kind": "pad"},  # as its authors train it; a converted checkpoint has its own processor's
-        template="vicuna_v1",
-    )
+    # LLaVA-1.5 in Transformers' form (llava-hf/llava-1.5-*-hf): Vicuna's 32000 tokens, two more, and padding.
+    for size in ("7b", "13b"):
+        MODELS.register(
+            f"llava_1_5_{size}",
+            vision={"preset": "clip_vit_l_14_336"},
+            connector={"preset": "mlp2x_gelu"},
+            language={"preset": f"llama2_{size}", "vocab_size": 32064},
+            image={"kind": "pad"},  # as its authors train it; a converted checkpoint has its own processor's
+            template="vicuna_v1",
+        )
     _register_llava_tiles()
     _register_qwen2_vl()
     _register_qwen3_vl()

@@ -23,10 +23,11 @@ from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.positions import AXES, OwnPositions
 from megavlm.inference.cache import CacheWindow, KeyValueCache, caching
+from megavlm.inference.choice import choose, log_probabilities
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
-from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, log_probabilities
+from megavlm.inference.sampling import NO_TOKEN, Sampling
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megavlm.data.media import Arrangement, TokenGrid
 from megavlm.data.positions import OwnPositions, continued
+
+if TYPE_CHECKING:  # commands make prompts before they load torch
+    from torch import Tensor
 
 
 @dataclass

@@ -212,13 +212,13 @@ class Session:
         where = {i: place for place, i in enumerate(live)}
         stop = frozenset(self.tokenizer.stop_ids)
         texts = {i: AnswerText(self.tokenizer) for i in live}
-        for tokens in generating(
+        for found in generating(
             self.chunks, list(prompts.values()), max_new_tokens=[given.most[i] for i in live], stop_ids=list(stop),
             vocab_size=self.tokenizer.vocab_size, pack_length=self.context,
             sampling=[given.sampling[i] for i in live],
             dropped=_shared(lambda: {where[i] for i in dropped() if i in where}, len(live)),
         ):  # fmt: skip
-            news = {live[place]: chosen for place, chosen in tokens.items()}
+            news = {live[place]: chosen for place, chosen in found.items()}
             yield {
                 i: self._piece(prompts[i], one, one.token in stop, given.most[i], texts[i]) for i, one in news.items()
             }

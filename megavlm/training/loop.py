@@ -16,6 +16,8 @@ from megatron.core import parallel_state as mpu
 from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
+from megavlm.checkpoint.hf.converted import converted
+from megavlm.checkpoint.hf.exporter import Exporter
 from megavlm.checkpoint.manifest import MANIFEST, check
 from megavlm.checkpoint.paths import newest_first, read_run, read_tree, resolve
 from megavlm.checkpoint.placement import misplaced
@@ -35,6 +37,7 @@ from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
+from megavlm.models.fusion import NEWLINE
 from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import LockView
@@ -54,6 +57,7 @@ from megavlm.training.random_state import random_state, restore_random_state
 from megavlm.training.recorder import Recorder
 from megavlm.training.step import train_step
 from megavlm.training.stopping import STOPPED, StopRequest
+from megavlm.weights.kinds import holds_model
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +83,10 @@ class Trainer:
         self.replicas = mpu.get_data_parallel_world_size()
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
+        self.exporter = Exporter(recipe, dist.get_rank())
+        settings = recipe.checkpoint
         self.saver = Saver(
-            self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save, lock=lock
+            self.checkpoints, settings.keep, asynchronous=settings.async_save, lock=lock, needed=self.exporter.needed
         )
         self.stop = StopRequest()
         self.tasks = task_mean(recipe)
@@ -121,6 +127,7 @@ class Trainer:
                     self.save(last=last)
                 elif self.saver.busy:
                     self._saving(self.saver.poll)
+                self.exporter.poll()
                 if stop:
                     logger.info("asked to stop (%s) at step %d; start again to go on", self.stop.signal, progress.step)
                     return STOPPED
@@ -244,6 +251,7 @@ class Trainer:
             return False
         if path is not None:
             self.parent = path
+            self.exporter.published(path)
         return True
 
     def close(self) -> None:
@@ -259,11 +267,12 @@ class Trainer:
         """Load where the run stands: its newest checkpoint, given weights, or nothing."""
         training, settings = self.training, self.recipe.checkpoint
         newest = newest_whole(self.checkpoints) if settings.resume else None
+        load = self._given_weights(newest)
         if newest is not None:
             with agreed(f"resuming from {newest}"):
                 _check_same_model(newest, self.recipe)
                 check_same_adapters(newest, self.recipe, resuming=True)
-                self.base = self._find_base(newest)
+                self.base = self._find_base(newest, load)
                 state = checkpoint.load_reader_state(newest, self.replicas) if is_reader() else None
             with recipe_settings_kept(training.optimizer):
                 checkpoint.load(
@@ -275,30 +284,41 @@ class Trainer:
                 )
             _restore_random(newest)
             self.saver.point_at(newest)
+            self.exporter.resumed(self.checkpoints)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)
             return progress, state
-        if settings.load is not None:
-            path = resolve(Path(settings.load))
+        if load is not None:
+            path = resolve(load)
             with agreed(f"loading {path}"):
-                _check_same_model(path, self.recipe)
+                fresh = _check_same_model(path, self.recipe, resuming=False)
                 check_same_adapters(path, self.recipe, resuming=False)
-                self.base = self._find_base(path)
+                self.base = self._find_base(path, load)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
-            weights = checkpoint.load(path, modules=training.modules, base=self.base)
+            weights = checkpoint.load(path, modules=training.modules, base=self.base, fresh=fresh)
             self.parent = path
             # The fp32 masters of weights in FP8 come from the checkpoint, not from what rounding has left.
             exact = {"state_dict": weights} if self.recipe.engine.fp8_param_gather else {}
             training.optimizer.reload_model_params(**exact)
         return Progress(), None
 
-    def _find_base(self, path: Path) -> Path | None:
+    def _given_weights(self, newest: Path | None) -> Path | None:
+        """Return the checkpoint (or run) that ``checkpoint.load`` means, converted if it is a Hugging Face directory.
+
+        None where nothing is loaded from there: the run goes on from ``newest``, which has no adapters.
+        """
+        load = self.recipe.checkpoint.load
+        if load is None or (newest is not None and self.recipe.lora.rank is None):
+            return None
+        return converted(Path(load), self.recipe) if holds_model(Path(load)) else Path(load)
+
+    def _find_base(self, path: Path, load: Path | None) -> Path | None:
         """Return the checkpoint whose weights the run's adapters are for; None for a run without adapters."""
         if self.recipe.lora.rank is None:
             return None
-        return base_for(path, self.recipe.checkpoint.load) or path
+        return base_for(path, load) or path
 
     def _open_feed(self, decoder: Any, state: Any) -> Feed:
         """Open the training data on reader ranks."""
@@ -363,8 +383,11 @@ def _list_losses(losses: dict[str, float]) -> str:
     return ", ".join(f"{value:.4f} ({name})" for name, value in names)
 
 
-def _check_same_model(path: Path, recipe: Recipe) -> None:
+def _check_same_model(path: Path, recipe: Recipe, *, resuming: bool = True) -> frozenset[str]:
     """Refuse a checkpoint of another model, by the first key that differs.
+
+    Returns:
+        Parameters that the checkpoint has not, and that begin anew.
 
     Raises:
         RecipeError: naming the key.
@@ -388,22 +411,32 @@ def _check_same_model(path: Path, recipe: Recipe) -> None:
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "
                 "set it to that, or choose another output_dir or checkpoint.load"
             )
-    _check_same_newline(path, saved, recipe)
+    return _new_newline(path, saved, recipe, resuming=resuming)
 
 
-def _check_same_newline(path: Path, saved: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse to go from an image plan with a learned newline vector to one without, or back.
+def _new_newline(path: Path, saved: dict[str, Any], recipe: Recipe, *, resuming: bool) -> frozenset[str]:
+    """Return the newline vector, where a run is the first with one: a stage that is started from one without.
+
+    LLaVA-1.6's stage 1 shows pictures whole, and its stage 2 in tiles.
 
     Raises:
-        RecipeError: naming the key.
+        RecipeError: naming the key; the run goes on, the vector would not learn, or it would be thrown away.
     """
     kind, kinds = (saved.get("image") or {}).get("kind", ImageConfig().kind), plan_kinds()
-    if kind in kinds and kinds[kind].plan.newline != plan_of(recipe.model).newline:
-        has, lacks = (kind, recipe.model.image.kind) if kinds[kind].plan.newline else (recipe.model.image.kind, kind)
-        raise RecipeError(
-            f"model.image.kind: {recipe.model.image.kind!r}, but {path} was saved with {kind!r}; {has} has a learned "
-            f"newline vector and {lacks} has none: choose a plan that agrees with the checkpoint in that"
-        )
+    if kind not in kinds or kinds[kind].plan.newline == plan_of(recipe.model).newline:
+        return frozenset()
+    own = recipe.model.image.kind
+    has, lacks = (kind, own) if kinds[kind].plan.newline else (own, kind)
+    both = (
+        f"model.image.kind: {own!r}, but {path} was saved with {kind!r}; {has} has a learned newline vector and "
+        f"{lacks} has none"
+    )
+    if has == kind or resuming:
+        raise RecipeError(f"{both}: choose a plan that agrees with the checkpoint in that")
+    if recipe.modules.connector.freeze:
+        raise RecipeError(f"{both}, and it would not learn: set modules.connector.freeze to false")
+    logger.info("%s: it begins anew", both)
+    return frozenset({f"connector.{NEWLINE}"})
 
 
 def _same_kind(branch: str, *presets: str) -> bool:

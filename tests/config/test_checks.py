@@ -320,10 +320,10 @@ def test_same_name_in_training_and_validation_is_fine(load):
     ("overrides", "expected"),
     [
         (["data.tokenizer=/absent/t.model"], "data.tokenizer: no file '/absent/t.model'"),
-        (["data.train.0.path=/absent"], "data.train.0.path: no directory '/absent'"),
+        (["data.train.0.path=/absent"], "data.train.0.path: no file or directory '/absent'"),
         (
-            ["data.validation.0.path=/usr"],
-            "data.validation.0.path: '/usr' has no .nv-meta; make the data set with megavlm",
+            ["data.validation.0.path=/usr", "data.validation.0.images=/absent"],
+            "data.validation.0.images: no directory '/absent'",
         ),
         (["checkpoint.load=/absent"], "checkpoint.load: no checkpoint '/absent'"),
         (["output_dir=/etc/passwd"], "output_dir: '/etc/passwd' is a file"),

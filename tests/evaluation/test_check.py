@@ -11,10 +11,11 @@ from typing import Any
 import family_cases
 import pytest
 from family_cases import _TEXT, _VISION, llava
-from internvl_models import internvl
+from internvl_models import internvl_answers
+from llava_published import IMAGE, ROWS, TEXT, publish
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizer_files import write_llava, write_qwen2
+from tokenizer_files import write_llava
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -28,11 +29,6 @@ from megavlm.cli import main
 from megavlm.evaluation.check import run
 from megavlm.evaluation.check.pictures import drawn
 
-IMAGE, ROWS = 329, 448
-"""The id of ``<image>`` in the tokenizer that ``write_llava`` trains; rows for all that a template appends."""
-TEXT: dict[str, Any] = {**_TEXT, "vocab_size": ROWS, "eos_token_id": 2}
-CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 SIGLIP = SiglipVisionConfig(**_VISION, vision_use_head=False)
 FULL = {"vision_feature_select_strategy": "full"}
 
@@ -43,27 +39,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
                                        tie_word_embeddings=True),
     "laion-qwen3": lambda: llava(Qwen3Config(**TEXT, head_dim=32), CLIPVisionConfig(**_VISION, hidden_act="gelu")),
 }  # fmt: skip
-
-
-def publish(directory: Path, model: PreTrainedModel) -> Path:
-    """Write a checkpoint with tokenizer and processor, as the hub has them; it squashes pictures."""
-    clip = model.config.vision_config.model_type.startswith("clip")
-    model.config.image_token_index = model.config.image_token_id = IMAGE
-    model.save_pretrained(directory)
-    write_llava(directory)
-    pixels = {
-        "image_processor_type": "CLIPImageProcessor" if clip else "SiglipImageProcessor", "do_resize": True,
-        "size": {"height": 28, "width": 28}, "resample": 3, "do_center_crop": False, "do_rescale": True,
-        "do_normalize": True, "do_convert_rgb": True, **(CLIP if clip else HALF),
-    }  # fmt: skip
-    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
-    own = {
-        "processor_class": "LlavaProcessor", "patch_size": 7, "image_token": "<image>",
-        "num_additional_image_tokens": int(clip),
-        "vision_feature_select_strategy": "default" if clip else "full",
-    }  # fmt: skip
-    (directory / "processor_config.json").write_text(json.dumps(own))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +67,7 @@ def test_equal_models_are_equal(name: str, tmp_path: Path, caplog: pytest.LogCap
 
 def test_tiles_of_internvl_are_equal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its processor cannot be made without torchvision: the views are ours, and that is said."""
-    hf = tmp_path / "hf"
-    hf.mkdir()
-    file = write_qwen2(hf)
-    tree = json.loads(file.read_text())
-    first = 1 + max([*tree["model"]["vocab"].values(), *(token["id"] for token in tree["added_tokens"])])
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    names = ("<img>", "</img>", "<IMG_CONTEXT>")
-    tree["added_tokens"] += [
-        {"id": first + i, "content": name, **flags, "special": True} for i, name in enumerate(names)
-    ]
-    file.write_text(json.dumps(tree))
-    model = internvl(Qwen2Config(**{**_TEXT, "vocab_size": first + 3, "eos_token_id": 2}))
-    model.config.image_token_id = first + 2
-    model.save_pretrained(hf)
+    hf = internvl_answers(tmp_path / "hf")
     text = checked(caplog, 0, "--hf", hf)
     assert "InternVLForConditionalGeneration, fp32" in text and text.count("greedy answers: equal") == 3
     assert "not compared: pixels and token ids: AutoProcessor" in text and "all within the tolerance" in text

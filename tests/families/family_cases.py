@@ -150,23 +150,18 @@ def qwen(directory: Path) -> Path:
     )
 
 
+def codefuse_name(name: str) -> str:
+    """Return what CodeFuse-VLM calls a tensor of Qwen-VL."""
+    own = name.removeprefix("transformer.visual.")
+    if own == name:
+        return name
+    projector = own.startswith(("attn_pool.", "ln_post.")) or own == "proj"
+    return ("transformer.mm_projector." if projector else "transformer.vision_tower.vision_tower.") + own
+
+
 def codefuse_state(s: Sizes = CODEFUSE) -> State:
     """Qwen-VL's tensors under CodeFuse-VLM's names."""
-    visual, tower, projector = (
-        "transformer.visual.",
-        "transformer.vision_tower.vision_tower.",
-        "transformer.mm_projector.",
-    )
-    state = {}
-    for name, value in qwen_reference.random_state(s, 3).items():
-        own = name.removeprefix(visual)
-        if own == name:
-            state[name] = value
-        elif own.startswith(("attn_pool.", "ln_post.")) or own == "proj":
-            state[projector + own] = value
-        else:
-            state[tower + own] = value
-    return state
+    return {codefuse_name(name): value for name, value in qwen_reference.random_state(s, 3).items()}
 
 
 def codefuse(directory: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from family_cases import _TEXT, _VISION, State, load, made, write
 from safetensors.torch import save_file
+from tokenizer_files import write_qwen2
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -34,6 +35,24 @@ def internvl(text: PretrainedConfig | None = None, *, tied: bool = False, **visi
         for parameter in (embeddings.cls_token, embeddings.position_embeddings):
             parameter.copy_(torch.randn_like(parameter) * 0.1)
     return one
+
+
+def internvl_answers(hf: Path) -> Path:
+    """InternVL with a tokenizer that has its tokens; its processor cannot be made without torchvision."""
+    hf.mkdir()
+    file = write_qwen2(hf)
+    tree = json.loads(file.read_text())
+    first = 1 + max([*tree["model"]["vocab"].values(), *(token["id"] for token in tree["added_tokens"])])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    names = ("<img>", "</img>", "<IMG_CONTEXT>")
+    tree["added_tokens"] += [
+        {"id": first + i, "content": name, **flags, "special": True} for i, name in enumerate(names)
+    ]
+    file.write_text(json.dumps(tree))
+    model = internvl(Qwen2Config(**{**_TEXT, "vocab_size": first + 3, "eos_token_id": 2}))
+    model.config.image_token_id = first + 2
+    model.save_pretrained(hf)
+    return hf
 
 
 def internvl_6b() -> PreTrainedModel:

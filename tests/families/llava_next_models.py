@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from family_cases import _TEXT, _VISION, CLIP_MEAN, CLIP_STD, load, made
 from safetensors.torch import save_file
+from tokenizer_files import write_llava
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -24,6 +25,10 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+
+from megavlm.checkpoint.hf.given import make_model
+from megavlm.families.known import FAMILIES
+from megavlm.weights.source import Source
 
 SIDE = 28
 NEXT_PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -57,10 +62,13 @@ def _publish(model: PreTrainedModel, files: dict[str, Any], directory: Path, **k
     (Path(directory) / "preprocessor_config.json").write_text(json.dumps(files, indent=2))
 
 
-def llava_next(text: PretrainedConfig | None = None, **keys: Any) -> PreTrainedModel:
+def llava_next(
+    text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, **keys: Any
+) -> PreTrainedModel:
     """LLaVA-1.6: CLIP, the layer before the last, and Llama."""
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**_VISION), text_config=text or LlamaConfig(**_TEXT, rms_norm_eps=1e-5),
+        vision_config=vision or CLIPVisionConfig(**_VISION),
+        text_config=text or LlamaConfig(**_TEXT, rms_norm_eps=1e-5),
         image_token_index=IMAGE, image_grid_pinpoints=NEXT_PINPOINTS, image_seq_length=16, **keys,
     )  # fmt: skip
     one = made(LlavaNextForConditionalGeneration, config)
@@ -73,10 +81,12 @@ def llava_next_mistral() -> PreTrainedModel:
     return llava_next(MistralConfig(**_TEXT, sliding_window=None, head_dim=16))
 
 
-def llava_onevision(text: PretrainedConfig | None = None, *, tied: bool = False) -> PreTrainedModel:
+def llava_onevision(
+    text: PretrainedConfig | None = None, vision: PretrainedConfig | None = None, *, tied: bool = False
+) -> PreTrainedModel:
     """LLaVA-OneVision: SigLIP's last layer, Qwen2, at most two tiles' features of a picture."""
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(**_VISION, vision_use_head=False),
+        vision_config=vision or SiglipVisionConfig(**_VISION, vision_use_head=False),
         text_config=text or Qwen2Config(**_TEXT, tie_word_embeddings=tied),
         image_token_index=IMAGE, video_token_index=VIDEO, image_grid_pinpoints=ONEVISION_PINPOINTS,
         vision_aspect_ratio="anyres_max_2", tie_word_embeddings=tied,
@@ -84,6 +94,19 @@ def llava_onevision(text: PretrainedConfig | None = None, *, tied: bool = False)
     one = made(LlavaOnevisionForConditionalGeneration, config)
     one.save_pretrained = functools.partial(_publish, one, onevision_files())  # type: ignore[method-assign]
     return one
+
+
+def tiles_answers(name: str, directory: Path) -> Path:
+    """One of both with a tokenizer, and all that Transformers' processor asks for."""
+    text = {**_TEXT, "vocab_size": 448, "eos_token_id": 2}
+    model = llava_onevision(Qwen2Config(**text)) if name == "onevision" else llava_next(LlamaConfig(**text))
+    model.config.image_token_index = 329
+    model.save_pretrained(directory)
+    write_llava(directory)
+    family = FAMILIES[f"llava_{name}"]
+    recipe_model = make_model(family.branches(Source(directory)), str(directory))
+    (directory / "processor_config.json").write_text(json.dumps(family.processor(recipe_model, "<image>")))
+    return directory
 
 
 def saved(model: Callable[[], PreTrainedModel]) -> Callable[[Path], Path]:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.hf.incoming import check_processor, convert, open_whole
+from megavlm.checkpoint.hf.given import check_processor, open_whole
+from megavlm.checkpoint.hf.incoming import convert
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError

@@ -1,0 +1,388 @@
+"""Every registered family, over every point of :class:`whole.WholeFamily`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from peft import PeftModel
+from test_round_trips import CASES, make
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForImageTextToText
+from whole import Lack, Published, Source, WholeFamily
+from whole_cases import Proof
+from whole_rows import ROWS
+from whole_source import asked, write_reference
+
+from megavlm.architectures.context import BuildContext
+from megavlm.architectures.decoders.decoder.build import padded_vocab_size
+from megavlm.cli import main
+from megavlm.config.architecture import MODELS
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import UserError
+from megavlm.config.load import SHIPPED, load_recipe, shipped_recipes
+from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe
+from megavlm.config.split import tensor_ranks
+from megavlm.families.known import FAMILIES
+from megavlm.families.presets import expand_presets, load_presets
+from megavlm.data.media import plan_of
+from megavlm.models.build import MODULES
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.gpus import choose_gpu
+from megavlm.planning.search import evaluate
+from megavlm.planning.workload import assume_workload
+
+LAYOUT = [
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+]
+# Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
+ABSOLUTE, GRADIENTS = 2e-4, 5e-5
+SIZES = (1, 2, 4, 8)
+"""Tensor-parallel sizes."""
+SHORT_SIZES = ("llava_1_5_7b", "llava_1_6_mistral_7b", "llava_onevision_0_5b", "internvl3_5_1b", "qwen_vl_7b")
+"""Presets that ``make test`` counts; of the others test-families does."""
+
+
+def rows(point: str, *, long: bool = False) -> list[Any]:
+    """Return the families that have a point."""
+    marks = [pytest.mark.long] if long else []
+    return [
+        pytest.param(name, marks=[pytest.mark.family(name), *marks])
+        for name, row in ROWS.items()
+        if point not in row.lacks()
+    ]
+
+
+def each(point: str, short: tuple[str, ...] = ()) -> list[Any]:
+    """Return (family, name) of every entry of a point that has several; those not in ``short`` are long."""
+    return [
+        pytest.param(
+            name, entry, marks=[pytest.mark.family(name), *([] if entry in short or not short else [pytest.mark.long])]
+        )
+        for name, row in ROWS.items()
+        if point not in row.lacks()
+        for entry in getattr(row, point)
+    ]
+
+
+def point(name: str, which: str) -> Any:
+    """Return what a family has."""
+    found = getattr(ROWS[name], which)
+    assert not isinstance(found, Lack)
+    return found
+
+
+def test_every_family_has_a_row_and_a_reason_for_what_it_lacks() -> None:
+    load_presets()
+    assert ROWS.keys() == FAMILIES.keys()
+    for name, row in ROWS.items():
+        for lacked, why in row.lacks().items():
+            assert len(why.reason) > 20, f"{name} lacks {lacked} and does not say why"
+        own = {one.name for one in dataclasses.fields(WholeFamily)}
+        assert all(getattr(row, one) not in (None, (), {}, "") for one in own), name
+    # What is a point of no family is a point that nobody tries.
+    assert {one.name for one in dataclasses.fields(WholeFamily)} == {
+        key for row in ROWS.values() for key in vars(row) if key not in row.lacks()
+    }
+
+
+def test_every_checkpoint_preset_and_recipe_is_in_one_row() -> None:
+    """Whatever is registered is tried by the row of its family."""
+    load_presets()
+    tried = [case for row in ROWS.values() if not isinstance(row.checkpoints, Lack) for case in row.checkpoints]
+    assert sorted(tried) == sorted(CASES)
+    for name, row in ROWS.items():
+        assert isinstance(row.checkpoints, Lack) or all(CASES[case] == name for case in row.checkpoints)
+    counted = [preset for row in ROWS.values() if not isinstance(row.presets, Lack) for preset in row.presets]
+    assert sorted(counted) == sorted(set(MODELS.names()) - {"tiny"})
+    staged = [recipe for row in ROWS.values() if not isinstance(row.recipes, Lack) for recipe in row.recipes]
+    others = {"quickstart", "quickstart_lora"}
+    elsewhere = {name for name in shipped_recipes() if name.startswith(("qwen_vl", "codefuse", "belle"))}
+    assert sorted(staged) == sorted(set(shipped_recipes()) - others - elsewhere)
+
+
+def convert(source: Path, out: Path) -> Recipe:
+    assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(out)]) == 0
+    return load_recipe(out / "recipe.yaml", [], expand_presets)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+def converted(source: Source, name: str, directory: Path) -> Recipe:
+    """Convert the tiny model, once in this module, and write what its source computes."""
+    directory.mkdir(exist_ok=True)
+    if not (directory / "reference.safetensors").is_file():
+        source.save(directory / "hf")
+        recipe = convert(directory / "hf", directory / "m")
+        write_reference(source, name, recipe, directory / "reference.safetensors")
+    return load_recipe(directory / "m" / "recipe.yaml", [], expand_presets)
+
+
+@pytest.mark.parametrize("name", rows("source"))
+def test_the_source_is_computed_at_one_process_and_cut_over_four(name: str, folder: Path) -> None:
+    """The image plan comes from the checkpoint; then :func:`whole_cases.prove` at both layouts."""
+    recipe = converted(point(name, "source"), name, folder / name)
+    check_pictures(name, recipe)
+    proven(name, recipe, folder / name)
+
+
+@pytest.mark.parametrize("name", rows("uneven", long=True))
+def test_the_same_where_two_ranks_divide_no_heads(name: str, folder: Path) -> None:
+    source = point(name, "uneven")
+    recipe = converted(source, name, folder / f"{name}-uneven")
+    assert tensor_ranks(recipe.model, "vision", 2) == 1
+    proven(name, recipe, folder / f"{name}-uneven")
+
+
+@pytest.mark.parametrize("name", rows("template"))
+def test_the_template_is_that_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    """Of one with a tokenizer, where the family has one in ``answers``."""
+    row = ROWS[name]
+    if isinstance(row.answers, Lack):
+        source = make(point(name, "checkpoints")[0], tmp_path / "hf")
+    else:
+        source = row.answers(tmp_path / "hf")
+    recipe = convert(source, tmp_path / "m")
+    assert recipe.model.template == point(name, "template")
+    if isinstance(row.source, Lack):
+        check_pictures(name, recipe)
+
+
+def check_pictures(name: str, recipe: Recipe) -> None:
+    """Check what the recipe of a converted checkpoint says of pictures."""
+    wanted = point(name, "image")
+    assert {key: getattr(recipe.model.image, key) for key in wanted} == dict(wanted)
+
+
+def proven(name: str, recipe: Recipe, directory: Path) -> None:
+    """Check all that a layout has to give."""
+    from megavlm.weights.source import Source as File  # noqa: PLC0415
+
+    where = str(directory / "m"), str(directory / "reference.safetensors")
+    wanted = File(directory / "reference.safetensors")
+    expected = [wanted.get(f"s{number}.answer").tolist() for number in range(len(asked((28, 28))))]
+    assert len({tuple(answer) for answer in expected}) > 1
+    (one,) = ranks.run("whole_cases:prove", *where, [], world=1)
+    many: list[Proof] = ranks.run("whole_cases:prove", *where, LAYOUT, world=4, timeout=240)
+    parameters = {key.removeprefix("gradient.") for key in wanted.tensors if key.startswith("gradient.")}
+    assert set(one.packed) == parameters - set(UNTRAINED.get(name, ()))
+    assert set().union(*(rank.packed for rank in many)) == set(one.packed)
+    assert {part for key in one.packed for part in [key.split(".")[0]]} == set(MODULES)
+    loss = float(wanted.get("mean_loss"))
+    for rank in (one, *many):
+        assert max(rank.largest.values()) <= ABSOLUTE, rank.largest
+        for found in (rank.packed, rank.alone):
+            worst = max(found, key=lambda key: found[key])
+            assert found[worst] <= GRADIENTS, (worst, found[worst])
+        assert rank.loss == pytest.approx((loss, loss), rel=1e-5)
+        assert rank.answers == expected
+        assert rank.steps[0] > rank.steps[1] > rank.steps[2]
+        assert rank.steps == pytest.approx(one.steps, rel=1e-4)
+    assert one.steps[0] == pytest.approx(loss, rel=1e-5)
+    planned(name, [[one]])
+    planned(name, [[rank for rank in many if rank.stage == stage] for stage in (0, 1)])
+
+
+UNTRAINED = {"qwen_vl": ("connector.pos_embed",), "codefuse_vlm": ("connector.pos_embed",)}
+"""Parameters that are not trained here, nor there."""
+
+
+def planned(name: str, stages: list[list[Proof]]) -> None:
+    """Check the planner's figures against the mean of a stage's ranks."""
+    for found in stages:
+        assert found[0].planned.keys() == point(name, "planner").keys()
+        for key, off in point(name, "planner").items():
+            real = sum(rank.planned[key][1] for rank in found) / len(found)
+            assert found[0].planned[key][0] == pytest.approx(real, rel=max(off, 1e-9)), (key, found[0].stage)
+
+
+@pytest.mark.parametrize("name", rows("answers", long=True))
+def test_greedy_answers_are_those_of_its_class(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Through the command that users run, with the processor, on a wide and a tall picture and on none."""
+    hf = point(name, "answers")(tmp_path / "hf")
+    with caplog.at_level(logging.INFO):
+        assert main(["convert", "check", "--hf", str(hf)]) == 0, caplog.text
+    assert caplog.text.count("greedy answers: equal") == 3 and "all within the tolerance" in caplog.text
+
+
+@pytest.mark.parametrize("name", rows("lora", long=True))
+def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -> None:
+    """The same logits in PEFT, in the merged model, and after coming back bit for bit."""
+    from test_peft import adapted, bits, close  # noqa: PLC0415
+
+    source = point(name, "source")
+    recipe = converted(source, name, folder / name)
+    hf, base = folder / name / "hf", folder / name / "m"
+    sample = source.shown(recipe.model, *asked((28, 28))[2])
+    saved = adapted(base, tmp_path / "run", point(name, "lora"), [])
+    expected = logits_of(saved, sample)
+    assert (expected - logits_of(base, sample)).abs().max() > 0.01  # the adapters matter
+    command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    plain = AutoModelForImageTextToText.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+    both = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+    ids = sample.ids[None]
+    with torch.no_grad():
+        theirs = both(input_ids=ids, **sample.given, attention_mask=torch.ones_like(ids)).logits[0]
+    close(theirs, expected)
+    command("merge", "--megatron", saved, "--out", tmp_path / "merged")
+    close(logits_of(tmp_path / "merged", sample), expected)
+    command("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", base, "--out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(saved)
+
+
+def command(*words: object) -> None:
+    assert main(["convert", *map(str, words)]) == 0
+
+
+def logits_of(checkpoint: Path, sample: Any) -> Tensor:
+    from test_peft import ours  # noqa: PLC0415
+
+    from megavlm.evaluation.parity import Sample  # noqa: PLC0415
+
+    return ours(checkpoint, Sample("s", sample.ids, sample.views, sample.layouts, None, {}))
+
+
+# Sizes.
+
+
+def model_of(preset: str) -> ModelConfig:
+    """Return a preset whose vocabulary is padded for tensor parallelism alone."""
+    tree = {"preset": preset, "language": {"vocab_divisor": 1}}
+    return dataclasses.replace(recipe_of(tree, 1).model, preset=preset)
+
+
+def recipe_of(model: dict[str, Any], tensor: int) -> Recipe:
+    words = [f"model={json.dumps(model)}", f"parallel.tensor_model_parallel_size={tensor}"]
+    return load_recipe("internvl3_8b/sft", [*words, "parallel.pipeline_model_parallel_size=1"], expand_presets)
+
+
+@contextlib.contextmanager
+def groups(tensor: int) -> Iterator[None]:
+    """Be the last of ``tensor`` ranks; no collective does anything."""
+    dist.init_process_group("fake", store=FakeStore(), rank=tensor - 1, world_size=tensor)
+    try:
+        mpu.initialize_model_parallel(tensor, 1, create_gloo_process_groups=False)
+        yield
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+Shapes = dict[str, torch.Size]
+
+
+def shapes(model: ModelConfig, tensor: int) -> Shapes:
+    """Return the shapes of the parameters that the last of ``tensor`` ranks holds."""
+    with groups(tensor), torch.device("meta"):
+        context = BuildContext(ParallelConfig(tensor_model_parallel_size=tensor), initialize=False)
+        return {name: p.shape for name, p in VisionLanguageModel(model, context, 0).named_parameters()}
+
+
+def counted(model: ModelConfig, own: Shapes, whole: Shapes, tensor: int) -> int:
+    """Return the parameters that all tensor-parallel ranks hold, as one process would have them.
+
+    What is cut lies on each rank once, along one axis; what a rank has whole, all of them have, and it counts once; rows
+    that pad the vocabulary to a multiple of the ranks do not count.
+    """
+    assert own.keys() == whole.keys()
+    rows = padded_vocab_size(model.language, BuildContext(ParallelConfig(tensor_model_parallel_size=tensor)))
+    total = 0
+    for name, shape in own.items():
+        there = whole[name]
+        if shape == there:
+            total += there.numel()
+            continue
+        (axis,) = (axis for axis, (a, b) in enumerate(zip(shape, there, strict=True)) if a != b)
+        vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        assert shape[axis] * tensor == (rows if vocabulary else there[axis]), (name, shape, there)
+        assert tensor_ranks(model, name.split(".")[0], tensor) == tensor, name
+        total += shape.numel() * tensor - ((rows - there[axis]) * there[1] if vocabulary else 0)
+    return total
+
+
+def rounded(number: int, like: str) -> str:
+    scale, digits = {"M": 1e6, "B": 1e9}[like[-1]], len(like[:-1].partition(".")[2])
+    return f"{number / scale:.{digits}f}{like[-1]}"
+
+
+@pytest.mark.parametrize(("name", "preset"), each("presets", SHORT_SIZES))
+def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str, preset: str) -> None:
+    model, row = model_of(preset), ROWS[name]
+    published: Published = point(name, "presets")[preset]
+    alone = shapes(model, 1)
+    whole = sum(shape.numel() for shape in alone.values())
+    if isinstance(row.built, Lack):
+        assert whole == published.count
+    else:
+        with torch.device("meta"):
+            theirs, behind = row.built(model)
+        there = sum(p.numel() for p in theirs.parameters())
+        assert whole == there - sum(p.numel() for module in behind for p in module.parameters())
+        assert isinstance(published.count, str) and rounded(there, published.count) == published.count
+    for tensor in SIZES[1:]:
+        if tensor in published.refused:
+            with pytest.raises(UserError, match=re.escape(published.refused[tensor])):
+                check_recipe(recipe_of({"preset": preset}, tensor))
+        else:
+            check_recipe(recipe_of({"preset": preset}, tensor))
+            assert counted(model, shapes(model, tensor), alone, tensor) == whole, tensor
+
+
+# Recipes.
+
+
+@pytest.mark.parametrize(("name", "recipe"), each("recipes"))
+def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
+    found, stage = load_recipe(recipe, [], expand_presets), point(name, "recipes")[recipe]
+    check_recipe(found)
+    optimizer, training, modules = found.optimizer, found.training, found.modules
+    preset = recipe.split("/")[0]
+    assert found.model.preset == preset
+    assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
+    assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, 0, "cosine")
+    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, 1)
+    warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
+    assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
+    assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
+    assert (found.data.sequence_length, training.precision) == (stage.length, "bf16")
+    adam = (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps, optimizer.clip_grad)
+    assert adam == (0.9, 0.999, 1e-8, 1)
+    assert found.model.template == (stage.template or model_of(preset).template)
+    assert plan_of(found.model).plan(640, 480).tokens == stage.tokens
+    assert found.output_dir == f"runs/{recipe}"
+    assert found.checkpoint.load == (f"runs/{stage.after}" if stage.after else "/path/to/checkpoint")
+
+
+@pytest.mark.parametrize(("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()])
+def test_a_recipe_says_what_the_planner_predicts_of_it(name: str, recipe: str) -> None:
+    """And where its numbers are from: a file, and the commit."""
+    head = "\n".join(
+        line.removeprefix("#").strip()
+        for line in (SHIPPED / f"{recipe}.yaml").read_text().partition("output_dir:")[0].splitlines()
+    ).replace("\n", " ")
+    assert re.search(r"Numbers: .*github\.com/[\w/-]+, .* @ [0-9a-f]{8}", head)
+    said = re.search(point(name, "headers"), head)
+    assert said is not None, head
+    found = load_recipe(recipe, [], expand_presets)
+    plan = evaluate(found, int(said["gpus"]), choose_gpu("h100-80g"), assume_workload(found))
+    assert plan.layout.tensor == int(said["tensor"]) and plan.layout.pipeline == int(said["pipeline"] or 1)
+    assert plan.fullest / 2**30 == pytest.approx(float(said["memory"]), abs=0.51)
+    assert plan.time.step == pytest.approx(float(said["seconds"]), rel=0.1 if float(said["seconds"]) < 1 else 0.03)
+    assert plan.gpu_hours == pytest.approx(float(said["hours"]), rel=0.02, abs=0.51)
