@@ -206,8 +206,9 @@ class Trainer:
     def draw_panel(self) -> None:
         """Put held-out images with the model's answers on TensorBoard."""
         picture = None
-        if mpu.get_data_parallel_rank() == 0:
-            with self.training.settled():
+        # Where parameters are gathered during the forward pass, all replicas take part in that.
+        with self.training.settled():
+            if mpu.get_data_parallel_rank() == 0:
                 picture = answer_panel(self.training.chunks, self.held_out[0].packs, self.recipe, self.tokenizer)
         picture = from_first_rank(picture)
         if picture is not None:
