@@ -47,9 +47,9 @@ class Store:
 
     @property
     def folder(self) -> str:
-        """URL of where this lies, for an object with a suffix; else its own."""
-        name = self.url.rpartition("/")[2]
-        return self.url.rpartition("/")[0] if PurePosixPath(name).suffix else self.url
+        """URL of where this lies, for what is called as a data file is; else its own."""
+        parent, _, name = self.url.rpartition("/")
+        return parent if is_data(name) else self.url
 
     def listing(self) -> list[tuple[str, int, str]]:
         """Return path from here, size and version of each object, by path; of an object itself, its name.

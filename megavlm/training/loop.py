@@ -25,6 +25,7 @@ from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.architecture import BRANCHES
+from megavlm.config.checks import idle_intervals
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
@@ -99,6 +100,8 @@ class Trainer:
         self.progress, reader_state = self._load()
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
+        if idle := idle_intervals(recipe):
+            logger.info("data.validation is empty: %s has no effect", " and ".join(idle))
         self.feed = self._open_feed(decoder, reader_state)
         self.graphs = LayerGraphs(recipe, self.training, self.num_microbatches)
         prefetcher = self.feed.prefetcher
@@ -116,13 +119,13 @@ class Trainer:
             The exit code: 0, or STOPPED after a signal.
         """
         progress, settings = self.progress, self.recipe.training
-        if progress.step >= settings.train_steps:
+        if progress.step >= settings.steps:
             logger.info("nothing to do: the run is complete at step %d", progress.step)
         with self.stop.listening(), self._watched():
-            while progress.step < settings.train_steps:
+            while progress.step < settings.steps:
                 self._step()
                 stop, time_is_up = self._agree_on_stopping()
-                last = stop or time_is_up or progress.step == settings.train_steps
+                last = stop or time_is_up or progress.step == settings.steps
                 if last or self._due(self.recipe.checkpoint.save_interval):
                     self.save(last=last)
                 elif self.saver.busy:
@@ -160,7 +163,7 @@ class Trainer:
         phase = "failed"
         try:
             yield
-            phase = "done" if self.progress.step >= self.recipe.training.train_steps else "stopped"
+            phase = "done" if self.progress.step >= self.recipe.training.steps else "stopped"
         except RuntimeError as error:
             if is_lost_peer(error):
                 self.heartbeat.beat(self.progress.step + 1, phase, now=True)
@@ -190,9 +193,9 @@ class Trainer:
         self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
         self.recorder.end(progress.step)
         fault("step.end")
-        if self._due(settings.validation_interval):
+        if self.held_out and self._due(settings.validation_interval):
             self.validate()
-        if self._due(self.recipe.logging.panel_interval):
+        if self.held_out and self._due(self.recipe.logging.panel_interval):
             self.draw_panel()
 
     def validate(self) -> None:

@@ -80,6 +80,17 @@ GLM_LANGUAGE = dataclasses.replace(
 )
 """GLM-4-0414, and the language model of GLM-4.1V."""
 
+GEMMA3_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        *(one for one in LLAMA_LANGUAGE.layer if not one.ours[0].startswith("pre_mlp_layernorm")),
+        row("self_attn_bda.norm.weight", "post_attention_layernorm.weight"),
+        row("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight"),
+        row("mlp_bda.norm.weight", "post_feedforward_layernorm.weight"),
+    ),
+)
+"""Gemma 3: Llama's, with a norm in front of each branch and one behind."""
+
 PHI3_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,
     layer=(
