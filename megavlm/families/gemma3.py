@@ -115,7 +115,7 @@ GEMMA3 = TextKind(
     read=_read,
     write=_write,
     fixed={
-        "layernorm_zero_centered_gamma": True, "activation": "gelu_tanh", "post_branch_layernorm": True,
+        "layernorm_zero_centered_gamma": True, "activation": "gelu_tanh", "post_layernorms": True,
         "qk_layernorm": True, "sliding_window": ANY, "sliding_window_pattern": ANY, "rope_local_base_freq": ANY,
         "query_pre_attn_scalar": ANY, "embedding_multiplier": lambda language: math.sqrt(language.hidden_size),
     },

@@ -107,7 +107,8 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     )
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
-    return tuple(kind if every is None or number % every else whole for number in range(1, language.num_layers + 1))
+    plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
+    return tuple(plan)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -181,7 +182,7 @@ def build(
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
-    if language.post_branch_layernorm:
+    if language.post_layernorms:
         for one in modules.values():
             params = {"norm": one.norm, "config": config, "multiplier": language.residual_multiplier}
             one.layer.submodules.self_attn_bda = ModuleSpec(module=NormedSum, params=params)

@@ -84,8 +84,9 @@ class DecoderConfig(LanguageConfig):
     """What attention and MLP give is multiplied by it before it is added (MiniCPM: 1.4 / sqrt(num_layers))."""
     logits_scaling: float = Field(default=1.0, gt=0)
     """Logits are divided by it (MiniCPM: hidden_size / 256)."""
-    post_branch_layernorm: bool = False
-    """A norm also behind attention and behind the MLP, before what they give is added (Gemma 3, GLM-4)."""
+    post_layernorms: bool = False
+    """A norm also behind attention and behind the MLP, before what they give is added (Gemma 3; GLM-4, Hugging Face:
+    post_self_attn_layernorm, post_mlp_layernorm)."""
     query_pre_attn_scalar: float | None = Field(default=None, gt=0)
     """Scores of attention are divided by its root; null for the width of a head (Gemma 3 27B: 168)."""
     qk_layernorm: bool = False
@@ -104,12 +105,12 @@ class DecoderConfig(LanguageConfig):
     """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), llama (and all
     that have its names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), phi3 (qkv_proj, o_proj,
     gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2), internlm2 (wqkv, wo, w1, w3, w2) or glm
-    (q_proj, k_proj, v_proj, o_proj, gate_up_proj, down_proj). Presets set it."""
+    (llama's with gate_up_proj). Presets set it."""
 
     @property
     def post_norms(self) -> int:
         """Norms of a layer behind its branches."""
-        return 2 * int(self.post_branch_layernorm)
+        return 2 * int(self.post_layernorms)
 
     @property
     def qkv_bias(self) -> bool:
@@ -166,8 +167,8 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.rope_local_base_freq: has no effect without {_OWN}.sliding_window; set that, or this to null"
     if language.rope_local_base_freq is not None and language.rotary_sections:
         yield f"{_OWN}.rope_local_base_freq: is for positions of one number; set {_OWN}.rotary_sections to []"
-    if language.post_branch_layernorm and language.use_parallel_residual:
-        yield f"{_OWN}.post_branch_layernorm: not with attention and MLP side by side; set it to false"
+    if language.post_layernorms and language.use_parallel_residual:
+        yield f"{_OWN}.post_layernorms: not with attention and MLP side by side; set it to false"
     if language.lm_head_bias and language.tie_word_embeddings:
         yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
     for key in ("use_dynamic_ntk", "use_logn_attn"):

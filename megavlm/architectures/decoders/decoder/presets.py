@@ -37,7 +37,7 @@ _GEMMA: dict[str, Any] = {
     "layernorm_zero_centered_gamma": True, "activation": "gelu_tanh", "add_qkv_bias": False, **_TIED,
 }  # fmt: skip
 _GEMMA3: dict[str, Any] = {
-    **_GEMMA, "post_branch_layernorm": True, "qk_layernorm": True, "query_pre_attn_scalar": 256.0,
+    **_GEMMA, "post_layernorms": True, "qk_layernorm": True, "query_pre_attn_scalar": 256.0,
     "rotary_base": 1000000, "rope_local_base_freq": 10000, "sliding_window_pattern": 6, "sliding_window": 1024,
 }  # fmt: skip
 _STABLELM: dict[str, Any] = {
@@ -62,7 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "internlm2": _INTERNLM2,
     "glm4": {
         "add_qkv_bias": True,
-        "post_branch_layernorm": True,
+        "post_layernorms": True,
         "rotary_percent": 0.5,
         "rotary_interleaved": True,
         "norm_epsilon": 1e-5,
