@@ -272,6 +272,12 @@ def test_an_object_store(bucket: Any, plain: Path, tmp_path: Path, capsys: pytes
     assert samples(located(tmp_path, plain / "sft.json", f"{base}/plain")) == expected
     for one in tables:
         assert samples(located(tmp_path, f"{base}/{one.relative_to(tmp_path)}")) == expected
+    # Data and pictures that lie in no folder.
+    bucket.create_bucket(Bucket="no-folder")
+    bucket.upload_file(str(plain / "i/3.png"), "no-folder", "3.png")
+    bucket.put_object(Bucket="no-folder", Key="x.jsonl", Body=json.dumps(messages(3, images=["3.png"])).encode())
+    for images in (None, "s3://no-folder/"):
+        assert samples(located(tmp_path, "s3://no-folder/x.jsonl", images)) == [expected[3]]
     # Records may name whole URLs; another version of the object is another data set.
     records = [messages(i, images=[f"{base}/plain/i/{i}.png"]) for i in range(COUNT)]
     bucket.put_object(Bucket="pictures", Key="set/plain/sft.json", Body=json.dumps(records).encode())
