@@ -407,6 +407,7 @@ def _check_same_model(path: Path, recipe: Recipe, *, resuming: bool = True) -> f
         own = getattr(recipe.model, branch)
         for key, value in wanted[branch].items():
             there = saved[branch].get(key, own.__pydantic_fields__[key].default)
+            there = list(there) if isinstance(there, tuple) else there  # a default, which YAML has as a list
             if there == value or not meaning_of(own, key).fixed:
                 continue
             if key == "preset" and _same_kind(branch, there, value):
