@@ -20,8 +20,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from megavlm.architectures.decoders.decoder.build import padded_vocab_size  # noqa: E402
 from megavlm.architectures.context import BuildContext  # noqa: E402
+from megavlm.architectures.decoders.decoder.build import padded_vocab_size  # noqa: E402
 from megavlm.checkpoint.distributed import load  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from family_cases import (
@@ -20,15 +21,16 @@ from family_cases import (
 )
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_uneven
 from llava_next_models import (
-    ONEVISION_PINPOINTS,
     NEXT_PINPOINTS,
+    ONEVISION_PINPOINTS,
     llava_next,
+    llava_next_mistral,
     llava_onevision,
     next_files,
     onevision_files,
     tiles_answers,
 )
-from llava_published import llava_answers
+from llava_published import llava_answers, llava_original_answers
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -88,8 +90,9 @@ TILE_FILES: dict[str, Any] = {
 """The same as OpenGVLab/InternVL3-8B-hf has it, with at most 6 tiles."""
 
 HEADER = (
-    r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), (?P<seconds>[\d.]+) s a step, "
-    r"(?P<hours>\d+) GPU hours(?: for \d+ steps)?\. TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
+    r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
+    r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "
+    r"TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
 )
 _ALIGN = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 576, template="llava_plain")
 _OF_USERS = Stage(("connector", "language"), 2e-5, 1000, 128, 16384, 3328, decay=0.05)
@@ -135,6 +138,7 @@ ROWS: dict[str, WholeFamily] = {
         uneven=TransformersSource(
             "llava", lambda: llava(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)), files=CROP_FILES
         ),
+        others=Lack("towers, feature layers and language models in combination: test_transformers_models.py"),
         answers=llava_answers,
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-1.5-{7b,13b}-hf.
@@ -156,8 +160,11 @@ ROWS: dict[str, WholeFamily] = {
         image={"kind": "anyres", "pinpoints": tuple(map(tuple, NEXT_PINPOINTS))},
         source=TransformersSource("llava_next", llava_next, files=next_files()),
         uneven=TransformersSource(
-            "llava_next", lambda: llava_next(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)), files=next_files()
+            "llava_next",
+            lambda: llava_next(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)),
+            files=next_files(),
         ),
+        others={"mistral": TransformersSource("llava_next", llava_next_mistral, files=next_files())},
         answers=lambda path: tiles_answers("next", path),
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-v1.6-{vicuna-7b,vicuna-13b,mistral-7b,34b}-hf, llama3-llava-next-8b-hf.
@@ -198,6 +205,9 @@ ROWS: dict[str, WholeFamily] = {
             lambda: llava_onevision(Qwen2Config(**ODD_TEXT), SiglipVisionConfig(**ODD_VISION, vision_use_head=False)),
             files=onevision_files(),
         ),
+        others={
+            "tied": TransformersSource("llava_onevision", partial(llava_onevision, tied=True), files=onevision_files())
+        },
         answers=lambda path: tiles_answers("onevision", path),
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-onevision-qwen2-{0.5b,7b,72b}-ov-hf.
@@ -217,6 +227,10 @@ ROWS: dict[str, WholeFamily] = {
         image={"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 6, "thumbnail": True},
         source=TransformersSource("internvl", internvl_6b, files=TILE_FILES),
         uneven=TransformersSource("internvl", internvl_uneven, files=TILE_FILES),
+        others={
+            "300m, tied": TransformersSource("internvl", partial(internvl, tied=True), files=TILE_FILES),
+            "300m, qwen2": TransformersSource("internvl", internvl, files=TILE_FILES),
+        },
         answers=internvl_answers,
         lora=LLAMA_TARGETS,
         # As the model cards round them: OpenGVLab/InternVL2_5-1B, InternVL3-1B, .., InternVL3.5.
@@ -253,10 +267,11 @@ ROWS: dict[str, WholeFamily] = {
     ),
     "qwen_vl": WholeFamily(
         checkpoints=("qwen_vl", "qwen_vl_bf16"),
-        template="qwen_chatml",
+        template="qwen_vl",
         image={"kind": "squash"},
         source=PlainQwenSource(QWEN_VL, 1, qwen_vl),
         uneven=Lack("five heads of the tower at one process: tests/models/test_reference.py; a published one has 16"),
+        others=Lack("it is published with one tower and one kind of language model"),
         answers=Lack("Transformers has no class for it: answers are held against the plain reference, in `source`"),
         lora=Lack("c_attn, attn.c_proj, w1, w2 are written and held against the merge: tests/checkpoint/test_peft.py"),
         presets={"qwen_vl_7b": Published(9_656_935_168)},
@@ -267,10 +282,11 @@ ROWS: dict[str, WholeFamily] = {
     ),
     "codefuse_vlm": WholeFamily(
         checkpoints=("codefuse", "codefuse_mlp"),
-        template="qwen_chatml",
+        template="qwen_vl",
         image={"kind": "squash"},
         source=PlainQwenSource(CODEFUSE, 3, codefuse, codefuse_name),
         uneven=Lack("the parts of Qwen-VL, see there"),
+        others=Lack("it is published with one tower and one kind of language model"),
         answers=Lack("Transformers has no class for it: answers are held against the plain reference, in `source`"),
         lora=Lack("the language model of Qwen-VL, see there"),
         presets={"codefuse_vl_14b": Published(16_152_325_888)},
@@ -278,7 +294,7 @@ ROWS: dict[str, WholeFamily] = {
         recipes=Lack("codefuse_vl_14b/{align,sft}, belle_vl_14b/{align,sft}: tests/training/test_recipes.py"),
         headers=Lack("written before there was a planner: a number of GPUs, by hand"),
         planner={**PLANNED, "activations": 0.12},  # a tenth of it are 256 queries
-       
+
     ),
     "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),
@@ -288,7 +304,7 @@ ROWS: dict[str, WholeFamily] = {
             f"llava_original{kind}"
             for kind in ("", "_bin", "_layers", "_linear", "_mlp3_qwen2", "_siglip", "_mistral")
         ),
-        template="vicuna_v1", image={"kind": "pad"},
+        template="vicuna_v1", image={"kind": "pad"}, answers=llava_original_answers,
     ),
     "llava_original_apart": layout_of("llava_original", Lack("in two directories: test_llava_original.py")),
     "intern_vit": part(("intern_vit",), "the tower of internvl alone; numbers are those of internvl"),
