@@ -23,6 +23,7 @@ from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.architecture import BRANCHES
+from megavlm.config.checks import remarks
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
@@ -79,6 +80,8 @@ class Trainer:
         self.replicas = mpu.get_data_parallel_world_size()
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
+        for line in remarks(recipe):
+            logger.warning("%s", line)
         self.saver = Saver(
             self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save, lock=lock
         )
