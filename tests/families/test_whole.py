@@ -231,6 +231,34 @@ def test_greedy_answers_are_those_of_its_class(name: str, tmp_path: Path, caplog
     assert caplog.text.count("greedy answers: equal") == 3 and "all within the tolerance" in caplog.text
 
 
+@pytest.mark.parametrize("name", rows("answers"))
+def test_files_that_disagree_or_lack(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.json and tokenizer on the image token; a tower, and no file that says how pictures become its pixels."""
+    hf, family = point(name, "answers")(tmp_path / "hf"), FAMILIES[name]
+    path = hf / "config.json"
+    tree = json.loads(path.read_text())
+    tokens = [key for key in ("image_token_id", "image_token_index") if key in tree]
+    assert bool(tokens) != family.slotless
+    if tokens:
+        path.write_text(json.dumps({**tree, **{key: tree[key] - 1 for key in tokens}}))
+        line = refused(hf, tmp_path / "m", capsys)
+        words = (str(path), str(hf / "tokenizer.json"), str(tree[tokens[0]]), str(tree[tokens[0]] - 1))
+        assert all(word in line for word in words), line
+        path.write_text(json.dumps(tree))
+    if family.preprocesses:
+        (hf / "preprocessor_config.json").unlink()
+        line = refused(hf, tmp_path / "m", capsys)
+        assert "neither preprocessor_config.json nor" in line and "28 x 28 pixels that config.json's tower takes" in line
+
+
+def refused(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Convert what cannot be converted; return the line that says so."""
+    assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(out)]) == 2
+    assert not out.exists()
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("megavlm: error: ")]
+    return line
+
+
 @pytest.mark.parametrize("name", rows("lora", long=True))
 def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     """The same logits in PEFT, in the merged model, and after coming back bit for bit."""

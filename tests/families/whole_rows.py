@@ -19,7 +19,7 @@ from family_cases import (
     llava,
     qwen_vl,
 )
-from internvl_models import internvl, internvl_6b, internvl_answers, internvl_uneven
+from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
 from llava_next_models import (
     NEXT_PINPOINTS,
     ONEVISION_PINPOINTS,
@@ -81,14 +81,8 @@ CROP_FILES: dict[str, Any] = {
     "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": 28},
 }  # fmt: skip
 """``preprocessor_config.json`` as llava-hf/llava-1.5-7b-hf has it, for 28 pixels."""
-TILE_FILES: dict[str, Any] = {
-    "crop_to_patches": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-    "image_mean": [0.485, 0.456, 0.406], "image_processor_type": "GotOcr2ImageProcessor",
-    "image_std": [0.229, 0.224, 0.225], "max_patches": 6, "min_patches": 1, "resample": 3,
-    "rescale_factor": 1 / 255, "size": {"height": 28, "width": 28},
-}  # fmt: skip
-"""The same as OpenGVLab/InternVL3-8B-hf has it, with at most 6 tiles."""
-
+# Transformers' processor cuts to tiles by its own default, whatever this file of its image processor says.
+TILE_FILES = {**internvl_files(), "crop_to_patches": True, "max_patches": 6}
 HEADER = (
     r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
     r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "

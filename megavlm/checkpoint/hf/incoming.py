@@ -209,7 +209,7 @@ def check_processor(directory: Path, image: Tree, image_size: int) -> None:
     """
     if not image:
         raise UserError(
-            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{directory}: neither {PREPROCESSOR} nor {PROCESSOR} is there to say how a picture becomes the "
             f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
         )
 
