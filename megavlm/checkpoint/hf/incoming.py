@@ -317,12 +317,13 @@ def _check_ids(one: SourceOfParts, path: Path) -> None:
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
         there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
-        there = {name: found for name, found in there.items() if len(found) == 1}
+        unknown = tokenizer.encode("<|no such token|>")  # one token too, where all that is unknown is one
+        there = {name: found for name, found in there.items() if len(found) == 1 and found != unknown}
         if key in ids and there and [ids[key]] not in there.values():
-            name, (number,) = next(iter(there.items()))
+            known = ", ".join(f"{name} the id {number}" for name, (number,) in there.items())
             raise UserError(
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
-                f"{name} the id {number}; correct one"
+                f"{known}; correct one"
             )
 
 
