@@ -28,6 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from megavlm.parallel.device import prepare_device  # noqa: E402
+
+prepare_device()
+
 import torch  # noqa: E402
 from data_path import machine, make_pictures  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -35,8 +39,8 @@ from safetensors.torch import save_file  # noqa: E402
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.decode import ImageDecoder  # noqa: E402
+from megavlm.data.decoders import make_decoder  # noqa: E402
 from megavlm.data.images import lay_out  # noqa: E402
 from megavlm.data.media import ImagePlan, arrange, plan_of  # noqa: E402
 from megavlm.evaluation.parity import arrangement_on  # noqa: E402
@@ -47,7 +51,7 @@ from megavlm.models.build import build_model, unwrap  # noqa: E402
 PRESETS = {"anyres": "llava_1_6_vicuna_7b", "anyres_max": "llava_onevision_0_5b", "dynamic_tiles": "internvl3_2b"}
 """Whose plan, and whose tower's picture and patch size, are taken; layers and widths are small."""
 SMALL = (
-    "model.vision.num_layers=3", "model.vision.hidden_size=128", "model.vision.num_attention_heads=4",
+    "model.vision.num_layers=2", "model.vision.hidden_size=64", "model.vision.num_attention_heads=2",
     "model.vision.ffn_hidden_size=256", "model.language.num_layers=1", "model.language.hidden_size=256",
     "model.language.num_attention_heads=4", "model.language.num_query_groups=4", "model.language.kv_channels=64",
     "model.language.ffn_hidden_size=256", "model.language.vocab_size=512", "training.precision=fp32",
@@ -72,7 +76,9 @@ class Side:
         plan: None squashes each to one view.
     """
 
-    def __init__(self, model: Any, decoder: ImageDecoder, files: list[bytes], plan: ImagePlan | None, side: int) -> None:
+    def __init__(
+        self, model: Any, decoder: ImageDecoder, files: list[bytes], plan: ImagePlan | None, side: int
+    ) -> None:
         self.model, self.decoder, self.files, self.plan, self.side = model, decoder, files, plan, side
         self.pixels = self.read()
 
@@ -80,7 +86,7 @@ class Side:
         """Lay the pictures out and decode their views."""
         if self.plan is None:
             return self.decoder.decode(self.files, self.side).pixels
-        self.layouts = lay_out(self.files, self.plan)
+        self.layouts = [lay_out([file], self.plan)[0] for file in self.files]  # each in a conversation of its own
         return self.decoder.decode(self.files, self.plan, self.layouts).pixels
 
     def train(self, pixels: torch.Tensor) -> None:
@@ -117,7 +123,12 @@ def compare(preset: str, pictures: list[bytes], rounds: int) -> dict[str, Any]:
             for name, one in (("tiles", tiles), ("squares", squares)):
                 taken[name].append(one.measure())
     patches = views * recipe.model.vision.patches_per_image
-    found: dict[str, Any] = {"images": len(pictures), "views": views, "patches": patches, "plan": recipe.model.image.kind}
+    found: dict[str, Any] = {
+        "images": len(pictures),
+        "views": views,
+        "patches": patches,
+        "plan": recipe.model.image.kind,
+    }
     for part in PARTS:
         ours, plain = ([one[part] for one in taken[name][1:]] for name in ("tiles", "squares"))
         found[part] = {
@@ -182,7 +193,9 @@ def convert(layers: int, rounds: int, work: Path | None) -> dict[str, Any]:
         there(root / "kept")
         taken: dict[str, list[float]] = {"cp": [], "in": [], "out": []}
         for _ in range(rounds):
-            taken["cp"].append(timed(lambda: subprocess.run(["cp", "-r", root / "hf", root / "cp"], check=True), root / "cp"))
+            taken["cp"].append(
+                timed(lambda: subprocess.run(["cp", "-r", root / "hf", root / "cp"], check=True), root / "cp")
+            )
             taken["in"].append(timed(lambda: there(root / "m"), root / "m"))
             words = ("megatron-to-hf", "--megatron", root / "kept", "--out", root / "back", "--no-verify")
             taken["out"].append(timed(lambda words=words: run(*words), root / "back"))  # type: ignore[misc]
