@@ -199,13 +199,11 @@ def convert(layers: int, rounds: int, work: Path | None) -> dict[str, Any]:
             taken["in"].append(timed(lambda: there(root / "m"), root / "m"))
             words = ("megatron-to-hf", "--megatron", root / "kept", "--out", root / "back", "--no-verify")
             taken["out"].append(timed(lambda words=words: run(*words), root / "back"))  # type: ignore[misc]
-    return {
-        "layers": layers, "bytes": size, "cp": median(taken["cp"]),
-        **{
-            way: {"seconds": median(taken[way]), "ratio": median(a / b for a, b in zip(taken[way], taken["cp"], strict=True))}
-            for way in ("in", "out")
-        },
-    }  # fmt: skip
+    found: dict[str, Any] = {"layers": layers, "bytes": size, "cp": median(taken["cp"])}
+    for way in ("in", "out"):
+        ratios = [a / b for a, b in zip(taken[way], taken["cp"], strict=True)]
+        found[way] = {"seconds": median(taken[way]), "ratio": median(ratios)}
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
