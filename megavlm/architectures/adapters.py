@@ -39,7 +39,8 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
     elif parts == 2:
         sizes = (1, 1)
     present = tuple(any(target.part == i for target in own) for i in range(parts))
-    return Adapter(lora.rank, lora.alpha / lora.rank, lora.dropout, sizes, present, grouped)
+    halves = linear.endswith("linear_fc1") and getattr(language, "gated_linear_unit", True)
+    return Adapter(lora.rank, lora.alpha / lora.rank, lora.dropout, sizes, present, grouped, halves)
 
 
 def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, ModuleSpec] | None:

@@ -8,7 +8,7 @@ guessed. Every number is of one tensor-parallel rank where ``tensor`` (their num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from megavlm.config.architecture import BRANCHES, architecture_of, load
@@ -241,13 +241,66 @@ def decoder_cost(language: LanguageConfig) -> DecoderCost:
     return cost
 
 
+class FinalParameter(NamedTuple):
+    """A parameter behind the layers of a language model, as one rank has it."""
+
+    elements: int
+    head: bool = False
+    """It is the output layer's: its bias."""
+
+
+def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParameter]:
+    """Return what a language model has behind its layers on one rank, but the output layer's weight.
+
+    A cost has ``final_parameters(own, tensor)`` where that is not one norm's weight.
+    """
+    own = getattr(decoder_cost(language), "final_parameters", None)
+    return [FinalParameter(language.hidden_size)] if own is None else list(own(language, tensor))
+
+
+def final_norm_kept(language: LanguageConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that the norm behind the layers keeps of so many elements.
+
+    A cost has ``norm_kept`` of these arguments where that norm is no RMSNorm.
+    """
+    own = getattr(decoder_cost(language), "norm_kept", None)
+    if own is not None:
+        return int(own(language, elements, kernels, learns=learns))
+    return elements * (kernels.number_bytes if kernels.fused else 4 + kernels.number_bytes * int(learns))
+
+
 def cost_of(model: ModelConfig, branch: str) -> Any:
     """Return the cost of a branch's architecture.
 
     Raises:
         NoCostError: it has none.
     """
-    return _cost(branch, getattr(model, branch).preset)
+    cost = _cost(branch, getattr(model, branch).preset)
+    return _WithLevels(cost) if branch == "connector" and model.vision.deepstack else cost
+
+
+class _WithLevels:
+    """The cost of a connector with those of a deepstack's levels (:class:`ConnectorCost`)."""
+
+    def __init__(self, cost: Any) -> None:
+        self._cost = cost
+
+    def parameters(self, own: ModelConfig, tensor: int) -> list[Parameter]:
+        """Return each parameter, in the order of the modules."""
+        return [one for model in self._each(own) for one in self._cost.parameters(model, tensor)]
+
+    def work(self, own: ModelConfig, pictures: Pictures) -> Work:
+        """Return the operations of a forward pass."""
+        found = [self._cost.work(model, pictures) for model in self._each(own)]
+        return Work(*(sum(getattr(one, name) for one in found) for name in ("products", "attention", "whole")))
+
+    def kept(self, own: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
+        """Return the bytes that they keep."""
+        return sum(self._cost.kept(model, tensor, pictures, kernels, learns=learns) for model in self._each(own))
+
+    @staticmethod
+    def _each(model: ModelConfig) -> list[ModelConfig]:
+        return [model, *[replace(model, connector=model.connector.level)] * model.vision.deepstack]
 
 
 def costless(model: ModelConfig) -> list[str]:

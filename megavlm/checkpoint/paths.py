@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.json_object import read_json
-from megavlm.weights.kinds import what_is
+from megavlm.weights.kinds import holds_model, what_is
 
 if TYPE_CHECKING:
     from megavlm.config.schema import Recipe
@@ -63,7 +64,12 @@ def with_tokenizer_of_load(recipe: Recipe) -> Recipe:
     from megavlm.data.tokenizer import with_tokenizer  # noqa: PLC0415 - this module is asked before much is loaded
 
     load = recipe.checkpoint.load
-    return with_tokenizer(recipe, resolve(Path(load)) if load and recipe.data.tokenizer is None else None)
+    if not load or recipe.data.tokenizer is not None:
+        return with_tokenizer(recipe, None)
+    if not holds_model(Path(load)):
+        return with_tokenizer(recipe, resolve(Path(load)))
+    data = dataclasses.replace(recipe.data, tokenizer=load)
+    return with_tokenizer(dataclasses.replace(recipe, data=data), None)
 
 
 def check_load(recipe: Recipe) -> None:
@@ -74,7 +80,7 @@ def check_load(recipe: Recipe) -> None:
     """
     from megavlm.config.errors import RecipeError  # noqa: PLC0415 - as above
 
-    if recipe.checkpoint.load is not None:
+    if recipe.checkpoint.load is not None and not holds_model(Path(recipe.checkpoint.load)):
         try:
             resolve(Path(recipe.checkpoint.load))
         except FileNotFoundError as error:

@@ -131,12 +131,21 @@ class Saver:
         lock: of the run's directory; once it is lost, nothing is written or removed there any more.
         proven: compare what is in the files with what the ranks have in memory; without, a checkpoint does not have
             the mark of a proven one.
+        needed: checkpoints that must not be deleted yet, though there are newer ones; asked on the first rank.
     """
 
     def __init__(
-        self, root: Path, keep: int, *, asynchronous: bool = False, lock: LockView | None = None, proven: bool = True
+        self,
+        root: Path,
+        keep: int,
+        *,
+        asynchronous: bool = False,
+        lock: LockView | None = None,
+        proven: bool = True,
+        needed: Callable[[], set[Path]] = set,
     ) -> None:
         self.root, self.keep, self.asynchronous, self.lock, self.proven = root, keep, asynchronous, lock, proven
+        self._needed = needed
         self._job: _PendingCheckpoint | None = None
         self.stalled_seconds = 0.0
         """Time that the last save kept training waiting."""
@@ -347,7 +356,9 @@ class Saver:
         fault("checkpoint.before_retention")
         # Later ones are damaged (else the run would have gone on from them); they do not count as kept.
         up_to_here = [path for path in newest_first(self.root) if path.name <= job.final.name]
-        for old in [*up_to_here[self.keep :], *self.root.glob("*.old.partial")]:
+        needed = self._needed()
+        unneeded = [path for path in up_to_here[self.keep :] if path not in needed]
+        for old in [*unneeded, *self.root.glob("*.old.partial")]:
             try:
                 shutil.rmtree(old)
             except OSError as error:  # the new one is published all the same

@@ -22,6 +22,7 @@ from megavlm.config import architecture as registry
 from megavlm.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from megavlm.models.build import MODULES
 from megavlm.models.fusion import build_fusion
+from megavlm.models.levels import make_connector
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints are saved: optimizer state as full tensors in the model's own shapes."""
@@ -79,7 +80,7 @@ def build_part(part: str, model: ModelConfig, context: BuildContext) -> Any:
     if part == "vision":
         return registry.VISION.find(model.vision.preset).build(model.vision, context)
     if part == "connector":
-        connector = registry.CONNECTORS.find(model.connector.preset).build(model, context)
+        connector = make_connector(model, context)
         build_fusion(model, connector, context, 0)  # its weights are the connector's
         return connector
     return registry.LANGUAGE.find(model.language.preset).build(model.language, context)

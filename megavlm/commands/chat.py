@@ -16,7 +16,6 @@ from megavlm.config.errors import UserError
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
 from megavlm.inference.turns import read_image, system_turns, user_turn, without_control_tokens, write_any_text
-from megavlm.parallel.device import prepare_device
 
 if TYPE_CHECKING:
     from megavlm.inference.sampling import Sampling
@@ -147,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
     system_turns(args.system)  # what is wrong with it is said before the model is loaded
     recipe, checkpoint, tokenizer = model_of(args)
     images = [read_image(path) for path in args.image]
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 

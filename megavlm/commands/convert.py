@@ -252,24 +252,20 @@ def run_incoming(args: argparse.Namespace) -> int:
     base = _base_recipe(args.recipe)
     _prepare()
     # Megatron-Core may be imported from here on.
-    from megavlm.checkpoint.hf.incoming import SourceOfParts, convert, open_whole  # noqa: PLC0415
+    from megavlm.checkpoint.hf.given import SourceOfParts, open_directory  # noqa: PLC0415
+    from megavlm.checkpoint.hf.incoming import convert  # noqa: PLC0415
     from megavlm.families.composing import check_stage_1  # noqa: PLC0415
-    from megavlm.families.known import scattered  # noqa: PLC0415
 
     layer = _feature_layer(args.vision_feature_layer)
-    family, parts = scattered(args.hf) if args.hf is not None else (None, {})
     fresh: dict[str, Any] = {}
-    if parts and not apart:
-        given = [SourceOfParts.open(path, [part]) for part, path in parts.items()]
-    elif args.hf is not None:
-        given = open_whole(args.hf, args.vision, -2 if layer is None else layer)
+    home = None
+    if args.hf is not None:
+        given, home = open_directory(args.hf, args.vision, -2 if layer is None else layer)
     else:
         given = [SourceOfParts.open(getattr(args, name), [name], -2 if layer is None else layer) for name in compose]
         check_stage_1(given)
         fresh = _fresh(args, given, base)
     seed = args.seed if args.seed is not None else ((base or {}).get("training") or {}).get("seed", 1234)
-    whole = family or (given[0].family if len(given) > 1 and args.hf is not None else None)
-    home = whole.name if whole is not None else None
     report = convert(given, args.out, seed=seed, fresh=fresh, base=base, verify=not args.no_verify, home=home)
     for line in report.lines():
         logger.info("%s", line)

@@ -20,13 +20,11 @@ from megavlm.evaluation.metrics import score
 from megavlm.evaluation.panel import PanelItem, draw_panel
 from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
 from megavlm.inference.checkpoint import load_for_inference
-from megavlm.parallel.device import prepare_device
 from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
 logger = logging.getLogger(__name__)
 
-INTERMIXED = True
 _RECORD_TOKENS, _CARDS, _SAVE_EVERY = 48, 16, 128
 PREDICTIONS, SCORES, PANEL = "predictions.jsonl", "scores.json", "panel.png"
 
@@ -123,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     max_new_tokens = args.max_new_tokens or _RECORD_TOKENS
     records = read_records(args.data, args.images)[: args.limit]
     prompts = encode_records(records, tokenizer, recipe, max_new_tokens)
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     from megavlm.evaluation.answer import answer  # noqa: PLC0415 - imports Megatron-Core
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
 from megavlm.inference.turns import read_image, system_turns, user_turn, write_any_text
-from megavlm.parallel.device import prepare_device
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -44,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     images = tuple(read_image(path) for path in args.image)
     turns = (*system_turns(args.system), user_turn(args.prompt, len(images)))
     write_any_text(sys.stdout)
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shards",
         nargs="*",
         metavar="SHARDS",
-        help="directories that megavlm prepare wrote (default: the recipe's data.train)",
+        help="directories that megavlm prepare wrote, or what it reads, as in a recipe (default: its data.train)",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="page to write (.html)")
     parser.add_argument(
@@ -140,12 +140,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _load_recipe(name: str) -> Recipe:
-    from megavlm.families.presets import expand_presets  # noqa: PLC0415
+    from megavlm.checkpoint.hf.directory import expand_recipe  # noqa: PLC0415
 
     path = Path(name)
     if path.is_dir() and name not in shipped_recipes():
         path = _resolve(path) / "recipe.yaml"
-    return load_recipe(path if path.is_file() else name, [], expand_presets)
+    return load_recipe(path if path.is_file() else name, [], expand_recipe)
 
 
 def _resolve(path: Path) -> Path:
@@ -187,8 +187,8 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
         tokenizer = str(inside)
     sources = tuple(DataSource(path=path) for path in args.shards) or (recipe.data.train if recipe else ())
     for source in sources:
-        if not (Path(source.path) / ".nv-meta" / ".info.json").is_file():
-            raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
+        if "://" not in source.path and not Path(source.path).exists():
+            raise MissingFileError(f"data set {source.path} does not exist")
     if recipe is not None:
         known = {source.path: source for source in recipe.data.train}
         sources = tuple(known.get(source.path, source) for source in sources)

@@ -8,11 +8,11 @@ import re
 import sys
 from pathlib import Path
 
+from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
-from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import CUSTOM, DEFAULT, GIB, GPUS, GivenGpu, Gpu, choose_gpu
 from megavlm.planning.launch import launch_line
 from megavlm.planning.layout import with_parallel
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             raise RecipeError(f"{path}: no directory {str(path.parent)!r}; make it, or correct the path")
     if args.picture is not None:
         check_picture(args.picture)
-    recipe = load_recipe(args.recipe, args.overrides, expand_presets)
+    recipe = load_recipe(args.recipe, args.overrides, expand_recipe)
     workload = assume_workload(
         recipe, args.images_per_pack, args.samples_per_pack, picture=_picture_size(args.picture_size)
     )

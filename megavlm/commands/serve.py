@@ -21,7 +21,6 @@ from megavlm.data.schema import check_unicode
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.limits import Limits
-from megavlm.parallel.device import prepare_device
 
 if TYPE_CHECKING:
     from megavlm.inference.session import Session
@@ -87,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     recipe, checkpoint, tokenizer = model_of(args)
     name = args.name or name_of(args.checkpoint)
     bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
 

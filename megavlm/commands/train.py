@@ -12,16 +12,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.checkpoint.paths import check_load, newest_first, with_tokenizer_of_load
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MachineError, OtherRankError, RecipeError, UsageError, disk_problem
 from megavlm.config.help import keys_help, to_yaml
-from megavlm.config.load import load_recipe, shipped_recipes
+from megavlm.config.load import load_recipe, recipes_of_any_model, shipped_recipes
 from megavlm.config.schema import Recipe
+from megavlm.data.cache import located
 from megavlm.data.tokenizer import tokenizer_of
-from megavlm.families.presets import expand_presets
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
+from megavlm.training.loggers.known import check_loggers
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -33,8 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a model by a recipe. Start it under torchrun for more than one process."
     parser.epilog = keys_help()
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    names = ", ".join(shipped_recipes())
-    parser.add_argument("recipe", metavar="RECIPE", help=f"YAML file, or a shipped recipe: {names}")
+    names, general = ", ".join(shipped_recipes()), " or ".join(recipes_of_any_model())
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help=f"YAML file, or a shipped recipe: {general} for any model that checkpoint.load names, or {names}",
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="a key of the recipe to set, see below"
     )
@@ -59,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         RecipeError: the recipe is wrong; tokenizer, data or checkpoint do not fit it.
         RuntimeError: training went wrong (a loss that is not finite, a reader that failed).
     """
-    recipe = load_recipe(args.recipe, args.overrides, expand_presets, args.files)
+    recipe = load_recipe(args.recipe, args.overrides, expand_recipe, args.files)
     if args.print_config:
         # Often asked on another machine than the one that trains: the number of processes may be unknown.
         check_recipe(recipe, _world_size(None))
@@ -77,7 +83,10 @@ def train(recipe: Recipe) -> int:
 
     Returns, Raises: as :func:`run`.
     """
+    check_loggers(recipe.logging)
     tokenizer = tokenizer_of(recipe)
+    for source in (*recipe.data.train, *recipe.data.validation):
+        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     try_writing(recipe.output_dir)
     check_output(recipe)
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
@@ -105,8 +114,11 @@ def train(recipe: Recipe) -> int:
         trainer = Trainer(recipe, tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())
+        leaving.callback(trainer.exporter.end)
         try:
-            return trainer.train()
+            code = trainer.train()
+            leaving.callback(trainer.exporter.finish, lambda: trainer.stop.signal is not None)
+            return code
         finally:
             trainer.close()
 

@@ -41,8 +41,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _architectures, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _loss,
-        engine_rules, lora_rules, *_MORE,
+        _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _exports,
+        _loss, engine_rules, lora_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -76,10 +76,17 @@ def check_paths(recipe: Recipe) -> None:
     for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for position, source in enumerate(sources):
             name = f"{key}.{position}.path"
-            if not Path(source.path).is_dir():
-                lines.append(f"{name}: no directory {source.path!r}; make it with megavlm prepare, or correct the path")
-            elif not (Path(source.path) / _PREPARED).is_dir():
-                lines.append(f"{name}: {source.path!r} has no {_PREPARED}; make the data set with megavlm prepare")
+            plain = not (Path(source.path) / _PREPARED).is_dir()
+            if plain and "://" not in source.path and not Path(source.path).exists():
+                lines.append(
+                    f"{name}: no file or directory {source.path!r}; name one that megavlm prepare wrote, or plain data"
+                )
+            for other in ("images", "format") if not plain else ():
+                if getattr(source, other) is not None:
+                    lines.append(f"{key}.{position}.{other}: {source.path!r} is prepared already; leave it out")
+            images = source.images
+            if images is not None and "://" not in images and not Path(images).is_dir():
+                lines.append(f"{key}.{position}.images: no directory {images!r}; correct the path")
     load = recipe.checkpoint.load
     if load is not None and not Path(load).exists():
         lines.append(f"checkpoint.load: no checkpoint {load!r}; correct the path, or leave the key out")
@@ -104,6 +111,15 @@ def _architectures(recipe: Recipe) -> Iterator[str]:
                 f"data.balance_images: orders packs by their cost, and the {architecture.name} architecture of"
                 f" model.{branch} has no figures of its own; set it to false"
             )
+
+
+def _deepstack(recipe: Recipe) -> Iterator[str]:
+    """Check that the language model takes what the tower's layers give it."""
+    language, levels, key = recipe.model.language, recipe.model.vision.deepstack, "model.vision.deepstack_layers"
+    if levels and not language.takes_deepstack:
+        yield f"{key}: the language model {language.preset!r} adds nothing behind its layers; set this to []"
+    elif levels > language.num_layers:
+        yield f"{key}: {levels} layers, each for one of model.language.num_layers ({language.num_layers}); name fewer"
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:
@@ -254,6 +270,22 @@ def _intervals(recipe: Recipe) -> Iterator[str]:
     ):
         if value is not None:
             yield f"{key}: needs held-out data; add data.validation, or set this to null"
+
+
+def _exports(recipe: Recipe) -> Iterator[str]:
+    """Check that exports are of steps that have a checkpoint."""
+    rule, interval = recipe.checkpoint.export_hf, recipe.checkpoint.save_interval
+    if not isinstance(rule, int):
+        return
+    if rule < 1:
+        yield f"checkpoint.export_hf: {rule} is no number of steps; write last, every, or 1 or more"
+    elif interval is None:
+        yield f"checkpoint.export_hf: {rule} needs checkpoint.save_interval: checkpoints are exported; set that too"
+    elif rule % interval:
+        yield (
+            f"checkpoint.export_hf: {rule} is not a multiple of checkpoint.save_interval ({interval}), and checkpoints"
+            " are exported; take a multiple of it"
+        )
 
 
 def _recorded(recipe: Recipe) -> Iterator[str]:

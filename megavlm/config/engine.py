@@ -68,6 +68,11 @@ def _fusions(recipe: Recipe) -> Iterator[str]:
         yield f"{_KEY}cross_entropy_loss_fusion: needs training.precision bf16; set it to off or auto"
     if engine.cross_entropy_fusion_impl == "te" and engine.cross_entropy_loss_fusion != "on":
         yield f"{_KEY}cross_entropy_fusion_impl: te needs {_KEY}cross_entropy_loss_fusion on; set both"
+    if engine.apply_rope_fusion == "on" and not recipe.model.language.fused_rotary:
+        yield (
+            f"{_KEY}apply_rope_fusion: Transformer Engine's kernel turns whole heads by one position, and "
+            "model.language.rotary_* ask for more; set it to auto or off"
+        )
 
 
 def _overlap(recipe: Recipe) -> Iterator[str]:

@@ -126,7 +126,7 @@ def _type_text(annotation: Any, metadata: list[Any]) -> str:
         elif typing.get_origin(option) is tuple:
             words.append(("or " if words else "") + _list_text(option))
         else:
-            words.append(_TYPE_NAMES[option])
+            words.append(("or " if words else "") + _TYPE_NAMES[option])
     for attribute, sign in _BOUNDS:
         words += [f"{sign} {bound:g}" for item in metadata if (bound := getattr(item, attribute, None)) is not None]
     return " ".join(words) + (" or null" if types.NoneType in options else "")

@@ -22,11 +22,12 @@ from megavlm.config.keys import all_keys, find_key
 from megavlm.config.saved import is_saved, with_defaults
 from megavlm.config.schema import Recipe
 
-__all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "shipped_recipes"]
+__all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "recipes_of_any_model", "shipped_recipes"]
 
 SHIPPED = Path(__file__).parent / "recipes"
 """Directory of the recipes that come with megavlm."""
 
+_ANY = "any/"
 _BEFORE_STAGES = {"codefuse_vl_14b": "codefuse_vl_14b/align", "qwen_vl_7b": "qwen_vl_7b/sft"}
 """Names of recipes before each system had one for every stage; what they started, they still start."""
 
@@ -35,7 +36,13 @@ Tree = dict[str, Any]
 
 def shipped_recipes() -> list[str]:
     """Return the names of the recipes that come with megavlm, such as ``quickstart`` and ``qwen_vl_7b/sft``."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    found = sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    return [name for name in found if not name.startswith(_ANY)]
+
+
+def recipes_of_any_model() -> list[str]:
+    """Return the names of those that say nothing of a model: it comes from ``checkpoint.load``."""
+    return sorted(path.stem for path in (SHIPPED / _ANY).glob("*.yaml"))
 
 
 def load_recipe(
@@ -88,7 +95,10 @@ def _find(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    names, name = shipped_recipes(), _BEFORE_STAGES.get(str(recipe), str(recipe))
+    general = recipes_of_any_model()
+    if str(recipe) in general:
+        return SHIPPED / f"{_ANY}{recipe}.yaml"
+    names, name = [*shipped_recipes(), *general], _BEFORE_STAGES.get(str(recipe), str(recipe))
     if name in names:
         return SHIPPED / f"{name}.yaml"
     if path.is_dir():

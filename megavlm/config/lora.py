@@ -11,6 +11,8 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, LoraConfig, Recipe
 
 _KEY = "lora."
+ALL = "all-linear"
+"""What PEFT calls every linear layer but the output layer."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def known_targets(language: LanguageConfig) -> tuple[Target, ...]:
 
 def targets_of(lora: LoraConfig, language: LanguageConfig) -> tuple[Target, ...]:
     """Return the layers that get adapters."""
-    return tuple(t for t in known_targets(language) if any(t.called(name) for name in lora.targets))
+    return tuple(t for t in known_targets(language) if any(name == ALL or t.called(name) for name in lora.targets))
 
 
 def lora_rules(recipe: Recipe) -> Iterator[str]:
@@ -74,7 +76,7 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
     if not lora.targets:
         yield f"{_KEY}targets: names no layer; name some of {known}"
     for name in lora.targets:
-        if not any(target.called(name) for target in targets):
+        if name != ALL and not any(target.called(name) for target in targets):
             yield f"{_KEY}targets: {name!r} is none of the language model's layers; there are {known} (or their ends)"
     if recipe.modules.language.freeze:
         yield (

@@ -13,6 +13,8 @@ from pydantic import Field
 
 from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
+from megavlm.config.image import ImageConfig as ImageConfig
+from megavlm.config.logs import LoggingConfig
 
 
 @config_class
@@ -44,9 +46,24 @@ class VisionConfig:
         raise NotImplementedError(f"{type(self).__name__} does not say how many features a picture has")
 
     @property
+    def packed(self) -> bool:
+        """Whether it takes pictures of any size, as flat patches with the grid of each; else equal squares."""
+        return False
+
+    @property
+    def deepstack(self) -> int:
+        """Layers of the tower whose features are added behind as many language layers, from the first on."""
+        return 0
+
+    @property
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of the pixels of one picture, uint8."""
+        return 3 * int(self.image_size) ** 2
 
     @property
     def patches_per_image(self) -> int:
@@ -68,40 +85,14 @@ class ConnectorConfig:
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
+    @property
+    def level(self) -> ConnectorConfig:
+        """The connector of each level of a deepstack; the same, unless a class says else."""
+        return self
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
         return grid[0] * grid[1]
-
-
-@config_class
-class ImageConfig:
-    """What becomes of a picture before the tower sees it (docs/images.md): views, and tokens."""
-
-    kind: str = "squash"
-    """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
-    (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
-    slices (MiniCPM-V)."""
-    resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
-    """Filter that pictures are resized with; always antialiased."""
-    fill: Literal["mean"] | tuple[int, int, int] | None = None
-    """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
-    plan's own: pad takes the mean, the others black."""
-    short_side: int | None = Field(default=None, gt=0, le=100_000)
-    """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
-    pinpoints: tuple[tuple[int, int], ...] = ()
-    """Of anyres and anyres_max: resolutions that tiles make up, as [height, width] in pixels, in the published order.
-    Empty for LLaVA-1.6's five, or LLaVA-OneVision's 36."""
-    min_tiles: int | None = Field(default=None, gt=0)
-    """Of dynamic_tiles: fewest tiles of a picture; null for 1."""
-    max_tiles: int | None = Field(default=None, gt=0)
-    """Of dynamic_tiles and slices: most tiles of a picture (null for 12, or 9). Of anyres_max: tiles whose features a
-    picture has at most (null for 9)."""
-    thumbnail: bool = True
-    """Of dynamic_tiles: whether the squashed picture stands behind its tiles."""
-    slice_markup: Literal["nested", "flat"] = "nested"
-    """Of slices: nested in one <slice> (MiniCPM-V 2.0, 2.5), or each in its own (from 2.6)."""
-    options: tuple[str, ...] = ()
-    """Of an image plan that another package brings: its own keys, as key=value each."""
 
 
 @config_class
@@ -122,6 +113,21 @@ class LanguageConfig:
         tie_word_embeddings: bool
 
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers of a token's position: 1, or 3 where it has a time, a row and a column of its own (M-RoPE)."""
+        return 1
+
+    @property
+    def takes_deepstack(self) -> bool:
+        """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
+        return False
+
+    @property
+    def fused_rotary(self) -> bool:
+        """Whether Transformer Engine's kernel can turn its heads (``engine.apply_rope_fusion``)."""
+        return True
 
     @property
     def ntk_length(self) -> int | None:
@@ -249,7 +255,12 @@ class DataSource:
     """One data set of a blend."""
 
     path: str
-    """Directory that megavlm prepare wrote."""
+    """Directory that megavlm prepare wrote; or what it reads, which is then prepared once, in data.cache: a file of
+    JSON, JSON lines, parquet or tar, a directory of these, a saved Hugging Face data set, or a URL (s3://, gs://)."""
+    images: str | None = None
+    """Of plain data: directory, or URL, that paths of pictures start from; null for where the data is."""
+    format: str | None = None
+    """Of plain data: its format, as megavlm prepare --help lists them; null for what it looks like."""
     weight: float = Field(default=1.0, gt=0)
     """Share of this data set in the blend, relative to the others."""
     name: str | None = None
@@ -268,6 +279,9 @@ class DataConfig:
     """Data sets to train on, blended by weight."""
     validation: tuple[DataSource, ...] = ()
     """Held-out data sets, each evaluated for itself."""
+    cache: str | None = None
+    """Directory in which plain data is prepared, shared by runs; null for megavlm/data in XDG_CACHE_HOME, or in
+    ~/.cache. On several nodes, one that all see; else each node prepares its own."""
     tokenizer: str | None = None
     """Tokenizer file (.tiktoken, tokenizer.json or a SentencePiece .model), or a directory with one in it.
     Null for the one that lies in the checkpoint that checkpoint.load names."""
@@ -393,39 +407,18 @@ class CheckpointConfig:
     resume: bool = True
     """Go on from the newest checkpoint in output_dir, if there is one."""
     load: str | None = None
-    """Checkpoint whose weights to start from (fresh optimizer and step 0); ignored when resuming."""
+    """Checkpoint whose weights to start from (fresh optimizer and step 0), or a Hugging Face directory: model,
+    template, image plan and tokenizer are then its own, and its weights are converted once; ignored when resuming."""
+    converted_dir: str | None = None
+    """Where Hugging Face directories are converted to, for this run and others; null for a directory "converted" beside
+    output_dir."""
+    export_hf: Literal["last", "every"] | int | None = None
+    """Also write a Hugging Face directory to output_dir/hf, in the background: of the last checkpoint, of every one, or
+    of those of every so many steps and the last; null for none. Of adapters there are two: merged, and as PEFT's."""
     lock_timeout_seconds: float = Field(default=60.0, ge=1)
     """One run at a time has output_dir. Where the run that has it cannot be seen, as it is on another machine or in
     another container, it is taken for dead once it has given no sign of life for this long, and output_dir is taken
     over."""
-
-
-@config_class
-class LoggingConfig:
-    """What is shown while training."""
-
-    log_interval: int = Field(default=10, gt=0)
-    """Steps between progress lines and TensorBoard points."""
-    tensorboard: bool = True
-    """Write TensorBoard files to output_dir/tensorboard."""
-    panel_interval: int | None = Field(default=None, gt=0)
-    """Steps between panels of held-out images with the model's answers; null for none. Needs data.validation."""
-    panel_samples: int = Field(default=6, gt=0)
-    """Samples on a panel."""
-    panel_max_new_tokens: int = Field(default=24, gt=0)
-    """Longest answer on a panel."""
-    timing_interval: int | None = Field(default=10, gt=0)
-    """Steps between steps whose parts are timed on all ranks: stages, pipeline bubble, communication, the slowest rank;
-    null for none. They are shown with the next progress line. Steps that are recorded (profile_steps,
-    memory_snapshot_steps) are not timed."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last step to record with PyTorch's profiler, to output_dir/profile (for chrome://tracing,
-    ui.perfetto.dev or TensorBoard); null for none. Recorded steps are slower."""
-    profile_ranks: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """Ranks that write profiles and memory snapshots."""
-    memory_snapshot_steps: tuple[int, int] | None = None
-    """First and last step of which every allocation of device memory is recorded, to output_dir/profile (for
-    pytorch.org/memory_viz); null for none. CUDA only."""
 
 
 @config_class
@@ -450,7 +443,8 @@ class LoraConfig:
     """Dropout on the input of the adapters."""
     targets: tuple[str, ...] = ()
     """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
-    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or
+    all-linear, which means all of them."""
     train_embeddings: bool = False
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False

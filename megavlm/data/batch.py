@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid
+from megavlm.data.positions import OwnPositions
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
@@ -41,8 +42,11 @@ class Pack:
     """[S] token ids; every image slot holds ``<imgpad>``."""
     labels: NDArray[np.int64]
     """[S] the token to predict at each position (already shifted by one within its segment), or IGNORE_INDEX."""
+    loss_weights: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    """[S] what the loss at each position is multiplied by; None where it is 1 at all."""
     position_ids: NDArray[np.int64]
-    """[S] positions, from 0 in each segment."""
+    """[S] positions, from 0 in each segment; or [3, S], of time, row and column, for models that have these
+    (:mod:`megavlm.data.positions`)."""
     cu_seqlens: NDArray[np.int32]
     """[G + 1] where each segment starts, and S at the end; padding is the last segment."""
     segment_sources: NDArray[np.int32]
@@ -78,7 +82,7 @@ class Pack:
 
     @property
     def supervised_tokens(self) -> int:
-        """Positions that have a label."""
+        """Positions that have a label, whatever it weighs."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
@@ -87,8 +91,11 @@ def make_pack(
     length: int,
     *,
     labels: Sequence[ArrayLike] | None = None,
+    weights: Sequence[ArrayLike | None] | None = None,
     sources: Sequence[int] | None = None,
     pad_token: int = 0,
+    positions: OwnPositions | None = None,
+    grids: Sequence[Sequence[TokenGrid]] | None = None,
     **rest: Any,
 ) -> Pack:
     """Lay segments out as one pack of S = ``length`` positions.
@@ -101,8 +108,11 @@ def make_pack(
         tokens: ids of each segment.
         length: S, at least as much as the segments have.
         labels: of each segment, one per token, not shifted; None where nothing is to be predicted.
+        weights: of each segment, one per token as its label, not shifted; None for 1.
         sources: index of each segment's data set; 0 if not given.
         pad_token: what fills the rest.
+        positions: how the model's positions are made, where they are not counted.
+        grids: with ``positions``, those of each segment's pictures; None where there are no pictures.
         rest: other fields of :class:`Pack`.
 
     Raises:
@@ -126,10 +136,19 @@ def make_pack(
             if len(np.asarray(labels[index])) != lengths[index]:
                 raise ValueError(f"{len(np.asarray(labels[index]))} labels for {lengths[index]} tokens")
             all_labels[start : end - 1] = np.asarray(labels[index])[1:]
+    all_weights = None
+    if weights is not None and any(own is not None for own in weights):
+        all_weights = np.ones(length, np.float32)
+        for index, weight in enumerate(weights):
+            start, end = bounds[index : index + 2]
+            all_weights[start : end - 1] = 1.0 if weight is None else np.asarray(weight, np.float32)[1:]
     return Pack(
         tokens=all_tokens,
         labels=all_labels,
-        position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths]),
+        loss_weights=all_weights,
+        position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths])
+        if positions is None
+        else positions.pack(tokens, [()] * len(tokens) if grids is None else grids, length),
         cu_seqlens=bounds,
         segment_sources=np.asarray(origins, np.int32),
         **{"images": [], "sample_keys": [], **rest},

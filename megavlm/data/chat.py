@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -27,6 +27,8 @@ class EncodedSample:
     """[T] the position's own token where it is trained on, else IGNORE_INDEX; not shifted."""
     num_images: int
     """Images whose slots are in ``tokens``."""
+    weights: NDArray[np.float32] | None = None
+    """[T] what the loss of predicting each position's token is multiplied by; None for 1."""
 
 
 def count_images(turns: Sequence[Turn]) -> int:
@@ -50,8 +52,9 @@ def encode_conversation(
             the template has no form for the conversation.
     """
     turns = _with_system(conversation.turns, tokenizer, system)
-    tokens, labels = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
-    return EncodedSample(np.asarray(tokens, np.int64), np.asarray(labels, np.int64), len(runs))
+    tokens, labels, weights = _encode(tokenizer.template.spans(turns), tokenizer, _Images(turns, runs))
+    weighted = None if set(weights) <= {1.0} else np.asarray(weights, np.float32)
+    return EncodedSample(np.asarray(tokens, np.int64), np.asarray(labels, np.int64), len(runs), weighted)
 
 
 def encode_prompt(
@@ -77,7 +80,7 @@ def encode_prompt(
     turns = _with_system(turns, tokenizer, system)
     for turn in turns:
         check_text(turn.text, f"the {turn.role} turn")
-    tokens, _ = _encode(tokenizer.template.spans(turns, prompt=True), tokenizer, _Images(turns, runs))
+    tokens, _, _ = _encode(tokenizer.template.spans(turns, prompt=True), tokenizer, _Images(turns, runs))
     return np.asarray(tokens, np.int64)
 
 
@@ -170,7 +173,7 @@ def _with_system(turns: Sequence[Turn], tokenizer: Tokenizer, system: str | None
     """
     template = tokenizer.template
     text = template.default_system if system is None else system
-    turns = [Turn(turn.role, template.placed(turn.text)) for turn in turns]
+    turns = [replace(turn, text=template.placed(turn.text)) for turn in turns]
     if text and (not turns or turns[0].role != "system"):
         turns = [Turn("system", text), *turns]
     for turn in turns if template.renders else ():
@@ -181,40 +184,47 @@ def _with_system(turns: Sequence[Turn], tokenizer: Tokenizer, system: str | None
     return turns
 
 
-def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tuple[list[int], list[int]]:
-    """Return ids and labels."""
+def _encode(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> tuple[list[int], list[int], list[float]]:
+    """Return ids, labels and weights. What weighs nothing has no label, and the tokens that it has else."""
     tokens: list[int] = []
     labels: list[int] = []
+    weights: list[float] = []
     encode = _joined if tokenizer.template.joined else _apart
     ends = tokenizer.ids.get(tokenizer.template.ends)
-    answered = False
-    for ids, trained in encode(spans, tokenizer, images):
+    answered = 0.0
+    for ids, weight in encode(spans, tokenizer, images):
         if not ids:
             continue
         tokens += ids
-        labels += ids if trained else [IGNORE_INDEX] * len(ids)
-        if answered and not trained and ends is not None:
-            labels[-len(ids)] = ends
-        answered = trained
-    return tokens, labels
+        labels += ids if weight else [IGNORE_INDEX] * len(ids)
+        weights += [weight or 1.0] * len(ids)
+        if answered and not weight and ends is not None:
+            labels[-len(ids)], weights[-len(ids)] = ends, answered
+        answered = weight
+    return tokens, labels, weights
 
 
-def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], bool]]:
-    """Yield each span's ids, encoded by itself, so that the mask cuts between tokens."""
+def _counted(span: Span) -> float:
+    """Return the weight of a span, 0 where it is not trained on."""
+    return span.weight if span.trained else 0.0
+
+
+def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], float]]:
+    """Yield each span's ids and weight, encoded by itself, so that the mask cuts between tokens."""
     for span in spans:
         if span.markup and IMAGE_PLACEHOLDER not in span.text:
-            yield _ids_of([span.text], tokenizer), span.trained
+            yield _ids_of([span.text], tokenizer), _counted(span)
             continue
         check_unicode(span.text)
         ids: list[int] = []
         for index, part in enumerate(span.text.split(IMAGE_PLACEHOLDER)):
             ids += _image(images.next(), tokenizer) if index else []
             ids += _checked(part, tokenizer)
-        yield ids, span.trained
+        yield ids, _counted(span)
 
 
-def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], bool]]:
-    """Yield ids of stretches that are all trained on or not at all, of the whole conversation encoded as one string.
+def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], float]]:
+    """Yield ids and weight of stretches in which that is the same, of the whole conversation encoded as one string.
 
     Where the mask changes within what would be one token, the text is cut there and encoded on from the cut: a prompt
     is then what the training sequence begins with, whatever the answer. A rendered text is cut nowhere, so that its ids
@@ -224,29 +234,32 @@ def _joined(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Ite
     if tokenizer.template.renders:
         whole = tokenizer.encode("".join(text for text, _, _ in stretches))
         text, at = "", 0
-        for one, runs, trained in stretches:
+        for one, runs, weight in stretches:
             text += one
             end = max(at, _common(tokenizer.encode(text), whole))  # no id twice, whatever a tokenizer makes of a prefix
-            yield _filled(whole[at:end], runs, tokenizer), trained
+            yield _filled(whole[at:end], runs, tokenizer), weight
             at = end
         return
     before = ""
     known: list[int] = []
-    for text, runs, trained in stretches:
+    for text, runs, weight in stretches:
         whole = tokenizer.encode(before + text)
         if whole[: len(known)] == known:
             new, before, known = whole[len(known) :], before + text, whole
         else:
             before, known = text, tokenizer.encode(text)
             new = known
-        yield _filled(new, runs, tokenizer), trained
+        yield _filled(new, runs, tokenizer), weight
 
 
 def _stretches(
     spans: Sequence[Span], tokenizer: Tokenizer, images: _Images
-) -> Iterator[tuple[str, list[ImageRuns], bool]]:
-    """Yield text, images and mask of stretches in which the mask does not change; a run of slots is one token."""
-    for trained, group in groupby(spans, lambda span: span.trained):
+) -> Iterator[tuple[str, list[ImageRuns], float]]:
+    """Yield text, images and weight of stretches in which that does not change; a run of slots is one token.
+
+    An answer of weight 0 is a stretch too: its tokens are those that it has else.
+    """
+    for (trained, weight), group in groupby(spans, lambda span: (span.trained, span.weight)):
         text = ""
         runs: list[ImageRuns] = []
         for span in group:
@@ -260,7 +273,7 @@ def _stretches(
                     _checked(part, tokenizer)
                 text += part if not span.markup else _named(part, tokenizer)
         if text:
-            yield text, runs, trained
+            yield text, runs, weight if trained else 0.0
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ from megavlm.data.images import (
     read_header,
 )
 from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange
+from megavlm.data.patches import patches_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.render import render_with_pil, render_with_torch
 
@@ -47,7 +49,8 @@ class DecodedImages:
     """The pixels of some images."""
 
     pixels: torch.Tensor
-    """[V, 3, side, side] uint8 RGB of all their views, on the decoder's device."""
+    """[V, 3, side, side] uint8 RGB of all their views, on the decoder's device; or [P, F] uint8 patches of them
+    (``plan.packed``)."""
     failed: list[int] = field(default_factory=list)
     """Indices of the images that could not be decoded and are gray; mask their samples' labels."""
     causes: list[str] = field(default_factory=list)
@@ -61,7 +64,7 @@ class DecodeTask:
     data: bytes
     plan: ImagePlan
     out: torch.Tensor
-    """[views, 3, side, side] uint8, to be filled."""
+    """[views, 3, side, side] or [patches, F] uint8, to be filled."""
     layout: ImageLayout | None
     """None where any size will do: the plan's views are the same for all."""
     header: ImageHeader | None = None
@@ -78,6 +81,15 @@ class DecodeTask:
             was = f"{self.layout.shape.width} x {self.layout.shape.height}"
             raise ImageError("broken header", f"{was} pixels by its header, {width} x {height} when decoded")
         return self.layout
+
+    def fill(self, views: Iterable[torch.Tensor]) -> None:
+        """Take the picture's views, [3, H, W] uint8 each."""
+        if isinstance(self.plan, NativePlan):
+            for view in views:
+                self.out.copy_(patches_of(view, self.plan))
+            return
+        for out, view in zip(self.out, views, strict=True):
+            out.copy_(view)
 
 
 class ImageDecoder(ABC):
@@ -105,11 +117,10 @@ class ImageDecoder(ABC):
             layouts: Layout of each image; None where the plan has the same views for all (``plan.fixed``).
         """
         plan = SquashPlan(plan, 0) if isinstance(plan, int) else plan
-        assert plan.square, "views that are not square are made by megavlm.data.render"
+        assert plan.square or plan.packed, "views that are not square are made by megavlm.data.render"
         assert plan.fixed or layouts is not None, "how many views a picture has is told by its layout"
-        counts = [1] * len(images) if layouts is None else [len(layout.views) for layout in layouts]
-        shape = (sum(counts), 3, plan.side, plan.side)
-        pixels = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        counts = [1] * len(images) if layouts is None else [plan.pixels_of(layout)[0] for layout in layouts]
+        pixels = torch.empty((sum(counts), *plan.row), dtype=torch.uint8, device=self.device)
         outs = pixels.split(counts) if images else ()
         fast: dict[int, DecodeTask] = {}
         slow: list[int] = []
@@ -163,8 +174,7 @@ class ImageDecoder(ABC):
         try:
             picture = decode_with_pil(job.data, self.alpha)
             views = render_with_pil(picture, job.plan, job.laid_out(*picture.size))
-            for out, view in zip(job.out, views, strict=True):
-                out.copy_(torch.from_numpy(view).permute(2, 0, 1))
+            job.fill(torch.from_numpy(view).permute(2, 0, 1) for view in views)
         except MemoryError:
             raise ImageError(OUT_OF_MEMORY) from None
 
@@ -200,8 +210,7 @@ class SimpleJpegDecoder(ImageDecoder):
             try:
                 picture = decode_jpeg(job.data)
                 layout = job.laid_out(picture.shape[1], picture.shape[0])
-                for out, view in zip(job.out, render_with_torch(picture, job.plan, layout), strict=True):
-                    out.copy_(view)
+                job.fill(render_with_torch(picture, job.plan, layout))
             except (ValueError, MemoryError, RuntimeError):  # torch has no MemoryError for its own allocations
                 rescue.append(index)
         return rescue

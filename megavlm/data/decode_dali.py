@@ -109,8 +109,7 @@ class DaliDecoder(ImageDecoder):
             pixels_CHW = self._to_torch(output[index]).permute(2, 0, 1)
             try:
                 layout = job.laid_out(pixels_CHW.size(2), pixels_CHW.size(1))
-                for out, view in zip(job.out, render_tensor(pixels_CHW, job.plan, layout), strict=True):
-                    out.copy_(view)
+                job.fill(render_tensor(pixels_CHW, job.plan, layout))
             except ImageError:
                 done.append(False)
             else:

@@ -48,9 +48,11 @@ FIELDS = (
     BatchField("segment_sources", "all", torch.int64, on_host=True),
     BatchField("num_images", "all", torch.int64, on_host=True),
     BatchField("num_views", "all", torch.int64, on_host=True),
+    BatchField("image_grid", "all", torch.int64, on_host=True),
     BatchField("tokens", "all", torch.int64, per_position=True),
     BatchField("position_ids", "all", torch.int64, per_position=True),
     BatchField("labels", "last", torch.int64, per_position=True),
+    BatchField("loss_weights", "last", torch.float32, per_position=True),
     BatchField("images", "first", torch.uint8),
     BatchField("image_index", "first", torch.int64),
     BatchField("image_weight", "first", torch.float32),
@@ -68,7 +70,7 @@ class Batch:
     tokens: Tensor
     """[1, S] int64."""
     position_ids: Tensor
-    """[1, S] int64, from 0 in each segment."""
+    """[1, S] int64, from 0 in each segment; or [1, 3, S], see :class:`megavlm.data.batch.Pack`."""
     packed_seq_params: PackedSeqParams
     """Segment borders for Megatron-Core."""
     segment_sources: Tensor
@@ -79,14 +81,20 @@ class Batch:
     """[1, S] int64, already shifted; IGNORE_INDEX where there is nothing to predict. From the feed only the last stage
     has them."""
     images: Tensor | None
-    """[V, 3, H, W] uint8 views on the first stage; None on the others."""
+    """[V, 3, H, W] uint8 views on the first stage, or with ``image_grid`` [P, F] uint8: F numbers of each of their P
+    patches. None on the others."""
     num_views: int
     """V, on every stage: one for each image but where the image plan makes several of it."""
+    image_grid: Tensor | None = None
+    """[V, 3] int64 on the host, on every stage: frames, rows and columns of patches of each picture, where pictures
+    keep sizes of their own. None where they do not, or there are none."""
     image_index: Tensor | None = None
     """[T, K] int64, with ``images``: the features that stand in each of the T image slots; -1 is the learned newline
     vector. None where they stay in the order of the views."""
     image_weight: Tensor | None = None
     """[T, K] float32 weights of these; None where K is 1."""
+    loss_weights: Tensor | None = None
+    """[1, S] float32, with ``labels``: what the losses are multiplied by; None where all count 1."""
 
     @property
     def token_sources(self) -> Tensor:
@@ -108,6 +116,7 @@ class Batch:
             "packed_seq_params": self.packed_seq_params,
             "labels": labels,
             "images": self.images,
+            "image_grid": self.image_grid,
             "image_index": self.image_index,
             "image_weight": self.image_weight,
         }
@@ -120,7 +129,7 @@ def make_batch(
 
     Args:
         pack: the pack.
-        images: [V, 3, H, W] views, uint8 or normalised floats; None where they are not for this rank.
+        images: [V, 3, H, W] views or [P, F] patches, uint8 or normalised floats; None where they are not for this rank.
         device: where to.
         arrangement: where the views' features go; None where they stay in their order.
     """
@@ -158,14 +167,18 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]
 
 
 def _arranged(arrangement: Arrangement | None) -> dict[str, Tensor]:
-    """Return what there is of ``image_index`` and ``image_weight``."""
-    arrays = {} if arrangement is None else {"image_index": arrangement.index, "image_weight": arrangement.weight}
+    """Return what there is of ``image_index``, ``image_weight`` and ``image_grid``."""
+    if arrangement is None:
+        return {}
+    arrays = {"image_index": arrangement.index, "image_weight": arrangement.weight, "image_grid": arrangement.grid}
     return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
 
 
 def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None = None) -> dict[str, Tensor]:
     """Return what there is of each of :data:`FIELDS`, as a rank that has all of the pack knows it."""
     views = len(pack.images) if images is None else images.size(0)
+    if arrangement is not None and arrangement.grid is not None:
+        views = len(arrangement.grid)
     arrays = {
         "cu_seqlens": pack.cu_seqlens,
         "segment_sources": pack.segment_sources,
@@ -176,6 +189,8 @@ def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None =
         "labels": pack.labels,
     }
     found = {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
+    if pack.loss_weights is not None:
+        found["loss_weights"] = torch.from_numpy(pack.loss_weights)
     return found if images is None else {**found, "images": images, **_arranged(arrangement)}
 
 
@@ -201,8 +216,10 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
         labels=placed("labels")[None] if "labels" in fields else None,
         images=fields["images"].to(device) if "images" in fields else None,
         num_views=int(fields["num_views"]),
+        image_grid=fields.get("image_grid"),
         image_index=placed("image_index") if "image_index" in fields else None,
         image_weight=placed("image_weight") if "image_weight" in fields else None,
+        loss_weights=placed("loss_weights")[None] if "loss_weights" in fields else None,
     )
 
 

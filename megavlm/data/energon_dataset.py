@@ -30,6 +30,7 @@ from megavlm.data.images import ImageError, lay_out
 from megavlm.data.machine import is_machine_fault
 from megavlm.data.media import ImagePlan
 from megavlm.data.packing import PackableSample, build_pack, choose_pack
+from megavlm.data.positions import OwnPositions
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
@@ -94,17 +95,26 @@ class PackEncoder(TaskEncoder):
         names: Name of each data set, for sample keys.
         tokenizer: The tokenizer.
         plan: What becomes of images.
+        positions: How the model's positions are made, where they are not counted.
     """
 
     decoder = None
     cookers = (Cooker(_cook),)
 
-    def __init__(self, data: DataConfig, names: Sequence[str], tokenizer: Tokenizer, plan: ImagePlan) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        names: Sequence[str],
+        tokenizer: Tokenizer,
+        plan: ImagePlan,
+        positions: OwnPositions | None = None,
+    ) -> None:
         tokenizer.template.check_training()
         self.data = data
         self.names = names
         self.tokenizer = tokenizer
         self.plan = plan
+        self.positions = positions
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -168,14 +178,15 @@ class PackEncoder(TaskEncoder):
             source=sample.source,
             shard=sample.shard,
             shapes=tuple(layout.shape for layout in layouts),
-            views=sum(len(layout.views) for layout in layouts),
+            views=round(sum(self.plan.views_of(layout) for layout in layouts)),
         )
 
     @stateless
     def pack_selected_samples(self, samples: list[CheckedSample]) -> PackedSample:
         """Lay the chosen samples out as one pack."""
         chosen = [sample.sample for sample in samples if sample.sample is not None]
-        return PackedSample(build_pack(chosen, self.data.sequence_length, self.tokenizer.eos_id))
+        length, padding = self.data.sequence_length, self.tokenizer.eos_id
+        return PackedSample(build_pack(chosen, length, padding, self.plan, self.positions))
 
     def build_batch(self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any) -> SavableDataset:
         """Put the packer after the tokeniser; a pack is a micro-batch, so nothing is batched."""

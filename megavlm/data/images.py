@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -26,8 +27,12 @@ from megavlm.data.image_header import (
     name_of_unread,
     scan,
 )
-from megavlm.data.media import ImageLayout, ImagePlan, ImageRuns
+from megavlm.data.media import ImageLayout, ImagePlan, ImageRuns, TokenGrid, plan_of
 from megavlm.data.plans_single import SquashPlan
+from megavlm.data.positions import own_grids
+
+if TYPE_CHECKING:
+    from megavlm.config.schema import ModelConfig
 
 __all__ = [
     "FORMATS",
@@ -40,6 +45,7 @@ __all__ = [
     "decode_jpeg",
     "decode_with_pil",
     "geometry",
+    "image_grids",
     "image_runs",
     "lay_out",
     "read_header",
@@ -216,6 +222,23 @@ def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes]]
     if plan.fixed:
         return [plan.plan(plan.side, plan.side).runs] * count
     return [layout.runs for layout in lay_out(files(), plan)]
+
+
+def image_grids(model: ModelConfig, count: int, files: Callable[[], Sequence[bytes]]) -> tuple[TokenGrid, ...]:
+    """Return how the slots of a prompt's pictures lie, where the model's positions have rows and columns; else none.
+
+    Args:
+        model: The model.
+        count: Pictures of the prompt.
+        files: Returns these; not called where they do not matter.
+
+    Raises:
+        ImageError: As :func:`lay_out`.
+    """
+    if model.language.position_axes == 1:
+        return ()
+    plan = plan_of(model)
+    return own_grids(model, [plan.plan(plan.side, plan.side)] * count if plan.fixed else lay_out(files(), plan))
 
 
 def _orientation_of(image: Image.Image) -> int:

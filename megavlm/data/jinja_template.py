@@ -65,12 +65,17 @@ class CheckpointTemplate(Template):
             )
         found = [Span(piece) for piece in self.begin if not text.startswith(piece)]
         regions = [] if prompt else self._marked(whole) if self._has_markers else self._prefixes(turns, text)
+        weights = [turn.weight for turn in turns if turn.role == "assistant"]
+        if set(weights) <= {1.0}:
+            weights = [1.0] * len(regions)
+        elif regions and len(weights) != len(regions):
+            raise TemplateError(f"{self.where}: which answer has which weight cannot be told in the rendered text")
         at = 0
-        for start, end in regions:
-            found += [Span(text[at:start]), Span(text[start:end], trained=True)]
+        for (start, end), weight in zip(regions, weights, strict=False):  # a prompt has no regions
+            found += [Span(text[at:start]), Span(text[start:end], trained=True, weight=weight)]
             at = end
         found.append(Span(text[at:]))
-        return [Span(one.text.replace(slot, IMAGE_PLACEHOLDER), one.trained) for one in found if one.text]
+        return [replace(one, text=one.text.replace(slot, IMAGE_PLACEHOLDER)) for one in found if one.text]
 
     def check_training(self) -> None:
         """Check on conversations of words that the mask is exact.

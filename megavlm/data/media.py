@@ -97,6 +97,22 @@ class FeatureIndex:
     """[T, K] their weights; None for 1."""
 
 
+class TokenGrid(NamedTuple):
+    """How the features of a picture, or of frames of a film that stand together, lie beside each other."""
+
+    frames: int
+    rows: int
+    columns: int
+    step: float = 1.0
+    """How much later a frame is than the one before it, in positions: of Qwen2.5-VL's films, the seconds from one to
+    the next times ``tokens_per_second``."""
+
+    @property
+    def tokens(self) -> int:
+        """Slots in the prompt."""
+        return self.frames * self.rows * self.columns
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """A plan for one picture."""
@@ -109,6 +125,9 @@ class ImageLayout:
     """The picture's place in the prompt; the template puts its own start and end around it."""
     grid: tuple[int, int] = (1, 1)
     """Rows and columns of the tiles, or slices."""
+    patches: tuple[int, int, int] | None = None
+    """Of a picture that keeps a size of its own (``plan.packed``): its frames (in temporal patches), rows and columns
+    of patches. Each frame's patches stand block by block, as the connector joins them."""
 
     @property
     def tokens(self) -> int:
@@ -140,6 +159,8 @@ class ImagePlan(ABC):
     """Whether the model learns a newline vector that stands among the features."""
     square: ClassVar[bool] = True
     """Whether all views are ``side`` x ``side``."""
+    packed: ClassVar[bool] = False
+    """Whether pictures keep sizes of their own: their pixels are flat patches, with the grid of each picture."""
 
     @abstractmethod
     def lay_out(self, shape: ImageShape) -> ImageLayout:
@@ -148,6 +169,37 @@ class ImagePlan(ABC):
     def feature_index(self, layout: ImageLayout) -> FeatureIndex | None:
         """Return where the features of a picture go; None where they stay in the order of its views."""
         return None
+
+    def features_of(self, layout: ImageLayout) -> int:
+        """Return how many features tower and connector make of a picture."""
+        return len(layout.views) * self.tokens_per_view
+
+    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Return the shape of a picture's pixels; those of several pictures are joined along the first dimension."""
+        return (len(layout.views), *self.row)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of what :meth:`pixels_of` counts: a view."""
+        return (3, self.side, self.side)
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Return how a picture's slots lie beside each other, for models whose positions have rows and columns.
+
+        Raises:
+            UserError: They lie on no grid.
+        """
+        side = math.isqrt(self.tokens_per_view)
+        if self.newline or side**2 != self.tokens_per_view or layout.tokens != len(layout.views) * side**2:
+            raise UserError(
+                "model.image.kind: what stands for a picture is no grid of rows and columns, which "
+                "model.language.rotary_sections asks for; take native, squash or another plan of whole squares"
+            )
+        return (TokenGrid(1, side, side),) * len(layout.views)
+
+    def views_of(self, layout: ImageLayout) -> float:
+        """Return how many views of usual size a picture is worth to the tower."""
+        return len(layout.views)
 
     def plan(self, width: int, height: int, images: int = 1) -> ImageLayout:
         """Return the layout of an upright picture.
@@ -185,6 +237,8 @@ class Arrangement:
     """[T, K] which of them each slot is made of, -1 for the newline vector; None where they stay in their order."""
     weight: NDArray[np.float32] | None = None
     """[T, K] their weights; None for 1, with K 1."""
+    grid: NDArray[np.int64] | None = None
+    """[V, 3] frames, rows and columns of patches of each picture, where they keep sizes of their own; else None."""
 
 
 def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
@@ -194,8 +248,13 @@ def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
 
 @functools.lru_cache(maxsize=1024)
 def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
-    found, features = plan.feature_index(layout), len(layout.views) * plan.tokens_per_view
-    return Arrangement(features, None) if found is None else Arrangement(features, found.index, found.weight)
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
+    found, features = plan.feature_index(layout), plan.features_of(layout)
+    grid = None if layout.patches is None else np.array([layout.patches], np.int64)
+    if found is None:
+        return Arrangement(features, None, grid=grid)
+    return Arrangement(features, found.index, found.weight, grid)
 
 
 def joined(parts: Sequence[Arrangement]) -> Arrangement:
@@ -203,8 +262,10 @@ def joined(parts: Sequence[Arrangement]) -> Arrangement:
     import numpy as np  # noqa: PLC0415 - --help imports this module
 
     features = sum(part.features for part in parts)
+    grids = [part.grid for part in parts if part.grid is not None]
+    grid = np.concatenate(grids) if grids else None
     if all(part.index is None for part in parts):
-        return Arrangement(features, None)
+        return Arrangement(features, None, grid=grid)
     weighted = any(part.weight is not None for part in parts)
     widest = max(1 if part.index is None else part.index.shape[1] for part in parts)
     indices, weights, first = [], [], 0
@@ -216,7 +277,7 @@ def joined(parts: Sequence[Arrangement]) -> Arrangement:
         indices.append(index)
         weights.append(weight)
         first += part.features
-    return Arrangement(features, np.concatenate(indices), np.concatenate(weights) if weighted else None)
+    return Arrangement(features, np.concatenate(indices), np.concatenate(weights) if weighted else None, grid)
 
 
 @dataclass(frozen=True)
@@ -232,7 +293,7 @@ class PlanKind:
 
 
 _KINDS: dict[str, PlanKind] = {}
-_OWN = ("plans_single", "plans_tiles", "plans_slices")
+_OWN = ("plans_single", "plans_tiles", "plans_slices", "plans_native")
 
 
 def register_plan(
@@ -290,12 +351,29 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if not plan.square:
+    vision = recipe.model.vision
+    if vision.packed and not plan.packed:
+        yield (
+            f"model.image.kind: the tower {vision.preset!r} takes pictures of any size as patches, and "
+            f"{recipe.model.image.kind} does not make these; set it to native"
+        )
+    elif not vision.packed and not plan.square:
         yield (
             f"model.image.kind: the views of {recipe.model.image.kind} are not square, and the tower "
-            f"{recipe.model.vision.preset!r} takes squares only; choose another image plan"
+            f"{vision.preset!r} takes squares only; choose another image plan"
         )
-    shapes = [(plan.side, plan.side), (2 * plan.side, plan.side), (plan.side, 2 * plan.side)]
+    side = 1 if plan.packed else plan.side
+    if vision.deepstack and plan.newline:
+        yield (
+            f"model.image.kind: {recipe.model.image.kind} has a newline vector, which no level of "
+            "model.vision.deepstack_layers has; choose another image plan, or set that to []"
+        )
+    if recipe.model.language.position_axes > 1:
+        try:
+            plan.token_grids(plan.plan(side, side))
+        except UserError as error:
+            yield str(error)
+    shapes = [(side, side), (2 * side, side), (side, 2 * side)]
     least = min(plan.plan(*shape).tokens for shape in shapes)
     needed = least + 2 + TEXT_TOKENS
     if recipe.data.sequence_length < needed:

@@ -19,7 +19,8 @@ from typing import Generic, Protocol, TypeVar
 
 from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
-from megavlm.data.media import ImageShape
+from megavlm.data.media import ImagePlan, ImageShape
+from megavlm.data.positions import OwnPositions, grids_of
 
 
 class HasLength(Protocol):
@@ -50,7 +51,7 @@ class PackableSample:
     shapes: tuple[ImageShape, ...] = ()
     """What the image plan asks of each image."""
     views: int = 0
-    """Pictures that the tower sees."""
+    """Pictures that the tower sees; where they keep sizes of their own, what they are worth in those of usual size."""
 
     def __len__(self) -> int:
         """Tokens."""
@@ -192,25 +193,40 @@ class CarryOverPacker(Generic[T]):
         return pack
 
 
-def build_pack(samples: Sequence[PackableSample], sequence_length: int, pad_token: int) -> Pack:
+def build_pack(
+    samples: Sequence[PackableSample],
+    sequence_length: int,
+    pad_token: int,
+    plan: ImagePlan | None = None,
+    positions: OwnPositions | None = None,
+) -> Pack:
     """Lay samples out as one pack of S = ``sequence_length`` positions, as :func:`make_pack` does.
 
     Args:
         samples: At least one, in order; together no longer than S.
         sequence_length: S.
         pad_token: Token of the padding, ``<|endoftext|>``.
+        plan: With ``positions``, what became of the pictures.
+        positions: How the model's positions are made, where they are not counted.
 
     Raises:
         ValueError: There are no samples, or they do not fit.
     """
     if not samples:
         raise ValueError(f"no samples do not make a pack of {sequence_length}")
+    grids = None
+    if positions is not None:
+        assert plan is not None
+        grids = [grids_of(plan, [plan.plan(*shape) for shape in sample.shapes]) for sample in samples]
     return make_pack(
         [sample.encoded.tokens for sample in samples],
         sequence_length,
         labels=[sample.encoded.labels for sample in samples],
+        weights=[sample.encoded.weights for sample in samples],
         sources=[sample.source for sample in samples],
         pad_token=pad_token,
+        positions=positions,
+        grids=grids,
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
         sample_shards=[sample.shard for sample in samples],

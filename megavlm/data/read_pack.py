@@ -23,7 +23,7 @@ class ReadPack:
 
     pack: Pack
     pixels: Tensor
-    """[V, 3, side, side] uint8 views of all images, on the decoder's device."""
+    """[V, 3, side, side] uint8 views of all images, on the decoder's device; or [P, F] patches (``plan.packed``)."""
     arrangement: Arrangement | None = None
     """Where the views' features go; None where they stay in their order."""
     masked: list[SkippedSample] = field(default_factory=list)
@@ -48,8 +48,8 @@ def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_
 
 
 def no_pixels(plan: ImagePlan) -> Tensor:
-    """[0, 3, side, side] uint8: the views of no image."""
-    return torch.zeros(0, 3, plan.side, plan.side, dtype=torch.uint8)
+    """[0, 3, side, side] uint8, or [0, F]: the pixels of no image."""
+    return torch.zeros(0, *plan.row, dtype=torch.uint8)
 
 
 def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np.int64]:

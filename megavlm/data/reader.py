@@ -25,12 +25,15 @@ import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
 from megatron.energon.savable_loader import SavableDataLoaderState
 
+from megavlm.config.checks import source_name
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
+from megavlm.data.cache import located
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.media import ImagePlan
 from megavlm.data.plans_single import SquashPlan
+from megavlm.data.positions import OwnPositions
 from megavlm.data.state_codec import from_plain, to_plain
 from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer import Tokenizer
@@ -59,6 +62,7 @@ class PackReader:
         data: The data branch of the recipe.
         tokenizer: The tokenizer.
         plan: What becomes of images.
+        positions: How the model's positions are made, where they are not counted.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -75,6 +79,7 @@ class PackReader:
         data: DataConfig,
         tokenizer: Tokenizer,
         plan: ImagePlan,
+        positions: OwnPositions | None = None,
         *,
         rank: int,
         world_size: int,
@@ -83,14 +88,14 @@ class PackReader:
     ) -> None:
         if not sources:
             raise ValueError("there are no data sets to read")
-        self.sources = tuple(sources)
+        self.sources = tuple(located(source, data) for source in sources)
         self.training = training
         self.dropped: Counter[str] = Counter()
         """Samples left out so far, by cause."""
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
-        names = [source.name or Path(source.path).name for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, plan)
+        names = [source_name(source) for source in self.sources]
+        self._encoder = PackEncoder(data, names, tokenizer, plan, positions)
         self._template = tokenizer.template.fingerprint
         self._images = _images_of(plan)
         self._data_hash = _hash_data(self.sources, data, tokenizer, plan)

@@ -5,6 +5,7 @@ A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -25,6 +26,10 @@ _BOX_TAG = re.compile(r"</?box>")
 _BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
 _OF_OTHER_FORMS = ("system", "image", "images", "video", "videos", "audio", "audios", "tools")
 """Keys that would be trained on without what they name."""
+MOST_WEIGHT = 100.0
+"""Largest weight of an answer."""
+WEIGHT_KEYS = ("weight", "loss", "train")
+"""Say of a turn how much it counts: OpenAI's, ms-swift's and Axolotl's names for it."""
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -40,6 +45,8 @@ class Turn:
     """``system``, ``user`` or ``assistant``."""
     text: str
     """What is said; every image is an :data:`IMAGE_PLACEHOLDER`."""
+    weight: float = 1.0
+    """Of an answer: what the losses of its tokens are multiplied by; 0 leaves it out of the training."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,28 @@ def parse_conversation(record: Any) -> Conversation:
         images=tuple(images),
         task=_optional_text(record, "task"),
     )
+
+
+def turn_weight(message: dict[str, Any], where: str, *, answer: bool) -> float:
+    """Return what a turn's losses are multiplied by: its ``weight``, ``loss`` or ``train``, a number or true or false.
+
+    Args:
+        message: The turn.
+        where: What messages call it.
+        answer: Whether it is the assistant's; of others only 0 or false may be said, as they are never trained on.
+
+    Raises:
+        UserError: It is no such number, or two of the keys differ.
+    """
+    given = {key: message[key] for key in WEIGHT_KEYS if message.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= MOST_WEIGHT:
+            raise UserError(f"{where}: {key!r} must be true, false or a number from 0 to {MOST_WEIGHT:g}")
+        if value and not answer:
+            raise UserError(f"{where}: {key!r} is {value}, but only answers are trained on; leave it out there")
+    if len({float(value) for value in given.values()}) > 1:
+        raise UserError(f"{where}: {' and '.join(map(repr, given))} differ; keep one")
+    return float(next(iter(given.values()), 1.0))
 
 
 def check_unicode(text: str, where: str = "text") -> None:
@@ -148,7 +177,8 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
     paths = [path.strip() for path in _IMAGE.findall(text)]
     for path in paths:
         _check_path(path, where)
-    return Turn(role, _IMAGE.sub(IMAGE_PLACEHOLDER, text)), paths
+    weight = turn_weight(message, f"{where} ({role})", answer=role == "assistant")
+    return Turn(role, _IMAGE.sub(IMAGE_PLACEHOLDER, text), weight), paths
 
 
 def _check_order(roles: list[str]) -> None:

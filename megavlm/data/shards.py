@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import re
@@ -31,6 +32,8 @@ class ShardWriter:
         self.names: list[str] = []
         """Of the files so far."""
         self.samples = 0
+        self.digest = hashlib.sha256()
+        """Of all that was written so far: equal input gives equal bytes."""
         self.directory = directory
         self._limit = samples_per_shard
         self._file: BinaryIO | None = None
@@ -74,6 +77,7 @@ class ShardWriter:
         if self._file is None:
             self._file = (self.directory / self.names[-1]).open("ab")
         self._file.write(data)
+        self.digest.update(data)
         self._size += len(data)
 
 

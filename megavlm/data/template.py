@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from megavlm.config.errors import UserError
@@ -53,6 +53,8 @@ class Span:
     """Whether the loss counts it."""
     markup: bool = True
     """Whether the template wrote it; else a turn did, and it must hold no control token."""
+    weight: float = 1.0
+    """What the losses of its tokens are multiplied by, where it is trained."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Template:
         if self.images_first:
             shown = "".join(IMAGE_PLACEHOLDER for turn in turns for _ in range(turn.text.count(IMAGE_PLACEHOLDER)))
             found += [Span(shown)] if shown else []
-            turns = [Turn(turn.role, _words(turn.text)) for turn in turns]
+            turns = [replace(turn, text=_words(turn.text)) for turn in turns]
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
         last = -1 if prompt or not self.last_assistant else last
         for i, turn in enumerate(turns):
@@ -147,7 +149,7 @@ class Template:
                 pieces = self.last_assistant
             elif i == 0 and system is not None:
                 pieces = self.user_with_system
-            found += self._written(pieces, turn.text, system or "")
+            found += self._written(pieces, turn.text, system or "", turn.weight)
         return found + [Span(piece) for piece in self.lead] if prompt else found
 
     def check_training(self) -> None:
@@ -231,10 +233,11 @@ class Template:
             )
         return turns[1:], turns[0].text
 
-    def _written(self, pieces: Sequence[str], text: str, system: str) -> Iterator[Span]:
+    def _written(self, pieces: Sequence[str], text: str, system: str, weight: float) -> Iterator[Span]:
         own = {TEXT: text, SYSTEM: system, IMAGES: IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)}
         for piece in pieces:
-            yield Span(own.get(piece, piece), isinstance(piece, Trained), piece not in own)
+            trained = isinstance(piece, Trained)
+            yield Span(own.get(piece, piece), trained, piece not in own, weight if trained else 1.0)
 
 
 def _spaced(pieces: Sequence[str]) -> str:

@@ -258,6 +258,7 @@ QWEN2_VL = replace(
     image=("<|vision_start|>", "<|vision_end|>"),
     picture="{image}",
 )
+QWEN3_VL = replace(QWEN2_VL, name="qwen3_vl", title="the same of Qwen3-VL, without a system turn", default_system="")
 # Qwen3's own without thoughts: an empty one stands before the last answer, and a prompt ends with it.
 QWEN3 = replace(
     QWEN2,
@@ -298,7 +299,7 @@ CHATML_DIRECT = Template(
 )
 
 ROWS = (
-    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS,
-    VICUNA_V1, VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3,
-    PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM, QWEN2, QWEN2_5, QWEN2_VL, QWEN3, INTERNVL2_5, CHATML_DIRECT,
+    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
+    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

@@ -25,6 +25,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, plan_of
+from megavlm.data.positions import OwnPositions, own_grids
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
@@ -63,7 +64,7 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
     Raises:
         UserError: the file is damaged, has no samples, or they are of another model.
     """
-    source, size, plan = Source(path), recipe.model.vision.image_size, plan_of(recipe.model)
+    source, plan = Source(path), plan_of(recipe.model)
     names = sorted({name.split(".")[0] for name in source.tensors if name.endswith(".input_ids")})
     if not names:
         raise UserError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
@@ -71,11 +72,10 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
     for name in names:
         own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "image_sizes", "labels", *WHAT)
                if f"{name}.{key}" in source}  # fmt: skip
-        pixels = own.get("pixel_values", torch.zeros(0, 3, size, size))
-        if pixels.shape[1:] != (3, size, size):
-            raise UserError(
-                f"{path}: {name}.pixel_values is {list(pixels.shape)}; the model takes [N, 3, {size}, {size}]"
-            )
+        pixels = own.get("pixel_values", torch.zeros(0, *plan.row))
+        if pixels.shape[1:] != plan.row:
+            wanted = ", ".join(map(str, ("N", *plan.row)))
+            raise UserError(f"{path}: {name}.pixel_values is {list(pixels.shape)}; the model takes [{wanted}]")
         rows, vocab = own["logits"].size(-1) if "logits" in own else 0, recipe.model.language.vocab_size
         if rows and rows != vocab:
             raise UserError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
@@ -98,9 +98,10 @@ def _layouts(plan: ImagePlan, own: Mapping[str, Tensor], views: int, where: str)
         raise UserError(f"{where}.image_sizes is missing: [N, 2] height and width, on which the views of images depend")
     sizes = own["image_sizes"].reshape(-1, 2).tolist() if views else []
     layouts = [plan.plan(int(width), int(height), len(sizes)) for height, width in sizes]
-    made = sum(len(layout.views) for layout in layouts)
+    made = sum(plan.pixels_of(layout)[0] for layout in layouts)
     if made != views:
-        raise UserError(f"{where}.pixel_values: {views} views, but images of these image_sizes make {made}")
+        what = "patches" if plan.packed else "views"
+        raise UserError(f"{where}.pixel_values: {views} {what}, but images of these image_sizes make {made}")
     return layouts
 
 
@@ -205,10 +206,13 @@ def _largest(ours: Tensor, theirs: Tensor) -> float:
 
 def features_of_sample(model: VisionLanguageModel, sample: Sample, recipe: Recipe) -> Tensor:
     """Return [T, E] of a sample's image slots, on the first stage."""
-    features = model.encode_images(sample.pixels.to(local_device()))
+    arrangement = arrange(plan_of(recipe.model), sample.layouts)
+    grid = None if arrangement.grid is None else torch.from_numpy(arrangement.grid)
+    features = model.encode_images(sample.pixels.to(local_device()), grid)
     assert features is not None
-    index, weight = arrangement_on(arrange(plan_of(recipe.model), sample.layouts), local_device())
-    return model.arranged(features, index, weight)
+    index, weight = arrangement_on(arrangement, local_device())
+    # Behind them, those of a deepstack's levels: the reference has the tower's last layer's.
+    return model.arranged(features, index, weight)[:, : recipe.model.language.hidden_size]
 
 
 def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Tensor:
@@ -223,7 +227,7 @@ def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Ten
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
     """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
     arrangement = arrange(plan_of(recipe.model), sample.layouts)
-    batch = _batch(sample, arrangement, recipe.parallel.tensor_model_parallel_size)
+    batch = _batch(sample, arrangement, recipe, unwrap(chunks[0]).own_positions)
 
     def step(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return model(**batch.inputs(with_labels=with_labels)), lambda output: output[0]
@@ -231,11 +235,12 @@ def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labe
     return pipeline.run(chunks, [batch], step, batch.tokens.size(1))
 
 
-def _batch(sample: Sample, arrangement: Arrangement, multiple: int) -> Batch:
+def _batch(sample: Sample, arrangement: Arrangement, recipe: Recipe, own: OwnPositions | None) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
-    length = len(sample.ids)
+    length = len(sample.ids) + -len(sample.ids) % recipe.parallel.tensor_model_parallel_size
     labels = None if sample.labels is None else [sample.labels]
-    pack = make_pack([sample.ids], length + -length % multiple, labels=labels)
+    grids = [own_grids(recipe.model, sample.layouts)]
+    pack = make_pack([sample.ids], length, labels=labels, positions=own, grids=grids)
     return make_batch(pack, sample.pixels if is_first_stage() else None, local_device(), arrangement)
 
 

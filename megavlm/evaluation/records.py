@@ -14,7 +14,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
 from megavlm.data.formats.qwen_vl import conversation
-from megavlm.data.images import ImageError, image_runs
+from megavlm.data.images import ImageError, image_grids, image_runs
 from megavlm.data.machine import is_file
 from megavlm.data.media import plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
@@ -132,6 +132,7 @@ def encode_records(
     for record in records:
         try:
             runs = image_runs(plan, len(record.images), record.files)
+            grids = image_grids(recipe.model, len(record.images), record.files)
         except ImageError as error:
             raise UserError(f"record {record.id}: {error}") from None
         tokens = encode_prompt(record.question, tokenizer, runs, recipe.data.system_message)
@@ -141,5 +142,5 @@ def encode_records(
                 f"data.sequence_length: record {record.id} with its answer takes {needed} positions, a pack has "
                 f"{recipe.data.sequence_length}; raise it (data.sequence_length=...), or lower --max-new-tokens"
             )
-        prompts.append(Prompt(tokens))
+        prompts.append(Prompt(tokens, grids=grids))
     return prompts

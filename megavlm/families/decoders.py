@@ -89,7 +89,6 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
         attention_bias=False, pretraining_tp=1, quantization_config=None,
     )  # fmt: skip
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
-    base, scaling, factor = _rope(config, where)
     return {
         "preset": kind,
         "num_layers": need(config, "num_hidden_layers", where),
@@ -100,9 +99,7 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
         "kv_channels": config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
         "vocab_size": need(config, "vocab_size", where),
         "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        "rotary_base": base,
-        "rope_scaling": scaling,
-        "rope_scaling_factor": factor,
+        **_rope(config, where),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "add_qkv_bias": kind == "qwen2",
         "qk_layernorm": kind == "qwen3",
@@ -111,8 +108,12 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
     }
 
 
-def _rope(config: Mapping[str, Any], where: str) -> tuple[int, str | None, float]:
-    """Return base, kind of scaling and its factor; Transformers 5 has ``rope_parameters``, older ones two keys."""
+def _rope(config: Mapping[str, Any], where: str) -> Tree:
+    """Return the keys of rotary positions; Transformers 5 has ``rope_parameters``, older ones two keys.
+
+    Positions of M-RoPE are called ``mrope`` by older configurations and ``default`` by newer ones: ``mrope_section``
+    tells them from others.
+    """
     rope = config.get("rope_parameters") or {
         "rope_theta": config.get("rope_theta", 10000.0),
         **(config.get("rope_scaling") or {}),
@@ -121,12 +122,22 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[int, str | None, float
     base = number(rope, "rope_theta", where, number(config, "rope_theta", where, 10000.0))
     if base != int(base):
         raise UserError(f"{where}: rope_theta {base} is no whole number")
+    sections = tuple(rope.get("mrope_section") or ())
+    if kind == "mrope" and sections:
+        kind = "default"
     expect({"rope_type": kind}, where, rope_type=("default", "linear", "llama3"))
-    if kind == "default":
-        return int(base), None, 1.0
+    found: Tree = {"rotary_base": int(base), "rope_scaling": None, "rope_scaling_factor": 1.0}
     if kind == "llama3":
         expect(rope, where, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-    return int(base), kind, float(number(rope, "factor", where))
+    if kind != "default":
+        found |= {"rope_scaling": kind, "rope_scaling_factor": float(number(rope, "factor", where))}
+    part = number(rope, "partial_rotary_factor", where, number(config, "partial_rotary_factor", where, 1.0))
+    if part != 1:
+        found["rotary_percent"] = float(part)
+    if sections:
+        found["rotary_sections"] = sections
+        found["rotary_sections_interleaved"] = flag(rope, "mrope_interleaved", where, default=False)
+    return found
 
 
 def llama_config(language: LanguageConfig) -> Tree:
@@ -137,7 +148,13 @@ def llama_config(language: LanguageConfig) -> Tree:
         rope["factor"] = language.rope_scaling_factor
     if language.rope_scaling == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    old = {key: value for key, value in rope.items() if key != "rope_theta"} if language.rope_scaling else None
+    if language.rotary_percent != 1:
+        rope["partial_rotary_factor"] = language.rotary_percent
+    if language.rotary_sections:
+        rope["mrope_section"] = list(language.rotary_sections)
+    if language.rotary_sections_interleaved:
+        rope["mrope_interleaved"] = True
+    old = {key: value for key, value in rope.items() if key != "rope_theta"} if len(rope) > 2 else None
     return {
         "architectures": [_ARCHITECTURES[kind]],
         "attention_dropout": 0.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +57,11 @@ class Family(ABC):
     """Small files that say, beside ``config.json``, what it is in no other family."""
     with_tower_trained: ClassVar[str | None] = None
     """Of a family whose tower is named and not held: the one that holds it, which is written once it was trained."""
+    own_rotary: ClassVar[bool] = False
+    """Whether its language model may have rotary positions of another kind than one number that turns whole heads
+    (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""
+    wraps_pictures: ClassVar[tuple[str, str] | None] = None
+    """What its processor of Transformers writes around the slots of a picture by itself."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     read_as: ClassVar[str | None] = None
@@ -107,7 +112,13 @@ class Family(ABC):
             if part in self.parts and there not in known:
                 preset = getattr(model, part).preset
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
-        return self.refuses(model) or self._newline_refused(model)
+        return self._rotary_refused(model) or self.refuses(model) or self._newline_refused(model)
+
+    def _rotary_refused(self, model: ModelConfig) -> str | None:
+        """Return why the language model's positions are not the family's, or None."""
+        if self.own_rotary or "language" not in self.parts or model.language.fused_rotary:
+            return None
+        return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
 
     def _newline_refused(self, model: ModelConfig) -> str | None:
         """Return why the connector's learned newline vector has no place in the family, or None."""
@@ -128,6 +139,24 @@ class Family(ABC):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
+        """Return what its processor asks the tokenizer for by name (``extra_special_tokens``), after a training.
+
+        Args:
+            image_token: that fills an image's slots.
+            known: whether the tokenizer has a token; one that it lacks would be added behind the embedding's rows.
+        """
+        return {}
+
+    def unsaid(self, model: ModelConfig, template: str) -> list[str]:
+        """Return what was trained and has no place in the family's files: a line each, with the key.
+
+        Args:
+            model: the model.
+            template: name of the template that it was trained in.
+        """
+        return []
 
     def feature_layer(self, model: ModelConfig) -> Any:
         """Return the layer, or layers, whose features a tower that is written anew gives.

@@ -7,7 +7,7 @@ Transformers: ``InternVLForConditionalGeneration``. The authors: ``InternVLChatM
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.pixel_shuffle.tables import PIXEL_SHUFFLE
@@ -16,6 +16,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
+from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
@@ -63,6 +64,7 @@ class InternVLFamily(Family):
         "modules": _names("model.vision_tower.", "model.multi_modal_projector.", "model.language_model.", "lm_head."),
     }
     modules: ClassVar[str | None] = "modules"
+    wraps_pictures: ClassVar[tuple[str, str] | None] = ("<img>", "</img>")
     preprocesses = True
     tower: ClassVar[Table] = TRANSFORMERS_TOWER
 
@@ -134,6 +136,22 @@ class InternVLFamily(Family):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what Transformers' processor needs to make slots of an image's token."""
         return {"image_seq_length": model.tokens_per_view, "processor_class": "InternVLProcessor"}
+
+    def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
+        """Return the names that Transformers' processor has for the tokens around pictures."""
+        # Another than an image's, which the processor would look for videos at.
+        video = next((token for token in ("<video>", "<|video_pad|>") if known(token)), "<video>")
+        around = {"start_image_token": "<img>", "end_image_token": "</img>"}
+        return {**around, "context_image_token": image_token, "video_token": video}
+
+    def unsaid(self, model: ModelConfig, template: str) -> list[str]:
+        """Transformers' processor writes <img> and </img> around pictures, whatever the template has there."""
+        if is_checkpoint(template) or find_template(template).image == self.wraps_pictures:
+            return []
+        return [
+            f"model.template: pictures of {template} do not stand between <img> and </img>, which InternVLProcessor "
+            "writes around them all the same"
+        ]
 
     def _refuses_pictures(self, model: ModelConfig) -> str | None:
         if not model.image.thumbnail:
@@ -236,6 +254,15 @@ class InternVLChatFamily(InternVLFamily):
             "use_thumbnail": image.thumbnail,
             "vision_config": original_config(vision),
         }
+
+    def unsaid(self, model: ModelConfig, template: str) -> list[str]:
+        """Its code has its templates in a Python file, and takes the one that ``config.json`` names."""
+        if template == TEMPLATE:
+            return []
+        return [
+            f"model.template: {template} was trained, but InternVL's own code speaks {TEMPLATE}; "
+            "chat_template.jinja has what was trained"
+        ]
 
     def _refuses_pictures(self, model: ModelConfig) -> str | None:
         if model.image.kind not in ("dynamic_tiles", "squash"):

@@ -1,4 +1,4 @@
-"""LLaVA as Transformers has it: CLIP or SigLIP, two linear layers, and a Llama-like language model."""
+"""LLaVA as Transformers has it: CLIP or SigLIP, two linear layers, and a language model of any kind that it has."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.mlp.tables import LLAVA_PROJECTOR
-from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, need
-from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Constants, Family, Tower, Tree, config_file
-from megavlm.families.llama import no_llama
+from megavlm.families.llama import LLAMA
 from megavlm.families.preprocessor import image_branch, llava_processor, normalisation
+from megavlm.families.text import no_half, text_branch, text_config, text_kind, text_table
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
 from megavlm.weights.rules import Table
@@ -62,6 +61,7 @@ class LlavaFamily(Family):
 
     modules = "modules5"
     preprocesses = True
+    own_rotary = True
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``, which LLaVA's own code has as well, without ``text_config``."""
@@ -82,8 +82,8 @@ class LlavaFamily(Family):
         expect({"vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default")}, where,
                vision_feature_select_strategy=strategy)  # fmt: skip
         vision |= normalisation(source, vision["image_size"])
-        text = {**LLAMA_DEFAULTS, **need(config, "text_config", where)}
-        language = llama_language(text, where)
+        head = self.styles[self.style_of(source)]["head"]
+        language = text_branch(source, need(config, "text_config", where), head, where)
         image = image_branch(source, vision["image_size"], clip=vision["class_token"])
         return {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language, "image": image}
 
@@ -93,14 +93,12 @@ class LlavaFamily(Family):
         return [
             dataclasses.replace(TRANSFORMERS_VISION, prefix=names["tower"]),
             dataclasses.replace(LLAVA_PROJECTOR, prefix=names["projector"]),
-            dataclasses.replace(LLAMA_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+            text_table(model.language, model=names["model"], head=names["head"]),
         ]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a LLaVA configuration whose tower ends with the layer whose features are taken."""
         image = tokens.get("image", model.language.vocab_size - 1)
-        text = llama_config(model.language)
-        del text["architectures"]
         return {
             "architectures": ["LlavaForConditionalGeneration"],
             "image_seq_length": model.tokens_per_view,
@@ -109,7 +107,7 @@ class LlavaFamily(Family):
             "model_type": "llava",
             "multimodal_projector_bias": True,
             "projector_hidden_act": "gelu",
-            "text_config": text,
+            "text_config": text_config(model.language),
             "tie_word_embeddings": model.language.tie_word_embeddings,
             "vision_config": transformers_vision_config(model.vision),
             "vision_feature_layer": list(model.vision.feature_layers or ()) or -1,
@@ -140,30 +138,14 @@ class LlavaFamily(Family):
             return f"the connector is {model.connector.preset}, LLaVA's is mlp2x_gelu"
         if not plan_of(model).fixed:
             return f"the image plan is {model.image.kind}, LLaVA-1.5 has one view of a picture"
-        return no_llava_tower(model.vision) or no_llama(model.language)
+        return no_llava_tower(model.vision) or no_half(model.language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form of its language model; LLaVA-1.5's is Vicuna v1."""
-        text = source.config.get("text_config")
-        kind = text.get("model_type", "llama") if isinstance(text, dict) else "llama"
-        rows = {"mistral": ("mistral",), "qwen2": ("qwen2",), "phi3": ("phi_3",)}
-        # Llama 3 and a Phi-3 that is stored as one are known by their tokens.
-        return ("checkpoint", *rows.get(kind, ("llama_3", "phi_3", "vicuna_v1")))
+        kind = text_kind(source.config.get("text_config")) or LLAMA
+        return ("checkpoint", *kind.templates)
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``image_token_index``, or its newer name."""
         token = source.config.get("image_token_id", source.config.get("image_token_index"))
         return {"image": token} if isinstance(token, int) else {}
-
-
-# Transformers' LlamaConfig; the hub's LLaVA-1.5 leaves out what it has no other value for.
-LLAMA_DEFAULTS: Tree = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-}

@@ -22,27 +22,20 @@ from megavlm.families.anyres import anyres_branch, aspect_of
 from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_language
 from megavlm.families.family import Tower, Tree, config_file
-from megavlm.families.llama import no_llama
-from megavlm.families.llava import LLAMA_DEFAULTS, LlavaFamily
+from megavlm.families.llama import LLAMA, MISTRAL, QWEN2, no_llama
+from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import llava_processor, normalisation
 from megavlm.families.towers import transformers_vision
 from megavlm.families.vit import no_llava_tower
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
-# Transformers' MistralConfig and Qwen2Config: what a config.json leaves out.
+# What a config.json leaves out, as Transformers' classes have it.
 _DEFAULTS: dict[str, Tree] = {
-    "llama": LLAMA_DEFAULTS,
-    "mistral": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-    },
-}  # fmt: skip
+    "llama": LLAMA.defaults,
+    "mistral": {**MISTRAL.defaults, "sliding_window": 4096},
+    "qwen2": QWEN2.defaults,
+}
 
 
 def _with_newline(styles: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
@@ -59,6 +52,7 @@ class LlavaNextFamily(LlavaFamily):
     name = "llava_next"
     title = "LLaVA-1.6, LLaVA-NeXT (LlavaNextForConditionalGeneration)"
     styles: ClassVar = _with_newline(LlavaFamily.styles)
+    own_rotary = False
     plan: ClassVar[str] = "anyres"
     """Of its pictures."""
     default_strategy: ClassVar[str] = "default"

@@ -15,6 +15,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.source import CONFIG, Source
@@ -29,6 +30,7 @@ _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pa
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
 TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
 """Of LLaVA-1.6 and of LLaVA-OneVision."""
+_TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -212,20 +214,25 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
             raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
     for key in ("size", "crop_size"):
         if tree.get(key) is not None:
-            found[key] = _sides(tree[key], key, where)
+            native = str(tree.get("image_processor_type", "")).startswith("Qwen2")
+            found[key] = _sides(tree[key], key, where, native=native)
         else:
             found.pop(key, None)
     return found
 
 
-def _sides(value: Any, key: str, where: str) -> dict[str, int]:
-    """Return a size as an object; a number is the shorter side, or that of the square that is cut out."""
+def _sides(value: Any, key: str, where: str, *, native: bool) -> dict[str, int]:
+    """Return a size as an object; a number is the shorter side, or that of the square that is cut out.
+
+    Processors of pictures at their own size (``native``) call the fewest and most pixels of one so.
+    """
     if isinstance(value, int):
         value = {"height": value, "width": value} if key == "crop_size" else {"shortest_edge": value}
     if isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     sides = {name: side for name, side in value.items() if side is not None} if isinstance(value, Mapping) else {}
     known = set(sides) in ({"height", "width"}, {"shortest_edge"})
+    known |= native and set(sides) == {"shortest_edge", "longest_edge"}
     if not known or not all(type(side) is int and side > 0 for side in sides.values()):
         raise UserError(
             f"{where}: {key} is {str(value)[:60]!r}; it must be an object of height and width, or of shortest_edge, in "
@@ -302,9 +309,12 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     """Return the file for pictures as they are trained here; other keys stay as they were."""
     vision, image = model.vision, model.image
     square = {"height": vision.image_size, "width": vision.image_size}
+    kinds = _KINDS[bool(getattr(vision, "class_token", False))]
     kept = {key: value for key, value in old.items() if key not in _PLAN_KEYS}
+    if str(old.get("image_processor_type")).startswith(_TILING):  # one of tiles does so whatever its other keys say
+        kept.pop("image_processor_type")
     tree = {
-        "image_processor_type": _KINDS[vision.class_token],
+        "image_processor_type": kinds,
         **kept,
         "do_convert_rgb": True,
         "do_normalize": True,
@@ -325,6 +335,8 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     elif image.kind == "pad" and image.fill in (None, "mean"):
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
+    elif image.kind == "native":
+        own = _trained_native(model, old)
     elif image.kind in ("anyres", "anyres_max"):
         own = _trained_anyres(model)
     elif image.kind == "dynamic_tiles":
@@ -334,6 +346,36 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     else:
         raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own
+
+
+def native_sizes(tree: Mapping[str, Any], where: str) -> Tree:
+    """Return ``min_pixels`` and ``max_pixels`` of Qwen2-VL's processor: keys of their own, else those of ``size``.
+
+    Raises:
+        UserError: one is no number of pixels.
+    """
+    size, found = tree.get("size") or {}, {}
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = size.get(edge) if tree.get(key) is None else tree[key]
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {key} is {str(value)[:40]!r}, which is no number of pixels; correct it")
+        found[key] = value
+    return found
+
+
+def _trained_native(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
+    """Return the keys of ``preprocessor_config.json`` that say how large pictures are."""
+    plan, vision = plan_of(model), model.vision
+    assert isinstance(plan, NativePlan)
+    kind = str(old.get("image_processor_type", "Qwen2VLImageProcessor"))
+    return {
+        "image_processor_type": kind, "max_pixels": plan.max_pixels, "merge_size": vision.spatial_merge_size,
+        "min_pixels": plan.min_pixels, "patch_size": vision.patch_size,
+        "size": {"longest_edge": plan.max_pixels, "shortest_edge": plan.min_pixels},
+        "temporal_patch_size": vision.temporal_patch_size,
+    }  # fmt: skip
 
 
 def _trained_anyres(model: ModelConfig) -> Tree:

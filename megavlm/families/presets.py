@@ -125,6 +125,59 @@ def _register_llava_tiles() -> None:
         )
 
 
+# Qwen/Qwen2-VL-*-Instruct and Qwen/Qwen2.5-VL-*-Instruct: sizes of Qwen2 (which are those of Qwen2.5), and the number
+# of its positions.
+_QWEN2_VL = {
+    "qwen2_vl": ({"2b": "1_5b", "7b": "7b", "72b": "72b"}, "LayerNorm", 32768),
+    "qwen2_5_vl": ({"3b": "3b", "7b": "7b", "32b": "32b", "72b": "72b"}, "RMSNorm", 128000),
+}
+_QWEN2_VL_TOWERS = {"qwen2_vl": "qwen2_vl_vit_675m", "qwen2_5_vl": "qwen2_5_vl_vit_670m"}
+
+
+def _register_qwen2_vl() -> None:
+    """Register Qwen2-VL and Qwen2.5-VL."""
+    for version, (sizes, norm, positions) in _QWEN2_VL.items():
+        for size, language in sizes.items():
+            wide = version == "qwen2_5_vl" and size in ("32b", "72b")
+            MODELS.register(
+                f"{version}_{size}",
+                vision={"preset": "qwen2_5_vl_vit_675m" if wide else _QWEN2_VL_TOWERS[version]},
+                connector={"preset": "patch_merger", "normalization": norm},
+                language={
+                    "preset": f"qwen2_5_{language}",
+                    "max_position_embeddings": positions,
+                    "rotary_sections": [16, 24, 24],
+                },
+                # As their preprocessor_config.json: 4 to 16384 tokens.
+                image={"kind": "native", "min_pixels": 3136, "max_pixels": 12845056},
+                template="qwen2_vl",
+            )
+
+
+# Qwen/Qwen3-VL-*-Instruct, dense: the sizes of Qwen3, whose 2B is its 1.7B; the tower.
+_QWEN3_VL = {"2b": ("1_7b", "300m"), "4b": ("4b", "300m"), "8b": ("8b", "410m"), "32b": ("32b", "410m")}
+
+
+def _register_qwen3_vl() -> None:
+    """Register Qwen3-VL."""
+    for size, (language, tower) in _QWEN3_VL.items():
+        MODELS.register(
+            f"qwen3_vl_{size}",
+            vision={"preset": f"qwen3_vl_vit_{tower}"},
+            connector={"preset": "patch_merger"},
+            language={
+                "preset": f"qwen3_{language}",
+                "max_position_embeddings": 262144,
+                "rotary_base": 5000000,
+                "rotary_sections": [24, 20, 20],
+                "rotary_sections_interleaved": True,
+            },
+            # As its preprocessor_config.json: 64 to 16384 tokens.
+            image={"kind": "native", "min_pixels": 65536, "max_pixels": 16777216},
+            template="qwen3_vl",
+        )
+
+
 def register() -> None:
     """Register the whole models that a recipe may name."""
     MODELS.register(
@@ -156,6 +209,8 @@ def register() -> None:
             template="vicuna_v1",
         )
     _register_llava_tiles()
+    _register_qwen2_vl()
+    _register_qwen3_vl()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

@@ -40,43 +40,64 @@ class CacheWindow:
     ends: Tensor
     """[K] int64 positions of the turn whose logits are wanted."""
     freqs: Tensor
-    """[T, 1, 1, D] fp32 rotary angles of its positions."""
+    """[T, 1, 1, D] fp32 rotary angles of its positions; fewer than D where a part of each head is turned."""
     query_scale: Tensor | None = None
     """[T] fp32 factor on the queries (logn attention), or None for 1."""
+    interleaved: bool = False
+    """Whether neighbouring channels are a pair, instead of those half a head apart."""
     _angles: tuple[Tensor, Tensor] | None = None
-    _places: tuple[Any, Any, Tensor | None] | None = None
+    _places: dict[int | None, tuple[Any, Any, slice, Tensor | None]] = field(default_factory=dict)
 
     def rotate(self, query_TND: Tensor, key_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Turn queries and keys by the rotary angles, as Megatron-Core's unfused ``apply_rotary_pos_emb`` does.
 
         Cosine and sine are taken once for all layers.
         """
-        half = query_TND.size(-1) // 2
+        width = self.freqs.size(-1)
+        half = width // 2
         if self._angles is None:
             freqs_T1D = self.freqs[:, 0]
             sin = freqs_T1D.sin()
-            signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+            if self.interleaved:
+                signed = torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2)
+            else:
+                signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
             self._angles = freqs_T1D.cos().to(query_TND.dtype), signed.to(query_TND.dtype)
         cos, sin = self._angles
-        both = torch.cat((query_TND, key_TGD), dim=1)
-        turned = (both * cos).add_(both.roll(half, dims=-1).mul_(sin))
+        whole = torch.cat((query_TND, key_TGD), dim=1)
+        both = whole[..., :width]  # of some models only a part of a head is turned
+        other = both.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if self.interleaved else both.roll(half, dims=-1)
+        turned = (both * cos).add_(other.mul_(sin))
+        if width < whole.size(-1):
+            turned = torch.cat((turned, whole[..., width:]), dim=-1)
         query_TND, key_TGD = turned.split((query_TND.size(1), key_TGD.size(1)), dim=1)
         return query_TND, key_TGD
 
-    def places(self, device: torch.device) -> tuple[Any, Any, Tensor | None]:
-        """Return where new keys belong, as indices of rows and positions, and the mask [R, 1, 1, L] of what rows have.
+    def places(self, device: torch.device, window: int | None = None) -> tuple[Any, Any, slice, Tensor | None]:
+        """Return where new keys belong (indices of rows, of positions), which positions are attended to, and the mask.
 
-        They are made once for all layers. Rows of one length need slices only and no mask, which is quicker.
+        The mask is [R, 1, 1, L] of those positions that rows have. All is made once for all layers of a window. Rows of
+        one length need slices only and no mask, which is quicker.
+
+        Args:
+            device: of the cache.
+            window: positions that a layer attends to, its own among them; None for all.
         """
-        if self._places is None:
+        if window not in self._places:
             rows, longest = slice(self.rows.start, self.rows.stop), max(self.starts) + 1
-            if min(self.starts) + 1 == longest:
-                self._places = rows, longest - 1, None
+            shortest = min(self.starts) + 1
+            seen = slice(0 if window is None else max(shortest - window, 0), longest)
+            if shortest == longest:
+                self._places[window] = rows, longest - 1, seen, None
             else:
                 starts = torch.tensor(self.starts, device=device)
-                mask = (torch.arange(longest, device=device) <= starts[:, None])[:, None, None]
-                self._places = torch.arange(rows.start, rows.stop, device=device), starts, mask
-        return self._places
+                at = torch.arange(seen.start, seen.stop, device=device)
+                mask = at <= starts[:, None]
+                if window is not None:
+                    mask &= at > starts[:, None] - window
+                rows_there = torch.arange(rows.start, rows.stop, device=device)
+                self._places[window] = rows_there, starts, seen, mask[:, None, None]
+        return self._places[window]
 
 
 @dataclass
@@ -117,12 +138,13 @@ class CachedAttention(nn.Module):
         core: the layer's own core attention, which reads prompts.
         cache: where to keep them.
         scale: of the softmax; None for 1 / sqrt(D).
+        window: positions that are attended to, its own among them; None for all.
     """
 
-    def __init__(self, core: Any, cache: KeyValueCache, scale: float | None) -> None:
+    def __init__(self, core: Any, cache: KeyValueCache, scale: float | None, window: int | None = None) -> None:
         super().__init__()
         self._core = [core]  # not a submodule: its parameters and states stay the layer's
-        self.cache, self.scale = cache, scale
+        self.cache, self.scale, self.window = cache, scale, window
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
         """Attend; ``query`` is [T, N, D], ``key`` and ``value`` are [T, G, D].
@@ -152,14 +174,14 @@ class CachedAttention(nn.Module):
         count = len(turn.rows)
         if not count:
             return torch.zeros_like(query_TND)
-        at_rows, at_positions, mask = turn.places(keys.device)
+        at_rows, at_positions, seen, mask = turn.places(keys.device, self.window)
         keys[at_rows, :, at_positions] = key_TGD[:count]
         values[at_rows, :, at_positions] = value_TGD[:count]
-        rows, longest = slice(turn.rows.start, turn.rows.stop), max(turn.starts) + 1
+        rows = slice(turn.rows.start, turn.rows.stop)
         attended = F.scaled_dot_product_attention(
             query_TND[:count].unsqueeze(2),
-            keys[rows, :, :longest],
-            values[rows, :, :longest],
+            keys[rows, :, seen],
+            values[rows, :, seen],
             attn_mask=mask,
             scale=self.scale,
             enable_gqa=query_TND.size(1) != key_TGD.size(1),
@@ -190,7 +212,8 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     hooks = []
     try:
         for attention, core in zip(attentions, cores, strict=True):
-            attention.core_attention = CachedAttention(core, cache, getattr(core, "softmax_scale", None))
+            scale, window = getattr(core, "softmax_scale", None), getattr(attention, "sliding_window", None)
+            attention.core_attention = CachedAttention(core, cache, scale, window)
         # No angles for queries and none for keys: the layers leave them as they are.
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(CacheWindow, cache.turn).ends):

@@ -21,11 +21,13 @@ from torch import Tensor
 from megavlm.config.errors import UserError
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
+from megavlm.data.positions import AXES, OwnPositions
 from megavlm.inference.cache import CacheWindow, KeyValueCache, caching
+from megavlm.inference.choice import choose, log_probabilities
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.positions import Positions
 from megavlm.inference.prompt import Prompt
-from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, log_probabilities
+from megavlm.inference.sampling import NO_TOKEN, Sampling
 from megavlm.models.build import unwrap
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline
@@ -187,13 +189,14 @@ class _Run:
         self.report = max((one.report for one in self.sampling if one.report is not None), default=None)
         longest = max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
         self.cache = KeyValueCache(len(prompts), longest)
-        settings = self.bare.settings.language
+        settings, self.own = self.bare.settings.language, self.bare.own_positions
         self.positions = Positions(
             self.bare.language,
             longest,
             [len(prompt.tokens) for prompt in prompts],
             ntk_length=settings.ntk_length,
             logn_length=settings.logn_length,
+            own=None if self.own is None else [one.positions(self.own, longest - len(one.tokens)) for one in prompts],
         )
         config = self.bare.config
         self.stages = config.pipeline_model_parallel_size
@@ -251,13 +254,14 @@ class _Run:
         """Return the micro-batch of ``length`` positions that reads ``group`` into the cache from ``row`` on."""
         prompts = [self.prompts[i] for i in group]
         lengths = [len(prompt) for prompt in prompts]
-        batch = pack_prompts(prompts, length)
+        batch = pack_prompts(prompts, length, self.own)
         freqs, scale = self.positions.of([(i, range(span)) for i, span in zip(group, lengths, strict=True)])
         turn = CacheWindow(
             range(row, row + len(group)), lengths, [0] * len(group), True,
             torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - 1).to(local_device()),
             self.positions.padded(freqs, length),
             None if scale is None else self.positions.padded(scale, length),
+            self.bare.config.rotary_interleaved,
         )  # fmt: skip
         return _Request(batch, turn, group, features)
 
@@ -288,9 +292,12 @@ class _Run:
             torch.tensor(wanted, dtype=torch.int64, device=device),
             self.positions.padded(freqs, length),
             None if scale is None else self.positions.padded(scale, length),
+            self.bare.config.rotary_interleaved,
         )  # fmt: skip
         pack = make_pack([tokens], length)
-        pack.position_ids[:] = np.pad(starts, (0, length - len(starts)))  # of the rows; behind them is padding
+        places = np.pad(starts, (0, length - len(starts)))  # of the rows; behind them is padding
+        # Angles are the window's (``freqs``); of the batch's own positions the layers make none.
+        pack.position_ids = places if self.own is None else np.tile(places, (AXES, 1))
         return _Request(make_batch(pack, None, device), turn, [group[k] for k in wanted])
 
     def _forward(self, requests: list[_Request], length: int) -> dict[int, Chosen]:
@@ -344,13 +351,23 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     """[T, E] features of a prompt's image slots; None without images."""
     if prompt.images is None or prompt.images.size(0) == 0:
         return None
-    parts = prompt.images.to(local_device()).split(_IMAGES_AT_ONCE)
-    encoded = [model.encode_images(part) for part in parts]
-    features_QVE = torch.cat([part for part in encoded if part is not None], dim=1)
+    grid = None if prompt.arrangement is None else prompt.arrangement.grid
+    pixels = prompt.images.to(local_device())
+    if grid is None:
+        encoded = [model.encode_images(part) for part in pixels.split(_IMAGES_AT_ONCE)]
+    else:
+        grids = torch.from_numpy(grid).split(_IMAGES_AT_ONCE)
+        parts = pixels.split([int(own.prod(1).sum()) for own in grids])
+        encoded = [model.encode_images(part, own) for part, own in zip(parts, grids, strict=True)]
+    features_QVE = torch.cat([part for part in encoded if part is not None], dim=1 if grid is None else 0)
     index, weight = arrangement_on(prompt.arrangement, local_device())
     return model.arranged(features_QVE, index, weight)
 
 
-def pack_prompts(prompts: Sequence[Prompt], pack_length: int) -> Batch:
-    """Return prompts, with their answers so far, as the segments of one pack."""
-    return pack_segments([[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts], pack_length)
+def pack_prompts(prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None = None) -> Batch:
+    """Return prompts, with their answers so far, as the segments of one pack; ``own`` is the model's."""
+    return pack_segments(
+        [[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts],
+        pack_length,
+        positions=None if own is None else [prompt.positions(own) for prompt in prompts],
+    )

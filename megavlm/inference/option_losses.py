@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.config.errors import UserError
 from megavlm.data.device_batch import Batch
 from megavlm.data.media import Arrangement, joined
+from megavlm.data.positions import OwnPositions
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
+from megavlm.models.build import unwrap
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage
@@ -72,7 +75,8 @@ def option_losses(
         raise UserError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
     packs = first_fit([len(one.tokens) for one in segments], pack_length)
     order = [want for group in packs for i in group for want in segments[i].wanted]
-    requests = [_request([segments[i] for i in group], prompts, pack_length) for group in packs]
+    own = unwrap(chunks[0]).own_positions
+    requests = [_request([segments[i] for i in group], prompts, pack_length, own) for group in packs]
     with pipeline.evaluating(chunks):
         found = pipeline.run(chunks, requests, partial(_step, vocab_size=vocab_size), pack_length)
     there = torch.cat(found) if found else torch.zeros(len(order), dtype=torch.float32, device=local_device())
@@ -98,7 +102,9 @@ def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int
     return segments
 
 
-def _request(segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack_length: int) -> _LossRequest:
+def _request(
+    segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None
+) -> _LossRequest:
     starts = np.cumsum([0, *(len(one.tokens) for one in segments)])
     wanted = [
         (int(start) + at, token) for start, one in zip(starts, segments, strict=False) for at, token, _ in one.wanted
@@ -113,10 +119,15 @@ def _request(segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack
             pack_length,
             torch.cat(pixels) if pixels else None,
             _arrangement(shown),
+            None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
         ),
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),
     )
+
+
+def _positions(segment: _OptionSegment, prompt: Prompt, own: OwnPositions) -> NDArray[np.int64]:
+    return prompt.positions(own, len(segment.tokens) - len(prompt.tokens))
 
 
 def _arrangement(shown: Sequence[Prompt]) -> Arrangement | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import Arrangement
+from megavlm.data.positions import text_positions
 from megavlm.parallel.device import local_device
 
 
@@ -31,6 +34,7 @@ def pack_segments(
     pack_length: int,
     images: Tensor | None = None,
     arrangement: Arrangement | None = None,
+    positions: Sequence[NDArray[np.int64]] | None = None,
 ) -> Batch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
@@ -39,5 +43,10 @@ def pack_segments(
         pack_length: positions of the pack.
         images: [V, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
         arrangement: where their features go.
+        positions: [3, T] of each segment, where the model has such; None for counted ones.
     """
-    return make_batch(make_pack(segments, pack_length), images, local_device(), arrangement)
+    pack = make_pack(segments, pack_length)
+    if positions is not None:
+        rest = pack_length - sum(own.shape[1] for own in positions)
+        pack.position_ids = np.concatenate([*positions, text_positions(rest)], axis=1)
+    return make_batch(pack, images, local_device(), arrangement)

@@ -11,9 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from megavlm.layers.segments import to_device
 from megavlm.parallel.device import local_device
 
 
@@ -31,6 +34,8 @@ class Positions:
         prompt_lengths: tokens of each prompt.
         ntk_length: trained length that dynamic NTK goes by, or None for no widening.
         logn_length: trained length that logn attention goes by, or None for no scaling.
+        own: [3, longest] of each prompt and its answer, where positions are not counted from 0; no length is then
+            given.
     """
 
     def __init__(
@@ -41,10 +46,12 @@ class Positions:
         *,
         ntk_length: int | None = None,
         logn_length: int | None = None,
+        own: Sequence[NDArray[np.int64]] | None = None,
     ) -> None:
-        self._rotary, self._longest = language.rotary_pos_emb, longest
+        self._rotary, self._longest, self._own = language.rotary_pos_emb, longest, own
+        assert own is None or (ntk_length is None and logn_length is None)
         self._alphas = [ntk_alpha(length, ntk_length) if ntk_length else 1.0 for length in prompt_lengths]
-        self._tables = {alpha: self._table(alpha) for alpha in set(self._alphas)}
+        self._tables = {alpha: self._table(alpha) for alpha in set(self._alphas)} if own is None else {}
         self._scales: Tensor | None = None
         if logn_length is not None and longest > logn_length:
             positions = torch.arange(1, longest + 1, dtype=torch.float32)
@@ -71,6 +78,11 @@ class Positions:
         Args:
             spans: index of a prompt, and its positions from 0.
         """
+        if self._own is not None:
+            parts = [self._own[i][:, span.start : span.stop] for i, span in spans]
+            whole = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
+            # Not by a call: what the layers get of the module is replaced while answers are generated.
+            return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:
             some = next(iter(self._tables.values()))
             return some[:0], None if self._scales is None else self._scales[:0]

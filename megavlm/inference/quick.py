@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
@@ -82,8 +83,9 @@ def _product(
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is attention and MLP with a residual connection each, and nothing else."""
-    return type(layer) is TransformerLayer and isinstance(layer.cross_attention, IdentityOp)
+    """Whether a layer is attention and MLP, added one after the other as they are, and nothing else."""
+    plain_sums = layer.self_attn_bda is get_bias_dropout_add and layer.mlp_bda is get_bias_dropout_add
+    return type(layer) is TransformerLayer and isinstance(layer.cross_attention, IdentityOp) and plain_sums
 
 
 def _layer(

@@ -25,7 +25,7 @@ from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
-from megavlm.data.images import image_runs
+from megavlm.data.images import image_grids, image_runs
 from megavlm.data.media import Arrangement, plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.tokenizer import Tokenizer
@@ -203,20 +203,22 @@ class Session:
             if place in broken:
                 failed[i] = broken[place]
             else:
-                prompts[i] = Prompt(given.shown[place][1], *images[place])
+                files, tokens = given.shown[place]
+                grids = image_grids(self.recipe.model, len(files), functools.partial(tuple, files))
+                prompts[i] = Prompt(tokens, *images[place], grids)
         if failed:
             yield {i: Piece("", 0, "error", error) for i, error in failed.items()}
         live = list(prompts)
         where = {i: place for place, i in enumerate(live)}
         stop = frozenset(self.tokenizer.stop_ids)
         texts = {i: AnswerText(self.tokenizer) for i in live}
-        for tokens in generating(
+        for found in generating(
             self.chunks, list(prompts.values()), max_new_tokens=[given.most[i] for i in live], stop_ids=list(stop),
             vocab_size=self.tokenizer.vocab_size, pack_length=self.context,
             sampling=[given.sampling[i] for i in live],
             dropped=_shared(lambda: {where[i] for i in dropped() if i in where}, len(live)),
         ):  # fmt: skip
-            news = {live[place]: chosen for place, chosen in tokens.items()}
+            news = {live[place]: chosen for place, chosen in found.items()}
             yield {
                 i: self._piece(prompts[i], one, one.token in stop, given.most[i], texts[i]) for i, one in news.items()
             }

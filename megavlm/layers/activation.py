@@ -49,6 +49,31 @@ def swiglu(x: Tensor) -> Tensor:
     return _SwiGLU.apply(x)
 
 
+class _GeGLU(torch.autograd.Function):
+    """``gelu(gate) * up``, which keeps its input alone, as :class:`_SwiGLU` does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        """[..., 2 * F] to [..., F]: the first half is the gate."""
+        ctx.save_for_backward(x)
+        ctx.approximate = approximate
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate=approximate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the input."""
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        rest = F.gelu(gate, approximate=ctx.approximate)
+        torch.mul(grad, rest, out=grad_up)
+        torch.mul(grad, up, out=rest)
+        torch.ops.aten.gelu_backward.grad_input(rest, gate, approximate=ctx.approximate, grad_input=grad_gate)
+        return grad_x, None
+
+
 @jit_fuser
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias)
@@ -78,7 +103,7 @@ _WITH_BIAS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class BiasActivationMLP(MLP):
-    """Megatron-Core's MLP without a gate, with bias and activation in one function; for towers.
+    """Megatron-Core's MLP without a gate, with bias and activation in one function.
 
     A built MLP is turned into one: Megatron-Core's layer knows MLPs by their exact class when it builds them.
     """
@@ -97,3 +122,26 @@ class BiasActivationMLP(MLP):
         x, bias = self.linear_fc1(hidden_states)
         x = self.activation_func(x) if bias is None else fused(x, bias)
         return self.linear_fc2(x)
+
+
+class GeGLUMLP(MLP):
+    """Megatron-Core's MLP with a gate by GELU, exact or tanh (Gemma).
+
+    Megatron-Core's own keeps gate, its activation and up apart, or, fused, knows the tanh form alone and calls it GELU.
+    A built MLP is turned into one, as into :class:`BiasActivationMLP`.
+    """
+
+    approximate: str
+
+    @classmethod
+    def take_over(cls, mlp: MLP) -> None:
+        """Turn ``mlp``, whose activation is ``F.gelu`` or :func:`gelu_tanh`, into one of these."""
+        assert type(mlp) is MLP and mlp.config.gated_linear_unit, type(mlp)
+        forms = {F.gelu: "none", gelu_tanh: "tanh"}
+        mlp.approximate = forms[mlp.activation_func]
+        mlp.__class__ = cls
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """Return [..., hidden_size] and the bias to add to it."""
+        x, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(_GeGLU.apply(x if bias is None else x + bias, self.approximate))

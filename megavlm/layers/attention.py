@@ -45,6 +45,9 @@ class TorchAttention(MegatronModule):
     Unpacked input is [S, B, N, D]. Packed input (``qkv_format="thd"``) is [T, N, D]; each segment attends to
     itself alone, and what follows the last segment gets zeros.
 
+    Args of its own:
+        sliding_window: causal attention to so many positions, each's own among them; None for all before it.
+
     Raises:
         ValueError: an explicit attention mask or bias, or a mask type that is neither causal nor no_mask.
     """
@@ -59,10 +62,12 @@ class TorchAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
+        self.sliding_window = sliding_window
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -149,11 +154,14 @@ class TorchAttention(MegatronModule):
             longest,
             longest,
             scale=self.softmax_scale,
-            window_size=(-1, 0) if causal else (-1, -1),
+            window_size=((self.sliding_window or 0) - 1, 0) if causal else (-1, -1),
             **_GROUPED,
         )
 
     def _attend(self, query_BNSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, causal: bool) -> Tensor:
+        window = self.sliding_window
+        if causal and window is not None and query_BNSD.size(2) > window:
+            return self._in_window(query_BNSD, key_BGKD, value_BGKD, window)
         return F.scaled_dot_product_attention(
             query_BNSD,
             key_BGKD,
@@ -164,6 +172,26 @@ class TorchAttention(MegatronModule):
             enable_gqa=query_BNSD.size(1) != key_BGKD.size(1),
         )
 
+    def _in_window(self, query_BNSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, window: int) -> Tensor:
+        """Attend causally to ``window`` positions, as many queries at a time: to at most twice as many keys."""
+        parts, length = [], query_BNSD.size(2)
+        for start in range(0, length, window):
+            stop, first = min(start + window, length), max(start - window + 1, 0)
+            rows = torch.arange(start, stop, device=query_BNSD.device)[:, None]
+            columns = torch.arange(first, stop, device=query_BNSD.device)
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query_BNSD[:, :, start:stop],
+                    key_BGKD[:, :, first:stop],
+                    value_BGKD[:, :, first:stop],
+                    attn_mask=(columns <= rows) & (columns > rows - window),
+                    dropout_p=self.dropout if self.training else 0.0,
+                    scale=self.softmax_scale,
+                    enable_gqa=query_BNSD.size(1) != key_BGKD.size(1),
+                )
+            )
+        return torch.cat(parts, dim=2)
+
 
 class CompactSelfAttention(SelfAttention):
     """Megatron-Core's self-attention, which lets go of what it gathers.
@@ -172,7 +200,14 @@ class CompactSelfAttention(SelfAttention):
     part of the rows of ``linear_qkv``, whichever heads these belong to; Megatron-Core gathers the outputs of all ranks,
     and each takes its queries and its one key/value head. These are views: a value of width D would keep all
     N x D + 2 G x D gathered numbers of a token in memory until the backward pass.
+
+    Args of its own:
+        sliding_window: what its core attention was told, for who stands in for that; None for no window.
     """
+
+    def __init__(self, *args: Any, sliding_window: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sliding_window = sliding_window
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Return queries, keys and values [S, B, heads of this rank, D]."""

@@ -58,6 +58,8 @@ class Adapter:
         sizes: rows of the parts: of one head group (q, k, v), or relative to each other (gate, up: 1, 1).
         present: which parts have an adapter.
         grouped: the parts follow each other in every head group; else each lies in one piece.
+        halves: the layer's rows are gate and up, of each of which a rank has a share, also where one adapter adds to
+            both.
     """
 
     rank: int
@@ -66,6 +68,7 @@ class Adapter:
     sizes: tuple[int, ...] = (1,)
     present: tuple[bool, ...] = (True,)
     grouped: bool = False
+    halves: bool = False
 
     @property
     def count(self) -> int:
@@ -279,8 +282,8 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
         adapter, key = self.adapter, f"{prefix}lora_b"
-        if adapter is not None and not adapter.grouped and adapter.count > 1:  # gate and up, as of the weight
-            assert adapter.sizes == (1, 1)
+        # Gate and up, as of the weight: adapters of both, or one over both.
+        if adapter is not None and adapter.halves and (adapter.count > 1 or adapter.sizes == (1,)):
             state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return state
 

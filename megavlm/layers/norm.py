@@ -17,19 +17,26 @@ class TorchNorm(torch.nn.Module):
 
     RMSNorm computes in fp32, casts back and then applies the weight, as Qwen does. On CUDA it is torch's one kernel,
     which applies the weight before it casts: the same in fp32, within a rounding in bf16.
+
+    With ``config.layernorm_zero_centered_gamma`` the norm multiplies by 1 + weight, which starts at 0, and RMSNorm does
+    so in fp32 before it casts, as Gemma does.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.rms = config.normalization == "RMSNorm"
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centered = bool(config.layernorm_zero_centered_gamma)
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
         self.bias = None if self.rms else torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]; dtype and shape stay."""
+        if self.zero_centered:
+            return self._zero_centered(x)
         if self.rms and x.is_cuda:
             return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         if self.rms and not torch.is_grad_enabled():  # the same operations; quicker for one token
@@ -38,3 +45,10 @@ class TorchNorm(torch.nn.Module):
         if self.rms:
             return F.rms_norm(x.float(), (x.size(-1),), None, self.eps).to(x.dtype) * self.weight
         return F.layer_norm(x, (x.size(-1),), self.weight, self.bias, self.eps)
+
+    def _zero_centered(self, x: Tensor) -> Tensor:
+        scale = 1.0 + self.weight.float()
+        if self.rms:
+            return F.rms_norm(x.float(), (x.size(-1),), scale, self.eps).to(x.dtype)
+        assert self.bias is not None
+        return F.layer_norm(x.float(), (x.size(-1),), scale, self.bias.float(), self.eps).to(x.dtype)

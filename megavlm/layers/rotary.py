@@ -6,6 +6,7 @@ for keys, and gathers the same angles each time. Here the model hands the layers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,15 +26,25 @@ class PackRotary(RotaryEmbedding):
     """Megatron-Core's rotary embedding, which takes the positions of a pack where its maker told them.
 
     The angles are those of Megatron-Core's table, bit for bit: [S, 1, 1, D] fp32, one row per position of the pack.
+    Of M-RoPE (Qwen2-VL, arXiv 2409.12191) a position is three numbers, and each pair of channels goes by one of them;
+    Megatron-Core's own ``MultimodalRotaryEmbedding`` has no interleaved sections, and asks for a batch without packs.
     """
 
     inv_freq: Tensor
+    pair_axes: Tensor | None
 
     @classmethod
-    def take_over(cls, rotary: RotaryEmbedding) -> None:
-        """Turn ``rotary`` into one of these, with its settings."""
+    def take_over(cls, rotary: RotaryEmbedding, axes: Sequence[int] | None = None) -> None:
+        """Turn ``rotary`` into one of these, with its settings.
+
+        Args:
+            rotary: what Megatron-Core has built.
+            axes: of each pair of channels, by which number of a position it is turned; None where there is one.
+        """
         assert type(rotary) is RotaryEmbedding, type(rotary)
         rotary.__class__ = cls
+        assert axes is None or len(axes) == rotary.inv_freq.numel(), (axes, rotary.inv_freq.shape)
+        cast(PackRotary, rotary).pair_axes = None if axes is None else torch.tensor(axes)
 
     def get_rotary_seq_len(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
         """Return what :meth:`forward` takes: the positions of the pack, or as Megatron-Core the longest length."""
@@ -45,16 +56,46 @@ class PackRotary(RotaryEmbedding):
         return super().get_rotary_seq_len(*args, packed_seq_params, **kwargs)
 
     def forward(self, positions: Tensor | int, *args: Any, **kwargs: Any) -> Tensor:
-        """Return [S, 1, 1, D] angles of ``positions`` [S], or Megatron-Core's table for a length."""
+        """Return [S, 1, 1, D] angles of ``positions`` [S] or [3, S], or Megatron-Core's table for a length.
+
+        Raises:
+            AssertionError: positions have three numbers and the model knows one, or the other way round.
+        """
         if not isinstance(positions, Tensor):
             return super().forward(positions, *args, **kwargs)
+        assert (positions.dim() == 2) == (self.pair_axes is not None), f"positions {list(positions.shape)}"
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
         at = positions.to(self.inv_freq.dtype)
         if self.seq_len_interpolation_factor is not None:
             at = at * (1 / self.seq_len_interpolation_factor)
-        freqs_SF = torch.outer(at, self.inv_freq)
+        if self.pair_axes is None:
+            freqs_SF = torch.outer(at, self.inv_freq)
+        else:
+            if self.pair_axes.device != at.device:
+                self.pair_axes = self.pair_axes.to(at.device)
+            freqs_SF = at.t()[:, self.pair_axes] * self.inv_freq
+        if self.rotary_interleaved:
+            return freqs_SF.repeat_interleave(2, dim=-1)[:, None, None, :]
         return torch.cat((freqs_SF, freqs_SF), dim=-1)[:, None, None, :]
+
+
+def pair_axes(sections: Sequence[int], *, interleaved: bool) -> list[int] | None:
+    """Return by which number of a position (0 time, 1 row, 2 column) each pair of channels is turned.
+
+    Args:
+        sections: how many pairs each has; empty for positions of one number.
+        interleaved: they take turns, row and column at 3 i + 1 and 3 i + 2 while they have some (Qwen3-VL), instead of
+            standing one after the other (Qwen2-VL).
+
+    Returns:
+        As many as the sum of ``sections``; None where these are empty.
+    """
+    if not sections:
+        return None
+    if not interleaved:
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(sum(sections))]
 
 
 def _apply_thd(t_TND: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer scale (arXiv 2103.17239): a branch of a layer is multiplied by a learned vector before it is added."""
+"""What a branch of a layer is multiplied by before it is added: a learned vector (arXiv 2103.17239), or a number."""
 
 from __future__ import annotations
 
@@ -41,4 +41,33 @@ class LayerScale(torch.nn.Module):
         if bias is None:
             return residual + self.weight * x
         result: Tensor = _scaled_sum(x, bias, residual, self.weight)
+        return result
+
+
+@jit_fuser
+def _multiplied_sum(x: Tensor, bias: Tensor, residual: Tensor, multiplier: float) -> Tensor:
+    return residual + multiplier * (x + bias)
+
+
+class ResidualMultiplier(torch.nn.Module):
+    """Stands where :class:`LayerScale` may stand: a branch is multiplied by a fixed number (MiniCPM, Granite).
+
+    Args:
+        multiplier: the number.
+    """
+
+    def __init__(self, multiplier: float) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+
+    def forward(self, _training: bool, _fused: bool) -> Sum:
+        """Return what the layer calls with the branch's output, the stream and the dropout probability."""
+        return self._add
+
+    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        assert not dropout, "a multiplied branch is not built for dropout"
+        if bias is None:
+            return torch.add(residual, x, alpha=self.multiplier)
+        result: Tensor = _multiplied_sum(x, bias, residual, self.multiplier)
         return result

@@ -25,8 +25,8 @@ def packed_segments(
     Args:
         cu_seqlens: [G + 1] where each segment starts, and the length of the pack at the end.
         device: where attention looks for them.
-        position_ids: [S] int64 on ``device``: the position of each token for rotary angles. None leaves it to
-            Megatron-Core, which counts from 0 in each segment.
+        position_ids: [S] or [3, S] int64 on ``device``: the position of each token for rotary angles, in one number or
+            in three. None leaves it to Megatron-Core, which counts from 0 in each segment.
     """
     lengths = np.diff(cu_seqlens)
     # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
@@ -53,7 +53,7 @@ def segment_lengths(packed: PackedSeqParams) -> list[int]:
 
 
 def segment_positions(packed: PackedSeqParams | None) -> Tensor | None:
-    """Return the [S] positions that :func:`packed_segments` was given, or None."""
+    """Return the [S] or [3, S] positions that :func:`packed_segments` was given, or None."""
     return getattr(packed, "position_ids", None)
 
 

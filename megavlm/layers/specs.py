@@ -20,7 +20,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.norm import TorchNorm
+from megavlm.layers.parallel_layer import ParallelTransformerLayer
+from megavlm.layers.scale import ResidualMultiplier
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 
@@ -60,6 +63,14 @@ class LayerKind:
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
     """Each head's queries and keys are normalised."""
+    parallel: bool = False
+    """Attention and MLP stand side by side behind one norm."""
+    residual_multiplier: float = 1.0
+    """Of what attention and MLP give, before it is added."""
+    sliding_window: int | None = None
+    """Positions that each attends to, its own among them; None for all."""
+    deepstack: bool = False
+    """What the context holds is added behind it (``layers/deepstack.py``)."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask}
@@ -87,28 +98,39 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     mask = _MASKS[kind.mixer]
-    core_attention, norm = TorchAttention, TorchNorm
+    core_attention: Any = TorchAttention
+    norm: Any = TorchNorm
+    attention_params: dict[str, Any] = {"attn_mask_type": mask}
+    chosen = dict(linears or {})
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
 
         norm = TENorm
-        if kind.head_dim <= WIDEST_ENGINE_HEAD:
+        # Of a window Transformer Engine's attention is told by the configuration, one for all layers.
+        if kind.head_dim <= WIDEST_ENGINE_HEAD and kind.sliding_window is None:
             core_attention = TEDotProductAttention
-    if transformer_engine and linears is None:
+    if kind.sliding_window is not None:
+        core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
+        attention_params["sliding_window"] = kind.sliding_window
+    if transformer_engine and linears is None and kind.parallel:
+        chosen = _engine_linears()
+    elif transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=kind.qk_layernorm)
         layer.submodules.self_attention.module = CompactSelfAttention
-        layer.submodules.self_attention.params = {"attn_mask_type": mask}
+        layer.submodules.self_attention.params = attention_params
         layer.submodules.self_attention.submodules.core_attention = core_attention
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
+        if kind.deepstack:
+            layer.module = DeepstackLayer
         return Modules(core_attention, norm, layer)
     head_norm = norm if kind.qk_layernorm else IdentityOp
-    chosen = linears or {}
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=_layer_class(kind),
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=CompactSelfAttention,
-                params={"attn_mask_type": mask},
+                params=attention_params,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),
                     core_attention=core_attention,
@@ -117,8 +139,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            self_attn_bda=_branch_sum(kind),
+            pre_mlp_layernorm=IdentityOp if kind.parallel else norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -127,7 +149,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
                     activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=_branch_sum(kind),
             # The names that Transformer Engine's fused norm-and-linear has: one checkpoint serves both.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -136,6 +158,31 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     return Modules(core_attention, norm, layer)
+
+
+def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
+    assert not (kind.parallel and kind.deepstack), "a layer side by side adds nothing behind it"
+    if kind.parallel:
+        return ParallelTransformerLayer
+    return DeepstackLayer if kind.deepstack else TransformerLayer
+
+
+def _branch_sum(kind: LayerKind) -> Any:
+    """Return what adds a branch to the stream."""
+    if kind.residual_multiplier == 1:
+        return get_bias_dropout_add
+    return ModuleSpec(module=ResidualMultiplier, params={"multiplier": kind.residual_multiplier})
+
+
+def _engine_linears() -> dict[str, Any]:
+    """Return Transformer Engine's linear layers without a norm inside (not run on a GPU)."""
+    from megatron.core.extensions.transformer_engine import (  # noqa: PLC0415
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+    )
+
+    kinds = {"linear_qkv": TEColumnParallelLinear, "linear_fc1": TEColumnParallelLinear}
+    return kinds | {"linear_proj": TERowParallelLinear, "linear_fc2": TERowParallelLinear}
 
 
 def block_submodules(layers: Sequence[Modules]) -> TransformerBlockSubmodules:

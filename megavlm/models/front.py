@@ -15,7 +15,8 @@ from megavlm.architectures.context import BuildContext
 from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig
 from megavlm.config.split import is_replicated
-from megavlm.parallel.replicas import Shares, built_whole, mark_replicas
+from megavlm.models.levels import connect, make_connector
+from megavlm.parallel.replicas import PackedShares, Shares, built_whole, mark_replicas
 
 
 def build_front(model: ModelConfig, context: BuildContext) -> tuple[Any, Any]:
@@ -32,26 +33,36 @@ def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
 def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
     architecture, own = architecture_of(model, part), own_of(model, part)
     if part not in replicated(model, context):
-        return architecture.make(own, context)
+        return make_connector(model, context) if part == "connector" else architecture.make(own, context)
     whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
     with built_whole():
-        module = architecture.make(own, replace(context, parallel=whole))
+        inside = replace(context, parallel=whole)
+        module = make_connector(model, inside) if part == "connector" else architecture.make(own, inside)
     mark_replicas(module)
     return module
 
 
 def encode(
-    vision: Any, connector: Any, images: Tensor, *, trains_vision: bool, replicas: frozenset[str] = frozenset()
+    vision: Any,
+    connector: Any,
+    images: Tensor,
+    grid: Tensor | None = None,
+    *,
+    trains_vision: bool,
+    replicas: frozenset[str] = frozenset(),
 ) -> Tensor:
     """Return [Q, N, E] features of pictures.
 
     Args:
         vision: the tower.
         connector: the connector.
-        images: [N, 3, H, W], the same on all tensor-parallel ranks.
+        images: [N, 3, H, W], or [P, F] patches with ``grid``, the same on all tensor-parallel ranks.
+        grid: [N, 3] int64 on the host, of pictures that have sizes of their own; what comes of them is [Q, 1, E].
         trains_vision: whether the tower's weights learn.
         replicas: of vision and connector, those that run on this rank's share of the pictures alone.
     """
+    if grid is not None:
+        return _encode_packed(vision, connector, images, grid, trains_vision=trains_vision, replicas=replicas)
     shares = Shares(images.size(0)) if replicas else None
     if shares is not None and "vision" in replicas:
         images = shares.of(images)
@@ -61,5 +72,26 @@ def encode(
         features = shares.gather(features)
     if shares is not None and "connector" in replicas and "vision" not in replicas:
         features = shares.take(features)
-    features = connector(features)
+    features = connect(connector, features)
     return shares.gather(features) if shares is not None and "connector" in replicas else features
+
+
+def _encode_packed(
+    vision: Any, connector: Any, patches_PF: Tensor, grid: Tensor, *, trains_vision: bool, replicas: frozenset[str]
+) -> Tensor:
+    """Return [Q, 1, E] features of pictures of any size; a share of them is whole pictures."""
+    counts = grid.prod(1).tolist()
+    shares = PackedShares(counts) if replicas else None
+    if shares is not None and "vision" in replicas:
+        patches_PF, grid = shares.of(patches_PF, grid, vision)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
+        features = vision(patches_PF, grid)
+    if shares is not None and "vision" in replicas and "connector" not in replicas:
+        features = shares.gather(features, 1)
+    if shares is not None and "connector" in replicas and "vision" not in replicas:
+        features = shares.take(features)
+    patches = features.size(0)
+    features = connect(connector, features)
+    if shares is not None and "connector" in replicas:
+        features = shares.gather(features, patches // features.size(0))
+    return features

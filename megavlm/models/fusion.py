@@ -1,8 +1,9 @@
 """How image features come to the language model: the one place between connector and decoder.
 
 A :class:`Fusion` makes of embeddings and features what the decoder takes in, and extras for its layers.
-:class:`Splice` is today's only one: features stand in place of the embeddings of image slots. Which feature goes where
-is told by the image plan (``megavlm.data.media.Arrangement``), on the host.
+In a :class:`Splice` features stand in place of the embeddings of image slots; a :class:`Deepstack` does that, and has
+others added behind the first layers. Which feature goes where is told by the image plan
+(``megavlm.data.media.Arrangement``), on the host.
 
 Shape legend: S positions of a pack, N views of its images, Q features of a view, T image slots, K features that a slot
 is made of, E width of the language model; 1 stands for the batch dimension.
@@ -23,13 +24,16 @@ from megavlm.data.media import plan_of
 NEWLINE = "image_newline"
 """Name of the newline vector, a parameter [E] of the connector: it is frozen, trained and saved with it."""
 
-Extras = Mapping[str, Any] | None
-"""What the layers get beside the decoder's input, as keyword arguments of Megatron-Core's transformer block.
+BESIDE = "beside"
+"""Of the extras, [S, 1, R * E], of which each of R layers adds E to its output. It is as long as the decoder's input,
+so that sequence parallelism cuts both alike and it can travel from stage to stage (``megavlm.models.streams``)."""
 
-None for a fusion that is done before the first layer, as :class:`Splice` is. A deepstack (Qwen3-VL) will hand over
-the image slots and the features that some layers add there; cross-attention (Llama 3.2 Vision) the features, as
-``context``, and its mask. They reach the layers of the chunk that fuses, by ``extra_block_kwargs`` of its forward pass;
-to other pipeline stages goes one tensor alone, the decoder's (``Step`` in ``megavlm.parallel.pipeline``).
+Extras = Mapping[str, Any] | None
+"""What the layers get beside the decoder's input: :data:`BESIDE`, and keyword arguments of Megatron-Core's block.
+
+None for a fusion that is done before the first layer, as :class:`Splice` is, and where there are no pictures.
+Cross-attention (Llama 3.2 Vision) will hand over the features, as ``context``, and its mask. What is not beside the
+stream reaches the layers of the chunk that fuses only.
 """
 
 
@@ -64,8 +68,10 @@ class Fusion(Protocol):
 def build_fusion(model: ModelConfig, connector: nn.Module, context: BuildContext, image_token_id: int) -> Fusion:
     """Return the model's fusion. Where it has weights, they are the connector's: they have a name and a rank already.
 
-    The one place that chooses. Every decoder of today has self-attention layers alone, and takes a splice.
+    The one place that chooses.
     """
+    if model.vision.deepstack:
+        return Deepstack(connector, image_token_id)
     if plan_of(model).newline:
         add_newline(connector, model.language.hidden_size, context.dtype, initialize=context.initialize)
     return Splice(connector, image_token_id)
@@ -107,6 +113,26 @@ class Splice:
         torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are image features")
         positions = torch.nonzero_static(slots, size=wanted).squeeze(1)
         return embeddings_S1E.index_copy(0, positions, flat_TE.unsqueeze(1)), None
+
+
+class Deepstack(Splice):
+    """A splice of the last tower layer's features; those of R others are added at the same slots, layer by layer.
+
+    Features are (1 + R) * E wide here, of the last layer and of the levels (``megavlm.models.levels``).
+    """
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Put the features where ``tokens`` holds the image token, and the levels' into zeros there."""
+        if features_TE is None or stand_in:
+            return super().fuse(embeddings_S1E, features_TE, tokens, stand_in=stand_in)
+        width = embeddings_S1E.size(-1)
+        fused_S1E, _ = super().fuse(embeddings_S1E, features_TE[:, :width], tokens, stand_in=False)
+        levels_TE = features_TE[:, width:].to(embeddings_S1E.dtype)
+        positions = torch.nonzero_static(tokens[0] == self._image_token_id, size=levels_TE.size(0)).squeeze(1)
+        nothing = levels_TE.new_zeros(embeddings_S1E.size(0), 1, levels_TE.size(1))
+        return fused_S1E, {BESIDE: nothing.index_copy(0, positions, levels_TE.unsqueeze(1))}
 
 
 def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:

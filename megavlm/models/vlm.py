@@ -6,6 +6,7 @@ model, V the padded vocabulary; 1 stands for the batch dimension: a micro-batch 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,17 @@ from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megavlm.architectures.context import BuildContext
 from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
+from megavlm.data.positions import positions_of
 from megavlm.models.front import build_front, encode, replicated
-from megavlm.models.fusion import Extras, Fusion, build_fusion
+from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
+from megavlm.models.streams import Streams, one_after_the_other
 
 
 class VisionLanguageModel(MegatronModule):
@@ -46,6 +51,7 @@ class VisionLanguageModel(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         registry.load()
+        context = replace(context, deepstack=model.vision.deepstack)
         language = registry.LANGUAGE.find(model.language.preset).build(
             model.language, context, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
@@ -63,6 +69,9 @@ class VisionLanguageModel(MegatronModule):
             self.vision, self.connector = build_front(model, context)
             self.fusion = build_fusion(model, self.connector, context, image_token_id)
         self.replicas = replicated(model, context)
+        self.streams = _streams(language, model.vision.deepstack, vp_stage)
+        self._received: Tensor | None = None
+        self.own_positions = positions_of(model, image_token_id)
         self.language = language
 
     @property
@@ -72,7 +81,7 @@ class VisionLanguageModel(MegatronModule):
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage (called by Megatron-Core's schedules)."""
-        self.language.set_input_tensor(input_tensor)
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return the weight that embedding and output layer share, for Megatron-Core."""
@@ -88,38 +97,48 @@ class VisionLanguageModel(MegatronModule):
         image_features: Tensor | None = None,
         image_index: Tensor | None = None,
         image_weight: Tensor | None = None,
+        image_grid: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
         Args:
             tokens: [1, S] int64.
-            position_ids: [1, S] int64, from 0 in each segment.
+            position_ids: [1, S] int64, from 0 in each segment; or [1, 3, S] (``own_positions``). Rotary angles go by
+                those in ``packed_seq_params``.
             packed_seq_params: segment borders, for every stage.
             labels: [1, S] int64 token to predict; positions that do not count hold any valid id.
-            images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0.
+            images: first chunk: [N, 3, H, W], uint8 or normalised floats; N may be 0. With ``image_grid``
+                [P, F] patches.
             image_features: first chunk: [T, E] instead of ``images``, where they are known already: of the slots, as
                 :meth:`arranged` returns them.
             image_index: first chunk, with ``images``: where their features go, see :meth:`arranged`.
             image_weight: the same.
+            image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
+                have sizes of their own.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
-            activations (S / TP with sequence parallelism).
+            activations (S / TP with sequence parallelism), and behind them what travels beside (``streams.py``).
         """
-        decoder_input, extras = None, None
+        decoder_input, beside, extras = None, None, None
         if self.fusion is not None:
-            decoder_input, extras = self._fused(
-                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight
+            decoder_input, beside, extras = self._fused(
+                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid
             )
-        return self.language(
+        elif self._received is not None:
+            hidden, beside = self.streams.split(self._received)
+            self.language.set_input_tensor(hidden)
+        self._received = None
+        output = self.language(
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=None,
             decoder_input=decoder_input,
             labels=labels,
             packed_seq_params=packed_seq_params,
-            extra_block_kwargs=extras,
+            extra_block_kwargs=extras if beside is None else {"context": beside, **(extras or {})},
         )
+        return output if self.post_process else self.streams.join(output, beside)
 
     def _fused(
         self,
@@ -130,14 +149,17 @@ class VisionLanguageModel(MegatronModule):
         image_features: Tensor | None,
         image_index: Tensor | None,
         image_weight: Tensor | None,
-    ) -> tuple[Tensor, Extras]:
-        """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what travels beside it.
+        image_grid: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Extras]:
+        """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what the layers get with it.
+
+        That is [R * S, 1, E], what goes beside the stream, and arguments of this chunk's block.
 
         A function of its own, so that nothing that it makes on the way is held while the layers run.
         """
         embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         empty = image_features is None and (images is None or images.size(0) == 0)
-        if image_features is None and (features_QNE := self.encode_images(images)) is not None:
+        if image_features is None and (features_QNE := self.encode_images(images, image_grid)) is not None:
             image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
         fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
         if self.config.sequence_parallel:
@@ -145,10 +167,16 @@ class VisionLanguageModel(MegatronModule):
         if torch.is_grad_enabled() and not fused_S1E.requires_grad:
             # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
             fused_S1E = fused_S1E.detach().requires_grad_()
-        return fused_S1E, extras
+        if extras is None or BESIDE not in extras:
+            return fused_S1E, None, extras
+        width, shared = embeddings_S1E.size(-1), self.config.sequence_parallel
+        beside = one_after_the_other(extras[BESIDE], width, sequence_parallel=shared)
+        return fused_S1E, beside, {name: value for name, value in extras.items() if name != BESIDE} or None
 
-    def encode_images(self, images: Tensor | None) -> Tensor | None:
+    def encode_images(self, images: Tensor | None, grid: Tensor | None = None) -> Tensor | None:
         """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.
+
+        With the ``grid`` of pictures that have sizes of their own, they are [Q, 1, E], one picture after the other.
 
         For a training micro-batch without images, one empty picture stands in wherever tower or connector
         learn; :meth:`forward` gives it no weight. Gradients are then zero rather than missing: overlapped gradient
@@ -162,12 +190,19 @@ class VisionLanguageModel(MegatronModule):
         if missing:
             if not trains_vision and not any(p.requires_grad for p in self.connector.parameters()):
                 return None
-            shape = (1, 3, self.image_size, self.image_size)
-            images = torch.zeros(shape, dtype=torch.uint8, device=self.connector_device())
+            images, grid = self._empty_picture()
         assert images is not None
         # An empty picture is the same on all ranks, and its features go nowhere: nothing to share out.
         replicas = frozenset[str]() if missing else self.replicas
-        return encode(self.vision, self.connector, images, trains_vision=trains_vision, replicas=replicas)
+        return encode(self.vision, self.connector, images, grid, trains_vision=trains_vision, replicas=replicas)
+
+    def _empty_picture(self) -> tuple[Tensor, Tensor | None]:
+        """Return the pixels of the picture that stands in where there are none, and its grid if it has one."""
+        if self.settings.vision.packed:
+            pixels, grid = self.vision.empty(self.connector_device())
+            return pixels, grid
+        shape = (1, 3, self.image_size, self.image_size)
+        return torch.zeros(shape, dtype=torch.uint8, device=self.connector_device()), None
 
     def arranged(
         self, features_QNE: Tensor, image_index: Tensor | None = None, image_weight: Tensor | None = None
@@ -185,6 +220,16 @@ class VisionLanguageModel(MegatronModule):
     def connector_device(self) -> torch.device:
         """Return the device that images belong on."""
         return next(self.connector.parameters()).device
+
+
+def _streams(language: Any, levels: int, vp_stage: int | None) -> Streams:
+    """Return what goes beside the residual stream of a chunk."""
+    if not levels:
+        return Streams(0, 0, 0)
+    config = language.config
+    first = get_transformer_layer_offset(config, vp_stage)
+    whole = get_num_layers_to_build(config, None if vp_stage is None else 0, 0)
+    return Streams.of_chunk(levels, first, len(language.decoder.layers), whole)
 
 
 def build_chunks(model: ModelConfig, context: BuildContext, image_token_id: int) -> list[VisionLanguageModel]:

@@ -13,7 +13,7 @@ from megavlm.config.errors import FAILED, WRONG_INPUT, OtherRankError, RecipeErr
 from megavlm.parallel.lock import LOCK_FILE, LockView, acquire
 
 _TRIAL_BYTES = 1 << 16
-_OWN = ("checkpoints", "heartbeats", "tensorboard", "profile")
+_OWN = ("checkpoints", "heartbeats", "loggers", "tensorboard", "profile")
 """Directories inside that a run of another user may have left."""
 _WAITING, _HELD, _REFUSED, _BROKEN = range(4)
 

@@ -19,8 +19,8 @@ Request = TypeVar("Request")
 Step = Callable[[Any, Request], tuple[Tensor, Callable[[Tensor], Any]]]
 """Runs one chunk on one request: returns the chunk's output, and what the last stage makes of the last chunk's.
 
-The output is all that goes to the next chunk: one tensor. What a fusion gives the layers beside it (``Extras`` of
-``megavlm.models.fusion``) is None in every model of today, and stays inside the chunk's forward pass.
+The output is all that goes to the next chunk: one tensor. What goes beside the residual stream stands behind it, along
+the sequence (``megavlm.models.streams``).
 """
 
 
@@ -61,12 +61,19 @@ def run(
             data_iterator=data if len(chunks) > 1 else data[0],
             model=list(chunks),
             num_microbatches=count + missing,
-            seq_length=length,
+            seq_length=length * (1 + _carried(chunks[0])),
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,
         )
     return results[:count]
+
+
+def _carried(chunk: Any) -> int:
+    """Return how many streams a model sends from chunk to chunk beside the residual one."""
+    while not hasattr(chunk, "streams") and hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk.streams.carried if hasattr(chunk, "streams") else 0
 
 
 @contextlib.contextmanager

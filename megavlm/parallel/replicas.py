@@ -13,6 +13,7 @@ replicated instead: built as on one rank, from the same weights. Its ranks see d
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,48 @@ class Shares:
         """Return [P, N, W] of all pictures from what became of each rank's share."""
         # What became of an empty picture goes no further; its gradient is zero, and not missing.
         return _Gather.apply(share[:, : self.own], self.sizes, self.group)
+
+
+class PackedShares:
+    """The pictures of a micro-batch that have sizes of their own, cut over the tensor-parallel ranks between pictures.
+
+    Args:
+        counts: patches of each picture.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.group = mpu.get_tensor_model_parallel_group()
+        rank, ranks = self.group.rank(), self.group.size()
+        ends, total = list(itertools.accumulate(counts)), sum(counts)
+        # A picture goes to the rank in whose equal part of the patches its middle lies.
+        owners = [(2 * end - count) * ranks // (2 * total) for count, end in zip(counts, ends, strict=True)]
+        self.sizes = [sum(n for n, owner in zip(counts, owners, strict=True) if owner == i) for i in range(ranks)]
+        self.start, self.own = sum(self.sizes[:rank]), self.sizes[rank]
+        self.pictures = [index for index, owner in enumerate(owners) if owner == rank]
+
+    def of(self, patches_PF: Tensor, grid_V3: Tensor, tower: Any) -> tuple[Tensor, Tensor]:
+        """Return this rank's share of the patches, and its grid; the tower's empty picture where that is none."""
+        if self.own:
+            return patches_PF.narrow(0, self.start, self.own), grid_V3[self.pictures]
+        pixels, grid = tower.empty(patches_PF.device)
+        return pixels.to(patches_PF.dtype), grid
+
+    def take(self, features_P1W: Tensor) -> Tensor:
+        """Return this rank's share of [P, 1, W], which all ranks have; some zeros where that is none."""
+        share = _Take.apply(features_P1W.transpose(0, 1), self.sizes, self.group).transpose(0, 1)
+        least = min(size for size in self.sizes if size)
+        return share if self.own else torch.cat([share, torch.zeros_like(features_P1W[:least])])
+
+    def gather(self, share: Tensor, patches: int) -> Tensor:
+        """Return [Q, 1, W] of all pictures from what became of each rank's share.
+
+        Args:
+            share: [q, 1, W] of this rank.
+            patches: patches of one of its rows.
+        """
+        sizes = [size // patches for size in self.sizes]
+        own_1QW = share.transpose(0, 1)[:, : self.own // patches]
+        return _Gather.apply(own_1QW, sizes, self.group).transpose(0, 1)
 
 
 class _Gather(torch.autograd.Function):

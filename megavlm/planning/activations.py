@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.architectures.cost import Kernels, cost_of, decoder_cost
+from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, final_norm_kept
 from megavlm.config.schema import Recipe
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import share
@@ -115,7 +115,8 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
     if chunk.last:
         rows = cost.vocabulary(language, tp) // tp
         # The final norm and the output layer keep their inputs; the loss keeps the softmax in fp32.
-        output = stream * (b if kernels.fused else 4 + b * int(learns)) // b + stream * int(head) + tokens * rows * 4
+        output = final_norm_kept(language, local * hidden, kernels, learns=learns)
+        output += stream * int(head) + tokens * rows * 4
         # The logits themselves, forward; their gradient and the weight's, backward. In fp32 these are in place.
         logits = tokens * rows * b * int(b == 2)
         forward = max(forward, logits)

@@ -102,7 +102,7 @@ def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> 
     # Tokens, labels, positions and sources of every micro-batch, int64.
     total = layout.microbatches * workload.tokens * 4 * 8
     if stage == 0:
-        total += round(layout.microbatches * workload.views * 3 * vision.image_size**2)
+        total += round(layout.microbatches * workload.views * vision.pixel_bytes)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.
         language = recipe.model.language

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import cost_of, decoder_cost
+from megavlm.architectures.cost import cost_of, decoder_cost, final_parameters
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
@@ -89,7 +89,7 @@ def _chunk_parameters(
     if first:
         shapes.append(table)
     if last:
-        shapes.append(language.hidden_size)
+        shapes += [one.elements for one in final_parameters(language, tp)]
         # A tied output layer has a copy of its own, unless the embedding lies in the same chunk.
         if not (language.tie_word_embeddings and first):
             shapes.append(table)
@@ -112,7 +112,8 @@ def _with_adapters(
     if first:
         yield ChunkParameter("language", table, lora.train_embeddings)
     if last:
-        yield ChunkParameter("language", language.hidden_size, False)
+        for one in final_parameters(language, tp):
+            yield ChunkParameter("language", one.elements, lora.train_head and one.head)
         if not (language.tie_word_embeddings and first):
             yield ChunkParameter("language", table, lora.train_head)
 

@@ -377,7 +377,7 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
-        pixels = layout.microbatches * self.workload.views * 3 * self.recipe.model.vision.image_size**2
+        pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
         step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
         squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens

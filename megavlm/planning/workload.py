@@ -83,7 +83,9 @@ def assume_workload(
         raise RecipeError(f"--samples-per-pack: {samples:g} is not between 1 and {tokens}; correct it")
     if recipe.data.packing == "none":
         fitting = max(round(images), 1)
-    heaviest = [(len(one.views), max(tokens // (one.tokens + 2 + TEXT_TOKENS), 1)) for one in _layouts(plan, typical)]
+    heaviest = [
+        (plan.views_of(one), max(tokens // (one.tokens + 2 + TEXT_TOKENS), 1)) for one in _layouts(plan, typical)
+    ]
     if most_images is not None or recipe.data.packing == "none":
         most = max(views for views, _ in heaviest) * (fitting if most_images is None else most_images)
     else:
@@ -91,8 +93,8 @@ def assume_workload(
     return Workload(
         tokens=tokens,
         images=float(images),
-        views=float(images) * len(typical.views),
-        most_views=most,
+        views=float(images) * plan.views_of(typical),
+        most_views=math.ceil(most),
         samples=float(samples),
     )
 

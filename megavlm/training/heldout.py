@@ -18,6 +18,7 @@ from megavlm.data.batch import Pack, make_pack
 from megavlm.data.decode import ImageDecoder
 from megavlm.data.device_batch import share_packs
 from megavlm.data.media import ImagePlan, plan_of
+from megavlm.data.positions import positions_of
 from megavlm.data.read_pack import ReadPack, decode_pack, no_pixels
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     """
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
-    held_out, plan = [], plan_of(recipe.model)
+    held_out, plan, positions = [], plan_of(recipe.model), positions_of(recipe.model, tokenizer.imgpad_id)
     for source in recipe.data.validation:
         name = source_name(source)
         packs: list[ReadPack] | None = None
@@ -64,6 +65,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                     recipe.data,
                     tokenizer,
                     plan,
+                    positions,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=size,
                     seed=recipe.training.seed,
@@ -74,7 +76,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(int(most), 1)
         if packs is not None:
-            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id)
+            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id, positions=positions)
             filler = ReadPack(empty, no_pixels(plan))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))

@@ -16,6 +16,8 @@ from megatron.core import parallel_state as mpu
 from megavlm.checkpoint import distributed as checkpoint
 from megavlm.checkpoint.adapters import check_same_adapters
 from megavlm.checkpoint.base import base_for
+from megavlm.checkpoint.hf.converted import converted
+from megavlm.checkpoint.hf.exporter import Exporter
 from megavlm.checkpoint.manifest import MANIFEST, check
 from megavlm.checkpoint.paths import newest_first, read_run, read_tree, resolve
 from megavlm.checkpoint.placement import misplaced
@@ -31,6 +33,7 @@ from megavlm.config.schema import ImageConfig, Recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.feed import Feed, Prefetcher
 from megavlm.data.media import plan_kinds, plan_of
+from megavlm.data.positions import positions_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
 from megavlm.data.tokenizer import Tokenizer
@@ -55,6 +58,7 @@ from megavlm.training.random_state import random_state, restore_random_state
 from megavlm.training.recorder import Recorder
 from megavlm.training.step import train_step
 from megavlm.training.stopping import STOPPED, StopRequest
+from megavlm.weights.kinds import holds_model
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +86,10 @@ class Trainer:
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
         for line in remarks(recipe):
             logger.warning("%s", line)
+        self.exporter = Exporter(recipe, dist.get_rank())
+        settings = recipe.checkpoint
         self.saver = Saver(
-            self.checkpoints, recipe.checkpoint.keep, asynchronous=recipe.checkpoint.async_save, lock=lock
+            self.checkpoints, settings.keep, asynchronous=settings.async_save, lock=lock, needed=self.exporter.needed
         )
         self.stop = StopRequest()
         self.tasks = task_mean(recipe)
@@ -124,6 +130,7 @@ class Trainer:
                     self.save(last=last)
                 elif self.saver.busy:
                     self._saving(self.saver.poll)
+                self.exporter.poll()
                 if stop:
                     logger.info("asked to stop (%s) at step %d; start again to go on", self.stop.signal, progress.step)
                     return STOPPED
@@ -247,6 +254,7 @@ class Trainer:
             return False
         if path is not None:
             self.parent = path
+            self.exporter.published(path)
         return True
 
     def close(self) -> None:
@@ -262,11 +270,12 @@ class Trainer:
         """Load where the run stands: its newest checkpoint, given weights, or nothing."""
         training, settings = self.training, self.recipe.checkpoint
         newest = newest_whole(self.checkpoints) if settings.resume else None
+        load = self._given_weights(newest)
         if newest is not None:
             with agreed(f"resuming from {newest}"):
                 _check_same_model(newest, self.recipe)
                 check_same_adapters(newest, self.recipe, resuming=True)
-                self.base = self._find_base(newest)
+                self.base = self._find_base(newest, load)
                 state = checkpoint.load_reader_state(newest, self.replicas) if is_reader() else None
             with recipe_settings_kept(training.optimizer):
                 checkpoint.load(
@@ -278,16 +287,17 @@ class Trainer:
                 )
             _restore_random(newest)
             self.saver.point_at(newest)
+            self.exporter.resumed(self.checkpoints)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)
             return progress, state
-        if settings.load is not None:
-            path = resolve(Path(settings.load))
+        if load is not None:
+            path = resolve(load)
             with agreed(f"loading {path}"):
                 fresh = _check_same_model(path, self.recipe, resuming=False)
                 check_same_adapters(path, self.recipe, resuming=False)
-                self.base = self._find_base(path)
+                self.base = self._find_base(path, load)
                 if (path / MANIFEST).is_file():
                     check(path, dist.get_rank(), dist.get_world_size())
             weights = checkpoint.load(path, modules=training.modules, base=self.base, fresh=fresh)
@@ -297,11 +307,21 @@ class Trainer:
             training.optimizer.reload_model_params(**exact)
         return Progress(), None
 
-    def _find_base(self, path: Path) -> Path | None:
+    def _given_weights(self, newest: Path | None) -> Path | None:
+        """Return the checkpoint (or run) that ``checkpoint.load`` means, converted if it is a Hugging Face directory.
+
+        None where nothing is loaded from there: the run goes on from ``newest``, which has no adapters.
+        """
+        load = self.recipe.checkpoint.load
+        if load is None or (newest is not None and self.recipe.lora.rank is None):
+            return None
+        return converted(Path(load), self.recipe) if holds_model(Path(load)) else Path(load)
+
+    def _find_base(self, path: Path, load: Path | None) -> Path | None:
         """Return the checkpoint whose weights the run's adapters are for; None for a run without adapters."""
         if self.recipe.lora.rank is None:
             return None
-        return base_for(path, self.recipe.checkpoint.load) or path
+        return base_for(path, load) or path
 
     def _open_feed(self, decoder: Any, state: Any) -> Feed:
         """Open the training data on reader ranks."""
@@ -313,6 +333,7 @@ class Trainer:
                     recipe.data,
                     self.tokenizer,
                     self.plan,
+                    positions_of(recipe.model, self.tokenizer.imgpad_id),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,

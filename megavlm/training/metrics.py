@@ -1,4 +1,4 @@
-"""What a run says while it trains: a progress line, TensorBoard, and ``metrics.jsonl`` in the run's directory."""
+"""What a run says while it trains: a progress line, TensorBoard and other loggers, and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.planning.flops import StepFlops, count_step
 from megavlm.training.lines import drop_steps_after
+from megavlm.training.loggers.outlet import Outlet, open_outlets
 from megavlm.training.loss import mean_loss, task_mean
 from megavlm.training.progress import Progress
 from megavlm.training.step import StepResult
@@ -43,7 +45,8 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """Sums steps up over a window of ``logging.log_interval`` and reports each window.
 
-    Every rank has one and calls :meth:`step`; the first rank writes the log, the last one TensorBoard.
+    Every rank has one and calls :meth:`step`; the first rank writes the log and serves other loggers, the
+    last one writes TensorBoard.
 
     Args:
         recipe: the run.
@@ -71,11 +74,13 @@ class Metrics:
         self._timing = StepTiming(recipe.logging, configs)
         self._writer: Any = None
         self._file: Any = None
+        self._outlets: list[Outlet] = []
         directory = Path(recipe.output_dir)
         if is_logging_rank():
             directory.mkdir(parents=True, exist_ok=True)
             drop_steps_after(directory / METRICS_FILE, progress.step)
             self._file = open(directory / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - until close
+            self._outlets = open_outlets(recipe, progress.step)
         if is_tensorboard_rank() and recipe.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - only where it is wanted
 
@@ -107,7 +112,7 @@ class Metrics:
             self._losses += result.source_losses
         self._steps += 1
         for batch in batches:
-            self._counts += _counts(batch)
+            self._counts += _counts(batch, self.recipe.model.vision.patches_per_image)
         step = self.progress.step + 1
         self.progress.step = step
         self.progress.packs += self.recipe.training.global_batch_size
@@ -222,12 +227,16 @@ class Metrics:
         self.write(values)
 
     def write(self, values: Mapping[str, float | str]) -> None:
-        """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and TensorBoard.
+        """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and loggers.
 
         A figure that is not finite is ``null`` in the file: JSON has no other word for it.
         """
         if self._lock is not None and self._lock.lost():
             return
+        if self._outlets:
+            tagged = {_tag(name): float(value) for name, value in values.items() if not isinstance(value, str)}
+            for outlet in self._outlets:
+                outlet.figures(tagged, self.progress.step)
         with self._tolerated():
             if self._file is not None:
                 known = {name: value if _is_finite(value) else None for name, value in values.items()}
@@ -240,8 +249,12 @@ class Metrics:
                 self._writer.flush()
 
     def image(self, name: str, pixels_HWC: Tensor) -> None:
-        """Put a picture, [H, W, 3] uint8, on TensorBoard (last rank only)."""
-        if self._writer is not None and not (self._lock is not None and self._lock.lost()):
+        """Put a picture, [H, W, 3] uint8, on TensorBoard (the last rank) and other loggers (the first one)."""
+        if self._lock is not None and self._lock.lost():
+            return
+        for outlet in self._outlets:
+            outlet.picture(name, pixels_HWC.numpy(), self.progress.step)
+        if self._writer is not None:
             with self._tolerated():
                 self._writer.add_image(name, pixels_HWC, self.progress.step, dataformats="HWC")
                 self._writer.flush()
@@ -262,6 +275,9 @@ class Metrics:
                 self._writer.close()
             if self._file is not None:
                 self._file.close()
+        complete = self.progress.step >= self.recipe.training.train_steps
+        for outlet in self._outlets:
+            outlet.close(None if sys.exc_info()[0] is not None else complete)
 
 
 # TensorBoard's groups.
@@ -328,13 +344,17 @@ def _is_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
 
 
-def _counts(batch: Batch) -> Tensor:
-    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views."""
+def _counts(batch: Batch, patches: int) -> Tensor:
+    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views.
+
+    Pictures that keep sizes of their own are so many views as they have times the ``patches`` of the usual one.
+    """
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
     tokens, padding = lengths[real], lengths[~real]
     sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
-    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, batch.num_views], dtype=torch.float64)])
+    views = batch.num_views if batch.image_grid is None else float(batch.image_grid.prod(1).sum()) / patches
+    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, views], dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:

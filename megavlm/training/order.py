@@ -36,7 +36,13 @@ class StepOrder:
         parallel = recipe.parallel
         self.pipeline = parallel.pipeline_model_parallel_size
         self.virtual = parallel.virtual_pipeline_model_parallel_size
-        self._language, self._image, self._empty = _language_work(recipe), _image_work(recipe), _empty_images(recipe)
+        self._language, self._image = _language_work(recipe), _image_work(recipe)
+        self._empty: float = _empty_images(recipe)
+        # Pictures that keep sizes of their own are counted in patches, and reckoned as so many of the usual size.
+        vision, self._unit = recipe.model.vision, 1
+        if vision.packed:
+            self._unit = vision.patches_per_image
+            self._empty /= self._unit
         tensor = parallel.tensor_model_parallel_size
         # Of a tower that each tensor-parallel rank holds whole, the others wait for the one with most pictures.
         self._together = tensor if is_replicated(recipe.model, "vision", tensor) else 1
@@ -45,7 +51,8 @@ class StepOrder:
         """Return the indices of the micro-batches in the order in which to run them.
 
         Args:
-            images: [M] views of each micro-batch's images, in the order in which they were read.
+            images: [M] views of each micro-batch's images, or their patches where these keep sizes of their own, in the
+                order in which they were read.
         """
         read = list(range(len(images)))
         if self.pipeline == 1 or len(set(images)) < 2:
@@ -65,7 +72,7 @@ class StepOrder:
         both: tuple[Times, Times] = ([], [])
         for number in images:
             for times, stages, image in zip(both, self._language, self._image, strict=True):
-                seen = -(-max(number, self._empty) // self._together) * self._together
+                seen = -(-max(number / self._unit, self._empty) // self._together) * self._together
                 times.append([stages[0] + seen * image, *stages[1:]])
         return both
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.chat import answer_start, last_question
 from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
+from megavlm.data.patches import pictures_of
+from megavlm.data.plans_native import NativePlan
+from megavlm.data.positions import own_grids
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.panel import PanelItem, draw_panel
@@ -38,7 +41,7 @@ class HeldOutQuestion:
     expected: NDArray[np.int64]
     """[A] tokens of the answer."""
     pixels: Tensor | None
-    """[V, 3, H, W] uint8 views of the prompt's images; None on ranks that do not read."""
+    """[V, 3, H, W] uint8 views of the prompt's images, or [P, F] patches; None on ranks that do not read."""
     shapes: list[ImageShape]
     """What the image plan asks of each of these images."""
 
@@ -89,7 +92,7 @@ def answer_panel(
     if packs is not None:
         questions = find_questions(packs, tokenizer, plan, room, settings.panel_samples)
     questions = _share(questions, plan)
-    prompts = [Prompt(question.prompt, question.pixels, _arrangement(question, plan)) for question in questions]
+    prompts = [_prompt(question, plan, recipe.model) for question in questions]
     answers = generate(
         chunks,
         prompts,
@@ -100,12 +103,18 @@ def answer_panel(
     )
     if not is_reader() or not questions:
         return None
-    items = [_item(question, answer, tokenizer) for question, answer in zip(questions, answers, strict=True)]
+    items = [_item(question, answer, tokenizer, plan) for question, answer in zip(questions, answers, strict=True)]
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
 def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
-    return [len(plan.plan(*shape).views) for shape in shapes]
+    """Return how many rows of the pixels each image has."""
+    return [plan.pixels_of(plan.plan(*shape))[0] for shape in shapes]
+
+
+def _prompt(question: HeldOutQuestion, plan: ImagePlan, model: ModelConfig) -> Prompt:
+    grids = own_grids(model, [plan.plan(*shape) for shape in question.shapes])
+    return Prompt(question.prompt, question.pixels, _arrangement(question, plan), grids)
 
 
 def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | None:
@@ -120,7 +129,7 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     if not is_first_stage():
         return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
     counts = [len(shapes) if plan.fixed else sum(_views(shapes, plan)) for _, _, shapes in box[0]]
-    pixels = torch.zeros(sum(counts), 3, plan.side, plan.side, dtype=torch.uint8)
+    pixels = torch.zeros(sum(counts), *plan.row, dtype=torch.uint8)
     if questions:
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
     pixels = pixels.to(local_device())
@@ -133,10 +142,14 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     ]
 
 
-def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer) -> PanelItem:
+def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer, plan: ImagePlan) -> PanelItem:
     """What a card shows: the last user turn, both answers, and the pictures."""
     assert question.pixels is not None
-    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in question.pixels]
+    shown: Iterable[Tensor] = question.pixels
+    if isinstance(plan, NativePlan):
+        grids = [plan.plan(*shape).patches or (0, 0, 0) for shape in question.shapes]
+        shown = pictures_of(question.pixels, grids, plan)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
     return PanelItem(
         question=last_question(question.prompt.tolist(), tokenizer),
         expected=answer_text([int(i) for i in question.expected], tokenizer),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megavlm.config.errors import RecipeError
-from megavlm.config.schema import LoggingConfig
+from megavlm.config.logs import LoggingConfig
 from megavlm.parallel.device import dump_memory_history, profiled_activities, records_memory, start_memory_history
 
 logger = logging.getLogger(__name__)

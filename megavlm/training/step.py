@@ -59,11 +59,14 @@ def _loss(batch: Batch, num_sources: int, factors: Tensor | None, losses: Tensor
     """Reduce [1, S] losses to their sum and token count, as Megatron-Core's per-token loss wants them.
 
     In the sum, the losses of each data set are multiplied by its entry of ``factors``, [D]. The third value is [D, 2]:
-    the plain sum and the count per data set.
+    the sum without these and the count per data set. Weights of answers are in both sums and not in the count: a token
+    is one, whatever it weighs (as Megatron-SWIFT counts with its loss scale), so half a weight is half a gradient.
     """
     assert batch.labels is not None  # this runs on the last stage
     mask = (batch.labels != IGNORE_INDEX).view(-1)
     losses = losses.view(-1).float() * mask
+    if batch.loss_weights is not None:
+        losses = losses * batch.loss_weights.view(-1)
     sources = batch.token_sources.clamp(min=0)
     report = torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device)
     report[:, 0].index_add_(0, sources, losses.detach().double())

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megavlm.config.schema import LoggingConfig
+from megavlm.config.logs import LoggingConfig
 from megavlm.parallel.device import local_device, peak_memory_gib, synchronize
 from megavlm.parallel.stopwatch import StepTimes, Stopwatch
 

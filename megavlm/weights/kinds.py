@@ -17,7 +17,8 @@ def _any(path: Path, *patterns: str) -> bool:
     return path.is_dir() and any(next(path.glob(pattern), None) is not None for pattern in patterns)
 
 
-def _is_hugging_face(path: Path) -> bool:
+def is_hugging_face(path: Path) -> bool:
+    """Whether weights lie at ``path`` as the Hugging Face hub has them; a directory may hold other things as well."""
     return _any(path, *_HF_WEIGHTS) or (path.is_file() and path.suffix in (".safetensors", ".bin"))
 
 
@@ -27,6 +28,18 @@ def holds_checkpoint(path: Path) -> bool:
         return True
     found = [child for root in (path, path / "checkpoints") if root.is_dir() for child in root.glob("step-*")]
     return any(re.fullmatch(r"step-\d{8,}", child.name) and child.is_dir() for child in found)
+
+
+def holds_model(path: Path) -> bool:
+    """Whether ``path`` is a Hugging Face directory, of weights that are there or should be, and no checkpoint of ours.
+
+    A half downloaded one is one as well: whoever opens it says what is missing.
+    """
+    if not path.is_dir() or holds_checkpoint(path):
+        return False
+    if any((path / name).is_file() for name in ("adapter_config.json", "conversion.json")):
+        return False
+    return (path / "config.json").is_file() or is_hugging_face(path)
 
 
 # In this order: the first that holds names the directory.
@@ -59,7 +72,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], str], ...] = (
         "a distributed checkpoint without run.json, so it is not one that megavlm published",
     ),
     (
-        _is_hugging_face,
+        is_hugging_face,
         "weights in Hugging Face's format; convert them once: " + _IN + " --hf {path} --out CHECKPOINT",
     ),
     (lambda path: (path / ".nv-meta").is_dir(), "a data set that megavlm prepare made"),
@@ -76,9 +89,7 @@ def what_is(path: Path) -> str | None:
         if holds(path):
             return text.format(path=path, parent=path.parent)
     inside = sorted(
-        child.name
-        for child in path.iterdir()
-        if child.is_dir() and (holds_checkpoint(child) or _is_hugging_face(child))
+        child.name for child in path.iterdir() if child.is_dir() and (holds_checkpoint(child) or is_hugging_face(child))
     )
     if inside:
         return f"a directory of others; give one of {', '.join(inside[:5])}{', ..' if len(inside) > 5 else ''} in it"

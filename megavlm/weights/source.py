@@ -31,6 +31,9 @@ _WEIGHTS = (
     "visual.bin",
     "mm_projector.bin",
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_ENDINGS = (".incomplete", ".part", ".aria2", ".crdownload")
+"""Of files that the Hugging Face hub's client, and others, have not downloaded whole."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,12 @@ class Source:
                 return _read_index(path / name) if name.endswith(".index.json") else {path / name: None}
         there = what_is(path)
         raise UserError(
-            f"{path}: holds no weights; {f'it is {there}' if there else 'looked for ' + ', '.join(_WEIGHTS)}"
+            f"{path}: holds no weights{_unfinished(path)}; "
+            f"{f'it is {there}' if there else 'looked for ' + ', '.join(_WEIGHTS)}"
         )
 
     def _add(self, file: Path, expected: list[str] | None) -> None:
+        check_pointer(file)
         handle, found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
         self._open[file] = handle
         for name in expected or ():
@@ -121,6 +126,29 @@ class Source:
             if name in self.tensors:
                 raise UserError(f"{file}: {name} is in {self.tensors[name].file.name} as well; remove one of the two")
             self.tensors[name] = info
+
+
+def check_pointer(file: Path) -> None:
+    """Check that a file is itself, and not what Git LFS leaves in its place until it is pulled.
+
+    Raises:
+        UserError: it is a pointer.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise UserError(
+                f"{file}: is a pointer of Git LFS, not the file that it stands for; run git lfs pull there, or "
+                "download the directory with hf download"
+            )
+
+
+def _unfinished(directory: Path) -> str:
+    """Return the words that say that a download is not finished; empty where none is seen."""
+    for folder in (directory, directory / ".cache" / "huggingface" / "download", directory.parent.parent / "blobs"):
+        found = sorted(path for ending in _ENDINGS for path in folder.glob(f"*{ending}"))
+        if found:
+            return f" (a download is not finished: {found[0]})"
+    return ""
 
 
 def _itemsize(dtype: torch.dtype | str) -> int:
@@ -148,7 +176,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
             raise UserError(f"{index}: names the file {shard!r}, outside of its directory")
         file = index.parent / shard
         if not file.is_file():
-            raise UserError(f"{file}: missing, though {index.name} names it; download it")
+            raise UserError(f"{file}: missing, though {index.name} names it{_unfinished(index.parent)}; download it")
         names = files.setdefault(file, [])
         assert names is not None
         names.append(name)

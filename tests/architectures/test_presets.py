@@ -15,6 +15,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.architectures.connectors.mlp import MLP
 from megavlm.architectures.context import BuildContext
+from megavlm.architectures.cost import decoder_cost, final_parameters
 from megavlm.architectures.decoders.decoder import build
 from megavlm.config import architecture as registry
 from megavlm.config.architecture import (
@@ -50,6 +51,21 @@ LANGUAGE_SIZES = {
     "llama3_8b": 8_030_261_248,
     "qwen2_5_7b": 7_615_616_512,
     "qwen3_8b": 8_190_735_360,
+    "mistral_7b": 7_241_732_096,
+    "yi_6b": 6_061_035_520,
+    "tinyllama_1_1b": 1_100_048_384,
+    "deepseek_llm_7b": 6_910_365_696,
+    "qwen1_5_0_5b": 463_987_712,
+    "qwen1_5_1_8b": 1_836_828_672,
+    "phi_1_5": 1_418_270_720,
+    "phi_2": 2_779_683_840,
+    "phi_3_mini_4k": 3_821_079_552,
+    "gemma_2b": 2_506_172_416,
+    "stablelm_2_1_6b": 1_644_515_328,
+    "minicpm_2b": 2_724_880_896,
+    "internlm2_5_1_8b": 1_889_110_016,
+    "internlm2_5_7b": 7_737_708_544,
+    "internlm2_5_20b": 19_861_149_696,
 }
 
 
@@ -104,12 +120,18 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", LANGUAGE_SIZES)
 def test_language_models_have_the_published_sizes(preset: str) -> None:
+    load_presets()
     found = LANGUAGE.find(preset)
     assert found.architecture is not None
-    language = TypeAdapter(found.architecture.config).validate_python({"preset": preset, **found.values})
+    values = {"preset": preset, **found.values, "vocab_divisor": 1}  # no rows that pad it
+    language = TypeAdapter(found.architecture.config).validate_python(values)
     with torch.device("meta"):
         model = found.build(language, BuildContext(ParallelConfig(), initialize=False))
     assert count(model) == LANGUAGE_SIZES[preset]
+    cost = decoder_cost(language)
+    parts = [*cost.layer_parameters(language, 1) * language.num_layers, *final_parameters(language, 1)]
+    tables = (2 - language.tie_word_embeddings) * language.vocab_size * language.hidden_size
+    assert tables + sum(getattr(one, "elements", one) for one in parts) == LANGUAGE_SIZES[preset]
 
 
 @pytest.mark.parametrize("preset", TOWER_SIZES)

@@ -7,12 +7,13 @@ takes Transformers' gradients to what ours must be.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from samples import recipe
 from torch import Tensor, nn
@@ -23,15 +24,22 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLTextConfig,
+    Qwen2VLTextModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from megavlm.config.architecture import LANGUAGE, VISION
+from megavlm.layers.segments import packed_segments
 from megavlm.models.build import build_context
 
 # Segments of a pack, long enough that a stretched rotary table shows.
@@ -49,6 +57,13 @@ class Decoder:
     theirs: dict[str, Any]
     preset: str
     ours: dict[str, Any]
+    axes: int = 1
+
+
+def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+    """Return what a model with M-RoPE is told; Qwen2-VL's heads are always hidden / heads wide."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections, **more}
+    return {"hidden_size": HEADS * HEAD_DIM, "rope_parameters": rope}
 
 
 DECODERS = {
@@ -71,7 +86,37 @@ DECODERS = {
         Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, "qwen2", {"tie_word_embeddings": True}
     ),
     "qwen3": Decoder(Qwen3Config, Qwen3ForCausalLM, {"attention_bias": False}, "qwen3", {}),
-}
+    "qwen2-vl": Decoder(
+        Qwen2VLTextConfig, Qwen2VLTextModel, mrope([2, 3, 3]), "qwen2", {"rotary_sections": (2, 3, 3)}, axes=3
+    ),
+    "qwen2.5-vl": Decoder(
+        Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, mrope([4, 1, 3]), "qwen2", {"rotary_sections": (4, 1, 3)}, axes=3
+    ),
+    "qwen3-vl": Decoder(
+        Qwen3VLTextConfig, Qwen3VLTextModel, mrope([3, 3, 2], mrope_interleaved=True), "qwen3",
+        {"rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True}, axes=3,
+    ),
+}  # fmt: skip
+
+
+class WithHead(nn.Module):
+    """A text model of Transformers that comes without a head, as its class for pictures has one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> SimpleNamespace:
+        hidden = self.model(input_ids=input_ids, position_ids=position_ids).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden))
+
+
+def random_positions(axes: int) -> Tensor:
+    """[axes, S] positions in no order for three axes; from 0 in each segment for one."""
+    if axes == 1:
+        return torch.cat([torch.arange(n) for n in LENGTHS])
+    return torch.randint(0, 300, (axes, sum(LENGTHS)), generator=torch.Generator().manual_seed(10))
 
 
 @dataclass(frozen=True)
@@ -209,16 +254,16 @@ def compare_decoder(name: str) -> None:
     """Compare the logits of a pack of two segments, and all gradients."""
     case = DECODERS[name]
     config = case.config(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=72, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD_DIM, max_position_embeddings=16384,
-        **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, **case.theirs},
+        vocab_size=VOCAB, intermediate_size=72, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, head_dim=HEAD_DIM, max_position_embeddings=16384,
+        **{"hidden_size": HIDDEN, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **case.theirs},
     )  # fmt: skip
-    reference = case.model(config)
+    reference = case.model(config) if case.axes == 1 else WithHead(case.model(config))
     fill(reference)
     size = mpu.get_tensor_model_parallel_world_size()
     language = {
-        "preset": case.preset, "vocab_size": VOCAB, "hidden_size": HIDDEN, "ffn_hidden_size": 72, "num_layers": LAYERS,
-        "num_attention_heads": HEADS, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM,
+        "preset": case.preset, "vocab_size": VOCAB, "hidden_size": config.hidden_size, "ffn_hidden_size": 72,
+        "num_layers": LAYERS, "num_attention_heads": HEADS, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM,
         "max_position_embeddings": 16384, **case.ours,
     }  # fmt: skip
     made = recipe(
@@ -228,18 +273,18 @@ def compare_decoder(name: str) -> None:
     load(ours, decoder_map(dict(reference.named_parameters())))
 
     tokens = torch.randint(0, VOCAB, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(6))
-    borders = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = max(LENGTHS)
-    logits = ours(
-        input_ids=tokens,
-        position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None],
-        attention_mask=None,
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
-        ),
-    )
+    positions = random_positions(case.axes)
+    borders = np.cumsum([0, *LENGTHS]).astype(np.int32)
+    packed = packed_segments(borders, tokens.device, positions if case.axes > 1 else None)
+    logits = ours(input_ids=tokens, position_ids=positions[None], attention_mask=None, packed_seq_params=packed)
     logits = gather_from_tensor_model_parallel_region(logits)
-    expected = torch.cat([reference(input_ids=part).logits for part in tokens.split(LENGTHS, dim=1)], dim=1)
+    expected = torch.cat(
+        [
+            reference(input_ids=part, **({} if case.axes == 1 else {"position_ids": at[:, None]})).logits
+            for part, at in zip(tokens.split(LENGTHS, dim=1), positions.split(LENGTHS, dim=-1), strict=True)
+        ],
+        dim=1,
+    )
     close(logits, expected, "logits")
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7))
     (logits * weights).sum().backward()

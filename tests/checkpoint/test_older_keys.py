@@ -12,8 +12,8 @@ from ranks import megavlm
 from run_data import RunData
 from tiny import tiny_recipe
 
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.outgoing import model_branches
-from megavlm.checkpoint.hf.shapes import make_model
 from megavlm.checkpoint.manifest import write_manifest
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_tree

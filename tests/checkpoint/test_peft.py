@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, Qwen2Config
+from transformers import LlavaForConditionalGeneration, Phi3Config, PhiConfig, Qwen2Config
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
@@ -38,6 +38,14 @@ CASES = {
     "qwen2-some": (llava_qwen_siglip, [*SOME, "down_proj"], []),
     "qwen3-all": (llava_qwen3, ALL, []),
     "qwen3-some": (llava_qwen3, ["k_proj", "o_proj", "gate_proj"], ["lora.train_head=true"]),
+    # One adapter over queries, keys and values, one over gate and up.
+    "phi3-all": (
+        lambda: llava(Phi3Config(**_TEXT, pad_token_id=0)),
+        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        [],
+    ),
+    # No gate, and biases beside the adapters.
+    "phi-all": (lambda: llava(PhiConfig(**_TEXT)), ["q_proj", "v_proj", "dense", "fc1", "fc2"], []),
 }
 
 

@@ -78,6 +78,21 @@ def test_accepted(load, overrides, world_size):
             "model.language.num_attention_heads: 4 is not divisible by model.langua",
         ),
         (["model.language.rope_scaling_factor=4"], "model.language.rope_scaling_factor: 4 has no effect without"),
+        (["model.language.rotary_sections=[2,3,4]"], "model.language.rotary_sections: [2, 3, 4] are not the pairs of"),
+        (["model.language.rotary_sections=[16]"], "model.language.rotary_sections: [16] are not the pairs of time"),
+        (
+            ["model.language.rotary_sections_interleaved=true"],
+            "model.language.rotary_sections_interleaved: has no effect without model.language.rotary_sections; set",
+        ),
+        (
+            ["model.language.rotary_sections=[4,6,6]", "model.language.rotary_sections_interleaved=true"],
+            "model.language.rotary_sections: [4, 6, 6] do not take turns over 16 pairs: row and column have at most 5",
+        ),
+        (["model.language.rotary_percent=0.1"], "model.language.rotary_percent: 0.1 of 32 channels are 3, and"),
+        (
+            ["model.language.rotary_interleaved=true", "engine.apply_rope_fusion=on"],
+            "engine.apply_rope_fusion: Transformer Engine's kernel turns whole heads by one position",
+        ),
         (["model.language.use_logn_attn=true"], "model.language.use_logn_attn: needs model.language.seq_length"),
         (["model.language.seq_length=2048"], "model.language.seq_length: has no effect without"),
         (["model.language.kv_channels=33"], "model.language.kv_channels: 33 is odd"),
@@ -305,10 +320,10 @@ def test_same_name_in_training_and_validation_is_fine(load):
     ("overrides", "expected"),
     [
         (["data.tokenizer=/absent/t.model"], "data.tokenizer: no file '/absent/t.model'"),
-        (["data.train.0.path=/absent"], "data.train.0.path: no directory '/absent'"),
+        (["data.train.0.path=/absent"], "data.train.0.path: no file or directory '/absent'"),
         (
-            ["data.validation.0.path=/usr"],
-            "data.validation.0.path: '/usr' has no .nv-meta; make the data set with megavlm",
+            ["data.validation.0.path=/usr", "data.validation.0.images=/absent"],
+            "data.validation.0.images: no directory '/absent'",
         ),
         (["checkpoint.load=/absent"], "checkpoint.load: no checkpoint '/absent'"),
         (["output_dir=/etc/passwd"], "output_dir: '/etc/passwd' is a file"),

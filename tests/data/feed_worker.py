@@ -57,6 +57,9 @@ def check(batches: list[Batch], expected: list[tuple[Pack, np.ndarray]]) -> None
         for name in ("tokens", "position_ids", *(["labels"] if is_last_stage() else [])):
             got = getattr(batch, name)
             assert got.dtype == torch.int64 and np.array_equal(got.numpy(), getattr(pack, name)[None]), name
+        assert (batch.loss_weights is not None) == (is_last_stage() and pack.loss_weights is not None)
+        if batch.loss_weights is not None:
+            assert np.array_equal(batch.loss_weights.numpy(), pack.loss_weights[None])
         borders = batch.packed_seq_params.cu_seqlens_q
         assert borders.dtype == torch.int32 and np.array_equal(borders.numpy(), pack.cu_seqlens)
         assert np.array_equal(batch.segment_sources.numpy(), pack.segment_sources)
@@ -81,6 +84,7 @@ def raises(call: Callable[[], object], message: str) -> None:
 def run() -> None:
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     expected = random_packs(4, seed=replica)
+    expected[2][0].loss_weights = np.random.default_rng(replica).random(SEQUENCE_LENGTH, np.float32)
     packs = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in expected]
     check(share_packs(packs if is_reader() else None, 4), expected)
     raises(lambda: share_packs(None, 4), "reader of this data-parallel replica")

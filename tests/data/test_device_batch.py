@@ -28,6 +28,14 @@ def test_a_pack_of_segments() -> None:
         make_pack([[1, 2, 3, 4]], 4, labels=[[1, 2]])
 
 
+def test_weights_move_with_their_labels() -> None:
+    weighted = make_pack([[5, 6, 7], [8, 9]], 6, labels=[[0, 6, 7], [0, 9]], weights=[[1, 0.5, 2], None])
+    assert weighted.loss_weights is not None and weighted.loss_weights.tolist() == [0.5, 2, 1, 1, 1, 1]
+    assert make_pack([[5, 6, 7]], 3, labels=[[0, 6, 7]], weights=[None]).loss_weights is None
+    batch = make_batch(weighted, None, CPU)
+    assert batch.loss_weights is not None and batch.loss_weights.shape == batch.tokens.shape
+
+
 def test_every_field_has_its_place() -> None:
     placed = {one.name for one in FIELDS}
     kept = {one.name for one in fields(Batch)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,13 @@ def test_ids_are_transformers_and_the_mask_is_the_answers(name: str, tmp_path: P
             elif run:
                 kept, run = [*kept, ours.decode(run)], []
         assert kept == [lead + turn.text + end for turn in turns if turn.role == "assistant"], turns
+        left = [
+            replace(one, weight=0.5 if one is turns[-1] else 0.0) if one.role == "assistant" else one for one in turns
+        ]
+        weighted = encode_conversation(Conversation("", tuple(left), (), ""), ours, [(1,)] * count, None)
+        assert weighted.tokens.tolist() == sample.tokens.tolist() and weighted.weights is not None
+        assert ours.decode(weighted.tokens[weighted.labels != IGNORE_INDEX].tolist()) == kept[-1]
+        assert (weighted.weights[weighted.labels != IGNORE_INDEX] == 0.5).all()
     assert ours.stop_ids[0] in ours.encode(end.strip())
     question = last_question(encode_prompt([Turn("user", "a b?")], ours, [], None).tolist(), ours)
     assert question == "a b?"

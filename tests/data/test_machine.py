@@ -18,8 +18,8 @@ from PIL import Image
 from test_bad_data import GOOD, good
 
 from megavlm import cli
-from megavlm.commands import prepare as prepare_module
 from megavlm.data import fetch, machine, shards
+from megavlm.data import preparing as prepare_module
 from megavlm.data.formats.parquet import unreadable
 from megavlm.data.images import ImageError
 from megavlm.data.machine import is_local_fault, is_machine_fault

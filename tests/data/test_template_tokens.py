@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import open_reader, prepare
 from tokenizer_files import write_llava, write_qwen2
@@ -12,7 +15,7 @@ from tokenizers import Tokenizer as Library
 
 from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
-from megavlm.data.chat import answer_start, encode_conversation, encode_prompt, last_question
+from megavlm.data.chat import EncodedSample, answer_start, encode_conversation, encode_prompt, last_question
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn
 from megavlm.data.templates import find_template, names
 from megavlm.data.tokenizer import Tokenizer, check_system, load_tokenizer
@@ -37,6 +40,29 @@ def with_tokens(directory: Path, name: str, write: object = write_qwen2) -> Toke
     return load_tokenizer(path, row)
 
 
+def _check_weights(turns: Sequence[Turn], sample: EncodedSample, tokenizer: Tokenizer) -> None:
+    """Weights change no token. What weighs nothing loses its labels; all else keeps them."""
+    assert sample.weights is None
+    first, last = turns[1], len(turns) - 1
+    for weights in ({last: 0.5}, {1: 0.0}, {1: 0.0, last: 2.0}):
+        weighted = [replace(turn, weight=weights.get(i, 1.0)) for i, turn in enumerate(turns)]
+        got = encode_conversation(Conversation("", tuple(weighted), ("a",), ""), tokenizer, [(3,)], None)
+        assert got.tokens.tolist() == sample.tokens.tolist()
+        lost = (got.labels == IGNORE_INDEX) & (sample.labels != IGNORE_INDEX)
+        assert (got.labels == sample.labels)[~lost].all()
+        if not weights.get(1, 1.0):
+            assert first.text in tokenizer.decode(sample.tokens[lost]) and turns[0].text[-5:] not in tokenizer.decode(
+                sample.tokens[lost]
+            )
+        else:
+            assert not lost.any()
+        if weights.get(last):
+            assert got.weights is not None
+            of_last = tokenizer.decode(got.tokens[got.weights == np.float32(weights[last])])
+            assert turns[last].text in of_last and set(got.weights.tolist()) == {1.0, weights[last]}
+            assert (got.labels[got.weights != 1.0] != IGNORE_INDEX).all()
+
+
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("write", [write_qwen2, write_llava])
 def test_labels_answers_and_questions_of_ids(name: str, write: object, tmp_path: Path) -> None:
@@ -54,6 +80,7 @@ def test_labels_answers_and_questions_of_ids(name: str, write: object, tmp_path:
     assert tokens[: len(whole)] == whole
     assert all(label == token for label, token in zip(labels, tokens, strict=True)
                if label not in (IGNORE_INDEX, tokenizer.ids.get(template.ends)))  # fmt: skip
+    _check_weights(turns, sample, tokenizer)
     # The end is trained behind each answer.
     ends = tokenizer.stop_ids[0] if name != "minicpm" else tokenizer.eos_id
     assert labels.count(ends) >= len(turns) // 2

@@ -27,7 +27,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megavlm.checkpoint.hf.shapes import make_model
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.families.known import FAMILIES
 from megavlm.weights.source import Source
 

@@ -15,7 +15,7 @@ from tokenizer_files import write_llama
 from transformers import LlamaConfig, LlavaForConditionalGeneration
 
 from megavlm.checkpoint.hf import outgoing
-from megavlm.checkpoint.hf.shapes import make_model
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.cli import main
 from megavlm.families.known import FAMILIES
 from megavlm.families.llava_original import TOWERS

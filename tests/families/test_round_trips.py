@@ -13,6 +13,9 @@ from family_cases import make as make_other
 from family_choice import PARTS
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
+from qwen2_vl_models import QWEN2_VL
+from qwen3_vl_models import QWEN3_VL
+from text_cases import ROWS
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -25,7 +28,8 @@ CASES = {
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in LLAVA_TILES.items()},
+    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL).items()},
+    **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
 ALONE = {"mm_projector", "llava_original_apart"}
@@ -33,8 +37,11 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES:
-        return LLAVA_TILES[name][1](directory)
+    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL:
+        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL)[name][1](directory)
+    if name in ROWS and name not in TRANSFORMERS:
+        ROWS[name].make().save_pretrained(directory)
+        return directory
     return INTERNVL[name](directory) if name in INTERNVL else make_other(name, directory)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from megavlm.inference.sampling import NO_TOKEN, Sampling, choose, filtered, log_probabilities
+from megavlm.inference.choice import choose, filtered, log_probabilities
+from megavlm.inference.sampling import NO_TOKEN, Sampling
 
 
 def logits(rows: int = 4, vocabulary: int = 50) -> torch.Tensor:

@@ -6,6 +6,7 @@ from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import packed_cases  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers_cases  # noqa: E402
@@ -18,6 +19,7 @@ from tiny import IMAGE_TOKEN  # noqa: E402
 from megavlm.config.schema import ParallelConfig  # noqa: E402
 from megavlm.data.batch import IGNORE_INDEX  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.models.front import encode  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 
 
@@ -51,6 +53,37 @@ def padded_vocabulary() -> None:
         assert gradient[:133].abs().min(dim=1).values.max() > 0
 
 
+def shares_of_pictures(replicas: frozenset[str], pictures: int) -> None:
+    """Pictures of any size, cut over ranks that hold tower or connector whole, give what one rank makes of them all."""
+    tower = {
+        "preset": "qwen2_5_vl_vit", "patch_size": 4, "window_size": 24, "hidden_size": 48, "num_layers": 2,
+        "num_attention_heads": 3, "ffn_hidden_size": 64, "full_attention_layers": [1], "image_size": 32,
+    }  # fmt: skip
+    held = {part: {"tensor_parallel": "replicate"} for part in replicas}
+    tree = {
+        "preset": "tiny", "image": {"kind": "native"}, "vision": {**tower, **held.get("vision", {})},
+        "connector": {"preset": "patch_merger", **held.get("connector", {})}, "language": {"hidden_size": 64},
+    }  # fmt: skip
+    made = recipe(model=tree, parallel={"tensor_model_parallel_size": 2})
+    model = unwrap(build_model(made, IMAGE_TOKEN)[0])
+    assert model.replicas == replicas
+    grid = packed_cases.GRID[:pictures]
+    pixels = torch.randn(int(grid.prod(1).sum()), 96, generator=torch.Generator().manual_seed(4))
+    parts = [getattr(model, part) for part in sorted(replicas)]
+    found = []
+    for kept in (frozenset[str](), replicas):
+        features = encode(model.vision, model.connector, pixels, grid, trains_vision=True, replicas=kept)
+        weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(5))
+        (features * weights).sum().backward()
+        gradients = [p.grad.clone() for part in parts for p in part.parameters()]
+        for gradient in gradients if kept else ():
+            torch.distributed.all_reduce(gradient, group=mpu.get_tensor_model_parallel_group())
+        found.append([features.detach(), *gradients])
+        model.zero_grad()
+    for got, expected in zip(found[1], found[0], strict=True):
+        transformers_cases.close(got, expected, f"{sorted(replicas)}, {pictures} pictures")
+
+
 if __name__ == "__main__":
     with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1):
         for case in CASES:
@@ -59,5 +92,12 @@ if __name__ == "__main__":
         for case in transformers_cases.CASES:
             transformers_cases.compare(case)
             print(f"<{case}>")
+        for case in packed_cases.PACKED:
+            packed_cases.compare_packed(case)
+            print(f"<{case}>")
+        for count in (1, 5):
+            shares_of_pictures(frozenset({"vision", "connector"}), count)
+        shares_of_pictures(frozenset({"vision"}), 4)
+        print("<pictures>")
         padded_vocabulary()
         print("<vocabulary>")

@@ -72,6 +72,16 @@ WHOLE: dict[str, Any] = {
 WHOLE_TOWER: dict[str, Any] = {
     **WHOLE, "vision": {**OTHER["vision"], **FIVE_HEADS}, "connector": {"preset": "mlp2x_gelu"}
 }  # fmt: skip
+# A norm with bias for attention and MLP side by side, biases everywhere, no gate, half a head turned.
+PHI: dict[str, Any] = {
+    **INTERNVL,
+    "language": {**INTERNVL["language"], "preset": "phi", "tie_word_embeddings": False},
+}
+# Norms around 1, GeGLU, one key/value head, multipliers.
+GEMMA: dict[str, Any] = {
+    **INTERNVL,
+    "language": {**INTERNVL["language"], "preset": "gemma", "embedding_multiplier": 8.0, "residual_multiplier": 0.5},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -91,6 +101,9 @@ CASES: dict[str, dict[str, Any]] = {
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
     "layers-tp2-pp2": {**BF16, "model": LAYERS, "parallel": {**TP2, **PP2, **TORCH}},
     "internvl-tp2-pp2-sp": {**BF16, "model": INTERNVL, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
+    "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
+    "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
+    "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -126,6 +139,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 
 KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
+KEPT += [name for name in CASES if name.startswith(("phi", "gemma"))]
 KEPT += [name for name in CASES if "shared" in name]
 
 
@@ -139,7 +153,7 @@ def test_activations_are_those_of_the_real_stages(name: str, measured: dict[str,
         assert held_by(recipe, layout, chunk, SEQUENCE_LENGTH, images).kept == pytest.approx(real[3], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp"])
+@pytest.mark.parametrize("name", ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp", "phi-tp2-pp2"])
 def test_operations_of_a_stage_are_those_that_torch_counts(name: str, measured: dict[str, list[list[float]]]) -> None:
     recipe = tiny_recipe(**CASES[name])
     layout, language = layout_of(recipe, RANKS), recipe.model.language

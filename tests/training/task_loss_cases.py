@@ -63,7 +63,8 @@ def recipe(kind: str = "task_mean", **parallel: Any) -> Recipe:
 def packs(step: int) -> list[tuple[Any, np.ndarray]]:
     """Return the packs of a step: samples of several tasks in each, unevenly.
 
-    Task ``rare`` has a single sample in the first step and none in the second; the third pack teaches nothing.
+    Task ``rare`` has a single sample in the first step and none in the second; the third pack teaches nothing. Answers
+    of two packs have weights.
     """
     rng = np.random.default_rng(step)
     result = random_packs(PACKS, seed=step)
@@ -73,6 +74,8 @@ def packs(step: int) -> list[tuple[Any, np.ndarray]]:
     if step == 0:
         result[5][0].segment_sources[0] = 2
     result[2][0].labels[:] = IGNORE_INDEX
+    for index in (1, 4):
+        result[index][0].loss_weights = rng.choice([0.25, 1.0, 2.0], size=len(result[index][0].labels)).astype("f4")
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import IMAGE_TOKEN
 
 from megavlm.config.schema import ParallelConfig
 from megavlm.data.batch import IGNORE_INDEX
+from megavlm.data.device_batch import Batch
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import build_training
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens, task_mean
@@ -73,6 +75,7 @@ def test_gradients_are_those_of_the_weighted_mean_of_the_tasks(step: int) -> Non
     packs = batches(step)
     token_losses = torch.cat([losses(module, pack) for pack in packs])
     labelled = torch.cat([pack.labels[0] != IGNORE_INDEX for pack in packs])
+    token_losses = token_losses * weights_of_tokens(packs)
     names = [source.get("task", source["path"]) for source in SOURCES]
     task_of = [names[i] if i >= 0 else "" for pack in packs for i in pack.token_sources.tolist()]
     weights = {"/captions": 1.0, "ocr": 3.0, "/rare": 0.25, "/never": 1.0}
@@ -94,6 +97,29 @@ def test_gradients_are_those_of_the_weighted_mean_of_the_tasks(step: int) -> Non
     assert report[:, 1].tolist() == supervised_tokens(packs, len(SOURCES)).tolist()
     for name, parameter in leaves.items():
         torch.testing.assert_close(parameter.main_grad, expected[name], rtol=FP32, atol=1e-6)
+
+
+def weights_of_tokens(packs: list[Batch]) -> torch.Tensor:
+    found = [torch.ones_like(p.labels[0]) if p.loss_weights is None else p.loss_weights[0] for p in packs]
+    return torch.cat([one.float() for one in found])
+
+
+def test_a_weight_multiplies_a_loss_and_not_the_count() -> None:
+    """Megatron-SWIFT's definition: sum(loss * scale * mask) / sum(mask); a weight of 1 everywhere changes nothing."""
+    torch.manual_seed(0)
+    training = build_training(recipe("token_mean"), IMAGE_TOKEN)
+    packs = batches(0)
+    token_losses = torch.cat([losses(training.modules[0], pack) for pack in packs]).detach()
+    labelled = torch.cat([pack.labels[0] != IGNORE_INDEX for pack in packs])
+    expected = (token_losses * weights_of_tokens(packs))[labelled].sum() / labelled.sum()
+    report = run_batches(training.chunks, packs, len(SOURCES), forward_only=True)
+    assert mean_loss(report, None) == pytest.approx(float(expected), rel=FP32)
+    assert int(report[:, 1].sum()) == int(labelled.sum())
+    assert float(expected) != pytest.approx(float(token_losses[labelled].mean()), rel=1e-3)
+    ones = [replace(pack, loss_weights=torch.ones_like(pack.labels).float()) for pack in packs]
+    none = [replace(pack, loss_weights=None) for pack in packs]
+    reports = [run_batches(training.chunks, one, len(SOURCES), forward_only=True) for one in (ones, none)]
+    assert torch.equal(*reports)
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ def test_a_refusal_is_said_once_under_torchrun(run_data: RunData, tmp_path: Path
     (tmp_path / "file").write_text("mine")
     cases = {
         "optimizer.lrr=1": "optimizer.lrr: unknown key",
-        "data.train.0.path=/nowhere": "data.train.0.path: no directory '/nowhere'",
+        "data.train.0.path=/nowhere": "data.train.0.path: no file or directory '/nowhere'",
         f"output_dir={tmp_path / 'file' / 'run'}": f"output_dir: {tmp_path / 'file' / 'run'}: ",
     }
     for override, line in cases.items():

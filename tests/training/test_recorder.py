@@ -12,7 +12,7 @@ from run_data import RunData
 
 from megavlm.commands.train import train
 from megavlm.config.errors import RecipeError
-from megavlm.config.schema import LoggingConfig
+from megavlm.config.logs import LoggingConfig
 from megavlm.training.recorder import Recorder
 
 

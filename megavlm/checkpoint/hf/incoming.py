@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,76 +18,19 @@ from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf.accounting import Account, check_source
+from megavlm.checkpoint.hf.given import SourceOfParts, Understood, make_model, understand
 from megavlm.checkpoint.hf.recipe import converted_recipe
-from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
+from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.data.chat_files import has_template
-from megavlm.data.tokenizer import find_tokenizer, load_tokenizer, template_of
-from megavlm.families.composing import with_tower
-from megavlm.families.family import Family, config_file
-from megavlm.families.known import detect
-from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, geometry
-from megavlm.families.towers import FeatureLayer
 from megavlm.models.build import MODULES
-from megavlm.weights.source import CONFIG, Source
+from megavlm.weights.source import Source
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SourceOfParts:
-    """A source, and the parts that are taken from it."""
-
-    source: Source
-    family: Family
-    style: str
-    parts: tuple[str, ...]
-    branches: Tree
-
-    @staticmethod
-    def open(path: Path, parts: Sequence[str] | None = None, feature_layer: FeatureLayer = -2) -> SourceOfParts:
-        """Open a directory or file and recognise its family.
-
-        Args:
-            path: the directory or file.
-            parts: what is taken of it; None for all.
-            feature_layer: see :class:`megavlm.weights.source.Source`.
-
-        Raises:
-            UserError: it is of no known family, or has not got the parts.
-        """
-        source = Source(path, feature_layer)
-        try:
-            family = detect(source)
-            for part in parts or ():
-                if part not in family.parts:
-                    there = " and ".join(family.parts)
-                    raise UserError(f"{path}: is a {family.title}; it has no {part}, only {there}")
-            branches = family.branches(source)
-            return SourceOfParts(source, family, family.style_of(source), tuple(parts or family.parts), branches)
-        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
-            where = source.directory / CONFIG
-            raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
-
-
-def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[SourceOfParts]:
-    """Open a checkpoint for all that it has, with the tower that it only names.
-
-    Args:
-        path: the checkpoint.
-        vision: where its tower is, if the user says so.
-        feature_layer: of a tower that comes alone.
-
-    Raises:
-        UserError: a tower is given to a checkpoint that has one, or none to one that has not.
-    """
-    whole = SourceOfParts.open(path, None, feature_layer)
-    return with_tower(whole, vision, lambda tower, taken: SourceOfParts.open(tower, ["vision"], taken))
 
 
 @dataclass
@@ -144,38 +86,9 @@ def convert(
     Raises:
         UserError: the sources are wrong, or do not fit together.
     """
-    branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
-    if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
-        branches["image"] = given[0].branches["image"]
-        check_processor(given[0].source.directory, branches["image"], branches["vision"]["image_size"])
-    elif len(given) == 1 and given[0].family.image_plan is not None:
-        branches["image"] = {"kind": given[0].family.image_plan}
-    if len(given) == 1 and "template" in given[0].branches:
-        branches["template"] = given[0].branches["template"]
-    parts = [part for part in MODULES if part in branches]
-    tokenizer = next(
-        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
-    )
-    for one in given:
-        if tokenizer is not None and "language" in one.parts:
-            _check_ids(one, tokenizer)
-    template = next((one.family.template for one in given if "language" in one.parts), None)
-    report = Report(dict.fromkeys(fresh, "initialised"))
-    report.notes = [
-        note
-        for one in given
-        if "vision" in one.parts and "image" not in branches
-        for note in [geometry(one.source)]
-        if note
-    ]
-    rows = (branches.get("language") or {}).get("vocab_size")
-    if len(given) > 1 or fresh or given[0].family.slotless:
-        _grow_vocabulary(branches, tokenizer, template or ModelConfig.template, report)
-    where = ", ".join(str(one.source.path) for one in given)
-    model = make_model(branches, where, template)
-    speaker = next((one for one in given if "language" in one.parts), None)
-    if speaker is not None and tokenizer is not None:
-        model = dataclasses.replace(model, template=_template(speaker, tokenizer, model.template, report))
+    found = understand(given, fresh, home)
+    branches, model, parts, where = found.branches, found.model, found.parts, found.where
+    report = Report(dict.fromkeys(fresh, "initialised"), fresh=found.fresh, notes=found.notes)
     recipe = None
     dtype = _dtype(given)
     if len(parts) == len(MODULES):
@@ -194,24 +107,11 @@ def convert(
         with publishing(out, needed_bytes=total) as partial:
             with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                 write_checkpoint(partial, pieces, bar.update)
-            _write_rest(partial, given, plans, branches, parts, recipe, report, tokenizer, home, dtype, rows)
+            _write_rest(partial, given, plans, found, recipe, report, home, dtype)
             if verify:
                 _verify(partial, plans, total)
                 report.verified = True
     return report
-
-
-def check_processor(directory: Path, image: Tree, image_size: int) -> None:
-    """Check that a checkpoint says how pictures become pixels.
-
-    Raises:
-        UserError: it does not.
-    """
-    if not image:
-        raise UserError(
-            f"{directory}: neither {PREPROCESSOR} nor {PROCESSOR} is there to say how a picture becomes the "
-            f"{image_size} x {image_size} pixels that {CONFIG}'s tower takes; download it too"
-        )
 
 
 class _MatchedSource:
@@ -285,70 +185,6 @@ def _grown(tensor: Tensor, slot: Slot) -> Tensor:
     return torch.cat([tensor, rows.to(tensor.dtype)])
 
 
-def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, report: Report) -> None:
-    """Make room in the embedding for special tokens that a text tokenizer lacks, such as those around an image."""
-    if tokenizer is None or "language" not in branches:
-        return
-    needed = load_tokenizer(tokenizer, template_of(template, tokenizer)).vocab_size
-    rows = branches["language"]["vocab_size"]
-    if needed > rows:
-        grown = -(-needed // 64) * 64
-        branches["language"] = {**branches["language"], "vocab_size": grown}
-        report.fresh.append(
-            f"{grown - rows} rows of the embedding and output layer, for the tokens that {tokenizer} lacks"
-        )
-
-
-_IMAGE_NAMES = {
-    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>"),
-    "image_start": ("<img>", "<|vision_start|>"),
-}
-
-
-def _check_ids(one: SourceOfParts, path: Path) -> None:
-    """Check that config.json and the tokenizer mean the same tokens, where both have them.
-
-    Raises:
-        UserError: they do not; both are named.
-    """
-    ids = one.family.tokens(one.source)
-    tokenizer = load_tokenizer(path, template_of(one.family.template or ModelConfig.template, path))
-    for key, names in _IMAGE_NAMES.items():
-        if key == "image" and "image_start" in ids:
-            continue  # Qwen's configuration says where an image starts; the rest is counted from there
-        there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
-        unknown = tokenizer.encode("<|no such token|>")  # one token too, where all that is unknown is one
-        there = {name: found for name, found in there.items() if len(found) == 1 and found != unknown}
-        if key in ids and there and [ids[key]] not in there.values():
-            known = ", ".join(f"{name} the id {number}" for name, (number,) in there.items())
-            raise UserError(
-                f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
-                f"{known}; correct one"
-            )
-
-
-def _template(one: SourceOfParts, tokenizer: Path, default: str, report: Report) -> str:
-    """Return what the conversations of a whole model are written in."""
-    reasons: list[str] = []
-    for name in one.family.templates(one.source):
-        try:
-            template = template_of(name, tokenizer)
-            load_tokenizer(tokenizer, template)
-            template.check_training()
-        except UserError as error:
-            reasons.append(str(error))
-            continue
-        if len(reasons) > 0 and has_template(tokenizer):
-            report.notes.append(f"{reasons[0]}; {name} is taken instead")
-        return name
-    if reasons:
-        report.notes.append(
-            f"none of the templates of {one.family.title} goes with its tokenizer ({reasons[-1]}); {default} is taken, "
-            "which these weights may never have seen: set model.template in the recipe"
-        )
-    return default
-
-
 def _dtype(given: Sequence[SourceOfParts]) -> torch.dtype:
     """Return the type of the language model's weights, or of any others."""
     order = sorted(given, key=lambda one: "language" not in one.parts)
@@ -377,36 +213,33 @@ def _write_rest(
     partial: Path,
     given: Sequence[SourceOfParts],
     plans: Sequence[_MatchedSource],
-    branches: Tree,
-    parts: Sequence[str],
+    found: Understood,
     recipe: str | None,
     report: Report,
-    tokenizer: Path | None,
     home: str | None,
     dtype: torch.dtype,
-    rows: int | None,
 ) -> None:
     """Write what a checkpoint has beside its tensors."""
     one = given[0]
-    whole = _comes_home(given, parts, home)
+    whole = _comes_home(given, found.parts, home)
     if whole:
         assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
         for name, tree in one.family.extra_files(one.source).items():
             (partial / assets.FOLDER / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         if report.carried:
             _write_carried(partial / assets.FOLDER / assets.CARRIED, one.source, report.carried)
-    elif tokenizer is not None:
-        assets.copy_files(assets.tokenizer_files(tokenizer.parent), partial / assets.FOLDER)
+    elif found.tokenizer is not None:
+        assets.copy_files(assets.tokenizer_files(found.tokenizer.parent), partial / assets.FOLDER)
     record = {
         "family": one.family.name if whole else None,
         "style": one.style if whole else None,
         "home": home,
-        "rows": rows,
+        "rows": found.rows,
         "dtype": str(dtype).removeprefix("torch."),
-        "parts": list(parts),
+        "parts": found.parts,
         "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
-        "model": {name: branches[name] for name in (*parts, "image") if name in branches},
+        "model": {name: found.branches[name] for name in (*found.parts, "image") if name in found.branches},
         "origin": report.parts,
         "initialised": report.fresh,
         "ignored": report.ignored,

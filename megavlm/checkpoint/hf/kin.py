@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import assets
-from megavlm.checkpoint.hf.shapes import make_model
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.trained import was_trained
 from megavlm.checkpoint.paths import read_tree
 from megavlm.config.architecture import architecture_of

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
+from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
-from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_model, make_rules, same_bits
+from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
@@ -60,6 +61,8 @@ class Export:
     """Values that are too small for the number type asked for, and became 0."""
     trained: list[str] = field(default_factory=list)
     """Small files that say what was trained here, instead of what came along."""
+    unsaid: list[str] = field(default_factory=list)
+    """Keys of the recipe that no file of the family has a place for."""
     untouched: bool = False
     """No step was taken here: the small files are those that the weights came with."""
     verified: bool = False
@@ -70,6 +73,7 @@ class Export:
         if self.changed:
             lines.append(f"config.json: written anew for {', '.join(self.changed)}")
         lines += [f"as trained here: {line}" for line in self.trained]
+        lines += [f"the family cannot say: {line}" for line in self.unsaid]
         if self.untouched:
             lines.append(
                 "not trained here: chat template, stop ids and preprocessor are those that the weights came with"
@@ -303,8 +307,8 @@ def _write_assets(
         return
     folder = checkpoint / assets.FOLDER
     files = [path for path in assets.small_files(folder) if path.name != assets.RECORD] if folder.is_dir() else []
-    if not original:
-        theirs = {CONFIG, *(name for one in FAMILIES.values() for name in one.own_files)}
+    if not original:  # what is said of pictures there is said of another model's
+        theirs = {CONFIG, PREPROCESSOR, PROCESSOR, *(name for one in FAMILIES.values() for name in one.own_files)}
         files = [path for path in files if path.name not in theirs]
     assets.copy_files(files, partial)
     tokens = _tokens(checkpoint, record, folder)
@@ -328,9 +332,11 @@ def _write_meaning(
     if changed:
         text = json.dumps(read_json(partial / CONFIG) | changed, indent=2, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
-    if was_trained(checkpoint):
+    whole = {"vision", "language"} <= {*family.parts}
+    if was_trained(checkpoint) or (whole and family.preprocesses and not original):
         template = template_name(checkpoint)
         result.trained = write_trained(partial, family, model, template, _system_message(checkpoint))
+        result.unsaid = family.unsaid(model, template) + _alpha(checkpoint, family)
         return
     if "language" in family.parts and original:
         result.untouched = True
@@ -338,6 +344,14 @@ def _write_meaning(
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
             result.trained = write_pixels(partial, model)
+
+
+def _alpha(checkpoint: Path, family: Family) -> list[str]:
+    """Return the line on what published processors do not do with pictures that are transparent in places."""
+    data = (read_tree(checkpoint).get("data") if (checkpoint / "recipe.yaml").is_file() else None) or {}
+    if "vision" not in family.parts or data.get("image_alpha", DataConfig.image_alpha) == "drop":
+        return []
+    return ["data.image_alpha: white was trained; Transformers shows what lies under transparent pixels, as drop does"]
 
 
 def template_name(checkpoint: Path) -> str:

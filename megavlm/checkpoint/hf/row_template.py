@@ -52,12 +52,13 @@ _IMAGES_FIRST = """\
 """
 
 
-def row_template(tokenizer: Tokenizer, system_message: str) -> str:
+def row_template(tokenizer: Tokenizer, system_message: str, *, bare: bool = False) -> str:
     """Return the Jinja text of a tokenizer's template, a row.
 
     Args:
         tokenizer: of the model, with its template.
         system_message: of a conversation that has none; empty for none.
+        bare: a picture is its slot's token alone: the processor writes what stands around it.
     """
     row = tokenizer.template
 
@@ -79,7 +80,7 @@ def row_template(tokenizer: Tokenizer, system_message: str) -> str:
         return "{{- " + " + ".join(terms) + " -}}" if terms else ""
 
     begin, end = map(named, row.image)
-    image = begin + named(row.slot.name) + end
+    image = named(row.slot.name) if bare else begin + named(row.slot.name) + end
     behind = row.picture.replace("{image}", "")
     assert behind in ("", "\n"), row.picture  # with a number: Qwen-VL's own text
     folded = bool(row.user_with_system) and not row.system

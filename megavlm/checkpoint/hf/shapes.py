@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from megavlm.checkpoint.slots import Slot, find_slots
-from megavlm.config.errors import UserError
-from megavlm.config.fields import from_tree
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.families.family import Family
-from megavlm.families.presets import expand_presets
 from megavlm.models.build import MODULES
 from megavlm.parallel.state import process_groups
 from megavlm.weights.rules import Aside, Heads, Row
@@ -29,30 +25,6 @@ def alone(seed: int = 0) -> Iterator[None]:
     """Have process groups of one process, whatever launched it."""
     with process_groups(ParallelConfig(), seed):
         yield
-
-
-def make_model(branches: Mapping[str, Tree], where: str, template: str | None = None) -> ModelConfig:
-    """Return the model that ``branches`` describe; a part that is not among them is a stand-in.
-
-    Args:
-        branches: of the parts.
-        where: the source, for messages.
-        template: name of the chat template; None for the default.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    own = {name: dict(branch) if isinstance(branch, Mapping) else branch for name, branch in branches.items()}
-    tree = {"preset": "tiny", **({} if template is None else {"template": template}), **own}
-    expanded = expand_presets({"model": tree})["model"]
-    # The whole model's own preset is no fact about it.
-    expanded["preset"] = None
-    try:
-        return from_tree(ModelConfig, expanded)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: gives model.{key} = {first.get('input')!r}: {first['msg']}") from None
 
 
 @dataclass(frozen=True)

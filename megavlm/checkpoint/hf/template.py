@@ -57,7 +57,7 @@ SAMPLES: Samples = (
 """Conversations that the template is tried on."""
 
 
-def chatml(tokenizer: Tokenizer, system_message: str, *, slots: bool) -> tuple[str, int]:
+def chatml(tokenizer: Tokenizer, system_message: str, *, slots: bool, bare: bool) -> tuple[str, int]:
     """Return the template and how many of :data:`SAMPLES` it encodes otherwise than they are trained.
 
     Some tokenizers put a space before text, so before the content of a turn as well, which is encoded apart: the
@@ -68,33 +68,43 @@ def chatml(tokenizer: Tokenizer, system_message: str, *, slots: bool) -> tuple[s
         system_message: of a conversation that has none; empty for none.
         slots: a picture is one token between ``<img>`` and ``</img>``, which a processor repeats (LLaVA); else its
             path stands there, as Qwen-VL's tokenizer reads it.
+        bare: with ``slots``, it is that token alone: the processor writes what stands around it.
     """
-    tried = [_tried(tokenizer, system_message, gap, slots=slots) for gap in ("", " ")]
+    tried = [_tried(tokenizer, system_message, gap, slots=slots, bare=bare) for gap in ("", " ")]
     return min(tried, key=lambda one: one[1])
 
 
-def _tried(tokenizer: Tokenizer, system_message: str, gap: str, *, slots: bool) -> tuple[str, int]:
+def _tried(tokenizer: Tokenizer, system_message: str, gap: str, *, slots: bool, bare: bool) -> tuple[str, int]:
     def name(token: str) -> str:
         return tokenizer.decode([tokenizer.ids[token]])
 
     begin, close = map(name, tokenizer.template.image)
-    opened = begin + tokenizer.decode([tokenizer.imgpad_id]) if slots else begin
+    slot = tokenizer.decode([tokenizer.imgpad_id])
+    opened = begin + slot if slots else begin
     values: dict[str, str | bool] = {
-        "START": name("<|im_start|>"), "END": name("<|im_end|>"), "BEGIN": begin, "OPEN": opened, "CLOSE": close,
+        "START": name("<|im_start|>"), "END": name("<|im_end|>"), "BEGIN": begin, "OPEN": slot if bare else opened,
+        "CLOSE": "" if bare else close,
         "PATHS": not slots, "SYSTEM": system_message, "GAP": gap,
     }  # fmt: skip
     head = "".join(f"{{%- set {key} = {json.dumps(value, ensure_ascii=False)} -%}}\n" for key, value in values.items())
     wrong = 0
     for turns in SAMPLES:
-        messages = [{"role": t.role, "content": t.text.replace(IMAGE_PLACEHOLDER, opened + close)} for t in turns]
+        written = slot if bare else opened + close
+        messages = [{"role": t.role, "content": t.text.replace(IMAGE_PLACEHOLDER, written)} for t in turns]
         trained = encode_prompt(turns, tokenizer, [(int(slots),)] * count_images(turns), system_message).tolist()
-        wrong += tokenizer.encode(render(head + _TEMPLATE, messages)) != trained
+        text = render(head + _TEMPLATE, messages)
+        wrong += tokenizer.encode(text.replace(slot, opened + close) if bare else text) != trained
     return head + _TEMPLATE, wrong
 
 
-def row(tokenizer: Tokenizer, system_message: str) -> tuple[str, int]:
-    """Return a registered template in Jinja, and how many of :data:`SAMPLES` it encodes otherwise than trained."""
-    text = row_template(tokenizer, system_message)
+def row(tokenizer: Tokenizer, system_message: str, *, bare: bool) -> tuple[str, int]:
+    """Return a registered template in Jinja, and how many of :data:`SAMPLES` it encodes otherwise than trained.
+
+    Args: as :func:`chatml`.
+    """
+    text = row_template(tokenizer, system_message, bare=bare)
+    slot = tokenizer.decode([tokenizer.imgpad_id])
+    begin, end = (tokenizer.spelled.get(piece, piece) for piece in tokenizer.template.image)
     wrong = 0
     for turns in SAMPLES:
         if turns[0].role == "system" and not (tokenizer.template.system or tokenizer.template.user_with_system):
@@ -104,7 +114,8 @@ def row(tokenizer: Tokenizer, system_message: str) -> tuple[str, int]:
         except TemplateError:
             continue  # more exchanges than it holds
         messages = [{"role": turn.role, "content": _parts(turn.text, tokenizer.template.picture)} for turn in turns]
-        wrong += tokenizer.encode(render(text, messages)) != trained
+        said = render(text, messages)
+        wrong += tokenizer.encode(said.replace(slot, begin + slot + end) if bare else said) != trained
     return text, wrong
 
 

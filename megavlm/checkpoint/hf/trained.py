@@ -17,6 +17,8 @@ from megavlm.checkpoint.hf.template import SAMPLES, chatml, row
 from megavlm.checkpoint.paths import read_run
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
@@ -74,7 +76,9 @@ def write_trained(
         lines.append(f"the chat_template is the checkpoint's own, as trained ({own.name})")
     else:
         system = own.default_system if system_message is None else system_message
-        lines += _write_template(partial, tokenizer, system, slots=family.preprocesses)
+        around = tuple(tokenizer.spelled.get(piece, piece) for piece in own.image)
+        alone = family.preprocesses and around == family.wraps_pictures
+        lines += _write_template(partial, tokenizer, system, slots=family.preprocesses, bare=alone)
     if path.suffix == ".json" and "tokenizer_class" not in _read(partial / _TOKENIZER):
         _change(partial / _TOKENIZER, {"tokenizer_class": "PreTrainedTokenizerFast"}, make=True)
     if bare:
@@ -93,16 +97,28 @@ def write_trained(
         if "eos_token_id" in config:
             tokens["eos_token_id"] = ended
         text = config.get("text_config")
-        if isinstance(text, dict) and "eos_token_id" in text:
-            config["text_config"] = text | {"eos_token_id": ended}
+        if isinstance(text, dict):
+            ends = {"eos_token_id": ended} if "eos_token_id" in text else {}
+            config["text_config"] = _named(family, model) | text | ends
         if config | tokens != _read(partial / CONFIG):
             _write(partial / CONFIG, config | tokens)
     if family.preprocesses and "vision" in family.parts:
         _write_processor(partial, family.processor(model, image))
+        names = family.named_tokens(image, lambda token: len(tokenizer.encode(token)) == 1)
+        extra = _read(partial / _TOKENIZER).get("extra_special_tokens")
+        if names:
+            extra = extra if isinstance(extra, dict) else {}
+            _change(partial / _TOKENIZER, {"extra_special_tokens": extra | names}, make=True)
     again = load_tokenizer(path, tokenizer.template)
     if again.added or again.encode(_CHECKED) != tokenizer.encode(_CHECKED) or again.ids != tokenizer.ids:
         raise RuntimeError(f"{path}: what was written gives other ids than those of training")
     return lines
+
+
+def _named(family: Family, model: ModelConfig) -> Tree:
+    """Return what servers find the language model's class by; Transformers leaves it out of a nested configuration."""
+    own = family.config(model, {"image": 0}).get("text_config") or {}
+    return {key: own[key] for key in ("architectures",) if key in own}
 
 
 def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
@@ -118,6 +134,8 @@ def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
         "dynamic_tiles": f"cut to tiles of {side} x {side}, {image.resample}",
         "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
     }
+    if isinstance(plan := plan_of(model), NativePlan):
+        how["native"] = f"of their own proportions, {plan.min_pixels} to {plan.max_pixels} pixels, {image.resample}"
     return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
 
 
@@ -157,10 +175,14 @@ def _without_adding(post: Any) -> Any:
     return None if isinstance(post, dict) and post.get("type") in _ADDING else post
 
 
-def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *, slots: bool) -> list[str]:
+def _write_template(partial: Path, tokenizer: Tokenizer, system_message: str, *, slots: bool, bare: bool) -> list[str]:
     """Write the chat template to where old and new versions of Transformers look for it."""
     numbered = "{number}" in tokenizer.template.picture
-    text, wrong = chatml(tokenizer, system_message, slots=slots) if numbered else row(tokenizer, system_message)
+    text, wrong = (
+        chatml(tokenizer, system_message, slots=slots, bare=bare)
+        if numbered
+        else row(tokenizer, system_message, bare=bare)
+    )
     kind = "ChatML" if numbered else tokenizer.template.name
     (partial / _JINJA).write_text(text, encoding="utf-8")
     _change(partial / _TOKENIZER, {"chat_template": text}, make=True)

@@ -13,6 +13,9 @@ register("llava", f"{_HERE}.llava", "LLaVA's conversation JSON (image beside the
 register(
     "codefuse", f"{_HERE}.codefuse", "CodeFuse-VLM's folder: LLaVA JSON by task, or parquet of prompts and answers"
 )
+register("messages", f"{_HERE}.messages", "messages of roles and contents: OpenAI's, Hugging Face's, ms-swift's, "
+         "LLaMA-Factory's")  # fmt: skip
+register("alpaca", f"{_HERE}.alpaca", "instruction, input and output, or query and response, with history")
 register("coco-captions", f"{_HERE}.coco_captions", "COCO's captions_*.json")
 register("vqa", f"{_HERE}.vqa", "questions and answers of VQAv2, OK-VQA, VizWiz, TextVQA, DocVQA, GQA, OCR-VQA, "
          "Visual Genome", ("annotations",))  # fmt: skip

@@ -21,8 +21,8 @@ from typing import Any
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
 from megavlm.data.formats.llava import convert
-from megavlm.data.formats.parquet import files_of
 from megavlm.data.formats.source import Source
+from megavlm.data.formats.tables import files_of
 
 _ROW_KEYS = {"id", "prompt", "ground_truth", "prompts", "ground_truths", "conversations"}
 _SUFFIXES = (".json", ".jsonl", ".parquet")

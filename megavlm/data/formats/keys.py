@@ -9,20 +9,28 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from megavlm.config.errors import UserError
 from megavlm.data.formats.base import BrokenError, Record
+from megavlm.data.schema import WEIGHT_KEYS, turn_weight
 
 _USED = frozenset({"id", "task", "conversations", "image", "images", "system"})
 _SCORED = frozenset({"answer", "choices"})
 """Of held-out records, for ``megavlm eval``."""
 _REFUSED = frozenset({
     "video", "videos", "audio", "audios",  # other media: the model would be trained blind
-    "tools", "functions", "history", "messages", "chosen", "rejected", "kto_tag", "instruction", "input", "output",
+    "tools", "functions", "history", "messages", "instruction", "input", "output", "query", "response",
+    # Preferences, and boxes that stand apart: what is to be trained is not the conversation alone.
+    "chosen", "rejected", "kto_tag", "rejected_response", "rejected_messages", "rejected_images", "preferred_output",
+    "non_preferred_output", "objects",
 })  # fmt: skip
 """What changes a conversation, and is not supported."""
-_TURN_USED = frozenset({"from", "value"})
-_TURN_REFUSED = frozenset({"image", "images", "video", "videos", "audio", "audios", "tool_calls"})
-_TURN_TRAINED = frozenset({"weight", "loss", "train"})
-"""Say of a turn whether it is trained on."""
+_WEIGHTS = frozenset({*WEIGHT_KEYS, "loss_scale"})
+"""Say how much is trained on. Of a turn the first three are used."""
+_TURN_USED = frozenset({"from", "value", *WEIGHT_KEYS})
+_TURN_REFUSED = frozenset({
+    "image", "images", "video", "videos", "audio", "audios", "tool_calls", "function_call", "refusal",
+    "reasoning_content", "thinking", "train_detail", "training_detail", "loss_scale",
+})  # fmt: skip
 
 
 def is_given(value: Any) -> bool:
@@ -77,27 +85,42 @@ def check_keys(entry: Record, ignored: Counter[str]) -> None:
     """
     unknown = set()
     for key, value in entry.items():
-        if key in _USED or key in _SCORED or not is_given(value):
+        if key in _WEIGHTS and value is not None and value != 1:  # True is 1
+            raise BrokenError("unsupported key", f"{key!r} of a record is not supported; give its answers a weight")
+        if key in _USED or key in _SCORED or key in _WEIGHTS or not is_given(value):
             continue
         if key in _REFUSED:
             raise BrokenError("unsupported key", f"{key!r} is not supported; leave the key out, or the record")
         unknown.add(key)
     turns = entry.get("conversations")
-    for turn in turns if isinstance(turns, list) else ():
-        unknown |= _unknown_in_turn(turn) if isinstance(turn, dict) else set()
+    for index, turn in enumerate(turns if isinstance(turns, list) else ()):
+        unknown |= _unknown_in_turn(turn, index) if isinstance(turn, dict) else set()
     ignored.update(unknown)
 
 
-def _unknown_in_turn(turn: Record) -> set[str]:
+def _unknown_in_turn(turn: Record, index: int) -> set[str]:
+    try:
+        turn_weight(turn, f"turn {index}", answer=turn.get("from") in ("gpt", "assistant"))
+    except UserError as error:
+        raise BrokenError("bad weight", str(error)) from None
     unknown = set()
     for key, value in turn.items():
-        if key in _TURN_USED:
+        if key in _TURN_USED or not is_given(value):
             continue
-        if key in _TURN_TRAINED:
-            if value is not None and value != 1:  # True is 1
-                raise BrokenError("unsupported key", f"{key!r} of a turn is not supported: all answers are trained on")
-        elif key in _TURN_REFUSED and is_given(value):
-            raise BrokenError("unsupported key", f"{key!r} of a turn is not supported; put it beside the conversation")
-        elif is_given(value):
-            unknown.add(f"{key} (of a turn)")
+        if key in _TURN_REFUSED:
+            where = "; put it beside the conversation" if key in ("image", "images") else ""
+            raise BrokenError("unsupported key", f"{key!r} of a turn is not supported{where}")
+        unknown.add(f"{key} (of a turn)")
     return unknown
+
+
+def weights_of(turn: Record) -> Record:
+    """Return the keys of a turn that say how much it counts."""
+    return {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
+
+
+def has_roles(entry: Record) -> bool:
+    """Whether the turns of ``conversations`` are ``role`` and ``content``, as those of messages are."""
+    turns = entry.get("conversations")
+    first = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(first, dict) and "role" in first and "from" not in first

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
-from megavlm.data.formats.keys import check_keys, is_given, picture_paths, with_system
+from megavlm.data.formats.keys import check_keys, has_roles, is_given, picture_paths, weights_of, with_system
 from megavlm.data.formats.source import Source
 
 _IMAGE = re.compile(r"[ \t]*<image>[ \t]*(?:\r\n?|\n)?")
@@ -64,7 +64,7 @@ def turns_of(record: Record) -> list[str]:
 
 def mentions_image(record: Record) -> bool:
     """Whether a record of conversations shows pictures in LLaVA's way."""
-    if not isinstance(record.get("conversations"), list):
+    if not isinstance(record.get("conversations"), list) or has_roles(record):
         return False
     beside = any(is_given(record.get(key)) for key in ("image", "images"))
     return beside or any("<image>" in text for text in turns_of(record))
@@ -76,7 +76,22 @@ def convert_one(entry: Any, ignored: Counter[str], task: str | None = None) -> R
     Raises:
         BrokenError: It cannot be one here.
     """
-    turns = with_system(entry, _answered(field(entry, "conversations", list)))
+    return placed(entry, _answered(field(entry, "conversations", list)), ignored, task)
+
+
+def placed(entry: Record, turns: list[Any], ignored: Counter[str], task: str | None = None) -> Record:
+    """Convert a record of ``turns`` in LLaVA's form: its pictures come to where ``<image>`` stands.
+
+    Args:
+        entry: The record, for its other keys.
+        turns: Its turns.
+        ignored: Counts keys that are not used.
+        task: What the record is called if it does not say itself.
+
+    Raises:
+        BrokenError: It cannot be one here.
+    """
+    turns = with_system(entry, turns)
     images = _images(entry)
     check_keys(entry, ignored)
     shown = 0
@@ -96,7 +111,7 @@ def convert_one(entry: Any, ignored: Counter[str], task: str | None = None) -> R
                 )
             text = _insert(text, f"Picture {shown + 1}: <img>{images[shown]}</img>\n")
             shown += 1
-        converted.append({"from": speaker, "value": text.strip() if pictures else text})
+        converted.append({"from": speaker, "value": text.strip() if pictures else text} | weights_of(turn))
     if shown < len(images):
         raise BrokenError("pictures do not match", f"{len(images)} pictures, but <image> stands {shown} times")
     record: Record = {"conversations": converted}

@@ -1,7 +1,8 @@
 """Rows of parquet files, whose pictures are in them: as the Hugging Face hub and CodeFuse-VLM's users have them.
 
-A picture is a column of bytes, or of ``{"bytes", "path"}`` (the hub's ``Image``), or of a list of these. In the row
-that is yielded a name stands in its place, and its bytes are handed out beside it.
+A picture is a column of bytes, or of ``{"bytes", "path"}`` (the hub's ``Image``), or of a list of these; it may also
+lie deeper, in the parts of a message. In the row that is yielded a name stands in its place, and its bytes are handed
+out beside it.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ def need_pyarrow(path: Path) -> Any:
         import pyarrow  # noqa: PLC0415 - an extra
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; pip install 'megavlm[parquet]'") from None
+        raise UserError(
+            f"{path}: {'Arrow' if path.suffix == '.arrow' else 'parquet'} needs pyarrow; pip install 'megavlm[parquet]'"
+        ) from None
     return pyarrow
 
 
-def unreadable(path: Path, error: Exception, row: int = 0) -> ValueError:
+def unreadable(path: Path, error: Exception, row: int = 0, kind: str = "parquet") -> ValueError:
     """Return what is told of a file that pyarrow could not read from ``row`` on.
 
     Raises:
@@ -49,7 +52,7 @@ def unreadable(path: Path, error: Exception, row: int = 0) -> ValueError:
     if is_machine_fault(error):
         raise error
     line = " ".join(str(error).split())
-    return UserError(f"{path} cannot be read as parquet from row {row} on: {line}; fetch it again")
+    return UserError(f"{path} cannot be read as {kind} from row {row} on: {line}; fetch it again")
 
 
 def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
@@ -64,13 +67,14 @@ def read_rows(path: Path) -> Iterator[tuple[Row, dict[str, bytes]]]:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(batch_size=_ROWS, use_threads=False):
                 for row in batch.to_pylist():
-                    yield _take_pictures(row, f"{path.name}/{number}")
+                    yield take_pictures(row, f"{path.name}/{number}")
                     number += 1
     except Exception as error:  # pyarrow's own, and what Python makes of dates, decimals and text that are none
         raise unreadable(path, error, number) from None
 
 
-def _take_pictures(row: Row, name: str) -> tuple[Row, dict[str, bytes]]:
+def take_pictures(row: Row, name: str) -> tuple[Row, dict[str, bytes]]:
+    """Return a row with names (``NAME/0``, ..) where its pictures were, and the pictures by these."""
     pictures: dict[str, bytes] = {}
 
     def replace(value: Any) -> Any:
@@ -80,6 +84,8 @@ def _take_pictures(row: Row, name: str) -> tuple[Row, dict[str, bytes]]:
             if value["bytes"] is None:
                 return value.get("path")
             value = value["bytes"]
+        if isinstance(value, dict):
+            return {key: replace(each) for key, each in value.items()}
         if isinstance(value, bytes):
             place = f"{name}/{len(pictures)}"
             pictures[place] = value

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, identity
-from megavlm.data.formats.keys import check_keys, is_given, with_system
+from megavlm.data.formats.keys import check_keys, has_roles, is_given, with_system
 from megavlm.data.formats.llava import convert_one, mentions_image, turns_of
 from megavlm.data.formats.source import Source
 
 
 def matches(source: Source) -> bool:
     """Whether turns contain ``<img>``, or there are conversations without any picture."""
-    records = [record for record in source.head if isinstance(record.get("conversations"), list)]
+    records = [
+        record for record in source.head if isinstance(record.get("conversations"), list) and not has_roles(record)
+    ]
     if any("<img>" in text for record in records for text in turns_of(record)):
         return True
     return bool(records) and not any(mentions_image(record) for record in records)

@@ -90,6 +90,6 @@ def choose(source: Source, name: str | None) -> Format:
     if source.is_folder:
         raise UserError(
             f"{source.path} is a folder, and not one of CodeFuse's with records per task; give the file, or the folder "
-            "that itself has the parquet files"
+            "that itself has the parquet or tar files"
         )
     raise UserError(f"{source.path} looks like none of {', '.join(_FORMATS)}; say which it is with --format")

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.formats import stream
 from megavlm.data.formats.base import Broken, BrokenError, Record, is_inside
+from megavlm.data.formats.columns import described
 from megavlm.data.formats.encoding import NotUnicodeError, lines
-from megavlm.data.formats.keys import is_given
-from megavlm.data.formats.parquet import files_of, read_rows
+from megavlm.data.formats.keys import has_roles, is_given
+from megavlm.data.formats.tables import files_of, read_rows
+from megavlm.data.image_header import MAX_BYTES
 from megavlm.data.machine import is_file
 
 _HEAD = 200
 """Records by which a file's format is told."""
 _HEAD_OF_PARQUET = 16
+
+
+class PictureStore(Protocol):
+    """Pictures that are not in a directory."""
+
+    url: str
+
+    def has(self, path: str) -> bool:
+        """Whether there is a picture at this path."""
+        ...
+
+    def read(self, path: str, most: int) -> bytes:
+        """Return its file, of at most ``most`` bytes, or raise :class:`BrokenError`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Source:
     """Visual Genome: ``image_data.json``."""
     per_sample: int | None = None
     """Visual Genome: regions of one sample; None for the default."""
+    store: PictureStore | None = None
+    """Where pictures are, in the place of :attr:`images`."""
     pictures: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
     """Pictures that came with the row that was read last, by the path that stands for each in its record."""
     ignored: Counter[str] = field(default_factory=Counter, compare=False, repr=False)
@@ -102,17 +120,21 @@ class Source:
             raise UserError(f"{self.path} must hold a list {f'{key!r} ' if key else ''}of records that is not empty")
 
     def _rows(self, key: str | None) -> Iterator[Any]:
-        if self.path.suffix == ".jsonl" and not self.path.is_dir():
-            yield from (_line(number, line) for number, line in lines(self.path))
-            return
+        renamed = described(self.path) if key is None else None
+        for row, pictures in self._stored(key):
+            self.pictures.clear()
+            self.pictures.update(pictures)
+            yield row if renamed is None or not isinstance(row, dict) else renamed.apply(row)
+
+    def _stored(self, key: str | None) -> Iterator[tuple[Any, Mapping[str, bytes]]]:
+        """Yield what is stored, and the pictures that are stored in it."""
         files = files_of(self.path)
-        if not files:
-            yield from stream.elements(self.path, key)
+        if self.path.suffix == ".jsonl" and not self.path.is_dir():
+            yield from ((_line(number, line), {}) for number, line in lines(self.path))
+        elif not files:
+            yield from ((element, {}) for element in stream.elements(self.path, key))
         for path in files:
-            for row, pictures in read_rows(path):
-                self.pictures.clear()
-                self.pictures.update(pictures)
-                yield row
+            yield from read_rows(path)
 
     def members(self) -> Iterator[tuple[str, Any]]:
         """Yield the names and values of the object that the file holds.
@@ -129,9 +151,20 @@ class Source:
     def find_image(self, candidates: Sequence[str]) -> str:
         """Return the first of the paths below :attr:`images` that is there, else the first of all."""
         for path in candidates:
-            if path in self.pictures or (is_inside(path) and is_file(self.images / path)):
+            if self.has_image(path):
                 return path
         return candidates[0]
+
+    @property
+    def where(self) -> str:
+        """Where pictures are, for messages."""
+        return str(self.images) if self.store is None else self.store.url
+
+    def has_image(self, path: str) -> bool:
+        """Whether there is a picture at this path."""
+        if path in self.pictures:
+            return True
+        return is_inside(path) and (self.store.has(path) if self.store is not None else is_file(self.images / path))
 
     def read_image(self, path: str) -> bytes:
         """Return a picture's file.
@@ -141,15 +174,17 @@ class Source:
         """
         if path in self.pictures:
             return self.pictures[path]
+        if self.store is not None and is_inside(path):
+            return self.store.read(path, MAX_BYTES)
         if not is_inside(path) or not is_file(self.images / path):
-            raise BrokenError("image missing", f"no picture {path!r} in {self.images}")
+            raise BrokenError("image missing", f"no picture {path!r} in {self.where}")
         return (self.images / path).read_bytes()
 
 
 def _is_plain(entry: Record) -> bool:
     """Whether it is a conversation without a picture, in whoever's form."""
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or is_given(entry.get("image")) or is_given(entry.get("images")):
+    if not isinstance(turns, list) or has_roles(entry) or is_given(entry.get("image")) or is_given(entry.get("images")):
         return False
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     return not any(isinstance(text, str) and ("<img>" in text or "<image>" in text) for text in texts)

@@ -17,11 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megavlm.config.errors import UserError
-from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, is_inside, plain
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity, plain
 from megavlm.data.formats.source import Source
 from megavlm.data.frames import Frame, frame_of
 from megavlm.data.images import ImageError
-from megavlm.data.machine import is_file
 
 DEFAULT_PER_SAMPLE = 8
 
@@ -139,8 +138,8 @@ def _locate(source: Source, image_id: int | str, info: Record) -> tuple[str, Fra
         parts = urlsplit(info["url"]).path.split("/")
         candidates = ["/".join(parts[-2:]), parts[-1], *candidates]
     image = source.find_image(candidates)
-    if not is_inside(image) or not is_file(source.images / image):
-        raise BrokenError("image missing", f"no picture {image_id} in {source.images}: neither {', '.join(candidates)}")
+    if not source.has_image(image):
+        raise BrokenError("image missing", f"no picture {image_id} in {source.where}: neither {', '.join(candidates)}")
     sides = [info.get("width"), info.get("height")]
     try:
         known = [float(side) for side in sides if isinstance(side, int | float)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections import Counter
@@ -15,6 +16,7 @@ from megavlm.config.checks import source_name
 from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig
 from megavlm.data.batch import Pack
+from megavlm.data.cache import located
 from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import ImagePlan
@@ -102,6 +104,7 @@ def collect(
         MissingFileError: A shard is missing.
         UserError: No sample is usable.
     """
+    data = dataclasses.replace(data, train=tuple(located(source, data) for source in data.train))
     names = [source_name(source) for source in data.train]
     encoder = PackEncoder(data, names, tokenizer, plan)
     found = Collected(data, plan, names, [])

@@ -89,13 +89,17 @@ def _picture_facts(found: Collected) -> str:
         return f"{found.plan.tokens_per_view} tokens a picture (and two around it)"
     shapes = [shape for pack in (*(one.pack for one in found.samples), *found.packs) for shape in pack.image_shapes]
     if not shapes:
+        if found.plan.packed:
+            return "tokens by the size of each picture"
         return f"{found.plan.tokens_per_view} tokens a view of a picture"
     layouts = [found.plan.plan(*shape) for shape in shapes]
-    tokens, views = ([of(one) for one in layouts] for of in (lambda one: one.tokens, lambda one: len(one.views)))
-    return (
-        f"{min(tokens)} to {max(tokens)} tokens a picture ({sum(tokens) / len(tokens):.0f} on average), "
-        f"{min(views)} to {max(views)} views"
-    )
+    tokens = [one.tokens for one in layouts]
+    told = f"{min(tokens)} to {max(tokens)} tokens a picture ({sum(tokens) / len(tokens):.0f} on average), "
+    if found.plan.packed:
+        patches = [found.plan.pixels_of(one)[0] for one in layouts]
+        return f"{told}{min(patches)} to {max(patches)} patches"
+    views = [len(one.views) for one in layouts]
+    return f"{told}{min(views)} to {max(views)} views"
 
 
 def _head(found: Collected) -> str:

@@ -109,7 +109,7 @@ def _round(
 ) -> list[Row]:
     """Answer some questions; a collective over the replica. Broken pictures are known on its first stage only."""
     asked = [one for one in questions if not one.problem]
-    prompts = [Prompt(one.tokens) for one in asked]
+    prompts = [Prompt(one.tokens, grids=one.grids) for one in asked]
     problems = {one.item.id: one.problem for one in questions if one.problem}
     with agreed("reading images"):
         if decoder is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import count_images, encode_prompt, encode_text
-from megavlm.data.images import image_runs
-from megavlm.data.media import plan_of
+from megavlm.data.images import image_grids, image_runs
+from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, picture_bytes, render
@@ -33,6 +34,8 @@ class Question:
     """Token ids of each option's letter; empty for a question that is generated."""
     problem: str = ""
     """Why it cannot be asked; it then counts as wrong."""
+    grids: tuple[TokenGrid, ...] = ()
+    """See :class:`megavlm.inference.prompt.Prompt`."""
 
 
 def make_questions(
@@ -52,11 +55,13 @@ def make_questions(
     for item in items:
         text = render(benchmark, item)
         options = tuple(letters[: len(item.choices)])
+        grids: tuple[TokenGrid, ...] = ()
         try:
             tokens, problem = _encode(text, item, tokenizer, recipe, chat), ""
+            grids = image_grids(recipe.model, len(item.pictures), partial(_files, item))
         except UserError as error:
             tokens, problem = np.zeros(0, np.int64), str(error)
-        questions.append(Question(item, text, tokens, options, problem))
+        questions.append(Question(item, text, tokens, options, problem, grids))
     _check_lengths(questions, max_new_tokens, recipe.data.sequence_length)
     return questions
 
@@ -72,9 +77,13 @@ def _said(letter: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(whole[len(known) :]) if whole[: len(known)] == known else tuple(tokenizer.encode(letter))
 
 
+def _files(item: Item) -> list[bytes]:
+    return [picture_bytes(one) for one in item.pictures]
+
+
 def _encode(text: str, item: Item, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
     turns = [Turn("user", text)]
-    runs = image_runs(plan_of(recipe.model), count_images(turns), lambda: [picture_bytes(one) for one in item.pictures])
+    runs = image_runs(plan_of(recipe.model), count_images(turns), partial(_files, item))
     if chat:
         return encode_prompt(turns, tokenizer, runs, recipe.data.system_message)
     check_text(text, "the question")

@@ -27,7 +27,6 @@ from megavlm.evaluation.benchmarks.questions import Question, digest, make_quest
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, BenchmarkFiles, Item, Scores
 from megavlm.evaluation.metrics.grounding import box_text, first_box
 from megavlm.evaluation.report import Card, Page, write_report
-from megavlm.parallel.device import prepare_device
 from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
 from megavlm.parallel.output import holding, try_writing
 
@@ -66,6 +65,8 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
     """
     start = time.perf_counter()
     plan = _plan(args, recipe, checkpoint, tokenizer)
+    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+
     prepare_device()
     from megavlm.evaluation.benchmarks.answer import answer_questions  # noqa: PLC0415 - imports Megatron-Core
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.checkpoint.hf.incoming import check_processor, convert, open_whole
+from megavlm.checkpoint.hf.given import check_processor, open_whole
+from megavlm.checkpoint.hf.incoming import convert
 from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
@@ -27,6 +28,7 @@ from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
 from megavlm.data.images import lay_out
 from megavlm.data.media import Arrangement, ImageLayout, plan_of
+from megavlm.data.positions import own_grids
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
@@ -108,7 +110,7 @@ def check(settings: CheckSettings) -> int:
     other = given[0].family.read_as
     if other is None:
         branches = given[0].branches
-        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"]["image_size"])
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
         transformers_class(settings.hf)
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
@@ -216,7 +218,12 @@ def _run(
         for question, row, sample in zip(questions, rows, samples, strict=True):
             _compare(question, row, chunks, recipe, settings, sample)
         prompts = [
-            Prompt(sample.ids.numpy(), sample.pixels.to(local_device()), own.arrangement)
+            Prompt(
+                sample.ids.numpy(),
+                sample.pixels.to(local_device()),
+                own.arrangement,
+                own_grids(recipe.model, own.layouts),
+            )
             for sample, own in zip(samples, ours, strict=True)
         ]
         room = max(len(prompt.tokens) for prompt in prompts) + settings.max_new_tokens

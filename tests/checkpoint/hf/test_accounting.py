@@ -13,7 +13,7 @@ import torch
 from hf_makers import SMALL
 from qwen_reference import State
 
-from megavlm.checkpoint.hf.incoming import SourceOfParts
+from megavlm.checkpoint.hf.given import SourceOfParts, make_model
 from megavlm.cli import main
 
 FC = "transformer.h.1.mlp.c_proj.weight"
@@ -125,7 +125,7 @@ def test_buffers_are_ignored_by_named_rules(tmp_path: Path, caplog: pytest.LogCa
 
 def test_everything_is_used_in_a_sound_source(source: Path) -> None:
     from megavlm.checkpoint.hf.accounting import check_source
-    from megavlm.checkpoint.hf.shapes import alone, family_slots, make_model, make_rules
+    from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 
     given = SourceOfParts.open(source)
     model = make_model(given.branches, "here")

@@ -87,10 +87,17 @@ def test_keys_of_turns_count_as_well(tmp_path: Path) -> None:
         record["conversations"][1] |= keys
         return record
 
-    for keys in ({"weight": 0}, {"loss": False}, {"image": "b.jpg"}, {"tool_calls": [1]}):
+    for keys in ({"image": "b.jpg"}, {"tool_calls": [1]}, {"loss_scale": 2.0}):
         assert read(tmp_path / "d.json", [spoken(**keys)], tmp_path)[1] == [("r", "unsupported key")], keys
-    for keys in ({"weight": 1}, {"loss": True}, {"train": None}, {"image": None}):
+    for keys in ({"weight": -1}, {"loss": "false"}, {"weight": float("nan")}, {"weight": 0, "loss": True}):
+        assert read(tmp_path / "d.json", [spoken(**keys)], tmp_path)[1] == [("r", "bad weight")], keys
+    for keys in ({"weight": 1}, {"loss": True}, {"train": None}, {"image": None}, {"weight": 0.5}, {"loss": False}):
         assert read(tmp_path / "d.json", [spoken(**keys)], tmp_path)[1] == [], keys
+    asked = qwen()
+    asked["conversations"][0] |= {"train": True}  # a question is never trained on
+    assert read(tmp_path / "d.json", [asked], tmp_path)[1] == [("r", "bad weight")]
+    for keys in ({"weight": 0}, {"loss": 0.5}, {"train": False}):
+        assert read(tmp_path / "d.json", [qwen(**keys)], tmp_path)[1] == [("r", "unsupported key")], keys
 
 
 def test_keys_that_nobody_looks_at_are_told_with_their_numbers(

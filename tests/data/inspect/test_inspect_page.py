@@ -312,7 +312,7 @@ def test_a_recipe_says_how_the_data_is_trained(run_data, tmp_path: Path) -> None
         (("{root}/no",), "--tokenizer is missing; give a tokenizer file, or a recipe"),
         (
             ("{root}/no", "--tokenizer", "{tokenizer}"),
-            "data set {root}/no is not prepared; make it with megavlm prepare",
+            "data set {root}/no does not exist",
         ),
         (("{root}", "--tokenizer", "{tokenizer}", "--packs", "-1"), "--packs must be at least 0, not -1"),
         (("{root}", "--tokenizer", "{tokenizer}", "--max-mb", "0"), "--max-mb must be at least 0.1, not 0"),

@@ -16,8 +16,7 @@ from learnt import ANSWER, QUESTION, Learnt
 from megavlm.cli import main
 from megavlm.commands.serve import name_of
 from megavlm.data.schema import Turn
-from megavlm.inference import generate
-from megavlm.inference import sampling as sampling_module
+from megavlm.inference import choice, generate
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import Sampling
@@ -141,7 +140,7 @@ def test_logits_that_are_not_finite_end_an_answer_with_a_line(learnt: Learnt, ca
         assert answers[0] and not answers[1]
         assert "1 of 2 answers end early: the model's logits are not finite" in caplog.text
         hook.remove()
-    monkeypatch.setattr(sampling_module.Tensor, "isfinite", lambda self: torch.zeros_like(self, dtype=torch.bool))
+    monkeypatch.setattr(choice.Tensor, "isfinite", lambda self: torch.zeros_like(self, dtype=torch.bool))
     assert main(["generate", str(learnt.checkpoint), "--prompt", "a"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("megavlm: error: the model's logits are NaN or infinite")

@@ -1,16 +1,21 @@
-"""Qwen v1, 2 and 3 and Llama on Megatron-Core's GPTModel: RMSNorm, rotary positions, gated SiLU MLP.
+"""Decoder-only language models on Megatron-Core's GPTModel: Llama, Qwen, Phi, Gemma, StableLM and their kin.
 
-What tells them apart is data: bias on QKV (Qwen v1, Qwen2), RMSNorm on queries and keys (Qwen3), key/value heads,
-tied embeddings, stretched rotary positions.
+What tells them apart is data: kind of norm, biases, activation and gate, norms on queries and keys, key/value heads,
+how much of a head is turned, attention and MLP one after the other or side by side, multipliers of embeddings, branches
+and logits. GPTModel has no place for multipliers nor for a bias of its output layer: they are hung onto it here, as
+hooks and a parameter, so that its forward pass stays its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -19,9 +24,13 @@ from torch import Tensor
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.layers.rotary import PackRotary
+from megavlm.config.errors import UserError
+from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
+from megavlm.layers.rotary import PackRotary, pair_axes
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
 def transformer_config(language: DecoderConfig, context: BuildContext) -> TransformerConfig:
@@ -30,6 +39,18 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     virtual = parallel.virtual_pipeline_model_parallel_size
     full = parallel.recompute_granularity == "full"
     shared = context.transformer_settings("language")
+    swiglu = language.gated_linear_unit and language.activation == "silu"
+    if not swiglu:
+        if context.engine.bias_activation_fusion == "on":
+            raise UserError(
+                "engine.bias_activation_fusion: on is for gated SiLU, and model.language.activation is"
+                f" {language.activation}{'' if language.gated_linear_unit else ' without a gate'}; set it to auto"
+            )
+        shared["bias_activation_fusion"] = (
+            False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
+        )
+    if not language.fused_rotary:
+        shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -37,13 +58,15 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_query_groups,
         kv_channels=language.kv_channels,
-        normalization="RMSNorm",
+        normalization=language.normalization,
+        layernorm_zero_centered_gamma=language.layernorm_zero_centered_gamma,
         layernorm_epsilon=language.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        gated_linear_unit=language.gated_linear_unit,
+        activation_func=_ACTIVATIONS[language.activation],
+        add_bias_linear=language.add_bias_linear,
         add_qkv_bias=language.add_qkv_bias,
         qk_layernorm=language.qk_layernorm,
+        rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
@@ -58,15 +81,22 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         recompute_method="uniform" if full else None,
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
         # Megatron's name for "the activation that the layer spec brings", which is ours: layers/activation.py.
-        use_te_activation_func=not has_kernels() and not shared["bias_activation_fusion"],
+        use_te_activation_func=swiglu and not has_kernels() and not shared["bias_activation_fusion"],
         **shared,
     )
 
 
-def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
-    kind = LayerKind("causal", head_dim=language.kv_channels, qk_layernorm=language.qk_layernorm)
-    return (kind,) * language.num_layers
+    kind = LayerKind(
+        "causal",
+        head_dim=language.kv_channels,
+        qk_layernorm=language.qk_layernorm,
+        parallel=language.use_parallel_residual,
+        residual_multiplier=language.residual_multiplier,
+        sliding_window=language.sliding_window,
+    )
+    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -91,6 +121,32 @@ def _mask_padding(model: GPTModel, vocab_size: int) -> None:
         layer.register_forward_hook(mask)
 
 
+def _multiply_embeddings(model: GPTModel, multiplier: float, dtype: torch.dtype) -> None:
+    """Multiply what the embedding gives of tokens; what is put in its place afterwards (image features) is not.
+
+    The number is rounded to the weights' type first, as Gemma's is.
+    """
+    rounded = torch.tensor(multiplier, dtype=dtype, device="cpu").item()
+
+    def multiply(_embedding: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+        return embedded * rounded
+
+    model.embedding.register_forward_hook(multiply)
+
+
+def _finish_head(model: GPTModel, language: DecoderConfig, context: BuildContext) -> None:
+    """Give the output layer its bias, and divide what it reads: logits would be larger."""
+    layer = model.output_layer
+    if language.lm_head_bias:
+        bias = torch.nn.Parameter(
+            torch.zeros(layer.output_size_per_partition, dtype=context.dtype, device=layer.weight.device)
+        )
+        set_tensor_model_parallel_attributes(bias, is_parallel=True, dim=0, stride=1)
+        layer.bias = bias
+    if language.logits_scaling != 1:
+        layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0] / language.logits_scaling, *inputs[1:]))
+
+
 def build(
     language: DecoderConfig,
     context: BuildContext,
@@ -109,7 +165,7 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language), adapted_linears(language, context.lora)
+    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
@@ -125,6 +181,7 @@ def build(
         parallel_output=True,
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=language.rotary_percent,
         rotary_base=language.rotary_base,
         seq_len_interpolation_factor=language.rope_scaling_factor if language.rope_scaling == "linear" else None,
         rope_scaling=language.rope_scaling == "llama3",
@@ -134,7 +191,15 @@ def build(
         vp_stage=vp_stage,
     )
     if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
-        PackRotary.take_over(model.rotary_pos_emb)
+        axes = pair_axes(language.rotary_sections, interleaved=language.rotary_sections_interleaved)
+        PackRotary.take_over(model.rotary_pos_emb, axes)
+    if language.activation != "silu" or not language.gated_linear_unit:
+        kind = GeGLUMLP if language.gated_linear_unit else BiasActivationMLP
+        for layer in model.decoder.layers:
+            kind.take_over(layer.mlp)
+    if pre_process and language.embedding_multiplier != 1:
+        _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
+        _finish_head(model, language, context)
         _mask_padding(model, language.vocab_size)
     return model

@@ -23,7 +23,7 @@ class DecoderConfig(LanguageConfig):
     hidden_size: int = Field(gt=0, le=10_000_000)
     """Width of the model."""
     ffn_hidden_size: int = Field(gt=0, le=10_000_000)
-    """Width of the gated MLP (half of what Qwen's config.json calls intermediate_size)."""
+    """Width of the MLP (of a gated one, half of what Qwen's config.json calls intermediate_size)."""
     num_attention_heads: int = Field(gt=0, le=100_000)
     """Attention heads; divisible by the tensor-parallel size."""
     num_query_groups: int = Field(gt=0, le=100_000)
@@ -36,6 +36,8 @@ class DecoderConfig(LanguageConfig):
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0, le=1_000_000_000)
     """Longest segment that the model is meant for."""
+    sliding_window: int | None = Field(default=None, gt=0, le=1_000_000_000)
+    """Positions that each position attends to, itself among them (Phi-3-mini-4k: 2047); null for all before it."""
     rotary_base: int = Field(default=10000, gt=0, le=1_000_000_000_000)
     """Base of the rotary position embedding."""
     rope_scaling: Literal["linear", "llama3"] | None = None
@@ -43,12 +45,43 @@ class DecoderConfig(LanguageConfig):
     low and high frequency factors 1 and 4, 8192 original positions), or null."""
     rope_scaling_factor: float = Field(default=1.0, ge=1)
     """Factor of rope_scaling; 1 without it."""
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
+    """Part of a head that rotary positions turn (Hugging Face: partial_rotary_factor); the rest has no position."""
+    rotary_interleaved: bool = False
+    """Turn neighbouring channels as a pair (GLM), instead of those half a head apart."""
+    rotary_sections: tuple[int, ...] = ()
+    """Of M-RoPE: how many of a head's pairs of channels turn by a token's place in time, by its row and by its column
+    (Hugging Face: mrope_section). Empty for one position a token, counted from 0."""
+    rotary_sections_interleaved: bool = False
+    """With rotary_sections: time, row and column take turns over the pairs (Qwen3-VL; Hugging Face: mrope_interleaved),
+    instead of having one stretch of them each."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Kind of all norms; LayerNorm subtracts the mean and has a bias (Phi, StableLM)."""
+    layernorm_zero_centered_gamma: bool = False
+    """Norms multiply by 1 + their weight (Gemma), which starts at 0."""
     norm_epsilon: float = Field(default=1e-6, gt=0)
-    """Epsilon of the RMSNorms."""
+    """Epsilon of the norms."""
     add_qkv_bias: bool = True
     """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
+    add_bias_linear: bool = False
+    """Whether all linear layers have a bias, QKV among them (Phi)."""
+    lm_head_bias: bool = False
+    """Whether the output layer has a bias (Phi)."""
+    gated_linear_unit: bool = True
+    """Whether the MLP's activation is multiplied by a second projection (not in Phi)."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """Activation of the MLP: silu, the exact gelu, or its tanh form (Gemma, Phi; Hugging Face: gelu_pytorch_tanh,
+    gelu_new)."""
+    use_parallel_residual: bool = False
+    """Attention and MLP stand side by side: both read one norm, and both are added to the stream (Phi)."""
+    embedding_multiplier: float = Field(default=1.0, gt=0)
+    """Embeddings of tokens are multiplied by it, image features are not (Gemma: sqrt(hidden_size); MiniCPM: 12)."""
+    residual_multiplier: float = Field(default=1.0, gt=0)
+    """What attention and MLP give is multiplied by it before it is added (MiniCPM: 1.4 / sqrt(num_layers))."""
+    logits_scaling: float = Field(default=1.0, gt=0)
+    """Logits are divided by it (MiniCPM: hidden_size / 256)."""
     qk_layernorm: bool = False
-    """RMSNorm over each head's queries and keys (Qwen3)."""
+    """Norm over each head's queries and keys (Qwen3)."""
     tie_word_embeddings: bool = False
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
@@ -59,9 +92,36 @@ class DecoderConfig(LanguageConfig):
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
     use_logn_attn: Annotated[bool, Meaning.USE] = False
     """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
-    layer_names: Annotated[Literal["qwen", "llama"], Meaning.NAMES] = "llama"
-    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), or llama
-    (Llama, Qwen2, Qwen3: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj). Presets set it."""
+    layer_names: Annotated[Literal["qwen", "llama", "phi3", "phi", "internlm2"], Meaning.NAMES] = "llama"
+    """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), llama (and all
+    that have its names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), phi3 (qkv_proj, o_proj,
+    gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2) or internlm2 (wqkv, wo, w1, w3, w2). Presets
+    set it."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the QKV projection has a bias."""
+        return self.add_qkv_bias or self.add_bias_linear
+
+    @property
+    def position_axes(self) -> int:
+        """Three with M-RoPE: time, row, column."""
+        return 3 if self.rotary_sections else 1
+
+    @property
+    def takes_deepstack(self) -> bool:
+        """It can, but for layers whose attention and MLP stand side by side: ``build`` does it."""
+        return not self.use_parallel_residual
+
+    @property
+    def fused_rotary(self) -> bool:
+        """Transformer Engine's kernel turns whole heads by one position."""
+        return not self.rotary_sections and not self.rotary_interleaved and self.rotary_percent == 1.0
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are turned."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def ntk_length(self) -> int | None:
@@ -84,6 +144,9 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
     yield from divides(f"{_OWN}.ffn_hidden_size", language.ffn_hidden_size, tp, TP)
     if language.kv_channels % 2:
         yield f"{_OWN}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
+    yield from _rotary(language)
+    if language.lm_head_bias and language.tie_word_embeddings:
+        yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
     for key in ("use_dynamic_ntk", "use_logn_attn"):
         if getattr(language, key) and language.seq_length is None:
             yield f"{_OWN}.{key}: needs {_OWN}.seq_length, the length that the model was trained with; set it"
@@ -94,6 +157,38 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {_OWN}.rope_scaling;"
             " set that to linear or llama3, or this to 1"
         )
+
+
+def _rotary(language: DecoderConfig) -> Iterator[str]:
+    """Check which channels of a head are turned, and by what."""
+    channels, sections = language.rotary_channels, language.rotary_sections
+    if language.rotary_percent < 1 and (channels < 2 or channels % 2):
+        yield (
+            f"{_OWN}.rotary_percent: {language.rotary_percent:g} of {language.kv_channels} channels are {channels}, and"
+            " rotary positions turn pairs; choose a part that is even"
+        )
+        return
+    if not sections:
+        if language.rotary_sections_interleaved:
+            yield f"{_OWN}.rotary_sections_interleaved: has no effect without {_OWN}.rotary_sections; set that"
+        return
+    pairs = channels // 2
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != pairs:
+        yield (
+            f"{_OWN}.rotary_sections: {list(sections)} are not the pairs of time, row and column; give three whole"
+            f" numbers with the sum {pairs}, the pairs of a head that are turned"
+        )
+        return
+    # Pair 3 i + 1 is the i-th of the rows, 3 i + 2 that of the columns; time has what is left.
+    rows, columns = (pairs + 1) // 3, pairs // 3
+    if language.rotary_sections_interleaved and (sections[1] > rows or sections[2] > columns):
+        yield (
+            f"{_OWN}.rotary_sections: {list(sections)} do not take turns over {pairs} pairs: row and column have at"
+            f" most {rows} and {columns}; change them, or set {_OWN}.rotary_sections_interleaved to false"
+        )
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if getattr(language, key):
+            yield f"{_OWN}.{key}: counts tokens, and with {_OWN}.rotary_sections positions do not; set it to false"
 
 
 def _key_value_heads(language: DecoderConfig, tp: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ and plain torch). Korthikanti et al. (arXiv 2205.05198) count the same for GPT's
 
 from __future__ import annotations
 
-from megavlm.architectures.cost import Kernels, LayerPassage, LayerPassing, Shards, Work
+from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.lora import targets_of
 from megavlm.config.schema import LoraConfig
@@ -33,14 +33,49 @@ def _gathered_width(language: DecoderConfig, tensor: int) -> int:
     return (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
 
 
+def _norms(language: DecoderConfig) -> int:
+    """Return the norms of a layer that stand before attention and MLP."""
+    return 1 if language.use_parallel_residual else 2
+
+
+def _norm_vectors(language: DecoderConfig) -> int:
+    """Return the parameters of a norm: a weight, or a weight and a bias."""
+    return 2 if language.normalization == "LayerNorm" else 1
+
+
+def _inner_width(language: DecoderConfig) -> int:
+    """Return what the MLP's first projection gives, in widths of its inside: gate and up, or one."""
+    return 2 if language.gated_linear_unit else 1
+
+
+def final_parameters(language: DecoderConfig, tensor: int) -> list[FinalParameter]:
+    """Return what stands behind the layers on one rank, but the output layer's weight."""
+    bias = FinalParameter(vocabulary(language, tensor) // tensor, head=True)
+    return [FinalParameter(language.hidden_size)] * _norm_vectors(language) + [bias] * int(language.lm_head_bias)
+
+
+def norm_kept(language: DecoderConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that a norm of so many elements keeps: its input, and what its weight multiplies."""
+    b, zero_centered = kernels.number_bytes, language.layernorm_zero_centered_gamma
+    if kernels.fused:
+        return elements * b
+    if language.normalization == "LayerNorm":
+        return elements * (4 if zero_centered else b)
+    # What the weight multiplies is in fp32 where 1 is added to it first.
+    return elements * (4 + (4 if zero_centered else b) * int(learns))
+
+
 def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one language layer on one rank."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
-    shapes = [hidden, hidden, hidden * qkv, queries // tensor * hidden]
-    shapes += [qkv] * int(language.add_qkv_bias) + [language.kv_channels] * (2 * int(language.qk_layernorm))
+    shapes = [hidden] * (_norms(language) * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
+    shapes += [qkv] * int(language.qkv_bias)
+    shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
     ffn = language.ffn_hidden_size // tensor
-    return [*shapes, 2 * ffn * hidden, ffn * hidden]
+    inner = _inner_width(language) * ffn
+    shapes += [hidden, inner, hidden] * int(language.add_bias_linear)
+    return [*shapes, inner * hidden, ffn * hidden]
 
 
 def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
@@ -55,7 +90,8 @@ def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -
             rows = (queries + 2 * keys) if target.parts == 1 else (queries, keys, keys)[target.part]
             shapes += [lora.rank * hidden, lora.rank * rows // tensor]
         elif target.linear.endswith("linear_fc1"):
-            shapes += [lora.rank * hidden, lora.rank * ffn // tensor]
+            rows = _inner_width(language) * ffn if target.parts == 1 else ffn
+            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
         else:
             inputs = queries if target.linear.endswith("linear_proj") else ffn
             shapes += [lora.rank * inputs // tensor, lora.rank * hidden]
@@ -71,7 +107,7 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language)}
     widths = {
         "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
-        "linear_fc1": (hidden, 2 * ffn), "linear_fc2": (ffn, hidden),
+        "linear_fc1": (hidden, _inner_width(language) * ffn), "linear_fc2": (ffn, hidden),
     }  # fmt: skip
     return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
 
@@ -90,12 +126,11 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     keys = _local_groups(language, tp) * language.kv_channels
     ffn = language.ffn_hidden_size // tp
     stream = local * hidden
-    # Both norms keep their input, the plain one in fp32; what they give goes into a linear layer.
-    norms = 2 * stream * (b if kernels.fused else 4)
+    # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
+    norms = _norms(language) * norm_kept(language, stream, kernels, learns=learns)
     inputs = 0
     if learns:
-        inputs = (2 * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
-        inputs += 0 if kernels.fused else 2 * stream * b  # the plain norm's, before its weight is applied
+        inputs = (_norms(language) * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)
@@ -105,15 +140,15 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
-    if not kernels.fused:  # cosines and sines, for queries and for keys
-        attention += 4 * tokens * language.kv_channels * b
+    if not kernels.fused or not language.fused_rotary:  # cosines and sines, for queries and for keys
+        attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
-    return norms + inputs + attention + tokens * 2 * ffn * b
+    return norms + inputs + attention + tokens * _inner_width(language) * ffn * b
 
 
 def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels) -> int:
@@ -146,7 +181,7 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
 
 def shared_kept(language: DecoderConfig, tokens: int) -> int:
     """Return the bytes that are kept once for all layers that are recomputed: the angles of the positions, in fp32."""
-    return tokens * language.kv_channels * 4
+    return tokens * language.rotary_channels * 4
 
 
 def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
@@ -171,14 +206,14 @@ def layer_passing(
     forward = wide + 2 * stream
     # Backward, beside the gradient of the residual stream: gradients around the activation, less the result that the
     # second product has let go of; then the gradients of the first product's weight and input, less the activation's.
-    inner = tokens * ffn * b
-    backward = 2 * stream + max(3 * inner, int(learns) * 2 * ffn * hidden * b + wide - inner)
+    inner, gates = tokens * ffn * b, _inner_width(language)
+    backward = 2 * stream + max((gates + 1) * inner, int(learns) * gates * ffn * hidden * b + wide - inner)
     if lora.rank is not None:  # what adapters add to gate and up, before or after the activation's own gradient
-        backward = 2 * stream + 4 * inner
+        backward = 2 * stream + (gates + 2) * inner
     if lora.quantize is not None:  # the largest weight, while it multiplies
         weight = max(linear_parameters(language, tp)) * b
         forward += weight
-        backward = 2 * stream + max(4 * inner, 2 * inner + weight + wide)
+        backward = 2 * stream + max((gates + 2) * inner, gates * inner + weight + wide)
     # What ranks gather to share key/value heads, before and after it is put in order, or its gradient. The rest of the
     # layer is not there yet, or no more.
     return LayerPassing(forward, backward, gathered=2 * tokens * _gathered_width(language, tp) * b)
@@ -188,7 +223,8 @@ def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -
     """Return the operations of a forward pass through one layer, attention over half of the square (causal)."""
     hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
     key_value = 2 * language.num_query_groups * language.kv_channels
-    weights = hidden * (width + key_value) + width * hidden + 3 * hidden * language.ffn_hidden_size
+    weights = hidden * (width + key_value) + width * hidden
+    weights += (_inner_width(language) + 1) * hidden * language.ffn_hidden_size
     return Work(products=2 * tokens * weights, attention=2 * width * squared_lengths)
 
 
@@ -206,14 +242,16 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     local = tokens // tp if shards.sequence_parallel else tokens
     rotated = tokens * (width // tp + held) * b
     gathered = tokens * _gathered_width(language, tp) * b
-    ffn_each, queries_each = language.ffn_hidden_size / tp, width / tp
+    ffn_each, queries_each, gates = language.ffn_hidden_size / tp, width / tp, _inner_width(language)
+    # A norm reads and writes, a sum reads two and writes one.
+    stream = 2 * _norms(language) + 6
     return LayerPassage(
-        products=((queries + 2 * keys, hidden), (hidden, queries), (2 * ffn, hidden), (hidden, ffn)),
+        products=((queries + 2 * keys, hidden), (hidden, queries), (gates * ffn, hidden), (hidden, ffn)),
         heads=language.num_attention_heads,
         width=language.kv_channels,
         # Norms and residuals; rotation; gated activation.
-        moved=10 * local * hidden * b + 2 * rotated + 3 * tokens * language.ffn_hidden_size // tp * b,
+        moved=stream * local * hidden * b + 2 * rotated + (gates + 1) * tokens * language.ffn_hidden_size // tp * b,
         gathered=gathered,
         cast_inputs=2 * hidden + queries_each + ffn_each,
-        cast_gradients=2 * hidden + queries_each + 2 * held + 2 * ffn_each,
+        cast_gradients=2 * hidden + queries_each + 2 * held + gates * ffn_each,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 
@@ -26,11 +27,32 @@ _QWEN3: dict[str, Any] = {"rotary_base": 1000000, "add_qkv_bias": False, "qk_lay
 # Whether the head is the embedding.
 _TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
+_PHI: dict[str, Any] = {
+    "normalization": "LayerNorm", "norm_epsilon": 1e-5, "add_qkv_bias": True, "add_bias_linear": True,
+    "lm_head_bias": True, "gated_linear_unit": False, "activation": "gelu_tanh", "use_parallel_residual": True,
+    "rotary_percent": 0.5, "layer_names": "phi",
+}  # fmt: skip
+_PHI3: dict[str, Any] = {**_LLAMA, "layer_names": "phi3"}
+_GEMMA: dict[str, Any] = {
+    "layernorm_zero_centered_gamma": True, "activation": "gelu_tanh", "add_qkv_bias": False, **_TIED,
+}  # fmt: skip
+_STABLELM: dict[str, Any] = {
+    "normalization": "LayerNorm", "norm_epsilon": 1e-5, "rotary_percent": 0.25, "add_qkv_bias": True,
+}  # fmt: skip
+_INTERNLM2: dict[str, Any] = {**_LLAMA, "rotary_base": 1000000, "layer_names": "internlm2"}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen": {"add_qkv_bias": True, "layer_names": "qwen"},
     "llama": {"add_qkv_bias": False},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"add_qkv_bias": False, "qk_layernorm": True},
+    "mistral": {"add_qkv_bias": False},
+    "phi": _PHI,
+    "phi3": _PHI3,
+    "gemma": _GEMMA,
+    "stablelm": _STABLELM,
+    "minicpm": {"add_qkv_bias": False, "tie_word_embeddings": True},
+    "internlm2": _INTERNLM2,
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -49,6 +71,50 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "mistral_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {"rotary_base": 1000000, **_LLAMA}),
     "yi_34b": (DecoderSize(60, 7168, 20480, 56, 8, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),
     "llama3_8b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 128256, 8192), {"rotary_base": 500000, **_LLAMA}),
+    # Yi-6B; TinyLlama-1.1B; MobileLLaMA; deepseek-llm-1.3b-base, -7b-base.
+    "yi_6b": (DecoderSize(32, 4096, 11008, 32, 4, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),
+    "tinyllama_1_1b": (DecoderSize(22, 2048, 5632, 32, 4, 64, 32000, 2048), _LLAMA),
+    "mobilellama_1_4b": (DecoderSize(24, 2048, 5632, 16, 16, 128, 32000, 2048), {**_LLAMA, "norm_epsilon": 1e-6}),
+    "mobilellama_2_7b": (DecoderSize(32, 2560, 6912, 32, 32, 80, 32000, 2048), {**_LLAMA, "norm_epsilon": 1e-6}),
+    "deepseek_llm_1_3b": (DecoderSize(24, 2048, 5504, 16, 16, 128, 102400, 16384), {**_LLAMA, "norm_epsilon": 1e-6}),
+    "deepseek_llm_7b": (DecoderSize(30, 4096, 11008, 32, 32, 128, 102400, 4096), {**_LLAMA, "norm_epsilon": 1e-6}),
+    # Mistral-7B-v0.1, whose window is shorter than what it is meant for.
+    "mistral_7b_v0_1": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {**_LLAMA, "sliding_window": 4096}),
+    # microsoft/phi-1_5, phi-2, Phi-3-mini-4k-instruct.
+    "phi_1_5": (DecoderSize(24, 2048, 8192, 32, 32, 64, 51200, 2048), _PHI),
+    "phi_2": (DecoderSize(32, 2560, 10240, 32, 32, 80, 51200, 2048), {**_PHI, "rotary_percent": 0.4}),
+    "phi_3_mini_4k": (DecoderSize(32, 3072, 8192, 32, 32, 96, 32064, 4096), {**_PHI3, "sliding_window": 2047}),
+    # google/gemma-2b; the multiplier is the root of 2048.
+    "gemma_2b": (
+        DecoderSize(18, 2048, 16384, 8, 1, 256, 256000, 8192),
+        {**_GEMMA, "embedding_multiplier": math.sqrt(2048)},
+    ),
+    # stabilityai/stablelm-2-1_6b.
+    "stablelm_2_1_6b": (DecoderSize(24, 2048, 5632, 32, 32, 64, 100352, 4096), _STABLELM),
+    # openbmb/MiniCPM-2B-sft-bf16: scale_emb 12, scale_depth 1.4, dim_model_base 256.
+    "minicpm_2b": (
+        DecoderSize(40, 2304, 5760, 36, 36, 64, 122753, 4096),
+        {
+            **_LLAMA,
+            **_TIED,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 1.4 / math.sqrt(40),
+            "logits_scaling": 2304 / 256,
+        },
+    ),
+    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5.
+    "internlm2_5_1_8b": (DecoderSize(24, 2048, 8192, 16, 8, 128, 92544, 32768), _INTERNLM2),
+    "internlm2_5_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 92544, 32768), _INTERNLM2),
+    "internlm2_5_20b": (
+        DecoderSize(48, 6144, 16384, 48, 8, 128, 92544, 32768),
+        {**_INTERNLM2, "rotary_base": 50000000},
+    ),
+    # Qwen1.5-*: Qwen2's shapes, a head for each key and value up to 14B.
+    "qwen1_5_0_5b": (DecoderSize(24, 1024, 2816, 16, 16, 64, 151936, 32768), _QWEN2 | _TIED),
+    "qwen1_5_1_8b": (DecoderSize(24, 2048, 5504, 16, 16, 128, 151936, 32768), _QWEN2),
+    "qwen1_5_4b": (DecoderSize(40, 2560, 6912, 20, 20, 128, 151936, 32768), {**_QWEN2, "rotary_base": 5000000}),
+    "qwen1_5_7b": (DecoderSize(32, 4096, 11008, 32, 32, 128, 151936, 32768), _QWEN2),
+    "qwen1_5_14b": (DecoderSize(40, 5120, 13696, 40, 40, 128, 152064, 32768), _QWEN2),
     # Qwen2.5-*-Instruct.
     "qwen2_5_0_5b": (DecoderSize(24, 896, 4864, 14, 2, 64, 151936, 32768), _QWEN2 | _TIED),
     "qwen2_5_1_5b": (DecoderSize(28, 1536, 8960, 12, 2, 128, 151936, 32768), _QWEN2 | _TIED),

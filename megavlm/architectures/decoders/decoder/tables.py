@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
@@ -38,7 +39,7 @@ LLAMA_LANGUAGE = Table(
     ours="decoder.layers.{}.",
     theirs="{model}layers.{}.",
     layer=(
-        row("input_layernorm.weight", "input_layernorm.weight"),
+        *both("input_layernorm", "input_layernorm"),
         *both(
             "self_attention.linear_qkv",
             "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -47,13 +48,13 @@ LLAMA_LANGUAGE = Table(
         row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
         row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
         row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
-        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        *both("pre_mlp_layernorm", "post_attention_layernorm"),
         row("mlp.linear_fc1.weight", "mlp.gate_proj.weight mlp.up_proj.weight", CONCAT),
         row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
     ),
     rest=(
         row("embedding.word_embeddings.weight", "{model}embed_tokens.weight"),
-        row("decoder.final_layernorm.weight", "{model}norm.weight"),
+        *both("decoder.final_layernorm", "{model}norm"),
         row("output_layer.weight", "{head}weight"),
     ),
     aside=(
@@ -62,9 +63,77 @@ LLAMA_LANGUAGE = Table(
     ),
     names={"model": "model.", "head": "lm_head."},
 )
-"""Llama, Vicuna, Qwen2, Qwen2.5, Qwen3."""
+"""Llama, Vicuna, Qwen2, Qwen2.5, Qwen3, Mistral, Gemma, StableLM, MiniCPM."""
 
-_BY_NAMES = {"qwen": QWEN_LANGUAGE, "llama": LLAMA_LANGUAGE}
+PHI3_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        row("self_attention.linear_qkv.weight", "self_attn.qkv_proj.weight", QKV_BLOCKS),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight"),  # the gate above
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+    ),
+)
+"""Phi-3: Llama's, queries, keys and values in one, and gate and up."""
+
+PHI_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        *both("input_layernorm", "input_layernorm"),
+        *both(
+            "self_attention.linear_qkv",
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+            QKV,
+        ),
+        *both("self_attention.q_layernorm", "self_attn.q_layernorm"),
+        *both("self_attention.k_layernorm", "self_attn.k_layernorm"),
+        *both("self_attention.linear_proj", "self_attn.dense"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        row("embedding.word_embeddings.weight", "{model}embed_tokens.weight"),
+        *both("decoder.final_layernorm", "{model}final_layernorm"),
+        row("output_layer.weight", "{head}weight"),
+        row("output_layer.bias", "{head}bias"),
+    ),
+)
+"""Phi-1.5 and Phi-2."""
+
+INTERNLM2_LANGUAGE = Table(
+    part="language",
+    ours="decoder.layers.{}.",
+    theirs="{model}layers.{}.",
+    layer=(
+        row("input_layernorm.weight", "attention_norm.weight"),
+        row("self_attention.linear_qkv.weight", "attention.wqkv.weight"),  # [q.., k, v] of each group, as here
+        row("self_attention.linear_proj.weight", "attention.wo.weight"),
+        row("pre_mlp_layernorm.weight", "ffn_norm.weight"),
+        row("mlp.linear_fc1.weight", "feed_forward.w1.weight feed_forward.w3.weight", CONCAT),  # w1 is the gate
+        row("mlp.linear_fc2.weight", "feed_forward.w2.weight"),
+    ),
+    rest=(
+        row("embedding.word_embeddings.weight", "{model}tok_embeddings.weight"),
+        row("decoder.final_layernorm.weight", "{model}norm.weight"),
+        row("output_layer.weight", "{head}weight"),
+    ),
+    aside=(
+        Aside(r"{model}(layers\.\d+\.attention\.)?rotary_emb\.inv_freq", "rotary frequency buffer"),
+        Aside(r"{head}weight", "tied output layer, written out", same_as=r"{model}tok_embeddings.weight"),
+    ),
+    names={"model": "model.", "head": "output."},
+)
+"""InternLM2 (``modeling_internlm2.py`` of internlm/internlm2-7b)."""
+
+_BY_NAMES = {
+    "qwen": QWEN_LANGUAGE,
+    "llama": LLAMA_LANGUAGE,
+    "phi3": PHI3_LANGUAGE,
+    "phi": PHI_LANGUAGE,
+    "internlm2": INTERNLM2_LANGUAGE,
+}
 
 
 @functools.cache

@@ -107,6 +107,8 @@ class VisionTransformer(MegatronModule):
             BiasActivationMLP.take_over(layer.mlp)
         self.ln_post = norm() if vision.post_layernorm else None
         self.feature_layers = vision.feature_layers
+        if vision.deepstack_layers:
+            self.feature_layers = (vision.num_layers, *(number + 1 for number in vision.deepstack_layers))
         if context.initialize:
             torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
             if self.class_embedding is not None:
@@ -120,7 +122,8 @@ class VisionTransformer(MegatronModule):
 
         Returns:
             [P, N, W] features, in the number type of the weights; the class token's is not among them. With
-            ``feature_layers`` they are L times as wide: those of L layers, side by side.
+            ``feature_layers`` they are L times as wide: those of L layers, side by side; with ``deepstack_layers``
+            those of the last layer and of these.
         """
         x_TNW = self._embed(self._normalise(images_NCHW))
         if self.ln_pre is not None:

@@ -58,6 +58,9 @@ class ViTConfig(VisionConfig):
     feature_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Layers whose outputs are the features, set side by side in this order: 1 is the first layer, 0 what goes into it.
     The highest is num_layers. Null takes the last layer's alone."""
+    deepstack_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, whose outputs are added to the images' positions behind the first language layers, in
+    this order, each through a connector of its own (Qwen3-VL; Hugging Face: deepstack_visual_indexes)."""
     image_mean: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.48145466, 0.4578275, 0.40821073)
     """Mean of red, green and blue that pixels (0 to 1) are normalised with; the default is CLIP's."""
     image_std: Annotated[tuple[float, float, float], Meaning.PIXELS] = (0.26862954, 0.26130258, 0.27577711)
@@ -72,6 +75,11 @@ class ViTConfig(VisionConfig):
         """Rows and columns of whole patches."""
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def deepstack(self) -> int:
+        """Layers that the language model gets beside the last one."""
+        return len(self.deepstack_layers)
 
     @property
     def feature_size(self) -> int:
@@ -109,6 +117,17 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
         yield (
             f"{_OWN}.feature_layers: goes without {_OWN}.post_layernorm, which follows the last layer alone; set"
             " feature_layers to null or post_layernorm to false"
+        )
+    stacked = vision.deepstack_layers
+    if stacked and not 0 <= min(stacked) <= max(stacked) < vision.num_layers:
+        yield (
+            f"{_OWN}.deepstack_layers: {list(stacked)[:20]} are not all layers from 0 to {vision.num_layers - 1};"
+            " correct it"
+        )
+    if stacked and (taken is not None or vision.post_layernorm):
+        yield (
+            f"{_OWN}.deepstack_layers: go without {_OWN}.feature_layers and {_OWN}.post_layernorm; set these to null"
+            " and false, or this to []"
         )
 
 

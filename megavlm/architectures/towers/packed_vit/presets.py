@@ -1,0 +1,58 @@
+"""Published vision transformers on pictures of any size, by the name that a recipe calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SECOND: dict[str, Any] = {"patch_size": 14, "activation": "quick_gelu", "layernorm_epsilon": 1e-6}
+_SECOND_AND_HALF: dict[str, Any] = {
+    "patch_size": 14,
+    "normalization": "RMSNorm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "layernorm_epsilon": 1e-6,
+    "window_size": 112,
+}
+
+_THIRD: dict[str, Any] = {
+    "patch_size": 16,
+    "activation": "gelu_tanh",
+    "layernorm_epsilon": 1e-6,
+    "conv_bias": True,
+    "positional_grid": 48,
+    "image_size": 512,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF, "qwen3_vl_vit": _THIRD,
+}  # fmt: skip
+"""What a family fixes; the recipe of a converted checkpoint gives the sizes."""
+
+_WIDTH = {"hidden_size": 1280, "num_layers": 32, "num_attention_heads": 16}
+
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Qwen/Qwen2-VL-{2B,7B,72B}-Instruct: one tower, with mlp_ratio 4.
+    "qwen2_vl_vit_675m": ("qwen2_vl_vit", {**_WIDTH, "ffn_hidden_size": 5120}),
+    # Qwen/Qwen2.5-VL-{3B,7B}-Instruct.
+    "qwen2_5_vl_vit_670m": (
+        "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3420, "full_attention_layers": (7, 15, 23, 31)},
+    ),
+    # Qwen/Qwen2.5-VL-{32B,72B}-Instruct, whose MLP is wider by 36.
+    "qwen2_5_vl_vit_675m": (
+        "qwen2_5_vl_vit", {**_WIDTH, "ffn_hidden_size": 3456, "full_attention_layers": (7, 15, 23, 31)},
+    ),
+    # Qwen/Qwen3-VL-{2B,4B}-Instruct, and {8B,32B}.
+    "qwen3_vl_vit_300m": (
+        "qwen3_vl_vit",
+        {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "ffn_hidden_size": 4096}
+        | {"deepstack_layers": (5, 11, 17)},
+    ),
+    "qwen3_vl_vit_410m": (
+        "qwen3_vl_vit",
+        {"hidden_size": 1152, "num_layers": 27, "num_attention_heads": 16, "ffn_hidden_size": 4304}
+        | {"deepstack_layers": (8, 16, 24)},
+    ),
+}  # fmt: skip
+"""By kind, and what the kind does not say."""

@@ -1,0 +1,44 @@
+"""Names of such a tower's weights in published checkpoints."""
+
+from __future__ import annotations
+
+from megavlm.weights.rules import CONCAT, QKV_BLOCKS, Table, both, row
+
+_OURS = "transformer.layers.{}."
+_LAYER = (
+    *both("input_layernorm", "norm1"),
+    *both("self_attention.linear_qkv", "attn.qkv", QKV_BLOCKS),
+    *both("self_attention.linear_proj", "attn.proj"),
+    *both("pre_mlp_layernorm", "norm2"),
+)
+
+QWEN2_VL_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=(*_LAYER, *both("mlp.linear_fc1", "mlp.fc1"), *both("mlp.linear_fc2", "mlp.fc2")),
+    rest=(row("patch_embed.weight", "patch_embed.proj.weight"),),
+)
+"""The tower of Qwen2-VL, without its merger."""
+
+QWEN2_5_VL_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=(
+        *_LAYER,
+        *both("mlp.linear_fc1", "mlp.gate_proj mlp.up_proj", CONCAT),
+        *both("mlp.linear_fc2", "mlp.down_proj"),
+    ),
+    rest=(row("patch_embed.weight", "patch_embed.proj.weight"),),
+)
+"""The tower of Qwen2.5-VL, without its merger."""
+
+QWEN3_VL_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=(*_LAYER, *both("mlp.linear_fc1", "mlp.linear_fc1"), *both("mlp.linear_fc2", "mlp.linear_fc2")),
+    rest=(*both("patch_embed", "patch_embed.proj"), row("positional_embedding", "pos_embed.weight")),
+)
+"""The tower of Qwen3-VL, without its mergers."""

@@ -1,0 +1,230 @@
+"""Messages: turns of ``role`` and ``content``, the content a text or a list of parts.
+
+Sources (facts): OpenAI's chat format for fine-tuning with pictures (``image_url`` parts, ``weight`` of an answer);
+Hugging Face's ``messages`` with ``image`` parts, whose pictures are in the part or, in order, in ``images`` beside the
+messages (TRL's vision sets); ms-swift's custom data sets (``docs/source_en/Customization/Custom-dataset.md``:
+``messages``, ``images``, ``<image>`` in a text, ``loss`` of a message; also ``conversation`` of ``human`` and
+``assistant``); LLaMA-Factory's ShareGPT with ``role`` and ``content`` (``data/README.md``).
+
+A picture of a part, and what stands where ``<image>`` is, becomes ``Picture N: <img>path</img>`` and a line end, as in
+LLaVA's records. Where pictures are given and nothing says where, they stand in front of the first question, as TRL and
+ms-swift put them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.keys import has_roles, is_given
+from megavlm.data.formats.llava import placed
+from megavlm.data.formats.pictures import picture
+from megavlm.data.formats.source import Source
+
+_ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant",
+}  # fmt: skip
+_KEYS = ("messages", "conversations", "conversation")
+_TEXT = ("text", "input_text", "output_text")
+_IMAGE = ("image", "image_url", "input_image")
+_PART_USED = frozenset({"type", "text", "image", "image_url", "url", "path", "base64", "bytes", "index"})
+
+
+def matches(source: Source) -> bool:
+    """Whether there are messages, or conversations of roles."""
+    return any(is_messages(record) for record in source.head)
+
+
+def is_messages(record: Record) -> bool:
+    """Whether a record is in this form."""
+    return isinstance(record.get("messages"), list) or has_roles(record) or _is_pairs(record.get("conversation"))
+
+
+def read(source: Source) -> Iterator[Record | Broken]:
+    """Yield the records.
+
+    Raises:
+        UserError: The file holds no list.
+    """
+    for entry in source.rows():
+        if isinstance(entry, Broken):
+            yield entry
+            continue
+        try:
+            yield convert_one(entry, source)
+        except BrokenError as error:
+            yield error.about(identity(entry, "id"))
+
+
+def convert_one(entry: Any, source: Source) -> Record:
+    """Convert one record; the bytes of pictures in it go to ``source.pictures``.
+
+    Raises:
+        BrokenError: It cannot be one here.
+    """
+    given = [key for key in _KEYS if isinstance(entry, dict) and is_given(entry.get(key))]
+    if len(given) > 1:
+        raise BrokenError("bad record", f"the record has {' and '.join(map(repr, given))}; keep one")
+    key = given[0] if given else _KEYS[0]
+    messages = field(entry, key, list)
+    if key == "conversation":
+        messages = _paired(messages)
+    beside = _beside(entry, source.pictures)
+    taken = _Taken(beside)
+    turns, unknown = [], set()
+    for index, message in enumerate(messages):
+        turn, own = _turn(index, message, taken, source.pictures)
+        turns.append(turn)
+        unknown |= own
+    _put_in_front(turns, taken)
+    images = taken.all()
+    rest = {name: value for name, value in entry.items() if name not in (key, "image", "images")}
+    source.ignored.update(unknown)
+    return placed(rest | {"conversations": turns, "images": images}, turns, source.ignored)
+
+
+class _Taken:
+    """The pictures of a record in the order in which it shows them."""
+
+    def __init__(self, beside: list[str]) -> None:
+        self._beside, self._next = beside, 0
+        self._indexed: set[int] = set()
+        self._shown: list[str] = []
+
+    def show(self, path: str) -> None:
+        """Take one that a part has itself."""
+        self._shown.append(path)
+
+    def take(self, where: str, index: Any = None) -> None:
+        """Take the next of those beside the messages, or the one that a part names by its index."""
+        if index is not None:
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self._beside):
+                raise BrokenError("pictures do not match", f"{where}: index {index!r} names none of the pictures")
+            self._indexed.add(index)
+            self._shown.append(self._beside[index])
+            return
+        if self._next == len(self._beside):
+            raise BrokenError(
+                "pictures do not match", f"{where} shows more pictures than the record has ({len(self._beside)})"
+            )
+        self._shown.append(self._beside[self._next])
+        self._next += 1
+
+    @property
+    def unused(self) -> int:
+        """How many of those beside the messages were not shown; none where all are, by order or by index."""
+        return len(self._beside) - (len(self._indexed) if self._indexed else self._next)
+
+    def all(self) -> list[str]:
+        """Return the pictures.
+
+        Raises:
+            BrokenError: Some have no place.
+        """
+        if self.unused > 0:
+            raise BrokenError(
+                "pictures do not match",
+                f"{len(self._beside)} pictures beside the messages, but {len(self._beside) - self.unused} are shown",
+            )
+        return self._shown
+
+
+def _beside(entry: Record, pictures: MutableMapping[str, bytes]) -> list[str]:
+    """Return the paths of the pictures beside the messages."""
+    found = [
+        [picture(one, pictures) for one in (value if isinstance(value, list) else [value])]
+        for value in (entry.get("image"), entry.get("images"))
+        if is_given(value)
+    ]
+    if len(found) == 2 and found[0] != found[1]:
+        raise BrokenError("pictures do not match", "'image' and 'images' name different pictures")
+    return found[0] if found else []
+
+
+def _turn(index: int, message: Any, taken: _Taken, pictures: MutableMapping[str, bytes]) -> tuple[Record, set[str]]:
+    """Return a message in LLaVA's form, and the keys of its parts that nobody looks at."""
+    where = f"message {index}"
+    if not isinstance(message, dict):
+        raise BrokenError("bad record", f"{where} must be an object, not {type(message).__name__}")
+    speaker = message.get("role", message.get("from"))
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise BrokenError("unsupported role", f"{where}: role {speaker!r} is not supported; user, assistant or system")
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        text, unknown = _parts(f"{where} ({role})", content, taken, pictures)
+    elif isinstance(content, str):
+        text, unknown = content, set()
+        for _ in range(content.count("<image>")):
+            taken.take(f"{where} ({role})")
+    else:
+        what = "no content" if content is None else f"content of type {type(content).__name__}"
+        raise BrokenError("bad record", f"{where} ({role}) has {what}")
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "from", "value")}
+    return rest | {"from": role, "value": text}, unknown
+
+
+def _parts(where: str, parts: list[Any], taken: _Taken, pictures: MutableMapping[str, bytes]) -> tuple[str, set[str]]:
+    text, unknown = "", set()
+    for part in parts:
+        if not isinstance(part, dict):
+            raise BrokenError("bad record", f"{where}: a part must be an object, not {type(part).__name__}")
+        kind = _kind(part)
+        if kind in _TEXT:
+            words = part.get("text")
+            if not isinstance(words, str):
+                raise BrokenError("bad record", f"{where}: a part of text has no text")
+            for _ in range(words.count("<image>")):
+                taken.take(where)
+            text += words
+        elif kind in _IMAGE:
+            if any(is_given(part.get(key)) for key in ("image", "image_url", "url", "path", "base64", "bytes")):
+                taken.show(picture({key: value for key, value in part.items() if key != "index"}, pictures))
+            else:
+                taken.take(where, part.get("index"))
+            text += "<image>"
+        else:
+            raise BrokenError("unsupported part", f"{where}: a part of type {kind!r} is not supported")
+        unknown |= {f"{key} (of a part)" for key, value in part.items() if key not in _PART_USED and is_given(value)}
+        detail = part.get("image_url")
+        if isinstance(detail, Mapping):
+            unknown |= {f"{key} (of image_url)" for key in detail if key != "url" and is_given(detail[key])}
+    return text, unknown
+
+
+def _kind(part: Record) -> Any:
+    """Return a part's type; where it names none, as in lists for Qwen's processors, by what it holds."""
+    kind = part.get("type")
+    if kind is not None:
+        return kind
+    return next((key for key in ("text", "image", "image_url") if is_given(part.get(key))), None)
+
+
+def _put_in_front(turns: list[Record], taken: _Taken) -> None:
+    """Put pictures that nothing places in front of the first question."""
+    if any("<image>" in turn["value"] for turn in turns) or not taken.unused:
+        return
+    first = next((turn for turn in turns if turn["from"] == "user"), None)
+    if first is not None:
+        number = taken.unused
+        first["value"] = "<image>\n" * number + first["value"]
+        for _ in range(number):
+            taken.take("the first question")
+
+
+def _is_pairs(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "human" in turns[0]
+
+
+def _paired(pairs: list[Any]) -> list[Record]:
+    """Return ms-swift's ``{"human", "assistant"}`` as messages."""
+    found: list[Record] = []
+    for pair in pairs:
+        own = {key for key, value in pair.items() if is_given(value)} if isinstance(pair, dict) else set()
+        if own != {"human", "assistant"}:
+            raise BrokenError("bad record", "a turn of 'conversation' must have 'human' and 'assistant' and no more")
+        found += [{"role": "user", "content": pair["human"]}, {"role": "assistant", "content": pair["assistant"]}]
+    return found

@@ -1,0 +1,130 @@
+"""The image plan of towers that take pictures of any size: each keeps its proportions, within a budget of pixels.
+
+Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arXiv 2409.12191), for images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from megavlm.config.errors import UserError
+from megavlm.data.image_header import ImageError
+from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, TokenGrid, View, register_plan
+from megavlm.data.plans_single import stretched
+
+if TYPE_CHECKING:
+    from megavlm.config.schema import ModelConfig
+
+_LEAST_TOKENS, _MOST_TOKENS = 4, 1280
+_LONGEST = 200
+"""How many times as long as wide a picture may be."""
+
+
+@dataclass(frozen=True)
+class NativePlan(ImagePlan):
+    """The picture at its own size, rounded to whole blocks of patches; made smaller or larger to fit the budget."""
+
+    patch: int = 14
+    """Side of a patch, in pixels."""
+    merge: int = 2
+    """Side of the block of patches that becomes one token."""
+    temporal: int = 2
+    """Frames of a patch; a picture is shown in each of them."""
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    total_pixels: int | None = None
+    """Of all pictures of a conversation; each gets an equal part, and no less than ``min_pixels``."""
+
+    square: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return one view, with its grid of patches."""
+        width, height = self.resized(shape)
+        rows, columns = height // self.patch, width // self.patch
+        tokens = rows * columns // self.merge**2
+        view = View(0, Box(0, 0, width, height))
+        return ImageLayout(
+            shape, (stretched(shape, width, height),), (view,), (tokens,), patches=(1, rows, columns)
+        )  # fmt: skip
+
+    def resized(self, shape: ImageShape) -> tuple[int, int]:
+        """Return the width and height that a picture is resized to.
+
+        Raises:
+            ImageError: It is too long and narrow.
+        """
+        width, height = shape.width, shape.height
+        if max(width, height) / min(width, height) > _LONGEST:
+            raise ImageError("too narrow", f"{width} x {height} pixels: one side is over {_LONGEST} times the other")
+        block, most = self.patch * self.merge, self.max_pixels
+        if self.total_pixels is not None:
+            most = max(self.min_pixels, min(most, self.total_pixels // shape.images))
+        # Halves are rounded to even numbers, as Python's and the processors' round does.
+        wide, tall = round(width / block) * block, round(height / block) * block
+        if wide * tall > most:
+            shrink = math.sqrt(height * width / most)
+            wide, tall = (max(block, math.floor(side / shrink / block) * block) for side in (width, height))
+        elif wide * tall < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            wide, tall = (math.ceil(side * grow / block) * block for side in (width, height))
+        return wide, tall
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Return the picture's blocks of patches."""
+        assert layout.patches is not None
+        frames, rows, columns = layout.patches
+        return (TokenGrid(frames, rows // self.merge, columns // self.merge),)
+
+    def features_of(self, layout: ImageLayout) -> int:
+        """Return the picture's tokens."""
+        return layout.tokens
+
+    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Return [patches, F]."""
+        assert layout.patches is not None
+        return (math.prod(layout.patches), *self.row)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """F, the numbers of a patch: colours, frames, rows, columns."""
+        return (3 * self.temporal * self.patch**2,)
+
+    def views_of(self, layout: ImageLayout) -> float:
+        """Return its tokens in units of those of the picture that the tower's ``image_size`` names."""
+        return layout.tokens / self.tokens_per_view
+
+
+def _native(model: ModelConfig) -> ImagePlan:
+    vision, image = model.vision, model.image
+    if not vision.packed:
+        raise UserError(
+            f"model.image.kind: native needs a tower that takes pictures of any size, and {vision.preset!r} takes "
+            "squares only; choose another image plan"
+        )
+    block = (vision.patch_size * vision.spatial_merge_size) ** 2
+    least = _LEAST_TOKENS * block if image.min_pixels is None else image.min_pixels
+    most = max(_MOST_TOKENS * block, least) if image.max_pixels is None else image.max_pixels
+    for key, pixels in (("max_pixels", most), ("total_pixels", image.total_pixels)):
+        if pixels is not None and pixels < least:
+            raise UserError(
+                f"model.image.{key}: {pixels} is less than model.image.min_pixels ({least}); correct one of them"
+            )
+    if most < block:
+        raise UserError(f"model.image.max_pixels: {most} is less than one token takes ({block} pixels); raise it")
+    return NativePlan(
+        side=vision.image_size,
+        tokens_per_view=model.tokens_per_view,
+        resample=image.resample,
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        temporal=vision.temporal_patch_size,
+        min_pixels=least,
+        max_pixels=most,
+        total_pixels=image.total_pixels,
+    )
+
+
+register_plan("native", NativePlan, _native, keys=("min_pixels", "max_pixels", "total_pixels"))

@@ -1,0 +1,62 @@
+"""How pictures of their own size become pixels: the files of Qwen2-VL's image processor in Transformers, read.
+
+:mod:`megavlm.families.preprocessor` reads those of squares and tiles, and writes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megavlm.config.errors import UserError
+from megavlm.families.common import expect
+from megavlm.families.preprocessor import GEOMETRY, native_sizes, normalisation, processor_files, resampling
+from megavlm.weights.source import Source
+
+Tree = dict[str, Any]
+
+_PROCESSORS = (
+    "Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor",
+)  # fmt: skip
+_MINE = (*GEOMETRY, "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size")
+_PATCHES = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
+"""Keys of the processor, and of the tower."""
+
+
+def native_pictures(source: Source, vision: Mapping[str, Any]) -> tuple[Tree, Tree]:
+    """Return ``model.image`` as a checkpoint's own files say it, and what they say of ``model.vision``.
+
+    Args:
+        source: the checkpoint.
+        vision: the tower, by config.json.
+
+    Returns:
+        Both empty where there is no file.
+
+    Raises:
+        UserError: pictures are treated in a way that is not done here, two files disagree, or the processor makes other
+            patches than the tower takes.
+    """
+    told = [(path, tree) for path, tree in processor_files(source) if any(key in tree for key in _MINE)]
+    branches = []
+    for path, tree in told:
+        where = str(path)
+        expect(tree, where, do_resize=True, do_convert_rgb=True, do_center_crop=False, do_pad=False)
+        expect(tree, where, image_processor_type=_PROCESSORS)
+        for key, ours in _PATCHES.items():
+            if tree.get(key, vision[ours]) != vision[ours]:
+                raise UserError(
+                    f"{where}: {key} is {tree[key]!r}, but config.json's tower has {vision[ours]}; correct one"
+                )
+        branches.append({"kind": "native", "resample": resampling(tree, where), **native_sizes(tree, where)})
+    if not branches:
+        return {}, {}
+    if branches[-1] != branches[0]:
+        raise UserError(
+            f"{told[-1][0]}: pictures become {branches[-1]}, but by {told[0][0]} {branches[0]}; correct one"
+        )
+    return branches[0], normalisation(source, 0)

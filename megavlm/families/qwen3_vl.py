@@ -1,0 +1,141 @@
+"""Qwen3-VL, dense (arXiv 2511.21631), as Transformers has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megavlm.architectures.connectors.patch_merger.tables import DEEP_PATCH_MERGER
+from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
+from megavlm.architectures.towers.packed_vit.tables import QWEN3_VL_VISION
+from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig
+from megavlm.families.common import flag, need
+from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.family import Tree, config_file
+from megavlm.families.native_pictures import native_pictures
+from megavlm.families.qwen2_vl import Qwen2VLFamily
+from megavlm.weights.rules import Table
+from megavlm.weights.source import Source
+
+_SECTIONS = (24, 20, 20)
+"""Where a configuration does not say it, as Transformers has it."""
+
+
+_OWN = ("positional_grid", "deepstack_layers")
+"""What its tower has and Qwen2-VL's has not."""
+
+
+class Qwen3VLFamily(Qwen2VLFamily):
+    """``Qwen3VLForConditionalGeneration``: interleaved sections, and a deepstack."""
+
+    name = "qwen3_vl"
+    title = "Qwen3-VL, dense (Qwen3VLForConditionalGeneration)"
+    styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
+    }
+    template: ClassVar[str | None] = "qwen3_vl"
+    model_class = "Qwen3VLForConditionalGeneration"
+    tower: ClassVar[Table] = QWEN3_VL_VISION
+    fixed: ClassVar[Tree] = {
+        **{key: value for key, value in Qwen2VLFamily.fixed.items() if key not in _OWN},
+        "activation": "gelu_tanh", "conv_bias": True, "positional_interpolation": "bilinear",
+    }  # fmt: skip
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches, and what becomes of pictures."""
+        config, where = source.config, config_file(source)
+        text, visual = need(config, "text_config", where), need(config, "vision_config", where)
+        language = llama_language({**text, "model_type": "qwen3"}, where)
+        language["rotary_sections"] = language.get("rotary_sections") or _SECTIONS
+        language["rotary_sections_interleaved"] = True  # whatever mrope_interleaved says: its code does not ask
+        language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
+            flag(tree, "tie_word_embeddings", where, default=False) for tree in (config, text)
+        )
+        vision = self._tower({"patch_size": 16, **visual}, language["hidden_size"], where)
+        image, pixels = native_pictures(source, vision)
+        connector = {"preset": "patch_merger", "merge_size": vision["spatial_merge_size"]}
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        names = self.styles[style]
+        return [
+            dataclasses.replace(self.tower, prefix=names["tower"]),
+            dataclasses.replace(DEEP_PATCH_MERGER, prefix=names["tower"]),
+            dataclasses.replace(LLAMA_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+        ]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a configuration in the form of the published ones."""
+        image, vision = tokens.get("image", model.language.vocab_size - 1), model.vision
+        text = llama_config(model.language)
+        del text["architectures"]
+        text |= {"attention_bias": False, "model_type": "qwen3_vl_text"}
+        return {
+            "architectures": [self.model_class],
+            "image_token_id": image,
+            "model_type": self.name,
+            "text_config": text,
+            "tie_word_embeddings": model.language.tie_word_embeddings,
+            # Of the published tokenizers, whose ids lie beside each other.
+            "video_token_id": image + 1,
+            "vision_end_token_id": image - 2,
+            "vision_start_token_id": image - 3,
+            "vision_config": {
+                "deepstack_visual_indexes": list(vision.deepstack_layers),
+                "depth": vision.num_layers,
+                "hidden_act": self._activation(),
+                "hidden_size": vision.hidden_size,
+                "in_channels": 3,
+                "intermediate_size": vision.ffn_hidden_size,
+                "model_type": self.name,
+                "num_heads": vision.num_attention_heads,
+                "num_position_embeddings": vision.positional_grid**2,
+                "out_hidden_size": model.language.hidden_size,
+                "patch_size": vision.patch_size,
+                "spatial_merge_size": vision.spatial_merge_size,
+                "temporal_patch_size": vision.temporal_patch_size,
+            },
+        }
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Tower, connector, positions and image plan must be Qwen3-VL's kinds."""
+        language, vision = model.language, model.vision
+        if vision.positional_grid is None:
+            return "the tower has no positional table, Qwen3-VL's has"
+        if language.add_qkv_bias or not language.qk_layernorm:
+            return "the language model is no Qwen3: that has a norm on queries and keys, and no bias on them"
+        if not language.rotary_sections_interleaved:
+            return "the language model's positions are not in interleaved sections, as Qwen3-VL's are"
+        if len(set(vision.deepstack_layers)) < vision.deepstack or sorted(vision.deepstack_layers) != list(
+            vision.deepstack_layers
+        ):
+            return f"the tower's deepstack_layers {list(vision.deepstack_layers)} do not rise, as Qwen3-VL's do"
+        return self._refuses_common(model)
+
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Its own ``chat_template``, else the form that it has."""
+        return ("checkpoint", "qwen3_vl")
+
+    def _activation(self) -> str:
+        return "gelu_pytorch_tanh"
+
+    def _sizes(self, visual: Mapping[str, Any], where: str) -> Tree:
+        rows = visual.get("num_position_embeddings", 2304)
+        if math.isqrt(rows) ** 2 != rows:
+            raise UserError(f"{where}: num_position_embeddings {rows} is no square, as a table of positions is")
+        levels = tuple(visual.get("deepstack_visual_indexes", (8, 16, 24)))
+        if len(set(levels)) < len(levels) or list(levels) != sorted(levels):
+            # Its code gives a layer's features to the connector of the first place where it stands.
+            raise UserError(f"{where}: deepstack_visual_indexes {list(levels)} do not rise; correct them")
+        out = {"out": visual["out_hidden_size"]} if "out_hidden_size" in visual else {}
+        return {
+            "hidden_size": need(visual, "hidden_size", where),
+            "ffn_hidden_size": need(visual, "intermediate_size", where),
+            "positional_grid": math.isqrt(rows),
+            "deepstack_layers": levels,
+            **out,
+        }

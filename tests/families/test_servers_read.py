@@ -1,0 +1,117 @@
+"""An export has the keys of ``config.json`` and the names of tensors that vLLM and SGLang read.
+
+What they read is written down here from their published loaders, as of vllm-project/vllm ``01dc2879`` and ``0004c540``
+(``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``) and
+sgl-project/sglang ``00262495`` and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``). Neither is imported:
+they do not install without a GPU. docs/conversion.md has the list for people.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from family_cases import load
+from test_home_in_transformers import convert, exported
+from test_home_in_transformers import made as made_talking
+
+_TEXT = r"(embed_tokens\.weight|norm\.weight|layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj" \
+        r"|input_layernorm|post_attention_layernorm)\.(weight|bias))"  # fmt: skip
+_CLIP = r"vision_tower\.vision_model\.(embeddings|pre_layrnorm|post_layernorm|encoder\.layers\.\d+\.(self_attn\." \
+        r"(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12]))[.\w]*"  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a loader reads."""
+
+    architecture: str
+    """As their registries call the class."""
+    keys: tuple[str, ...]
+    """Of config.json, dotted."""
+    tensors: tuple[str, ...]
+    """Patterns; every tensor must be one of them, and each must have some."""
+
+
+_LLAVA = (
+    r"language_model\.model\." + _TEXT, r"language_model\.lm_head\.weight", r"multi_modal_projector\.linear_[12]\.\w+",
+)  # fmt: skip
+_LLAVA_KEYS = (
+    "image_token_index", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy",
+    "text_config.architectures", "text_config.model_type", "vision_config.model_type", "vision_config.image_size",
+    "vision_config.patch_size", "vision_config.hidden_size",
+)  # fmt: skip
+EXPECTED = {
+    "llava": Expected("LlavaForConditionalGeneration", _LLAVA_KEYS, (*_LLAVA, _CLIP)),
+    "llava_next": Expected(
+        "LlavaNextForConditionalGeneration", (*_LLAVA_KEYS, "image_grid_pinpoints"), (*_LLAVA, _CLIP, "image_newline")
+    ),
+    "llava_onevision": Expected(
+        "LlavaOnevisionForConditionalGeneration",
+        (*_LLAVA_KEYS, "image_grid_pinpoints", "vision_aspect_ratio"),
+        (*_LLAVA, _CLIP, "image_newline"),
+    ),
+    "internvl_chat": Expected(
+        "InternVLChatModel",
+        (
+            "downsample_ratio", "force_image_size", "llm_config.architectures", "ps_version", "select_layer",
+            "template", "vision_config.image_size", "vision_config.patch_size", "dynamic_image_size", "max_dynamic_patch",
+            "min_dynamic_patch", "use_thumbnail",
+        ),
+        (
+            r"language_model\.model\." + _TEXT, r"language_model\.lm_head\.weight", r"mlp1\.[013]\.\w+",
+            r"vision_model\.(embeddings|encoder\.layers)\.[.\w]+",
+        ),
+    ),
+}  # fmt: skip
+
+
+def _has(tree: object, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return tree is not None
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.family(name), *([] if name == "llava" else [pytest.mark.long])])
+             for name in EXPECTED]
+)  # fmt: skip
+def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> None:
+    """Of a model that was put together here, whose directory is written anew."""
+    one = made_talking("internvl" if name == "internvl_chat" else name, tmp_path / "one")
+    other = made_talking("llava", tmp_path / "other")
+    words = ["--language", other, "--vision", one, "--connector", one]
+    convert("hf-to-megatron", *words, "--out", tmp_path / "m")
+    home = exported(tmp_path / "m", tmp_path / "home", trained=True)
+    config, expected = json.loads((home / "config.json").read_text()), EXPECTED[name]
+    assert config["architectures"] == [expected.architecture]
+    assert [key for key in expected.keys if not _has(config, key)] == []
+    names = sorted(load(home))
+    unknown = [tensor for tensor in names if not any(re.fullmatch(pattern, tensor) for pattern in expected.tensors)]
+    unused = [pattern for pattern in expected.tensors if not any(re.fullmatch(pattern, tensor) for tensor in names)]
+    assert not unknown and not unused
+    for file in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        assert (home / file).is_file()
+    if name != "internvl_chat":
+        assert (home / "processor_config.json").is_file() and (home / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.family("internvl")
+def test_internvl_of_transformers(tmp_path: Path) -> None:
+    """Which vLLM reads by InternS1's loader, whole as it came in; the language model's class is named there too."""
+    convert("hf-to-megatron", "--hf", made_talking("internvl", tmp_path / "hf"), "--out", tmp_path / "m")
+    home = exported(tmp_path / "m", tmp_path / "home", trained=True)
+    config = json.loads((home / "config.json").read_text())
+    assert config["architectures"] == ["InternVLForConditionalGeneration"]
+    assert all(len(config["vision_config"][key]) == 2 for key in ("image_size", "patch_size"))
+    assert config["text_config"]["architectures"] == ["Qwen2ForCausalLM"] and config["downsample_ratio"] == 0.5
+    known = r"(model\.)?(language_model|vision_tower|multi_modal_projector)\..*|(language_model\.)?lm_head\.weight"
+    assert all(re.fullmatch(known, name) for name in load(home))
+    special = json.loads((home / "tokenizer_config.json").read_text())["extra_special_tokens"]
+    assert special["context_image_token"] == "<IMG_CONTEXT>" and special["start_image_token"] == "<img>"

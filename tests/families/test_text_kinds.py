@@ -1,0 +1,103 @@
+"""Every kind of decoder computes what its reference does: loss, logits, all gradients and answers, at two layouts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from text_cases import ELSEWHERE, LENGTHS, ROWS, branches_of, compare_all, kinds, recipe_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megavlm.config.errors import UserError
+from megavlm.families.text import TEXT_KINDS, no_half
+from megavlm.families.text_kinds import chosen
+from megavlm.weights.source import Source
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("text")
+    return folder, branches_of(folder, list(ROWS))
+
+
+def test_every_kind_has_a_row() -> None:
+    assert kinds() == {row.preset for row in ROWS.values()} | ELSEWHERE
+    assert TEXT_KINDS.keys() == kinds() - ELSEWHERE
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_configuration_that_is_written_anew_says_the_same(
+    name: str, written: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    """Also to Transformers, which computes the same of it."""
+    folder, branches = written
+    kind, language = TEXT_KINDS[ROWS[name].preset], recipe_of(branches[name], {}).model.language
+    assert chosen(list(TEXT_KINDS.values()), language) is kind
+    tree = kind.write(language)
+    assert kind.branch(tree, "config.json") == branches[name]
+    if not kind.in_transformers:
+        return
+    config = AutoConfig.for_model(**{key: value for key, value in tree.items() if key != "architectures"})
+    again = AutoModelForCausalLM.from_pretrained(folder / name, config=config, attn_implementation="eager")
+    assert type(again).__name__ == tree["architectures"][0]
+    found = Source(folder / f"{name}.safetensors")
+    with torch.no_grad():
+        logits = torch.cat([again(input_ids=one[None]).logits[0] for one in found.get("ids").split(LENGTHS)])
+    torch.testing.assert_close(logits, found.get("logits"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("phi", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("stablelm", {"layer_norm_eps": None}, "has no 'layer_norm_eps'"),
+        ("minicpm", {"scale_emb": "12"}, "scale_emb is '12', which is not a number"),
+        ("internlm2", {"bias": True}, "bias is True"),
+    ],
+)
+def test_what_is_not_known_is_refused(
+    name: str, change: dict[str, Any], words: str, written: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    config = json.loads((written[0] / name / "config.json").read_text())
+    with pytest.raises(UserError, match=re.escape(words)):
+        TEXT_KINDS[ROWS[name].preset].branch({**config, **change}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("phi", "output layer has a bias"),
+        ("minicpm", "embedding_multiplier is 12.0, that of Llama is 1.0"),
+    ],
+)
+def test_what_transformers_composes_no_model_of_is_refused(
+    name: str, reason: str, written: tuple[Path, dict[str, dict[str, Any]]]
+) -> None:
+    assert reason in str(no_half(recipe_of(written[1][name], {}).model.language))
+
+
+def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    folder, branches = written
+    assert {name: branch["preset"] for name, branch in branches.items()} == {n: row.preset for n, row in ROWS.items()}
+    found = compare_all(branches, str(folder), {})
+    assert found.keys() == ROWS.keys()
+
+
+def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """In one start of ranks; together they compare every parameter."""
+    folder, branches = written
+    results = ranks.run("text_cases:compare_all", branches, str(folder), TP2_PP2, world=4, timeout=240)
+    for name in ROWS:
+        there = {key for found in results for key in found[name]}
+        assert sum("layers." in key for key in there) == 4 * sum("layers.0." in key for key in there) > 0

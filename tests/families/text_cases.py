@@ -1,0 +1,268 @@
+"""Small language models, one row per kind, and what ranks do with each: loss, the gradient of every parameter, answers.
+
+Transformers' class is the reference, with random weights; of MiniCPM and InternLM2 it is ``text_reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megavlm.parallel.device import prepare_device
+
+prepare_device()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from family_cases import _TEXT, llama, made, qwen2, qwen3  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from text_reference import InternLM2, MiniCPM, randomised  # noqa: E402
+from tiny import IMAGE_SIZE, tiny_recipe  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import (  # noqa: E402
+    GemmaConfig,
+    GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules  # noqa: E402
+from megavlm.config.schema import Recipe  # noqa: E402
+from megavlm.data.batch import make_pack  # noqa: E402
+from megavlm.data.device_batch import make_batch  # noqa: E402
+from megavlm.families.known import FAMILIES  # noqa: E402
+from megavlm.families.presets import load_presets  # noqa: E402
+from megavlm.inference.generate import generate  # noqa: E402
+from megavlm.inference.prompt import Prompt  # noqa: E402
+from megavlm.parallel.device import local_device  # noqa: E402
+from megavlm.parallel.state import process_groups  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.step import run_batches  # noqa: E402
+from megavlm.weights.source import Source  # noqa: E402
+
+LENGTHS, PACK, VOCAB, NEW = (23, 14), 40, 120, 6
+LOSS, GRADIENTS = 1e-5, 5e-5
+
+
+def phi() -> Any:
+    """Phi-2: rotary positions on 0.4 of a head, of which that is whole pairs."""
+    keys = {**_TEXT, "num_key_value_heads": None, "hidden_size": 80, "partial_rotary_factor": 0.4}
+    return made(PhiForCausalLM, PhiConfig(**keys))
+
+
+def phi_normed() -> Any:
+    """Phi with its option of norms on queries and keys, and grouped heads."""
+    return made(PhiForCausalLM, PhiConfig(**_TEXT, qk_layernorm=True))
+
+
+def phi3() -> Any:
+    """Phi-3, whose window is shorter than the samples."""
+    return made(Phi3ForCausalLM, Phi3Config(**_TEXT, sliding_window=9, pad_token_id=0, eos_token_id=1))
+
+
+def gemma() -> Any:
+    """Gemma-2B: one key/value head, heads wider than hidden_size / heads."""
+    return made(GemmaForCausalLM, GemmaConfig(**{**_TEXT, "num_key_value_heads": 1}, head_dim=32))
+
+
+def stablelm() -> Any:
+    """StableLM-2."""
+    return made(StableLmForCausalLM, StableLmConfig(**_TEXT, use_qkv_bias=True))
+
+
+def stablelm_parallel() -> Any:
+    """StableLM with attention and MLP side by side, and no biases."""
+    return made(StableLmForCausalLM, StableLmConfig(**_TEXT, use_parallel_residual=True, partial_rotary_factor=0.5))
+
+
+def mistral() -> Any:
+    """Mistral-7B v0.1, whose window is shorter than the samples."""
+    return made(MistralForCausalLM, MistralConfig(**_TEXT, sliding_window=8, head_dim=16))
+
+
+_PLAIN = {**_TEXT, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "torch_dtype": "float32"}
+
+
+def minicpm() -> Any:
+    """MiniCPM-2B."""
+    keys = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "rope_scaling": None}
+    keys |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "tie_word_embeddings": True}
+    return randomised(MiniCPM({**_PLAIN, **keys, "num_key_value_heads": 4}))
+
+
+def internlm2() -> Any:
+    """InternLM2.5, with the scaling that only longer segments would see."""
+    keys = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}
+    keys |= {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "tie_word_embeddings": False}
+    return randomised(InternLM2({**_PLAIN, **keys}))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row: the kind's preset, its model, and the family that its checkpoints are of."""
+
+    preset: str
+    make: Callable[[], Any]
+    family: str
+
+
+ROWS: dict[str, Kind] = {
+    "llama": Kind("llama", llama, "llama"),
+    "qwen2": Kind("qwen2", qwen2, "llama"),
+    "qwen3": Kind("qwen3", qwen3, "llama"),
+    "mistral": Kind("mistral", mistral, "llama"),
+    "phi": Kind("phi", phi, "phi"),
+    "phi_normed": Kind("phi", phi_normed, "phi"),
+    "phi3": Kind("phi3", phi3, "phi3"),
+    "gemma": Kind("gemma", gemma, "gemma"),
+    "stablelm": Kind("stablelm", stablelm, "stablelm"),
+    "stablelm_parallel": Kind("stablelm", stablelm_parallel, "stablelm"),
+    "minicpm": Kind("minicpm", minicpm, "minicpm"),
+    "internlm2": Kind("internlm2", internlm2, "internlm2"),
+}
+ELSEWHERE = {"qwen"}
+"""Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
+
+
+def recipe_of(branch: dict[str, Any], layout: dict[str, Any]) -> Recipe:
+    """Return the recipe of a model with this language branch, of which the rest is frozen."""
+    small = {"image_size": IMAGE_SIZE, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96}
+    model = {
+        "preset": "tiny",
+        "vision": {**small, "num_attention_heads": 4, "positional_grid": 2},
+        "connector": {"num_queries": 4, "head_dim": 16},
+        "language": branch,
+    }
+    return tiny_recipe(
+        model=model,
+        modules={"vision": {"freeze": True}, "connector": {"freeze": True}},
+        parallel={"use_distributed_optimizer": False, **layout},
+    )
+
+
+def language_branch(name: str, directory: Path) -> dict[str, Any]:
+    """Return the branch that the row's family reads from its checkpoint."""
+    load_presets()
+    return dict(FAMILIES[ROWS[name].family].branches(Source(directory))["language"])
+
+
+def write_reference(name: str, directory: Path, path: Path) -> None:
+    """Make the row's checkpoint in ``directory``, and write what its model computes, by the canonical names."""
+    model = ROWS[name].make()
+    model.save_pretrained(directory)
+    family, model_config = FAMILIES[ROWS[name].family], recipe_of(language_branch(name, directory), {}).model
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(0, VOCAB - 1, (length,), generator=generator) for length in LENGTHS]
+    logits = [model(input_ids=one[None]).logits[0] for one in ids]
+    losses = [F.cross_entropy(a[:-1], b[1:], reduction="sum") for a, b in zip(logits, ids, strict=True)]
+    loss = sum(losses) / sum(length - 1 for length in LENGTHS)
+    loss.backward()
+    found = {"ids": torch.cat(ids), "loss": loss.detach().reshape(1), "logits": torch.cat(logits).detach()}
+    for i, one in enumerate((ids[0], ids[1], ids[0][:5])):
+        whole = model.generate(input_ids=one[None], attention_mask=torch.ones(1, len(one)), do_sample=False,
+                               max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)  # fmt: skip
+        found[f"prompt.{i}"], found[f"answer.{i}"] = one, whole[0, len(one) :]
+    theirs = dict(model.named_parameters())
+    with alone():
+        rules = make_rules(family, model_config, next(iter(family.styles)), family_slots(family, model_config))
+    for rule in rules:
+        own = [theirs.pop(key) for key in rule.row.theirs]
+        for kind, tensors in (("weight", own), ("gradient", [parameter.grad for parameter in own])):
+            for key, value in zip(rule.row.ours, rule.to_ours(tensors), strict=True):
+                assert value.abs().max() > 0, key
+                found[f"{kind}.{key}"] = value.detach()
+    assert not theirs or list(theirs) == ["lm_head.weight"], theirs.keys()  # tied
+    save_file({key: value.contiguous().clone() for key, value in found.items()}, path)
+
+
+def compare_all(branches: dict[str, dict[str, Any]], folder: str, layout: dict[str, Any]) -> dict[str, list[str]]:
+    """Compare every row; return the parameters that this rank has compared."""
+    first = recipe_of(next(iter(branches.values())), layout)
+    with process_groups(first.parallel, first.training.seed):
+        return {
+            name: compare(recipe_of(branch, layout), Source(Path(folder) / f"{name}.safetensors"), name)
+            for name, branch in branches.items()
+        }
+
+
+def compare(recipe: Recipe, wanted: Source, name: str) -> list[str]:
+    """Compare the loss of a pack of two segments, all gradients, logits where one process has them, and answers."""
+    training = build_training(recipe, VOCAB - 1)
+    parameters = {key: p for module in training.modules for key, p in _language(module)}
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(shard(wanted.get(f"weight.{key}"), parameter))
+        for module in training.modules:
+            module.language.eval()
+    ids = list(wanted.get("ids").split(LENGTHS))
+    batch = make_batch(make_pack(ids, PACK, labels=ids), None, local_device())
+    report = run_batches(training.chunks, [batch], num_sources=1)
+    loss, expected = float(report[0, 0] / report[0, 1]), float(wanted.get("loss"))
+    assert abs(loss - expected) <= LOSS * expected, (name, loss, expected)
+    scale = max(float(wanted.get(key).abs().max()) for key in wanted.tensors if key.startswith("gradient."))
+    for key, parameter in parameters.items():
+        off = float((parameter.main_grad - shard(wanted.get(f"gradient.{key}"), parameter)).abs().max())
+        assert off <= GRADIENTS * scale, (name, key, off / scale)
+    layout = recipe.parallel
+    if layout.tensor_model_parallel_size == layout.pipeline_model_parallel_size == 1:
+        with torch.no_grad():
+            logits = training.modules[0](batch.tokens, batch.position_ids, batch.packed_seq_params)[0]
+        there = wanted.get("logits")
+        assert (logits[: len(there), :VOCAB] - there).abs().max() <= 2e-5 * there.abs().max(), name
+    prompts = [Prompt(wanted.get(f"prompt.{i}").numpy(), torch.zeros(0, 3, IMAGE_SIZE, IMAGE_SIZE)) for i in range(3)]
+    answers = generate(
+        training.chunks, prompts, max_new_tokens=NEW, stop_ids=[], vocab_size=VOCAB, pack_length=2 * PACK
+    )
+    assert answers == [wanted.get(f"answer.{i}").tolist() for i in range(3)], name
+    return sorted(parameters)
+
+
+def _language(module: Any) -> list[tuple[str, nn.Parameter]]:
+    """Return a chunk's language parameters, with the numbers that layers have in the whole model."""
+    prefix, first, found = "language.decoder.layers.", module.decoder.layers[0].layer_number - 1, []
+    for key, parameter in module.named_parameters():
+        if key.startswith(prefix):
+            number, _, rest = key.removeprefix(prefix).partition(".")
+            key = f"{prefix}{int(number) + first}.{rest}"
+        tied = key == "language.output_layer.weight" and module.share_embeddings_and_output_weights
+        if key.startswith("language."):
+            found.append(("language.embedding.word_embeddings.weight" if tied else key, parameter))
+    return found
+
+
+def shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this tensor-parallel rank's part; a vocabulary is padded with rows of zeros."""
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole if whole.shape == parameter.shape else F.pad(whole.T, (0, parameter.shape[0] - len(whole))).T
+    axis = parameter.partition_dim
+    missing = parameter.shape[axis] * size - whole.shape[axis]
+    if missing:
+        whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+    halves = whole.chunk(parameter.partition_stride, axis)  # gate and up: a part of each
+    return torch.cat([half.chunk(size, axis)[rank] for half in halves], axis)
+
+
+def kinds() -> set[str]:
+    """Return the presets that fix what a kind of decoder has."""
+    from megavlm.architectures.decoders.decoder.presets import KINDS
+
+    return set(KINDS)
+
+
+def branches_of(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Write checkpoints and references of rows; return their language branches."""
+    found = {}
+    for name in names:
+        write_reference(name, folder / name, folder / f"{name}.safetensors")
+        found[name] = language_branch(name, folder / name)
+    return found
