@@ -31,8 +31,9 @@ from llava_next_models import (
     tiles_answers,
 )
 from llava_published import llava_answers, llava_original_answers
-from qwen2_vl_models import QWEN2_VL
-from qwen3_vl_models import QWEN3_VL
+from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
+from qwen2_vl_models import QWEN2_VL, qwen2_5_vl, qwen2_vl
+from qwen3_vl_models import QWEN3_VL, qwen3_vl
 from text_cases import ROWS as TEXT_ROWS
 from torch import nn
 from transformers import (
@@ -45,11 +46,12 @@ from transformers import (
     LlavaNextConfig,
     LlavaOnevisionConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from whole import ALL, Lack, Published, Stage, WholeFamily, layout_of, part
-from whole_source import PlainQwenSource, TransformersSource
+from whole_source import NativeSource, PlainQwenSource, TransformersSource
 
 from megavlm.config.schema import ModelConfig
 from megavlm.families.known import FAMILIES
@@ -87,6 +89,11 @@ CROP_FILES: dict[str, Any] = {
 """``preprocessor_config.json`` as llava-hf/llava-1.5-7b-hf has it, for 28 pixels."""
 # Transformers' processor cuts to tiles by its own default, whatever this file of its image processor says.
 TILE_FILES = {**internvl_files(), "crop_to_patches": True, "max_patches": 6}
+THIRD_FILES = {
+    **{key: value for key, value in NATIVE_FILES.items() if key not in ("min_pixels", "max_pixels")},
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"longest_edge": 4096, "shortest_edge": 256},
+}  # fmt: skip
+"""``preprocessor_config.json`` as Qwen3-VL has it."""
 HEADER = (
     r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
     r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "
@@ -125,19 +132,25 @@ def _internvl2_5(size: str, lr: float, decay: float, steps: int) -> dict[str, St
 HEADS = "is not divisible by parallel.tensor_model_parallel_size"
 
 
-def _qwen2_vl(family: str, presets: Mapping[str, Published]) -> WholeFamily:
-    """Return the row of a family of native resolution: features, logits and answers have a test of their own."""
+def _qwen2_vl(
+    family: str,
+    make: Callable[[], PreTrainedModel],
+    presets: Mapping[str, Published],
+    uneven: NativeSource | Lack,
+    files: Mapping[str, Any] = NATIVE_FILES,
+) -> WholeFamily:
+    """Return the row of a family of pictures in their own resolution."""
     names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL}[family]
     where = "test_qwen3_vl.py" if family == "qwen3_vl" else "test_qwen2_vl.py"
-    own = f"tests/families/{where} has features, logits, gradients, steps and answers at both layouts"
+    own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
         template="qwen3_vl" if family == "qwen3_vl" else "qwen2_vl",
         image={"kind": "native", "min_pixels": 256, "max_pixels": 4096},
-        source=Lack(f"{own}; not yet through whole_cases.py: packs of own positions, the planner"),
-        uneven=Lack(own),
+        source=NativeSource(family, make, files=files, vocab=128),
+        uneven=uneven,
         others=Lack(own),
-        answers=Lack(f"{own}, through its processor not yet"),
+        answers=Lack("not yet: convert check has no form for patches of pictures in their own resolution"),
         lora=Lack("adapters are those of llava's language models; not tried on this family"),
         presets=presets,
         built=_from_config(family),
@@ -328,29 +341,36 @@ ROWS: dict[str, WholeFamily] = {
     ),
     "qwen2_vl": _qwen2_vl(
         "qwen2_vl",
+        qwen2_vl,
         {
             "qwen2_vl_2b": Published(2_208_985_600, refused={8: f"12 {HEADS} (8)"}),
             "qwen2_vl_7b": Published(8_291_375_616, refused={8: f"28 {HEADS} (8)"}),
             "qwen2_vl_72b": Published(73_405_560_320),
         },
+        Lack("see qwen2_5_vl, whose tower has three heads there"),
     ),
     "qwen2_5_vl": _qwen2_vl(
         "qwen2_5_vl",
+        qwen2_5_vl,
         {
             "qwen2_5_vl_3b": Published(3_754_622_976),
             "qwen2_5_vl_7b": Published(8_292_166_656, refused={8: f"28 {HEADS} (8)"}),
             "qwen2_5_vl_32b": Published(33_452_718_336),
             "qwen2_5_vl_72b": Published(73_410_777_344),
         },
+        NativeSource("qwen2_5_vl", partial(qwen2_5_vl, heads=3), files=NATIVE_FILES, vocab=128),
     ),
     "qwen3_vl": _qwen2_vl(
         "qwen3_vl",
+        qwen3_vl,
         {
             "qwen3_vl_2b": Published(2_127_532_032),
             "qwen3_vl_4b": Published(4_437_815_808),
             "qwen3_vl_8b": Published(8_767_123_696),
             "qwen3_vl_32b": Published(33_357_390_064),
         },
+        Lack("see qwen2_5_vl, whose tower has three heads there"),
+        THIRD_FILES,
     ),
     "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),
