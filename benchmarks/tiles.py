@@ -148,11 +148,13 @@ def make_internvl(directory: Path, layers: int) -> int:
     with alone():
         rules = make_rules(family, model, "published", family_slots(family, model))
     directory.mkdir()
-    generator, state, total, weight_map = torch.Generator().manual_seed(1), {}, 0, {}
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)).bfloat16()
+    state, total, weight_map = dict[str, torch.Tensor](), 0, dict[str, str]()
     shapes = [(name, shape) for rule in rules for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
     files = list[str]()
     for number, (name, shape) in enumerate(shapes):
-        state[name] = torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+        size = torch.Size(shape).numel()
+        state[name] = block.repeat(-(-size // len(block)))[:size].reshape(shape)
         if number == len(shapes) - 1 or sum(one.nbytes for one in state.values()) > 1_500_000_000:
             files.append(f"model-{len(files) + 1:05d}.safetensors")
             save_file(state, directory / files[-1], metadata={"format": "pt"})
