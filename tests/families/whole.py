@@ -55,8 +55,10 @@ class Shown:
 class Source(Protocol):
     """What a family is held against: a class of Transformers, or a plain reference, with tiny random weights."""
 
-    style: str
-    """The naming, of the family's ``styles``, that :meth:`gradients` has."""
+    @property
+    def style(self) -> str:
+        """The naming, of the family's ``styles``, that :meth:`gradients` has."""
+
     image: int
     """Id of the token of an image's slots."""
 
