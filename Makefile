@@ -89,7 +89,7 @@ test-full: $(DEV) ## the quickstart at its full size, and what it must reach
 lint: $(DEV) ## ruff: rules and formatting; shell scripts; the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/shellcheck -x examples/*.sh examples/slurm/*.sh tools/*.sh tools/image/*.sh .ci/run
+	$(BIN)/shellcheck -x examples/*.sh examples/slurm/*.sh examples/ssh/*.sh tools/*.sh tools/image/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
 typecheck: $(DEV) ## mypy

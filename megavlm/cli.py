@@ -37,6 +37,7 @@ from megavlm.config.errors import (
 from megavlm.parallel.processes import children_end_with_us
 
 _COMMANDS = {
+    "init": "write a recipe for a model and a data set of your own",
     "train": "train a model by a recipe",
     "prepare": "turn conversation JSON and images into a data set for training",
     "render-text": "render pages of text in English and Chinese, to train reading",

@@ -48,6 +48,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "phi": ("decoders.decoder",),
     "phi3": ("decoders.decoder",),
     "gemma": ("decoders.decoder",),
+    "gemma3_text": ("decoders.decoder",),
     "stablelm": ("decoders.decoder",),
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),

@@ -72,17 +72,8 @@ set_rendezvous() {
   export MASTER_ADDR MASTER_PORT
 }
 
-newest_checkpoint() { cat "$OUTPUT_DIR/checkpoints/latest" 2>/dev/null || echo none; }
-
-# Counts starts that ended without a new checkpoint, over requeues too; false where there were more than MAX_RESTARTS.
-may_try_again() {
-  local newest before=- count=0
-  newest=$(newest_checkpoint)
-  if [[ -f $LOG_DIR/tries ]]; then read -r before count <"$LOG_DIR/tries"; fi
-  if [[ $newest == "$before" ]]; then count=$((count + 1)); else count=1; fi
-  echo "$newest $count" >"$LOG_DIR/tries"
-  ((count <= MAX_RESTARTS))
-}
+# shellcheck source=examples/starts.sh
+source "$MEGAVLM_HOME/examples/starts.sh"
 
 # Puts the job back into the queue. It keeps its id, script, environment and logs.
 requeue() {

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,7 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -38,9 +40,12 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megavlm.checkpoint.checksum import checksum
 from megavlm.checkpoint.lost import other_shape
+from megavlm.checkpoint.readback import ReadBack, Region
 from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
 from megavlm.config.errors import UserError
@@ -68,11 +73,62 @@ class ParameterToWrite:
         return [(start, min(rows, start + step)) for start in range(0, max(rows, 1), step)]
 
 
+class _OwnFiles(FileSystem):
+    """Torch's file system, with the file that is being written at hand."""
+
+    def __init__(self) -> None:
+        self.path, self.stream = Path(), cast(BinaryIO, None)
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """Open a file."""
+        self.path = Path(path)
+        with super().create_stream(path, mode) as stream:
+            self.stream = cast(BinaryIO, stream)
+            yield stream
+
+
+@dataclass
+class _Watched:
+    """Hands each chunk to a :class:`ReadBack` once torch's writer is through with it: when it asks for the next one."""
+
+    read_back: ReadBack
+    files: _OwnFiles
+    places: dict[MetadataIndex, tuple[int, int]] = field(default_factory=dict)
+    """Where chunks begin, and their lengths."""
+    _open: tuple[MetadataIndex, int, int, int] | None = None
+    """The chunk that is being written: its index, where it begins, digest and bytes of its numbers."""
+
+    def begin(self, index: MetadataIndex, tensor: Tensor) -> None:
+        """A chunk is about to be written."""
+        self._open = index, self.files.stream.tell(), checksum(tensor), tensor.nbytes
+
+    def end(self) -> None:
+        """What was begun is written, or nothing was."""
+        if self._open is None:
+            return
+        index, start, digest, size = self._open
+        self._open = None
+        if not self.files.stream.closed:
+            self.files.stream.flush()
+        stop = self.files.path.stat().st_size
+        self.places[index] = start, stop - start
+        self.read_back.expect(Region(self.files.path, start, stop, digest, size, index.fqn, archive=True))
+
+    def finish(self, results: Sequence[WriteResult]) -> None:
+        """Hold the index against where the chunks were."""
+        self.end()
+        told = {one.index: (one.storage_data.offset, one.storage_data.length) for one in results}
+        assert told == self.places, "torch's writer says another place than it wrote to"
+
+
 class _Planner(SavePlanner):
     """Tells torch's writer what there is, and fetches it when its turn comes."""
 
-    def __init__(self, pieces: Sequence[ParameterToWrite], progress: Callable[[int], Any]) -> None:
-        self.progress = progress
+    def __init__(
+        self, pieces: Sequence[ParameterToWrite], progress: Callable[[int], Any], watched: _Watched | None
+    ) -> None:
+        self.progress, self.watched = progress, watched
         self.sources: dict[MetadataIndex, tuple[ParameterToWrite, int, int]] = {}
         self.items: list[WriteItem] = []
         self.tensors: dict[str, TensorStorageMetadata] = {}
@@ -115,6 +171,8 @@ class _Planner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Fetch the chunk that is written next."""
+        if self.watched is not None:
+            self.watched.end()
         piece, start, stop = self.sources[write_item.index]
         if self.last[0] is not piece:
             self.last = (None, None)  # free the one before first
@@ -126,7 +184,10 @@ class _Planner(SavePlanner):
         part = whole[start:stop] if piece.slot.shape else whole
         self.progress(part.nbytes)
         part = part if piece.slot.layer is None else part.unsqueeze(0)
-        return _alone_in_storage(part.contiguous())
+        part = _alone_in_storage(part.contiguous())
+        if self.watched is not None:
+            self.watched.begin(write_item.index, part)
+        return part
 
 
 def _alone_in_storage(tensor: Tensor) -> Tensor:
@@ -136,20 +197,31 @@ def _alone_in_storage(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
-def write_checkpoint(directory: Path, pieces: Sequence[ParameterToWrite], progress: Callable[[int], Any]) -> None:
+def write_checkpoint(
+    directory: Path,
+    pieces: Sequence[ParameterToWrite],
+    progress: Callable[[int], Any],
+    read_back: ReadBack | None = None,
+) -> None:
     """Write the tensors of a checkpoint into an existing directory.
 
     Args:
         directory: where to.
         pieces: every parameter, in the order in which they are read and written.
         progress: told the bytes of each chunk as it is written.
+        read_back: compares each with what the disk holds.
 
     Raises:
         OSError: the disk is full, say.
+        MachineError: the disk holds something else.
     """
-    planner = _Planner(pieces, progress)
-    # One thread: torch's writer loses the errors of its other threads.
-    writer = FileSystemWriter(directory, thread_count=1)
+    files = _OwnFiles()
+    watched = _Watched(read_back, files) if read_back is not None else None
+    planner = _Planner(pieces, progress, watched)
+    # One thread: torch's writer loses the errors of its other threads. Nothing is fetched ahead: a chunk is in the file
+    # when the next one is asked for.
+    writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+    writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)
     plan = writer.prepare_local_plan(planner.create_local_plan())
     plans, metadata = planner.create_global_plan([plan])
@@ -157,6 +229,8 @@ def write_checkpoint(directory: Path, pieces: Sequence[ParameterToWrite], progre
     try:
         done = writer.write_data(plan, planner)
         done.wait()
+        if watched is not None:
+            watched.finish(done.value())
         writer.finish(metadata, [done.value()])
         # What dist_checkpointing.save leaves beside the tensors.
         with (directory / "common.pt").open("wb") as file:
@@ -221,6 +295,30 @@ class CheckpointReader:
         Raises:
             UserError: not all of it is there, or its file is damaged.
         """
+        dtype = self.tensors()[key].properties.dtype
+        items, parts = self._parts(key, offsets, sizes)
+        if len(parts) == 1:
+            return parts[0]
+        whole = _room(sizes, dtype)
+        for item, part in zip(items, parts, strict=True):
+            narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
+        return whole
+
+    def check(self, slot: Slot) -> None:
+        """Check that all chunks of a parameter are there, of its type and shape, without looking at their numbers.
+
+        Raises:
+            UserError: as of :meth:`read`.
+        """
+        self._entry(slot)
+        self._parts(slot.key, slot.offsets, slot.shape if slot.layer is None else (1, *slot.shape))
+
+    def _parts(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[ReadItem], list[Tensor]]:
+        """Return what each chunk has of a part of a tensor, as views of the files.
+
+        Raises:
+            UserError: as of :meth:`read_region`.
+        """
         entry = self.tensors()[key]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [wanted])
@@ -232,12 +330,7 @@ class CheckpointReader:
         except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.path}: {key} cannot be read, a file is damaged: {reason}") from None
-        if len(parts) == 1:
-            return parts[0]
-        whole = _room(sizes, dtype)
-        for item, part in zip(items, parts, strict=True):
-            narrow_tensor_by_index(whole, item.dest_offsets, item.lengths).copy_(part)
-        return whole
+        return items, parts
 
     def _part(self, item: ReadItem, dtype: torch.dtype) -> Tensor:
         """Return what one stored chunk has of a parameter, a view of the mapped file."""

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import logging
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.schema import IMAGE_PLACEHOLDER
+from megavlm.data.preparing import location
 from megavlm.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from megavlm.evaluation.benchmarks.hub import ROWS
-from megavlm.evaluation.benchmarks.run import run_benchmark
-from megavlm.evaluation.metrics import score
-from megavlm.evaluation.panel import PanelItem, draw_panel
-from megavlm.evaluation.records import HeldOutRecord, encode_records, read_records
+from megavlm.evaluation.benchmarks.predictions import PREDICTIONS
+from megavlm.evaluation.benchmarks.run import SCORES, run_benchmark
+from megavlm.evaluation.own import METRICS, PANEL, RECORD_TOKENS, run_records
 from megavlm.inference.checkpoint import load_for_inference
-from megavlm.parallel.lock import TIMEOUT_SECONDS, LockView
-from megavlm.parallel.output import holding, try_writing
 
-logger = logging.getLogger(__name__)
-
-_RECORD_TOKENS, _CARDS, _SAVE_EVERY = 48, 16, 128
-PREDICTIONS, SCORES, PANEL = "predictions.jsonl", "scores.json", "panel.png"
-
+__all__ = ["PANEL", "PREDICTIONS", "SCORES", "add_arguments", "run"]
 
 INTERMIXED = True
 """Overrides may stand between the options."""
+_CARDS, _SAVE_EVERY = 16, 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
         required=True,
         metavar="FILE",
-        help="the benchmark's own file or folder, or a JSON list of records with an answer",
+        help="the benchmark's own file or folder; or held-out records, whatever megavlm prepare reads",
     )
     parser.add_argument(
         "--images",
-        type=Path,
         metavar="DIR",
-        help="directory of the pictures (default: a benchmark's are looked for beside its file)",
+        help="directory of the pictures (default: where the data is)",
     )
     parser.add_argument(
         "--out",
@@ -65,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="longest answer in tokens (default: the benchmark's; 48 for records)",
+        help=f"longest answer in tokens (default: the benchmark's; {RECORD_TOKENS} for records)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="answer the first N questions only")
     parser.add_argument(
@@ -75,22 +61,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"questions shown with pictures; 0 for none (default {_CARDS})",
     )
-    group = parser.add_argument_group("benchmarks only")
-    group.add_argument(
+    parser.add_argument(
         "--annotations", type=Path, metavar="FILE", help="answers, where a benchmark has them in a file of their own"
     )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        metavar="N",
+        help=f"write predictions to disk after every N questions of a replica (default {_SAVE_EVERY})",
+    )
+    group = parser.add_argument_group("records only")
+    group.add_argument("--format", metavar="NAME", help="as of megavlm prepare (default: what the data looks like)")
+    group.add_argument(
+        "--metric",
+        metavar="NAME[,NAME]",
+        help=f"how answers are scored (default: exact): {', '.join(METRICS)}; a record's own 'metric' wins",
+    )
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="how a question is asked: {question}, {pictures} (else they stay in the question), {options}",
+    )
+    group = parser.add_argument_group("benchmarks only")
     group.add_argument(
         "--split", metavar="NAME", help="part of a benchmark's file that holds several (default: its test part)"
     )
     group.add_argument("--chat", action="store_true", help="ask in turns of a conversation, not as plain text")
     group.add_argument(
         "--predict-only", action="store_true", help="write predictions without scores: a test set's answers are secret"
-    )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        metavar="N",
-        help=f"write predictions to disk after every N questions of a replica (default {_SAVE_EVERY})",
     )
 
 
@@ -112,45 +110,10 @@ def run(args: argparse.Namespace) -> int:
         MissingFileError: checkpoint, records or an image are missing.
         UserError: records or overrides are wrong, or a prompt is too long.
     """
-    start = time.perf_counter()
     _check_arguments(args)
     recipe, checkpoint, tokenizer = load_for_inference(args.checkpoint, args.overrides)
-    if args.benchmark is not None:
-        args.save_every = args.save_every or _SAVE_EVERY
-        return run_benchmark(args, recipe, checkpoint, tokenizer)
-    max_new_tokens = args.max_new_tokens or _RECORD_TOKENS
-    records = read_records(args.data, args.images)[: args.limit]
-    prompts = encode_records(records, tokenizer, recipe, max_new_tokens)
-    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
-
-    prepare_device()
-    from megavlm.evaluation.answer import answer  # noqa: PLC0415 - imports Megatron-Core
-
-    try_writing(args.out, "--out")
-    with contextlib.ExitStack() as stack:
-        locks: list[LockView] = []
-
-        def begin() -> None:
-            locks.append(stack.enter_context(holding(args.out, "eval", "--out", TIMEOUT_SECONDS)))
-
-        predictions = answer(recipe, checkpoint, tokenizer, records, prompts, max_new_tokens, begin)
-        if predictions is None:  # not the first rank
-            return 0
-        locks[0].check()
-        result = _scored(records, predictions, checkpoint, start)
-        _write(args, records, predictions, result)
-    logger.info("%s", json.dumps(result))
-    return 0
-
-
-def _scored(
-    records: Sequence[HeldOutRecord], predictions: Sequence[str], checkpoint: Path, start: float
-) -> dict[str, Any]:
-    """Score predictions; ``start`` is when the command began, by :func:`time.perf_counter`."""
-    asked = [{"task": record.task, "answer": record.answer, "choices": record.choices} for record in records]
-    result = {**score(asked, predictions), "records": len(records), "checkpoint": str(checkpoint)}
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    return result
+    args.save_every = args.save_every or _SAVE_EVERY
+    return (run_records if args.benchmark is None else run_benchmark)(args, recipe, checkpoint, tokenizer)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -163,48 +126,18 @@ def _check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    args.data = location(args.data)
+    args.images = None if args.images is None else location(args.images)
     if args.benchmark is not None:
         find_benchmark(args.benchmark)
+        for name in ("format", "metric", "prompt"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is for records; leave it out, or --benchmark")
+        for name in ("data", "images"):
+            if isinstance(getattr(args, name), str):
+                raise UserError(f"--{name}: a benchmark's files are not read from an object store; copy them")
         return
-    for name in ("images", "out"):
-        if getattr(args, name) is None:
-            raise UserError(f"--{name} DIR is needed for records (without --benchmark)")
-    for name in ("annotations", "split", "chat", "predict_only", "save_every"):
+    args.metric = args.metric or "exact"
+    for name in ("split", "chat", "predict_only"):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} is for a benchmark; give --benchmark NAME too")
-
-
-def _write(
-    args: argparse.Namespace, records: Sequence[HeldOutRecord], predictions: Sequence[str], result: dict[str, Any]
-) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"id": record.id, "task": record.task, "answer": record.answer, "prediction": text})
-        for record, text in zip(records, predictions, strict=True)
-    ]
-    (args.out / PREDICTIONS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (args.out / SCORES).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    items = [
-        PanelItem(
-            question=records[i].question[-1].text.replace(IMAGE_PLACEHOLDER, "").strip(),
-            expected=records[i].answer,
-            predicted=predictions[i],
-            images=records[i].images,
-        )
-        for i in spread([record.task for record in records], args.panel_samples)
-    ]
-    if items:
-        draw_panel(items, args.out / PANEL)
-
-
-def spread(tasks: Sequence[str], count: int) -> list[int]:
-    """Return ``count`` indices, all tasks in turn."""
-    by_task: dict[str, list[int]] = {}
-    for i, task in enumerate(tasks):
-        by_task.setdefault(task, []).append(i)
-    chosen: list[int] = []
-    while len(chosen) < min(count, len(tasks)):
-        for members in by_task.values():
-            if members and len(chosen) < count:
-                chosen.append(members.pop(0))
-    return sorted(chosen)

@@ -36,13 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "json",
-        type=location,
         metavar="FILE",
         help="the data set's file (.json, .jsonl, .parquet, .tar), a folder of them, a saved Hugging Face data set, or "
         "the URL of one of these on an object store (s3://, gs://)",
     )
     parser.add_argument(
-        "--images", type=location, metavar="DIR",
+        "--images", metavar="DIR",
         help="directory, or URL, that image paths start from (default: where the file is)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
@@ -84,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: An argument is wrong, ``--out`` is not empty, or no record is usable.
     """
     options = Preparation(
-        args.json,
-        args.images,
+        location(args.json),
+        None if args.images is None else location(args.images),
         args.format,
         args.annotations,
         args.image_info,
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         finish(summary)
         if args.by_task:
             (partial / DATA_FILE).write_text(_data_yaml(summary.sets, args.out.absolute()), encoding="utf-8")
-    tell(summary, args.json, args.out)
+    tell(summary, options.data, args.out)
     if args.by_task:
         logger.info("%d tasks; train on them with --overrides %s", len(summary.sets), args.out / DATA_FILE)
     return 0

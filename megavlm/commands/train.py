@@ -19,7 +19,6 @@ from megavlm.config.errors import MachineError, OtherRankError, RecipeError, Usa
 from megavlm.config.help import keys_help, to_yaml
 from megavlm.config.load import load_recipe, recipes_of_any_model, shipped_recipes
 from megavlm.config.schema import Recipe
-from megavlm.data.cache import located
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
@@ -85,10 +84,12 @@ def train(recipe: Recipe) -> int:
     """
     check_loggers(recipe.logging)
     tokenizer = tokenizer_of(recipe)
-    for source in (*recipe.data.train, *recipe.data.validation):
-        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     try_writing(recipe.output_dir)
     check_output(recipe)
+    from megavlm.data.cache import located  # noqa: PLC0415 - imports numpy
+
+    for source in (*recipe.data.train, *recipe.data.validation):
+        located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
@@ -97,6 +98,7 @@ def train(recipe: Recipe) -> int:
     from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
     from megavlm.parallel.state import process_groups  # noqa: PLC0415
+    from megavlm.training.epochs import with_steps  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
 
@@ -111,7 +113,7 @@ def train(recipe: Recipe) -> int:
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        trainer = Trainer(recipe, tokenizer, lock)
+        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock)
         # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
         leaving.enter_context(trainer.stop.listening())
         leaving.callback(trainer.exporter.end)

@@ -41,8 +41,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         RecipeError: with a line for each broken rule: key, rule, remedy.
     """
     rules = (
-        _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _intervals, _recorded, _exports,
-        _loss, engine_rules, lora_rules, *_MORE,
+        _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
+        engine_rules, lora_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -241,7 +241,10 @@ def _modules(recipe: Recipe) -> Iterator[str]:
 
 
 def _optimizer(recipe: Recipe) -> Iterator[str]:
-    optimizer, steps = recipe.optimizer, recipe.training.train_steps
+    optimizer, steps, epochs = recipe.optimizer, recipe.training.train_steps, recipe.training.epochs
+    if (steps is None) == (epochs is None):
+        both = "and training.epochs are both set; set one to null" if steps else "missing; set it, or training.epochs"
+        yield f"training.train_steps: {both}"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr ({optimizer.lr:g}); lower it"
     decay = optimizer.wsd_decay_steps
@@ -251,6 +254,8 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
         yield f"optimizer.wsd_decay_steps: the {optimizer.schedule} schedule has none; set it to null"
         decay = None
     warmup = optimizer.warmup_steps
+    if steps is None:  # checked again when they are counted
+        return
     # Megatron's scheduler asserts that something is left after the warm-up.
     if warmup >= steps:
         yield f"optimizer.warmup_steps: {warmup} must be below training.train_steps ({steps}); lower it"
@@ -261,15 +266,13 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _intervals(recipe: Recipe) -> Iterator[str]:
-    if recipe.data.validation:
-        return
-    for key, value in (
-        ("logging.panel_interval", recipe.logging.panel_interval),
-        ("training.validation_interval", recipe.training.validation_interval),
-    ):
-        if value is not None:
-            yield f"{key}: needs held-out data; add data.validation, or set this to null"
+def idle_intervals(recipe: Recipe) -> list[str]:
+    """Return the keys that have no effect as ``data.validation`` is empty."""
+    given = {
+        "logging.panel_interval": recipe.logging.panel_interval,
+        "training.validation_interval": recipe.training.validation_interval,
+    }
+    return [] if recipe.data.validation else [key for key, value in given.items() if value is not None]
 
 
 def _exports(recipe: Recipe) -> Iterator[str]:
@@ -293,7 +296,7 @@ def _recorded(recipe: Recipe) -> Iterator[str]:
     logging, steps = recipe.logging, recipe.training.train_steps
     for name in ("profile_steps", "memory_snapshot_steps"):
         chosen = getattr(logging, name)
-        if chosen is not None and not 1 <= chosen[0] <= chosen[1] <= steps:
+        if chosen is not None and not 1 <= chosen[0] <= chosen[1] <= (steps or chosen[1]):
             yield (
                 f"logging.{name}: {list(chosen)} is no first and last step of 1 to training.train_steps ({steps});"
                 " name two of them, the lower one first"

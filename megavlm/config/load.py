@@ -22,7 +22,15 @@ from megavlm.config.keys import all_keys, find_key
 from megavlm.config.saved import is_saved, with_defaults
 from megavlm.config.schema import Recipe
 
-__all__ = ["SHIPPED", "RecipeError", "load_recipe", "read_recipe", "recipes_of_any_model", "shipped_recipes"]
+__all__ = [
+    "SHIPPED",
+    "RecipeError",
+    "load_recipe",
+    "read_recipe",
+    "recipe_of",
+    "recipes_of_any_model",
+    "shipped_recipes",
+]
 
 SHIPPED = Path(__file__).parent / "recipes"
 """Directory of the recipes that come with megavlm."""
@@ -69,6 +77,15 @@ def load_recipe(
         _merge(tree, _read(Path(file)))
     for override in overrides:
         _override(tree, override)
+    return recipe_of(tree, expand)
+
+
+def recipe_of(tree: Tree, expand: Callable[[Tree], Tree]) -> Recipe:
+    """Return the recipe of a raw tree: the presets filled in, the types checked.
+
+    Raises:
+        RecipeError: a value is wrong.
+    """
     try:
         expanded = expand(tree)
     except UserError as error:

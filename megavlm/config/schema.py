@@ -371,8 +371,11 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop."""
 
-    train_steps: int = Field(gt=0)
-    """Optimizer steps of the whole run."""
+    train_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps of the whole run; null with epochs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Instead of train_steps: passes over data.train, as steps of what its samples fill when they are packed. Of
+    several data sets the one counts that takes longest by its size and weight; the others are passed more often."""
     global_batch_size: int = Field(gt=0, le=1_000_000_000)
     """Packs per step over all data-parallel ranks; divisible by the data-parallel size."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -390,6 +393,12 @@ class TrainingConfig:
     """Steps between validations; null for none."""
     validation_packs: int = Field(default=16, gt=0)
     """Packs per validation data set, over all data-parallel ranks."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, of a run whose epochs were counted."""
+        assert self.train_steps is not None
+        return self.train_steps
 
 
 @config_class

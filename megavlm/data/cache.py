@@ -108,7 +108,9 @@ def _prepared(path: str, images: str | None, data_format: str | None, cache: Pat
         if key is None:
             key = _waiting(path, lambda: _keyed(memo, files, options, cache))
         out = cache / key
-        if not out.exists():
+        if out.exists():
+            logger.info("%s: prepared before, in %s", path, out)
+        else:
             _waiting(path, lambda: _write(options, out, key))
     except OSError as error:
         problem = None if isinstance(error, UserError) else disk_problem(error, cache)

@@ -20,8 +20,8 @@ from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.data.fetch import FetchError, fetch
-from megavlm.data.formats import Broken, BrokenError, Record, Source, choose
-from megavlm.data.formats.base import relative
+from megavlm.data.formats import Broken, BrokenError, Format, Record, Source, choose
+from megavlm.data.formats.pictures import settled
 from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
 from megavlm.data.machine import is_file, is_machine_fault
 from megavlm.data.schema import UnsafePathError, parse_conversation
@@ -112,9 +112,13 @@ class Summary:
         return ", ".join(f"{number} {cause}" for cause, number in self.causes.most_common())
 
 
-def location(text: str) -> Path | str:
-    """Return the path that a user gave, or the URL of an object store as it is."""
-    return text if is_url(text) else Path(text)
+def location(text: str | Path) -> Path | str:
+    """Return the path that a user gave, or the URL of an object store as it is.
+
+    Raises:
+        UserError: It is a URL that is not read.
+    """
+    return text if isinstance(text, str) and is_url(text) else Path(text)
 
 
 def check_there(options: Preparation) -> None:
@@ -146,8 +150,8 @@ def write_samples(options: Preparation, directory: Path) -> Summary:
     """
     fetched = directory / _FETCHED
     try:
-        source = _source(options, fetched)
-        records = _records(options, source)
+        source = open_source(options, fetched)
+        records = choose_format(options, source).load().read(source)
         summary = _write_shards(records, source, directory, options)
     finally:
         shutil.rmtree(fetched, ignore_errors=True)
@@ -181,8 +185,17 @@ def tell(summary: Summary, what: Path | str, out: Path) -> None:
         logger.warning("keys of the records that are not used: %s", counts)
 
 
-def _source(options: Preparation, fetched: Path) -> Source:
-    """Open the data; what lies on an object store is fetched first, its pictures when they are asked for."""
+def open_source(options: Preparation, fetched: Path) -> Source:
+    """Open the data; what lies on an object store is fetched first, its pictures when they are asked for.
+
+    Args:
+        options: What it is.
+        fetched: Directory for what is fetched; it need not exist.
+
+    Raises:
+        MissingFileError: There is nothing at the URL.
+        UserError, MachineError: The object store refuses, or is not reached.
+    """
     path, folder = options.data, options.folder
     if isinstance(path, str):
         logger.info("%s: fetching", path)
@@ -193,15 +206,19 @@ def _source(options: Preparation, fetched: Path) -> Source:
     return Source(path, folder, **extra)
 
 
-def _records(options: Preparation, source: Source) -> Iterator[Record | Broken]:
-    """What the input holds, in the format that was named or that it looks like."""
+def choose_format(options: Preparation, source: Source) -> Format:
+    """Return the format that was named, or that the data looks like.
+
+    Raises:
+        UserError: There is none, or an option has no meaning for it.
+    """
     chosen = choose(source, options.format)
     for name in ("annotations", "image_info", "per_sample"):
         if getattr(options, name) is not None and name not in chosen.options:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} has no meaning for the format {chosen.name}; leave it out")
     logger.info("%s: reading %s", options.data, chosen.summary)
-    return chosen.load().read(source)
+    return chosen
 
 
 def _write_shards(records: Iterator[Record | Broken], source: Source, directory: Path, options: Preparation) -> Summary:
@@ -221,7 +238,7 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
             members: list[tuple[str, bytes]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(relative(record, bases), source, options))
+                    members = list(_sample_members(settled(record, bases, source.pictures), source, options))
                 except (UserError, OSError) as error:
                     if is_machine_fault(error):
                         raise

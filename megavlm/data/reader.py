@@ -98,7 +98,7 @@ class PackReader:
         self._encoder = PackEncoder(data, names, tokenizer, plan, positions)
         self._template = tokenizer.template.fingerprint
         self._images = _images_of(plan)
-        self._data_hash = _hash_data(self.sources, data, tokenizer, plan)
+        self._data_hash = hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
         self._restorer: SavableDataLoader | None = None
         self._packs: Iterator[Any] | None = None
@@ -254,7 +254,7 @@ def _images_of(plan: ImagePlan) -> str:
     return text if len(text) <= 160 else f"{text[:150]}.. {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
 
-def _hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:
+def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokenizer, plan: ImagePlan) -> str:
     """Digest of everything that decides which packs come in which order; directories may move."""
     parts: list[Any] = [
         data.sequence_length,

@@ -47,9 +47,9 @@ class Store:
 
     @property
     def folder(self) -> str:
-        """URL of where this lies, for an object with a suffix; else its own."""
-        name = self.url.rpartition("/")[2]
-        return self.url.rpartition("/")[0] if PurePosixPath(name).suffix else self.url
+        """URL of where this lies, for what is called as a data file is; else its own."""
+        parent, _, name = self.url.rpartition("/")
+        return parent if is_data(name) else self.url
 
     def listing(self) -> list[tuple[str, int, str]]:
         """Return path from here, size and version of each object, by path; of an object itself, its name.
@@ -61,7 +61,7 @@ class Store:
         try:
             client = self._opened()
             found = [] if self._is_prefix(client) else [client.info(self._path, strict=False)]
-            found = found or list(client.list_recursive(path=self._path + "/"))
+            found = found or list(client.list_recursive(path=self._at("")))
         except Exception as error:
             raise self._told(error) from error
         base = self._path if len(found) != 1 or found[0].key != self._path else str(PurePosixPath(self._path).parent)
@@ -91,7 +91,7 @@ class Store:
             file = directory / name
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._opened().download_file(self._path if one else f"{self._path}/{name}", str(file))
+                self._opened().download_file(self._path if one else self._at(name), str(file))
             except Exception as error:
                 raise self._told(error) from error
         directory.mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ class Store:
         """
         try:
             client = self._opened()
-            return bool(client.is_file(f"{self._path}/{path}"))
+            return bool(client.is_file(self._at(path)))
         except FileNotFoundError:
             return False
         except Exception as error:
@@ -120,7 +120,7 @@ class Store:
         """
         try:
             client = self._opened()
-            data = bytes(client.read(f"{self._path}/{path}"))
+            data = bytes(client.read(self._at(path)))
         except FileNotFoundError:
             raise BrokenError("image missing", f"no picture {path!r} in {self.url}") from None
         except Exception as error:
@@ -136,6 +136,10 @@ class Store:
             self._client, path = multistorageclient.resolve_storage_client(self.url)
             self._path = path.strip("/")
         return self._client
+
+    def _at(self, name: str) -> str:
+        """Return the path of an object below this place, which may be the bucket itself."""
+        return f"{self._path}/{name}" if self._path else name
 
     def _is_prefix(self, client: Any) -> bool:
         return not self._path or not client.is_file(self._path)

@@ -1,27 +1,41 @@
-"""Held-out records: read, checked and turned into prompts."""
+"""Held-out records of one's own, in any format that ``megavlm prepare`` reads: read, checked, turned into questions."""
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.errors import MissingFileError, RecipeError, UserError
+import numpy as np
+
+from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
+from megavlm.data.formats.keys import has_roles
+from megavlm.data.formats.pictures import settled
 from megavlm.data.formats.qwen_vl import conversation
-from megavlm.data.images import ImageError, image_grids, image_runs
-from megavlm.data.machine import is_file
-from megavlm.data.media import plan_of
+from megavlm.data.images import MAX_BYTES, image_grids, image_runs
+from megavlm.data.media import TokenGrid, plan_of
+from megavlm.data.preparing import Preparation, check_there, choose_format, open_source
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
+from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.inference.prompt import Prompt
+from megavlm.evaluation.benchmarks.questions import Question
+from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, StoredPicture, picture_bytes
 
 logger = logging.getLogger(__name__)
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_FIELDS = ("pictures", "question", "options")
+_CAPTIONS = "coco-captions"
+"""The format with a record for each caption: those of a picture are references of one question."""
 
 
 @dataclass(frozen=True)
@@ -29,72 +43,138 @@ class HeldOutRecord:
     """A record to be answered: its first question."""
 
     id: str
+    """Unique in its file."""
     task: str
     """What scores are grouped by; "all" where the record has none."""
     question: tuple[Turn, ...]
     """The turns up to the answer."""
-    answer: str
-    """The record's ``answer``, or its first assistant turn."""
+    answers: tuple[str, ...]
+    """The record's ``answers`` or ``answer``, or its first assistant turn."""
     choices: Sequence[str]
     """The answers of a closed question; empty for an open one."""
-    images: Sequence[Path]
-    """The files that the question shows."""
+    images: Sequence[Picture]
+    """The pictures that the question shows."""
+    metric: str | None = None
+    """The record's ``metric``, which wins over the command's."""
+
+    @property
+    def answer(self) -> str:
+        """The first of the right answers."""
+        return self.answers[0]
 
     def files(self) -> list[bytes]:
-        """Read these files."""
-        return [path.read_bytes() for path in self.images]
+        """Read the pictures."""
+        return [picture_bytes(one) for one in self.images]
 
 
-def read_records(path: Path, images: Path) -> list[HeldOutRecord]:
-    """Return the records of a JSON file.
+def read_records(
+    data: Path | str, images: Path | str | None = None, form: str | None = None, annotations: Path | None = None
+) -> list[HeldOutRecord]:
+    """Return the records of what ``megavlm prepare`` would read.
 
     Args:
-        path: JSON list, or JSON lines, of conversation records, each in Qwen-VL's form or in LLaVA's.
-        images: directory of the images, which must all be there.
+        data: file, directory or URL. Conversations may be in Qwen-VL's form and in LLaVA's within one file.
+        images: directory, or URL, of the pictures, which must all be there; None for where the data is.
+        form: name of the format; None for what it looks like.
+        annotations: of the format ``vqa``: the answers, where they are in a file of their own.
 
     Raises:
-        MissingFileError: the file or an image is missing.
+        MissingFileError: the data or a picture is missing.
         UserError: a record is wrong; the message has its index.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist")
-    ignored: Counter[str] = Counter()
-    checked = []
-    for index, entry in enumerate(_rows(path)):
+    options = Preparation(data, images, form, annotations=annotations)
+    check_there(options)
+    found: list[HeldOutRecord] = []
+    with tempfile.TemporaryDirectory(prefix="megavlm-eval-") as fetched:
+        source = open_source(options, Path(fetched) / "source")
+        chosen = _format(options, source)
+        folder = options.folder
+        bases = [folder] if isinstance(folder, str) else [str(folder.absolute()), str(folder.resolve())]
+        entries = _conversations(source) if chosen is None else chosen.load().read(source)
+        for index, entry in enumerate(entries):
+            try:
+                if isinstance(entry, Broken):
+                    raise UserError(entry.reason)
+                found.append(_record(settled(entry, bases, source.pictures), str(index), source))
+            except MissingFileError as error:
+                raise MissingFileError(f"{data}: record {index}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{data}: record {index}: {error}") from None
+    if source.ignored:
+        counts = ", ".join(f"{key} ({number} records)" for key, number in source.ignored.most_common())
+        logger.warning("%s: keys of the records that are not used: %s", data, counts)
+    if chosen is not None and chosen.name == _CAPTIONS:
+        found = _merged(found)
+    return _unique(found)
+
+
+def _format(options: Preparation, source: Source) -> Any:
+    """Return the format; None for conversations, each of which says by itself in whose form it is."""
+    plain = options.format is None and not source.is_folder and source.is_list
+    if plain and any(isinstance(one.get("conversations"), list) and not has_roles(one) for one in source.head):
+        return None
+    if plain and not source.head:
+        return None
+    return choose_format(options, source)
+
+
+def _conversations(source: Source) -> Iterator[Any]:
+    for entry in source.rows():
         try:
-            if isinstance(entry, Broken):
-                raise UserError(entry.reason)
-            record = conversation(entry, ignored)
-            parsed = parse_conversation(record)
-            question, answer = _first_exchange(parsed)
-            answer, choices = _scored(record, answer)
+            yield entry if isinstance(entry, Broken) else conversation(entry, source.ignored)
         except UserError as error:
-            raise UserError(f"{path}: record {index}: {error}") from None
-        shown = parsed.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
-        for name in shown:
-            if not is_file(images / name):
-                raise MissingFileError(f"{path}: record {index}: no image {name!r} in {images}")
-        checked.append(
-            HeldOutRecord(
-                id=parsed.id or str(index),
-                task=parsed.task or "all",
-                question=question,
-                answer=answer,
-                choices=choices,
-                images=[images / name for name in shown],
-            )
-        )
-    if ignored:
-        counts = ", ".join(f"{key} ({number} records)" for key, number in ignored.most_common())
-        logger.warning("%s: keys of the records that are not used: %s", path, counts)
-    return checked
+            yield Broken(None, "bad record", str(error))
 
 
-def _rows(path: Path) -> Iterator[Any]:
-    source = Source(path, path.parent)
-    if not source.is_list:
-        raise UserError(f"{path} must hold a list of records that is not empty")
-    return source.rows()
+def _record(record: Any, index: str, source: Source) -> HeldOutRecord:
+    parsed = parse_conversation(record)
+    question, answer = _first_exchange(parsed)
+    answers, choices = _scored(record, answer)
+    shown = parsed.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
+    metric = record.get("metric")
+    return HeldOutRecord(
+        id=parsed.id or index,
+        task=parsed.task or "all",
+        question=question,
+        answers=answers,
+        choices=choices,
+        images=[_picture(name, source) for name in shown],
+        metric=None if metric is None else _text(metric, "metric"),
+    )
+
+
+def _picture(name: str, source: Source) -> Picture:
+    """Return a picture: its path, its bytes where it came with the record, or how it is fetched.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    if name in source.pictures:
+        return source.pictures[name]
+    if not source.has_image(name):
+        raise MissingFileError(f"no image {name!r} in {source.where}")
+    if source.store is None:
+        return source.images / name
+    return StoredPicture(f"{source.where}/{name}", functools.partial(source.store.read, name, MAX_BYTES))
+
+
+def _merged(records: Sequence[HeldOutRecord]) -> list[HeldOutRecord]:
+    """Return records with the same pictures and question as one, with the answers of all."""
+    found: dict[Any, HeldOutRecord] = {}
+    for one in records:
+        key = (tuple(map(str, one.images)), one.question)
+        before = found.get(key)
+        found[key] = one if before is None else replace(before, answers=(*before.answers, *one.answers))
+    return list(found.values())
+
+
+def _unique(records: Sequence[HeldOutRecord]) -> list[HeldOutRecord]:
+    """Return the records with identifiers by which predictions are told from each other."""
+    counts = Counter(record.id for record in records)
+    return [
+        record if counts[record.id] == 1 else replace(record, id=f"{record.id}#{index}")
+        for index, record in enumerate(records)
+    ]
 
 
 def _text(value: Any, key: str) -> str:
@@ -105,12 +185,20 @@ def _text(value: Any, key: str) -> str:
     return str(value)
 
 
-def _scored(record: Any, answer: str) -> tuple[str, list[str]]:
-    """The right answer, and the options of a closed question."""
-    given, choices = record.get("answer"), record.get("choices") or []
+def _scored(record: Any, answer: str) -> tuple[tuple[str, ...], list[str]]:
+    """The right answers, and the options of a closed question."""
+    given, several, choices = record.get("answer"), record.get("answers"), record.get("choices") or []
     if not isinstance(choices, list):
         raise UserError(f"'choices' must be a list, not {type(choices).__name__}")
-    return answer if given is None else _text(given, "answer"), [_text(one, "choices") for one in choices]
+    if several is not None and (not isinstance(several, list) or not several):
+        raise UserError("'answers' must be a list that is not empty")
+    if several is not None and given is not None:
+        raise UserError("the record has 'answer' and 'answers'; keep one")
+    if several is not None:
+        answers = tuple(_text(one, "answers") for one in several)
+    else:
+        answers = (answer if given is None else _text(given, "answer"),)
+    return answers, [_text(one, "choices") for one in choices]
 
 
 def _first_exchange(conversation: Conversation) -> tuple[tuple[Turn, ...], str]:
@@ -120,27 +208,69 @@ def _first_exchange(conversation: Conversation) -> tuple[tuple[Turn, ...], str]:
     return turns[:first], turns[first].text
 
 
-def encode_records(
-    records: Sequence[HeldOutRecord], tokenizer: Tokenizer, recipe: Recipe, max_new_tokens: int
-) -> list[Prompt]:
-    """Return the prompt of each record, without pixels.
+def check_prompt(template: str) -> None:
+    """Check a template of ``--prompt``.
 
     Raises:
-        RecipeError: a prompt with its longest answer is longer than a pack.
+        UserError: it names an unknown field, or no question.
     """
-    prompts, plan = [], plan_of(recipe.model)
+    names = _FIELD.findall(template)
+    strange = [name for name in names if name not in _FIELDS]
+    if strange:
+        raise UserError(
+            f"--prompt: no field {{{strange[0]}}}; there are {', '.join(f'{{{name}}}' for name in _FIELDS)}"
+        )
+    if "question" not in names:
+        raise UserError("--prompt: {question} is missing")
+
+
+def asked(record: HeldOutRecord, template: str | None) -> tuple[Turn, ...]:
+    """Return the turns of a record as they are asked: the last one written by ``template``.
+
+    ``{question}`` is its text, ``{options}`` its choices with letters, a line each, and ``{pictures}`` its pictures,
+    which else stay where they are in the question.
+
+    Raises:
+        UserError: the template shows options, and the record has none.
+    """
+    if template is None:
+        return record.question
+    last = record.question[-1]
+    text, pictures = last.text, ""
+    if "{pictures}" in template:
+        pictures = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
+        text = _PICTURE.sub("", text).strip()
+    if "{options}" in template and not record.choices:
+        raise UserError(f"--prompt: record {record.id} has no 'choices' for {{options}}; leave the field out")
+    options = "\n".join(f"{letter}. {one}" for letter, one in zip(LETTERS, record.choices, strict=False))
+    values = {"pictures": pictures, "question": text, "options": options}
+    return (*record.question[:-1], replace(last, text=_FIELD.sub(lambda found: values[found[1]], template)))
+
+
+_PICTURE = re.compile(rf"(?:Picture \d+: ?)?{re.escape(IMAGE_PLACEHOLDER)}\n?")
+
+
+def make_questions(
+    records: Sequence[HeldOutRecord], tokenizer: Tokenizer, recipe: Recipe, template: str | None
+) -> list[Question]:
+    """Return the question of each record; one whose text or picture cannot be asked has its ``problem``.
+
+    Raises:
+        UserError: the prompt's template, or the model's, has no form for a record.
+    """
+    plan, found = plan_of(recipe.model), []
     for record in records:
+        turns = asked(record, template)
+        text = turns[-1].text
+        item = Item(record.id, text, tuple(record.images), record.answers, kind=record.task)
+        grids: tuple[TokenGrid, ...] = ()
         try:
             runs = image_runs(plan, len(record.images), record.files)
             grids = image_grids(recipe.model, len(record.images), record.files)
-        except ImageError as error:
-            raise UserError(f"record {record.id}: {error}") from None
-        tokens = encode_prompt(record.question, tokenizer, runs, recipe.data.system_message)
-        needed = len(tokens) + max_new_tokens
-        if needed > recipe.data.sequence_length:
-            raise RecipeError(
-                f"data.sequence_length: record {record.id} with its answer takes {needed} positions, a pack has "
-                f"{recipe.data.sequence_length}; raise it (data.sequence_length=...), or lower --max-new-tokens"
-            )
-        prompts.append(Prompt(tokens, grids=grids))
-    return prompts
+            tokens, problem = encode_prompt(turns, tokenizer, runs, recipe.data.system_message), ""
+        except TemplateError:
+            raise
+        except UserError as error:
+            tokens, problem = np.zeros(0, np.int64), str(error)
+        found.append(Question(item, text, tokens, (), problem, grids))
+    return found

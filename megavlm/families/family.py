@@ -62,6 +62,8 @@ class Family(ABC):
     (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""
     wraps_pictures: ClassVar[tuple[str, str] | None] = None
     """What its processor of Transformers writes around the slots of a picture by itself."""
+    own_norms: ClassVar[bool] = False
+    """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     read_as: ClassVar[str | None] = None
@@ -112,11 +114,15 @@ class Family(ABC):
             if part in self.parts and there not in known:
                 preset = getattr(model, part).preset
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
-        return self._rotary_refused(model) or self.refuses(model) or self._newline_refused(model)
+        return self._language_refused(model) or self.refuses(model) or self._newline_refused(model)
 
-    def _rotary_refused(self, model: ModelConfig) -> str | None:
-        """Return why the language model's positions are not the family's, or None."""
-        if self.own_rotary or "language" not in self.parts or model.language.fused_rotary:
+    def _language_refused(self, model: ModelConfig) -> str | None:
+        """Return why the language model's norms or positions are not the family's, or None."""
+        if "language" not in self.parts:
+            return None
+        if getattr(model.language, "post_layernorms", False) and not self.own_norms:
+            return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
+        if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
 

@@ -34,6 +34,7 @@ _OURS = (
     "megavlm.families.phi:PhiFamily",
     "megavlm.families.phi:Phi3Family",
     "megavlm.families.gemma:GemmaFamily",
+    "megavlm.families.gemma3:Gemma3TextFamily",
     "megavlm.families.stablelm:StableLMFamily",
     "megavlm.families.internlm2:InternLM2Family",
     "megavlm.families.minicpm:MiniCPMFamily",

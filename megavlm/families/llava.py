@@ -61,7 +61,7 @@ class LlavaFamily(Family):
 
     modules = "modules5"
     preprocesses = True
-    own_rotary = True
+    own_rotary = own_norms = True
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``, which LLaVA's own code has as well, without ``text_config``."""

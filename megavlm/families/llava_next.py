@@ -52,7 +52,7 @@ class LlavaNextFamily(LlavaFamily):
     name = "llava_next"
     title = "LLaVA-1.6, LLaVA-NeXT (LlavaNextForConditionalGeneration)"
     styles: ClassVar = _with_newline(LlavaFamily.styles)
-    own_rotary = False
+    own_rotary = own_norms = False
     plan: ClassVar[str] = "anyres"
     """Of its pictures."""
     default_strategy: ClassVar[str] = "default"

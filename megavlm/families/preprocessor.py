@@ -212,7 +212,12 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
     for key in _SWITCHES:
         if not isinstance(found.get(key, False), bool):
             raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
+    # Of pictures that keep sizes of their own, these are numbers of pixels.
+    areas = str(tree.get("image_processor_type", "")).startswith("Qwen2VL") or "merge_size" in tree
     for key in ("size", "crop_size"):
+        edges = isinstance(tree.get(key), Mapping) and set(tree[key]) <= {"shortest_edge", "longest_edge"}
+        if areas and edges and key == "size":
+            continue
         if tree.get(key) is not None:
             native = str(tree.get("image_processor_type", "")).startswith("Qwen2")
             found[key] = _sides(tree[key], key, where, native=native)

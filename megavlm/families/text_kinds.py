@@ -24,7 +24,9 @@ PLAIN: dict[str, Any] = {
     "add_qkv_bias": False, "qk_layernorm": False, "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False,
     "add_bias_linear": False, "lm_head_bias": False, "gated_linear_unit": True, "activation": "silu",
     "use_parallel_residual": False, "rotary_percent": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
-    "logits_scaling": 1.0, "sliding_window": None, "rotary_interleaved": False, "rotary_sections": (),
+    "logits_scaling": 1.0, "sliding_window": None, "sliding_window_pattern": None,
+    "rope_local_base_freq": None, "post_layernorms": False, "query_pre_attn_scalar": None,
+    "rotary_interleaved": False, "rotary_sections": (),
 }  # fmt: skip
 """What Llama has, of the keys by which language models differ other than in size."""
 
@@ -182,7 +184,7 @@ class TextFamily(Family):
 
     parts = ("language",)
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("decoder",)}
-    own_rotary = True
+    own_rotary = own_norms = True
     kind: ClassVar[TextKind]
 
     def detect(self, source: Source) -> bool:

@@ -45,25 +45,30 @@ class CacheWindow:
     """[T] fp32 factor on the queries (logn attention), or None for 1."""
     interleaved: bool = False
     """Whether neighbouring channels are a pair, instead of those half a head apart."""
-    _angles: tuple[Tensor, Tensor] | None = None
+    _angles: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: dict[int | None, tuple[Any, Any, slice, Tensor | None]] = field(default_factory=dict)
 
-    def rotate(self, query_TND: Tensor, key_TGD: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate(self, query_TND: Tensor, key_TGD: Tensor, part: int | None = None) -> tuple[Tensor, Tensor]:
         """Turn queries and keys by the rotary angles, as Megatron-Core's unfused ``apply_rotary_pos_emb`` does.
 
         Cosine and sine are taken once for all layers.
+
+        Args:
+            query_TND: queries.
+            key_TGD: keys.
+            part: which of two tables ``freqs`` has side by side; None where it is one.
         """
-        width = self.freqs.size(-1)
-        half = width // 2
-        if self._angles is None:
-            freqs_T1D = self.freqs[:, 0]
-            sin = freqs_T1D.sin()
+        if part not in self._angles:
+            freqs_T1D = self.freqs[:, 0] if part is None else self.freqs[:, 0].chunk(2, dim=-1)[part]
+            sin, half = freqs_T1D.sin(), freqs_T1D.size(-1) // 2
             if self.interleaved:
                 signed = torch.stack((-sin[..., ::2], sin[..., 1::2]), dim=-1).flatten(-2)
             else:
                 signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-            self._angles = freqs_T1D.cos().to(query_TND.dtype), signed.to(query_TND.dtype)
-        cos, sin = self._angles
+            self._angles[part] = freqs_T1D.cos().to(query_TND.dtype), signed.to(query_TND.dtype)
+        cos, sin = self._angles[part]
+        width = cos.size(-1)
+        half = width // 2
         whole = torch.cat((query_TND, key_TGD), dim=1)
         both = whole[..., :width]  # of some models only a part of a head is turned
         other = both.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if self.interleaved else both.roll(half, dims=-1)
@@ -139,12 +144,16 @@ class CachedAttention(nn.Module):
         cache: where to keep them.
         scale: of the softmax; None for 1 / sqrt(D).
         window: positions that are attended to, its own among them; None for all.
+        rotary_part: which of two rotary tables turns queries and keys; None where there is one.
     """
 
-    def __init__(self, core: Any, cache: KeyValueCache, scale: float | None, window: int | None = None) -> None:
+    def __init__(
+        self, core: Any, cache: KeyValueCache, scale: float | None, window: int | None = None,
+        rotary_part: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._core = [core]  # not a submodule: its parameters and states stay the layer's
-        self.cache, self.scale, self.window = cache, scale, window
+        self.cache, self.scale, self.window, self.rotary_part = cache, scale, window, rotary_part
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
         """Attend; ``query`` is [T, N, D], ``key`` and ``value`` are [T, G, D].
@@ -154,7 +163,7 @@ class CachedAttention(nn.Module):
         """
         turn = self.cache.turn
         assert turn is not None
-        query, key = turn.rotate(query, key)
+        query, key = turn.rotate(query, key, self.rotary_part)
         keys_RGLD, values_RGLD = self.cache.layer(id(self), key)
         if turn.query_scale is not None:
             query = query * turn.query_scale.to(query.dtype)[:, None, None]
@@ -213,7 +222,8 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     try:
         for attention, core in zip(attentions, cores, strict=True):
             scale, window = getattr(core, "softmax_scale", None), getattr(attention, "sliding_window", None)
-            attention.core_attention = CachedAttention(core, cache, scale, window)
+            part = getattr(attention, "rotary_part", None)
+            attention.core_attention = CachedAttention(core, cache, scale, window, part)
         # No angles for queries and none for keys: the layers leave them as they are.
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(CacheWindow, cache.turn).ends):

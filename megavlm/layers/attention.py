@@ -203,11 +203,21 @@ class CompactSelfAttention(SelfAttention):
 
     Args of its own:
         sliding_window: what its core attention was told, for who stands in for that; None for no window.
+        rotary_part: which of the two tables it turns heads by that :class:`megavlm.layers.rotary.TwoRotaries` gives;
+            None where there is one.
     """
 
-    def __init__(self, *args: Any, sliding_window: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sliding_window: int | None = None, rotary_part: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.sliding_window = sliding_window
+        self.sliding_window, self.rotary_part = sliding_window, rotary_part
+
+    def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """Attend; arguments as of Megatron-Core's."""
+        if self.rotary_part is not None and isinstance(rotary_pos_emb, Tensor):
+            rotary_pos_emb = rotary_pos_emb.chunk(2, dim=-1)[self.rotary_part]
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Return queries, keys and values [S, B, heads of this rank, D]."""

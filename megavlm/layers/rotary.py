@@ -80,6 +80,41 @@ class PackRotary(RotaryEmbedding):
         return torch.cat((freqs_SF, freqs_SF), dim=-1)[:, None, None, :]
 
 
+class TwoRotaries(PackRotary):
+    """Two tables side by side, [S, 1, 1, 2 D]: the model's own, and one of another base that is not stretched.
+
+    The layers of Gemma 3 (arXiv 2503.19786, section 2) with a window turn heads by the second; each takes its part
+    (:class:`megavlm.layers.attention.CompactSelfAttention`).
+    """
+
+    local_inv_freq: Tensor
+
+    @classmethod
+    def begin(cls, rotary: RotaryEmbedding, base: int) -> None:
+        """Turn ``rotary`` into one of these, whose second table has this base."""
+        cls.take_over(rotary)
+        width = 2 * rotary.inv_freq.numel()
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=rotary.inv_freq.device) / width
+        cast(TwoRotaries, rotary).local_inv_freq = 1.0 / (base**exponents)
+
+    def forward(self, positions: Tensor | int, *args: Any, **kwargs: Any) -> Tensor:
+        """Return both tables' angles of ``positions`` [S], or of so many from 0."""
+        own = super().forward(positions, *args, **kwargs)
+        # For a length Megatron-Core asks get_emb, which has both.
+        return self._with_local(own, positions) if isinstance(positions, Tensor) else own
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """Return both tables' angles of positions from ``offset``."""
+        own = super().get_emb(max_seq_len, offset)
+        return self._with_local(own, torch.arange(max_seq_len, device=own.device) + offset)
+
+    def _with_local(self, own_S11D: Tensor, positions_S: Tensor) -> Tensor:
+        if self.local_inv_freq.device != positions_S.device:
+            self.local_inv_freq = self.local_inv_freq.to(positions_S.device)
+        freqs_SF = torch.outer(positions_S.to(self.local_inv_freq.dtype), self.local_inv_freq)
+        return torch.cat((own_S11D, torch.cat((freqs_SF, freqs_SF), dim=-1)[:, None, None, :]), dim=-1)
+
+
 def pair_axes(sections: Sequence[int], *, interleaved: bool) -> list[int] | None:
     """Return by which number of a position (0 time, 1 row, 2 column) each pair of channels is turned.
 

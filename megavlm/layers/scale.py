@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.jit import jit_fuser
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 Sum = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -71,3 +73,30 @@ class ResidualMultiplier(torch.nn.Module):
             return torch.add(residual, x, alpha=self.multiplier)
         result: Tensor = _multiplied_sum(x, bias, residual, self.multiplier)
         return result
+
+
+class NormedSum(torch.nn.Module):
+    """Stands where :class:`LayerScale` may stand: a branch is normalised before it is added (Gemma 3, GLM-4).
+
+    Args:
+        norm: kind of the norm.
+        config: of the layer.
+        multiplier: what the norm gives is multiplied by it.
+    """
+
+    def __init__(self, norm: Any, config: Any, multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.norm = build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.multiplier = multiplier
+
+    def forward(self, _training: bool, _fused: bool) -> Sum:
+        """Return what the layer calls with the branch's output, the stream and the dropout probability."""
+        return self._add
+
+    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        assert not dropout, "a normalised branch is not built for dropout"
+        # Megatron-Core calls this with gradients on, whoever switched them off outside: answers need no graph.
+        learns = self.training or x.requires_grad or residual.requires_grad
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return torch.add(residual, self.norm(x if bias is None else x + bias), alpha=self.multiplier)

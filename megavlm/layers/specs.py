@@ -69,6 +69,8 @@ class LayerKind:
     """Of what attention and MLP give, before it is added."""
     sliding_window: int | None = None
     """Positions that each attends to, its own among them; None for all."""
+    rotary_part: int | None = None
+    """Which of two rotary tables turns its heads; None where there is one."""
     deepstack: bool = False
     """What the context holds is added behind it (``layers/deepstack.py``)."""
 
@@ -112,6 +114,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     if kind.sliding_window is not None:
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
         attention_params["sliding_window"] = kind.sliding_window
+    if kind.rotary_part is not None:
+        attention_params["rotary_part"] = kind.rotary_part
     if transformer_engine and linears is None and kind.parallel:
         chosen = _engine_linears()
     elif transformer_engine and linears is None:

@@ -6,8 +6,8 @@ once in a process; with ``MEGAVLM_FAULT_ONCE=DIR`` once over all restarts of a j
 
 Actions: ``kill`` (SIGKILL), ``term`` (SIGTERM), ``usr1`` (SIGUSR1), ``stop`` (SIGSTOP), ``exit`` (leaves with code 1),
 ``raise`` (RuntimeError), ``full`` (OSError: no space left), ``hang`` (sleeps for an hour), ``slow`` (sleeps for 50 ms,
-each time: a slow machine), and ``nan`` or ``inf`` where
-the point is a value.
+each time: a slow machine), ``nan`` or ``inf`` where the point is a value, and ``flip`` (a bit of a file) before the
+file is read back.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ POINTS = frozenset(
         "checkpoint.in_shard",
         "checkpoint.in_small_files",
         "checkpoint.start",
+        "conversion.before_read_back",
         "evaluation.round",
         "gradient.value",
         "loss.value",
@@ -50,7 +51,8 @@ POINTS = frozenset(
 """Every point there is."""
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "stop": signal.SIGSTOP}
 _VALUES = frozenset({"nan", "inf"})
-ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang", "slow"}) | _VALUES
+_FLIP, _BEFORE_READ = "flip", frozenset({"conversion.before_read_back"})
+ACTIONS = frozenset({*_SIGNALS, "exit", "raise", "full", "hang", "slow", _FLIP}) | _VALUES
 _SLOW_SECONDS = 0.05
 
 
@@ -86,6 +88,8 @@ def parse(text: str) -> list[Fault]:
             raise UserError(
                 f"{VARIABLE}: {item!r}: {point} cannot {action}; nan and inf belong to values, and to them only"
             )
+        if (action == _FLIP) != (point in _BEFORE_READ):
+            raise UserError(f"{VARIABLE}: {item!r}: {point} cannot {action}; flip belongs to what is read back")
         conditions = [re.fullmatch(r"(rank|step)(\d+)", word) for word in middle]
         where = {match[1]: int(match[2]) for match in conditions if match}
         if len(where) != len(middle):
@@ -116,6 +120,11 @@ def spoilt(point: str, value: float) -> float:
     """Return ``value``, or NaN or infinity (the actions ``nan`` and ``inf``) where that was asked for."""
     one = _due(point)
     return value if one is None else float(one.action)
+
+
+def flipped(point: str) -> bool:
+    """Whether a bit is to be changed here (the action ``flip``)."""
+    return _due(point) is not None
 
 
 def _due(point: str) -> Fault | None:

@@ -59,20 +59,34 @@ def weights_learn(recipe: Recipe) -> bool:
     return not recipe.modules.language.freeze and recipe.lora.rank is None
 
 
+def carried_streams(recipe: Recipe, layout: Layout) -> int:
+    """Return how many streams go from chunk to chunk beside the residual one: ``megavlm.models.streams``."""
+    return max(recipe.model.vision.deepstack - layout.chunks[0].layers, 0) if len(layout.chunks) > 1 else 0
+
+
+def _beside_kept(recipe: Recipe, layout: Layout, chunk: Chunk, stream: int) -> int:
+    """Return the bytes of these streams that a chunk keeps: those it received, or recomputes its layers with."""
+    if not chunk.first:
+        return carried_streams(recipe, layout) * stream
+    return recipe.model.vision.deepstack * stream * int(recipe.parallel.recompute_granularity == "full")
+
+
 def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels) -> int:
     """Return the bytes that the language layers of a chunk keep, with the recipe's recomputation."""
     language, parallel, cost = recipe.model.language, recipe.parallel, decoder_cost(recipe.model.language)
     learns, adapted = weights_learn(recipe), recipe.lora.rank is not None
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
+    stream = local * language.hidden_size * kernels.number_bytes
+    beside = _beside_kept(recipe, layout, chunk, stream)
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
-        return units * local * language.hidden_size * kernels.number_bytes + cost.shared_kept(language, tokens)
+        return units * stream + beside + cost.shared_kept(language, tokens)
     layer = cost.layer_kept(language, layout, tokens, kernels, learns=learns)
     if parallel.recompute_granularity == "selective":
         layer -= cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
         layer += cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
-    return chunk.layers * layer
+    return chunk.layers * layer + beside
 
 
 def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:

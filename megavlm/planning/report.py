@@ -109,8 +109,8 @@ def _table(plans: tuple[Plan, ...]) -> list[str]:
                 f"{100 * time.bubble:.1f} %",
                 f"{time.step:.3g} s",
                 f"{100 * time.mfu:.1f} %",
-                f"{plan.days:.3g}",
-                f"{plan.gpu_hours:.4g}",
+                "-" if plan.days is None else f"{plan.days:.3g}",
+                "-" if plan.gpu_hours is None else f"{plan.gpu_hours:.4g}",
             ]
         )
     return _aligned(rows)

@@ -41,14 +41,15 @@ class Plan:
         return max(memory.total for memory in self.memory)
 
     @property
-    def days(self) -> float:
-        """Days of the whole run."""
-        return self.recipe.training.train_steps * self.time.step / 86400
+    def days(self) -> float | None:
+        """Days of the whole run; None where its length is given in epochs."""
+        steps = self.recipe.training.train_steps
+        return None if steps is None else steps * self.time.step / 86400
 
     @property
-    def gpu_hours(self) -> float:
-        """GPU-hours of the whole run."""
-        return self.days * 24 * self.layout.gpus
+    def gpu_hours(self) -> float | None:
+        """GPU-hours of the whole run; None as :attr:`days`."""
+        return None if self.days is None else self.days * 24 * self.layout.gpus
 
 
 @dataclass(frozen=True)

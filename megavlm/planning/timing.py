@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
-from megavlm.planning.activations import kernels_of, weights_learn
+from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
@@ -305,6 +305,7 @@ class Timer:
             return 0.0
         tokens, tp = self.workload.tokens, self.layout.tensor
         moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved *= 1 + carried_streams(self.recipe, self.layout)
         moved //= tp if self.layout.sequence_parallel else 1
         rate = self.gpu.network * self.gpu.efficiency.network
         if not self.layout.pipeline_crosses_nodes:

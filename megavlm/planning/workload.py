@@ -86,6 +86,10 @@ def assume_workload(
     heaviest = [
         (plan.views_of(one), max(tokens // (one.tokens + 2 + TEXT_TOKENS), 1)) for one in _layouts(plan, typical)
     ]
+    if plan.packed:  # a picture is as large as its budget, and the pack, allow
+        room = max(tokens - 2 - TEXT_TOKENS, 1) / plan.tokens_per_view
+        heaviest = [(min(views, room), count) for views, count in heaviest]
+        heaviest.append((room, 1))
     if most_images is not None or recipe.data.packing == "none":
         most = max(views for views, _ in heaviest) * (fitting if most_images is None else most_images)
     else:

@@ -25,7 +25,7 @@ from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.architecture import BRANCHES
-from megavlm.config.checks import remarks
+from megavlm.config.checks import idle_intervals, remarks
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
@@ -102,6 +102,8 @@ class Trainer:
         self.progress, reader_state = self._load()
         decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha) if is_reader() else None
         self.held_out = read_held_out(recipe, tokenizer, decoder)
+        if idle := idle_intervals(recipe):
+            logger.info("data.validation is empty: %s has no effect", " and ".join(idle))
         self.feed = self._open_feed(decoder, reader_state)
         self.graphs = LayerGraphs(recipe, self.training, self.num_microbatches)
         prefetcher = self.feed.prefetcher
@@ -119,13 +121,13 @@ class Trainer:
             The exit code: 0, or STOPPED after a signal.
         """
         progress, settings = self.progress, self.recipe.training
-        if progress.step >= settings.train_steps:
+        if progress.step >= settings.steps:
             logger.info("nothing to do: the run is complete at step %d", progress.step)
         with self.stop.listening(), self._watched():
-            while progress.step < settings.train_steps:
+            while progress.step < settings.steps:
                 self._step()
                 stop, time_is_up = self._agree_on_stopping()
-                last = stop or time_is_up or progress.step == settings.train_steps
+                last = stop or time_is_up or progress.step == settings.steps
                 if last or self._due(self.recipe.checkpoint.save_interval):
                     self.save(last=last)
                 elif self.saver.busy:
@@ -163,7 +165,7 @@ class Trainer:
         phase = "failed"
         try:
             yield
-            phase = "done" if self.progress.step >= self.recipe.training.train_steps else "stopped"
+            phase = "done" if self.progress.step >= self.recipe.training.steps else "stopped"
         except RuntimeError as error:
             if is_lost_peer(error):
                 self.heartbeat.beat(self.progress.step + 1, phase, now=True)
@@ -193,9 +195,9 @@ class Trainer:
         self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
         self.recorder.end(progress.step)
         fault("step.end")
-        if self._due(settings.validation_interval):
+        if self.held_out and self._due(settings.validation_interval):
             self.validate()
-        if self._due(self.recipe.logging.panel_interval):
+        if self.held_out and self._due(self.recipe.logging.panel_interval):
             self.draw_panel()
 
     def validate(self) -> None:
@@ -209,8 +211,9 @@ class Trainer:
     def draw_panel(self) -> None:
         """Put held-out images with the model's answers on TensorBoard."""
         picture = None
-        if mpu.get_data_parallel_rank() == 0:
-            with self.training.settled():
+        # Where parameters are gathered during the forward pass, all replicas take part in that.
+        with self.training.settled():
+            if mpu.get_data_parallel_rank() == 0:
                 picture = answer_panel(self.training.chunks, self.held_out[0].packs, self.recipe, self.tokenizer)
         picture = from_first_rank(picture)
         if picture is not None:

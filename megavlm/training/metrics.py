@@ -117,7 +117,7 @@ class Metrics:
         self.progress.step = step
         self.progress.packs += self.recipe.training.global_batch_size
         self.progress.supervised_tokens += result.supervised_tokens
-        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.train_steps
+        ends = step % self.recipe.logging.log_interval == 0 or step == self.recipe.training.steps
         if ends or step == self._first_step:
             self.report(result.grad_norm, rates)
 
@@ -223,7 +223,7 @@ class Metrics:
         values |= skipped_values(self.progress)
         values |= self._timing.collect()
         if is_logging_rank():
-            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.train_steps))
+            logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.steps))
         self.write(values)
 
     def write(self, values: Mapping[str, float | str]) -> None:
@@ -275,7 +275,7 @@ class Metrics:
                 self._writer.close()
             if self._file is not None:
                 self._file.close()
-        complete = self.progress.step >= self.recipe.training.train_steps
+        complete = self.progress.step >= self.recipe.training.steps
         for outlet in self._outlets:
             outlet.close(None if sys.exc_info()[0] is not None else complete)
 

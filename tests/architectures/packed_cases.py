@@ -25,6 +25,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionConfig, 
 from transformers_cases import close, fill, gradients_of, load, same_gradients
 
 from megavlm.config.architecture import CONNECTORS, VISION
+from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.models.build import build_context
 
 PATCH, WIDTH, HEADS, LAYERS, FFN, EMBED = 4, 48, 4, 3, 64, 40
@@ -191,11 +192,9 @@ def merger_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {mine: state[theirs] for mine, theirs in both.items() if theirs in state}
 
 
-def built(name: str) -> tuple[nn.Module, nn.Module | None, nn.Module]:
-    """Return our tower and, where there is one, connector of this rank, and the reference, with equal weights."""
+def made_recipe(name: str) -> Recipe:
+    """Return the recipe of a case at this job's tensor-parallel size."""
     case = PACKED[name]
-    reference = Rice() if case.model is None else case.model(case.config(**_SIZES, **case.theirs))
-    fill(reference)
     size = mpu.get_tensor_model_parallel_world_size()
     vision = {
         "patch_size": PATCH, "hidden_size": WIDTH, "num_layers": LAYERS, "num_attention_heads": HEADS, "image_size": 32,
@@ -208,6 +207,20 @@ def built(name: str) -> tuple[nn.Module, nn.Module | None, nn.Module]:
         },
         parallel={"tensor_model_parallel_size": size},
     )  # fmt: skip
+    return made
+
+
+def model_of(name: str) -> ModelConfig:
+    """Return the model of a case."""
+    return made_recipe(name).model
+
+
+def built(name: str) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    """Return our tower and, where there is one, connector of this rank, and the reference, with equal weights."""
+    case = PACKED[name]
+    reference = Rice() if case.model is None else case.model(case.config(**_SIZES, **case.theirs))
+    fill(reference)
+    made = made_recipe(name)
     context = build_context(made)
     ours = VISION.find(made.model.vision.preset).build(made.model.vision, context)
     load(ours, tower_map(dict(reference.named_parameters())))

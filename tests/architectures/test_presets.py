@@ -61,6 +61,10 @@ LANGUAGE_SIZES = {
     "phi_2": 2_779_683_840,
     "phi_3_mini_4k": 3_821_079_552,
     "gemma_2b": 2_506_172_416,
+    "gemma_3_1b": 999_885_952,
+    # The whole models less SigLIP's tower and the connector.
+    "gemma_3_4b": 4_300_079_472 - 416_866_032 - (1152 * 2560 + 1152),
+    "gemma_3_27b": 27_432_406_640 - 416_866_032 - (1152 * 5376 + 1152),
     "stablelm_2_1_6b": 1_644_515_328,
     "minicpm_2b": 2_724_880_896,
     "internlm2_5_1_8b": 1_889_110_016,

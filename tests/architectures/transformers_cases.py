@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Glm4vTextConfig,
+    Glm4vTextModel,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -86,15 +88,19 @@ DECODERS = {
         Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, "qwen2", {"tie_word_embeddings": True}
     ),
     "qwen3": Decoder(Qwen3Config, Qwen3ForCausalLM, {"attention_bias": False}, "qwen3", {}),
-    "qwen2-vl": Decoder(
+    "qwen2-vl-text": Decoder(
         Qwen2VLTextConfig, Qwen2VLTextModel, mrope([2, 3, 3]), "qwen2", {"rotary_sections": (2, 3, 3)}, axes=3
     ),
-    "qwen2.5-vl": Decoder(
+    "qwen2.5-vl-text": Decoder(
         Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, mrope([4, 1, 3]), "qwen2", {"rotary_sections": (4, 1, 3)}, axes=3
     ),
-    "qwen3-vl": Decoder(
+    "qwen3-vl-text": Decoder(
         Qwen3VLTextConfig, Qwen3VLTextModel, mrope([3, 3, 2], mrope_interleaved=True), "qwen3",
         {"rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True}, axes=3,
+    ),
+    "glm-4.1v-text": Decoder(
+        Glm4vTextConfig, Glm4vTextModel, {**mrope([1, 2, 1], partial_rotary_factor=0.5), "rms_norm_eps": 1e-5}, "glm4",
+        {"rotary_sections": (1, 2, 1)}, axes=3,
     ),
 }  # fmt: skip
 
@@ -170,8 +176,9 @@ def decoder_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             if f"{theirs}self_attn.q_proj.{kind}" in state:
                 out[f"{mine}self_attention.linear_qkv.{kind}"] = qkv(state, theirs + "self_attn.", kind, GROUPS)
-        gate, up = state[theirs + "mlp.gate_proj.weight"], state[theirs + "mlp.up_proj.weight"]
-        out[mine + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        gated = "mlp.gate_up_proj" if f"{theirs}mlp.gate_up_proj.weight" in state else "mlp.gate_proj mlp.up_proj"
+        parts = [state[f"{theirs}{name}.weight"] for name in gated.split()]
+        out[mine + "mlp.linear_fc1.weight"] = torch.cat(parts)
         for a, b in (
             ("self_attention.linear_proj", "self_attn.o_proj"),
             ("mlp.linear_fc2", "mlp.down_proj"),
@@ -179,6 +186,8 @@ def decoder_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ("pre_mlp_layernorm", "post_attention_layernorm"),
             ("self_attention.q_layernorm", "self_attn.q_norm"),
             ("self_attention.k_layernorm", "self_attn.k_norm"),
+            ("self_attn_bda.norm", "post_self_attn_layernorm"),
+            ("mlp_bda.norm", "post_mlp_layernorm"),
         ):
             if f"{theirs}{b}.weight" in state:
                 out[f"{mine}{a}.weight"] = state[f"{theirs}{b}.weight"]

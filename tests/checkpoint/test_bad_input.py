@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megavlm.checkpoint.publish import publishing
 from megavlm.cli import main
+from megavlm.parallel import faults
 
 # Some 60 MB: enough to be caught in the middle.
 LARGE = hf_makers.sizes(vocab=60_000)
@@ -189,8 +190,9 @@ def test_an_interruption_anywhere_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    for where in ("incoming._write_rest", "incoming._verify", "outgoing._write_assets", "outgoing._verify",
-                  "incoming.CheckpointReader", "outgoing.ShardedWriter.close"):  # fmt: skip
+    for where in ("incoming._write_rest", "incoming._check_index", "outgoing._write_assets",
+                  "incoming.CheckpointReader", "incoming.ReadBack.expect", "outgoing.ReadBack._check",
+                  "outgoing.ShardedWriter.close"):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(f"megavlm.checkpoint.hf.{where}", fail)
             with pytest.raises(error):
@@ -198,23 +200,39 @@ def test_an_interruption_anywhere_leaves_nothing(
         assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}, where
 
 
-def test_a_bug_of_the_disk_is_found_before_the_output_appears(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_disk_that_keeps_other_bytes_is_found_before_the_output_appears(
+    direction: str, source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """One bit of the file is changed after it was written."""
+    monkeypatch.setattr(faults, "_faults", faults.parse("conversion.before_read_back:flip"))
+    monkeypatch.setattr(faults, "_fired", set())
+    command = {"in": ["hf-to-megatron", "--hf", str(source)], "out": ["megatron-to-hf", "--megatron", str(checkpoint)]}
+    assert main(["convert", *command[direction], "--out", str(tmp_path / "out")]) == 1
+    one_line(capsys.readouterr().err, "what was written differs from what the disk holds", "the disk's health")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_table_that_does_not_lead_back_is_found(
+    direction: str, source: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read back differs from the source in one bit."""
-    from megavlm.checkpoint.stream import CheckpointReader
+    from megavlm.checkpoint.hf.shapes import Rule
 
-    read = CheckpointReader.read
+    name = {"in": "to_theirs", "out": "to_ours"}[direction]
+    turn = getattr(Rule, name)
 
-    def wrong(self: CheckpointReader, slot: object) -> torch.Tensor:
-        tensor = read(self, slot).clone()  # type: ignore[arg-type]
-        tensor.view(-1).view(torch.int32)[-1] ^= 1
-        return tensor
+    def wrong(self: Rule, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        *others, last = turn(self, tensors)
+        last = last.clone()
+        last.view(-1).view(torch.int32)[-1] ^= 1
+        return [*others, last]
 
-    monkeypatch.setattr(CheckpointReader, "read", wrong)
-    with pytest.raises(RuntimeError, match="what was written differs from"):
-        convert_in(source, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+    monkeypatch.setattr(Rule, name, wrong)
+    with pytest.raises(RuntimeError, match="what is written, turned back, differs from"):
+        convert_in(source, tmp_path / "out") if direction == "in" else convert_out(checkpoint, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "m"}
 
 
 def test_a_recipe_that_would_fill_the_memory(

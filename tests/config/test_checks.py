@@ -143,8 +143,6 @@ def test_accepted(load, overrides, world_size):
             ["loss.kind=task_mean", "data.train.0.task=b", "data.train.1={path: /b, loss_weight: 2}"],
             "data.train.1.loss_weight: 2, but data.train.0 of the same task 'b' has 1; give both the same",
         ),
-        (["logging.panel_interval=5"], "logging.panel_interval: needs held-out data; add data.validation"),
-        (["training.validation_interval=5"], "training.validation_interval: needs held-out data; add data.validation"),
         (
             [f"modules.{part}.freeze=true" for part in ("vision", "connector", "language")],
             "modules: all three parts are frozen",

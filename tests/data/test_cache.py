@@ -272,6 +272,12 @@ def test_an_object_store(bucket: Any, plain: Path, tmp_path: Path, capsys: pytes
     assert samples(located(tmp_path, plain / "sft.json", f"{base}/plain")) == expected
     for one in tables:
         assert samples(located(tmp_path, f"{base}/{one.relative_to(tmp_path)}")) == expected
+    # Data and pictures that lie in no folder.
+    bucket.create_bucket(Bucket="no-folder")
+    bucket.upload_file(str(plain / "i/3.png"), "no-folder", "3.png")
+    bucket.put_object(Bucket="no-folder", Key="x.jsonl", Body=json.dumps(messages(3, images=["3.png"])).encode())
+    for images in (None, "s3://no-folder/"):
+        assert samples(located(tmp_path, "s3://no-folder/x.jsonl", images)) == [expected[3]]
     # Records may name whole URLs; another version of the object is another data set.
     records = [messages(i, images=[f"{base}/plain/i/{i}.png"]) for i in range(COUNT)]
     bucket.put_object(Bucket="pictures", Key="set/plain/sft.json", Body=json.dumps(records).encode())
@@ -286,3 +292,17 @@ def test_an_object_store(bucket: Any, plain: Path, tmp_path: Path, capsys: pytes
         told = capsys.readouterr().err
         assert message in told and len(told.splitlines()) == 1
     assert preparing.Preparation(f"{base}/plain/sft.json").folder == f"{base}/plain"
+
+
+def test_inspect_takes_plain_data(
+    plain: Path, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    words = ["--tokenizer", str(tokenizer_path), "--packs", "0", "--samples", "2", "-o", str(tmp_path / "page.html")]
+    records = json.loads((plain / "sft.json").read_text())
+    records[0]["messages"][1]["weight"] = 0.5
+    (plain / "sft.json").write_text(json.dumps(records))
+    assert cli.main(["inspect", str(plain / "sft.json"), *words]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("sft.json/sft-000000") >= 2 and '; weight 0.5"' in page
+    assert [one.name for one in (tmp_path / "home/megavlm/data").iterdir() if one.name.startswith("sft-")]

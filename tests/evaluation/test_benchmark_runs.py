@@ -231,7 +231,12 @@ def test_wrong_input_costs_one_line(
     assert "question validation_Accounting_0: its prompt shows 2 pictures, but it has 1" in error
     assert not out.exists()
     common = ["eval", str(random_checkpoint), data_of(alone)]
-    assert "--images DIR is needed for records" in refused(capsys, [*common, f"--out={out}"])
+    assert "--metric: no metric 'bleu'; there are exact, " in refused(
+        capsys, [*common, f"--out={out}", "--metric=bleu"]
+    )
+    assert "--prompt: {question} is missing" in refused(capsys, [*common, f"--out={out}", "--prompt=Hi?"])
+    assert "--prompt: no field {what}" in refused(capsys, [*common, f"--out={out}", "--prompt={what}{question}"])
+    assert "--metric is for records" in refused(capsys, [*common, "--benchmark=gqa", "--metric=exact"])
     assert "--chat is for a benchmark" in refused(capsys, [*common, f"--out={out}", f"--images={alone}", "--chat"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from ranks import megavlm
 from run_data import RunData
 
 from megavlm.commands import eval as main
-from megavlm.evaluation.records import read_records
+from megavlm.config.errors import UserError
+from megavlm.data.schema import Turn
+from megavlm.evaluation.benchmarks.published import published
+from megavlm.evaluation.own import check_metrics, metrics_of, scores_of, spread
+from megavlm.evaluation.records import HeldOutRecord, asked, read_records
 from megavlm.parallel.lock import HeldError, held
 
 
@@ -45,6 +50,31 @@ def test_layouts_answer_alike(run_data: RunData, trained: Path, tmp_path: Path) 
     assert scores["checkpoint"].endswith("step-00000003")
     with Image.open(tmp_path / "one" / "panel.png") as panel:
         assert panel.width > 400
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "12 questions" in page and "Beside published figures" not in page and page.count('<div class="card ') == 4
+    assert scores["scores"].keys() == {"exact_match"} and not list((tmp_path / "one").glob("*part*"))
+    # Again with other metrics: what was answered is not asked again, only scored; as messages, it is the same.
+    records = []
+    for one in json.loads(run_data.heldout_json.read_text()):
+        turns = [{"role": turn["from"], "content": turn["value"].replace("<img>", "").replace("</img>", "")}
+                 for turn in one["conversations"]]  # fmt: skip
+        paths = re.findall(r"<img>(.*?)</img>", json.dumps(one["conversations"]))
+        for turn in turns:
+            turn["content"] = re.sub(r"Picture \d+: \S+\n", "<image>\n", turn["content"])
+        records.append({**one, "messages": turns, "images": paths} | {"conversations": None})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-16")
+    data = ["--data", tmp_path / "own.jsonl", "--images", run_data.images, "--out", tmp_path / "own"]
+    common = ["--max-new-tokens=5", "--limit=12", "--panel-samples=4"]
+    megavlm(["eval", trained, *data, *common, "--metric=contains,anls"], world=2)
+    lines = [json.loads(line) for line in (tmp_path / "own" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == alone
+    lines[0]["prediction"] = f"The answer is {lines[0]['answer']}!"
+    (tmp_path / "own" / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    megavlm(["eval", trained, *data, *common, "--metric=contains,anls"], world=1)
+    scores = json.loads((tmp_path / "own" / "scores.json").read_text())
+    assert scores["scores"].keys() == {"contains", "anls"} and scores["scores"]["contains"] > 8.3
+    first = json.loads((tmp_path / "own" / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["score"] == 1.0 and first["prediction"].startswith("The answer is")
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -60,7 +90,7 @@ def test_refusals(run_data: RunData, trained: Path, tmp_path: Path) -> None:
         main.run(arguments(str(tmp_path), *common))
     with pytest.raises(ValueError, match="not divisible"):
         main.run(arguments(str(trained), "parallel.tensor_model_parallel_size=3", *common))
-    with pytest.raises(ValueError, match=r"data\.sequence_length: record .* takes"):
+    with pytest.raises(ValueError, match=r"data\.sequence_length: .* question .* takes"):
         main.run(arguments(str(trained), "--max-new-tokens=180", *common))
     with pytest.raises(ValueError, match="--limit must be at least 1"):
         main.run(arguments(str(trained), "--limit=0", *common))
@@ -133,7 +163,80 @@ def test_records_in_other_forms_and_encodings(tmp_path: Path, caplog: pytest.Log
             read_records(tmp_path / "c.json", tmp_path)
 
 
+def held_out(*answers: str, **keys: object) -> HeldOutRecord:
+    return HeldOutRecord("r", "all", (Turn("user", "<img></img>What?"),), answers, [], [], **keys)
+
+
+def test_metrics_by_key() -> None:
+    box = "<box>(0,0),(100,100)</box>"
+    records = [held_out("12"), held_out("a cat", metric="contains"), held_out(box, metric="iou"),
+               held_out(*["red"] * 4, "blue", metric="vqa")]  # fmt: skip
+    said = ["12.5", "It is a cat.", "<box>(0,0),(100,50)</box>", "Red"]
+    check_metrics(records, ["relaxed", "exact"])
+    found = scores_of(records, ["relaxed", "exact"], said)
+    assert found.values == pytest.approx(
+        {"relaxed_accuracy": 100, "exact_match": 0, "contains": 100, "iou50": 100, "mean_iou": 50, "vqa_accuracy": 100}
+    )
+    assert found.each == [1, 1, 1, 1] and next(iter(found.values)) == "relaxed_accuracy"
+    assert metrics_of("ANLS, exact,anls") == ("anls", "exact")
+    for text, answers, wanted in (("concatenate", ["cat"], 0), ("A Cat!", ["dog", "cat"], 1), ("110", ["10"], 0),
+                                  ("\u4e00\u53ea\u732b\u3002", ["\u732b"], 1), ("x", [""], 0)):  # fmt: skip
+        assert scores_of([held_out(*answers)], ["contains"], [text]).values["contains"] == 100 * wanted, text
+    pytest.importorskip("pycocoevalcap")
+    captions = [held_out("a red flag on a pole", "a flag"), held_out("two cats asleep on a sofa")]
+    assert scores_of(captions, ["cider"], ["a red flag on a pole", "a dog"]).values["cider"] > 100
+    for record, chosen, message in (
+        (held_out("red"), ["vqa"], "answers of several people"),
+        (held_out("red", metric="iou"), ["exact"], "metric iou needs <box>"),
+        (held_out("red", metric="bleu"), ["exact"], "record r: no metric 'bleu'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_metrics([record], chosen)
+
+
+def test_prompts() -> None:
+    record = HeldOutRecord("r", "all", (Turn("system", "S"), Turn("user", "Picture 1: <img></img>\nWhat?")), ("a",),
+                           ["a", "b"], [Path("x")])  # fmt: skip
+    assert asked(record, None) == record.question
+    assert asked(record, "{question} Be brief.")[1].text == "Picture 1: <img></img>\nWhat? Be brief."
+    assert asked(record, '{pictures}Q: {question} {"a": 1}\n{options}')[1].text == (
+        '<img></img>Q: What? {"a": 1}\nA. a\nB. b'
+    )
+    with pytest.raises(UserError, match="record r has no 'choices'"):
+        asked(held_out("a"), "{question}{options}")
+
+
+def test_records_in_every_form(tmp_path: Path) -> None:
+    """What ``prepare`` reads is asked: messages, alpaca, COCO's captions (a question a picture), VizWiz's answers."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    said = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "x"}]
+    people = [{"answer": "red", "answer_confidence": "yes"}] * 4
+    described = [{"id": i, "image_id": 1, "caption": text} for i, text in enumerate(("A flag.", "Red."))]
+    captions = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": described}
+    for content, question, answers in (
+        ([{"messages": said, "images": ["a.jpg"], "answers": ["x", "y"]}], "Picture 1: <img></img>\nWhat?", ("x", "y")),
+        (
+            [{"instruction": "<image>What?", "output": "x", "images": ["a.jpg"]}],
+            "Picture 1: <img></img>\nWhat?",
+            ("x",),
+        ),
+        ([{"image": "a.jpg", "question": "What?", "answers": people}], "<img></img>What? Answer:", ("red",) * 4),
+        (captions, "<img></img>Generate the caption in English:", ("A flag.", "Red.")),
+    ):
+        (tmp_path / "d.json").write_text(json.dumps(content))
+        (record,) = read_records(tmp_path / "d.json")
+        assert record.question[-1].text == question and record.answers == answers
+        assert record.images == [tmp_path / "a.jpg"]
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": said, "images": ["a.jpg"], "id": 1}] * 2))
+    assert [one.id for one in read_records(tmp_path / "d.json")] == ["1#0", "1#1"]
+
+
+def test_figures_of_others_stand_beside_the_published_file_alone() -> None:
+    assert "Qwen-VL" in published("gqa", 12578)["exact_match"]
+    assert not published("gqa", 120) and not published("gqa", 12577) and not published("mmmu", 900)
+
+
 def test_spread_takes_all_tasks_in_turn() -> None:
-    assert main.spread(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
-    assert main.spread(["a", "b"], 5) == [0, 1]
-    assert main.spread([], 3) == []
+    assert spread(["a", "a", "b", "a", "c"], 3) == [0, 2, 4]
+    assert spread(["a", "b"], 5) == [0, 1]
+    assert spread([], 3) == []

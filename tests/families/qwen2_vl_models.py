@@ -9,6 +9,7 @@ from typing import Any
 
 from family_cases import State, load, made, write
 from safetensors.torch import save_file
+from tokenizer_files import write_qwen2
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -36,20 +37,20 @@ PREPROCESSOR = {
 """With the keys of the published files."""
 
 
-def qwen2_vl(*, tied: bool = False) -> PreTrainedModel:
+def qwen2_vl(*, tied: bool = False, tokens: dict[str, int] = _TOKENS, **text: Any) -> PreTrainedModel:
     """A Qwen2-VL."""
     vision = {**_TOWER, "embed_dim": 48, "hidden_size": 64, "mlp_ratio": 2}
-    config = Qwen2VLConfig(text_config=dict(_TEXT), vision_config=vision, tie_word_embeddings=tied, **_TOKENS)
+    config = Qwen2VLConfig(text_config=_TEXT | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
     return made(Qwen2VLForConditionalGeneration, config)
 
 
-def qwen2_5_vl(*, heads: int = 4, tied: bool = False) -> PreTrainedModel:
+def qwen2_5_vl(*, heads: int = 4, tied: bool = False, tokens: dict[str, int] = _TOKENS, **text: Any) -> PreTrainedModel:
     """A Qwen2.5-VL; with 3 heads one whose tower no tensor-parallel size but 1 and 3 divides."""
     vision = {
         **_TOWER, "num_heads": heads, "hidden_size": 48, "out_hidden_size": 64, "intermediate_size": 60,
         "window_size": 24, "fullatt_block_indexes": [1], "tokens_per_second": 4,
     }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=dict(_TEXT), vision_config=vision, tie_word_embeddings=tied, **_TOKENS)
+    config = Qwen2_5_VLConfig(text_config=_TEXT | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
     return made(Qwen2_5_VLForConditionalGeneration, config)
 
 
@@ -106,3 +107,35 @@ QWEN2_VL: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "qwen2_5_vl_modules": ("qwen2_5_vl", lambda directory: modules(qwen2_5_vl(), directory)),
 }
 """What makes a checkpoint, by name, and its family."""
+
+CHAT_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Of Qwen/Qwen2-VL-7B-Instruct's tokenizer_config.json, without videos."""
+
+
+def publish(directory: Path, make: Callable[..., PreTrainedModel]) -> Path:
+    """Write a checkpoint with a tokenizer and its template, as the hub has them."""
+    directory.mkdir(parents=True)
+    file = write_qwen2(directory)
+    tree = json.loads(file.read_text())
+    ids = {token["content"]: token["id"] for token in tree["added_tokens"]}
+    names = {
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    }  # fmt: skip
+    tokens = {key: ids[name] for key, name in names.items()}
+    model = make(tokens=tokens, vocab_size=-(-(1 + max(ids.values())) // 64) * 64)
+    save(model, directory)
+    own = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(own))
+    return directory

@@ -1,4 +1,4 @@
-"""Qwen3-VL computes what Transformers' class computes, deepstack and interleaved positions, at one process and over four.
+"""Qwen3-VL computes what Transformers' class computes, deepstack and all, at one process and cut over four.
 
 Weights there and back are in test_round_trips.py.
 """

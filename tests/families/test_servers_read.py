@@ -2,7 +2,7 @@
 
 What they read is written down here from their published loaders, as of vllm-project/vllm ``01dc2879`` and ``0004c540``
 (``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``) and
-sgl-project/sglang ``00262495`` and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``). Neither is imported:
+sgl-project/sglang ``00262495`` and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``). None is imported:
 they do not install without a GPU. docs/conversion.md has the list for people.
 """
 
@@ -58,8 +58,8 @@ EXPECTED = {
         "InternVLChatModel",
         (
             "downsample_ratio", "force_image_size", "llm_config.architectures", "ps_version", "select_layer",
-            "template", "vision_config.image_size", "vision_config.patch_size", "dynamic_image_size", "max_dynamic_patch",
-            "min_dynamic_patch", "use_thumbnail",
+            "template", "vision_config.image_size", "vision_config.patch_size", "dynamic_image_size",
+            "max_dynamic_patch", "min_dynamic_patch", "use_thumbnail",
         ),
         (
             r"language_model\.model\." + _TEXT, r"language_model\.lm_head\.weight", r"mlp1\.[013]\.\w+",

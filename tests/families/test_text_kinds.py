@@ -60,6 +60,8 @@ def test_a_configuration_that_is_written_anew_says_the_same(
         ("phi", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type is 'longrope'"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2}, "layer_types has"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("stablelm", {"layer_norm_eps": None}, "has no 'layer_norm_eps'"),
         ("minicpm", {"scale_emb": "12"}, "scale_emb is '12', which is not a number"),
@@ -92,6 +94,14 @@ def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]
     assert {name: branch["preset"] for name, branch in branches.items()} == {n: row.preset for n, row in ROWS.items()}
     found = compare_all(branches, str(folder), {})
     assert found.keys() == ROWS.keys()
+
+
+def test_layers_that_are_recomputed(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """Of those that are more than Megatron-Core's own: side by side, norms behind branches, multiplied branches."""
+    folder, branches = written
+    own = {name: branches[name] for name in ("phi", "gemma3_text", "minicpm")}
+    assert compare_all(own, str(folder), {"recompute_granularity": "full"}).keys() == own.keys()
+    assert compare_all(own, str(folder), {"recompute_granularity": "selective"}).keys() == own.keys()
 
 
 def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:

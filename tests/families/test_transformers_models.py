@@ -17,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma3TextConfig,
     GemmaConfig,
     MistralConfig,
     Phi3Config,
@@ -68,6 +69,9 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
         GemmaConfig(**{**_TEXT, "num_key_value_heads": 1}, head_dim=32), tie_word_embeddings=True
     ),
     "clip-gemma-untied": lambda: llava(GemmaConfig(**_TEXT, head_dim=32), tie_word_embeddings=False),
+    "clip-gemma3": lambda: llava(
+        Gemma3TextConfig(**_TEXT, head_dim=32, sliding_window=20, sliding_window_pattern=2), tie_word_embeddings=True
+    ),
     "clip-phi": lambda: llava(PhiConfig(**_TEXT)),
     "clip-phi3": lambda: llava(Phi3Config(**_TEXT, sliding_window=20, pad_token_id=0)),
     "clip-stablelm": lambda: llava(StableLmConfig(**_TEXT, use_qkv_bias=True)),
@@ -121,7 +125,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     with process_groups(recipe.parallel, 1):
         ours = unwrap(build_model(recipe, IMAGE)[0])
         load(tmp_path / "m", modules=[ours])
-        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), 1)
+        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), recipe, ours.own_positions)
         logits = ours(batch.tokens, batch.position_ids, batch.packed_seq_params, images=batch.images)[0, :, :120]
         close(logits, expected)
         (logits * weights).sum().backward()
@@ -138,7 +142,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     assert compared == len(parameters)
 
 
-TEXTS = ["clip-gemma", "clip-phi", "clip-phi3", "clip-stablelm", "clip-mistral"]
+TEXTS = ["clip-gemma", "clip-gemma3", "clip-phi", "clip-phi3", "clip-stablelm", "clip-mistral"]
 
 
 @pytest.mark.parametrize("name", cases(["clip-llama", "siglip-qwen3", *TEXTS], SHORT[1:2]))

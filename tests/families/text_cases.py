@@ -23,6 +23,8 @@ from text_reference import InternLM2, MiniCPM, randomised  # noqa: E402
 from tiny import IMAGE_SIZE, tiny_recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     MistralConfig,
@@ -72,6 +74,16 @@ def phi3() -> Any:
 def gemma() -> Any:
     """Gemma-2B: one key/value head, heads wider than hidden_size / heads."""
     return made(GemmaForCausalLM, GemmaConfig(**{**_TEXT, "num_key_value_heads": 1}, head_dim=32))
+
+
+def gemma3() -> Any:
+    """Gemma 3: windows but in every third layer, which are at other places in each stage; stretched positions there."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    keys = {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 24}
+    return made(Gemma3ForCausalLM, Gemma3TextConfig(**_TEXT, **keys, rope_parameters=rope))
 
 
 def stablelm() -> Any:
@@ -124,6 +136,7 @@ ROWS: dict[str, Kind] = {
     "phi_normed": Kind("phi", phi_normed, "phi"),
     "phi3": Kind("phi3", phi3, "phi3"),
     "gemma": Kind("gemma", gemma, "gemma"),
+    "gemma3_text": Kind("gemma3_text", gemma3, "gemma3_text"),
     "stablelm": Kind("stablelm", stablelm, "stablelm"),
     "stablelm_parallel": Kind("stablelm", stablelm_parallel, "stablelm"),
     "minicpm": Kind("minicpm", minicpm, "minicpm"),

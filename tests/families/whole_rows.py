@@ -397,7 +397,7 @@ ROWS: dict[str, WholeFamily] = {
             tuple(name for name, row in TEXT_ROWS.items() if row.family == family),
             "a language model alone; loss, gradients and answers at two layouts: test_text_kinds.py",
         )
-        for family in ("phi", "phi3", "gemma", "stablelm", "minicpm", "internlm2")
+        for family in ("phi", "phi3", "gemma", "gemma3_text", "stablelm", "minicpm", "internlm2")
     },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),
 }  # fmt: skip

@@ -34,16 +34,21 @@ LENGTH, VOCABULARY, NEW = 96, 480, 6
 STD = {"init_method_std": 0.15}
 
 
-def recipe(levels: tuple[int, ...] = (1, 2, 0), **parallel: Any) -> Recipe:
+QWEN3 = {"preset": "qwen3", "rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True}
+GLM = {"preset": "glm4", "rotary_sections": (1, 2, 1)}
+"""Half of each head turned, in neighbouring pairs; four norms a layer."""
+
+
+def recipe(levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, **parallel: Any) -> Recipe:
     """Return a model of 4 language layers whose first ones take the outputs of the tower's layers ``levels``."""
     model = {
         "preset": "tiny",
         "vision": {"image_size": 32, "hidden_size": 48, "num_layers": 3, "ffn_hidden_size": 96, **STD}
         | {"num_attention_heads": 4, "positional_grid": 2, "deepstack_layers": levels},
         "connector": {"preset": "mlp2x_gelu", **STD},
-        "language": {"preset": "qwen3", "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 4, "vocab_size": 512}
-        | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048, **STD}
-        | {"rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True},
+        "language": {"hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 4, "vocab_size": 512, **STD}
+        | {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "max_position_embeddings": 2048}
+        | language,
     }
     data = {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": LENGTH}
     return tiny_recipe(model=model, data=data, parallel=parallel)
@@ -66,7 +71,7 @@ def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
-    made = recipe(**job["parallel"])
+    made = recipe(**job["model"], **job["parallel"])
     plan, own = plan_of(made.model), positions_of(made.model, IMAGE_TOKEN)
     with process_groups(made.parallel, made.training.seed):
         training = build_training(made, IMAGE_TOKEN)
@@ -115,7 +120,7 @@ def answer(jobs: list[dict[str, Any]]) -> list[list[list[int]]]:
 
 
 def _answer(job: dict[str, Any]) -> list[list[int]]:
-    made = recipe(**job["parallel"])
+    made = recipe(**job["model"], **job["parallel"])
     with process_groups(made.parallel, 3):
         chunks = build_model(made, IMAGE_TOKEN)
         checkpoint.load(Path(job["weights"]), modules=[unwrap(chunk) for chunk in chunks])

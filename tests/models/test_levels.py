@@ -25,6 +25,7 @@ from megavlm.data.positions import positions_of
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.streams import Streams
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.activations import carried_streams
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
 
@@ -119,27 +120,35 @@ def test_every_layout_trains_and_answers_like_one_process(tmp_path: Path) -> Non
             {**both, "virtual_pipeline_model_parallel_size": 2, "recompute_granularity": "full"}, 2
         ),
     }  # fmt: skip
-    weights = str(tmp_path / "step-00000000")
+    glm = {"levels": (), "language": cases.GLM}
 
-    def jobs(*parallel: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{"parallel": one, "weights": weights} for one in parallel]
+    def jobs(*parallel: dict[str, Any], model: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        weights = str(tmp_path / ("qwen" if model is None else "glm") / "step-00000000")
+        return [{"parallel": one, "weights": weights, "model": model or {}} for one in parallel]
 
-    ((alone, again),) = ranks.run("levels_cases:train", jobs({}, {"recompute_granularity": "full"}), world=1)
+    first = [*jobs({}, {"recompute_granularity": "full"}), *jobs({}, model=glm)]
+    ((alone, again, other),) = ranks.run("levels_cases:train", first, world=1)
     assert again["loss"] == pytest.approx(alone["loss"], rel=1e-6)
     assert again["norm"] == pytest.approx(alone["norm"], rel=1e-6)
     assert alone["carried"] == 0
-    for rank in ranks.run("levels_cases:train", jobs(*(one for one, _ in layouts.values())), world=4):
-        for got, (name, (_, carried)) in zip(rank, layouts.items(), strict=True):
+    cut = [*jobs(*(one for one, _ in layouts.values())), *jobs(both, model=glm)]
+    for rank in ranks.run("levels_cases:train", cut, world=4):
+        assert rank[-1]["loss"] == pytest.approx(other["loss"], rel=FP32)
+        assert rank[-1]["norm"] == pytest.approx(other["norm"], rel=FP32)
+        for got, (name, (_, carried)) in zip(rank, layouts.items(), strict=False):
             assert got["loss"] == pytest.approx(alone["loss"], rel=FP32), name
             assert got["norm"] == pytest.approx(alone["norm"], rel=FP32), name
             assert got["carried"] == carried, name
             for part, value in got["sums"].items():
                 assert value == pytest.approx(alone["sums"][part], rel=1e-4), (name, part)
-    ((answers, plain),) = ranks.run("levels_cases:answer", [*jobs({}), {**jobs({})[0], "plain": True}], world=1)
-    assert answers == plain
-    assert len({tuple(one) for one in answers}) > 2 and max(map(len, answers)) == cases.NEW
-    for rank in ranks.run("levels_cases:answer", jobs(both), world=4):
-        assert rank == [answers]
+    asked = [*jobs({}), *jobs({}, model=glm)]
+    plain = [{**job, "plain": True} for job in asked]
+    ((answers, glms, *theirs_too),) = ranks.run("levels_cases:answer", [*asked, *plain], world=1)
+    assert theirs_too == [answers, glms]
+    for made in (answers, glms):
+        assert len({tuple(one) for one in made}) > 2 and max(map(len, made)) == cases.NEW
+    for rank in ranks.run("levels_cases:answer", [*jobs(both), *jobs(both, model=glm)], world=4):
+        assert rank == [answers, glms]
     for rank in ranks.run("levels_cases:answer", jobs(virtual), world=2):
         assert rank == [answers]
 
@@ -167,6 +176,9 @@ def test_the_planner_counts_the_levels_connectors() -> None:
     layout = layout_of(own, 1)
     counted = sum(one.elements for chunk in layout.chunks_of(0) for one in chunk_parameters(own, layout, chunk))
     assert counted == sum(p.numel() for p in model.parameters())
+    for stages, carried in ((1, 0), (2, 1), (4, 2)):
+        deep = cases.recipe(pipeline_model_parallel_size=stages)
+        assert carried_streams(deep, layout_of(deep, stages)) == carried
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,11 @@ GEMMA: dict[str, Any] = {
     **INTERNVL,
     "language": {**INTERNVL["language"], "preset": "gemma", "embedding_multiplier": 8.0, "residual_multiplier": 0.5},
 }
+# Norms behind the branches too, and two rotary tables; windows that no segment leaves (their masks are a CPU's alone).
+GEMMA3: dict[str, Any] = {
+    **INTERNVL,
+    "language": {**INTERNVL["language"], "preset": "gemma3_text", "sliding_window": 512},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -104,6 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
     "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
+    "gemma3-tp2-pp2": {**BF16, "model": GEMMA3, "parallel": {**TP2, **PP2, **TORCH}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},

@@ -98,7 +98,8 @@ def fill(modules: list[Any]) -> None:
                     whole = torch.randn(rows, parameter.shape[1], generator=generator) * 0.05
                     if "fc1" in name and cut and rows % 2 == 0 and module.language.decoder:
                         gate, up = (half.chunk(rows // parameter.shape[0])[rank] for half in whole.chunk(2))
-                        both = layer.mlp.linear_fc1.adapter.count == 2
+                        adapter = layer.mlp.linear_fc1.adapter
+                        both = adapter.halves and (adapter.count == 2 or len(adapter.sizes) == 1)
                         own = torch.cat([gate, up]) if both else whole.chunk(rows // parameter.shape[0])[rank]
                     else:
                         own = whole.chunk(rows // parameter.shape[0])[rank] if cut else whole

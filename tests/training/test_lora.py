@@ -47,6 +47,12 @@ RESUMED = {
     "modules": FREEZE,
     "optimizer": {"schedule": "constant"},
 }
+# One adapter over queries, keys and values, one over gate and up (Phi-3), whose rows lie in shares of each.
+FUSED: dict[str, Any] = {
+    **RESUMED,
+    "lora": SOME | {"targets": ["qkv_proj", "gate_up_proj", "down_proj"]},
+    "model": {**GROUPED, "language": {**GROUPED["language"], "preset": "phi3", "tie_word_embeddings": False}},
+}
 HALF = {**RESUMED, "training": {"train_steps": 2}}
 # Shards of whole groups of 64 x 256 weights at TP 2.
 WIDE: dict[str, Any] = {
@@ -103,6 +109,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         "whole": {"recipe": {**RESUMED, "training": {"train_steps": 4}}, **plain},
     }
     wide = {"base": str(tmp / "c" / "step-00000000"), "fill": True}
+    fused = {"base": str(tmp / "d" / "step-00000000"), "fill": True}
+    single["fused"] = {"recipe": {**FUSED, "training": {"train_steps": 4}}, **fused}
     single["qlora"] = {"recipe": QLORA, **wide}
     single["not-quantised"] = {"recipe": SINGLE_WIDE, **wide}
     single["tied"] = {"recipe": TIED, "base": grouped, "fill": True}
@@ -134,7 +142,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     parallel[4]["qlora-bf16-parallel"] = {"recipe": QLORA | BF16 | {"parallel": TP2_PP2_SP}, **wide}
     parallel[4]["qlora-parallel"] = {"recipe": {**QLORA, "parallel": TP2_PP2_SP}, **wide}
     parallel[2]["qlora-tp2"] = {"recipe": {**QLORA, "parallel": TP2}, **wide}
+    half = {**FUSED, "training": {"train_steps": 2}}
+    parallel[4]["fused-first"] = {
+        "recipe": {**half, "parallel": TP2_PP2_SP}, **fused, "save": str(tmp / "saved-fused")
+    }  # fmt: skip
     found |= run(tmp, 4, parallel[4])
+    parallel[2]["fused-second"] = {
+        "recipe": {**half, "parallel": {"pipeline_model_parallel_size": 2}}, "base": fused["base"],
+        "load": found["fused-first"]["saved"], "first": 2,
+    }  # fmt: skip
     parallel[2]["second"] = {
         "recipe": {**HALF, "parallel": TP2},
         "base": base,
@@ -167,10 +183,12 @@ def test_a_tied_embedding_learns_on_both_ends(results: Results) -> None:
     assert {"adapters", "embedding"} <= {*results["tied"]["changed"]}
 
 
-def test_resume_at_another_layout(results: Results) -> None:
-    """Adapters and optimizer state of TP 2 x PP 2 + SP go on at TP 2."""
-    halves = {key: [*results["first"][key], *results["second"][key]] for key in ("loss", "grad_norm")}
-    same({**halves, "frozen_same": results["second"]["frozen_same"]}, results["whole"])
+@pytest.mark.parametrize(("kind", "whole"), [("", "whole"), ("fused-", "fused")])
+def test_resume_at_another_layout(kind: str, whole: str, results: Results) -> None:
+    """Adapters and optimizer state of TP 2 x PP 2 + SP go on at TP 2, and fused ones at PP 2."""
+    first, second = results[f"{kind}first"], results[f"{kind}second"]
+    halves = {key: [*first[key], *second[key]] for key in ("loss", "grad_norm")}
+    same({**halves, "frozen_same": second["frozen_same"]}, results[whole])
 
 
 @pytest.mark.parametrize("name", ["qlora-parallel", "qlora-tp2"])

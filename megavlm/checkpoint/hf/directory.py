@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Tree = dict[str, Any]
 
+_SAID: set[str] = set()
 _REMEDY = "leave it out of the recipe, which takes the directory's then, or load another directory"
 
 
@@ -79,7 +80,9 @@ def model_of(directory: Path) -> Tree:
             "a whole model with megavlm convert hf-to-megatron --language DIR --vision DIR, and name that"
         )
     for note in found.notes:
-        logger.info("note: %s", note)
+        if note not in _SAID:  # a command may ask several times
+            logger.info("note: %s", note)
+            _SAID.add(note)
     tree: Tree = to_tree(found.model)
     return tree
 

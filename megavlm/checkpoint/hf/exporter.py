@@ -52,7 +52,7 @@ class Exporter:
 
     def __init__(self, recipe: Recipe, rank: int) -> None:
         self._rule = recipe.checkpoint.export_hf if rank == 0 else None
-        self._root, self._last = Path(recipe.output_dir), recipe.training.train_steps
+        self._root, self._last = Path(recipe.output_dir), recipe.training.steps
         load = recipe.checkpoint.load
         self._load = load
         self._base_name = str(Path(load).absolute()) if load is not None and holds_model(Path(load)) else ""

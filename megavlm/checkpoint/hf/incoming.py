@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
 from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.readback import ReadBack
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config.errors import UserError
@@ -80,7 +82,7 @@ def convert(
         seed: of the parts that are initialised.
         fresh: branches of the parts that are initialised.
         base: raw recipe whose other branches the converted recipe takes; None for defaults.
-        verify: read everything back and compare.
+        verify: turn each tensor back and compare it, and read all that was written back from the disk.
         home: family that an export of a composed model is written in unless another is asked for.
 
     Raises:
@@ -95,7 +97,7 @@ def convert(
         recipe = converted_recipe(model, out, base, dtype, where)
     with alone(seed):
         slots = find_slots(model, parts)
-        plans = [_MatchedSource(one, branches, slots) for one in given]
+        plans = [_MatchedSource(one, branches, slots, checked=verify) for one in given]
         pieces = [piece for plan in plans for piece in plan.pieces]
         for part in fresh:
             pieces += _initialise(part, model, slots, dtype, report)
@@ -105,11 +107,15 @@ def convert(
         for plan in plans:
             plan.tell(report, whole=plan.given is given[0] and _comes_home(given, parts, home))
         with publishing(out, needed_bytes=total) as partial:
-            with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-                write_checkpoint(partial, pieces, bar.update)
+            with (
+                tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar,
+                ReadBack() if verify else contextlib.nullcontext() as read_back,
+            ):
+                write_checkpoint(partial, pieces, bar.update, read_back)
             _write_rest(partial, given, plans, found, recipe, report, home, dtype)
-            if verify:
-                _verify(partial, plans, total)
+            if read_back is not None:
+                _check_index(partial, pieces)
+                assert read_back.bytes == total, f"{read_back.bytes} of {total} bytes were compared"
                 report.verified = True
     return report
 
@@ -117,8 +123,8 @@ def convert(
 class _MatchedSource:
     """One source held against its family's rules, and the pieces that are taken from it."""
 
-    def __init__(self, given: SourceOfParts, branches: Tree, slots: Mapping[str, Slot]) -> None:
-        self.given = given
+    def __init__(self, given: SourceOfParts, branches: Tree, slots: Mapping[str, Slot], *, checked: bool) -> None:
+        self.given, self.checked = given, checked
         source, family = given.source, given.family
         own_model = make_model({**branches, **given.branches}, str(source.path))
         own_slots = family_slots(family, own_model)
@@ -169,7 +175,12 @@ class _MatchedSource:
             theirs = self.read(rule)
             for name, one in zip(rule.row.theirs, theirs, strict=True):
                 check_finite(one, f"{self.given.source.path}: {name}")
-            tensor = rule.to_ours(theirs)[index]
+            ours = rule.to_ours(theirs)
+            if self.checked and index == 0:
+                for name, back, there in zip(rule.row.theirs, rule.to_theirs(ours), theirs, strict=True):
+                    if not same_bits(back, there):
+                        raise RuntimeError(f"{name}: what is written, turned back, differs from its source")
+            tensor = ours[index]
             return _grown(tensor, slot) if tuple(tensor.shape) != slot.shape else tensor
 
         return read
@@ -281,18 +292,14 @@ def _write_carried(directory: Path, source: Source, names: Sequence[str]) -> Non
         writer.abort()
 
 
-def _verify(checkpoint: Path, plans: Sequence[_MatchedSource], total: int) -> None:
-    """Read every tensor back, turn it into Hugging Face's form and compare it with the source, bit for bit.
+def _check_index(checkpoint: Path, pieces: Sequence[ParameterToWrite]) -> None:
+    """Check that every parameter is found again under its name, type and shape; its numbers were compared already.
 
     Raises:
-        RuntimeError: something differs: the disk lied, or there is a bug here.
+        RuntimeError, UserError: there is a bug here.
     """
     reader = CheckpointReader(checkpoint)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as bar:
-        for plan in plans:
-            for rule in plan.rules:
-                ours = [reader.read(slot) for slot in rule.slots]
-                for name, back, there in zip(rule.row.theirs, rule.to_theirs(ours), plan.read(rule), strict=True):
-                    if not same_bits(back, there):
-                        raise RuntimeError(f"{name}: what was written differs from {plan.given.source.path}")
-                bar.update(sum(tensor.nbytes for tensor in ours))
+    for piece in pieces:
+        reader.check(piece.slot)
+        if reader.dtype(piece.slot) is not piece.dtype:
+            raise RuntimeError(f"{piece.slot.key}: what was written differs from what was to be")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_train
 from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.readback import ReadBack
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.architecture import BRANCHES
 from megavlm.config.errors import UserError
@@ -107,7 +109,7 @@ def export(
         family_name: family to write; None for the one that the weights came from, or the first that fits.
         dtype: number type to convert to; None keeps each tensor's.
         shard_bytes: largest size of a file.
-        verify: read everything back and compare.
+        verify: turn each tensor back and compare it, and read all that was written back from the disk.
         base: where the base of adapters may lie if it has been moved.
 
     Raises:
@@ -135,17 +137,22 @@ def export(
         entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
         with publishing(out, needed_bytes=result.bytes) as partial:
-            writer = ShardedWriter(partial, entries, shard_bytes)
-            try:
-                with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-                    for rule in rules:
-                        for name, tensor in zip(rule.row.theirs, _theirs(rule, reader, dtype, result), strict=True):
+            checked = verify and dtype is None
+            # What becomes one file of torch.save is read back as that.
+            early = checked and family.pickle is None
+            with ReadBack() if early else contextlib.nullcontext() as read_back:
+                writer = ShardedWriter(partial, entries, shard_bytes, read_back)
+                try:
+                    with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+                        for rule in rules:
+                            tensors = _theirs(rule, reader, dtype, result, checked=early)
+                            for name, tensor in zip(rule.row.theirs, tensors, strict=True):
+                                writer.put(name, tensor, bar.update)
+                        for name, tensor in extra.items():
                             writer.put(name, tensor, bar.update)
-                    for name, tensor in extra.items():
-                        writer.put(name, tensor, bar.update)
-                writer.close()
-            finally:
-                writer.abort()
+                    writer.close()
+                finally:
+                    writer.abort()
             result.files = len(writer.shards)
             if family.pickle is not None:
                 _write_pickle(partial, family.pickle, result)
@@ -155,9 +162,9 @@ def export(
             source = Source(partial, _feature_layer(record, family, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
-            if verify and dtype is None:
+            if checked and not early:
                 _verify(source, rules, reader, result.bytes)
-                result.verified = True
+            result.verified = checked
     return result
 
 
@@ -231,13 +238,20 @@ def _entries(rule: Rule, dtype: torch.dtype) -> list[Entry]:
     return [Entry(name, shape, dtype) for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
 
 
-def _theirs(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, result: Export) -> list[Tensor]:
-    """Return Hugging Face's tensors of a rule.
+def _theirs(
+    rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, result: Export, *, checked: bool
+) -> list[Tensor]:
+    """Return Hugging Face's tensors of a rule; ``checked``: which turned back are the checkpoint's.
 
     Raises:
+        RuntimeError: they are not, which is a bug.
         UserError: a value is not finite, or ``dtype`` has no room for it.
     """
-    tensors = rule.to_theirs([reader.read(slot) for slot in rule.slots])
+    ours = [reader.read(slot) for slot in rule.slots]
+    tensors = rule.to_theirs(ours)
+    for slot, back, there in zip(rule.slots, rule.to_ours(tensors) if checked else ours, ours, strict=True):
+        if not same_bits(back, there):
+            raise RuntimeError(f"{slot.key}: what is written, turned back, differs from the checkpoint")
     for name, tensor in zip(rule.row.theirs, tensors, strict=True):
         check_finite(tensor, f"{reader.path}: {name}")
     if dtype is None:

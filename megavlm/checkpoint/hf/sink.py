@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megavlm.checkpoint.checksum import checksum_of
+from megavlm.checkpoint.readback import PIECE_BYTES, ReadBack, Region
+
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 SHARD_BYTES = 5_000_000_000
 """Size of a shard, as Transformers' ``max_shard_size="5GB"``."""
@@ -41,10 +44,17 @@ class ShardedWriter:
         directory: an existing directory.
         entries: every tensor, in the order in which :meth:`put` will be called.
         shard_bytes: largest size of a file, but for a single tensor that is larger.
+        read_back: compares what was written with what the disk holds.
     """
 
-    def __init__(self, directory: Path, entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        entries: Sequence[Entry],
+        shard_bytes: int = SHARD_BYTES,
+        read_back: ReadBack | None = None,
+    ) -> None:
+        self.directory, self._read_back = directory, read_back
         self.shards: list[list[Entry]] = [[]]
         filled = 0
         for entry in entries:
@@ -63,10 +73,23 @@ class ShardedWriter:
         assert (name, tuple(tensor.shape), tensor.dtype) == (entry.name, entry.shape, entry.dtype), (name, entry)
         if shard != self._shard:
             self._start(shard)
-        assert self._file is not None
         if tensor.numel():
-            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, name)
         progress(tensor.nbytes)
+
+    def _write(self, data: memoryview, name: str) -> None:
+        """Write bytes, and have them read back in pieces."""
+        assert self._file is not None
+        start = self._file.tell()
+        self._file.write(data)
+        if self._read_back is None:
+            return
+        self._file.flush()
+        path = self.directory / self._file_name(self._shard)
+        for first in range(0, len(data), PIECE_BYTES):
+            size = min(PIECE_BYTES, len(data) - first)
+            digest = checksum_of(data, first, size)
+            self._read_back.expect(Region(path, start + first, start + first + size, digest, size, name))
 
     def close(self) -> None:
         """Finish the last file and write the index."""
@@ -103,7 +126,7 @@ class ShardedWriter:
         text += b" " * (-len(text) % 8)  # the data starts aligned
         self._file = (self.directory / self._file_name(shard)).open("wb")
         self._shard = shard
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._write(memoryview(bytearray(struct.pack("<Q", len(text)) + text)), "the header")
 
     def _end(self) -> None:
         if self._file is not None:

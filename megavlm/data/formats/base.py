@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,7 +15,6 @@ Record = dict[str, Any]
 """A record in Qwen-VL's form, see :mod:`megavlm.data.schema`; still to be checked."""
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-_ABSOLUTE = re.compile(r"<img>\s*((?:/|[a-z]\w*://)[^<\n\0]*?)\s*</img>")
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 
 
@@ -85,29 +84,6 @@ def plain(text: str, what: str) -> str:
     if tag:
         raise BrokenError("markup in text", f"{what} contains {tag[0]}, which would be read as markup")
     return text
-
-
-def relative(record: Record, bases: Sequence[str]) -> Record:
-    """Return a record in Qwen-VL's form whose absolute paths of pictures start from that of ``bases`` they lie in."""
-
-    def replaced(found: re.Match[str]) -> str:
-        path = found[1].removeprefix("file://")
-        for base in bases:
-            if path.startswith(f"{base.rstrip('/')}/"):
-                return f"<img>{path[len(base.rstrip('/')) :].lstrip('/')}</img>"
-        return found[0]
-
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list):
-        return record
-    return record | {
-        "conversations": [
-            turn | {"value": _ABSOLUTE.sub(replaced, turn["value"])}
-            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
-            else turn
-            for turn in turns
-        ]
-    }
 
 
 def pair(record_id: Any, task: str, image: str, question: str, answer: str) -> Record:

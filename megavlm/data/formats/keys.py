@@ -14,7 +14,7 @@ from megavlm.data.formats.base import BrokenError, Record
 from megavlm.data.schema import WEIGHT_KEYS, turn_weight
 
 _USED = frozenset({"id", "task", "conversations", "image", "images", "system"})
-_SCORED = frozenset({"answer", "choices"})
+SCORED = ("answer", "answers", "choices", "metric")
 """Of held-out records, for ``megavlm eval``."""
 _REFUSED = frozenset({
     "video", "videos", "audio", "audios",  # other media: the model would be trained blind
@@ -24,6 +24,8 @@ _REFUSED = frozenset({
     "non_preferred_output", "objects",
 })  # fmt: skip
 """What changes a conversation, and is not supported."""
+_LIKED = frozenset({"kto_tag", "label"})
+"""True or false: KTO's mark of a good answer, in LLaMA-Factory and ms-swift."""
 _WEIGHTS = frozenset({*WEIGHT_KEYS, "loss_scale"})
 """Say how much is trained on. Of a turn the first three are used."""
 _TURN_USED = frozenset({"from", "value", *WEIGHT_KEYS})
@@ -87,7 +89,9 @@ def check_keys(entry: Record, ignored: Counter[str]) -> None:
     for key, value in entry.items():
         if key in _WEIGHTS and value is not None and value != 1:  # True is 1
             raise BrokenError("unsupported key", f"{key!r} of a record is not supported; give its answers a weight")
-        if key in _USED or key in _SCORED or key in _WEIGHTS or not is_given(value):
+        if key in _LIKED and isinstance(value, bool):
+            raise BrokenError("unsupported key", f"{key!r} says whether an answer is liked, which is not trained on")
+        if key in _USED or key in SCORED or key in _WEIGHTS or not is_given(value):
             continue
         if key in _REFUSED:
             raise BrokenError("unsupported key", f"{key!r} is not supported; leave the key out, or the record")

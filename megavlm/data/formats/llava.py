@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
-from megavlm.data.formats.keys import check_keys, has_roles, is_given, picture_paths, weights_of, with_system
+from megavlm.data.formats.keys import SCORED, check_keys, has_roles, is_given, picture_paths, weights_of, with_system
 from megavlm.data.formats.source import Source
 
 _IMAGE = re.compile(r"[ \t]*<image>[ \t]*(?:\r\n?|\n)?")
@@ -115,7 +115,7 @@ def placed(entry: Record, turns: list[Any], ignored: Counter[str], task: str | N
     if shown < len(images):
         raise BrokenError("pictures do not match", f"{len(images)} pictures, but <image> stands {shown} times")
     record: Record = {"conversations": converted}
-    record |= {key: entry[key] for key in ("id", "task") if entry.get(key) is not None}
+    record |= {key: entry[key] for key in ("id", "task", *SCORED) if entry.get(key) is not None}
     if task is not None:
         record.setdefault("task", task)
     return record

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import MutableMapping
+import re
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -18,6 +19,7 @@ from megavlm.data.formats.keys import is_given
 
 _KEYS = ("bytes", "base64", "image_url", "image", "url", "path")
 """Where an object has a picture, the most exact first."""
+_NOT_RELATIVE = re.compile(r"<img>\s*((?:/|[A-Za-z][A-Za-z0-9+.-]*://|data:)[^<\n\0]*?)\s*</img>")
 
 
 def picture(value: Any, pictures: MutableMapping[str, bytes]) -> str:
@@ -42,6 +44,39 @@ def picture(value: Any, pictures: MutableMapping[str, bytes]) -> str:
     if text[:7].lower() == "file://":
         return unquote(text[7:].removeprefix("localhost"))
     return text
+
+
+def settled(record: Any, bases: Sequence[str], pictures: MutableMapping[str, bytes]) -> Any:
+    """Return a record in Qwen-VL's form whose pictures are paths from the image directory.
+
+    Args:
+        record: The record; what is no such record is returned as it is.
+        bases: Names of the image directory: absolute paths and URLs below one of them start from there.
+        pictures: Gets what ``data:`` URLs hold.
+
+    Raises:
+        BrokenError: A ``data:`` URL is broken.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        path = picture(found[1], pictures)
+        for base in bases:
+            if path.startswith(f"{base.rstrip('/')}/"):
+                path = path[len(base.rstrip("/")) :].lstrip("/")
+                break
+        return f"<img>{path}</img>"
+
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        return record
+    return record | {
+        "conversations": [
+            turn | {"value": _NOT_RELATIVE.sub(replaced, turn["value"])}
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str)
+            else turn
+            for turn in turns
+        ]
+    }
 
 
 def _kept(data: bytes, pictures: MutableMapping[str, bytes]) -> str:

@@ -85,7 +85,8 @@ def _record(source: Source, record_id: Any, images: Sequence[str], question: Any
             raise BrokenError("bad record", "'question' is no text")
         asked = plain(question, "the question")
         given = plain(_answer(answer), "the answer")
-        return pair(record_id, "vqa", source.find_image(images), f"{asked} Answer:", given)
+        record = pair(record_id, "vqa", source.find_image(images), f"{asked} Answer:", given)
+        return record | {"answers": _texts_of(answer) or [given]}  # all of them, for megavlm eval
     except BrokenError as error:
         return error.about(record_id)
 
@@ -100,10 +101,17 @@ def _answer(answer: Any) -> str:
 def _text_of(answer: Any) -> str | None:
     """One answer of what a file gives: text, a list of texts, or a list of ``{"answer": text}``."""
     if isinstance(answer, list):
-        given = [each.get("answer") if isinstance(each, dict) else each for each in answer]
-        texts = [text for text in given if isinstance(text, str)]
+        texts = _texts_of(answer)
         answer = most_common(texts) if texts else None
     return answer if isinstance(answer, str) else None
+
+
+def _texts_of(answer: Any) -> list[str]:
+    """All answers of what a file gives, where that is a list."""
+    given = (
+        [each.get("answer") if isinstance(each, dict) else each for each in answer] if isinstance(answer, list) else []
+    )
+    return [text for text in given if isinstance(text, str)]
 
 
 def _questions(source: Source) -> Result:

@@ -240,6 +240,7 @@ def _token(piece: ShownTokens) -> str:
         return f'<span class="t i{wrong}">picture {piece.image + 1}: {escape(piece.text)}</span>'
     text = escape(piece.text).replace("\n", "\u21b5\n")
     ids = ", ".join(map(str, piece.ids))
+    ids += f"; weight {piece.weight:g}" if piece.supervised and piece.weight != 1 else ""
     return f'<span class="t {"s" if piece.supervised else "m"}" title="{ids}">{text}</span>'
 
 

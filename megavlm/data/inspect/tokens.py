@@ -27,6 +27,8 @@ class ShownTokens:
     """Whether the loss counts their prediction (from the token before)."""
     image: int | None = None
     """Index in the segment of the picture whose slots these are."""
+    weight: float = 1.0
+    """What the loss of their prediction is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def segments(pack: Pack, tokenizer: Tokenizer) -> list[Segment]:
         trained = [False, *(bool(label != IGNORE_INDEX) for label in pack.labels[start : end - 1])]
         count = _images(ids, tokenizer) if source >= 0 else 0
         key = pack.sample_keys[index] if source >= 0 else ""
-        pieces = tuple(_pieces(ids, trained, tokenizer)) if source >= 0 else ()
+        weights = [1.0] * len(ids)
+        if pack.loss_weights is not None:
+            weights[1:] = pack.loss_weights[start : end - 1].tolist()
+        pieces = tuple(_pieces(ids, trained, weights, tokenizer)) if source >= 0 else ()
         text = "".join(piece.text for piece in pieces if piece.image is None)
         images = tuple(pack.images[taken : taken + count])
         taken += count
@@ -94,7 +99,9 @@ def shapes(text: str) -> Iterator[Shape]:
             yield Shape(match[2], (match[1] or "").strip(), tuple(points))
 
 
-def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -> Iterator[ShownTokens]:
+def _pieces(
+    ids: Sequence[int], trained: Sequence[bool], weights: Sequence[float], tokenizer: Tokenizer
+) -> Iterator[ShownTokens]:
     position, image = 0, 0
     context: list[Sequence[int]] = []
     while position < len(ids):
@@ -112,7 +119,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Tokenizer) -
         while "\ufffd" in text and _may_grow(ids, trained, position, end, tokenizer):
             end += 1
             text = _text(before, ids[position:end], tokenizer)
-        yield ShownTokens(text, tuple(ids[position:end]), trained[position])
+        yield ShownTokens(text, tuple(ids[position:end]), trained[position], weight=weights[position])
         # Whole characters only: the bytes of half a one would spoil those behind them in some tokenizers.
         context = [*context, ids[position:end]][-_CONTEXT:]
         position = end

@@ -17,3 +17,20 @@ PUBLISHED: Mapping[str, Mapping[str, Mapping[str, float]]] = {
     },
 }
 """By benchmark, figure and model. Sources: CodeFuse-MFT-VLM's table; Belle-VL's model card; Qwen-VL's EVAL_MME.md."""
+
+QUESTIONS: Mapping[str, tuple[int, ...]] = {
+    "mmbench": (4329, 4377),
+    "mmbench-cn": (4329, 4377),
+    "vqav2": (214354,),
+    "gqa": (12578,),
+    "textvqa": (5000,),
+    "vizwiz": (4319,),
+    "mme": (2374,),
+}
+"""Questions of the published file of each (with MMBench's rotations: the dev parts of 2024 and of July 2023). Figures
+of others are shown beside such a file's alone, not beside those of a part of it or of one's own file in its format."""
+
+
+def published(benchmark: str, questions: int) -> Mapping[str, Mapping[str, float]]:
+    """Return what others published of a benchmark, by figure and model; nothing for another number of questions."""
+    return PUBLISHED.get(benchmark, {}) if questions in QUESTIONS.get(benchmark, ()) else {}

@@ -62,7 +62,7 @@ def make_questions(
         except UserError as error:
             tokens, problem = np.zeros(0, np.int64), str(error)
         questions.append(Question(item, text, tokens, options, problem, grids))
-    _check_lengths(questions, max_new_tokens, recipe.data.sequence_length)
+    check_lengths(questions, max_new_tokens, recipe.data.sequence_length)
     return questions
 
 
@@ -91,7 +91,12 @@ def _encode(text: str, item: Item, tokenizer: Tokenizer, recipe: Recipe, chat: b
     return np.asarray([*(i for i in begin if i is not None), *encode_text(text, tokenizer, runs)], np.int64)
 
 
-def _check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: int) -> None:
+def check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: int) -> None:
+    """Check that each question with its longest answer fits into a pack.
+
+    Raises:
+        RecipeError: some do not.
+    """
     needed = [
         len(one.tokens) + (max(map(len, one.options)) - 1 if one.options else max_new_tokens) for one in questions
     ]

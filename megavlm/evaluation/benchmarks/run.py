@@ -22,7 +22,7 @@ from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark, read_items
 from megavlm.evaluation.benchmarks.predictions import Row, put_together, read_predictions
-from megavlm.evaluation.benchmarks.published import PUBLISHED
+from megavlm.evaluation.benchmarks.published import published
 from megavlm.evaluation.benchmarks.questions import Question, digest, make_questions
 from megavlm.evaluation.benchmarks.spec import NOT_ASKED, Benchmark, BenchmarkFiles, Item, Scores
 from megavlm.evaluation.metrics.grounding import box_text, first_box
@@ -48,6 +48,16 @@ class BenchmarkRun:
     max_new_tokens: int
     scored: bool
     skipped: Counter[str]
+    as_published: bool = False
+    """Whether it is asked as the benchmark's table says, so that figures of others may stand beside its own."""
+
+    def more(self, asked: Sequence[Question], rows: Mapping[str, Row]) -> dict[str, Any]:
+        """Return other keys of ``scores.json``."""
+        return {}
+
+    def line(self, item: Item) -> dict[str, Any]:
+        """Return other keys of an item's line in the predictions."""
+        return {}
 
 
 def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> int:
@@ -64,7 +74,26 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
         UserError: the benchmark is unknown, its file is wrong, or the directory has predictions of another run.
     """
     start = time.perf_counter()
-    plan = _plan(args, recipe, checkpoint, tokenizer)
+    answer_run(_plan(args, recipe, checkpoint, tokenizer), args, recipe, checkpoint, tokenizer, start)
+    return 0
+
+
+def answer_run(
+    plan: BenchmarkRun, args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer, start: float
+) -> tuple[list[Question], dict[str, Row]] | None:
+    """Answer the questions that have no answer yet, score all and write them.
+
+    Args:
+        plan: what is to be done.
+        args: the command's arguments: ``limit``, ``save_every``, ``panel_samples``.
+        recipe: of the checkpoint, with the overrides.
+        checkpoint: its directory.
+        tokenizer: its tokenizer.
+        start: when the command began, by :func:`time.perf_counter`.
+
+    Returns:
+        What was asked and predicted, on the first rank; None on the others.
+    """
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
@@ -84,11 +113,11 @@ def run_benchmark(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, to
             args.save_every, begin,
         )  # fmt: skip
         if rows is None:  # not the first rank
-            return 0
+            return None
         scores = _score(plan, asked, rows)
         locks[0].check()
         _write(plan, asked, rows, scores, args.panel_samples, time.perf_counter() - start)
-    return 0
+    return asked, rows
 
 
 def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer: Any) -> BenchmarkRun:
@@ -111,24 +140,33 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     chat = benchmark.chat or args.chat
     questions = make_questions(benchmark, items, tokenizer, recipe, max_new_tokens, chat)
     _check_pictures(questions[: args.limit], images)
-    _warn_problems([one for one in questions[: args.limit] if one.problem])
+    warn_problems([one for one in questions[: args.limit] if one.problem])
     out = args.out or Path("eval") / benchmark.name
     identity = {
         "benchmark": benchmark.name,
         "checkpoint": checkpoint.resolve().name,
-        "weights": _weights(checkpoint),
+        "weights": weights_of(checkpoint),
         "questions": digest(questions),
         "prompt": "chat" if chat else "plain",
         "max_new_tokens": max_new_tokens,
         "precision": recipe.training.precision,
     }
-    name = f"{benchmark.name}-{sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
-    done = read_predictions(out, name, identity)
-    identity = {"run": name, **identity}
-    return BenchmarkRun(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped)
+    identity, done = with_predictions(out, benchmark.name, identity)
+    usual = chat == benchmark.chat and max_new_tokens == benchmark.max_new_tokens
+    return BenchmarkRun(benchmark, out, questions, identity, done, max_new_tokens, scored, source.skipped, usual)
 
 
-def _weights(checkpoint: Path) -> str:
+def with_predictions(out: Path, benchmark: str, identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Return a run's identity with its name, and what it has predicted before in ``out``.
+
+    Raises:
+        UserError: the directory has predictions of another run.
+    """
+    name = f"{benchmark}-{sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
+    return {"run": name, **identity}, read_predictions(out, name, identity)
+
+
+def weights_of(checkpoint: Path) -> str:
     """A short digest that tells this checkpoint's weights from others'."""
     manifest = checkpoint / MANIFEST
     named = manifest if manifest.is_file() else checkpoint / "run.json"
@@ -153,7 +191,8 @@ def _check_pictures(questions: Sequence[Question], images: Path) -> None:
         )
 
 
-def _warn_problems(questions: Sequence[Question]) -> None:
+def warn_problems(questions: Sequence[Question]) -> None:
+    """Log which questions are not asked, and why."""
     for one in questions[:_SHOWN_PROBLEMS]:
         logger.warning("question %s is not asked and counts as wrong: %s", one.item.id, one.problem)
 
@@ -179,6 +218,7 @@ def _write(
     for one in plan.questions:
         if one.item.id in rows:
             told = {"kind": one.item.kind, "question": one.item.question, "answers": _references(one.item)}
+            told |= plan.line(one.item)
             own = {key: value for key, value in rows[one.item.id].items() if key not in (*told, "score")}
             lines.append({**own, **told, **({"score": each[one.item.id]} if one.item.id in each else {})})
     put_together(plan.out, lines)
@@ -190,6 +230,7 @@ def _write(
         "questions_counted_wrong": problems,
         "questions_skipped": dict(plan.skipped),
         "seconds": round(seconds, 1),
+        **plan.more(asked, rows),
     }
     if scores and scores.kinds:
         result["sub_tasks"] = scores.kinds
@@ -201,7 +242,7 @@ def _write(
         facts={key: str(value) for key, value in plan.identity.items()} | {"seconds": f"{seconds:.1f}"},
         values=scores.values if scores else {},
         kinds=scores.kinds if scores else {},
-        published=PUBLISHED.get(plan.benchmark.name, {}),
+        published=published(plan.benchmark.name, len(asked)) if plan.as_published else {},
         problems=told_problems,
         cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
     )

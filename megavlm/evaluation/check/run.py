@@ -157,7 +157,7 @@ class _Ours:
 
     ids: Tensor
     pixels: Tensor
-    """[V, 3, H, W] views, normalised."""
+    """[V, 3, H, W] views, or [P, F] patches, normalised."""
     layouts: list[ImageLayout]
     arrangement: Arrangement | None
 
@@ -198,8 +198,13 @@ def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokeniz
     runs = [layout.runs for layout in layouts]
     ids = encode_prompt([user_turn(prompt, len(paths))], tokenizer, runs, recipe.data.system_message)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
-    pixels = (made.pixels.cpu().float() / 255.0 - mean) / std
-    return _Ours(torch.from_numpy(ids), pixels, layouts, arrangement)
+    pixels = (_by_colour(made.pixels.cpu().float()) / 255.0 - mean) / std
+    return _Ours(torch.from_numpy(ids), pixels.view(made.pixels.shape), layouts, arrangement)
+
+
+def _by_colour(pixels: Tensor) -> Tensor:
+    """Return views [V, 3, H, W] as they are, and patches [P, F] as [P, 3, F / 3, 1]."""
+    return pixels if pixels.dim() == 4 else pixels.view(len(pixels), 3, pixels.size(1) // 3, 1)
 
 
 def _run(
@@ -250,8 +255,8 @@ def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
     if question.pixels is not None and question.images:
         row.pixels = (math.inf, 0.0)
         if question.pixels.shape == own.pixels.shape:
-            std = torch.tensor(recipe.model.vision.image_std).view(3, 1, 1)
-            levels = (question.pixels.float() - own.pixels).abs() * std * 255
+            std = torch.tensor(recipe.model.vision.image_std)
+            levels = _by_colour((question.pixels.float() - own.pixels).abs()) * std.view(3, 1, 1) * 255
             row.pixels = (float(levels.max()), float((levels <= _LEVEL + 1e-3).float().mean()))
         if row.pixels[1] < _SHARE:
             row.reasons.append("pixels")
@@ -270,6 +275,8 @@ def _settle(question: CheckQuestion, own: _Ours, tokenizer: Tokenizer) -> None:
         question.pixels = own.pixels if question.images else None
         shapes = [layout.shape for layout in own.layouts]
         question.extra = {"image_sizes": torch.tensor([[shape.height, shape.width] for shape in shapes])}
+        if own.arrangement is not None and own.arrangement.grid is not None:
+            question.extra["image_grid_thw"] = torch.from_numpy(own.arrangement.grid)
     slots = int((own.ids == tokenizer.imgpad_id).sum())
     if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
         question.ids = own.ids

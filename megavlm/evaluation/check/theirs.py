@@ -145,8 +145,10 @@ def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) ->
     twice = {"add_special_tokens": False} if templated and _begins(processor, text) else {}
     made = processor(text=text, images=images or None, return_tensors="pt", **twice)
     if images:
-        question.pixels = made["pixel_values"].flatten(0, -4)
-        question.extra = {key: made[key] for key in ("image_sizes",) if key in made}
+        pixels = made["pixel_values"]
+        # Of pictures that keep sizes of their own: flat patches.
+        question.pixels = pixels if pixels.dim() == 2 else pixels.flatten(0, -4)
+        question.extra = {key: made[key] for key in ("image_sizes", "image_grid_thw") if key in made}
     if templated:
         question.ids = made["input_ids"][0].long()
 
@@ -172,6 +174,8 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
             inputs |= extra
             found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
+        if "mm_token_type_ids" in inspect.signature(theirs.model.forward).parameters:  # which slots are a picture's
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == theirs.model.config.image_token_id).int()
         question.logits = theirs.model(**inputs).logits[0].float().cpu()
         made = theirs.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,

@@ -21,6 +21,21 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
     return float(any(said == answer.strip().lower() for answer in answers))
 
 
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1 where an answer occurs in the prediction, but for case and white space; not within a longer word or number.
+
+    The borders of words are those of Latin letters and digits: Chinese is written without.
+    """
+    said = " ".join(prediction.lower().split())
+    for answer in answers:
+        wanted = " ".join(answer.lower().split())
+        before = r"(?<![a-z0-9])" if wanted[:1].isalnum() and wanted[:1].isascii() else ""
+        after = r"(?![a-z0-9])" if wanted[-1:].isalnum() and wanted[-1:].isascii() else ""
+        if wanted and re.search(f"{before}{re.escape(wanted)}{after}", said):
+            return 1.0
+    return 0.0
+
+
 def edit_distance(first: str, second: str) -> int:
     """Levenshtein distance: insertions, deletions and substitutions of characters."""
     row = list(range(len(second) + 1))

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from data_helpers import encode_image, prepare
+from data_helpers import encode_image, open_reader, prepare
 from PIL import Image
 from test_data_formats import read
 
 from megavlm.config.errors import UserError
 from megavlm.data.formats import Source, choose
+from megavlm.data.tokenizer import Tokenizer
 
 PNG = encode_image(Image.new("RGB", (6, 5), (9, 99, 199)), "PNG")
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -75,7 +76,8 @@ BROKEN = {
     "unsupported key": [
         said("What?", "A flag.", **keys)
         for keys in ({"videos": ["a.mp4"]}, {"audios": ["a.wav"]}, {"tools": "[{}]"}, {"chosen": "x"}, {"weight": 0.5},
-                     {"rejected_response": "x"}, {"loss": False}, {"train": 0}, {"objects": {"ref": ["a"]}})
+                     {"rejected_response": "x"}, {"loss": False}, {"train": 0}, {"objects": {"ref": ["a"]}},
+                     {"kto_tag": False}, {"label": False})
     ],
     "unsupported role": [{"id": "r", "messages": [{"role": "tool", "content": "x"}]}],
     "unsupported part": [said([{"type": "video", "video": "a.mp4"}, TEXT], "A flag.")],
@@ -112,6 +114,7 @@ def test_inline_pictures_absolute_paths_and_utf_16_reach_the_shards(tmp_path: Pa
         said([{"type": "image", "url": (tmp_path / "p/a.png").as_uri()}, TEXT], "4"),
         said("What?", "5", images=["/etc/hostname"]),
         said("What?", "6"),
+        said("What?", "7", images=["data:image/png;base64,?"]),
     ]
     records[5]["messages"][1]["weight"] = 0
     for encoding in ("utf-8", "utf-16"):
@@ -119,8 +122,39 @@ def test_inline_pictures_absolute_paths_and_utf_16_reach_the_shards(tmp_path: Pa
         out = tmp_path / encoding
         prepare(tmp_path, [], name=encoding, images=tmp_path / "p", json=tmp_path / "d.jsonl")
         rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-        assert [one["cause"] for one in rejected] == ["unsafe image path", "nothing to train on"]
+        assert [one["cause"] for one in rejected] == ["unsafe image path", "nothing to train on", "bad record"]
+        assert max(len(one["reason"]) for one in rejected) < 200
         assert (out / "shard-000000.tar").read_bytes().count(PNG) == 4
+
+
+def test_inline_pictures_in_other_forms(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    turns = [{"from": "user", "value": f"Picture 1: <img>{URL}</img>\nWhat?"}, {"from": "assistant", "value": "1"}]
+    asked = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "1"}]
+    for form, record in (("qwen-vl", {"conversations": turns}), ("llava", {"conversations": asked, "image": URL}),
+                         ("llava", {"conversations": asked, "image": str(tmp_path / "a.png")})):  # fmt: skip
+        out = prepare(tmp_path, [record], name="one", images=tmp_path, format=form, overwrite=True)
+        shard = (out / "shard-000000.tar").read_bytes()
+        assert shard.count(PNG) == 1 and b"base64" not in shard
+
+
+def test_weights_come_to_the_packs(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = said("One?", "first", "Two?", "second", "Three?", "third")
+    record["messages"][1] |= {"loss": False}
+    record["messages"][3] |= {"weight": 0.5}
+    out = prepare(tmp_path, [record], name="weighted", images=tmp_path)
+    reader = open_reader([out], tokenizer, training=False, sequence_length=96)
+    (pack,) = list(reader)
+    reader.close()
+    assert pack.loss_weights is not None
+    # A position's label is the token behind it.
+    shown = {weight: tokenizer.decode(pack.labels[(pack.loss_weights == weight) & (pack.labels >= 0)].tolist())
+             for weight in (0.5, 1.0)}  # fmt: skip
+    assert "second" in shown[0.5] and "third" in shown[1.0] and "first" not in shown[0.5] + shown[1.0]
+    assert pack.supervised_tokens == int((pack.labels >= 0).sum())
+    lighter = prepare(tmp_path, [said("One?", "first")], name="plain", images=tmp_path)
+    (pack,) = list(open_reader([lighter], tokenizer, training=False, sequence_length=96))
+    assert pack.loss_weights is None
 
 
 def test_parquet_with_pictures_in_the_parts(tmp_path: Path) -> None:

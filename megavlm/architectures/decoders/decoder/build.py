@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -26,7 +27,8 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
-from megavlm.layers.rotary import PackRotary, pair_axes
+from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
+from megavlm.layers.scale import NormedSum
 from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
@@ -49,6 +51,11 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         shared["bias_activation_fusion"] = (
             False  # Megatron-Core's fused GELU is the tanh form under the exact one's name
         )
+    if language.use_parallel_residual and context.engine.cuda_graph_impl != "none":
+        raise UserError(
+            "engine.cuda_graph_impl: a graph of the MLP is for layers where it stands behind attention, and"
+            " model.language.use_parallel_residual has it beside; set it to none"
+        )
     if not language.fused_rotary:
         shared["apply_rope_fusion"] = False
     return TransformerConfig(
@@ -66,6 +73,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         add_bias_linear=language.add_bias_linear,
         add_qkv_bias=language.add_qkv_bias,
         qk_layernorm=language.qk_layernorm,
+        softmax_scale=None if language.query_pre_attn_scalar is None else language.query_pre_attn_scalar**-0.5,
         rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -86,7 +94,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
     )
 
 
-def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, ...]:
+def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind(
         "causal",
@@ -95,8 +103,12 @@ def layer_plan(language: DecoderConfig, deepstack: int = 0) -> tuple[LayerKind, 
         parallel=language.use_parallel_residual,
         residual_multiplier=language.residual_multiplier,
         sliding_window=language.sliding_window,
+        rotary_part=None if language.rope_local_base_freq is None else 1,
     )
-    return (replace(kind, deepstack=True),) * deepstack + (kind,) * (language.num_layers - deepstack)
+    whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
+    every = language.sliding_window_pattern
+    plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
+    return tuple(plan)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -165,10 +177,16 @@ def build(
         vp_stage: index of the chunk on its stage, with a virtual pipeline.
     """
     config = transformer_config(language, context)
-    plan, linears = layer_plan(language, context.deepstack), adapted_linears(language, context.lora)
+    linears, levels = adapted_linears(language, context.lora), context.deepstack
+    plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
     modules = {
         kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
     }
+    if language.post_layernorms:
+        for one in modules.values():
+            params = {"norm": one.norm, "config": config, "multiplier": language.residual_multiplier}
+            one.layer.submodules.self_attn_bda = ModuleSpec(module=NormedSum, params=params)
+            one.layer.submodules.mlp_bda = ModuleSpec(module=NormedSum, params=params)
     first = get_transformer_layer_offset(config, vp_stage)
     here = plan[first : first + get_num_layers_to_build(config, vp_stage)]
     model = GPTModel(
@@ -192,7 +210,10 @@ def build(
     )
     if not config.apply_rope_fusion:  # Transformer Engine's kernel takes Megatron-Core's table of one segment
         axes = pair_axes(language.rotary_sections, interleaved=language.rotary_sections_interleaved)
-        PackRotary.take_over(model.rotary_pos_emb, axes)
+        if language.rope_local_base_freq is None:
+            PackRotary.take_over(model.rotary_pos_emb, axes)
+        else:
+            TwoRotaries.begin(model.rotary_pos_emb, language.rope_local_base_freq)
     if language.activation != "silu" or not language.gated_linear_unit:
         kind = GeGLUMLP if language.gated_linear_unit else BiasActivationMLP
         for layer in model.decoder.layers:

@@ -38,8 +38,12 @@ class DecoderConfig(LanguageConfig):
     """Longest segment that the model is meant for."""
     sliding_window: int | None = Field(default=None, gt=0, le=1_000_000_000)
     """Positions that each position attends to, itself among them (Phi-3-mini-4k: 2047); null for all before it."""
+    sliding_window_pattern: int | None = Field(default=None, gt=1, le=10_000)
+    """With sliding_window: every so manieth layer attends to all before it (Gemma 3: 6); null for a window in all."""
     rotary_base: int = Field(default=10000, gt=0, le=1_000_000_000_000)
     """Base of the rotary position embedding."""
+    rope_local_base_freq: int | None = Field(default=None, gt=0, le=1_000_000_000_000)
+    """Base in layers with a window, whose positions are not stretched either (Gemma 3: 10000); null for rotary_base."""
     rope_scaling: Literal["linear", "llama3"] | None = None
     """Stretching of rotary positions: linear (positions divided by rope_scaling_factor), llama3 (as Llama 3.1,
     low and high frequency factors 1 and 4, 8192 original positions), or null."""
@@ -80,6 +84,11 @@ class DecoderConfig(LanguageConfig):
     """What attention and MLP give is multiplied by it before it is added (MiniCPM: 1.4 / sqrt(num_layers))."""
     logits_scaling: float = Field(default=1.0, gt=0)
     """Logits are divided by it (MiniCPM: hidden_size / 256)."""
+    post_layernorms: bool = False
+    """A norm also behind attention and behind the MLP, before what they give is added (Gemma 3; GLM-4, Hugging Face:
+    post_self_attn_layernorm, post_mlp_layernorm)."""
+    query_pre_attn_scalar: float | None = Field(default=None, gt=0)
+    """Scores of attention are divided by its root; null for the width of a head (Gemma 3 27B: 168)."""
     qk_layernorm: bool = False
     """Norm over each head's queries and keys (Qwen3)."""
     tie_word_embeddings: bool = False
@@ -92,11 +101,16 @@ class DecoderConfig(LanguageConfig):
     """In generation, widen the rotary base for prompts that are longer than seq_length (Qwen v1's dynamic NTK)."""
     use_logn_attn: Annotated[bool, Meaning.USE] = False
     """In generation, multiply queries past seq_length by log(position) / log(seq_length) (Qwen v1's logn attention)."""
-    layer_names: Annotated[Literal["qwen", "llama", "phi3", "phi", "internlm2"], Meaning.NAMES] = "llama"
+    layer_names: Annotated[Literal["qwen", "llama", "phi3", "phi", "internlm2", "glm"], Meaning.NAMES] = "llama"
     """Whose names lora.targets calls the layers by: qwen (v1: c_attn, attn.c_proj, w1, w2, mlp.c_proj), llama (and all
     that have its names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), phi3 (qkv_proj, o_proj,
-    gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2) or internlm2 (wqkv, wo, w1, w3, w2). Presets
-    set it."""
+    gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2), internlm2 (wqkv, wo, w1, w3, w2) or glm
+    (llama's with gate_up_proj). Presets set it."""
+
+    @property
+    def post_norms(self) -> int:
+        """Norms of a layer behind its branches."""
+        return 2 * int(self.post_layernorms)
 
     @property
     def qkv_bias(self) -> bool:
@@ -116,6 +130,8 @@ class DecoderConfig(LanguageConfig):
     @property
     def fused_rotary(self) -> bool:
         """Transformer Engine's kernel turns whole heads by one position."""
+        if self.rope_local_base_freq is not None:
+            return False
         return not self.rotary_sections and not self.rotary_interleaved and self.rotary_percent == 1.0
 
     @property
@@ -145,6 +161,14 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
     if language.kv_channels % 2:
         yield f"{_OWN}.kv_channels: {language.kv_channels} is odd, and rotary positions turn pairs; make it even"
     yield from _rotary(language)
+    if language.sliding_window_pattern is not None and language.sliding_window is None:
+        yield f"{_OWN}.sliding_window_pattern: has no effect without {_OWN}.sliding_window; set that, or this to null"
+    if language.rope_local_base_freq is not None and language.sliding_window is None:
+        yield f"{_OWN}.rope_local_base_freq: has no effect without {_OWN}.sliding_window; set that, or this to null"
+    if language.rope_local_base_freq is not None and language.rotary_sections:
+        yield f"{_OWN}.rope_local_base_freq: is for positions of one number; set {_OWN}.rotary_sections to []"
+    if language.post_layernorms and language.use_parallel_residual:
+        yield f"{_OWN}.post_layernorms: not with attention and MLP side by side; set it to false"
     if language.lm_head_bias and language.tie_word_embeddings:
         yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
     for key in ("use_dynamic_ntk", "use_logn_attn"):

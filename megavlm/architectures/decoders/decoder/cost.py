@@ -69,7 +69,8 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one language layer on one rank."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
-    shapes = [hidden] * (_norms(language) * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
+    norms = _norms(language) + language.post_norms
+    shapes = [hidden] * (norms * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
     shapes += [qkv] * int(language.qkv_bias)
     shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
     ffn = language.ffn_hidden_size // tensor
@@ -127,7 +128,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     ffn = language.ffn_hidden_size // tp
     stream = local * hidden
     # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
-    norms = _norms(language) * norm_kept(language, stream, kernels, learns=learns)
+    norms = (_norms(language) + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
     inputs = 0
     if learns:
         inputs = (_norms(language) * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
@@ -147,7 +148,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
-        attention += tokens * (read + (queries + keys) * b * int(learns and not kernels.fused))
+        multiplied = 4 if language.layernorm_zero_centered_gamma else b
+        attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
     return norms + inputs + attention + tokens * _inner_width(language) * ffn * b
 
 
@@ -244,7 +246,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     gathered = tokens * _gathered_width(language, tp) * b
     ffn_each, queries_each, gates = language.ffn_hidden_size / tp, width / tp, _inner_width(language)
     # A norm reads and writes, a sum reads two and writes one.
-    stream = 2 * _norms(language) + 6
+    stream = 2 * (_norms(language) + language.post_norms) + 6
     return LayerPassage(
         products=((queries + 2 * keys, hidden), (hidden, queries), (gates * ffn, hidden), (hidden, ffn)),
         heads=language.num_attention_heads,

@@ -36,10 +36,16 @@ _PHI3: dict[str, Any] = {**_LLAMA, "layer_names": "phi3"}
 _GEMMA: dict[str, Any] = {
     "layernorm_zero_centered_gamma": True, "activation": "gelu_tanh", "add_qkv_bias": False, **_TIED,
 }  # fmt: skip
+_GEMMA3: dict[str, Any] = {
+    **_GEMMA, "post_layernorms": True, "qk_layernorm": True, "query_pre_attn_scalar": 256.0,
+    "rotary_base": 1000000, "rope_local_base_freq": 10000, "sliding_window_pattern": 6, "sliding_window": 1024,
+}  # fmt: skip
 _STABLELM: dict[str, Any] = {
     "normalization": "LayerNorm", "norm_epsilon": 1e-5, "rotary_percent": 0.25, "add_qkv_bias": True,
 }  # fmt: skip
 _INTERNLM2: dict[str, Any] = {**_LLAMA, "rotary_base": 1000000, "layer_names": "internlm2"}
+
+_BY_8: dict[str, Any] = {"rope_scaling": "linear", "rope_scaling_factor": 8.0}
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen": {"add_qkv_bias": True, "layer_names": "qwen"},
@@ -50,9 +56,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": _PHI,
     "phi3": _PHI3,
     "gemma": _GEMMA,
+    "gemma3_text": _GEMMA3,
     "stablelm": _STABLELM,
     "minicpm": {"add_qkv_bias": False, "tie_word_embeddings": True},
     "internlm2": _INTERNLM2,
+    "glm4": {
+        "add_qkv_bias": True,
+        "post_layernorms": True,
+        "rotary_percent": 0.5,
+        "rotary_interleaved": True,
+        "norm_epsilon": 1e-5,
+        "layer_names": "glm",
+    },
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -88,6 +103,23 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "gemma_2b": (
         DecoderSize(18, 2048, 16384, 8, 1, 256, 256000, 8192),
         {**_GEMMA, "embedding_multiplier": math.sqrt(2048)},
+    ),
+    # google/gemma-3-1b-it; the language models of google/gemma-3-{4b,12b,27b}-it, whose whole positions are stretched.
+    "gemma_3_1b": (
+        DecoderSize(26, 1152, 6912, 4, 1, 256, 262144, 32768),
+        {**_GEMMA3, "sliding_window": 512, "embedding_multiplier": math.sqrt(1152)},
+    ),
+    "gemma_3_4b": (
+        DecoderSize(34, 2560, 10240, 8, 4, 256, 262208, 131072),
+        {**_GEMMA3, **_BY_8, "embedding_multiplier": math.sqrt(2560)},
+    ),
+    "gemma_3_12b": (
+        DecoderSize(48, 3840, 15360, 16, 8, 256, 262208, 131072),
+        {**_GEMMA3, **_BY_8, "embedding_multiplier": math.sqrt(3840)},
+    ),
+    "gemma_3_27b": (
+        DecoderSize(62, 5376, 21504, 32, 16, 128, 262208, 131072),
+        {**_GEMMA3, **_BY_8, "embedding_multiplier": math.sqrt(5376), "query_pre_attn_scalar": 168.0},
     ),
     # stabilityai/stablelm-2-1_6b.
     "stablelm_2_1_6b": (DecoderSize(24, 2048, 5632, 32, 32, 64, 100352, 4096), _STABLELM),

@@ -65,6 +65,17 @@ LLAMA_LANGUAGE = Table(
 )
 """Llama, Vicuna, Qwen2, Qwen2.5, Qwen3, Mistral, Gemma, StableLM, MiniCPM."""
 
+GEMMA3_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        *(one for one in LLAMA_LANGUAGE.layer if not one.ours[0].startswith("pre_mlp_layernorm")),
+        row("self_attn_bda.norm.weight", "post_attention_layernorm.weight"),
+        row("pre_mlp_layernorm.weight", "pre_feedforward_layernorm.weight"),
+        row("mlp_bda.norm.weight", "post_feedforward_layernorm.weight"),
+    ),
+)
+"""Gemma 3: Llama's, with a norm in front of each branch and one behind."""
+
 PHI3_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,
     layer=(
@@ -127,12 +138,28 @@ INTERNLM2_LANGUAGE = Table(
 )
 """InternLM2 (``modeling_internlm2.py`` of internlm/internlm2-7b)."""
 
+GLM_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        *both("self_attention.linear_qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", QKV),
+        row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        row("self_attn_bda.norm.weight", "post_self_attn_layernorm.weight"),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        row("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight"),
+        row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
+        row("mlp_bda.norm.weight", "post_mlp_layernorm.weight"),
+    ),
+)
+"""GLM-4-0414, and the language model of GLM-4.1V."""
+
 _BY_NAMES = {
     "qwen": QWEN_LANGUAGE,
     "llama": LLAMA_LANGUAGE,
     "phi3": PHI3_LANGUAGE,
     "phi": PHI_LANGUAGE,
     "internlm2": INTERNLM2_LANGUAGE,
+    "glm": GLM_LANGUAGE,
 }
 
 

@@ -73,11 +73,16 @@ def again(vision: PackedViTConfig, pictures: Pictures) -> float:
 def _layer_kept(vision: PackedViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
     b, positions = kernels.number_bytes, _positions(vision, pictures)
     width, ffn, fc1 = vision.hidden_size, vision.ffn_hidden_size // tensor, _fc1(vision) // tensor
-    # Inputs of two norms and of the linear layers behind them; QKV, turned queries and keys, the attention's result.
+    # Inputs of two norms and of the linear layers behind them; QKV and the attention's result.
     kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b
-    kept += 2 * positions * (width // tensor) * b * int(vision.rotary_base is not None)
-    # Around the activation: with a gate its two inputs and what both become before and after their product.
-    around = fc1 + 2 * ffn if vision.gated_mlp else (3 if vision.activation == "quick_gelu" else 2) * ffn
+    if vision.rotary_base is not None:  # turned queries and keys, and the sines and cosines of either
+        kept += positions * (2 * (width // tensor) + 4 * (width // vision.num_attention_heads)) * b
+    if vision.class_token:  # whose angles learn: what they turned
+        kept += 2 * positions * (width // tensor) * b
+    if not kernels.fused:  # the results of pictures, before they are joined
+        kept += positions * (width // tensor) * b
+    # Around the activation: with a gate both of its inputs, and what they become before and behind their product.
+    around = fc1 + 3 * ffn if vision.gated_mlp else (3 if vision.activation == "quick_gelu" else 2) * ffn
     kept += positions * around * b
     if vision.normalization == "RMSNorm" and not kernels.fused:  # instead of the stream
         kept += 2 * positions * width * 4
@@ -95,7 +100,10 @@ def kept(vision: PackedViTConfig, tensor: int, pictures: Pictures, kernels: Kern
     # Pixels into the patch embedding; rotary angles; inputs of the outer norms.
     pixels = pictures.patches * vision.patch_values * b
     angles = _positions(vision, pictures) * (vision.hidden_size // vision.num_attention_heads) * 4
-    return layers + pixels + angles + stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+    outer = stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
+    if vision.normalization == "RMSNorm" and not kernels.fused:  # what is normalised but not yet scaled
+        outer *= 2
+    return layers + pixels + angles + outer
 
 
 def passing(vision: PackedViTConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
