@@ -5,8 +5,11 @@ Weights there and back are in test_round_trips.py.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pytest
