@@ -228,7 +228,7 @@ def check_processor(directory: Path, image: Tree, image_size: int | None) -> Non
     if not image:
         pixels = "patches" if image_size is None else f"{image_size} x {image_size} pixels"
         raise UserError(
-            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{directory}: neither {PREPROCESSOR} nor {PROCESSOR} is there to say how a picture becomes the "
             f"{pixels} that {CONFIG}'s tower takes; download it too"
         )
 
@@ -263,12 +263,13 @@ def _check_ids(one: SourceOfParts, path: Path) -> None:
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
         there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
-        there = {name: found for name, found in there.items() if len(found) == 1}
+        unknown = tokenizer.encode("<|no such token|>")  # one token too, where all that is unknown is one
+        there = {name: found for name, found in there.items() if len(found) == 1 and found != unknown}
         if key in ids and there and [ids[key]] not in there.values():
-            name, (number,) = next(iter(there.items()))
+            known = ", ".join(f"{name} the id {number}" for name, (number,) in there.items())
             raise UserError(
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
-                f"{name} the id {number}; correct one"
+                f"{known}; correct one"
             )
 
 
