@@ -252,9 +252,8 @@ def test_files_that_disagree_or_lack(name: str, tmp_path: Path, capsys: pytest.C
     if family.preprocesses and family.read_as is None:  # else it is said in config.json
         (hf / "preprocessor_config.json").unlink()
         line = refused(hf, tmp_path / "m", capsys)
-        assert (
-            "neither preprocessor_config.json nor" in line and "28 x 28 pixels that config.json's tower takes" in line
-        )
+        views = "patches" if point(name, "image")["kind"] == "native" else "28 x 28 pixels"
+        assert "neither preprocessor_config.json nor" in line and f"{views} that config.json's tower takes" in line
 
 
 def refused(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -146,7 +146,7 @@ def _qwen2_vl(
     own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
-        template="qwen3_vl" if family == "qwen3_vl" else "qwen2_vl",
+        template="qwen3_vl" if family == "qwen3_vl" else "checkpoint",  # which ``answers`` has one of
         image={"kind": "native", "min_pixels": 256, "max_pixels": 4096},
         source=NativeSource(family, make, files=files, vocab=128),
         uneven=uneven,
