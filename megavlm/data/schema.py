@@ -5,7 +5,6 @@ A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -111,7 +110,7 @@ def turn_weight(message: dict[str, Any], where: str, *, answer: bool) -> float:
     """
     given = {key: message[key] for key in WEIGHT_KEYS if message.get(key) is not None}
     for key, value in given.items():
-        if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= MOST_WEIGHT:
+        if not isinstance(value, int | float) or not 0 <= value <= MOST_WEIGHT:
             raise UserError(f"{where}: {key!r} must be true, false or a number from 0 to {MOST_WEIGHT:g}")
         if value and not answer:
             raise UserError(f"{where}: {key!r} is {value}, but only answers are trained on; leave it out there")

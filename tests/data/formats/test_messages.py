@@ -94,6 +94,10 @@ BROKEN = {
         {"id": "r", "instruction": "What?", "output": None},
         {"id": "r", "query": "What?", "response": "A.", "history": [["x"]]},
     ],
+    "bad weight": [
+        {"id": "r", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "loss": one}]}
+        for one in (-1, 101, float("nan"), float("inf"), 10**400, "1")
+    ],
     "markup in text": [said("<img>b.jpg</img>What?", "A flag.")],
 }  # fmt: skip
 
