@@ -89,7 +89,8 @@ def located(source: DataSource, data: DataConfig) -> DataSource:
     if rejected + samples >= data.max_bad_after_samples and rejected > data.max_bad_fraction * (rejected + samples):
         raise UserError(
             f"{source.path}: {rejected} of {rejected + samples} records are rejected ({card['reasons']}), more than "
-            f"data.max_bad_fraction ({data.max_bad_fraction:g}); {directory / REJECTED_FILE} lists them"
+            f"data.max_bad_fraction ({data.max_bad_fraction:g}); {directory / REJECTED_FILE} lists them. If "
+            f"pictures were missing or broken and are not any more, remove {directory}"
         )
     return replace(source, path=str(directory), name=name, images=None, format=None)
 
@@ -109,7 +110,9 @@ def _prepared(path: str, images: str | None, data_format: str | None, cache: Pat
             key = _waiting(path, lambda: _keyed(memo, files, options, cache))
         out = cache / key
         if out.exists():
-            logger.info("%s: prepared before, in %s", path, out)
+            card = _card(out)
+            logger.info("%s: prepared before, in %s: %d samples, %d records rejected", path, out, card["samples"],
+                        card["rejected"])  # fmt: skip
         else:
             _waiting(path, lambda: _write(options, out, key))
     except OSError as error:

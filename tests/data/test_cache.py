@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -224,6 +225,14 @@ def test_what_cannot_be_used_is_one_line(plain: Path, tmp_path: Path) -> None:
     assert len(samples(located(tmp_path, plain / "some.json"))) == COUNT - 3
     with pytest.raises(UserError, match=r"3 of 12 records are rejected \(3 image missing\), more than data.max_bad_f"):
         located(tmp_path, plain / "some.json", max_bad_after_samples=10)
+    # Pictures that come later are no part of the key: the line says what to remove.
+    (plain / "i/no.png").write_bytes((plain / "i/0.png").read_bytes())
+    cache._prepared.cache_clear()
+    with pytest.raises(UserError, match=r"remove (\S+)$") as refused:
+        located(tmp_path, plain / "some.json", max_bad_after_samples=10)
+    shutil.rmtree(str(refused.value).rpartition(" ")[2])
+    cache._prepared.cache_clear()
+    assert len(samples(located(tmp_path, plain / "some.json", max_bad_after_samples=10))) == COUNT
     for path, message in (
         ("no.json", "does not exist"),
         ("i", "is a folder, and not one of"),
