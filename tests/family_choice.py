@@ -49,6 +49,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "phi3": ("decoders.decoder",),
     "gemma": ("decoders.decoder",),
     "gemma3_text": ("decoders.decoder",),
+    "glm4": ("decoders.decoder",),
     "stablelm": ("decoders.decoder",),
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),

@@ -55,6 +55,7 @@ class ReadBack:
         self.bytes = 0
         """Of the numbers that were compared."""
         self._regions: queue.Queue[Region | None] = queue.Queue(maxsize=_AHEAD)
+        self._buffer = bytearray()
         self._failure: BaseException | None = None
         self._given_up = False
         self._thread = threading.Thread(target=self._run, name="read-back", daemon=True)
@@ -119,7 +120,9 @@ class ReadBack:
 
     def _check(self, handle: int, region: Region) -> None:
         size = region.stop - region.start
-        buffer = memoryview(bytearray(size))  # as long as this one is looked at
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        buffer = memoryview(self._buffer)[:size]
         done = 0
         while done < size and (got := os.preadv(handle, [buffer[done:]], region.start + done)):
             done += got

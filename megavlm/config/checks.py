@@ -51,6 +51,18 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
         raise RecipeError.of(lines)
 
 
+def remarks(recipe: Recipe) -> list[str]:
+    """Return what is allowed and seldom meant, a line each: key, what it does, remedy."""
+    length, longest = recipe.data.sequence_length, recipe.model.language.max_position_embeddings
+    if length <= longest:
+        return []
+    return [
+        f"data.sequence_length: samples may have {length} tokens, but the language model's positions end at {longest} "
+        "(model.language.max_position_embeddings), and nothing stretches them in training (dynamic rope_scaling "
+        f"neither): set it to {longest} or less, unless the model is to learn longer texts"
+    ]
+
+
 def check_paths(recipe: Recipe) -> None:
     """Check that the files and directories of the recipe are there.
 

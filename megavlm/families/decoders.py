@@ -99,7 +99,7 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
         "kv_channels": config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
         "vocab_size": need(config, "vocab_size", where),
         "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        **_rope(config, where),
+        **rope_branch(config, where),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "add_qkv_bias": kind == "qwen2",
         "qk_layernorm": kind == "qwen3",
@@ -108,7 +108,7 @@ def llama_language(config: Mapping[str, Any], where: str) -> Tree:
     }
 
 
-def _rope(config: Mapping[str, Any], where: str) -> Tree:
+def rope_branch(config: Mapping[str, Any], where: str) -> Tree:
     """Return the keys of rotary positions; Transformers 5 has ``rope_parameters``, older ones two keys.
 
     Positions of M-RoPE are called ``mrope`` by older configurations and ``default`` by newer ones: ``mrope_section``

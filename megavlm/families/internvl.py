@@ -83,9 +83,10 @@ class InternVLFamily(Family):
         vision_config = need(config, "vision_config", where)
         vision = transformers_tower(vision_config, config.get("vision_feature_layer", -1), where)
         vision |= normalisation(source, vision["image_size"])
-        # Its processor cuts pictures to tiles whatever crop_to_patches the image processor's file says.
-        image = {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 12}
-        image |= image_branch(source, vision["image_size"], clip=False, tiles=True)
+        # Its processor cuts pictures to tiles whatever crop_to_patches the image processor's file says. Without a file
+        # there is no branch, and no conversion.
+        image = image_branch(source, vision["image_size"], clip=False, tiles=True)
+        image = {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 12, **image} if image else {}
         return self._branches(source, vision, image, need(config, "text_config", where))
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:

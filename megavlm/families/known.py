@@ -35,6 +35,7 @@ _OURS = (
     "megavlm.families.phi:Phi3Family",
     "megavlm.families.gemma:GemmaFamily",
     "megavlm.families.gemma3:Gemma3TextFamily",
+    "megavlm.families.glm4:Glm4Family",
     "megavlm.families.stablelm:StableLMFamily",
     "megavlm.families.internlm2:InternLM2Family",
     "megavlm.families.minicpm:MiniCPMFamily",

@@ -17,7 +17,8 @@ from megavlm.families.text_kinds import ANY, TextFamily, TextKind, odd_heads, sh
 
 
 def _read(config: Mapping[str, Any], where: str) -> Tree:
-    expect(config, where, model_type="minicpm", hidden_act="silu", attention_bias=False, pretraining_tp=1)
+    expect(config, where, model_type="minicpm", hidden_act="silu", attention_bias=False, pretraining_tp=1,
+           use_mup=True, sparse_config=None)  # fmt: skip
     own = shape(config, where, "minicpm")
     width = number(config, "dim_model_base", where, 1)
     return {

@@ -11,6 +11,7 @@ from megavlm.config.schema import LanguageConfig
 from megavlm.families.family import Tree
 from megavlm.families.gemma import GEMMA
 from megavlm.families.gemma3 import GEMMA3
+from megavlm.families.glm4 import GLM4
 from megavlm.families.internlm2 import INTERNLM2
 from megavlm.families.llama import KINDS
 from megavlm.families.minicpm import MINICPM
@@ -22,7 +23,7 @@ from megavlm.weights.source import Source
 
 TEXT_KINDS: dict[str, TextKind] = {
     **KINDS,
-    **{kind.model_type: kind for kind in (PHI, PHI3, GEMMA, GEMMA3, STABLELM, MINICPM, INTERNLM2)},
+    **{kind.model_type: kind for kind in (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2)},
 }
 """By ``model_type``."""
 _HALVES = tuple(kind for kind in TEXT_KINDS.values() if kind.in_transformers)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from megavlm.config.schema import LanguageConfig, ModelConfig
 from megavlm.families.common import expect, flag, need, number
-from megavlm.families.decoders import _rope
+from megavlm.families.decoders import rope_branch
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
@@ -99,7 +99,7 @@ def shape(config: Mapping[str, Any], where: str, kind: str, *, epsilon: str = "r
     """
     expect(config, where, quantization_config=None, attention_dropout=0.0)
     heads, hidden = need(config, "num_attention_heads", where), need(config, "hidden_size", where)
-    rope = {key: value for key, value in _rope(config, where).items() if key != "rotary_percent"}
+    rope = {key: value for key, value in rope_branch(config, where).items() if key != "rotary_percent"}
     return {
         "preset": kind,
         "num_layers": need(config, "num_hidden_layers", where),

@@ -45,8 +45,9 @@ class TorchAttention(MegatronModule):
     Unpacked input is [S, B, N, D]. Packed input (``qkv_format="thd"``) is [T, N, D]; each segment attends to
     itself alone, and what follows the last segment gets zeros.
 
-    Args of its own:
-        sliding_window: causal attention to so many positions, each's own among them; None for all before it.
+    Args:
+        sliding_window: causal attention to so many positions, each's own among them; None for all before it. What else
+            it takes is Megatron-Core's.
 
     Raises:
         ValueError: an explicit attention mask or bias, or a mask type that is neither causal nor no_mask.
@@ -201,8 +202,9 @@ class CompactSelfAttention(SelfAttention):
     and each takes its queries and its one key/value head. These are views: a value of width D would keep all
     N x D + 2 G x D gathered numbers of a token in memory until the backward pass.
 
-    Args of its own:
-        sliding_window: what its core attention was told, for who stands in for that; None for no window.
+    Args:
+        sliding_window: what its core attention was told, for who stands in for that; None for no window. What else it
+            takes is Megatron-Core's.
         rotary_part: which of the two tables it turns heads by that :class:`megavlm.layers.rotary.TwoRotaries` gives;
             None where there is one.
     """

@@ -25,7 +25,7 @@ from megavlm.checkpoint.proof import raise_first
 from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import model_state
 from megavlm.config.architecture import BRANCHES
-from megavlm.config.checks import idle_intervals
+from megavlm.config.checks import idle_intervals, remarks
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree, to_yaml
@@ -84,6 +84,8 @@ class Trainer:
         self.replicas = mpu.get_data_parallel_world_size()
         self.num_microbatches = recipe.training.global_batch_size // self.replicas
         logger.info("layout: %s", describe(recipe.parallel, dist.get_world_size()))
+        for line in remarks(recipe):
+            logger.warning("%s", line)
         self.exporter = Exporter(recipe, dist.get_rank())
         settings = recipe.checkpoint
         self.saver = Saver(
@@ -407,9 +409,10 @@ def _check_same_model(path: Path, recipe: Recipe, *, resuming: bool = True) -> f
         own = getattr(recipe.model, branch)
         for key, value in wanted[branch].items():
             there = saved[branch].get(key, own.__pydantic_fields__[key].default)
+            there = list(there) if isinstance(there, tuple) else there  # a default, which YAML has as a list
             if there == value or not meaning_of(own, key).fixed:
                 continue
-            if key == "preset" and _same_kind(branch, there, value):
+            if key == "preset" and _same_kind(branch, str(there), value):
                 continue
             raise RecipeError(
                 f"model.{branch}.{key}: {value!r}, but {path} was saved with {there!r}; "

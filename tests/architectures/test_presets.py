@@ -65,6 +65,7 @@ LANGUAGE_SIZES = {
     # The whole models less SigLIP's tower and the connector.
     "gemma_3_4b": 4_300_079_472 - 416_866_032 - (1152 * 2560 + 1152),
     "gemma_3_27b": 27_432_406_640 - 416_866_032 - (1152 * 5376 + 1152),
+    "glm_4_9b": 9_400_279_040,
     "stablelm_2_1_6b": 1_644_515_328,
     "minicpm_2b": 2_724_880_896,
     "internlm2_5_1_8b": 1_889_110_016,

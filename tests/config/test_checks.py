@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megavlm.config.checks import check_paths, check_recipe
+from megavlm.config.checks import check_paths, check_recipe, remarks
 from megavlm.config.load import RecipeError, load_recipe, shipped_recipes
 from megavlm.families.presets import expand_presets
 from megavlm.planning.layout import with_parallel
@@ -391,6 +391,22 @@ def test_targets_are_the_names_of_published_checkpoints():
         ("mlp.gate_proj", "linear_fc1", 0, 2), ("mlp.up_proj", "linear_fc1", 1, 2),
         ("mlp.down_proj", "linear_fc2", 0, 1),
     ]  # fmt: skip
+
+
+def test_samples_beyond_the_positions_are_remarked_on(load):
+    """As InternVL's dynamic scaling would have them, which is not applied: allowed, and said."""
+    longest = load().model.language.max_position_embeddings
+    assert remarks(load(f"data.sequence_length={longest}")) == []
+    (line,) = remarks(load(f"data.sequence_length={2 * longest}"))
+    assert (
+        line.startswith(f"data.sequence_length: samples may have {2 * longest} tokens") and f"{longest} or less" in line
+    )
+    check_recipe(load(f"data.sequence_length={2 * longest}"))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_stay_within_the_positions(name):
+    assert remarks(load_recipe(name, [], expand_presets)) == []
 
 
 def test_a_connector_of_a_billion_layers(load):

@@ -6,13 +6,12 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import family_cases
 import pytest
-from family_cases import _TEXT, _VISION, llava
+from family_cases import _VISION, llava
 from internvl_models import internvl_answers
-from llava_published import IMAGE, ROWS, TEXT, publish
+from llava_published import TEXT, publish
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizer_files import write_llava

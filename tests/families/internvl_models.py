@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,21 @@ from transformers import (
 )
 
 
+def internvl_files() -> dict[str, Any]:
+    """``preprocessor_config.json`` as OpenGVLab/InternVL3-8B-hf has it, for tiles of 28 pixels."""
+    return {
+        "crop_to_patches": False, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406], "image_processor_type": "GotOcr2ImageProcessor",
+        "image_std": [0.229, 0.224, 0.225], "max_patches": 12, "min_patches": 1, "resample": 3,
+        "rescale_factor": 1 / 255, "size": {"height": 28, "width": 28},
+    }  # fmt: skip
+
+
+def _publish(model: PreTrainedModel, directory: Path, **keys: Any) -> None:
+    type(model).save_pretrained(model, directory, **keys)
+    (Path(directory) / "preprocessor_config.json").write_text(json.dumps(internvl_files(), indent=2))
+
+
 def internvl(text: PretrainedConfig | None = None, *, tied: bool = False, **vision: Any) -> PreTrainedModel:
     """InternVL of InternViT-300M's kind and Qwen2."""
     tower = InternVLVisionConfig(**{**_VISION, "attention_bias": True, **vision})
@@ -34,6 +50,7 @@ def internvl(text: PretrainedConfig | None = None, *, tied: bool = False, **visi
     with torch.no_grad():  # Transformers starts them at 0
         for parameter in (embeddings.cls_token, embeddings.position_embeddings):
             parameter.copy_(torch.randn_like(parameter) * 0.1)
+    one.save_pretrained = functools.partial(_publish, one)  # type: ignore[method-assign]
     return one
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from family_cases import _TEXT, _VISION, CLIP_MEAN, CLIP_STD, load, made
 from safetensors.torch import save_file
-from tokenizer_files import write_llava
+from tokenizer_files import write_llava, write_qwen2
+from tokenizers import AddedToken, Tokenizer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -98,11 +99,20 @@ def llava_onevision(
 
 def tiles_answers(name: str, directory: Path) -> Path:
     """One of both with a tokenizer, and all that Transformers' processor asks for."""
-    text = {**_TEXT, "vocab_size": 448, "eos_token_id": 2}
-    model = llava_onevision(Qwen2Config(**text)) if name == "onevision" else llava_next(LlamaConfig(**text))
-    model.config.image_token_index = 329
+    directory.mkdir()
+    if name == "next":
+        write_llava(directory)
+        model, image = llava_next(LlamaConfig(**{**_TEXT, "vocab_size": 448, "eos_token_id": 2})), 329
+    else:
+        path = write_qwen2(directory)
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<image>", "<video>")])
+        tokenizer.save(str(path))
+        image, rows = tokenizer.token_to_id("<image>"), tokenizer.get_vocab_size()
+        model = llava_onevision(Qwen2Config(**{**_TEXT, "vocab_size": rows, "eos_token_id": 2}))
+        model.config.video_token_index = image + 1
+    model.config.image_token_index = image
     model.save_pretrained(directory)
-    write_llava(directory)
     family = FAMILIES[f"llava_{name}"]
     recipe_model = make_model(family.branches(Source(directory)), str(directory))
     (directory / "processor_config.json").write_text(json.dumps(family.processor(recipe_model, "<image>")))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from family_cases import _TEXT, llava
+from family_cases import _TEXT, llava, llava_original
 from tokenizer_files import write_llava
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -41,3 +41,10 @@ def publish(directory: Path, model: PreTrainedModel) -> Path:
 def llava_answers(directory: Path) -> Path:
     """CLIP and Llama."""
     return publish(directory, llava(LlamaConfig(**TEXT, rms_norm_eps=1e-5)))
+
+
+def llava_original_answers(directory: Path) -> Path:
+    """The same in its authors' layout, with the tower inside."""
+    llava_original(directory, llava(LlamaConfig(**TEXT)))
+    write_llava(directory)
+    return directory

@@ -1,7 +1,4 @@
-"""LLaVA-1.6 and LLaVA-OneVision compute what Transformers' classes compute, with pictures of its own processors.
-
-Weights there and back are in test_round_trips.py.
-"""
+"""LLaVA-1.6 and LLaVA-OneVision: what they refuse, and what goes home. What they compute is in test_whole.py."""
 
 from __future__ import annotations
 
@@ -12,44 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import ranks
-import torch
-import torch.nn.functional as F
 import yaml
 from family_cases import _TEXT
-from internvl_cases import compare
 from llava_next_models import (
     IMAGE,
     VIDEO,
     llava_next,
     llava_next_mistral,
     llava_onevision,
-    next_files,
-    onevision_files,
 )
-from PIL import Image
-from safetensors.torch import save_file
 from tokenizer_files import write_llava
-from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlamaConfig, PreTrainedModel, Qwen2Config
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from megavlm.checkpoint.distributed import load
-from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
 from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
-from megavlm.data.media import arrange, plan_of
 from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import trained_preprocessor
 from megavlm.families.presets import expand_presets
-from megavlm.inference.generate import generate
-from megavlm.inference.prompt import Prompt
-from megavlm.models.build import build_model, unwrap
-from megavlm.parallel.state import process_groups
 
 FAMILY = {"next": "llava_next", "mistral": "llava_next", "onevision": "llava_onevision"}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -57,13 +35,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": llava_next_mistral,
     "onevision": llava_onevision,
 }
-# Width and height: neither is square. LLaVA-OneVision's are above its limit, so features are interpolated.
-SIZES = {"next": [(61, 40), (30, 80)], "mistral": [(61, 40)], "onevision": [(90, 70)]}
-LAYOUT = [
-    "parallel.tensor_model_parallel_size=2",
-    "parallel.pipeline_model_parallel_size=2",
-    "parallel.sequence_parallel=true",
-]
 
 
 def of(name: str, *, long: bool = False) -> Any:
@@ -74,117 +45,6 @@ def of(name: str, *, long: bool = False) -> Any:
 def convert(source: Path, out: Path) -> Recipe:
     assert main(["convert", "hf-to-megatron", "--hf", str(source), "--out", str(out)]) == 0
     return load_recipe(out / "recipe.yaml", [], expand_presets)
-
-
-def pictures(name: str, sizes: list[tuple[int, int]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return what Transformers' processor makes of photographs of ``sizes``, and the views one after the other."""
-    np.random.seed(3)
-    images = [Image.fromarray(np.random.randint(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    several = name == "onevision" and len(sizes) > 1
-    if name == "onevision":
-        files = {key: value for key, value in onevision_files().items() if key != "image_processor_type"}
-        made = LlavaOnevisionImageProcessorPil(**files)([images] if several else images, return_tensors="pt")
-    else:
-        files = {key: value for key, value in next_files().items() if key != "image_processor_type"}
-        made = LlavaNextImageProcessorPil(**files)(images, return_tensors="pt")
-    given = {key: torch.as_tensor(made[key]) for key in ("pixel_values", "image_sizes")}
-    if several:
-        given["batch_num_images"] = torch.as_tensor(made["batch_num_images"])
-    return given, given["pixel_values"]
-
-
-def sample(name: str, recipe: Recipe, sizes: list[tuple[int, int]]) -> tuple[Tensor, dict[str, Tensor], Tensor, Any]:
-    """Return token ids with slots, what Transformers takes, views, and the layouts by the plan here."""
-    plan = plan_of(recipe.model)
-    layouts = [plan.plan(width, height, len(sizes)) for width, height in sizes]
-    given, padded = pictures(name, sizes)
-    views = torch.cat([one[: len(layout.views)] for one, layout in zip(padded, layouts, strict=True)])
-    words = torch.randint(0, IMAGE - 1, (12 + 6 * len(sizes),), generator=torch.Generator().manual_seed(2))
-    pieces = [words[:5]]
-    for number, layout in enumerate(layouts):
-        pieces += [torch.full((layout.tokens,), IMAGE), words[5 + 6 * number : 11 + 6 * number]]
-    return torch.cat([*pieces, words[-7:]]), given, views, layouts
-
-
-def write_reference(name: str, model: PreTrainedModel, recipe: Recipe, path: Path) -> None:
-    """Write what Transformers computes of one sample, its gradients by the canonical names."""
-    ids, given, views, _ = sample(name, recipe, SIZES[name])
-    labels = torch.where(ids == IMAGE, -100, ids)
-    labels[:3] = -100
-    features = model.model.get_image_features(
-        **given,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        **({"vision_aspect_ratio": model.config.vision_aspect_ratio} if name == "onevision" else {}),
-    )
-    out = model(input_ids=ids[None], **given, attention_mask=torch.ones(1, len(ids)))
-    loss = F.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=-100)
-    loss.backward()
-    stored = {
-        "s0.input_ids": ids[None], "s0.pixel_values": views, "s0.image_sizes": given["image_sizes"],
-        "s0.labels": labels[None], "s0.logits": out.logits.detach(), "s0.loss": loss.detach().reshape(1),
-        "s0.image_features": torch.cat(list(features.pooler_output)).detach(),
-    }  # fmt: skip
-    theirs = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    family = FAMILIES[FAMILY[name]]
-    with alone():
-        rules = make_rules(family, recipe.model, "modules5", family_slots(family, recipe.model))
-    for rule in rules:
-        for key, gradient in zip(rule.row.ours, rule.to_ours([theirs.pop(n) for n in rule.row.theirs]), strict=True):
-            assert gradient.abs().max() > 0, key
-            stored["gradient." + key] = gradient
-    assert not theirs and "gradient.connector.image_newline" in stored
-    for part in ("vision", "connector", "language"):
-        largest = max(float(value.abs().max()) for key, value in stored.items() if f"gradient.{part}." in key)
-        stored["largest." + part] = torch.tensor(largest)
-    save_file({key: value.contiguous().clone() for key, value in stored.items()}, path)
-
-
-@pytest.mark.parametrize("name", [of("next"), of("mistral", long=True), of("onevision")])
-def test_features_logits_gradients_and_steps(name: str, tmp_path: Path) -> None:
-    """At one process and at TP 2 x PP 2 with sequence parallelism."""
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path / "hf")
-    recipe = convert(tmp_path / "hf", tmp_path / "m")
-    assert recipe.model.image.kind == ("anyres_max" if name == "onevision" else "anyres")
-    assert recipe.model.image.max_tiles == (2 if name == "onevision" else None)
-    write_reference(name, model, recipe, tmp_path / "reference.safetensors")
-    where = str(tmp_path / "m"), str(tmp_path / "reference.safetensors")
-    found, losses = compare(*where, [])
-    assert "connector.image_newline" in found
-    assert losses[0] > losses[1] > losses[2]
-    results = ranks.run("internvl_cases:compare", *where, LAYOUT, world=4, timeout=240)
-    assert set().union(*(there for there, _ in results)) == set(found)
-    for _, there in results:
-        assert there == pytest.approx(losses, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", [of("next"), of("onevision")])
-def test_greedy_answers_are_theirs(name: str, tmp_path: Path) -> None:
-    """Of one picture, of two, which LLaVA-OneVision shows otherwise, and of none."""
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path / "hf")
-    recipe = convert(tmp_path / "hf", tmp_path / "m")
-    shown, expected = [], []
-    plan = plan_of(recipe.model)
-    for sizes in ([(50, 33)], [(61, 40), (30, 80)]):
-        ids, given, views, layouts = sample(name, recipe, sizes)
-        shown.append(Prompt(ids.numpy(), views, arrange(plan, layouts)))
-        expected.append(_answer(model, ids, given))
-    ids = torch.arange(9)
-    shown.append(Prompt(ids.numpy(), torch.zeros(0, 3, 28, 28)))
-    expected.append(_answer(model, ids, {}))
-    with process_groups(recipe.parallel, 1):
-        chunks = build_model(recipe, IMAGE)
-        load(tmp_path / "m", modules=[unwrap(chunk) for chunk in chunks])
-        answers = generate(chunks, shown, max_new_tokens=8, stop_ids=[], vocab_size=120, pack_length=256)
-    assert answers == expected
-
-
-def _answer(model: PreTrainedModel, ids: Tensor, given: dict[str, Tensor]) -> list[int]:
-    whole = model.generate(input_ids=ids[None], **given, attention_mask=torch.ones(1, len(ids)), do_sample=False,
-                           max_new_tokens=8, eos_token_id=None, pad_token_id=0)  # fmt: skip
-    return whole[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("name", [of("next"), of("onevision")])

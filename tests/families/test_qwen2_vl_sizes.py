@@ -9,7 +9,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megavlm.architectures.context import BuildContext
 from megavlm.checkpoint.hf.shapes import alone
+from megavlm.config.checks import check_recipe
+from megavlm.config.load import load_recipe
 from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets
 from megavlm.models.vlm import VisionLanguageModel
@@ -56,3 +60,18 @@ def test_a_preset_has_the_published_size(preset: str) -> None:
     assert count(ours) == PUBLISHED[preset]
     assert count(theirs) == count(ours)
     assert count(theirs.model.visual) == count(ours.vision) + count(ours.connector)
+
+
+@pytest.mark.family("qwen2_5_vl")
+def test_the_recipe_has_the_published_numbers() -> None:
+    """qwen-vl-finetune/scripts/sft_7b.sh of QwenLM/Qwen2.5-VL, on 8 GPUs: 4 samples each, 4 times a step."""
+    recipe = load_recipe("qwen2_5_vl_7b/sft", [], expand_presets)
+    check_recipe(recipe, 8)
+    optimizer, plan = recipe.optimizer, plan_of(recipe.model)
+    assert (optimizer.lr, optimizer.min_lr, optimizer.schedule, optimizer.weight_decay) == (2e-7, 0, "cosine", 0)
+    assert (optimizer.clip_grad, recipe.training.global_batch_size, recipe.data.sequence_length) == (1, 4 * 4 * 8, 8192)
+    assert optimizer.warmup_steps == 0.03 * recipe.training.train_steps
+    frozen = {part: getattr(recipe.modules, part).freeze for part in ("vision", "connector", "language")}
+    assert frozen == {"vision": True, "connector": False, "language": False}
+    assert isinstance(plan, NativePlan) and (plan.min_pixels, plan.max_pixels) == (784, 50176)
+    assert (plan.plan(28, 28).tokens, plan.plan(4000, 4000).tokens) == (1, 64)

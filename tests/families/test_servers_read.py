@@ -44,7 +44,20 @@ _LLAVA_KEYS = (
     "text_config.architectures", "text_config.model_type", "vision_config.model_type", "vision_config.image_size",
     "vision_config.patch_size", "vision_config.hidden_size",
 )  # fmt: skip
+_QWEN_KEYS = (
+    "image_token_id", "vision_start_token_id", "video_token_id", "vision_config.patch_size",
+    "vision_config.spatial_merge_size", "vision_config.temporal_patch_size",
+)  # fmt: skip
+# By both: model.language_model and model.visual since Transformers 4.52, model and visual before.
+_QWEN = (
+    r"(model\.)?visual\.[.\w]+",
+    r"model\.(language_model\.)?(embed_tokens|norm|layers)\.[.\w]+",
+    r"lm_head\.weight",
+)
 EXPECTED = {
+    "qwen2_vl": Expected("Qwen2VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
+    "qwen2_5_vl": Expected("Qwen2_5_VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
+    "qwen3_vl": Expected("Qwen3VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
     "llava": Expected("LlavaForConditionalGeneration", _LLAVA_KEYS, (*_LLAVA, _CLIP)),
     "llava_next": Expected(
         "LlavaNextForConditionalGeneration", (*_LLAVA_KEYS, "image_grid_pinpoints"), (*_LLAVA, _CLIP, "image_newline")
@@ -84,7 +97,7 @@ def _has(tree: object, key: str) -> bool:
 def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> None:
     """Of a model that was put together here, whose directory is written anew."""
     one = made_talking("internvl" if name == "internvl_chat" else name, tmp_path / "one")
-    other = made_talking("llava", tmp_path / "other")
+    other = made_talking(name if name.startswith("qwen") else "llava", tmp_path / "other")
     words = ["--language", other, "--vision", one, "--connector", one]
     convert("hf-to-megatron", *words, "--out", tmp_path / "m")
     home = exported(tmp_path / "m", tmp_path / "home", trained=True)
@@ -97,7 +110,7 @@ def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> No
     assert not unknown and not unused
     for file in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
         assert (home / file).is_file()
-    if name != "internvl_chat":
+    if name not in ("internvl_chat", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         assert (home / "processor_config.json").is_file() and (home / "preprocessor_config.json").is_file()
 
 

@@ -104,6 +104,15 @@ def test_layers_that_are_recomputed(written: tuple[Path, dict[str, dict[str, Any
     assert compare_all(own, str(folder), {"recompute_granularity": "selective"}).keys() == own.keys()
 
 
+def test_layers_of_two_kinds_in_four_chunks(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """Each chunk of a virtual pipeline has its own layers of the pattern."""
+    folder, branches = written
+    layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    own = {"gemma3_text": branches["gemma3_text"]}
+    results = ranks.run("text_cases:compare_all", own, str(folder), layout, world=2)
+    assert [sum("layers." in key for key in found["gemma3_text"]) > 0 for found in results] == [True, True]
+
+
 def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """In one start of ranks; together they compare every parameter."""
     folder, branches = written

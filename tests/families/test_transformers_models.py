@@ -19,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     MistralConfig,
     Phi3Config,
     PhiConfig,
@@ -72,6 +73,7 @@ CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "clip-gemma3": lambda: llava(
         Gemma3TextConfig(**_TEXT, head_dim=32, sliding_window=20, sliding_window_pattern=2), tie_word_embeddings=True
     ),
+    "clip-glm4": lambda: llava(Glm4Config(**_TEXT, head_dim=16, pad_token_id=0)),
     "clip-phi": lambda: llava(PhiConfig(**_TEXT)),
     "clip-phi3": lambda: llava(Phi3Config(**_TEXT, sliding_window=20, pad_token_id=0)),
     "clip-stablelm": lambda: llava(StableLmConfig(**_TEXT, use_qkv_bias=True)),
@@ -142,7 +144,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     assert compared == len(parameters)
 
 
-TEXTS = ["clip-gemma", "clip-gemma3", "clip-phi", "clip-phi3", "clip-stablelm", "clip-mistral"]
+TEXTS = ["clip-gemma", "clip-gemma3", "clip-glm4", "clip-phi", "clip-phi3", "clip-stablelm", "clip-mistral"]
 
 
 @pytest.mark.parametrize("name", cases(["clip-llama", "siglip-qwen3", *TEXTS], SHORT[1:2]))

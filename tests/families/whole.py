@@ -55,8 +55,10 @@ class Shown:
 class Source(Protocol):
     """What a family is held against: a class of Transformers, or a plain reference, with tiny random weights."""
 
-    style: str
-    """The naming, of the family's ``styles``, that :meth:`gradients` has."""
+    @property
+    def style(self) -> str:
+        """The naming, of the family's ``styles``, that :meth:`gradients` has."""
+
     image: int
     """Id of the token of an image's slots."""
 
@@ -126,8 +128,10 @@ class WholeFamily:
     one process and at TP 2 x PP 2 with sequence parallelism."""
     uneven: Source | Lack
     """The same where two ranks divide neither the tower's heads nor the key/value heads."""
+    others: Mapping[str, Source] | Lack
+    """The same for other parts that the family is published with."""
     answers: Callable[[Path], Path] | Lack
-    """Makes a checkpoint with tokenizer and processor, for ``megavlm convert check`` on pictures that are not square."""
+    """Makes a checkpoint with tokenizer and processor, for ``megavlm convert check`` on oblong pictures."""
     lora: tuple[str, ...] | Lack
     """``lora.targets`` whose adapters go to PEFT and back."""
     presets: Mapping[str, Published] | Lack

@@ -20,19 +20,21 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from megavlm.architectures.decoders.decoder.build import padded_vocab_size  # noqa: E402
 from megavlm.architectures.context import BuildContext  # noqa: E402
+from megavlm.architectures.decoders.decoder.build import padded_vocab_size  # noqa: E402
 from megavlm.checkpoint.distributed import load  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.config.split import tensor_ranks  # noqa: E402
+from megavlm.config.split import is_replicated, tensor_ranks  # noqa: E402
 from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.data.media import arrange, plan_of  # noqa: E402
+from megavlm.data.positions import own_grids, positions_of  # noqa: E402
 from megavlm.evaluation.parity import WHAT, Sample, _compare, read_reference  # noqa: E402
 from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
 from megavlm.inference.prompt import Prompt  # noqa: E402
+from megavlm.models.build import MODULES  # noqa: E402
 from megavlm.parallel import pipeline  # noqa: E402
 from megavlm.parallel.device import local_device  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
@@ -68,22 +70,28 @@ class Proof:
     """What the planner says, and what is: weights, gradients, activations (bytes), operations."""
 
 
-def prove(checkpoint: str, reference: str, layout: list[str]) -> Proof:
-    """Compare with the reference of :func:`whole_source.write_reference`, and train three steps."""
+def prove(checkpoint: str, reference: str, layout: list[str], *, planned: bool = True) -> Proof:
+    """Compare with the reference of :func:`whole_source.write_reference`, and train three steps.
+
+    ``planned``: hold the planner against it too.
+    """
     path, wanted = Path(checkpoint), Source(Path(reference))
     recipe = load_recipe(path / "recipe.yaml", [*PLAIN, *layout], expand_presets)
-    samples = read_reference(Path(reference), recipe)
+    samples, image = read_reference(Path(reference), recipe), int(wanted.get("image_token"))
     with process_groups(recipe.parallel, recipe.training.seed):
-        training = build_training(recipe, int(wanted.get("image_token")))
+        training = build_training(recipe, image)
         load(path, modules=training.modules)
         training.optimizer.reload_model_params()
         proof = Proof(mpu.get_pipeline_model_parallel_rank(), _differences(training, recipe, samples))
         tokens = sum(len(sample.ids) for sample in samples)
         length = tokens + -tokens % 8
-        pack = _pack(recipe, samples, length)
-        proof.planned = _planned(training, recipe, pack, samples, length)
-        proof.packed, first = _gradients(training, [pack], wanted)
-        proof.alone, second = _gradients(training, [_pack(recipe, [one], length) for one in samples], wanted)
+        pack = _pack(recipe, image, samples, length)
+        if planned:
+            proof.planned = _planned(training, recipe, pack, samples, length)
+        proof.packed, first = _gradients(training, recipe, [pack], wanted)
+        proof.alone, second = _gradients(
+            training, recipe, [_pack(recipe, image, [one], length) for one in samples], wanted
+        )
         proof.loss = (first, second)
         proof.answers = _answers(training, recipe, samples, length)
         for _ in range(3):
@@ -100,17 +108,23 @@ def _differences(training: TrainingModel, recipe: Recipe, samples: list[Sample])
     return dict(zip(WHAT, worst.tolist(), strict=True))
 
 
-def _pack(recipe: Recipe, samples: list[Sample], length: int) -> Batch:
+def _pack(recipe: Recipe, image: int, samples: list[Sample], length: int) -> Batch:
     labels = [sample.labels.numpy() for sample in samples if sample.labels is not None]
-    pack = make_pack([sample.ids.numpy() for sample in samples], length, labels=labels)
+    grids = [own_grids(recipe.model, sample.layouts) for sample in samples]
+    ids = [sample.ids.numpy() for sample in samples]
+    pack = make_pack(ids, length, labels=labels, positions=positions_of(recipe.model, image), grids=grids)
     pixels = torch.cat([sample.pixels for sample in samples])
     layouts = [layout for sample in samples for layout in sample.layouts]
     arrangement = arrange(plan_of(recipe.model), layouts)
     return make_batch(pack, pixels if is_first_stage() else None, local_device(), arrangement)
 
 
-def _gradients(training: TrainingModel, batches: list[Batch], wanted: Source) -> tuple[dict[str, float], float]:
+def _gradients(
+    training: TrainingModel, recipe: Recipe, batches: list[Batch], wanted: Source
+) -> tuple[dict[str, float], float]:
     """Return each parameter's difference, as a share of the largest gradient of its part, and the mean loss."""
+    tensor = mpu.get_tensor_model_parallel_world_size()
+    replicated = {part for part in MODULES if is_replicated(recipe.model, part, tensor)}
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
     ((total, count),) = run_batches(training.chunks, batches, num_sources=1).tolist()
@@ -122,7 +136,9 @@ def _gradients(training: TrainingModel, batches: list[Batch], wanted: Source) ->
                 continue
             key = _global(name, first)
             scale = float(wanted.get("largest." + key.split(".")[0]))
-            expected = _shard(wanted.get("gradient." + key), parameter)
+            expected = wanted.get("gradient." + key)
+            if key.split(".")[0] not in replicated:
+                expected = _shard(expected, parameter)
             found[key] = float((parameter.main_grad - expected).abs().max()) / scale
     return found, total / count
 
@@ -138,7 +154,7 @@ def _global(name: str, first: int) -> str:
 def _shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return this tensor-parallel rank's part; a vocabulary is padded with rows that learn nothing."""
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    if not getattr(parameter, "tensor_model_parallel", False) or whole.shape == parameter.shape:
+    if not getattr(parameter, "tensor_model_parallel", False):
         return whole
     axis = parameter.partition_dim
     missing = parameter.shape[axis] * size - whole.shape[axis]
@@ -149,7 +165,10 @@ def _shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def _answers(training: TrainingModel, recipe: Recipe, samples: list[Sample], length: int) -> list[list[int]]:
     plan = plan_of(recipe.model)
-    prompts = [Prompt(one.ids.numpy(), one.pixels, arrange(plan, one.layouts)) for one in samples]
+    prompts = [
+        Prompt(one.ids.numpy(), one.pixels, arrange(plan, one.layouts), own_grids(recipe.model, one.layouts))
+        for one in samples
+    ]
     with pipeline.evaluating(training.chunks):
         return generate(
             training.chunks, prompts, max_new_tokens=6, stop_ids=[], vocab_size=recipe.model.language.vocab_size,

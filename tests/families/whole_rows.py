@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from family_cases import (
@@ -18,20 +19,25 @@ from family_cases import (
     llava,
     qwen_vl,
 )
-from internvl_models import internvl, internvl_6b, internvl_answers, internvl_uneven
+from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
 from llava_next_models import (
-    ONEVISION_PINPOINTS,
     NEXT_PINPOINTS,
+    ONEVISION_PINPOINTS,
     llava_next,
+    llava_next_mistral,
     llava_onevision,
     next_files,
     onevision_files,
     tiles_answers,
 )
-from llava_published import llava_answers
+from llava_published import llava_answers, llava_original_answers
+from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
+from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
+from qwen3_vl_models import QWEN3_VL, qwen3_vl
 from text_cases import ROWS as TEXT_ROWS
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     InternVLConfig,
@@ -40,11 +46,12 @@ from transformers import (
     LlavaNextConfig,
     LlavaOnevisionConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from whole import ALL, Lack, Published, Stage, WholeFamily, layout_of, part
-from whole_source import PlainQwenSource, TransformersSource
+from whole_source import NativeSource, PlainQwenSource, TransformersSource
 
 from megavlm.config.schema import ModelConfig
 from megavlm.families.known import FAMILIES
@@ -80,17 +87,17 @@ CROP_FILES: dict[str, Any] = {
     "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": 28},
 }  # fmt: skip
 """``preprocessor_config.json`` as llava-hf/llava-1.5-7b-hf has it, for 28 pixels."""
-TILE_FILES: dict[str, Any] = {
-    "crop_to_patches": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
-    "image_mean": [0.485, 0.456, 0.406], "image_processor_type": "GotOcr2ImageProcessor",
-    "image_std": [0.229, 0.224, 0.225], "max_patches": 6, "min_patches": 1, "resample": 3,
-    "rescale_factor": 1 / 255, "size": {"height": 28, "width": 28},
+# Transformers' processor cuts to tiles by its own default, whatever this file of its image processor says.
+TILE_FILES = {**internvl_files(), "crop_to_patches": True, "max_patches": 6}
+THIRD_FILES = {
+    **{key: value for key, value in NATIVE_FILES.items() if key not in ("min_pixels", "max_pixels")},
+    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"longest_edge": 4096, "shortest_edge": 256},
 }  # fmt: skip
-"""The same as OpenGVLab/InternVL3-8B-hf has it, with at most 6 tiles."""
-
+"""``preprocessor_config.json`` as Qwen3-VL has it."""
 HEADER = (
-    r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), (?P<seconds>[\d.]+) s a step, "
-    r"(?P<hours>\d+) GPU hours(?: for \d+ steps)?\. TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
+    r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
+    r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "
+    r"TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
 )
 _ALIGN = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 576, template="llava_plain")
 _OF_USERS = Stage(("connector", "language"), 2e-5, 1000, 128, 16384, 3328, decay=0.05)
@@ -125,6 +132,47 @@ def _internvl2_5(size: str, lr: float, decay: float, steps: int) -> dict[str, St
 HEADS = "is not divisible by parallel.tensor_model_parallel_size"
 
 
+def _qwen2_vl(
+    family: str,
+    make: Callable[[], PreTrainedModel],
+    presets: Mapping[str, Published],
+    uneven: NativeSource | Lack,
+    files: Mapping[str, Any] = NATIVE_FILES,
+    recipes: Mapping[str, Stage] | Lack = Lack("none yet: no scripts of its stages were found"),  # noqa: B008 - frozen
+) -> WholeFamily:
+    """Return the row of a family of pictures in their own resolution."""
+    names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL}[family]
+    where = "test_qwen3_vl.py" if family == "qwen3_vl" else "test_qwen2_vl.py"
+    own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
+    return WholeFamily(
+        checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
+        template="qwen3_vl" if family == "qwen3_vl" else "checkpoint",  # which ``answers`` has one of
+        image={"kind": "native", "min_pixels": 256, "max_pixels": 4096},
+        source=NativeSource(family, make, files=files, vocab=128),
+        uneven=uneven,
+        others=Lack(own),
+        answers=Lack("greedy answers equal in test_qwen3_vl.py; convert check is not tried on it")
+        if family == "qwen3_vl"
+        else partial(publish, make=make),
+        lora=Lack("adapters are those of llava's language models; not tried on this family"),
+        presets=presets,
+        built=_from_config(family),
+        recipes=recipes,
+        headers=Lack("there are no recipes yet") if isinstance(recipes, Lack) else HEADER,
+        planner=Lack("held by tests/planning; not yet through whole_cases.py"),
+    )
+
+
+def _from_config(family: str) -> Callable[[ModelConfig], Any]:
+    """Return what builds the class of a preset, all of which is built here."""
+
+    def build(model: ModelConfig) -> tuple[nn.Module, list[nn.Module]]:
+        tree = FAMILIES[family].config(model, {})
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**tree)), []
+
+    return build
+
+
 ROWS: dict[str, WholeFamily] = {
     "llava": WholeFamily(
         checkpoints=(
@@ -136,6 +184,7 @@ ROWS: dict[str, WholeFamily] = {
         uneven=TransformersSource(
             "llava", lambda: llava(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)), files=CROP_FILES
         ),
+        others=Lack("towers, feature layers and language models in combination: test_transformers_models.py"),
         answers=llava_answers,
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-1.5-{7b,13b}-hf.
@@ -157,8 +206,11 @@ ROWS: dict[str, WholeFamily] = {
         image={"kind": "anyres", "pinpoints": tuple(map(tuple, NEXT_PINPOINTS))},
         source=TransformersSource("llava_next", llava_next, files=next_files()),
         uneven=TransformersSource(
-            "llava_next", lambda: llava_next(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)), files=next_files()
+            "llava_next",
+            lambda: llava_next(LlamaConfig(**ODD_TEXT), CLIPVisionConfig(**ODD_VISION)),
+            files=next_files(),
         ),
+        others={"mistral": TransformersSource("llava_next", llava_next_mistral, files=next_files())},
         answers=lambda path: tiles_answers("next", path),
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-v1.6-{vicuna-7b,vicuna-13b,mistral-7b,34b}-hf, llama3-llava-next-8b-hf.
@@ -199,6 +251,9 @@ ROWS: dict[str, WholeFamily] = {
             lambda: llava_onevision(Qwen2Config(**ODD_TEXT), SiglipVisionConfig(**ODD_VISION, vision_use_head=False)),
             files=onevision_files(),
         ),
+        others={
+            "tied": TransformersSource("llava_onevision", partial(llava_onevision, tied=True), files=onevision_files())
+        },
         answers=lambda path: tiles_answers("onevision", path),
         lora=LLAMA_TARGETS,
         # As the hub counts them: llava-hf/llava-onevision-qwen2-{0.5b,7b,72b}-ov-hf.
@@ -218,6 +273,10 @@ ROWS: dict[str, WholeFamily] = {
         image={"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 6, "thumbnail": True},
         source=TransformersSource("internvl", internvl_6b, files=TILE_FILES),
         uneven=TransformersSource("internvl", internvl_uneven, files=TILE_FILES),
+        others={
+            "300m, tied": TransformersSource("internvl", partial(internvl, tied=True), files=TILE_FILES),
+            "300m, qwen2": TransformersSource("internvl", internvl, files=TILE_FILES),
+        },
         answers=internvl_answers,
         lora=LLAMA_TARGETS,
         # As the model cards round them: OpenGVLab/InternVL2_5-1B, InternVL3-1B, .., InternVL3.5.
@@ -254,10 +313,11 @@ ROWS: dict[str, WholeFamily] = {
     ),
     "qwen_vl": WholeFamily(
         checkpoints=("qwen_vl", "qwen_vl_bf16"),
-        template="qwen_chatml",
+        template="qwen_vl",
         image={"kind": "squash"},
         source=PlainQwenSource(QWEN_VL, 1, qwen_vl),
         uneven=Lack("five heads of the tower at one process: tests/models/test_reference.py; a published one has 16"),
+        others=Lack("it is published with one tower and one kind of language model"),
         answers=Lack("Transformers has no class for it: answers are held against the plain reference, in `source`"),
         lora=Lack("c_attn, attn.c_proj, w1, w2 are written and held against the merge: tests/checkpoint/test_peft.py"),
         presets={"qwen_vl_7b": Published(9_656_935_168)},
@@ -268,10 +328,11 @@ ROWS: dict[str, WholeFamily] = {
     ),
     "codefuse_vlm": WholeFamily(
         checkpoints=("codefuse", "codefuse_mlp"),
-        template="qwen_chatml",
+        template="qwen_vl",
         image={"kind": "squash"},
         source=PlainQwenSource(CODEFUSE, 3, codefuse, codefuse_name),
         uneven=Lack("the parts of Qwen-VL, see there"),
+        others=Lack("it is published with one tower and one kind of language model"),
         answers=Lack("Transformers has no class for it: answers are held against the plain reference, in `source`"),
         lora=Lack("the language model of Qwen-VL, see there"),
         presets={"codefuse_vl_14b": Published(16_152_325_888)},
@@ -279,7 +340,41 @@ ROWS: dict[str, WholeFamily] = {
         recipes=Lack("codefuse_vl_14b/{align,sft}, belle_vl_14b/{align,sft}: tests/training/test_recipes.py"),
         headers=Lack("written before there was a planner: a number of GPUs, by hand"),
         planner={**PLANNED, "activations": 0.12},  # a tenth of it are 256 queries
-       
+
+    ),
+    "qwen2_vl": _qwen2_vl(
+        "qwen2_vl",
+        qwen2_vl,
+        {
+            "qwen2_vl_2b": Published(2_208_985_600, refused={8: f"12 {HEADS} (8)"}),
+            "qwen2_vl_7b": Published(8_291_375_616, refused={8: f"28 {HEADS} (8)"}),
+            "qwen2_vl_72b": Published(73_405_560_320),
+        },
+        Lack("see qwen2_5_vl, whose tower has three heads there"),
+    ),
+    "qwen2_5_vl": _qwen2_vl(
+        "qwen2_5_vl",
+        qwen2_5_vl,
+        {
+            "qwen2_5_vl_3b": Published(3_754_622_976),
+            "qwen2_5_vl_7b": Published(8_292_166_656, refused={8: f"28 {HEADS} (8)"}),
+            "qwen2_5_vl_32b": Published(33_452_718_336),
+            "qwen2_5_vl_72b": Published(73_410_777_344),
+        },
+        NativeSource("qwen2_5_vl", partial(qwen2_5_vl, heads=3), files=NATIVE_FILES, vocab=128),
+        recipes={"qwen2_5_vl_7b/sft": Stage(("connector", "language"), 2e-7, 1000, 128, 8192, 54)},
+    ),
+    "qwen3_vl": _qwen2_vl(
+        "qwen3_vl",
+        qwen3_vl,
+        {
+            "qwen3_vl_2b": Published(2_127_532_032),
+            "qwen3_vl_4b": Published(4_437_815_808),
+            "qwen3_vl_8b": Published(8_767_123_696),
+            "qwen3_vl_32b": Published(33_357_390_064),
+        },
+        Lack("see qwen2_5_vl, whose tower has three heads there"),
+        THIRD_FILES,
     ),
     "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),
@@ -289,7 +384,7 @@ ROWS: dict[str, WholeFamily] = {
             f"llava_original{kind}"
             for kind in ("", "_bin", "_layers", "_linear", "_mlp3_qwen2", "_siglip", "_mistral")
         ),
-        template="vicuna_v1", image={"kind": "pad"},
+        template="vicuna_v1", image={"kind": "pad"}, answers=llava_original_answers,
     ),
     "llava_original_apart": layout_of("llava_original", Lack("in two directories: test_llava_original.py")),
     "intern_vit": part(("intern_vit",), "the tower of internvl alone; numbers are those of internvl"),
@@ -306,7 +401,7 @@ ROWS: dict[str, WholeFamily] = {
             tuple(name for name, row in TEXT_ROWS.items() if row.family == family),
             "a language model alone; loss, gradients and answers at two layouts: test_text_kinds.py",
         )
-        for family in ("phi", "phi3", "gemma", "gemma3_text", "stablelm", "minicpm", "internlm2")
+        for family in ("phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2")
     },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),
 }  # fmt: skip

@@ -140,6 +140,36 @@ class TransformersSource:
         return list(whole[0, ids.size(1) :].tolist())
 
 
+class NativeSource(TransformersSource):
+    """A class of pictures in their own resolution (Qwen2-VL and its like), with positions of several axes."""
+
+    def shown(self, model: ModelConfig, sizes: list[tuple[int, int]], words: int) -> Shown:
+        """Let Transformers' processor make patches; a picture stands between the tokens for that."""
+        plan = plan_of(model)
+        layouts = [plan.plan(width, height, len(sizes)) for width, height in sizes]
+        plain = with_slots(layouts, self.image, 100, words)
+        pieces, inside = [], False
+        for one in plain.tolist():
+            if (one == self.image) != inside:
+                pieces.append(self.image - 2 if inside else self.image - 3)
+                inside = not inside
+            pieces.append(one)
+        ids = torch.tensor(pieces)
+        kinds = {"mm_token_type_ids": (ids == self.image).int()[None]}
+        heights = torch.tensor([[h, w] for w, h in sizes]) if sizes else torch.zeros(0, 2, dtype=torch.long)
+        if not sizes:
+            return Shown(ids, kinds, torch.zeros(0, self.row), heights, layouts)
+        made = self.processor(photographs(sizes), return_tensors="pt")
+        given = {key: torch.as_tensor(made[key]) for key in ("pixel_values", "image_grid_thw")}
+        return Shown(ids, {**given, **kinds}, given["pixel_values"], heights, layouts)
+
+    @property
+    def row(self) -> int:
+        """Numbers of a patch."""
+        vision = self.model.config.vision_config
+        return int(3 * vision.temporal_patch_size * vision.patch_size**2)
+
+
 class PlainQwenSource:
     """Qwen-VL in plain torch (``qwen_reference.py``), under the names of the family.
 
@@ -210,9 +240,8 @@ class PlainQwenSource:
         return found
 
 
-def asked(sizes: tuple[int, int]) -> list[tuple[list[tuple[int, int]], int]]:
+def asked(side: int) -> list[tuple[list[tuple[int, int]], int]]:
     """Return the pictures and words of the samples: one wide picture, none, and two of other sizes."""
-    side = sizes[0]
     wide, tall, flat = (2 * side + 5, side + 12), (side - 3, 3 * side - 4), (side + 30, side + 2)
     return [([wide], 5), ([], 9), ([tall, flat], 4)]
 
@@ -225,7 +254,7 @@ def write_reference(source: Source, family: str, recipe: Recipe, path: Path) -> 
     model = recipe.model
     stored: dict[str, Tensor] = {"image_token": torch.tensor(source.image)}
     total, count = torch.zeros(()), 0
-    for number, (sizes, words) in enumerate(asked((model.vision.image_size, model.vision.image_size))):
+    for number, (sizes, words) in enumerate(asked(28)):
         sample = source.shown(model, sizes, words)
         labels = torch.where(sample.ids == source.image, -100, sample.ids)
         labels[:2] = -100

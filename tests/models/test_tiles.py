@@ -14,6 +14,9 @@ from tiles_cases import ANYRES, ANYRES_MAX, LENGTH, TILES, packs, picture_sample
 from tiny import IMAGE_TOKEN
 from torch import Tensor
 
+from megavlm.checkpoint.distributed import load, save_weights
+from megavlm.config.errors import UserError
+from megavlm.config.help import to_yaml
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import ImagePlan, arrange, plan_kinds, plan_of
@@ -23,6 +26,7 @@ from megavlm.models.fusion import arrange_features
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
+from megavlm.training.loop import _check_same_model
 
 FP32 = 1e-5
 
@@ -136,3 +140,28 @@ def test_every_layout_trains_tiles_like_one_process(tmp_path: Path) -> None:
         assert many[2][case]["newline"] is None
     assert one[0]["views"] == [int(pixels.shape[0]) for _, pixels in packs(plan_of(recipe(ANYRES).model), 4, 1)]
     assert max(one[0]["views"]) > max(one[0]["images"]) > 1
+
+
+def test_a_stage_with_a_newline_begins_from_one_without(tmp_path: Path) -> None:
+    """As LLaVA-1.6's second does: the vector begins anew, all else comes along; not the other way, nor in one run."""
+    squash, tiles = recipe({"kind": "squash"}), recipe(ANYRES)
+    one = unwrap(build_model(squash, IMAGE_TOKEN)[0])
+    path = save_weights(tmp_path / "one", [one], recipe_yaml=to_yaml(squash))
+    two = unwrap(build_model(tiles, IMAGE_TOKEN)[0])
+    newline = two.connector.image_newline.detach().clone()
+    fresh = _check_same_model(path, tiles, resuming=False)
+    load(path, modules=[two], fresh=fresh)
+    assert fresh == {"connector.image_newline"} and torch.equal(two.connector.image_newline, newline)
+    assert newline.abs().max() > 0
+    before, after = one.state_dict(), dict(two.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in after.items() if name not in fresh)
+    back = save_weights(tmp_path / "two", [two], recipe_yaml=to_yaml(tiles))
+    frozen = recipe(ANYRES, modules={"connector": {"freeze": True}, "vision": {"freeze": True}})
+    for where, own, resuming, words in (
+        (path, tiles, True, "choose a plan that agrees"),
+        (path, frozen, False, "it would not learn: set modules.connector.freeze to false"),
+        (back, squash, False, "choose a plan that agrees"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _check_same_model(where, own, resuming=resuming)
+    assert _check_same_model(back, tiles) == frozenset()

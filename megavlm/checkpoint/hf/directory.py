@@ -39,6 +39,7 @@ def expand_recipe(tree: Tree) -> Tree:
     """
     path = _loaded(tree)
     if path is None:
+        _check_absent(tree)
         return expand_presets(tree)
     if holds_model(path):
         found = model_of(path)
@@ -56,6 +57,21 @@ def _loaded(tree: Tree) -> Path | None:
     branch = tree.get("checkpoint")
     load = branch.get("load") if isinstance(branch, Mapping) else None
     return Path(load) if isinstance(load, str) and Path(load).is_dir() else None
+
+
+def _check_absent(tree: Tree) -> None:
+    """Say what a recipe without a model lacks, whose ``checkpoint.load`` is no directory.
+
+    Raises:
+        UserError: it has no model and names one that is not there.
+    """
+    branch = tree.get("checkpoint")
+    load = branch.get("load") if isinstance(branch, Mapping) else None
+    if load is not None and "model" not in tree:
+        raise UserError(
+            f"checkpoint.load: no directory {load!r}, and the recipe has no model of its own; name a Hugging Face "
+            "directory or a checkpoint"
+        )
 
 
 def model_of(directory: Path) -> Tree:

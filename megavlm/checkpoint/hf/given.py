@@ -146,7 +146,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
     elif len(given) > 1:
-        branches |= _newline_plan(given)
+        branches |= _needed_plan(given)
     if len(given) == 1 and "template" in given[0].branches:
         branches["template"] = given[0].branches["template"]
     parts = [part for part in BRANCHES if part in branches]
@@ -178,12 +178,20 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     return Understood(branches, model, parts, tokenizer, rows, where, grown, notes)
 
 
-def _newline_plan(given: Sequence[SourceOfParts]) -> Tree:
-    """Return the image plan of the checkpoint that gives the connector, where a vector of that plan is part of it."""
-    one = next((one for one in given if "connector" in one.parts), None)
-    image = {} if one is None else one.branches.get("image") or {"kind": one.family.image_plan}
-    kind = plan_kinds().get(str(image.get("kind")))
-    return {"image": image} if kind is not None and kind.plan.newline else {}
+def _needed_plan(given: Sequence[SourceOfParts]) -> Tree:
+    """Return the image plan of a source that cannot be without it; empty where pictures may be squashed.
+
+    That is the one that gives the connector, where a vector of its plan is part of that, or the one that gives a tower
+    which takes pictures of any size.
+    """
+    for one in given:
+        image = one.branches.get("image") or {"kind": one.family.image_plan}
+        kind = plan_kinds().get(str(image.get("kind")))
+        newline = "connector" in one.parts and kind is not None and kind.plan.newline
+        vision = one.branches.get("vision") if "vision" in one.parts else None
+        if newline or (vision and make_model({"vision": vision}, str(one.source.path)).vision.packed):
+            return {"image": image}
+    return {}
 
 
 def open_directory(
@@ -220,7 +228,7 @@ def check_processor(directory: Path, image: Tree, image_size: int | None) -> Non
     if not image:
         pixels = "patches" if image_size is None else f"{image_size} x {image_size} pixels"
         raise UserError(
-            f"{directory}: has neither {PREPROCESSOR} nor {PROCESSOR}, so nothing says how a picture becomes the "
+            f"{directory}: neither {PREPROCESSOR} nor {PROCESSOR} is there to say how a picture becomes the "
             f"{pixels} that {CONFIG}'s tower takes; download it too"
         )
 
@@ -255,12 +263,13 @@ def _check_ids(one: SourceOfParts, path: Path) -> None:
         if key == "image" and "image_start" in ids:
             continue  # Qwen's configuration says where an image starts; the rest is counted from there
         there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
-        there = {name: found for name, found in there.items() if len(found) == 1}
+        unknown = tokenizer.encode("<|no such token|>")  # one token too, where all that is unknown is one
+        there = {name: found for name, found in there.items() if len(found) == 1 and found != unknown}
         if key in ids and there and [ids[key]] not in there.values():
-            name, (number,) = next(iter(there.items()))
+            known = ", ".join(f"{name} the id {number}" for name, (number,) in there.items())
             raise UserError(
                 f"{config_file(one.source)}: the {key.replace('_', ' ')} token has the id {ids[key]}, but {path} gives "
-                f"{name} the id {number}; correct one"
+                f"{known}; correct one"
             )
 
 

@@ -7,7 +7,6 @@ resume="allow")``, whose id has 21 letters and digits.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -18,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
 from typing_extensions import override
+
+from megavlm.data.images import decode_with_pil
 
 _ONLINE_SECONDS = 60
 """How long W&B may take to answer before the run is written without it."""
@@ -96,8 +96,7 @@ class WandbRun(Backend):
     def picture(self, name: str, png: bytes, step: int) -> None:
         import wandb  # noqa: PLC0415
 
-        with Image.open(io.BytesIO(png)) as image:
-            self._run.log({name: wandb.Image(image), "step": step}, step=step)
+        self._run.log({name: wandb.Image(decode_with_pil(png)), "step": step}, step=step)
 
     @override
     def close(self, done: bool | None) -> None:
@@ -189,8 +188,7 @@ class MlflowRun(Backend):
 
     @override
     def picture(self, name: str, png: bytes, step: int) -> None:
-        with Image.open(io.BytesIO(png)) as image:
-            self._client.log_image(self._run, image, key=_plain(name), step=step)
+        self._client.log_image(self._run, decode_with_pil(png), key=_plain(name), step=step)
 
     @override
     def close(self, done: bool | None) -> None:
@@ -234,8 +232,7 @@ class SwanlabRun(Backend):
     def picture(self, name: str, png: bytes, step: int) -> None:
         import swanlab  # noqa: PLC0415
 
-        with Image.open(io.BytesIO(png)) as image:
-            self._run.log({name: swanlab.Image(image.convert("RGB"))}, step=step)
+        self._run.log({name: swanlab.Image(decode_with_pil(png))}, step=step)
 
     @override
     def close(self, done: bool | None) -> None:

@@ -134,6 +134,9 @@ def test_what_contradicts_the_directory_is_named_and_the_rest_is_the_recipes(tmp
     assert own.model.language == model.language
     with pytest.raises(RecipeError, match=r"model.language.hiden_size: unknown key; did you mean"):
         recipe(hf, run, "model.language.hiden_size=32")
+    for name in recipes_of_any_model():
+        with pytest.raises(RecipeError, match=r"checkpoint.load: no directory 'gone', and the recipe has no model of"):
+            recipe(Path("gone"), run, name=name)
     assert recipes_of_any_model() == ["lora", "sft"]
 
 

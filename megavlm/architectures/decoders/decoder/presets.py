@@ -104,7 +104,7 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
         DecoderSize(18, 2048, 16384, 8, 1, 256, 256000, 8192),
         {**_GEMMA, "embedding_multiplier": math.sqrt(2048)},
     ),
-    # google/gemma-3-1b-it; the language models of google/gemma-3-{4b,12b,27b}-it, whose whole positions are stretched.
+    # google/gemma-3-1b-it; the language models of google/gemma-3-{4b,12b,27b}-it, stretched where there is no window.
     "gemma_3_1b": (
         DecoderSize(26, 1152, 6912, 4, 1, 256, 262144, 32768),
         {**_GEMMA3, "sliding_window": 512, "embedding_multiplier": math.sqrt(1152)},
@@ -121,6 +121,8 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
         DecoderSize(62, 5376, 21504, 32, 16, 128, 262208, 131072),
         {**_GEMMA3, **_BY_8, "embedding_multiplier": math.sqrt(5376), "query_pre_attn_scalar": 168.0},
     ),
+    # THUDM/GLM-4-9B-0414.
+    "glm_4_9b": (DecoderSize(40, 4096, 13696, 32, 2, 128, 151552, 32768), KINDS["glm4"]),
     # stabilityai/stablelm-2-1_6b.
     "stablelm_2_1_6b": (DecoderSize(24, 2048, 5632, 32, 32, 64, 100352, 4096), _STABLELM),
     # openbmb/MiniCPM-2B-sft-bf16: scale_emb 12, scale_depth 1.4, dim_model_base 256.
@@ -134,7 +136,8 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
             "logits_scaling": 2304 / 256,
         },
     ),
-    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5.
+    # internlm/internlm2_5-1_8b, -7b, -20b: the language models of InternVL 2 and 2.5. The rotary base of the 20B
+    # is unchecked.
     "internlm2_5_1_8b": (DecoderSize(24, 2048, 8192, 16, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 92544, 32768), _INTERNLM2),
     "internlm2_5_20b": (
