@@ -51,3 +51,6 @@ def test_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     assert ran["scores"]["records"] == 24 and ran["scores"]["scores"]["exact_match"] > 80
     assert ran["first"][1]["content"] == ran["theirs"] == ran["answered"].splitlines()[-1]
     assert {path.name for path in ran["home"].iterdir()} >= {"config.json", "model.safetensors", "chat_template.jinja"}
+    # A run that is over, started again, finds all as it was.
+    again = ran["megavlm"]("train", ran["RECIPE"], *ran["overrides"])
+    assert f"resumed from runs/tiny/checkpoints/step-{loss[-1][0]:08}" in again
