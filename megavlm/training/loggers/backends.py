@@ -74,7 +74,8 @@ class WandbRun(Backend):
             "project": project, "entity": entity or None, "name": start.name, "id": run, "resume": "allow",
             "dir": str(start.folder), "config": dict(start.recipe),
         }  # fmt: skip
-        settings: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": _ONLINE_SECONDS, "disable_code": True}
+        settings: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": _ONLINE_SECONDS}
+        settings["disable_code"] = True
         try:
             self._run = wandb.init(**words, settings=wandb.Settings(**settings))
         except (wandb.Error, OSError) as error:
