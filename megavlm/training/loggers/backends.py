@@ -70,11 +70,12 @@ class WandbRun(Backend):
 
         start, run = self._start, self._start.run or _letters(8)
         entity, _, project = start.setting.rpartition("/")
-        words = {
+        words: dict[str, Any] = {
             "project": project, "entity": entity or None, "name": start.name, "id": run, "resume": "allow",
             "dir": str(start.folder), "config": dict(start.recipe),
         }  # fmt: skip
-        settings = {"console": "off", "silent": True, "init_timeout": _ONLINE_SECONDS, "disable_code": True}
+        settings: dict[str, Any] = {"console": "off", "silent": True, "init_timeout": _ONLINE_SECONDS}
+        settings["disable_code"] = True
         try:
             self._run = wandb.init(**words, settings=wandb.Settings(**settings))
         except (wandb.Error, OSError) as error:
@@ -211,7 +212,7 @@ class SwanlabRun(Backend):
         workspace, _, project = start.setting.rpartition("/")
         folder = start.folder / "swanlab"
         folder.mkdir(parents=True, exist_ok=True)
-        words = {
+        words: dict[str, Any] = {
             "project": project, "workspace": workspace or None, "name": start.name, "id": run, "resume": "allow",
             "log_dir": str(folder), "config": dict(start.recipe),
         }  # fmt: skip
