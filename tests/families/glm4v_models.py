@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from family_cases import made
 from qwen2_vl_models import PREPROCESSOR
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedModel
@@ -38,7 +39,11 @@ def glm4v(*, tied: bool = False, heads: int = 4, tokens: dict[str, int] = _TOKEN
         "hidden_size": 48, "intermediate_size": 60, "out_hidden_size": 64, "image_size": 28,
     }  # fmt: skip
     config = Glm4vConfig(text_config=own | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
-    return made(Glm4vForConditionalGeneration, config)
+    model = made(Glm4vForConditionalGeneration, config)
+    with torch.no_grad():  # of the order of what the norms behind attention and MLP add, so that inputs matter
+        model.model.language_model.embed_tokens.weight.mul_(50)
+        model.model.visual.merger.down_proj.weight.mul_(50)
+    return model
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
