@@ -144,7 +144,8 @@ class Glm4vFamily(Qwen2VLFamily):
             plan_of(model)
         except UserError as error:
             return str(error)
-        return GLM4.refuses(dataclasses.replace(language, rotary_sections=())) or odd_heads(language)
+        whole: Tree = {"rotary_sections": ()}  # of a language model alone, which has none
+        return GLM4.refuses(dataclasses.replace(language, **whole)) or odd_heads(language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form that it has."""
