@@ -43,5 +43,8 @@ class ImageConfig:
     total_pixels: int | None = Field(default=None, gt=0)
     """Of native: pixels of all pictures of a sample together; each gets an equal part of them, and no less than
     min_pixels. Null for no such limit."""
+    enlarge_to_block: bool = False
+    """Of native: whether a picture with a side that is shorter than one token's is first enlarged until it is as long
+    (GLM-4.1V)."""
     options: tuple[str, ...] = ()
     """Of an image plan that another package brings: its own keys, as key=value each."""

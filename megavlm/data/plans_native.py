@@ -1,6 +1,7 @@
 """The image plan of towers that take pictures of any size: each keeps its proportions, within a budget of pixels.
 
-Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arXiv 2409.12191), for images.
+Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arXiv 2409.12191), for images; with
+``enlarge`` those of GLM-4.1V's (2507.01006).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class NativePlan(ImagePlan):
     max_pixels: int = 28 * 28 * 1280
     total_pixels: int | None = None
     """Of all pictures of a conversation; each gets an equal part, and no less than ``min_pixels``."""
+    enlarge: bool = False
+    """Whether a picture with a side shorter than a block is enlarged to a block's before its size is chosen."""
 
     square: ClassVar[bool] = False
     packed: ClassVar[bool] = True
@@ -57,9 +60,14 @@ class NativePlan(ImagePlan):
             ImageError: It is too long and narrow.
         """
         width, height = shape.width, shape.height
-        if max(width, height) / min(width, height) > _LONGEST:
-            raise ImageError("too narrow", f"{width} x {height} pixels: one side is over {_LONGEST} times the other")
         block, most = self.patch * self.merge, self.max_pixels
+        if self.enlarge and 0 < min(width, height) < block:
+            scale = max(block / height, block / width)
+            width, height = int(width * scale), int(height * scale)  # by rounding errors it may be one pixel less
+        if max(width, height) / min(width, height) > _LONGEST:
+            raise ImageError(
+                "too narrow", f"{shape.width} x {shape.height} pixels: one side is over {_LONGEST} times the other"
+            )
         if self.total_pixels is not None:
             most = max(self.min_pixels, min(most, self.total_pixels // shape.images))
         # Halves are rounded to even numbers, as Python's and the processors' round does.
@@ -124,7 +132,8 @@ def _native(model: ModelConfig) -> ImagePlan:
         min_pixels=least,
         max_pixels=most,
         total_pixels=image.total_pixels,
+        enlarge=image.enlarge_to_block,
     )
 
 
-register_plan("native", NativePlan, _native, keys=("min_pixels", "max_pixels", "total_pixels"))
+register_plan("native", NativePlan, _native, keys=("min_pixels", "max_pixels", "total_pixels", "enlarge_to_block"))

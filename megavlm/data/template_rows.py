@@ -271,6 +271,24 @@ QWEN3 = replace(
     ),
     default_system="",
 )
+# GLM-4's: no text ends an answer; the mark of the next turn does, which the model writes itself.
+_GLM_TOKENS = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|begin_of_image|>", "<|end_of_image|>")
+GLM4V = Template(
+    name="glm4v",
+    title="GLM-4.1V, answers without thoughts of their own",
+    begin=("[gMASK]", "<sop>"),
+    system=("<|system|>", "\n", TEXT),
+    user=("<|user|>", "\n", TEXT),
+    assistant=("<|assistant|>", "\n", *trained(TEXT)),
+    last_assistant=("<|assistant|>", "\n", *trained(TEXT, "<|user|>")),
+    tokens=_needs(*_GLM_TOKENS),
+    slot=ControlToken(("<|image|>",)),
+    image=("<|begin_of_image|>", "<|end_of_image|>"),
+    picture="{image}",
+    eos=("<|endoftext|>",),
+    stops=("<|user|>",),
+    ends="<|user|>",
+)
 INTERNVL2_5 = replace(
     QWEN2,
     name="internvl2_5",
@@ -301,5 +319,5 @@ CHATML_DIRECT = Template(
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
     VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM,
-    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, INTERNVL2_5, CHATML_DIRECT,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

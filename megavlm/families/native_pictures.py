@@ -1,11 +1,11 @@
-"""How pictures of their own size become pixels: the files of Qwen2-VL's image processor in Transformers, read.
+"""How pictures of their own size become pixels: the files of Qwen2-VL's and GLM-4.1V's image processors, read.
 
 :mod:`megavlm.families.preprocessor` reads those of squares and tiles, and writes both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megavlm.config.errors import UserError
@@ -15,7 +15,7 @@ from megavlm.weights.source import Source
 
 Tree = dict[str, Any]
 
-_PROCESSORS = (
+PROCESSORS = (
     "Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil", "Qwen2_5_VLImageProcessor",
 )  # fmt: skip
 _MINE = (*GEOMETRY, "min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size")
@@ -27,12 +27,19 @@ _PATCHES = {
 """Keys of the processor, and of the tower."""
 
 
-def native_pictures(source: Source, vision: Mapping[str, Any]) -> tuple[Tree, Tree]:
+def native_pictures(
+    source: Source,
+    vision: Mapping[str, Any],
+    processors: Sequence[str] = PROCESSORS,
+    sizes: Callable[[Tree, str], Tree] = native_sizes,
+) -> tuple[Tree, Tree]:
     """Return ``model.image`` as a checkpoint's own files say it, and what they say of ``model.vision``.
 
     Args:
         source: the checkpoint.
         vision: the tower, by config.json.
+        processors: what the image processor may be called.
+        sizes: reads how large pictures are, of a file's keys and its name.
 
     Returns:
         Both empty where there is no file.
@@ -46,13 +53,13 @@ def native_pictures(source: Source, vision: Mapping[str, Any]) -> tuple[Tree, Tr
     for path, tree in told:
         where = str(path)
         expect(tree, where, do_resize=True, do_convert_rgb=True, do_center_crop=False, do_pad=False)
-        expect(tree, where, image_processor_type=_PROCESSORS)
+        expect(tree, where, image_processor_type=tuple(processors))
         for key, ours in _PATCHES.items():
             if tree.get(key, vision[ours]) != vision[ours]:
                 raise UserError(
                     f"{where}: {key} is {tree[key]!r}, but config.json's tower has {vision[ours]}; correct one"
                 )
-        branches.append({"kind": "native", "resample": resampling(tree, where), **native_sizes(tree, where)})
+        branches.append({"kind": "native", "resample": resampling(tree, where), **sizes(tree, where)})
     if not branches:
         return {}, {}
     if branches[-1] != branches[0]:

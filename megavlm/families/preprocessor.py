@@ -213,7 +213,7 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
         if not isinstance(found.get(key, False), bool):
             raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
     # Of pictures that keep sizes of their own, these are numbers of pixels.
-    areas = str(tree.get("image_processor_type", "")).startswith("Qwen2VL") or "merge_size" in tree
+    areas = str(tree.get("image_processor_type", "")).startswith(("Qwen2VL", "Glm4v")) or "merge_size" in tree
     for key in ("size", "crop_size"):
         edges = isinstance(tree.get(key), Mapping) and set(tree[key]) <= {"shortest_edge", "longest_edge"}
         if areas and edges and key == "size":
@@ -375,6 +375,13 @@ def _trained_native(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     plan, vision = plan_of(model), model.vision
     assert isinstance(plan, NativePlan)
     kind = str(old.get("image_processor_type", "Qwen2VLImageProcessor"))
+    if plan.enlarge:  # GLM-4.1V's, which counts a picture once for each frame of a patch
+        least, most = (pixels * plan.temporal for pixels in (plan.min_pixels, plan.max_pixels))
+        return {
+            "image_processor_type": kind if kind.startswith("Glm4v") else "Glm4vImageProcessor",
+            "merge_size": vision.spatial_merge_size, "patch_size": vision.patch_size,
+            "size": {"longest_edge": most, "shortest_edge": least}, "temporal_patch_size": vision.temporal_patch_size,
+        }  # fmt: skip
     return {
         "image_processor_type": kind, "max_pixels": plan.max_pixels, "merge_size": vision.spatial_merge_size,
         "min_pixels": plan.min_pixels, "patch_size": vision.patch_size,

@@ -178,6 +178,19 @@ def _register_qwen3_vl() -> None:
         )
 
 
+def _register_glm4v() -> None:
+    """Register GLM-4.1V."""
+    MODELS.register(
+        "glm4_1v_9b",
+        vision={"preset": "glm4v_vit_660m"},
+        connector={"preset": "downsample_merger"},
+        language={"preset": "glm_4_9b", "max_position_embeddings": 65536, "rotary_sections": [8, 12, 12]},
+        # As its preprocessor_config.json, which counts two frames: 8 to 6144 tokens.
+        image={"kind": "native", "min_pixels": 6272, "max_pixels": 4816896, "enlarge_to_block": True},
+        template="glm4v",
+    )
+
+
 def register() -> None:
     """Register the whole models that a recipe may name."""
     MODELS.register(
@@ -211,6 +224,7 @@ def register() -> None:
     _register_llava_tiles()
     _register_qwen2_vl()
     _register_qwen3_vl()
+    _register_glm4v()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

@@ -64,9 +64,14 @@ def _of_transformer_engine(name: str) -> Any:
 
 
 def row_linear(
-    input_size: int, output_size: int, *, config: TransformerConfig, init_method: Callable[[Tensor], Any] | None
+    input_size: int,
+    output_size: int,
+    *,
+    config: TransformerConfig,
+    init_method: Callable[[Tensor], Any] | None,
+    bias: bool = True,
 ) -> Any:
-    """Build a layer whose inputs are split over the tensor-parallel ranks, with bias; see :func:`column_linear`."""
+    """Build a layer whose inputs are split over the tensor-parallel ranks; see :func:`column_linear`."""
     kind: Any = RowParallelLinear
     extra: dict[str, Any] = {}
     if config.fp8 is not None:
@@ -76,7 +81,7 @@ def row_linear(
         output_size,
         config=config,
         init_method=init_method,
-        bias=True,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
         **extra,

@@ -1,4 +1,4 @@
-"""Pictures of their own size: tokens, grids and pixels are those of Transformers' processor of Qwen2-VL.
+"""Pictures of their own size: tokens, grids and pixels are those of Transformers' processors (Qwen2-VL, GLM-4.1V).
 
 The oracle is the processor's PIL variant. The other one, for which torchvision is needed, has the same ``smart_resize``
 and resizes with the operation of torch that ``render_with_torch`` takes for the other decoders.
@@ -30,16 +30,21 @@ PLANS = {
     "transformers": NativePlan(448, 256),
     "published": NativePlan(448, 256, max_pixels=12845056),
     "qwen3": NativePlan(512, 256, patch=16, min_pixels=65536, max_pixels=16777216),
+    "glm": NativePlan(336, 144, min_pixels=6272, max_pixels=4816896, enlarge=True),
+    "glm_small": NativePlan(64, 4, patch=4, min_pixels=128, max_pixels=2048, enlarge=True),
     "small": NativePlan(64, 4, patch=4, merge=2, min_pixels=256, max_pixels=8192),
 }
 
 
 def processor(plan: NativePlan) -> Any:
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(
-        size={"shortest_edge": plan.min_pixels, "longest_edge": plan.max_pixels}, patch_size=plan.patch,
-        merge_size=plan.merge, temporal_patch_size=plan.temporal, do_rescale=False, do_normalize=False,
+    frames = plan.temporal if plan.enlarge else 1  # GLM-4.1V's counts pixels of all frames of a patch
+    return (Glm4vImageProcessorPil if plan.enlarge else Qwen2VLImageProcessorPil)(
+        size={"shortest_edge": plan.min_pixels * frames, "longest_edge": plan.max_pixels * frames},
+        patch_size=plan.patch, merge_size=plan.merge, temporal_patch_size=plan.temporal, do_rescale=False,
+        do_normalize=False,
     )  # fmt: skip
 
 
@@ -66,7 +71,11 @@ def test_tokens_of_500_sizes(name: str) -> None:
 def test_pixels_and_grids(kind: str) -> None:
     """With PIL all pixels are equal; with the others within one level of 255 for 99.9 % of them."""
     pytest.importorskip({"pil": "PIL", "dali": "nvidia.dali"}.get(kind, kind))
-    for name, sizes in {"small": [(30, 90), (200, 41), (64, 64), (3, 5)], "published": [(333, 250), (91, 640)]}.items():
+    for name, sizes in {
+        "small": [(30, 90), (200, 41), (64, 64), (3, 5)],
+        "glm_small": [(30, 90), (200, 41), (3, 5)],
+        "published": [(333, 250), (91, 640)],
+    }.items():
         plan = PLANS[name]
         files = [encode_image(smooth_image(i, *size), quality=95, subsampling=0) for i, size in enumerate(sizes)]
         layouts = [lay_out([one], plan)[0] for one in files]

@@ -12,7 +12,9 @@ from megavlm.data.template import Template
 from megavlm.data.templates import find_template, names
 
 # The strings were written by the code that each row names (repository, file, commit), and by nobody here; what is
-# trained on follows its trainer. "<image>" is an image; null is what that code has no form for.
+# trained on follows its trainer. "<image>" is an image; null is what that code has no form for. Those of glm4v
+# alone were written out here, by the slots of the row's source; nothing stands behind an image, as GLM's own templates
+# have it.
 VECTORS = json.loads((Path(__file__).parent / "template_strings.json").read_text(encoding="utf-8"))
 ROWS = sorted(VECTORS["templates"])
 

@@ -11,6 +11,7 @@ import torch
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
 from family_choice import PARTS
+from glm4v_models import GLM4V
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
@@ -28,7 +29,7 @@ CASES = {
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL).items()},
+    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V).items()},
     **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
@@ -37,8 +38,8 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL:
-        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL)[name][1](directory)
+    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V:
+        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V)[name][1](directory)
     if name in ROWS and name not in TRANSFORMERS:
         ROWS[name].make().save_pretrained(directory)
         return directory

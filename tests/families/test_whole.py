@@ -54,8 +54,8 @@ LAYOUT = [
 ]
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
-SLOW = ("codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families whose parts other short tests have at both layouts: test_qwen2_vl.py, test_qwen3_vl.py, qwen_vl."""
+SLOW = ("codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+"""Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl."""
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes."""
 SHORT_SIZES = ("llava_1_5_7b", "llava_1_6_mistral_7b", "llava_onevision_0_5b", "internvl3_5_1b", "qwen_vl_7b")

@@ -19,6 +19,8 @@ from family_cases import (
     llava,
     qwen_vl,
 )
+from glm4v_models import FILES as GLM4V_FILES
+from glm4v_models import GLM4V, glm4v
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
 from llava_next_models import (
     NEXT_PINPOINTS,
@@ -141,18 +143,18 @@ def _qwen2_vl(
     recipes: Mapping[str, Stage] | Lack = Lack("none yet: no scripts of its stages were found"),  # noqa: B008 - frozen
 ) -> WholeFamily:
     """Return the row of a family of pictures in their own resolution."""
-    names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL}[family]
-    where = "test_qwen3_vl.py" if family == "qwen3_vl" else "test_qwen2_vl.py"
+    names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL, "glm4v": GLM4V}[family]
+    where = {"qwen3_vl": "test_qwen3_vl.py", "glm4v": "test_glm4v.py"}.get(family, "test_qwen2_vl.py")
     own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
-        template="qwen3_vl" if family == "qwen3_vl" else "checkpoint",  # which ``answers`` has one of
-        image={"kind": "native", "min_pixels": 256, "max_pixels": 4096},
+        template=family if family in ("qwen3_vl", "glm4v") else "checkpoint",  # which ``answers`` has one of
+        image={"kind": "native", "min_pixels": 256, "max_pixels": 4096, "enlarge_to_block": family == "glm4v"},
         source=NativeSource(family, make, files=files, vocab=128),
         uneven=uneven,
         others=Lack(own),
-        answers=Lack("greedy answers equal in test_qwen3_vl.py; convert check is not tried on it")
-        if family == "qwen3_vl"
+        answers=Lack(f"greedy answers equal in {where}; convert check is not tried on it")
+        if family in ("qwen3_vl", "glm4v")
         else partial(publish, make=make),
         lora=Lack("adapters are those of llava's language models; not tried on this family"),
         presets=presets,
@@ -375,6 +377,13 @@ ROWS: dict[str, WholeFamily] = {
         },
         Lack("see qwen2_5_vl, whose tower has three heads there"),
         THIRD_FILES,
+    ),
+    "glm4v": _qwen2_vl(
+        "glm4v",
+        glm4v,
+        {"glm4_1v_9b": Published(10_292_777_472)},
+        NativeSource("glm4v", partial(glm4v, heads=3), files=GLM4V_FILES, vocab=128),
+        GLM4V_FILES,
     ),
     "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),

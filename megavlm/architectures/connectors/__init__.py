@@ -1,3 +1,3 @@
 """Connectors between tower and language model: one folder each, named here."""
 
-FOLDERS = ("resampler", "mlp", "pixel_shuffle", "patch_merger")
+FOLDERS = ("resampler", "mlp", "pixel_shuffle", "patch_merger", "downsample_merger")

@@ -25,8 +25,25 @@ _THIRD: dict[str, Any] = {
     "image_std": (0.5, 0.5, 0.5),
 }
 
+_GLM: dict[str, Any] = {
+    "patch_size": 14,
+    "normalization": "RMSNorm",
+    "activation": "silu",
+    "gated_mlp": True,
+    "layernorm_epsilon": 1e-5,
+    "conv_bias": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "positional_grid": 24,
+    "positional_interpolation": "bicubic",
+    "pre_layernorm": True,
+    "post_layernorm": True,
+    "image_size": 336,
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF, "qwen3_vl_vit": _THIRD,
+    "glm4v_vit": _GLM,
 }  # fmt: skip
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -53,6 +70,10 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_vl_vit",
         {"hidden_size": 1152, "num_layers": 27, "num_attention_heads": 16, "ffn_hidden_size": 4304}
         | {"deepstack_layers": (8, 16, 24)},
+    ),
+    # zai-org/GLM-4.1V-9B-{Base,Thinking}: its MLP is as wide as the language model.
+    "glm4v_vit_660m": (
+        "glm4v_vit", {"hidden_size": 1536, "num_layers": 24, "num_attention_heads": 12, "ffn_hidden_size": 4096},
     ),
 }  # fmt: skip
 """By kind, and what the kind does not say."""

@@ -34,6 +34,20 @@ QWEN2_5_VL_VISION = Table(
 )
 """The tower of Qwen2.5-VL, without its merger."""
 
+GLM4V_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=QWEN2_5_VL_VISION.layer,
+    rest=(
+        *both("patch_embed", "patch_embed.proj"),
+        row("positional_embedding", "embeddings.position_embedding.weight"),
+        row("ln_pre.weight", "post_conv_layernorm.weight"),
+        row("ln_post.weight", "post_layernorm.weight"),
+    ),
+)
+"""The tower of GLM-4.1V, without its merger."""
+
 QWEN3_VL_VISION = Table(
     part="vision",
     ours=_OURS,

@@ -1,0 +1,203 @@
+"""GLM-4.1V, dense (arXiv 2507.01006), as Transformers has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megavlm.architectures.connectors.downsample_merger.tables import downsample_merger
+from megavlm.architectures.decoders.decoder.tables import GLM_LANGUAGE
+from megavlm.architectures.towers.packed_vit.tables import GLM4V_VISION
+from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.families.common import expect, flag, need, number
+from megavlm.families.family import Tree, config_file
+from megavlm.families.glm4 import GLM4
+from megavlm.families.native_pictures import native_pictures
+from megavlm.families.preprocessor import native_sizes
+from megavlm.families.qwen2_vl import Qwen2VLFamily
+from megavlm.families.text_kinds import odd_heads
+from megavlm.weights.rules import Table
+from megavlm.weights.source import Source
+
+_SECTIONS = (8, 12, 12)
+"""Where a configuration does not say it, as Transformers has it."""
+_PROCESSORS = ("Glm4vImageProcessor", "Glm4vImageProcessorFast", "Glm4vImageProcessorPil")
+_EDGES = {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}
+"""Pixels of the least and the largest picture, where a file does not say it."""
+_MERGER_EPSILON = 1e-5
+"""Its code has it, and no key."""
+
+
+class Glm4vFamily(Qwen2VLFamily):
+    """``Glm4vForConditionalGeneration``."""
+
+    name = "glm4v"
+    title = "GLM-4.1V, dense (Glm4vForConditionalGeneration)"
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("packed_vit",),
+        "connector": ("downsample_merger",),
+        "language": ("decoder",),
+    }
+    styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
+    }
+    template: ClassVar[str | None] = "glm4v"
+    model_class = "Glm4vForConditionalGeneration"
+    own_norms = True
+    tower: ClassVar[Table] = GLM4V_VISION
+    fixed: ClassVar[Tree] = {
+        "normalization": "RMSNorm", "activation": "silu", "gated_mlp": True, "window_size": None, "conv_bias": True,
+        "add_bias_linear": False, "class_token": False, "pre_layernorm": True, "post_layernorm": True,
+        "positional_interpolation": "bicubic", "deepstack_layers": (), "rotary_base": 10000.0,
+    }  # fmt: skip
+
+    def branches(self, source: Source) -> Tree:
+        """Return all three branches, and what becomes of pictures."""
+        config, where = source.config, config_file(source)
+        text, visual = config.get("text_config") or config, need(config, "vision_config", where)
+        language = self._language(text, where)
+        language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
+            flag(tree, "tie_word_embeddings", where, default=False) for tree in (config, text)
+        )
+        vision = self._tower(visual, language["hidden_size"], where)
+        image, pixels = native_pictures(source, vision, _PROCESSORS, self._sizes_of_pictures)
+        connector = {
+            "preset": "downsample_merger", "merge_size": vision["spatial_merge_size"],
+            "ffn_hidden_size": visual.get("intermediate_size", 13696),
+        }  # fmt: skip
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        names = self.styles[style]
+        return [
+            dataclasses.replace(self.tower, prefix=names["tower"]),
+            dataclasses.replace(downsample_merger(model.connector.merge_size), prefix=names["tower"]),
+            dataclasses.replace(GLM_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+        ]
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a configuration in the form of the published ones."""
+        # Of the published tokenizer, whose ids lie beside each other: the slots of films are its next one.
+        image, language, vision = tokens.get("image", model.language.vocab_size - 2), model.language, model.vision
+        text = GLM4.write(language)
+        sections = {"mrope_section": list(language.rotary_sections)}
+        text["rope_parameters"] |= sections
+        text |= {"model_type": "glm4v_text", "rope_scaling": {"rope_type": "default", **sections}}
+        for key in ("architectures", "head_dim"):
+            del text[key]
+        return {
+            "architectures": [self.model_class],
+            "image_end_token_id": image - 3,
+            "image_start_token_id": image - 4,
+            "image_token_id": image,
+            "model_type": self.name,
+            "text_config": text,
+            "tie_word_embeddings": language.tie_word_embeddings,
+            "video_end_token_id": image - 1,
+            "video_start_token_id": image - 2,
+            "video_token_id": image + 1,
+            "vision_config": {
+                "attention_bias": vision.add_qkv_bias,
+                "depth": vision.num_layers,
+                "hidden_act": self._activation(),
+                "hidden_size": vision.hidden_size,
+                "image_size": vision.positional_grid * vision.patch_size,
+                "in_channels": 3,
+                "intermediate_size": model.connector.ffn_hidden_size,
+                "model_type": "glm4v_vision",
+                "num_heads": vision.num_attention_heads,
+                "out_hidden_size": language.hidden_size,
+                "patch_size": vision.patch_size,
+                "rms_norm_eps": vision.layernorm_epsilon,
+                "spatial_merge_size": vision.spatial_merge_size,
+                "temporal_patch_size": vision.temporal_patch_size,
+            },
+        }
+
+    def refuses(self, model: ModelConfig) -> str | None:
+        """Tower, connector, positions and image plan must be GLM-4.1V's kinds."""
+        language, vision = model.language, model.vision
+        for key, value in self.fixed.items():
+            if getattr(vision, key) != value:
+                return f"the tower has {key} {getattr(vision, key)!r}, {self.title} has {value!r}"
+        if vision.positional_grid is None:
+            return "the tower has no positional table, GLM-4.1V's has"
+        if vision.ffn_hidden_size != language.hidden_size:
+            return (
+                f"the tower's MLP ({vision.ffn_hidden_size}) is not as wide as the language model "
+                f"({language.hidden_size}), for which its configuration has one key (out_hidden_size)"
+            )
+        if model.connector.layernorm_epsilon != _MERGER_EPSILON:
+            return f"the connector's norm has another epsilon than {_MERGER_EPSILON}, for which there is no key"
+        if not language.rotary_sections or language.rotary_sections_interleaved:
+            return "the language model's positions are not in sections (rotary_sections), as GLM-4.1V's are"
+        if not language.add_qkv_bias:
+            return "the language model has no bias on queries, keys and values, which GLM-4.1V's has"
+        if not model.image.enlarge_to_block:
+            return "small pictures are not enlarged first (model.image.enlarge_to_block), as GLM-4.1V's are"
+        try:
+            plan_of(model)
+        except UserError as error:
+            return str(error)
+        whole: Tree = {"rotary_sections": ()}  # of a language model alone, which has none
+        return GLM4.refuses(dataclasses.replace(language, **whole)) or odd_heads(language)
+
+    def templates(self, source: Source) -> tuple[str, ...]:
+        """Its own ``chat_template``, else the form that it has."""
+        return ("checkpoint", "glm4v")
+
+    def _language(self, text: Mapping[str, Any], where: str) -> Tree:
+        """Return ``model.language``.
+
+        Raises:
+            UserError: a key is missing, or has a value that there is none for here.
+        """
+        width = need(text, "hidden_size", where) // need(text, "num_attention_heads", where)
+        expect(text, where, head_dim=(None, width), attention_bias=True)
+        # Its class has no key for the width of a head, and turns whole heads where nothing is said.
+        rope = text.get("rope_parameters") or {}
+        part = number(rope, "partial_rotary_factor", where, number(text, "partial_rotary_factor", where, 1.0))
+        own = {"model_type": "glm4", "head_dim": width, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
+        known = {key: value for key, value in text.items() if key not in ("model_type", "head_dim")}
+        language = GLM4.branch({**own, **known, "partial_rotary_factor": part}, where)
+        return {**language, "rotary_sections": language.get("rotary_sections") or _SECTIONS}
+
+    def _activation(self) -> str:
+        return "silu"
+
+    def _sizes(self, visual: Mapping[str, Any], where: str) -> Tree:
+        side, patch = visual.get("image_size", 336), visual.get("patch_size", 14)
+        out = need(visual, "out_hidden_size", where)
+        if not isinstance(side, int) or not isinstance(patch, int) or side % patch:
+            raise UserError(
+                f"{where}: image_size {side} is no multiple of patch_size ({patch}), which the table of positions is "
+                "made for; correct it"
+            )
+        return {
+            "hidden_size": need(visual, "hidden_size", where),
+            "ffn_hidden_size": out,
+            "positional_grid": side // patch,
+            "image_size": side,
+            "add_qkv_bias": flag(visual, "attention_bias", where, default=False),
+            "layernorm_epsilon": number(visual, "rms_norm_eps", where, 1e-5),
+            "out": out,
+        }
+
+    def _sizes_of_pictures(self, tree: Tree, where: str) -> Tree:
+        """Return ``min_pixels`` and ``max_pixels`` of one picture; the file counts each frame of a patch.
+
+        Raises:
+            UserError: a number is none, or no multiple of the frames.
+        """
+        frames = tree.get("temporal_patch_size", 2)
+        found = native_sizes({"size": {**_EDGES, **(tree.get("size") or {})}}, where)
+        for key, value in found.items():
+            if math.gcd(value, frames) != frames:
+                raise UserError(f"{where}: size: {value} is no multiple of temporal_patch_size ({frames}); correct one")
+            found[key] = value // frames
+        return {**found, "enlarge_to_block": True}

@@ -1,0 +1,76 @@
+"""Tiny GLM-4.1Vs by Transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from family_cases import made
+from qwen2_vl_models import PREPROCESSOR
+from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedModel
+
+_TOKENS = {
+    "image_start_token_id": 115, "image_end_token_id": 116, "video_start_token_id": 117, "video_end_token_id": 118,
+    "image_token_id": 119, "video_token_id": 120,
+}  # fmt: skip
+FILES: dict[str, Any] = {
+    **{key: value for key, value in PREPROCESSOR.items() if key not in ("min_pixels", "max_pixels")},
+    "image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor",
+    "size": {"longest_edge": 8192, "shortest_edge": 512},
+}  # fmt: skip
+"""``preprocessor_config.json`` with the keys of the published one: pixels of two frames."""
+
+
+def glm4v(*, tied: bool = False, heads: int = 4, tokens: dict[str, int] = _TOKENS, **text: Any) -> PreTrainedModel:
+    """A GLM-4.1V; with 3 heads one whose tower no tensor-parallel size but 1 and 3 divides."""
+    rope = {
+        "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 2, 1], "partial_rotary_factor": 0.5,
+    }  # fmt: skip
+    own = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "num_heads": heads, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "hidden_size": 48, "intermediate_size": 60, "out_hidden_size": 64, "image_size": 28,
+    }  # fmt: skip
+    config = Glm4vConfig(text_config=own | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
+    model = made(Glm4vForConditionalGeneration, config)
+    with torch.no_grad():  # of the order of what the norms behind attention and MLP add, so that inputs matter
+        model.model.language_model.embed_tokens.weight.mul_(50)
+        model.model.visual.merger.down_proj.weight.mul_(50)
+    return model
+
+
+def save(model: PreTrainedModel, directory: Path) -> Path:
+    """Write a model as Transformers does, with its processor's file."""
+    model.save_pretrained(directory)
+    (directory / "preprocessor_config.json").write_text(json.dumps(FILES, indent=2))
+    return directory
+
+
+def flat(directory: Path) -> Path:
+    """Write one whose configuration has the language model's keys beside the tower's, as first published."""
+    save(glm4v(), directory)
+    path = directory / "config.json"
+    tree = json.loads(path.read_text())
+    text = tree.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"], "rope_scaling": {"type": "default", "mrope_section": rope["mrope_section"]},
+        "partial_rotary_factor": rope["partial_rotary_factor"], "attention_bias": True,
+    }  # fmt: skip
+    path.write_text(json.dumps({**text, **tree}))
+    return directory
+
+
+GLM4V: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "glm4v": ("glm4v", lambda directory: save(glm4v(), directory)),
+    "glm4v_tied": ("glm4v", lambda directory: save(glm4v(tied=True), directory)),
+    "glm4v_flat": ("glm4v", flat),
+}
+"""What makes a checkpoint, by name, and its family."""
