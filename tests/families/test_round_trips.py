@@ -15,6 +15,7 @@ from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
+from rice_models import RICE
 from text_cases import ROWS
 
 from megavlm.cli import main
@@ -28,7 +29,7 @@ CASES = {
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL).items()},
+    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL | RICE).items()},
     **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
@@ -37,8 +38,8 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL:
-        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL)[name][1](directory)
+    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL | RICE:
+        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL | RICE)[name][1](directory)
     if name in ROWS and name not in TRANSFORMERS:
         ROWS[name].make().save_pretrained(directory)
         return directory

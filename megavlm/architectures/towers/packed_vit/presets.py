@@ -25,8 +25,18 @@ _THIRD: dict[str, Any] = {
     "image_std": (0.5, 0.5, 0.5),
 }
 
+_RICE: dict[str, Any] = {
+    "patch_size": 14,
+    "temporal_patch_size": 1,
+    "activation": "gelu",
+    "layernorm_epsilon": 1e-5,
+    "class_token": True,
+    "pre_layernorm": True,
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF, "qwen3_vl_vit": _THIRD,
+    "rice_vit": _RICE,
 }  # fmt: skip
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -53,6 +63,11 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_vl_vit",
         {"hidden_size": 1152, "num_layers": 27, "num_attention_heads": 16, "ffn_hidden_size": 4304}
         | {"deepstack_layers": (8, 16, 24)},
+    ),
+    # lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: RICE (arXiv 2507.20025), large.
+    "rice_vit_300m": (
+        "rice_vit",
+        {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "ffn_hidden_size": 4096},
     ),
 }  # fmt: skip
 """By kind, and what the kind does not say."""
