@@ -383,8 +383,8 @@ ROWS: dict[str, WholeFamily] = {
             "qwen3_vl",
             qwen3_vl,
             {
-                "llava_onevision1_5_4b": Published(4_742_974_496),
-                "llava_onevision1_5_8b": Published(8_527_934_496),
+                "llava_onevision1_5_4b": Published(4_741_610_528),
+                "llava_onevision1_5_8b": Published(8_527_214_624),
             },
             Lack("see qwen2_5_vl, whose tower has three heads there"),
             recipes=Lack("its stages are of records in packs of WebDataset: not yet set up here"),
