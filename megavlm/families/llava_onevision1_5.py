@@ -28,8 +28,6 @@ from megavlm.weights.source import Source
 
 _EPSILON = 1e-5
 """Of the layers' norms, for which its code has no key."""
-_TEXT: Tree = {"head_dim": 128, "max_position_embeddings": 262144, "rope_theta": 5000000.0}
-"""Where a configuration does not say it, as its class has it."""
 _CODE = "llavaonevision1_5"
 
 
@@ -57,8 +55,9 @@ class LlavaOnevision15Family(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
-        text = {**_TEXT, **text, "model_type": "qwen3"}
-        language = llama_language(text, where)
+        for key in () if text.get("rope_parameters") else ("rope_theta",):
+            need(text, key, where)  # the classes beside the two sizes have another default each
+        language = llama_language({**text, "model_type": "qwen3"}, where)
         self._no_windows(text, where)
         # The outer key is Transformers' default and says nothing: its code asks the language model's.
         tied = flag(text, "tie_word_embeddings", where, default=False)

@@ -113,6 +113,7 @@ def test_a_configuration_that_is_written_is_read_alike(rope: dict[str, Any] | No
             "a sliding window",
         ),
         ("config.json", {"text_config": {"num_hidden_layers": None}}, "num_hidden_layers"),
+        ("config.json", {"text_config": {"rope_theta": None}}, "rope_theta"),
         ("config.json", {"text_config": {"tie_word_embeddings": True}}, "lm_head.weight"),
         ("preprocessor_config.json", {"temporal_patch_size": 2}, "temporal_patch_size is 2, but config.json's tower"),
         ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type"),
