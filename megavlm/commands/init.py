@@ -371,8 +371,9 @@ def _written(tree: dict[str, Any], found: Measured, choice: Choice, args: argpar
         "checkpoint": "Model, template, image plan and tokenizer come from load; it is converted once.",
         "logging": "TensorBoard lies in output_dir/tensorboard.",
     }
-    names = f"--model {shlex.quote(str(args.model))} --data {shlex.quote(str(args.data))}"
-    lines = [f"# Written by: megavlm init {names}" + (f" --gpus {gpus}" if gpus else ""), ""]
+    given = {"model": args.model, "data": args.data, "images": args.images, "gpus": gpus or None, "gpu": args.gpu}
+    names = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+    lines = [f"# Written by: megavlm init {names}", ""]
     for key in notes:
         if key in tree:
             lines += [*_comment(notes[key]), yaml12.dump({key: tree[key]}).rstrip("\n"), ""]

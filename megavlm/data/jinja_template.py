@@ -8,6 +8,7 @@ markers where it has them, else from rendering the conversation up to each answe
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,19 @@ class CheckpointTemplate(Template):
     """Whether it writes the slot of an image part; else the slot stands in the text."""
     where: str
     """Its file, for messages."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Name and a digest of what decides the tokens; not of where the file lies, and the same in every process."""
+        return self._digest({"where": None, "parts": repr(sorted(self.parts))})
+
+    @property
+    def former_fingerprints(self) -> frozenset[str]:
+        """Those with the file's place, and with a set's order, which is another one in each process."""
+        orders = (", ".join(map(repr, order)) for order in itertools.permutations(self.parts))
+        return frozenset(
+            self._digest({"parts": f"frozenset({{{text}}})" if text else "frozenset()"}) for text in orders
+        )
 
     def spans(self, turns: Sequence[Turn], *, prompt: bool = False) -> list[Span]:
         """Return a conversation as the Jinja text writes it.

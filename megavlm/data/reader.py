@@ -97,6 +97,7 @@ class PackReader:
         names = [source_name(source) for source in self.sources]
         self._encoder = PackEncoder(data, names, tokenizer, plan, positions)
         self._template = tokenizer.template.fingerprint
+        self._former_templates = tokenizer.template.former_fingerprints
         self._images = _images_of(plan)
         self._data_hash = hash_data(self.sources, data, tokenizer, plan)
         self._loader = self._build_loader()
@@ -142,6 +143,8 @@ class PackReader:
         """
         assert self._packs is None, "restore comes before the first pack"
         older = {"template": QWEN_VL.fingerprint, "images": self._images}  # of a state from before the keys
+        if isinstance(state, dict) and str(state.get("template")) in self._former_templates:
+            state = {**state, "template": self._template}
         for key, value in self._identity().items():
             if not isinstance(state, dict) or (older | state).get(key) != value:
                 was = (older | state).get(key) if isinstance(state, dict) else state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -162,7 +162,18 @@ class Template:
     @property
     def fingerprint(self) -> str:
         """Name and a digest of all that decides which tokens a conversation becomes."""
-        content = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name not in ("name", "title")}
+        return self._digest({})
+
+    @property
+    def former_fingerprints(self) -> frozenset[str]:
+        """What saved states may have as :attr:`fingerprint`, from versions that made it otherwise."""
+        return frozenset()
+
+    def _digest(self, instead: Mapping[str, str | None]) -> str:
+        """Return name and digest, with other texts for some fields; None leaves one out."""
+        texts = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name not in instead}
+        texts |= {name: text for name, text in instead.items() if text is not None}
+        content = {name: text for name, text in texts.items() if name not in ("name", "title")}
         return f"{self.name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property

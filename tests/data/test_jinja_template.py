@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,9 @@ from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation, encode_prompt, last_question
 from megavlm.data.jinja_sandbox import render
+from megavlm.data.jinja_template import CheckpointTemplate
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn
-from megavlm.data.template import TemplateError
+from megavlm.data.template import Template, TemplateError
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, template_of
 
 # A dozen texts of different construction, each with what it shows of the mask: "answer" and what ends it.
@@ -342,3 +346,29 @@ def test_scopes_and_numbers_of_steps_are_those_of_transformers() -> None:
     assert render(text, {}, "x").endswith("1")
     long = [{"role": "user", "content": "word " * 200}] * 400
     assert len(render("{% for m in messages %}{{ m.content | trim }}{% endfor %}", {"messages": long}, "x")) == 399_600
+
+
+def test_a_template_is_the_same_one_in_every_process_and_place(tmp_path: Path) -> None:
+    """A run that is started again compares fingerprints; three roles whose content is parts were in a set's order."""
+    text = TEXTS["string or parts, by a macro"][0]
+    paths = [laid(tmp_path / name, text) for name in ("a", "b")]
+    own, moved = (template_of("checkpoint", path) for path in paths)
+    assert isinstance(own, CheckpointTemplate) and len(own.parts) == 3
+    script = (
+        "import sys; from pathlib import Path; from megavlm.data.jinja_template import checkpoint_template as of\n"
+        "one = of(Path(sys.argv[1])); print(one.fingerprint, *sorted(one.former_fingerprints), repr(one.parts), sep='|')"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(paths[0])], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+            capture_output=True, text=True,
+        ).stdout.strip().split("|")
+        for seed in ("1", "5")
+    ]  # fmt: skip
+    assert said[0][-1] != said[1][-1], "take other seeds, of which sets differ"
+    assert said[0][:-1] == said[1][:-1] == [own.fingerprint, *sorted(own.former_fingerprints)]
+    assert len(own.former_fingerprints) == 6 and own.fingerprint == moved.fingerprint
+    # What versions wrote before: the digest of every field as Python shows it.
+    assert Template.fingerprint.fget(own) in own.former_fingerprints  # type: ignore[attr-defined]
+    other = template_of("checkpoint", laid(tmp_path / "c", text.replace("assistant", "model")))
+    assert other.fingerprint != own.fingerprint

@@ -120,6 +120,11 @@ def test_a_state_that_does_not_fit_is_refused(opened: OpenReader, two_datasets: 
         opened(two_datasets, world_size=2, plan=SquashPlan(16, TOKENS_PER_IMAGE, "bilinear")).restore(state)
     older = {key: value for key, value in state.items() if key != "images"}
     opened(two_datasets, world_size=2).restore(older)
+    with pytest.raises(ValueError, match="with template 'checkpoint 1'"):
+        opened(two_datasets, world_size=2).restore(state | {"template": "checkpoint 1"})
+    same = opened(two_datasets, world_size=2)
+    same._former_templates = frozenset({"checkpoint 1"})
+    same.restore(state | {"template": "checkpoint 1"})
     for broken in (None, [], {}, state | {"loader": "?"}, state | {"loader": "eJxTMlSyUjIEAAK0ANY="}):
         with pytest.raises(ValueError, match=r"reader state"):
             opened(two_datasets, world_size=2).restore(broken)
