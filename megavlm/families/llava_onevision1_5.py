@@ -1,9 +1,9 @@
 """LLaVA-OneVision-1.5 (arXiv 2509.23661), as its authors publish it: code beside the weights, no class of Transformers.
 
-Facts are those of EvolvingLMMs-Lab/LLaVA-OneVision-1.5 (``ds/llavaonevision1_5/{configuration,modeling}_*.py``, which lie
-beside the weights on the hub, and ``ds/merge_model.py``). That code takes the class tokens of several pictures out at the
-wrong places: the features of the second picture start with its class token, and its last patch is missing. Training and
-servers (NVIDIA-NeMo/Automodel too) take them out where they are, and so does the tower here.
+Facts are those of EvolvingLMMs-Lab/LLaVA-OneVision-1.5 (``ds/llavaonevision1_5/{configuration,modeling}_*.py``, which
+lie beside the weights on the hub, and ``ds/merge_model.py``). That code takes class tokens of several pictures out at
+the wrong places: the features of the second picture start with its class token, and its last patch is missing. Its
+authors' training (``rice_vision_model.py``) and NVIDIA-NeMo/Automodel take out the class tokens, as is done here.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class LlavaOnevision15Family(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
-        for key in () if text.get("rope_parameters") else ("rope_theta",):
-            need(text, key, where)  # the classes beside the two sizes have another default each
+        if not text.get("rope_parameters"):
+            need(text, "rope_theta", where)  # the code beside either size has another default
         language = llama_language({**text, "model_type": "qwen3"}, where)
         self._no_windows(text, where)
         # The outer key is Transformers' default and says nothing: its code asks the language model's.

@@ -178,8 +178,8 @@ def _register_qwen3_vl() -> None:
         )
 
 
-# lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: Qwen3-4B-Instruct-2507 and Qwen3-8B, whose positions they keep. Both are
-# trained with a head of their own (EvolvingLMMs-Lab/LLaVA-OneVision-1.5, llavaov_1_5_config.py: untied).
+# lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: Qwen3-4B-Instruct-2507 and Qwen3-8B, whose positions they keep. Both
+# are trained with a head of their own (EvolvingLMMs-Lab/LLaVA-OneVision-1.5, llavaov_1_5_config.py: untied).
 _ONEVISION_1_5 = {"4b": (262144, 5000000), "8b": (40960, 1000000)}
 
 

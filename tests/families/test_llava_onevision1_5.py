@@ -91,7 +91,8 @@ def test_a_configuration_that_is_written_is_read_alike(rope: dict[str, Any] | No
     before = family.branches(Source(tmp_path / "hf"))
     own = json.loads(path.read_text())
     written = family.config(model, {"image": 119})
-    assert written.items() >= {key: own[key] for key in ("architectures", "auto_map", "model_type", "vocab_size")}.items()
+    same = ("architectures", "auto_map", "model_type", "vocab_size")
+    assert written.items() >= {key: own[key] for key in same}.items()
     unset = {"rope_scaling", "use_cache", "image_token_id", "video_token_id"}
     assert written["text_config"].items() >= {k: v for k, v in own["text_config"].items() if k not in unset}.items()
     path.write_text(json.dumps(written))
@@ -140,7 +141,8 @@ def test_other_models_are_refused() -> None:
         ("image", {"min_pixels": 10**9}, "less than model.image.min_pixels"),
     ):
         other: ModelConfig = dataclasses.replace(
-            model, **{part: dataclasses.replace(getattr(model, part), **keys)}  # type: ignore[arg-type]
+            model,
+            **{part: dataclasses.replace(getattr(model, part), **keys)},  # type: ignore[arg-type]
         )
         assert said in str(FAMILIES[FAMILY].refusal(other)), part
     for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
