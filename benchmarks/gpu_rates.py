@@ -104,6 +104,7 @@ def _attention(
     core: Any = TorchAttention.__new__(TorchAttention)
     torch.nn.Module.__init__(core)
     core.dropout, core.softmax_scale, core.training, core.attn_mask_type = 0.0, None, True, AttnMaskType.causal
+    core.sliding_window = None
     grad = torch.randn_like(q)
 
     def step() -> None:

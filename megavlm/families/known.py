@@ -27,6 +27,7 @@ _OURS = (
     "megavlm.families.qwen2_vl:Qwen25VLFamily",
     "megavlm.families.qwen3_vl:Qwen3VLFamily",
     "megavlm.families.glm4v:Glm4vFamily",
+    "megavlm.families.llava_onevision1_5:LlavaOnevision15Family",
     "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",

@@ -191,6 +191,30 @@ def _register_glm4v() -> None:
     )
 
 
+# lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: Qwen3-4B-Instruct-2507 and Qwen3-8B, whose positions they keep. Both
+# are trained with a head of their own (EvolvingLMMs-Lab/LLaVA-OneVision-1.5, llavaov_1_5_config.py: untied).
+_ONEVISION_1_5 = {"4b": (262144, 5000000), "8b": (40960, 1000000)}
+
+
+def _register_llava_onevision1_5() -> None:
+    """Register LLaVA-OneVision-1.5."""
+    for size, (positions, base) in _ONEVISION_1_5.items():
+        MODELS.register(
+            f"llava_onevision1_5_{size}",
+            vision={"preset": "rice_vit_300m"},
+            connector={"preset": "patch_merger", "layernorm_epsilon": 1e-5},
+            language={
+                "preset": f"qwen3_{size}",
+                "max_position_embeddings": positions,
+                "rotary_base": base,
+                "tie_word_embeddings": False,
+            },
+            # As ds/merge_model.py writes the processor: that of Qwen2.5-VL, with at most 1600 x 1600 pixels.
+            image={"kind": "native", "min_pixels": 3136, "max_pixels": 2560000},
+            template="qwen2_vl",
+        )
+
+
 def register() -> None:
     """Register the whole models that a recipe may name."""
     MODELS.register(
@@ -225,6 +249,7 @@ def register() -> None:
     _register_qwen2_vl()
     _register_qwen3_vl()
     _register_glm4v()
+    _register_llava_onevision1_5()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

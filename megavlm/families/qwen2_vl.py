@@ -150,11 +150,13 @@ class Qwen2VLFamily(Family):
             if getattr(model.vision, key) != value:
                 return f"the tower has {key} {getattr(model.vision, key)!r}, {self.title} has {value!r}"
         connector, language = model.connector, model.language
-        if connector.normalization != self.fixed["normalization"] or connector.layernorm_epsilon != _EPSILON:
-            return f"the connector has another norm than the tower ({self.fixed['normalization']}, epsilon {_EPSILON})"
+        norm, epsilon = self.fixed["normalization"], self.fixed["layernorm_epsilon"]
+        if connector.normalization != norm or connector.layernorm_epsilon != epsilon:
+            return f"the connector has another norm than the tower ({norm}, epsilon {epsilon})"
         if connector.norm_after_merge:
             return "the connector has its norm behind the merge (norm_after_merge), the family's in front of it"
-        if language.rope_scaling is not None or language.rotary_percent != 1 or language.rotary_interleaved:
+        stretched = self.own_rotary and language.rope_scaling is not None
+        if stretched or language.rotary_percent != 1 or language.rotary_interleaved:
             return "the language model's rotary positions are stretched, or turn a part of a head or neighbouring pairs"
         try:
             plan_of(model)

@@ -16,6 +16,7 @@ from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
+from rice_models import RICE
 from text_cases import ROWS
 
 from megavlm.cli import main
@@ -29,7 +30,7 @@ CASES = {
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V).items()},
+    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE).items()},
     **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
@@ -38,8 +39,8 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V:
-        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V)[name][1](directory)
+    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE:
+        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE)[name][1](directory)
     if name in ROWS and name not in TRANSFORMERS:
         ROWS[name].make().save_pretrained(directory)
         return directory

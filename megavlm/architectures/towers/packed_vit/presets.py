@@ -41,9 +41,19 @@ _GLM: dict[str, Any] = {
     "image_size": 336,
 }
 
+_RICE: dict[str, Any] = {
+    "patch_size": 14,
+    "temporal_patch_size": 1,
+    "activation": "gelu",
+    "layernorm_epsilon": 1e-5,
+    "class_token": True,
+    "pre_layernorm": True,
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF, "qwen3_vl_vit": _THIRD,
     "glm4v_vit": _GLM,
+    "rice_vit": _RICE,
 }  # fmt: skip
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -74,6 +84,11 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     # zai-org/GLM-4.1V-9B-{Base,Thinking}: its MLP is as wide as the language model.
     "glm4v_vit_660m": (
         "glm4v_vit", {"hidden_size": 1536, "num_layers": 24, "num_attention_heads": 12, "ffn_hidden_size": 4096},
+    ),
+    # lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: RICE (arXiv 2507.20025), large.
+    "rice_vit_300m": (
+        "rice_vit",
+        {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "ffn_hidden_size": 4096},
     ),
 }  # fmt: skip
 """By kind, and what the kind does not say."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import CONCAT, QKV_BLOCKS, Table, both, row
+from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV_BLOCKS, Table, both, row
 
 _OURS = "transformer.layers.{}."
 _LAYER = (
@@ -56,3 +56,17 @@ QWEN3_VL_VISION = Table(
     rest=(*both("patch_embed", "patch_embed.proj"), row("positional_embedding", "pos_embed.weight")),
 )
 """The tower of Qwen3-VL, without its mergers."""
+
+RICE_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=QWEN2_VL_VISION.layer,
+    rest=(
+        *QWEN2_VL_VISION.rest,
+        row("class_embedding", "class_embedding"),
+        row("class_rotary", "class_pos_emb", ONE_AXIS),
+        *both("ln_pre", "pre_layernorm"),
+    ),
+)
+"""The tower of LLaVA-OneVision-1.5, without its merger."""
