@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from megavlm.config.architecture import BRANCHES, architecture_of
+from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
 from megavlm.config.rules import TP, choices, divides
-from megavlm.config.schema import DataSource, Recipe
+from megavlm.config.schema import ConnectorConfig, DataSource, Recipe
 from megavlm.config.split import part_rules
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
@@ -114,7 +114,14 @@ def _architectures(recipe: Recipe) -> Iterator[str]:
 
 
 def _deepstack(recipe: Recipe) -> Iterator[str]:
-    """Check that the language model takes what the tower's layers give it."""
+    """Check that connector and language model take what the tower's layers give them."""
+    vision, connector = recipe.model.vision, recipe.model.connector
+    if vision.packed and not connector.packed:
+        takers = [one.name for one in CONNECTORS.architectures() if one.config.packed is not ConnectorConfig.packed]
+        yield (
+            f"model.connector.preset: {connector.preset} takes pictures of one size, and those of the tower "
+            f"{vision.preset!r} have sizes of their own; name one of {', '.join(takers)}, or another tower"
+        )
     language, levels, key = recipe.model.language, recipe.model.vision.deepstack, "model.vision.deepstack_layers"
     if levels and not language.takes_deepstack:
         yield f"{key}: the language model {language.preset!r} adds nothing behind its layers; set this to []"

@@ -86,6 +86,11 @@ class ConnectorConfig:
         def __getattr__(self, name: str) -> Any: ...  # keys of its architecture alone
 
     @property
+    def packed(self) -> bool:
+        """Whether it takes the features of a packed tower: of pictures of any size, one after the other, in blocks."""
+        return False
+
+    @property
     def level(self) -> ConnectorConfig:
         """The connector of each level of a deepstack; the same, unless a class says else."""
         return self

@@ -6,8 +6,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
+from numpy.typing import NDArray
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
 
 from megavlm.checkpoint.distributed import load as load_checkpoint
@@ -16,7 +18,10 @@ from megavlm.checkpoint.saver import Saver, State
 from megavlm.checkpoint.slots import Slot
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.help import to_yaml
-from megavlm.data.device_batch import make_batch
+from megavlm.config.schema import ModelConfig
+from megavlm.data.batch import Pack
+from megavlm.data.device_batch import Batch, make_batch
+from megavlm.data.media import Arrangement
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage, process_groups
 from megavlm.training.build import build_training
@@ -62,10 +67,7 @@ def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: t
             while step < wanted:
                 step += 1
                 mine = random_packs(tree.training.global_batch_size, seed=step)[rank::size]
-                batches = [
-                    make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, local_device())
-                    for pack, pixels in mine
-                ]
+                batches = [_batch(tree.model, pack, pixels) for pack, pixels in mine]
                 training.scheduler.step(1)
                 losses.append(train_step(training.chunks, training.optimizer, batches, num_sources=1).loss)
             with training.settled():
@@ -73,6 +75,19 @@ def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: t
                 state.recipe_yaml, state.base = to_yaml(tree), base if tree.lora.rank is not None else None
                 saver.save(state)
     return losses
+
+
+def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
+    """Put a pack on this rank; for a tower of pictures of any size with patches of the same numbers."""
+    arrangement = None
+    if model.vision.packed:
+        vision, count, side = model.vision, len(pixels), 2 * model.vision.spatial_merge_size  # four tokens each
+        row = 3 * vision.temporal_patch_size * vision.patch_size**2
+        pixels = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
+        grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))
+        arrangement = Arrangement(features=4 * count, index=None, grid=grid)
+    shown = torch.from_numpy(pixels) if is_first_stage() else None
+    return make_batch(pack, shown, local_device(), arrangement)
 
 
 def tensors(checkpoint: Path, vocabulary: int) -> dict[str, str]:

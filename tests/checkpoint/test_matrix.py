@@ -23,7 +23,7 @@ from megavlm.checkpoint.manifest import is_proven
 from megavlm.checkpoint.slots import find_slots
 from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config import architecture as registry
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ConnectorConfig, ModelConfig, VisionConfig
 from megavlm.families.presets import expand_presets, load_presets
 
 VOCABULARY = 517
@@ -78,7 +78,11 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         small = SMALL[kind]
         if kind == "connector":  # keys that not every connector has
             small = {key: value for key, value in small.items() if key in own.find(name).values}
+        if kind == "vision":
+            small = _tower(name)
         tree[kind] = {"preset": name, **small}
+    if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
+        tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
     if whole.tokens_per_view != SMALL["connector"]["num_queries"]:  # it makes one token of several patches
         tree["vision"]["patch_size"] //= 2
@@ -90,14 +94,49 @@ def make_model(vision: str = "tiny_vit", connector: str = "linear", language: st
     return TypeAdapter(ModelConfig).validate_python(tree)
 
 
+def _tower(name: str) -> dict[str, Any]:
+    """Return the small sizes of a tower; of one for pictures of any size, its table, windows and levels as it has
+    them."""
+    preset, small = registry.VISION.find(name), dict(SMALL["vision"])
+    if not packed("vision", name):
+        return small
+    if "positional_grid" not in preset.values:
+        del small["positional_grid"]
+    if "window_size" in preset.values:
+        small |= {"window_size": 16, "full_attention_layers": [1]}
+    if name.startswith("qwen3_vl"):
+        small["deepstack_layers"] = [0]
+    return small
+
+
+def packed(kind: str, name: str) -> bool:
+    """Whether a tower takes pictures of any size, or a connector what such a tower gives."""
+    own = {"vision": registry.VISION, "connector": registry.CONNECTORS}[kind]
+    of_all = {"vision": VisionConfig, "connector": ConnectorConfig}[kind]
+    config = own.find(name).architecture.config
+    return config.packed is not of_all.packed
+
+
 @functools.cache
 def parts() -> dict[str, list[str]]:
     return {kind: names(kind) for kind in ("vision", "connector", "language")}
 
 
+@functools.cache
+def fronts() -> list[tuple[str, str]]:
+    """Return towers, each with a connector that takes what it gives: every tower and every connector once at least."""
+    pairs = []
+    for kind in (False, True):
+        towers = [name for name in parts()["vision"] if packed("vision", name) == kind]
+        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind]
+        count = max(len(towers), len(connectors))
+        pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
+    return pairs
+
+
 def model_count() -> int:
     """Return how many models hold every part at least once: the lists are counted through together."""
-    count = max(map(len, parts().values()))
+    count = max(len(fronts()), len(parts()["language"]))
     return count + 1 if count % len(LAYOUTS) == 0 else count
 
 
@@ -109,7 +148,12 @@ def models_at(layout: str) -> list[int]:
 
 
 def chosen(number: int) -> dict[str, str]:
-    return {kind: found[number % len(found)] for kind, found in parts().items()}
+    vision, connector = fronts()[number % len(fronts())]
+    return {
+        "vision": vision,
+        "connector": connector,
+        "language": parts()["language"][number % len(parts()["language"])],
+    }
 
 
 def test_every_part_comes_at_two_layouts_and_every_layout_comes() -> None:
@@ -133,6 +177,8 @@ def check(layout: str, number: int, root: Path) -> None:
     world, first, second = LAYOUTS[layout]
     model = branches(**chosen(number))
     model["language"]["tie_word_embeddings"] = layout == "tied-pp2"
+    if layout == "tied-pp2" and "lm_head_bias" in registry.LANGUAGE.find(model["language"]["preset"]).values:
+        model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
         model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.

@@ -79,7 +79,9 @@ def convert_one(entry: Any, ignored: Counter[str], task: str | None = None) -> R
     return placed(entry, _answered(field(entry, "conversations", list)), ignored, task)
 
 
-def placed(entry: Record, turns: list[Any], ignored: Counter[str], task: str | None = None) -> Record:
+def placed(
+    entry: Record, turns: list[Any], ignored: Counter[str], task: str | None = None, *, inline: bool = False
+) -> Record:
     """Convert a record of ``turns`` in LLaVA's form: its pictures come to where ``<image>`` stands.
 
     Args:
@@ -87,6 +89,8 @@ def placed(entry: Record, turns: list[Any], ignored: Counter[str], task: str | N
         turns: Its turns.
         ignored: Counts keys that are not used.
         task: What the record is called if it does not say itself.
+        inline: Texts are kept to the letter. LLaVA's own stand with their pictures on lines of their own, and its
+            trainer strips them.
 
     Raises:
         BrokenError: It cannot be one here.
@@ -109,9 +113,12 @@ def placed(entry: Record, turns: list[Any], ignored: Counter[str], task: str | N
                 raise BrokenError(
                     "pictures do not match", f"turn {index} has more <image> than the record has pictures ({shown})"
                 )
-            text = _insert(text, f"Picture {shown + 1}: <img>{images[shown]}</img>\n")
+            picture = f"Picture {shown + 1}: <img>{images[shown]}</img>\n"
+            text = text.replace("<image>", picture, 1) if inline else _insert(text, picture)
             shown += 1
-        converted.append({"from": speaker, "value": text.strip() if pictures else text} | weights_of(turn))
+        converted.append(
+            {"from": speaker, "value": text.strip() if pictures and not inline else text} | weights_of(turn)
+        )
     if shown < len(images):
         raise BrokenError("pictures do not match", f"{len(images)} pictures, but <image> stands {shown} times")
     record: Record = {"conversations": converted}

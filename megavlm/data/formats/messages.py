@@ -6,9 +6,10 @@ messages (TRL's vision sets); ms-swift's custom data sets (``docs/source_en/Cust
 ``messages``, ``images``, ``<image>`` in a text, ``loss`` of a message; also ``conversation`` of ``human`` and
 ``assistant``); LLaMA-Factory's ShareGPT with ``role`` and ``content`` (``data/README.md``).
 
-A picture of a part, and what stands where ``<image>`` is, becomes ``Picture N: <img>path</img>`` and a line end, as in
-LLaVA's records. Where pictures are given and nothing says where, they stand in front of the first question, as TRL and
-ms-swift put them.
+A picture of a part, and what stands where ``<image>`` is, becomes ``Picture N: <img>path</img>`` and a line end, which
+templates with a form of their own replace; the texts around it are kept to the letter, as Transformers' templates, the
+server here and Qwen-VL's own ``from_list_format`` do. Where pictures are given and nothing says where, they stand in
+front of the first question, as TRL and ms-swift put them.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def convert_one(entry: Any, source: Source) -> Record:
     images = taken.all()
     rest = {name: value for name, value in entry.items() if name not in (key, "image", "images")}
     source.ignored.update(unknown)
-    return placed(rest | {"conversations": turns, "images": images}, turns, source.ignored)
+    return placed(rest | {"conversations": turns, "images": images}, turns, source.ignored, inline=True)
 
 
 class _Taken:
@@ -210,7 +211,7 @@ def _put_in_front(turns: list[Record], taken: _Taken) -> None:
     first = next((turn for turn in turns if turn["from"] == "user"), None)
     if first is not None:
         number = taken.unused
-        first["value"] = "<image>\n" * number + first["value"]
+        first["value"] = "<image>" * number + first["value"]
         for _ in range(number):
             taken.take("the first question")
 

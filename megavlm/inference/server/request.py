@@ -256,8 +256,7 @@ def _content(content: Any, where: str, role: str) -> tuple[str, list[ImagePart]]
         elif kind == "image_url":
             images.append(_image(part, param))
             done += _text(text, where, role)
-            begin = "" if not done or done.endswith("\n") else "\n"
-            done, text = f"{done}{begin}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n", ""
+            done, text = f"{done}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n", ""
         else:
             raise bad_request(f"{param}.type: use text or image_url, not {shown(kind)}", f"{param}.type")
     return done + _text(text, where, role), images

@@ -57,9 +57,9 @@ def test_pictures_in_order_of_where_they_are_shown(tmp_path: Path) -> None:
              {"type": "text", "text": " right:<image>"}, {"type": "image", "index": None}, TEXT]  # fmt: skip
     records, broken = read(tmp_path / "d.json", [said(parts, "No.", images=["r.jpg", "x.jpg"])], tmp_path)
     first, second, third = (f"Picture {i + 1}: <img>{n}.jpg</img>\n" for i, n in enumerate("lrx"))
-    assert broken == [] and records[0][2] == f"Left:\n{first}right:\n{second}{third}What?"
+    assert broken == [] and records[0][2] == f"Left:{first} right:{second}{third}What?"  # to the letter
     asked = said("What?", "A flag.", "And <image>?", "A dog.", images=["a.jpg"])
-    assert read(tmp_path / "d.json", [asked], tmp_path)[0][0][4] == "And\nPicture 1: <img>a.jpg</img>\n?"
+    assert read(tmp_path / "d.json", [asked], tmp_path)[0][0][4] == "And Picture 1: <img>a.jpg</img>\n?"
 
 
 def test_earlier_questions_and_systems(tmp_path: Path) -> None:

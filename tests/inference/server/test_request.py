@@ -113,7 +113,7 @@ def test_pictures_in_other_forms() -> None:
     request = parsed({"role": "user", "content": [detail, {"type": "text", "text": "and"}, bare]})
     assert [image.url for image in request.images] == [url, url]
     shown = [f"Picture {number}: {IMAGE_PLACEHOLDER}" for number in (1, 2)]
-    assert request.turns[0].text == f"{shown[0]}\nand\n{shown[1]}\n"
+    assert request.turns[0].text == f"{shown[0]}\nand{shown[1]}\n"
     # Elsewhere pictures stand in other fields: they are not left out in silence.
     assert "messages.0.images: there is no such field" in str(refusal({**HELLO, "images": [BASE64]}))
     for more in ({"max_pixels": 9}, {"image": BASE64}):

@@ -27,6 +27,11 @@ class DownsampleMergerConfig(ConnectorConfig):
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
+    @property
+    def packed(self) -> bool:
+        """It does."""
+        return True
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the number of whole blocks."""
         return (grid[0] // self.merge_size) * (grid[1] // self.merge_size)

@@ -35,6 +35,11 @@ class PatchMergerConfig(ConnectorConfig):
         """Those of a deepstack have the norm behind the merge, as Qwen3-VL's."""
         return replace(self, norm_after_merge=True)
 
+    @property
+    def packed(self) -> bool:
+        """It does."""
+        return True
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the number of whole blocks."""
         return (grid[0] // self.merge_size) * (grid[1] // self.merge_size)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
-from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
@@ -159,6 +159,7 @@ def _finish_head(model: GPTModel, language: DecoderConfig, context: BuildContext
         layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0] / language.logits_scaling, *inputs[1:]))
 
 
+@with_all_keys
 def build(
     language: DecoderConfig,
     context: BuildContext,

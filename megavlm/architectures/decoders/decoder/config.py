@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+import functools
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
@@ -148,6 +149,25 @@ class DecoderConfig(LanguageConfig):
     def logn_length(self) -> int | None:
         """The trained length, with logn attention."""
         return self.seq_length if self.use_logn_attn else None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_all_keys(function: Function) -> Function:
+    """Let ``function(language, ..)`` be called with a branch of another package's class.
+
+    Such a class may lack keys of :class:`DecoderConfig` that came later; they have their defaults then.
+    """
+
+    @functools.wraps(function)
+    def called(language: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(language, DecoderConfig):
+            keys = DecoderConfig.__pydantic_fields__  # type: ignore[attr-defined]
+            language = DecoderConfig(**{key: getattr(language, key) for key in keys if hasattr(language, key)})
+        return function(language, *args, **kwargs)
+
+    return cast(Function, called)
 
 
 def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:

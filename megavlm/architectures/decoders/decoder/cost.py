@@ -7,11 +7,12 @@ and plain torch). Korthikanti et al. (arXiv 2205.05198) count the same for GPT's
 from __future__ import annotations
 
 from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
-from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.config.lora import targets_of
 from megavlm.config.schema import LoraConfig
 
 
+@with_all_keys
 def vocabulary(language: DecoderConfig, tensor: int) -> int:
     """Return the rows of the embedding over all tensor-parallel ranks, padding among them."""
     multiple = language.vocab_divisor * tensor
@@ -48,12 +49,14 @@ def _inner_width(language: DecoderConfig) -> int:
     return 2 if language.gated_linear_unit else 1
 
 
+@with_all_keys
 def final_parameters(language: DecoderConfig, tensor: int) -> list[FinalParameter]:
     """Return what stands behind the layers on one rank, but the output layer's weight."""
     bias = FinalParameter(vocabulary(language, tensor) // tensor, head=True)
     return [FinalParameter(language.hidden_size)] * _norm_vectors(language) + [bias] * int(language.lm_head_bias)
 
 
+@with_all_keys
 def norm_kept(language: DecoderConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that a norm of so many elements keeps: its input, and what its weight multiplies."""
     b, zero_centered = kernels.number_bytes, language.layernorm_zero_centered_gamma
@@ -65,6 +68,7 @@ def norm_kept(language: DecoderConfig, elements: int, kernels: Kernels, *, learn
     return elements * (4 + (4 if zero_centered else b) * int(learns))
 
 
+@with_all_keys
 def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one language layer on one rank."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
@@ -79,6 +83,7 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     return [*shapes, inner * hidden, ffn * hidden]
 
 
+@with_all_keys
 def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
     """Return the elements of each adapter parameter of one language layer on one rank."""
     assert lora.rank is not None
@@ -99,6 +104,7 @@ def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -
     return shapes
 
 
+@with_all_keys
 def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
     """Return the numbers of a token that the adapters of one language layer read, and that they add to."""
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tensor
@@ -113,11 +119,13 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
 
 
+@with_all_keys
 def linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of a layer's four linear weights; norms and biases are smaller."""
     return sorted(layer_parameters(language, tensor))[-4:]
 
 
+@with_all_keys
 def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that one language layer keeps without recomputation."""
     b, tp = kernels.number_bytes, shards.tensor
@@ -153,6 +161,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     return norms + inputs + attention + tokens * _inner_width(language) * ffn * b
 
 
+@with_all_keys
 def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels) -> int:
     """Return the bytes that the adapters of one language layer keep: what A and B multiply."""
     assert lora.rank is not None
@@ -181,11 +190,13 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
     return kept
 
 
+@with_all_keys
 def shared_kept(language: DecoderConfig, tokens: int) -> int:
     """Return the bytes that are kept once for all layers that are recomputed: the angles of the positions, in fp32."""
     return tokens * language.rotary_channels * 4
 
 
+@with_all_keys
 def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
     """Return what of ``layer_kept`` is not kept where the core attention is recomputed."""
     heads = language.num_attention_heads // shards.tensor
@@ -196,6 +207,7 @@ def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels
     return kept
 
 
+@with_all_keys
 def layer_passing(
     language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool
 ) -> LayerPassing:
@@ -221,6 +233,7 @@ def layer_passing(
     return LayerPassing(forward, backward, gathered=2 * tokens * _gathered_width(language, tp) * b)
 
 
+@with_all_keys
 def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -> Work:
     """Return the operations of a forward pass through one layer, attention over half of the square (causal)."""
     hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
@@ -230,6 +243,7 @@ def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -
     return Work(products=2 * tokens * weights, attention=2 * width * squared_lengths)
 
 
+@with_all_keys
 def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels) -> LayerPassage:
     """Return what a forward pass through one layer takes time for."""
     tp, b, hidden, ffn = (
