@@ -70,7 +70,12 @@ def test_what_is_no_checkpoint(reader: str, tmp_path: Path, capsys: pytest.Captu
         path.mkdir()
         make(path)
         error = said(READERS[reader](path, tmp_path), capsys)
-        if reader == "train" and kind in ("hugging face", "shards", "pickles"):  # which it takes, if they are whole
+        if reader == "train" and kind in (
+            "hugging face",
+            "shards",
+            "pickles",
+            "no weights",
+        ):  # which it takes, if they are whole
             assert error.startswith(f"megavlm: error: checkpoint.load: {path}"), error
             continue
         assert f"{path}: no checkpoint; " in error and message.format(path=path, parent=path.parent) in error, error
