@@ -56,8 +56,15 @@ exit "$code"'
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN_ID" --no-python \
   bash -c "$RANK_COMMAND" rank "$RECIPE" "output_dir=$OUTPUT_DIR" "${words[@]}" "$@" &
 torchrun=$!
-# To the ranks, not to torchrun: that would give them 30 s, and a crash to see.
-trap 'signalled=1; pkill -USR1 -P "$torchrun" || :' USR1 TERM
+# To the ranks, not to torchrun: that would give them 30 s, and a crash to see. Until it has ranks, again each second.
+# shellcheck disable=SC2329 # the trap calls it
+tell_ranks() {
+  until pkill -USR1 -P "$torchrun"; do
+    kill -0 "$torchrun" 2>/dev/null || return 0
+    sleep 1
+  done
+}
+trap 'signalled=1; tell_ranks' USR1 TERM
 while signalled=0 code=0; do
   wait "$torchrun" || code=$?
   ((signalled)) || break

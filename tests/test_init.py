@@ -57,6 +57,11 @@ def test_it_looks_and_writes_a_recipe_that_holds(
     assert recipe.optimizer.warmup_steps >= 1 and recipe.checkpoint.export_hf == "last"
     # Nothing is written over, and prepared data is taken as it is, with nothing held out.
     assert main(_init(run_data, tmp_path, 220)) == 2 and "exists already" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").unlink()
+    records = tmp_path / "mine-data" / "records" / "train.jsonl"
+    before = records.read_bytes()
+    assert main(_init(run_data, tmp_path, 210)) == 2 and "mine-data: exists already" in capsys.readouterr().err
+    assert records.read_bytes() == before
     words = ["init", "--model", str(tmp_path / "hf"), "--data", str(tmp_path / "mine-data" / "train")]
     assert main([*words, "--out", str(tmp_path / "gpu.yaml"), "--gpus", "16", "--gpu", "h100-80g"]) == 0
     assert capsys.readouterr().out.startswith("torchrun --nnodes 2 --rdzv-backend c10d")
@@ -64,6 +69,20 @@ def test_it_looks_and_writes_a_recipe_that_holds(
     check_recipe(other, 16)
     assert other.data.validation == () and other.training.validation_interval is None
     assert other.training.precision == "bf16" and other.training.global_batch_size % 16 == 0
+
+
+def test_what_fails_leaves_nothing(
+    run_data: RunData, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the same words with more GPUs begin anew."""
+
+    def none_fits(*_: Any) -> Any:
+        raise UserError("qlora does not fit; give more")
+
+    _model(tmp_path)
+    monkeypatch.setattr("megavlm.commands.init._choose", none_fits)
+    assert main(_init(run_data, tmp_path, 20)) == 2 and "give more" in capsys.readouterr().err
+    assert not (tmp_path / "mine-data").exists() and not (tmp_path / "mine.yaml").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MissingFileError, RecipeError, UserError
 from megavlm.config.load import recipe_of
 from megavlm.config.schema import Recipe
+from megavlm.data.cache import is_prepared
 from megavlm.data.formats import Source
-from megavlm.data.formats.parquet import files_of
+from megavlm.data.formats.base import Broken
+from megavlm.data.formats.tables import files_of
 from megavlm.planning.gpus import DEFAULT, GIB, GPUS, Gpu, choose_gpu
 from megavlm.planning.launch import nodes_of, overrides
 from megavlm.planning.layout import layout_of
@@ -122,6 +125,19 @@ def run(args: argparse.Namespace) -> int:
     """
     out = args.out or Path(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', args.model.absolute().name) or 'recipe'}.yaml")
     _check_arguments(args, out)
+    made = Path(f"{out.with_suffix('')}-data")
+    if made.exists() and not is_prepared(args.data):
+        raise UserError(f"{made}: exists already and is left as it is; give another --out, or remove it")
+    try:
+        return _prepare_and_write(args, out)
+    except BaseException:
+        if not is_prepared(args.data):
+            shutil.rmtree(made, ignore_errors=True)  # of this call: another one begins anew
+        raise
+
+
+def _prepare_and_write(args: argparse.Namespace, out: Path) -> int:
+    """Prepare the data, choose, and write the recipe."""
     train, held_out = _data(args, out.with_suffix(""))
     tree: dict[str, Any] = {
         "output_dir": str(Path("runs") / out.stem),
@@ -180,7 +196,7 @@ def _data(args: argparse.Namespace, root: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: no record is usable.
     """
-    if (args.data / ".nv-meta").is_dir():
+    if is_prepared(args.data):
         return args.data, None
     held_out = _split(args, root)
     images = args.images or (args.data if args.data.is_dir() else args.data.absolute().parent)
@@ -193,8 +209,6 @@ def _data(args: argparse.Namespace, root: Path) -> tuple[Path, Path | None]:
 
 
 def _prepare(file: Path, images: Path, out: Path) -> None:
-    if (out / ".nv-meta").is_dir():
-        raise UserError(f"{out}: exists already and is left as it is; give another --out, or remove it")
     parser = argparse.ArgumentParser()
     prepare.add_arguments(parser)
     prepare.run(parser.parse_args([str(file), "--images", str(images), "--out", str(out)]))
@@ -215,7 +229,10 @@ def _split(args: argparse.Namespace, root: Path) -> tuple[Path, Path] | None:
     files = folder / "train.jsonl", folder / "heldout.jsonl"
     with files[0].open("w", encoding="utf-8") as train, files[1].open("w", encoding="utf-8") as other:
         for index, record in enumerate(Source(args.data, images).rows()):
-            (other if index in chosen else train).write(json.dumps(record, ensure_ascii=False) + "\n")
+            if isinstance(record, Broken):  # as prepare does, but that its line is not there any more
+                logger.warning("%s: %s", args.data, record.reason)
+                continue
+            (other if index in chosen else train).write(json.dumps(record) + "\n")
     return files
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from megavlm.config.load import load_recipe, shipped_recipes
 from megavlm.config.schema import DataConfig, DataSource, Recipe
 from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.plans_single import SquashPlan
+from megavlm.data.publish import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         scan=args.scan,
     )
     html = write_page(found, tokenizer, limit=int(args.max_mb * 1e6))
-    _write(args.out, html)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out, html)
     logger.info("%s: %d samples, %d packs, %.1f MB", args.out, len(found.samples), len(found.packs), len(html) / 1e6)
     return 0
 
@@ -209,19 +209,3 @@ def _settings(args: argparse.Namespace, recipe: Recipe | None) -> tuple[DataConf
             )
         plan = dataclasses.replace(plan, tokens_per_view=args.tokens_per_image)
     return dataclasses.replace(recipe.data, **changes), plan, recipe.training.seed
-
-
-def _write(path: Path, html: bytes) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(html)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

@@ -101,25 +101,28 @@ def train(recipe: Recipe) -> int:
     from megavlm.training.epochs import with_steps  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
+    from megavlm.training.stopping import StopRequest  # noqa: PLC0415
 
     check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
     check_machine(recipe, this_machine())
     check_quantiser(recipe.lora.quantize)
+    stop = StopRequest()
     with (
         contextlib.ExitStack() as leaving,
+        # From here on, as much may come before the first step: a conversion, the counting of epochs. And until the
+        # groups are gone: a second signal must not kill a rank that is on its way out with 75.
+        stop.listening(),
         process_groups(recipe.parallel, recipe.training.seed),
         user_buffers(recipe),
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock)
-        # Until the groups are gone: a second signal must not kill a rank that is on its way out with 75.
-        leaving.enter_context(trainer.stop.listening())
+        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock, stop)
         leaving.callback(trainer.exporter.end)
         try:
             code = trainer.train()
-            leaving.callback(trainer.exporter.finish, lambda: trainer.stop.signal is not None)
+            leaving.callback(trainer.exporter.finish, lambda: stop.signal is not None or trainer.deadline.passed())
             return code
         finally:
             trainer.close()

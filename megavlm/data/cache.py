@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from megavlm.data.preparing import (
     tell,
     write_samples,
 )
-from megavlm.data.publish import new_directory
+from megavlm.data.publish import new_directory, write_whole
 from megavlm.data.store import Store, is_data
 from megavlm.parallel.lock import HeldError, held
 
@@ -60,7 +59,7 @@ _DEPTH = 2
 T = TypeVar("T")
 
 
-def is_prepared(path: str) -> bool:
+def is_prepared(path: str | Path) -> bool:
     """Whether a path is a directory that ``megavlm prepare`` wrote."""
     return (Path(path) / PREPARED).is_dir()
 
@@ -130,7 +129,7 @@ def _keyed(memo: Path, files: list[list[Any]], options: Preparation, cache: Path
         key = _known(memo, cache)
         if key is None:
             key = _key(files, options)
-            _write_json(memo, {"key": key})
+            write_whole(memo, json.dumps({"key": key}).encode())
     return key
 
 
@@ -169,10 +168,11 @@ def _files(options: Preparation) -> list[list[Any]]:
     if data.is_dir():
         found = [path for depth in range(_DEPTH) for path in data.glob("/".join(["*"] * (depth + 1)))]
         found = [path for path in found if is_data(path.name) and not path.name.startswith(".") and path.is_file()]
-    elif (data.parent / COLUMNS_FILE).is_file() and data.name != COLUMNS_FILE:
-        found.append(data.parent / COLUMNS_FILE)
+    beside = data.absolute().parent / COLUMNS_FILE
+    if beside.is_file() and data.name != COLUMNS_FILE:
+        found.append(beside)
     base = data if data.is_dir() else data.parent
-    return [[str(path.relative_to(base)), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
+    return [[os.path.relpath(path, base), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(found)]
 
 
 def _digest_of(file: Path) -> str:
@@ -214,7 +214,7 @@ def _write(options: Preparation, out: Path, key: str) -> None:
         (partial / PREPARED / "index.uuid").write_text(str(identity), encoding="utf-8")
         card = {"version": VERSION, "key": key, "data": str(options.data), "images": str(options.folder),
                 "samples": summary.samples, "rejected": summary.rejected, "reasons": summary.reasons}  # fmt: skip
-        _write_json(partial / CARD, card)
+        write_whole(partial / CARD, json.dumps(card).encode())
         tell(summary, options.data, out)
 
 
@@ -246,18 +246,3 @@ def _card(directory: Path) -> dict[str, Any]:
         raise UserError(f"data.cache: {directory} is damaged: its {CARD} is of {key!r}; {remedy}")
     found: dict[str, Any] = card
     return found
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

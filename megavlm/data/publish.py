@@ -1,4 +1,4 @@
-"""A directory that is seen whole or not at all, whenever the process that writes it is stopped."""
+"""A directory, or a file, that is seen whole or not at all, whenever the process that writes it is stopped."""
 
 from __future__ import annotations
 
@@ -126,3 +126,18 @@ def _term_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, with the rights that the process gives new files."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(partial).chmod(0o666 & ~umask)
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

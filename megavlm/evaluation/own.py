@@ -14,6 +14,7 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.boxes import parse_boxes
+from megavlm.data.media import plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import Row
@@ -145,7 +146,7 @@ class RecordsRun(BenchmarkRun):
     def more(self, asked: Sequence[Question], rows: Mapping[str, Row]) -> dict[str, Any]:
         """Return the figures by task, and those of closed questions beside chance."""
         records = [self.records[one.item.id] for one in asked]
-        told = [{"task": one.task, "answer": one.answer, "choices": one.choices} for one in records]
+        told = [{"task": one.task, "answers": one.answers, "choices": one.choices} for one in records]
         found = score(told, [rows[one.id]["prediction"] for one in records])
         return {**found, "records": len(records), "checkpoint": str(self.checkpoint)}
 
@@ -195,6 +196,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
             "checkpoint": checkpoint.resolve().name,
             "weights": weights_of(checkpoint),
             "questions": digest(questions),
+            "pictures": repr(plan_of(recipe.model)),
             "prompt": "chat",
             "max_new_tokens": tokens,
             "precision": recipe.training.precision,

@@ -110,7 +110,7 @@ def read_records(
 
 def _format(options: Preparation, source: Source) -> Any:
     """Return the format; None for conversations, each of which says by itself in whose form it is."""
-    plain = options.format is None and not source.is_folder and source.is_list
+    plain = options.format is None and options.annotations is None and not source.is_folder and source.is_list
     if plain and any(isinstance(one.get("conversations"), list) and not has_roles(one) for one in source.head):
         return None
     if plain and not source.head:
@@ -242,6 +242,11 @@ def asked(record: HeldOutRecord, template: str | None) -> tuple[Turn, ...]:
         text = _PICTURE.sub("", text).strip()
     if "{options}" in template and not record.choices:
         raise UserError(f"--prompt: record {record.id} has no 'choices' for {{options}}; leave the field out")
+    if "{options}" in template and len(record.choices) > len(LETTERS):
+        raise UserError(
+            f"--prompt: record {record.id} has {len(record.choices)} 'choices', more than there are letters "
+            f"({len(LETTERS)}); leave {{options}} out, and write them into the question"
+        )
     options = "\n".join(f"{letter}. {one}" for letter, one in zip(LETTERS, record.choices, strict=False))
     values = {"pictures": pictures, "question": text, "options": options}
     return (*record.question[:-1], replace(last, text=_FIELD.sub(lambda found: values[found[1]], template)))

@@ -175,3 +175,15 @@ def llama_config(language: LanguageConfig) -> Tree:
         "tie_word_embeddings": language.tie_word_embeddings,
         "vocab_size": language.vocab_size,
     }
+
+
+def with_numbers(text: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a language model's configuration, which says what its class has another default for than a Llama's.
+
+    Raises:
+        UserError: it does not.
+    """
+    need(text, "rms_norm_eps", where)
+    if not text.get("rope_parameters"):
+        need(text, "rope_theta", where)
+    return text

@@ -23,9 +23,6 @@ _LOCAL, _WHOLE = "sliding_attention", "full_attention"
 def _read(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, model_type="gemma3_text", hidden_activation="gelu_pytorch_tanh", attention_bias=False,
            use_bidirectional_attention=False, final_logit_softcapping=None, attn_logit_softcapping=None)  # fmt: skip
-    for key in ("final_logit_softcapping", "attn_logit_softcapping"):
-        if config.get(key) is not None:
-            raise UserError(f"{where}: {key} is {config[key]!r}; only null is supported")
     rope, local = _ropes(config, where)
     own = shape({**config, "rope_parameters": rope, "rope_scaling": None}, where, "gemma3_text")
     window = config.get("sliding_window", 4096)

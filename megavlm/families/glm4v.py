@@ -136,6 +136,8 @@ class Glm4vFamily(Qwen2VLFamily):
             return f"the connector's norm has another epsilon than {_MERGER_EPSILON}, for which there is no key"
         if not language.rotary_sections or language.rotary_sections_interleaved:
             return "the language model's positions are not in sections (rotary_sections), as GLM-4.1V's are"
+        if language.rope_scaling is not None:
+            return "the language model's rotary positions are stretched (rope_scaling), for which there is no key"
         if not language.add_qkv_bias:
             return "the language model has no bias on queries, keys and values, which GLM-4.1V's has"
         if not model.image.enlarge_to_block:

@@ -12,7 +12,7 @@ from megavlm.architectures.decoders.decoder.tables import INTERNLM2_LANGUAGE
 from megavlm.config.schema import LanguageConfig
 from megavlm.families.common import expect
 from megavlm.families.family import Tree
-from megavlm.families.text_kinds import TextFamily, TextKind, odd_heads, shape, shape_config
+from megavlm.families.text_kinds import TextFamily, TextKind, own_code, own_scaling, shape, shape_config
 
 
 def _read(config: Mapping[str, Any], where: str) -> Tree:
@@ -36,6 +36,7 @@ def _write(language: LanguageConfig) -> Tree:
         },
         "bias": False,
         "hidden_act": "silu",
+        "rope_scaling": own_scaling(language),
     }
 
 
@@ -46,7 +47,7 @@ INTERNLM2 = TextKind(
     read=_read,
     write=_write,
     fixed={},
-    narrow=odd_heads,
+    narrow=own_code,
     templates=("internvl2_5",),
     layer_names="internlm2",
     in_transformers=False,

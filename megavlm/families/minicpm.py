@@ -13,7 +13,7 @@ from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.config.schema import LanguageConfig
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Tree
-from megavlm.families.text_kinds import ANY, TextFamily, TextKind, odd_heads, shape, shape_config
+from megavlm.families.text_kinds import ANY, TextFamily, TextKind, own_code, own_scaling, shape, shape_config
 
 
 def _read(config: Mapping[str, Any], where: str) -> Tree:
@@ -41,6 +41,7 @@ def _write(language: LanguageConfig) -> Tree:
         },
         "dim_model_base": _whole(language.hidden_size / language.logits_scaling),
         "hidden_act": "silu",
+        "rope_scaling": own_scaling(language),
         "scale_depth": _depth(depth, language),
         "scale_emb": _whole(language.embedding_multiplier),
     }
@@ -68,7 +69,7 @@ MINICPM = TextKind(
     read=_read,
     write=_write,
     fixed={"embedding_multiplier": ANY, "residual_multiplier": ANY, "logits_scaling": ANY},
-    narrow=odd_heads,
+    narrow=own_code,
     templates=("minicpm",),
     in_transformers=False,
 )

@@ -16,6 +16,7 @@ from megavlm.families.common import need
 from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch
+from megavlm.families.text_kinds import PLAIN
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD, qwen_vision, qwen_visual
 from megavlm.families.vit import plain_layers
 from megavlm.weights.rules import Aside, Table
@@ -51,10 +52,13 @@ class QwenFamily(Family):
         return qwen_config(model.language)
 
     def refuses(self, model: ModelConfig) -> str | None:
-        """Qwen v1 has a bias on QKV, and no grouped queries."""
+        """Qwen v1 has a bias on QKV, no grouped queries, and nothing else than a Llama."""
         language = model.language
         if not language.add_qkv_bias or language.qk_layernorm or language.rope_scaling is not None:
             return "the language model is no Qwen v1: that has a bias on QKV, no norm on it, and no stretched positions"
+        for key, wanted in {**PLAIN, "add_qkv_bias": True}.items():
+            if (there := getattr(language, key, wanted)) != wanted:
+                return f"the language model's {key} is {there!r}, Qwen v1's is {wanted!r}"
         if language.num_query_groups != language.num_attention_heads:
             return "the language model has grouped queries, which Qwen v1 has not"
         return None

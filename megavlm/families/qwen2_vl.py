@@ -17,7 +17,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
-from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.llama import no_llama
 from megavlm.families.native_pictures import native_pictures
@@ -75,7 +75,7 @@ class Qwen2VLFamily(Family):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text = config.get("text_config") or config
-        language = llama_language({**text, "model_type": "qwen2"}, where)
+        language = llama_language({**with_numbers(text, where), "model_type": "qwen2"}, where)
         # In the text's own configuration it was up to Transformers 4; a head that is not there is the embedding.
         head = self.styles[self.style_of(source)]["head"] + "weight"
         language["tie_word_embeddings"] = head not in source or any(

@@ -13,8 +13,9 @@ from megavlm.architectures.towers.packed_vit.tables import QWEN3_VL_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.families.common import flag, need
-from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Tree, config_file
+from megavlm.families.llama import no_llama
 from megavlm.families.native_pictures import native_pictures
 from megavlm.families.qwen2_vl import Qwen2VLFamily
 from megavlm.weights.rules import Table
@@ -48,7 +49,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
-        language = llama_language({**text, "model_type": "qwen3"}, where)
+        language = llama_language({**with_numbers(text, where), "model_type": "qwen3"}, where)
         language["rotary_sections"] = language.get("rotary_sections") or _SECTIONS
         language["rotary_sections_interleaved"] = True  # whatever mrope_interleaved says: its code does not ask
         language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
@@ -114,7 +115,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
             vision.deepstack_layers
         ):
             return f"the tower's deepstack_layers {list(vision.deepstack_layers)} do not rise, as Qwen3-VL's do"
-        return self._refuses_common(model)
+        return self._refuses_common(model) or no_llama(language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form that it has."""

@@ -179,6 +179,20 @@ def odd_heads(language: LanguageConfig) -> str | None:
     return None
 
 
+def own_code(language: LanguageConfig) -> str | None:
+    """Return why a kind whose code lies beside its weights cannot hold a model, or None: that code is older."""
+    if language.rope_scaling not in (None, "linear"):
+        return f"its positions are stretched as {language.rope_scaling}, which the kind's own code does not know"
+    return odd_heads(language)
+
+
+def own_scaling(language: LanguageConfig) -> Tree | None:
+    """Return ``rope_scaling`` of such a kind, whose code takes these two keys and no others."""
+    if language.rope_scaling is None:
+        return None
+    return {"type": language.rope_scaling, "factor": language.rope_scaling_factor}
+
+
 class TextFamily(Family):
     """Language models of one kind, alone."""
 

@@ -221,7 +221,8 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     hooks = []
     try:
         for attention, core in zip(attentions, cores, strict=True):
-            scale, window = getattr(core, "softmax_scale", None), getattr(attention, "sliding_window", None)
+            # The configuration's: not every core attention keeps it.
+            scale, window = attention.config.softmax_scale, getattr(attention, "sliding_window", None)
             part = getattr(attention, "rotary_part", None)
             attention.core_attention = CachedAttention(core, cache, scale, window, part)
         # No angles for queries and none for keys: the layers leave them as they are.

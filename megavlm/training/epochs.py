@@ -12,7 +12,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,12 @@ from megavlm.data.reader import hash_data
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import agreed, is_reader
+from megavlm.parallel.state import agreed, any_rank, is_reader
 
 logger = logging.getLogger(__name__)
 
+_SLICE_SECONDS = 5.0
+_DONE = object()
 RECORD = "epochs.json"
 """In ``output_dir``: what was counted, so that a restart does not count again."""
 
@@ -102,14 +105,19 @@ def _count(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer) 
     found = torch.zeros(len(sources), 2, dtype=torch.float64, device=local_device())
     if dist.get_rank() == 0:
         logger.info("training.epochs: counting data.train, once")
-    with agreed("counting the samples of data.train"):
-        if is_reader():
-            names = [source_name(source) for source in sources]
-            encoder = PackEncoder(data, names, tokenizer, plan)
-            for index, source in enumerate(sources):
-                rank, readers = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-                one = count_packs(Path(source.path), index, encoder, rank, readers)
-                found[index, 0], found[index, 1] = one.samples, one.packs
+    rank, readers = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+
+    def counting() -> Iterator[None]:
+        encoder = PackEncoder(data, [source_name(source) for source in sources], tokenizer, plan)
+        for index, source in enumerate(sources):
+            one = yield from _count_packs(Path(source.path), index, encoder, rank, readers)
+            found[index, 0], found[index, 1] = one.samples, one.packs
+
+    # In slices: ranks that wait in a collective for all of it would give up after distributed_timeout_minutes.
+    slices, done = counting() if is_reader() else iter(()), False
+    while any_rank(not done):
+        with agreed("counting the samples of data.train"):
+            done = next(slices, _DONE) is _DONE
     dist.all_reduce(found)
     return [DataLength(int(samples), packs) for samples, packs in found.tolist()]
 
@@ -124,6 +132,19 @@ def count_packs(path: Path, source: int, encoder: PackEncoder, rank: int = 0, re
         rank: of the reader; it takes every ``readers``-th sample.
         readers: how many there are.
     """
+    counting = _count_packs(path, source, encoder, rank, readers)
+    while True:
+        try:
+            next(counting)
+        except StopIteration as end:
+            found: DataLength = end.value
+            return found
+
+
+def _count_packs(
+    path: Path, source: int, encoder: PackEncoder, rank: int, readers: int
+) -> Generator[None, None, DataLength]:
+    """Do what :func:`count_packs` does, and yield every few seconds."""
     config, data = WorkerConfig(rank=0, world_size=1, num_workers=0), encoder.data
     dataset = ShardDataset(EPath(path), split_part="train", training=False, worker_config=config, decoder=None)
     dataset.check_shards()
@@ -134,7 +155,11 @@ def count_packs(path: Path, source: int, encoder: PackEncoder, rank: int = 0, re
         data.sequence_length, data.packing_buffer_size if packed else 1, _views if balanced else None
     )
     samples, packs, tokens = 0, 0, 0
+    since = time.monotonic()
     for position in range(rank, len(reader), readers):
+        if time.monotonic() - since > _SLICE_SECONDS:
+            yield
+            since = time.monotonic()
         raw = reader[position]
         samples += 1
         files = {key: value for key, value in raw.items() if not key.startswith("__")}

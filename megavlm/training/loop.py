@@ -77,7 +77,7 @@ class Trainer:
         UserError: the data or the checkpoint does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: LockView) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: LockView, stop: StopRequest | None = None) -> None:
         self.recipe, self.tokenizer, self.lock = recipe, tokenizer, lock
         self.deadline = Deadline(recipe.training.exit_after_minutes)
         self.checkpoints = Path(recipe.output_dir) / "checkpoints"
@@ -91,7 +91,7 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints, settings.keep, asynchronous=settings.async_save, lock=lock, needed=self.exporter.needed
         )
-        self.stop = StopRequest()
+        self.stop = StopRequest() if stop is None else stop
         self.tasks = task_mean(recipe)
         self.plan = plan_of(recipe.model)
         self.training = build_training(recipe, tokenizer.imgpad_id)
@@ -296,8 +296,8 @@ class Trainer:
             logger.info("resumed from %s at step %d", newest, progress.step)
             return progress, state
         if load is not None:
-            path = resolve(load)
-            with agreed(f"loading {path}"):
+            with agreed(f"loading {load}"):  # a conversion may be where this rank's machine does not see it
+                path = resolve(load)
                 fresh = _check_same_model(path, self.recipe, resuming=False)
                 check_same_adapters(path, self.recipe, resuming=False)
                 self.base = self._find_base(path, load)

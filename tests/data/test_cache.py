@@ -70,12 +70,16 @@ def samples(directory: Path) -> list[tuple[str, bytes]]:
     return found
 
 
-def write_tar(path: Path, folder: Path, *, named: bool) -> None:
-    with tarfile.open(path, "w") as tar:
+def write_tar(path: Path, folder: Path, kind: str) -> None:
+    """Write samples: with names of their pictures, without, or with their names where nothing is shown by them."""
+    keys = {"named": {"images": ["{}.png"]}, "plain": {}, "other": {"file_name": "{}.png", "format": "png"}}[kind]
+    with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
         for i in range(COUNT):
-            keys = {"images": [f"{i:03d}.png"]} if named else {}
-            for name, data in ((f"{i:03d}.json", json.dumps(messages(i, **keys)).encode()),
-                               (f"{i:03d}.png", (folder / f"{i}.png").read_bytes())):  # fmt: skip
+            own = {key: [one.format(f"{i:03d}") for one in value] if isinstance(value, list)
+                   else value.format(f"{i:03d}") for key, value in keys.items()}  # fmt: skip
+            for name, data in ((f"{i:03d}.json", json.dumps(messages(i, **own)).encode()),
+                               (f"{i:03d}.png", (folder / f"{i}.png").read_bytes()),
+                               (f"{i:03d}.meta.json", b"{}")):  # fmt: skip
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -106,10 +110,12 @@ def test_every_container_is_the_same_data_set(plain: Path, tmp_path: Path) -> No
     records = json.loads((plain / "sft.json").read_text())
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-16")
     (tmp_path / "tars").mkdir()
-    write_tar(tmp_path / "tars/a.tar", plain / "i", named=True)
-    write_tar(tmp_path / "b.tar", plain / "i", named=False)
+    write_tar(tmp_path / "tars/a.tar", plain / "i", "named")
+    write_tar(tmp_path / "b.tar", plain / "i", "plain")
+    write_tar(tmp_path / "c.tgz", plain / "i", "other")
     tables = write_tables(tmp_path / "tables", plain / "i")
     for path, images in ((tmp_path / "lines.jsonl", plain), (tmp_path / "tars", None), (tmp_path / "b.tar", None),
+                         (tmp_path / "c.tgz", None),
                          *((one, None) for one in tables)):  # fmt: skip
         assert samples(located(tmp_path, path, images)) == expected, path
 

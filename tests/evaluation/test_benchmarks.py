@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from benchmark_files import COUNT, MAKERS, QUESTIONS
 
+import megavlm.evaluation.benchmarks.published
 from megavlm import cli
 from megavlm.evaluation.benchmarks import BENCHMARKS
 from megavlm.evaluation.benchmarks.published import PUBLISHED, published
+from megavlm.evaluation.benchmarks.questions import Question, digest
 from megavlm.evaluation.benchmarks.spec import Item, render
 
 
@@ -41,6 +44,28 @@ def test_published_format(name: str, random_checkpoint: Path, tmp_path: Path) ->
     assert page.count("<img") == 2
     assert "<script" not in page
     assert ("Qwen-VL" in page) == bool(published(name, len(found)))  # beside the published file alone
+
+
+def test_figures_of_others_are_shown_where_the_questions_are_theirs(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the published file, asked as it was; not with other lengths of answers."""
+    words = MAKERS["gqa"](tmp_path / "data")
+    monkeypatch.setitem(megavlm.evaluation.benchmarks.published.QUESTIONS, "gqa", (QUESTIONS.get("gqa", COUNT),))
+    for name, more, shown in (("as", (), True), ("longer", ("--max-new-tokens=3",), False)):
+        assert evaluate(random_checkpoint, "gqa", tmp_path / name, *words, *more) == 0
+        assert ("Qwen-VL" in (tmp_path / name / "report.html").read_text()) == shown
+
+
+def test_predictions_are_of_all_that_is_asked() -> None:
+    """Not of the last question's text alone: what stands before it is in the tokens; pictures of one name differ."""
+
+    def one(tokens: tuple[int, ...], picture: str) -> str:
+        item = Item("1", "What?", (Path(picture),))
+        return digest([Question(item, "What?", np.asarray(tokens, np.int64), (), "")])
+
+    assert len({one((1, 2), "cats/1.jpg"), one((1, 3), "cats/1.jpg"), one((1, 2), "dogs/1.jpg")}) == 3
+    assert one((1, 2), "cats/1.jpg") == one((1, 2), "cats/1.jpg")
 
 
 def test_prompts_and_longest_answers_are_the_papers() -> None:

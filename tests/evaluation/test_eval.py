@@ -231,6 +231,16 @@ def test_records_in_every_form(tmp_path: Path) -> None:
     assert [one.id for one in read_records(tmp_path / "d.json")] == ["1#0", "1#1"]
 
 
+def test_what_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    said = [{"from": "user", "value": "Which?"}, {"from": "assistant", "value": "1"}]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": said, "choices": [str(i) for i in range(27)]}]))
+    (record,) = read_records(tmp_path / "d.json")
+    with pytest.raises(UserError, match="27 'choices', more than there are letters"):
+        asked(record, "{question} {options}")
+    with pytest.raises(UserError, match="annotations"):
+        read_records(tmp_path / "d.json", annotations=tmp_path / "none.json")
+
+
 def test_figures_of_others_stand_beside_the_published_file_alone() -> None:
     assert "Qwen-VL" in published("gqa", 12578)["exact_match"]
     assert not published("gqa", 120) and not published("gqa", 12577) and not published("mmmu", 900)

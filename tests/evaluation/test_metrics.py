@@ -97,13 +97,13 @@ def test_box_hit_takes_the_first_box_and_includes_the_threshold() -> None:
 def test_score_on_a_worked_example() -> None:
     box = "<ref>the red circle</ref><box>(0,0),(100,100)</box>"
     records = [
-        {"task": "colour", "answer": "red", "choices": ["red", "green", "blue", "yellow"]},
-        {"task": "colour", "answer": "blue", "choices": ["red", "green", "blue", "yellow"]},
-        {"task": "multi", "answer": "yes", "choices": ["yes", "no"]},
-        {"task": "box", "answer": box, "choices": None},
-        {"task": "box", "answer": box, "choices": None},
-        {"task": "box", "answer": box, "choices": None},
-        {"task": "caption", "answer": "a red circle", "choices": None},
+        {"task": "colour", "answers": ("red",), "choices": ["red", "green", "blue", "yellow"]},
+        {"task": "colour", "answers": ("blue",), "choices": ["red", "green", "blue", "yellow"]},
+        {"task": "multi", "answers": ("yes",), "choices": ["yes", "no"]},
+        {"task": "box", "answers": (box,), "choices": None},
+        {"task": "box", "answers": (box,), "choices": None},
+        {"task": "box", "answers": (box,), "choices": None},
+        {"task": "caption", "answers": ("a red circle",), "choices": None},
     ]
     shifted = "<ref>the red circle</ref><box>(0,0),(100,80)</box>"
     predictions = [" Red", "red", "yes", box, shifted, "no idea", "a red circle"]
@@ -116,7 +116,7 @@ def test_score_on_a_worked_example() -> None:
 
 
 def test_score_without_records_of_a_kind() -> None:
-    result = score([{"task": "caption", "answer": "a", "choices": None}], ["b"])
+    result = score([{"task": "caption", "answers": ("a",), "choices": None}], ["b"])
     assert result["heldout_accuracy"] is None
     assert result["chance_accuracy"] is None
     assert result["box_iou50"] is None
@@ -126,4 +126,4 @@ def test_score_without_records_of_a_kind() -> None:
 
 def test_score_refuses_a_missing_prediction() -> None:
     with pytest.raises(ValueError, match="1 records, but 0 predictions"):
-        score([{"task": "caption", "answer": "a", "choices": None}], [])
+        score([{"task": "caption", "answers": ("a",), "choices": None}], [])

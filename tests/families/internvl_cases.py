@@ -53,10 +53,10 @@ def compare(checkpoint: str, reference: str, layout: list[str]) -> tuple[dict[st
         for module in training.modules:
             first = module.decoder.layers[0].layer_number - 1
             for name, parameter in module.named_parameters():
-                key = _global(name, first)
+                key = canonical_name(name, first)
                 expected = wanted.get("gradient." + key)
                 scale = float(wanted.get("largest." + key.split(".")[0]))
-                found[key] = float((parameter.main_grad - _shard(expected, parameter)).abs().max()) / scale
+                found[key] = float((parameter.main_grad - shard_of(expected, parameter)).abs().max()) / scale
                 assert found[key] <= GRADIENTS, (key, found[key])
         losses = []
         for _ in range(3):
@@ -65,7 +65,7 @@ def compare(checkpoint: str, reference: str, layout: list[str]) -> tuple[dict[st
     return found, losses
 
 
-def _global(name: str, first: int) -> str:
+def canonical_name(name: str, first: int) -> str:
     prefix = "language.decoder.layers."
     if not name.startswith(prefix):
         return name
@@ -73,7 +73,7 @@ def _global(name: str, first: int) -> str:
     return f"{prefix}{int(number) + first}.{rest}"
 
 
-def _shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+def shard_of(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     """Return this tensor-parallel rank's part; a vocabulary is padded with rows that learn nothing."""
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     if not getattr(parameter, "tensor_model_parallel", False):

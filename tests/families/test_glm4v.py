@@ -15,25 +15,18 @@ import ranks
 import torch
 from glm4v_models import GLM4V, glm4v, save
 from internvl_cases import compare
-from test_qwen2_vl import IMAGE, LAYOUT, SIZES, convert, inputs, merged, prompt, write_reference
+from native_cases import LAYOUT, answers_are_theirs, convert, merged, write_reference
 from test_qwen2_vl_sizes import count, model_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megavlm.architectures.connectors.downsample_merger import cost
 from megavlm.architectures.context import BuildContext
-from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.hf.shapes import alone
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ParallelConfig
-from megavlm.data.media import arrange, plan_of
-from megavlm.data.positions import own_grids
 from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import trained_preprocessor
-from megavlm.inference.generate import generate
-from megavlm.inference.prompt import Prompt
-from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.state import process_groups
 from megavlm.weights.source import Source
 
 pytestmark = pytest.mark.family("glm4v")
@@ -76,24 +69,7 @@ def test_greedy_answers_are_theirs(tmp_path: Path) -> None:
     """Of pictures that are not square: two, one, none."""
     model = glm4v(tied=True)
     save(model, tmp_path / "hf")
-    recipe = convert(tmp_path / "hf", tmp_path / "m")
-    plan = plan_of(recipe.model)
-    shown = [(sizes, *prompt(recipe, sizes, seed)) for seed, sizes in enumerate((SIZES, SIZES[:1], []))]
-    expected = []
-    for _, ids, pixels, grid in shown:
-        whole = model.generate(**inputs(ids, pixels, grid), do_sample=False, max_new_tokens=8, eos_token_id=None,
-                               pad_token_id=0)  # fmt: skip
-        expected.append(whole[0, len(ids) :].tolist())
-    with process_groups(recipe.parallel, 1):
-        chunks = build_model(recipe, IMAGE)
-        load(tmp_path / "m", modules=[unwrap(chunk) for chunk in chunks])
-        prompts = []
-        for sizes, ids, pixels, _ in shown:
-            layouts = [plan.plan(width, height, len(sizes)) for height, width in sizes]
-            own = arrange(plan, layouts) if layouts else None
-            prompts.append(Prompt(ids.numpy(), pixels, own, own_grids(recipe.model, layouts)))
-        answers = generate(chunks, prompts, max_new_tokens=8, stop_ids=[], vocab_size=128, pack_length=256)
-    assert answers == expected
+    answers_are_theirs(model, tmp_path)
 
 
 def test_a_flat_configuration_is_the_same_model(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from native_cases import convert, merged
 from rice_models import FILES, LlavaOnevision15, saved
-from test_qwen2_vl import convert, merged
 from test_qwen2_vl_sizes import model_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from whole_source import NativeSource, asked, write_reference

@@ -13,10 +13,9 @@ prepare_device()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+from internvl_cases import canonical_name, shard_of  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from saved_tensors import saved_tensors  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -134,35 +133,15 @@ def _gradients(
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            key = _global(name, first)
+            key = canonical_name(name, first)
             if key == "language.output_layer.weight" and recipe.model.language.tie_word_embeddings:
                 key = "language.embedding.word_embeddings.weight"  # the last stage's copy, whose gradient is the sum
             scale = float(wanted.get("largest." + key.split(".")[0]))
             expected = wanted.get("gradient." + key)
             if key.split(".")[0] not in replicated:
-                expected = _shard(expected, parameter)
+                expected = shard_of(expected, parameter)
             found[key] = float((parameter.main_grad - expected).abs().max()) / scale
     return found, total / count
-
-
-def _global(name: str, first: int) -> str:
-    prefix = "language.decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    number, _, rest = name.removeprefix(prefix).partition(".")
-    return f"{prefix}{int(number) + first}.{rest}"
-
-
-def _shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return this tensor-parallel rank's part; a vocabulary is padded with rows that learn nothing."""
-    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    axis = parameter.partition_dim
-    missing = parameter.shape[axis] * size - whole.shape[axis]
-    whole = F.pad(whole, (0, 0, 0, missing)) if missing else whole
-    halves = whole.chunk(parameter.partition_stride, axis)  # gate and up: a part of each
-    return torch.cat([half.chunk(size, axis)[rank] for half in halves], axis)
 
 
 def _answers(training: TrainingModel, recipe: Recipe, samples: list[Sample], length: int) -> list[list[int]]:

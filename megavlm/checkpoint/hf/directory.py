@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.paths import read_tree, resolve
+from megavlm.checkpoint.paths import resolve
 from megavlm.config.architecture import BRANCHES, architecture_named
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.fields import meaning_of
+from megavlm.config.help import to_tree
+from megavlm.config.load import load_recipe
 from megavlm.families.presets import expand_presets
 from megavlm.weights.kinds import holds_checkpoint, holds_model
 
@@ -43,14 +45,22 @@ def expand_recipe(tree: Tree) -> Tree:
         return expand_presets(tree)
     if holds_model(path):
         found = model_of(path)
-    elif "model" not in tree and holds_checkpoint(path):
-        found = expand_presets({"model": read_tree(resolve(path)).get("model") or {}})["model"]
+    elif not _names_parts(tree.get("model", {})) and holds_checkpoint(path):
+        # With what keys were to checkpoints that are older than they.
+        found = to_tree(load_recipe(resolve(path) / "recipe.yaml", [], expand_presets).model)
     else:
         return expand_presets(tree)
     own = tree.get("model", {})
     if not isinstance(own, Mapping):
         return tree
     return {**tree, "model": _with_own(found, own, path)}
+
+
+def _names_parts(model: Any) -> bool:
+    """Whether a recipe says what its model is made of, and does not only change some keys of one that is loaded."""
+    return not isinstance(model, Mapping) or any(
+        isinstance(one, Mapping) and "preset" in one for one in (model, *(model.get(name) for name in BRANCHES))
+    )
 
 
 def _loaded(tree: Tree) -> Path | None:

@@ -8,6 +8,7 @@ that is missing when the run is started again (it was stopped in between) is mad
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class Exporter:
         self._base_name = str(Path(load).absolute()) if load is not None and holds_model(Path(load)) else ""
         self._waiting: deque[_DirectoryToWrite] = deque()
         self._now: tuple[_DirectoryToWrite, ConvertProcess] | None = None
+        self._failed_of: set[Path] = set()
 
     def due(self, step: int) -> bool:
         """Whether the checkpoint of a step is exported."""
@@ -74,6 +76,7 @@ class Exporter:
         """Export a checkpoint, if it is due."""
         if not self.due(int(checkpoint.name.rpartition("-")[2])):
             return
+        self._failed_of.discard(checkpoint)
         out = self._root / FOLDER / checkpoint.name
         words = ("megatron-to-hf", "--megatron", str(checkpoint), "--out")
         adapters = holds_adapters(checkpoint)
@@ -87,15 +90,15 @@ class Exporter:
         self.poll()
 
     def needed(self) -> set[Path]:
-        """Return the checkpoints that must stay for now."""
-        return {one.checkpoint for one in (*self._waiting, *([self._now[0]] if self._now else []))}
+        """Return the checkpoints that must stay for now: those of exports to come, and of those that failed."""
+        return self._failed_of | {one.checkpoint for one in (*self._waiting, *([self._now[0]] if self._now else []))}
 
     def poll(self) -> bool:
         """Report what has ended, start what waits, and return whether something is still to be done."""
         if self._now is not None and not self._now[1].running:
             self._report(*self._now)
             self._now = None
-        if self._now is None and self._waiting:
+        while self._now is None and self._waiting:  # one that cannot even be started is not the last
             self._start(self._waiting.popleft())
         return self._now is not None
 
@@ -111,11 +114,13 @@ class Exporter:
 
     def end(self) -> None:
         """End what is being written, which then does not appear."""
+        left = [one.checkpoint.name for one in (*([self._now[0]] if self._now else []), *self._waiting)]
         self._waiting.clear()
         if self._now is not None:
             self._now[1].end()
-            logger.info("%s is not exported yet; the run's next start does it", self._now[0].checkpoint.name)
             self._now = None
+        if left:
+            logger.info("not exported yet; the run's next start does it: %s", ", ".join(dict.fromkeys(left)))
 
     def _start(self, export: _DirectoryToWrite) -> None:
         try:
@@ -139,10 +144,11 @@ class Exporter:
             self._failed(export, process.problem())
 
     def _failed(self, export: _DirectoryToWrite, problem: str) -> None:
+        self._failed_of.add(export.checkpoint)
         logger.error(
             "checkpoint.export_hf: %s was not written, and the run goes on; its checkpoint stays: %s. Try again: "
             "megavlm convert %s",
             export.out,
             problem,
-            " ".join(export.words),
+            shlex.join(export.words),
         )

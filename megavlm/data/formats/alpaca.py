@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.base import Broken, BrokenError, Record, each, field
 from megavlm.data.formats.keys import is_given
 from megavlm.data.formats.messages import convert_one as convert_messages
 from megavlm.data.formats.source import Source
@@ -36,14 +36,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         UserError: The file holds no list.
     """
-    for entry in source.rows():
-        if isinstance(entry, Broken):
-            yield entry
-            continue
-        try:
-            yield convert_one(entry, source)
-        except BrokenError as error:
-            yield error.about(identity(entry, "id"))
+    yield from each(source.rows(), lambda entry: convert_one(entry, source), "id")
 
 
 def convert_one(entry: Any, source: Source) -> Record:

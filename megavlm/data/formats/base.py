@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -69,6 +69,18 @@ def identity(record: Any, *keys: str) -> Any:
     """Return the first of the fields that is text or a number, or None."""
     values = (record.get(key) for key in keys) if isinstance(record, dict) else ()
     return next((value for value in values if isinstance(value, str | int)), None)
+
+
+def each(entries: Iterable[Any], convert: Callable[[Any], Record], *keys: str) -> Iterator[Record | Broken]:
+    """Yield what ``convert`` makes of each entry; one that it raises :class:`BrokenError` of, told by its ``keys``."""
+    for entry in entries:
+        if isinstance(entry, Broken):
+            yield entry
+            continue
+        try:
+            yield convert(entry)
+        except BrokenError as error:
+            yield error.about(identity(entry, *keys))
 
 
 def plain(text: str, what: str) -> str:

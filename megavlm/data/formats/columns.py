@@ -36,16 +36,22 @@ class Columns:
 
     def apply(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a record under the names that are known here; what it holds beside is as it was."""
-        found = {self.keys.get(key, key): value for key, value in record.items()}
+        found = _renamed(record, self.keys)
         turns = found.get("conversations")
         if not isinstance(turns, list) or not self.turn_keys:
             return found
         return found | {"conversations": [self._turn(turn) if isinstance(turn, dict) else turn for turn in turns]}
 
     def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
-        found = {self.turn_keys.get(key, key): value for key, value in turn.items()}
+        found = _renamed(turn, self.turn_keys)
         role = found.get("from")
         return found | ({"from": self.roles[role]} if isinstance(role, str) and role in self.roles else {})
+
+
+def _renamed(given: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename keys; one that has a name by itself which another gets is not what the description means, and goes."""
+    taken = {names[key] for key in given if key in names}
+    return {names.get(key, key): value for key, value in given.items() if key in names or key not in taken}
 
 
 def described(path: Path) -> Columns | None:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.base import Broken, BrokenError, Record, each, field
 from megavlm.data.formats.keys import SCORED, check_keys, has_roles, is_given, picture_paths, weights_of, with_system
 from megavlm.data.formats.source import Source
 
@@ -45,14 +45,7 @@ def convert(entries: Iterable[Any], ignored: Counter[str], task: str | None = No
         ignored: Counts keys that are not used.
         task: What records are called that do not say themselves.
     """
-    for entry in entries:
-        if isinstance(entry, Broken):
-            yield entry
-            continue
-        try:
-            yield convert_one(entry, ignored, task)
-        except BrokenError as error:
-            yield error.about(identity(entry, "id"))
+    yield from each(entries, lambda entry: convert_one(entry, ignored, task), "id")
 
 
 def turns_of(record: Record) -> list[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
-from megavlm.data.formats.base import Broken, BrokenError, Record, field, identity
+from megavlm.data.formats.base import Broken, BrokenError, Record, each, field
 from megavlm.data.formats.keys import has_roles, is_given
 from megavlm.data.formats.llava import placed
 from megavlm.data.formats.pictures import picture
@@ -50,14 +50,7 @@ def read(source: Source) -> Iterator[Record | Broken]:
     Raises:
         UserError: The file holds no list.
     """
-    for entry in source.rows():
-        if isinstance(entry, Broken):
-            yield entry
-            continue
-        try:
-            yield convert_one(entry, source)
-        except BrokenError as error:
-            yield error.about(identity(entry, "id"))
+    yield from each(source.rows(), lambda entry: convert_one(entry, source), "id")
 
 
 def convert_one(entry: Any, source: Source) -> Record:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from megavlm.data.machine import is_machine_fault
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PICTURES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm")
+_NAMING = frozenset({"image", "image_url", "url", "path"})
+"""Keys of a part that name its picture."""
 _LONGEST = 1 << 28
 """Bytes of the longest record."""
 
@@ -51,10 +53,11 @@ def read_rows(path: Path) -> Iterator[tuple[Any, dict[str, bytes]]]:
                     yield _sample(path, current, members)
                     members = {}
                 current, last = f"{folder}{slash}{key}", member.name
-                if extension.lower().rpartition(".")[2] in ("json", *_PICTURES):
-                    most = _LONGEST if extension.lower() == "json" else MAX_BYTES
+                is_record = extension.lower() == "json"
+                if is_record or extension.lower().rpartition(".")[2] in _PICTURES:
+                    most = _LONGEST if is_record else MAX_BYTES
                     file = tar.extractfile(member) if member.size <= most else None
-                    members[extension] = b"" if file is None else file.read()
+                    members["json" if is_record else extension] = b"" if file is None else file.read()
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if is_machine_fault(error):
             raise
@@ -87,10 +90,10 @@ def _sample(path: Path, key: str, members: dict[str, bytes]) -> tuple[Any, dict[
         for name in (place, f"{key}.{extension}", f"{base}.{extension}", extension):
             names[name], pictures[name] = place, data
     record = {**record, **({} if is_given(record.get("id")) else {"id": key})}
-    return _with_pictures(record, text, names, order), pictures
+    return _with_pictures(record, names, order), pictures
 
 
-def _with_pictures(record: dict[str, Any], text: bytes, names: dict[str, str], order: list[str]) -> dict[str, Any]:
+def _with_pictures(record: dict[str, Any], names: dict[str, str], order: list[str]) -> dict[str, Any]:
     """Return the record with its pictures named as they are handed out."""
     for field in ("image", "images"):
         value = record.get(field)
@@ -101,7 +104,14 @@ def _with_pictures(record: dict[str, Any], text: bytes, names: dict[str, str], o
             names.get(one, names.get(one.rpartition("/")[2], one)) if isinstance(one, str) else one for one in listed
         ]
         record[field] = found if isinstance(value, list) else found[0]
-    named = is_given(record.get("image")) or is_given(record.get("images")) or b"<img>" in text
-    if named or not order or any(f'"{name}"'.encode() in text for name in names):
-        return record
-    return {**record, "images": order}
+    named = is_given(record.get("image")) or is_given(record.get("images"))
+    return record if named or not order or _shows(record, names) else {**record, "images": order}
+
+
+def _shows(value: Any, names: Mapping[str, str], key: str = "") -> bool:
+    """Whether a record says by itself where pictures stand: by name in a part of a turn, or in Qwen-VL's marks."""
+    if isinstance(value, dict):
+        return any(_shows(inner, names, name) for name, inner in value.items())
+    if isinstance(value, list):
+        return any(_shows(inner, names, key) for inner in value)
+    return isinstance(value, str) and ("<img>" in value or (key in _NAMING and value in names))

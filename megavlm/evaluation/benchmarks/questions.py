@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from megavlm.data.images import image_grids, image_runs
 from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, picture_bytes, render
+from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, StoredPicture, picture_bytes, render
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,19 @@ def check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: 
         )
 
 
+def _name_of(picture: Path | StoredPicture) -> str:
+    """Return which picture it is: a path, or the address of one that is fetched."""
+    return str(picture) if isinstance(picture, Path) else str(picture.name)
+
+
 def digest(questions: Sequence[Question]) -> str:
-    """Return a short digest of all prompts, by which predictions are told from those of other questions."""
+    """Return a short digest of all prompts, by which predictions are told from those of other questions.
+
+    The tokens have all that is asked: system message, earlier turns, the places of pictures.
+    """
     total = hashlib.sha256()
     for one in questions:
-        pictures = [hashlib.sha256(p).hexdigest() if isinstance(p, bytes) else p.name for p in one.item.pictures]
+        pictures = [hashlib.sha256(p).hexdigest() if isinstance(p, bytes) else _name_of(p) for p in one.item.pictures]
         total.update(json.dumps([one.item.id, one.text, pictures, len(one.options)]).encode())
+        total.update(one.tokens.tobytes())
     return total.hexdigest()[:12]

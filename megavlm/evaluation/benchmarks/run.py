@@ -18,6 +18,7 @@ from typing import Any
 from megavlm.checkpoint.manifest import MANIFEST, replace_text
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
+from megavlm.data.media import plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks import find_benchmark, read_items
@@ -147,6 +148,7 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
         "checkpoint": checkpoint.resolve().name,
         "weights": weights_of(checkpoint),
         "questions": digest(questions),
+        "pictures": repr(plan_of(recipe.model)),
         "prompt": "chat" if chat else "plain",
         "max_new_tokens": max_new_tokens,
         "precision": recipe.training.precision,

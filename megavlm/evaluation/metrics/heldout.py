@@ -10,9 +10,9 @@ from megavlm.config.errors import UserError
 from megavlm.data.boxes import parse_boxes
 
 
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether both are the same but for case and surrounding white space."""
-    return prediction.strip().lower() == answer.strip().lower()
+def exact_match(prediction: str, *answers: str) -> bool:
+    """Whether it is one of the answers, but for case and surrounding white space."""
+    return prediction.strip().lower() in {answer.strip().lower() for answer in answers}
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -33,7 +33,7 @@ def box_hit(prediction: str, answer: str, threshold: float = 0.5) -> bool:
 
 
 def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> dict[str, Any]:
-    """Summary of the predictions for held-out ``records`` (``task``, ``answer``, ``choices``).
+    """Summary of the predictions for held-out ``records`` (``task``, ``answers``, the first for boxes, ``choices``).
 
     ``accuracy`` (exact match) and ``counts`` are per task, ``box_iou50`` is over the answers with a
     box. ``heldout_accuracy`` and ``chance_accuracy`` are over the closed questions, those with
@@ -46,8 +46,8 @@ def score(records: Sequence[Mapping[str, Any]], predictions: Sequence[str]) -> d
     chance: list[float] = []
     hits: list[float] = []
     for record, prediction in zip(records, predictions, strict=True):
-        answer = record["answer"]
-        right = float(exact_match(prediction, answer))
+        answer = record["answers"][0]
+        right = float(exact_match(prediction, *record["answers"]))
         by_task[record["task"]].append(right)
         if record["choices"]:
             closed.append(right)

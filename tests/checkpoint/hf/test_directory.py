@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import logging
 import os
@@ -16,8 +18,10 @@ from hf_makers import digest as digests
 from ranks import megavlm
 from run_data import RunData
 from test_trained_assets import convert, made
+from tiny import tiny_recipe
 
 from megavlm.checkpoint.hf import converted
+from megavlm.checkpoint.hf import exporter as exporter_module
 from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.checkpoint.hf.exporter import Exporter
 from megavlm.config.errors import UserError
@@ -231,6 +235,45 @@ def test_two_runs_that_convert_at_once(tmp_path: Path, caplog: pytest.LogCapture
             time.sleep(0.1)
 
 
+def test_an_export_that_cannot_start_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process for one of three: the others are made, and its checkpoint stays."""
+    started: list[str] = []
+
+    class Ended:
+        running = False
+
+        def __init__(self, words: tuple[str, ...], _log: Path) -> None:
+            started.append(Path(words[2]).name)
+            if len(started) == 2:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(exporter_module, "ConvertProcess", Ended)
+    monkeypatch.setattr(exporter_module, "holds_adapters", lambda _: False)
+    own = tiny_recipe(checkpoint={"export_hf": "every"}, training={"train_steps": 3})
+    exporter = Exporter(dataclasses.replace(own, output_dir=str(tmp_path)), 0)
+    steps = [tmp_path / "checkpoints" / f"step-{step:08d}" for step in (1, 2, 3)]
+    for step in steps:
+        exporter._waiting.append(
+            exporter_module._DirectoryToWrite(step, tmp_path / "hf" / step.name, ("", "", str(step)))
+        )
+    exporter.finish(lambda: False)
+    assert started == [step.name for step in steps] and exporter.needed() == {steps[1]}
+
+
+def test_keys_of_a_checkpoint_s_model_are_changed(tmp_path: Path) -> None:
+    """As of a Hugging Face directory: a recipe that names no parts takes the checkpoint's, and says the rest."""
+    checkpoint = tmp_path / "m"
+    convert("hf-to-megatron", "--hf", made(tmp_path, "llava"), "--out", checkpoint)
+    own = {"image": {"kind": "squash"}, "vision": {"tensor_parallel": "replicate"}}
+    model = expand_recipe({"checkpoint": {"load": str(checkpoint)}, "model": own})["model"]
+    assert (model["image"]["kind"], model["vision"]["tensor_parallel"]) == ("squash", "replicate")
+    whole = load_recipe(checkpoint / "recipe.yaml", []).model
+    assert model["language"]["hidden_size"] == whole.language.hidden_size and model["template"] == whole.template
+
+
 @pytest.mark.long
 @pytest.mark.family("llava")
 def test_an_export_that_fails_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,7 +288,9 @@ def test_an_export_that_fails_is_reported(tmp_path: Path, caplog: pytest.LogCapt
     (run / "hf").write_text("in the way")
     exporter.published(checkpoint)
     exporter.finish(lambda: False)
-    assert "was not written, and the run goes on; its checkpoint stays" in caplog.text and not exporter.needed()
+    assert "was not written, and the run goes on; its checkpoint stays" in caplog.text and exporter.needed() == {
+        checkpoint
+    }
     (run / "hf").unlink()
     caplog.clear()
     shards = [path for path in checkpoint.glob("*.distcp") if path.stat().st_size]

@@ -186,6 +186,9 @@ def test_what_dataset_info_calls_things(tmp_path: Path) -> None:
     info.write_text(json.dumps({"mine": {"file_name": "d.json", "columns": {"prompt": "q", "response": "a"}}}))
     plain = {"id": "r", "q": "What?", "a": "A flag."}
     assert read(tmp_path / "d.json", [plain], tmp_path) == ([("r", None, "What?", "A flag.")], [])
+    # What has a name by itself that another column gets is not meant.
+    both = plain | {"instruction": "Quoi?", "output": "Un drapeau."}
+    assert read(tmp_path / "d.json", [both], tmp_path) == ([("r", None, "What?", "A flag.")], [])
     for more, message in (({"ranking": True}, "set of preferences"), ({"formatting": "x"}, "formatting 'x'"),
                           ({"tags": {"colour": "x"}}, "'colour'")):  # fmt: skip
         info.write_text(json.dumps({"mine": entry | more}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.architectures.connectors.downsample_merger.config import width_of
+from megavlm.architectures.blocks import width_of
 from megavlm.architectures.cost import Kernels, Parameter, Pictures, Work
 from megavlm.config.schema import ModelConfig
 

@@ -14,7 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megavlm.architectures.connectors.patch_merger.config import PatchMergerConfig, norm_width, width_of
+from megavlm.architectures.blocks import width_of
+from megavlm.architectures.connectors.patch_merger.config import PatchMergerConfig, norm_width
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
 from megavlm.layers.linear import column_linear, row_linear

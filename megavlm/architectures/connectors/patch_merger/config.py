@@ -8,19 +8,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megavlm.architectures.blocks import BlockConnectorConfig, block_rules, width_of
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, divides
-from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig
 
 _OWN = "model.connector"
 
 
 @config_class
-class PatchMergerConfig(ConnectorConfig):
+class PatchMergerConfig(BlockConnectorConfig):
     """Blocks of patches become one token each: a norm, their features side by side, linear, GELU, linear."""
 
-    merge_size: int = Field(default=2, gt=0, le=64)
-    """Side of the block of patches that becomes one token: the tower's spatial_merge_size."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norm of each patch's features."""
     norm_after_merge: bool = False
@@ -35,20 +34,6 @@ class PatchMergerConfig(ConnectorConfig):
         """Those of a deepstack have the norm behind the merge, as Qwen3-VL's."""
         return replace(self, norm_after_merge=True)
 
-    @property
-    def packed(self) -> bool:
-        """It does."""
-        return True
-
-    def tokens_of(self, grid: tuple[int, int]) -> int:
-        """Return the number of whole blocks."""
-        return (grid[0] // self.merge_size) * (grid[1] // self.merge_size)
-
-
-def width_of(model: ModelConfig) -> int:
-    """Return the width of a block's features, and of the first linear layer."""
-    return model.vision.feature_size * int(model.connector.merge_size) ** 2
-
 
 def norm_width(model: ModelConfig) -> int:
     """Return the width of the norm."""
@@ -57,16 +42,6 @@ def norm_width(model: ModelConfig) -> int:
 
 def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
-    side = model.connector.merge_size
-    if not model.vision.packed:
-        yield (
-            f"{_OWN}.preset: {model.connector.preset} takes patches in blocks, and the tower {model.vision.preset!r} "
-            "gives them row by row; take pixel_shuffle, or another tower"
-        )
-    elif model.vision.spatial_merge_size != side:
-        yield (
-            f"{_OWN}.merge_size: {side} is not model.vision.spatial_merge_size ({model.vision.spatial_merge_size}), in "
-            "whose blocks patches come; change one of the two"
-        )
+    yield from block_rules(model)
     tp = layout.tensor_model_parallel_size
     yield from divides("model.vision.hidden_size x model.connector.merge_size squared", width_of(model), tp, TP)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megavlm.architectures.connectors.patch_merger.config import norm_width, width_of
+from megavlm.architectures.blocks import width_of
+from megavlm.architectures.connectors.patch_merger.config import norm_width
 from megavlm.architectures.cost import Kernels, Parameter, Pictures, Work
 from megavlm.config.schema import ModelConfig
 

@@ -244,10 +244,11 @@ class PackedVisionTransformer(MegatronModule):
             to_device(torch.from_numpy(np.ascontiguousarray(one.T)), table.device)
             for one in (found.index, found.weight)
         )
-        parts = [table.float()[index] * weight[:, None] for index, weight in zip(index_KP, weight_KP1, strict=True)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        total: Tensor | None = None
+        for index, weight in zip(index_KP, weight_KP1, strict=True):
+            part = table.float()[index] * weight[:, None]
+            total = part if total is None else total + part
+        assert total is not None
         return total.to(table.dtype)
 
     def _normalise(self, patches_PF: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ def passing(vision: PackedViTConfig, tensor: int, pictures: Pictures, kernels: K
     mlp = positions * (_fc1(vision) + vision.ffn_hidden_size) // tensor * b
     # Pixels in uint8, in fp32 twice, and normalised.
     pixels = pictures.patches * vision.patch_values * (1 + 4 + 4 + b)
+    if vision.positional_grid is not None:  # rows of the table in fp32: a tap, it weighted, and their sum
+        pixels = max(pixels, 3 * positions * vision.hidden_size * 4)
     if learns:
         return max(pixels, 2 * stream)
     return max(pixels + stream, 2 * stream + max(attention, mlp))

@@ -1,0 +1,59 @@
+"""No family writes a model that it is not: each key by which language models differ is written, or it is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from megavlm.config.architecture import LANGUAGE, MODELS
+from megavlm.config.schema import ModelConfig
+from megavlm.families.known import FAMILIES
+from megavlm.families.presets import expand_presets, load_presets
+from megavlm.families.text_kinds import PLAIN
+
+OTHER: dict[str, tuple[Any, Any]] = {
+    "normalization": ("LayerNorm", "RMSNorm"), "activation": ("gelu", "silu"), "rotary_percent": (0.75, 0.25),
+    "embedding_multiplier": (3.0, 5.0), "residual_multiplier": (0.5, 0.25), "logits_scaling": (2.0, 4.0),
+    "sliding_window": (64, 32), "sliding_window_pattern": (3, 2), "rope_local_base_freq": (777, 778),
+    "query_pre_attn_scalar": (99.0, 98.0), "rotary_sections": ((2, 3, 3), (4, 2, 2)), "rope_scaling": ("linear", None),
+}  # fmt: skip
+"""Two values, of which one is not the model's; any other key is a switch, and is turned."""
+
+
+def models(name: str) -> list[ModelConfig]:
+    """Return a model of a family, of the first preset that it does not refuse; none where it has no language model."""
+    family = FAMILIES[name]
+    if "language" not in family.parts:
+        return []
+    load_presets()
+    trees = [{"preset": one} for one in MODELS.names()]
+    trees += [{"preset": "tiny", "language": {"preset": one}} for one in LANGUAGE.names() if not one.startswith("tiny")]
+    for tree in trees:
+        try:
+            model = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
+        except ValueError:  # a kind without sizes
+            continue
+        if family.refusal(model) is None:
+            return [model]
+    return []
+
+
+def test_every_family_with_a_language_model_is_tried() -> None:
+    assert {name for name in FAMILIES if models(name)} == {n for n, one in FAMILIES.items() if "language" in one.parts}
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_key_is_written_or_refused(name: str) -> None:
+    family = FAMILIES[name]
+    for model in models(name):
+        before = family.config(model, {})
+        for key in (*PLAIN, "rope_scaling"):
+            there = getattr(model.language, key)
+            other = next(one for one in OTHER.get(key, (not there,)) if one != there)
+            more = {"rope_scaling_factor": 4.0} if key == "rope_scaling" else {}
+            changed = dataclasses.replace(model, language=dataclasses.replace(model.language, **{key: other}, **more))
+            if family.refusal(changed) is None:
+                assert family.config(changed, {}) != before, (key, other)
