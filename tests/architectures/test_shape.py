@@ -14,6 +14,7 @@ from megavlm.architectures import cost
 from megavlm.config import architecture
 from megavlm.config.architecture import BRANCHES, Architecture
 from megavlm.config.fields import meaning_of
+from megavlm.config.keys import find_key
 from megavlm.config.schema import ConnectorConfig, LanguageConfig, ParallelConfig, VisionConfig
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import names
@@ -35,10 +36,9 @@ def test_an_architecture_is_a_folder_of_one_shape(branch: str, one: Architecture
     assert one.build.partition(":")[0] == f"{folder}.build"
     assert one.config.__module__ == one.rules.__module__ == f"{folder}.config"
     assert issubclass(one.config, BASES[branch]) and one.config.__doc__
-    for key, field in one.config.__pydantic_fields__.items():
-        inherited = BASES[branch].__pydantic_fields__.get(key)
-        described = field.description or (inherited is not None and inherited.description)
-        assert described, f"{one.name}: {key} has no text, which --help would show"
+    for key in one.config.__pydantic_fields__:
+        found = find_key(f"model.{branch}.{key}", one.name)
+        assert found is not None and found.meaning, f"{one.name}: {key} has no text, which --help would show"
         assert meaning_of(one.config, key) is not None
     assert one.cost is None or one.cost.__name__ == f"{folder}.cost"
     assert {path.name for path in (PACKAGE / "architectures" / ROOMS[branch] / one.name).glob("*.py")} >= {
