@@ -7,7 +7,7 @@ guessed. Every number is of one tensor-parallel rank where ``tensor`` (their num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,19 @@ class Pictures:
         """Return ``count`` pictures of so many rows and columns of patches."""
         patches = grid[0] * grid[1]
         return Pictures(count, count * patches, count * patches**2)
+
+    @staticmethod
+    def shown(grids: Iterable[Sequence[int]]) -> Pictures:
+        """Return pictures of any size, each of so many frames, rows and columns of patches.
+
+        A tower sees each frame by itself: frames of a film do not attend to each other.
+        """
+        count = patches = squared = 0
+        for frames, rows, columns in grids:
+            count += frames
+            patches += frames * rows * columns
+            squared += frames * (rows * columns) ** 2
+        return Pictures(count, patches, squared)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
 from megavlm.data.images import ImageError, lay_out
 from megavlm.data.machine import is_machine_fault
-from megavlm.data.media import ImagePlan
-from megavlm.data.packing import PackableSample, build_pack, choose_pack
+from megavlm.data.media import ImageLayout, ImagePlan
+from megavlm.data.packing import PackableSample, Weigh, build_pack, choose_pack
 from megavlm.data.positions import OwnPositions
 from megavlm.data.schema import UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
@@ -96,6 +96,7 @@ class PackEncoder(TaskEncoder):
         tokenizer: The tokenizer.
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
+        weigh: Says how heavy the pictures of a sample are; None counts their views.
     """
 
     decoder = None
@@ -108,6 +109,7 @@ class PackEncoder(TaskEncoder):
         tokenizer: Tokenizer,
         plan: ImagePlan,
         positions: OwnPositions | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         tokenizer.template.check_training()
         self.data = data
@@ -115,6 +117,7 @@ class PackEncoder(TaskEncoder):
         self.tokenizer = tokenizer
         self.plan = plan
         self.positions = positions
+        self.weigh = weigh
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -178,8 +181,13 @@ class PackEncoder(TaskEncoder):
             source=sample.source,
             shard=sample.shard,
             shapes=tuple(layout.shape for layout in layouts),
-            views=round(sum(self.plan.views_of(layout) for layout in layouts)),
+            views=self._weight(layouts),
         )
+
+    def _weight(self, layouts: Sequence[ImageLayout]) -> int:
+        if self.weigh is not None:
+            return self.weigh(layouts)
+        return round(sum(self.plan.views_of(layout) for layout in layouts))
 
     @stateless
     def pack_selected_samples(self, samples: list[CheckedSample]) -> PackedSample:
