@@ -10,11 +10,29 @@ from megavlm.config.split import is_replicated, tensor_ranks
 from megavlm.planning.layout import Layout
 
 
-def share(model: ModelConfig, part: str, layout: Layout, views: float) -> tuple[int, Pictures]:
-    """Return over how many ranks a part's layers are cut, and what of ``views`` the busiest of them runs."""
+def share(
+    model: ModelConfig, part: str, layout: Layout, views: float, patches: float | None = None
+) -> tuple[int, Pictures]:
+    """Return over how many ranks a part's layers are cut, and what of ``views`` the busiest of them runs.
+
+    Args:
+        model: the recipe's ``model`` branch.
+        part: vision or connector.
+        layout: where it runs.
+        views: so many of the usual size, or worth so many.
+        patches: patches of each picture; None for those of the usual one.
+    """
     ranks = tensor_ranks(model, part, layout.tensor)
     seen = views if ranks == layout.tensor else math.ceil(views / layout.tensor)
-    return ranks, Pictures.alike(seen, model.vision.grid)
+    return ranks, pictures_worth(model, seen, patches)
+
+
+def pictures_worth(model: ModelConfig, views: float, patches: float | None) -> Pictures:
+    """Return pictures of so many ``patches`` each that together have as many as ``views`` of usual size."""
+    usual = Pictures.alike(views, model.vision.grid)
+    if patches is None:
+        return usual
+    return Pictures(usual.patches / patches, usual.patches, usual.patches * patches)
 
 
 def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float:

@@ -34,7 +34,14 @@ class ChunkFlops:
 
 
 def chunk_flops(
-    recipe: Recipe, layout: Layout, chunk: Chunk, *, tokens: int, squared_lengths: float, images: float
+    recipe: Recipe,
+    layout: Layout,
+    chunk: Chunk,
+    *,
+    tokens: int,
+    squared_lengths: float,
+    images: float,
+    patches: float | None = None,
 ) -> ChunkFlops:
     """Return the operations of one micro-batch, forward, in one chunk on one rank.
 
@@ -45,6 +52,7 @@ def chunk_flops(
         tokens: tokens of the micro-batch.
         squared_lengths: sum of the squares of its samples' lengths.
         images: its images.
+        patches: of each image; None for those of the usual one.
     """
     model, tp = recipe.model, layout.tensor
     language = model.language
@@ -53,9 +61,9 @@ def chunk_flops(
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
     attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
     images = images if chunk.first else 0
-    tower_ranks, seen = share(model, "vision", layout, images)
+    tower_ranks, seen = share(model, "vision", layout, images, patches)
     tower = cost_of(model, "vision").work(model.vision, seen)
-    connector_ranks, seen = share(model, "connector", layout, images)
+    connector_ranks, seen = share(model, "connector", layout, images, patches)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
         layers=chunk.layers * layer / tp,

@@ -19,7 +19,7 @@ from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
-from megavlm.planning.shares import gathered_features, share
+from megavlm.planning.shares import gathered_features, pictures_worth, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
 from megavlm.planning.workload import Workload
 
@@ -104,6 +104,7 @@ class Timer:
             tokens=load.tokens,
             squared_lengths=load.squared_lengths,
             images=load.views,
+            patches=load.patches,
         )
 
     def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
@@ -238,7 +239,8 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
-        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.views)
+        images, patches = self.workload.views, self.workload.patches
+        tp, seen = share(model, "vision", self.layout, images, patches)
         cost = cost_of(model, "vision")
         passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
         dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
@@ -255,7 +257,7 @@ class Timer:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
         work = self._flops(Chunk(0, 0, first=True, last=False))
-        tp, seen = share(model, "connector", self.layout, images)
+        tp, seen = share(model, "connector", self.layout, images, patches)
         connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
         queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
@@ -388,7 +390,7 @@ class Timer:
             squared_lengths=squares,
             positions=positions,
             squared_positions=squares,
-            images=round(packs * self.workload.views),
+            images=pictures_worth(self.recipe.model, round(packs * self.workload.views), self.workload.patches),
         )
         at_peak = step * self.peak * layout.gpus
         return StepTime(

@@ -36,6 +36,8 @@ class Workload:
     """Views of the heaviest pack: what memory is reckoned with."""
     samples: float
     """Samples of a pack, of equal length."""
+    patches: float | None = None
+    """Patches of each image, which time is reckoned with, where they keep sizes of their own; None for the usual."""
 
     @property
     def squared_lengths(self) -> float:
@@ -100,6 +102,7 @@ def assume_workload(
         views=float(images) * plan.views_of(typical),
         most_views=math.ceil(most),
         samples=float(samples),
+        patches=None if typical.patches is None else float(math.prod(typical.patches[1:])),
     )
 
 
