@@ -24,16 +24,16 @@ from megavlm.config.errors import UserError
 from megavlm.data.films.plan import FilmError, FilmLayout, FilmPlan, FilmShape, film_plan_of
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
 from megavlm.data.layouts import (
-    NEWLINE as NEWLINE,
-    Box as Box,
-    Canvas as Canvas,
-    Colour as Colour,
-    FeatureIndex as FeatureIndex,
-    ImageLayout as ImageLayout,
-    ImageRuns as ImageRuns,
-    ImageShape as ImageShape,
-    TokenGrid as TokenGrid,
-    View as View,
+    NEWLINE,
+    Box,
+    Canvas,
+    Colour,
+    FeatureIndex,
+    ImageLayout,
+    ImageRuns,
+    ImageShape,
+    TokenGrid,
+    View,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +41,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
+
+
+__all__ = [
+    "NEWLINE",
+    "Arrangement",
+    "Box",
+    "Canvas",
+    "Colour",
+    "FeatureIndex",
+    "ImageLayout",
+    "ImagePlan",
+    "ImageRuns",
+    "ImageShape",
+    "PlanKind",
+    "TokenGrid",
+    "View",
+    "arrange",
+    "colour",
+    "feature_side",
+    "image_rules",
+    "joined",
+    "plan_kinds",
+    "plan_of",
+    "register_plan",
+]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
@@ -59,6 +59,9 @@ class FilmShape(NamedTuple):
         return self.frames / self.rate
 
 
+_NO_FILM = FilmShape(0, 0, 0, 1.0)
+
+
 @dataclass(frozen=True)
 class FilmLayout(ImageLayout):
     """A plan for one film; ``shape`` is that of a frame, and all frames have one canvas.
@@ -66,7 +69,7 @@ class FilmLayout(ImageLayout):
     ``runs`` is all that stands for it in the prompt, marks and all: the template puts nothing around it.
     """
 
-    film: FilmShape = FilmShape(0, 0, 0, 1.0)
+    film: FilmShape = _NO_FILM
     indices: tuple[int, ...] = ()
     """The frames that the tower sees, in order; the last may stand several times, where a patch needs more."""
 
@@ -143,8 +146,6 @@ class PackedFilmPlan(FilmPlan):
     """Frames of a patch; where the number of frames is no multiple, the last is shown again."""
     tokens_per_view: int = 1
     """Tokens of a picture of usual size."""
-
-    kind: ClassVar[str] = ""
 
     def laid_out(self, shape: FilmShape, size: tuple[int, int], indices: Sequence[int], runs: ImageRuns) -> FilmLayout:
         """Return the layout of frames that are resized to ``size`` (width and height: multiples of a block).
