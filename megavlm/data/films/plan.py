@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
-from megavlm.data.layouts import Box, Canvas, FeatureIndex, ImageLayout, ImageRuns, TokenGrid, View
+from megavlm.data.layouts import Box, Canvas, Colour, FeatureIndex, ImageLayout, ImageRuns, TokenGrid, View
 
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
@@ -85,6 +85,8 @@ class FilmPlan(ABC):
 
     resample: str = "bicubic"
     """``bicubic`` or ``bilinear``; always antialiased."""
+    fill: Colour = (0, 0, 0)
+    """Colour of what no pixel reaches."""
 
     @abstractmethod
     def choose(self, shape: FilmShape) -> tuple[int, ...]:
