@@ -62,9 +62,11 @@ __all__ = [
     "feature_side",
     "image_rules",
     "joined",
+    "pixels_of",
     "plan_kinds",
     "plan_of",
     "register_plan",
+    "views_of",
 ]
 
 
@@ -175,6 +177,19 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
     return layout
+
+
+def views_of(plan: ImagePlan, layout: ImageLayout) -> float:
+    """Return how many views of usual size a picture or film is worth to the tower."""
+    maker: Any = plan.maker(layout)
+    return float(maker.views_of(layout))
+
+
+def pixels_of(plan: ImagePlan, layout: ImageLayout) -> tuple[int, ...]:
+    """Return the shape of the pixels of a picture or film."""
+    maker: Any = plan.maker(layout)
+    found: tuple[int, ...] = maker.pixels_of(layout)
+    return found
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def read_frames_index(data: FilmData) -> FilmIndex:
     Raises:
         FilmError: It is damaged, or its first frame cannot be opened.
     """
-    with _film(data) as (film, names, rate):
+    with _Opened(data) as (film, names, rate):
         width, height = upright_size(film.read(names[0]))
         return FilmIndex(width, height, len(names), rate, sampled=True)
 
@@ -74,7 +74,7 @@ def read_frames(data: FilmData, indices: Sequence[int], alpha: Alpha) -> Iterato
     Raises:
         FilmError: One cannot be decoded.
     """
-    with _film(data) as (film, names, _):
+    with _Opened(data) as (film, names, _):
         for index in indices:
             try:
                 yield decode_with_pil(film.read(names[index]), alpha)
@@ -82,7 +82,7 @@ def read_frames(data: FilmData, indices: Sequence[int], alpha: Alpha) -> Iterato
                 raise FilmError(error.cause, f"frame {index + 1}: {error}") from None
 
 
-class _film:  # noqa: N801 - a context manager
+class _Opened:
     """The open file, the names of its frames, and their rate."""
 
     def __init__(self, data: FilmData) -> None:
@@ -100,7 +100,9 @@ class _film:  # noqa: N801 - a context manager
         except Exception as error:  # zipfile raises what it comes across: BadZipFile, KeyError, NotImplementedError, ..
             self._file.close()
             raise FilmError("not a film", f"a folder of frames that is damaged ({error})") from None
-        bad = next((one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.file_size > MAX_BYTES), None)
+        bad = next(
+            (one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.file_size > MAX_BYTES), None
+        )
         if bad is not None or not entries or not 0 < rate < float("inf") or len(entries) > MOST_STORED_FRAMES:
             self._file.close()
             raise FilmError("not a film", "a folder of frames that megavlm prepare has not written")

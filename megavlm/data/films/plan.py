@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
@@ -77,6 +77,14 @@ class FilmLayout(ImageLayout):
     def times(self) -> tuple[float, ...]:
         """Seconds from the first frame of the film to each of ``indices``."""
         return tuple(index / self.film.rate for index in self.indices)
+
+
+class HasFilmShape(Protocol):
+    """A film: :class:`megavlm.data.films.film.Film`."""
+
+    def shape(self, shown: int = 1) -> FilmShape:
+        """Return what a plan asks of it, in a conversation of so many pictures and films."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,21 @@
-"""A film, whatever it is stored as: its index, its frames, and their pixels as a plan has them."""
+"""A film's frames, and their pixels as a plan has them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megavlm.data.films.container import is_frames, read_frames, read_frames_index
-from megavlm.data.films.index import FilmIndex
+from megavlm.data.films.container import read_frames
+from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmError, FilmLayout, FilmPlan, PackedFilmPlan
-from megavlm.data.films.source import MAX_FILM_BYTES, FilmData, read_all, size_of
-from megavlm.data.films.streams import read_stream, read_stream_index
+from megavlm.data.films.streams import read_stream
 from megavlm.data.image_colours import Alpha
-from megavlm.data.image_header import ImageError
 from megavlm.data.patches import patch_rows
 from megavlm.data.render import render_frame
-
-
-@dataclass(frozen=True)
-class Film:
-    """A film of a sample."""
-
-    data: FilmData
-    """A film file, or frames as :mod:`megavlm.data.films.container` writes them."""
-    stored: FilmData | None = None
-    """Its index, where it was stored beside the film."""
-
-    def index(self) -> FilmIndex:
-        """Return its index.
-
-        Raises:
-            FilmError: It is no film that can be read.
-            MachineError: PyAV is not installed.
-        """
-        return read_index(self.data) if self.stored is None else FilmIndex.from_bytes(read_all(self.stored))
-
-
-def read_index(data: FilmData) -> FilmIndex:
-    """Return a film's index, made of it.
-
-    Raises:
-        FilmError: It is no film that can be read.
-        MachineError: PyAV is not installed.
-    """
-    size = size_of(data)
-    if not size:
-        raise FilmError("empty")
-    if size > MAX_FILM_BYTES:
-        raise FilmError("too large", f"{size:,} bytes, at most {MAX_FILM_BYTES:,}")
-    try:
-        return read_frames_index(data) if is_frames(data) else read_stream_index(data)
-    except FilmError:
-        raise
-    except ImageError as error:
-        raise FilmError(error.cause, str(error)) from None
 
 
 def frames_of(film: Film, indices: Sequence[int], alpha: Alpha = "white") -> Iterator[Tensor]:

@@ -41,7 +41,7 @@ def opened(data: FilmData) -> BinaryIO:
     """
     if isinstance(data, bytes):
         return io.BytesIO(data)
-    return cast(BinaryIO, io.BufferedReader(_Window(data), _BUFFER))
+    return cast(BinaryIO, io.BufferedReader(_PartOfFile(data), _BUFFER))
 
 
 def read_all(data: FilmData) -> bytes:
@@ -52,7 +52,7 @@ def read_all(data: FilmData) -> bytes:
         return file.read()
 
 
-class _Window(io.RawIOBase):
+class _PartOfFile(io.RawIOBase):
     """A part of a file as a file of its own; it ends where the part does."""
 
     def __init__(self, part: FilePart) -> None:

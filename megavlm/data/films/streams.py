@@ -197,15 +197,15 @@ def _stream(data: FilmData) -> Iterator[tuple[Any, Any]]:
         options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "none", "enable_drefs": "0"}
         try:
             with _told():
-                container = stack.enter_context(
-                    module.open(file, "r", options=options, metadata_errors="replace")
-                )
+                container = stack.enter_context(module.open(file, "r", options=options, metadata_errors="replace"))
         except FilmError as error:
             raise FilmError("not a film", str(error)) from None
         covers = module.stream.Disposition.attached_pic
         streams = [one for one in container.streams.video if not one.disposition & covers]
         if not streams:
-            raise FilmError("no pictures", "the file has sound alone" if container.streams.audio else "no stream of pictures")
+            raise FilmError(
+                "no pictures", "the file has sound alone" if container.streams.audio else "no stream of pictures"
+            )
         stream = streams[0]
         context = stream.codec_context
         if context is None:
