@@ -277,12 +277,16 @@ def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -
     expected = logits_of(saved, sample, source.image)
     assert (expected - logits_of(base, sample, source.image)).abs().max() > 0.01  # the adapters matter
     command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
-    plain = AutoModelForImageTextToText.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+    # The written-out model where there is no class.
+    plain = source.model if isinstance(ROWS[name].built, Lack) else AutoModelForImageTextToText.from_pretrained(
+        hf, attn_implementation="eager", dtype=torch.float32
+    )  # fmt: skip
     both = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
     ids = sample.ids[None]
     with torch.no_grad():
         theirs = both(input_ids=ids, **sample.given, attention_mask=torch.ones_like(ids)).logits[0]
     close(theirs, expected)
+    both.unload()
     command("merge", "--megatron", saved, "--out", tmp_path / "merged")
     close(logits_of(tmp_path / "merged", sample, source.image), expected)
     command("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", base, "--out", tmp_path / "back")
