@@ -49,11 +49,17 @@ class TrainingModel:
         With ``overlap_param_gather`` they arrive during the next training forward pass only.
         """
         waiting = [c for c in self.chunks if c.ddp_config.overlap_param_gather and c.use_forward_hook]
-        for chunk in waiting:
-            chunk.disable_forward_pre_hook(param_sync=True)
+        with self._pipeline_alone():
+            for chunk in waiting:
+                chunk.disable_forward_pre_hook(param_sync=True)
         yield
-        for chunk in waiting:
-            chunk.enable_forward_pre_hook()
+        with self._pipeline_alone():
+            for chunk in waiting:
+                chunk.enable_forward_pre_hook()
+
+    def _pipeline_alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hide modules that the chunks' DistributedDataParallel was not made with."""
+        return contextlib.nullcontext() if self.vision is None else taken_off(self.vision.chunk)
 
 
 def _finish_gradients(chunks: list[Any], *args: Any, **kwargs: Any) -> None:

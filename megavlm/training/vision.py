@@ -38,9 +38,7 @@ from megavlm.parallel.device import local_device
 from megavlm.parallel.exchange import exchange
 from megavlm.parallel.faults import fault
 from megavlm.parallel.replicas import group_of_one
-
-ENCODE, EXCHANGE, BACKWARD = "vision-encode", "vision-exchange", "vision-backward"
-"""Names of the phases' timers."""
+from megavlm.parallel.stopwatch import ENCODE, EXCHANGE, HOMEWARD, RETURN
 
 
 class VisionModule(MegatronModule):
@@ -148,13 +146,14 @@ class VisionPhases:
         To be called behind the pipeline's last backward pass, in every step.
         """
         encoded, self._encoded = self._encoded, None
-        if encoded is not None:
-            with self._timed(EXCHANGE):
-                grad_KE = self._hand_back(encoded)
-            with self._timed(BACKWARD):
-                fault("vision.backward")
-                if encoded.features_KE is not None:
-                    encoded.features_KE.backward(grad_KE)
+        with self._timed(HOMEWARD):
+            if encoded is not None:
+                with self._timed(EXCHANGE):
+                    grad_KE = self._hand_back(encoded)
+                with self._timed(RETURN):
+                    fault("vision.backward")
+                    if encoded.features_KE is not None:
+                        encoded.features_KE.backward(grad_KE)
         self.wrapped.finish_grad_sync()
 
     def _rows(self, batch: Batch) -> list[int]:

@@ -10,7 +10,9 @@ from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import levels_cases  # noqa: E402
 import numpy as np  # noqa: E402
+import tiles_cases  # noqa: E402
 import torch  # noqa: E402
 from lora_worker import fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
@@ -19,9 +21,11 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.checks import check_recipe  # noqa: E402
-from megavlm.config.help import to_yaml  # noqa: E402
+from megavlm.config.help import to_tree, to_yaml  # noqa: E402
+from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
-from megavlm.data.media import Arrangement  # noqa: E402
+from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
+from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
@@ -43,12 +47,12 @@ def run_jobs(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
 
 def run(job: Job) -> dict[str, Any]:
     """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
-    recipe = tiny_recipe(**job["recipe"])
+    recipe = made(job["recipe"])
     check_recipe(recipe)
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "skipped": []}
     with process_groups(recipe.parallel, recipe.training.seed):
         if "weights" in job and not Path(job["weights"]).exists():
-            plain = tiny_recipe(**{name: branch for name, branch in job["recipe"].items() if name != "lora"})
+            plain = made({name: branch for name, branch in job["recipe"].items() if name != "lora"})
             modules = [unwrap(chunk) for chunk in build_model(plain, IMAGE_TOKEN)]
             checkpoint.save_weights(Path(job["weights"]).parent, modules, recipe_yaml=to_yaml(plain))
         torch.manual_seed(recipe.training.seed)
@@ -84,16 +88,33 @@ def run(job: Job) -> dict[str, Any]:
     return found
 
 
+def made(branches: dict[str, Any]) -> Recipe:
+    """Return the recipe of a job; its model may be that of another test."""
+    model = tiles_cases.recipe(tiles_cases.ANYRES) if branches.get("model") == "tiles" else levels_cases.recipe()
+    if branches.get("model") not in ("tiles", "levels"):
+        return tiny_recipe(**branches)
+    rest = {name: branch for name, branch in branches.items() if name != "model"}
+    return tiny_recipe(**rest, model=to_tree(model)["model"], data=to_tree(model)["data"])
+
+
 def read(recipe: Any, step: int, without: Any) -> list[ReadPack]:
-    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture."""
+    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica."""
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    made = random_packs(recipe.training.global_batch_size, seed=step)
+    count, plan = recipe.training.global_batch_size, plan_of(recipe.model)
     if recipe.model.vision.packed:
-        mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(made)]
+        mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(random_packs(count, step))]
+    elif recipe.model.vision.deepstack:
+        drawn = levels_cases.packs(plan, positions_of(recipe.model, IMAGE_TOKEN), count, step)
+        mine = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in drawn]
+    elif plan.fixed:
+        mine = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in random_packs(count, step)]
     else:
-        mine = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in made]
+        drawn = tiles_cases.packs(plan, count, step)
+        mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
     if step in without:
         mine = [_text(one) for one in mine]
+    elif "one" in without:  # replica
+        mine = [one if i % size else _text(one) for i, one in enumerate(mine)]
     return mine[rank::size]
 
 
