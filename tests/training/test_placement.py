@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,12 @@ PACKED = {
     "language": {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4}
     | {"kv_channels": 16, "vocab_size": 512, "vocab_divisor": 1, **STD},
 }
-LORA = {"lora": {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "w1"]}, "modules": {"vision": FROZEN}}
+VISION = {"image_size": 32, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96, "num_attention_heads": 4}
+VISION |= {"positional_grid": 2, "patch_size": 16, **STD}
+NORMS = {"normalization": "RMSNorm", "qk_norm": "width", "layer_scale": True, "add_qkv_bias": False}
+MODEL = {"preset": "tiny", "vision": VISION, "connector": {"preset": "mlp2x_gelu", **STD}, "language": PACKED["language"]}
+LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "w1"]}, "modules": {"vision": FROZEN}}
+LORA["checkpoint"] = {"load": "unused"}
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,14 +47,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "newline": {"model": "tiles"},
     "deepstack": {"model": "levels"},
     # Megatron-Core adds up gradients of norms of queries and keys by their names, the tower's too.
-    "norms": {"model": {"language": {"qk_layernorm": True}, "vision": {"preset": "intern_vit", "qk_norm": "width"}}},
+    "norms": {"model": {**MODEL, "vision": VISION | NORMS, "language": MODEL["language"] | {"qk_layernorm": True}}},
     "frozen tower": {"modules": {"vision": FROZEN}},
     "frozen tower and connector": {"modules": {"vision": FROZEN, "connector": FROZEN}},
     "frozen connector": {"modules": {"connector": FROZEN}},
     "frozen language": {"modules": {"language": FROZEN}},
     "adapters": LORA,
     "layer decay": {"modules": {"vision": {"layer_decay": 0.7, "lr_multiplier": 0.5}}},
-    "recomputed": {"model": {"vision": {"gradient_checkpointing": True}}, "parallel": {"recompute_granularity": "full"}},
+    "recomputed": {
+        "model": {**MODEL, "vision": VISION | {"gradient_checkpointing": True}},
+        "parallel": {"recompute_granularity": "full"},
+    },
     "bf16": {"training": {"precision": "bf16"}},
 }
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -72,6 +79,8 @@ LONG_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "deepstack at TP 2 x PP 2 + SP": ("deepstack", 4, TP2 | PP2 | SP),
     "deepstack at PP 4": ("deepstack", 4, PP4),
     "recomputed at TP 2 x PP 2": ("recomputed", 4, TP2 | PP2),
+    "norms at TP 2 x PP 2 + SP": ("norms", 4, TP2 | PP2 | SP),
+    "norms at DP 2 x TP 2": ("norms", 4, TP2),
     **{
         f"{name} at DP 2 x PP 2, overlapped": (name, 4, PP2 | OVERLAP)
         for name in ("frozen tower", "frozen tower and connector", "frozen connector", "frozen language")
@@ -156,3 +165,70 @@ def long_results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[s
 @pytest.mark.parametrize("case", LONG_CASES)
 def test_other_layouts_and_models(case: str, long_results: tuple[Path, dict[str, list[dict[str, Any]]]]) -> None:
     check_equal(long_results[0], case, LONG_CASES[case][0], long_results[1])
+
+
+@pytest.mark.dist
+def test_a_change_of_placement_changes_no_bit(
+    results: tuple[Path, dict[str, list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    """From all ranks to the first stage at another layout and back, weights and optimizer, loaded and saved at once."""
+    tmp, _ = results
+    load, vocabulary = tmp / "PP 2", tiny_recipe().model.language.vocab_size
+    first = tensors(load / f"step-{STEPS:08}", vocabulary)
+    assert any(key.startswith("optimizer.state.exp_avg.vision.") for key in first)
+    jobs: dict[str, Any] = {}
+    for name, parallel in (("first", PP2 | FIRST), ("all", TP2 | ALL)):
+        jobs[name] = {
+            "recipe": branches("plain", parallel), "load": str(load / f"step-{STEPS:08}"), "save": str(tmp_path / name),
+            "steps": (STEPS, STEPS),
+        }  # fmt: skip
+        load = tmp_path / name
+    ranks.run("placement_cases:run_jobs", jobs, world=2)
+    for name in jobs:
+        assert tensors(tmp_path / name / f"step-{STEPS:08}", vocabulary) == first, name
+    # What is not cut over ranks is the same too: a run of the first stage and one of all ranks write it alike.
+    plain, other = (_common(tmp / name) for name in ("plain", "PP 2"))
+    assert plain == other and plain["param_groups"][0]["step"] == STEPS
+
+
+def _common(root: Path) -> dict[str, Any]:
+    saved = torch.load(root / f"step-{STEPS:08}" / "common.pt", weights_only=False)["optimizer"]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in saved["optimizer"]["param_groups"]]
+    return {"param_groups": groups, "keys": sorted(map(str, saved))}
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        ({"parallel": {"use_distributed_optimizer": False}}, "all_ranks needs parallel.use_distributed_optimizer"),
+        ({"engine": {"fp8": "hybrid"}, "training": {"precision": "bf16"}}, "all_ranks does not go with engine.fp8"),
+        ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "all_ranks does not go with engine.cuda_graph_impl"),
+    ],
+)
+def test_what_does_not_go_with_all_ranks_is_refused(branch: dict[str, Any], message: str) -> None:
+    recipe = tiny_recipe(**{**branch, "parallel": {**branch.get("parallel", {}), **ALL}})
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(recipe)
+
+
+def test_a_tower_that_no_rank_count_divides_may_be_whole_on_all() -> None:
+    five = {**VISION, "num_attention_heads": 5, "hidden_size": 40, "tensor_parallel": "shard"}
+    model = {**MODEL, "vision": five}
+    with pytest.raises(RecipeError, match=r"model.vision.num_attention_heads: 5 is not divisible"):
+        check_recipe(tiny_recipe(model=model, parallel=TP2))
+    check_recipe(tiny_recipe(model=model, parallel=TP2 | ALL))
+
+
+def test_pictures_are_spread_by_their_cost() -> None:
+    """One huge picture takes a rank alone; alike ones go around; the same wherever it is asked."""
+    packed = tiny_recipe(model=PACKED, parallel=PP2 | TP2 | ALL)
+    huge, small = [1, 24, 24], [1, 4, 4]
+    owners = PictureSpread(packed)([[small, huge], [], [small] * 6])
+    assert [len(one) for one in owners] == [2, 0, 6]
+    alone = owners[0][1]
+    assert [owner for one in owners for owner in one].count(alone) == 1
+    assert owners == PictureSpread(packed)([[small, huge], [], [small] * 6])
+    film, frame = picture_operations(packed.model, (4, 8, 8)), picture_operations(packed.model, (1, 8, 8))
+    assert film == pytest.approx(4 * frame)  # frames do not look at each other
+    alike = PictureSpread(tiny_recipe(parallel=PP2 | ALL))([[None] * 3, [None] * 2])
+    assert sorted(owner for one in alike for owner in one) == [0, 0, 0, 1, 1]
