@@ -196,6 +196,8 @@ class ParallelConfig:
     ddp_bucket_size: int | None = Field(default=None, gt=0)
     """With overlap_grad_reduce: parameters that are reduced together, at least; null for 40 million, or a million per
     data-parallel rank if that is more. Only the first pipeline stage's first chunk is cut into buckets."""
+    vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
+    """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute in the language model: full layers, only the core attention, or null for none."""
     recompute_num_layers: int | None = Field(default=None, gt=0)
