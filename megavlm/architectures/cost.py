@@ -61,6 +61,10 @@ class Pictures:
             squared += frames * (rows * columns) ** 2
         return Pictures(count, patches, squared)
 
+    def times(self, number: float) -> Pictures:
+        """Return so many times these pictures."""
+        return Pictures(number * self.count, number * self.patches, number * self.squared)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -308,8 +312,10 @@ class _WithLevels:
         return Work(*(sum(getattr(one, name) for one in found) for name in ("products", "attention", "whole")))
 
     def kept(self, own: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
-        """Return the bytes that they keep."""
-        return sum(self._cost.kept(model, tensor, pictures, kernels, learns=learns) for model in self._each(own))
+        """Return the bytes that they keep: the last layer's input is a view of all layers' features side by side."""
+        beside = own.vision.deepstack * pictures.patches * own.vision.feature_size * kernels.number_bytes
+        each = (self._cost.kept(model, tensor, pictures, kernels, learns=learns) for model in self._each(own))
+        return beside + sum(each)
 
     @staticmethod
     def _each(model: ModelConfig) -> list[ModelConfig]:

@@ -20,6 +20,8 @@ from typing import Generic, Protocol, TypeVar
 
 from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
 from megavlm.data.positions import OwnPositions, grids_of
 
@@ -43,16 +45,16 @@ class PackableSample:
 
     encoded: EncodedSample
     """Tokens and labels."""
-    images: tuple[bytes, ...]
-    """Encoded image files, one for each image slot."""
+    images: tuple[bytes | Film, ...]
+    """Encoded image files and films, in the order in which they are shown."""
     key: str
     """Name of the sample in logs."""
     source: int
     """Index of its data set in the blend."""
     shard: str = ""
     """File that it lies in."""
-    shapes: tuple[ImageShape, ...] = ()
-    """What the image plan asks of each image."""
+    shapes: tuple[ImageShape | FilmShape, ...] = ()
+    """What the image plan asks of each image and film."""
     views: int = 0
     """Pictures that the tower sees; where they keep sizes of their own, how heavy they are (:data:`Weigh`)."""
 
@@ -220,7 +222,7 @@ def build_pack(
     grids = None
     if positions is not None:
         assert plan is not None
-        grids = [grids_of(plan, [plan.plan(*shape) for shape in sample.shapes]) for sample in samples]
+        grids = [grids_of(plan, [plan.of(shape) for shape in sample.shapes]) for sample in samples]
     return make_pack(
         [sample.encoded.tokens for sample in samples],
         sequence_length,

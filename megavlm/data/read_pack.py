@@ -47,7 +47,8 @@ def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_
     firsts = image_starts(pack, plan, image_token_id)
     bad: dict[int, str] = {}
     for index, cause in zip(decoded.failed, decoded.causes, strict=True):
-        bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, cause)
+        what = f"bad {'image' if isinstance(pack.images[index], bytes) else 'film'} ({cause})"
+        bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, what)
     for segment in bad:
         pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
     masked = [_masked(pack, segment, bad[segment]) for segment in sorted(bad)]
@@ -60,7 +61,7 @@ def no_pixels(plan: ImagePlan) -> Tensor:
 
 
 def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np.int64]:
-    """Return [N] the position of each image's first slot."""
+    """Return [N] the position of each image's, or film's, first slot."""
     slots = np.flatnonzero(pack.tokens == image_token_id)
     layouts = pack.layouts(plan)
     if layouts is None:
@@ -74,4 +75,4 @@ def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np
 def _masked(pack: Pack, segment: int, cause: str) -> SkippedSample:
     dataset, _, key = pack.sample_keys[segment].partition("/")
     shard = pack.sample_shards[segment] if pack.sample_shards else ""
-    return SkippedSample(dataset, shard, key, f"bad image ({cause})")
+    return SkippedSample(dataset, shard, key, cause)

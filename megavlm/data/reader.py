@@ -256,6 +256,8 @@ def _images_of(plan: ImagePlan) -> str:
     The side is not told: the same tokens of a finer picture may go on.
     """
     values = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name != "side"}
+    if plan.films is None:
+        del values["films"]  # states from before films still fit
     text = f"{type(plan).__name__}({', '.join(f'{key}={value!r}' for key, value in values.items())})"
     return text if len(text) <= 160 else f"{text[:150]}.. {hashlib.sha256(text.encode()).hexdigest()[:8]})"
 
@@ -275,6 +277,8 @@ def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokeni
     ]
     if data.packing == "carry_over" and data.balance_images:
         parts.append("balance_images")  # left out otherwise: states from before the key still fit
+    if plan.films is not None:
+        parts.append(repr(plan.films))
     for source in sources:
         meta = Path(source.path) / ".nv-meta"
         if not (meta / ".info.json").is_file():

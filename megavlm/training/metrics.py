@@ -308,6 +308,11 @@ _TAGS = {
     "bubble_fraction": "pipeline/bubble_fraction",
     "bubble_fraction_largest": "pipeline/bubble_fraction_largest",
     "communication_fraction": "communication/fraction",
+    "vision_encode_seconds": "vision/encode_seconds",
+    "vision_backward_seconds": "vision/backward_seconds",
+    "vision_imbalance": "vision/imbalance",
+    "vision_fraction": "vision/fraction",
+    "vision_lost_fraction": "vision/lost_fraction",
     "slowest_rank": "slowest_rank/rank",
     "slowest_rank_seconds": "slowest_rank/compute_seconds",
     "slowest_rank_ratio": "slowest_rank/ratio_to_its_stage",
@@ -380,6 +385,8 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     ]
     if "bubble_fraction" in values:
         parts.append(f"bubble {values['bubble_fraction']:.0%}")
+    if "vision_fraction" in values:
+        parts.append(f"vision {values['vision_fraction']:.0%} (lost {values['vision_lost_fraction']:.0%})")
     if "communication_fraction" in values:
         parts.append(f"communication {values['communication_fraction']:.0%}")
     if values.get("slowest_rank_ratio", 1.0) >= STRAGGLER:

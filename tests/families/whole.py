@@ -86,7 +86,8 @@ class Published:
     """The size of a published model."""
 
     count: int | str
-    """Parameters: all digits, or as the model card rounds them (938.19M)."""
+    """Parameters: all digits where ``published_totals.py`` says where they were read; else what the class has, or as
+    the model's page rounds it, from memory (13.4B)."""
     refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Tensor-parallel sizes, of 2, 4 and 8, that the model does not go with, and words of the message."""
 
