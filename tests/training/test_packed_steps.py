@@ -60,4 +60,6 @@ def test_one_sample_of_32768_tokens_and_16_pictures(tmp_path: Path) -> None:
     names = {name for one in found for name in one.worst}
     assert names == set(alone.worst) and any(name.startswith("vision.") for name in names)
     for one in (alone, *found):
-        assert one.planned == pytest.approx(one.peak, rel=0.06)
+        # A last stage of one layer: what comes and goes in it, and in the output layer, is most, and not at one time.
+        most = 1.06 if one is alone or any(name.startswith("vision.") for name in one.worst) else 1.12
+        assert 0.97 * one.peak < one.planned < most * one.peak
