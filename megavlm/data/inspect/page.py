@@ -139,7 +139,8 @@ def _head(found: Collected) -> str:
         f"<style>{LOOK}{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>{SWITCH}"
         f'<h1>megavlm inspect</h1><p class="facts">{_joined(facts)}</p>'
         '<div class="wide"><table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th>'
-        f"<th>tokens: mean</th><th>longest</th><th>pictures</th><th>supervised</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        "<th>tokens: mean</th><th>longest</th><th>pictures</th><th>supervised</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
         f'<div class="charts">{figures}</div>{left_out if named else ""}'
         '<p class="legend"><span class="t s">supervised</span> the loss counts this token '
         '<span class="t m">masked</span> it does not <span class="t i">256 slots</span> a picture\u2019s features</p>'
