@@ -18,6 +18,7 @@ PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
+VIDEO = ["av>=18"]  # PyAV, BSD-3; its wheels carry FFmpeg with x264 and x265, which are under the GPL
 # Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=2.15"]
@@ -75,6 +76,7 @@ setup(
         "qlora": QLORA,
         "s3": S3,
         "serve": SERVE,
+        "video": VIDEO,
         "web": SERVE,  # the page needs no more; the name is kept for those who wrote it down
         "te": ENGINE,
         "dev": [
@@ -84,6 +86,7 @@ setup(
             *QLORA,
             *S3,
             *SWANLAB,
+            *VIDEO,
             *WANDB,
             *SERVE,
             "flask",  # moto's server
