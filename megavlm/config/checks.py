@@ -186,8 +186,28 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
             if not getattr(parallel, name):
                 yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
+    if parallel.vision_placement == "all_ranks":
+        yield from _vision_placement(recipe)
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         yield "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce; set that to true, or this to null"
+
+
+def _vision_placement(recipe: Recipe) -> Iterator[str]:
+    """Check what does not go with towers on all ranks."""
+    key = "parallel.vision_placement: all_ranks"
+    if not recipe.parallel.use_distributed_optimizer:
+        yield f"{key} needs parallel.use_distributed_optimizer; set that to true, or this to first_stage"
+    if recipe.engine.fp8 is not None:
+        yield f"{key} does not go with engine.fp8; set that to null, or this to first_stage"
+    if recipe.engine.cuda_graph_impl != "none":
+        yield f"{key} does not go with engine.cuda_graph_impl; set that to none, or this to first_stage"
+    for branch in ("vision", "connector"):
+        architecture = architecture_of(recipe.model, branch)
+        if architecture.cost is None:
+            yield (
+                f"{key} spreads pictures by their cost, and the {architecture.name} architecture of model.{branch} has"
+                " no figures of its own; set it to first_stage"
+            )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

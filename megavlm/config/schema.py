@@ -15,6 +15,7 @@ from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
+from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
@@ -162,6 +163,8 @@ class ModelConfig:
     """The language model."""
     image: ImageConfig = Field(default_factory=ImageConfig)
     """What becomes of pictures."""
+    video: VideoConfig = Field(default_factory=VideoConfig)
+    """What becomes of films."""
 
     @property
     def tokens_per_view(self) -> int:
@@ -193,6 +196,8 @@ class ParallelConfig:
     ddp_bucket_size: int | None = Field(default=None, gt=0)
     """With overlap_grad_reduce: parameters that are reduced together, at least; null for 40 million, or a million per
     data-parallel rank if that is more. Only the first pipeline stage's first chunk is cut into buckets."""
+    vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
+    """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute in the language model: full layers, only the core attention, or null for none."""
     recompute_num_layers: int | None = Field(default=None, gt=0)

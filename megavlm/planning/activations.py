@@ -138,9 +138,10 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
         # By the time that the layers' turn comes, the loss has let go of what it kept.
         backward = max(logits, products, backward - output)
     if chunk.first:
-        vision = vision_kept(recipe, layout, images, kernels)
+        vision = vision_kept(recipe, layout, images, kernels) if chunk.encodes else 0
         if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
             vision += wide - stream
+    if chunk.encodes:
         # The tower comes before, and its backward pass after, what the language layers keep.
         tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", layout, images)
         trains_vision = not recipe.modules.vision.freeze
@@ -148,6 +149,6 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
         rebuilt = int(tower.rebuilt(recipe.model.vision, ranks, seen, kernels)) if trains_vision else 0
         forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
-        if learns or lora.train_embeddings:  # the embedding's gradient
-            backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
+    if chunk.first and (learns or lora.train_embeddings):  # the embedding's gradient
+        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)

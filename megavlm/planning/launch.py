@@ -22,6 +22,7 @@ _KEYS = (
     "overlap_param_gather",
     "recompute_granularity",
     "recompute_num_layers",
+    "vision_placement",
 )
 """The keys of ``parallel`` that a plan sets."""
 

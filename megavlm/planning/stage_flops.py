@@ -52,7 +52,7 @@ def chunk_flops(
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
     attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
-    images = images if chunk.first else 0.0
+    images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
     connector_ranks, seen = share(model, "connector", layout, images)

@@ -112,6 +112,10 @@ class Stage:
     """Of the learning rate: that of the tower."""
     template: str | None = None
     """Another than the preset's."""
+    least: float = 0.0
+    """The learning rate at the end."""
+    adam: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 1)
+    """Both betas, epsilon, and the norm that gradients are clipped to."""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,17 @@ def _internvl2_5(size: str, lr: float, decay: float, steps: int) -> dict[str, St
     return _llava(f"internvl2_5_{size}", first, second, ("stage1", "stage2"))
 
 
+def _onevision1_5(size: str) -> dict[str, Stage]:
+    adam, rates = (0.9, 0.99, 1e-5, 1), {"least": 1e-6}
+    first = Stage(("connector",), 1e-4, 2500, 8, 32768, 391, warmup=5, adam=adam, **rates)
+    names = [f"llava_onevision1_5_{size}/{stage}" for stage in ("align", "mid", "sft")]
+    second = Stage(ALL, 1e-5, 20_000, 16, 32768, 391, names[0], 40, 0.01, adam=(0.9, 0.95, 1e-5, 1), **rates)
+    third = replace(second, steps=3500, batch=224, after=names[1], warmup=7, decay=0.0, adam=adam)
+    return dict(zip(names, (first, second, third), strict=True))
+
+
+_QWEN_SFT = Stage(("connector", "language"), 2e-7, 1000, 128, 8192, 54)
+_QWEN3_SFT = replace(_QWEN_SFT, lr=1e-5, tokens=48)
 HEADS = "is not divisible by parallel.tensor_model_parallel_size"
 
 
@@ -357,6 +368,7 @@ ROWS: dict[str, WholeFamily] = {
             "qwen2_vl_72b": Published(73_405_560_320),
         },
         Lack("see qwen2_5_vl, whose tower has three heads there"),
+        recipes={f"qwen2_vl_{size}/sft": _QWEN_SFT for size in ("2b", "7b", "72b")},
     ),
     "qwen2_5_vl": _qwen2_vl(
         "qwen2_5_vl",
@@ -368,7 +380,7 @@ ROWS: dict[str, WholeFamily] = {
             "qwen2_5_vl_72b": Published(73_410_777_344),
         },
         NativeSource("qwen2_5_vl", partial(qwen2_5_vl, heads=3), files=NATIVE_FILES, vocab=128),
-        recipes={"qwen2_5_vl_7b/sft": Stage(("connector", "language"), 2e-7, 1000, 128, 8192, 54)},
+        recipes={f"qwen2_5_vl_{size}/sft": _QWEN_SFT for size in ("3b", "7b", "32b", "72b")},
     ),
     "qwen3_vl": _qwen2_vl(
         "qwen3_vl",
@@ -381,6 +393,7 @@ ROWS: dict[str, WholeFamily] = {
         },
         Lack("see qwen2_5_vl, whose tower has three heads there"),
         THIRD_FILES,
+        recipes={f"qwen3_vl_{size}/sft": _QWEN3_SFT for size in ("2b", "4b", "8b", "32b")},
     ),
     "glm4v": _qwen2_vl(
         "glm4v",
@@ -388,6 +401,7 @@ ROWS: dict[str, WholeFamily] = {
         {"glm4_1v_9b": Published(10_292_777_472)},
         NativeSource("glm4v", partial(glm4v, heads=3), files=GLM4V_FILES, vocab=128),
         GLM4V_FILES,
+        recipes={"glm4_1v_9b/sft": Stage(("language",), 1e-5, 1000, 32, 32768, 315, warmup=100)},
     ),
     "llava_onevision1_5": replace(
         _qwen2_vl(
@@ -398,7 +412,7 @@ ROWS: dict[str, WholeFamily] = {
                 "llava_onevision1_5_8b": Published(8_527_214_624),
             },
             Lack("see qwen2_5_vl, whose tower has three heads there"),
-            recipes=Lack("its stages are of records in packs of WebDataset: not yet set up here"),
+            recipes={**_onevision1_5("4b"), **_onevision1_5("8b")},
         ),
         checkpoints=tuple(RICE),
         template="qwen2_vl",
@@ -406,7 +420,6 @@ ROWS: dict[str, WholeFamily] = {
         others=Lack("what is published differs in size alone; bad input: tests/families/test_llava_onevision1_5.py"),
         answers=Lack("Transformers has no class for it: answers are held against the written-out one, in `source`"),
         built=Lack("no class to build: counted from the published definition in test_llava_onevision1_5.py"),
-        headers=Lack("there are no recipes yet"),
     ),
     "internvl_chat": layout_of("internvl", ("internvl_chat",), template="internvl2_5",
                                image={"kind": "dynamic_tiles", "max_tiles": 12}),
