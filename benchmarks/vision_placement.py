@@ -1,13 +1,13 @@
 """Step time with tower and connector on all ranks, over the first stage at its best measured split; on CPUs, PP 2.
 
-``python benchmarks/vision_placement.py --out FILE`` starts two ranks, one on each of two cores. For towers of 40, 50 and
-60 % of the operations, and two mixes (``mixes.py``, all lengths divided by 8): the split of the language layers with which
-the first stage is fastest is measured first; then steps of either placement in turn, on the same packs. A ratio is of
-neighbouring steps, and the median of them is what is shown.
+``python benchmarks/vision_placement.py --out FILE`` starts two ranks, one on each of two cores. For towers of 40, 50
+and 60 % of the operations, and two mixes (``mixes.py``, all lengths divided by 8): the split of the language layers
+with which the first stage is fastest is measured first; then steps of either placement in turn, on the same packs. A
+ratio is of neighbouring steps, and the median of them is what is shown.
 
 *Efficiency* is the least that a step could take over what it takes: the pipeline with ready features, measured, and the
-tower's seconds spread evenly over the ranks. *Predicted* is the same ratio from operations alone, as the planner simulates
-it: every operation equally fast.
+tower's seconds spread evenly over the ranks. *Predicted* is the same ratio from operations alone, as the planner
+simulates it: every operation equally fast.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class Side:
     def batches(self, images: Sequence[int], seed: int) -> list[Any]:
         """Return the micro-batches of a step, in the order in which this placement runs them."""
         import torch
+
         from megavlm.data.device_batch import share_packs
         from megavlm.data.read_pack import ReadPack
         from megavlm.parallel.state import is_reader
@@ -142,6 +143,7 @@ class Side:
         """Take a step; return its seconds on the rank that takes longest. ``ready``: its features are there."""
         import torch
         import torch.distributed as dist
+
         from megavlm.training.step import train_step
 
         vision = None if ready else self.training.vision
@@ -175,6 +177,7 @@ class Side:
 def random_pack(images: int, seed: int) -> tuple[Any, Any]:
     """Return a pack of one segment with so many pictures, and their pixels."""
     import numpy as np
+
     from megavlm.data.batch import IGNORE_INDEX, Pack
 
     rng = np.random.default_rng(seed)
@@ -229,6 +232,7 @@ def work(args: argparse.Namespace) -> None:
 
     prepare_device()
     import torch.distributed as dist
+
     from megavlm.parallel.state import process_groups
 
     recipe = recipe_of(1, None, "first_stage")
@@ -242,7 +246,8 @@ def table(result: dict[str, Any]) -> str:
     """Return the Markdown of a result."""
     lines = [
         f"Command: `{result['command']}` ({result['seconds']:.0f} s, load {result['load']:.1f} at the start)", "",
-        "| mix | tower | best split | first stage | all ranks | ratio | predicted | efficiency |", "|---|---|---|---|---|---|---|---|",
+        "| mix | tower | best split | first stage | all ranks | ratio | predicted | efficiency |",
+        "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in result["cases"]:
         first, every = row["seconds"]

@@ -190,8 +190,8 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs the two keys above."""
     ddp_bucket_size: int | None = Field(default=None, gt=0)
-    """With overlap_grad_reduce: parameters reduced together, at least; null for 40 million, or a million per data-parallel
-    rank. Only the first pipeline stage's first chunk is cut into buckets."""
+    """With overlap_grad_reduce: parameters reduced together, at least; null for 40 million, or a million per
+    data-parallel rank. Only the first pipeline stage's first chunk is cut into buckets."""
     vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
     """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
     vision_recompute: bool = False

@@ -1,7 +1,7 @@
 """Tower and connector on all ranks (``parallel.vision_placement``): what a rank encodes of a step, and what that keeps.
 
-Every rank has both whole and a share of the step's pictures of its replica. What it keeps of them stays through the whole
-pipeline; the first stage has the features of all of them, and their gradients.
+Every rank has both whole and a share of the step's pictures of its replica. What it keeps of them stays through the
+whole pipeline; the first stage has the features of all of them, and their gradients.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ class Timer:
         return cost.forward, cost.backward + adding + again, out + back
 
     def apart(self) -> tuple[float, float]:
-        """Return the seconds of reducing and gathering a tower that all ranks hold, which nothing hides, and updating it."""
+        """Return the seconds of reducing and gathering a tower that all ranks hold, unhidden, and of updating it."""
         _, learning, _ = apart_elements(self.recipe, self.layout)
         if not learning:
             return 0.0, 0.0

@@ -37,7 +37,12 @@ PACKED = {
 VISION = {"image_size": 32, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96, "num_attention_heads": 4}
 VISION |= {"positional_grid": 2, "patch_size": 16, **STD}
 NORMS = {"normalization": "RMSNorm", "qk_norm": "width", "layer_scale": True, "add_qkv_bias": False}
-MODEL = {"preset": "tiny", "vision": VISION, "connector": {"preset": "mlp2x_gelu", **STD}, "language": PACKED["language"]}
+MODEL = {
+    "preset": "tiny",
+    "vision": VISION,
+    "connector": {"preset": "mlp2x_gelu", **STD},
+    "language": PACKED["language"],
+}
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "w1"]}, "modules": {"vision": FROZEN}}
 LORA["checkpoint"] = {"load": "unused"}
 
@@ -140,7 +145,9 @@ def check_equal(tmp: Path, case: str, name: str, results: dict[str, list[dict[st
     assert any(key.startswith("vision.") for key in whole) or name == "adapters"
     for key, values in whole.items():
         rows = min(len(values), len(parts[key])) if values.dim() else None  # a vocabulary is padded
-        torch.testing.assert_close(parts[key][:rows], values[:rows], rtol=near, atol=near, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            parts[key][:rows], values[:rows], rtol=near, atol=near, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
