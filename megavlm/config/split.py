@@ -7,8 +7,9 @@ MLP of 2730). Such a part is not padded, but whole on each rank, which encodes i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig, ParallelConfig
@@ -34,6 +35,17 @@ def tensor_ranks(model: ModelConfig, part: str, tensor: int) -> int:
 def is_replicated(model: ModelConfig, part: str, tensor: int) -> bool:
     """Whether each of ``tensor`` > 1 ranks holds a whole part."""
     return tensor_ranks(model, part, tensor) < tensor
+
+
+def picture_owners(patches: Sequence[int], ranks: int) -> list[int]:
+    """Return which rank encodes each picture of any size: the one in whose equal part of the patches its middle lies.
+
+    Args:
+        patches: patches of each picture.
+        ranks: the tensor-parallel size.
+    """
+    ends, total = accumulate(patches), sum(patches)
+    return [(2 * end - own) * ranks // (2 * total) for own, end in zip(patches, ends, strict=True)]
 
 
 def part_rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> Iterator[str]:

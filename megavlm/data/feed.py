@@ -211,16 +211,16 @@ class Feed:
 
     Args:
         prefetcher: on the reader rank; None on the others.
-        order: says from the number of views of each pack of a step, in the order of reading, in which order they
-            run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
-            between steps does not know of it.
+        order: says from what the tower sees of each pack of a step (``ReadPack.seen``), in the order of reading, in
+            which order they run (indices); None leaves them as they are. A step is the same packs in any case, so the
+            reader's state between steps does not know of it.
         spread: says which rank of the replica encodes which picture; None leaves all to the first stage.
     """
 
     def __init__(
         self,
         prefetcher: Prefetcher | None,
-        order: Callable[[Sequence[int]], Sequence[int]] | None = None,
+        order: Callable[[Sequence[Any]], Sequence[int]] | None = None,
         spread: Spread | None = None,
     ) -> None:
         assert (prefetcher is not None) == is_reader()
@@ -240,7 +240,7 @@ class Feed:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 if self._order is not None:
-                    read = [read[index] for index in self._order([item.pixels.size(0) for item in read])]
+                    read = [read[index] for index in self._order([item.seen for item in read])]
                 self.sample_keys = [key for item in read for key in item.pack.sample_keys]
             except Exception:
                 logger.exception("reading data failed")

@@ -13,7 +13,6 @@ replicated instead: built as on one rank, from the same weights. Its ranks see d
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
+
+from megavlm.config.split import picture_owners
 
 _MARK = "tensor_parallel_replica"
 _EVERYWHERE = "whole_on_all_ranks"
@@ -131,9 +132,7 @@ class PackedShares:
     def __init__(self, counts: Sequence[int]) -> None:
         self.group = mpu.get_tensor_model_parallel_group()
         rank, ranks = self.group.rank(), self.group.size()
-        ends, total = list(itertools.accumulate(counts)), sum(counts)
-        # A picture goes to the rank in whose equal part of the patches its middle lies.
-        owners = [(2 * end - count) * ranks // (2 * total) for count, end in zip(counts, ends, strict=True)]
+        owners = picture_owners(counts, ranks)
         self.sizes = [sum(n for n, owner in zip(counts, owners, strict=True) if owner == i) for i in range(ranks)]
         self.start, self.own = sum(self.sizes[:rank]), self.sizes[rank]
         self.pictures = [index for index, owner in enumerate(owners) if owner == rank]

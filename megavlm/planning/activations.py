@@ -17,7 +17,7 @@ from typing import Any
 from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, final_norm_kept
 from megavlm.config.schema import Recipe
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import share
+from megavlm.planning.shares import Seen, share
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
     return chunk.layers * layer + beside
 
 
-def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
-    """Return the bytes that tower and connector keep for ``images`` images."""
+def vision_kept(recipe: Recipe, layout: Layout, images: Seen, kernels: Kernels) -> int:
+    """Return the bytes that tower and connector keep of pictures."""
     model, modules = recipe.model, recipe.modules
     kept = 0
     if not modules.vision.freeze:
@@ -103,8 +103,8 @@ def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -
     return kept
 
 
-def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: int) -> Held:
-    """Return the bytes of one micro-batch in one chunk, on one rank."""
+def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: Seen) -> Held:
+    """Return the bytes of one micro-batch in one chunk, on one rank; ``images``: what the tower sees of it."""
     kernels = kernels_of(recipe)
     b, tp, language = kernels.number_bytes, layout.tensor, recipe.model.language
     learns, lora, cost = weights_learn(recipe), recipe.lora, decoder_cost(language)

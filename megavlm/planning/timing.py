@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
+from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, Pictures, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.apart import alone, feature_bytes, share_of_step
@@ -106,7 +106,7 @@ class Timer:
             chunk,
             tokens=load.tokens,
             squared_lengths=load.squared_lengths,
-            images=load.views,
+            images=load.seen,
         )
 
     def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
@@ -241,7 +241,7 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
-        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.views)
+        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.seen)
         cost = cost_of(model, "vision")
         passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
         dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
@@ -258,7 +258,7 @@ class Timer:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
         work = self._flops(Chunk(0, 0, first=True, last=False))
-        tp, seen = share(model, "connector", self.layout, images)
+        tp, seen = share(model, "connector", self.layout, self.workload.seen)
         connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
         queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
@@ -439,7 +439,7 @@ class Timer:
             squared_lengths=squares,
             positions=positions,
             squared_positions=squares,
-            images=round(packs * self.workload.views),
+            images=self._seen(packs),
         )
         at_peak = step * self.peak * layout.gpus
         return StepTime(
@@ -457,6 +457,11 @@ class Timer:
             hfu=flops.hardware / at_peak,
             vision=vision,
         )
+
+    def _seen(self, packs: int) -> float | Pictures:
+        """Return what the tower sees of so many packs."""
+        load = self.workload
+        return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
         """Return seconds and bubble of the passes."""

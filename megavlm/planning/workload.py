@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megavlm.architectures.cost import Pictures
 from megavlm.config.checks import TEXT_TOKENS
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
@@ -36,6 +37,13 @@ class Workload:
     """Views of the heaviest pack: what memory is reckoned with."""
     samples: float
     """Samples of a pack, of equal length."""
+    pictures: Pictures | None = None
+    """The images of an average pack where they keep sizes of their own: attention goes by the square of each."""
+
+    @property
+    def seen(self) -> float | Pictures:
+        """What the tower sees of a pack on average."""
+        return self.views if self.pictures is None else self.pictures
 
     @property
     def squared_lengths(self) -> float:
@@ -100,6 +108,7 @@ def assume_workload(
         views=float(images) * plan.views_of(typical),
         most_views=math.ceil(most),
         samples=float(samples),
+        pictures=None if typical.patches is None else Pictures.shown([typical.patches]).times(images),
     )
 
 

@@ -43,6 +43,7 @@ from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
+from megavlm.planning.weighing import weigher_of
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
 from megavlm.training.guard import StepGuard, check_finite
@@ -339,6 +340,7 @@ class Trainer:
                     self.tokenizer,
                     self.plan,
                     positions_of(recipe.model, self.tokenizer.imgpad_id),
+                    weigher_of(recipe),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,

@@ -1,0 +1,1 @@
+"""Film plans of the published families."""
