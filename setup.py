@@ -36,7 +36,7 @@ setup(
     package_data={
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
-        "megavlm.data.inspect": ["page.css"],
+        "megavlm.data.inspect": ["look.css", "page.css"],
         "megavlm.evaluation": ["report.css"],
         "megavlm.inference.server": ["page/*"],
         "megavlm.data.textpages": ["words_*.txt"],
