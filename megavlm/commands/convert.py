@@ -213,9 +213,9 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 def add_int4(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``int4``."""
     parser.description = (
-        "Write a Hugging Face directory again, with the language model's linear layers in 4 bits: the layout of GPTQ or "
-        "of AWQ, as Transformers, vLLM and SGLang read it. Tower, connector, embedding and output layer stay as they "
-        "are. Roundings are searched on samples of your data, pictures included; a GPU is used if there is one. Needs "
+        "Write a Hugging Face directory again, with the language model's linear layers in 4 bits: the layout of GPTQ "
+        "or of AWQ, as Transformers, vLLM and SGLang read it. Tower, connector, embedding and output layer stay. "
+        "Roundings are searched on samples of your data, pictures included; a GPU is used if there is one. Needs "
         "pip install 'megavlm[int4]'."
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory to quantise, as exported")

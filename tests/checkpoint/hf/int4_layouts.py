@@ -2,8 +2,8 @@
 
 GPTQ: AutoGPTQ's ``QuantLinear`` (``auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py``): eight inputs in a number, the
 first in the lowest bits; zero points are stored less one; ``g_idx`` names each input's group. AWQ: AutoAWQ's
-``WQLinear_GEMM`` (``awq/modules/linear/gemm.py``, ``awq/utils/packing_utils.py``): eight outputs in a number, in the order
-0, 2, 4, 6, 1, 3, 5, 7; zero points as they are.
+``WQLinear_GEMM`` (``awq/modules/linear/gemm.py``, ``awq/utils/packing_utils.py``): eight outputs in a number, in the
+order 0, 2, 4, 6, 1, 3, 5, 7; zero points as they are.
 """
 
 from __future__ import annotations
