@@ -19,6 +19,8 @@ EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
 VIDEO = ["av>=18"]  # PyAV, BSD-3; its wheels carry FFmpeg with x264 and x265, which are under the GPL
+# Apache-2.0; of what was tried the one that runs on CPUs beside this torch and Transformers (docs/int4.md).
+INT4 = ["auto-round>=0.16.1,<0.17", "transformers"]
 # Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=2.15"]
@@ -72,6 +74,7 @@ setup(
         "wandb": WANDB,
         "eval": EVAL,
         "parquet": PARQUET,
+        "int4": INT4,
         "gcs": ["google-cloud-storage>=3.2,<4"],
         "qlora": QLORA,
         "s3": S3,
@@ -82,6 +85,7 @@ setup(
         "dev": [
             *DALI,
             *EVAL,
+            *INT4,
             *MLFLOW,
             *QLORA,
             *S3,
