@@ -39,7 +39,7 @@ class Qwen2VLFamily(Family):
 
     name = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
-    finds = "Detect the bounding box of {thing}."
+    finds: ClassVar[str | None] = "Detect the bounding box of {thing}."
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
