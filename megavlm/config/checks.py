@@ -188,6 +188,11 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
                 yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
     if parallel.vision_placement == "all_ranks":
         yield from _vision_placement(recipe)
+    elif parallel.vision_recompute and parallel.vision_placement == "first_stage":
+        yield (
+            "parallel.vision_recompute: needs parallel.vision_placement all_ranks or auto; set that, or this to false"
+            " (on the first stage model.vision.gradient_checkpointing recomputes)"
+        )
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         yield "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce; set that to true, or this to null"
 
