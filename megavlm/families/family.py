@@ -167,6 +167,17 @@ class Family(ABC):
         """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
 
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Return the keys of ``preprocessor_config.json`` that say what becomes of pictures, after a training.
+
+        None where each becomes one square, which :mod:`megavlm.families.preprocessor` writes for all families.
+
+        Args:
+            model: the model.
+            old: the file as it was.
+        """
+        return None
+
     def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
         """Return what its processor asks the tokenizer for by name (``extra_special_tokens``), after a training.
 

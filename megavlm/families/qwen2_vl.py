@@ -21,7 +21,7 @@ from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.films import film_branch
 from megavlm.families.llama import no_llama
-from megavlm.families.native_pictures import native_pictures
+from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -153,6 +153,10 @@ class Qwen2VLFamily(Family):
         if language.kv_channels * language.num_attention_heads != language.hidden_size:
             return "the heads of the language model are not as wide as it is, for which its configuration has no key"
         return self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures keep sizes of their own."""
+        return trained_native(model, old)
 
     def _refuses_common(self, model: ModelConfig) -> str | None:
         """Return what is against a model in all families of this form, or None."""
