@@ -22,6 +22,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
+from megavlm.planning.placement import settled
 from megavlm.training.loggers.known import check_loggers
 
 INTERMIXED = True
@@ -83,6 +84,7 @@ def train(recipe: Recipe) -> int:
     Returns, Raises: as :func:`run`.
     """
     check_loggers(recipe.logging)
+    recipe = settled(recipe, _world_size(1) or 1)
     tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)
