@@ -43,7 +43,7 @@ LAST_WORDS = 3.0
 """Seconds that a rank has to write where it hangs."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
-# What commands and workers import inside their functions, once and for all ranks; of transformers what all of its models
+# What commands and workers import inside their functions, once and for all ranks; of transformers what all its models
 # import, for which a rank needs 1.5 s. These models, and what serves HTTP, are left to those few that need them.
 MODULES = (
     "numpy", "PIL.Image", "simplejpeg", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
