@@ -1,8 +1,7 @@
 """The typed tree that a recipe fills: every key of ``megavlm train``, its type, default and meaning.
 
-The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
-The keys of a model's branches are those of its architectures (:mod:`megavlm.architectures`). Values that come from a
-preset have no default there; ``megavlm.families.presets`` fills them in first.
+The string under a field is its help text (``megavlm train --help``), so write it for users. The keys of a model's
+branches are those of its architectures; what a preset gives has no default, ``families.presets`` fills it in first.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
+from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
@@ -162,6 +162,8 @@ class ModelConfig:
     """The language model."""
     image: ImageConfig = Field(default_factory=ImageConfig)
     """What becomes of pictures."""
+    video: VideoConfig = Field(default_factory=VideoConfig)
+    """What becomes of films."""
 
     @property
     def tokens_per_view(self) -> int:
@@ -188,18 +190,20 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and
-    use_distributed_optimizer."""
+    """Gather updated parameters while the next forward pass runs; needs the two keys above."""
     ddp_bucket_size: int | None = Field(default=None, gt=0)
-    """With overlap_grad_reduce: parameters that are reduced together, at least; null for 40 million, or a million per
-    data-parallel rank if that is more. Only the first pipeline stage's first chunk is cut into buckets."""
+    """With overlap_grad_reduce: parameters reduced together, at least; null for 40 million, or a million per
+    data-parallel rank. Only the first pipeline stage's first chunk is cut into buckets."""
+    vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
+    """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
+    vision_recompute: bool = False
+    """With all ranks: keep no activations of tower and connector; encode pictures again for their backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activation recompute in the language model: full layers, only the core attention, or null for none."""
     recompute_num_layers: int | None = Field(default=None, gt=0)
     """With full recompute, layers that share one saved input (uniform method); null means 1."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation: Transformer Engine, plain torch, or auto (Transformer Engine where CUDA and
-    it are there)."""
+    """Layer implementation: Transformer Engine, plain torch, or auto (the former where CUDA and it are there)."""
     distributed_timeout_minutes: float = Field(default=30.0, gt=0)
     """A collective that waits longer than this ends the job."""
 

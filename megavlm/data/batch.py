@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmShape
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid, layouts_of
 from megavlm.data.positions import OwnPositions
 
 IGNORE_INDEX = -100
@@ -51,14 +53,15 @@ class Pack:
     """[G + 1] where each segment starts, and S at the end; padding is the last segment."""
     segment_sources: NDArray[np.int32]
     """[G] index of each segment's data set in the blend; -1 for padding."""
-    images: list[bytes]
-    """[N] encoded image files, in the order of their slots in ``tokens``."""
+    images: list[bytes | Film]
+    """[N] encoded image files, and films, in the order of their slots in ``tokens``."""
     sample_keys: list[str]
     """Keys of the samples, in order."""
     sample_shards: list[str] = field(default_factory=list)
     """Shards of the samples, in order."""
-    image_shapes: list[ImageShape] = field(default_factory=list)
-    """[N] what the image plan asks of each image; not looked at where it does the same with all (``plan.fixed``)."""
+    image_shapes: list[ImageShape | FilmShape] = field(default_factory=list)
+    """[N] what the image plan asks of each image and film; not looked at where it does the same with all
+    (``plan.fixed``) and there are no films."""
     restore_key: Any = field(default=None, repr=False)
     """What the reader needs to make this pack again (see :mod:`megavlm.data.reader`)."""
     skipped: list[SkippedSample] = field(default_factory=list)
@@ -77,8 +80,8 @@ class Pack:
         return 0
 
     def layouts(self, plan: ImagePlan) -> list[ImageLayout] | None:
-        """Return the layout of each image; None where the plan has the same views and tokens for all."""
-        return None if plan.fixed else [plan.plan(*shape) for shape in self.image_shapes]
+        """Return the layout of each image and film; None where all have the same views and tokens."""
+        return layouts_of(plan, self.image_shapes)
 
     @property
     def supervised_tokens(self) -> int:

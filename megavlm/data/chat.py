@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from megavlm.config.errors import UserError
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.media import ImageRuns
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_text, check_unicode
+from megavlm.data.schema import (
+    FILM_PLACEHOLDER,
+    IMAGE_PLACEHOLDER,
+    VISUAL,
+    Conversation,
+    Turn,
+    check_text,
+    check_unicode,
+    shown_films,
+)
 from megavlm.data.template import TEXT, Span
 from megavlm.data.tokenizer import Tokenizer
 
@@ -26,7 +35,7 @@ class EncodedSample:
     labels: NDArray[np.int64]
     """[T] the position's own token where it is trained on, else IGNORE_INDEX; not shifted."""
     num_images: int
-    """Images whose slots are in ``tokens``."""
+    """Images and films whose slots are in ``tokens``."""
     weights: NDArray[np.float32] | None = None
     """[T] what the loss of predicting each position's token is multiplied by; None for 1."""
 
@@ -44,7 +53,7 @@ def encode_conversation(
     Args:
         conversation: A checked conversation.
         tokenizer: The tokenizer, with its template.
-        runs: What stands for each image, in order of appearance; the template's marks come around it.
+        runs: What stands for each image and film, in order of appearance; the template's marks come around an image.
         system: System turn for a conversation that has none; empty for none, None for the template's own.
 
     Raises:
@@ -65,7 +74,7 @@ def encode_prompt(
     Args:
         turns: Earlier turns and the user's last one; images are :data:`IMAGE_PLACEHOLDER`.
         tokenizer: The tokenizer, with its template.
-        runs: What stands for each image.
+        runs: What stands for each image and film.
         system: System turn where ``turns`` have none; empty for none, None for the template's own.
 
     Returns:
@@ -149,16 +158,17 @@ def answer_start(tokens: NDArray[np.int64], labels: NDArray[np.int64], tokenizer
 
 
 class _Images:
-    """The images of a conversation, taken one by one.
+    """The images and films of a conversation, taken one by one.
 
     Raises:
         UserError: there are more or fewer than ``runs``.
     """
 
     def __init__(self, turns: Sequence[Turn], runs: Sequence[ImageRuns]) -> None:
-        shown = count_images(turns)
-        if shown != len(runs):
-            raise UserError(f"the conversation shows {shown} image(s), {len(runs)} are given")
+        films = shown_films(turns)
+        if len(films) != len(runs):
+            what = "image(s) and film(s)" if any(films) else "image(s)"
+            raise UserError(f"the conversation shows {len(films)} {what}, {len(runs)} are given")
         self._runs = iter(runs)
 
     def next(self) -> ImageRuns:
@@ -178,7 +188,7 @@ def _with_system(turns: Sequence[Turn], tokenizer: Tokenizer, system: str | None
         turns = [Turn("system", text), *turns]
     for turn in turns if template.renders else ():
         check_unicode(turn.text)
-        parts = turn.text.split(IMAGE_PLACEHOLDER)
+        parts = VISUAL.split(turn.text)
         for part in (*parts, "".join(parts)):
             _checked(part, tokenizer)
     return turns
@@ -212,14 +222,16 @@ def _counted(span: Span) -> float:
 def _apart(spans: Sequence[Span], tokenizer: Tokenizer, images: _Images) -> Iterator[tuple[list[int], float]]:
     """Yield each span's ids and weight, encoded by itself, so that the mask cuts between tokens."""
     for span in spans:
-        if span.markup and IMAGE_PLACEHOLDER not in span.text:
+        if span.markup and VISUAL.search(span.text) is None:
             yield _ids_of([span.text], tokenizer), _counted(span)
             continue
         check_unicode(span.text)
         ids: list[int] = []
-        for index, part in enumerate(span.text.split(IMAGE_PLACEHOLDER)):
-            ids += _image(images.next(), tokenizer) if index else []
-            ids += _checked(part, tokenizer)
+        for part in _parts(span.text):
+            if part in (IMAGE_PLACEHOLDER, FILM_PLACEHOLDER):
+                ids += _image(images.next(), tokenizer, film=part == FILM_PLACEHOLDER)
+            else:
+                ids += _checked(part, tokenizer)
         yield ids, _counted(span)
 
 
@@ -265,10 +277,11 @@ def _stretches(
         for span in group:
             if not span.markup:
                 check_unicode(span.text)
-            for index, part in enumerate(span.text.split(IMAGE_PLACEHOLDER)):
-                if index:
+            for part in _parts(span.text):
+                if part in (IMAGE_PLACEHOLDER, FILM_PLACEHOLDER):
                     runs.append(images.next())
-                    text += _written(runs[-1], tokenizer)
+                    text += _written(runs[-1], tokenizer, film=part == FILM_PLACEHOLDER)
+                    continue
                 if not span.markup:
                     _checked(part, tokenizer)
                 text += part if not span.markup else _named(part, tokenizer)
@@ -282,15 +295,27 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _written(runs: ImageRuns, tokenizer: Tokenizer) -> str:
-    """Return an image as text, with one token for each run of slots."""
-    begin, end = (_named(mark, tokenizer) for mark in _marks(runs, tokenizer))
+def _parts(text: str) -> list[str]:
+    """Return a text in parts: what shows an image or film is one by itself."""
+    found: list[str] = []
+    at = 0
+    for one in VISUAL.finditer(text):
+        found += [text[at : one.start()], one[0]]
+        at = one.end()
+    return [*found, text[at:]]
+
+
+def _written(runs: ImageRuns, tokenizer: Tokenizer, *, film: bool) -> str:
+    """Return an image or film as text, with one token for each run of slots."""
+    begin, end = (_named(mark, tokenizer) for mark in _marks(runs, tokenizer, film=film))
     slot = tokenizer.spelled[tokenizer.template.slot.name]
     return begin + "".join(run if isinstance(run, str) else slot if run else "" for run in runs) + end
 
 
-def _marks(runs: ImageRuns, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return what stands around an image: nothing where its plan wrote the marks itself, as that of slices does."""
+def _marks(runs: ImageRuns, tokenizer: Tokenizer, *, film: bool) -> tuple[str, str]:
+    """Return what stands around an image: nothing where its plan wrote them itself, as those of slices and films do."""
+    if film:
+        return "", ""
     marks = tokenizer.template.image
     written = bool(runs) and isinstance(runs[0], str) and bool(marks[0]) and runs[0].startswith(marks[0])
     return ("", "") if written else marks
@@ -328,9 +353,9 @@ def _checked(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _image(runs: ImageRuns, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of an image, the template's marks around it included."""
-    begin, end = _marks(runs, tokenizer)
+def _image(runs: ImageRuns, tokenizer: Tokenizer, *, film: bool) -> list[int]:
+    """Return the ids of an image or film, the marks around it included."""
+    begin, end = _marks(runs, tokenizer, film=film)
     ids = _ids_of([begin], tokenizer)
     for run in runs:
         ids += _ids_of([run], tokenizer) if isinstance(run, str) else [tokenizer.imgpad_id] * run

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError, FilmLayout
+from megavlm.data.films.read import fill
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import (
     OUT_OF_MEMORY,
@@ -27,7 +30,7 @@ from megavlm.data.images import (
     lay_out,
     read_header,
 )
-from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, pixels_of
 from megavlm.data.patches import patches_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import SquashPlan
@@ -107,29 +110,36 @@ class ImageDecoder(ABC):
         """Where the pixels are made."""
 
     def decode(
-        self, images: Sequence[bytes], plan: ImagePlan | int, layouts: Sequence[ImageLayout] | None = None
+        self, images: Sequence[bytes | Film], plan: ImagePlan | int, layouts: Sequence[ImageLayout] | None = None
     ) -> DecodedImages:
-        """Decode images and make their views.
+        """Decode images and films, and make their views.
 
         Args:
-            images: N encoded image files; N may be 0.
+            images: N encoded image files and films; N may be 0.
             plan: What becomes of them; a whole number squashes each to a square of this side.
-            layouts: Layout of each image; None where the plan has the same views for all (``plan.fixed``).
+            layouts: Layout of each; None where the plan has the same views for all (``plan.fixed``), and there are no
+                films.
         """
         plan = SquashPlan(plan, 0) if isinstance(plan, int) else plan
         assert plan.square or plan.packed, "views that are not square are made by megavlm.data.render"
         assert plan.fixed or layouts is not None, "how many views a picture has is told by its layout"
-        counts = [1] * len(images) if layouts is None else [plan.pixels_of(layout)[0] for layout in layouts]
+        counts = [1] * len(images) if layouts is None else [pixels_of(plan, layout)[0] for layout in layouts]
         pixels = torch.empty((sum(counts), *plan.row), dtype=torch.uint8, device=self.device)
         outs = pixels.split(counts) if images else ()
         fast: dict[int, DecodeTask] = {}
         slow: list[int] = []
         failed: dict[int, str] = {}
-        jobs = [
-            DecodeTask(data, plan, out, None if plan.fixed or layouts is None else layouts[index])
-            for index, (data, out) in enumerate(zip(images, outs, strict=True))
-        ]
-        for index, job in enumerate(jobs):
+        jobs: dict[int, DecodeTask] = {}
+        for index, (data, out) in enumerate(zip(images, outs, strict=True)):
+            if isinstance(data, bytes):
+                jobs[index] = DecodeTask(data, plan, out, None if plan.fixed or layouts is None else layouts[index])
+                continue
+            assert layouts is not None, "how many frames a film has is told by its layout"
+            try:
+                self._decode_film(data, plan, layouts[index], out)
+            except ImageError as error:
+                failed[index] = self._fail(error)
+        for index, job in jobs.items():
             try:
                 job.header = read_header(job.data)
             except ImageError as error:
@@ -148,7 +158,7 @@ class ImageDecoder(ABC):
                 failed[index] = self._fail(error)
         order = sorted(failed)
         for index in order:
-            jobs[index].out.fill_(GRAY)
+            outs[index].fill_(GRAY)
         return DecodedImages(pixels, order, [failed[index] for index in order])
 
     def decode_prompt(self, images: Sequence[bytes], plan: ImagePlan) -> tuple[DecodedImages, Arrangement | None]:
@@ -177,6 +187,19 @@ class ImageDecoder(ABC):
             job.fill(torch.from_numpy(view).permute(2, 0, 1) for view in views)
         except MemoryError:
             raise ImageError(OUT_OF_MEMORY) from None
+
+    def _decode_film(self, film: Film, plan: ImagePlan, layout: ImageLayout, out: torch.Tensor) -> None:
+        """Fill ``out`` with a film's frames, whatever decodes pictures: FFmpeg decodes them, torch resizes."""
+        assert isinstance(layout, FilmLayout) and plan.films is not None
+        try:
+            if out.device.type == "cpu":
+                fill(out, film, plan.films, layout, self.alpha)
+                return
+            pixels = torch.empty(out.shape, dtype=out.dtype)
+            fill(pixels, film, plan.films, layout, self.alpha)
+            out.copy_(pixels)
+        except MemoryError:
+            raise FilmError(OUT_OF_MEMORY) from None
 
     def _fail(self, error: ImageError) -> str:
         self.failures[error.cause] += 1

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.chat import encode_conversation
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError, FilmLayout
+from megavlm.data.films.streams import av_module
 from megavlm.data.images import ImageError, lay_out
 from megavlm.data.machine import is_machine_fault
-from megavlm.data.media import ImagePlan
-from megavlm.data.packing import PackableSample, build_pack, choose_pack
+from megavlm.data.media import ImageLayout, ImagePlan, views_of
+from megavlm.data.packing import PackableSample, Weigh, build_pack, choose_pack
 from megavlm.data.positions import OwnPositions
-from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.schema import Conversation, UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
 from megavlm.data.template import TemplateError
@@ -96,6 +100,7 @@ class PackEncoder(TaskEncoder):
         tokenizer: The tokenizer.
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
+        weigh: Says how heavy the pictures of a sample are; None counts their views.
     """
 
     decoder = None
@@ -108,13 +113,17 @@ class PackEncoder(TaskEncoder):
         tokenizer: Tokenizer,
         plan: ImagePlan,
         positions: OwnPositions | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         tokenizer.template.check_training()
+        if plan.films is not None:
+            av_module()  # said before the first film is met
         self.data = data
         self.names = names
         self.tokenizer = tokenizer
         self.plan = plan
         self.positions = positions
+        self.weigh = weigh
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -149,14 +158,11 @@ class PackEncoder(TaskEncoder):
             raise BrokenSampleError("unsafe image path") from None
         except UserError:
             raise BrokenSampleError("bad record") from None
-        images = [name for name in sample.files if name.startswith("img")]
-        wanted = [f"img{i}" for i in range(len(conversation.images))]
-        if not set(wanted) <= set(images):
-            raise BrokenSampleError("image missing")
-        if len(images) > len(wanted):
-            raise BrokenSampleError("more images than slots")
+        shown = _shown(sample.files, conversation)
         try:
-            layouts = lay_out([sample.files[name] for name in wanted], self.plan)
+            layouts = lay_out(shown, self.plan)
+        except FilmError as error:
+            raise BrokenSampleError(f"bad film ({error.cause})") from None
         except ImageError as error:
             raise BrokenSampleError(f"bad image ({error.cause})") from None
         try:
@@ -167,19 +173,24 @@ class PackEncoder(TaskEncoder):
         except UserError:
             raise BrokenSampleError("control token") from None
         slots = int((encoded.tokens == self.tokenizer.imgpad_id).sum())
-        if encoded.num_images != len(wanted) or slots != sum(layout.tokens for layout in layouts):
+        if encoded.num_images != len(shown) or slots != sum(layout.tokens for layout in layouts):
             raise BrokenSampleError("slots do not match images")
         if len(encoded.tokens) > self.data.sequence_length:
             raise BrokenSampleError("too long")
         return PackableSample(
             encoded=encoded,
-            images=tuple(sample.files[name] for name in wanted),
+            images=tuple(shown),
             key=f"{self.names[sample.source]}/{sample.__key__}",
             source=sample.source,
             shard=sample.shard,
-            shapes=tuple(layout.shape for layout in layouts),
-            views=round(sum(self.plan.views_of(layout) for layout in layouts)),
+            shapes=tuple(layout.film if isinstance(layout, FilmLayout) else layout.shape for layout in layouts),
+            views=self._weight(layouts),
         )
+
+    def _weight(self, layouts: Sequence[ImageLayout]) -> int:
+        if self.weigh is not None:
+            return self.weigh(layouts)
+        return round(sum(views_of(self.plan, layout) for layout in layouts))
 
     @stateless
     def pack_selected_samples(self, samples: list[CheckedSample]) -> PackedSample:
@@ -199,6 +210,29 @@ class PackEncoder(TaskEncoder):
             final_packer=self.pack_selected_samples,
             worker_config=worker_config,
         )
+
+
+def _shown(files: Mapping[str, Any], conversation: Conversation) -> list[bytes | Film]:
+    """Return a sample's pictures and films in the order in which its conversation shows them.
+
+    Raises:
+        BrokenSampleError: There are others than it shows.
+    """
+    found: dict[str, list[str]] = {}
+    for what, start, number in (("image", "img", len(conversation.images)), ("film", "film", len(conversation.films))):
+        there = {name for name in files if re.fullmatch(rf"{start}\w*", name) and not name.startswith("filmindex")}
+        wanted = [f"{start}{i}" for i in range(number)]
+        if not set(wanted) <= there:
+            raise BrokenSampleError(f"{what} missing")
+        if len(there) > number:
+            raise BrokenSampleError(f"more {what}s than slots")
+        found[start] = wanted
+    images, films = iter(found["img"]), iter(found["film"])
+    shown: list[bytes | Film] = []
+    for moves in conversation.shows:
+        name = next(films if moves else images)
+        shown.append(Film(files[name], files.get(f"filmindex{name[4:]}")) if moves else files[name])
+    return shown
 
 
 class CarryOverPackingDataset(PackingDataset):

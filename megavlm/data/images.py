@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image
 
+from megavlm.data.films.plan import HasFilmShape
 from megavlm.data.image_colours import Alpha, to_rgb
 from megavlm.data.image_header import (
     MAX_BYTES,
@@ -188,15 +189,19 @@ def upright_size(data: bytes) -> tuple[int, int]:
     return (stored.height, stored.width) if stored.turn >= 5 else (stored.width, stored.height)
 
 
-def lay_out(files: Sequence[bytes], plan: ImagePlan) -> list[ImageLayout]:
-    """Return the layouts of the pictures of one conversation, from their headers.
+def lay_out(files: Sequence[bytes | HasFilmShape], plan: ImagePlan) -> list[ImageLayout]:
+    """Return the layouts of the pictures and films of one conversation, from their headers.
 
     Raises:
-        ImageError: One cannot be opened, its size is out of bounds or in doubt, or the plan cannot have it.
+        ImageError: One cannot be opened, its size is out of bounds or in doubt, or the plan cannot have it; of a film a
+            :class:`FilmError`.
     """
-    found = []
+    found: list[ImageLayout] = []
     for number, data in enumerate(files, 1):
         try:
+            if not isinstance(data, bytes):
+                found.append(plan.of(data.shape(len(files))))
+                continue
             if isinstance(plan, SquashPlan):  # whichever way up
                 header = read_header(data)
                 size = header.width, header.height
@@ -204,7 +209,8 @@ def lay_out(files: Sequence[bytes], plan: ImagePlan) -> list[ImageLayout]:
                 size = upright_size(data)
             found.append(plan.plan(*size, len(files)))
         except ImageError as error:
-            raise ImageError(error.cause, f"image {number}: {error}") from None
+            what = "image" if isinstance(data, bytes) else "film"
+            raise type(error)(error.cause, f"{what} {number}: {error}") from None
     return found
 
 

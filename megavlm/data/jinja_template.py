@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from megavlm.config.errors import UserError
 from megavlm.data.chat_files import ChatFiles
 from megavlm.data.jinja_sandbox import START, STOP, compiled, render
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import FILM_PLACEHOLDER, IMAGE_PLACEHOLDER, VISUAL, Turn
 from megavlm.data.template import TEXT, ControlToken, Span, Template, TemplateError, trained
 
 NAME = "checkpoint"
@@ -29,6 +29,7 @@ _SLOTS = (
     "<image>", "<|image_pad|>", "<imgpad>", "<image_placeholder>", "<IMG_CONTEXT>", "<image_soft_token>", "<|image|>",
     "[IMG]", "<start_of_image>", "<im_patch>", "<|image_1|>",
 )  # fmt: skip
+_FILMS = ("<|video_pad|>", "<video>", "<|video|>", "<VIDEO_CONTEXT>")
 _TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 
 Messages = list[dict[str, Any]]
@@ -49,18 +50,21 @@ class CheckpointTemplate(Template):
     """Whether it writes the slot of an image part; else the slot stands in the text."""
     where: str
     """Its file, for messages."""
+    film: str = ""
+    """What it writes for a film part, marks and all, where it takes parts; empty where it knows no films."""
 
     @property
     def fingerprint(self) -> str:
         """Name and a digest of what decides the tokens; not of where the file lies, and the same in every process."""
-        return self._digest({"where": None, "parts": repr(sorted(self.parts))})
+        return self._digest({"where": None, "parts": repr(sorted(self.parts)), "film": None})
 
     @property
     def former_fingerprints(self) -> frozenset[str]:
         """Those with the file's place, and with a set's order, which is another one in each process."""
         orders = (", ".join(map(repr, order)) for order in itertools.permutations(self.parts))
         return frozenset(
-            self._digest({"parts": f"frozenset({{{text}}})" if text else "frozenset()"}) for text in orders
+            self._digest({"parts": f"frozenset({{{text}}})" if text else "frozenset()", "film": None})
+            for text in orders
         )
 
     def spans(self, turns: Sequence[Turn], *, prompt: bool = False) -> list[Span]:
@@ -71,6 +75,12 @@ class CheckpointTemplate(Template):
         """
         whole = self._rendered(turns, prompt=prompt)
         text = whole.replace(START, "").replace(STOP, "")
+        films = sum(turn.text.count(FILM_PLACEHOLDER) for turn in turns)
+        film = self.film or FILM_PLACEHOLDER
+        if (films or not self.film) and text.count(film) != films:
+            raise TemplateError(
+                f"{self.where}: the chat template shows {text.count(film)} film(s), the conversation {films}"
+            )
         shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
         slot = self.slot.name
         if text.count(slot) != shown:
@@ -89,6 +99,8 @@ class CheckpointTemplate(Template):
             found += [Span(text[at:start]), Span(text[start:end], trained=True, weight=weight)]
             at = end
         found.append(Span(text[at:]))
+        if films:
+            found = [replace(one, text=one.text.replace(film, FILM_PLACEHOLDER)) for one in found]
         return [replace(one, text=one.text.replace(slot, IMAGE_PLACEHOLDER)) for one in found if one.text]
 
     def check_training(self) -> None:
@@ -161,8 +173,7 @@ class CheckpointTemplate(Template):
             text = turn.text if self.shows_images else turn.text.replace(IMAGE_PLACEHOLDER, self.slot.name)
             content: Any = text
             if turn.role in self.parts:
-                content = [{"type": "image"} if i % 2 else {"type": "text", "text": one}
-                           for i, one in enumerate(_around_images(text)) if i % 2 or one]  # fmt: skip
+                content = list(_as_parts(text))
                 content = content or [{"type": "text", "text": ""}]
             found.append({"role": turn.role, "content": content})
         return found
@@ -239,7 +250,7 @@ def checkpoint_template(tokenizer: Path, name: str = NAME) -> CheckpointTemplate
         begin=files.begin(), eos=files.ends(), stop_ids=files.stop_ids(),
     )  # fmt: skip
     made = _with_forms(made)
-    made = _with_slot(made, files.image_names())
+    made = _with_film(_with_slot(made, files.image_names()))
     stop = _stop_of(made)
     known = files.known_tokens()
     return replace(made, tokens=(ControlToken((stop,)),), stops=(stop,)) if stop in known else made
@@ -285,6 +296,21 @@ def _with_slot(template: CheckpointTemplate, names: Sequence[str]) -> Checkpoint
     return replace(template, slot=ControlToken(tuple(names), appended=True))
 
 
+def _with_film(template: CheckpointTemplate) -> CheckpointTemplate:
+    """Find out what the text writes for a film; where content is text, the film's own place stays in it."""
+    if "user" not in template.parts:
+        return template
+    first, second = _WORDS[:2]
+    try:
+        text = template._rendered([Turn("user", f"{first}{FILM_PLACEHOLDER}{second}")], prompt=True)
+    except TemplateError:
+        return template
+    written = text.partition(first)[2].partition(second)[0].strip() if first in text and second in text else ""
+    if not written:  # in front of all words, or nowhere
+        written = next((name for name in _FILMS if name in text), "")
+    return replace(template, film=written)
+
+
 def _stop_of(template: CheckpointTemplate) -> str:
     """Return the token that stands behind an answer; empty where there is none."""
     try:
@@ -295,12 +321,16 @@ def _stop_of(template: CheckpointTemplate) -> str:
     return found[1] if found else ""
 
 
-def _around_images(text: str) -> list[str]:
-    """Return the texts around images, with an empty one for each image between."""
-    found: list[str] = []
-    for index, one in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        found += ["", one] if index else [one]
-    return found
+def _as_parts(text: str) -> Iterator[dict[str, str]]:
+    """Yield a text as parts, with one for each image and film."""
+    at = 0
+    for found in VISUAL.finditer(text):
+        if found.start() > at:
+            yield {"type": "text", "text": text[at : found.start()]}
+        yield {"type": "video" if found[0] == FILM_PLACEHOLDER else "image"}
+        at = found.end()
+    if at < len(text):
+        yield {"type": "text", "text": text[at:]}
 
 
 def _common_end(one: str, other: str) -> str:

@@ -17,11 +17,24 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megavlm.config.checks import TEXT_TOKENS, add_rule
 from megavlm.config.errors import UserError
+from megavlm.data.films.plan import FilmError, FilmLayout, FilmPlan, FilmShape, film_plan_of
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
+from megavlm.data.layouts import (
+    NEWLINE,
+    Box,
+    Canvas,
+    Colour,
+    FeatureIndex,
+    ImageLayout,
+    ImageRuns,
+    ImageShape,
+    TokenGrid,
+    View,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,115 +42,33 @@ if TYPE_CHECKING:
 
     from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
 
-ImageRuns = tuple[int | str, ...]
-"""What stands in a prompt for one picture: a number is so many feature slots, a text is literal markup between them."""
 
-Colour = tuple[int, int, int]
-"""Red, green and blue from 0 to 255."""
-
-
-NEWLINE = -1
-"""Index of the learned newline vector among features."""
-
-
-class Box(NamedTuple):
-    """A rectangle in pixels; right and bottom are not part of it."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height."""
-        return self.right - self.left, self.bottom - self.top
-
-
-class ImageShape(NamedTuple):
-    """What a plan asks of a picture."""
-
-    width: int
-    """Pixels of the upright picture (turned by its EXIF or XMP orientation)."""
-    height: int
-    """Pixels of the upright picture."""
-    images: int = 1
-    """Pictures that its conversation shows: some plans tile a picture only where it is alone."""
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A plane that views are cut from, made of the picture in three steps; what no pixel reaches is filled."""
-
-    source: Box
-    """What is taken of the upright picture. It may reach beyond the picture (padding before the resize)."""
-    resized: tuple[int, int]
-    """Width and height that it is resized to."""
-    frame: Box
-    """What is taken of the result. It may reach beyond it (padding) or be a part (cropping)."""
-
-
-class View(NamedTuple):
-    """One picture that the tower sees."""
-
-    canvas: int
-    """Index of its canvas."""
-    box: Box
-    """Its part of the canvas, within the canvas's frame."""
-
-
-@dataclass(frozen=True)
-class FeatureIndex:
-    """Which features stand at an image's T token positions."""
-
-    index: NDArray[np.int64]
-    """[T, K] features that position t is made of: view v's feature f is ``v * tokens_per_view + f``, and
-    :data:`NEWLINE` the learned vector. K is 1, or 4 where features are interpolated."""
-    weight: NDArray[np.float32] | None = None
-    """[T, K] their weights; None for 1."""
-
-
-class TokenGrid(NamedTuple):
-    """How the features of a picture, or of frames of a film that stand together, lie beside each other."""
-
-    frames: int
-    rows: int
-    columns: int
-    step: float = 1.0
-    """How much later a frame is than the one before it, in positions: of Qwen2.5-VL's films, the seconds from one to
-    the next times ``tokens_per_second``."""
-
-    @property
-    def tokens(self) -> int:
-        """Slots in the prompt."""
-        return self.frames * self.rows * self.columns
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """A plan for one picture."""
-
-    shape: ImageShape
-    canvases: tuple[Canvas, ...]
-    views: tuple[View, ...]
-    """In the order in which the tower sees them."""
-    runs: ImageRuns
-    """The picture's place in the prompt; the template puts its own start and end around it."""
-    grid: tuple[int, int] = (1, 1)
-    """Rows and columns of the tiles, or slices."""
-    patches: tuple[int, int, int] | None = None
-    """Of a picture that keeps a size of its own (``plan.packed``): its frames (in temporal patches), rows and columns
-    of patches. Each frame's patches stand block by block, as the connector joins them."""
-
-    @property
-    def tokens(self) -> int:
-        """Feature slots in the prompt."""
-        return sum(run for run in self.runs if isinstance(run, int))
-
-    @property
-    def markup(self) -> tuple[str, ...]:
-        """Texts between the slots."""
-        return tuple(run for run in self.runs if isinstance(run, str))
+__all__ = [
+    "NEWLINE",
+    "Arrangement",
+    "Box",
+    "Canvas",
+    "Colour",
+    "FeatureIndex",
+    "ImageLayout",
+    "ImagePlan",
+    "ImageRuns",
+    "ImageShape",
+    "PlanKind",
+    "TokenGrid",
+    "View",
+    "arrange",
+    "colour",
+    "feature_side",
+    "image_rules",
+    "joined",
+    "layouts_of",
+    "pixels_of",
+    "plan_kinds",
+    "plan_of",
+    "register_plan",
+    "views_of",
+]
 
 
 @dataclass(frozen=True)
@@ -152,6 +83,9 @@ class ImagePlan(ABC):
     """``bicubic``, ``bilinear`` or ``lanczos``; always antialiased."""
     fill: Colour = (0, 0, 0)
     """Colour of what no pixel reaches."""
+    films: FilmPlan | None = dataclasses.field(default=None, repr=False, kw_only=True)
+    """What becomes of films; None where they are not read. Not told among the values of a plan of pictures: saved
+    states from before films still fit."""
 
     fixed: ClassVar[bool] = False
     """Whether every picture has the same views and tokens: its size need not be known."""
@@ -214,6 +148,25 @@ class ImagePlan(ABC):
         """
         return _planned(self, ImageShape(width, height, 1 if self.fixed else images))
 
+    def of(self, shape: ImageShape | FilmShape) -> ImageLayout:
+        """Return the layout of a picture or film.
+
+        Raises:
+            ImageError: As :meth:`plan`; or it is a film, and these are not read, or not such ones.
+        """
+        if not isinstance(shape, FilmShape):
+            return self.plan(*shape)
+        if self.films is None:
+            raise FilmError("not read", "model.video.kind is none; set it to the family's film plan")
+        return self.films.plan(shape)
+
+    def maker(self, layout: ImageLayout) -> ImagePlan | FilmPlan:
+        """Return the plan that a layout is of: this one, or that of films."""
+        if not isinstance(layout, FilmLayout):
+            return self
+        assert self.films is not None, "a film was laid out by another plan"
+        return self.films
+
 
 @functools.lru_cache(maxsize=4096)
 def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
@@ -225,6 +178,26 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
     return layout
+
+
+def layouts_of(plan: ImagePlan, shapes: Sequence[ImageShape | FilmShape]) -> list[ImageLayout] | None:
+    """Return the layouts of pictures and films; None where all have the same views and tokens: no need to ask."""
+    if plan.fixed and not any(isinstance(shape, FilmShape) for shape in shapes):
+        return None
+    return [plan.of(shape) for shape in shapes]
+
+
+def views_of(plan: ImagePlan, layout: ImageLayout) -> float:
+    """Return how many views of usual size a picture or film is worth to the tower."""
+    maker: Any = plan.maker(layout)
+    return float(maker.views_of(layout))
+
+
+def pixels_of(plan: ImagePlan, layout: ImageLayout) -> tuple[int, ...]:
+    """Return the shape of the pixels of a picture or film."""
+    maker: Any = plan.maker(layout)
+    found: tuple[int, ...] = maker.pixels_of(layout)
+    return found
 
 
 @dataclass(frozen=True)
@@ -250,7 +223,8 @@ def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
 def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
     import numpy as np  # noqa: PLC0415 - --help imports this module
 
-    found, features = plan.feature_index(layout), plan.features_of(layout)
+    maker: Any = plan.maker(layout)
+    found, features = maker.feature_index(layout), maker.features_of(layout)
     grid = None if layout.patches is None else np.array([layout.patches], np.int64)
     if found is None:
         return Arrangement(features, None, grid=grid)
@@ -324,10 +298,10 @@ def plan_kinds() -> dict[str, PlanKind]:
 
 
 def plan_of(model: ModelConfig) -> ImagePlan:
-    """Return the image plan of a model.
+    """Return the image plan of a model, with its film plan.
 
     Raises:
-        UserError: The keys of ``model.image`` make none; the message starts with the key.
+        UserError: The keys of ``model.image`` or ``model.video`` make none; the message starts with the key.
     """
     image, kinds = model.image, plan_kinds()
     if image.kind not in kinds:
@@ -341,7 +315,8 @@ def plan_of(model: ModelConfig) -> ImagePlan:
             f"model.image.{field.name}: {image.kind} does not have this key ({', '.join(takers)} "
             f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
         )
-    return kind.build(model)
+    plan, films = kind.build(model), film_plan_of(model)
+    return plan if films is None else dataclasses.replace(plan, films=films)
 
 
 def image_rules(recipe: Recipe) -> Iterator[str]:

@@ -15,10 +15,14 @@ from megavlm.data.plans_native import NativePlan
 
 def patches_of(view_CHW: Tensor, plan: NativePlan) -> Tensor:
     """Return [h * w, F] of a picture: block by block, within each row by row; each frame of a patch shows the same."""
-    m, p = plan.merge, plan.patch
+    patches = patch_rows(view_CHW, plan.merge, plan.patch)
+    return patches.unsqueeze(2).expand(-1, -1, plan.temporal, -1).flatten(1)
+
+
+def patch_rows(view_CHW: Tensor, m: int, p: int) -> Tensor:
+    """Return [h * w, C, p * p] of a picture or frame, in the order of its patches."""
     blocks = view_CHW.unflatten(2, (-1, m, p)).unflatten(1, (-1, m, p))  # [C, rows, m, p, columns, m, p]
-    patches = blocks.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3)  # [h * w, C, p, p]
-    return patches.unsqueeze(2).expand(-1, -1, plan.temporal, -1, -1).flatten(1)
+    return blocks.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3).flatten(2)
 
 
 def pictures_of(patches_PF: Tensor, grids: Sequence[Sequence[int]], plan: NativePlan) -> Iterator[Tensor]:

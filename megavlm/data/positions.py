@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,7 +75,8 @@ class OwnPositions:
 
 def positions_of(model: ModelConfig, image_token_id: int) -> OwnPositions | None:
     """Return how a model's positions are made; None where they are counted from 0 in each sample."""
-    return OwnPositions((image_token_id,)) if model.language.position_axes > 1 else None
+    after = model.video.positions_after
+    return OwnPositions((image_token_id,), after) if model.language.position_axes > 1 else None
 
 
 def grid_positions(grid: TokenGrid) -> NDArray[np.int64]:
@@ -103,5 +104,9 @@ def own_grids(model: ModelConfig, layouts: Sequence[ImageLayout]) -> tuple[Token
 
 
 def grids_of(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> tuple[TokenGrid, ...]:
-    """Return the grids of several pictures."""
-    return tuple(grid for layout in layouts for grid in plan.token_grids(layout))
+    """Return the grids of several pictures and films."""
+    found: list[TokenGrid] = []
+    for layout in layouts:
+        maker: Any = plan.maker(layout)
+        found += maker.token_grids(layout)
+    return tuple(found)

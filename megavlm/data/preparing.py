@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,20 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
 from megavlm.data.fetch import FetchError, fetch
+from megavlm.data.films.header import read_index
+from megavlm.data.films.source import FilePart
 from megavlm.data.formats import Broken, BrokenError, Format, Record, Source, choose
+from megavlm.data.formats.films import settled_films, stored_film
 from megavlm.data.formats.pictures import settled
 from megavlm.data.images import MAX_BYTES, ImageError, decode_with_pil, read_header
 from megavlm.data.machine import is_file, is_machine_fault
-from megavlm.data.schema import UnsafePathError, parse_conversation
+from megavlm.data.schema import FilmName, UnsafePathError, parse_conversation
 from megavlm.data.shards import ShardWriter, TaskWriter, write_metadata
 from megavlm.data.store import Store, is_url
 
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
-PREPARED = ".nv-meta"
-"""Directory of a prepared data set that Energon's index lies in."""
 _LOGGED_REJECTIONS = 20
 _TELL_EVERY = 30.0
 """Seconds."""
@@ -88,6 +91,7 @@ class Summary:
 
     samples: int = 0
     images: int = 0
+    films: int = 0
     causes: Counter[str] = field(default_factory=Counter)
     """Of the records that were rejected."""
     first_reason: str = ""
@@ -131,7 +135,7 @@ def check_there(options: Preparation) -> None:
     if isinstance(options.data, Path):
         if not options.data.exists():
             raise MissingFileError(f"{options.data} does not exist")
-        if (options.data / PREPARED).exists():
+        if (options.data / META).exists():
             raise UserError(f"{options.data} is prepared already; train from it as it is")
     if isinstance(options.folder, Path) and not options.folder.is_dir():
         raise MissingFileError(f"image directory {options.folder} does not exist")
@@ -170,10 +174,11 @@ def finish(summary: Summary) -> None:
 def tell(summary: Summary, what: Path | str, out: Path) -> None:
     """Log what has become of the records of ``what``."""
     logger.info(
-        "%s: %d samples with %d images in %d shards; %d rejected%s",
+        "%s: %d samples with %d images%s in %d shards; %d rejected%s",
         out,
         summary.samples,
         summary.images,
+        f" and {summary.films} films" if summary.films else "",
         summary.shards,
         summary.rejected,
         f" (see {out / REJECTED_FILE})" if summary.rejected else "",
@@ -228,17 +233,20 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
     with (
         TaskWriter(directory, options.samples_per_shard, by_task=options.by_task) as writer,
         (directory / REJECTED_FILE).open("w") as rejected,
+        tempfile.TemporaryDirectory(prefix=".films-", dir=directory) as folder_of_films,
     ):
+        made = Path(folder_of_films)
         told = time.monotonic()
         for index, record in enumerate(records):
             if time.monotonic() - told > _TELL_EVERY:
                 logger.info("%d samples so far, %d rejected", summary.samples, summary.rejected)
                 told = time.monotonic()
             broken = record if isinstance(record, Broken) else None
-            members: list[tuple[str, bytes]] = []
+            members: list[tuple[str, bytes | Path]] = []
             if not isinstance(record, Broken):
                 try:
-                    members = list(_sample_members(settled(record, bases, source.pictures), source, options))
+                    record = settled_films(settled(record, bases, source.pictures), bases, source.pictures)
+                    members = list(_sample_members(record, source, options, made))
                 except (UserError, OSError) as error:
                     if is_machine_fault(error):
                         raise
@@ -247,7 +255,8 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
                 assert isinstance(record, dict)
                 writer.write(str(record.get("task") or ""), f"{name}-{index:08d}", members)
                 summary.samples += 1
-                summary.images += len(members) - 1
+                summary.images += sum(member.startswith("img") for member, _ in members)
+                summary.films += sum(member.startswith("filmindex") for member, _ in members)
                 continue
             reason = " ".join(broken.reason.split())
             summary.causes[broken.cause] += 1
@@ -268,21 +277,23 @@ def _broken(record: Any, error: UserError | OSError) -> Broken:
     if isinstance(error, BrokenError):
         cause = error.cause
     elif isinstance(error, UnsafePathError):
-        cause = "unsafe image path"
+        cause = "unsafe film path" if ": film " in str(error) else "unsafe image path"
     else:
         cause = "unreadable image" if isinstance(error, OSError) else "bad record"
     return Broken(record.get("id") if isinstance(record, dict) else None, cause, str(error))
 
 
-def _sample_members(record: Any, source: Source, options: Preparation) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a sample's files: the record, then its images."""
+def _sample_members(
+    record: Any, source: Source, options: Preparation, made: Path
+) -> Iterator[tuple[str, bytes | Path]]:
+    """Names and contents of a sample's files: the record, then its images, then its films with their indices."""
     urls: dict[str, str] = {}
     if options.allow_urls:
         record, urls = _name_urls(record)
     conversation = parse_conversation(record)
     if not any(turn.weight for turn in conversation.turns if turn.role == "assistant"):
         raise BrokenError("nothing to train on", "every answer of the record has weight 0")
-    kept = {key: record[key] for key in ("id", "task", "conversations") if key in record}
+    kept = {key: record[key] for key in ("id", "task", "conversations", "films") if key in record}
     yield "json", json.dumps(kept).encode()
     for number, path in enumerate(conversation.images):
         data = _fetch(urls[path]) if path in urls else _read_image(path, source, options)
@@ -290,22 +301,29 @@ def _sample_members(record: Any, source: Source, options: Preparation) -> Iterat
             yield f"img{number}", _check_image(data, options.resize)
         except ImageError as error:
             raise BrokenError(f"bad image ({error.cause})", f"image {path!r}: {error}") from None
+    for number, film in enumerate(conversation.films):
+        yield from _film_members(number, film, source, options, made)
+
+
+def _film_members(
+    number: int, film: FilmName, source: Source, options: Preparation, made: Path
+) -> Iterator[tuple[str, bytes | Path]]:
+    """Names and contents of a film's files: the film as it is, and its index."""
+    what = repr(film.path) if film.path else f"of {len(film.frames)} frames from {film.frames[0]!r}"
+    try:
+        data = stored_film(film, source, made / f"{number}", allow_links=options.allow_links)
+        part = data if isinstance(data, bytes) else FilePart(str(data), 0, data.stat().st_size)
+        index = read_index(part)
+    except ImageError as error:
+        raise BrokenError(f"bad film ({error.cause})", f"film {what}: {error}") from None
+    yield f"film{number}", data
+    yield f"filmindex{number}", index.to_bytes()
 
 
 def _read_image(path: str, source: Source, options: Preparation) -> bytes:
     if path in source.pictures or source.store is not None:
         return source.read_image(path)
-    root = source.images.resolve()
-    try:
-        resolved = (root / path).resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        if is_machine_fault(error):
-            raise
-        raise BrokenError("image missing", f"image {path!r} does not exist in {root}") from None
-    if not options.allow_links and not resolved.is_relative_to(root):
-        raise BrokenError(
-            "unsafe image path", f"image {path!r} leads out of {root} by a link; --allow-links follows it"
-        )
+    resolved = source.resolved(path, "image", allow_links=options.allow_links)
     if not is_file(resolved):
         raise BrokenError("image missing", f"image {path!r} is not a file")
     size = resolved.stat().st_size

@@ -29,6 +29,13 @@ class ReadPack:
     masked: list[SkippedSample] = field(default_factory=list)
     """Samples of the pack that lost their labels, as an image of theirs cannot be decoded."""
 
+    @property
+    def seen(self) -> int | list[list[int]]:
+        """What the tower sees: so many views, or the frames, rows and columns of patches of each picture."""
+        if self.arrangement is None or self.arrangement.grid is None:
+            return self.pixels.size(0)
+        return self.arrangement.grid.tolist()  # type: ignore[no-any-return]
+
 
 def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_id: int) -> ReadPack:
     """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels."""
@@ -40,7 +47,8 @@ def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_
     firsts = image_starts(pack, plan, image_token_id)
     bad: dict[int, str] = {}
     for index, cause in zip(decoded.failed, decoded.causes, strict=True):
-        bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, cause)
+        what = f"bad {'image' if isinstance(pack.images[index], bytes) else 'film'} ({cause})"
+        bad.setdefault(int(np.searchsorted(pack.cu_seqlens, firsts[index], side="right")) - 1, what)
     for segment in bad:
         pack.labels[pack.cu_seqlens[segment] : pack.cu_seqlens[segment + 1]] = IGNORE_INDEX
     masked = [_masked(pack, segment, bad[segment]) for segment in sorted(bad)]
@@ -53,7 +61,7 @@ def no_pixels(plan: ImagePlan) -> Tensor:
 
 
 def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np.int64]:
-    """Return [N] the position of each image's first slot."""
+    """Return [N] the position of each image's, or film's, first slot."""
     slots = np.flatnonzero(pack.tokens == image_token_id)
     layouts = pack.layouts(plan)
     if layouts is None:
@@ -67,4 +75,4 @@ def image_starts(pack: Pack, plan: ImagePlan, image_token_id: int) -> NDArray[np
 def _masked(pack: Pack, segment: int, cause: str) -> SkippedSample:
     dataset, _, key = pack.sample_keys[segment].partition("/")
     shard = pack.sample_shards[segment] if pack.sample_shards else ""
-    return SkippedSample(dataset, shard, key, f"bad image ({cause})")
+    return SkippedSample(dataset, shard, key, cause)

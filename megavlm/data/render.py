@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megavlm.data.films.plan import FilmLayout, FilmPlan
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import decode_with_pil
 from megavlm.data.media import Box, Canvas, Colour, ImageLayout, ImagePlan
@@ -49,7 +50,7 @@ def render_with_pil(picture: Image.Image, plan: ImagePlan, layout: ImageLayout) 
     canvases: dict[int, Image.Image] = {}
     for view in layout.views:
         if view.canvas not in canvases:
-            canvases = {view.canvas: _canvas_with_pil(picture, plan, layout.canvases[view.canvas])}
+            canvases = {view.canvas: canvas_with_pil(picture, plan, layout.canvases[view.canvas])}
         yield np.array(_take(canvases[view.canvas], view.box, plan.fill))
 
 
@@ -72,6 +73,18 @@ def render_tensor(pixels_CHW: Tensor, plan: ImagePlan, layout: ImageLayout) -> I
         yield take(canvases[one.canvas], one.box, plan.fill)
 
 
+def render_frame(pixels_CHW: Tensor, plan: FilmPlan, layout: FilmLayout, number: int) -> Tensor:
+    """Return [3, H, W] uint8 of view ``number`` of a film, from its frame, [3, H, W] uint8.
+
+    A frame of another size than the film's first one is stretched to that.
+    """
+    view = layout.views[number]
+    width, height = layout.film.width, layout.film.height
+    if pixels_CHW.shape[1:] != (height, width):
+        pixels_CHW = resized(pixels_CHW, (width, height), plan.resample, exact_type=False)
+    return take(_canvas_with_torch(pixels_CHW, plan, layout.canvases[view.canvas]), view.box, plan.fill)
+
+
 def take(pixels_CHW: Tensor, box: Box, fill: Colour) -> Tensor:
     """Return a part of [3, H, W]; what lies outside of it is ``fill``."""
     height, width = pixels_CHW.shape[1:]
@@ -86,7 +99,8 @@ def take(pixels_CHW: Tensor, box: Box, fill: Colour) -> Tensor:
     return whole
 
 
-def _canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Image.Image:
+def canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Image.Image:
+    """Return the plane that views are cut from."""
     resized = _take(picture, canvas.source, plan.fill).resize(canvas.resized, _FILTERS[plan.resample])
     return _take(resized, canvas.frame, plan.fill)
 
@@ -101,7 +115,7 @@ def _take(image: Image.Image, box: Box, fill: Colour) -> Image.Image:
     return whole
 
 
-def _canvas_with_torch(pixels_CHW: Tensor, plan: ImagePlan, canvas: Canvas) -> Tensor:
+def _canvas_with_torch(pixels_CHW: Tensor, plan: ImagePlan | FilmPlan, canvas: Canvas) -> Tensor:
     source = take(pixels_CHW, canvas.source, plan.fill)
     return take(resized(source, canvas.resized, plan.resample, exact_type=source.is_cuda), canvas.frame, plan.fill)
 

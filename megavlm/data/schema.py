@@ -1,19 +1,24 @@
 r"""Training records in Qwen-VL's JSON form, checked and turned into plain conversations.
 
-A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\n..."}, ...]}``.
+A record is ``{"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\n..."}, ...]}``. Its
+films are in a list beside the conversation, ``films``, and :data:`FILM_PLACEHOLDER` stands where each is shown.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from megavlm.config.errors import UserError
 
 IMAGE_PLACEHOLDER = "<img></img>"
 """What stands in a turn's text where an image was."""
+
+FILM_PLACEHOLDER = "\0film"
+"""What stands in a turn's text where a film is: nobody writes U+0000, and ``<video>`` stands in many a text on HTML."""
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<imgpad>")
 """Tokens that text must not contain: they would forge turns or image slots."""
@@ -25,6 +30,10 @@ _BOX_TAG = re.compile(r"</?box>")
 _BOX = re.compile(r"<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
 _OF_OTHER_FORMS = ("system", "image", "images", "video", "videos", "audio", "audios", "tools")
 """Keys that would be trained on without what they name."""
+VISUAL = re.compile(f"{re.escape(IMAGE_PLACEHOLDER)}|{re.escape(FILM_PLACEHOLDER)}")
+"""Where a text shows a picture or a film."""
+MOST_RATE = 1000.0
+"""Frames in a second of a folder of frames, at most."""
 MOST_WEIGHT = 100.0
 """Largest weight of an answer."""
 WEIGHT_KEYS = ("weight", "loss", "train")
@@ -33,7 +42,25 @@ _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 class UnsafePathError(UserError):
-    """An image path that is a URL, or leaves the image directory."""
+    """The path of an image or film that is a URL, or leaves the image directory."""
+
+
+class FilmName(NamedTuple):
+    """A film as a record names it."""
+
+    path: str = ""
+    """Of the film's file, or of a folder of its frames; relative to the image directory."""
+    frames: tuple[str, ...] = ()
+    """Paths of its frames, in the place of :attr:`path`."""
+    rate: float | None = None
+    """Frames in a second, of frames."""
+
+    def to_tree(self) -> Any:
+        """Return it as records have it."""
+        if not self.frames and self.rate is None:
+            return self.path
+        named: dict[str, Any] = {"frames": list(self.frames)} if self.frames else {"path": self.path}
+        return named | ({} if self.rate is None else {"rate": self.rate})
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,13 @@ class Conversation:
     """Paths of the images, relative to the image directory, in order of appearance."""
     task: str
     """The record's ``task``, empty where it has none."""
+    films: tuple[FilmName, ...] = ()
+    """Its films, in order of appearance."""
+
+    @property
+    def shows(self) -> list[bool]:
+        """Of each picture and film, in order of appearance, whether it is a film."""
+        return shown_films(self.turns)
 
 
 def parse_conversation(record: Any) -> Conversation:
@@ -89,12 +123,50 @@ def parse_conversation(record: Any) -> Conversation:
         turns.append(turn)
         images += paths
     _check_order([turn.role for turn in turns])
+    films = _films(record.get("films"))
+    if (places := sum(shown_films(turns))) != len(films):
+        raise UserError(f"the record has {len(films)} film(s), and places for {places}")
     return Conversation(
         id=_optional_text(record, "id"),
         turns=tuple(turns),
         images=tuple(images),
         task=_optional_text(record, "task"),
+        films=films,
     )
+
+
+def shown_films(turns: Sequence[Turn]) -> list[bool]:
+    """Return of each picture and film that turns show, in order, whether it is a film."""
+    return [found == FILM_PLACEHOLDER for turn in turns for found in VISUAL.findall(turn.text)]
+
+
+def _films(given: Any) -> tuple[FilmName, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise UserError(f"'films' must be a list, not {type(given).__name__}")
+    return tuple(_film(one, f"film {number}") for number, one in enumerate(given, 1))
+
+
+def _film(given: Any, where: str) -> FilmName:
+    tree = {"path": given} if isinstance(given, str) else given
+    if (
+        not isinstance(tree, dict)
+        or not set(tree) <= {"path", "frames", "rate"}
+        or ("path" in tree) == ("frames" in tree)
+    ):
+        raise UserError(f"{where} must be a path, or an object of 'path' or 'frames', and perhaps 'rate'")
+    frames, rate = tree.get("frames", ()), tree.get("rate")
+    if "frames" in tree and (not isinstance(frames, list) or not frames):
+        raise UserError(f"{where}: 'frames' must be a list of paths that is not empty")
+    if rate is not None and (not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate <= MOST_RATE):
+        raise UserError(f"{where}: 'rate' must be a number of frames in a second, above 0 and at most {MOST_RATE:g}")
+    paths = frames if frames else [tree["path"]]
+    for path in paths:
+        if not isinstance(path, str):
+            raise UserError(f"{where}: a path must be text, not {type(path).__name__}")
+        _check_path(path, where, "film")
+    return FilmName("" if frames else paths[0], tuple(frames), None if rate is None else float(rate))
 
 
 def turn_weight(message: dict[str, Any], where: str, *, answer: bool) -> float:
@@ -173,6 +245,8 @@ def _parse_turn(index: int, message: Any) -> tuple[Turn, list[str]]:
         raise UserError(f"{where} ({role}) has unbalanced <img> tags")
     if tags and role != "user":
         raise UserError(f"{where} ({role}) has an image; only user turns may")
+    if FILM_PLACEHOLDER in text and role != "user":
+        raise UserError(f"{where} ({role}) has a film; only user turns may")
     paths = [path.strip() for path in _IMAGE.findall(text)]
     for path in paths:
         _check_path(path, where)
@@ -200,18 +274,18 @@ def _check_boxes(text: str, where: str) -> None:
         raise UserError(f"{where} has a malformed <box>; write <box>(x1,y1),(x2,y2)</box> with integers from 0 to 999")
 
 
-def _check_path(path: str, where: str) -> None:
+def _check_path(path: str, where: str, what: str = "image") -> None:
     if not path or "\0" in path or "\n" in path:
-        raise UserError(f"{where} has an empty or broken image path")
+        raise UserError(f"{where} has an empty or broken {what} path")
     if _URL.match(path):
+        remedy = ", or prepare with --allow-urls" if what == "image" else ""
         raise UnsafePathError(
-            f"{where}: image {path!r} is a URL, and none is fetched; download it into the image directory, or prepare"
-            " with --allow-urls"
+            f"{where}: {what} {path!r} is a URL, and none is fetched; download it into the image directory{remedy}"
         )
     if PurePosixPath(path).is_absolute():
-        raise UnsafePathError(f"{where}: image {path!r} is absolute; make it relative to the image directory")
+        raise UnsafePathError(f"{where}: {what} {path!r} is absolute; make it relative to the image directory")
     depth = 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1
         if depth < 0:
-            raise UnsafePathError(f"{where}: image {path!r} leaves the image directory")
+            raise UnsafePathError(f"{where}: {what} {path!r} leaves the image directory")

@@ -7,6 +7,7 @@ sample's bytes where the index says and reads them as a tar file of their own, s
 from __future__ import annotations
 
 import io
+import re
 import sqlite3
 import tarfile
 from bisect import bisect_right
@@ -22,10 +23,17 @@ from megatron.energon.flavors.webdataset.metadata import get_info_shard_files
 from megatron.energon.source_info import SourceInfo
 
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
+from megavlm.data.films.source import FilePart, opened
+from megavlm.data.machine import is_machine_fault
 
 DEFECT = "__defect__"
 """Key of a sample under which it is said what is wrong with its bytes."""
 
+_FILM = re.compile(r"film\d+")
+"""Names of members that are not read, but handed on by their place."""
+_LARGE = 1 << 22
+"""Bytes of a sample that are not read at once."""
 CUT = "cut shard"
 """The shard ends before the sample does."""
 BROKEN = "broken shard"
@@ -55,7 +63,7 @@ class ShardReader(ShardInfosITarReader):
         shard_index = self.shard_tar_file_idxs[position]
         shard = self.tar_filenames[shard_index]
         try:
-            key, files = _read_members(self._read(idx, shard_index))
+            key, files = self._members(idx, shard_index)
         except _DefectError as error:
             number = idx - self.shard_count_cumsum[position]
             key, files = _key_in_index(Path(str(self.base_path)), shard, number), {DEFECT: str(error)}
@@ -70,7 +78,21 @@ class ShardReader(ShardInfosITarReader):
             "__sources__": (source,),
         }
 
-    def _read(self, idx: int, shard_index: int) -> bytes:
+    def _members(self, idx: int, shard_index: int) -> tuple[str, dict[str, Any]]:
+        """Return a sample's key and files; of a film its place in the shard."""
+        file, offset, size = self._find(idx, shard_index)
+        path = str(self.tar_filepaths[shard_index])
+        if size > _LARGE:  # only what is not a film is read
+            with opened(FilePart(path, offset, size)) as window:
+                return _read_members(window, size, path, offset)
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) < size:
+            raise _DefectError(CUT)
+        return _read_members(io.BytesIO(data), size, path, offset)
+
+    def _find(self, idx: int, shard_index: int) -> tuple[BinaryIO, int, int]:
+        """Return the shard, and where in it a sample begins, and its size."""
         try:
             pointer = self._get_itar_sample_pointer(idx)
         except (OSError, MemoryError):
@@ -83,11 +105,7 @@ class ShardReader(ShardInfosITarReader):
             raise _DefectError(CUT)
         if pointer.byte_size <= 0 or pointer.byte_offset < 0:
             raise _DefectError(NO_INDEX)
-        file.seek(pointer.byte_offset)
-        data = file.read(pointer.byte_size)
-        if len(data) < pointer.byte_size:
-            raise _DefectError(CUT)
-        return data
+        return file, pointer.byte_offset, pointer.byte_size
 
     def _open(self, shard_index: int) -> BinaryIO:
         file = self._files.pop(shard_index, None)
@@ -134,38 +152,55 @@ class ShardDataset(CrudeWebdataset):
         for shard in self.shards:
             name = PurePosixPath(shard.name)
             if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"data set {self.path}: .nv-meta names the shard {shard.name!r} outside of it")
+                raise UserError(f"data set {self.path}: {META} names the shard {shard.name!r} outside of it")
             path = Path(str(self.path)) / name
             for file in (path, path.with_suffix(".tar.idx")):
                 if not file.is_file():
-                    raise MissingFileError(f"{file} is missing, which .nv-meta names; run megavlm prepare again")
+                    raise MissingFileError(f"{file} is missing, which {META} names; run megavlm prepare again")
 
 
-def _read_members(data: bytes) -> tuple[str, dict[str, Any]]:
-    """Read the tar entries of one sample: its key, and the contents of its files by what stands behind the key."""
-    key, files = None, {}
+def _read_members(data: BinaryIO, size: int, path: str, offset: int) -> tuple[str, dict[str, Any]]:
+    """Read the tar entries of one sample: its key, and the contents of its files by what stands behind the key.
+
+    Args:
+        data: The sample's bytes.
+        size: How many these are.
+        path: The shard.
+        offset: Where in it the sample begins.
+    """
+    key: str | None = None
+    files: dict[str, Any] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=data, mode="r:") as tar:
             for member in tar:
                 match = split_name_re.match(member.name)
                 # Links and devices are nothing that a sample has; nothing is ever written to disk.
                 if not member.isfile() or skip_meta_re.match(member.name) or match is None:
                     continue
-                if member.issparse() or member.size > len(data):  # a few bytes that stand for gigabytes
+                if member.issparse() or member.size > size:  # a few bytes that stand for gigabytes
                     raise _DefectError(BROKEN)
                 base, name = match.groups()
                 content = tar.extractfile(member)
                 if (key is not None and base != key) or name in files or name.startswith("__") or content is None:
                     raise _DefectError(BROKEN)
                 key = base
-                files[name] = content.read()
+                if _FILM.fullmatch(name):
+                    files[name] = FilePart(path, offset + member.offset_data, member.size)
+                    if member.offset_data + member.size > size:
+                        raise _DefectError(BROKEN)
+                else:
+                    files[name] = content.read()
             end = tar.offset
     except (_DefectError, MemoryError):
         raise
+    except OSError as error:
+        if is_machine_fault(error):
+            raise
+        raise _DefectError(BROKEN) from None
     except Exception:  # of a few flipped bits tarfile makes TarError, OverflowError, ValueError, EOFError, ...
         raise _DefectError(BROKEN) from None
     # tarfile takes a broken header behind the first for the end of the file.
-    if key is None or end < len(data):
+    if key is None or end < size:
         raise _DefectError(BROKEN)
     return key, files
 
@@ -174,7 +209,7 @@ def _key_in_index(directory: Path, shard: str, number: int) -> str:
     """Return what Energon's index calls a sample whose own bytes do not tell."""
     try:
         file_id = get_info_shard_files(EPath(directory)).index(shard)
-        uri = f"file:{quote(str((directory / '.nv-meta' / 'index.sqlite').resolve()))}?mode=ro&immutable=1"
+        uri = f"file:{quote(str((directory / META / 'index.sqlite').resolve()))}?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True)
         try:
             query = "SELECT sample_key FROM samples WHERE tar_file_id = ? AND sample_index = ?"

@@ -9,13 +9,17 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
+
+from megavlm.config.prepared import META
 
 NO_TASK = "none"
 """Folder of the samples that have no task."""
 MAX_OPEN = 64
 """Files that are held open at once, whatever the number of tasks."""
+_PIECE = 1 << 22
 _LONGEST_NAME = 80
 """Bytes of a task that its folder is named by."""
 
@@ -60,18 +64,37 @@ class ShardWriter:
             file, self._file = self._file, None
             file.close()
 
-    def write(self, key: str, members: list[tuple[str, bytes]]) -> None:
-        """Add one sample: its members are ``<key>.<name>``."""
+    def write(self, key: str, members: Sequence[tuple[str, bytes | Path]]) -> None:
+        """Add one sample: its members are ``<key>.<name>``, with these contents, or those of these files.
+
+        Raises:
+            OSError: A file cannot be read, or became shorter.
+        """
         if self.samples % self._limit == 0:
             self.close()
             self.names.append(f"shard-{len(self.names):06d}.tar")
         for name, data in members:
             info = tarfile.TarInfo(f"{key}.{name}")
-            info.size = len(data)
+            info.size = data.stat().st_size if isinstance(data, Path) else len(data)
             info.mode = 0o644
-            header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
-            self._append(header + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+            header, padding = info.tobuf(tarfile.USTAR_FORMAT, "utf-8"), bytes(-info.size % tarfile.BLOCKSIZE)
+            if isinstance(data, Path):
+                self._append(header)
+                self._copy(data, info.size)
+                self._append(padding)
+            else:
+                self._append(header + data + padding)
         self.samples += 1
+
+    def _copy(self, path: Path, size: int) -> None:
+        """Append a file, a piece at a time."""
+        with path.open("rb") as file:
+            while size:
+                piece = file.read(min(size, _PIECE))
+                if not piece:
+                    raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
+                self._append(piece)
+                size -= len(piece)
 
     def _append(self, data: bytes) -> None:
         if self._file is None:
@@ -110,7 +133,7 @@ class TaskWriter:
         """Files so far."""
         return sum(len(writer.names) for writer in self.sets.values())
 
-    def write(self, task: str, key: str, members: list[tuple[str, bytes]]) -> None:
+    def write(self, task: str, key: str, members: Sequence[tuple[str, bytes | Path]]) -> None:
         """Add one sample of a task (empty for none)."""
         label = (task or NO_TASK) if self._by_task else ""
         if label not in self.sets:
@@ -159,9 +182,9 @@ def write_metadata(directory: Path, shards: list[str], samples: int | None = Non
             workers=min(4, len(shards)),
         )
     if samples is not None:
-        counts = json.loads((directory / ".nv-meta" / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+        counts = json.loads((directory / META / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
         if sum(counts.values()) != samples:
             raise OSError(errno.EIO, f"{sum(counts.values())} of {samples} samples are in the index", str(directory))
-    (directory / ".nv-meta" / "dataset.yaml").write_text(
+    (directory / META / "dataset.yaml").write_text(
         "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
     )

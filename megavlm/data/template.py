@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from megavlm.config.errors import UserError
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import FILM_PLACEHOLDER, IMAGE_PLACEHOLDER, VISUAL, Turn
 
 TEXT = "\0text"
 """In a row: here stands the turn's own text. U+0000 is in no template."""
@@ -25,8 +25,11 @@ IMAGES = "\0images"
 
 
 _SLOTS = ("<image>", "<imgpad>", "<|image_pad|>")
-_PICTURE = re.compile(r"Picture (\d+): ?" + re.escape(IMAGE_PLACEHOLDER) + r"\n?")
-"""How records and prompts (``megavlm prepare``, ``generate``, ``serve``) show a picture without a place in the text."""
+_PICTURE = re.compile(
+    rf"(?:Picture (?:\d+): ?{re.escape(IMAGE_PLACEHOLDER)}|Video (?:\d+): ?{re.escape(FILM_PLACEHOLDER)})\n?"
+)
+"""How records and prompts (``megavlm prepare``, ``generate``, ``serve``) show a picture or film without a place in the
+text."""
 
 
 class TemplateError(UserError):
@@ -138,7 +141,7 @@ class Template:
         turns, system = self._checked(list(turns))
         found = [Span(piece) for piece in self.begin]
         if self.images_first:
-            shown = "".join(IMAGE_PLACEHOLDER for turn in turns for _ in range(turn.text.count(IMAGE_PLACEHOLDER)))
+            shown = "".join(one for turn in turns for one in VISUAL.findall(turn.text))
             found += [Span(shown)] if shown else []
             turns = [replace(turn, text=_words(turn.text)) for turn in turns]
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
@@ -200,13 +203,17 @@ class Template:
     def placed(self, text: str) -> str:
         """Return a turn's text with its pictures as this template shows those that have no place in the text.
 
-        Records and prompts call them ``Picture 1: ``, Qwen-VL's form; a template with a form of its own writes that.
+        Records and prompts call them ``Picture 1: ``, Qwen-VL's form; a template with a form of its own writes that. So
+        it is with films, ``Video 1: ``.
         """
         if "{number}" in self.picture:
             return text
-        shown = self.picture.format(image=IMAGE_PLACEHOLDER)
-        text, changed = _PICTURE.subn(lambda _: shown, text)
-        return text.removesuffix(shown) + shown.rstrip("\n") if changed and text.endswith(shown) else text
+        text, changed = _PICTURE.subn(lambda found: self.picture.format(image=VISUAL.findall(found[0])[0]), text)
+        for placeholder in (IMAGE_PLACEHOLDER, FILM_PLACEHOLDER) if changed else ():
+            shown = self.picture.format(image=placeholder)
+            if text.endswith(shown):
+                return text.removesuffix(shown) + shown.rstrip("\n")
+        return text
 
     def question(self, text: str) -> str:
         """Return the last user's own words, of a prompt's text that this template wrote.
@@ -245,7 +252,7 @@ class Template:
         return turns[1:], turns[0].text
 
     def _written(self, pieces: Sequence[str], text: str, system: str, weight: float) -> Iterator[Span]:
-        own = {TEXT: text, SYSTEM: system, IMAGES: IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)}
+        own = {TEXT: text, SYSTEM: system, IMAGES: "".join(VISUAL.findall(text))}
         for piece in pieces:
             trained = isinstance(piece, Trained)
             yield Span(own.get(piece, piece), trained, piece not in own, weight if trained else 1.0)
@@ -258,4 +265,4 @@ def _spaced(pieces: Sequence[str]) -> str:
 
 def _words(text: str) -> str:
     """Return a text without its images, and without the white space that stood around them."""
-    return text.replace(IMAGE_PLACEHOLDER, "").strip() if IMAGE_PLACEHOLDER in text else text
+    return VISUAL.sub("", text).strip() if VISUAL.search(text) else text

@@ -71,6 +71,11 @@ class Family(ABC):
     modules: ClassVar[str | None] = None
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 
+    finds: ClassVar[str | None] = None
+    """A question that its published models answer with boxes, where they do: ``{thing}`` is what is looked for."""
+    box_pixels: ClassVar[bool] = False
+    """Whether its ``bbox_2d`` counts pixels of the picture as the model sees it; else thousandths of the sides."""
+
     @abstractmethod
     def detect(self, source: Source) -> bool:
         """Whether ``source`` is of this family."""

@@ -39,6 +39,7 @@ class Qwen2VLFamily(Family):
 
     name = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
+    finds = "Detect the bounding box of {thing}."
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
@@ -231,6 +232,8 @@ class Qwen25VLFamily(Qwen2VLFamily):
 
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"
+    finds = "Locate {thing} in the picture; answer with its bbox_2d and label as JSON."
+    box_pixels = True
     model_class = "Qwen2_5_VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_5_VL_VISION
     fixed: ClassVar[Tree] = {**_PLAIN, "normalization": "RMSNorm", "activation": "silu", "gated_mlp": True}

@@ -35,17 +35,36 @@ def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> in
     return 2 * tokens * language.num_layers * sum(decoder_cost(language).adapter_parameters(language, lora, 1))
 
 
-def image_flops(model: ModelConfig, part: str, images: float) -> float:
-    """Return the forward operations of ``vision`` or ``connector`` for ``images`` pictures.
+def pictures_of(model: ModelConfig, images: float | Pictures) -> Pictures:
+    """Return pictures; of a mere number, each is of the usual size."""
+    return images if isinstance(images, Pictures) else Pictures.alike(images, model.vision.grid)
+
+
+def image_flops(model: ModelConfig, part: str, images: float | Pictures) -> float:
+    """Return the forward operations of ``vision`` or ``connector`` for pictures: so many of usual size, or these.
 
     Raises:
         NoCostError: its architecture has no cost.
     """
-    total: float = cost_of(model, part).work(own_of(model, part), Pictures.alike(images, model.vision.grid)).total
+    total: float = cost_of(model, part).work(own_of(model, part), pictures_of(model, images)).total
     return total
 
 
-def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+def picture_work(recipe: Recipe, images: float | Pictures) -> tuple[float, float]:
+    """Return what tower and connector do for pictures, forward and backward, in 1e12 operations.
+
+    Raises:
+        NoCostError: an architecture has no cost.
+    """
+    model, (in_vision, in_connector, _) = recipe.model, passes(recipe)
+    vision, connector = (image_flops(model, part, images) / 1e12 for part in ("vision", "connector"))
+    tower = model.vision
+    recomputes = cost_of(model, "vision").again(tower, Pictures.alike(1, tower.grid)) > 0
+    again = int(recomputes and in_vision == 3)
+    return vision + connector, (in_vision - 1 + again) * vision + (in_connector - 1) * connector
+
+
+def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float | Pictures) -> int:
     """Return the operations of one step, forward and backward, over the global batch.
 
     A backward pass costs as much as the forward pass for the gradients of the inputs, and once more for those of
@@ -55,7 +74,7 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
         recipe: the run.
         tokens: tokens of all segments without padding.
         squared_lengths: sum of the squares of the segments' lengths.
-        images: images.
+        images: images, of usual size where they are a mere number.
     """
     vision, connector, language = passes(recipe)
     model, lora = recipe.model, recipe.lora
@@ -86,7 +105,13 @@ class StepFlops:
 
 
 def count_step(
-    recipe: Recipe, *, tokens: int, squared_lengths: int, positions: int, squared_positions: int, images: int
+    recipe: Recipe,
+    *,
+    tokens: int,
+    squared_lengths: int,
+    positions: int,
+    squared_positions: int,
+    images: float | Pictures,
 ) -> StepFlops:
     """Count the operations of steps in each way.
 
@@ -107,7 +132,7 @@ def count_step(
     )
 
 
-def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float | Pictures) -> int:
     """Return the forward operations of a step that are made a second time, as backward passes need them.
 
     Arguments as of :func:`step_flops`.
@@ -124,7 +149,7 @@ def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: 
             total += adapter_flops(language, recipe.lora, tokens)
     if vision > 1:
         tower = recipe.model.vision
-        total += int(cost_of(recipe.model, "vision").again(tower, Pictures.alike(images, tower.grid)))
+        total += int(cost_of(recipe.model, "vision").again(tower, pictures_of(recipe.model, images)))
     return total
 
 

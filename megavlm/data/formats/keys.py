@@ -13,11 +13,11 @@ from megavlm.config.errors import UserError
 from megavlm.data.formats.base import BrokenError, Record
 from megavlm.data.schema import WEIGHT_KEYS, turn_weight
 
-_USED = frozenset({"id", "task", "conversations", "image", "images", "system"})
+_USED = frozenset({"id", "task", "conversations", "image", "images", "video", "videos", "system"})
 SCORED = ("answer", "answers", "choices", "metric")
 """Of held-out records, for ``megavlm eval``."""
 _REFUSED = frozenset({
-    "video", "videos", "audio", "audios",  # other media: the model would be trained blind
+    "audio", "audios",  # other media: the model would be trained deaf
     "tools", "functions", "history", "messages", "instruction", "input", "output", "query", "response",
     # Preferences, and boxes that stand apart: what is to be trained is not the conversation alone.
     "chosen", "rejected", "kto_tag", "rejected_response", "rejected_messages", "rejected_images", "preferred_output",
@@ -112,7 +112,7 @@ def _unknown_in_turn(turn: Record, index: int) -> set[str]:
         if key in _TURN_USED or not is_given(value):
             continue
         if key in _TURN_REFUSED:
-            where = "; put it beside the conversation" if key in ("image", "images") else ""
+            where = "; put it beside the conversation" if key in ("image", "images", "video", "videos") else ""
             raise BrokenError("unsupported key", f"{key!r} of a turn is not supported{where}")
         unknown.add(f"{key} (of a turn)")
     return unknown

@@ -15,13 +15,15 @@ front of the first question, as TRL and ms-swift put them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, each, field
+from megavlm.data.formats.films import MARK, film, films_beside, marks_in
 from megavlm.data.formats.keys import has_roles, is_given
 from megavlm.data.formats.llava import placed
 from megavlm.data.formats.pictures import picture
 from megavlm.data.formats.source import Source
+from megavlm.data.schema import FilmName
 
 _ROLES = {
     "system": "system", "developer": "system",
@@ -29,9 +31,15 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant",
 }  # fmt: skip
 _KEYS = ("messages", "conversations", "conversation")
+_BESIDE = ("image", "images", "video", "videos")
+T = TypeVar("T")
 _TEXT = ("text", "input_text", "output_text")
 _IMAGE = ("image", "image_url", "input_image")
-_PART_USED = frozenset({"type", "text", "image", "image_url", "url", "path", "base64", "bytes", "index"})
+_VIDEO = ("video", "video_url", "input_video")
+_HOLDS = ("image", "image_url", "url", "path", "base64", "bytes")
+_FILM_HOLDS = ("video", "video_url", "url", "path", "base64", "bytes", "frames")
+_PART_USED = frozenset({"type", "text", "index", *_HOLDS, *_FILM_HOLDS})
+_FILM_RATES = frozenset({"sample_fps", "fps", "rate"})
 
 
 def matches(source: Source) -> bool:
@@ -66,29 +74,37 @@ def convert_one(entry: Any, source: Source) -> Record:
     messages = field(entry, key, list)
     if key == "conversation":
         messages = _paired(messages)
-    beside = _beside(entry, source.pictures)
-    taken = _Taken(beside)
+    taken = _Taken(_beside(entry, source.pictures), "pictures", "<image>")
+    films = _Taken(films_beside(entry, source.pictures), "films", MARK)
     turns, unknown = [], set()
     for index, message in enumerate(messages):
-        turn, own = _turn(index, message, taken, source.pictures)
+        turn, own = _turn(index, message, taken, films, source.pictures)
         turns.append(turn)
         unknown |= own
-    _put_in_front(turns, taken)
-    images = taken.all()
-    rest = {name: value for name, value in entry.items() if name not in (key, "image", "images")}
+    for one in (films, taken):
+        _put_in_front(turns, one)
+    images, shown = taken.all(), films.all()
+    rest = {name: value for name, value in entry.items() if name not in (key, *_BESIDE)}
     source.ignored.update(unknown)
-    return placed(rest | {"conversations": turns, "images": images}, turns, source.ignored, inline=True)
+    return placed(rest | {"conversations": turns, "images": images}, turns, source.ignored, inline=True, films=shown)
 
 
-class _Taken:
-    """The pictures of a record in the order in which it shows them."""
+class _Taken(Generic[T]):
+    """The pictures of a record in the order in which it shows them, or its films.
 
-    def __init__(self, beside: list[str]) -> None:
+    Args:
+        beside: Those beside the messages.
+        what: What they are called.
+        mark: What shows one in a text.
+    """
+
+    def __init__(self, beside: list[T], what: str, mark: str) -> None:
+        self.what, self.mark = what, mark
         self._beside, self._next = beside, 0
         self._indexed: set[int] = set()
-        self._shown: list[str] = []
+        self._shown: list[T] = []
 
-    def show(self, path: str) -> None:
+    def show(self, path: T) -> None:
         """Take one that a part has itself."""
         self._shown.append(path)
 
@@ -96,13 +112,16 @@ class _Taken:
         """Take the next of those beside the messages, or the one that a part names by its index."""
         if index is not None:
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self._beside):
-                raise BrokenError("pictures do not match", f"{where}: index {index!r} names none of the pictures")
+                raise BrokenError(
+                    f"{self.what} do not match", f"{where}: index {index!r} names none of the {self.what}"
+                )
             self._indexed.add(index)
             self._shown.append(self._beside[index])
             return
         if self._next == len(self._beside):
             raise BrokenError(
-                "pictures do not match", f"{where} shows more pictures than the record has ({len(self._beside)})"
+                f"{self.what} do not match",
+                f"{where} shows more {self.what} than the record has ({len(self._beside)})",
             )
         self._shown.append(self._beside[self._next])
         self._next += 1
@@ -112,16 +131,16 @@ class _Taken:
         """How many of those beside the messages were not shown; none where all are, by order or by index."""
         return len(self._beside) - (len(self._indexed) if self._indexed else self._next)
 
-    def all(self) -> list[str]:
-        """Return the pictures.
+    def all(self) -> list[T]:
+        """Return them.
 
         Raises:
             BrokenError: Some have no place.
         """
         if self.unused > 0:
             raise BrokenError(
-                "pictures do not match",
-                f"{len(self._beside)} pictures beside the messages, but {len(self._beside) - self.unused} are shown",
+                f"{self.what} do not match",
+                f"{len(self._beside)} {self.what} beside the messages, but {len(self._beside) - self.unused} are shown",
             )
         return self._shown
 
@@ -138,7 +157,9 @@ def _beside(entry: Record, pictures: MutableMapping[str, bytes]) -> list[str]:
     return found[0] if found else []
 
 
-def _turn(index: int, message: Any, taken: _Taken, pictures: MutableMapping[str, bytes]) -> tuple[Record, set[str]]:
+def _turn(
+    index: int, message: Any, taken: _Taken[str], films: _Taken[FilmName], pictures: MutableMapping[str, bytes]
+) -> tuple[Record, set[str]]:
     """Return a message in LLaVA's form, and the keys of its parts that nobody looks at."""
     where = f"message {index}"
     if not isinstance(message, dict):
@@ -149,11 +170,10 @@ def _turn(index: int, message: Any, taken: _Taken, pictures: MutableMapping[str,
         raise BrokenError("unsupported role", f"{where}: role {speaker!r} is not supported; user, assistant or system")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        text, unknown = _parts(f"{where} ({role})", content, taken, pictures)
+        text, unknown = _parts(f"{where} ({role})", content, taken, films, pictures)
     elif isinstance(content, str):
         text, unknown = content, set()
-        for _ in range(content.count("<image>")):
-            taken.take(f"{where} ({role})")
+        _take_marked(f"{where} ({role})", content, taken, films, asks=role != "assistant")
     else:
         what = "no content" if content is None else f"content of type {type(content).__name__}"
         raise BrokenError("bad record", f"{where} ({role}) has {what}")
@@ -161,7 +181,17 @@ def _turn(index: int, message: Any, taken: _Taken, pictures: MutableMapping[str,
     return rest | {"from": role, "value": text}, unknown
 
 
-def _parts(where: str, parts: list[Any], taken: _Taken, pictures: MutableMapping[str, bytes]) -> tuple[str, set[str]]:
+def _take_marked(where: str, text: str, taken: _Taken[str], films: _Taken[FilmName], *, asks: bool) -> None:
+    """Take the pictures and films that a text shows by their marks; an answer shows no film, it may name the mark."""
+    for _ in range(text.count("<image>")):
+        taken.take(where)
+    for _ in range(marks_in(text) if asks else 0):
+        films.take(where)
+
+
+def _parts(
+    where: str, parts: list[Any], taken: _Taken[str], films: _Taken[FilmName], pictures: MutableMapping[str, bytes]
+) -> tuple[str, set[str]]:
     text, unknown = "", set()
     for part in parts:
         if not isinstance(part, dict):
@@ -171,18 +201,24 @@ def _parts(where: str, parts: list[Any], taken: _Taken, pictures: MutableMapping
             words = part.get("text")
             if not isinstance(words, str):
                 raise BrokenError("bad record", f"{where}: a part of text has no text")
-            for _ in range(words.count("<image>")):
-                taken.take(where)
+            _take_marked(where, words, taken, films, asks="(assistant)" not in where)
             text += words
         elif kind in _IMAGE:
-            if any(is_given(part.get(key)) for key in ("image", "image_url", "url", "path", "base64", "bytes")):
+            if any(is_given(part.get(key)) for key in _HOLDS):
                 taken.show(picture({key: value for key, value in part.items() if key != "index"}, pictures))
             else:
                 taken.take(where, part.get("index"))
             text += "<image>"
+        elif kind in _VIDEO:
+            if any(is_given(part.get(key)) for key in _FILM_HOLDS):
+                films.show(film({key: value for key, value in part.items() if key != "index"}, pictures))
+            else:
+                films.take(where, part.get("index"))
+            text += MARK
         else:
             raise BrokenError("unsupported part", f"{where}: a part of type {kind!r} is not supported")
-        unknown |= {f"{key} (of a part)" for key, value in part.items() if key not in _PART_USED and is_given(value)}
+        used = _PART_USED | _FILM_RATES if isinstance(part.get("video"), list) else _PART_USED
+        unknown |= {f"{key} (of a part)" for key, value in part.items() if key not in used and is_given(value)}
         detail = part.get("image_url")
         if isinstance(detail, Mapping):
             unknown |= {f"{key} (of image_url)" for key in detail if key != "url" and is_given(detail[key])}
@@ -194,17 +230,17 @@ def _kind(part: Record) -> Any:
     kind = part.get("type")
     if kind is not None:
         return kind
-    return next((key for key in ("text", "image", "image_url") if is_given(part.get(key))), None)
+    return next((key for key in ("text", "image", "image_url", "video", "video_url") if is_given(part.get(key))), None)
 
 
-def _put_in_front(turns: list[Record], taken: _Taken) -> None:
-    """Put pictures that nothing places in front of the first question."""
-    if any("<image>" in turn["value"] for turn in turns) or not taken.unused:
+def _put_in_front(turns: list[Record], taken: _Taken[Any]) -> None:
+    """Put pictures, or films, that nothing places in front of the first question."""
+    if any(taken.mark in turn["value"] for turn in turns) or not taken.unused:
         return
     first = next((turn for turn in turns if turn["from"] == "user"), None)
     if first is not None:
         number = taken.unused
-        first["value"] = "<image>" * number + first["value"]
+        first["value"] = taken.mark * number + first["value"]
         for _ in range(number):
             taken.take("the first question")
 

@@ -59,12 +59,7 @@ def settled(record: Any, bases: Sequence[str], pictures: MutableMapping[str, byt
     """
 
     def replaced(found: re.Match[str]) -> str:
-        path = picture(found[1], pictures)
-        for base in bases:
-            if path.startswith(f"{base.rstrip('/')}/"):
-                path = path[len(base.rstrip("/")) :].lstrip("/")
-                break
-        return f"<img>{path}</img>"
+        return f"<img>{below(picture(found[1], pictures), bases)}</img>"
 
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list):
@@ -77,6 +72,14 @@ def settled(record: Any, bases: Sequence[str], pictures: MutableMapping[str, byt
             for turn in turns
         ]
     }
+
+
+def below(path: str, bases: Sequence[str]) -> str:
+    """Return a path from the image directory, where it lies in it by one of its names; else as it is."""
+    for base in bases:
+        if path.startswith(f"{base.rstrip('/')}/"):
+            return path[len(base.rstrip("/")) :].lstrip("/")
+    return path
 
 
 def _kept(data: bytes, pictures: MutableMapping[str, bytes]) -> str:

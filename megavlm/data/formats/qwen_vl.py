@@ -15,6 +15,8 @@ from megavlm.data.formats.keys import check_keys, has_roles, is_given, with_syst
 from megavlm.data.formats.llava import convert_one, mentions_image, turns_of
 from megavlm.data.formats.source import Source
 
+_BESIDE = ("image", "images", "video", "videos", "system")
+
 
 def matches(source: Source) -> bool:
     """Whether turns contain ``<img>``, or there are conversations without any picture."""
@@ -48,20 +50,21 @@ def conversation(entry: Any, ignored: Counter[str]) -> Any:
     if not isinstance(entry, dict):
         return entry
     if mentions_image(entry) and not any("<img>" in text for text in turns_of(entry)):
-        return _without(entry, "image", "images", "system") | convert_one(entry, ignored)
+        return _without(entry, *_BESIDE) | convert_one(entry, ignored)
     return _own(entry, ignored)
 
 
 def _own(entry: Record, ignored: Counter[str]) -> Record:
-    if is_given(entry.get("image")) or is_given(entry.get("images")):
-        key = "image" if is_given(entry.get("image")) else "images"
+    beside = [key for key in ("image", "images", "video", "videos") if is_given(entry.get(key))]
+    if beside:
+        key = beside[0]
         reason = f"{key!r} beside the conversation is LLaVA's way; prepare it with --format llava"
         raise BrokenError("pictures do not match", reason)
     check_keys(entry, ignored)
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns:
         return entry
-    return _without(entry, "image", "images", "system") | {"conversations": with_system(entry, turns)}
+    return _without(entry, *_BESIDE) | {"conversations": with_system(entry, turns)}
 
 
 def _without(entry: Record, *keys: str) -> Record:

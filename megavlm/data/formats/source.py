@@ -18,7 +18,7 @@ from megavlm.data.formats.encoding import NotUnicodeError, lines
 from megavlm.data.formats.keys import has_roles, is_given
 from megavlm.data.formats.tables import files_of, read_rows
 from megavlm.data.image_header import MAX_BYTES
-from megavlm.data.machine import is_file
+from megavlm.data.machine import is_file, is_machine_fault
 
 _HEAD = 200
 """Records by which a file's format is told."""
@@ -166,6 +166,25 @@ class Source:
             return True
         return is_inside(path) and (self.store.has(path) if self.store is not None else is_file(self.images / path))
 
+    def resolved(self, path: str, what: str, *, allow_links: bool) -> Path:
+        """Return where a path from :attr:`images` leads.
+
+        Raises:
+            BrokenError: There is nothing, or it leads out by a link.
+        """
+        root = self.images.resolve()
+        try:
+            found = (root / path).resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            if is_machine_fault(error):
+                raise
+            raise BrokenError(f"{what} missing", f"{what} {path!r} does not exist in {root}") from None
+        if not allow_links and not found.is_relative_to(root):
+            raise BrokenError(
+                f"unsafe {what} path", f"{what} {path!r} leads out of {root} by a link; --allow-links follows it"
+            )
+        return found
+
     def read_image(self, path: str) -> bytes:
         """Return a picture's file.
 
@@ -184,7 +203,8 @@ class Source:
 def _is_plain(entry: Record) -> bool:
     """Whether it is a conversation without a picture, in whoever's form."""
     turns = entry.get("conversations")
-    if not isinstance(turns, list) or has_roles(entry) or is_given(entry.get("image")) or is_given(entry.get("images")):
+    beside = ("image", "images", "video", "videos")
+    if not isinstance(turns, list) or has_roles(entry) or any(is_given(entry.get(key)) for key in beside):
         return False
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     return not any(isinstance(text, str) and ("<img>" in text or "<image>" in text) for text in texts)

@@ -20,7 +20,7 @@ from megavlm.data.cache import located
 from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import ImagePlan
-from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.packing import PackableSample, Weigh, build_pack
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
@@ -45,6 +45,8 @@ class Counts:
     """Tokens of each usable sample."""
     images: Counter[int] = field(default_factory=Counter)
     """Samples by number of pictures."""
+    films: Counter[int] = field(default_factory=Counter)
+    """Samples by number of films."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Samples by task."""
     supervised: int = 0
@@ -87,6 +89,7 @@ def collect(
     samples: int,
     packs: int,
     scan: int,
+    weigh: Weigh | None = None,
 ) -> Collected:
     """Read the data sets of ``data.train``.
 
@@ -99,6 +102,7 @@ def collect(
         samples: Samples to show, taken from all data sets in turn, spread over each.
         packs: Packs to show: the first of the first data-parallel rank.
         scan: Samples of each data set to count, spread over it.
+        weigh: Says how heavy the pictures of a sample are, as training's reader does.
 
     Raises:
         MissingFileError: A shard is missing.
@@ -125,7 +129,7 @@ def collect(
             # As many workers as the recipe has make the packs what they are, also on a small machine.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             packed = PackReader(
-                data.train, data, tokenizer, plan, rank=0, world_size=replicas, seed=seed, training=True
+                data.train, data, tokenizer, plan, weigh=weigh, rank=0, world_size=replicas, seed=seed, training=True
             )
             found.packs = [next(packed) for _ in range(packs)]
         packed.close()
@@ -166,7 +170,9 @@ def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts
         task = _task(files)
         pack = _alone(checked.sample, encoder)
         counts.lengths.append(len(checked.sample))
-        counts.images[len(checked.sample.images)] += 1
+        films = sum(not isinstance(data, bytes) for data in checked.sample.images)
+        counts.images[len(checked.sample.images) - films] += 1
+        counts.films[films] += 1
         counts.tasks[task] += 1
         counts.supervised += pack.supervised_tokens
         if missed:  # the next usable one stands in for one that is not

@@ -1,0 +1,167 @@
+"""Films as records name them: a path of a file, of a folder of frames, a list of frames, a ``data:`` URL, or an object.
+
+Sources (facts): ``video`` and ``videos`` of LLaVA-NeXT's, Qwen2-VL's and LLaMA-Factory's data (``data/README.md``: a
+path, or a list of the paths of its frames), of ms-swift's custom data sets; ``video`` parts of qwen-vl-utils' README
+(a path, a ``file://`` URL, or a list of frames with ``sample_fps``); ``video_url`` parts as vLLM and SGLang take them;
+``bytes`` and ``path`` of the hub's ``Video``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megavlm.data.films.container import FRAME_RATE, FRAME_SUFFIXES, in_order, write_frames
+from megavlm.data.films.plan import FilmError
+from megavlm.data.formats.base import BrokenError, Record
+from megavlm.data.formats.keys import is_given
+from megavlm.data.formats.pictures import below, picture
+from megavlm.data.formats.source import Source
+from megavlm.data.machine import is_file
+from megavlm.data.schema import FilmName
+
+MARK = "<video>"
+"""Where a text shows a film."""
+_ELEMENT = re.compile(r"</video\s*>")
+_HOLDS = ("frames", "bytes", "base64", "video_url", "video", "url", "path")
+"""Where an object has a film, the most exact first."""
+_RATES = ("sample_fps", "fps", "rate")
+"""Frames in a second of a list of frames; of a film file ``fps`` says how to sample it, which the recipe does here."""
+CHANGES = ("video_start", "video_end", "start_time", "end_time", "start", "end", "clip")
+"""Keys of an object that show a part of a film."""
+
+
+def film(value: Any, pictures: MutableMapping[str, bytes]) -> FilmName:
+    """Return a film as the records here name it; bytes that come with the record go into ``pictures``.
+
+    URLs stay as they are until :func:`settled_films`.
+
+    Raises:
+        BrokenError: It names no film.
+    """
+    if isinstance(value, dict):
+        return _of_object(value, pictures)
+    if isinstance(value, list):
+        return FilmName(frames=tuple(picture(one, pictures) for one in value))
+    if not isinstance(value, str) or not value.strip():
+        raise BrokenError("bad record", f"a film must be a path, a URL or a list of frames, not {type(value).__name__}")
+    return FilmName(value.strip())
+
+
+def films_beside(entry: Record, pictures: MutableMapping[str, bytes]) -> list[FilmName]:
+    """Return the films beside a conversation: ``video`` is one or a list of them, and so is ``videos``.
+
+    A list of nothing but pictures under ``video`` is one film of frames, as Qwen's and LLaVA's ``video`` is one film.
+
+    Raises:
+        BrokenError: They are no films, or the two keys differ.
+    """
+    found = []
+    for key in ("video", "videos"):
+        value = entry.get(key)
+        if not is_given(value):
+            continue
+        listed = value if isinstance(value, list) else [value]
+        if key == "video" and isinstance(value, list) and all(map(_is_frame, value)):
+            listed = [value]
+        found.append([film(one, pictures) for one in listed])
+    if len(found) == 2 and found[0] != found[1]:
+        raise BrokenError("films do not match", "'video' and 'videos' name different films")
+    return found[0] if found else []
+
+
+def marks_in(text: str) -> int:
+    """Return how many films a text shows; elements of HTML are none."""
+    return 0 if _ELEMENT.search(text) else text.count(MARK)
+
+
+def settled_films(record: Any, bases: Sequence[str], pictures: MutableMapping[str, bytes]) -> Any:
+    """Return a record whose films are paths from the image directory, as far as they lie in it.
+
+    Args:
+        record: The record, with ``films``; another is returned as it is.
+        bases: Names of the image directory.
+        pictures: Gets what ``data:`` URLs hold.
+
+    Raises:
+        BrokenError: A ``data:`` URL is broken.
+    """
+    films = record.get("films") if isinstance(record, dict) else None
+    if not isinstance(films, list):
+        return record
+
+    def at(path: Any) -> Any:
+        return below(picture(path, pictures), bases) if isinstance(path, str) and path.strip() else path
+
+    def settled(one: Any) -> Any:
+        if isinstance(one, dict) and isinstance(one.get("frames"), list):
+            return one | {"frames": list(map(at, one["frames"]))}
+        return one | {"path": at(one["path"])} if isinstance(one, dict) and "path" in one else at(one)
+
+    return record | {"films": list(map(settled, films))}
+
+
+def stored_film(name: FilmName, source: Source, made: Path, *, allow_links: bool) -> bytes | Path:
+    """Return a film as shards have it: its file, or its frames as one file.
+
+    Args:
+        name: The film.
+        source: Where it is from.
+        made: Where frames are put together; it is overwritten.
+        allow_links: Whether links that lead out of the directory are followed.
+
+    Raises:
+        BrokenError: It is not there.
+        FilmError: Frames are none, or too large.
+    """
+    rate = FRAME_RATE if name.rate is None else name.rate
+    if name.frames:
+        frames = [_file(path, source, "frame", allow_links=allow_links) for path in name.frames]
+    elif name.path in source.pictures or source.store is not None:
+        return source.read_image(name.path)
+    else:
+        place = source.resolved(name.path, "film", allow_links=allow_links)
+        if not place.is_dir():
+            return _file(name.path, source, "film", allow_links=allow_links)
+        names = in_order([one.name for one in place.iterdir() if not one.name.startswith(".")])
+        others = [one for one in names if PurePosixPath(one.lower()).suffix not in FRAME_SUFFIXES]
+        if others:
+            raise FilmError(
+                "not frames", f"its folder holds {others[0]!r}; frames are pictures ({', '.join(FRAME_SUFFIXES)})"
+            )
+        frames = [_file(f"{name.path}/{one}", source, "frame", allow_links=allow_links) for one in names]
+    with made.open("wb") as out:
+        write_frames(frames, rate, out)
+    return made
+
+
+def _file(path: str, source: Source, what: str, *, allow_links: bool) -> bytes | Path:
+    if path in source.pictures or source.store is not None:
+        return source.read_image(path)
+    found = source.resolved(path, what, allow_links=allow_links)
+    if not is_file(found):
+        raise BrokenError(f"{what} missing", f"{what} {path!r} is not a file")
+    return found
+
+
+def _of_object(value: Record, pictures: MutableMapping[str, bytes]) -> FilmName:
+    part = next((key for key in CHANGES if is_given(value.get(key))), None)
+    if part is not None:
+        raise BrokenError("unsupported key", f"{part!r} of a film is not supported; cut the film beforehand")
+    given = [key for key in _HOLDS if is_given(value.get(key))]
+    if not given:
+        raise BrokenError("bad record", f"a film has none of {', '.join(_HOLDS)}")
+    inner = value[given[0]]
+    if given[0] in ("bytes", "base64"):
+        return FilmName(picture({given[0]: inner}, pictures))
+    found = film(inner, pictures)
+    rates = [value[key] for key in _RATES if is_given(value.get(key))]
+    return found._replace(rate=rates[0]) if found.frames and rates and found.rate is None else found
+
+
+def _is_frame(value: Any) -> bool:
+    if isinstance(value, dict):
+        return is_given(value.get("image")) or is_given(value.get("bytes"))
+    return isinstance(value, str) and PurePosixPath(value.strip().lower()).suffix in FRAME_SUFFIXES
