@@ -5,9 +5,38 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
+from tiny import tiny_recipe
+
+from megavlm.config.schema import Recipe
+
+_STD = {"init_method_std": 0.1}
+
+
+def film_recipe(image: dict[str, Any] | None = None, language: dict[str, Any] | None = None, **video: Any) -> Recipe:
+    """Return a small model of Qwen2.5-VL's kind; ``video`` updates the keys of films, the others their branches."""
+    tower = {
+        "preset": "qwen2_5_vl_vit", "patch_size": 4, "window_size": 24, "full_attention_layers": [1], "hidden_size": 48,
+        "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64, "image_size": 32, **_STD,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 16,
+        "rotary_sections": [2, 3, 3], **_STD,
+    }  # fmt: skip
+    frames = {"kind": "qwen2_vl", "min_pixels": 64, "max_pixels": 512, "max_frames": 6, "tokens_per_second": 2.0}
+    return tiny_recipe(
+        model={
+            "preset": "tiny",
+            "vision": tower,
+            "connector": {"preset": "patch_merger", "normalization": "RMSNorm", **_STD},
+            "language": text | (language or {}),
+            "image": {"kind": "native", "min_pixels": 64, "max_pixels": 1024} | (image or {}),
+            "video": frames | video,
+        }
+    )
 
 
 def frame(index: int, width: int = 64, height: int = 48) -> np.ndarray:

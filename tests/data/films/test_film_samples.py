@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import encode_image, prepare, smooth_image
-from film_maker import film
-from tiny import tiny_recipe
+from film_maker import film, film_recipe
 
 from megavlm.config.schema import DataConfig, DataSource, Recipe
 from megavlm.data.batch import IGNORE_INDEX, Pack
@@ -34,25 +33,6 @@ from megavlm.data.reader import PackReader
 from megavlm.data.render import resized
 from megavlm.data.schema import FILM_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
-
-VISION = {
-    "preset": "qwen2_5_vl_vit", "patch_size": 4, "window_size": 24, "full_attention_layers": [1], "hidden_size": 48,
-    "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64, "image_size": 32,
-}  # fmt: skip
-
-
-def recipe(**video: Any) -> Recipe:
-    model = tiny_recipe().model
-    assert model is not None
-    return tiny_recipe(
-        model={
-            "preset": "tiny", "vision": VISION, "connector": {"preset": "patch_merger", "normalization": "RMSNorm"},
-            "language": {"rotary_sections": [2, 3, 3]},
-            "image": {"kind": "native", "min_pixels": 64, "max_pixels": 1024},
-            "video": {"kind": "qwen2_vl", "min_pixels": 64, "max_pixels": 512, "max_frames": 6,
-                "tokens_per_second": 2.0, **video},
-        }
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +188,7 @@ def reader(own: Recipe, data: Path, tokenizer: Tokenizer, **options: Any) -> Pac
 def test_packs_with_films_are_exact_and_go_on_where_they_were(
     media: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    own = recipe()
+    own = film_recipe()
     plan = plan_of(own.model)
     assert isinstance(plan, NativePlan)
     data = prepare(tmp_path, mixed(40), name="mix", images=media)
@@ -249,7 +229,7 @@ def same(one: Pack, other: Pack) -> bool:
 
 
 def test_patches_of_two_frames_and_an_odd_one(media: Path) -> None:
-    plan = plan_of(recipe(max_frames=768).model)
+    plan = plan_of(film_recipe(max_frames=768).model)
     assert isinstance(plan, NativePlan) and plan.films is not None
     out = io.BytesIO()
     write_frames([media / "walk" / f"f{number}.png" for number in range(5)], 2.0, out)
@@ -266,7 +246,7 @@ def test_patches_of_two_frames_and_an_odd_one(media: Path) -> None:
 
 
 def test_a_film_that_cannot_be_decoded_costs_its_own_sample(media: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    own = recipe()
+    own = film_recipe()
     data = prepare(tmp_path, [llava("<video>\nWhat?", video="0.mp4")] * 6, name="films", images=media)
     pack = next(reader(own, data, tokenizer, sequence_length=512))
     films = [one for one in pack.images if isinstance(one, Film)]
@@ -286,7 +266,7 @@ def test_a_film_that_cannot_be_decoded_costs_its_own_sample(media: Path, tmp_pat
 
 
 def test_a_model_without_films_counts_them(media: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    own = recipe(kind="none", min_pixels=None, max_pixels=None, max_frames=None, tokens_per_second=None)
+    own = film_recipe(kind="none", min_pixels=None, max_pixels=None, max_frames=None, tokens_per_second=None)
     data = prepare(tmp_path, mixed(12), name="mix", images=media)
     found = reader(own, data, tokenizer)
     for _ in range(3):
