@@ -74,7 +74,7 @@ class StepTimes:
     waiting_after: float
     """In collectives after the schedule: gradients, parameters, norms, and waiting for ranks that still compute."""
     encode: float = 0.0
-    """Where all ranks encode: in the tower's forward pass over this rank's share of the pictures, before the schedule."""
+    """Where all ranks encode: in the tower's forward pass over this rank's share of pictures, before the schedule."""
     vision_backward: float = 0.0
     """In the tower's backward pass, behind the schedule."""
     vision: float = 0.0

@@ -1,7 +1,7 @@
 """Tower and connector on all ranks (``parallel.vision_placement``): what a rank encodes of a step, and what that keeps.
 
-Every rank has both whole and a share of the step's pictures of its replica. What it keeps of them stays through the whole
-pipeline; the first stage has the features of all of them, and their gradients.
+Every rank has both whole and a share of the step's pictures of its replica. What it keeps of them stays through the
+whole pipeline; the first stage has the features of all of them, and their gradients.
 """
 
 from __future__ import annotations
@@ -59,12 +59,17 @@ def vision_bytes(recipe: Recipe, layout: Layout, stage: int, views: float, most_
     learns = not recipe.modules.vision.freeze
     trains = learns or not recipe.modules.connector.freeze
     features = feature_bytes(recipe, layout, most_views)
-    kept = vision_kept(recipe, alone(layout), math.ceil(own), kernels)
+    # Encoded again for the backward pass, pictures are kept by the piece: about those of a micro-batch.
+    again = recipe.parallel.vision_recompute
+    at_once = min(own, most_views) if again else own
+    graph = vision_kept(recipe, alone(layout), math.ceil(at_once), kernels)
+    kept = 0 if again else graph
     # The rank's own, and on the first stage all of them; each with its gradient where there is one.
     kept += round((features / layout.ranks + features * int(stage == 0)) * (1 + int(trains)))
     pixels = layout.microbatches * views * recipe.model.vision.pixel_bytes
-    tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", alone(layout), own)
+    tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", alone(layout), at_once)
     passing = tower.passing(recipe.model.vision, ranks, seen, kernels, learns=learns)
     if learns:
         passing = max(passing, tower.rebuilt(recipe.model.vision, ranks, seen, kernels))
+    passing += graph if again else 0
     return VisionBytes(kept, round(pixels if stage == 0 else pixels / layout.ranks), int(passing))

@@ -23,6 +23,7 @@ _KEYS = (
     "recompute_granularity",
     "recompute_num_layers",
     "vision_placement",
+    "vision_recompute",
 )
 """The keys of ``parallel`` that a plan sets."""
 

@@ -92,7 +92,14 @@ def as_text(
     ]
     if found.plans:
         lines += [*_table(found.plans[:listed]), "", *_chosen(found.plans[0], gpu)]
-        lines += ["", *_placements(placements), "", _own(own, found.plans[0]), "", "Start it with (and your data and output_dir):"]
+        lines += [
+            "",
+            *_placements(placements),
+            "",
+            _own(own, found.plans[0]),
+            "",
+            "Start it with (and your data and output_dir):",
+        ]
         lines += ["  " + " \\\n      ".join(command)]
     if found.refusals:
         lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]

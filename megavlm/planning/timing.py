@@ -313,7 +313,7 @@ class Timer:
         Of the rank that has most of them; the hand-over is of features, and of their gradients where there are some.
         """
         own = share_of_step(self.layout, self.workload.views)
-        timer = Timer(self.recipe, alone(self.layout), self.gpu, replace(self.workload, views=own))
+        timer = Timer(self.recipe, alone(self.layout), self.gpu, self.workload.of_views(own))
         cost, modules = timer.vision(), self.recipe.modules
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
@@ -325,10 +325,11 @@ class Timer:
         others = (self.layout.ranks - 1) / self.layout.ranks
         out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.ranks > 1 else 0.0
         back = out / self.layout.tensor if not (modules.vision.freeze and modules.connector.freeze) else 0.0
-        return cost.forward, cost.backward + adding, out + back
+        again = cost.forward if back and self.recipe.parallel.vision_recompute else 0.0
+        return cost.forward, cost.backward + adding + again, out + back
 
     def apart(self) -> tuple[float, float]:
-        """Return the seconds of reducing and gathering a tower that all ranks hold, which nothing hides, and updating it."""
+        """Return the seconds of reducing and gathering a tower that all ranks hold, unhidden, and of updating it."""
         _, learning, _ = apart_elements(self.recipe, self.layout)
         if not learning:
             return 0.0, 0.0

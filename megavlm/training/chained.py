@@ -1,7 +1,7 @@
 """One optimizer of two: of the pipeline's chunks, and of a tower that every rank of the job holds whole.
 
-Each is Megatron-Core's distributed optimizer, over its own data-parallel ranks. In a checkpoint they are one, as where the
-first stage has the tower: so a run may change ``parallel.vision_placement`` whenever it goes on.
+Each is Megatron-Core's distributed optimizer, over its own data-parallel ranks. In a checkpoint they are one, as where
+the first stage has the tower: so a run may change ``parallel.vision_placement`` whenever it goes on.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ language model, times 1 + R with a deepstack of R levels.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,12 +81,24 @@ def taken_off(chunk: VisionLanguageModel) -> Iterator[None]:
         chunk.vision, chunk.connector = kept
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Some of this rank's pictures, that go through the tower at once."""
+
+    images: Tensor
+    grid: Tensor | None
+    rows: int
+    """Features of them."""
+
+
 @dataclass
 class _Encoded:
     """What is kept from the first phase to the last."""
 
-    features_KE: Tensor | None
-    """What this rank made, with its graph; None where it had no picture."""
+    pieces: list[_Piece]
+    """This rank's pictures."""
+    features: list[Tensor]
+    """What they became, [k, E] each, with its graph; with ``parallel.vision_recompute`` nothing."""
     leaves: list[Tensor | None]
     """Of each micro-batch, on the first stage; [Q, N, E]."""
     owners: list[list[int]]
@@ -109,6 +121,7 @@ class VisionPhases:
         self._trains_vision = not recipe.modules.vision.freeze
         self.trains = self._trains_vision or not recipe.modules.connector.freeze
         self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+        self._again = recipe.parallel.vision_recompute
         self._width = recipe.model.language.hidden_size * (1 + recipe.model.vision.deepstack)
         self._group = mpu.get_model_parallel_group()
         self._tensor = mpu.get_tensor_model_parallel_world_size()
@@ -129,14 +142,16 @@ class VisionPhases:
         self._encoded = None
         if not any(owners):
             return [replace(batch, images=None) for batch in batches]
-        with self._timed(ENCODE), torch.set_grad_enabled(backward and self.trains):
+        keeps = backward and self.trains and not self._again
+        with self._timed(ENCODE), torch.set_grad_enabled(keeps):
             fault("vision.encode")
-            features_KE = self._encode_own(batches, owners)
+            pieces = self._own_pictures(batches, owners, rows)
+            features = [self._encode(piece) for piece in pieces]
         with self._timed(EXCHANGE):
-            leaves = self._hand_out(features_KE, owners, rows)
+            leaves = self._hand_out([one.detach() for one in features], owners, rows)
         if backward and self.trains:
             leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
-            self._encoded = _Encoded(features_KE, leaves, owners, rows)
+            self._encoded = _Encoded(pieces, features if keeps else [], leaves, owners, rows)
         pairs = zip(batches, leaves, strict=True)
         return [replace(batch, images=None, view_features=leaf) for batch, leaf in pairs]
 
@@ -152,8 +167,7 @@ class VisionPhases:
                     grad_KE = self._hand_back(encoded)
                 with self._timed(RETURN):
                     fault("vision.backward")
-                    if encoded.features_KE is not None:
-                        encoded.features_KE.backward(grad_KE)
+                    self._go_backward(encoded, grad_KE)
         self.wrapped.finish_grad_sync()
 
     def _rows(self, batch: Batch) -> list[int]:
@@ -163,20 +177,40 @@ class VisionPhases:
             return [self.model.tokens_per_view] * batch.num_views
         return [frames * connector.tokens_of((high, wide)) for frames, high, wide in batch.image_grid.tolist()]
 
-    def _encode_own(self, batches: Sequence[Batch], owners: Sequence[Sequence[int]]) -> Tensor | None:
-        """Return [K, E] features of this rank's pictures; None where it has none."""
-        own = [batch for batch, who in zip(batches, owners, strict=True) if self._rank in who]
-        if not own:
-            return None
-        images = torch.cat([batch.images for batch in own if batch.images is not None])
-        grid = None
-        if own[0].image_grid is not None:
-            mine = [torch.tensor(_owners(batch)) == self._rank for batch in own]
-            pairs = zip(own, mine, strict=True)
-            grid = torch.cat([batch.image_grid[chosen] for batch, chosen in pairs if batch.image_grid is not None])
+    def _own_pictures(
+        self, batches: Sequence[Batch], owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+    ) -> list[_Piece]:
+        """Return this rank's pictures: all at once, or, to be encoded twice, in pieces of about a micro-batch's."""
+        found: list[_Piece] = []
+        for batch, own, sizes in zip(batches, owners, rows, strict=True):
+            mine = torch.tensor([owner == self._rank for owner in own], dtype=torch.bool)
+            if mine.any() and batch.images is not None:
+                grid = None if batch.image_grid is None else batch.image_grid[mine]
+                count = sum(size for size, owner in zip(sizes, own, strict=True) if owner == self._rank)
+                found.append(_Piece(batch.images, grid, count))
+        most = sum(map(sum, rows)) / len(rows) if self._again else math.inf
+        groups: list[list[_Piece]] = []
+        for one in found:
+            if groups and sum(other.rows for other in groups[-1]) + one.rows <= most:
+                groups[-1].append(one)
+            else:
+                groups.append([one])
+        return [_joined(group) for group in groups]
+
+    def _encode(self, pictures: _Piece) -> Tensor:
+        """Return [k, E] features of pictures."""
         vision, connector = self.chunk.vision, self.chunk.connector
-        features_QNE = encode(vision, connector, images, grid, trains_vision=self._trains_vision)
+        features_QNE = encode(
+            vision, connector, pictures.images, pictures.grid, trains_vision=self._trains_vision
+        )  # fmt: skip
         return features_QNE.transpose(0, 1).flatten(0, 1).to(self._dtype)
+
+    def _go_backward(self, encoded: _Encoded, grad_KE: Tensor) -> None:
+        """Go backward through this rank's pictures, whose features have these gradients."""
+        grads = grad_KE.split([piece.rows for piece in encoded.pieces])
+        for number, (piece, grad) in enumerate(zip(encoded.pieces, grads, strict=True)):
+            features = self._encode(piece) if self._again else encoded.features[number]
+            features.backward(grad)
 
     def _count(self, owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[int]:
         """Return the features that each rank makes."""
@@ -187,11 +221,11 @@ class VisionPhases:
         return counts
 
     def _hand_out(
-        self, features_KE: Tensor | None, owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+        self, features: Sequence[Tensor], owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
     ) -> list[Tensor | None]:
         """Hand features to the first stage; return there those of each micro-batch, [Q, N, E]."""
         counts, first = self._count(owners, rows), self._rank < self._tensor
-        own_KE = self._none() if features_KE is None else features_KE.detach()
+        own_KE = torch.cat(list(features)) if features else self._none()
         assert own_KE.size(0) == counts[self._rank], (own_KE.shape, counts)
         sent = [counts[self._rank] if rank < self._tensor else 0 for rank in range(self._ranks)]
         everything = torch.cat([own_KE] * self._tensor) if self._tensor > 1 else own_KE
@@ -249,6 +283,12 @@ class VisionPhases:
         timers(name).start()
         yield
         timers(name).stop()
+
+
+def _joined(pictures: Sequence[_Piece]) -> _Piece:
+    grids = [one.grid for one in pictures if one.grid is not None]
+    images = torch.cat([one.images for one in pictures])
+    return _Piece(images, torch.cat(grids) if grids else None, sum(one.rows for one in pictures))
 
 
 def _owners(batch: Batch) -> list[int]:

@@ -23,7 +23,7 @@ from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.checks import check_recipe  # noqa: E402
 from megavlm.config.help import to_tree, to_yaml  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
+from megavlm.data.device_batch import share_packs  # noqa: E402
 from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
 from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
@@ -152,4 +152,3 @@ def copies(modules: list[Any]) -> dict[str, bytes]:
         for name, parameter in module.named_parameters()
         if name.split(".")[0] in ("vision", "connector")
     }
-

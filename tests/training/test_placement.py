@@ -37,7 +37,12 @@ PACKED = {
 VISION = {"image_size": 32, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96, "num_attention_heads": 4}
 VISION |= {"positional_grid": 2, "patch_size": 16, **STD}
 NORMS = {"normalization": "RMSNorm", "qk_norm": "width", "layer_scale": True, "add_qkv_bias": False}
-MODEL = {"preset": "tiny", "vision": VISION, "connector": {"preset": "mlp2x_gelu", **STD}, "language": PACKED["language"]}
+MODEL = {
+    "preset": "tiny",
+    "vision": VISION,
+    "connector": {"preset": "mlp2x_gelu", **STD},
+    "language": PACKED["language"],
+}
 LORA: dict[str, Any] = {"lora": {"rank": 4, "alpha": 16.0, "targets": ["c_attn", "w1"]}, "modules": {"vision": FROZEN}}
 LORA["checkpoint"] = {"load": "unused"}
 
@@ -58,6 +63,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {**MODEL, "vision": VISION | {"gradient_checkpointing": True}},
         "parallel": {"recompute_granularity": "full"},
     },
+    "encoded again": {"parallel": {"vision_recompute": True}},
+    "packed, encoded again": {"model": PACKED, "parallel": {"vision_recompute": True}},
     "bf16": {"training": {"precision": "bf16"}},
 }
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -79,6 +86,8 @@ LONG_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "deepstack at TP 2 x PP 2 + SP": ("deepstack", 4, TP2 | PP2 | SP),
     "deepstack at PP 4": ("deepstack", 4, PP4),
     "recomputed at TP 2 x PP 2": ("recomputed", 4, TP2 | PP2),
+    "encoded again at TP 2 x PP 2": ("encoded again", 4, TP2 | PP2),
+    "packed, encoded again at DP 2 x PP 2": ("packed, encoded again", 4, PP2),
     "norms at TP 2 x PP 2 + SP": ("norms", 4, TP2 | PP2 | SP),
     "norms at DP 2 x TP 2": ("norms", 4, TP2),
     **{
@@ -107,7 +116,7 @@ def job(tmp: Path, name: str, save: str, parallel: dict[str, Any]) -> dict[str, 
 
 def together(tmp: Path, cases: dict[str, tuple[str, int, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Run cases, and the same models in one process; return by name what each rank gave."""
-    single = {name: job(tmp, name, name, FIRST) for name, _, _ in cases.values()}
+    single = {name: job(tmp, name, name, FIRST | {"vision_recompute": False}) for name, _, _ in cases.values()}
     starts = [(1, single)]
     for world in sorted({world for _, world, _ in cases.values()}):
         chosen = {case: one for case, one in cases.items() if one[1] == world}
@@ -136,7 +145,9 @@ def check_equal(tmp: Path, case: str, name: str, results: dict[str, list[dict[st
     assert any(key.startswith("vision.") for key in whole) or name == "adapters"
     for key, values in whole.items():
         rows = min(len(values), len(parts[key])) if values.dim() else None  # a vocabulary is padded
-        torch.testing.assert_close(parts[key][:rows], values[:rows], rtol=near, atol=near, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            parts[key][:rows], values[:rows], rtol=near, atol=near, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")

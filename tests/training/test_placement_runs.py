@@ -1,4 +1,4 @@
-"""Whole runs whose pictures are encoded on all ranks: figures, resumption, answers, and ranks that die in each phase."""
+"""Whole runs whose pictures all ranks encode: figures, resumption, answers, and ranks that die in each phase."""
 
 from __future__ import annotations
 
@@ -44,14 +44,22 @@ def test_a_run_through_every_phase(run_data: RunData, tmp_path: Path) -> None:
         if "timed_step_seconds" in moved:
             assert ("vision_fraction" in moved) == (moved["step"] > 2)
         if "vision_fraction" in moved:
-            assert 0 < moved["vision_encode_seconds"] and 0 < moved["vision_backward_seconds"]
+            assert moved["vision_encode_seconds"] > 0 and moved["vision_backward_seconds"] > 0
             assert 0 <= moved["vision_lost_fraction"] < moved["vision_fraction"] < 1 <= moved["vision_imbalance"]
             parts = moved["data_seconds"] + moved["schedule_seconds"] + moved["update_seconds"]
             assert parts < moved["timed_step_seconds"]
     assert compared > 12
     picture = tmp_path / "picture.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(picture)
-    ask = ["generate", "--image", str(picture), "--prompt", "What is this?", "--max-new-tokens=6", str(tmp_path / "run")]
+    ask = [
+        "generate",
+        "--image",
+        str(picture),
+        "--prompt",
+        "What is this?",
+        "--max-new-tokens=6",
+        str(tmp_path / "run"),
+    ]
     answers = [
         ranks.megavlm([*ask, *words], world=world, apart=True).stdout
         for words, world in (((FIRST,), None), ((ALL, PP2, TP2), 4))

@@ -230,7 +230,7 @@ class FilmPlanKind:
 
 
 _KINDS: dict[str, FilmPlanKind] = {}
-_OWN = ("rules",)
+_OWN = ("rules", "frames")
 """Modules of this folder that register kinds."""
 NO_FILMS = "none"
 """The kind that reads none."""
