@@ -34,7 +34,7 @@ class ReadPack:
         """What the tower sees: so many views, or the frames, rows and columns of patches of each picture."""
         if self.arrangement is None or self.arrangement.grid is None:
             return self.pixels.size(0)
-        return self.arrangement.grid.tolist()  # type: ignore[no-any-return]
+        return self.arrangement.grid.tolist()
 
 
 def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_id: int) -> ReadPack:
