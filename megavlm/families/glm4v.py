@@ -47,6 +47,7 @@ class Glm4vFamily(Qwen2VLFamily):
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }
     template: ClassVar[str | None] = "glm4v"
+    film_plans: ClassVar[tuple[str, ...]] = ("glm4v",)
     model_class = "Glm4vForConditionalGeneration"
     own_norms = True
     tower: ClassVar[Table] = GLM4V_VISION
@@ -70,7 +71,8 @@ class Glm4vFamily(Qwen2VLFamily):
             "preset": "downsample_merger", "merge_size": vision["spatial_merge_size"],
             "ffn_hidden_size": visual.get("intermediate_size", 13696),
         }  # fmt: skip
-        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+        video = self._films(source, visual, vision | pixels, where)
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image, "video": video}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""

@@ -20,6 +20,7 @@ from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.films import film_branch
 from megavlm.families.intern_vit import (
     MEAN,
     ORIGINAL_TOWER,
@@ -67,6 +68,7 @@ class InternVLFamily(Family):
     modules: ClassVar[str | None] = "modules"
     wraps_pictures: ClassVar[tuple[str, str] | None] = ("<img>", "</img>")
     preprocesses = True
+    film_plans: ClassVar[tuple[str, ...]] = ("internvl",)
     tower: ClassVar[Table] = TRANSFORMERS_TOWER
 
     def detect(self, source: Source) -> bool:
@@ -192,6 +194,7 @@ class InternVLFamily(Family):
         # What training looks up by its name; a template of the directory's own would be the same turns.
         return {
             "vision": vision, "connector": connector, "language": language, "image": image, "template": TEMPLATE,
+            **({"video": film_branch(source, vision, self.film_plans[0])} if image else {}),
         }  # fmt: skip
 
 

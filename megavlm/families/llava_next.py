@@ -22,6 +22,7 @@ from megavlm.families.anyres import anyres_branch, aspect_of, trained_anyres
 from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_language
 from megavlm.families.family import Tower, Tree, config_file
+from megavlm.families.films import film_branch
 from megavlm.families.llama import LLAMA, MISTRAL, QWEN2, no_llama
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import llava_processor, normalisation
@@ -127,11 +128,12 @@ class LlavaNextFamily(LlavaFamily):
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
-    """``LlavaOnevisionForConditionalGeneration``: its pictures; frames of films are not trained on here."""
+    """``LlavaOnevisionForConditionalGeneration``: anyres with a limit, and films of 196 tokens a frame."""
 
     name = "llava_onevision"
     title = "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)"
     plan = "anyres_max"
+    film_plans: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     default_strategy = "full"
 
     def branches(self, source: Source) -> Tree:
@@ -139,6 +141,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         branches = super().branches(source)
         if branches["image"]:
             branches["image"]["max_tiles"] = aspect_of(source)
+            branches["video"] = film_branch(source, branches["vision"], self.film_plans[0])
         return branches
 
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:

@@ -21,6 +21,7 @@ from megavlm.data.media import plan_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
+from megavlm.families.films import write_films
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
 from megavlm.weights.source import CONFIG
 
@@ -61,7 +62,7 @@ def write_trained(
     """
     lines = []
     if "vision" in family.parts and family.preprocesses:
-        lines += write_pixels(partial, family, model)
+        lines += write_pixels(partial, family, model) + write_films(partial, model)
     path = find_tokenizer(partial)
     if "language" not in family.parts or path is None:
         return lines
