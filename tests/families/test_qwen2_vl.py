@@ -148,6 +148,7 @@ def theirs(model: PreTrainedModel, directory: Path, picture: Path, question: str
         ("preprocessor_config.json", {"merge_size": 4}, "merge_size is 4, but config.json's tower has 2"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize is False"),
         ("preprocessor_config.json", {"max_pixels": "many"}, "max_pixels is 'many'"),
+        ("preprocessor_config.json", {"min_pixels": 8192}, "4096 is less than model.image.min_pixels (8192)"),
         ("preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"}, "image_processor_type"),
         ("preprocessor_config.json", None, "neither preprocessor_config.json nor processor_config.json"),
         ("config.json", {"vision_config": {"window_size": 0}}, "window_size"),

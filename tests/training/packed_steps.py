@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,25 @@ def _differences(found: dict[str, tuple[Any, Any]], wanted: dict[str, torch.Tens
         name: float((gradient - shard_of(wanted[name], parameter)).abs().max()) / largest[name.split(".")[0]]
         for name, (gradient, parameter) in found.items()
     }
+
+
+def mismatches() -> list[str]:
+    """Return what a step says of a pack with a slot too few, one with a grid too many, and one with odd rows."""
+    recipe, found = recipe_of(96), []
+    with process_groups(recipe.parallel, recipe.training.seed):
+        training = build_training(recipe, IMAGE_TOKEN)
+        batch = batch_of(recipe, [(40, 24)], 1)
+        tokens, grid = batch.tokens.clone(), batch.image_grid
+        assert grid is not None
+        tokens[tokens == IMAGE_TOKEN] = torch.tensor([5, *[IMAGE_TOKEN] * (int((tokens == IMAGE_TOKEN).sum()) - 1)])
+        for wrong in (
+            replace(batch, tokens=tokens),
+            replace(batch, image_grid=torch.cat([grid, grid])),
+            replace(batch, image_grid=torch.tensor([[1, int(grid[0, 1]) * 2 + 1, int(grid[0, 2])]])),
+        ):
+            try:
+                run_batches(training.chunks, [wrong], num_sources=1)
+                found.append("nothing")
+            except (RuntimeError, ValueError) as error:
+                found.append(str(error))
+    return found

@@ -35,6 +35,13 @@ def test_pictures_on_one_replica_and_text_on_the_other(modules: dict[str, Any]) 
     assert all(norm > 0 for _, norm in alone)
 
 
+def test_grids_and_slots_that_do_not_match_are_no_step() -> None:
+    """Whoever made such a batch has an error: nothing is cut, shifted or left out."""
+    ((slots, grids, odd),) = ranks.run("packed_steps:mismatches", world=1)
+    assert "image slots, as there are image features" in slots
+    assert "patches, but pictures of" in grids and "is not made of blocks of 2 x 2" in odd
+
+
 @pytest.mark.long
 @pytest.mark.family("qwen2_vl", "qwen2_5_vl")
 def test_one_sample_of_32768_tokens_and_16_pictures(tmp_path: Path) -> None:
