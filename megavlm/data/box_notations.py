@@ -26,7 +26,9 @@ _NAME = (
     r"(?:<ref>(?P<ref>[^<]*)</ref>\s*|<\|object_ref_start\|>(?P<object>(?:(?!<\|)[^\n]){0,300})"
     r"<\|object_ref_end\|>\s*)?"
 )
-_TAGGED = re.compile(rf"{_NAME}(?:<box>(?P<box>[^<]{{0,4000}})</box>|<\|box_start\|>(?P<start>[^<]{{0,4000}})<\|box_end\|>)")
+_TAGGED = re.compile(
+    rf"{_NAME}(?:<box>(?P<box>[^<]{{0,4000}})</box>|<\|box_start\|>(?P<start>[^<]{{0,4000}})<\|box_end\|>)"
+)
 _GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}\d,.\s]{7,4000})<\|end_of_box\|>")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")

@@ -31,7 +31,11 @@ def test_tiles() -> None:
     plan = DynamicTilesPlan(448, 256)
     layout = plan.plan(1344, 896)
     tiles, overview = seen(plan, layout)
-    assert tiles.size == (1344, 896) and len(tiles.views) == 6 and tiles.views[4] == pytest.approx((1 / 3, 0.5, 1 / 3, 0.5))
+    assert (
+        tiles.size == (1344, 896)
+        and len(tiles.views) == 6
+        and tiles.views[4] == pytest.approx((1 / 3, 0.5, 1 / 3, 0.5))
+    )
     assert overview.views == ((0, 0, 1, 1),)
     assert said(plan, layout) == "3 x 2 tiles of 448 x 448 + whole at 448 x 448: 1,792 tokens"
     assert token_range(plan) == (256, 3328, 13)
@@ -55,7 +59,9 @@ def test_own_sizes() -> None:
     assert len(seen(slices, slices.plan(2000, 1000))) == 2
 
 
-@pytest.mark.parametrize("plan", [SquashPlan(336, 144), NativePlan(448, 256), DynamicTilesPlan(448, 256), SlicesPlan(448, 64)])
+@pytest.mark.parametrize(
+    "plan", [SquashPlan(336, 144), NativePlan(448, 256), DynamicTilesPlan(448, 256), SlicesPlan(448, 64)]
+)
 @pytest.mark.parametrize("size", [(1, 1), (37, 5000), (6000, 31), (4000, 3000)])
 def test_views_lie_within_their_plane(plan: ImagePlan, size: tuple[int, int]) -> None:
     if isinstance(plan, NativePlan):

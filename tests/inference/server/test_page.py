@@ -211,7 +211,9 @@ def test_examples_paste_and_drop(page: Page, served: Served) -> None:
         page.get_by_role("button", name=f"Remove {event}.png").wait_for()
     # As the model sees it: one square view.
     page.get_by_role("button", name="paste.png").first.click()
-    page.get_by_role("dialog", name="paste.png").get_by_text("480 x 360 pixels; the model sees it one view at 32").wait_for()
+    page.get_by_role("dialog", name="paste.png").get_by_text(
+        "480 x 360 pixels; the model sees it one view at 32"
+    ).wait_for()
     page.keyboard.press("Escape")
     page.get_by_role("dialog", name="paste.png").wait_for(state="hidden")
 

@@ -54,13 +54,26 @@ def test_what_the_model_is_and_can(served: Served) -> None:
 def test_plans_and_boxes_of_the_page(served: Served) -> None:
     found = json.loads(get(served, "/page/plan?width=640&height=480&images=2")[1])
     assert found["tokens"] == 4 and found["planes"][0]["size"] == [32, 32]
-    for wrong in ("width=0&height=1", "width=1", f"width={MAX_SIDE + 1}&height=1", "width=1&height=%C2%B2", "width=1&height=1&images=3"):
+    for wrong in (
+        "width=0&height=1",
+        "width=1",
+        f"width={MAX_SIDE + 1}&height=1",
+        "width=1&height=%C2%B2",
+        "width=1&height=1&images=3",
+    ):
         status, text, _ = get(served, f"/page/plan?{wrong}")
         assert status == 400 and len(text) < 2000, wrong
     body = {"text": ANSWER, "width": 320, "height": 320}
     found = json.loads(get(served, "/page/boxes", body)[1])
     assert found == {"boxes": [{"name": "red disc", "sides": [0.125, 0.25, 0.5, 0.625]}]}
-    for wrong in ({}, [], {**body, "text": 1}, {**body, "width": None}, {**body, "height": [1]}, {**body, "images": True}):
+    for wrong in (
+        {},
+        [],
+        {**body, "text": 1},
+        {**body, "width": None},
+        {**body, "height": [1]},
+        {**body, "images": True},
+    ):
         assert get(served, "/page/boxes", wrong)[0] == 400, wrong
     assert get(served, "/page/boxes", {**body, "text": "x" * (2 << 20)})[0] == 413
 
