@@ -18,6 +18,7 @@ from megavlm.inference.checkpoint import add_model_arguments, add_sampling_argum
 from megavlm.inference.turns import read_image, system_turns, user_turn, without_control_tokens, write_any_text
 
 if TYPE_CHECKING:
+    from megavlm.data.media import ImagePlan
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
@@ -69,6 +70,8 @@ class Chat:
         self.out, self.system, self.say = out, system, say
         self.waiting: list[bytes] = []
         """Pictures that go with the next question."""
+        self.pixels: ImagePlan | None = None
+        """Of ``draw_boxes``."""
         self.clear()
 
     def clear(self) -> None:
@@ -127,7 +130,7 @@ class Chat:
         from megavlm.inference.boxes import draw_boxes  # noqa: PLC0415
 
         # An answer speaks of the picture that was shown last.
-        picture = draw_boxes(self.images[-1], answer) if self.images else None
+        picture = draw_boxes(self.images[-1], answer, self.pixels) if self.images else None
         if picture is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             path = self.out / f"answer-{sum(turn.role == 'assistant' for turn in self.turns)}.png"
@@ -151,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
+    from megavlm.inference.boxes import pixel_plan  # noqa: PLC0415 - imports PIL
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
 
     with session(recipe, checkpoint, tokenizer, args.context) as model:
@@ -167,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
         with model.leading():
             chat = Chat(model, sampling, args.max_new_tokens, args.out, args.system, say)
             chat.waiting += images
+            chat.pixels = pixel_plan(checkpoint, recipe.model)
             say(HELP + "\n")
             for line in _lines(say, model):
                 if not chat.take(line):
