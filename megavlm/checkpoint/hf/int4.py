@@ -92,8 +92,8 @@ def quantise(settings: Int4Settings) -> Int4Export:
     refuse_existing(settings.out)
     source = Source(settings.hf)
     _check_source(settings, source)
-    library = _library()
     transformers_class(settings.hf, "int4")
+    library = _library()
     model, processor = _open(settings.hf, source)
     blocks, names = _language_layers(model, settings)
     samples = calibration_samples(
