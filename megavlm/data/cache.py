@@ -44,7 +44,7 @@ from megavlm.parallel.lock import HeldError, held
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of what is prepared: another number is another data set."""
 CARD = "cache.json"
 """What a prepared data set was made of."""

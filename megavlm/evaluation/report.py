@@ -202,9 +202,9 @@ def _pictures(card: Card, page: Page) -> str:
     file = io.BytesIO()
     square = draw_pictures(item, _SIDE)
     if len(images) == 1:  # without the bars beside it
-        (width, height), longer = images[0].size, max(images[0].size)
-        left, top = (_SIDE - _SIDE * width // longer) // 2, (_SIDE - _SIDE * height // longer) // 2
-        square = square.crop((left, top, _SIDE - left, _SIDE - top))
+        across, down = (max(1, _SIDE * length // max(images[0].size)) for length in images[0].size)
+        left, top = (_SIDE - across) // 2, (_SIDE - down) // 2
+        square = square.crop((left, top, left + across, top + down))
     square.save(file, "JPEG", quality=85)
     encoded = base64.b64encode(file.getvalue()).decode()
     whole = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'

@@ -17,7 +17,7 @@ from film_vectors import CASES, CLASSES, HERE, SLOT, digest, films, unpacked
 from pydantic import TypeAdapter
 
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ModelConfig, VideoConfig
 from megavlm.data.films.plan import FilmError, FilmPlan, FilmShape, PackedFilmPlan, film_plan_of
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.patches import patch_rows
@@ -34,8 +34,10 @@ EDGES = {"qwen2_vl": ("min_pixels", "max_pixels"), "qwen3_vl": ("min_pixels", "t
 
 
 def model(name: str, **video: Any) -> ModelConfig:
-    tree = {"model": {"preset": MODELS.get(name, MODELS[video["kind"]]), "video": video}}
-    return TypeAdapter(ModelConfig).validate_python(expand_presets(tree)["model"])
+    """Return the preset's model with these keys alone: the class's own values stand for the others."""
+    tree = {"model": {"preset": MODELS.get(name, MODELS[video["kind"]])}}
+    found = TypeAdapter(ModelConfig).validate_python(expand_presets(tree)["model"])
+    return dataclasses.replace(found, video=VideoConfig(**video))
 
 
 def plan_of_case(name: str) -> FilmPlan:
@@ -94,7 +96,7 @@ def test_pixels_of_a_film(kind: str) -> None:
 
 def test_onevisions_features_are_pooled() -> None:
     """As its ``apply_pooling``, with the newline vector behind the film: 196 tokens a frame."""
-    models = dataclasses.replace(model("llava_onevision", kind="llava_onevision"))
+    models = model("llava_onevision", kind="llava_onevision")
     plan = plan_of(models)
     layout = plan.of(FilmShape(640, 360, 90, 30.0, sampled=False))
     assert layout.tokens == 32 * 196 + 1
@@ -177,9 +179,9 @@ def test_keys_that_do_not_go_together(video: dict[str, Any], said: str) -> None:
 
 
 def test_a_tower_that_does_not_fit() -> None:
-    with pytest.raises(UserError, match="model.video.kind: qwen2_vl needs a tower that takes frames of any size"):
+    with pytest.raises(UserError, match=r"model\.video\.kind: qwen2_vl needs a tower that takes frames of any size"):
         film_plan_of(model("internvl", kind="qwen2_vl"))
-    with pytest.raises(UserError, match="model.video.kind: internvl makes squares"):
+    with pytest.raises(UserError, match=r"model\.video\.kind: internvl makes squares"):
         film_plan_of(model("qwen2_vl", kind="internvl"))
     with pytest.raises(UserError, match="ends with the learned newline vector"):
         film_plan_of(model("internvl", kind="llava_onevision"))

@@ -123,7 +123,9 @@ CHAT_TEMPLATE = (
 """Of Qwen/Qwen2-VL-7B-Instruct, without videos; held against what xorbitsai/inference has of it @ c70ea74f."""
 
 
-def publish(directory: Path, make: Callable[..., PreTrainedModel]) -> Path:
+def publish(
+    directory: Path, make: Callable[..., PreTrainedModel], save: Callable[[PreTrainedModel, Path], Path] = save
+) -> Path:
     """Write a checkpoint with a tokenizer and its template, as the hub has them."""
     directory.mkdir(parents=True)
     file = write_qwen2(directory)

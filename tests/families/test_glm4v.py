@@ -69,8 +69,8 @@ def test_pictures_go_home_as_they_came(tmp_path: Path) -> None:
     save(glm4v(), tmp_path / "hf")
     model = convert(tmp_path / "hf", tmp_path / "m").model
     old = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    assert trained_preprocessor(model, old)["size"] == old["size"]
-    new = trained_preprocessor(model, {})
+    assert trained_preprocessor(model, old, FAMILIES["glm4v"].trained_pictures(model, old))["size"] == old["size"]
+    new = trained_preprocessor(model, {}, FAMILIES["glm4v"].trained_pictures(model, {}))
     assert (new["size"], new["image_processor_type"]) == (old["size"], "Glm4vImageProcessor")
 
 

@@ -150,18 +150,17 @@ class _Walk:
     def _nearest(self, target: int) -> Any:
         """Return the frame before a time at which there is none: what is shown then."""
         ended = self._ahead is None
-        if self._last is None:
-            if self._seeks and not ended:  # the film was entered behind it
-                self._seeks = False
-                self._open()
-                return self.frame(int(np.searchsorted(self._index.times, target)))
-            if ended:
-                raise FilmError("decode error", "no frame can be decoded")
-            self._last = self._ahead
-        late = (target - self._last.pts) * float(self._index.unit) * self._index.rate
-        if ended and late > _LATE:
-            raise FilmError("truncated", f"its frames end {late:.0f} before the last of its packets")
-        return self._last
+        if self._last is not None:
+            late = (target - self._last.pts) * float(self._index.unit) * self._index.rate
+            if not ended or late <= _LATE:
+                return self._last
+        elif not ended and not self._seeks:
+            return self._ahead
+        if self._seeks:  # the film was entered behind it, as happens where a container has no index of its own
+            self._seeks = False
+            self._open()
+            return self.frame(int(np.searchsorted(self._index.times, target)))
+        raise FilmError("truncated", "its frames end before its packets do")
 
     def _next(self) -> Any:
         frame = next(self._frames, None)

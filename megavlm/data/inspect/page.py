@@ -276,12 +276,12 @@ def _names(images: Sequence[bytes | Film]) -> list[str]:
 
 def _as_seen(segment: Segment, found: Collected) -> str:
     """Return a segment's pictures as the model sees them; those that cannot be decoded are told of beside it."""
-    pictures = []
-    for data in segment.images:
+    shown = ""
+    for index, data in enumerate(segment.images):
         with contextlib.suppress(ImageError):
             if isinstance(data, bytes):
-                pictures.append(decode_with_pil(data, found.data.image_alpha))
-    shown = "".join(planes(picture, found.plan, len(segment.images)) for picture in pictures)
+                images = segment.layouts[index].shape.images if segment.layouts else 1
+                shown += planes(decode_with_pil(data, found.data.image_alpha), found.plan, images)
     return f'<details open class="model"><summary>as the model sees it</summary>{shown}</details>' if shown else ""
 
 

@@ -88,11 +88,8 @@ def offered(service: Service, about: About) -> tuple[Example, ...]:
     found = [one for one in examples() if len(one.pictures) <= service.limits.images]
     found = [one for one in found if sum(len(data) for _, data in one.pictures) * 1.4 < service.limits.bytes]
     found = [one for one in found if all(w * h <= service.limits.pixels for w, h in one.sizes)]
-    return tuple(
-        one if one.thing is None else one.asking(about.finds.format(thing=one.thing))
-        for one in found
-        if one.thing is None or about.finds is not None
-    )
+    asked = [one for one in found if one.thing is None or about.finds is not None]
+    return tuple(one.asking((about.finds or "").format(thing=one.thing)) if one.thing else one for one in asked)
 
 
 def _abilities(service: Service, about: About) -> list[dict[str, str]]:

@@ -262,6 +262,10 @@ def test_an_answer_is_stopped_and_a_closed_page_asks_no_further(browser: Browser
         assert health(hooked)["tokens"] - before < 30  # of 34
         ask(page, QUESTION)
         wait_until(lambda: health(hooked)["requests"] == 1)
+        page.get_by_role("button", name="New conversation").click()  # also while it answers
+        wait_until(lambda: health(hooked)["requests"] == 0)
+        ask(page, "Hello?")
+        wait_until(lambda: health(hooked)["requests"] == 1)
     wait_until(lambda: health(hooked)["requests"] == 0)
 
 

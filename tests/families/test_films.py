@@ -1,0 +1,129 @@
+"""A picture and a film beside each other: features, logits and gradients are those of Transformers' classes.
+
+What frames there are, and of which size, is in ``tests/data/test_film_rules.py``; where positions lie in
+``tests/data/test_own_positions.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import glm4v_models
+import pytest
+import qwen2_vl_models
+import qwen3_vl_models
+import ranks
+import torch
+from film_cases import given, shown, write_film_reference
+from internvl_cases import compare
+from internvl_models import internvl
+from llava_next_models import llava_onevision
+from native_cases import LAYOUT, convert
+from transformers import PreTrainedModel
+
+from megavlm.checkpoint.distributed import load
+from megavlm.config.load import load_recipe
+from megavlm.data.media import arrange, plan_of
+from megavlm.data.positions import own_grids
+from megavlm.families.presets import expand_presets
+from megavlm.inference.generate import generate
+from megavlm.inference.prompt import Prompt
+from megavlm.models.build import build_model, unwrap
+from megavlm.parallel.state import process_groups
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedModel, Path], Path]]] = {
+    "qwen2_vl": (qwen2_vl_models.qwen2_vl, qwen2_vl_models.save),
+    "qwen2_5_vl": (qwen2_vl_models.qwen2_5_vl, qwen2_vl_models.save),
+    "qwen3_vl": (qwen3_vl_models.qwen3_vl, qwen3_vl_models.save),
+    "glm4v": (glm4v_models.glm4v, glm4v_models.save),
+    "llava_onevision": (llava_onevision, lambda model, directory: (model.save_pretrained(directory), directory)[1]),
+    "internvl": (internvl, lambda model, directory: (model.save_pretrained(directory), directory)[1]),
+}
+SIDE = ["model.video.positions_after=side"]
+"""As Transformers 5.23 has it."""
+
+
+def made(name: str, directory: Path) -> tuple[PreTrainedModel, list[str]]:
+    """Write a model as it comes, and converted; return it, and the keys by which films are as in its class."""
+    make, save = MODELS[name]
+    model = make()
+    save(model, directory / "hf")
+    recipe = convert(directory / "hf", directory / "m")
+    keys = SIDE if name.startswith("qwen2") else []
+    assert recipe.model.video.kind == ("qwen2_vl" if name.startswith("qwen2") else name)
+    if name in ("qwen3_vl", "glm4v"):
+        keys += ["model.video.total_pixels=16384", "model.video.min_pixels=64"]
+    if name in ("llava_onevision", "internvl"):
+        keys += ["model.video.num_frames=3"]
+    if name == "qwen2_5_vl":
+        assert recipe.model.video.tokens_per_second == 4
+    return model, keys
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(name)) for name in MODELS])
+def test_features_logits_and_gradients(name: str, tmp_path: Path) -> None:
+    model, keys = made(name, tmp_path)
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", keys, expand_presets)
+    write_film_reference(model, recipe, tmp_path / "reference.safetensors")
+    compare(str(tmp_path / "m"), str(tmp_path / "reference.safetensors"), keys)
+
+
+@pytest.mark.long
+@pytest.mark.family("qwen2_5_vl")
+def test_at_four_ranks(tmp_path: Path) -> None:
+    """TP 2 x PP 2 with sequence parallelism; three steps give the losses of one process."""
+    model, keys = made("qwen2_5_vl", tmp_path)
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", keys, expand_presets)
+    reference = tmp_path / "reference.safetensors"
+    write_film_reference(model, recipe, reference)
+    _, losses = compare(str(tmp_path / "m"), str(reference), keys)
+    results = ranks.run(
+        "internvl_cases:compare", str(tmp_path / "m"), str(reference), [*LAYOUT, *keys], world=4, timeout=400
+    )
+    for _, there in results:
+        assert there == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.family(name)) for name in ("qwen2_5_vl", "qwen3_vl")]
+)
+def test_greedy_answers(name: str, tmp_path: Path) -> None:
+    model, keys = made(name, tmp_path)
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", ["training.precision=fp32", *keys], expand_presets)
+    ids, pixels, layouts = shown(recipe, picture=True)
+    whole = model.generate(
+        **given(model, ids, pixels, layouts), do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
+    )
+    image = model.config.image_token_id
+    with process_groups(recipe.parallel, 1):
+        chunks = build_model(recipe, image)
+        load(tmp_path / "m", modules=[unwrap(chunk) for chunk in chunks])
+        own = torch.where(ids < 0, image, ids).numpy()
+        prompt = Prompt(own, pixels, arrange(plan_of(recipe.model), layouts), own_grids(recipe.model, layouts))
+        answers = generate(chunks, [prompt], max_new_tokens=8, stop_ids=[], vocab_size=128, pack_length=1024)
+    assert answers == [whole[0, len(ids) :].tolist()]
+
+
+@pytest.mark.family("qwen2_5_vl")
+def test_positions_behind_a_film_matter(tmp_path: Path) -> None:
+    """The film is long enough that what is published and what Transformers 5.3 has are not the same."""
+    made("qwen2_5_vl", tmp_path)
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    _, _, layouts = shown(recipe, picture=True)
+    grid = own_grids(recipe.model, layouts)[-1]
+    assert int(grid.step * (grid.frames - 1)) + 1 > max(grid.rows, grid.columns)
+
+
+@pytest.mark.family("qwen3_vl")
+def test_the_processors_file_there_and_back(tmp_path: Path) -> None:
+    model, _ = made("qwen3_vl", tmp_path)
+    text = json.dumps({
+        "size": {"longest_edge": 20000, "shortest_edge": 300}, "patch_size": 4, "temporal_patch_size": 2,
+        "merge_size": 2, "fps": 3, "max_frames": 20, "video_processor_type": "Qwen3VLVideoProcessor",
+    })  # fmt: skip
+    assert model is not None
+    (tmp_path / "hf" / "video_preprocessor_config.json").write_text(text)
+    video = convert(tmp_path / "hf", tmp_path / "n").model.video
+    assert (video.fps, video.max_frames, video.min_pixels, video.total_pixels) == (3, 20, 300, 20000)
