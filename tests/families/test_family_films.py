@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import glm4v_models
+import jinja2
+import numpy as np
 import pytest
 import qwen2_vl_models
 import qwen3_vl_models
@@ -21,10 +23,13 @@ from internvl_cases import compare
 from internvl_models import internvl
 from llava_next_models import llava_onevision
 from native_cases import LAYOUT, convert
-from transformers import PreTrainedModel
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from megavlm.checkpoint.distributed import load
 from megavlm.config.load import load_recipe
+from megavlm.data.films.container import FRAME_RATE
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.positions import own_grids
 from megavlm.families.presets import expand_presets
@@ -127,3 +132,57 @@ def test_the_processors_file_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "hf" / "video_preprocessor_config.json").write_text(text)
     video = convert(tmp_path / "hf", tmp_path / "n").model.video
     assert (video.fps, video.max_frames, video.min_pixels, video.total_pixels) == (3, 20, 300, 20000)
+
+
+@pytest.mark.family("qwen2_5_vl")
+def test_generate_with_frames(tmp_path: Path) -> None:
+    """``megavlm generate --video`` answers as Transformers does with the same frames, which need no resizing."""
+    source = qwen2_vl_models.publish(tmp_path / "hf", qwen2_vl_models.qwen2_5_vl)
+    only_words(source)
+    convert(source, tmp_path / "m")
+    frames = np.random.default_rng(3).integers(0, 255, (5, 24, 32, 3), dtype=np.uint8)
+    (tmp_path / "film").mkdir()
+    for number, pixels in enumerate(frames):
+        Image.fromarray(pixels).save(tmp_path / "film" / f"{number:03d}.png")
+    words = ["generate", str(tmp_path / "m"), "--video", str(tmp_path / "film"), "--prompt", "What is it?"]
+    options = ["--max-new-tokens=8", "training.precision=fp32"]
+    answer = ranks.megavlm([*words, *options, *SIDE], apart=True).stdout
+    assert answer.strip() == their_answer(source, frames, "What is it?").strip() != ""
+    other = ranks.megavlm([*words[:2], *words[4:], *options], apart=True).stdout
+    assert other != answer
+
+
+def only_words(directory: Path) -> None:
+    """Let a saved model answer with whole characters only, so that answers can be told apart as text."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for token in range(model.config.text_config.vocab_size):
+        if not tokenizer.decode([token]).isprintable() or "\ufffd" in tokenizer.decode([token]):
+            model.lm_head.weight.data[token] = 0
+    config = (directory / "config.json").read_bytes()
+    model.save_pretrained(directory)
+    (directory / "config.json").write_bytes(config)
+
+
+def their_answer(directory: Path, frames: np.ndarray, question: str) -> str:
+    """Return Transformers' greedy answer, the patches made by a reshape as in its video processor's ``patchify``."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, attn_implementation="eager").eval()
+    told = json.loads((directory / "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    film = (torch.from_numpy(frames).permute(0, 3, 1, 2) / 255 - mean) / std
+    film = torch.cat([film, film[-1:]])  # an odd number
+    steps, height, width = len(film) // 2, film.shape[2] // 4, film.shape[3] // 4
+    patches = film.view(steps, 2, 3, height // 2, 2, 4, width // 2, 2, 4).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    text = jinja2.Template(template).render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", "<|video_pad|>" * (steps * height * width // 4))
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)[None]
+    whole = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=patches.reshape(-1, 96),
+        video_grid_thw=torch.tensor([[steps, height, width]]), second_per_grid_ts=[2 / FRAME_RATE],
+        mm_token_type_ids=2 * (ids == model.config.video_token_id).int(), do_sample=False, max_new_tokens=8,
+        pad_token_id=0,
+    )  # fmt: skip
+    return str(tokenizer.decode(whole[0, ids.size(1) :].tolist()))
