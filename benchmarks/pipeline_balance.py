@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import native_balance
 import numpy as np
 from mixes import FULL_SCALE_DESCRIPTIONS, shapes
 from pydantic import TypeAdapter
@@ -276,10 +277,11 @@ def main() -> int:
     arguments = parser.parse_args()
     start = time.perf_counter()
     result = measure(arguments.steps)
+    result["native"] = native_balance.measure(arguments.steps)
     result["seconds"], result["steps"] = time.perf_counter() - start, arguments.steps
     script = Path(sys.argv[0])
     result["command"] = shlex.join(["python", str(Path(script.parent.name) / script.name), *sys.argv[1:]])
-    print(table(result))
+    print(table(result), native_balance.table(result["native"]), sep="\n\n")
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from family_choice import (  # noqa: F401 - pytest finds them here
@@ -11,6 +12,7 @@ from family_choice import (  # noqa: F401 - pytest finds them here
     pytest_runtest_protocol,
     pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 
 from megavlm.parallel.device import prepare_device
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
     from run_data import RunData
 
 prepare_device()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let a worker of pytest-xdist report tests that wrote what is no Unicode, which cannot be sent otherwise."""
+    return _sendable((yield))
+
+
+def _sendable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: _sendable(one) for key, one in value.items()}
+    return type(value)(map(_sendable, value)) if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import import_graph
 import pytest
@@ -254,8 +255,24 @@ def over_budget() -> dict[str, float]:
     return {name: took for name, took in _spent.items() if took > BUDGET}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist chose and took; a family's tests may have run in several."""
+    global _choice
+    chosen, why, spent = getattr(node, "workeroutput", {}).get("families", (None, "", {}))
+    if chosen is not None:
+        _choice = Choice(frozenset(chosen), frozenset(), why)
+    for name, took in spent.items():
+        _spent[name] += took
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail where a family took too long; where no family changed, nothing to run is right."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker; the process that started it sums up
+        chosen, why = (None, "") if _choice is None else (sorted(_choice.families), _choice.why)
+        output["families"] = (chosen, why, dict(_spent))
+        return
     if _choice is not None and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
     if over_budget() and exitstatus == pytest.ExitCode.OK:

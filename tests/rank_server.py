@@ -43,8 +43,8 @@ LAST_WORDS = 3.0
 """Seconds that a rank has to write where it hangs."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
-# What commands and workers import inside their functions, once and for all ranks. transformers' models and what serves
-# HTTP are left to those few that need them.
+# What commands and workers import inside their functions, once and for all ranks; of transformers what all its models
+# import, for which a rank needs 1.5 s. These models, and what serves HTTP, are left to those few that need them.
 MODULES = (
     "numpy", "PIL.Image", "simplejpeg", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
     "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.profiler",
@@ -54,6 +54,7 @@ MODULES = (
     "megavlm.architectures.connectors.mlp.build", "megavlm.architectures.decoders.decoder.build",
     "megavlm.architectures.towers.vit.build", "megavlm.checkpoint.distributed", "megavlm.commands.eval",
     "megavlm.commands.generate", "megavlm.commands.chat", "megavlm.inference.session", "megavlm.commands.train",
+    "transformers.modeling_utils",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class BuildContext:
         initialize: fill the weights; False builds shapes only (on the meta device).
         engine: the recipe's number formats and kernels.
         lora: the recipe's adapters.
+        vision_apart: every rank of the job holds tower and connector whole (``parallel.vision_placement``).
         deepstack: behind how many of the language model's layers, from the first on, features of pictures are added.
     """
 
@@ -33,6 +34,7 @@ class BuildContext:
     engine: EngineConfig = field(default_factory=EngineConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     deepstack: int = 0
+    vision_apart: bool = False
 
     def transformer_settings(self, part: Part = "connector") -> dict[str, Any]:
         """Return the settings of a TransformerConfig that do not depend on the module's shape.

@@ -7,7 +7,7 @@ guessed. Every number is of one tensor-parallel rank where ``tensor`` (their num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,23 @@ class Pictures:
         """Return ``count`` pictures of so many rows and columns of patches."""
         patches = grid[0] * grid[1]
         return Pictures(count, count * patches, count * patches**2)
+
+    @staticmethod
+    def shown(grids: Iterable[Sequence[int]]) -> Pictures:
+        """Return pictures of any size, each of so many frames, rows and columns of patches.
+
+        A tower sees each frame by itself: frames of a film do not attend to each other.
+        """
+        count = patches = squared = 0
+        for frames, rows, columns in grids:
+            count += frames
+            patches += frames * rows * columns
+            squared += frames * (rows * columns) ** 2
+        return Pictures(count, patches, squared)
+
+    def times(self, number: float) -> Pictures:
+        """Return so many times these pictures."""
+        return Pictures(number * self.count, number * self.patches, number * self.squared)
 
 
 @dataclass(frozen=True)
@@ -258,6 +275,15 @@ def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParamet
     return [FinalParameter(language.hidden_size)] if own is None else list(own(language, tensor))
 
 
+def attended_squares(language: LanguageConfig, tokens: float, squared_lengths: float) -> float:
+    """Return the sum of squares of segments' lengths that attention of an average layer is worth.
+
+    A cost has ``attended(own, tokens, squared_lengths)`` where layers do not attend to all before a position.
+    """
+    own = getattr(decoder_cost(language), "attended", None)
+    return squared_lengths if own is None else float(own(language, tokens, squared_lengths))
+
+
 def final_norm_kept(language: LanguageConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that the norm behind the layers keeps of so many elements.
 
@@ -295,8 +321,10 @@ class _WithLevels:
         return Work(*(sum(getattr(one, name) for one in found) for name in ("products", "attention", "whole")))
 
     def kept(self, own: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
-        """Return the bytes that they keep."""
-        return sum(self._cost.kept(model, tensor, pictures, kernels, learns=learns) for model in self._each(own))
+        """Return the bytes that they keep: the last layer's input is a view of all layers' features side by side."""
+        beside = own.vision.deepstack * pictures.patches * own.vision.feature_size * kernels.number_bytes
+        each = (self._cost.kept(model, tensor, pictures, kernels, learns=learns) for model in self._each(own))
+        return beside + sum(each)
 
     @staticmethod
     def _each(model: ModelConfig) -> list[ModelConfig]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import nn
 
-from megavlm.parallel.replicas import is_replica
+from megavlm.parallel.replicas import is_everywhere, is_replica
 
 _METHOD = "sharded_state_dict"
 
@@ -34,7 +35,9 @@ def sharded_state(module: nn.Module, prefix: str = "", metadata: dict[str, Any] 
             setattr(one, _METHOD, functools.partial(_ask_children, one))
     state: dict[str, Any] = module.sharded_state_dict(prefix=prefix, metadata=metadata)  # type: ignore[operator]
     for entry in state.values():
-        if is_replica(getattr(entry, "data", None)):  # built as if there were one rank: each would store it
+        if is_everywhere(getattr(entry, "data", None)):
+            entry.replica_id = (0, 0, dist.get_rank())
+        elif is_replica(getattr(entry, "data", None)):  # built as if there were one rank: each would store it
             pipeline, _, data = entry.replica_id
             entry.replica_id = (pipeline, mpu.get_tensor_model_parallel_rank(), data)
     return state

@@ -148,7 +148,7 @@ def master_name(keys: Iterable[str]) -> str | None:
 
 
 def _own_master_name(optimizer: Any) -> str | None:
-    (one,) = each(optimizer)
+    one, *_ = each(optimizer)
     if isinstance(one, DistributedOptimizer):
         return "param"
     return None if isinstance(one, FP32Optimizer) else "fp32_param"

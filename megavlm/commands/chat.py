@@ -28,6 +28,7 @@ from megavlm.inference.turns import (
 )
 
 if TYPE_CHECKING:
+    from megavlm.data.media import ImagePlan
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
@@ -87,6 +88,8 @@ class Chat:
         """Pictures that go with the next question."""
         self.films: list[Film] = []
         """Films that go with it."""
+        self.pixels: ImagePlan | None = None
+        """Of ``draw_boxes``."""
         self.clear()
 
     def clear(self) -> None:
@@ -152,7 +155,7 @@ class Chat:
 
         # An answer speaks of the picture that was shown last.
         last = self.images[-1] if self.images else None
-        picture = draw_boxes(last, answer) if isinstance(last, bytes) else None
+        picture = draw_boxes(last, answer, self.pixels) if isinstance(last, bytes) else None
         if picture is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             path = self.out / f"answer-{sum(turn.role == 'assistant' for turn in self.turns)}.png"
@@ -176,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
+    from megavlm.inference.boxes import pixel_plan  # noqa: PLC0415 - imports PIL
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
 
     with session(recipe, checkpoint, tokenizer, args.context) as model:
@@ -193,6 +197,7 @@ def run(args: argparse.Namespace) -> int:
             chat = Chat(model, sampling, args.max_new_tokens, args.out, args.system, say)
             chat.waiting += images
             chat.films += films
+            chat.pixels = pixel_plan(checkpoint, recipe.model)
             say(HELP + "\n")
             for line in _lines(say, model):
                 if not chat.take(line):

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from megavlm.data.inspect.page import write_page  # noqa: PLC0415
     from megavlm.data.templates import template_of  # noqa: PLC0415
     from megavlm.data.tokenizer import load_tokenizer  # noqa: PLC0415
+    from megavlm.planning.weighing import weigher_of  # noqa: PLC0415
 
     assert data.tokenizer is not None
     path = Path(data.tokenizer)
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         samples=args.samples,
         packs=args.packs,
         scan=args.scan,
+        weigh=None if recipe is None else weigher_of(recipe),
     )
     html = write_page(found, tokenizer, limit=int(args.max_mb * 1e6))
     args.out.parent.mkdir(parents=True, exist_ok=True)

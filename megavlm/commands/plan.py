@@ -18,6 +18,7 @@ from megavlm.planning.launch import launch_line
 from megavlm.planning.layout import with_parallel
 from megavlm.planning.measured import read_rates
 from megavlm.planning.picture import check_picture, draw
+from megavlm.planning.placement import AUTO, of_search
 from megavlm.planning.report import as_json, as_text, overrides_file
 from megavlm.planning.search import Plan, evaluate, search
 from megavlm.planning.timing import Timer
@@ -90,13 +91,17 @@ def run(args: argparse.Namespace) -> int:
         recipe, args.images_per_pack, args.samples_per_pack, picture=_picture_size(args.picture_size)
     )
     found = search(recipe, args.gpus, gpu, workload)
+    placements = of_search(recipe, found, args.gpus, gpu, workload)
+    if recipe.parallel.vision_placement == AUTO:
+        recipe = with_parallel(recipe, vision_placement=placements.better)
+        found = search(recipe, args.gpus, gpu, workload)
     own = _own(recipe, args.gpus, gpu, workload)
     if not found.plans:
         lines = [f"TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
         raise RecipeError.of([f"--gpus: no layout of {args.recipe} works on {args.gpus} x {gpu.name}", *lines])
     command = launch_line(found.plans[0], recipe, args.recipe, args.overrides, args.write)
     report = as_json if args.json else as_text
-    page = report(found, own, gpu, workload, args.list, command)
+    page = report(found, own, gpu, workload, args.list, command, placements)
     sys.stdout.write(f"{page if isinstance(page, str) else json.dumps(page, indent=2)}\n")
     if args.write is not None:
         args.write.write_text(overrides_file(found.plans[0], gpu, args.recipe), encoding="utf-8")

@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
         check_unicode(args.name, "--name")
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     defaults = Sampling(args.temperature, top_p=args.top_p)
-    for package, extra in (("fastapi", "serve"), ("uvicorn", "serve"), *([("nicegui", "web")] if args.web else [])):
+    for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is missing: pip install 'megavlm[{extra}]'")
+            raise UserError(f"the package {package} is missing: pip install 'megavlm[serve]'")
     recipe, checkpoint, tokenizer = model_of(args)
     name = args.name or name_of(args.checkpoint)
     bound = _bind(args.host, args.port) if int(os.environ.get("RANK", "0")) == 0 else None
@@ -99,12 +99,18 @@ def run(args: argparse.Namespace) -> int:
             model.follow()
         else:
             with model.leading(), _ending_together():
-                _lead(args, name, model, limits, defaults, bound)
+                _lead(args, name, checkpoint, model, limits, defaults, bound)
     return 0
 
 
 def _lead(
-    args: argparse.Namespace, name: str, model: Session, limits: Limits, defaults: Sampling, bound: socket.socket
+    args: argparse.Namespace,
+    name: str,
+    checkpoint: Path,
+    model: Session,
+    limits: Limits,
+    defaults: Sampling,
+    bound: socket.socket,
 ) -> None:
     """Answer until SIGTERM or SIGINT, on rank 0.
 
@@ -118,9 +124,10 @@ def _lead(
     service = Service(name, model, worker, limits, defaults, args.allow_remote_images)
     app = make_app(service)
     if args.web:
+        from megavlm.inference.server.about import about_checkpoint, has_box_tokens  # noqa: PLC0415
         from megavlm.inference.server.web import add_page  # noqa: PLC0415
 
-        add_page(app, service)
+        add_page(app, service, about_checkpoint(checkpoint, has_box_tokens(service)))
     with _listening(bound, args.host, args.port), _http(app, bound, limits):
         signal.signal(signal.SIGTERM, lambda *_: worker.stop())
         signal.signal(signal.SIGINT, lambda *_: worker.stop())
@@ -226,6 +233,7 @@ class _http:  # noqa: N801 - a context
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=guarded(limits.connections, limits.seconds),
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=3,

@@ -9,6 +9,7 @@ from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
+from megavlm.config.prepared import META
 from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import ConnectorConfig, DataSource, Recipe
 from megavlm.config.split import part_rules
@@ -17,9 +18,6 @@ __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
 TEXT_TOKENS = 8
 """The least text that must fit beside one image in a sequence: less than a ChatML turn leaves nothing to train on."""
-
-_PREPARED = ".nv-meta"
-"""What ``megavlm prepare`` leaves in a data set's directory (Megatron-Energon's index)."""
 
 
 _MORE: list[Callable[[Recipe], Iterator[str]]] = []
@@ -76,7 +74,7 @@ def check_paths(recipe: Recipe) -> None:
     for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for position, source in enumerate(sources):
             name = f"{key}.{position}.path"
-            plain = not (Path(source.path) / _PREPARED).is_dir()
+            plain = not (Path(source.path) / META).is_dir()
             if plain and "://" not in source.path and not Path(source.path).exists():
                 lines.append(
                     f"{name}: no file or directory {source.path!r}; name one that megavlm prepare wrote, or plain data"
@@ -188,8 +186,33 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
             if not getattr(parallel, name):
                 yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
+    if parallel.vision_placement == "all_ranks":
+        yield from _vision_placement(recipe)
+    elif parallel.vision_recompute and parallel.vision_placement == "first_stage":
+        yield (
+            "parallel.vision_recompute: needs parallel.vision_placement all_ranks or auto; set that, or this to false"
+            " (on the first stage model.vision.gradient_checkpointing recomputes)"
+        )
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         yield "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce; set that to true, or this to null"
+
+
+def _vision_placement(recipe: Recipe) -> Iterator[str]:
+    """Check what does not go with towers on all ranks."""
+    key = "parallel.vision_placement: all_ranks"
+    if not recipe.parallel.use_distributed_optimizer:
+        yield f"{key} needs parallel.use_distributed_optimizer; set that to true, or this to first_stage"
+    if recipe.engine.fp8 is not None:
+        yield f"{key} does not go with engine.fp8; set that to null, or this to first_stage"
+    if recipe.engine.cuda_graph_impl != "none":
+        yield f"{key} does not go with engine.cuda_graph_impl; set that to none, or this to first_stage"
+    for branch in ("vision", "connector"):
+        architecture = architecture_of(recipe.model, branch)
+        if architecture.cost is None:
+            yield (
+                f"{key} spreads pictures by their cost, and the {architecture.name} architecture of model.{branch} has"
+                " no figures of its own; set it to first_stage"
+            )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -14,6 +14,7 @@ from megavlm.config.architecture import Branch
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
+from megavlm.config.parallel import ParallelConfig as ParallelConfig
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
@@ -169,41 +170,6 @@ class ModelConfig:
     def tokens_per_view(self) -> int:
         """Features that tower and connector make of one view; a picture's tokens: ``megavlm.data.media.plan_of``."""
         return self.connector.tokens_of(self.vision.grid)
-
-
-@config_class
-class ParallelConfig:
-    """How the model is spread over processes; the data-parallel size is what remains of the world size."""
-
-    tensor_model_parallel_size: int = Field(default=1, gt=0)
-    """Processes that share each layer (TP)."""
-    pipeline_model_parallel_size: int = Field(default=1, gt=0)
-    """Pipeline stages (PP). The tower and the connector sit on the first."""
-    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
-    """Model chunks per pipeline stage (VPP, interleaved schedule); null for one."""
-    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
-    """Language layers of the first stage, to leave room for the tower; null to split evenly."""
-    sequence_parallel: bool = False
-    """Split the activations between the tensor-parallel regions along the sequence (SP); needs TP > 1."""
-    use_distributed_optimizer: bool = True
-    """Shard optimizer state (and fp32 master weights) over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce and
-    use_distributed_optimizer."""
-    ddp_bucket_size: int | None = Field(default=None, gt=0)
-    """With overlap_grad_reduce: parameters that are reduced together, at least; null for 40 million, or a million per
-    data-parallel rank if that is more. Only the first pipeline stage's first chunk is cut into buckets."""
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Activation recompute in the language model: full layers, only the core attention, or null for none."""
-    recompute_num_layers: int | None = Field(default=None, gt=0)
-    """With full recompute, layers that share one saved input (uniform method); null means 1."""
-    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation: Transformer Engine, plain torch, or auto (Transformer Engine where CUDA and
-    it are there)."""
-    distributed_timeout_minutes: float = Field(default=30.0, gt=0)
-    """A collective that waits longer than this ends the job."""
 
 
 @config_class

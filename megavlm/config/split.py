@@ -7,8 +7,9 @@ MLP of 2730). Such a part is not padded, but whole on each rank, which encodes i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig, ParallelConfig
@@ -36,9 +37,22 @@ def is_replicated(model: ModelConfig, part: str, tensor: int) -> bool:
     return tensor_ranks(model, part, tensor) < tensor
 
 
+def picture_owners(patches: Sequence[int], ranks: int) -> list[int]:
+    """Return which rank encodes each picture of any size: the one in whose equal part of the patches its middle lies.
+
+    Args:
+        patches: patches of each picture.
+        ranks: the tensor-parallel size.
+    """
+    ends, total = accumulate(patches), sum(patches)
+    return [(2 * end - own) * ranks // (2 * total) for own, end in zip(patches, ends, strict=True)]
+
+
 def part_rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> Iterator[str]:
     """Yield what the architecture of a part has against its keys, on as many ranks as the part is cut over."""
     tensor = tensor_ranks(model, part, parallel.tensor_model_parallel_size)
+    if part != "language" and parallel.vision_placement == "all_ranks":
+        tensor = 1  # every rank holds all of it
     lines = _rules(model, part, replace(parallel, tensor_model_parallel_size=tensor))
     if tensor == 1 or part == "language":
         yield from lines

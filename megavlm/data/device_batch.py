@@ -9,8 +9,8 @@ Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from megavlm.data.media import Arrangement
 from megavlm.data.read_pack import ReadPack
 from megavlm.layers.segments import packed_segments, to_device
 from megavlm.parallel.device import local_device
+from megavlm.parallel.exchange import exchange
 from megavlm.parallel.state import is_first_stage, is_last_stage
 
 
@@ -59,6 +60,10 @@ FIELDS = (
 )
 """Fields of a batch; those of one route and number type travel together."""
 
+Spread = Callable[[Sequence[Sequence[Sequence[int] | None]]], Sequence[Sequence[int]]]
+"""Says who encodes each picture of a step: from [M][V] frames, rows and columns of its patches (None where all are
+alike) to [M][V] places in the model-parallel group, of TP x PP ranks. All ranks ask it, and must hear the same."""
+
 _MOST_DIMENSIONS = 5
 _ABSENT, _FAILED = -1, -2
 
@@ -82,7 +87,7 @@ class Batch:
     has them."""
     images: Tensor | None
     """[V, 3, H, W] uint8 views on the first stage, or with ``image_grid`` [P, F] uint8: F numbers of each of their P
-    patches. None on the others."""
+    patches. None on the others. With ``image_owners`` those of this rank, and on all stages."""
     num_views: int
     """V, on every stage: one for each image but where the image plan makes several of it."""
     image_grid: Tensor | None = None
@@ -95,6 +100,11 @@ class Batch:
     """[T, K] float32 weights of these; None where K is 1."""
     loss_weights: Tensor | None = None
     """[1, S] float32, with ``labels``: what the losses are multiplied by; None where all count 1."""
+    image_owners: Sequence[int] | None = None
+    """[V] which rank of the model-parallel group encodes each picture; None where the first stage does."""
+    view_features: Tensor | None = None
+    """[Q, N, E] on the first stage: what these ranks have made of the pictures. None where nobody has yet, and where
+    there are none."""
 
     @property
     def token_sources(self) -> Tensor:
@@ -115,7 +125,8 @@ class Batch:
             "position_ids": self.position_ids,
             "packed_seq_params": self.packed_seq_params,
             "labels": labels,
-            "images": self.images,
+            "images": self.images if self.image_owners is None else None,
+            "view_features": self.view_features,
             "image_grid": self.image_grid,
             "image_index": self.image_index,
             "image_weight": self.image_weight,
@@ -145,12 +156,13 @@ def arrangement_on(arrangement: Arrangement | None, device: torch.device) -> tup
     return index, weight
 
 
-def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]:
+def share_packs(packs: Sequence[ReadPack] | None, num_packs: int, spread: Spread | None = None) -> list[Batch]:
     """Hand packs from the reader rank to the ranks of its replica, each field to the stages that need it.
 
     Args:
         packs: on the reader rank, ``num_packs`` of them; None there means that reading failed.
         num_packs: how many.
+        spread: who gets which pictures' pixels; None for all to the first stage.
 
     Raises:
         RuntimeError: reading failed on the reader rank.
@@ -159,11 +171,60 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int) -> list[Batch]
     read = None if packs is None else [_fields(item.pack, item.pixels, item.arrangement) for item in packs]
     shapes = _share_shapes(read, num_packs, device)
     found: list[dict[str, Tensor]] = [{} for _ in range(num_packs)]
-    for first_only, dtype in dict.fromkeys((one.stages == "first", one.dtype) for one in FIELDS):
+    fields = FIELDS if spread is None else [one for one in FIELDS if one.name != "images"]
+    for first_only, dtype in dict.fromkeys((one.stages == "first", one.dtype) for one in fields):
         if not first_only or is_first_stage():
-            fields = [one for one in FIELDS if (one.stages == "first", one.dtype) == (first_only, dtype)]
-            _share_route(fields, read, shapes, found, device)
-    return [_batch(one, device) for one in found]
+            route = [one for one in fields if (one.stages == "first", one.dtype) == (first_only, dtype)]
+            _share_route(route, read, shapes, found, device)
+    if spread is None:
+        return [_batch(one, device) for one in found]
+    owners = _scatter_pictures(spread, read, shapes, found, device)
+    return [replace(_batch(one, device), image_owners=own) for one, own in zip(found, owners, strict=True)]
+
+
+def _scatter_pictures(
+    spread: Spread,
+    read: Sequence[Mapping[str, Tensor]] | None,
+    shapes: Sequence[Mapping[str, Sequence[int]]],
+    found: Sequence[dict[str, Tensor]],
+    device: torch.device,
+) -> list[list[int]]:
+    """Hand each picture's pixels to the rank that encodes it, as ``images`` of ``found``; return who that is.
+
+    Args:
+        spread: says who.
+        read: on the reader rank, its packs.
+        shapes: of each pack and field.
+        found: the fields of each pack on this rank, among them ``num_views`` and ``image_grid``.
+        device: where to.
+    """
+    grids = [one["image_grid"].tolist() if "image_grid" in one else [None] * int(one["num_views"]) for one in found]
+    owners = [list(one) for one in spread(grids)]
+    # Rows of the pixels that each picture has.
+    sizes = [[1 if grid is None else prod(grid) for grid in pack] for pack in grids]
+    group = mpu.get_model_parallel_group()
+    counts = [0] * group.size()
+    for own, rows in zip(owners, sizes, strict=True):
+        for owner, count in zip(own, rows, strict=True):
+            counts[owner] += count
+    tail = next((list(one["images"][1:]) for one in shapes if one.get("images")), [0])
+    body = torch.empty(0, *tail, dtype=torch.uint8, device=device)
+    if read is not None:
+        pieces: list[list[Tensor]] = [[] for _ in counts]
+        for pack, own, rows in zip(read, owners, sizes, strict=True):
+            for piece, owner in zip(pack["images"].split(rows) if rows else (), own, strict=True):
+                pieces[owner].append(piece)
+        body = to_device(torch.cat([piece for one in pieces for piece in one] or [body.cpu()]), device)
+    rank = group.rank()
+    if sum(counts):
+        received = [counts[rank] if source == 0 else 0 for source in range(len(counts))]
+        body = exchange(body, counts if read is not None else [0] * len(counts), received, group)
+    at = 0
+    for one, own, rows in zip(found, owners, sizes, strict=True):
+        count = sum(number for owner, number in zip(own, rows, strict=True) if owner == rank)
+        one["images"] = body[at : at + count]
+        at += count
+    return owners
 
 
 def _arranged(arrangement: Arrangement | None) -> dict[str, Tensor]:

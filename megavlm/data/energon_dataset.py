@@ -32,8 +32,8 @@ from megavlm.data.films.plan import FilmError, FilmLayout
 from megavlm.data.films.streams import av_module
 from megavlm.data.images import ImageError, lay_out
 from megavlm.data.machine import is_machine_fault
-from megavlm.data.media import ImagePlan, views_of
-from megavlm.data.packing import PackableSample, build_pack, choose_pack
+from megavlm.data.media import ImageLayout, ImagePlan, views_of
+from megavlm.data.packing import PackableSample, Weigh, build_pack, choose_pack
 from megavlm.data.positions import OwnPositions
 from megavlm.data.schema import Conversation, UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
@@ -100,6 +100,7 @@ class PackEncoder(TaskEncoder):
         tokenizer: The tokenizer.
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
+        weigh: Says how heavy the pictures of a sample are; None counts their views.
     """
 
     decoder = None
@@ -112,6 +113,7 @@ class PackEncoder(TaskEncoder):
         tokenizer: Tokenizer,
         plan: ImagePlan,
         positions: OwnPositions | None = None,
+        weigh: Weigh | None = None,
     ) -> None:
         tokenizer.template.check_training()
         if plan.films is not None:
@@ -121,6 +123,7 @@ class PackEncoder(TaskEncoder):
         self.tokenizer = tokenizer
         self.plan = plan
         self.positions = positions
+        self.weigh = weigh
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -181,8 +184,13 @@ class PackEncoder(TaskEncoder):
             source=sample.source,
             shard=sample.shard,
             shapes=tuple(layout.film if isinstance(layout, FilmLayout) else layout.shape for layout in layouts),
-            views=round(sum(views_of(self.plan, layout) for layout in layouts)),
+            views=self._weight(layouts),
         )
+
+    def _weight(self, layouts: Sequence[ImageLayout]) -> int:
+        if self.weigh is not None:
+            return self.weigh(layouts)
+        return round(sum(views_of(self.plan, layout) for layout in layouts))
 
     @stateless
     def pack_selected_samples(self, samples: list[CheckedSample]) -> PackedSample:

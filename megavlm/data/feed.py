@@ -21,7 +21,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megavlm.data.batch import Pack
-from megavlm.data.device_batch import Batch, share_packs
+from megavlm.data.device_batch import Batch, Spread, share_packs
 from megavlm.data.media import ImagePlan
 from megavlm.data.read_pack import ReadPack, decode_pack
 from megavlm.parallel.device import use_local_device
@@ -211,18 +211,20 @@ class Feed:
 
     Args:
         prefetcher: on the reader rank; None on the others.
-        order: says from the number of views of each pack of a step, in the order of reading, in which order they
-            run (indices); None leaves them as they are. A step is the same packs in any case, so the reader's state
-            between steps does not know of it.
+        order: says from what the tower sees of each pack of a step (``ReadPack.seen``), in the order of reading, in
+            which order they run (indices); None leaves them as they are. A step is the same packs in any case, so the
+            reader's state between steps does not know of it.
+        spread: says which rank of the replica encodes which picture; None leaves all to the first stage.
     """
 
     def __init__(
         self,
         prefetcher: Prefetcher | None,
-        order: Callable[[Sequence[int]], Sequence[int]] | None = None,
+        order: Callable[[Sequence[Any]], Sequence[int]] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         assert (prefetcher is not None) == is_reader()
-        self.prefetcher, self._order = prefetcher, order
+        self.prefetcher, self._order, self._spread = prefetcher, order, spread
         self.sample_keys: list[str] | None = None
         """Keys of the samples of the last step, on the reader rank."""
 
@@ -238,7 +240,7 @@ class Feed:
             try:
                 read = [self.prefetcher.take() for _ in range(num_microbatches)]
                 if self._order is not None:
-                    read = [read[index] for index in self._order([item.pixels.size(0) for item in read])]
+                    read = [read[index] for index in self._order([item.seen for item in read])]
                 self.sample_keys = [key for item in read for key in item.pack.sample_keys]
             except Exception:
                 logger.exception("reading data failed")
@@ -246,7 +248,7 @@ class Feed:
         # Replicas whose reader is well must not go on to a step that the others do not take.
         if any_rank(failed):
             raise RuntimeError("a reader failed; its rank's log says why")
-        return share_packs(read, num_microbatches)
+        return share_packs(read, num_microbatches, self._spread)
 
     def close(self) -> None:
         """End the reading thread."""

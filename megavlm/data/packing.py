@@ -7,7 +7,8 @@ stays in the pool. A group is never cut off at the end of a buffer, so fills of 
 Tokens are the work of every pipeline stage; images (their views, where a plan cuts them into tiles) are the work of the
 first one alone. Packs of equal length may still hold few or many, and then the pipeline waits for its first stage.
 Therefore :func:`choose_pack` takes, among the choices that fill a pack equally well, the one with the number of views
-that is nearest the average of the waiting samples (``data.balance_images``). It depends on what it is given and on
+that is nearest the average of the waiting samples (``data.balance_images``). Pictures that keep sizes of their own are
+weighed instead of counted: by what the tower's cost says of their patches. It depends on what it is given and on
 nothing else, so a restart needs no more state than the waiting samples and the number of packs.
 """
 
@@ -21,7 +22,7 @@ from megavlm.data.batch import Pack, make_pack
 from megavlm.data.chat import EncodedSample
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
-from megavlm.data.media import ImagePlan, ImageShape
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
 from megavlm.data.positions import OwnPositions, grids_of
 
 
@@ -34,6 +35,8 @@ class HasLength(Protocol):
 
 
 T = TypeVar("T", bound=HasLength)
+Weigh = Callable[[Sequence[ImageLayout]], int]
+"""Says how heavy the pictures of a sample are to the first stage, in a unit of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class PackableSample:
     shapes: tuple[ImageShape | FilmShape, ...] = ()
     """What the image plan asks of each image and film."""
     views: int = 0
-    """Pictures that the tower sees; where they keep sizes of their own, what they are worth in those of usual size."""
+    """Pictures that the tower sees; where they keep sizes of their own, how heavy they are (:data:`Weigh`)."""
 
     def __len__(self) -> int:
         """Tokens."""

@@ -29,6 +29,13 @@ class ReadPack:
     masked: list[SkippedSample] = field(default_factory=list)
     """Samples of the pack that lost their labels, as an image of theirs cannot be decoded."""
 
+    @property
+    def seen(self) -> int | list[list[int]]:
+        """What the tower sees: so many views, or the frames, rows and columns of patches of each picture."""
+        if self.arrangement is None or self.arrangement.grid is None:
+            return self.pixels.size(0)
+        return self.arrangement.grid.tolist()  # type: ignore[no-any-return]
+
 
 def decode_pack(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, image_token_id: int) -> ReadPack:
     """Decode the images of a pack; a sample that shows one which cannot be decoded loses its labels."""

@@ -27,11 +27,13 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megavlm.config.checks import source_name
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.cache import located
 from megavlm.data.energon_dataset import PackEncoder, build_dataset
 from megavlm.data.media import ImagePlan
+from megavlm.data.packing import Weigh
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.positions import OwnPositions
 from megavlm.data.state_codec import from_plain, to_plain
@@ -63,6 +65,7 @@ class PackReader:
         tokenizer: The tokenizer.
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
+        weigh: Says how heavy the pictures of a sample are (``megavlm.planning.weighing``); None counts their views.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -80,6 +83,7 @@ class PackReader:
         tokenizer: Tokenizer,
         plan: ImagePlan,
         positions: OwnPositions | None = None,
+        weigh: Weigh | None = None,
         *,
         rank: int,
         world_size: int,
@@ -95,7 +99,7 @@ class PackReader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source_name(source) for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, plan, positions)
+        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh)
         self._template = tokenizer.template.fingerprint
         self._former_templates = tokenizer.template.former_fingerprints
         self._images = _images_of(plan)
@@ -277,7 +281,7 @@ def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokeni
     if plan.films is not None:
         parts.append(repr(plan.films))
     for source in sources:
-        meta = Path(source.path) / ".nv-meta"
+        meta = Path(source.path) / META
         if not (meta / ".info.json").is_file():
             raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
         identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""

@@ -74,6 +74,11 @@ class Family(ABC):
     modules: ClassVar[str | None] = None
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 
+    finds: ClassVar[str | None] = None
+    """A question that its published models answer with boxes, where they do: ``{thing}`` is what is looked for."""
+    box_pixels: ClassVar[bool] = False
+    """Whether its ``bbox_2d`` counts pixels of the picture as the model sees it; else thousandths of the sides."""
+
     @abstractmethod
     def detect(self, source: Source) -> bool:
         """Whether ``source`` is of this family."""
@@ -161,6 +166,17 @@ class Family(ABC):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Return the keys of ``preprocessor_config.json`` that say what becomes of pictures, after a training.
+
+        None where each becomes one square, which :mod:`megavlm.families.preprocessor` writes for all families.
+
+        Args:
+            model: the model.
+            old: the file as it was.
+        """
+        return None
 
     def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
         """Return what its processor asks the tokenizer for by name (``extra_special_tokens``), after a training.

@@ -16,7 +16,7 @@ from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Tree, config_file
 from megavlm.families.glm4 import GLM4
-from megavlm.families.native_pictures import native_pictures
+from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.families.preprocessor import native_sizes
 from megavlm.families.qwen2_vl import Qwen2VLFamily
 from megavlm.families.text_kinds import odd_heads
@@ -37,6 +37,7 @@ class Glm4vFamily(Qwen2VLFamily):
 
     name = "glm4v"
     title = "GLM-4.1V, dense (Glm4vForConditionalGeneration)"
+    finds = "Where is {thing}? Answer with its box as [[x1,y1,x2,y2]]."
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
         "connector": ("downsample_merger",),
@@ -170,6 +171,12 @@ class Glm4vFamily(Qwen2VLFamily):
         known = {key: value for key, value in text.items() if key not in ("model_type", "head_dim")}
         language = GLM4.branch({**own, **known, "partial_rotary_factor": part}, where)
         return {**language, "rotary_sections": language.get("rotary_sections") or _SECTIONS}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Sizes are counted once for each frame of a patch, and stand under one key."""
+        own = trained_native(model, old, _PROCESSORS)
+        least, most, frames = own.pop("min_pixels"), own.pop("max_pixels"), own["temporal_patch_size"]
+        return {**own, "size": {"longest_edge": most * frames, "shortest_edge": least * frames}}
 
     def _activation(self) -> str:
         return "silu"

@@ -52,6 +52,7 @@ class InternVLFamily(Family):
 
     name = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
+    finds = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{thing}</ref>"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",),
@@ -138,6 +139,19 @@ class InternVLFamily(Family):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what Transformers' processor needs to make slots of an image's token."""
         return {"image_seq_length": model.tokens_per_view, "processor_class": "InternVLProcessor"}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures are cut to tiles."""
+        image, side, kind = model.image, model.vision.image_size, str(old.get("image_processor_type"))
+        if image.kind != "dynamic_tiles":
+            return None
+        return {
+            "crop_to_patches": True,
+            "image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor",
+            "max_patches": image.max_tiles or 12,
+            "min_patches": image.min_tiles or 1,
+            "size": {"height": side, "width": side},
+        }
 
     def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
         """Return the names that Transformers' processor has for the tokens around pictures."""

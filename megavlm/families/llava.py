@@ -27,6 +27,7 @@ class LlavaFamily(Family):
 
     name = "llava"
     title = "LLaVA (LlavaForConditionalGeneration)"
+    finds = "Please provide the bounding box coordinate of the region this sentence describes: {thing}"
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {

@@ -18,7 +18,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.data.plans_tiles import AnyresMaxPlan, AnyresPlan
-from megavlm.families.anyres import anyres_branch, aspect_of
+from megavlm.families.anyres import anyres_branch, aspect_of, trained_anyres
 from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_language
 from megavlm.families.family import Tower, Tree, config_file
@@ -99,6 +99,10 @@ class LlavaNextFamily(LlavaFamily):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what Transformers' processor needs to make slots of an image's token."""
         return {**llava_processor(model.vision, image_token), "processor_class": "LlavaNextProcessor"}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures are cut to tiles."""
+        return trained_anyres(model) if model.image.kind == self.plan else None
 
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector, language model and image plan must be the family's kinds."""

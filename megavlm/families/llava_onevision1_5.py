@@ -36,6 +36,7 @@ class LlavaOnevision15Family(Qwen2VLFamily):
 
     name = "llava_onevision1_5"
     title = "LLaVA-OneVision-1.5 (LLaVAOneVision1_5_ForConditionalGeneration)"
+    finds = None
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }

@@ -71,6 +71,7 @@ class LlavaOriginalFamily(Family):
 
     name = "llava_original"
     title = "LLaVA in its authors' layout (mm_projector, mm_vision_tower)"
+    finds = "Please provide the bounding box coordinate of the region this sentence describes: {thing}"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {

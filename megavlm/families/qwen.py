@@ -69,6 +69,7 @@ class QwenVLFamily(QwenFamily):
 
     name = "qwen_vl"
     title = "Qwen-VL, Qwen-VL-Chat, Belle-VL"
+    finds = "Where is {thing}?"
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
 

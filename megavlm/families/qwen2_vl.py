@@ -21,7 +21,7 @@ from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.films import film_branch
 from megavlm.families.llama import no_llama
-from megavlm.families.native_pictures import native_pictures
+from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -40,6 +40,7 @@ class Qwen2VLFamily(Family):
 
     name = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
+    finds: ClassVar[str | None] = "Detect the bounding box of {thing}."
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
@@ -153,6 +154,10 @@ class Qwen2VLFamily(Family):
             return "the heads of the language model are not as wide as it is, for which its configuration has no key"
         return self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
 
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures keep sizes of their own."""
+        return trained_native(model, old)
+
     def _refuses_common(self, model: ModelConfig) -> str | None:
         """Return what is against a model in all families of this form, or None."""
         for key, value in self.fixed.items():
@@ -244,6 +249,8 @@ class Qwen25VLFamily(Qwen2VLFamily):
 
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"
+    finds = "Locate {thing} in the picture; answer with its bbox_2d and label as JSON."
+    box_pixels = True
     model_class = "Qwen2_5_VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_5_VL_VISION
     timed: ClassVar[bool] = True

@@ -34,6 +34,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
     name = "qwen3_vl"
     title = "Qwen3-VL, dense (Qwen3VLForConditionalGeneration)"
+    finds = "Locate {thing} in the picture; answer with its bbox_2d and label as JSON."
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }

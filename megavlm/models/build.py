@@ -26,14 +26,15 @@ def unwrap(chunk: Any) -> VisionLanguageModel:
     return chunk
 
 
-def build_context(recipe: Recipe) -> BuildContext:
-    """Return how the recipe wants its modules built."""
+def build_context(recipe: Recipe, *, vision_apart: bool = False) -> BuildContext:
+    """Return how the recipe wants its modules built; see :class:`~megavlm.architectures.context.BuildContext`."""
     return BuildContext(
         parallel=recipe.parallel,
         dtype=torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
         transformer_engine=use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision),
         engine=recipe.engine,
         lora=recipe.lora,
+        vision_apart=vision_apart,
     )
 
 
@@ -45,9 +46,16 @@ def freeze(model: VisionLanguageModel, modules: ModulesConfig) -> None:
             part.requires_grad_(False)
 
 
-def build_model(recipe: Recipe, image_token_id: int) -> list[Any]:
-    """Build this rank's chunks in the recipe's precision, on the device, without wrapping them for training."""
-    chunks: list[Any] = build_chunks(recipe.model, build_context(recipe), image_token_id)
+def build_model(recipe: Recipe, image_token_id: int, *, vision_apart: bool = False) -> list[Any]:
+    """Build this rank's chunks in the recipe's precision, on the device, without wrapping them for training.
+
+    Args:
+        recipe: the run.
+        image_token_id: the token of an image slot.
+        vision_apart: the first chunk of every rank holds tower and connector whole; else those of the first stage do.
+    """
+    context = build_context(recipe, vision_apart=vision_apart)
+    chunks: list[Any] = build_chunks(recipe.model, context, image_token_id)
     for i, chunk in enumerate(chunks):
         freeze(chunk, recipe.modules)
         if recipe.lora.rank is not None:

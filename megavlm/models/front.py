@@ -27,15 +27,17 @@ def build_front(model: ModelConfig, context: BuildContext) -> tuple[Any, Any]:
 def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
     """Return which of vision and connector every tensor-parallel rank holds whole."""
     tensor = context.parallel.tensor_model_parallel_size
-    return frozenset(part for part in ("vision", "connector") if is_replicated(model, part, tensor))
+    everywhere = context.vision_apart and tensor > 1
+    return frozenset(part for part in ("vision", "connector") if everywhere or is_replicated(model, part, tensor))
 
 
 def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
     architecture, own = architecture_of(model, part), own_of(model, part)
-    if part not in replicated(model, context):
+    apart = context.vision_apart
+    if not apart and part not in replicated(model, context):
         return make_connector(model, context) if part == "connector" else architecture.make(own, context)
     whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
-    with built_whole():
+    with built_whole(on_any_stage=apart):
         inside = replace(context, parallel=whole)
         module = make_connector(model, inside) if part == "connector" else architecture.make(own, inside)
     mark_replicas(module)

@@ -40,6 +40,10 @@ stream reaches the layers of the chunk that fuses only.
 class Fusion(Protocol):
     """What a way to bring image features into the language model does; on the first chunk."""
 
+    learns: bool
+    """Whether this rank has a gradient of the fusion's own weights: where tower and connector lie apart from the
+    pipeline, one tensor-parallel rank has, as those of all ranks of the job are added up."""
+
     def arranged(self, features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
         """Return the features of a micro-batch as :meth:`fuse` takes them: [T, E], one for each image slot.
 
@@ -88,10 +92,14 @@ class Splice:
     def __init__(self, connector: nn.Module, image_token_id: int) -> None:
         self._connector = connector
         self._image_token_id = image_token_id
+        self.learns = True
 
     def arranged(self, features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
         """Return the features [T, E] of the image slots."""
-        return arrange_features(features_QNE, index_TK, weight_TK, newline_of(self._connector))
+        newline = newline_of(self._connector)
+        if newline is not None and not self.learns:
+            newline = newline.detach()
+        return arrange_features(features_QNE, index_TK, weight_TK, newline)
 
     def fuse(
         self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool

@@ -26,6 +26,7 @@ from megavlm.data.positions import positions_of
 from megavlm.models.front import build_front, encode, replicated
 from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
 from megavlm.models.streams import Streams, one_after_the_other
+from megavlm.parallel.replicas import mark_everywhere
 
 
 class VisionLanguageModel(MegatronModule):
@@ -68,7 +69,7 @@ class VisionLanguageModel(MegatronModule):
         if pre_process:
             self.vision, self.connector = build_front(model, context)
             self.fusion = build_fusion(model, self.connector, context, image_token_id)
-        self.replicas = replicated(model, context)
+        self.replicas, self.apart = replicated(model, context), context.vision_apart
         self.streams = _streams(language, model.vision.deepstack, vp_stage)
         self._received: Tensor | None = None
         self.own_positions = positions_of(model, image_token_id)
@@ -98,6 +99,7 @@ class VisionLanguageModel(MegatronModule):
         image_index: Tensor | None = None,
         image_weight: Tensor | None = None,
         image_grid: Tensor | None = None,
+        view_features: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -115,12 +117,15 @@ class VisionLanguageModel(MegatronModule):
             image_weight: the same.
             image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
                 have sizes of their own.
+            view_features: first chunk: [Q, N, E] features instead of ``images``, where others have encoded these.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
             activations (S / TP with sequence parallelism), and behind them what travels beside (``streams.py``).
         """
         decoder_input, beside, extras = None, None, None
+        if view_features is not None and self.fusion is not None:
+            image_features = self.arranged(view_features, image_index, image_weight)
         if self.fusion is not None:
             decoder_input, beside, extras = self._fused(
                 self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid
@@ -184,7 +189,7 @@ class VisionLanguageModel(MegatronModule):
         """
         assert self.vision is not None and self.connector is not None
         missing = images is None or images.size(0) == 0
-        if missing and not torch.is_grad_enabled():
+        if missing and (self.apart or not torch.is_grad_enabled()):
             return None
         trains_vision = any(p.requires_grad for p in self.vision.parameters())
         if missing:
@@ -248,4 +253,19 @@ def build_chunks(model: ModelConfig, context: BuildContext, image_token_id: int)
                 vp_stage=vp_stage,
             )
         )
+    if context.vision_apart:
+        _hold_vision(chunks[0], model, context, image_token_id)
     return chunks
+
+
+def _hold_vision(chunk: VisionLanguageModel, model: ModelConfig, context: BuildContext, image_token_id: int) -> None:
+    """Let a stage's first chunk hold tower and connector whole, whatever the stage."""
+    if chunk.vision is None:
+        # The random state of other placements, whose later stages draw nothing here; the first rank's weights come.
+        with torch.random.fork_rng():
+            chunk.vision, chunk.connector = build_front(model, context)
+            build_fusion(model, chunk.connector, context, image_token_id)  # its weights are the connector's
+    mark_everywhere(chunk.vision)
+    mark_everywhere(chunk.connector)
+    if chunk.fusion is not None and mpu.get_tensor_model_parallel_rank() > 0:
+        chunk.fusion.learns = False

@@ -46,6 +46,8 @@ POINTS = frozenset(
         "step.end",
         "step.forward",
         "step.in_collective",
+        "vision.backward",
+        "vision.encode",
     }
 )
 """Every point there is."""

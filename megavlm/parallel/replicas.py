@@ -13,7 +13,6 @@ replicated instead: built as on one rank, from the same weights. Its ranks see d
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
+from megavlm.config.split import picture_owners
+
 _MARK = "tensor_parallel_replica"
+_EVERYWHERE = "whole_on_all_ranks"
 _alone: tuple[Any, Any] | None = None
 """The job's group, and the group of this rank alone in that job."""
 
@@ -33,21 +35,33 @@ def is_replica(tensor: Any) -> bool:
     return bool(getattr(tensor, _MARK, False))
 
 
+def is_everywhere(tensor: Any) -> bool:
+    """Whether every rank of the job holds a parameter whole: of a tower that lies apart from the pipeline."""
+    return bool(getattr(tensor, _EVERYWHERE, False))
+
+
 @contextlib.contextmanager
-def built_whole() -> Iterator[None]:
+def built_whole(*, on_any_stage: bool = False) -> Iterator[None]:
     """Have Megatron-Core's layers that are built inside take this rank for the only tensor-parallel one.
 
     They ask for their group when they are built and keep it; so no builder needs to know.
+
+    Args:
+        on_any_stage: and for the only pipeline stage.
     """
-    kept = mpu.get_tensor_model_parallel_group()
-    mpu._TENSOR_MODEL_PARALLEL_GROUP = _group_of_one()
+    kept, stages = mpu.get_tensor_model_parallel_group(), mpu.get_pipeline_model_parallel_group()
+    mpu._TENSOR_MODEL_PARALLEL_GROUP = group_of_one()
+    if on_any_stage:
+        mpu._PIPELINE_MODEL_PARALLEL_GROUP = group_of_one()
     try:
         yield
     finally:
         mpu._TENSOR_MODEL_PARALLEL_GROUP = kept
+        mpu._PIPELINE_MODEL_PARALLEL_GROUP = stages
 
 
-def _group_of_one() -> Any:
+def group_of_one() -> Any:
+    """Return the process group that this rank is in alone."""
     global _alone
     world = dist.group.WORLD
     if _alone is None or _alone[0] is not world:
@@ -63,6 +77,13 @@ def mark_replicas(module: nn.Module) -> None:
         if hasattr(parameter, "tensor_model_parallel"):  # else each rank's would be added to the gradient norm
             parameter.tensor_model_parallel = False
             parameter.partition_dim = -1  # type: ignore[attr-defined]
+
+
+def mark_everywhere(module: nn.Module) -> None:
+    """Mark the parameters of a part that every rank of the job holds whole: one of them saves it."""
+    mark_replicas(module)
+    for parameter in module.parameters():
+        setattr(parameter, _EVERYWHERE, True)
 
 
 def share_weights(module: nn.Module) -> None:
@@ -111,9 +132,7 @@ class PackedShares:
     def __init__(self, counts: Sequence[int]) -> None:
         self.group = mpu.get_tensor_model_parallel_group()
         rank, ranks = self.group.rank(), self.group.size()
-        ends, total = list(itertools.accumulate(counts)), sum(counts)
-        # A picture goes to the rank in whose equal part of the patches its middle lies.
-        owners = [(2 * end - count) * ranks // (2 * total) for count, end in zip(counts, ends, strict=True)]
+        owners = picture_owners(counts, ranks)
         self.sizes = [sum(n for n, owner in zip(counts, owners, strict=True) if owner == i) for i in range(ranks)]
         self.start, self.own = sum(self.sizes[:rank]), self.sizes[rank]
         self.pictures = [index for index, owner in enumerate(owners) if owner == rank]

@@ -45,6 +45,10 @@ _COLLECTIVES = (
 
 FORWARD, BACKWARD, SCHEDULE, FINISH = "forward-compute", "backward-compute", "forward-backward", "all-grads-sync"
 """Megatron-Core's names: one micro-batch forward; backward; the whole schedule; the first thing after the last one."""
+ENCODE, EXCHANGE, RETURN = "vision-encode", "vision-exchange", "vision-backward"
+"""Ours, where all ranks encode: the tower forward; features and their gradients on their way; the tower backward."""
+HOMEWARD = "vision-return"
+"""All that comes between the pipeline's last backward pass and the tower's."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,12 @@ class StepTimes:
     """In communication between passes: activations and gradients that stages hand on, and waiting for them."""
     waiting_after: float
     """In collectives after the schedule: gradients, parameters, norms, and waiting for ranks that still compute."""
+    encode: float = 0.0
+    """Where all ranks encode: in the tower's forward pass over this rank's share of pictures, before the schedule."""
+    vision_backward: float = 0.0
+    """In the tower's backward pass, behind the schedule."""
+    vision: float = 0.0
+    """In both phases, with what goes from rank to rank and the waiting in it."""
 
 
 class Stopwatch:
@@ -118,21 +128,28 @@ class Stopwatch:
         end = self._clock.now()
         self.cancel()
         wait()
-        schedule, finish = self._marks.get(SCHEDULE), self._marks.get(FINISH)
+        schedule, finish, home = (self._marks.get(name) for name in (SCHEDULE, FINISH, HOMEWARD))
         if schedule is None or finish is None or not schedule.spans or not finish.spans or self._fetched is None:
             return None
         between, total = self._clock.between, self._clock.total
         computed, last = schedule.spans[0][0], finish.spans[0][0]
+        encoded, exchanged = self(ENCODE).spans, self(EXCHANGE).spans[:1]
+        before, behind = between(encoded[0][0], exchanged[0][1]) if encoded else 0.0, 0.0
+        if home is not None and home.spans:  # the tower's backward pass is neither schedule nor update
+            last, behind = home.spans[0][0], total(home.spans)
         times = StepTimes(
             step=between(self._started, end),
             data=between(self._started, self._fetched),
             schedule=between(computed, last),
-            update=between(last, end),
+            update=between(last, end) - behind,
             forward=total(self(FORWARD).spans),
             backward=total(self(BACKWARD).spans),
             waiting_in_compute=total(self._waits["compute"]),
             waiting_between=total(self._waits["between"]),
             waiting_after=total(self._waits["after"]),
+            encode=total(encoded),
+            vision_backward=total(self(RETURN).spans),
+            vision=before + behind,
         )
         self._clock.reuse()
         return times
@@ -148,9 +165,10 @@ class Stopwatch:
     def _place(self) -> list[tuple[Any, Any]] | None:
         """Where the step is now, as the list of its waits; None before the schedule: that is waiting for data."""
         marks = self._marks
-        if FINISH in marks:
+        home = marks.get(HOMEWARD)
+        if FINISH in marks or (home is not None and not home.open):
             return self._waits["after"]
-        if SCHEDULE not in marks:
+        if SCHEDULE not in marks or home is not None:
             return None
         passes = (marks.get(FORWARD), marks.get(BACKWARD))
         return self._waits["compute" if any(mark is not None and mark.open for mark in passes) else "between"]

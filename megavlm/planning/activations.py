@@ -17,7 +17,7 @@ from typing import Any
 from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, final_norm_kept
 from megavlm.config.schema import Recipe
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import share
+from megavlm.planning.shares import Seen, share
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
     return chunk.layers * layer + beside
 
 
-def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -> int:
-    """Return the bytes that tower and connector keep for ``images`` images."""
+def vision_kept(recipe: Recipe, layout: Layout, images: Seen, kernels: Kernels) -> int:
+    """Return the bytes that tower and connector keep of pictures."""
     model, modules = recipe.model, recipe.modules
     kept = 0
     if not modules.vision.freeze:
@@ -103,8 +103,8 @@ def vision_kept(recipe: Recipe, layout: Layout, images: int, kernels: Kernels) -
     return kept
 
 
-def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: int) -> Held:
-    """Return the bytes of one micro-batch in one chunk, on one rank."""
+def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: Seen) -> Held:
+    """Return the bytes of one micro-batch in one chunk, on one rank; ``images``: what the tower sees of it."""
     kernels = kernels_of(recipe)
     b, tp, language = kernels.number_bytes, layout.tensor, recipe.model.language
     learns, lora, cost = weights_learn(recipe), recipe.lora, decoder_cost(language)
@@ -138,9 +138,10 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         # By the time that the layers' turn comes, the loss has let go of what it kept.
         backward = max(logits, products, backward - output)
     if chunk.first:
-        vision = vision_kept(recipe, layout, images, kernels)
+        vision = vision_kept(recipe, layout, images, kernels) if chunk.encodes else 0
         if layout.sequence_parallel:  # the first layer's input is a view of the whole sequence
             vision += wide - stream
+    if chunk.encodes:
         # The tower comes before, and its backward pass after, what the language layers keep.
         tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", layout, images)
         trains_vision = not recipe.modules.vision.freeze
@@ -148,6 +149,6 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: i
         rebuilt = int(tower.rebuilt(recipe.model.vision, ranks, seen, kernels)) if trains_vision else 0
         forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
-        if learns or lora.train_embeddings:  # the embedding's gradient
-            backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
+    if chunk.first and (learns or lora.train_embeddings):  # the embedding's gradient
+        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)

@@ -1,7 +1,7 @@
 """Floating-point operations of a training step, counted from the model's shapes (for MFU).
 
 A multiply-add is two operations. Counted are the matrix products that the model needs: projections, MLPs,
-attention inside the segments, output layer, tower and connector: the tower's by its own patches, never by the tokens
+attention inside the segments (and windows), output layer, tower and connector: the tower's by its own patches, never by the tokens
 that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published figures differ in
 what they take for work: padding, the masked half of causal attention, activations that are computed twice.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, cost_of, decoder_cost
+from megavlm.architectures.cost import Pictures, attended_squares, cost_of, decoder_cost
 from megavlm.config.architecture import own_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
@@ -35,17 +35,36 @@ def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> in
     return 2 * tokens * language.num_layers * sum(decoder_cost(language).adapter_parameters(language, lora, 1))
 
 
-def image_flops(model: ModelConfig, part: str, images: float) -> float:
-    """Return the forward operations of ``vision`` or ``connector`` for ``images`` pictures.
+def pictures_of(model: ModelConfig, images: float | Pictures) -> Pictures:
+    """Return pictures; of a mere number, each is of the usual size."""
+    return images if isinstance(images, Pictures) else Pictures.alike(images, model.vision.grid)
+
+
+def image_flops(model: ModelConfig, part: str, images: float | Pictures) -> float:
+    """Return the forward operations of ``vision`` or ``connector`` for pictures: so many of usual size, or these.
 
     Raises:
         NoCostError: its architecture has no cost.
     """
-    total: float = cost_of(model, part).work(own_of(model, part), Pictures.alike(images, model.vision.grid)).total
+    total: float = cost_of(model, part).work(own_of(model, part), pictures_of(model, images)).total
     return total
 
 
-def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+def picture_work(recipe: Recipe, images: float | Pictures) -> tuple[float, float]:
+    """Return what tower and connector do for pictures, forward and backward, in 1e12 operations.
+
+    Raises:
+        NoCostError: an architecture has no cost.
+    """
+    model, (in_vision, in_connector, _) = recipe.model, passes(recipe)
+    vision, connector = (image_flops(model, part, images) / 1e12 for part in ("vision", "connector"))
+    tower = model.vision
+    recomputes = cost_of(model, "vision").again(tower, Pictures.alike(1, tower.grid)) > 0
+    again = int(recomputes and in_vision == 3)
+    return vision + connector, (in_vision - 1 + again) * vision + (in_connector - 1) * connector
+
+
+def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float | Pictures) -> int:
     """Return the operations of one step, forward and backward, over the global batch.
 
     A backward pass costs as much as the forward pass for the gradients of the inputs, and once more for those of
@@ -55,7 +74,7 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -
         recipe: the run.
         tokens: tokens of all segments without padding.
         squared_lengths: sum of the squares of the segments' lengths.
-        images: images.
+        images: images, of usual size where they are a mere number.
     """
     vision, connector, language = passes(recipe)
     model, lora = recipe.model, recipe.lora
@@ -86,7 +105,13 @@ class StepFlops:
 
 
 def count_step(
-    recipe: Recipe, *, tokens: int, squared_lengths: int, positions: int, squared_positions: int, images: int
+    recipe: Recipe,
+    *,
+    tokens: int,
+    squared_lengths: int,
+    positions: int,
+    squared_positions: int,
+    images: float | Pictures,
 ) -> StepFlops:
     """Count the operations of steps in each way.
 
@@ -98,6 +123,9 @@ def count_step(
         squared_positions: ``squared_lengths``, and the squares of the lengths of padding.
         images: images.
     """
+    language = recipe.model.language
+    squared_lengths = round(attended_squares(language, tokens, squared_lengths))
+    squared_positions = round(attended_squares(language, positions, squared_positions))
     # Twice the causal half is the square.
     whole = step_flops(recipe, positions, 2 * squared_positions, images)
     return StepFlops(
@@ -107,7 +135,7 @@ def count_step(
     )
 
 
-def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: int) -> int:
+def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float | Pictures) -> int:
     """Return the forward operations of a step that are made a second time, as backward passes need them.
 
     Arguments as of :func:`step_flops`.
@@ -124,7 +152,7 @@ def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: 
             total += adapter_flops(language, recipe.lora, tokens)
     if vision > 1:
         tower = recipe.model.vision
-        total += int(cost_of(recipe.model, "vision").again(tower, Pictures.alike(images, tower.grid)))
+        total += int(cost_of(recipe.model, "vision").again(tower, pictures_of(recipe.model, images)))
     return total
 
 

@@ -22,6 +22,8 @@ _KEYS = (
     "overlap_param_gather",
     "recompute_granularity",
     "recompute_num_layers",
+    "vision_placement",
+    "vision_recompute",
 )
 """The keys of ``parallel`` that a plan sets."""
 

@@ -20,9 +20,16 @@ class Chunk:
     layers: int
     """Language layers."""
     first: bool
-    """It holds tower, connector and embedding."""
+    """It holds the embedding, and tower and connector where they are not apart."""
     last: bool
     """It holds the final norm and the output layer."""
+    apart: bool = False
+    """Tower and connector lie on all ranks (``parallel.vision_placement``), and in no chunk."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it holds tower and connector."""
+        return self.first and not self.apart
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,13 @@ class Layout:
     sequence_parallel: bool
     chunks: tuple[Chunk, ...]
     """In the model's order."""
+    apart: bool = False
+    """Every rank holds tower and connector whole, and encodes its share of a step's pictures."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a replica."""
+        return self.tensor * self.pipeline
 
     @property
     def gpus(self) -> int:
@@ -79,7 +93,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     """Return the layout of a checked recipe on ``gpus`` processes (``check_recipe`` refuses what does not divide)."""
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    chunks = stage_layers(recipe)
+    chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
     data = gpus // (tp * pp)
     return Layout(
         tensor=tp,
@@ -89,8 +103,10 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
         microbatches=recipe.training.global_batch_size // data,
         sequence_parallel=parallel.sequence_parallel,
         chunks=tuple(
-            Chunk(index, layers, first=index == 0, last=index == len(chunks) - 1) for index, layers in enumerate(chunks)
+            Chunk(index, layers, first=index == 0, last=index == len(chunks) - 1, apart=apart)
+            for index, layers in enumerate(chunks)
         ),
+        apart=apart,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megavlm.architectures.cost import decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import Held, engine_key, held_by, kernels_of
+from megavlm.planning.apart import vision_bytes
 from megavlm.planning.gpus import FRAGMENTATION, HEADROOM, RESERVED_BYTES, Gpu
 from megavlm.planning.layout import Layout, layout_of
 from megavlm.planning.parameters import static_bytes
@@ -63,6 +64,11 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
     vision = sum(n * chunk.vision for n, chunk in zip(count, held, strict=True))
     output = sum(n * chunk.output for n, chunk in zip(count, held, strict=True))
+    if layout.apart:
+        own = vision_bytes(recipe, layout, stage, workload.views, workload.most_views)
+        vision += own.kept
+        # Nobody encodes while the pipeline runs.
+        passing = max(passing, own.passing - language - output)
     return StageMemory(
         weights=static.weights,
         gradients=static.gradients,
@@ -101,7 +107,9 @@ def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> 
     vision, b = recipe.model.vision, kernels_of(recipe).number_bytes
     # Tokens, labels, positions and sources of every micro-batch, int64.
     total = layout.microbatches * workload.tokens * 4 * 8
-    if stage == 0:
+    if layout.apart:
+        total += vision_bytes(recipe, layout, stage, workload.views, workload.most_views).pixels
+    elif stage == 0:
         total += round(layout.microbatches * workload.views * vision.pixel_bytes)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.

@@ -27,8 +27,8 @@ _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
 
 
-_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool]
-"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last."""
+_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool, bool]
+"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Chun
 def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     modules = recipe.modules
     learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    return recipe.model, recipe.lora, learns, layout.tensor, chunk.layers, chunk.first, chunk.last
+    return recipe.model, recipe.lora, learns, layout.tensor, chunk.layers, chunk.first, chunk.last, chunk.encodes
 
 
 # A search asks for the same chunks over and over.
@@ -74,11 +74,12 @@ def _chunk_parameters(
     layers: int,
     first: bool,
     last: bool,
+    encodes: bool,
 ) -> tuple[ChunkParameter, ...]:
     language, cost = model.language, decoder_cost(model.language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
     found: list[ChunkParameter] = []
-    if first:
+    if encodes:
         for part, learning in (("vision", learns[0]), ("connector", learns[1])):
             if part == "connector" and plan_of(model).newline:
                 found.append(ChunkParameter(part, language.hidden_size, learning))
@@ -138,9 +139,23 @@ def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
 
 def replicated_elements(recipe: Recipe, layout: Layout) -> int:
     """Return the elements on the first stage that learn and whose gradients tensor-parallel ranks add up."""
+    if layout.apart:  # over all ranks of the job: ``apart_elements``
+        return 0
     parts = {part for part in ("vision", "connector") if is_replicated(recipe.model, part, layout.tensor)}
     found = chunk_parameters(recipe, layout, layout.chunks[0]) if parts else ()
     return sum(parameter.elements for parameter in found if parameter.learns and parameter.module in parts)
+
+
+def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
+    """Return what every rank holds of tower and connector where they lie on all: frozen, learning, gradient buffer."""
+    if not layout.apart:
+        return 0, 0, 0
+    model, _, learns, _, _, _, _, _ = _kind(recipe, layout, layout.chunks[0])
+    whole = _chunk_parameters(model, LoraConfig(), learns, 1, 0, True, False, True)
+    found = [parameter for parameter in whole if parameter.module != "language"]
+    sizes = [parameter.elements for parameter in found if parameter.learns]
+    frozen = sum(parameter.elements for parameter in found) - sum(sizes)
+    return frozen, sum(sizes), buffer_elements(sizes, layout.gpus) if sizes else 0
 
 
 @dataclass(frozen=True)
@@ -173,10 +188,11 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
         for parameter in chunk_parameters(recipe, layout, chunk)
         if parameter.quantised
     )
+    kept, trained, own = apart_elements(recipe, layout)
     return StaticBytes(
-        weights=weight * (frozen - packed + buffer) + int(packed * NF4_BYTES),
-        gradients=4 * buffer,
-        optimizer=per_element * learning // ranks,
+        weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),
+        gradients=4 * (buffer + own),
+        optimizer=per_element * learning // ranks + per_element * trained // layout.gpus,
     )
 
 

@@ -77,7 +77,7 @@ def _shapes(timeline: Timeline, title: str) -> tuple[list[_PictureBox], list[_Te
     for rank in range(timeline.pipeline):
         texts.append(_Text(10, _TOP + rank * (_ROW + _GAP) + _ROW / 2 - 8, f"stage {rank}", 15))
     for op in timeline.ops:
-        colours = _FORWARD if op.kind == "F" else _BACKWARD
+        colours = _FORWARD if op.kind in "FE" else _BACKWARD
         y, width = _TOP + op.rank * (_ROW + _GAP), (op.end - op.start) * scale
         x = _LEFT + op.start * scale
         boxes.append(_PictureBox(x, y, max(width - 1, 0.5), _ROW, colours[op.chunk % len(colours)]))

@@ -10,6 +10,7 @@ from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Efficiency, Gpu
 from megavlm.planning.launch import overrides
 from megavlm.planning.layout import GPUS_PER_NODE
 from megavlm.planning.memory import StageMemory
+from megavlm.planning.placement import Placements
 from megavlm.planning.search import Plan, Search
 from megavlm.planning.workload import Workload
 
@@ -24,7 +25,13 @@ def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
 
 
 def as_json(
-    found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed: int, command: list[str]
+    found: Search,
+    own: Plan | str,
+    gpu: Gpu,
+    workload: Workload,
+    listed: int,
+    command: list[str],
+    placements: Placements,
 ) -> dict[str, Any]:
     """Return the search as plain data: bytes, seconds, shares between 0 and 1."""
     return {
@@ -35,6 +42,10 @@ def as_json(
         "tried": found.tried,
         "plans": [_plan_json(plan) for plan in found.plans[:listed]],
         "recipe_as_it_is": own if isinstance(own, str) else _plan_json(own),
+        "vision_placement": {
+            name: plan if isinstance(plan, str) else _plan_json(plan) for name, plan in _both(placements)
+        }
+        | {"better": placements.better, "reason": placements.reason()},
         "refused": [asdict(refusal) for refusal in found.refusals],
         "launch": command,
     }
@@ -62,7 +73,15 @@ def _unit(workload: Workload) -> str:
     return "images" if workload.views == workload.images else "views"
 
 
-def as_text(found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed: int, command: list[str]) -> str:
+def as_text(
+    found: Search,
+    own: Plan | str,
+    gpu: Gpu,
+    workload: Workload,
+    listed: int,
+    command: list[str],
+    placements: Placements,
+) -> str:
     """Return the search as a page of text."""
     lines = [
         f"Predicted, not measured: {found.gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
@@ -73,7 +92,14 @@ def as_text(found: Search, own: Plan | str, gpu: Gpu, workload: Workload, listed
     ]
     if found.plans:
         lines += [*_table(found.plans[:listed]), "", *_chosen(found.plans[0], gpu)]
-        lines += ["", _own(own, found.plans[0]), "", "Start it with (and your data and output_dir):"]
+        lines += [
+            "",
+            *_placements(placements),
+            "",
+            _own(own, found.plans[0]),
+            "",
+            "Start it with (and your data and output_dir):",
+        ]
         lines += ["  " + " \\\n      ".join(command)]
     if found.refusals:
         lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]
@@ -114,6 +140,34 @@ def _table(plans: tuple[Plan, ...]) -> list[str]:
             ]
         )
     return _aligned(rows)
+
+
+def _both(placements: Placements) -> list[tuple[str, Plan | str]]:
+    return [("first_stage", placements.first_stage), ("all_ranks", placements.all_ranks)]
+
+
+def _placements(placements: Placements) -> list[str]:
+    """Say what either placement of the tower gives."""
+    rows = [["", "TP", "PP", "VPP", "DP", "layers per stage", "fullest", "bubble", "encoding", "step"]]
+    refused = []
+    for name, plan in _both(placements):
+        if isinstance(plan, str):
+            refused.append(f"{name}: {plan}")
+            continue
+        layout, time = plan.layout, plan.time
+        rows.append(
+            [
+                name,
+                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual, layout.data)),
+                _layers(layout.layers_per_stage),
+                f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
+                f"{100 * time.bubble:.1f} %",
+                f"{time.vision:.3g} s" if time.vision else "-",
+                f"{time.step:.3g} s",
+            ]
+        )
+    head = "Who encodes (parallel.vision_placement), either at its fastest layout:"
+    return [head, *_aligned(rows), *refused, f"Take {placements.reason()}."]
 
 
 def _layers(stages: tuple[int, ...]) -> str:

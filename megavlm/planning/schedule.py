@@ -3,6 +3,8 @@
 The order of work on a rank is Megatron-Core's: one forward and one backward in turn after a warm-up (1F1B,
 arXiv 2006.09503), or interleaved over model chunks (arXiv 2104.04473) in groups of as many micro-batches as there are
 stages. ``tests/planning/test_schedule.py`` holds it against the order in which Megatron-Core really calls them.
+Where all ranks encode (``parallel.vision_placement``), each first encodes its share of the step's pictures, and goes
+backward through it behind the pipeline: :func:`around`.
 Times may differ between stages and between micro-batches. Pure Python: nothing of torch is imported.
 """
 
@@ -13,11 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-Kind = Literal["F", "B"]
+Kind = Literal["F", "B", "E", "R"]
+"""Forward and backward; encoding of a rank's share of the pictures, and the way back through it."""
 
 
 class Call(NamedTuple):
-    """One call on a rank: the forward or backward pass of one micro-batch through one model chunk."""
+    """One call on a rank: the forward or backward pass of one micro-batch through one model chunk, or encoding.
+
+    What has to do with a share of pictures has chunk and micro-batch 0.
+    """
 
     kind: Kind
     chunk: int
@@ -70,7 +76,9 @@ class Timeline:
         return tuple(op for op in self.ops if op.rank == rank)
 
 
-def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | None = None) -> list[Call]:
+def rank_order(
+    rank: int, microbatches: int, *, pipeline: int, virtual: int | None = None, apart: bool = False
+) -> list[Call]:
     """Return the calls of a rank in the order in which Megatron-Core makes them.
 
     Args:
@@ -78,10 +86,14 @@ def rank_order(rank: int, microbatches: int, *, pipeline: int, virtual: int | No
         microbatches: micro-batches of a step.
         pipeline: ranks of the pipeline.
         virtual: model chunks per rank (2 or more), or None for the schedule that is not interleaved.
+        apart: all ranks encode, before the pipeline and behind it.
 
     Raises:
         ValueError: the interleaved schedule does not work with so many micro-batches.
     """
+    if apart:
+        passes = rank_order(rank, microbatches, pipeline=pipeline, virtual=virtual)
+        return [Call("E", 0, 0), *passes, Call("R", 0, 0)]
     if virtual is None:
         forward = [Call("F", 0, m) for m in range(microbatches)]
         backward = [Call("B", 0, m) for m in range(microbatches)]
@@ -157,6 +169,28 @@ def simulate(
                 ops[rank].append(Op(rank, work.chunk, work.microbatch, work.kind, start, end))
                 left, progress = left - 1, True
     return Timeline(tuple(op for of_rank in ops for op in of_rank), pipeline, virtual or 1)
+
+
+def around(line: Timeline, encode: Sequence[float], home: Sequence[float], handing: float = 0.0) -> Timeline:
+    """Return a step whose pictures all ranks encode before the pipeline of ``line``, and go backward through behind it.
+
+    The pipeline begins when the last rank has encoded: each waits in the exchange of features. Gradients come home when
+    the first stage has them all.
+
+    Args:
+        line: the pipeline alone.
+        encode: seconds that each rank encodes.
+        home: seconds that each goes backward through that.
+        handing: seconds in which features, or their gradients, change ranks.
+    """
+    begin = max(encode) + handing
+    ended = begin + max(op.end for op in line.of(0))
+    ops: list[Op] = []
+    for rank in range(line.pipeline):
+        passes = [op._replace(start=op.start + begin, end=op.end + begin) for op in line.of(rank)]
+        back = max(ended, passes[-1].end) + handing
+        ops += [Op(rank, 0, 0, "E", 0.0, encode[rank]), *passes, Op(rank, 0, 0, "R", back, back + home[rank])]
+    return Timeline(tuple(ops), line.pipeline, line.virtual)
 
 
 def _ready(

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from megavlm.architectures.cost import Pictures
 from megavlm.config.schema import ModelConfig
-from megavlm.config.split import is_replicated, tensor_ranks
+from megavlm.config.split import is_replicated, picture_owners, tensor_ranks
 from megavlm.planning.layout import Layout
 
+Seen = float | Pictures | Sequence[Sequence[int]]
+"""What a tower sees of a pack: so many views of the usual size; pictures of any size, on average; or the pictures of a
+pack themselves, each by its frames, rows and columns of patches."""
 
-def share(model: ModelConfig, part: str, layout: Layout, views: float) -> tuple[int, Pictures]:
-    """Return over how many ranks a part's layers are cut, and what of ``views`` the busiest of them runs."""
+
+def share(model: ModelConfig, part: str, layout: Layout, seen: Seen) -> tuple[int, Pictures]:
+    """Return over how many ranks a part's layers are cut, and what of the pictures the busiest of them runs."""
     ranks = tensor_ranks(model, part, layout.tensor)
-    seen = views if ranks == layout.tensor else math.ceil(views / layout.tensor)
-    return ranks, Pictures.alike(seen, model.vision.grid)
+    return ranks, _busiest(model, seen, 1 if ranks == layout.tensor else layout.tensor)
+
+
+def _busiest(model: ModelConfig, seen: Seen, ranks: int) -> Pictures:
+    """Return what the busiest of ``ranks`` that share out the pictures runs."""
+    if isinstance(seen, float | int):
+        return Pictures.alike(seen if ranks == 1 else math.ceil(seen / ranks), model.vision.grid)
+    if isinstance(seen, Pictures):
+        part = math.ceil(seen.count / ranks) / seen.count if ranks > 1 and seen.count else 1
+        return seen.times(part)
+    if ranks == 1 or not seen:
+        return Pictures.shown(seen)
+    owners = picture_owners([math.prod(grid) for grid in seen], ranks)
+    each = [Pictures.shown(g for g, own in zip(seen, owners, strict=True) if own == rank) for rank in range(ranks)]
+    return max(each, key=lambda one: one.patches)
 
 
 def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import cost_of, decoder_cost
+from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import share
+from megavlm.planning.shares import Seen, share
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ChunkFlops:
 
 
 def chunk_flops(
-    recipe: Recipe, layout: Layout, chunk: Chunk, *, tokens: int, squared_lengths: float, images: float
+    recipe: Recipe, layout: Layout, chunk: Chunk, *, tokens: int, squared_lengths: float, images: Seen
 ) -> ChunkFlops:
     """Return the operations of one micro-batch, forward, in one chunk on one rank.
 
@@ -44,15 +44,16 @@ def chunk_flops(
         chunk: one of the layout's chunks.
         tokens: tokens of the micro-batch.
         squared_lengths: sum of the squares of its samples' lengths.
-        images: its images.
+        images: what the tower sees of it.
     """
     model, tp = recipe.model, layout.tensor
     language = model.language
     # Per layer: the whole model without attention, less the output layer.
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
-    attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
-    images = images if chunk.first else 0
+    squares = attended_squares(language, tokens, squared_lengths)
+    attention = decoder_cost(language).layer_work(language, tokens, squares).attention
+    images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
     connector_ranks, seen = share(model, "connector", layout, images)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, cost_of, decoder_cost
+from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, Pictures, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
+from megavlm.planning.apart import alone, feature_bytes, share_of_step
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
-from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.parameters import NF4_BYTES, learning_elements, replicated_elements
+from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
+from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
@@ -58,7 +59,7 @@ class StepTime:
     pipeline: float
     """Forward and backward passes of all micro-batches, with waiting."""
     bubble: float
-    """Share of the pipeline's time that its ranks wait, 0 to 1."""
+    """Share of the pipeline's time, and of the vision phases', that its ranks wait, 0 to 1."""
     stage_seconds: tuple[float, ...]
     """Forward and backward pass of one micro-batch, for each stage."""
     tensor_parallel: float
@@ -77,6 +78,8 @@ class StepTime:
     """The same with the whole square of attention, as most published figures count."""
     hfu: float
     """That, and what is recomputed."""
+    vision: float = 0.0
+    """Where all ranks encode: both phases around the pipeline, with what goes from rank to rank."""
 
 
 class Timer:
@@ -103,7 +106,7 @@ class Timer:
             chunk,
             tokens=load.tokens,
             squared_lengths=load.squared_lengths,
-            images=load.views,
+            images=load.seen,
         )
 
     def _gemm(self, flops: float, m: float, n: float, k: float, efficiency: float | None = None) -> float:
@@ -238,7 +241,7 @@ class Timer:
     def vision(self) -> Cost:
         """Return the cost of tower, connector and embedding."""
         model, modules, b = self.recipe.model, self.recipe.modules, self.kernels.number_bytes
-        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.views)
+        images, (tp, seen) = self.workload.views, share(model, "vision", self.layout, self.workload.seen)
         cost = cost_of(model, "vision")
         passage: Passage = cost.passage(model.vision, tp, seen, self.kernels)
         dense = sum(self._gemm(2 * m * n * k, m, n, k, self.gpu.efficiency.tower) for m, n, k in passage.products)
@@ -255,7 +258,7 @@ class Timer:
                 backward, back_wires = backward + forward, wires
         hidden = model.language.hidden_size
         work = self._flops(Chunk(0, 0, first=True, last=False))
-        tp, seen = share(model, "connector", self.layout, images)
+        tp, seen = share(model, "connector", self.layout, self.workload.seen)
         connector = self._gemm(work.connector, seen.patches, hidden / tp, hidden)
         queries = model.tokens_per_view * images * model.language.hidden_size * b
         gathered = self._tensor_parallel(seen.patches * model.language.hidden_size * b, 1)
@@ -274,8 +277,12 @@ class Timer:
         """Return the cost of one micro-batch through a chunk."""
         layer = self.layer()
         parts = [Cost(*(chunk.layers * value for value in (layer.forward, layer.backward, layer.tensor_parallel)))]
-        if chunk.first:
+        if chunk.encodes:
             parts.append(self.vision())
+        elif chunk.first:  # the embedding's sum
+            moved = self.workload.tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+            wires = self._tensor_parallel(moved, 2)
+            parts.append(Cost(wires, 0.0, wires))
         if chunk.last:
             parts.append(self.output())
         # A weight's gradient is written, read, and added to the fp32 sum.
@@ -297,7 +304,41 @@ class Timer:
         """Return a time that no step of this layout stays below: the work of its slowest stage."""
         costs = [cost.forward + cost.backward for cost in self.costs()]
         pipeline = self.layout.pipeline
-        return self.layout.microbatches * max(sum(costs[stage::pipeline]) for stage in range(pipeline))
+        passes = self.layout.microbatches * max(sum(costs[stage::pipeline]) for stage in range(pipeline))
+        return passes + (sum(self.phases()) if self.layout.apart else 0.0)
+
+    def phases(self) -> tuple[float, float, float]:
+        """Return the seconds of encoding a step's pictures on all ranks, of going backward, and of handing over.
+
+        Of the rank that has most of them; the hand-over is of features, and of their gradients where there are some.
+        """
+        own = share_of_step(self.layout, self.workload.views)
+        timer = Timer(self.recipe, alone(self.layout), self.gpu, self.workload.of_views(own))
+        cost, modules = timer.vision(), self.recipe.modules
+        _, learning, _ = apart_elements(self.recipe, self.layout)
+        adding = self._stream(learning * (self.kernels.number_bytes + 8))
+        features = feature_bytes(self.recipe, self.layout, self.workload.views)
+        rate = self.gpu.network * self.gpu.efficiency.network
+        if not self.layout.pipeline_crosses_nodes:
+            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
+        others = (self.layout.ranks - 1) / self.layout.ranks
+        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.ranks > 1 else 0.0
+        back = out / self.layout.tensor if not (modules.vision.freeze and modules.connector.freeze) else 0.0
+        again = cost.forward if back and self.recipe.parallel.vision_recompute else 0.0
+        return cost.forward, cost.backward + adding + again, out + back
+
+    def apart(self) -> tuple[float, float]:
+        """Return the seconds of reducing and gathering a tower that all ranks hold, unhidden, and of updating it."""
+        _, learning, _ = apart_elements(self.recipe, self.layout)
+        if not learning:
+            return 0.0, 0.0
+        gpus = self.layout.gpus
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        if gpus > GPUS_PER_NODE:
+            rate = min(rate, self.gpu.network * GPUS_PER_NODE * self.gpu.efficiency.network)
+        wires = (4 + self.kernels.number_bytes) * learning * (gpus - 1) / gpus / rate + 2 * COLLECTIVE_SECONDS
+        return wires if gpus > 1 else 0.0, self._update(learning, learning / gpus)
 
     def p2p(self) -> float:
         """Return the seconds of one message between stages."""
@@ -344,6 +385,9 @@ class Timer:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
         learning = self._learning(stage)
         shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        return self._update(learning, shard)
+
+    def _update(self, learning: float, shard: float) -> float:
         # Zeroed whole; the shard is read for the norm, scaled, and updated with masters and moments.
         return self._stream(4 * learning + shard * (4 + 8 + 16 + 12 + self.kernels.number_bytes))
 
@@ -378,8 +422,15 @@ class Timer:
             left_gather = gather - sum(c.forward for c in own) * int(parallel.overlap_param_gather)
             exposed = max(exposed, max(left, 0.0) + max(left_gather, 0.0) + (self.replicas() if stage == 0 else 0.0))
         update = max(self.optimizer(stage) for stage in range(layout.pipeline))
+        vision = 0.0
+        if layout.apart:
+            encode, backward, handing = self.phases()
+            vision = encode + backward + handing
+            bubble = (bubble * pipeline + handing) / (pipeline + vision)
+            tower, more = self.apart()
+            wired, exposed, update = wired + tower, exposed + tower, update + more
         pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
-        step = pipeline + exposed + update + pixels / _HOST_TO_DEVICE
+        step = pipeline + vision + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
         squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
         flops = count_step(
@@ -388,7 +439,7 @@ class Timer:
             squared_lengths=squares,
             positions=positions,
             squared_positions=squares,
-            images=round(packs * self.workload.views),
+            images=self._seen(packs),
         )
         at_peak = step * self.peak * layout.gpus
         return StepTime(
@@ -404,7 +455,13 @@ class Timer:
             mfu=flops.useful / at_peak,
             mfu_conventional=flops.conventional / at_peak,
             hfu=flops.hardware / at_peak,
+            vision=vision,
         )
+
+    def _seen(self, packs: int) -> float | Pictures:
+        """Return what the tower sees of so many packs."""
+        load = self.workload
+        return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
         """Return seconds and bubble of the passes."""

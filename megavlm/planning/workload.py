@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megavlm.architectures.cost import Pictures
 from megavlm.config.checks import TEXT_TOKENS
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
@@ -36,6 +37,18 @@ class Workload:
     """Views of the heaviest pack: what memory is reckoned with."""
     samples: float
     """Samples of a pack, of equal length."""
+    pictures: Pictures | None = None
+    """The images of an average pack where they keep sizes of their own: attention goes by the square of each."""
+
+    @property
+    def seen(self) -> float | Pictures:
+        """What the tower sees of a pack on average."""
+        return self.views if self.pictures is None else self.pictures
+
+    def of_views(self, views: float) -> Workload:
+        """Return the workload with so many views instead."""
+        pictures = None if self.pictures is None else self.pictures.times(views / self.views if self.views else 0)
+        return replace(self, views=views, pictures=pictures)
 
     @property
     def squared_lengths(self) -> float:
@@ -100,6 +113,7 @@ def assume_workload(
         views=float(images) * plan.views_of(typical),
         most_views=math.ceil(most),
         samples=float(samples),
+        pictures=None if typical.patches is None else Pictures.shown([typical.patches]).times(images),
     )
 
 

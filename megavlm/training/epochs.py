@@ -35,6 +35,7 @@ from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, any_rank, is_reader
+from megavlm.planning.weighing import weigher_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def _count(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer) 
     rank, readers = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
 
     def counting() -> Iterator[None]:
-        encoder = PackEncoder(data, [source_name(source) for source in sources], tokenizer, plan)
+        names = [source_name(source) for source in sources]
+        encoder = PackEncoder(data, names, tokenizer, plan, weigh=weigher_of(recipe))
         for index, source in enumerate(sources):
             one = yield from _count_packs(Path(source.path), index, encoder, rank, readers)
             found[index, 0], found[index, 1] = one.samples, one.packs

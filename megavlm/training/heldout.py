@@ -16,7 +16,7 @@ from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import Pack, make_pack
 from megavlm.data.decode import ImageDecoder
-from megavlm.data.device_batch import share_packs
+from megavlm.data.device_batch import Spread, share_packs
 from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.positions import positions_of
 from megavlm.data.read_pack import ReadPack, decode_pack, no_pixels
@@ -26,6 +26,7 @@ from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, is_reader
 from megavlm.training.step import run_batches
+from megavlm.training.vision import VisionPhases
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +91,28 @@ def _decode(pack: Pack, decoder: ImageDecoder, plan: ImagePlan, tokenizer: Token
     return ReadPack(read.pack, read.pixels.cpu(), read.arrangement)
 
 
-def validate(chunks: Sequence[Any], held_out: Sequence[HeldOut]) -> dict[str, float]:
+def validate(
+    chunks: Sequence[Any],
+    held_out: Sequence[HeldOut],
+    vision: VisionPhases | None = None,
+    spread: Spread | None = None,
+) -> dict[str, float]:
     """Return the loss per supervised token of each data set, and ``validation_loss`` over all; a collective.
 
     A data set in which no token has a label has no loss, and is left out.
+
+    Args:
+        chunks: this rank's.
+        held_out: the data sets.
+        vision: who encodes, where all ranks do; with ``spread``.
+        spread: who encodes which picture.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     losses = {}
     with pipeline.evaluating(chunks):
         for data in held_out:
-            batches = share_packs(data.packs, data.count)
-            result = run_batches(chunks, batches, num_sources=1, forward_only=True)[0]
+            batches = share_packs(data.packs, data.count, spread)
+            result = run_batches(chunks, batches, num_sources=1, forward_only=True, vision=vision)[0]
             sums += result
             if result[1] > 0:
                 losses[f"validation_loss/{data.name}"] = float(result[0] / result[1])

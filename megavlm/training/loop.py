@@ -43,6 +43,7 @@ from megavlm.parallel.faults import at_step, fault
 from megavlm.parallel.layout import describe
 from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import agreed, any_rank, any_rank_of, from_first_rank, is_lost_peer, is_reader
+from megavlm.planning.weighing import weigher_of
 from megavlm.training.build import build_training
 from megavlm.training.graphs import LayerGraphs
 from megavlm.training.guard import StepGuard, check_finite
@@ -56,6 +57,7 @@ from megavlm.training.panel import answer_panel
 from megavlm.training.progress import Deadline, Progress
 from megavlm.training.random_state import random_state, restore_random_state
 from megavlm.training.recorder import Recorder
+from megavlm.training.spread import PictureSpread
 from megavlm.training.step import train_step
 from megavlm.training.stopping import STOPPED, StopRequest
 from megavlm.weights.kinds import holds_model
@@ -95,6 +97,7 @@ class Trainer:
         self.tasks = task_mean(recipe)
         self.plan = plan_of(recipe.model)
         self.training = build_training(recipe, tokenizer.imgpad_id)
+        self.spread = None if self.training.vision is None else PictureSpread(recipe)
         with agreed("looking where each parameter would be saved"):  # not hours later, at the first save
             raise_first(list(misplaced(self.training.modules, model_state(self.training.modules))))
         self.parent: Path | None = None
@@ -190,7 +193,7 @@ class Trainer:
         self.metrics.fetched()
         training.scheduler.step(1)
         sources, highest = len(self.recipe.data.train), self.guard.largest_loss()
-        result = train_step(training.chunks, training.optimizer, batches, sources, highest, self.tasks)
+        result = train_step(training.chunks, training.optimizer, batches, sources, highest, self.tasks, training.vision)
         self.guard.take(result, self.feed.sample_keys)
         self.metrics.step(result, batches, learning_rates(self.recipe, training.optimizer))
         self.recorder.end(progress.step)
@@ -203,7 +206,7 @@ class Trainer:
     def validate(self) -> None:
         """Report the loss on each held-out data set."""
         with self.training.settled():
-            losses = validate(self.training.chunks, self.held_out)
+            losses = validate(self.training.chunks, self.held_out, self.training.vision, self.spread)
         if losses:
             logger.info("step %d | validation loss %s", self.progress.step, _list_losses(losses))
             self.metrics.write(losses)
@@ -337,6 +340,7 @@ class Trainer:
                     self.tokenizer,
                     self.plan,
                     positions_of(recipe.model, self.tokenizer.imgpad_id),
+                    weigher_of(recipe),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,
@@ -351,8 +355,8 @@ class Trainer:
                     state=state,
                     quarantine=Quarantine(Path(recipe.output_dir), mpu.get_data_parallel_rank()),
                 )
-        order = StepOrder(recipe) if recipe.data.balance_images else None
-        return Feed(prefetcher, order)
+        ordered = recipe.data.balance_images and self.spread is None  # no stage encodes while others wait
+        return Feed(prefetcher, StepOrder(recipe) if ordered else None, self.spread)
 
 
 def newest_whole(root: Path) -> Path | None:

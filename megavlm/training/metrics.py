@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megavlm.architectures.cost import costless
+from megavlm.architectures.cost import Pictures, costless
 from megavlm.config.checks import source_name
 from megavlm.config.schema import Recipe
 from megavlm.data.device_batch import Batch
@@ -90,8 +90,8 @@ class Metrics:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
-        # Of this replica: tokens, squared segment lengths, padding, squared lengths of padding, images.
-        self._counts = torch.zeros(6, dtype=torch.float64)
+        # Of this replica: what _counts lists.
+        self._counts = torch.zeros(8, dtype=torch.float64)
         self._steps = 0
         self._seconds = 0.0
 
@@ -112,7 +112,7 @@ class Metrics:
             self._losses += result.source_losses
         self._steps += 1
         for batch in batches:
-            self._counts += _counts(batch, self.recipe.model.vision.patches_per_image)
+            self._counts += _counts(batch)
         step = self.progress.step + 1
         self.progress.step = step
         self.progress.packs += self.recipe.training.global_batch_size
@@ -135,7 +135,10 @@ class Metrics:
             device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, squares, padding, padding_squares, images, views = counts.tolist()
+        tokens, squares, padding, padding_squares, images, *seen = counts.tolist()
+        vision, pictures = self.recipe.model.vision, Pictures(*seen)
+        # Pictures that keep sizes of their own are so many views as they have times the patches of the usual one.
+        views = pictures.patches / vision.patches_per_image if vision.packed else pictures.count
         waited, seconds = slowest.tolist()
         supervised = float(self._losses[:, 1].sum())
         flops = StepFlops(0, 0, 0)
@@ -146,7 +149,7 @@ class Metrics:
                 squared_lengths=int(squares),
                 positions=int(tokens + padding),
                 squared_positions=int(squares + padding_squares),
-                images=int(views),
+                images=pictures if vision.packed else int(views),
             )
         # Without a label there is no loss, and 0 were a good one.
         values: dict[str, float | str] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
@@ -305,6 +308,11 @@ _TAGS = {
     "bubble_fraction": "pipeline/bubble_fraction",
     "bubble_fraction_largest": "pipeline/bubble_fraction_largest",
     "communication_fraction": "communication/fraction",
+    "vision_encode_seconds": "vision/encode_seconds",
+    "vision_backward_seconds": "vision/backward_seconds",
+    "vision_imbalance": "vision/imbalance",
+    "vision_fraction": "vision/fraction",
+    "vision_lost_fraction": "vision/lost_fraction",
     "slowest_rank": "slowest_rank/rank",
     "slowest_rank_seconds": "slowest_rank/compute_seconds",
     "slowest_rank_ratio": "slowest_rank/ratio_to_its_stage",
@@ -344,17 +352,20 @@ def _is_finite(value: float | str) -> bool:
     return isinstance(value, str) or math.isfinite(value)
 
 
-def _counts(batch: Batch, patches: int) -> Tensor:
-    """[6] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, their views.
+def _counts(batch: Batch) -> Tensor:
+    """[8] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, what is seen.
 
-    Pictures that keep sizes of their own are so many views as they have times the ``patches`` of the usual one.
+    The last three are those of :class:`Pictures`; of views of one size the first of them alone.
     """
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
     tokens, padding = lengths[real], lengths[~real]
     sums = [tokens.sum(), tokens.square().sum(), padding.sum(), padding.square().sum()]
-    views = batch.num_views if batch.image_grid is None else float(batch.image_grid.prod(1).sum()) / patches
-    return torch.cat([torch.stack(sums), torch.tensor([batch.num_images, views], dtype=torch.float64)])
+    seen = Pictures(batch.num_views, 0, 0)
+    if batch.image_grid is not None:
+        seen = Pictures.shown(batch.image_grid.tolist())
+    rest = [batch.num_images, seen.count, seen.patches, seen.squared]
+    return torch.cat([torch.stack(sums), torch.tensor(rest, dtype=torch.float64)])
 
 
 def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
@@ -374,6 +385,8 @@ def progress_line(values: Mapping[str, Any], step: int, steps: int) -> str:
     ]
     if "bubble_fraction" in values:
         parts.append(f"bubble {values['bubble_fraction']:.0%}")
+    if "vision_fraction" in values:
+        parts.append(f"vision {values['vision_fraction']:.0%} (lost {values['vision_lost_fraction']:.0%})")
     if "communication_fraction" in values:
         parts.append(f"communication {values['communication_fraction']:.0%}")
     if values.get("slowest_rank_ratio", 1.0) >= STRAGGLER:

@@ -15,6 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megavlm.config.schema import ModuleTraining, Recipe
 from megavlm.models.build import MODULES
 from megavlm.parallel.megatron_versions import groups_known_by_kind
+from megavlm.training.chained import JoinedOptimizer, groups_of_all
+from megavlm.training.vision import groups
 
 _GROUP_SETTINGS = ("max_lr", "min_lr", "wd_mult", "betas", "eps")
 
@@ -75,8 +77,16 @@ def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     return overrides
 
 
-def build_optimizer(recipe: Recipe, chunks: Sequence[MegatronModule]) -> MegatronOptimizer:
-    """Build Megatron-Core's (distributed) AdamW over the trainable parameters of the wrapped ``chunks``."""
+def build_optimizer(
+    recipe: Recipe, chunks: Sequence[MegatronModule], vision: MegatronModule | None = None
+) -> MegatronOptimizer:
+    """Build Megatron-Core's (distributed) AdamW over the trainable parameters of the wrapped ``chunks``.
+
+    Args:
+        recipe: the run.
+        chunks: of the pipeline.
+        vision: tower and connector, where every rank of the job holds them whole.
+    """
     opt = recipe.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -92,7 +102,15 @@ def build_optimizer(recipe: Recipe, chunks: Sequence[MegatronModule]) -> Megatro
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         fp8_recipe=recipe.engine.fp8_recipe if recipe.engine.fp8 is not None else None,
     )
-    return get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(recipe))
+    overrides = _overrides(recipe)
+    if vision is None:
+        return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    with groups_of_all([*chunks, vision]):
+        pipeline = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+        apart = get_megatron_optimizer(
+            config, [vision], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups()
+        )
+    return JoinedOptimizer([*pipeline.chained_optimizers, *apart.chained_optimizers])
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

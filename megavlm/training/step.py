@@ -21,6 +21,7 @@ from megavlm.parallel import pipeline
 from megavlm.parallel.faults import fault, spoilt
 from megavlm.parallel.state import any_rank, is_last_stage
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
+from megavlm.training.vision import VisionPhases
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,12 @@ def run_batches(
     *,
     forward_only: bool = False,
     tasks: TaskMean | None = None,
+    vision: VisionPhases | None = None,
 ) -> Tensor:
     """Run all micro-batches through the pipeline; gradients are left in the buffers.
 
-    They are those of the mean over all supervised tokens, or of ``tasks``.
+    They are those of the mean over all supervised tokens, or of ``tasks``. ``vision`` encodes the pictures first, where
+    all ranks do.
 
     Returns:
         [D, 2] fp64 sums of loss and supervised tokens per data set over the global batch, on every rank.
@@ -104,6 +107,8 @@ def run_batches(
     factors = None
     if tasks is not None and is_last_stage():  # which has the labels, and the losses
         factors = tasks.token_factors(supervised_tokens(batches, num_sources))
+    if vision is not None:
+        batches = vision.encode(batches, backward=not forward_only)
     step = partial(forward_step, num_sources=num_sources, factors=factors)
     for found in pipeline.run(chunks, batches, step, batches[0].tokens.size(1), backward=not forward_only):
         report += found[2] if forward_only else found  # the schedule itself keeps losses and counts
@@ -118,6 +123,7 @@ def train_step(
     num_sources: int,
     largest_loss: float | None = None,
     tasks: TaskMean | None = None,
+    vision: VisionPhases | None = None,
 ) -> StepResult:
     """Take one optimizer step on ``batches``, this replica's share of the global batch.
 
@@ -125,10 +131,10 @@ def train_step(
     ``largest_loss``, changes nothing. All ranks see the same figures, so they decide alike. Nor does a batch without
     labels change anything: its gradient is zero, but weight decay and Adam's moments would move the weights.
     """
-    for chunk in chunks:
+    for chunk in [*chunks, *([] if vision is None else [vision.wrapped])]:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    report = run_batches(chunks, batches, num_sources, tasks=tasks)
+    report = run_batches(chunks, batches, num_sources, tasks=tasks, vision=vision)
     fault("step.in_collective")
     _spoil_gradient(chunks)
     result = StepResult(report, None, "no token has a label", tasks)

@@ -39,9 +39,14 @@ class RankTimes:
         return self.times.forward + self.times.backward if self.times else 0.0
 
     @property
+    def encoding(self) -> float:
+        """Seconds in the tower, where all ranks encode."""
+        return self.times.encode + self.times.vision_backward if self.times else 0.0
+
+    @property
     def compute(self) -> float:
-        """The same without waiting for others: the rank's own work."""
-        return self.passes - (self.times.waiting_in_compute if self.times else 0.0)
+        """Both without waiting for others: the rank's own work."""
+        return self.passes + self.encoding - (self.times.waiting_in_compute if self.times else 0.0)
 
 
 class StepTiming:
@@ -157,9 +162,32 @@ def figures(ranks: Sequence[RankTimes]) -> dict[str, float | str]:
     values["communication_fraction"] = sum(
         float(values[f"communication_fraction/{name}"]) for name in ("in_compute", "between", "after")
     )
+    values |= _vision_figures(timed)
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].compute)
     peers = fmean(rank.compute for rank in ranks if rank.stage == ranks[slowest].stage)
     values["slowest_rank"] = float(slowest)
     values["slowest_rank_seconds"] = ranks[slowest].compute
     values["slowest_rank_ratio"] = ranks[slowest].compute / peers
     return values
+
+
+def _vision_figures(timed: Sequence[tuple[RankTimes, StepTimes]]) -> dict[str, float | str]:
+    """Return what the two phases in which all ranks encode come to; nothing where the first stage encodes.
+
+    The imbalance of a replica is the most that one of its ranks has to do over their mean: 1 is even.
+    """
+    if not any(times.vision for _, times in timed):
+        return {}
+    imbalances = []
+    for replica in {rank.replica for rank, _ in timed}:
+        work = [rank.encoding for rank, _ in timed if rank.replica == replica]
+        if sum(work) > 0:
+            imbalances.append(max(work) / fmean(work))
+    return {
+        "vision_encode_seconds": fmean(times.encode for _, times in timed),
+        "vision_backward_seconds": fmean(times.vision_backward for _, times in timed),
+        "vision_imbalance": fmean(imbalances) if imbalances else 1.0,
+        # Of all ranks' time: in the two phases, and the part of it in which they wait or hand over.
+        "vision_fraction": fmean(times.vision / times.step for _, times in timed),
+        "vision_lost_fraction": fmean((times.vision - rank.encoding) / times.step for rank, times in timed),
+    }

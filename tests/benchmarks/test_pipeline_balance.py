@@ -36,6 +36,10 @@ def test_a_small_run(
 ) -> None:
     case = balance.Case("qwen_vl_7b", 4, 2, 4, 8, ("multi-image",))
     monkeypatch.setattr(balance, "CASES", {"small": case})
+    native = balance.native_balance
+    monkeypatch.setattr(
+        native, "CASES", {"odd": native.Case("qwen2_vl_7b", 4, 2, 2, 8, "native", max_pixels=4096 * 784)}
+    )
     monkeypatch.setattr("sys.argv", ["benchmarks/pipeline_balance.py", "--steps=6", f"--out={tmp_path / 'out.json'}"])
     assert balance.main() == 0
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
@@ -49,3 +53,18 @@ def test_a_small_run(
     assert both["bubble"] < length["bubble"] - 0.01
     assert measured["rows"]["ordered"]["bubble"] <= length["bubble"]
     assert both["bubble"] <= measured["rows"]["balanced"]["bubble"]
+    (odd,) = result["native"]
+    counted, weighed = odd["rows"]["counted"], odd["rows"]["weighed"]
+    assert "| odd: TP 4 x PP 2 x DP 2, 8 micro-batches | native | " in printed
+    assert weighed["stage_spread"] < 0.9 * counted["stage_spread"] and weighed["bubble"] < counted["bubble"] - 0.005
+    assert weighed["padding"] < 0.002
+
+
+def test_films_are_grids_of_frames(balance: ModuleType) -> None:
+    native = balance.native_balance
+    case = native.Case("qwen2_5_vl_7b", 4, 2, 2, 8, "video", 16384)
+    plan = native.plan_of(case.recipe().model)
+    found = list(islice(native.samples(case, plan, seed=1), 200))
+    films = [grid for sample in found for grid in sample.grids if grid[0] > 1]
+    assert 60 < len(films) < 140 and {rows * columns for _, rows, columns in films} == {18 * 32}
+    assert all(len(sample) <= 16384 for sample in found)

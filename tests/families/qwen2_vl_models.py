@@ -124,10 +124,12 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Of Qwen/Qwen2-VL-7B-Instruct's tokenizer_config.json."""
+"""Of Qwen/Qwen2-VL-7B-Instruct; held against what xorbitsai/inference has of it @ c70ea74f."""
 
 
-def publish(directory: Path, make: Callable[..., PreTrainedModel]) -> Path:
+def publish(
+    directory: Path, make: Callable[..., PreTrainedModel], save: Callable[[PreTrainedModel, Path], Path] = save
+) -> Path:
     """Write a checkpoint with a tokenizer and its template, as the hub has them."""
     directory.mkdir(parents=True)
     file = write_qwen2(directory)

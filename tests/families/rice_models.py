@@ -70,8 +70,9 @@ class LlavaOnevision15(nn.Module):
         if tied:
             self.lm_head.weight = self.model["language_model"].embed_tokens.weight
         self.text = told
-        # As transformers.PreTrainedModel has it, for whole_source.NativeSource.
-        self.config = SimpleNamespace(vision_config=SimpleNamespace(temporal_patch_size=1, patch_size=PATCH))
+        # As transformers.PreTrainedModel has it, for whole_source.NativeSource and PEFT.
+        sizes = SimpleNamespace(temporal_patch_size=1, patch_size=PATCH)
+        self.config = SimpleNamespace(model_type="llavaonevision1_5", vision_config=sizes)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Return [T, E]."""
@@ -100,6 +101,10 @@ class LlavaOnevision15(nn.Module):
             best = self(input_ids, **shown).logits[:, -1].argmax(-1)
             input_ids = torch.cat([input_ids, best[:, None]], 1)
         return input_ids
+
+    def prepare_inputs_for_generation(self, **given: Any) -> dict[str, Any]:
+        """Return what :meth:`forward` takes; PEFT asks it of every causal language model."""
+        return given
 
     def save_pretrained(self, directory: Path) -> None:
         """Write it with the keys and names of the hub."""

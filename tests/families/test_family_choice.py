@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 from family_choice import PARTS as ALL_PARTS
 from family_choice import changed_since, choose
-from import_graph import ROOT, TESTS
 
 VIT = {"qwen_vl", "codefuse_vlm", "llava", "clip", "siglip", "qwen_visual"}
 PARTS = {name: ALL_PARTS[name] for name in (*sorted(VIT), "qwen", "llama", "mm_projector")}
@@ -106,25 +105,29 @@ FILE = """
 import pytest
 def busy():
     import time
-    until = time.process_time() + 0.3
+    until = time.process_time() + 0.15
     while time.process_time() < until:
         pass
+@pytest.mark.family("made_up", parts=["towers.vit"])
+def test_a(): busy()
 @pytest.mark.family("llava")
-def test_a(): pass
+def test_b(): pass
 @pytest.mark.family("llava")
 @pytest.mark.long
-def test_b(): busy()
+def test_c(): busy(), busy()
 @pytest.mark.family("made_up", parts=["towers.vit"])
-def test_c(): busy()
 def test_d(): busy()
+def test_e(): busy(), busy()
 """
 
 
 def said(directory: Path, *words: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
-    env = {"PYTHONPATH": f"{TESTS}:{ROOT}", "PATH": "/usr/bin:/bin", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, env=env)
-    return done.returncode, done.stdout + done.stderr
+    script = directory / "run.py"
+    script.write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))")
+    fixed = ["-q", "-p", "no:cacheprovider", f"--rootdir={directory}", str(directory)]
+    env = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "PYTEST_XDIST_WORKER": ""}
+    done = ranks.script(script, *fixed, *words, world=None, check=False, env=env)
+    return done.code, done.output
 
 
 def test_pytest_runs_the_chosen_ones_and_holds_the_budget(tmp_path: Path) -> None:
@@ -132,14 +135,16 @@ def test_pytest_runs_the_chosen_ones_and_holds_the_budget(tmp_path: Path) -> Non
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    family: f\n    long: l\n")
     (tmp_path / "test_file.py").write_text(FILE)
     code, text = said(tmp_path)
-    assert code == 1 and "4 passed" in text  # each passed, and one family took too long
+    assert code == 1 and "5 passed" in text  # each passed, and one family took too long
     assert "short tests of family made_up took" in text and "of family llava" not in text
     code, text = said(tmp_path, "--changed-since", "here", "-m", "long")
-    assert code == 0 and "1 passed, 3 deselected" in text and "families (by what changed): llava" in text
+    assert code == 0 and "1 passed, 4 deselected" in text and "families (by what changed): llava" in text
     code, text = said(tmp_path, "--changed-since", "here", "-m", "long and not family")
-    assert code == 0 and "4 deselected" in text  # nothing to do is right
-    code, text = said(tmp_path, "--changed-since", "unknown", "-m", "family")
-    assert code == 1 and "3 passed" in text and "git knows no 'unknown'" in text  # all; and the budget again
+    assert code == 0 and "5 deselected" in text  # nothing to do is right
+    # All; and the budget again, of what two processes took together, each less than that.
+    code, text = said(tmp_path, "--changed-since", "unknown", "-m", "family", "-p", "xdist", "-n", "2")
+    assert code == 1 and "4 passed" in text and "families (git knows no 'unknown'): " in text
+    assert "short tests of family made_up took" in text
     (tmp_path / "test_file.py").write_text('import pytest\n@pytest.mark.family("nobody")\ndef test_a(): pass\n')
     code, text = said(tmp_path)
     assert code == 4 and "family 'nobody' is not in PARTS" in text

@@ -189,15 +189,3 @@ def test_other_models_are_refused() -> None:
     ):
         other = dataclasses.replace(model, **{part: dataclasses.replace(getattr(model, part), **keys)})
         assert said in str(family.refusal(other)), part
-
-
-@pytest.mark.long
-def test_the_tower_over_four_ranks(tmp_path: Path) -> None:
-    """TP 4: each rank has a head, a quarter of gate and of up; gradients and steps are those of one process."""
-    model = qwen2_5_vl()
-    save(model, tmp_path / "hf")
-    recipe = convert(tmp_path / "hf", tmp_path / "m")
-    write_reference(model, recipe, tmp_path / "reference.safetensors")
-    layout = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
-    words = (str(tmp_path / "m"), str(tmp_path / "reference.safetensors"), layout)
-    ranks.run("internvl_cases:compare", *words, world=4, timeout=240)

@@ -86,7 +86,8 @@ class Published:
     """The size of a published model."""
 
     count: int | str
-    """Parameters: all digits, or as the model card rounds them (938.19M)."""
+    """Parameters: all digits where ``published_totals.py`` says where they were read; else what the class has, or as
+    the model's page rounds it, from memory (13.4B)."""
     refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Tensor-parallel sizes, of 2, 4 and 8, that the model does not go with, and words of the message."""
 
@@ -111,6 +112,10 @@ class Stage:
     """Of the learning rate: that of the tower."""
     template: str | None = None
     """Another than the preset's."""
+    least: float = 0.0
+    """The learning rate at the end."""
+    adam: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 1)
+    """Both betas, epsilon, and the norm that gradients are clipped to."""
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,9 @@ def _planned(
     stage = mpu.get_pipeline_model_parallel_rank()
     layout = layout_of(recipe, dist.get_world_size())
     (chunk,) = layout.chunks_of(stage)
-    views = sum(len(one.views) for sample in samples for one in sample.layouts)
+    layouts = [one for sample in samples for one in sample.layouts]
+    grids = [one.patches for one in layouts if one.patches is not None]
+    views = grids if recipe.model.vision.packed else sum(len(one.views) for one in layouts)
     lengths = [*(len(sample.ids) for sample in samples), length - sum(len(sample.ids) for sample in samples)]
     static = static_bytes(recipe, layout, stage)
     work = chunk_flops(
@@ -206,7 +208,7 @@ def _once(recipe: Recipe, tensor: int, tokens: int, *, first: bool, last: bool) 
     if last:
         rows = padded_vocab_size(language, BuildContext(recipe.parallel)) - language.vocab_size
         found += 2 * tokens * language.hidden_size * rows / tensor
-    if first:
+    if first and not vision.packed:  # which gathers rows of its table
         patches, queries = vision.patches_per_image, getattr(model.connector, "num_queries", 0) or 0
         for rows, width in ((vision.positional_grid**2, vision.hidden_size), (queries, language.hidden_size)):
             found += 2 * rows * patches * width * int(rows not in (0, patches))

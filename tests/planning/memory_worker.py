@@ -2,8 +2,8 @@
 
 Arguments: a JSON file with a list of recipes (branches for tests.tiny), and the file to write: for each recipe the
 mean bytes of weights, gradients and optimizer per rank of each pipeline stage, what autograd keeps of one micro-batch
-there, how many images that had, and the operations that torch counts in its forward pass (with a
-pipeline that is not virtual).
+there, how many images that had, and the operations that torch counts in its forward pass (of recipes with
+``"count": true`` beside their branches, whose pipeline is not virtual).
 """
 
 from __future__ import annotations
@@ -48,26 +48,25 @@ def optimizer_tensors(training: TrainingModel) -> Iterable[torch.Tensor]:
             yield from (value for value in state.values() if torch.is_tensor(value))
 
 
-def measure(branches: dict[str, Any]) -> list[list[float]]:
-    """Take one step; return the means per rank of each stage."""
+def measure(branches: dict[str, Any], *, count: bool = False) -> list[list[float]]:
+    """Take one step, of as few micro-batches as the schedule takes; return the means per rank of each stage."""
     recipe = tiny_recipe(**branches)
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, IMAGE_TOKEN)
-        mine = random_packs(recipe.training.global_batch_size)[
-            mpu.get_data_parallel_rank() :: mpu.get_data_parallel_world_size()
-        ]
+        pipeline = mpu.get_pipeline_model_parallel_world_size()
+        few = pipeline if len(training.chunks) > 1 else 1  # the interleaved schedule takes no fewer
+        replicas = mpu.get_data_parallel_world_size()
+        mine = random_packs(few * replicas)[mpu.get_data_parallel_rank() :: replicas]
         batches = [
             make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
             for pack, pixels in mine
         ]
-        pipeline = mpu.get_pipeline_model_parallel_world_size()
-        few = batches[: pipeline if len(training.chunks) > 1 else 1]  # the interleaved schedule takes no fewer
         with saved_tensors(p for chunk in training.chunks for p in chunk.parameters()) as saved:
-            run_batches(training.chunks, few, num_sources=1)
+            run_batches(training.chunks, batches, num_sources=1)
         # Attention as plain matrix products: torch does not count its fused form on CPUs.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            if pipeline > 1 and len(training.chunks) == 1:
-                run_batches(training.chunks, few, num_sources=1, forward_only=True)
+            if count:
+                run_batches(training.chunks, batches, num_sources=1, forward_only=True)
         train_step(training.chunks, training.optimizer, batches, num_sources=1)
         own = torch.zeros(pipeline, 7, dtype=torch.float64)
         own[mpu.get_pipeline_model_parallel_rank()] = torch.tensor(
@@ -75,9 +74,9 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
                 storage_bytes(p for chunk in training.chunks for p in chunk.parameters()),
                 storage_bytes(buffer.grad_data for chunk in training.chunks for buffer in chunk.buffers),
                 storage_bytes(optimizer_tensors(training)),
-                saved.bytes / len(few),
+                saved.bytes / few,
                 batches[0].num_images,
-                counter.get_total_flops() / len(few),
+                counter.get_total_flops() / few,
                 1,
             ],
             dtype=torch.float64,
@@ -88,7 +87,7 @@ def measure(branches: dict[str, Any]) -> list[list[float]]:
 
 def main() -> None:
     """Measure one recipe after the other."""
-    results = [measure(branches) for branches in json.loads(Path(sys.argv[1]).read_text())]
+    results = [measure(**job) for job in json.loads(Path(sys.argv[1]).read_text())]
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).write_text(json.dumps(results))
 

@@ -20,29 +20,39 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
+from megavlm.data.read_pack import ReadPack  # noqa: E402
 from megavlm.models.build import unwrap  # noqa: E402
 from megavlm.parallel.pipeline import run  # noqa: E402
-from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
+from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.spread import PictureSpread  # noqa: E402
 from megavlm.training.step import forward_step  # noqa: E402
 
 Call = tuple[str, int, int]
 
 
-def run_case(pipeline: int, virtual: int | None, microbatches: int) -> list[Call]:
+def run_case(pipeline: int, virtual: int | None, microbatches: int, placement: str) -> list[Call]:
     """Take one forward and backward pass over all micro-batches; return this rank's calls in their order."""
     parallel = {"pipeline_model_parallel_size": pipeline, "virtual_pipeline_model_parallel_size": virtual}
+    parallel["vision_placement"] = placement
     model = {"language": {**tiny_recipe().model.language.__dict__, "num_layers": pipeline * (virtual or 1)}}
     recipe = tiny_recipe(parallel=parallel, model={"preset": "tiny", **model})
     calls: list[Call] = []
     with process_groups(recipe.parallel, recipe.training.seed):
-        chunks = build_training(recipe, IMAGE_TOKEN).chunks
-        packs = random_packs(microbatches)
-        batches = [
-            make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
-            for pack, pixels in packs
-        ]
+        training = build_training(recipe, IMAGE_TOKEN)
+        chunks, vision = training.chunks, training.vision
+        read = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in random_packs(microbatches)]
+        spread = None if vision is None else PictureSpread(recipe)
+        batches = share_packs(read if is_reader() else None, microbatches, spread)
+        if vision is not None:
+
+            def encoded(*given: Any) -> None:
+                calls.append(("E", 0, 0))
+                given[-1].register_hook(lambda _: calls.append(("R", 0, 0)))
+
+            vision.chunk.connector.register_forward_hook(encoded)
+            batches = vision.encode(batches, backward=True)
         done = [0] * len(chunks)
 
         def recorded(chunk: Any, batch: Batch) -> Any:

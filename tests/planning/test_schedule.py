@@ -9,27 +9,34 @@ from typing import Any
 import pytest
 from ranks import script
 
-from megavlm.planning.schedule import rank_order, simulate
+from megavlm.planning.schedule import around, rank_order, simulate
 
 WORKER = Path(__file__).with_name("schedule_worker.py")
 # Fewer micro-batches than stages, as many as the warm-up takes, and more.
-TWO_RANKS = [(2, None, 1), (2, None, 5), (2, 2, 2), (2, 2, 6), (2, 3, 4)]
-FOUR_RANKS = [(4, None, 3), (4, None, 4), (4, None, 9), (4, 2, 4), (4, 2, 12)]
+PLACES = ("first_stage", "all_ranks")
+TWO_RANKS = [(2, None, 1, PLACES[0]), (2, None, 5, PLACES[0]), (2, 2, 2, PLACES[0]), (2, 2, 6, PLACES[0])]
+TWO_RANKS += [(2, 3, 4, PLACES[0]), (2, None, 5, PLACES[1]), (2, 2, 6, PLACES[1])]
+FOUR_RANKS = [(4, None, 3, PLACES[0]), (4, None, 4, PLACES[0]), (4, None, 9, PLACES[1]), (4, 2, 4, PLACES[1])]
+FOUR_RANKS += [(4, 2, 12, PLACES[0])]
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)])
-def test_megatron_core_runs_this_order(ranks: int, cases: list[tuple[int, int | None, int]], tmp_path: Path) -> None:
+def test_megatron_core_runs_this_order(
+    ranks: int, cases: list[tuple[int, int | None, int, str]], tmp_path: Path
+) -> None:
     job, out = tmp_path / "job.json", tmp_path / "out.json"
-    keys = ("pipeline", "virtual", "microbatches")
+    keys = ("pipeline", "virtual", "microbatches", "placement")
     job.write_text(json.dumps([dict(zip(keys, case, strict=True)) for case in cases]))
     script(WORKER, job, out, world=ranks, timeout=120)
     real = json.loads(out.read_text())
-    for (pipeline, virtual, microbatches), of_ranks in zip(cases, real, strict=True):
+    for (pipeline, virtual, microbatches, placement), of_ranks in zip(cases, real, strict=True):
+        apart = placement == "all_ranks"
         for rank, calls in enumerate(of_ranks):
-            order = rank_order(rank, microbatches, pipeline=pipeline, virtual=virtual)
+            order = rank_order(rank, microbatches, pipeline=pipeline, virtual=virtual, apart=apart)
             assert [list(work) for work in order] == calls, (pipeline, virtual, microbatches, rank)
             seconds = [[1.0] * (pipeline * (virtual or 1))] * microbatches
             line = simulate(seconds, seconds, pipeline=pipeline, virtual=virtual)
+            line = around(line, [1.0] * pipeline, [1.0] * pipeline) if apart else line
             assert [[op.kind, op.chunk, op.microbatch] for op in line.of(rank)] == calls
 
 
@@ -81,3 +88,14 @@ def test_messages_take_their_time() -> None:
 def test_wrong_input_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         simulate(**{"stage_backward": arguments["stage_forward"], **arguments})
+
+
+def test_all_wait_for_the_slowest_encoder_and_for_the_first_stage() -> None:
+    """One micro-batch on two ranks: 3 s for the slower encoder, 1 s handed over, 2 + 2 s of passes, and home."""
+    alone = simulate([[1.0, 1.0]], [[1.0, 1.0]], pipeline=2)
+    line = around(alone, [1.0, 3.0], [2.0, 6.0], handing=1.0)
+    assert [(op.kind, op.start, op.end) for op in line.of(0)] == [
+        ("E", 0, 1), ("F", 4, 5), ("B", 7, 8), ("R", 9, 11)
+    ]  # fmt: skip
+    assert line.of(1)[-1][-2:] == (9, 15) and line.total == 15
+    assert line.bubble == pytest.approx(1 - (1 + 3 + 4 + 2 + 6) / 30)

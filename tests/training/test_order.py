@@ -12,9 +12,11 @@ from step_cases import share
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, tiny_recipe
 
 from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.data.media import plan_of
 from megavlm.parallel.state import process_groups
 from megavlm.planning.flops import step_flops
 from megavlm.planning.layout import stage_layers
+from megavlm.planning.weighing import weigher_of
 from megavlm.training.build import build_training
 from megavlm.training.order import StepOrder, candidates
 from megavlm.training.step import train_step
@@ -128,3 +130,58 @@ def test_a_step_is_the_same_in_any_order() -> None:
         assert step.grad_norm == pytest.approx(first.grad_norm, rel=1e-5)
         assert step.supervised_tokens == first.supervised_tokens
         torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-5)
+
+
+PACKED = {
+    "preset": "tiny",
+    "vision": {
+        "preset": "qwen2_vl_vit_675m", "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4,
+        "ffn_hidden_size": 128, "patch_size": 4, "image_size": 32,
+    },
+    "connector": {"preset": "patch_merger"},
+    "image": {"kind": "native"},
+}  # fmt: skip
+
+
+def test_pictures_of_any_size_weigh_by_what_the_tower_does_with_them() -> None:
+    """One picture of 32 x 32 patches is more than 16 of 8 x 8, and a film's frames are so many pictures."""
+    own = tiny_recipe(model=PACKED, parallel=LAYOUTS["pp 2"])
+    order = StepOrder(own)
+    large, small, film = [(1, 32, 32)], [(1, 8, 8)] * 16, [(16, 8, 8)]
+    assert order.weight(large) > 1.1 * order.weight(small) == pytest.approx(1.1 * order.weight(film))
+    (alone, first), _ = order.work([large, [(1, 8, 8)]])
+    squared = 4 * 64 * 2 * 1024**2 / 1e12  # scores, and their product with the values, in two layers
+    patch = order.work([small])[0][0][0] - alone[0] + squared - 4 * 64 * 2 * 16 * 64**2 / 1e12
+    assert patch == pytest.approx(0, abs=1e-9) and alone[1:] == first[1:]
+    # Of a micro-batch without pictures, and of one with an empty one, the same runs.
+    assert order.work([0]) == order.work([[(1, 2, 2)]])
+    steps = [large, small, [(1, 4, 4)], [(1, 8, 8)]]
+    chosen = order(steps)
+    assert sorted(chosen) == [0, 1, 2, 3]
+    assert order.seconds([steps[index] for index in chosen]) <= order.seconds(steps)
+
+
+def test_of_a_whole_tower_on_each_rank_the_one_with_most_patches_counts() -> None:
+    cut, whole = (
+        StepOrder(
+            tiny_recipe(
+                model={**PACKED, "vision": {**PACKED["vision"], "tensor_parallel": how}},
+                parallel={"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            )
+        )
+        for how in ("shard", "replicate")
+    )
+    # 16 x 16 in front goes to the first rank, the others to the second.
+    uneven, busiest = [(1, 16, 16), (1, 8, 8), (1, 4, 4)], [(1, 16, 16)] * 2
+    assert whole.work([uneven])[0][0] == pytest.approx(cut.work([busiest])[0][0])
+
+
+def test_samples_are_weighed_in_halves_of_the_usual_picture() -> None:
+    own = tiny_recipe(model=PACKED)
+    plan, weigh = plan_of(own.model), weigher_of(own)
+    assert weigh is not None and weigh([]) == 0
+    usual, large = plan.plan(32, 32), plan.plan(128, 128)
+    assert weigh([usual]) == 2 and weigh([usual] * 3) == 6
+    assert weigh([large]) > 2 * 16, "attention grows with the square"
+    assert weigher_of(tiny_recipe()) is None  # counted
+    assert weigher_of(tiny_recipe(model=PACKED, data={"balance_images": False})) is None

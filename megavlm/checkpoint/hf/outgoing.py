@@ -358,7 +358,7 @@ def _write_meaning(
     if "vision" in family.parts and family.preprocesses:
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
-            result.trained = write_pixels(partial, model)
+            result.trained = write_pixels(partial, family, model)
 
 
 def _alpha(checkpoint: Path, family: Family) -> list[str]:

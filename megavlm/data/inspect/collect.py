@@ -20,7 +20,7 @@ from megavlm.data.cache import located
 from megavlm.data.decoders import make_decoder
 from megavlm.data.energon_dataset import PackEncoder, RawSample
 from megavlm.data.media import ImagePlan
-from megavlm.data.packing import PackableSample, build_pack
+from megavlm.data.packing import PackableSample, Weigh, build_pack
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
 from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
@@ -89,6 +89,7 @@ def collect(
     samples: int,
     packs: int,
     scan: int,
+    weigh: Weigh | None = None,
 ) -> Collected:
     """Read the data sets of ``data.train``.
 
@@ -101,6 +102,7 @@ def collect(
         samples: Samples to show, taken from all data sets in turn, spread over each.
         packs: Packs to show: the first of the first data-parallel rank.
         scan: Samples of each data set to count, spread over it.
+        weigh: Says how heavy the pictures of a sample are, as training's reader does.
 
     Raises:
         MissingFileError: A shard is missing.
@@ -127,7 +129,7 @@ def collect(
             # As many workers as the recipe has make the packs what they are, also on a small machine.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             packed = PackReader(
-                data.train, data, tokenizer, plan, rank=0, world_size=replicas, seed=seed, training=True
+                data.train, data, tokenizer, plan, weigh=weigh, rank=0, world_size=replicas, seed=seed, training=True
             )
             found.packs = [next(packed) for _ in range(packs)]
         packed.close()

@@ -7,6 +7,7 @@ security policy forbids scripts and loading anything, should that ever be forgot
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.inspect.charts import bars, length_histogram
 from megavlm.data.inspect.collect import Collected, Counts
+from megavlm.data.inspect.planes import LOOK, SWITCH, planes
 from megavlm.data.inspect.tokens import Segment, Shape, ShownTokens, segments
 from megavlm.data.media import ImageLayout, ImagePlan, layouts_of, pixels_of
 from megavlm.data.tokenizer import Tokenizer
@@ -71,7 +73,7 @@ def write_page(found: Collected, tokenizer: Tokenizer, limit: int) -> bytes:
             continue
         parts.append(f"<h2>{title}</h2>")
         shown_blocks, used = _fit(blocks, used, most)
-        parts += shown_blocks
+        parts += ['<div class="blocks">', *shown_blocks, "</div>"]
         if len(shown_blocks) < count:
             parts.append(
                 f'<p class="note">{len(shown_blocks)} of {count} are shown: a page may have {limit / 1e6:g} MB'
@@ -155,11 +157,12 @@ def _head(found: Collected) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width"><title>megavlm inspect</title>'
-        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>megavlm inspect</title>'
+        f"<style>{LOOK}{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>{SWITCH}"
         f'<h1>megavlm inspect</h1><p class="facts">{_joined(facts)}</p>'
-        "<table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th><th>tokens: mean</th>"
-        f"<th>longest</th><th>pictures</th><th>supervised</th></tr></thead><tbody>{rows}</tbody></table>"
+        '<div class="wide"><table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th>'
+        "<th>tokens: mean</th><th>longest</th><th>pictures</th><th>supervised</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
         f'<div class="charts">{figures}</div>{left_out if named else ""}'
         '<p class="legend"><span class="t s">supervised</span> the loss counts this token '
         '<span class="t m">masked</span> it does not <span class="t i">256 slots</span> a picture\u2019s features</p>'
@@ -247,7 +250,7 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
         for index, data in enumerate(segment.images)
     )
     if images:
-        images = f'<div class="pictures">{images}</div>'
+        images = f'<div class="pictures">{images}{_as_seen(segment, found)}</div>'
     note = ""
     if segment.key in found.masked:
         note = f'<p class="note">Nothing of it is trained on: {escape(found.masked[segment.key])}.</p>'
@@ -269,6 +272,17 @@ def _names(images: Sequence[bytes | Film]) -> list[str]:
         what = "picture" if isinstance(data, bytes) else "film"
         found.append(f"{what} {1 + sum(name.startswith(what) for name in found)}")
     return found
+
+
+def _as_seen(segment: Segment, found: Collected) -> str:
+    """Return a segment's pictures as the model sees them; those that cannot be decoded are told of beside it."""
+    shown = ""
+    for index, data in enumerate(segment.images):
+        with contextlib.suppress(ImageError):
+            if isinstance(data, bytes):
+                images = segment.layouts[index].shape.images if segment.layouts else 1
+                shown += planes(decode_with_pil(data, found.data.image_alpha), found.plan, images)
+    return f'<details open class="model"><summary>as the model sees it</summary>{shown}</details>' if shown else ""
 
 
 def _token(piece: ShownTokens, names: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
         http: the request.
         held: what it holds; a stream takes it along.
     """
-    body = await _json(http, service.limits)
+    body = await json_body(http, service.limits)
     request = parse_request(body, service.name, service.defaults, service.limits)
     service.worker.take_slots(request.choices - 1)
     held.callback(service.worker.free_slots, request.choices - 1)
@@ -189,7 +189,7 @@ async def _complete(service: Service, http: Request, held: contextlib.AsyncExitS
     return _EventStream(held.pop_all(), _events(frame, jobs, first, pieces, request.include_usage))
 
 
-async def _json(http: Request, limits: Limits) -> Any:
+async def json_body(http: Request, limits: Limits) -> Any:
     """Return the body.
 
     Raises:

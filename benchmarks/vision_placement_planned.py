@@ -1,0 +1,128 @@
+"""Both placements of the tower as ``megavlm plan`` reckons them, at layouts of published sizes. Nothing here runs a model.
+
+Rows are those of ``pipeline_balance.py``, and Qwen2.5-VL's at 128 to 1024 GPUs. Each placement has the sizes of the row and
+the best of what is left to choose: the first stage's layers, recomputation, whether pictures are encoded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline_balance import CASES, Case
+
+from megavlm.architectures.cost import Pictures, cost_of
+from megavlm.config.schema import Recipe
+from megavlm.planning.flops import language_flops, passes
+from megavlm.planning.gpus import find_gpu
+from megavlm.planning.layout import with_parallel
+from megavlm.planning.placement import ALL, FIRST, of_layout
+from megavlm.planning.search import Plan
+from megavlm.planning.workload import assume_workload
+
+MORE = {
+    f"Qwen2.5-VL {size.upper()}, all trained, {gpus} GPUs": Case(
+        f"qwen2_5_vl_{size}", tensor, pipeline, gpus // (tensor * pipeline), microbatches, ()
+    )
+    for size, tensor, pipeline, gpus, microbatches in (
+        ("7b", 2, 4, 128, 16), ("7b", 2, 4, 512, 16), ("72b", 8, 4, 512, 16), ("72b", 8, 8, 1024, 32),
+    )
+}  # fmt: skip
+
+
+def recipe_of(case: Case) -> Recipe:
+    """Return the run in bf16."""
+    recipe = case.recipe(None)
+    training = dataclasses.replace(recipe.training, precision="bf16")
+    return dataclasses.replace(recipe, training=training)
+
+
+def choices(recipe: Recipe, placement: str) -> Iterator[dict[str, Any]]:
+    """Yield what may be chosen at the sizes of a row."""
+    layers, pipeline = recipe.model.language.num_layers, recipe.parallel.pipeline_model_parallel_size
+    firsts = [None] if layers % pipeline == 0 else []
+    if placement == FIRST or not firsts:
+        firsts += [n for n in range(1, layers // pipeline + 4) if (layers - n) % (pipeline - 1) == 0]
+    for first, recompute, again in itertools.product(
+        firsts, (None, "selective", "full"), (False, True) if placement == ALL else (False,)
+    ):
+        yield {
+            "num_layers_in_first_pipeline_stage": first,
+            "recompute_granularity": recompute,
+            "vision_recompute": again,
+            "sequence_parallel": recipe.parallel.tensor_model_parallel_size > 1,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+        }
+
+
+def best(recipe: Recipe, gpus: int, placement: str) -> Plan | str:
+    """Return the fastest choice that fits, or why there is none."""
+    found, reason = [], ""
+    workload = assume_workload(recipe)
+    for values in choices(recipe, placement):
+        chosen = with_parallel(recipe, **values, vision_placement=placement)
+        plan = getattr(of_layout(chosen, gpus, find_gpu("h100-80g"), workload), placement)
+        if isinstance(plan, str):
+            reason = plan
+        else:
+            found.append(plan)
+    return min(found, key=lambda plan: plan.time.step) if found else reason
+
+
+def tower_share(recipe: Recipe) -> float:
+    """Return the share of the operations of a step that tower and connector have."""
+    workload = assume_workload(recipe)
+    seen = Pictures.alike(workload.views, recipe.model.vision.grid)
+    parts = [cost_of(recipe.model, "vision").work(recipe.model.vision, seen).total]
+    parts.append(cost_of(recipe.model, "connector").work(recipe.model, seen).total)
+    parts.append(language_flops(recipe.model.language, workload.tokens, round(workload.squared_lengths)))
+    work = [part * times for part, times in zip(parts, passes(recipe), strict=True)]
+    return sum(work[:2]) / sum(work)
+
+
+def row(name: str, case: Case) -> str:
+    """Return a row of the table."""
+    recipe, gpus = recipe_of(case), case.tensor * case.pipeline * case.replicas
+    plans = [best(recipe, gpus, placement) for placement in (FIRST, ALL)]
+    sizes = f"{case.tensor} x {case.pipeline} x {case.virtual or '-'} x {case.replicas}"
+    cells = [name, sizes, str(case.microbatches), f"{tower_share(recipe):.0%}"]
+    for plan in plans:
+        if isinstance(plan, str):
+            cells += [plan, "-"]
+        else:
+            cells += [f"{plan.time.bubble:.1%}", f"{plan.time.step:.3g} s"]
+    if all(isinstance(plan, Plan) for plan in plans):
+        first, every = plans
+        cells += [f"{1 - every.time.bubble / first.time.bubble:.0%}" if first.time.bubble else "-"]
+        cells += [f"{every.time.step / first.time.step:.3f}", "again" if every.recipe.parallel.vision_recompute else ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Print the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    start = time.perf_counter()
+    lines = [
+        "| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"
+    ]
+    lines[0] += " less bubble | ratio | encoded |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    lines += [row(name, case) for name, case in {**CASES, **MORE}.items()]
+    print("\n".join(lines))
+    print(
+        f"\nPredicted for h100-80g: `python benchmarks/vision_placement_planned.py` ({time.perf_counter() - start:.0f} s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

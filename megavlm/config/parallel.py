@@ -1,0 +1,46 @@
+"""The ``parallel`` branch of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megavlm.config.fields import config_class
+
+
+@config_class
+class ParallelConfig:
+    """How the model is spread over processes; the data-parallel size is what remains of the world size."""
+
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each layer (TP)."""
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Pipeline stages (PP). The tower and the connector sit on the first."""
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
+    """Model chunks per pipeline stage (VPP, interleaved schedule); null for one."""
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
+    """Language layers of the first stage, to leave room for the tower; null to split evenly."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence (SP); needs TP > 1."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state (and fp32 master weights) over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the two keys above."""
+    ddp_bucket_size: int | None = Field(default=None, gt=0)
+    """With overlap_grad_reduce: parameters reduced together, at least; null for 40 million, or a million per
+    data-parallel rank. Only the first pipeline stage's first chunk is cut into buckets."""
+    vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
+    """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
+    vision_recompute: bool = False
+    """With all ranks: keep no activations of tower and connector; encode pictures again for their backward pass."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Activation recompute in the language model: full layers, only the core attention, or null for none."""
+    recompute_num_layers: int | None = Field(default=None, gt=0)
+    """With full recompute, layers that share one saved input (uniform method); null means 1."""
+    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layer implementation: Transformer Engine, plain torch, or auto (the former where CUDA and it are there)."""
+    distributed_timeout_minutes: float = Field(default=30.0, gt=0)
+    """A collective that waits longer than this ends the job."""

@@ -1,0 +1,56 @@
+"""Boxes in the notations that published models write."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.data.box_notations import find_boxes
+
+WHOLE = (0.1, 0.2, 0.5, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("answer", "name"),
+    [
+        ("Here: <ref>the cat</ref><box>(100,200),(500,750)</box>.", "the cat"),
+        ("<box>(100, 200), (500, 750)</box>", None),
+        ("<|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,200),(500,750)<|box_end|>", "the cat"),
+        ("<ref>the cat</ref><box>[[100, 200, 500, 750]]</box>", "the cat"),
+        ("<ref>the cat</ref><box>100 200 500 750</box>", "the cat"),
+        ('```json\n[\n\t{"bbox_2d": [100, 200, 500, 750], "label": "the cat"}\n]\n```', "the cat"),
+        ('{"label": "the cat", "bbox_2d": [100, 200, 500, 750.0]}', "the cat"),
+        ("It is at <|begin_of_box|>[[100,200,500,750]]<|end_of_box|>", None),
+        ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
+        ("[0.1, 0.2, 0.5, 0.75]", None),
+    ],
+)
+def test_each_notation(answer: str, name: str | None) -> None:
+    (found,) = find_boxes(answer)
+    assert found.name == name
+    assert found.sides == pytest.approx(WHOLE, abs=6e-4)
+
+
+def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_sees() -> None:
+    several = "<ref>a</ref><box>[[0, 0, 500, 500], [500, 500, 1000, 1000]]</box> <ref>b</ref><box>(1,1),(2,2)</box>"
+    assert [(one.name, one.sides[0]) for one in find_boxes(several)] == [("a", 0.0), ("a", 0.5), ("b", 0.001)]
+    answer = '[{"bbox_2d": [64, 96, 320, 360], "label": "cat"}, {"bbox_2d": [0, 0, 640, 480], "label": "dog"'
+    (cat,) = find_boxes(answer, pixels_of=(640, 480))  # the list was cut off within the second
+    assert cat == ("cat", pytest.approx((0.1, 0.2, 0.5, 0.75)))
+    # Other notations mean thousandths in such a model too.
+    assert find_boxes("<box>(100,200),(500,750)</box>", pixels_of=(640, 480))[0].sides == pytest.approx(WHOLE)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>", "<box>(0,0),(1200,10)</box>",
+        '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
+        "bbox_2d " + "[" * 3000, "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
+    ],
+)  # fmt: skip
+def test_what_is_no_box_is_left_out(answer: str) -> None:
+    assert find_boxes(answer) == []
+
+
+def test_there_is_a_bound() -> None:
+    assert len(find_boxes("<box>(1,1),(2,2)</box>" * 1000)) == 200

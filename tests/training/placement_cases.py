@@ -1,0 +1,154 @@
+"""Short trainings with tower and connector on the first stage or on all ranks; see test_placement."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megavlm.parallel.device import prepare_device
+
+prepare_device()
+
+import levels_cases  # noqa: E402
+import numpy as np  # noqa: E402
+import tiles_cases  # noqa: E402
+import torch  # noqa: E402
+from lora_worker import fill  # noqa: E402
+from megatron.core import parallel_state as mpu  # noqa: E402
+from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
+
+from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
+from megavlm.checkpoint.saver import Saver, State  # noqa: E402
+from megavlm.config.checks import check_recipe  # noqa: E402
+from megavlm.config.help import to_tree, to_yaml  # noqa: E402
+from megavlm.config.schema import Recipe  # noqa: E402
+from megavlm.data.device_batch import share_packs  # noqa: E402
+from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
+from megavlm.data.positions import positions_of  # noqa: E402
+from megavlm.data.read_pack import ReadPack  # noqa: E402
+from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
+from megavlm.training.heldout import HeldOut, validate  # noqa: E402
+from megavlm.training.optimizer import recipe_settings_kept  # noqa: E402
+from megavlm.training.spread import PictureSpread  # noqa: E402
+from megavlm.training.step import train_step  # noqa: E402
+
+Job = dict[str, Any]
+GRIDS = ((1, 2, 2), (1, 4, 2), (1, 6, 8), (2, 2, 4))
+"""Pictures of a packed tower, one of them huge and one a film; a block of 2 x 2 patches is a token."""
+
+
+def run_jobs(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
+    """Do one after the other; return by name what each gives on this rank."""
+    return {name: run(job) for name, job in jobs.items()}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
+    recipe = made(job["recipe"])
+    check_recipe(recipe)
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "skipped": []}
+    with process_groups(recipe.parallel, recipe.training.seed):
+        if "weights" in job and not Path(job["weights"]).exists():
+            plain = made({name: branch for name, branch in job["recipe"].items() if name != "lora"})
+            modules = [unwrap(chunk) for chunk in build_model(plain, IMAGE_TOKEN)]
+            checkpoint.save_weights(Path(job["weights"]).parent, modules, recipe_yaml=to_yaml(plain))
+        torch.manual_seed(recipe.training.seed)
+        training = build_training(recipe, IMAGE_TOKEN)
+        if "load" in job:
+            with recipe_settings_kept(training.optimizer):
+                checkpoint.load(
+                    Path(job["load"]), modules=training.modules, optimizer=training.optimizer,
+                    scheduler=training.scheduler,
+                )  # fmt: skip
+        else:
+            checkpoint.load(Path(job["weights"]), modules=training.modules)
+            if recipe.lora.rank is not None:
+                fill(training.modules)
+            training.optimizer.reload_model_params()
+        spread = None if training.vision is None else PictureSpread(recipe)
+        first, last = job["steps"]
+        for step in range(first, last):
+            training.scheduler.step(1)
+            packs = read(recipe, step, job.get("without", ()))
+            batches = share_packs(packs if is_reader() else None, len(packs), spread)
+            result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
+            found["loss"].append(result.loss)
+            found["grad_norm"].append(result.grad_norm)
+        with training.settled():
+            packs = read(recipe, 7, ())
+            held_out = HeldOut("few", packs if is_reader() else None, len(packs))
+            found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
+            found["copies"] = copies(training.modules)
+            state = State(training.modules, training.optimizer, training.scheduler, run={"step": last})
+            state.recipe_yaml = to_yaml(recipe)
+            Saver(Path(job["save"]), keep=1).save(state)
+    return found
+
+
+def made(branches: dict[str, Any]) -> Recipe:
+    """Return the recipe of a job; its model may be that of another test."""
+    model = tiles_cases.recipe(tiles_cases.ANYRES) if branches.get("model") == "tiles" else levels_cases.recipe()
+    if branches.get("model") not in ("tiles", "levels"):
+        return tiny_recipe(**branches)
+    rest = {name: branch for name, branch in branches.items() if name != "model"}
+    return tiny_recipe(**rest, model=to_tree(model)["model"], data=to_tree(model)["data"])
+
+
+def read(recipe: Any, step: int, without: Any) -> list[ReadPack]:
+    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica."""
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    count, plan = recipe.training.global_batch_size, plan_of(recipe.model)
+    if recipe.model.vision.packed:
+        mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(random_packs(count, step))]
+    elif recipe.model.vision.deepstack:
+        drawn = levels_cases.packs(plan, positions_of(recipe.model, IMAGE_TOKEN), count, step)
+        mine = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in drawn]
+    elif plan.fixed:
+        mine = [ReadPack(pack, torch.from_numpy(pixels)) for pack, pixels in random_packs(count, step)]
+    else:
+        drawn = tiles_cases.packs(plan, count, step)
+        mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
+    if step in without:
+        mine = [_text(one) for one in mine]
+    elif "one" in without:  # replica
+        mine = [one if i % size else _text(one) for i, one in enumerate(mine)]
+    return mine[rank::size]
+
+
+def _text(read: ReadPack) -> ReadPack:
+    """The same without pictures."""
+    pack = dataclasses.replace(
+        read.pack, tokens=np.where(read.pack.tokens == IMAGE_TOKEN, 7, read.pack.tokens), images=[], image_shapes=[]
+    )
+    return ReadPack(pack, read.pixels[:0])
+
+
+def _of_any_size(pack: Any, recipe: Any, seed: int) -> ReadPack:
+    """Give a pack pictures of other sizes: as many image tokens as they have blocks, one after the other."""
+    rng = np.random.default_rng(seed)
+    tokens = np.where(pack.tokens == IMAGE_TOKEN, 7, pack.tokens)
+    labels = pack.labels.copy()
+    grids = [GRIDS[int(rng.integers(len(GRIDS)))] for _ in range(seed % 3)]
+    at = 1
+    for frames, rows, columns in grids:
+        slots = frames * rows * columns // 4
+        tokens[at : at + slots], labels[at : at + slots] = IMAGE_TOKEN, -100
+        at += slots + 1
+    pixels = rng.integers(0, 256, (sum(int(np.prod(g)) for g in grids), recipe.model.vision.patch_values))
+    one = dataclasses.replace(pack, tokens=tokens, labels=labels, images=[b""] * len(grids), image_shapes=[])
+    if not grids:
+        return ReadPack(one, torch.from_numpy(pixels.astype(np.uint8)))
+    return ReadPack(one, torch.from_numpy(pixels.astype(np.uint8)), Arrangement(at, None, grid=np.array(grids)))
+
+
+def copies(modules: list[Any]) -> dict[str, bytes]:
+    """Return the weights of tower and connector on this rank."""
+    return {
+        name: parameter.detach().float().numpy().tobytes()
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if name.split(".")[0] in ("vision", "connector")
+    }

@@ -1,0 +1,95 @@
+"""Whole runs whose pictures all ranks encode: figures, resumption, answers, and ranks that die in each phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from launch import under_torchrun
+from PIL import Image
+from run_data import RunData
+
+from megavlm.config.help import to_tree
+from megavlm.parallel.faults import VARIABLE
+from megavlm.planning.placement import settled
+
+ALL = "parallel.vision_placement=all_ranks"
+FIRST = "parallel.vision_placement=first_stage"
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+SAVES = ("checkpoint.save_interval=2", "optimizer.schedule=constant", "logging.timing_interval=1")
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.long
+@pytest.mark.dist
+def test_a_run_through_every_phase(run_data: RunData, tmp_path: Path) -> None:
+    """Begun on the first stage, gone on with on all ranks, and back: losses and held-out losses as uninterrupted."""
+    more = (*SAVES, "training.validation_interval=2", "logging.panel_interval=2")
+    ranks.megavlm([*run_data.words(tmp_path / "whole", *more)], world=1)
+    for steps, world, words in ((2, 2, (PP2,)), (4, 4, (PP2, TP2, ALL)), (6, 2, (TP2, ALL))):
+        run = [*run_data.words(tmp_path / "run", *more, *words), f"training.train_steps={steps}"]
+        ranks.megavlm(run, world=world)
+    compared = 0
+    for alone, moved in zip(lines(tmp_path / "whole"), lines(tmp_path / "run"), strict=True):
+        for key in {"loss", "validation_loss", "grad_norm"} & alone.keys():
+            assert moved[key] == pytest.approx(alone[key], rel=1e-4), (key, moved["step"])
+            compared += 1
+        if "timed_step_seconds" in moved:
+            assert ("vision_fraction" in moved) == (moved["step"] > 2)
+        if "vision_fraction" in moved:
+            assert moved["vision_encode_seconds"] > 0 and moved["vision_backward_seconds"] > 0
+            assert 0 <= moved["vision_lost_fraction"] < moved["vision_fraction"] < 1 <= moved["vision_imbalance"]
+            parts = moved["data_seconds"] + moved["schedule_seconds"] + moved["update_seconds"]
+            assert parts < moved["timed_step_seconds"]
+    assert compared > 12
+    picture = tmp_path / "picture.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(picture)
+    ask = [
+        "generate",
+        "--image",
+        str(picture),
+        "--prompt",
+        "What is this?",
+        "--max-new-tokens=6",
+        str(tmp_path / "run"),
+    ]
+    answers = [
+        ranks.megavlm([*ask, *words], world=world, apart=True).stdout
+        for words, world in (((FIRST,), None), ((ALL, PP2, TP2), 4))
+    ]
+    assert answers[0] == answers[1] and answers[0].strip()
+
+
+@pytest.mark.reliability
+@pytest.mark.dist
+@pytest.mark.parametrize("point", ["vision.encode", "step.forward", "vision.backward"])
+def test_a_rank_that_dies_in_a_phase_is_named(point: str, run_data: RunData, tmp_path: Path) -> None:
+    words = run_data.words(tmp_path / "run", *SAVES, PP2, ALL, "parallel.distributed_timeout_minutes=0.2")
+    code, text = under_torchrun(
+        ["-m", "megavlm", *words], ranks=2, restarts=0, env={VARIABLE: f"{point}:rank1:step3:kill"}, timeout=180
+    )
+    assert code != 0
+    assert "step 3: lost rank 1 (host " in text, text
+
+
+def test_auto_is_settled_by_the_plan(run_data: RunData, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = run_data.recipe(tmp_path, "parallel.vision_placement=auto", PP2)
+    with caplog.at_level("INFO", "megavlm"):
+        found = settled(recipe, 2)
+    assert found.parallel.vision_placement in ("first_stage", "all_ranks")
+    assert f"parallel.vision_placement: {found.parallel.vision_placement}" in caplog.text
+    rest = to_tree(found)
+    rest["parallel"]["vision_placement"] = "auto"
+    assert rest == to_tree(recipe)
+    # What all ranks cannot do is left to the first stage, with the reason.
+    plain = run_data.recipe(tmp_path, "parallel.vision_placement=auto", "parallel.use_distributed_optimizer=false")
+    with caplog.at_level("INFO", "megavlm"):
+        assert settled(plain, 2).parallel.vision_placement == "first_stage"
+    assert "all_ranks needs parallel.use_distributed_optimizer" in caplog.text
