@@ -111,16 +111,12 @@ def main() -> int:
     """Print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     start = time.perf_counter()
-    lines = [
-        "| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"
-    ]
+    lines = ["| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"]
     lines[0] += " less bubble | ratio | encoded |"
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     lines += [row(name, case) for name, case in {**CASES, **MORE}.items()]
     print("\n".join(lines))
-    print(
-        f"\nPredicted for h100-80g: `python benchmarks/vision_placement_planned.py` ({time.perf_counter() - start:.0f} s)"
-    )
+    print(f"\nPredicted for h100-80g: `python benchmarks/vision_placement_planned.py` ({time.perf_counter() - start:.0f} s)")
     return 0
 
 

@@ -360,7 +360,7 @@ class Session:
 class _Given:
     """What rank 0 was asked, as all ranks get it."""
 
-    shown: list[tuple[tuple[bytes, ...], NDArray[np.int64]]]
+    shown: list[tuple[tuple[Visual, ...], NDArray[np.int64]]]
     """Image files and tokens of the conversations that can be read."""
     places: dict[int, int]
     """By the index of a conversation, where it stands in ``shown``."""

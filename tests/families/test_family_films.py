@@ -6,9 +6,11 @@ What frames there are, and of which size, is in ``tests/data/test_film_rules.py`
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import glm4v_models
 import jinja2
@@ -30,8 +32,10 @@ from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 from megavlm.checkpoint.distributed import load
 from megavlm.config.load import load_recipe
 from megavlm.data.films.container import FRAME_RATE
+from megavlm.data.films.plan import film_plan_of
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.positions import own_grids
+from megavlm.families.films import write_films
 from megavlm.families.presets import expand_presets
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
@@ -132,6 +136,31 @@ def test_the_processors_file_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "hf" / "video_preprocessor_config.json").write_text(text)
     video = convert(tmp_path / "hf", tmp_path / "n").model.video
     assert (video.fps, video.max_frames, video.min_pixels, video.total_pixels) == (3, 20, 300, 20000)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(name)) for name in MODELS])
+def test_what_was_trained_is_written_and_read_again(name: str, tmp_path: Path) -> None:
+    """``video_preprocessor_config.json`` of an export after a training; the keys that it had stay."""
+    make, save = MODELS[name]
+    source = save(make(), tmp_path / "hf")
+    recipe = convert(source, tmp_path / "m")
+    kind = recipe.model.video.kind
+    changed: dict[str, Any] = {"fps": 3.0}
+    if kind in ("qwen2_vl", "qwen3_vl"):
+        changed |= {"min_frames": 6, "max_frames": 40, "min_pixels": 128, "max_pixels": 64 * 90}
+    if kind != "qwen2_vl" and recipe.model.vision.packed:
+        changed |= {"total_pixels": 64_000, "min_pixels": 128}
+    if kind == "glm4v":
+        changed["max_seconds"] = 20.0
+    model = dataclasses.replace(recipe.model, video=dataclasses.replace(recipe.model.video, **changed))
+    path = source / "video_preprocessor_config.json"
+    path.write_text(json.dumps({"of_the_authors": 1}))
+    assert write_films(source, model)
+    told = json.loads(path.read_text())
+    assert told["of_the_authors"] == 1 and told["do_sample_frames"] is True
+    again = convert(source, tmp_path / "again").model
+    assert film_plan_of(again) == film_plan_of(model)
+    assert write_films(source, again) == []
 
 
 @pytest.mark.family("qwen2_5_vl")
