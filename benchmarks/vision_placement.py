@@ -1,7 +1,7 @@
 """Step time with tower and connector on all ranks, over the first stage at its best measured split; on CPUs, PP 2.
 
 ``python benchmarks/vision_placement.py --out FILE`` starts two ranks, one on each of two cores. For towers of 40, 50
-and 60 % of the operations, and two mixes (``mixes.py``, all lengths divided by 8): the split of the language layers
+and 60 % of the operations, and two mixes (``mixes.py``, all lengths divided by 10): the split of the language layers
 with which the first stage is fastest is measured first; then steps of either placement in turn, on the same packs. A
 ratio is of neighbouring steps, and the median of them is what is shown.
 
@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-RANKS, LAYERS, MICROBATCHES, LENGTH, QUERIES = 2, 8, 8, 256, 32
+RANKS, LAYERS, MICROBATCHES, LENGTH, QUERIES = 2, 8, 8, 208, 25
 SHARES = (0.4, 0.5, 0.6)
 MIXES = ("multi-image", "captions")
 FIRSTS = (1, 2, 3, 4)

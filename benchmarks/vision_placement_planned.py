@@ -1,7 +1,9 @@
-"""Both placements of the tower as ``megavlm plan`` reckons them, at layouts of published sizes. Nothing here runs a model.
+"""Both placements of the tower as ``megavlm plan`` reckons them, at published sizes. Nothing here runs a model.
 
-Rows are those of ``pipeline_balance.py``, and Qwen2.5-VL's at 128 to 1024 GPUs. Each placement has the sizes of the row and
-the best of what is left to choose: the first stage's layers, recomputation, whether pictures are encoded again.
+Rows are those of ``pipeline_balance.py``, and Qwen2.5-VL's at 128 to 1024 GPUs. Each placement has the sizes of the row
+and the best of what is left to choose: the first stage's layers, recomputation, whether pictures are encoded again. The
+second table has the packs of ``mixes.py``, each with pictures of its own, and counts operations alone; a step ends with
+its slowest replica.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline_balance import CASES, Case
+from pipeline_balance import CASES, Case, pack, run_steps
 
 from megavlm.architectures.cost import Pictures, cost_of
 from megavlm.config.schema import Recipe
@@ -25,8 +27,11 @@ from megavlm.planning.flops import language_flops, passes
 from megavlm.planning.gpus import find_gpu
 from megavlm.planning.layout import with_parallel
 from megavlm.planning.placement import ALL, FIRST, of_layout
+from megavlm.planning.schedule import around, simulate
 from megavlm.planning.search import Plan
 from megavlm.planning.workload import assume_workload
+from megavlm.training.order import StepOrder
+from megavlm.training.spread import PictureSpread
 
 MORE = {
     f"Qwen2.5-VL {size.upper()}, all trained, {gpus} GPUs": Case(
@@ -107,16 +112,53 @@ def row(name: str, case: Case) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def with_packs(name: str, case: Case, mix: str, steps: int) -> str:
+    """Return a row of either placement with the packs of a mix, each with its own pictures, from operations alone."""
+    packs = pack(mix, case.replicas, steps * case.microbatches, balanced=True)
+    first = run_steps(packs, case.best_recipe(float(packs.images.mean())), steps, ordered=True)
+    even = case.recipe(None)
+    order, spread = StepOrder(even), PictureSpread(with_parallel(even, vision_placement=ALL))
+    order._empty = 0.0
+    # All work is in units of the tensor-parallel ranks of a stage together; a picture is one rank's.
+    forward, backward = (case.tensor * image for image in order._image)
+    total, busy = 0.0, 0.0
+    for step in range(steps):
+        slowest = 0.0
+        for images in packs.images[:, step * case.microbatches : (step + 1) * case.microbatches].tolist():
+            line = simulate(*order.work([0] * len(images)), pipeline=case.pipeline, virtual=case.virtual)
+            owners = [owner for own in spread([[None] * count for count in images]) for owner in own]
+            counts = [owners.count(rank) for rank in range(case.tensor * case.pipeline)]
+            most = [max(counts[i : i + case.tensor]) for i in range(0, len(counts), case.tensor)]
+            line = around(line, [n * forward for n in most], [n * backward for n in most])
+            slowest = max(slowest, line.total)
+            encoded = sum(counts) / case.tensor * (forward + backward)
+            busy += encoded + sum(op.end - op.start for op in line.ops if op.kind in "FB")
+        total += slowest
+    bubble = 1 - busy / (total * case.pipeline * case.replicas)
+    less = 1 - bubble / first["bubble"]
+    ratio = total / steps / first["seconds"]
+    return f"| {name} | {mix} | {first['bubble']:.1%} | {bubble:.1%} | {less:.0%} | {ratio:.3f} |"
+
+
 def main() -> int:
-    """Print the table."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each mix of packs (default 3)")
+    arguments = parser.parse_args()
     start = time.perf_counter()
-    lines = ["| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"]
+    lines = [
+        "| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"
+    ]
     lines[0] += " less bubble | ratio | encoded |"
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     lines += [row(name, case) for name, case in {**CASES, **MORE}.items()]
+    lines += ["", "| run | mix | first stage: bubble | all ranks: bubble | less | ratio |", "|---|---|---|---|---|---|"]
+    lines += [with_packs(name, case, mix, arguments.steps) for name, case in CASES.items() for mix in case.mixes]
     print("\n".join(lines))
-    print(f"\nPredicted for h100-80g: `python benchmarks/vision_placement_planned.py` ({time.perf_counter() - start:.0f} s)")
+    print(
+        "\nPredicted for h100-80g: `python benchmarks/vision_placement_planned.py`"
+        f" ({time.perf_counter() - start:.0f} s)"
+    )
     return 0
 
 

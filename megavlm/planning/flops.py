@@ -1,9 +1,10 @@
 """Floating-point operations of a training step, counted from the model's shapes (for MFU).
 
 A multiply-add is two operations. Counted are the matrix products that the model needs: projections, MLPs,
-attention inside the segments (and windows), output layer, tower and connector: the tower's by its own patches, never by the tokens
-that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published figures differ in
-what they take for work: padding, the masked half of causal attention, activations that are computed twice.
+attention inside the segments (and windows), output layer, tower and connector: the tower's by its own patches, never by
+the tokens that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published
+figures differ in what they take for work: padding, the masked half of causal attention, activations that are computed
+twice.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 FIRST, ALL, AUTO = "first_stage", "all_ranks", "auto"
 _WORTH = 0.02
 """All ranks encode where this part of a step is saved, at least: plans are not exact."""
+_NEAR = 5
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,19 @@ class Placements:
 
 
 def of_search(recipe: Recipe, found: Search, gpus: int, gpu: Gpu, workload: Workload) -> Placements:
-    """Return the best layout of either placement, where ``found`` is the search of the recipe's own one."""
+    """Return the best layout of either placement, where ``found`` is the search of the recipe's own one.
+
+    The other is looked for among the sizes that are fastest there, and their like with more stages.
+    """
     own = recipe.parallel.vision_placement
     other = FIRST if own == ALL else ALL
     plans: dict[str, Plan | str] = {own if own == ALL else FIRST: _best(found)}
     try:
-        plans[other] = _best(search(with_parallel(recipe, vision_placement=other), gpus, gpu, workload))
+        near = {(plan.layout.tensor, plan.layout.pipeline) for plan in found.plans[:_NEAR]}
+        near |= {(tensor, 2 * pipeline) for tensor, pipeline in near}
+        plans[other] = _best(
+            search(with_parallel(recipe, vision_placement=other), gpus, gpu, workload, near if found.plans else None)
+        )
     except RecipeError as error:
         plans[other] = str(error).splitlines()[0]
     return Placements(plans[FIRST], plans[ALL])

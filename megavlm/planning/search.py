@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,13 @@ class _Candidate:
     timer: Timer
 
 
-def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
+def search(
+    recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload, among: Collection[tuple[int, int]] | None = None
+) -> Search:
     """Look for the fastest layout of a recipe on ``gpus`` GPUs.
 
     TP stays inside a node. The layers of the first stage are varied to weigh against the tower. Of layouts with the
-    same TP, PP and VPP only the fastest is listed.
+    same TP, PP and VPP only the fastest is listed. ``among`` are the TP and PP to try, where not all are.
 
     Raises:
         RecipeError: the recipe is wrong whatever the layout, or its model has parts that the planner does not know.
@@ -102,6 +104,8 @@ def search(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Search:
     refusals: list[Refusal] = []
     tried = 0
     for tp, pp in _sizes(recipe, gpus):
+        if among is not None and (tp, pp) not in among:
+            continue
         reasons: list[tuple[float, str]] = []
         possible: list[tuple[float, _Candidate]] = []
         for values in _values(recipe, gpus, tp, pp):
@@ -156,6 +160,8 @@ def _values(recipe: Recipe, gpus: int, tp: int, pp: int) -> Iterator[dict[str, A
         even = layers / pp
         uneven = [first for first in range(1, layers - pp + 2) if (layers - first) % (pp - 1) == 0]
         uneven = [first for first in uneven if first <= _UNEVEN * even] or uneven[:1]
+        if recipe.parallel.vision_placement == "all_ranks" and layers % pp == 0:
+            uneven = []  # no stage has more to do than the others
         firsts = [None] * (layers % pp == 0) + [first for first in uneven if first != even] or [None]
         virtuals += [v for v in range(2, layers // pp + 2) if any(_chunks_divide(layers, pp, f, v) for f in firsts)]
     for first in firsts:

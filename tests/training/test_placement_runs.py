@@ -20,7 +20,12 @@ ALL = "parallel.vision_placement=all_ranks"
 FIRST = "parallel.vision_placement=first_stage"
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
-SAVES = ("checkpoint.save_interval=2", "optimizer.schedule=constant", "logging.timing_interval=1")
+SAVES = (
+    "checkpoint.save_interval=2",
+    "optimizer.warmup_steps=1",
+    "optimizer.schedule=constant",
+    "logging.timing_interval=1",
+)
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from megavlm.checkpoint.publish import publishing, refuse_existing
 from megavlm.checkpoint.readback import ReadBack
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
-from megavlm.parallel.device import has_cuda
+from megavlm.parallel.device import gpu_count
 from megavlm.weights.source import CONFIG, Source
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ def quantise(settings: Int4Settings) -> Int4Export:
     refuse_existing(settings.out)
     source = Source(settings.hf)
     _check_source(settings, source)
-    library = _library()
     transformers_class(settings.hf, "int4")
+    library = _library()
     model, processor = _open(settings.hf, source)
     blocks, names = _language_layers(model, settings)
     samples = calibration_samples(
@@ -240,7 +240,7 @@ def _run(
         seqlen=settings.longest,
         batch_size=1,
         to_quant_block_names=blocks,
-        device_map=0 if has_cuda() else "cpu",
+        device_map=0 if gpu_count() else "cpu",
         enable_torch_compile=False,
         seed=settings.seed,
     )

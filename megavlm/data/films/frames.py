@@ -46,7 +46,8 @@ class SquareFilmPlan(FilmPlan):
         """Return the layout of these frames, with what stands in the prompt."""
         whole = Box(0, 0, self.side, self.side)
         canvas = Canvas(Box(0, 0, shape.width, shape.height), whole.size, whole)
-        return FilmLayout(shape, (canvas,), (View(0, whole),) * len(indices), runs, film=shape, indices=indices)
+        views = (View(0, whole),) * len(indices)
+        return FilmLayout(shape.picture, (canvas,), views, runs, film=shape, indices=indices)
 
     def features_of(self, layout: FilmLayout) -> int:
         """Return those of all frames."""

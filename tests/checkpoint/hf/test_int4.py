@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from family_cases import load
+from family_cases import load, qwen_vl
 from int4_layouts import dequantised
 from PIL import Image
 from safetensors.torch import save_file
@@ -64,7 +66,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     taken = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     return model.eval()(**taken).logits[0].float()
 
@@ -118,8 +120,9 @@ def check(home: Path, out: Path, layout: str) -> None:
         torch.testing.assert_close(_logits(theirs, inputs), turned, atol=0.02, rtol=0)  # it computes in fp16
 
 
+@pytest.mark.long
 @pytest.mark.family("llava")
-@pytest.mark.parametrize("layout", [pytest.param("gptq"), pytest.param("awq", marks=pytest.mark.long)])
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
 def test_of_llava(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     home, steps = _home("llava", tmp_path), ["--iterations", "4"] if layout == "gptq" else []
@@ -135,3 +138,32 @@ def test_of_llava(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert found["zero_point"] is True and found["version"] == "gemm"
         assert {"vision_tower", "multi_modal_projector", "lm_head"} <= set(found["modules_to_not_convert"])
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded, in a line."""
+    home, out = made("llava", tmp_path / "hf"), tmp_path / "out"
+    records = data(tmp_path / "data")
+    capsys.readouterr()
+
+    def told(*words: str, hf: Path = home, layout: str = "gptq") -> str:
+        assert int4(hf, records, layout, out, *words) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("megavlm: error: ") and len(text.splitlines()) == 1
+        return text
+
+    assert "--iterations: goes with --layout gptq" in told("--iterations", "3", layout="awq")
+    assert "--iterations must be at least 0" in told("--iterations", "-1")
+    assert "--samples must be at least 1" in told("--samples", "0")
+    monkeypatch.setitem(sys.modules, "auto_round", None)
+    assert "convert int4 needs auto-round: pip install 'megavlm[int4]'" in told()
+    qwen = qwen_vl(tmp_path / "qwen")
+    text = told(hf=qwen)
+    assert "has no class of its own that loads it, and code of the checkpoint is not run" in text
+    tree = json.loads((home / "config.json").read_text())
+    (home / "config.json").write_text(json.dumps(tree | {"quantization_config": {"quant_method": "awq"}}))
+    assert "quantization_config says awq; int4 takes weights that are not quantised" in told()
+    out.mkdir()
+    (out / "mine").touch()
+    assert "exists already" in told()
+    assert list(out.iterdir()) == [out / "mine"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 from base64 import b64encode
 from pathlib import Path
@@ -16,8 +17,10 @@ from data_helpers import encode_image, prepare, smooth_image
 from film_maker import film, film_recipe
 
 from megavlm.config.schema import DataConfig, DataSource, Recipe
+from megavlm.data import shard_reader
 from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.decoders import make_decoder
+from megavlm.data.films import source
 from megavlm.data.films.container import write_frames
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
@@ -157,6 +160,27 @@ def test_html_is_no_film(media: Path, tmp_path: Path) -> None:
     text = "Does <video></video> play?"
     (sample,), rejected = shards(tmp_path, [llava(text)], media)
     assert not rejected and json.loads(sample["json"])["conversations"][0]["value"] == text
+
+
+def test_large_samples_are_read_without_their_films(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [llava("<video>\nAnd <image>?", video="0.mp4", image="a.png")]
+    small, _ = shards(tmp_path, records, media)
+    seen: list[tuple[int, int]] = []
+    own = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: seen.append((at, size)) or own(file, size, at))
+    monkeypatch.setattr(source, "_BUFFER", 512)
+    monkeypatch.setattr(shard_reader, "_LARGE", 0)
+    part = small[0]["film0"]
+    assert isinstance(part, FilePart)
+    large = _open(str(Path(part.path).parent))[0]
+    assert {key: large[key] for key in small[0]} == small[0]
+    assert seen and not any(part.offset + 512 <= at < part.offset + part.size - 512 for at, _ in seen)
+    with Path(part.path).open("r+b") as shard:  # the header of the film's own entry
+        shard.seek(part.offset - 512)
+        shard.write(b"x" * 300)
+    assert _open(str(Path(part.path).parent))[0][shard_reader.DEFECT] == shard_reader.BROKEN
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
