@@ -58,19 +58,29 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
     for plan in ("image", "video"):
-        expanded |= _plan(plan, whole.get(plan, {}), model)
+        expanded |= _plan(plan, whole, model)
     if "template" in whole:
         expanded.setdefault("template", whole["template"])
     return {**tree, "model": expanded}
 
 
-def _plan(name: str, whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return the branch of an image or film plan: the whole model's adjustments are for its own kind of plan."""
-    own = model.get(name, {})
+def _plan(name: str, preset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the branch of an image or film plan: the whole model's adjustments are for its own kind of plan.
+
+    Its films go with its pictures: a stage that shows pictures in another way takes none, unless it says which.
+    """
+    whole, own = preset.get(name, {}), model.get(name, {})
     if not whole or not isinstance(own, dict):
         return {}
-    same = own.get("kind", whole.get("kind")) == whole.get("kind")
-    return {name: {**whole, **own} if same else own}
+    if not _same_kind(own, whole) or (
+        name == "video" and not own and not _same_kind(model.get("image"), preset["image"])
+    ):
+        return {name: own} if own else {}
+    return {name: {**whole, **own}}
+
+
+def _same_kind(own: Any, whole: dict[str, Any]) -> bool:
+    return not isinstance(own, dict) or own.get("kind", whole.get("kind")) == whole.get("kind")
 
 
 def _find(registry: Registry, name: str, key: str) -> Preset:
