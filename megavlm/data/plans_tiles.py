@@ -215,11 +215,9 @@ def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIn
     own = resized_grid(grid, rows, columns)
     assert own.weight is not None
     end = np.array([NEWLINE] * 4), np.array([1, 0, 0, 0], np.float32)
-    index, weight = (
-        np.concatenate([part.reshape(rows, columns, 4), np.broadcast_to(one, (rows, 1, 4))], axis=1).reshape(-1, 4)
-        for part, one in zip((own.index, own.weight), end, strict=True)
-    )
-    return FeatureIndex(index, weight)
+    index = np.concatenate([own.index.reshape(rows, columns, 4), np.broadcast_to(end[0], (rows, 1, 4))], axis=1)
+    weight = np.concatenate([own.weight.reshape(rows, columns, 4), np.broadcast_to(end[1], (rows, 1, 4))], axis=1)
+    return FeatureIndex(index.reshape(-1, 4), weight.reshape(-1, 4))
 
 
 def resized_grid(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIndex:
@@ -233,8 +231,8 @@ def resized_grid(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureInd
     left, right, across = _neighbours(columns, grid.shape[1])
     corners = [grid[np.ix_(y, x)] for y in (above, below) for x in (left, right)]
     weights = [y[:, None] * x[None] for y in (1 - down, down) for x in (1 - across, across)]
-    index, weight = (np.stack(parts, axis=-1).reshape(-1, 4) for parts in (corners, weights))
-    return FeatureIndex(index, weight.astype(np.float32))
+    weight = np.stack(weights, axis=-1).astype(np.float32)
+    return FeatureIndex(np.stack(corners, axis=-1).reshape(-1, 4), weight.reshape(-1, 4))
 
 
 def _neighbours(count: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:

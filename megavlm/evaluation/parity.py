@@ -102,7 +102,7 @@ def _layouts(plan: ImagePlan, own: Mapping[str, Tensor], views: int, where: str)
     sizes = own["image_sizes"].reshape(-1, 2).tolist() if "image_sizes" in own and views else []
     shown = len(sizes) + len(films)
     layouts: list[ImageLayout] = [plan.plan(int(width), int(height), shown) for height, width in sizes]
-    layouts += [plan.of(FilmShape(*map(int, film[:3]), film[3], shown)) for film in films]
+    layouts += [plan.of(FilmShape(int(w), int(h), int(n), rate, shown)) for w, h, n, rate in films]
     made = sum(_rows(plan, layout) for layout in layouts)
     if made != views:
         what = "patches" if plan.packed else "views"

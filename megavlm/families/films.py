@@ -15,7 +15,8 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
-from megavlm.data.films.plan import PackedFilmPlan, film_plan_of
+from megavlm.data.films.plan import film_plan_of
+from megavlm.data.films.rules import GlmFilmPlan, RatedFilmPlan
 from megavlm.families.common import expect
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.weights.source import Source
@@ -184,11 +185,11 @@ def _written(model: ModelConfig, plan: Any, old: Mapping[str, Any]) -> Tree:
     tree: Tree = {"video_processor_type": kind, "resample": filters[model.image.resample], "do_sample_frames": True}
     counted = video.num_frames is not None or (video.fps is None and plan.num_frames is not None)
     tree |= {"num_frames": plan.num_frames, "fps": None} if counted else {"fps": plan.fps, "num_frames": None}
-    if not isinstance(plan, PackedFilmPlan):
+    if not isinstance(plan, RatedFilmPlan):
         side = vision.image_size
         return tree | {"size": {"height": side, "width": side}}
     tree |= {key: getattr(vision, ours) for key, ours in _PATCHES.items()}
-    if video.kind == "glm4v":
+    if isinstance(plan, GlmFilmPlan):
         del tree["num_frames"]
         tree["max_duration"] = _whole(plan.max_seconds)
     else:

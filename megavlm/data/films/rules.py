@@ -36,7 +36,7 @@ _QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
 
 
 @dataclass(frozen=True)
-class _RatedPlan(PackedFilmPlan):
+class RatedFilmPlan(PackedFilmPlan):
     """A plan that takes so many frames of a second."""
 
     fps: float = _FPS
@@ -57,7 +57,7 @@ class _RatedPlan(PackedFilmPlan):
 
 
 @dataclass(frozen=True)
-class Qwen2FilmPlan(_RatedPlan):
+class Qwen2FilmPlan(RatedFilmPlan):
     """Qwen2-VL, Qwen2.5-VL and LLaVA-OneVision-1.5: a frame has its own budget; nothing stands between the patches."""
 
     tokens_per_second: float | None = None
@@ -99,7 +99,7 @@ class Qwen2FilmPlan(_RatedPlan):
 
 
 @dataclass(frozen=True)
-class Qwen3FilmPlan(_RatedPlan):
+class Qwen3FilmPlan(RatedFilmPlan):
     """Qwen3-VL: all frames share one budget, and each patch in time stands behind its seconds."""
 
     outer_marks: bool = False
@@ -139,7 +139,7 @@ class Qwen3FilmPlan(_RatedPlan):
 
 
 @dataclass(frozen=True)
-class GlmFilmPlan(_RatedPlan):
+class GlmFilmPlan(RatedFilmPlan):
     """GLM-4.1V: all frames share one budget, and the seconds stand behind each patch in time."""
 
     max_seconds: float = _GLM_SECONDS
@@ -227,7 +227,7 @@ def check_frames(model: ModelConfig) -> None:
         raise UserError(f"model.video.min_frames: {least} is more than model.video.max_frames ({most}); lower it")
 
 
-def _check_pixels(model: ModelConfig, plan: _RatedPlan) -> _RatedPlan:
+def _check_pixels(model: ModelConfig, plan: RatedFilmPlan) -> RatedFilmPlan:
     for key in ("max_pixels", "total_pixels", "sample_pixels"):
         value = getattr(plan, key)
         if value is not None and value < plan.min_pixels:
