@@ -30,6 +30,7 @@ KINDS = [
     ("matroska", "libx264", "yuv420p"),
     ("mov", "mpeg4", "yuv420p"),
     ("avi", "mpeg4", "yuv420p"),
+    ("avi", "libx264", "yuv420p"),
     ("gif", "gif", "rgb8"),
     ("mpegts", "libx264", "yuv420p"),
 ]

@@ -75,12 +75,12 @@ def test_earlier_questions_and_systems(tmp_path: Path) -> None:
 BROKEN = {
     "unsupported key": [
         said("What?", "A flag.", **keys)
-        for keys in ({"videos": ["a.mp4"]}, {"audios": ["a.wav"]}, {"tools": "[{}]"}, {"chosen": "x"}, {"weight": 0.5},
+        for keys in ({"audios": ["a.wav"]}, {"tools": "[{}]"}, {"chosen": "x"}, {"weight": 0.5},
                      {"rejected_response": "x"}, {"loss": False}, {"train": 0}, {"objects": {"ref": ["a"]}},
                      {"kto_tag": False}, {"label": False})
     ],
     "unsupported role": [{"id": "r", "messages": [{"role": "tool", "content": "x"}]}],
-    "unsupported part": [said([{"type": "video", "video": "a.mp4"}, TEXT], "A flag.")],
+    "unsupported part": [said([{"type": "audio", "audio": "a.wav"}, TEXT], "A flag.")],
     "pictures do not match": [
         said("<image>What?", "A flag."),
         said("<image>What?", "A flag.", images=["a.jpg", "b.jpg"]),
