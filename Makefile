@@ -47,7 +47,7 @@ quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 # Half of the time of a test is waiting (for ranks to meet), so two processes run them, each a file at a time; WORKERS=0: one.
 WORKERS ?= 2
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
 
 # What Megatron-Core's version can change: layers, layouts, optimizer, checkpoints, and those of one with the other.
 SHORT := tests/parallel tests/models/test_vlm.py tests/training/test_layouts.py tests/training/test_optimizer.py \

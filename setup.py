@@ -18,6 +18,9 @@ PARQUET = ["pyarrow>=15"]
 EVAL = [*PARQUET, "pycocoevalcap>=1.2"]  # CIDEr
 S3 = ["boto3>=1.36"]  # of multi-storage-client, which comes with Energon
 QLORA = ["bitsandbytes>=0.49"]
+VIDEO = ["av>=18"]  # PyAV, BSD-3; its wheels carry FFmpeg with x264 and x265, which are under the GPL
+# Apache-2.0; of what was tried the one that runs on CPUs beside this torch and Transformers (docs/int4.md).
+INT4 = ["auto-round>=0.16.1,<0.17", "transformers"]
 # Loggers beside TensorBoard. MIT; Apache-2.0 (the client alone, without MLflow's server); Apache-2.0.
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=2.15"]
@@ -35,7 +38,7 @@ setup(
     package_data={
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
-        "megavlm.data.inspect": ["page.css"],
+        "megavlm.data.inspect": ["look.css", "page.css"],
         "megavlm.evaluation": ["report.css"],
         "megavlm.inference.server": ["page/*"],
         "megavlm.data.textpages": ["words_*.txt"],
@@ -71,19 +74,23 @@ setup(
         "wandb": WANDB,
         "eval": EVAL,
         "parquet": PARQUET,
+        "int4": INT4,
         "gcs": ["google-cloud-storage>=3.2,<4"],
         "qlora": QLORA,
         "s3": S3,
         "serve": SERVE,
+        "video": VIDEO,
         "web": SERVE,  # the page needs no more; the name is kept for those who wrote it down
         "te": ENGINE,
         "dev": [
             *DALI,
             *EVAL,
+            *INT4,
             *MLFLOW,
             *QLORA,
             *S3,
             *SWANLAB,
+            *VIDEO,
             *WANDB,
             *SERVE,
             "flask",  # moto's server

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -88,10 +88,10 @@ def fitting(s: Sizes, free: int) -> Sizes:
 
 
 class Weights:
-    """Random bf16 tensors that can be made again from their names: every one a cut of one block, repeated."""
+    """Random bf16 tensors of shapes by name, which can be made again from their names: each is a cut of one block."""
 
-    def __init__(self, s: Sizes) -> None:
-        self.shapes = shapes(s)
+    def __init__(self, found: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = dict(found)
         bits = torch.randint(
             -(1 << 15), 1 << 15, (BLOCK,), dtype=torch.int16, generator=torch.Generator().manual_seed(1)
         )
@@ -269,11 +269,20 @@ def directory_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def measure(s: Sizes, work: Path, *, shard_bytes: int, keep_caches: bool) -> dict[str, Any]:
-    """Run everything in the empty directory ``work``; two of the big directories exist at a time."""
+def measure(
+    weights: Weights, files: Mapping[str, Mapping[str, Any]], work: Path, *, shard_bytes: int, keep_caches: bool
+) -> dict[str, Any]:
+    """Run everything in the empty directory ``work``; two of the big directories exist at a time.
+
+    Args:
+        weights: of the model.
+        files: the small JSON files beside them, ``config.json`` among them.
+        work: where to.
+        shard_bytes: largest size of a made file.
+        keep_caches: do not drop the page cache.
+    """
     source, megatron, back, copy = (work / name for name in ("hf", "megatron", "back", "copy"))
     tools = ROOT / "tools" / "checkpoint_convert"
-    weights = Weights(s)
     phases: dict[str, dict[str, Phase]] = {"hf_to_megatron": {}, "megatron_to_hf": {}}
     sizes = {}
 
@@ -294,16 +303,17 @@ def measure(s: Sizes, work: Path, *, shard_bytes: int, keep_caches: bool) -> dic
     source.mkdir()
     start = time.perf_counter()
     weights.write(source, shard_bytes)
-    (source / "config.json").write_text(json.dumps(config(s), indent=2))
+    for name, content in files.items():
+        (source / name).write_text(json.dumps(content, indent=2))
     _flush(source)
     synthesis = time.perf_counter() - start
-    print(f"made {size_bytes(s) / 1e9:.1f} GB in {synthesis:.1f} s", file=sys.stderr, flush=True)
+    print(f"made {directory_bytes(source) / 1e9:.1f} GB in {synthesis:.1f} s", file=sys.stderr, flush=True)
     both("hf_to_megatron", source, "--hf", megatron)
     shutil.rmtree(source)
     both("megatron_to_hf", megatron, "--megatron", back)
     shutil.rmtree(megatron)
     tensors = weights.check(back)
-    same = json.loads((back / "config.json").read_text()) == config(s)
+    same = json.loads((back / "config.json").read_text()) == files["config.json"]
     return {
         "synthesis_seconds": synthesis,
         "bytes": sizes,
@@ -331,12 +341,19 @@ def machine(work: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the Markdown of a result."""
-    where, s = result["machine"], result["sizes"]
-    packages = ", ".join(f"{name} {number}" for name, number in where["packages"].items())
+    s = result["sizes"]
     less = "" if result["asked"] == s else (
         f" The disk is too small for what was asked, {result['asked']['layers']} + {result['asked']['vision_layers']} "
         "layers: this is the largest that fits."
     )  # fmt: skip
+    layers = f"{s['layers']} + {s['vision_layers']} layers (language + vision), hidden size {s['hidden']}"
+    return table_of(result, layers, less)
+
+
+def table_of(result: dict[str, Any], model: str, less: str = "") -> str:
+    """Return the Markdown of a result of a model in words; ``less``: what of it was left out."""
+    where = result["machine"]
+    packages = ", ".join(f"{name} {number}" for name, number in where["packages"].items())
     cache = {
         "kept": "as the phase before left it",
         "dropped": "dropped and filled with another file before each phase",
@@ -347,9 +364,8 @@ def table(result: dict[str, Any]) -> str:
         f"{where['free_disk_bytes'] / 1e9:.0f} GB of disk free, load {where['load_average_before']:.1f} before the "
         f"start, niceness {where['niceness']} (cp and converters alike). Python {where['python']}, {packages}.",
         f"Command: `{result['command']}` ({result['seconds']:.0f} s)",
-        f"Model: {s['layers']} + {s['vision_layers']} layers (language + vision), hidden size {s['hidden']}, "
-        f"{result['parameters']:,} random bf16 parameters, {2 * result['parameters'] / 1e9:.2f} GB, made in "
-        f"{result['synthesis_seconds']:.1f} s.{less} Page cache: {cache[result['page_cache']]}.",
+        f"Model: {model}, {result['parameters']:,} random bf16 parameters, {2 * result['parameters'] / 1e9:.2f} GB, "
+        f"made in {result['synthesis_seconds']:.1f} s.{less} Page cache: {cache[result['page_cache']]}.",
         "",
         "| way | what | seconds | of cp, flushed | of cp alone | peak memory | with mapped | processor s | others |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -383,44 +399,56 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Measure, print the table, and write the JSON."""
-    parser = argparse.ArgumentParser(description="The converters at full size against cp of the same bytes.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every conversion's benchmark takes."""
     parser.add_argument("--work", type=Path, default=Path("/var/tmp"), metavar="DIR", help="directory on the disk to"
         " use, twice the model (default /var/tmp); all is made in a new folder there and removed")  # fmt: skip
-    parser.add_argument("--layers", type=int, default=None, help=f"of the language model (default {FULL.layers})")
-    parser.add_argument("--vision-layers", type=int, default=None, help=f"of the tower (default {FULL.vision_layers})")
-    parser.add_argument("--tiny", action="store_true", help="a model of a few MB: does the script run?")
     parser.add_argument("--shard-size", type=float, default=SHARD_BYTES / 1e9, metavar="GB", help="of the made files")
     parser.add_argument("--keep-caches", action="store_true", help="do not drop the machine's page cache")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON as well")
+
+
+def run(
+    arguments: argparse.Namespace, weights: Weights, files: Mapping[str, Mapping[str, Any]], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Measure in a new folder, which is removed; return all that is known, ``extra`` too."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
+    start = time.perf_counter()
+    result: dict[str, Any] = {
+        "machine": machine(arguments.work),
+        "parameters": sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
+        "page_cache": "kept" if arguments.keep_caches else "dropped" if os.access(DROP_CACHES, os.W_OK) else "locked",
+        **extra,
+    }
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=arguments.work) as folder:
+        shard_bytes = int(arguments.shard_size * 1e9)
+        result |= measure(weights, files, Path(folder), shard_bytes=shard_bytes, keep_caches=arguments.keep_caches)
+    result["seconds"] = time.perf_counter() - start
+    script = Path(sys.argv[0])
+    result["command"] = shlex.join(["python", str(Path(script.parent.name) / script.name), *sys.argv[1:]])
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def main() -> int:
+    """Measure, print the table, and write the JSON."""
+    parser = argparse.ArgumentParser(description="The converters at full size against cp of the same bytes.")
+    add_options(parser)
+    parser.add_argument("--layers", type=int, default=None, help=f"of the language model (default {FULL.layers})")
+    parser.add_argument("--vision-layers", type=int, default=None, help=f"of the tower (default {FULL.vision_layers})")
+    parser.add_argument("--tiny", action="store_true", help="a model of a few MB: does the script run?")
     arguments = parser.parse_args()
     if not arguments.work.is_dir():
         parser.error(f"--work {arguments.work}: is no directory")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     base = TINY if arguments.tiny else FULL
     asked = dataclasses.replace(
         base, layers=arguments.layers or base.layers, vision_layers=arguments.vision_layers or base.vision_layers
     )
     sizes = fitting(asked, shutil.disk_usage(arguments.work).free)
-    start = time.perf_counter()
-    result: dict[str, Any] = {
-        "machine": machine(arguments.work),
-        "asked": dataclasses.asdict(asked),
-        "sizes": dataclasses.asdict(sizes),
-        "parameters": size_bytes(sizes) // 2,
-        "page_cache": "kept" if arguments.keep_caches else "dropped" if os.access(DROP_CACHES, os.W_OK) else "locked",
-    }
-    with tempfile.TemporaryDirectory(prefix="convert_14b-", dir=arguments.work) as folder:
-        shard_bytes = int(arguments.shard_size * 1e9)
-        result |= measure(sizes, Path(folder), shard_bytes=shard_bytes, keep_caches=arguments.keep_caches)
-    result["seconds"] = time.perf_counter() - start
-    script = Path(sys.argv[0])
-    result["command"] = shlex.join(["python", str(Path(script.parent.name) / script.name), *sys.argv[1:]])
-    print(table(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    both = {"asked": dataclasses.asdict(asked), "sizes": dataclasses.asdict(sizes)}
+    print(table(run(arguments, Weights(shapes(sizes)), {"config.json": config(sizes)}, both)))
     return 0
 
 

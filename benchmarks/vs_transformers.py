@@ -38,7 +38,8 @@ class Worker:
 
     def __init__(self, system: str, folder: Path, arguments: argparse.Namespace) -> None:
         threads = str(arguments.threads)
-        command = [sys.executable, str(HERE / "vs_worker.py"), system, str(folder), str(arguments.pack), threads]
+        where = f"native:{arguments.samples}" if arguments.model == "qwen2_5_vl" else str(folder)
+        command = [sys.executable, str(HERE / "vs_worker.py"), system, where, str(arguments.pack), threads]
         env = {
             **os.environ,
             "OMP_NUM_THREADS": threads,
@@ -73,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[Answer]]]
     """Return the answers of every round, by mix and side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for mix in arguments.mixes:
+        for mix in arguments.mixes if arguments.model == "llava" else ():
             mixes.save(mixes.make(mix, folder, arguments.samples), folder / f"{mix}.npz")
         workers = {system: Worker(system, folder, arguments) for system in ("megavlm", "transformers")}
         try:
@@ -180,7 +181,7 @@ def table(result: dict[str, Any]) -> str:
     for mix, others in result["ratios"].items():
         for name, r in others.items():
             lines.append(f"| {mix} | {name} | " + " | ".join(f"{value:.2f}x" for value in r.values()) + " |")
-    lines += ["", *(f"- **{mix}**: {mixes.DESCRIPTIONS[mix]}." for mix in result["sides"])]
+    lines += ["", *(f"- **{mix}**: {result['mixes'][mix]}." for mix in result["sides"])]
     return "\n".join(lines)
 
 
@@ -193,8 +194,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each side in a round")
     parser.add_argument("--samples", type=int, default=800, help="samples (quickstart: pictures) of each mix")
     parser.add_argument("--mixes", nargs="+", choices=[*mixes.DESCRIPTIONS], default=[*mixes.DESCRIPTIONS])
+    parser.add_argument(
+        "--model", choices=["llava", "qwen2_5_vl"], default="llava", help="whose shape; qwen2_5_vl has a mix of its own"
+    )
     parser.add_argument("--out", type=Path, help="write the numbers of every round as JSON")
     arguments = parser.parse_args()
+    descriptions = dict(mixes.DESCRIPTIONS)
+    if arguments.model == "qwen2_5_vl":
+        from vs_native import DESCRIPTION
+
+        if arguments.pack < 2048:
+            parser.error("--pack: the longest samples of --model qwen2_5_vl take 2048 tokens; raise it")
+        arguments.mixes, descriptions = ["native"], {"native": DESCRIPTION}
     where, start = machine(), time.perf_counter()
     rounds = measure(arguments)
     ours = SIDES[0][0]
@@ -214,6 +225,7 @@ def main() -> None:
             for mix, sides in rounds.items()
         },
         "rounds": rounds,
+        "mixes": descriptions,
     }
     print(table(result))
     if arguments.out is not None:

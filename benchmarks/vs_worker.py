@@ -1,7 +1,8 @@
 """One of the two systems of ``vs_transformers`` in a process of its own: trains when it is told to.
 
-Arguments: ``megavlm`` or ``transformers``, the folder with the mixes, the pack length, the number of threads. It reads
-jobs from standard input, one JSON object a line ({"mix", "batching", "steps"}), and answers each with one line.
+Arguments: ``megavlm`` or ``transformers``, the folder with the mixes (or ``native:COUNT`` for ``vs_native``'s), the
+pack length, the number of threads. It reads jobs from standard input, one JSON object a line ({"mix", "batching",
+"steps"}), and answers each with one line.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class System(ABC):
     @abstractmethod
     def batches(self, samples: list[Sample], batching: str) -> list[tuple[Any, Work]]:
         """Return batches that are ready for :meth:`step`, and what each holds."""
+
+    def ready(self, batch: Any) -> Any:
+        """Return what :meth:`step` takes; this is not timed."""
+        return batch
 
     @abstractmethod
     def step(self, batch: Any) -> float:
@@ -234,9 +239,14 @@ class Megavlm(System):
 
 
 @contextlib.contextmanager
-def _system(name: str, pack_length: int) -> Iterator[System]:
+def _system(name: str, pack_length: int, *, native: bool) -> Iterator[System]:
     if name == "transformers":
-        yield Transformers(pack_length)
+        if native:
+            from vs_native import NativeTransformers
+
+            yield NativeTransformers(pack_length)
+        else:
+            yield Transformers(pack_length)
         return
     from megavlm.parallel.device import prepare_device
 
@@ -245,7 +255,20 @@ def _system(name: str, pack_length: int) -> Iterator[System]:
     from megavlm.parallel.state import process_groups
 
     with process_groups(ParallelConfig(), 1):
-        yield Megavlm(pack_length)
+        if native:
+            from vs_native import NativeMegavlm
+
+            yield NativeMegavlm(pack_length)
+        else:
+            yield Megavlm(pack_length)
+
+
+def _samples(folder: str, mix: str) -> list[Any]:
+    if folder.startswith("native:"):
+        from vs_native import make
+
+        return make(int(folder.partition(":")[2]))
+    return load(Path(folder) / f"{mix}.npz")
 
 
 def main() -> None:
@@ -254,17 +277,19 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     torch.manual_seed(1)
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may write where the answers go
-    with _system(name, int(pack_length)) as system:
+    sys.modules["vs_worker"] = sys.modules["__main__"]  # vs_native's systems are kinds of these
+    with _system(name, int(pack_length), native=folder.startswith("native:")) as system:
         ready: dict[tuple[str, str], Iterator[tuple[Any, Work]]] = {}
         for line in sys.stdin:
             job = json.loads(line)
             key = job["mix"], job["batching"]
             if key not in ready:
-                samples = load(Path(folder) / f"{job['mix']}.npz")
+                samples = _samples(folder, job["mix"])
                 ready[key] = itertools.cycle(system.batches(samples, job["batching"]))
             total = Work()
             for _ in range(job["steps"]):
                 batch, work = next(ready[key])
+                batch = system.ready(batch)
                 start, cpu_start = time.perf_counter(), time.process_time()
                 work.loss = system.step(batch)
                 work.seconds = time.perf_counter() - start

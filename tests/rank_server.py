@@ -43,8 +43,8 @@ LAST_WORDS = 3.0
 """Seconds that a rank has to write where it hangs."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
-# What commands and workers import inside their functions, once and for all ranks. What all of transformers' models import
-# (a rank needs 1.5 s for it), but not these models; nor what serves HTTP: those are left to the few that need them.
+# What commands and workers import inside their functions, once and for all ranks; of transformers what all its models
+# import, for which a rank needs 1.5 s. These models, and what serves HTTP, are left to those few that need them.
 MODULES = (
     "numpy", "PIL.Image", "simplejpeg", "safetensors.torch", "sentencepiece", "psutil", "pytest", "tqdm",
     "torch._dynamo", "torch._inductor", "torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.profiler",

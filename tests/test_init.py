@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ranks import megavlm
 from run_data import RunData
+from test_cache import bucket  # noqa: F401 - a fixture
 from test_trained_assets import convert, made
 
 from megavlm.checkpoint.hf.directory import expand_recipe
@@ -17,6 +18,7 @@ from megavlm.commands.init import Measured, _choose, _length
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
+from megavlm.data.cache import is_prepared
 
 
 def _model(root: Path) -> Path:
@@ -41,7 +43,10 @@ def _init(data: RunData, root: Path, count: int, *more: str) -> list[str]:
 
 
 def test_it_looks_and_writes_a_recipe_that_holds(
-    run_data: RunData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_data: RunData,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    bucket: Any,  # noqa: F811 - the fixture
 ) -> None:
     _model(tmp_path)
     assert main(_init(run_data, tmp_path, 220)) == 0
@@ -62,13 +67,22 @@ def test_it_looks_and_writes_a_recipe_that_holds(
     before = records.read_bytes()
     assert main(_init(run_data, tmp_path, 210)) == 2 and "mine-data: exists already" in capsys.readouterr().err
     assert records.read_bytes() == before
-    words = ["init", "--model", str(tmp_path / "hf"), "--data", str(tmp_path / "mine-data" / "train")]
+    assert recipe.data.train[0].path == str(records) and recipe.data.train[0].images == str(run_data.images)
+    (prepared,) = (path for path in (tmp_path / "mine-data").glob("train-*") if is_prepared(path))
+    words = ["init", "--model", str(tmp_path / "hf"), "--data", str(prepared)]
     assert main([*words, "--out", str(tmp_path / "gpu.yaml"), "--gpus", "16", "--gpu", "h100-80g"]) == 0
     assert capsys.readouterr().out.startswith("torchrun --nnodes 2 --rdzv-backend c10d")
     other = load_recipe(tmp_path / "gpu.yaml", [], expand_recipe)
     check_recipe(other, 16)
     assert other.data.validation == () and other.training.validation_interval is None
     assert other.training.precision == "bf16" and other.training.global_batch_size % 16 == 0
+    # Records on an object store stay there.
+    bucket.upload_file(str(tmp_path / "mine.json"), "pictures", "mine.json")
+    words[4] = "s3://pictures/mine.json"
+    assert main([*words, "--images", str(run_data.images), "--out", str(tmp_path / "far.yaml")]) == 0
+    far = load_recipe(tmp_path / "far.yaml", [], expand_recipe)
+    check_paths(far)
+    assert [source.path for source in far.data.train] == ["s3://pictures/mine.json"] and far.data.validation == ()
 
 
 def test_what_fails_leaves_nothing(
@@ -91,6 +105,8 @@ def test_what_fails_leaves_nothing(
         (["--model", "gone"], "--model gone: no such file or directory"),
         (["--model", "."], "--model .: is neither a Hugging Face directory nor a checkpoint of megavlm"),
         (["--data", "gone"], "--data gone: no such file or directory"),
+        (["--data", "s3://nowhere/mine.json", "--images", "gone"], "image directory gone does not exist"),
+        (["--data", "ftp://nowhere/mine.json"], "ftp://nowhere/mine.json: ftp:// is not read; take a path, or s3://"),
         (["--gpus", "0"], "--gpus must be at least 1, not 0"),
         (["--gpu", "abacus"], "no figures for 'abacus'"),
     ],

@@ -65,7 +65,7 @@ def test_only_parallel_asks_which_device_there_is() -> None:
 
 
 # What every family is, those that are registered, and what Transformers' towers and processors have in common.
-OF_ALL_FAMILIES = {"family", "known", "registry", "presets", "preprocessor", "towers", "composing"}
+OF_ALL_FAMILIES = {"family", "known", "registry", "presets", "preprocessor", "towers", "composing", "films"}
 
 
 def test_converters_know_no_family() -> None:

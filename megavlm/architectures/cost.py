@@ -275,6 +275,15 @@ def final_parameters(language: LanguageConfig, tensor: int) -> list[FinalParamet
     return [FinalParameter(language.hidden_size)] if own is None else list(own(language, tensor))
 
 
+def attended_squares(language: LanguageConfig, tokens: float, squared_lengths: float) -> float:
+    """Return the sum of squares of segments' lengths that attention of an average layer is worth.
+
+    A cost has ``attended(own, tokens, squared_lengths)`` where layers do not attend to all before a position.
+    """
+    own = getattr(decoder_cost(language), "attended", None)
+    return squared_lengths if own is None else float(own(language, tokens, squared_lengths))
+
+
 def final_norm_kept(language: LanguageConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:
     """Return the bytes that the norm behind the layers keeps of so many elements.
 

@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megavlm.config.errors import UserError
+from megavlm.data.films.film import Film
 from megavlm.data.schema import Turn
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
-from megavlm.inference.turns import read_image, system_turns, user_turn, without_control_tokens, write_any_text
+from megavlm.inference.turns import (
+    Visual,
+    in_their_order,
+    read_film,
+    read_image,
+    system_turns,
+    user_turn,
+    without_control_tokens,
+    write_any_text,
+)
 
 if TYPE_CHECKING:
+    from megavlm.data.media import ImagePlan
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
@@ -26,7 +37,10 @@ logger = logging.getLogger(__name__)
 INTERMIXED = True
 """Overrides may stand between the options."""
 
-HELP = """Type a question. /image PATH shows a picture with the next one, /clear begins anew, /help, /quit."""
+HELP = (
+    "Type a question. /image PATH shows a picture with the next one, /video PATH a film, /clear begins anew, /help, "
+    "/quit."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture for the first question")
+    parser.add_argument(
+        "--video", type=Path, action="append", default=[], help="a film for it, or a folder of its frames"
+    )
     parser.add_argument("--system", help="system message (default: the recipe's)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/chat"), help="where pictures with boxes go (default ./runs/chat)"
@@ -69,13 +86,18 @@ class Chat:
         self.out, self.system, self.say = out, system, say
         self.waiting: list[bytes] = []
         """Pictures that go with the next question."""
+        self.films: list[Film] = []
+        """Films that go with it."""
+        self.pixels: ImagePlan | None = None
+        """Of ``draw_boxes``."""
         self.clear()
 
     def clear(self) -> None:
         """Begin anew."""
         self.turns: list[Turn] = list(system_turns(self.system))
-        self.images: list[bytes] = []
+        self.images: list[Visual] = []
         self.waiting.clear()
+        self.films.clear()
 
     def take(self, line: str) -> bool:
         """Do what a line asks; False ends the conversation. What is wrong with the line is said, and costs nothing."""
@@ -88,6 +110,9 @@ class Chat:
             if word == "/image":
                 self.waiting.append(read_image(_path(rest.strip())))
                 self.say(f"{len(self.waiting)} picture(s) wait for the next question\n")
+            elif word == "/video":
+                self.films.append(read_film(_path(rest.strip())))
+                self.say(f"{len(self.films)} film(s) wait for the next question\n")
             elif word == "/clear":
                 self.clear()
             elif word.startswith("/"):
@@ -108,8 +133,9 @@ class Chat:
         """
         from megavlm.inference.session import Asked  # noqa: PLC0415 - imports Megatron-Core
 
-        turns = [*self.turns, user_turn(text, len(self.waiting))]
-        images = [*self.images, *self.waiting]
+        new = user_turn(text, len(self.waiting), len(self.films))
+        turns = [*self.turns, new]
+        images = [*self.images, *in_their_order([new], self.waiting, self.films)]
         answer = ""
         for piece in self.model.ask(
             Asked(tuple(turns), tuple(images)), max_new_tokens=self.max_new_tokens, sampling=self.sampling
@@ -120,6 +146,7 @@ class Chat:
         self.turns = [*turns, Turn("assistant", without_control_tokens(answer) or " ")]
         self.images = images
         self.waiting.clear()
+        self.films.clear()
         self._draw(answer)
         return answer
 
@@ -127,7 +154,8 @@ class Chat:
         from megavlm.inference.boxes import draw_boxes  # noqa: PLC0415
 
         # An answer speaks of the picture that was shown last.
-        picture = draw_boxes(self.images[-1], answer) if self.images else None
+        last = self.images[-1] if self.images else None
+        picture = draw_boxes(last, answer, self.pixels) if isinstance(last, bytes) else None
         if picture is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             path = self.out / f"answer-{sum(turn.role == 'assistant' for turn in self.turns)}.png"
@@ -145,12 +173,13 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_of(args)
     system_turns(args.system)  # what is wrong with it is said before the model is loaded
     recipe, checkpoint, tokenizer = model_of(args)
-    images = [read_image(path) for path in args.image]
+    images, films = [read_image(path) for path in args.image], [read_film(path) for path in args.video]
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
+    from megavlm.inference.boxes import pixel_plan  # noqa: PLC0415 - imports PIL
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
 
     with session(recipe, checkpoint, tokenizer, args.context) as model:
@@ -167,6 +196,8 @@ def run(args: argparse.Namespace) -> int:
         with model.leading():
             chat = Chat(model, sampling, args.max_new_tokens, args.out, args.system, say)
             chat.waiting += images
+            chat.films += films
+            chat.pixels = pixel_plan(checkpoint, recipe.model)
             say(HELP + "\n")
             for line in _lines(say, model):
                 if not chat.take(line):

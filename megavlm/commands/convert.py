@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_verify(actions.add_parser("verify", help="hold a checkpoint against reference logits"))
     add_check(actions.add_parser("check", help="hold a model against Transformers' of the same checkpoint"))
+    add_int4(actions.add_parser("int4", help="a Hugging Face directory with a language model of 4 bits (GPTQ, AWQ)"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,6 +208,65 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="longest answer (default 16)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of both models (default fp32)")
     parser.set_defaults(run=run_check)
+
+
+def add_int4(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``int4``."""
+    parser.description = (
+        "Write a Hugging Face directory again, with the language model's linear layers in 4 bits: the layout of GPTQ "
+        "or of AWQ, as Transformers, vLLM and SGLang read it. Tower, connector, embedding and output layer stay. "
+        "Roundings are searched on samples of your data, pictures included; a GPU is used if there is one. Needs "
+        "pip install 'megavlm[int4]'."
+    )
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory to quantise, as exported")
+    parser.add_argument("--layout", choices=("gptq", "awq"), required=True, help="of the 4-bit weights")
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="PATH", help="data to calibrate on: prepared, or what prepare reads"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="that image paths of plain data start from")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="samples to calibrate on (default 128)")
+    parser.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="samples of more tokens are left out (default 2048)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, metavar="N", help="with --layout gptq: steps of the search in each layer (default"
+        " 200; 0 rounds to the nearest)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="weights that share a scale (default 128)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of samples and of the search (default 42)")
+    parser.set_defaults(run=run_int4)
+
+
+def run_int4(args: argparse.Namespace) -> int:
+    """Write a directory with a language model of 4 bits.
+
+    Raises:
+        UserError: the arguments, the directory or the data are wrong.
+    """
+    for name, least in (("samples", 1), ("max_length", 1), ("group_size", 8)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.iterations is not None and args.layout != "gptq":
+        raise UserError("--iterations: goes with --layout gptq; AWQ searches scales, in a fixed number of steps")
+    if args.iterations is not None and args.iterations < 0:
+        raise UserError(f"--iterations must be at least 0, not {args.iterations}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("int4 runs as one process, not under torchrun")
+    _prepare()
+    from megavlm.checkpoint.hf.int4 import Int4Settings, quantise  # noqa: PLC0415
+
+    steps = 200 if args.iterations is None else args.iterations
+    settings = Int4Settings(
+        args.hf, args.out, args.layout, args.data, args.images, args.samples, args.max_length, steps, args.group_size,
+        args.seed,
+    )  # fmt: skip
+    for line in quantise(settings).lines():
+        logger.info("%s", line)
+    logger.info("wrote %s", args.out)
+    return 0
 
 
 def run_check(args: argparse.Namespace) -> int:

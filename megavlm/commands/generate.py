@@ -1,4 +1,4 @@
-"""``megavlm generate``: one prompt, with its pictures, and one answer."""
+"""``megavlm generate``: one prompt, with its pictures and films, and one answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megavlm.inference.checkpoint import add_model_arguments, add_sampling_arguments, model_of, sampling_of
-from megavlm.inference.turns import read_image, system_turns, user_turn, write_any_text
+from megavlm.inference.turns import in_their_order, read_film, read_image, system_turns, user_turn, write_any_text
 
 INTERMIXED = True
 """Overrides may stand between the options."""
@@ -24,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", required=True, help="the user's text; <img> marks where a picture stands, else first"
     )
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")
+    parser.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a film, or a folder of its frames; <video> marks where it stands, else first; may be given several times",
+    )
     parser.add_argument("--system", help="system message (default: the recipe's)")
     parser.add_argument(
         "--boxes", type=Path, metavar="OUT.png", help="draw the boxes of the answer on the first picture"
@@ -35,23 +43,24 @@ def run(args: argparse.Namespace) -> int:
     """Answer and print.
 
     Raises:
-        MissingFileError: checkpoint or image are missing.
-        UserError: the prompt does not fit its pictures or the context, or an image is broken.
+        MissingFileError: checkpoint, image or film are missing.
+        UserError: the prompt does not fit its pictures or the context, or an image or film is broken.
     """
     sampling = sampling_of(args)
     recipe, checkpoint, tokenizer = model_of(args)
     images = tuple(read_image(path) for path in args.image)
-    turns = (*system_turns(args.system), user_turn(args.prompt, len(images)))
+    films = tuple(read_film(path) for path in args.video)
+    turns = (*system_turns(args.system), user_turn(args.prompt, len(images), len(films)))
     write_any_text(sys.stdout)
     from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
-    from megavlm.inference.boxes import draw_boxes  # noqa: PLC0415
+    from megavlm.inference.boxes import draw_boxes, pixel_plan  # noqa: PLC0415
     from megavlm.inference.session import Asked, session  # noqa: PLC0415 - imports Megatron-Core
 
-    asked = Asked(turns, images)
+    asked = Asked(turns, in_their_order(turns, images, films))
     answer = ""
     with session(recipe, checkpoint, tokenizer, args.context) as model:
         first = dist.get_rank() == 0
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     sys.stdout.write("\n")
     if args.boxes is not None:
-        picture = draw_boxes(images[0], answer) if images else None
+        picture = draw_boxes(images[0], answer, pixel_plan(checkpoint, recipe.model)) if images else None
         if picture is None:
             sys.stderr.write(f"megavlm: the answer has no box to draw, so {args.boxes} was not written\n")
         else:

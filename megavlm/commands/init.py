@@ -1,7 +1,7 @@
 """``megavlm init``: a recipe for a model and a data set of one's own, that runs.
 
-It asks nothing: it looks at the model's directory, prepares the data if that was not done, measures its samples,
-and asks the planner what fits the GPUs.
+It asks nothing: it looks at the model's directory, measures the samples of the data, and asks the planner what fits the
+GPUs. The recipe names the data as it was given: where records change, the next run prepares them anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 
 from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.checkpoint.paths import check_load, with_tokenizer_of_load
-from megavlm.commands import prepare
 from megavlm.config import yaml12
 from megavlm.config.checks import check_paths, check_recipe
 from megavlm.config.errors import MissingFileError, RecipeError, UserError
@@ -34,6 +33,7 @@ from megavlm.data.cache import is_prepared
 from megavlm.data.formats import Source
 from megavlm.data.formats.base import Broken
 from megavlm.data.formats.tables import files_of
+from megavlm.data.preparing import Preparation, check_there, location
 from megavlm.planning.gpus import DEFAULT, GIB, GPUS, Gpu, choose_gpu
 from megavlm.planning.launch import nodes_of, overrides
 from megavlm.planning.layout import layout_of
@@ -71,16 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
         required=True,
         metavar="FILE",
-        help="what megavlm prepare reads (a JSON, JSONL or parquet file of conversations, ..), or what it wrote",
+        help="what megavlm prepare reads (a JSON, JSONL or parquet file of conversations, a URL, ..), or what it wrote",
     )
-    parser.add_argument("--images", type=Path, metavar="DIR", help="that image paths start from (default: FILE's)")
+    parser.add_argument("--images", metavar="DIR", help="that image paths start from (default: FILE's)")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the job (default: those of this machine)")
     parser.add_argument("--gpu", metavar="KIND", help=f"kind of GPU (default {DEFAULT}): {', '.join(GPUS)}")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="recipe to write (default: MODEL.yaml); prepared data lies beside it"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="recipe to write (default: MODEL.yaml); plain data is prepared beside it",
     )
 
 
@@ -124,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: they cannot be trained, or nothing fits the GPUs.
     """
     out = args.out or Path(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', args.model.absolute().name) or 'recipe'}.yaml")
+    args.data = location(args.data)
+    args.images = None if args.images is None else location(args.images)
     _check_arguments(args, out)
     made = Path(f"{out.with_suffix('')}-data")
     if made.exists() and not is_prepared(args.data):
@@ -137,11 +141,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare_and_write(args: argparse.Namespace, out: Path) -> int:
-    """Prepare the data, choose, and write the recipe."""
-    train, held_out = _data(args, out.with_suffix(""))
+    """Look at the data, choose, and write the recipe."""
+    data = _data(args, out.with_suffix(""))
     tree: dict[str, Any] = {
         "output_dir": str(Path("runs") / out.stem),
-        "data": {"train": [{"path": str(train)}], "validation": _sources(held_out), "sequence_length": _UNIT},
+        "data": {**data, "sequence_length": _UNIT},
         "optimizer": {"lr": 1e-5},
         "training": {"epochs": 1, "global_batch_size": 1},
         "checkpoint": {"load": str(args.model)},
@@ -167,7 +171,7 @@ def _prepare_and_write(args: argparse.Namespace, out: Path) -> int:
 
 def _check_arguments(args: argparse.Namespace, out: Path) -> None:
     for name in ("model", "data"):
-        if not getattr(args, name).exists():
+        if isinstance(getattr(args, name), Path) and not getattr(args, name).exists():
             raise MissingFileError(f"--{name} {getattr(args, name)}: no such file or directory")
     if not holds_model(args.model) and not holds_checkpoint(args.model):
         raise UserError(f"--model {args.model}: is neither a Hugging Face directory nor a checkpoint of megavlm")
@@ -181,41 +185,32 @@ def _check_arguments(args: argparse.Namespace, out: Path) -> None:
         raise MissingFileError(f"--out {out}: no directory {out.absolute().parent}")
 
 
-def _sources(path: Path | None) -> list[dict[str, str]]:
-    return [] if path is None else [{"path": str(path)}]
-
-
 def _loaded(tree: dict[str, Any]) -> Recipe:
     """Return a tree as a typed recipe."""
     return recipe_of(tree, expand_recipe)
 
 
-def _data(args: argparse.Namespace, root: Path) -> tuple[Path, Path | None]:
-    """Return the prepared data set, and the one that is held out of it, made now if they were not.
+def _data(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Return the keys of ``data`` that say where the samples are, some of many held out.
 
     Raises:
-        UserError: no record is usable.
+        MissingFileError: the pictures are not there.
     """
     if is_prepared(args.data):
-        return args.data, None
+        return {"train": [{"path": str(args.data)}], "validation": []}
+    options = Preparation(args.data, args.images)
+    check_there(options)
     held_out = _split(args, root)
-    images = args.images or (args.data if args.data.is_dir() else args.data.absolute().parent)
-    train = Path(f"{root}-data") / "train"
-    _prepare(held_out[0] if held_out else args.data, images, train)
-    if held_out is None:
-        return train, None
-    _prepare(held_out[1], images, train.with_name("heldout"))
-    return train, train.with_name("heldout")
-
-
-def _prepare(file: Path, images: Path, out: Path) -> None:
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    prepare.run(parser.parse_args([str(file), "--images", str(images), "--out", str(out)]))
+    # Pictures are where they were, also for records that were written elsewhere.
+    images = {"images": str(options.folder)} if args.images is not None or held_out else {}
+    sources = [[{"path": str(file), **images}] for file in held_out or (args.data,)]
+    return {"train": sources[0], "validation": sources[1] if held_out else [], "cache": f"{root}-data"}
 
 
 def _split(args: argparse.Namespace, root: Path) -> tuple[Path, Path] | None:
     """Write the records as two files, some held out of the other; None where they are few, or are no list."""
+    if isinstance(args.data, str):  # of an object store
+        return None
     images = args.images or args.data.absolute().parent
     source = Source(args.data, images)
     if source.is_folder or files_of(args.data) or not source.is_list:
@@ -378,6 +373,7 @@ def _written(tree: dict[str, Any], found: Measured, choice: Choice, args: argpar
             f"half {middle:,}, 90 % {high:,}, the longest {found.lengths[-1]:,}; {found.images:.2f} pictures each. "
             f"Packs of {length:,} leave out {too_long:.1%} as too long"
             + (f"; left out besides: {found.left_out}" if found.left_out else "")
+            + (". Plain data is prepared in cache, and again where its files change" if "cache" in tree["data"] else "")
             + ("." if held_out else "; too few, or no list, to hold some out for validation.")
         ),
         "modules": f"What is trained: {choice.why}. Set freeze to false for the tower to be trained too.",

@@ -233,6 +233,7 @@ class _http:  # noqa: N801 - a context
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=guarded(limits.connections, limits.seconds),
+            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=3,

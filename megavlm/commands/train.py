@@ -111,20 +111,24 @@ def train(recipe: Recipe) -> int:
     check_quantiser(recipe.lora.quantize)
     stop = StopRequest()
     with (
-        contextlib.ExitStack() as leaving,
-        # From here on, as much may come before the first step: a conversion, the counting of epochs. And until the
-        # groups are gone: a second signal must not kill a rank that is on its way out with 75.
+        # From here on, as much may come before the first step: a conversion, the counting of epochs. And until all is
+        # left: a second signal must not kill a rank that is on its way out with 75, and ends the wait for exports.
         stop.listening(),
+        contextlib.ExitStack() as leaving,
         process_groups(recipe.parallel, recipe.training.seed),
         user_buffers(recipe),
-        holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds) as lock,
+        holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds, leaving) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
         trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock, stop)
         leaving.callback(trainer.exporter.end)
         try:
             code = trainer.train()
-            leaving.callback(trainer.exporter.finish, lambda: stop.signal is not None or trainer.deadline.passed())
+            # When the groups of ranks are gone, so that none waits for it; the lock is still held.
+            leaving.callback(
+                trainer.exporter.finish,
+                lambda: stop.signal is not None or trainer.deadline.passed() or lock.lost(),
+            )
             return code
         finally:
             trainer.close()

@@ -9,6 +9,7 @@ from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
 from megavlm.config.lora import lora_rules
+from megavlm.config.prepared import META
 from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import ConnectorConfig, DataSource, Recipe
 from megavlm.config.split import part_rules
@@ -17,9 +18,6 @@ __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
 TEXT_TOKENS = 8
 """The least text that must fit beside one image in a sequence: less than a ChatML turn leaves nothing to train on."""
-
-_PREPARED = ".nv-meta"
-"""What ``megavlm prepare`` leaves in a data set's directory (Megatron-Energon's index)."""
 
 
 _MORE: list[Callable[[Recipe], Iterator[str]]] = []
@@ -76,7 +74,7 @@ def check_paths(recipe: Recipe) -> None:
     for key, sources in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
         for position, source in enumerate(sources):
             name = f"{key}.{position}.path"
-            plain = not (Path(source.path) / _PREPARED).is_dir()
+            plain = not (Path(source.path) / META).is_dir()
             if plain and "://" not in source.path and not Path(source.path).exists():
                 lines.append(
                     f"{name}: no file or directory {source.path!r}; name one that megavlm prepare wrote, or plain data"

@@ -1,8 +1,7 @@
 """The typed tree that a recipe fills: every key of ``megavlm train``, its type, default and meaning.
 
-The string under a field is its help text: ``megavlm train --help`` prints it, so write it for users.
-The keys of a model's branches are those of its architectures (:mod:`megavlm.architectures`). Values that come from a
-preset have no default there; ``megavlm.families.presets`` fills them in first.
+The string under a field is its help text (``megavlm train --help``), so write it for users. The keys of a model's
+branches are those of its architectures; what a preset gives has no default, ``families.presets`` fills it in first.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
-from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid
+from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid, layouts_of
 from megavlm.data.positions import OwnPositions
 
 IGNORE_INDEX = -100
@@ -81,9 +81,7 @@ class Pack:
 
     def layouts(self, plan: ImagePlan) -> list[ImageLayout] | None:
         """Return the layout of each image and film; None where all have the same views and tokens."""
-        if plan.fixed and not any(isinstance(shape, FilmShape) for shape in self.image_shapes):
-            return None
-        return [plan.of(shape) for shape in self.image_shapes]
+        return layouts_of(plan, self.image_shapes)
 
     @property
     def supervised_tokens(self) -> int:

@@ -4,7 +4,8 @@ What is trained on and scored is Qwen-VL's notation alone (:mod:`megavlm.data.bo
 The notations, and where they are published:
 
 - ``<ref>name</ref><box>(x1,y1),(x2,y2)</box>``, thousandths: Qwen-VL (arXiv 2308.12966).
-- ``<|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>``, thousandths: Qwen2-VL (2409.12191).
+- ``<|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>``, thousandths: Qwen2-VL
+  (2409.12191).
 - ``<ref>name</ref><box>[[x1, y1, x2, y2], ..]</box>``, thousandths: InternVL (2312.14238); with spaces and no brackets,
   MiniCPM-V 2.6.
 - JSON with ``bbox_2d`` and ``label``: Qwen2.5-VL (2502.13923), in pixels of the picture as its processor resizes it;

@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 
 from megavlm.config.checks import source_name
 from megavlm.config.errors import MachineError, UserError, disk_problem
+from megavlm.config.prepared import META
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.formats.columns import FILE as COLUMNS_FILE
 from megavlm.data.preparing import (
-    PREPARED,
     REJECTED_FILE,
     Preparation,
     check_there,
@@ -44,7 +44,7 @@ from megavlm.parallel.lock import HeldError, held
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of what is prepared: another number is another data set."""
 CARD = "cache.json"
 """What a prepared data set was made of."""
@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 def is_prepared(path: str | Path) -> bool:
     """Whether a path is a directory that ``megavlm prepare`` wrote."""
-    return (Path(path) / PREPARED).is_dir()
+    return (Path(path) / META).is_dir()
 
 
 def cache_directory(data: DataConfig) -> Path:
@@ -211,7 +211,7 @@ def _write(options: Preparation, out: Path, key: str) -> None:
         (writer,) = summary.sets.values()
         # In the place of Energon's random one: what is equal is the same data set, wherever it was prepared.
         identity = uuid.uuid5(uuid.NAMESPACE_OID, writer.digest.hexdigest())
-        (partial / PREPARED / "index.uuid").write_text(str(identity), encoding="utf-8")
+        (partial / META / "index.uuid").write_text(str(identity), encoding="utf-8")
         card = {"version": VERSION, "key": key, "data": str(options.data), "images": str(options.folder),
                 "samples": summary.samples, "rejected": summary.rejected, "reasons": summary.reasons}  # fmt: skip
         write_whole(partial / CARD, json.dumps(card).encode())

@@ -161,13 +161,15 @@ class ImageDecoder(ABC):
             outs[index].fill_(GRAY)
         return DecodedImages(pixels, order, [failed[index] for index in order])
 
-    def decode_prompt(self, images: Sequence[bytes], plan: ImagePlan) -> tuple[DecodedImages, Arrangement | None]:
-        """Decode the images of one prompt, and return where the features of their views go.
+    def decode_prompt(
+        self, images: Sequence[bytes | Film], plan: ImagePlan
+    ) -> tuple[DecodedImages, Arrangement | None]:
+        """Decode the images and films of one prompt, and return where the features of their views go.
 
         Raises:
             ImageError: How many views an image has cannot be told.
         """
-        if plan.fixed:
+        if plan.fixed and all(isinstance(one, bytes) for one in images):
             return self.decode(images, plan), None
         layouts = lay_out(images, plan)
         return self.decode(images, plan, layouts), arrange(plan, layouts)

@@ -214,29 +214,31 @@ def lay_out(files: Sequence[bytes | HasFilmShape], plan: ImagePlan) -> list[Imag
     return found
 
 
-def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes]]) -> list[ImageRuns]:
-    """Return what stands in a prompt for each of its pictures.
+def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes | HasFilmShape]]) -> list[ImageRuns]:
+    """Return what stands in a prompt for each of its pictures and films.
 
     Args:
         plan: What becomes of them.
         count: Pictures of the prompt.
-        files: Returns these; not called where the plan does the same with all.
+        files: Returns these; their headers are not read where the plan does the same with all.
 
     Raises:
         ImageError: As :func:`lay_out`.
     """
-    if plan.fixed:
+    if plan.fixed and not _with_films(files()):
         return [plan.plan(plan.side, plan.side).runs] * count
     return [layout.runs for layout in lay_out(files(), plan)]
 
 
-def image_grids(model: ModelConfig, count: int, files: Callable[[], Sequence[bytes]]) -> tuple[TokenGrid, ...]:
+def image_grids(
+    model: ModelConfig, count: int, files: Callable[[], Sequence[bytes | HasFilmShape]]
+) -> tuple[TokenGrid, ...]:
     """Return how the slots of a prompt's pictures lie, where the model's positions have rows and columns; else none.
 
     Args:
         model: The model.
         count: Pictures of the prompt.
-        files: Returns these; not called where they do not matter.
+        files: Returns these; their headers are not read where they do not matter.
 
     Raises:
         ImageError: As :func:`lay_out`.
@@ -244,7 +246,12 @@ def image_grids(model: ModelConfig, count: int, files: Callable[[], Sequence[byt
     if model.language.position_axes == 1:
         return ()
     plan = plan_of(model)
-    return own_grids(model, [plan.plan(plan.side, plan.side)] * count if plan.fixed else lay_out(files(), plan))
+    alike = plan.fixed and not _with_films(files())
+    return own_grids(model, [plan.plan(plan.side, plan.side)] * count if alike else lay_out(files(), plan))
+
+
+def _with_films(files: Sequence[bytes | HasFilmShape]) -> bool:
+    return not all(isinstance(one, bytes) for one in files)
 
 
 def _orientation_of(image: Image.Image) -> int:

@@ -62,6 +62,7 @@ __all__ = [
     "feature_side",
     "image_rules",
     "joined",
+    "layouts_of",
     "pixels_of",
     "plan_kinds",
     "plan_of",
@@ -177,6 +178,13 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
     return layout
+
+
+def layouts_of(plan: ImagePlan, shapes: Sequence[ImageShape | FilmShape]) -> list[ImageLayout] | None:
+    """Return the layouts of pictures and films; None where all have the same views and tokens: no need to ask."""
+    if plan.fixed and not any(isinstance(shape, FilmShape) for shape in shapes):
+        return None
+    return [plan.of(shape) for shape in shapes]
 
 
 def views_of(plan: ImagePlan, layout: ImageLayout) -> float:

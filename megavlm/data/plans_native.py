@@ -59,26 +59,11 @@ class NativePlan(ImagePlan):
         Raises:
             ImageError: It is too long and narrow.
         """
-        width, height = shape.width, shape.height
-        block, most = self.patch * self.merge, self.max_pixels
-        if self.enlarge and 0 < min(width, height) < block:
-            scale = max(block / height, block / width)
-            width, height = int(width * scale), int(height * scale)  # by rounding errors it may be one pixel less
-        if max(width, height) / min(width, height) > _LONGEST:
-            raise ImageError(
-                "too narrow", f"{shape.width} x {shape.height} pixels: one side is over {_LONGEST} times the other"
-            )
+        most = self.max_pixels
         if self.total_pixels is not None:
             most = max(self.min_pixels, min(most, self.total_pixels // shape.images))
-        # Halves are rounded to even numbers, as Python's and the processors' round does.
-        wide, tall = round(width / block) * block, round(height / block) * block
-        if wide * tall > most:
-            shrink = math.sqrt(height * width / most)
-            wide, tall = (max(block, math.floor(side / shrink / block) * block) for side in (width, height))
-        elif wide * tall < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            wide, tall = (math.ceil(side * grow / block) * block for side in (width, height))
-        return wide, tall
+        size, block = (shape.width, shape.height), self.patch * self.merge
+        return whole_blocks(enlarged(size, block) if self.enlarge else size, block, (self.min_pixels, most))
 
     def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
         """Return the picture's blocks of patches."""
@@ -103,6 +88,43 @@ class NativePlan(ImagePlan):
     def views_of(self, layout: ImageLayout) -> float:
         """Return its tokens in units of those of the picture that the tower's ``image_size`` names."""
         return layout.tokens / self.tokens_per_view
+
+
+def enlarged(size: tuple[int, int], block: int) -> tuple[int, int]:
+    """Return width and height, where a side is shorter than a block so much larger that it is as long."""
+    width, height = size
+    if not 0 < min(size) < block:
+        return size
+    scale = max(block / height, block / width)
+    return int(width * scale), int(height * scale)  # by rounding errors it may be one pixel less
+
+
+def whole_blocks(
+    size: tuple[int, int], block: int, pixels: tuple[int, int], frames: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
+    """Return the width and height, of whole blocks, that keep proportions and a budget of pixels.
+
+    Args:
+        size: Width and height.
+        block: Side of what becomes one token.
+        pixels: The fewest and the most, of all frames.
+        frames: How many there are, and how many are counted: those that fill patches.
+
+    Raises:
+        ImageError: One side is far longer than the other.
+    """
+    (width, height), (least, most), (shown, counted) = size, pixels, frames
+    if max(size) / min(size) > _LONGEST:
+        raise ImageError("too narrow", f"{width} x {height} pixels: one side is over {_LONGEST} times the other")
+    # Halves are rounded to even numbers, as Python's and the processors' round does.
+    wide, tall = round(width / block) * block, round(height / block) * block
+    if counted * wide * tall > most:
+        shrink = math.sqrt(shown * height * width / most)
+        wide, tall = (max(block, math.floor(side / shrink / block) * block) for side in size)
+    elif counted * wide * tall < least:
+        grow = math.sqrt(least / (shown * height * width))
+        wide, tall = (math.ceil(side * grow / block) * block for side in size)
+    return wide, tall
 
 
 def _native(model: ModelConfig) -> ImagePlan:

@@ -209,7 +209,19 @@ def _with_newlines(grid: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIndex:
-    """Return a grid of features resized to rows x columns, bilinear without antialiasing, with newlines.
+    """Return :func:`resized_grid` with newlines."""
+    import numpy as np  # noqa: PLC0415 - --help imports this module
+
+    own = resized_grid(grid, rows, columns)
+    assert own.weight is not None
+    end = np.array([NEWLINE] * 4), np.array([1, 0, 0, 0], np.float32)
+    index = np.concatenate([own.index.reshape(rows, columns, 4), np.broadcast_to(end[0], (rows, 1, 4))], axis=1)
+    weight = np.concatenate([own.weight.reshape(rows, columns, 4), np.broadcast_to(end[1], (rows, 1, 4))], axis=1)
+    return FeatureIndex(index.reshape(-1, 4), weight.reshape(-1, 4))
+
+
+def resized_grid(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIndex:
+    """Return a grid of features resized to rows x columns, bilinear without antialiasing.
 
     As ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)``: each is a mean of four.
     """
@@ -219,10 +231,8 @@ def _interpolated(grid: NDArray[np.int64], rows: int, columns: int) -> FeatureIn
     left, right, across = _neighbours(columns, grid.shape[1])
     corners = [grid[np.ix_(y, x)] for y in (above, below) for x in (left, right)]
     weights = [y[:, None] * x[None] for y in (1 - down, down) for x in (1 - across, across)]
-    index = np.stack([_with_newlines(corner) for corner in corners], axis=-1)
-    weight = np.stack([np.concatenate([one, np.zeros((rows, 1))], axis=1) for one in weights], axis=-1)
-    weight[:, -1, 0] = 1
-    return FeatureIndex(index.reshape(-1, 4), weight.reshape(-1, 4).astype(np.float32))
+    weight = np.stack(weights, axis=-1).astype(np.float32)
+    return FeatureIndex(np.stack(corners, axis=-1).reshape(-1, 4), weight.reshape(-1, 4))
 
 
 def _neighbours(count: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:

@@ -75,7 +75,8 @@ class OwnPositions:
 
 def positions_of(model: ModelConfig, image_token_id: int) -> OwnPositions | None:
     """Return how a model's positions are made; None where they are counted from 0 in each sample."""
-    return OwnPositions((image_token_id,)) if model.language.position_axes > 1 else None
+    after = model.video.positions_after
+    return OwnPositions((image_token_id,), after) if model.language.position_axes > 1 else None
 
 
 def grid_positions(grid: TokenGrid) -> NDArray[np.int64]:

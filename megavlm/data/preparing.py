@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
 from megavlm.data.fetch import FetchError, fetch
 from megavlm.data.films.header import read_index
 from megavlm.data.films.source import FilePart
@@ -35,8 +36,6 @@ from megavlm.data.store import Store, is_url
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.jsonl"
-PREPARED = ".nv-meta"
-"""Directory of a prepared data set that Energon's index lies in."""
 _LOGGED_REJECTIONS = 20
 _TELL_EVERY = 30.0
 """Seconds."""
@@ -136,7 +135,7 @@ def check_there(options: Preparation) -> None:
     if isinstance(options.data, Path):
         if not options.data.exists():
             raise MissingFileError(f"{options.data} does not exist")
-        if (options.data / PREPARED).exists():
+        if (options.data / META).exists():
             raise UserError(f"{options.data} is prepared already; train from it as it is")
     if isinstance(options.folder, Path) and not options.folder.is_dir():
         raise MissingFileError(f"image directory {options.folder} does not exist")

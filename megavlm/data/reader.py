@@ -27,6 +27,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState
 
 from megavlm.config.checks import source_name
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
 from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.batch import Pack, SkippedSample
 from megavlm.data.cache import located
@@ -280,7 +281,7 @@ def hash_data(sources: Sequence[DataSource], data: DataConfig, tokenizer: Tokeni
     if plan.films is not None:
         parts.append(repr(plan.films))
     for source in sources:
-        meta = Path(source.path) / ".nv-meta"
+        meta = Path(source.path) / META
         if not (meta / ".info.json").is_file():
             raise MissingFileError(f"data set {source.path} is not prepared; make it with megavlm prepare")
         identity = (meta / "index.uuid").read_text() if (meta / "index.uuid").is_file() else ""

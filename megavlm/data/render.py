@@ -50,7 +50,7 @@ def render_with_pil(picture: Image.Image, plan: ImagePlan, layout: ImageLayout) 
     canvases: dict[int, Image.Image] = {}
     for view in layout.views:
         if view.canvas not in canvases:
-            canvases = {view.canvas: _canvas_with_pil(picture, plan, layout.canvases[view.canvas])}
+            canvases = {view.canvas: canvas_with_pil(picture, plan, layout.canvases[view.canvas])}
         yield np.array(_take(canvases[view.canvas], view.box, plan.fill))
 
 
@@ -99,7 +99,8 @@ def take(pixels_CHW: Tensor, box: Box, fill: Colour) -> Tensor:
     return whole
 
 
-def _canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Image.Image:
+def canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Image.Image:
+    """Return the plane that views are cut from."""
     resized = _take(picture, canvas.source, plan.fill).resize(canvas.resized, _FILTERS[plan.resample])
     return _take(resized, canvas.frame, plan.fill)
 

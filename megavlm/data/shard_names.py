@@ -16,8 +16,8 @@ from typing import Any
 
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
+from megavlm.config.prepared import META
 
-META = ".nv-meta"
 _INFO = ".info.json"
 MOST_SHARDS = 1_000_000
 _MOST_CHARACTERS = 64 << 20

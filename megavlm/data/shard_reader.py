@@ -23,6 +23,7 @@ from megatron.energon.flavors.webdataset.metadata import get_info_shard_files
 from megatron.energon.source_info import SourceInfo
 
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.config.prepared import META
 from megavlm.data.films.source import FilePart, opened
 from megavlm.data.machine import is_machine_fault
 
@@ -151,11 +152,11 @@ class ShardDataset(CrudeWebdataset):
         for shard in self.shards:
             name = PurePosixPath(shard.name)
             if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"data set {self.path}: .nv-meta names the shard {shard.name!r} outside of it")
+                raise UserError(f"data set {self.path}: {META} names the shard {shard.name!r} outside of it")
             path = Path(str(self.path)) / name
             for file in (path, path.with_suffix(".tar.idx")):
                 if not file.is_file():
-                    raise MissingFileError(f"{file} is missing, which .nv-meta names; run megavlm prepare again")
+                    raise MissingFileError(f"{file} is missing, which {META} names; run megavlm prepare again")
 
 
 def _read_members(data: BinaryIO, size: int, path: str, offset: int) -> tuple[str, dict[str, Any]]:
@@ -208,7 +209,7 @@ def _key_in_index(directory: Path, shard: str, number: int) -> str:
     """Return what Energon's index calls a sample whose own bytes do not tell."""
     try:
         file_id = get_info_shard_files(EPath(directory)).index(shard)
-        uri = f"file:{quote(str((directory / '.nv-meta' / 'index.sqlite').resolve()))}?mode=ro&immutable=1"
+        uri = f"file:{quote(str((directory / META / 'index.sqlite').resolve()))}?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True)
         try:
             query = "SELECT sample_key FROM samples WHERE tar_file_id = ? AND sample_index = ?"

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from megavlm.config.prepared import META
+
 NO_TASK = "none"
 """Folder of the samples that have no task."""
 MAX_OPEN = 64
@@ -180,9 +182,9 @@ def write_metadata(directory: Path, shards: list[str], samples: int | None = Non
             workers=min(4, len(shards)),
         )
     if samples is not None:
-        counts = json.loads((directory / ".nv-meta" / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+        counts = json.loads((directory / META / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
         if sum(counts.values()) != samples:
             raise OSError(errno.EIO, f"{sum(counts.values())} of {samples} samples are in the index", str(directory))
-    (directory / ".nv-meta" / "dataset.yaml").write_text(
+    (directory / META / "dataset.yaml").write_text(
         "__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8"
     )

@@ -24,6 +24,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX, make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
+from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, plan_of
 from megavlm.data.positions import OwnPositions, own_grids
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
@@ -39,6 +40,7 @@ from megavlm.weights.source import Source
 logger = logging.getLogger(__name__)
 
 WHAT = ("logits", "image_features", "loss")
+_GIVEN = ("input_ids", "pixel_values", "image_sizes", "film_shapes", "labels")
 
 
 @dataclass
@@ -70,7 +72,7 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
         raise UserError(f"{path}: has no s0.input_ids; a reference holds sN.input_ids, sN.logits and so on")
     samples = []
     for name in names:
-        own = {key: source.get(f"{name}.{key}") for key in ("input_ids", "pixel_values", "image_sizes", "labels", *WHAT)
+        own = {key: source.get(f"{name}.{key}") for key in (*_GIVEN, *WHAT)
                if f"{name}.{key}" in source}  # fmt: skip
         pixels = own.get("pixel_values", torch.zeros(0, *plan.row))
         if pixels.shape[1:] != plan.row:
@@ -87,22 +89,30 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
 
 
 def _layouts(plan: ImagePlan, own: Mapping[str, Tensor], views: int, where: str) -> list[ImageLayout]:
-    """Return the layouts of a sample's images, from their sizes where these count.
+    """Return the layouts of a sample's images, from their sizes where these count, and of the films behind them.
 
     Raises:
         UserError: the sizes are missing, or make other views than there are.
     """
-    if plan.fixed:
+    films = own.get("film_shapes", torch.zeros(0, 4)).reshape(-1, 4).tolist()
+    if plan.fixed and not films:
         return [plan.plan(plan.side, plan.side)] * views
-    if views and "image_sizes" not in own:
+    if views and "image_sizes" not in own and not films:
         raise UserError(f"{where}.image_sizes is missing: [N, 2] height and width, on which the views of images depend")
-    sizes = own["image_sizes"].reshape(-1, 2).tolist() if views else []
-    layouts = [plan.plan(int(width), int(height), len(sizes)) for height, width in sizes]
-    made = sum(plan.pixels_of(layout)[0] for layout in layouts)
+    sizes = own["image_sizes"].reshape(-1, 2).tolist() if "image_sizes" in own and views else []
+    shown = len(sizes) + len(films)
+    layouts: list[ImageLayout] = [plan.plan(int(width), int(height), shown) for height, width in sizes]
+    layouts += [plan.of(FilmShape(int(w), int(h), int(n), rate, shown)) for w, h, n, rate in films]
+    made = sum(_rows(plan, layout) for layout in layouts)
     if made != views:
         what = "patches" if plan.packed else "views"
         raise UserError(f"{where}.pixel_values: {views} {what}, but images of these image_sizes make {made}")
     return layouts
+
+
+def _rows(plan: ImagePlan, layout: ImageLayout) -> int:
+    maker: Any = plan.maker(layout)
+    return int(maker.pixels_of(layout)[0])
 
 
 def verify(checkpoint: Path, reference: Path, overrides: Sequence[str], tolerance: float) -> int:

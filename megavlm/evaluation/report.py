@@ -9,8 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
+from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.data.inspect.planes import LOOK, SWITCH, planes
 from megavlm.data.machine import is_machine_fault
+from megavlm.data.media import ImagePlan
 from megavlm.evaluation.benchmarks.spec import Picture, picture_bytes
 from megavlm.evaluation.panel import PanelItem, draw_pictures
 
@@ -57,6 +62,10 @@ class Page:
     """What went wrong, a line each."""
     cards: Sequence[Card] = ()
     """Questions to show."""
+    plan: ImagePlan | None = None
+    """What becomes of pictures, to show them as the model sees them."""
+    alpha: Alpha = "white"
+    """What becomes of their transparency."""
 
 
 def write_report(path: Path, page: Page) -> None:
@@ -67,19 +76,20 @@ def write_report(path: Path, page: Page) -> None:
         # Whatever a question or an answer holds, nothing on this page runs or is fetched.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">",
-        f"<title>{_text(page.title)}</title><style>{_STYLE}</style></head><body><h1>{_text(page.title)}</h1>",
-        '<div class="row">',
+        f"<title>{_text(page.title)}</title><style>{LOOK}{_STYLE}</style></head><body>{SWITCH}",
+        f'<h1>{_text(page.title)}</h1><div class="two"><div class="figures">',
         _figures(page),
         _published(page),
-        "</div>",
         _kinds(page),
     ]
     if page.problems:
         lines = "".join(f"<li>{_text(line)}</li>" for line in page.problems)
         parts.append(f"<h2>Problems</h2><ul>{lines}</ul>")
+    facts = _table([[name, _text(value)] for name, value in page.facts.items()], ("", ""))
+    parts.append(f"<details{'' if page.cards else ' open'}><summary>Run</summary>{facts}</details></div>")
     if page.cards:
-        parts.append(_questions(page.cards))
-    parts.append("<h2>Run</h2>" + _table([[name, _text(value)] for name, value in page.facts.items()], ("", "")))
+        parts.append(f"<div>{_questions(page)}</div>")
+    parts.append("</div>")
     path.write_text("\n".join(parts) + "</body></html>\n", encoding="utf-8")
 
 
@@ -142,8 +152,9 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     return f"<table>{f'<tr>{top}</tr>' if any(head) else ''}{body}</table>"
 
 
-def _questions(cards: Sequence[Card]) -> str:
-    """The cards under buttons that choose among them; the choice is made by the style sheet, no script runs."""
+def _questions(page: Page) -> str:
+    """The cards under buttons that choose among them and sort them; the style sheet does both, no script runs."""
+    cards = page.cards
     counts = {kind: sum(card.kind == kind for card in cards) for kind in _KINDS}
     inputs = '<input type="radio" name="show" id="show-all" checked>'
     labels = f'<label for="show-all">all ({len(cards)})</label>'
@@ -151,28 +162,37 @@ def _questions(cards: Sequence[Card]) -> str:
         if count:
             inputs += f'<input type="radio" name="show" id="show-{kind}">'
             labels += f'<label for="show-{kind}" class="{kind}">{_KINDS[kind]} ({count})</label>'
+    if len(cards) > 1 and len({card.score for card in cards}) > 1:
+        inputs += '<input type="checkbox" id="worst">'
+        labels += '<label for="worst" class="sort">worst first</label>'
     key = ""
     if any("<box>" in card.predicted or "<box>" in card.expected for card in cards):
         key = '<p class="muted">Boxes: predicted is solid, green if right and red if wrong; expected is dashed.</p>'
-    shown = "".join(map(_card, cards))
+    scores = sorted({card.score for card in cards if card.score is not None})
+    shown = "".join(
+        _card(card, page, len(scores) if card.score is None else scores.index(card.score)) for card in cards
+    )
     return f'<h2>Questions</h2>{inputs}<nav>{labels}</nav>{key}<div class="cards">{shown}</div>'
 
 
-def _card(card: Card) -> str:
+def _card(card: Card, page: Page, rank: int) -> str:
+    """A card; ``rank`` is its place among the scores, from the worst."""
     score = "" if card.score is None else f" &middot; {card.score:.2f}"
     note = f'<p class="muted">{_text(card.note)}</p>' if card.note else ""
     return (
-        f'<div class="card {card.kind}">{_picture(card)}<p class="muted">{_text(card.title)}{score}</p>'
+        f'<div class="card {card.kind}" style="--rank:{rank}">{_pictures(card, page)}'
+        f'<p class="muted">{_text(card.title)}{score}</p>'
         f"<pre>{_text(card.question)}</pre><dl><dt>expected</dt><dd>{_text(card.expected) or '(secret)'}</dd>"
         f"<dt>predicted</dt><dd><b>{_text(card.predicted) or '(nothing)'}</b></dd></dl>{note}</div>"
     )
 
 
-def _picture(card: Card) -> str:
-    images = []
+def _pictures(card: Card, page: Page) -> str:
+    """The card's pictures with boxes, and as the model sees them."""
+    images: list[Image.Image] = []
     for source in card.pictures:
         try:
-            images.append(decode_with_pil(picture_bytes(source)))
+            images.append(decode_with_pil(picture_bytes(source), page.alpha))
         except (ImageError, OSError) as error:
             if is_machine_fault(error):
                 raise
@@ -180,6 +200,15 @@ def _picture(card: Card) -> str:
     right = card.score is not None and card.score >= 1
     item = PanelItem(card.question, card.expected, card.predicted, images, correct=right)
     file = io.BytesIO()
-    draw_pictures(item, _SIDE).save(file, "JPEG", quality=85)
+    square = draw_pictures(item, _SIDE)
+    if len(images) == 1:  # without the bars beside it
+        across, down = (max(1, _SIDE * length // max(images[0].size)) for length in images[0].size)
+        left, top = (_SIDE - across) // 2, (_SIDE - down) // 2
+        square = square.crop((left, top, left + across, top + down))
+    square.save(file, "JPEG", quality=85)
     encoded = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    whole = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
+    if page.plan is None or not images:
+        return whole
+    shown = "".join(planes(image, page.plan, len(images)) for image in images)
+    return f"{whole}<details><summary>as the model sees it</summary>{shown}</details>"

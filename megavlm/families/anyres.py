@@ -8,10 +8,12 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
+from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.preprocessor import (
     GEOMETRY,
     PROCESSOR,
-    TILE_PROCESSORS,
     pinpoints_of,
     processor_files,
     resampling,
@@ -20,6 +22,8 @@ from megavlm.weights.source import CONFIG, Source
 
 Tree = dict[str, Any]
 
+TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
+"""Of LLaVA-1.6 and of LLaVA-OneVision."""
 _DEFAULT_SIDE = {"anyres": 224, "anyres_max": 384}
 _DEFAULT_PINPOINTS = {
     "anyres": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
@@ -82,6 +86,17 @@ def _branch_of(source: Source, path: Path, tree: Tree, image_size: int, kind: st
                 f"{image_size} pixels that the tower of {config} takes; correct one"
             )
     return {"kind": kind, "resample": resampling(tree, str(path)), "pinpoints": own}
+
+
+def trained_anyres(model: ModelConfig) -> Tree:
+    """Return the keys of ``preprocessor_config.json`` that say how pictures are cut, after a training."""
+    side, plan = model.vision.image_size, plan_of(model)
+    assert isinstance(plan, AnyresPlan)
+    pinpoints, square = [list(one) for one in plan.pinpoints], {"height": side, "width": side}
+    own: Tree = {"image_processor_type": TILE_PROCESSORS[model.image.kind], "image_grid_pinpoints": pinpoints}
+    if model.image.kind == "anyres_max":
+        return {**own, "do_pad": True, "size": square}
+    return {**own, "do_center_crop": True, "do_pad": True, "crop_size": square, "size": {"shortest_edge": side}}
 
 
 def aspect_of(source: Source) -> int:

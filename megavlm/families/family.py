@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from megavlm.config.architecture import architecture_of
 from megavlm.config.schema import ModelConfig
+from megavlm.data.films.plan import NO_FILMS
 from megavlm.data.media import plan_of
 from megavlm.weights.rules import Aside, Row, Table
 from megavlm.weights.source import CONFIG, Source
@@ -66,6 +67,8 @@ class Family(ABC):
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    film_plans: ClassVar[tuple[str, ...]] = ()
+    """Names of the film plans (``model.video.kind``) that its code has; none where its films are not known here."""
     read_as: ClassVar[str | None] = None
     """Name of the family that Transformers reads such a model as, where it has no class for this one."""
     modules: ClassVar[str | None] = None
@@ -119,7 +122,12 @@ class Family(ABC):
             if part in self.parts and there not in known:
                 preset = getattr(model, part).preset
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
-        return self._language_refused(model) or self.refuses(model) or self._newline_refused(model)
+        return (
+            self._language_refused(model)
+            or self.refuses(model)
+            or self._newline_refused(model)
+            or self._films_refused(model)
+        )
 
     def _language_refused(self, model: ModelConfig) -> str | None:
         """Return why the language model's norms or positions are not the family's, or None."""
@@ -140,6 +148,14 @@ class Family(ABC):
             return None
         return f"the image plan {model.image.kind} has a learned newline vector, for which the family has no name"
 
+    def _films_refused(self, model: ModelConfig) -> str | None:
+        """Return why films cannot become frames in the family's code as they do here, or None."""
+        kind = model.video.kind
+        if not {"vision", "language"} <= {*self.parts} or kind in (NO_FILMS, *self.film_plans):
+            return None
+        has = f"{self.title} has {' or '.join(self.film_plans)}" if self.film_plans else "the family has none"
+        return f"the film plan is {kind} (model.video.kind), and {has}"
+
     def constants(self, model: ModelConfig, style: str) -> Constants:
         """Return tensors without an effect that the family's code wants to load all the same.
 
@@ -150,6 +166,17 @@ class Family(ABC):
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what ``processor_config.json`` says after a training; empty for no such file."""
         return {}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Return the keys of ``preprocessor_config.json`` that say what becomes of pictures, after a training.
+
+        None where each becomes one square, which :mod:`megavlm.families.preprocessor` writes for all families.
+
+        Args:
+            model: the model.
+            old: the file as it was.
+        """
+        return None
 
     def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
         """Return what its processor asks the tokenizer for by name (``extra_special_tokens``), after a training.

@@ -16,7 +16,7 @@ from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Tree, config_file
 from megavlm.families.glm4 import GLM4
-from megavlm.families.native_pictures import native_pictures
+from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.families.preprocessor import native_sizes
 from megavlm.families.qwen2_vl import Qwen2VLFamily
 from megavlm.families.text_kinds import odd_heads
@@ -47,6 +47,7 @@ class Glm4vFamily(Qwen2VLFamily):
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }
     template: ClassVar[str | None] = "glm4v"
+    film_plans: ClassVar[tuple[str, ...]] = ("glm4v",)
     model_class = "Glm4vForConditionalGeneration"
     own_norms = True
     tower: ClassVar[Table] = GLM4V_VISION
@@ -70,7 +71,8 @@ class Glm4vFamily(Qwen2VLFamily):
             "preset": "downsample_merger", "merge_size": vision["spatial_merge_size"],
             "ffn_hidden_size": visual.get("intermediate_size", 13696),
         }  # fmt: skip
-        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+        video = self._films(source, visual, vision | pixels, where)
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image, "video": video}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -169,6 +171,12 @@ class Glm4vFamily(Qwen2VLFamily):
         known = {key: value for key, value in text.items() if key not in ("model_type", "head_dim")}
         language = GLM4.branch({**own, **known, "partial_rotary_factor": part}, where)
         return {**language, "rotary_sections": language.get("rotary_sections") or _SECTIONS}
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Sizes are counted once for each frame of a patch, and stand under one key."""
+        own = trained_native(model, old, _PROCESSORS)
+        least, most, frames = own.pop("min_pixels"), own.pop("max_pixels"), own["temporal_patch_size"]
+        return {**own, "size": {"longest_edge": most * frames, "shortest_edge": least * frames}}
 
     def _activation(self) -> str:
         return "silu"

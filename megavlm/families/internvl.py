@@ -20,6 +20,7 @@ from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.films import film_branch
 from megavlm.families.intern_vit import (
     MEAN,
     ORIGINAL_TOWER,
@@ -67,6 +68,7 @@ class InternVLFamily(Family):
     modules: ClassVar[str | None] = "modules"
     wraps_pictures: ClassVar[tuple[str, str] | None] = ("<img>", "</img>")
     preprocesses = True
+    film_plans: ClassVar[tuple[str, ...]] = ("internvl",)
     tower: ClassVar[Table] = TRANSFORMERS_TOWER
 
     def detect(self, source: Source) -> bool:
@@ -138,6 +140,19 @@ class InternVLFamily(Family):
         """Return what Transformers' processor needs to make slots of an image's token."""
         return {"image_seq_length": model.tokens_per_view, "processor_class": "InternVLProcessor"}
 
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures are cut to tiles."""
+        image, side, kind = model.image, model.vision.image_size, str(old.get("image_processor_type"))
+        if image.kind != "dynamic_tiles":
+            return None
+        return {
+            "crop_to_patches": True,
+            "image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor",
+            "max_patches": image.max_tiles or 12,
+            "min_patches": image.min_tiles or 1,
+            "size": {"height": side, "width": side},
+        }
+
     def named_tokens(self, image_token: str, known: Callable[[str], bool]) -> dict[str, str]:
         """Return the names that Transformers' processor has for the tokens around pictures."""
         # Another than an image's, which the processor would look for videos at.
@@ -179,6 +194,7 @@ class InternVLFamily(Family):
         # What training looks up by its name; a template of the directory's own would be the same turns.
         return {
             "vision": vision, "connector": connector, "language": language, "image": image, "template": TEMPLATE,
+            **({"video": film_branch(source, vision, self.film_plans[0])} if image else {}),
         }  # fmt: skip
 
 

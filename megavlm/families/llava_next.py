@@ -18,10 +18,11 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.data.plans_tiles import AnyresMaxPlan, AnyresPlan
-from megavlm.families.anyres import anyres_branch, aspect_of
+from megavlm.families.anyres import anyres_branch, aspect_of, trained_anyres
 from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_language
 from megavlm.families.family import Tower, Tree, config_file
+from megavlm.families.films import film_branch
 from megavlm.families.llama import LLAMA, MISTRAL, QWEN2, no_llama
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import llava_processor, normalisation
@@ -99,6 +100,10 @@ class LlavaNextFamily(LlavaFamily):
         """Return what Transformers' processor needs to make slots of an image's token."""
         return {**llava_processor(model.vision, image_token), "processor_class": "LlavaNextProcessor"}
 
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures are cut to tiles."""
+        return trained_anyres(model) if model.image.kind == self.plan else None
+
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector, language model and image plan must be the family's kinds."""
         if model.connector.preset != "mlp2x_gelu":
@@ -123,11 +128,12 @@ class LlavaNextFamily(LlavaFamily):
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
-    """``LlavaOnevisionForConditionalGeneration``: its pictures; frames of films are not trained on here."""
+    """``LlavaOnevisionForConditionalGeneration``: anyres with a limit, and films of 196 tokens a frame."""
 
     name = "llava_onevision"
     title = "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)"
     plan = "anyres_max"
+    film_plans: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     default_strategy = "full"
 
     def branches(self, source: Source) -> Tree:
@@ -135,6 +141,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         branches = super().branches(source)
         if branches["image"]:
             branches["image"]["max_tiles"] = aspect_of(source)
+            branches["video"] = film_branch(source, branches["vision"], self.film_plans[0])
         return branches
 
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:

@@ -68,7 +68,8 @@ class LlavaOnevision15Family(Qwen2VLFamily):
         connector = {
             "preset": "patch_merger", "merge_size": vision["spatial_merge_size"], "layernorm_epsilon": _EPSILON,
         }  # fmt: skip
-        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+        video = self._films(source, visual, vision | pixels, where)
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image, "video": video}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""

@@ -1,6 +1,6 @@
-"""How pictures of their own size become pixels: the files of Qwen2-VL's and GLM-4.1V's image processors, read.
+"""How pictures of their own size become pixels: the files of Qwen2-VL's and GLM-4.1V's image processors.
 
-:mod:`megavlm.families.preprocessor` reads those of squares and tiles, and writes both.
+Read, and written after a training. :mod:`megavlm.families.preprocessor` has those of squares.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.config.schema import ModelConfig
+from megavlm.data.media import plan_of
+from megavlm.data.plans_native import NativePlan
 from megavlm.families.common import expect
 from megavlm.families.preprocessor import GEOMETRY, native_sizes, normalisation, processor_files, resampling
 from megavlm.weights.source import Source
@@ -48,7 +51,7 @@ def native_pictures(
         UserError: pictures are treated in a way that is not done here, two files disagree, or the processor makes other
             patches than the tower takes.
     """
-    told = [(path, tree) for path, tree in processor_files(source) if any(key in tree for key in _MINE)]
+    told = [(path, tree) for path, tree in processor_files(source, areas=True) if any(key in tree for key in _MINE)]
     branches = []
     for path, tree in told:
         where = str(path)
@@ -66,4 +69,22 @@ def native_pictures(
         raise UserError(
             f"{told[-1][0]}: pictures become {branches[-1]}, but by {told[0][0]} {branches[0]}; correct one"
         )
-    return branches[0], normalisation(source, 0)
+    return branches[0], normalisation(source, None)
+
+
+def trained_native(model: ModelConfig, old: Mapping[str, Any], processors: Sequence[str] = PROCESSORS) -> Tree:
+    """Return the keys of ``preprocessor_config.json`` that say how large pictures are, after a training.
+
+    Args:
+        model: the model.
+        old: the file as it was.
+        processors: what the image processor may be called; the first where it was called otherwise.
+    """
+    plan, vision, kind = plan_of(model), model.vision, old.get("image_processor_type")
+    assert isinstance(plan, NativePlan)
+    return {
+        "image_processor_type": kind if kind in processors else processors[0], "max_pixels": plan.max_pixels,
+        "merge_size": vision.spatial_merge_size, "min_pixels": plan.min_pixels, "patch_size": vision.patch_size,
+        "size": {"longest_edge": plan.max_pixels, "shortest_edge": plan.min_pixels},
+        "temporal_patch_size": vision.temporal_patch_size,
+    }  # fmt: skip

@@ -1,7 +1,8 @@
 """What happens to pixels: Transformers' ``preprocessor_config.json`` (or ``processor_config.json``), in and out.
 
 It says which image plan a checkpoint was trained with (``model.image``: squash, pad, crop or tiles, and the filter),
-and mean and standard deviation of ``model.vision``.
+and mean and standard deviation of ``model.vision``. What is written here is the file of squares; that of tiles, or of
+pictures of any size, is a family's own (``Family.trained_pictures``).
 """
 
 from __future__ import annotations
@@ -14,9 +15,6 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig, VisionConfig
-from megavlm.data.media import plan_of
-from megavlm.data.plans_native import NativePlan
-from megavlm.data.plans_tiles import AnyresPlan
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD
 from megavlm.weights.source import CONFIG, Source
 
@@ -28,24 +26,22 @@ _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "crop_to_patches")
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
-TILE_PROCESSORS = {"anyres": "LlavaNextImageProcessor", "anyres_max": "LlavaOnevisionImageProcessor"}
-"""Of LLaVA-1.6 and of LLaVA-OneVision."""
 _TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
-def normalisation(source: Source, image_size: int) -> Tree:
+def normalisation(source: Source, image_size: int | None) -> Tree:
     """Return mean and standard deviation that a checkpoint's own file says; empty where there is no file.
 
     Args:
         source: the checkpoint.
-        image_size: of its tower, by config.json.
+        image_size: of its tower, by config.json; None where pictures keep sizes of their own.
 
     Raises:
         UserError: two files disagree, a value is none, or pixels are treated in a way that is not done here.
     """
     found: Tree = {}
-    for path, tree in processor_files(source):
+    for path, tree in processor_files(source, areas=image_size is None):
         one = _numbers(tree, str(path))
         for key, value in one.items():
             if found.get(key, value) != value:
@@ -54,7 +50,7 @@ def normalisation(source: Source, image_size: int) -> Tree:
                     "correct one"
                 )
         found |= one
-        size = _final_size(tree)
+        size = None if image_size is None else _final_size(tree)
         if size is not None and size != (image_size, image_size):
             raise UserError(
                 f"{path}: makes pictures of {size[0]} x {size[1]}, but config.json's tower is for {image_size} x "
@@ -187,8 +183,12 @@ def geometry(source: Source) -> str | None:
     return None
 
 
-def processor_files(source: Source) -> Iterator[tuple[Path, Tree]]:
+def processor_files(source: Source, *, areas: bool = False) -> Iterator[tuple[Path, Tree]]:
     """Yield the image processor's settings in either file.
+
+    Args:
+        source: the checkpoint.
+        areas: whether pictures keep sizes of their own, so that the edges of ``size`` are numbers of pixels.
 
     Raises:
         UserError: a value is not of its kind.
@@ -199,10 +199,10 @@ def processor_files(source: Source) -> Iterator[tuple[Path, Tree]]:
         tree = tree.get("image_processor", {}) if name == PROCESSOR else tree
         if not isinstance(tree, Mapping):
             raise UserError(f"{path}: image_processor is no object; restore the file")
-        yield path, _checked(tree, str(path))
+        yield path, _checked(tree, str(path), areas=areas)
 
 
-def _checked(tree: Mapping[str, Any], where: str) -> Tree:
+def _checked(tree: Mapping[str, Any], where: str, *, areas: bool) -> Tree:
     """Return an image processor's settings with both sizes as objects; what is null is left out.
 
     Raises:
@@ -212,32 +212,25 @@ def _checked(tree: Mapping[str, Any], where: str) -> Tree:
     for key in _SWITCHES:
         if not isinstance(found.get(key, False), bool):
             raise UserError(f"{where}: {key} is {str(tree[key])[:40]!r}; it must be true or false")
-    # Of pictures that keep sizes of their own, these are numbers of pixels.
-    areas = str(tree.get("image_processor_type", "")).startswith(("Qwen2VL", "Glm4v")) or "merge_size" in tree
     for key in ("size", "crop_size"):
         edges = isinstance(tree.get(key), Mapping) and set(tree[key]) <= {"shortest_edge", "longest_edge"}
         if areas and edges and key == "size":
             continue
         if tree.get(key) is not None:
-            native = str(tree.get("image_processor_type", "")).startswith("Qwen2")
-            found[key] = _sides(tree[key], key, where, native=native)
+            found[key] = _sides(tree[key], key, where)
         else:
             found.pop(key, None)
     return found
 
 
-def _sides(value: Any, key: str, where: str, *, native: bool) -> dict[str, int]:
-    """Return a size as an object; a number is the shorter side, or that of the square that is cut out.
-
-    Processors of pictures at their own size (``native``) call the fewest and most pixels of one so.
-    """
+def _sides(value: Any, key: str, where: str) -> dict[str, int]:
+    """Return a size as an object; a number is the shorter side, or that of the square that is cut out."""
     if isinstance(value, int):
         value = {"height": value, "width": value} if key == "crop_size" else {"shortest_edge": value}
     if isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     sides = {name: side for name, side in value.items() if side is not None} if isinstance(value, Mapping) else {}
     known = set(sides) in ({"height", "width"}, {"shortest_edge"})
-    known |= native and set(sides) == {"shortest_edge", "longest_edge"}
     if not known or not all(type(side) is int and side > 0 for side in sides.values()):
         raise UserError(
             f"{where}: {key} is {str(value)[:60]!r}; it must be an object of height and width, or of shortest_edge, in "
@@ -310,8 +303,17 @@ def llava_processor(vision: VisionConfig, image_token: str) -> Tree:
     }  # fmt: skip
 
 
-def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
-    """Return the file for pictures as they are trained here; other keys stay as they were."""
+def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> Tree:
+    """Return the file for pictures as they are trained here; other keys stay as they were.
+
+    Args:
+        model: the model.
+        old: the file as it was.
+        pictures: ``Family.trained_pictures``: keys of another processor than that of one square a picture.
+
+    Raises:
+        UserError: neither can do what is trained here.
+    """
     vision, image = model.vision, model.image
     square = {"height": vision.image_size, "width": vision.image_size}
     kinds = _KINDS[bool(getattr(vision, "class_token", False))]
@@ -330,7 +332,9 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
         "resample": _FILTERS[image.resample],
         "rescale_factor": 1 / 255,
     }
-    if image.kind == "squash":
+    if pictures is not None:
+        own = dict(pictures)
+    elif image.kind == "squash":
         own = {"crop_size": square, "do_center_crop": False, "size": square}
         own |= {"do_pad": False} if "do_pad" in old else {}
     elif image.kind == "crop":
@@ -340,14 +344,6 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
     elif image.kind == "pad" and image.fill in (None, "mean"):
         own = {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "crop_size": square}
         own |= {"do_center_crop": False, "size": square}
-    elif image.kind == "native":
-        own = _trained_native(model, old)
-    elif image.kind in ("anyres", "anyres_max"):
-        own = _trained_anyres(model)
-    elif image.kind == "dynamic_tiles":
-        kind = str(old.get("image_processor_type"))
-        own = {"image_processor_type": kind if kind.startswith("GotOcr2") else "GotOcr2ImageProcessor", "size": square}
-        own |= {"crop_to_patches": True, "min_patches": image.min_tiles or 1, "max_patches": image.max_tiles or 12}
     else:
         raise UserError(f"model.image: {image.kind} has no {PREPROCESSOR} in this family; choose squash, pad or crop")
     return tree | own
@@ -368,35 +364,3 @@ def native_sizes(tree: Mapping[str, Any], where: str) -> Tree:
             raise UserError(f"{where}: {key} is {str(value)[:40]!r}, which is no number of pixels; correct it")
         found[key] = value
     return found
-
-
-def _trained_native(model: ModelConfig, old: Mapping[str, Any]) -> Tree:
-    """Return the keys of ``preprocessor_config.json`` that say how large pictures are."""
-    plan, vision = plan_of(model), model.vision
-    assert isinstance(plan, NativePlan)
-    kind = str(old.get("image_processor_type", "Qwen2VLImageProcessor"))
-    if plan.enlarge:  # GLM-4.1V's, which counts a picture once for each frame of a patch
-        least, most = (pixels * plan.temporal for pixels in (plan.min_pixels, plan.max_pixels))
-        return {
-            "image_processor_type": kind if kind.startswith("Glm4v") else "Glm4vImageProcessor",
-            "merge_size": vision.spatial_merge_size, "patch_size": vision.patch_size,
-            "size": {"longest_edge": most, "shortest_edge": least}, "temporal_patch_size": vision.temporal_patch_size,
-        }  # fmt: skip
-    return {
-        "image_processor_type": kind, "max_pixels": plan.max_pixels, "merge_size": vision.spatial_merge_size,
-        "min_pixels": plan.min_pixels, "patch_size": vision.patch_size,
-        "size": {"longest_edge": plan.max_pixels, "shortest_edge": plan.min_pixels},
-        "temporal_patch_size": vision.temporal_patch_size,
-    }  # fmt: skip
-
-
-def _trained_anyres(model: ModelConfig) -> Tree:
-    """Return the keys of ``preprocessor_config.json`` that say how pictures are cut."""
-    side, plan = model.vision.image_size, plan_of(model)
-    assert isinstance(plan, AnyresPlan)
-    pinpoints = [list(one) for one in plan.pinpoints]
-    own: Tree = {"image_processor_type": TILE_PROCESSORS[model.image.kind], "image_grid_pinpoints": pinpoints}
-    if model.image.kind == "anyres_max":
-        return {**own, "do_pad": True, "size": {"height": side, "width": side}}
-    square = {"height": side, "width": side}
-    return {**own, "do_center_crop": True, "do_pad": True, "crop_size": square, "size": {"shortest_edge": side}}

@@ -57,19 +57,20 @@ def expand_presets(tree: dict[str, Any]) -> dict[str, Any]:
         if isinstance(values.get("preset"), str):
             values = {**_find(registry, values["preset"], f"model.{branch}.preset").values, **values}
         expanded[branch] = values
-    expanded |= _image(whole.get("image", {}), model)
+    for plan in ("image", "video"):
+        expanded |= _plan(plan, whole.get(plan, {}), model)
     if "template" in whole:
         expanded.setdefault("template", whole["template"])
     return {**tree, "model": expanded}
 
 
-def _image(whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return the image branch: the whole model's adjustments are for its own kind of plan."""
-    own = model.get("image", {})
+def _plan(name: str, whole: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the branch of an image or film plan: the whole model's adjustments are for its own kind of plan."""
+    own = model.get(name, {})
     if not whole or not isinstance(own, dict):
         return {}
     same = own.get("kind", whole.get("kind")) == whole.get("kind")
-    return {"image": {**whole, **own} if same else own}
+    return {name: {**whole, **own} if same else own}
 
 
 def _find(registry: Registry, name: str, key: str) -> Preset:
@@ -121,6 +122,7 @@ def _register_llava_tiles() -> None:
             connector={"preset": "mlp2x_gelu"},
             language={"preset": f"qwen2_5_{size}", "vocab_size": rows},
             image={"kind": "anyres_max", "max_tiles": 9},
+            video={"kind": "llava_onevision"},
             template="qwen2",
         )
 
@@ -150,6 +152,9 @@ def _register_qwen2_vl() -> None:
                 },
                 # As their preprocessor_config.json: 4 to 16384 tokens.
                 image={"kind": "native", "min_pixels": 3136, "max_pixels": 12845056},
+                # The same file says it of films: of each frame.
+                video={"kind": "qwen2_vl", "min_pixels": 3136, "max_pixels": 12845056}
+                | ({"tokens_per_second": 2.0} if version == "qwen2_5_vl" else {}),
                 template="qwen2_vl",
             )
 
@@ -174,6 +179,8 @@ def _register_qwen3_vl() -> None:
             },
             # As its preprocessor_config.json: 64 to 16384 tokens.
             image={"kind": "native", "min_pixels": 65536, "max_pixels": 16777216},
+            # As its video_preprocessor_config.json.
+            video={"kind": "qwen3_vl", "min_pixels": 4096, "total_pixels": 25165824},
             template="qwen3_vl",
         )
 
@@ -187,6 +194,7 @@ def _register_glm4v() -> None:
         language={"preset": "glm_4_9b", "max_position_embeddings": 65536, "rotary_sections": [8, 12, 12]},
         # As its preprocessor_config.json, which counts two frames: 8 to 6144 tokens.
         image={"kind": "native", "min_pixels": 6272, "max_pixels": 4816896, "enlarge_to_block": True},
+        video={"kind": "glm4v"},
         template="glm4v",
     )
 
@@ -211,6 +219,7 @@ def _register_llava_onevision1_5() -> None:
             },
             # As ds/merge_model.py writes the processor: that of Qwen2.5-VL, with at most 1600 x 1600 pixels.
             image={"kind": "native", "min_pixels": 3136, "max_pixels": 2560000},
+            video={"kind": "qwen2_vl", "min_pixels": 3136, "max_pixels": 2560000},
             template="qwen2_vl",
         )
 
@@ -264,5 +273,6 @@ def register() -> None:
                     "tie_word_embeddings": False,
                 },
                 image={"kind": "dynamic_tiles"},
+                video={"kind": "internvl"},
                 template="internvl2_5",
             )

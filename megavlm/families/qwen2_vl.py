@@ -19,8 +19,9 @@ from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.films import film_branch
 from megavlm.families.llama import no_llama
-from megavlm.families.native_pictures import native_pictures
+from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -39,7 +40,7 @@ class Qwen2VLFamily(Family):
 
     name = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
-    finds = "Detect the bounding box of {thing}."
+    finds: ClassVar[str | None] = "Detect the bounding box of {thing}."
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
@@ -55,10 +56,13 @@ class Qwen2VLFamily(Family):
     modules: ClassVar[str | None] = "modules"
     template: ClassVar[str | None] = "qwen2_vl"
     image_plan: ClassVar[str | None] = "native"
+    film_plans: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     own_rotary = True
     preprocesses = True
     model_class: ClassVar[str] = "Qwen2VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_VL_VISION
+    timed: ClassVar[bool] = False
+    """Whether positions tell the time of a film's frames."""
     fixed: ClassVar[Tree] = {
         **_PLAIN, "normalization": "LayerNorm", "activation": "quick_gelu", "gated_mlp": False, "window_size": None,
     }  # fmt: skip
@@ -91,7 +95,8 @@ class Qwen2VLFamily(Family):
             "preset": "patch_merger", "merge_size": vision["spatial_merge_size"],
             "normalization": self.fixed["normalization"], "layernorm_epsilon": _EPSILON,
         }  # fmt: skip
-        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+        video = self._films(source, visual, vision | pixels, where)
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image, "video": video}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
@@ -141,9 +146,17 @@ class Qwen2VLFamily(Family):
             return "the language model's positions are not in sections (rotary_sections), as Qwen2-VL's are"
         if not language.add_qkv_bias:
             return "the language model has no bias on queries, keys and values, which Qwen2-VL's has"
+        timed = model.video.tokens_per_second is not None
+        if model.video.kind in self.film_plans and timed != self.timed:
+            there, here = ("tell", "do not") if timed else ("do not tell", "do")
+            return f"positions {there} the time of frames (model.video.tokens_per_second), those of {self.title} {here}"
         if language.kv_channels * language.num_attention_heads != language.hidden_size:
             return "the heads of the language model are not as wide as it is, for which its configuration has no key"
         return self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
+
+    def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
+        """Pictures keep sizes of their own."""
+        return trained_native(model, old)
 
     def _refuses_common(self, model: ModelConfig) -> str | None:
         """Return what is against a model in all families of this form, or None."""
@@ -200,6 +213,10 @@ class Qwen2VLFamily(Family):
             **own,
         }
 
+    def _films(self, source: Source, visual: Mapping[str, Any], vision: Tree, where: str) -> Tree:
+        """Return ``model.video``."""
+        return film_branch(source, vision, self.film_plans[0])
+
     def _activation(self) -> str:
         """Return what Transformers calls the tower's activation."""
         return "quick_gelu"
@@ -236,7 +253,19 @@ class Qwen25VLFamily(Qwen2VLFamily):
     box_pixels = True
     model_class = "Qwen2_5_VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_5_VL_VISION
+    timed: ClassVar[bool] = True
     fixed: ClassVar[Tree] = {**_PLAIN, "normalization": "RMSNorm", "activation": "silu", "gated_mlp": True}
+
+    def _films(self, source: Source, visual: Mapping[str, Any], vision: Tree, where: str) -> Tree:
+        rate = number(visual, "tokens_per_second", where, 4)
+        return film_branch(source, vision, self.film_plans[0], tokens_per_second=float(rate))
+
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Return a configuration that old and new versions of Transformers read."""
+        config, rate = super().config(model, tokens), model.video.tokens_per_second
+        if rate is not None:
+            config["vision_config"]["tokens_per_second"] = int(rate) if rate == int(rate) else rate
+        return config
 
     def _activation(self) -> str:
         return "silu"

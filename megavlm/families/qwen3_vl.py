@@ -39,6 +39,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }
     template: ClassVar[str | None] = "qwen3_vl"
+    film_plans: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     model_class = "Qwen3VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN3_VL_VISION
     fixed: ClassVar[Tree] = {
@@ -59,7 +60,8 @@ class Qwen3VLFamily(Qwen2VLFamily):
         vision = self._tower({"patch_size": 16, **visual}, language["hidden_size"], where)
         image, pixels = native_pictures(source, vision)
         connector = {"preset": "patch_merger", "merge_size": vision["spatial_merge_size"]}
-        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image}
+        video = self._films(source, visual, vision | pixels, where)
+        return {"vision": vision | pixels, "connector": connector, "language": language, "image": image, "video": video}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""

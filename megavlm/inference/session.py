@@ -27,14 +27,14 @@ from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
 from megavlm.data.images import image_grids, image_runs
 from megavlm.data.media import Arrangement, plan_of
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.schema import Turn, shown_films
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.inference.answer_text import AnswerText
 from megavlm.inference.generate import Chosen, generating
 from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
 from megavlm.inference.sampling import NO_TOKEN, Sampling
-from megavlm.inference.turns import without_control_tokens
+from megavlm.inference.turns import Visual, without_control_tokens
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import agreed, any_rank_of, is_first_stage, is_lost_peer
 
@@ -49,21 +49,22 @@ class Asked:
     """A conversation that waits for an answer."""
 
     turns: tuple[Turn, ...]
-    """Up to the user's last turn; images are :data:`IMAGE_PLACEHOLDER`."""
-    images: tuple[bytes, ...] = ()
-    """The image files, in the order of their placeholders."""
+    """Up to the user's last turn; images are :data:`IMAGE_PLACEHOLDER`, films :data:`FILM_PLACEHOLDER`."""
+    images: tuple[Visual, ...] = ()
+    """The image files and films, in the order of their placeholders."""
     tokens: NDArray[np.int64] | None = field(default=None, compare=False)
     """[T] token ids, where they are known: :meth:`Session.encoded`."""
 
     def __post_init__(self) -> None:
-        """Check that images and placeholders match.
+        """Check that images, films and placeholders match.
 
         Raises:
             UserError: they do not.
         """
-        places = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in self.turns)
-        if places != len(self.images):
-            raise UserError(f"the prompt shows {places} image(s), {len(self.images)} are given")
+        places = shown_films(self.turns)
+        if places != [not isinstance(one, bytes) for one in self.images]:
+            what = "image(s) and film(s)" if any(places) else "image(s)"
+            raise UserError(f"the prompt shows {len(places)} {what}, {len(self.images)} are given")
 
 
 _Views = tuple[torch.Tensor | None, Arrangement | None]
@@ -165,7 +166,7 @@ class Session:
                     f"prompt and answer ({max_new_tokens} tokens) take {len(tokens) + max_new_tokens} positions, "
                     f"the context has {self.context}; shorten it, lower max_new_tokens, or raise the context"
                 )
-            dropped = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in asked.turns[: nexts[0]])
+            dropped = len(shown_films(asked.turns[: nexts[0]]))
             asked = Asked((*asked.turns[:first], *asked.turns[nexts[0] :]), asked.images[dropped:])
 
     def answers(
@@ -309,7 +310,7 @@ class Session:
                 given.refused[i] = theirs, str(error) if theirs else f"{type(error).__name__}: {error}"
         return given
 
-    def _decoded(self, shown: Sequence[Sequence[bytes]]) -> tuple[list[_Views], dict[int, Exception]]:
+    def _decoded(self, shown: Sequence[Sequence[Visual]]) -> tuple[list[_Views], dict[int, Exception]]:
         """Decode the images of each conversation, on the ranks of the first stage.
 
         Returns:
@@ -323,7 +324,8 @@ class Session:
                 try:
                     decoded, arrangement = self._decoder.decode_prompt(files, self.plan)
                     if decoded.failed:
-                        cause = f"image {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}"
+                        what = "image" if isinstance(files[decoded.failed[0]], bytes) else "film"
+                        cause = f"{what} {decoded.failed[0] + 1} cannot be decoded: {decoded.causes[0]}"
                         errors[place] = UserError(cause)
                     images[place] = decoded.pixels, arrangement
                 except UserError as error:
@@ -358,7 +360,7 @@ class Session:
 class _Given:
     """What rank 0 was asked, as all ranks get it."""
 
-    shown: list[tuple[tuple[bytes, ...], NDArray[np.int64]]]
+    shown: list[tuple[tuple[Visual, ...], NDArray[np.int64]]]
     """Image files and tokens of the conversations that can be read."""
     places: dict[int, int]
     """By the index of a conversation, where it stands in ``shown``."""

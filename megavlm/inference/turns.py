@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from megavlm.config.errors import MissingFileError, UserError
+from megavlm.data.films.container import FRAME_RATE, in_order, write_frames
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError
+from megavlm.data.films.source import FilePart
 from megavlm.data.images import ImageError, read_header
-from megavlm.data.schema import CONTROL_TOKENS, IMAGE_PLACEHOLDER, Turn, check_unicode
+from megavlm.data.schema import (
+    CONTROL_TOKENS,
+    FILM_PLACEHOLDER,
+    IMAGE_PLACEHOLDER,
+    Turn,
+    check_unicode,
+    shown_films,
+)
 
 MARK = "<img>"
 """In typed text: here stands the next picture."""
+FILM_MARK = "<video>"
+"""In typed text: here stands the next film."""
+Visual = bytes | Film
+"""A picture's file, or a film."""
 LARGEST_FILE = 64 << 20
 """Bytes of an image file that are still read."""
 
 
-def user_turn(text: str, images: int) -> Turn:
-    """Return a user's turn that shows ``images`` pictures.
+def user_turn(text: str, images: int, films: int = 0) -> Turn:
+    """Return a user's turn that shows ``images`` pictures and ``films`` films.
 
     Pictures stand where ``<img>`` is written; without it, in front of the text as "Picture 1: ...", Qwen-VL's form.
+    Films stand where ``<video>`` is written; without it, in front of the text, behind the pictures.
 
     Raises:
-        UserError: there are more or fewer ``<img>`` than pictures, no text, or it is not Unicode.
+        UserError: there are more or fewer ``<img>`` than pictures, or ``<video>`` than films, no text, or it is not
+            Unicode.
     """
     check_unicode(text, "the prompt")
     if not text.strip():
@@ -34,10 +51,30 @@ def user_turn(text: str, images: int) -> Turn:
     marks = text.count(MARK)
     if marks and marks != images:
         raise UserError(f"the prompt has {marks} <img>, and {images} picture(s) are given; they must be equally many")
+    here = text.count(FILM_MARK) if films else 0  # a text about HTML may have it
+    if here and here != films:
+        raise UserError(f"the prompt has {here} {FILM_MARK}, and {films} film(s) are given; they must be equally many")
+    text = text.replace(FILM_MARK, FILM_PLACEHOLDER) if here else FILM_PLACEHOLDER * films + text
     if marks:
         return Turn("user", text.replace(MARK, IMAGE_PLACEHOLDER))
     lines = [f"Picture {k + 1}: {IMAGE_PLACEHOLDER}\n" for k in range(images)]
     return Turn("user", "".join(lines) + text)
+
+
+def in_their_order(turns: Sequence[Turn], images: Sequence[bytes], films: Sequence[Film]) -> tuple[Visual, ...]:
+    """Return pictures and films as turns show them.
+
+    Raises:
+        UserError: The turns show more or fewer.
+    """
+    kinds = shown_films(turns)
+    if (kinds.count(False), kinds.count(True)) != (len(images), len(films)):
+        raise UserError(
+            f"the prompt shows {kinds.count(False)} picture(s) and {kinds.count(True)} film(s); {len(images)} and "
+            f"{len(films)} are given"
+        )
+    pictures, rest = iter(images), iter(films)
+    return tuple(next(rest) if film else next(pictures) for film in kinds)
 
 
 def system_turns(message: str | None) -> tuple[Turn, ...]:
@@ -75,6 +112,29 @@ def read_image(path: Path) -> bytes:
     except ImageError as error:
         raise UserError(f"{path}: no picture that can be read: {error}") from None
     return data
+
+
+def read_film(path: Path) -> Film:
+    """Return a film: a file, which is read as far as it is needed, or a folder of frames, in the order of their names.
+
+    Raises:
+        MissingFileError: There is none.
+        UserError: It is no film that can be read.
+    """
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file or directory")
+    try:
+        if path.is_dir():
+            names = in_order([one.name for one in path.iterdir() if one.is_file() and not one.name.startswith(".")])
+            made = io.BytesIO()
+            write_frames([path / name for name in names], FRAME_RATE, made)
+            film = Film(made.getvalue())
+        else:
+            film = Film(FilePart(str(path.resolve()), 0, path.stat().st_size))
+        film.index()
+    except FilmError as error:
+        raise UserError(f"{path}: no film that can be read: {error}") from None
+    return film
 
 
 def without_control_tokens(answer: str, names: Iterable[str] = ()) -> str:

@@ -58,7 +58,13 @@ def _try_in(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_seconds: float) -> Iterator[LockView]:
+def holding(
+    directory: str | os.PathLike[str],
+    command: str,
+    key: str,
+    timeout_seconds: float,
+    leaving: contextlib.ExitStack | None = None,
+) -> Iterator[LockView]:
     """Hold a directory for all ranks of this job inside the block; a collective at its start.
 
     Args:
@@ -66,6 +72,8 @@ def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_s
         command: which of megavlm's commands holds it.
         key: how users call the directory: ``output_dir``.
         timeout_seconds: how long a holder on another machine must have been silent to be taken for dead.
+        leaving: ends after the block, and the lock is held until then: the first rank may still write when the groups
+            of ranks are gone.
 
     Yields:
         The lock, on every rank.
@@ -100,10 +108,12 @@ def holding(directory: str | os.PathLike[str], command: str, key: str, timeout_s
             pass
         if state != _HELD:
             raise OtherRankError(f"{key}: rank 0 says why", WRONG_INPUT if state == _REFUSED else FAILED)
+    if lock is not None and leaving is not None:
+        leaving.callback(lock.release)
     box = [(lock.token, lock.beat_seconds)] if lock is not None else [("", 0.0)]
     dist.broadcast_object_list(box, 0)
     try:
         yield lock if lock is not None else LockView(path, *box[0], timeout_seconds)
     finally:
-        if lock is not None:
+        if lock is not None and leaving is None:
             lock.release()

@@ -1,16 +1,17 @@
 """Floating-point operations of a training step, counted from the model's shapes (for MFU).
 
 A multiply-add is two operations. Counted are the matrix products that the model needs: projections, MLPs,
-attention inside the segments, output layer, tower and connector: the tower's by its own patches, never by the tokens
-that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published figures differ in
-what they take for work: padding, the masked half of causal attention, activations that are computed twice.
+attention inside the segments (and windows), output layer, tower and connector: the tower's by its own patches, never by
+the tokens that an image becomes. Three ways of counting stand side by side (:class:`StepFlops`), since published
+figures differ in what they take for work: padding, the masked half of causal attention, activations that are computed
+twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, cost_of, decoder_cost
+from megavlm.architectures.cost import Pictures, attended_squares, cost_of, decoder_cost
 from megavlm.config.architecture import own_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
@@ -123,6 +124,9 @@ def count_step(
         squared_positions: ``squared_lengths``, and the squares of the lengths of padding.
         images: images.
     """
+    language = recipe.model.language
+    squared_lengths = round(attended_squares(language, tokens, squared_lengths))
+    squared_positions = round(attended_squares(language, positions, squared_positions))
     # Twice the causal half is the square.
     whole = step_flops(recipe, positions, 2 * squared_positions, images)
     return StepFlops(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import cost_of, decoder_cost
+from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
@@ -51,7 +51,8 @@ def chunk_flops(
     # Per layer: the whole model without attention, less the output layer.
     output = 2 * tokens * language.hidden_size * language.vocab_size
     layer = (language_flops(language, tokens, 0) - output) / language.num_layers
-    attention = decoder_cost(language).layer_work(language, tokens, squared_lengths).attention
+    squares = attended_squares(language, tokens, squared_lengths)
+    attention = decoder_cost(language).layer_work(language, tokens, squares).attention
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)

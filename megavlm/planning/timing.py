@@ -313,7 +313,7 @@ class Timer:
         Of the rank that has most of them; the hand-over is of features, and of their gradients where there are some.
         """
         own = share_of_step(self.layout, self.workload.views)
-        timer = Timer(self.recipe, alone(self.layout), self.gpu, replace(self.workload, views=own))
+        timer = Timer(self.recipe, alone(self.layout), self.gpu, self.workload.of_views(own))
         cost, modules = timer.vision(), self.recipe.modules
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))

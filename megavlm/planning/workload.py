@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megavlm.architectures.cost import Pictures
 from megavlm.config.checks import TEXT_TOKENS
@@ -44,6 +44,11 @@ class Workload:
     def seen(self) -> float | Pictures:
         """What the tower sees of a pack on average."""
         return self.views if self.pictures is None else self.pictures
+
+    def of_views(self, views: float) -> Workload:
+        """Return the workload with so many views instead."""
+        pictures = None if self.pictures is None else self.pictures.times(views / self.views if self.views else 0)
+        return replace(self, views=views, pictures=pictures)
 
     @property
     def squared_lengths(self) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
-from megavlm.architectures.cost import Pictures
+from megavlm.architectures.cost import Pictures, attended_squares
 from megavlm.config.schema import Recipe
 from megavlm.config.split import is_replicated, picture_owners
 from megavlm.planning.flops import language_flops, passes, picture_work
@@ -143,7 +143,8 @@ def _language_work(recipe: Recipe) -> tuple[list[float], list[float]]:
     Attention counts as if the pack were one segment: at most a few percent, and the same on every stage.
     """
     language, tokens = recipe.model.language, recipe.data.sequence_length
-    one, two = (language_flops(replace(language, num_layers=n), tokens, tokens * tokens) / 1e12 for n in (1, 2))
+    squares = round(attended_squares(language, tokens, tokens * tokens))
+    one, two = (language_flops(replace(language, num_layers=n), tokens, squares) / 1e12 for n in (1, 2))
     layer, head = two - one, 2 * one - two
     forward = [layers * layer for layers in stage_layers(recipe)]
     learning = passes(recipe)[2] - 1

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.chat import answer_start, last_question
-from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, plan_of
+from megavlm.data.films.plan import FilmShape
+from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, layouts_of, pixels_of, plan_of
 from megavlm.data.patches import pictures_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.positions import own_grids
@@ -42,8 +43,8 @@ class HeldOutQuestion:
     """[A] tokens of the answer."""
     pixels: Tensor | None
     """[V, 3, H, W] uint8 views of the prompt's images, or [P, F] patches; None on ranks that do not read."""
-    shapes: list[ImageShape]
-    """What the image plan asks of each of these images."""
+    shapes: list[ImageShape | FilmShape]
+    """What the image plan asks of each of these images and films."""
 
 
 def find_questions(
@@ -54,7 +55,8 @@ def find_questions(
     for item in packs:
         pack = item.pack
         starts = image_starts(pack, plan, tokenizer.imgpad_id)
-        views = np.cumsum([0, *([1] * len(starts) if plan.fixed else _views(pack.image_shapes, plan))])
+        rows = _views(pack.image_shapes, plan)
+        views = np.cumsum([0, *([1] * len(starts) if rows is None else rows)])
         bounds = pack.cu_seqlens.tolist()
         for start, end, source in zip(bounds, bounds[1:], pack.segment_sources.tolist(), strict=False):
             if source < 0:
@@ -107,18 +109,20 @@ def answer_panel(
     return torch.from_numpy(np.array(draw_panel(items)))
 
 
-def _views(shapes: Sequence[ImageShape], plan: ImagePlan) -> list[int]:
-    """Return how many rows of the pixels each image has."""
-    return [plan.pixels_of(plan.plan(*shape))[0] for shape in shapes]
+def _views(shapes: Sequence[ImageShape | FilmShape], plan: ImagePlan) -> list[int] | None:
+    """Return how many rows of the pixels each image and film has; None for one each."""
+    layouts = layouts_of(plan, shapes)
+    return None if layouts is None else [pixels_of(plan, layout)[0] for layout in layouts]
 
 
 def _prompt(question: HeldOutQuestion, plan: ImagePlan, model: ModelConfig) -> Prompt:
-    grids = own_grids(model, [plan.plan(*shape) for shape in question.shapes])
+    grids = own_grids(model, [plan.of(shape) for shape in question.shapes])
     return Prompt(question.prompt, question.pixels, _arrangement(question, plan), grids)
 
 
 def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | None:
-    return None if plan.fixed else arrange(plan, [plan.plan(*shape) for shape in question.shapes])
+    layouts = layouts_of(plan, question.shapes)
+    return None if layouts is None else arrange(plan, layouts)
 
 
 def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQuestion]:
@@ -128,7 +132,8 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
     dist.broadcast_object_list(box, source, group=group)
     if not is_first_stage():
         return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
-    counts = [len(shapes) if plan.fixed else sum(_views(shapes, plan)) for _, _, shapes in box[0]]
+    rows = [(len(shapes), _views(shapes, plan)) for _, _, shapes in box[0]]
+    counts = [number if views is None else sum(views) for number, views in rows]
     pixels = torch.zeros(sum(counts), *plan.row, dtype=torch.uint8)
     if questions:
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
@@ -147,7 +152,7 @@ def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer
     assert question.pixels is not None
     shown: Iterable[Tensor] = question.pixels
     if isinstance(plan, NativePlan):
-        grids = [plan.plan(*shape).patches or (0, 0, 0) for shape in question.shapes]
+        grids = [plan.of(shape).patches or (0, 0, 0) for shape in question.shapes]
         shown = pictures_of(question.pixels, grids, plan)
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
     return PanelItem(

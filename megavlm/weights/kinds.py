@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megavlm.config.prepared import META
+
 _HF_WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "visual.bin",
     "mm_projector.bin",
@@ -75,7 +77,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], str], ...] = (
         is_hugging_face,
         "weights in Hugging Face's format; convert them once: " + _IN + " --hf {path} --out CHECKPOINT",
     ),
-    (lambda path: (path / ".nv-meta").is_dir(), "a data set that megavlm prepare made"),
+    (lambda path: (path / META).is_dir(), "a data set that megavlm prepare made"),
     (lambda path: (path / "config.json").is_file(), "a Hugging Face directory without its weights; download them too"),
     (lambda path: path.is_file(), "a file; give a directory"),
 )  # fmt: skip

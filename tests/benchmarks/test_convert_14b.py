@@ -48,7 +48,7 @@ def test_a_small_disk_gets_the_largest_model_that_fits(benchmark_module: object)
 
 def test_a_changed_bit_is_found(benchmark_module: object, tmp_path: Path) -> None:
     script = benchmark_module
-    weights = script.Weights(script.TINY)
+    weights = script.Weights(script.shapes(script.TINY))
     weights.write(tmp_path, 10**9)
     assert weights.check(tmp_path) == 61
     (file,) = tmp_path.glob("*.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
         arrangement = Arrangement(features=4 * count, index=None, grid=grid)
     shown = torch.from_numpy(pixels) if is_first_stage() else None
     return make_batch(pack, shown, local_device(), arrangement)
+
+
+def alike(checkpoint: Path, other: Path, vocabulary: int) -> bool:
+    """Whether two checkpoints of one layout hold the same; where their files are the same, these are not read."""
+    names = [".metadata", *(path.name for path in sorted(other.glob("*.distcp")))]
+    if filecmp.cmpfiles(checkpoint, other, names, shallow=False)[0] == names:
+        return True
+    return tensors(checkpoint, vocabulary) == tensors(other, vocabulary)
 
 
 def tensors(checkpoint: Path, vocabulary: int) -> dict[str, str]:

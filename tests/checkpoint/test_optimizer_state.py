@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import ranks
-from run_cases import tensors
+from run_cases import alike, tensors
 from test_proof import MODEL
 
 VOCABULARY = 517
@@ -58,7 +58,7 @@ def go_on(run: str, first: dict[str, Any], second: dict[str, Any], world: int, r
     ]
     losses, resumed, _ = ranks.run("run_cases:jobs", todo, world=world)[-1]
     assert resumed == losses[-1:], run
-    assert tensors(again / END, VOCABULARY) == tensors(one / END, VOCABULARY)
+    assert alike(again / END, one / END, VOCABULARY)
     found = tensors(one / HALF, VOCABULARY)
     assert tensors(other / HALF, VOCABULARY) == found
     assert any(".exp_avg." in key for key in found) and any(".param." in key for key in found)
@@ -100,9 +100,7 @@ def test_the_other_optimizer_goes_on(world: int, precision: str, tmp_path: Path)
     losses, _, returned, went_on, _ = ranks.run("run_cases:jobs", todo, world=world)[-1]
     assert returned == losses[-1:] and went_on == pytest.approx(losses[-1:], rel=1e-6)
     start = tensors(one / HALF, VOCABULARY)
-    assert tensors(back / HALF, VOCABULARY) == start and tensors(back / END, VOCABULARY) == tensors(
-        one / END, VOCABULARY
-    )
+    assert tensors(back / HALF, VOCABULARY) == start and alike(back / END, one / END, VOCABULARY)
     there = tensors(over / HALF, VOCABULARY)
     assert there.keys() == tensors(plainly / HALF, VOCABULARY).keys()  # as if it had been the plain one from the start
     assert all(start[key] == value for key, value in there.items())

@@ -217,7 +217,7 @@ def test_what_cannot_be_used_is_one_line(plain: Path, tmp_path: Path) -> None:
     found = located(tmp_path, plain / "sft.json")
     card = json.loads((found / cache.CARD).read_text())
     for broken, message in (
-        ({**card, "version": 99}, "is of version 99, this megavlm's is 1; remove the directory"),
+        ({**card, "version": 99}, "is of version 99, this megavlm's is 2; remove the directory"),
         ({**card, "key": "x"}, "its cache.json is of 'x'"),
         ({}, "has no whole cache.json"),
     ):

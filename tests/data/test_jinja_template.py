@@ -22,7 +22,7 @@ from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.chat import encode_conversation, encode_prompt, last_question
 from megavlm.data.jinja_sandbox import render
 from megavlm.data.jinja_template import CheckpointTemplate
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn
+from megavlm.data.schema import FILM_PLACEHOLDER, IMAGE_PLACEHOLDER, Conversation, Turn
 from megavlm.data.template import Template, TemplateError
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, template_of
 
@@ -368,7 +368,47 @@ def test_a_template_is_the_same_one_in_every_process_and_place(tmp_path: Path) -
     assert said[0][-1] != said[1][-1], "take other seeds, of which sets differ"
     assert said[0][:-1] == said[1][:-1] == [own.fingerprint, *sorted(own.former_fingerprints)]
     assert len(own.former_fingerprints) == 6 and own.fingerprint == moved.fingerprint
-    # What versions wrote before: the digest of every field as Python shows it.
-    assert Template.fingerprint.fget(own) in own.former_fingerprints  # type: ignore[attr-defined]
+    # What versions wrote before: the digest of every field as Python shows it; they had none of films.
+    assert Template._digest(own, {"film": None}) in own.former_fingerprints
     other = template_of("checkpoint", laid(tmp_path / "c", text.replace("assistant", "model")))
     assert other.fingerprint != own.fingerprint
+
+
+_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["parts", "words"])
+def test_a_film_stands_where_it_is_shown_with_its_plans_own_marks(kind: str, tmp_path: Path) -> None:
+    """What the text writes around a film gives way to the plan's markup; a picture's marks stay the text's."""
+    text = _PARTS if kind == "parts" else TEXTS["loop over string contents"][0]
+    tokenizer = loaded(laid(tmp_path, text))
+    turns = [Turn("user", f"A {FILM_PLACEHOLDER}Video 2: {FILM_PLACEHOLDER}\nwhat?"), Turn("assistant", "Two.")]
+    runs = [("<0.5 s>", 3, "<|vision_end|>"), (2,)]
+    found = encode_conversation(Conversation("", tuple(turns), (), ""), tokenizer, runs, "")
+    slot = tokenizer.spelled[tokenizer.template.slot.name]
+    between = "" if kind == "parts" else "\n"
+    whole = (
+        f"<|im_start|>user\nA <0.5 s>{slot}<|vision_end|>{slot}{between}what?<|im_end|>\n"
+        "<|im_start|>assistant\nTwo.<|im_end|>\n"
+    )
+    lengths = iter((3, 2))
+    ids = [one for i in tokenizer.encode(whole) for one in ([i] * next(lengths) if i == tokenizer.imgpad_id else [i])]
+    assert found.tokens.tolist() == ids
+    assert "Two" in tokenizer.decode(found.labels[found.labels != IGNORE_INDEX].tolist())
+    with pytest.raises(UserError, match=r"shows 2 image\(s\) and film\(s\), 1 are given"):
+        encode_conversation(Conversation("", tuple(turns), (), ""), tokenizer, runs[:1], "")
+
+
+def test_a_text_that_knows_no_films_refuses_them(tmp_path: Path) -> None:
+    parts = "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    tokenizer = loaded(
+        laid(tmp_path, _PARTS.replace(parts, "").replace("{% else %}{{ part", "{% elif part['text'] %}{{ part"))
+    )
+    turns = (Turn("user", f"{FILM_PLACEHOLDER}What?"), Turn("assistant", "Two."))
+    with pytest.raises(TemplateError, match=r"shows 0 film\(s\), the conversation 1"):
+        encode_conversation(Conversation("", turns, (), ""), tokenizer, [(2,)], "")

@@ -71,4 +71,4 @@ def test_views_lie_within_their_plane(plan: ImagePlan, size: tuple[int, int]) ->
     assert sum(len(plane.views) for plane in planes) == len(layout.views)
     for plane in planes:
         for left, top, width, height in plane.views:
-            assert -1e-9 <= left and left + width <= 1 + 1e-9 and -1e-9 <= top and top + height <= 1 + 1e-9
+            assert left >= -1e-9 and left + width <= 1 + 1e-9 and top >= -1e-9 and top + height <= 1 + 1e-9

@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.media import ImagePlan
+from megavlm.data.plans_native import NativePlan
+from megavlm.data.plans_single import PadPlan
+from megavlm.data.plans_tiles import DynamicTilesPlan
 from megavlm.evaluation.metrics.grounding import box_text
 from megavlm.evaluation.report import Card, Page, write_report
 
@@ -29,7 +33,7 @@ def card(score: float | None, predicted: str = "red", expected: str = "blue") ->
     return Card(f"id {score}", "What?", expected, predicted, score, [white()])
 
 
-def page_of(path: Path, *cards: Card) -> str:
+def page_of(path: Path, *cards: Card, plan: ImagePlan | None = None) -> str:
     page = Page(
         title="vqav2: 4 questions",
         facts={"run": "<b>x</b>"},
@@ -38,6 +42,7 @@ def page_of(path: Path, *cards: Card) -> str:
         published={"vqa_accuracy": {"Qwen-VL": 78.2}, "unknown": {"Nobody": 1.0}},
         problems=["7 counts as wrong: <img onerror=x>"],
         cards=cards,
+        plan=plan,
     )
     write_report(path, page)
     return path.read_text("utf-8")
@@ -78,20 +83,59 @@ def test_boxes_are_drawn(score: float, colour: tuple[int, int, int], tmp_path: P
     assert pixels[5, 5].min() > 240
 
 
+def test_pictures_stand_there_as_the_model_sees_them(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (200, 100), "white").save(file, "PNG")
+    one = Card("a", "What?", "blue", "red", 0.0, [file.getvalue()])
+    text = page_of(tmp_path / "a.html", one, plan=DynamicTilesPlan(64, 16, max_tiles=4))
+    assert "2 x 1 tiles of 64 x 64 + whole at 64 x 64: 48 tokens" in text
+    assert text.count('<rect class="cut"') == 2 and 'class="pad"' not in text
+    text = page_of(tmp_path / "a.html", one, plan=PadPlan(64, 16, fill=(120, 60, 30)))
+    assert "one view at 64 x 64, padded: 16 tokens" in text and text.count('class="pad"') == 1
+    plane = re.findall(r"data:image/jpeg;base64,([^\"]+)", text)[1]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(plane))).convert("RGB")).astype(int)
+    assert np.abs(pixels[3, 32] - (120, 60, 30)).max() < 12 and pixels[32, 32].min() > 240
+    text = page_of(tmp_path / "a.html", one, plan=NativePlan(56, 4))
+    assert "resized to 196 x 112, 7 x 4 blocks: 28 tokens" in text and text.count('class="block"') == 1
+    # A picture that the plan cannot have is told of, and the page is made all the same.
+    narrow = io.BytesIO()
+    Image.new("RGB", (900, 2), "white").save(narrow, "PNG")
+    text = page_of(tmp_path / "a.html", Card("a", "?", "b", "c", 0.0, [narrow.getvalue()]), plan=NativePlan(56, 4))
+    assert "The model cannot have it: too narrow" in text
+
+
 @pytest.mark.browser
 def test_the_filter_in_a_browser(tmp_path: Path) -> None:
     if CHROMIUM is None:
         pytest.skip("no chromium; apt-get install chromium (make test-browser tries to)")
     from playwright.sync_api import sync_playwright
 
-    page_of(tmp_path / "a.html", card(0.0), card(0.0), card(0.3), card(1.0))
+    page_of(tmp_path / "a.html", card(1.0), card(0.0), card(0.3), card(0.0), plan=DynamicTilesPlan(64, 16, max_tiles=4))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            page = browser.new_page()
+            page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.goto((tmp_path / "a.html").as_uri())
             for label, count in (("wrong (2)", 2), ("partly right (1)", 1), ("right (1)", 1), ("all (4)", 4)):
                 page.get_by_text(label, exact=True).click()
                 assert page.locator(".card:visible").count() == count, label
+            assert (
+                page.locator(".card.wrong").first.bounding_box()["y"] >= page.locator(".card.right").bounding_box()["y"]
+            )
+            page.get_by_text("worst first").click()
+            first = min(page.locator(".card").all(), key=lambda one: (one.bounding_box()["y"], one.bounding_box()["x"]))
+            assert "wrong" in first.get_attribute("class")
+            page.get_by_text("as the model sees it").first.click()
+            assert page.locator(".plane:visible").first.bounding_box()["width"] > 50
+            ground = "getComputedStyle(document.body).backgroundColor"
+            light = page.evaluate(ground)
+            page.get_by_text("light / dark").click()
+            assert page.evaluate(ground) != light
+            page.emulate_media(color_scheme="dark")  # the switch goes the other way now
+            assert page.evaluate(ground) == light
+            figures, cards = page.locator(".figures"), page.locator(".cards")
+            assert figures.bounding_box()["x"] + figures.bounding_box()["width"] <= cards.bounding_box()["x"]
+            page.set_viewport_size({"width": 360, "height": 740})
+            assert page.evaluate("document.documentElement.scrollWidth") == 360
         finally:
             browser.close()

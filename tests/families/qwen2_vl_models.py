@@ -109,7 +109,8 @@ QWEN2_VL: dict[str, tuple[str, Callable[[Path], Path]]] = {
 """What makes a checkpoint, by name, and its family."""
 
 CHAT_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
@@ -117,13 +118,18 @@ CHAT_TEMPLATE = (
     "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
     "{% set image_count.value = image_count.value + 1 %}"
     "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Of Qwen/Qwen2-VL-7B-Instruct's tokenizer_config.json, without videos."""
+"""Of Qwen/Qwen2-VL-7B-Instruct; held against what xorbitsai/inference has of it @ c70ea74f."""
 
 
-def publish(directory: Path, make: Callable[..., PreTrainedModel]) -> Path:
+def publish(
+    directory: Path, make: Callable[..., PreTrainedModel], save: Callable[[PreTrainedModel, Path], Path] = save
+) -> Path:
     """Write a checkpoint with a tokenizer and its template, as the hub has them."""
     directory.mkdir(parents=True)
     file = write_qwen2(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from family_cases import made
 from qwen2_vl_models import PREPROCESSOR
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGe
 _TOKENS = {"image_token_id": 119, "video_token_id": 120, "vision_start_token_id": 116, "vision_end_token_id": 117}
 
 
-def qwen3_vl(*, tied: bool = False, levels: tuple[int, ...] = (0, 1, 3)) -> PreTrainedModel:
+def qwen3_vl(
+    *, tied: bool = False, levels: tuple[int, ...] = (0, 1, 3), tokens: dict[str, int] = _TOKENS, **own: Any
+) -> PreTrainedModel:
     """A Qwen3-VL of 4 layers, of which the first ones take the outputs of the tower's layers ``levels``."""
     rope = {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -26,7 +29,7 @@ def qwen3_vl(*, tied: bool = False, levels: tuple[int, ...] = (0, 1, 3)) -> PreT
         "hidden_size": 48, "intermediate_size": 60, "out_hidden_size": 64, "num_position_embeddings": 36,
         "deepstack_visual_indexes": list(levels),
     }  # fmt: skip
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_TOKENS)
+    config = Qwen3VLConfig(text_config=text | own, vision_config=vision, tie_word_embeddings=tied, **tokens)
     return made(Qwen3VLForConditionalGeneration, config)
 
 

@@ -24,6 +24,7 @@ from llava_next_models import llava_next, llava_onevision
 from PIL import Image
 from qwen2_vl_models import qwen2_5_vl, qwen2_vl
 from qwen3_vl_models import qwen3_vl
+from ranks import megavlm
 from tokenizer_files import write_qwen2
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Qwen2Config
@@ -238,6 +239,45 @@ def test_with_adapters_merged(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     home = exported(tmp_path / "a", tmp_path / "home", trained=True)
     check(tmp_path / "a", home, monkeypatch)
     assert ours(tmp_path / "a", monkeypatch) != before
+
+
+def _records(directory: Path) -> Path:
+    """Write conversations about pictures of many sizes."""
+    directory.mkdir()
+    records = []
+    for i in range(12):
+        (directory / f"{i}.png").write_bytes(_photograph(40 + 9 * i, 90 - 4 * i, i))
+        turns = [("user", f"Picture 1: <img>{i}.png</img>\nHow many on the mat?"), ("assistant", f"a cat sat on {i}")]
+        records.append({"id": str(i), "conversations": [{"from": who, "value": said} for who, said in turns]})
+    (directory / "records.json").write_text(json.dumps(records))
+    return directory / "records.json"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", ["whole", "put-together", "lora"])
+@pytest.mark.parametrize("name", CASES)
+def test_trained_for_two_steps(name: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``checkpoint.export_hf`` writes beside the checkpoints of a run that has learnt something."""
+    load = made(name, tmp_path / "hf")
+    if start == "put-together":
+        other = made(name if name in SAVERS or name == "internvl" else "llava", tmp_path / "other")
+        words = ["--language", other, "--vision", load, "--connector", load]
+        if name == "internvl":  # as in test_put_together: its tower has no class of its own
+            words = ["--language", load, "--vision", made("llava", tmp_path / "tower")]
+        load = tmp_path / "m"
+        convert("hf-to-megatron", *words, "--out", load)
+    keys = [
+        f"checkpoint.load={load}", f"output_dir={tmp_path / 'run'}", f"data.train.0.path={_records(tmp_path / 'data')}",
+        f"data.cache={tmp_path / 'cache'}", "data.sequence_length=256", "data.num_workers=0", "optimizer.lr=5e-3",
+        "optimizer.warmup_steps=0", "training.train_steps=2", "training.global_batch_size=1", "training.precision=fp32",
+        "checkpoint.export_hf=last",
+    ]  # fmt: skip
+    megavlm(["train", "lora" if start == "lora" else "sft", *keys])
+    home = tmp_path / "run" / "hf" / "step-00000002"
+    check(tmp_path / "run", home, monkeypatch)
+    trained, came = family_cases.load(home), family_cases.load(tmp_path / "hf")
+    if start == "whole":
+        assert trained.keys() == came.keys() and any(not torch.equal(trained[one], came[one]) for one in came)
 
 
 @pytest.mark.family("llava")

@@ -54,7 +54,7 @@ def test_what_is_written_of_pictures_is_read_again(tmp_path: Path) -> None:
     internvl().save_pretrained(tmp_path / "hf")
     model = convert(tmp_path / "hf", tmp_path / "m").model
     model = dataclasses.replace(model, image=dataclasses.replace(model.image, max_tiles=6, resample="bilinear"))
-    written = trained_preprocessor(model, {})
+    written = trained_preprocessor(model, {}, FAMILIES["internvl"].trained_pictures(model, {}))
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(written))
     assert convert(tmp_path / "hf", tmp_path / "again").model.image == dataclasses.replace(model.image, min_tiles=1)
     assert FAMILIES["internvl"].processor(model, "x") == {"image_seq_length": 4, "processor_class": "InternVLProcessor"}

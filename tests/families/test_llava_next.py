@@ -60,7 +60,9 @@ def test_what_is_written_anew_is_read_again(name: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "hf" / "config.json").read_text()) | family.config(changed, {"image": IMAGE})
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     old = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(trained_preprocessor(changed, old)))
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(
+        json.dumps(trained_preprocessor(changed, old, family.trained_pictures(changed, old)))
+    )
     (tmp_path / "hf" / "processor_config.json").write_text(json.dumps(family.processor(changed, "<image>")))
     again = convert(tmp_path / "hf", tmp_path / "again").model
     assert again.image == fewer

@@ -162,7 +162,7 @@ def test_llava_has_its_own_geometry(case: str, directories: dict[str, Path], tmp
     plan = plan_of(recipe.model)
     picture = Image.effect_noise((61, 40), 80).convert("RGB")
     (ours,) = render_with_pil(picture, plan, plan.plan(61, 40))
-    written = trained_preprocessor(recipe.model, {})
+    written = trained_preprocessor(recipe.model, {}, None)
     for settings in (tree, written):
         kind = LlavaImageProcessorPil if settings.get("do_pad") else CLIPImageProcessorPil
         sizes = {} if "size" in settings else {"size": {"shortest_edge": 28}, "crop_size": 28}

@@ -47,18 +47,17 @@ def test_features_logits_gradients_and_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_four_tensor_parallel_ranks_and_four_stages(tmp_path: Path) -> None:
-    """Shared key/value heads and a tower cut in four; and three levels of which two travel."""
+def test_four_stages(tmp_path: Path) -> None:
+    """Three levels, of which two travel."""
     model = qwen3_vl()
     save(model, tmp_path / "hf")
     recipe = convert(tmp_path / "hf", tmp_path / "m")
     write_reference(model, recipe, tmp_path / "reference.safetensors")
     paths = str(tmp_path / "m"), str(tmp_path / "reference.safetensors")
     _, losses = compare(*paths, [])
-    tensor = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
-    for layout in (tensor, ["parallel.pipeline_model_parallel_size=4"]):
-        for _, there in ranks.run("internvl_cases:compare", *paths, layout, world=4, timeout=240):
-            assert there == pytest.approx(losses, rel=1e-4), layout
+    layout = ["parallel.pipeline_model_parallel_size=4"]
+    for _, there in ranks.run("internvl_cases:compare", *paths, layout, world=4, timeout=240):
+        assert there == pytest.approx(losses, rel=1e-4)
 
 
 def test_greedy_answers_are_theirs(tmp_path: Path) -> None:

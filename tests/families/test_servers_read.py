@@ -1,9 +1,11 @@
 """An export has the keys of ``config.json`` and the names of tensors that vLLM and SGLang read.
 
 What they read is written down here from their published loaders, as of vllm-project/vllm ``01dc2879`` and ``0004c540``
-(``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``) and
-sgl-project/sglang ``00262495`` and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``). None is imported:
-they do not install without a GPU. docs/conversion.md has the list for people.
+(``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``), ``002d7b93``
+(``qwen3_vl.py``) and ``002d181a`` (``glm4_1v.py``), and sgl-project/sglang ``00262495`` and ``00adcbe5``
+(``python/sglang/srt/models/{llava,internvl}.py``), ``013902a8`` (``qwen2_5_vl.py``), ``005fa833`` (``qwen3_vl.py``) and
+``02ada0bb`` (``glm4v.py``). None is imported: they do not install without a GPU. docs/conversion.md has the list for
+people.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import glm4v_models
 import pytest
 from family_cases import load
 from test_home_in_transformers import convert, exported
@@ -57,7 +60,14 @@ _QWEN = (
 EXPECTED = {
     "qwen2_vl": Expected("Qwen2VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
     "qwen2_5_vl": Expected("Qwen2_5_VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
-    "qwen3_vl": Expected("Qwen3VLForConditionalGeneration", _QWEN_KEYS, _QWEN),
+    "qwen3_vl": Expected(
+        "Qwen3VLForConditionalGeneration",
+        (
+            *_QWEN_KEYS, "vision_config.depth", "vision_config.num_heads", "vision_config.out_hidden_size",
+            "vision_config.deepstack_visual_indexes", "text_config.hidden_size", "text_config.vocab_size",
+        ),
+        _QWEN,
+    ),
     "llava": Expected("LlavaForConditionalGeneration", _LLAVA_KEYS, (*_LLAVA, _CLIP)),
     "llava_next": Expected(
         "LlavaNextForConditionalGeneration", (*_LLAVA_KEYS, "image_grid_pinpoints"), (*_LLAVA, _CLIP, "image_newline")
@@ -112,6 +122,30 @@ def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> No
         assert (home / file).is_file()
     if name not in ("internvl_chat", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         assert (home / "processor_config.json").is_file() and (home / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.family("glm4v")
+def test_glm4v(tmp_path: Path) -> None:
+    """Whose published directory and whose export have the same keys; the tokenizer is not asked."""
+    glm4v_models.save(glm4v_models.glm4v(), tmp_path / "hf")
+    convert("hf-to-megatron", "--hf", tmp_path / "hf", "--out", tmp_path / "m")
+    home = exported(tmp_path / "m", tmp_path / "home", trained=True)
+    config = json.loads((home / "config.json").read_text())
+    assert config["architectures"] == ["Glm4vForConditionalGeneration"] and config["model_type"] == "glm4v"
+    vision = "depth hidden_size num_heads intermediate_size out_hidden_size in_channels patch_size temporal_patch_size"
+    keys = (
+        "image_token_id", "video_token_id", "image_start_token_id", "video_start_token_id", "video_end_token_id",
+        "text_config.rms_norm_eps", *(f"vision_config.{key}" for key in vision.split()),
+        "vision_config.spatial_merge_size", "vision_config.rms_norm_eps", "vision_config.attention_bias",
+    )  # fmt: skip
+    assert [key for key in keys if not _has(config, key)] == []
+    # Either spelling of the positions' sections, by the version of Transformers that wrote it.
+    text = config["text_config"]
+    assert (text.get("rope_parameters") or text["rope_scaling"])["mrope_section"] == [1, 2, 1]
+    known = r"lm_head\.weight|model\.(language_model\.(embed_tokens|norm|layers)|visual)\.[.\w]+"
+    assert all(re.fullmatch(known, name) for name in load(home))
+    assert any("mlp.gate_up_proj" in name for name in load(home))  # fused, as both read it
 
 
 @pytest.mark.long

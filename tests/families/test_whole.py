@@ -53,6 +53,7 @@ LAYOUT = [
     "parallel.pipeline_model_parallel_size=2",
     "parallel.sequence_parallel=true",
 ]
+FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
 SLOW = ("codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5")
@@ -149,6 +150,13 @@ def test_the_source_is_computed_at_one_process_and_cut_over_four(name: str, fold
     proven(name, folder / name)
 
 
+@pytest.mark.parametrize("name", rows("source", long=True))
+def test_four_tensor_parallel_ranks(name: str, folder: Path) -> None:
+    """The weights of the tower cut in four where they can be; key/value heads that ranks share."""
+    converted(point(name, "source"), name, folder / name)
+    proven(name, folder / name, layout=FOUR)
+
+
 @pytest.mark.parametrize("name", rows("uneven", long=True))
 def test_the_same_where_two_ranks_divide_no_heads(name: str, folder: Path) -> None:
     source = point(name, "uneven")
@@ -184,8 +192,8 @@ def check_pictures(name: str, recipe: Recipe) -> None:
     assert {key: getattr(recipe.model.image, key) for key in wanted} == dict(wanted)
 
 
-def proven(name: str, directory: Path, share: float = 1.0) -> None:
-    """Check all that a layout has to give; ``share``: see :func:`planned`."""
+def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = LAYOUT) -> None:
+    """Check all that one process and a layout of four have to give; ``share``: see :func:`planned`."""
     from megavlm.weights.source import Source as File
 
     where = str(directory / "m"), str(directory / "reference.safetensors")
@@ -194,7 +202,7 @@ def proven(name: str, directory: Path, share: float = 1.0) -> None:
     assert len({tuple(answer) for answer in expected}) > 1
     held = not isinstance(ROWS[name].planner, Lack)
     (one,) = ranks.run("whole_cases:prove", *where, [], world=1, planned=held)
-    many: list[Proof] = ranks.run("whole_cases:prove", *where, LAYOUT, world=4, timeout=240, planned=held)
+    many: list[Proof] = ranks.run("whole_cases:prove", *where, layout, world=4, timeout=240, planned=held)
     parameters = {key.removeprefix("gradient.") for key in wanted.tensors if key.startswith("gradient.")}
     assert set(one.packed) == parameters - set(UNTRAINED.get(name, ()))
     assert set().union(*(rank.packed for rank in many)) == set(one.packed)
@@ -211,7 +219,8 @@ def proven(name: str, directory: Path, share: float = 1.0) -> None:
         assert rank.steps == pytest.approx(one.steps, rel=5e-4)  # Adam makes much of a gradient that is nearly 0
     assert one.steps[0] == pytest.approx(loss, rel=1e-5)
     if held:
-        planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in (0, 1))], share)
+        stages = sorted({rank.stage for rank in many})
+        planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in stages)], share)
 
 
 UNTRAINED = {"qwen_vl": ("connector.pos_embed",), "codefuse_vlm": ("connector.pos_embed",)}

@@ -35,7 +35,9 @@ from llava_next_models import (
 from llava_published import llava_answers, llava_original_answers
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
+from qwen2_vl_models import save as save_second
 from qwen3_vl_models import QWEN3_VL, qwen3_vl
+from qwen3_vl_models import save as save_third
 from rice_models import FILES as RICE_FILES
 from rice_models import RICE, LlavaOnevision15
 from text_cases import ROWS as TEXT_ROWS
@@ -162,14 +164,16 @@ def _qwen2_vl(
     own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
-        template=family if family in ("qwen3_vl", "glm4v") else "checkpoint",  # which ``answers`` has one of
+        template=family if family == "glm4v" else "checkpoint",  # which ``answers`` has one of
         image={"kind": "native", "min_pixels": 256, "max_pixels": 4096, "enlarge_to_block": family == "glm4v"},
         source=NativeSource(family, make, files=files, vocab=128),
         uneven=uneven,
         others=Lack(own),
-        answers=Lack(f"greedy answers equal in {where}; convert check is not tried on it")
-        if family in ("qwen3_vl", "glm4v")
-        else partial(publish, make=make),
+        answers=Lack(
+            f"greedy answers equal in {where}; convert check is not tried on it: no tokenizer of its kind here"
+        )
+        if family == "glm4v"
+        else partial(publish, make=make, save=save_third if family == "qwen3_vl" else save_second),
         lora=GLM_TARGETS if family == "glm4v" else LLAMA_TARGETS,
         presets=presets,
         built=_from_config(family),

@@ -19,6 +19,7 @@ from run_data import RunData
 
 from megavlm.cli import main
 from megavlm.commands.chat import Chat, _lines, _read_line
+from megavlm.data.plans_native import NativePlan
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
 from megavlm.inference.boxes import draw_boxes
 from megavlm.inference.checkpoint import add_model_arguments, model_of
@@ -210,6 +211,12 @@ def test_boxes_are_drawn_on_the_picture_shown_last(tmp_path: Path) -> None:
     assert drawn.size == (200, 100) and changed[:, 1].min() <= 21 and 98 <= changed[:, 1].max() <= 101
     assert changed[:, 0].max() in (89, 90) and (pixels[50, 60] == 255).all()
     assert draw_boxes(shown.getvalue(), "no box here") is None
+    # Qwen2.5-VL counts pixels of the picture as it is resized, here to 56 x 28.
+    said = '[{"bbox_2d": [14, 7, 42, 21], "label": "it"}]'
+    drawn = draw_boxes(shown.getvalue(), said, NativePlan(56, 4, min_pixels=28 * 28, max_pixels=56 * 28))
+    assert drawn is not None
+    changed = np.argwhere((np.asarray(drawn).astype(int) != 255).any(-1))
+    assert 49 <= changed[:, 1].min() <= 51 and changed[:, 0].max() in (74, 75, 76)
 
 
 def test_pictures_stand_where_they_are_marked() -> None:

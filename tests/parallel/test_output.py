@@ -112,3 +112,9 @@ def test_one_job_holds_it(tmp_path: Path) -> None:
             with pytest.raises(HeldError, match=f"^output_dir: {tmp_path}/a/run is held by megavlm train "):
                 holding(tmp_path / "a" / "run", "eval", "output_dir", 60).__enter__()
         assert not list((tmp_path / "a" / "run").iterdir())
+    with contextlib.ExitStack() as leaving:  # the first rank still writes when the groups are gone
+        with process_groups(ParallelConfig(), 1), holding(tmp_path / "a" / "run", "train", "output_dir", 60, leaving):
+            pass
+        leaving.callback(lambda: found.append((tmp_path / "a" / "run" / "lock.json").is_file()))
+        found: list[bool] = []
+    assert found == [True] and not list((tmp_path / "a" / "run").iterdir())

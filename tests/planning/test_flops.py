@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from samples import build, losses, pack, recipe, sample
+from saved_tensors import saved_tensors
 from tiny import IMAGE_TOKEN, tiny_recipe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megavlm.architectures.cost import Kernels, attended_squares
+from megavlm.architectures.decoders.decoder import cost
 from megavlm.config.schema import ParallelConfig
 from megavlm.models.build import build_model, unwrap
 from megavlm.parallel.state import process_groups
@@ -90,6 +93,49 @@ def test_language_model(language: dict[str, Any]) -> None:
     padded = -(-language.vocab_size // language.vocab_divisor) * language.vocab_divisor
     rows = 2 * tokens * language.hidden_size * (padded - language.vocab_size)
     assert language_flops(language, tokens, squares) + upper_half + rows == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_attention_in_windows(every: int | None) -> None:
+    """Pairs of a query and a key within a window, counted one by one, less half of each query's pair with itself."""
+    window, length, samples = 24, 64, 3
+    own = recipe(language={"num_layers": 4, "sliding_window": window, "sliding_window_pattern": every})
+    language, squares = own.model.language, samples * length**2
+    narrow, whole = (sum(min(i + 1, w) for i in range(length)) - w / 2 for w in (window, length))
+    layers = 1 if every else 0  # without a window
+    pairs = samples * (layers * whole + (4 - layers) * narrow)
+    found = count_step(
+        own, tokens=samples * length, squared_lengths=squares, positions=samples * length, squared_positions=squares,
+        images=0,
+    )  # fmt: skip
+    dense = 3 * language_flops(language, samples * length, 0)
+    assert found.useful - dense == 3 * 4 * language.num_attention_heads * language.kv_channels * pairs
+    assert found.conventional - dense == 2 * (found.useful - dense)
+    # Segments that fit in the window are as ever.
+    assert attended_squares(language, 3 * window, 3 * window**2) == 3 * window**2
+
+
+def test_masks_of_windows_are_kept() -> None:
+    kept = {}
+    for window in (None, 16):
+        with process_groups(ParallelConfig(), seed=1):
+            model = build(language={"sliding_window": window})
+            with saved_tensors(model.parameters()) as saved:
+                losses(model, pack([sample(0, 64)]))
+        language = recipe(language={"sliding_window": window}).model.language
+        plain = Kernels(fused=False, number_bytes=4)
+        layer = cost.layer_kept(language, Layout(), 64, plain, learns=True)
+        kept[window] = saved.bytes, language.num_layers * layer
+        assert layer - cost.attention_kept(language, Layout(), 64, plain, learns=True) > 0
+    (real, planned), (real_in_window, planned_in_window) = kept.values()
+    assert planned_in_window - planned == pytest.approx(real_in_window - real, rel=0.02)
+
+
+class Layout(NamedTuple):
+    """One process."""
+
+    tensor: int = 1
+    sequence_parallel: bool = False
 
 
 LORA = {"rank": 4, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}

@@ -12,11 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megavlm.architectures.connectors.patch_merger import cost as merger
-from megavlm.architectures.cost import Kernels, Pictures
+from megavlm.architectures.context import BuildContext
+from megavlm.architectures.cost import Kernels, Pictures, cost_of
 from megavlm.architectures.towers.packed_vit import cost
+from megavlm.config.architecture import architecture_of
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.families.presets import expand_presets
+from megavlm.models.levels import connect, make_connector
 from megavlm.parallel.state import process_groups
 from megavlm.planning.layout import layout_of
 from megavlm.planning.shares import share
@@ -51,6 +54,40 @@ def test_costs_are_what_torch_counts_and_keeps(name: str) -> None:
         assert merger.kept(model, 1, shown, plain, learns=True) == pytest.approx(saved.bytes, rel=0.02)
         sizes = sorted(one.elements for one in merger.parameters(model, 1))
         assert sizes == sorted(p.numel() for p in connector.parameters())
+
+
+CONNECTORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "glm4_1v_9b": ("downsample_merger", ("model.connector.ffn_hidden_size=56",)),
+    "qwen2_vl_7b": ("patch_merger", ()),
+    "qwen2_5_vl_7b": ("patch_merger", ()),
+    "qwen3_vl_8b": ("patch_merger", ("model.vision.deepstack_layers=[0,1]",)),
+    "internvl3_8b": ("pixel_shuffle", ()),
+}
+
+
+@pytest.mark.parametrize("preset", CONNECTORS)
+@pytest.mark.parametrize("learns", [True, False])
+def test_costs_of_connectors_are_what_torch_counts_and_keeps(preset: str, learns: bool) -> None:
+    """Operations and parameters exactly, with those of a deepstack's levels; kept bytes within 2 %."""
+    name, words = CONNECTORS[preset]
+    small = ("model.vision.hidden_size=96", "model.vision.num_layers=2", "model.language.hidden_size=48")
+    model = recipe_of(preset, *small, *words).model
+    assert architecture_of(model, "connector").name == name
+    connector = make_connector(model, BuildContext(ParallelConfig()))
+    connector.requires_grad_(learns)
+    views = 1 if model.vision.packed else 2
+    patches = 2 * 288 if model.vision.packed else model.vision.patches_per_image
+    width = model.vision.feature_size * (1 + model.vision.deepstack)
+    features, shown = torch.randn(patches, views, width).requires_grad_(), Pictures(2, patches * views, 0)
+    counted = cost_of(model, "connector")
+    with FlopCounterMode(display=False) as counter:
+        connect(connector, features)
+    assert counted.work(model, shown).total == counter.get_total_flops() > 0
+    with saved_tensors(connector.parameters()) as saved:
+        connect(connector, features)
+    plain = Kernels(fused=False, number_bytes=4)
+    assert counted.kept(model, 1, shown, plain, learns=learns) == pytest.approx(saved.bytes, rel=0.02)
+    assert [one.elements for one in counted.parameters(model, 1)] == [p.numel() for p in connector.parameters()]
 
 
 def recipe_of(preset: str, *words: str) -> Recipe:

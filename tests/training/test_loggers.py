@@ -12,6 +12,7 @@ import json
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,20 @@ def test_items_wait_for_a_server_and_those_that_nobody_takes_are_passed_over(tmp
     again = Backend()
     send(again, tmp_path, [*items, {"step": 4, "values": {}}], after=2)
     assert again.taken == [4] and again.closed == "None"
+
+
+def test_a_disk_that_is_full_costs_a_line_until_there_is_room(tmp_path: Path) -> None:
+    beside = tmp_path / "x.json.new"
+    beside.symlink_to("/dev/full")
+    room = threading.Timer(0.2, beside.unlink)
+    room.start()
+    backend = Backend()
+    said, sent = send(backend, tmp_path, [{"step": step, "values": {}} for step in (1, 2, 3)])
+    room.join()
+    assert backend.taken == [1, 2, 3] and sent == 3  # nothing is lost, and nothing is sent twice
+    assert "No space left on device" in said[1] and "Training goes on; figures are in metrics.jsonl" in said[1]
+    assert said[-1] == "X: it answers again; nothing was lost." and len(said) <= 5
+    assert json.loads((tmp_path / "x.json").read_text())["run"] == "id"
 
 
 def test_what_a_server_never_takes_is_counted_and_the_end_is_not_held_up(tmp_path: Path) -> None:

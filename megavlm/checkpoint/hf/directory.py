@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Tree = dict[str, Any]
 
 _SAID: set[str] = set()
+_PLANS = ("image", "video")
+"""Branches of ``model`` that say what becomes of pictures and films."""
 _REMEDY = "leave it out of the recipe, which takes the directory's then, or load another directory"
 
 
@@ -120,7 +122,7 @@ def _with_own(found: Tree, own: Mapping[str, Any], path: Path) -> Tree:
         RecipeError: a line for each key that contradicts.
     """
     full = expand_presets({"model": dict(own)})["model"]
-    model: Tree = {**found, **{key: value for key, value in own.items() if key not in (*BRANCHES, "preset", "image")}}
+    model: Tree = {**found, **{key: value for key, value in own.items() if key not in (*BRANCHES, "preset", *_PLANS)}}
     lines: list[str] = []
     for branch in BRANCHES:
         mine, said = full.get(branch, {}), own.get(branch, {})
@@ -131,13 +133,14 @@ def _with_own(found: Tree, own: Mapping[str, Any], path: Path) -> Tree:
         model[branch] = {**found[branch], **{key: value for key, value in said.items() if key != "preset"}}
     if lines:
         raise RecipeError.of(lines)
-    image = own.get("image", {})
-    if isinstance(image, Mapping):
-        same = image.get("kind", found["image"]["kind"]) == found["image"]["kind"]
-        model["image"] = {**found["image"], **image} if same else dict(image)
-    else:
-        model["image"] = image
-    for key in ("template", "image"):
+    for key in _PLANS:
+        plan = own.get(key, {})
+        if isinstance(plan, Mapping):
+            same = plan.get("kind", found[key]["kind"]) == found[key]["kind"]
+            model[key] = {**found[key], **plan} if same else dict(plan)
+        else:
+            model[key] = plan
+    for key in ("template", *_PLANS):
         if model[key] != found[key]:
             logger.info("model.%s: the recipe's own, %s; %s says %s", key, model[key], path, found[key])
     return model

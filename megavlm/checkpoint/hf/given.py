@@ -143,6 +143,8 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
         check_processor(given[0].source.directory, branches["image"], branches["vision"].get("image_size"))
+        if "video" in given[0].branches:
+            branches["video"] = given[0].branches["video"]
     elif len(given) == 1 and given[0].family.image_plan is not None:
         branches["image"] = {"kind": given[0].family.image_plan}
     elif len(given) > 1:

@@ -250,7 +250,7 @@ def _write_rest(
         "parts": found.parts,
         "feature_layer": one.source.feature_layer if whole else None,
         "tokens": next((t for g in given if "language" in g.parts for t in [g.family.tokens(g.source)]), {}),
-        "model": {name: found.branches[name] for name in (*found.parts, "image") if name in found.branches},
+        "model": {name: found.branches[name] for name in (*found.parts, "image", "video") if name in found.branches},
         "origin": report.parts,
         "initialised": report.fresh,
         "ignored": report.ignored,

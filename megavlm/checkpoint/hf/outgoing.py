@@ -34,6 +34,7 @@ from megavlm.config.saved import model_with_defaults
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.families.family import Family
+from megavlm.families.films import unsaid_films
 from megavlm.families.known import FAMILIES
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR
 from megavlm.families.towers import FeatureLayer
@@ -43,7 +44,7 @@ from megavlm.weights.source import CONFIG, Source
 logger = logging.getLogger(__name__)
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-IMAGE = "image"
+PLANS = ("image", "video")
 """The branch of ``model`` that is no part of it: it has no weights."""
 
 
@@ -169,7 +170,7 @@ def export(
 
 
 def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
-    """Return the branches of the model that a checkpoint holds, and what becomes of pictures (:data:`IMAGE`).
+    """Return the branches of the model that a checkpoint holds, and what becomes of pictures and films (:data:`PLANS`).
 
     Raises:
         UserError: it has neither a recipe nor a record.
@@ -184,7 +185,7 @@ def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tre
         raise UserError(
             f"{checkpoint}: has neither a recipe.yaml nor a record of a conversion; is it a checkpoint of ours?"
         )
-    branches = {name: model[name] for name in (*MODULES, IMAGE) if name in model} if isinstance(model, dict) else {}
+    branches = {name: model[name] for name in (*MODULES, *PLANS) if name in model} if isinstance(model, dict) else {}
     if not branches or not all(isinstance(branch, dict) for branch in branches.values()):
         raise UserError(f"{where}: has no model; restore the file")
     return branches
@@ -350,14 +351,14 @@ def _write_meaning(
     if was_trained(checkpoint) or (whole and family.preprocesses and not original):
         template = template_name(checkpoint)
         result.trained = write_trained(partial, family, model, template, _system_message(checkpoint))
-        result.unsaid = family.unsaid(model, template) + _alpha(checkpoint, family)
+        result.unsaid = family.unsaid(model, template) + _alpha(checkpoint, family) + unsaid_films(model)
         return
     if "language" in family.parts and original:
         result.untouched = True
     if "vision" in family.parts and family.preprocesses:
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
-            result.trained = write_pixels(partial, model)
+            result.trained = write_pixels(partial, family, model)
 
 
 def _alpha(checkpoint: Path, family: Family) -> list[str]:

@@ -22,7 +22,7 @@ from megavlm.architectures.adapters import adapter_of
 from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
-from megavlm.checkpoint.hf.outgoing import IMAGE, choose_family, model_branches
+from megavlm.checkpoint.hf.outgoing import PLANS, choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
@@ -75,7 +75,7 @@ def _layers(rules: list[Rule]) -> Iterator[_Layer]:
 
 def _family(model: ModelConfig, checkpoint: Path, family_name: str | None) -> Family:
     record = assets.read_record(checkpoint)
-    parts = tuple(part for part in model_branches(checkpoint, record) if part != IMAGE)
+    parts = tuple(part for part in model_branches(checkpoint, record) if part not in PLANS)
     return choose_family(
         family_name or record.get("family") or record.get("home"), model, parts, asked=family_name is not None
     )

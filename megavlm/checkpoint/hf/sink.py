@@ -15,7 +15,9 @@ from torch import Tensor
 from megavlm.checkpoint.checksum import checksum_of
 from megavlm.checkpoint.readback import PIECE_BYTES, ReadBack, Region
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int32: "I32",
+}  # fmt: skip
 SHARD_BYTES = 5_000_000_000
 """Size of a shard, as Transformers' ``max_shard_size="5GB"``."""
 

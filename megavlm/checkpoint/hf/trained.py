@@ -21,6 +21,7 @@ from megavlm.data.media import plan_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, template_of
 from megavlm.families.family import Family
+from megavlm.families.films import write_films
 from megavlm.families.preprocessor import PREPROCESSOR, PROCESSOR, trained_preprocessor
 from megavlm.weights.source import CONFIG
 
@@ -61,7 +62,7 @@ def write_trained(
     """
     lines = []
     if "vision" in family.parts and family.preprocesses:
-        lines += write_pixels(partial, model)
+        lines += write_pixels(partial, family, model) + write_films(partial, model)
     path = find_tokenizer(partial)
     if "language" not in family.parts or path is None:
         return lines
@@ -121,10 +122,10 @@ def _named(family: Family, model: ModelConfig) -> Tree:
     return {key: own[key] for key in ("architectures",) if key in own}
 
 
-def write_pixels(partial: Path, model: ModelConfig) -> list[str]:
+def write_pixels(partial: Path, family: Family, model: ModelConfig) -> list[str]:
     """Write how pictures are made pixels."""
     old = _read(partial / PREPROCESSOR) or dict(_read(partial / PROCESSOR).get("image_processor") or {})
-    _write(partial / PREPROCESSOR, trained_preprocessor(model, old))
+    _write(partial / PREPROCESSOR, trained_preprocessor(model, old, family.trained_pictures(model, old)))
     side, image = model.vision.image_size, model.image
     how = {
         "squash": f"squashed to {side} x {side}, {image.resample}, nothing is cut off",

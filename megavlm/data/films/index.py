@@ -95,10 +95,9 @@ class FilmIndex:
             if tree["version"] != _VERSION:
                 raise ValueError(f"it is of version {tree['version']!r}")
             times, keys = (np.cumsum(np.asarray(tree[name], np.int64)) for name in ("times", "keys"))
-            found = cls(
-                *(_whole(tree[name]) for name in ("width", "height", "frames")), float(tree["rate"]),
-                bool(tree["sampled"]), times, keys, Fraction(*map(_whole, tree["unit"])),
-            )  # fmt: skip
+            width, height, frames = (_whole(tree[name]) for name in ("width", "height", "frames"))
+            unit = Fraction(*map(_whole, tree["unit"]))
+            found = cls(width, height, frames, float(tree["rate"]), bool(tree["sampled"]), times, keys, unit)
         except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, zlib.error) as error:
             raise FilmError("broken index", str(error)) from None
         if len(times) not in (0, found.frames) or (np.diff(times) <= 0).any() or not np.isin(keys, times).all():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
-from megavlm.data.layouts import Box, Canvas, Colour, FeatureIndex, ImageLayout, ImageRuns, TokenGrid, View
+from megavlm.data.layouts import Box, Canvas, Colour, FeatureIndex, ImageLayout, ImageRuns, ImageShape, TokenGrid, View
 
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
@@ -57,6 +57,11 @@ class FilmShape(NamedTuple):
     def seconds(self) -> float:
         """How long it takes."""
         return self.frames / self.rate
+
+    @property
+    def picture(self) -> ImageShape:
+        """One of its frames, as a picture."""
+        return ImageShape(self.width, self.height, self.shown)
 
 
 _NO_FILM = FilmShape(0, 0, 0, 1.0)
@@ -172,7 +177,7 @@ class PackedFilmPlan(FilmPlan):
         canvas = Canvas(Box(0, 0, shape.width, shape.height), size, whole)
         shown = (*indices, *(indices[-1],) * (steps * self.temporal - len(indices)))
         return FilmLayout(
-            shape, (canvas,), (View(0, whole),) * len(shown), runs,
+            shape.picture, (canvas,), (View(0, whole),) * len(shown), runs,
             patches=(steps, height // self.patch, width // self.patch), film=shape, indices=shown,
         )  # fmt: skip
 
@@ -230,7 +235,7 @@ class FilmPlanKind:
 
 
 _KINDS: dict[str, FilmPlanKind] = {}
-_OWN = ("rules",)
+_OWN = ("rules", "frames")
 """Modules of this folder that register kinds."""
 NO_FILMS = "none"
 """The kind that reads none."""

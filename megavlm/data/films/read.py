@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megavlm.data.films.container import read_frames
 from megavlm.data.films.film import Film
+from megavlm.data.films.index import FilmIndex
 from megavlm.data.films.plan import FilmError, FilmLayout, FilmPlan, PackedFilmPlan
 from megavlm.data.films.streams import read_stream
 from megavlm.data.image_colours import Alpha
@@ -30,7 +31,10 @@ def frames_of(film: Film, indices: Sequence[int], alpha: Alpha = "white") -> Ite
         FilmError: One cannot be decoded.
         MachineError: PyAV is not installed.
     """
-    index = film.index()
+    yield from _frames(film, film.index(), indices, alpha)
+
+
+def _frames(film: Film, index: FilmIndex, indices: Sequence[int], alpha: Alpha) -> Iterator[Tensor]:
     wanted = index.picked(indices)
     if len(wanted) and int(wanted[-1]) >= index.frames:
         raise FilmError("broken index", "the film has not as many frames as it was laid out for")
@@ -59,15 +63,15 @@ def fill(out: Tensor, film: Film, plan: FilmPlan, layout: FilmLayout, alpha: Alp
         FilmError: A frame cannot be decoded.
         MachineError: PyAV is not installed.
     """
-    shape = layout.film
-    if film.index().shape(shape.shown) != shape:
+    index, shape = film.index(), layout.film
+    if index.shape(shape.shown) != shape:
         raise FilmError("broken index", "the film is not the one that it was laid out for")
     rows = out
     if isinstance(plan, PackedFilmPlan):
         assert layout.patches is not None
         steps, height, width = layout.patches
         rows = out.view(steps, height * width, 3, plan.temporal, plan.patch**2)
-    for number, frame in enumerate(frames_of(film, layout.indices, alpha)):
+    for number, frame in enumerate(_frames(film, index, layout.indices, alpha)):
         view = render_frame(frame, plan, layout, number)
         if isinstance(plan, PackedFilmPlan):
             patches = patch_rows(view, plan.merge, plan.patch)

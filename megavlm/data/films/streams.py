@@ -62,6 +62,8 @@ def read_stream_index(data: FilmData) -> FilmIndex:
         unit = stream.time_base or Fraction(1, 1000)
         shown, keys, packets = _packets(container, stream)
         cut = "mov" in container.format.name and packets < declared
+        # AVI has no times, and what is guessed of them is wrong where frames are stored out of order.
+        timed = container.format.name != "avi" and None not in shown
     if not shown:
         raise FilmError("truncated" if declared else "no frames", "the film has no packets of its stream")
     if cut:
@@ -73,11 +75,10 @@ def read_stream_index(data: FilmData) -> FilmIndex:
         width, height = first.width, first.height
         if round(first.rotation / 90) % 2:
             width, height = height, width
-    times = np.unique(np.asarray([one for one in shown if one is not None], np.int64))
-    if len(times) < len(shown):  # the film does not say when its frames are shown
+    if not timed:
         rate = float(average or _USUAL_RATE)
         return FilmIndex(width, height, len(shown), rate if _sound(rate) else _USUAL_RATE)
-    found = np.unique(np.asarray(keys, np.int64))
+    times, found = (np.unique(np.asarray(one, np.int64)) for one in (shown, keys))
     return FilmIndex(width, height, len(times), _rate(times, unit, average), False, times, found, Fraction(unit))
 
 
@@ -150,18 +151,17 @@ class _Walk:
     def _nearest(self, target: int) -> Any:
         """Return the frame before a time at which there is none: what is shown then."""
         ended = self._ahead is None
-        if self._last is None:
-            if self._seeks and not ended:  # the film was entered behind it
-                self._seeks = False
-                self._open()
-                return self.frame(int(np.searchsorted(self._index.times, target)))
-            if ended:
-                raise FilmError("decode error", "no frame can be decoded")
-            self._last = self._ahead
-        late = (target - self._last.pts) * float(self._index.unit) * self._index.rate
-        if ended and late > _LATE:
-            raise FilmError("truncated", f"its frames end {late:.0f} before the last of its packets")
-        return self._last
+        if self._last is not None:
+            late = (target - self._last.pts) * float(self._index.unit) * self._index.rate
+            if not ended or late <= _LATE:
+                return self._last
+        elif not ended and not self._seeks:
+            return self._ahead
+        if self._seeks:  # the film was entered behind it, as happens where a container has no index of its own
+            self._seeks = False
+            self._open()
+            return self.frame(int(np.searchsorted(self._index.times, target)))
+        raise FilmError("truncated", "its frames end before its packets do")
 
     def _next(self) -> Any:
         frame = next(self._frames, None)
@@ -260,10 +260,9 @@ def _packets(container: Any, stream: Any) -> tuple[list[int | None], list[int], 
             packets += 1
             if packet.is_discard:
                 continue
-            at = packet.pts if packet.pts is not None else packet.dts
-            shown.append(at)
-            if packet.is_keyframe and at is not None:
-                keys.append(at)
+            shown.append(packet.pts)
+            if packet.is_keyframe and packet.pts is not None:
+                keys.append(packet.pts)
             if packets > MOST_STORED_FRAMES:
                 break
     if packets > MOST_STORED_FRAMES:

@@ -45,6 +45,8 @@ class Counts:
     """Tokens of each usable sample."""
     images: Counter[int] = field(default_factory=Counter)
     """Samples by number of pictures."""
+    films: Counter[int] = field(default_factory=Counter)
+    """Samples by number of films."""
     tasks: Counter[str] = field(default_factory=Counter)
     """Samples by task."""
     supervised: int = 0
@@ -168,7 +170,9 @@ def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts
         task = _task(files)
         pack = _alone(checked.sample, encoder)
         counts.lengths.append(len(checked.sample))
-        counts.images[len(checked.sample.images)] += 1
+        films = sum(not isinstance(data, bytes) for data in checked.sample.images)
+        counts.images[len(checked.sample.images) - films] += 1
+        counts.films[films] += 1
         counts.tasks[task] += 1
         counts.supervised += pack.supervised_tokens
         if missed:  # the next usable one stands in for one that is not

@@ -7,25 +7,35 @@ security policy forbids scripts and loading anything, should that ever be forgot
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from megavlm.config.errors import UserError
 from megavlm.data.batch import Pack
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmLayout
+from megavlm.data.films.read import frames_of
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.inspect.charts import bars, length_histogram
 from megavlm.data.inspect.collect import Collected, Counts
+from megavlm.data.inspect.planes import LOOK, SWITCH, planes
 from megavlm.data.inspect.tokens import Segment, Shape, ShownTokens, segments
+from megavlm.data.media import ImageLayout, ImagePlan, layouts_of, pixels_of
 from megavlm.data.tokenizer import Tokenizer
 
 _THUMBNAIL = 280
 _SMALL = 160
 """Smaller pictures are enlarged to about this many pixels."""
 _COLOURS = ("#3b6fb6", "#c46a1f", "#3f8f57", "#9557a8", "#a8434b", "#5f7d85", "#8a7a24", "#7a5a44")
+_STRIP, _STRIP_SIDE = 12, 96
+"""Frames of a film that are shown, and their longer side in pixels."""
 _PADDING_COLOUR = "#d5d8de"
 _STYLE = Path(__file__).with_name("page.css")
 _MOST_NAMES = 8
@@ -63,7 +73,7 @@ def write_page(found: Collected, tokenizer: Tokenizer, limit: int) -> bytes:
             continue
         parts.append(f"<h2>{title}</h2>")
         shown_blocks, used = _fit(blocks, used, most)
-        parts += shown_blocks
+        parts += ['<div class="blocks">', *shown_blocks, "</div>"]
         if len(shown_blocks) < count:
             parts.append(
                 f'<p class="note">{len(shown_blocks)} of {count} are shown: a page may have {limit / 1e6:g} MB'
@@ -85,18 +95,26 @@ def _fit(blocks: Iterable[str], used: int, most: int) -> tuple[list[str], int]:
 
 def _picture_facts(found: Collected) -> str:
     """How many tokens pictures have: one number, or from the samples on the page."""
-    if found.plan.fixed:
-        return f"{found.plan.tokens_per_view} tokens a picture (and two around it)"
     shapes = [shape for pack in (*(one.pack for one in found.samples), *found.packs) for shape in pack.image_shapes]
+    if layouts_of(found.plan, shapes) is None:
+        return f"{found.plan.tokens_per_view} tokens a picture (and two around it)"
     if not shapes:
         if found.plan.packed:
             return "tokens by the size of each picture"
         return f"{found.plan.tokens_per_view} tokens a view of a picture"
-    layouts = [found.plan.plan(*shape) for shape in shapes]
+    layouts = [found.plan.of(shape) for shape in shapes]
+    kinds = (
+        ("picture", [one for one in layouts if not isinstance(one, FilmLayout)]),
+        ("film", [one for one in layouts if isinstance(one, FilmLayout)]),
+    )
+    return "; ".join(_sizes(found.plan, what, own) for what, own in kinds if own)
+
+
+def _sizes(plan: ImagePlan, what: str, layouts: Sequence[ImageLayout]) -> str:
     tokens = [one.tokens for one in layouts]
-    told = f"{min(tokens)} to {max(tokens)} tokens a picture ({sum(tokens) / len(tokens):.0f} on average), "
-    if found.plan.packed:
-        patches = [found.plan.pixels_of(one)[0] for one in layouts]
+    told = f"{min(tokens)} to {max(tokens)} tokens a {what} ({sum(tokens) / len(tokens):.0f} on average), "
+    if plan.packed:
+        patches = [pixels_of(plan, one)[0] for one in layouts]
         return f"{told}{min(patches)} to {max(patches)} patches"
     views = [len(one.views) for one in layouts]
     return f"{told}{min(views)} to {max(views)} views"
@@ -107,6 +125,7 @@ def _head(found: Collected) -> str:
     colours = _colours(found)
     tasks = sum((counts.tasks for counts in found.counts), Counter[str]())
     images = sum((counts.images for counts in found.counts), Counter[int]())
+    films = sum((counts.films for counts in found.counts), Counter[int]())
     skipped = sum((counts.skipped for counts in found.counts), Counter[str]())
     lengths = {counts.name: counts.lengths for counts in found.counts}
     fill = _fill(found.packs)
@@ -121,6 +140,11 @@ def _head(found: Collected) -> str:
     charts = [
         ("Samples by length (tokens)", length_histogram(lengths, colours, data.sequence_length)),
         ("Samples by number of pictures", bars([(str(n), images[n]) for n in sorted(images)], _COLOURS[0], "pictures")),
+        *(
+            [("Samples by number of films", bars([(str(n), films[n]) for n in sorted(films)], _COLOURS[3], "films"))]
+            if films.keys() - {0}
+            else []
+        ),
         ("Samples by task", bars(tasks.most_common(), _COLOURS[2], "tasks")),
     ]
     if skipped:
@@ -133,11 +157,12 @@ def _head(found: Collected) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width"><title>megavlm inspect</title>'
-        f"<style>{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>megavlm inspect</title>'
+        f"<style>{LOOK}{_STYLE.read_text(encoding='utf-8')}</style></head><body><main>{SWITCH}"
         f'<h1>megavlm inspect</h1><p class="facts">{_joined(facts)}</p>'
-        "<table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th><th>tokens: mean</th>"
-        f"<th>longest</th><th>pictures</th><th>supervised</th></tr></thead><tbody>{rows}</tbody></table>"
+        '<div class="wide"><table><thead><tr><th>data set</th><th>samples</th><th>counted</th><th>left out</th>'
+        "<th>tokens: mean</th><th>longest</th><th>pictures</th><th>supervised</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
         f'<div class="charts">{figures}</div>{left_out if named else ""}'
         '<p class="legend"><span class="t s">supervised</span> the loss counts this token '
         '<span class="t m">masked</span> it does not <span class="t i">256 slots</span> a picture\u2019s features</p>'
@@ -151,13 +176,15 @@ def _joined(facts: Sequence[str]) -> str:
 def _row(counts: Counts, colour: str) -> str:
     usable, tokens = len(counts.lengths), sum(counts.lengths)
     pictures = sum(number * samples for number, samples in counts.images.items())
+    films = sum(number * samples for number, samples in counts.films.items())
+    moving = f", {films / usable:.2f} films" if films else ""
     cells = [
         f"{counts.total:,}",
         f"{counts.scanned:,}",
         f"{counts.skipped.total():,}",
         f"{tokens / usable:,.1f}" if usable else "-",
         f"{max(counts.lengths, default=0):,}",
-        f"{pictures / usable:.2f} a sample" if usable else "-",
+        f"{pictures / usable:.2f} a sample{moving}" if usable else "-",
         f"{counts.supervised / tokens:.1%}" if tokens else "-",
     ]
     name = f'<i class="dot" style="background:{colour}"></i>{escape(counts.name)}'
@@ -174,13 +201,13 @@ def _fill(packs: Sequence[Pack]) -> float:
 
 
 def _sample(number: int, pack: Pack, task: str, found: Collected, tokenizer: Tokenizer) -> str:
-    (segment,) = segments(pack, tokenizer)
+    (segment,) = segments(pack, tokenizer, found.plan)
     title = f"sample {number + 1}"
     return f'<article id="sample-{number + 1}">{_body(segment, found, title, f"task {task}")}</article>'
 
 
 def _pack(number: int, pack: Pack, found: Collected, tokenizer: Tokenizer) -> str:
-    parts = segments(pack, tokenizer)
+    parts = segments(pack, tokenizer, found.plan)
     length = len(pack.tokens)
     filled = length - pack.padding_tokens
     blocks = []
@@ -214,18 +241,22 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
         f"{length:,} tokens, {segment.start:,} to {segment.end - 1:,}",
         f"{segment.supervised:,} supervised",
     ]
+    names = _names(segment.images)
+    first = next((index for index, data in enumerate(segment.images) if isinstance(data, bytes)), None)
     images = "".join(
-        _picture(data, found.data.image_alpha, index, segment.shapes if index == 0 else ())
+        _picture(data, found.data.image_alpha, names[index], segment.shapes if index == first else ())
+        if isinstance(data, bytes)
+        else _filmstrip(data, segment.layouts[index], found.data.image_alpha, names[index])
         for index, data in enumerate(segment.images)
     )
     if images:
-        images = f'<div class="pictures">{images}</div>'
+        images = f'<div class="pictures">{images}{_as_seen(segment, found)}</div>'
     note = ""
     if segment.key in found.masked:
         note = f'<p class="note">Nothing of it is trained on: {escape(found.masked[segment.key])}.</p>'
-    if segment.shapes and len(segment.images) > 1:
+    if segment.shapes and sum(isinstance(data, bytes) for data in segment.images) > 1:
         note += '<p class="note">Boxes are drawn on the first picture; the text does not say on which they are.</p>'
-    tokens = "".join(_token(piece) for piece in segment.pieces)
+    tokens = "".join(_token(piece, names) for piece in segment.pieces)
     return (
         f"<h4>{escape(title)}</h4>"
         f'<p class="facts"><i class="dot" style="background:{_colours(found)[segment.source]}"></i>'
@@ -234,33 +265,77 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
     )
 
 
-def _token(piece: ShownTokens) -> str:
+def _names(images: Sequence[bytes | Film]) -> list[str]:
+    """Return what pictures and films are called: each kind is counted by itself."""
+    found: list[str] = []
+    for data in images:
+        what = "picture" if isinstance(data, bytes) else "film"
+        found.append(f"{what} {1 + sum(name.startswith(what) for name in found)}")
+    return found
+
+
+def _as_seen(segment: Segment, found: Collected) -> str:
+    """Return a segment's pictures as the model sees them; those that cannot be decoded are told of beside it."""
+    shown = ""
+    for index, data in enumerate(segment.images):
+        with contextlib.suppress(ImageError):
+            if isinstance(data, bytes):
+                images = segment.layouts[index].shape.images if segment.layouts else 1
+                shown += planes(decode_with_pil(data, found.data.image_alpha), found.plan, images)
+    return f'<details open class="model"><summary>as the model sees it</summary>{shown}</details>' if shown else ""
+
+
+def _token(piece: ShownTokens, names: Sequence[str]) -> str:
     if piece.image is not None:
         wrong = " s" if piece.supervised else ""
-        return f'<span class="t i{wrong}">picture {piece.image + 1}: {escape(piece.text)}</span>'
+        return f'<span class="t i{wrong}">{names[piece.image]}: {escape(piece.text)}</span>'
     text = escape(piece.text).replace("\n", "\u21b5\n")
     ids = ", ".join(map(str, piece.ids))
     ids += f"; weight {piece.weight:g}" if piece.supervised and piece.weight != 1 else ""
     return f'<span class="t {"s" if piece.supervised else "m"}" title="{ids}">{text}</span>'
 
 
-def _picture(data: bytes, alpha: Alpha, index: int, drawn: Sequence[Shape]) -> str:
+def _picture(data: bytes, alpha: Alpha, name: str, drawn: Sequence[Shape]) -> str:
     try:
         image = decode_with_pil(data, alpha)
     except ImageError as error:
-        return f'<div class="picture broken">picture {index + 1}: {escape(str(error))}</div>'
+        return f'<div class="picture broken">{name}: {escape(str(error))}</div>'
     size = f"{image.width} x {image.height}"
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return f'<div class="picture">{_img(image, name, _THUMBNAIL, _SMALL, drawn)}<span>{name}, {size}</span></div>'
+
+
+def _filmstrip(film: Film, layout: ImageLayout, alpha: Alpha, name: str) -> str:
+    """Return the frames that the tower sees, at most so many, each with its time."""
+    assert isinstance(layout, FilmLayout)
+    shape = layout.film
+    shown = sorted(set(layout.indices))
+    some = [shown[index * len(shown) // min(len(shown), _STRIP)] for index in range(min(len(shown), _STRIP))]
+    facts = (
+        f"{name}, {shape.width} x {shape.height}, {shape.frames} frames, {shape.rate:.4g} a second; {len(shown)} shown"
+    )
+    facts += f", {len(some)} of these here" if len(some) < len(shown) else ""
+    parts = []
+    try:
+        for index, frame in zip(some, frames_of(film, some, alpha), strict=True):
+            image = Image.fromarray(frame.permute(1, 2, 0).numpy())
+            when = f"{index / shape.rate:.2f} s"
+            parts.append(
+                f"<div>{_img(image, f'{name} at {when}', _STRIP_SIDE, _STRIP_SIDE, ())}<span>{when}</span></div>"
+            )
+    except ImageError as error:
+        return f'<div class="picture broken">{name}: {escape(str(error))}</div>'
+    return f'<div class="picture"><div class="strip">{"".join(parts)}</div><span>{escape(facts)}</span></div>'
+
+
+def _img(image: Image.Image, name: str, most: int, small: int, drawn: Sequence[Shape]) -> str:
+    image.thumbnail((most, most))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    zoom = max(1, _SMALL // max(image.size))
+    zoom = max(1, small // max(image.size))
     width, height = image.width * zoom, image.height * zoom
     url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     marks = "".join(_marks(drawn))
-    return (
-        f'<div class="picture"><div class="frame"><img src="{url}" width="{width}" height="{height}" '
-        f'alt="picture {index + 1}">{marks}</div><span>picture {index + 1}, {size}</span></div>'
-    )
+    return f'<div class="frame"><img src="{url}" width="{width}" height="{height}" alt="{escape(name)}">{marks}</div>'
 
 
 def _marks(drawn: Sequence[Shape]) -> Iterator[str]:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megavlm.data.batch import IGNORE_INDEX, Pack
+from megavlm.data.films.film import Film
+from megavlm.data.media import ImageLayout, ImagePlan
+from megavlm.data.read_pack import image_starts
 from megavlm.data.tokenizer import Tokenizer
 
 _MOST_TOKENS_OF_A_CHARACTER = 4
@@ -26,7 +33,7 @@ class ShownTokens:
     supervised: bool
     """Whether the loss counts their prediction (from the token before)."""
     image: int | None = None
-    """Index in the segment of the picture whose slots these are."""
+    """Index in the segment of the picture or film whose slots these are."""
     weight: float = 1.0
     """What the loss of their prediction is multiplied by."""
 
@@ -51,41 +58,36 @@ class Segment:
     source: int
     """Index of its data set; -1 for padding."""
     key: str
-    images: tuple[bytes, ...]
+    images: tuple[bytes | Film, ...]
+    layouts: tuple[ImageLayout, ...]
+    """Of these images; none where all have the same."""
     pieces: tuple[ShownTokens, ...]
     supervised: int
     """Tokens that the loss counts."""
     shapes: tuple[Shape, ...]
 
 
-def segments(pack: Pack, tokenizer: Tokenizer) -> list[Segment]:
-    """Take a pack apart by its ``cu_seqlens``, with the pictures that belong to each segment."""
-    taken = 0
+def segments(pack: Pack, tokenizer: Tokenizer, plan: ImagePlan) -> list[Segment]:
+    """Take a pack apart by its ``cu_seqlens``, with the pictures and films that belong to each segment."""
+    layouts = pack.layouts(plan)
+    starts = image_starts(pack, plan, tokenizer.imgpad_id)
     found = []
     for index, (start, end) in enumerate(zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False)):
         start, end, source = int(start), int(end), int(pack.segment_sources[index])
         ids = [int(i) for i in pack.tokens[start:end]]
         # A label is what the position before has to predict.
         trained = [False, *(bool(label != IGNORE_INDEX) for label in pack.labels[start : end - 1])]
-        count = _images(ids, tokenizer) if source >= 0 else 0
+        first, last = np.searchsorted(starts, [start, end])
         key = pack.sample_keys[index] if source >= 0 else ""
         weights = [1.0] * len(ids)
         if pack.loss_weights is not None:
             weights[1:] = pack.loss_weights[start : end - 1].tolist()
-        pieces = tuple(_pieces(ids, trained, weights, tokenizer)) if source >= 0 else ()
+        pieces = tuple(_pieces(ids, trained, weights, tokenizer, starts[first:last] - start)) if source >= 0 else ()
         text = "".join(piece.text for piece in pieces if piece.image is None)
-        images = tuple(pack.images[taken : taken + count])
-        taken += count
-        found.append(Segment(start, end, source, key, images, pieces, sum(trained), tuple(shapes(text))))
+        images = tuple(pack.images[first:last])
+        own = () if layouts is None else tuple(layouts[first:last])
+        found.append(Segment(start, end, source, key, images, own, pieces, sum(trained), tuple(shapes(text))))
     return found
-
-
-def _images(ids: Sequence[int], tokenizer: Tokenizer) -> int:
-    """Count the images in a segment: the template's marks in front of them, or else stretches of slots."""
-    begin = tokenizer.ids.get(tokenizer.template.image[0])
-    if begin is not None:
-        return sum(1 for i in ids if i == begin)
-    return sum(1 for before, i in zip([None, *ids], ids, strict=False) if i == tokenizer.imgpad_id != before)
 
 
 def shapes(text: str) -> Iterator[Shape]:
@@ -100,17 +102,25 @@ def shapes(text: str) -> Iterator[Shape]:
 
 
 def _pieces(
-    ids: Sequence[int], trained: Sequence[bool], weights: Sequence[float], tokenizer: Tokenizer
+    ids: Sequence[int],
+    trained: Sequence[bool],
+    weights: Sequence[float],
+    tokenizer: Tokenizer,
+    starts: NDArray[np.int64],
 ) -> Iterator[ShownTokens]:
-    position, image = 0, 0
+    """Yield the pieces of a segment; ``starts`` are the first slots of its pictures and films."""
+    position = 0
     context: list[Sequence[int]] = []
     while position < len(ids):
         if ids[position] == tokenizer.imgpad_id:
             end = position
             while end < len(ids) and ids[end] == tokenizer.imgpad_id:
                 end += 1
-            yield ShownTokens(f"{end - position} slots", tuple(ids[position:end]), any(trained[position:end]), image)
-            position, image, context = end, image + 1, []
+            for begin, until in pairwise([position, *starts[(starts > position) & (starts < end)].tolist(), end]):
+                image = int(np.searchsorted(starts, begin, side="right")) - 1
+                slots = tuple(ids[begin:until])
+                yield ShownTokens(f"{until - begin} slots", slots, any(trained[begin:until]), image)
+            position, context = end, []
             continue
         before = [i for whole in context for i in whole]
         end = position + 1

@@ -28,7 +28,10 @@ QUESTIONS: Mapping[str, tuple[int, ...]] = {
     "mme": (2374,),
 }
 """Questions of the published file of each (with MMBench's rotations: the dev parts of 2024 and of July 2023). Figures
-of others are shown beside such a file's alone, not beside those of a part of it or of one's own file in its format."""
+of others are shown beside such a file's alone, not beside those of a part of it or of one's own file in its format.
+
+Held against what others count of these files: MMBench of 2024 and VQAv2 in evalscope's documentation of its benchmarks;
+GQA, TextVQA, MME and MMBench of 2023 in reports of runs on all of a part. VizWiz's number is unchecked."""
 
 
 def published(benchmark: str, questions: int) -> Mapping[str, Mapping[str, float]]:

@@ -117,7 +117,7 @@ def answer_run(
             return None
         scores = _score(plan, asked, rows)
         locks[0].check()
-        _write(plan, asked, rows, scores, args.panel_samples, time.perf_counter() - start)
+        _write(plan, recipe, asked, rows, scores, args.panel_samples, time.perf_counter() - start)
     return asked, rows
 
 
@@ -209,6 +209,7 @@ def _score(plan: BenchmarkRun, asked: Sequence[Question], rows: Mapping[str, Row
 
 def _write(
     plan: BenchmarkRun,
+    recipe: Recipe,
     asked: Sequence[Question],
     rows: Mapping[str, Row],
     scores: Scores | None,
@@ -247,6 +248,8 @@ def _write(
         published=published(plan.benchmark.name, len(asked)) if plan.as_published else {},
         problems=told_problems,
         cards=[_card(asked[i], rows[asked[i].item.id], each) for i in _chosen(asked, each, cards)],
+        plan=plan_of(recipe.model),
+        alpha=recipe.data.image_alpha,
     )
     write_report(plan.out / REPORT, page)
     figures = ", ".join(f"{name} {value:.2f}" for name, value in scores.values.items()) if scores else "not scored"

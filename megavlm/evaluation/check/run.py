@@ -21,6 +21,7 @@ from torch import Tensor
 from megavlm.checkpoint.hf.given import check_processor, open_whole
 from megavlm.checkpoint.hf.incoming import convert
 from megavlm.checkpoint.hf.outgoing import export
+from megavlm.checkpoint.hf.transformers_class import transformers_class
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
@@ -39,7 +40,6 @@ from megavlm.evaluation.check.theirs import (
     ends,
     open_theirs,
     process,
-    transformers_class,
 )
 from megavlm.evaluation.parity import Sample, features_of_sample, forward_sample
 from megavlm.inference.checkpoint import load_for_inference
@@ -111,7 +111,7 @@ def check(settings: CheckSettings) -> int:
     if other is None:
         branches = given[0].branches
         check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
-        transformers_class(settings.hf)
+        transformers_class(settings.hf, "check")
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
     torch.backends.cudnn.allow_tf32 = False  # the patches of a tower would have 10 bits of mantissa

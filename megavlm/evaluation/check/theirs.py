@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megavlm.config.errors import UserError
+from megavlm.checkpoint.hf.transformers_class import complete_processor, first_line
 from megavlm.config.json_object import read_json
 from megavlm.data.images import decode_with_pil
 from megavlm.parallel.device import local_device
@@ -55,30 +55,6 @@ class Theirs:
     """What cannot be compared, and why."""
 
 
-def transformers_class(directory: Path) -> Any:
-    """Return the configuration that Transformers reads.
-
-    Raises:
-        UserError: it is not installed, or has no class for such a checkpoint.
-    """
-    try:
-        import transformers  # noqa: PLC0415 - optional
-    except ImportError:
-        raise UserError("convert check needs Transformers: pip install 'megavlm[check]'") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        transformers.AutoModelForImageTextToText._model_mapping[type(config)]
-    except (KeyError, ValueError, OSError) as error:
-        raise UserError(
-            f"{directory}: Transformers {transformers.__version__} has no class of its own that loads it, and code of "
-            f"the checkpoint is not run ({_first_line(error)}); compare with logits that its own code stored: megavlm "
-            "convert verify"
-        ) from None
-    return config
-
-
 def open_theirs(directory: Path, dtype: torch.dtype) -> Theirs:
     """Load model and processor."""
     import transformers  # noqa: PLC0415
@@ -96,23 +72,10 @@ def open_theirs(directory: Path, dtype: torch.dtype) -> Theirs:
         processor = transformers.AutoProcessor.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True, backend="pil"
         )
-        _complete(processor, model.config)
+        complete_processor(processor, model.config)
     except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
-        missing.append(f"pixels and token ids: AutoProcessor cannot be made ({_first_line(error)})")
+        missing.append(f"pixels and token ids: AutoProcessor cannot be made ({first_line(error)})")
     return Theirs(model.eval().to(local_device()), processor, type(model).__name__, missing)
-
-
-def _complete(processor: Any, config: Any) -> None:
-    """Tell LLaVA's processor what it counts slots by, where the checkpoint is older than its processor_config.json."""
-    if getattr(processor, "patch_size", 0) is None:
-        clip = config.vision_config.model_type.startswith("clip")
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(clip)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
 
 def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:
@@ -124,7 +87,7 @@ def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:
         for question in questions:
             _process_one(theirs.processor, question, templated=templated)
     except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
-        theirs.missing.append(f"pixels and token ids: {type(theirs.processor).__name__}: {_first_line(error)}")
+        theirs.missing.append(f"pixels and token ids: {type(theirs.processor).__name__}: {first_line(error)}")
         for question in questions:
             question.pixels = question.ids = None
         return

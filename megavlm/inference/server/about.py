@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megavlm.checkpoint.assets import read_record
 from megavlm.data.schema import Turn
 from megavlm.data.seen import token_range
 from megavlm.data.template import TemplateError
-from megavlm.families.registry import FAMILIES
+from megavlm.inference.boxes import family_of
 from megavlm.inference.server.app import Service
 from megavlm.inference.server.examples import Example, examples
 
@@ -37,8 +36,7 @@ def about_checkpoint(checkpoint: Path, box_tokens: bool) -> About:
         checkpoint: its directory.
         box_tokens: whether its tokenizer has tokens for boxes, as those have that were taught to write them.
     """
-    record = read_record(checkpoint)
-    family = FAMILIES.get(str(record.get("home") or record.get("family")))
+    family = family_of(checkpoint)
     if family is None:
         return About(None, _OWN_QUESTION if box_tokens else None, False)
     return About(family.title, family.finds or (_OWN_QUESTION if box_tokens else None), family.box_pixels)
@@ -90,11 +88,8 @@ def offered(service: Service, about: About) -> tuple[Example, ...]:
     found = [one for one in examples() if len(one.pictures) <= service.limits.images]
     found = [one for one in found if sum(len(data) for _, data in one.pictures) * 1.4 < service.limits.bytes]
     found = [one for one in found if all(w * h <= service.limits.pixels for w, h in one.sizes)]
-    return tuple(
-        one if one.thing is None else one.asking(about.finds.format(thing=one.thing))
-        for one in found
-        if one.thing is None or about.finds is not None
-    )
+    asked = [one for one in found if one.thing is None or about.finds is not None]
+    return tuple(one.asking((about.finds or "").format(thing=one.thing)) if one.thing else one for one in asked)
 
 
 def _abilities(service: Service, about: About) -> list[dict[str, str]]:

@@ -10,7 +10,6 @@ import asyncio
 import json
 from http import HTTPStatus
 
-import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megavlm.inference.server.errors import ApiError, bad_request
@@ -22,7 +21,7 @@ def guarded(connections: int, seconds: float) -> type[H11Protocol]:
     It is the one on h11, which also bounds the size of a request's head.
 
     Args:
-        connections: most of them at once, open pages among them; more get 503.
+        connections: most of them at once, more get 503.
         seconds: after which one is closed that has not sent a request's head, or does not read what waits for it.
     """
 
@@ -44,10 +43,6 @@ def guarded(connections: int, seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
             super().connection_lost(exc)
-
-        def handle_websocket_upgrade(self, event: h11.Request) -> None:
-            self._forget()
-            super().handle_websocket_upgrade(event)
 
         def send_400_response(self, msg: str) -> None:
             self.transport.write(_whole(bad_request(msg)))

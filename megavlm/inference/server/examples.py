@@ -135,12 +135,12 @@ def _sign(draw: _Pen) -> None:
 def _chart(draw: _Pen) -> None:
     """Bars."""
     draw.box(0, 0, 480, 360, _PAPER)
-    draw.text(240, 34, "Visitors a day", 22, _INK)
+    draw.text(240, 62, "Visitors a day", 20, _INK)
     for row in range(5):
-        draw.line((56, 300 - row * 52), (450, 300 - row * 52), fill=(222, 220, 212), width=1)
-        draw.text(34, 300 - row * 52, str(row * 20), 13, (110, 112, 120))
+        draw.line((56, 282 - row * 46), (450, 282 - row * 46), fill=(222, 220, 212), width=1)
+        draw.text(34, 282 - row * 46, str(row * 20), 13, (110, 112, 120))
     for place, (day, value) in enumerate({"Mon": 34, "Tue": 52, "Wed": 41, "Thu": 76, "Fri": 58}.items()):
         left = 76 + place * 76
-        draw.box(left, 300 - value * 2.6, left + 46, 300, _BLUE if value < 76 else _RED, 3)
-        draw.text(left + 23, 288 - value * 2.6, str(value), 15, _INK)
-        draw.text(left + 23, 320, day, 16, _INK)
+        draw.box(left, 282 - value * 2.3, left + 46, 282, _BLUE if value < 76 else _RED, 3)
+        draw.text(left + 23, 271 - value * 2.3, str(value), 15, _INK)
+        draw.text(left + 23, 300, day, 16, _INK)

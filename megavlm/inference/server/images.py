@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from megavlm.config.errors import MachineError
 from megavlm.data.fetch import FetchError, fetch
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError
 from megavlm.data.images import ImageError, decode_with_pil, read_header
 from megavlm.inference.server.errors import ApiError, bad_request, shown
 from megavlm.inference.server.limits import Limits
 from megavlm.inference.server.request import ImagePart
+from megavlm.inference.turns import Visual
 
 _DATA = "data:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -27,22 +31,27 @@ _FETCHERS = ThreadPoolExecutor(8, thread_name_prefix="fetch")
 """Apart from those that decode, so that slow hosts hold up no one else."""
 
 
-async def load_images(parts: Sequence[ImagePart], limits: Limits, allow_remote: bool) -> tuple[bytes, ...]:
-    """Return the image files that a request's URLs stand for; decoded once, so that what is broken is refused here.
+async def load_images(parts: Sequence[ImagePart], limits: Limits, allow_remote: bool) -> tuple[Visual, ...]:
+    """Return the image files, and films, that a request's URLs stand for.
+
+    Pictures are decoded once, so that what is broken is refused here; of films the packets are read.
 
     Args:
-        parts: ``data:image/...;base64,...``, or http(s).
+        parts: ``data:image/...;base64,...``, or http(s); of films data URLs only.
         limits: of the server; the remote ones share its bytes and its seconds.
         allow_remote: whether http(s) is fetched.
 
     Raises:
         ApiError: one is no picture, too large, or not allowed.
     """
-    images: list[bytes] = []
+    images: list[Visual] = []
     fetched = 0
     deadline = time.monotonic() + limits.seconds
     for number, part in enumerate(parts, 1):
         url = part.url.strip()
+        if part.film:
+            images.append(await asyncio.to_thread(_film, url, number, part.param))
+            continue
         if url[: len(_DATA)].lower() == _DATA:
             data = await asyncio.to_thread(_from_data_url, url, number, part.param)
         elif not _SCHEME.match(url):
@@ -86,6 +95,26 @@ async def _fetched(part: ImagePart, number: int, most: int, deadline: float) -> 
     except (FetchError, TimeoutError) as error:
         reason = error if isinstance(error, FetchError) else f"{shown(part.url)}: took too long"
         raise bad_request(f"image {number} was not fetched: {reason}", part.param, "remote_image_failed") from None
+
+
+def _film(url: str, number: int, param: str) -> Film:
+    """Return the film of a data URL; no frame of it is decoded.
+
+    Raises:
+        ApiError: It is no data URL, or holds no film that can be read.
+    """
+    if url[: len(_DATA)].lower() != _DATA:
+        raise bad_request(
+            f"film {number}: this server takes films as data URLs only (data:video/mp4;base64,...)",
+            param,
+            "remote_video_refused",
+        )
+    film = Film(_from_data_url(url, number, param))
+    try:
+        film.index()
+    except (FilmError, MachineError) as error:
+        raise bad_request(f"film {number} cannot be used: {error}", param, "invalid_video") from None
+    return film
 
 
 def check_image(data: bytes, number: int, param: str, limits: Limits) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn, check_unicode
+from megavlm.data.schema import FILM_PLACEHOLDER, IMAGE_PLACEHOLDER, Turn, check_unicode
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.server.errors import ApiError, bad_request, shown
 from megavlm.inference.server.fields import check_fields, check_inner
@@ -41,10 +41,11 @@ _MOST = 4096
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A picture that is still to be loaded."""
+    """A picture, or film, that is still to be loaded."""
 
     url: str
     param: str
+    film: bool = False
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _message(message: Any, where: str) -> tuple[Turn, list[ImagePart]]:
 
 
 def _content(content: Any, where: str, role: str) -> tuple[str, list[ImagePart]]:
-    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures."""
+    """Return a message's text, with placeholders for pictures in Qwen-VL's form, and its pictures and films."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise bad_request(f"{where}: it must be text or a list of parts", where)
@@ -253,25 +254,27 @@ def _content(content: Any, where: str, role: str) -> tuple[str, list[ImagePart]]
             if not isinstance(part.get(kind), str):
                 raise bad_request(f"{param}.{kind}: it must be text", param)
             text += part[kind]
-        elif kind == "image_url":
-            images.append(_image(part, param))
+        elif kind in ("image_url", "video_url"):
+            images.append(_image(part, param, kind))
             done += _text(text, where, role)
-            done, text = f"{done}Picture {len(images)}: {IMAGE_PLACEHOLDER}\n", ""
+            number = sum(not one.film for one in images)
+            here = FILM_PLACEHOLDER if images[-1].film else f"Picture {number}: {IMAGE_PLACEHOLDER}\n"
+            done, text = done + here, ""
         else:
-            raise bad_request(f"{param}.type: use text or image_url, not {shown(kind)}", f"{param}.type")
+            raise bad_request(f"{param}.type: use text, image_url or video_url, not {shown(kind)}", f"{param}.type")
     return done + _text(text, where, role), images
 
 
-def _image(part: dict[str, Any], where: str) -> ImagePart:
-    """Return the picture of a part, whose URL may also stand there by itself."""
-    check_inner(part, _PART | {"image_url", "detail"}, where)
-    inner = part.get("image_url")
+def _image(part: dict[str, Any], where: str, kind: str) -> ImagePart:
+    """Return the picture or film of a part, whose URL may also stand there by itself."""
+    check_inner(part, _PART | {kind, "detail"}, where)
+    inner = part.get(kind)
     if isinstance(inner, dict):
-        check_inner(inner, _IMAGE, f"{where}.image_url")
+        check_inner(inner, _IMAGE, f"{where}.{kind}")
         inner = inner.get("url")
     if not isinstance(inner, str):
-        raise bad_request(f'{where}.image_url: it must be {{"url": "..."}}', f"{where}.image_url")
-    return ImagePart(inner, f"{where}.image_url")
+        raise bad_request(f'{where}.{kind}: it must be {{"url": "..."}}', f"{where}.{kind}")
+    return ImagePart(inner, f"{where}.{kind}", kind == "video_url")
 
 
 def _text(text: str, where: str, role: str) -> str:

@@ -72,7 +72,7 @@ def test_system_is_the_first_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [{"videos": ["a.mp4"]}, {"audio": "a.wav"}, {"tools": "[{}]"}, {"history": [["a", "b"]]}, {"chosen": "x"}]
+    "keys", [{"audios": ["a.wav"]}, {"audio": "a.wav"}, {"tools": "[{}]"}, {"history": [["a", "b"]]}, {"chosen": "x"}]
 )
 def test_what_would_be_missing_is_refused(keys: dict, tmp_path: Path) -> None:
     for record in (llava(image="a.jpg"), qwen()):

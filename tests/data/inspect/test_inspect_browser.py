@@ -55,8 +55,16 @@ def test_boxes_lie_where_they_belong_and_nothing_of_the_data_runs(tmp_path: Path
             assert start == pytest.approx(from_, abs=0.02)
             assert start + box[size] / picture[size] == pytest.approx(to, abs=0.02)
         assert frame.locator("b").inner_text() == "the cat"
+        assert page.locator("#sample-1 .plane").is_visible()  # as the model sees it
         # No line of the page is wider than the window.
         assert page.evaluate("document.documentElement.scrollWidth") <= 1184
         if "INSPECT_SCREENSHOT" in os.environ:
             page.screenshot(path=os.environ["INSPECT_SCREENSHOT"])
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.set_viewport_size({"width": 1600, "height": 900})
+        assert (
+            page.evaluate("getComputedStyle(document.querySelector('.blocks')).gridTemplateColumns.split(' ').length")
+            == 2
+        )
         browser.close()

@@ -101,7 +101,7 @@ def test_pieces_are_exactly_the_tokens_and_labels_of_the_pack(
     reader = open_reader(two_datasets, tokenizer)
     for _ in range(4):
         pack = next(reader)
-        parts = segments(pack, tokenizer)
+        parts = segments(pack, tokenizer, SquashPlan(16, TOKENS_PER_IMAGE))
         assert [part.end for part in parts] == pack.cu_seqlens[1:].tolist()
         assert [part.key for part in parts if part.source >= 0] == pack.sample_keys
         assert [image for part in parts for image in part.images] == pack.images
@@ -124,7 +124,7 @@ def test_pieces_are_exactly_the_tokens_and_labels_of_the_pack(
 
 def test_characters_of_several_tokens_are_one_piece(tmp_path: Path, images: Path, tokenizer: Tokenizer) -> None:
     shards = prepare(tmp_path, [chat(HAN, HAN)], name="han", images=images)
-    (part, *_) = segments(next(open_reader([shards], tokenizer)), tokenizer)
+    (part, *_) = segments(next(open_reader([shards], tokenizer)), tokenizer, SquashPlan(16, TOKENS_PER_IMAGE))
     written = [piece for piece in part.pieces if piece.text in HAN]
     assert [(piece.text, len(piece.ids)) for piece in written] == [(char, 3) for char in HAN * 2]
     assert [piece.supervised for piece in written] == [False] * len(HAN) + [True] * len(HAN)
@@ -338,7 +338,7 @@ def test_every_kind_of_tokenizer_is_written_out(tmp_path: Path, write: Callable[
     conversation = parse_conversation(chat(f"<img>a.jpg</img>{text}", text))
     encoded = encode_conversation(conversation, tokenizer, [(3,)] * len(conversation.images), "You help.")
     pack = build_pack([PackableSample(encoded, (b"",), "k", 0)], len(encoded.tokens), tokenizer.eos_id)
-    (part,) = segments(pack, tokenizer)
+    (part,) = segments(pack, tokenizer, SquashPlan(16, 3))
     assert [i for piece in part.pieces for i in piece.ids] == encoded.tokens.tolist()
     answer = "".join(piece.text for piece in part.pieces if piece.supervised)
     assert text in answer

@@ -262,6 +262,10 @@ def test_an_answer_is_stopped_and_a_closed_page_asks_no_further(browser: Browser
         assert health(hooked)["tokens"] - before < 30  # of 34
         ask(page, QUESTION)
         wait_until(lambda: health(hooked)["requests"] == 1)
+        page.get_by_role("button", name="New conversation").click()  # also while it answers
+        wait_until(lambda: health(hooked)["requests"] == 0)
+        ask(page, "Hello?")
+        wait_until(lambda: health(hooked)["requests"] == 1)
     wait_until(lambda: health(hooked)["requests"] == 0)
 
 
@@ -283,7 +287,8 @@ def test_a_phone(browser: Browser, served: Served) -> None:
                              ".every((one) => parseFloat(getComputedStyle(one).fontSize) >= 16)")  # fmt: skip
         small = page.evaluate("""[...document.querySelectorAll('header button, form.composer button, .after button')]
             .filter((one) => one.checkVisibility()).map((one) => [one.ariaLabel || one.textContent,
-            one.getBoundingClientRect().width, one.getBoundingClientRect().height]).filter(([, w, h]) => w < 44 || h < 44)""")
+            one.getBoundingClientRect().width, one.getBoundingClientRect().height])
+            .filter(([, w, h]) => w < 44 || h < 44)""")
         assert small == []
 
 
@@ -335,7 +340,7 @@ def test_nothing_in_an_answer_or_a_name_runs(page: Page, served: Served) -> None
     assert text.locator("h3").inner_text() == f"Title {EVIL}"
     assert text.locator("strong").inner_text() == "bold" and text.locator("li").nth(1).inner_text() == f"two {EVIL}"
     assert text.locator("pre").inner_text().strip() == EVIL and text.locator("td").first.inner_text() == EVIL
-    assert [one.get_attribute("href") for one in text.locator("a").all()][0] == "https://example.org/a"
+    assert text.locator("a").first.get_attribute("href") == "https://example.org/a"
     assert text.locator("a[href^=javascript]").count() == 0
     assert text.locator(".text :is(img, script, iframe)").count() == 0 and page.locator("#forged").count() == 0
     assert page.get_by_role("list", name="Boxes").get_by_role("button").last.inner_text() == "<b id=forged>cat</b>"

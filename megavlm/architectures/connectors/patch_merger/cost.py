@@ -29,7 +29,7 @@ def work(model: ModelConfig, pictures: Pictures) -> Work:
 def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
     """Return the bytes that it keeps: inputs of the norm and of the linear layers, what lies around the activation."""
     tokens, b, width = _tokens(model, pictures), kernels.number_bytes, width_of(model)
-    # The norm keeps its input (an RMSNorm in fp32, and its result), the first layer its own if it learns; the second
-    # has the activation's.
-    norm = 4 + b if model.connector.normalization == "RMSNorm" else b
+    # The norm keeps its input (an RMSNorm in fp32, and what its weight multiplies, if that learns), the first layer its
+    # own if it learns; the second has the activation's.
+    norm = 4 + b * int(learns) if model.connector.normalization == "RMSNorm" else b
     return tokens * width * (norm + b * int(learns)) + tokens * width // tensor * b * (1 + int(learns))

@@ -20,21 +20,25 @@ const GONE = "The server does not answer; see whether megavlm serve still runs, 
 
 /** One line that says what is wrong and what to do. */
 export function explained(error) {
-  if (!(error instanceof Refused)) {
-    return error instanceof TypeError || error.name === "NetworkError" ? GONE : `The page failed: ${error.message}; load it again.`;
-  }
+  if (!(error instanceof Refused)) return `The page failed: ${error.message}; load it again.`;
   const remedy = REMEDIES[error.code];
   const line = remedy ? `${error.message}; ${remedy}` : error.message;
   return line.replace(/\s*\n\s*/g, " ");
 }
 
 export async function about() {
-  return body(await fetch("page/model.json"));
+  return body(await reached(fetch("page/model.json")));
+}
+
+export async function exampleFile(name) {
+  const response = await reached(fetch(`page/${name}`));
+  if (!response.ok) await body(response);
+  return new File([await response.blob()], name, { type: "image/png" });
 }
 
 export async function planOf(picture, images) {
   const asked = new URLSearchParams({ width: picture.width, height: picture.height, images });
-  return body(await fetch(`page/plan?${asked}`));
+  return body(await reached(fetch(`page/plan?${asked}`)));
 }
 
 export async function boxesOf(text, picture, images) {
@@ -59,13 +63,22 @@ export async function complete(request, signal, news) {
     if (choice?.delta.content) news(choice.delta.content);
     finish = choice?.finish_reason ?? finish;
   }
-  if (finish === null) throw new TypeError("the answer was cut off");
+  if (finish === null) throw new Refused(GONE);
   return { finish, usage };
 }
 
 function posted(url, json, signal) {
   const headers = { "Content-Type": "application/json" };
-  return fetch(url, { method: "POST", headers, body: JSON.stringify(json), signal });
+  return reached(fetch(url, { method: "POST", headers, body: JSON.stringify(json), signal }));
+}
+
+/** What came of a request; browsers say TypeError where the server was not reached, or went away. */
+async function reached(promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    throw error instanceof TypeError ? new Refused(GONE) : error;
+  }
 }
 
 async function body(response) {
@@ -79,7 +92,7 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let left = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reached(reader.read());
     if (done) return;
     const parts = (left + value).split("\n\n");
     left = parts.pop();

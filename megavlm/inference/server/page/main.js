@@ -1,6 +1,6 @@
 // The page: puts the parts together, and asks.
 
-import { about, explained } from "./api.js";
+import { about, exampleFile, explained } from "./api.js";
 import { figureOf } from "./boxes.js";
 import { byId, icon, make, number } from "./dom.js";
 import { markdown, withoutTags } from "./markdown.js";
@@ -39,7 +39,7 @@ class Page {
     button.append(make("div", { class: "shots" }, shots), make("b", {}, title), make("span", {}, question));
     button.addEventListener("click", async () => {
       try {
-        const files = await Promise.all(pictures.map(fetched));
+        const files = await Promise.all(pictures.map(exampleFile));
         this.shelf.put([]);
         await this.shelf.take(files);
         if (this.shelf.pictures.length !== files.length) return;
@@ -93,6 +93,7 @@ class Page {
 
   clear() {
     this.asking?.abort("cleared");
+    this.asking = null;
     this.talk.clear();
     this.shelf.put([]);
     this.question.value = "";
@@ -155,7 +156,7 @@ class Page {
     } catch (failed) {
       error = failed;
     }
-    if (control.signal.reason === "cleared") return "cleared";
+    if (control.signal.reason === "cleared") return "cleared"; // and another may be asking by now
     this.asking = null;
     const stopped = control.signal.aborted;
     if (error && !stopped && !shown.text) {
@@ -180,6 +181,7 @@ class Page {
     const answered = await this.answer(turn);
     if (answered !== "refused") return this.question.focus();
     // The question stands there still; what was said of it before counts again.
+    shown.again.dataset.retry = "last";
     this.talk.turns.push({ ...turn, answer: shown.text });
     byId("talk").append(shown.element);
     this.busy(false);
@@ -193,9 +195,9 @@ class Answer {
     this.spoken = 0;
     this.body = make("div", { class: "text" });
     this.copy = make("button", { type: "button", class: "quiet", onclick: () => this.copied() }, "Copy");
-    const again = make("button", { type: "button", class: "quiet", "data-retry": "last", onclick: retry }, "Try again");
+    this.again = make("button", { type: "button", class: "quiet", "data-retry": "last", onclick: retry }, "Try again");
     this.facts = make("p");
-    this.after = make("div", { class: "after", hidden: true }, this.copy, again, this.facts);
+    this.after = make("div", { class: "after", hidden: true }, this.copy, this.again, this.facts);
     this.element = make("article", { class: "answer busy", "aria-label": name }, this.body, this.after);
     byId("spoken").replaceChildren();
   }
@@ -278,11 +280,6 @@ function byHand(text) {
   const done = document.execCommand("copy");
   field.remove();
   return done;
-}
-
-async function fetched(name) {
-  const response = await fetch(`page/${name}`);
-  return new File([await response.blob()], name, { type: "image/png" });
 }
 
 buildTheme();

@@ -1,0 +1,115 @@
+"""Samples of the user's data as a class of Transformers takes them, pictures included.
+
+The processor and the chat template of the model's own directory write them, as a server does that serves it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.energon import WorkerConfig
+from megatron.energon.epathlib import EPath
+from torch import Tensor
+
+from megavlm.checkpoint.hf.transformers_class import first_line
+from megavlm.config.errors import UserError
+from megavlm.config.schema import DataConfig, DataSource
+from megavlm.data.cache import located
+from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, parse_conversation
+from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
+
+logger = logging.getLogger(__name__)
+
+Inputs = dict[str, Tensor]
+"""Of one sample: ``input_ids`` [1, S], ``attention_mask`` [1, S], and what the class calls its pictures."""
+_PICTURE = re.compile(r"(?:Picture \d+: ?)?" + re.escape(IMAGE_PLACEHOLDER) + r"\n?")
+
+
+def calibration_samples(
+    path: Path, images: Path | None, processor: Any, *, count: int, longest: int, seed: int
+) -> list[Inputs]:
+    """Return samples in the form that the model's class takes, drawn from all of the data.
+
+    Args:
+        path: prepared data, or what ``megavlm prepare`` reads.
+        images: directory that the paths of plain data start from.
+        processor: of the model's directory.
+        count: samples to return, if there are so many.
+        longest: samples of more tokens are left out: half a sample would have half a picture.
+        seed: of the order in which they are drawn.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+    source = DataSource(path=str(path), images=None if images is None else str(images))
+    reader = _open(located(source, DataConfig(train=(source,), sequence_length=longest)).path)
+    order = list(range(len(reader)))
+    random.Random(seed).shuffle(order)
+    found: list[Inputs] = []
+    left_out: Counter[str] = Counter()
+    for position in order:
+        if len(found) == count:
+            break
+        raw = reader[position]
+        made = raw[DEFECT] if DEFECT in raw else _inputs(raw, processor)
+        if isinstance(made, str):
+            left_out[made] += 1
+        elif made["input_ids"].shape[1] > longest:
+            left_out[f"of more than {longest} tokens"] += 1
+        else:
+            found.append(made)
+    causes = ", ".join(f"{number} {cause}" for cause, number in left_out.most_common())
+    if not found:
+        raise UserError(f"--data {path}: none of its {len(reader)} samples can be used ({causes or 'it is empty'})")
+    pictures = sum("pixel_values" in one for one in found)
+    logger.info("calibration: %d samples of %s, %d of them with pictures%s", len(found), path, pictures,
+                f"; left out: {causes}" if causes else "")  # fmt: skip
+    if len(found) < count:
+        logger.warning("--samples %d: the data has no more than %d", count, len(found))
+    return found
+
+
+def _open(path: str) -> ShardReader:
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    dataset = ShardDataset(EPath(Path(path)), split_part="train", training=False, worker_config=config, decoder=None)
+    dataset.check_shards()
+    return ShardReader(dataset.path, dataset.shards)
+
+
+def _inputs(raw: dict[str, Any], processor: Any) -> Inputs | str:
+    """Return what the class takes, or why the sample cannot be used."""
+    try:
+        conversation = parse_conversation(json.loads(raw["json"]))
+        # Opened as everywhere here: upright, on white.
+        pictures = [decode_with_pil(raw[f"img{i}"]) for i in range(len(conversation.images))]
+    except (UserError, ImageError, KeyError, ValueError) as error:
+        return f"broken ({first_line(error)})"
+    messages = list(_messages(conversation))
+    text = processor.apply_chat_template(messages, tokenize=False)
+    begin = getattr(processor.tokenizer, "bos_token", None) or ""
+    # A template writes what begins a text itself, where it wants it.
+    twice = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+    made = processor(text=[text], images=pictures or None, return_tensors="pt", **twice)
+    return {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
+
+
+def _messages(conversation: Conversation) -> Iterator[dict[str, Any]]:
+    """Yield the turns as chat templates take them, pictures where they stand."""
+    for turn in conversation.turns:
+        content: list[dict[str, str]] = []
+        texts = _PICTURE.split(turn.text)
+        for index, text in enumerate(texts):
+            if text:
+                content.append({"type": "text", "text": text})
+            if index + 1 < len(texts):
+                content.append({"type": "image"})
+        yield {"role": turn.role, "content": content}
