@@ -82,7 +82,7 @@ def taken_off(chunk: VisionLanguageModel) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _SharePart:
     """Some of this rank's pictures, that go through the tower at once."""
 
     images: Tensor
@@ -95,7 +95,7 @@ class _Piece:
 class _Encoded:
     """What is kept from the first phase to the last."""
 
-    pieces: list[_Piece]
+    pieces: list[_SharePart]
     """This rank's pictures."""
     features: list[Tensor]
     """What they became, [k, E] each, with its graph; with ``parallel.vision_recompute`` nothing."""
@@ -179,17 +179,17 @@ class VisionPhases:
 
     def _own_pictures(
         self, batches: Sequence[Batch], owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
-    ) -> list[_Piece]:
+    ) -> list[_SharePart]:
         """Return this rank's pictures: all at once, or, to be encoded twice, in pieces of about a micro-batch's."""
-        found: list[_Piece] = []
+        found: list[_SharePart] = []
         for batch, own, sizes in zip(batches, owners, rows, strict=True):
             mine = torch.tensor([owner == self._rank for owner in own], dtype=torch.bool)
             if mine.any() and batch.images is not None:
                 grid = None if batch.image_grid is None else batch.image_grid[mine]
                 count = sum(size for size, owner in zip(sizes, own, strict=True) if owner == self._rank)
-                found.append(_Piece(batch.images, grid, count))
+                found.append(_SharePart(batch.images, grid, count))
         most = sum(map(sum, rows)) / len(rows) if self._again else math.inf
-        groups: list[list[_Piece]] = []
+        groups: list[list[_SharePart]] = []
         for one in found:
             if groups and sum(other.rows for other in groups[-1]) + one.rows <= most:
                 groups[-1].append(one)
@@ -197,7 +197,7 @@ class VisionPhases:
                 groups.append([one])
         return [_joined(group) for group in groups]
 
-    def _encode(self, pictures: _Piece) -> Tensor:
+    def _encode(self, pictures: _SharePart) -> Tensor:
         """Return [k, E] features of pictures."""
         vision, connector = self.chunk.vision, self.chunk.connector
         features_QNE = encode(
@@ -285,10 +285,10 @@ class VisionPhases:
         timers(name).stop()
 
 
-def _joined(pictures: Sequence[_Piece]) -> _Piece:
+def _joined(pictures: Sequence[_SharePart]) -> _SharePart:
     grids = [one.grid for one in pictures if one.grid is not None]
     images = torch.cat([one.images for one in pictures])
-    return _Piece(images, torch.cat(grids) if grids else None, sum(one.rows for one in pictures))
+    return _SharePart(images, torch.cat(grids) if grids else None, sum(one.rows for one in pictures))
 
 
 def _owners(batch: Batch) -> list[int]:

@@ -37,7 +37,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 def test_a_run_through_every_phase(run_data: RunData, tmp_path: Path) -> None:
     """Begun on the first stage, gone on with on all ranks, and back: losses and held-out losses as uninterrupted."""
     more = (*SAVES, "training.validation_interval=2", "logging.panel_interval=2")
-    ranks.megavlm([*run_data.words(tmp_path / "whole", *more)], world=1)
+    ranks.megavlm(run_data.words(tmp_path / "whole", *more, PP2), world=2)
     for steps, world, words in ((2, 2, (PP2,)), (4, 4, (PP2, TP2, ALL)), (6, 2, (TP2, ALL))):
         run = [*run_data.words(tmp_path / "run", *more, *words), f"training.train_steps={steps}"]
         ranks.megavlm(run, world=world)
