@@ -1,17 +1,19 @@
 """Boxes in answers, in the notations that published models write, as parts of the picture's sides.
 
 What is trained on and scored is Qwen-VL's notation alone (:mod:`megavlm.data.boxes`); this is for showing an answer.
-The notations, and where they are published:
+The notations, the papers, and what of the authors' own they were held against:
 
-- ``<ref>name</ref><box>(x1,y1),(x2,y2)</box>``, thousandths: Qwen-VL (arXiv 2308.12966).
+- ``<ref>name</ref><box>(x1,y1),(x2,y2)</box>``, thousandths: Qwen-VL (arXiv 2308.12966; its README).
 - ``<|object_ref_start|>name<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>``, thousandths: Qwen2-VL
-  (2409.12191).
-- ``<ref>name</ref><box>[[x1, y1, x2, y2], ..]</box>``, thousandths: InternVL (2312.14238); with spaces and no brackets,
-  MiniCPM-V 2.6.
-- JSON with ``bbox_2d`` and ``label``: Qwen2.5-VL (2502.13923), in pixels of the picture as its processor resizes it;
-  Qwen3-VL and GLM-4.1V (2507.01006), in thousandths.
+  (2409.12191; issue 189 of its repository for the thousandths).
+- ``<ref>name</ref><box>[[x1, y1, x2, y2], ..]</box>``, thousandths: InternVL (2312.14238; issue 285 of its
+  repository); with spaces and no brackets, MiniCPM-V and -o 2.6 (issues 772 and 982 of theirs).
+- JSON with ``bbox_2d`` and ``label``: Qwen2.5-VL (2502.13923), in pixels of the picture as its processor resizes it
+  (issues 782 and 940 of Qwen3-VL's repository); Qwen3-VL, in thousandths (issue 2020); GLM-4.1V (2507.01006).
+- ``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``, thousandths, within brackets of any kind: GLM-4.1V (its README).
 - ``<loc0000>`` four times, then the name; top, left, bottom, right in 1024ths: PaliGemma (2407.07726).
-- ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744).
+- ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
+  (issue 606 of LLaVA's repository).
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _MOST = 200
 """Boxes that are read of one answer."""
+_MOST_TRIES = 1000
+"""Places of an answer at which JSON is tried: each try may read far."""
 _NAME = (
     r"(?:<ref>(?P<ref>[^<]*)</ref>\s*|<\|object_ref_start\|>(?P<object>(?:(?!<\|)[^\n]){0,300})"
     r"<\|object_ref_end\|>\s*)?"
@@ -30,36 +34,58 @@ _NAME = (
 _TAGGED = re.compile(
     rf"{_NAME}(?:<box>(?P<box>[^<]{{0,4000}})</box>|<\|box_start\|>(?P<start>[^<]{{0,4000}})<\|box_end\|>)"
 )
-_GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}\d,.\s]{7,4000})<\|end_of_box\|>")
+_GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s]{7,4000})<\|end_of_box\|>")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _PARTS = re.compile(r"\[\s*(?:[01]?\.\d+|[01])(?:\s*,\s*(?:[01]?\.\d+|[01])){3}\s*\]")
 _JSON_START = re.compile(r"[\[{]")
 
 
+Place = tuple[float, float, float, float]
+"""Parts of two sides: left, top, and right and bottom (of a box), or width and height (of where a picture lies)."""
+
+
 class FoundBox(NamedTuple):
     """A box that an answer names."""
 
     name: str | None
-    sides: tuple[float, float, float, float]
+    sides: Place
     """Left, top, right and bottom, as parts (0 to 1) of the picture's width and height."""
 
 
-def find_boxes(answer: str, *, pixels_of: tuple[int, int] | None = None) -> list[FoundBox]:
+def find_boxes(
+    answer: str, *, pixels_of: tuple[int, int] | None = None, parts_of: Place | None = None
+) -> list[FoundBox]:
     """Return the boxes of an answer, in the order in which they stand; none that leaves the picture or has no area.
 
     Args:
         answer: what the model said.
         pixels_of: width and height of the picture as the model sees it, where ``bbox_2d`` counts its pixels; None
             where it counts thousandths.
+        parts_of: where the picture lies on the plane whose parts bare numbers count; None where that is the picture.
     """
     found: list[tuple[int, FoundBox]] = []
     for at, name, numbers, (wide, tall) in _raw(answer, pixels_of or (1000, 1000)):
         for left, top, right, bottom in zip(*(iter(numbers),) * 4, strict=False):
             sides = (left / wide, top / tall, right / wide, bottom / tall)
-            if 0 <= sides[0] < sides[2] <= 1 and 0 <= sides[1] < sides[3] <= 1:
+            if _inside(sides) and parts_of is not None and (wide, tall) == (1, 1):
+                sides = _from_plane(sides, parts_of)
+            if _inside(sides):
                 found.append((at, FoundBox(name.strip() or None if name else None, sides)))
     return [box for _, box in sorted(found, key=lambda one: one[0])][:_MOST]
+
+
+def _inside(sides: Place) -> bool:
+    return 0 <= sides[0] < sides[2] <= 1 and 0 <= sides[1] < sides[3] <= 1
+
+
+def _from_plane(sides: Place, place: Place) -> Place:
+    """Return a box of a plane as one of the picture that lies at ``place`` of it; what is on padding is cut off."""
+    left, top, width, height = place
+    x1, y1, x2, y2 = (min(1.0, max(0.0, part)) for part in (
+        (sides[0] - left) / width, (sides[1] - top) / height, (sides[2] - left) / width, (sides[3] - top) / height
+    ))  # fmt: skip
+    return x1, y1, x2, y2
 
 
 _Raw = tuple[int, str | None, list[float], tuple[float, float]]
@@ -94,16 +120,39 @@ def _json_boxes(answer: str) -> Iterator[tuple[int, str | None, list[float]]]:
     decoder, at = json.JSONDecoder(), 0
     if "bbox_2d" not in answer:
         return
-    while match := _JSON_START.search(answer, at):
+    for _ in range(_MOST_TRIES):
+        match = _JSON_START.search(answer, at)
+        if match is None:
+            return
         at = match.start()
         try:
             value, end = decoder.raw_decode(answer, at)
         except (ValueError, RecursionError):
             at += 1  # a list that was cut off: its objects are read one by one
             continue
-        for one in value if isinstance(value, list) else [value]:
-            box = one.get("bbox_2d") if isinstance(one, dict) else None
-            if isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box):
-                label = one.get("label")
-                yield at, label if isinstance(label, str) else None, [float(side) for side in box]
+        yield from ((at, *one) for one in _labelled(value, None))
         at = end
+
+
+def _labelled(value: Any, label: str | None) -> Iterator[tuple[str | None, list[float]]]:
+    """Yield the boxes of a JSON value, also of one that holds others, as deep as JSON was read."""
+    waiting = [(value, label)]
+    while waiting:
+        one, label = waiting.pop()
+        if isinstance(one, dict):
+            own = one.get("label")
+            label = own if isinstance(own, str) else label
+            boxes = one.get("bbox_2d")
+            for box in [boxes] if _is_box(boxes) else boxes if isinstance(boxes, list) else []:
+                if _is_box(box):
+                    yield label, [float(side) for side in box]
+            waiting += [(inner, label) for inner in reversed(one.values()) if isinstance(inner, dict | list)]
+        elif isinstance(one, list):
+            waiting += [(inner, label) for inner in reversed(one) if isinstance(inner, dict | list)]
+
+
+def _is_box(value: Any) -> bool:
+    """Whether these are four numbers, none of which is too large for a float."""
+    return isinstance(value, list) and len(value) == 4 and all(
+        type(side) in (int, float) and abs(side) < 1e9 for side in value
+    )  # fmt: skip

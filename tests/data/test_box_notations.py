@@ -20,6 +20,8 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ('```json\n[\n\t{"bbox_2d": [100, 200, 500, 750], "label": "the cat"}\n]\n```', "the cat"),
         ('{"label": "the cat", "bbox_2d": [100, 200, 500, 750.0]}', "the cat"),
         ("It is at <|begin_of_box|>[[100,200,500,750]]<|end_of_box|>", None),
+        ("It is at <|begin_of_box|><100,200,500,750><|end_of_box|>", None),
+        ('{"found": [{"label": "the cat", "bbox_2d": [[100, 200, 500, 750]]}]}', "the cat"),
         ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
         ("[0.1, 0.2, 0.5, 0.75]", None),
     ],
@@ -45,7 +47,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
     [
         "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>", "<box>(0,0),(1200,10)</box>",
         '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
-        "bbox_2d " + "[" * 3000, "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
+        "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
+        "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:
@@ -54,3 +57,13 @@ def test_what_is_no_box_is_left_out(answer: str) -> None:
 
 def test_there_is_a_bound() -> None:
     assert len(find_boxes("<box>(1,1),(2,2)</box>" * 1000)) == 200
+
+
+def test_bare_numbers_count_the_square_that_the_picture_is_padded_to() -> None:
+    # A picture of 2 to 1 lies in the middle of its square: from a quarter of its height to three quarters.
+    place = (0.0, 0.25, 1.0, 0.5)
+    (found,) = find_boxes("[0.1, 0.35, 0.5, 0.625]", parts_of=place)
+    assert found.sides == pytest.approx(WHOLE)
+    assert find_boxes("[0.1, 0.2, 0.5, 0.5]", parts_of=place)[0].sides == pytest.approx((0.1, 0.0, 0.5, 0.5))
+    assert find_boxes("[0.1, 0.0, 0.5, 0.2]", parts_of=place) == []  # padding alone
+    assert find_boxes("<box>(100,200),(500,750)</box>", parts_of=place)[0].sides == pytest.approx(WHOLE)
