@@ -28,7 +28,7 @@ from megavlm.inference.turns import (
 )
 
 if TYPE_CHECKING:
-    from megavlm.data.media import ImagePlan
+    from megavlm.inference.boxes import BoxSpace
     from megavlm.inference.sampling import Sampling
     from megavlm.inference.session import Session
 
@@ -88,7 +88,7 @@ class Chat:
         """Pictures that go with the next question."""
         self.films: list[Film] = []
         """Films that go with it."""
-        self.pixels: ImagePlan | None = None
+        self.space: BoxSpace | None = None
         """Of ``draw_boxes``."""
         self.clear()
 
@@ -155,7 +155,7 @@ class Chat:
 
         # An answer speaks of the picture that was shown last.
         last = self.images[-1] if self.images else None
-        picture = draw_boxes(last, answer, self.pixels) if isinstance(last, bytes) else None
+        picture = draw_boxes(last, answer, self.space) if isinstance(last, bytes) else None
         if picture is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             path = self.out / f"answer-{sum(turn.role == 'assistant' for turn in self.turns)}.png"
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
-    from megavlm.inference.boxes import pixel_plan  # noqa: PLC0415 - imports PIL
+    from megavlm.inference.boxes import box_space, family_of  # noqa: PLC0415 - imports PIL
     from megavlm.inference.session import session  # noqa: PLC0415 - imports Megatron-Core
 
     with session(recipe, checkpoint, tokenizer, args.context) as model:
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
             chat = Chat(model, sampling, args.max_new_tokens, args.out, args.system, say)
             chat.waiting += images
             chat.films += films
-            chat.pixels = pixel_plan(checkpoint, recipe.model)
+            chat.space = box_space(family_of(checkpoint), recipe.model)
             say(HELP + "\n")
             for line in _lines(say, model):
                 if not chat.take(line):

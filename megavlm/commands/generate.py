@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     prepare_device()
     import torch.distributed as dist  # noqa: PLC0415
 
-    from megavlm.inference.boxes import draw_boxes, pixel_plan  # noqa: PLC0415
+    from megavlm.inference.boxes import box_space, draw_boxes, family_of  # noqa: PLC0415
     from megavlm.inference.session import Asked, session  # noqa: PLC0415 - imports Megatron-Core
 
     asked = Asked(turns, in_their_order(turns, images, films))
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             return 0
     sys.stdout.write("\n")
     if args.boxes is not None:
-        picture = draw_boxes(images[0], answer, pixel_plan(checkpoint, recipe.model)) if images else None
+        space = box_space(family_of(checkpoint), recipe.model)
+        picture = draw_boxes(images[0], answer, space) if images else None
         if picture is None:
             sys.stderr.write(f"megavlm: the answer has no box to draw, so {args.boxes} was not written\n")
         else:

@@ -75,9 +75,12 @@ class Family(ABC):
     """The naming that Transformers' modules have, and so PEFT's adapters; None for the first of ``styles``."""
 
     finds: ClassVar[str | None] = None
-    """A question that its published models answer with boxes, where they do: ``{thing}`` is what is looked for."""
+    """A question that its published models answer with boxes, where they do: ``{thing}`` is what is looked for. A
+    comment says where its authors ask so, or that no such place was found."""
     box_pixels: ClassVar[bool] = False
     """Whether its ``bbox_2d`` counts pixels of the picture as the model sees it; else thousandths of the sides."""
+    box_plane: ClassVar[bool] = False
+    """Whether bare numbers (``[0.1, 0.2, 0.5, 0.75]``) are parts of the square that it is padded to, not of itself."""
 
     @abstractmethod
     def detect(self, source: Source) -> bool:

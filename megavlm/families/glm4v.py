@@ -37,7 +37,7 @@ class Glm4vFamily(Qwen2VLFamily):
 
     name = "glm4v"
     title = "GLM-4.1V, dense (Glm4vForConditionalGeneration)"
-    finds = "Where is {thing}? Answer with its box as [[x1,y1,x2,y2]]."
+    finds = "Help me to locate {thing} in the image and give me its bounding boxes."  # README of zai-org/GLM-V
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("packed_vit",),
         "connector": ("downsample_merger",),

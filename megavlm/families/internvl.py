@@ -52,6 +52,7 @@ class InternVLFamily(Family):
 
     name = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
+    # evaluate_grounding.py of OpenGVLab/InternVL.
     finds = "Please provide the bounding box coordinate of the region this sentence describes: <ref>{thing}</ref>"
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {

@@ -71,7 +71,9 @@ class LlavaOriginalFamily(Family):
 
     name = "llava_original"
     title = "LLaVA in its authors' layout (mm_projector, mm_vision_tower)"
+    # As its data asks (llava_v1_5_mix665k); what the numbers count: issue 606 of haotian-liu/LLaVA.
     finds = "Please provide the bounding box coordinate of the region this sentence describes: {thing}"
+    box_plane = True
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
     styles: ClassVar = {

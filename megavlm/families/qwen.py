@@ -69,7 +69,7 @@ class QwenVLFamily(QwenFamily):
 
     name = "qwen_vl"
     title = "Qwen-VL, Qwen-VL-Chat, Belle-VL"
-    finds = "Where is {thing}?"
+    finds = "Where is {thing}?"  # its authors ask in Chinese alone (TUTORIAL.md); this is how boxes are trained here
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
 

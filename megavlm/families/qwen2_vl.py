@@ -40,6 +40,7 @@ class Qwen2VLFamily(Family):
 
     name = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
+    # Of tutorials that train it on; its authors publish no question for it.
     finds: ClassVar[str | None] = "Detect the bounding box of {thing}."
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -249,7 +250,7 @@ class Qwen25VLFamily(Qwen2VLFamily):
 
     name = "qwen2_5_vl"
     title = "Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"
-    finds = "Locate {thing} in the picture; answer with its bbox_2d and label as JSON."
+    finds = "Locate {thing}, output its bbox coordinates using JSON format."  # cookbooks/spatial_understanding.ipynb
     box_pixels = True
     model_class = "Qwen2_5_VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_5_VL_VISION

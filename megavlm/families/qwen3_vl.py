@@ -34,7 +34,8 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
     name = "qwen3_vl"
     title = "Qwen3-VL, dense (Qwen3VLForConditionalGeneration)"
-    finds = "Locate {thing} in the picture; answer with its bbox_2d and label as JSON."
+    # Of the cookbook of Qwen2.5-VL; its own (2d_grounding.ipynb) asks for categories in the same notation.
+    finds = "Locate {thing}, output its bbox coordinates using JSON format."
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "modules": {"tower": "model.visual.", "model": "model.language_model.", "head": "lm_head."}
     }

@@ -20,8 +20,12 @@ from run_data import RunData
 from megavlm.cli import main
 from megavlm.commands.chat import Chat, _lines, _read_line
 from megavlm.data.plans_native import NativePlan
+from megavlm.data.plans_single import PadPlan
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Turn
-from megavlm.inference.boxes import draw_boxes
+from megavlm.families.llava import LlavaFamily
+from megavlm.families.qwen2_vl import Qwen25VLFamily
+from megavlm.families.qwen3_vl import Qwen3VLFamily
+from megavlm.inference.boxes import BoxSpace, draw_boxes
 from megavlm.inference.checkpoint import add_model_arguments, model_of
 from megavlm.inference.sampling import Sampling
 from megavlm.inference.session import Asked, Piece, session
@@ -213,10 +217,17 @@ def test_boxes_are_drawn_on_the_picture_shown_last(tmp_path: Path) -> None:
     assert draw_boxes(shown.getvalue(), "no box here") is None
     # Qwen2.5-VL counts pixels of the picture as it is resized, here to 56 x 28.
     said = '[{"bbox_2d": [14, 7, 42, 21], "label": "it"}]'
-    drawn = draw_boxes(shown.getvalue(), said, NativePlan(56, 4, min_pixels=28 * 28, max_pixels=56 * 28))
+    native = NativePlan(56, 4, min_pixels=28 * 28, max_pixels=56 * 28)
+    drawn = draw_boxes(shown.getvalue(), said, BoxSpace(native, pixels=True))
     assert drawn is not None
     changed = np.argwhere((np.asarray(drawn).astype(int) != 255).any(-1))
     assert 49 <= changed[:, 1].min() <= 51 and changed[:, 0].max() in (74, 75, 76)
+    # LLaVA-1.5 counts parts of the square that the picture is padded to: it lies from a quarter of its height on.
+    drawn = draw_boxes(shown.getvalue(), "[0.25, 0.5, 0.75, 0.7]", BoxSpace(PadPlan(56, 4), plane=True))
+    assert drawn is not None
+    changed = np.argwhere((np.asarray(drawn).astype(int) != 255).any(-1))
+    assert changed[:, 0].min() in (49, 50) and changed[:, 0].max() in (89, 90)
+    assert LlavaFamily.box_plane and Qwen25VLFamily.box_pixels and not Qwen3VLFamily.box_pixels
 
 
 def test_pictures_stand_where_they_are_marked() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from megavlm.data.schema import Turn
 from megavlm.data.seen import token_range
 from megavlm.data.template import TemplateError
+from megavlm.families.family import Family
 from megavlm.inference.boxes import family_of
 from megavlm.inference.server.app import Service
 from megavlm.inference.server.examples import Example, examples
@@ -25,8 +26,8 @@ class About:
     """For people; None where the checkpoint was made by training alone."""
     finds: str | None
     """A question that is answered with boxes, with ``{thing}``; None where the model was not taught to."""
-    box_pixels: bool
-    """Whether ``bbox_2d`` counts the pixels that the model sees."""
+    told_by: Family | None = None
+    """Its family here, which says what its boxes count."""
 
 
 def about_checkpoint(checkpoint: Path, box_tokens: bool) -> About:
@@ -38,8 +39,8 @@ def about_checkpoint(checkpoint: Path, box_tokens: bool) -> About:
     """
     family = family_of(checkpoint)
     if family is None:
-        return About(None, _OWN_QUESTION if box_tokens else None, False)
-    return About(family.title, family.finds or (_OWN_QUESTION if box_tokens else None), family.box_pixels)
+        return About(None, _OWN_QUESTION if box_tokens else None)
+    return About(family.title, family.finds or (_OWN_QUESTION if box_tokens else None), family)
 
 
 def has_box_tokens(service: Service) -> bool:

@@ -17,11 +17,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from megavlm.data.box_notations import find_boxes
 from megavlm.data.image_header import MAX_SIDE
 from megavlm.data.images import ImageError
 from megavlm.data.media import ImageLayout
 from megavlm.data.seen import said, seen
+from megavlm.inference.boxes import box_space
 from megavlm.inference.server.about import About, described, offered
 from megavlm.inference.server.app import Service, json_body
 from megavlm.inference.server.errors import ApiError, bad_request, shown
@@ -54,6 +54,7 @@ def add_page(app: FastAPI, service: Service, about: About) -> None:
     # Examples may show a picture under two names, but no two pictures under one.
     files = {**_files(), **pictures}
     told = described(service, about)
+    space = box_space(about.told_by, service.model.recipe.model)
 
     async def page(request: Request) -> Response:
         return _file(request, "index.html", files)
@@ -74,8 +75,7 @@ def add_page(app: FastAPI, service: Service, about: About) -> None:
         if not isinstance(body, dict) or not isinstance(body.get("text"), str):
             raise bad_request("text: the answer whose boxes are wanted is missing", "text")
         layout = _layout(service, body)
-        size = layout.canvases[0].resized if about.box_pixels else None
-        found = find_boxes(body["text"], pixels_of=size)
+        found = space.find(body["text"], layout)
         return JSONResponse({"boxes": [{"name": one.name, "sides": one.sides} for one in found]})
 
     app.add_route("/", page, ["GET"])

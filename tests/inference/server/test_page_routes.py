@@ -81,8 +81,8 @@ def test_plans_and_boxes_of_the_page(served: Served) -> None:
 @pytest.mark.parametrize(
     ("record", "title", "finds", "pixels"),
     [
-        ({"family": "qwen2_5_vl"}, "Qwen2.5-VL", "bbox_2d", True),
-        ({"family": "qwen3_vl"}, "Qwen3-VL", "bbox_2d", False),
+        ({"family": "qwen2_5_vl"}, "Qwen2.5-VL", "bbox coordinates", True),
+        ({"family": "qwen3_vl"}, "Qwen3-VL", "bbox coordinates", False),
         ({"family": "internvl"}, "InternVL", "<ref>{thing}</ref>", False),
         ({"family": "llava_onevision1_5"}, "LLaVA-OneVision-1.5", None, False),
         ({"family": "codefuse_vlm"}, "CodeFuse", None, False),
@@ -91,7 +91,8 @@ def test_plans_and_boxes_of_the_page(served: Served) -> None:
 def test_families(record: dict[str, str], title: str, finds: str | None, pixels: bool, tmp_path: Path) -> None:
     write_record(tmp_path, record)
     found = about_checkpoint(tmp_path, box_tokens=False)
-    assert found.family is not None and title in found.family and found.box_pixels is pixels
+    assert found.family is not None and title in found.family
+    assert found.told_by is not None and found.told_by.box_pixels is pixels
     assert found.finds is None if finds is None else finds in (found.finds or "")
 
 
