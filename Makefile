@@ -44,10 +44,13 @@ $(DEV): | $(BASE)
 quickstart: $(BASE) ## train a tiny model on generated images, on this machine
 	$(BIN)/megavlm quickstart
 
-# Half of the time of a test is waiting (for ranks to meet), so two processes run them, each a file at a time; WORKERS=0: one.
+# Half of the time of a test is waiting (for ranks to meet), so two processes run them, each a file at a time. WORKERS=0, or
+# what pytest-xdist cannot do in PYTEST_ARGS (no plugin, a debugger, output as it comes): one, as ever.
 WORKERS ?= 2
+ALONE := $(filter no:xdist -pno:xdist --pdb --trace -s --capture=no,$(PYTEST_ARGS))
+SPREAD = $(if $(or $(ALONE),$(filter 0,$(WORKERS))),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q $(SPREAD) -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
 
 # What Megatron-Core's version can change: layers, layouts, optimizer, checkpoints, and those of one with the other.
 SHORT := tests/parallel tests/models/test_vlm.py tests/training/test_layouts.py tests/training/test_optimizer.py \
