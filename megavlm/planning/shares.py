@@ -24,15 +24,19 @@ def share(model: ModelConfig, part: str, layout: Layout, seen: Seen) -> tuple[in
 def _busiest(model: ModelConfig, seen: Seen, ranks: int) -> Pictures:
     """Return what the busiest of ``ranks`` that share out the pictures runs."""
     if isinstance(seen, float | int):
-        return Pictures.alike(seen if ranks == 1 else math.ceil(seen / ranks), model.vision.grid)
+        return Pictures.alike(_most(seen, ranks), model.vision.grid)
     if isinstance(seen, Pictures):
-        part = math.ceil(seen.count / ranks) / seen.count if ranks > 1 and seen.count else 1
-        return seen.times(part)
+        return seen.times(_most(seen.count, ranks) / seen.count if seen.count else 1)
     if ranks == 1 or not seen:
         return Pictures.shown(seen)
     owners = picture_owners([math.prod(grid) for grid in seen], ranks)
     each = [Pictures.shown(g for g, own in zip(seen, owners, strict=True) if own == rank) for rank in range(ranks)]
     return max(each, key=lambda one: one.patches)
+
+
+def _most(number: float, ranks: int) -> float:
+    """Return how many of a number of pictures the busiest rank has; a number on average may be less than one."""
+    return number if ranks == 1 else min(number, math.ceil(number / ranks))
 
 
 def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float:

@@ -113,7 +113,9 @@ def test_a_plan_of_a_whole_tower_is_that_of_the_rank_with_most_patches() -> None
         (grids, Pictures(2, 616, 600**2 + 16**2)),
         ([], Pictures(0, 0, 0)),
         (Pictures(1.5, 300, 60_000), Pictures(1, 200, 40_000)),
+        (Pictures(0.5, 100, 20_000), Pictures(0.5, 100, 20_000)),  # on average less than one: no more than there are
         (3, Pictures.alike(2, recipe.model.vision.grid)),
+        (0.25, Pictures.alike(0.25, recipe.model.vision.grid)),
     ):
         ranks, found = share(recipe.model, "vision", layout, seen)
         assert ranks == 1 and found == expected

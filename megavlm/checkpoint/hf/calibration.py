@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Tensor]
 """Of one sample: ``input_ids`` [1, S], ``attention_mask`` [1, S], and what the class calls its pictures."""
+_MOST_CAUSES = 5
+"""Causes that are named of samples that are left out."""
 _PICTURE = re.compile(r"(?:Picture \d+: ?)?" + re.escape(IMAGE_PLACEHOLDER) + r"\n?")
 
 
@@ -67,7 +69,7 @@ def calibration_samples(
             left_out[f"of more than {longest} tokens"] += 1
         else:
             found.append(made)
-    causes = ", ".join(f"{number} {cause}" for cause, number in left_out.most_common())
+    causes = ", ".join(f"{number} {cause}" for cause, number in left_out.most_common(_MOST_CAUSES))
     if not found:
         raise UserError(f"--data {path}: none of its {len(reader)} samples can be used ({causes or 'it is empty'})")
     pictures = sum("pixel_values" in one for one in found)
@@ -89,16 +91,21 @@ def _inputs(raw: dict[str, Any], processor: Any) -> Inputs | str:
     """Return what the class takes, or why the sample cannot be used."""
     try:
         conversation = parse_conversation(json.loads(raw["json"]))
+        if conversation.films:
+            return "with a film"
         # Opened as everywhere here: upright, on white.
         pictures = [decode_with_pil(raw[f"img{i}"]) for i in range(len(conversation.images))]
     except (UserError, ImageError, KeyError, ValueError) as error:
         return f"broken ({first_line(error)})"
     messages = list(_messages(conversation))
-    text = processor.apply_chat_template(messages, tokenize=False)
     begin = getattr(processor.tokenizer, "bos_token", None) or ""
-    # A template writes what begins a text itself, where it wants it.
-    twice = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
-    made = processor(text=[text], images=pictures or None, return_tensors="pt", **twice)
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+        # A template writes what begins a text itself, where it wants it.
+        twice = {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+        made = processor(text=[text], images=pictures or None, return_tensors="pt", **twice)
+    except Exception as error:  # of a foreign library: roles that the template refuses, pictures that are too narrow
+        return f"that the model's template or processor refuses ({first_line(error)})"
     return {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
 
 
