@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from megavlm.checkpoint import stream
 from megavlm.checkpoint.slots import Slot
+from megavlm.config.errors import UserError
 
 
 def _write(directory: Path, tensors: dict[Slot, Tensor]) -> stream.CheckpointReader:
@@ -43,6 +47,40 @@ def test_what_is_written_is_read(
     if chunk_bytes > 100:  # no more of a view than the view is written
         size = (tmp_path / "c" / "__0_0.distcp").stat().st_size
         assert size < len(tensors) * 2000 + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_one_parameter_is_read_ahead_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "AHEAD_BYTES", 16)
+    (tmp_path / "c").mkdir()
+    alive: list[weakref.ref[Tensor]] = []
+    most, readers = 0, {}
+
+    def reads(name: str, size: int) -> Tensor:
+        nonlocal most
+        most = max(most, sum(one() is not None for one in alive))
+        readers[name] = threading.current_thread()
+        if name == "f":
+            raise UserError("its file is damaged")
+        tensor = torch.full((size,), 1.0)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    sizes = {"a": 4, "b": 4, "c": 4, "large": 5, "d": 4, "e": 4}
+    pieces = [
+        stream.ParameterToWrite(Slot(name, (size,)), torch.float32, functools.partial(reads, name, size))
+        for name, size in sizes.items()
+    ]
+    stream.write_checkpoint(tmp_path / "c", pieces, lambda _: None)
+    here = threading.main_thread()
+    assert {name for name, thread in readers.items() if thread is here} == {"a", "large"}
+    assert most == 1, "the one that is being written, while the next is read"
+    assert not readers["b"].is_alive() and not any(one() is not None for one in alive)
+    # What is wrong with a parameter ends the writing, and the thread, when its turn comes.
+    broken = stream.ParameterToWrite(Slot("f", (4,)), torch.float32, lambda: reads("f", 4))
+    (tmp_path / "d").mkdir()
+    with pytest.raises(UserError, match="its file is damaged"):
+        stream.write_checkpoint(tmp_path / "d", [*pieces[:2], broken, pieces[4]], lambda _: None)
+    assert readers["f"] is not here and not readers["f"].is_alive()
 
 
 def test_strides_of_another_writer_are_heeded(tmp_path: Path) -> None:
