@@ -1,14 +1,17 @@
-"""What no linter holds: files of at most 500 lines, functions of at most 80, and one meaning a class name."""
+"""What no linter holds: sizes of files and functions, one meaning a class name, how `make test` starts."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 from import_graph import ROOT, modules
 from test_layering import ROOMS
 
@@ -64,3 +67,22 @@ def test_contributing_names_every_room_and_no_test_that_is_gone() -> None:
     assert not [room for room in ROOMS if room != "cli" and f"`{room}/" not in table]
     named = re.findall(r"(?:tests|benchmarks)/[\w/.]*\w", text)
     assert len(named) > 20 and not [path for path in named if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize(
+    ("words", "spread"),
+    [
+        ((), True),
+        (("PYTEST_ARGS=-k 'a or b'",), True),
+        (("WORKERS=0",), False),
+        (("PYTEST_ARGS=-p no:xdist -x",), False),
+        (("PYTEST_ARGS=-k a --pdb",), False),
+        (("PYTEST_ARGS=-s",), False),
+    ],
+)
+def test_tests_take_one_process_where_two_cannot_do_it(words: tuple[str, ...], spread: bool) -> None:
+    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PYTEST_ARGS", "WORKERS")}
+    command = ["make", "-n", "test", *words]
+    said = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
+    (line,) = (one for one in said.splitlines() if "-m pytest tests" in one)
+    assert ("-n 2 --dist loadfile" in line) is spread and "-m 'not long" in line

@@ -142,7 +142,7 @@ def _labelled(value: Any, label: str | None) -> Iterator[tuple[str | None, list[
         if isinstance(one, dict):
             own = one.get("label")
             label = own if isinstance(own, str) else label
-            boxes = one.get("bbox_2d")
+            boxes: Any = one.get("bbox_2d")
             for box in [boxes] if _is_box(boxes) else boxes if isinstance(boxes, list) else []:
                 if _is_box(box):
                     yield label, [float(side) for side in box]

@@ -1,17 +1,21 @@
-"""Samples that an Int4 export is calibrated on: which are left out, and with which cause."""
+"""What an Int4 export takes: samples, those that are left out with their cause; and layers."""
 
 from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
+from torch import nn
 
 from megavlm.checkpoint.hf.calibration import _inputs
+from megavlm.checkpoint.hf.int4 import Int4Settings, _language_layers
+from megavlm.config.errors import UserError
 from megavlm.data.schema import FILM_PLACEHOLDER
 
 TEMPLATE = (
@@ -61,3 +65,28 @@ def test_what_is_left_out(raw: dict[str, Any], cause: str) -> None:
 def test_what_is_taken() -> None:
     found = _inputs(sample(("user", "<img>a</img>q"), ("assistant", "a")), Processor())
     assert isinstance(found, dict) and list(found) == ["input_ids"]
+
+
+class Decoder(nn.Module):
+    """What a language model's layers may be: linear layers, or experts beside them."""
+
+    def __init__(self, expert: nn.Module | None, width: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [nn.ModuleDict({"proj": nn.Linear(width, 8), **({"experts": expert} if expert else {})})]
+        )
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+
+def test_layers_that_are_no_plain_ones_are_refused(tmp_path: Path) -> None:
+    settings = Int4Settings(tmp_path / "hf", tmp_path / "out", "gptq", tmp_path, group_size=32)
+    assert _language_layers(Decoder(None), settings) == ("layers", ["layers.0.proj"])
+    fused = nn.Module()
+    fused.gate_up = nn.Parameter(torch.zeros(2, 4, 8))
+    for expert in (fused, nn.ModuleList([nn.Linear(64, 8)])):
+        with pytest.raises(UserError, match=r"layers\.0\.experts.*mixtures of experts"):
+            _language_layers(Decoder(expert), settings)
+    with pytest.raises(UserError, match=r"--group-size 32: layers\.0\.proj maps 48 to 8"):
+        _language_layers(Decoder(None, width=48), settings)
