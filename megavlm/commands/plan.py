@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     )
     found = search(recipe, args.gpus, gpu, workload)
     placements = of_search(recipe, found, args.gpus, gpu, workload)
-    given = recipe
+    asked = recipe
     if recipe.parallel.vision_placement == AUTO:
         recipe = with_placement(recipe, placements.better)
         found = search(recipe, args.gpus, gpu, workload)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if not found.plans:
         lines = [f"TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
         raise RecipeError.of([f"--gpus: no layout of {args.recipe} works on {args.gpus} x {gpu.name}", *lines])
-    command = launch_line(found.plans[0], given, args.recipe, args.overrides, args.write)
+    command = launch_line(found.plans[0], asked, args.recipe, args.overrides, args.write)
     report = as_json if args.json else as_text
     page = report(found, own, gpu, workload, args.list, command, placements)
     sys.stdout.write(f"{page if isinstance(page, str) else json.dumps(page, indent=2)}\n")

@@ -14,6 +14,7 @@ from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
 from megavlm.planning.gpus import DEFAULT, GIB, Gpu, find_gpu
+from megavlm.planning.launch import KEYS
 from megavlm.planning.layout import with_placement
 from megavlm.planning.memory import fits, usable_bytes
 from megavlm.planning.search import Plan, Search, evaluate, search
@@ -147,7 +148,7 @@ def _kept(recipe: Recipe, gpus: int) -> str | None:
 
 
 def _planned_from(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a recipe that a run may change and that a plan goes by."""
-    settled_too = ("vision_placement", "vision_recompute")
-    own = {key: value for key, value in (tree.get("parallel") or {}).items() if key not in settled_too}
+    """Return the keys of a recipe that make the layout, without those that are settled."""
+    made = set(KEYS) - {"vision_placement", "vision_recompute"}
+    own = {key: value for key, value in (tree.get("parallel") or {}).items() if key in made}
     return {**own, "batch": (tree.get("training") or {}).get("global_batch_size")}
