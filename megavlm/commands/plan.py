@@ -15,7 +15,7 @@ from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
 from megavlm.planning.gpus import CUSTOM, DEFAULT, GIB, GPUS, GivenGpu, Gpu, choose_gpu
 from megavlm.planning.launch import launch_line
-from megavlm.planning.layout import with_parallel
+from megavlm.planning.layout import with_parallel, with_placement
 from megavlm.planning.measured import read_rates
 from megavlm.planning.picture import check_picture, draw
 from megavlm.planning.placement import AUTO, of_search
@@ -92,14 +92,15 @@ def run(args: argparse.Namespace) -> int:
     )
     found = search(recipe, args.gpus, gpu, workload)
     placements = of_search(recipe, found, args.gpus, gpu, workload)
+    asked = recipe
     if recipe.parallel.vision_placement == AUTO:
-        recipe = with_parallel(recipe, vision_placement=placements.better)
+        recipe = with_placement(recipe, placements.better)
         found = search(recipe, args.gpus, gpu, workload)
     own = _own(recipe, args.gpus, gpu, workload)
     if not found.plans:
         lines = [f"TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
         raise RecipeError.of([f"--gpus: no layout of {args.recipe} works on {args.gpus} x {gpu.name}", *lines])
-    command = launch_line(found.plans[0], recipe, args.recipe, args.overrides, args.write)
+    command = launch_line(found.plans[0], asked, args.recipe, args.overrides, args.write)
     report = as_json if args.json else as_text
     page = report(found, own, gpu, workload, args.list, command, placements)
     sys.stdout.write(f"{page if isinstance(page, str) else json.dumps(page, indent=2)}\n")

@@ -22,7 +22,8 @@ from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
-from megavlm.planning.placement import settled
+from megavlm.planning.layout import with_placement
+from megavlm.planning.placement import AUTO, FIRST, record, settled
 from megavlm.training.loggers.known import check_loggers
 
 INTERMIXED = True
@@ -84,7 +85,7 @@ def train(recipe: Recipe) -> int:
     Returns, Raises: as :func:`run`.
     """
     check_loggers(recipe.logging)
-    recipe = settled(recipe, _world_size(1) or 1)
+    given, recipe = recipe, settled(recipe, _world_size(1) or 1)
     tokenizer = tokenizer_of(recipe)
     try_writing(recipe.output_dir)
     check_output(recipe)
@@ -99,7 +100,7 @@ def train(recipe: Recipe) -> int:
     from megavlm.config.lora import check_quantiser  # noqa: PLC0415
     from megavlm.layers.specs import use_transformer_engine  # noqa: PLC0415
     from megavlm.parallel.engine import check_machine, this_machine, user_buffers  # noqa: PLC0415
-    from megavlm.parallel.state import process_groups  # noqa: PLC0415
+    from megavlm.parallel.state import any_rank, process_groups  # noqa: PLC0415
     from megavlm.training.epochs import with_steps  # noqa: PLC0415
     from megavlm.training.loop import Trainer  # noqa: PLC0415
     from megavlm.training.recorder import check_recorder  # noqa: PLC0415
@@ -120,7 +121,10 @@ def train(recipe: Recipe) -> int:
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds, leaving) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock, stop)
+        if given.parallel.vision_placement == AUTO and any_rank(recipe.parallel.vision_placement == FIRST):
+            # A rank to which the run's record looked otherwise must not go its own way.
+            recipe = with_placement(recipe, FIRST)
+        trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock, stop, record(given, recipe))
         leaving.callback(trainer.exporter.end)
         try:
             code = trainer.train()

@@ -118,7 +118,8 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
     # Who encodes a training step's pictures says nothing of answers: the first stage's ranks share theirs.
-    recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, vision_placement="first_stage"))
+    placed = dataclasses.replace(recipe.parallel, vision_placement="first_stage", vision_recompute=False)
+    recipe = dataclasses.replace(recipe, parallel=placed)
     # There is no training batch here and no profile: neither may rule out a layout.
     recipe = dataclasses.replace(
         recipe,

@@ -11,7 +11,7 @@ from megavlm.config.schema import Recipe
 from megavlm.planning.layout import GPUS_PER_NODE
 from megavlm.planning.search import Plan
 
-_KEYS = (
+KEYS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
@@ -30,7 +30,7 @@ _KEYS = (
 
 def overrides(plan: Plan) -> dict[str, Any]:
     """Return the recipe's branches that the plan sets."""
-    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in _KEYS}}
+    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in KEYS}}
 
 
 def launch_line(plan: Plan, recipe: Recipe, name: str, words: Sequence[str], file: Path | None = None) -> list[str]:

@@ -113,3 +113,9 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
 def with_parallel(recipe: Recipe, **values: Any) -> Recipe:
     """Return the recipe with other values in its ``parallel`` branch."""
     return dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **values))
+
+
+def with_placement(recipe: Recipe, placement: str) -> Recipe:
+    """Return the recipe with another ``vision_placement``, without the key that only the tower on all ranks has."""
+    again = recipe.parallel.vision_recompute and placement != "first_stage"
+    return with_parallel(recipe, vision_placement=placement, vision_recompute=again)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,18 @@ class Trainer:
         recipe: the run, checked.
         tokenizer: its tokenizer.
         lock: of the run's directory.
+        stop: signals that were sent.
+        record: what checkpoints say of the run beside its progress.
 
     Raises:
         UserError: the data or the checkpoint does not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, lock: LockView, stop: StopRequest | None = None) -> None:
-        self.recipe, self.tokenizer, self.lock = recipe, tokenizer, lock
+    def __init__(
+        self, recipe: Recipe, tokenizer: Tokenizer, lock: LockView, stop: StopRequest | None = None,
+        record: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.tokenizer, self.lock, self.record = recipe, tokenizer, lock, dict(record or {})
         self.deadline = Deadline(recipe.training.exit_after_minutes)
         self.checkpoints = Path(recipe.output_dir) / "checkpoints"
         self.replicas = mpu.get_data_parallel_world_size()
@@ -236,7 +241,7 @@ class Trainer:
                 scheduler=self.training.scheduler,
                 reader=self.feed.prefetcher.state() if self.feed.prefetcher else None,
                 random=random_state(),
-                run=self.progress.to_json(),
+                run={**self.progress.to_json(), **self.record},
                 recipe_yaml=to_yaml(self.recipe),
                 parent=self.parent,
                 tokenizer=Path(self.recipe.data.tokenizer) if self.recipe.data.tokenizer else None,

@@ -12,9 +12,14 @@ from launch import under_torchrun
 from PIL import Image
 from run_data import RunData
 
-from megavlm.config.help import to_tree
+from megavlm.config.checks import check_recipe
+from megavlm.config.help import to_tree, to_yaml
+from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.parallel.faults import VARIABLE
-from megavlm.planning.placement import settled
+from megavlm.planning.gpus import find_gpu
+from megavlm.planning.layout import with_parallel, with_placement
+from megavlm.planning.placement import of_layout, record, settled
+from megavlm.planning.workload import assume_workload
 
 ALL = "parallel.vision_placement=all_ranks"
 FIRST = "parallel.vision_placement=first_stage"
@@ -98,3 +103,47 @@ def test_auto_is_settled_by_the_plan(run_data: RunData, tmp_path: Path, caplog: 
     with caplog.at_level("INFO", "megavlm"):
         assert settled(plain, 2).parallel.vision_placement == "first_stage"
     assert "all_ranks needs parallel.use_distributed_optimizer" in caplog.text
+
+
+def test_what_auto_was_settled_to_stays_when_a_run_goes_on(
+    run_data: RunData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A planner that has learned more changes no run at its layout; a run at another one is planned anew."""
+    auto = "parallel.vision_placement=auto"
+    recipe = run_data.recipe(tmp_path / "run", auto, PP2)
+    begun = settled(recipe, 2)
+    assert record(recipe, begun) == {"vision_placement_auto": begun.parallel.vision_placement}
+    assert record(begun, begun) == {}
+    other = "first_stage" if begun.parallel.vision_placement == "all_ranks" else "all_ranks"
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002"
+    saved.mkdir(parents=True)
+    changed = with_placement(begun, other)
+    (saved / "recipe.yaml").write_text(to_yaml(changed), encoding="utf-8")
+    run = {"world_size": 2, **record(recipe, changed)}
+    (saved / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    caplog.set_level("INFO", "megavlm")
+    assert settled(recipe, 2) == changed and "as the run was planned when it began" in caplog.text
+    caplog.clear()
+    for words, world in (((TP2,), 2), ((PP2,), 4), ((PP2, "checkpoint.resume=false"), 2)):
+        settled(run_data.recipe(tmp_path / "run", auto, *words), world)
+    # It was chosen by hand then.
+    (saved / "run.json").write_text('{"world_size": 2}', encoding="utf-8")
+    assert settled(recipe, 2) == begun
+    assert "as the run was planned when it began" not in caplog.text
+
+
+def test_encoding_again_goes_with_all_ranks_alone(run_data: RunData, tmp_path: Path) -> None:
+    """``auto`` weighs both placements whatever the key says, and what it leaves is a recipe that is taken again."""
+    again = ("parallel.vision_placement=auto", "parallel.vision_recompute=true")
+    recipe = run_data.recipe(tmp_path, *again, "parallel.use_distributed_optimizer=false")
+    found = settled(recipe, 1)
+    assert found.parallel.vision_placement == "first_stage" and not found.parallel.vision_recompute
+    check_recipe(found, 1)
+    recipe = run_data.recipe(tmp_path, *again)
+    workload = assume_workload(recipe)
+    placements = of_layout(recipe, 1, find_gpu("h100-80g"), workload)
+    assert not isinstance(placements.first_stage, str), placements.first_stage
+    # Answers are the first stage's to give, whatever a checkpoint's run had done.
+    (tmp_path / "recipe.yaml").write_text(to_yaml(with_parallel(recipe, vision_placement="all_ranks")), "utf-8")
+    parallel = recipe_at_layout(tmp_path, ()).parallel
+    assert parallel.vision_placement == "first_stage" and not parallel.vision_recompute
