@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import av
@@ -184,6 +185,29 @@ def test_frames_one_by_one(tmp_path: Path) -> None:
     )
     with pytest.raises(FilmError):
         write_frames([], 1.0, io.BytesIO())
+
+
+def test_a_damaged_frame_is_a_bad_film() -> None:
+    out = io.BytesIO()
+    write_frames([encode_image(smooth_image(seed, 60, 44), "PNG") for seed in range(4)], 2.0, out)
+    good = out.getvalue()
+    for share, index_too in ((0.1, True), (0.6, False)):
+        data = bytearray(good)
+        data[int(len(data) * share)] ^= 0xFF
+        with pytest.raises(FilmError, match=r"broken frame: frame \d is damaged"):
+            pixels(bytes(data), [0, 1, 2, 3], None if index_too else read_index(good).to_bytes())
+
+
+def test_a_small_zip_does_not_become_large() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("film.json", b'{"rate": 2}' + b" " * (16 << 20))
+    tracemalloc.start()
+    with pytest.raises(FilmError, match=r"film\.json is too large"):
+        read_index(file.getvalue())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_transparency_is_white() -> None:
