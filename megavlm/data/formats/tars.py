@@ -1,5 +1,4 @@
-"""Tar files of records, as webdataset has them: ``KEY.json`` with a record, its pictures ``KEY.jpg``, ``KEY.1.png``,
-its films ``KEY.mp4``.
+"""Tar files of records, as webdataset has them: ``KEY.json``, and beside it ``KEY.jpg``, ``KEY.1.png`` or ``KEY.mp4``.
 
 Files of one sample share their path up to the first dot of their name, and follow each other. A record names its
 pictures by a file's name, or by what comes behind the key; where it names none, all pictures of the sample are its

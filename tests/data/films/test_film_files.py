@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -79,6 +80,21 @@ def test_a_turned_film_stands_upright() -> None:
         assert all(
             np.array_equal(one, np.rot90(of, quarters)) for one, of in zip(pixels(data, [0, 1, 2]), plain, strict=True)
         )
+
+
+def test_a_mirrored_film_is_mirrored_back() -> None:
+    data, (plain,) = film(1), decoded(film(1))
+    at = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2: the matrix of a track's header of version 0
+    across = plain.transpose(1, 0, 2)
+    for matrix, wanted in (
+        ((-1, 0, 0, 1), plain[:, ::-1]), ((1, 0, 0, -1), plain[::-1]),
+        ((0, 1, 1, 0), across), ((0, -1, -1, 0), across[::-1, ::-1]), ((0, 1, -1, 0), np.rot90(plain, 3)),
+    ):  # fmt: skip
+        a, b, c, d = (one << 16 for one in matrix)
+        turned = data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+        index = read_index(turned)
+        (shown,) = pixels(turned, [0])
+        assert shown.shape == (index.height, index.width, 3) and np.array_equal(shown, wanted)
 
 
 def test_a_varying_rate_goes_by_time() -> None:

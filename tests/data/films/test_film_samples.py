@@ -31,8 +31,8 @@ from megavlm.data.inspect.collect import _open
 from megavlm.data.media import ImageShape, plan_of
 from megavlm.data.patches import patches_of
 from megavlm.data.plans_native import NativePlan
-from megavlm.data.preparing import Preparation, write_samples
 from megavlm.data.positions import positions_of
+from megavlm.data.preparing import Preparation, write_samples
 from megavlm.data.read_pack import decode_pack, image_starts
 from megavlm.data.reader import PackReader
 from megavlm.data.render import resized
