@@ -179,9 +179,23 @@ class _Walk:
             return
         if at is None and key <= self._index.keys[0]:
             return
+        if not self._at_key(key):
+            self._seeks = False
+            self._open()
+            return
         with _told():
             self._container.seek(key, stream=self._stream, backward=True)
         self._frames, self._last, self._ahead = _decoded(self._container, self._stream), None, None
+
+    def _at_key(self, key: int) -> bool:
+        """Seek a key frame, and return whether it is found.
+
+        MPEG program streams are entered anywhere about there, and their decoders make frames of what they lack.
+        """
+        with _told():
+            self._container.seek(key, stream=self._stream, backward=True)
+            first = next((one for one in self._container.demux(self._stream) if one.size), None)
+        return first is not None and first.is_keyframe and first.pts is not None and first.pts <= key
 
 
 @contextlib.contextmanager

@@ -71,6 +71,13 @@ def test_frames_are_looked_up_from_the_key_frame_before_them(monkeypatch: pytest
     assert len(seen) <= 3 * 7 < 60
 
 
+def test_a_stream_that_is_entered_anywhere_is_read_from_its_start() -> None:
+    """FFmpeg seeks MPEG program streams by bytes, and goes on within a group of frames."""
+    data = film(60, "mpeg", "mpeg2video", every_key=8, rate=25)
+    whole, stored = decoded(data), read_index(data).to_bytes()
+    assert all(np.array_equal(pixels(data, [at], stored)[0], whole[at]) for at in range(40, 60))
+
+
 def test_a_turned_film_stands_upright() -> None:
     plain = decoded(film(3))
     for turn, quarters in ((90, 1), (180, 2), (-90, 3)):
