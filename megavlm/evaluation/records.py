@@ -18,13 +18,14 @@ from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.formats import Broken, Source
+from megavlm.data.formats.films import settled_films
 from megavlm.data.formats.keys import has_roles
 from megavlm.data.formats.pictures import settled
 from megavlm.data.formats.qwen_vl import conversation
 from megavlm.data.images import MAX_BYTES, image_grids, image_runs
 from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.preparing import Preparation, check_there, choose_format, open_source
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation
+from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation, shown_films
 from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.questions import Question
@@ -95,7 +96,7 @@ def read_records(
             try:
                 if isinstance(entry, Broken):
                     raise UserError(entry.reason)
-                found.append(_record(settled(entry, bases, source.pictures), str(index), source))
+                found.append(_record(_settled(entry, bases, source), str(index), source))
             except MissingFileError as error:
                 raise MissingFileError(f"{data}: record {index}: {error}") from None
             except UserError as error:
@@ -124,6 +125,10 @@ def _conversations(source: Source) -> Iterator[Any]:
             yield entry if isinstance(entry, Broken) else conversation(entry, source.ignored)
         except UserError as error:
             yield Broken(None, "bad record", str(error))
+
+
+def _settled(entry: Any, bases: Sequence[str], source: Source) -> Any:
+    return settled_films(settled(entry, bases, source.pictures), bases, source.pictures)
 
 
 def _record(record: Any, index: str, source: Source) -> HeldOutRecord:
@@ -270,6 +275,8 @@ def make_questions(
         item = Item(record.id, text, tuple(record.images), record.answers, kind=record.task)
         grids: tuple[TokenGrid, ...] = ()
         try:
+            if any(shown_films(turns)):
+                raise UserError("the question shows a film, which megavlm eval does not show to the model yet")
             runs = image_runs(plan, len(record.images), record.files)
             grids = image_grids(recipe.model, len(record.images), record.files)
             tokens, problem = encode_prompt(turns, tokenizer, runs, recipe.data.system_message), ""

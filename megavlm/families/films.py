@@ -201,7 +201,11 @@ def _written(model: ModelConfig, plan: Any, old: Mapping[str, Any]) -> Tree:
     block = (vision.patch_size * vision.spatial_merge_size) ** 2
     capped = plan.total_pixels if video.kind == "qwen2_vl" else plan.max_pixels
     if video.kind != "glm4v" and capped is not None:
-        tokens = -(-capped * 10 // 9) / block if video.kind == "qwen2_vl" else capped / block
+        tokens = capped / block
+        if video.kind == "qwen2_vl":
+            tokens = -(-capped * 10 // 9) / block
+            if int(tokens * block * 0.9) != capped:  # what is read again, in floating point
+                tokens = (capped + 0.5) / 0.9 / block
         tree |= {"cap_pixels_per_frame": True, "max_video_tokens": _whole(tokens)}
     elif "cap_pixels_per_frame" in old:
         tree["cap_pixels_per_frame"] = False

@@ -131,10 +131,9 @@ def read_film(path: Path) -> Film:
             film = Film(made.getvalue())
         else:
             film = Film(FilePart(str(path.resolve()), 0, path.stat().st_size))
-        film.index()
+        return Film(film.data, film.index().to_bytes())
     except FilmError as error:
         raise UserError(f"{path}: no film that can be read: {error}") from None
-    return film
 
 
 def without_control_tokens(answer: str, names: Iterable[str] = ()) -> str:
@@ -144,7 +143,7 @@ def without_control_tokens(answer: str, names: Iterable[str] = ()) -> str:
         answer: what the model said.
         names: further control tokens, of the model's own tokenizer.
     """
-    pattern = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>", *names))))
+    pattern = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, "<img>", "</img>", FILM_PLACEHOLDER, *names))))
     left = pattern.sub("", answer)
     while left != answer:  # what was around one may make up another
         answer, left = left, pattern.sub("", left)

@@ -168,6 +168,7 @@ def test_longer_films_stay_below_their_budget() -> None:
         ({"kind": "qwen3_vl", "min_frames": 9, "max_frames": 8}, "model.video.min_frames: 9 is more than"),
         ({"kind": "qwen2_vl", "min_pixels": 4000, "max_pixels": 3999}, "model.video.max_pixels: 3999 is less than"),
         ({"kind": "glm4v", "total_pixels": 12000}, "model.video.total_pixels: 12000 is less than"),
+        ({"kind": "qwen3_vl", "num_frames": 1}, "model.video.num_frames: 1 is less than the 2 frames of a patch"),
         ({"kind": "glm4v", "max_frames": 12}, "model.video.max_frames: glm4v does not have this key"),
         ({"kind": "internvl", "min_pixels": 12}, "model.video.min_pixels: internvl does not have this key"),
         ({"kind": "qwen3_vl", "tokens_per_second": 2.0}, "model.video.tokens_per_second: qwen3_vl does not have"),

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 from ranks import megavlm
 from run_data import RunData
+from tiny import tiny_recipe
 
 from megavlm.commands import eval as main
 from megavlm.config.errors import UserError
 from megavlm.data.schema import Turn
 from megavlm.evaluation.benchmarks.published import published
 from megavlm.evaluation.own import check_metrics, metrics_of, scores_of, spread
-from megavlm.evaluation.records import HeldOutRecord, asked, read_records
+from megavlm.evaluation.records import HeldOutRecord, asked, make_questions, read_records
 from megavlm.parallel.lock import HeldError, held
 
 
@@ -151,7 +152,7 @@ def test_records_in_other_forms_and_encodings(tmp_path: Path, caplog: pytest.Log
     assert "keys of the records that are not used: split (2 records)" in caplog.text
     for wrong, told in {
         "more <image> than the record has": {"image": None},
-        "'video' is not supported": {"video": "a.mp4"},
+        "1 films, but <video> stands 0 times": {"video": "a.mp4"},
         "'task' is not valid Unicode": {"task": "\ud800"},
         "'id' is not valid Unicode": {"id": "x\udfff"},
         "'answer' is not valid Unicode": {"answer": "\ud800"},
@@ -229,6 +230,15 @@ def test_records_in_every_form(tmp_path: Path) -> None:
         assert record.images == [tmp_path / "a.jpg"]
     (tmp_path / "d.json").write_text(json.dumps([{"messages": said, "images": ["a.jpg"], "id": 1}] * 2))
     assert [one.id for one in read_records(tmp_path / "d.json")] == ["1#0", "1#1"]
+
+
+def test_a_film_is_a_problem_of_its_own_question(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "x"}]
+    films = [str(tmp_path / "a.mp4"), "data:video/mp4;base64,AAAA"]
+    (tmp_path / "d.json").write_text(json.dumps([{"conversations": said, "video": one} for one in films]))
+    records = read_records(tmp_path / "d.json")
+    questions = make_questions(records, None, tiny_recipe(), None)  # type: ignore[arg-type]
+    assert all("shows a film, which megavlm eval does not" in one.problem for one in questions) and len(questions) == 2
 
 
 def test_what_would_be_left_out_is_refused(tmp_path: Path) -> None:

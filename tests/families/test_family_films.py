@@ -148,6 +148,8 @@ def test_what_was_trained_is_written_and_read_again(name: str, tmp_path: Path) -
     changed: dict[str, Any] = {"fps": 3.0}
     if kind in ("qwen2_vl", "qwen3_vl"):
         changed |= {"min_frames": 6, "max_frames": 40, "min_pixels": 128, "max_pixels": 64 * 90}
+    if kind == "qwen2_vl":
+        changed["total_pixels"] = 754_677  # which 0.9 times a count of tokens misses by one
     if kind != "qwen2_vl" and recipe.model.vision.packed:
         changed |= {"total_pixels": 64_000, "min_pixels": 128}
     if kind == "glm4v":

@@ -17,11 +17,14 @@ from megavlm.data.films.source import FilmData, opened
 from megavlm.data.image_colours import Alpha
 from megavlm.data.image_header import MAX_BYTES, ImageError
 from megavlm.data.images import decode_with_pil, upright_size
+from megavlm.data.machine import is_machine_fault
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 FRAME_RATE = 2.0
 """Frames in a second where nobody says (that of qwen-vl-utils)."""
 _ABOUT = "film.json"
+_MOST_ABOUT = 1 << 12
+"""Bytes of it."""
 _MAGIC = b"PK\x03\x04"
 _DATE = (1980, 1, 1, 0, 0, 0)
 _DIGITS = re.compile(r"(\d+)")
@@ -64,7 +67,7 @@ def read_frames_index(data: FilmData) -> FilmIndex:
         FilmError: It is damaged, or its first frame cannot be opened.
     """
     with _Opened(data) as (film, names, rate):
-        width, height = upright_size(film.read(names[0]))
+        width, height = upright_size(_frame(film, names, 0))
         return FilmIndex(width, height, len(names), rate, sampled=True)
 
 
@@ -76,10 +79,27 @@ def read_frames(data: FilmData, indices: Sequence[int], alpha: Alpha) -> Iterato
     """
     with _Opened(data) as (film, names, _):
         for index in indices:
+            frame = _frame(film, names, index)
             try:
-                yield decode_with_pil(film.read(names[index]), alpha)
+                yield decode_with_pil(frame, alpha)
             except ImageError as error:
                 raise FilmError(error.cause, f"frame {index + 1}: {error}") from None
+
+
+def _frame(film: zipfile.ZipFile, names: Sequence[str], index: int) -> bytes:
+    """Return a frame's file.
+
+    Raises:
+        FilmError: Its bytes are damaged.
+    """
+    try:
+        return film.read(names[index])
+    except MemoryError:
+        raise
+    except Exception as error:  # BadZipFile where its sum differs, EOFError, NotImplementedError, ..
+        if isinstance(error, OSError) and is_machine_fault(error):
+            raise
+        raise FilmError("broken frame", f"frame {index + 1} is damaged ({error})") from None
 
 
 class _Opened:
@@ -92,6 +112,8 @@ class _Opened:
         self._file = opened(self._data)
         try:
             film = zipfile.ZipFile(self._file)
+            if film.getinfo(_ABOUT).file_size > _MOST_ABOUT:  # a few bytes that stand for gigabytes
+                raise ValueError(f"{_ABOUT} is too large")
             about = json.loads(film.read(_ABOUT))
             rate = float(about["rate"])
             entries = [one for one in film.infolist() if one.filename != _ABOUT]
@@ -99,6 +121,8 @@ class _Opened:
             raise
         except Exception as error:  # zipfile raises what it comes across: BadZipFile, KeyError, NotImplementedError, ..
             self._file.close()
+            if isinstance(error, OSError) and is_machine_fault(error):
+                raise
             raise FilmError("not a film", f"a folder of frames that is damaged ({error})") from None
         bad = next(
             (one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.file_size > MAX_BYTES), None

@@ -260,6 +260,12 @@ def _qwen3(model: ModelConfig) -> Qwen3FilmPlan:
     common.setdefault("total_pixels", max(_MOST_TOKENS * _block(model), least))
     plan = Qwen3FilmPlan(**common, outer_marks=model.video.outer_marks)
     _check_pixels(model, plan)
+    key = "max_frames" if plan.num_frames is None else "num_frames"
+    if getattr(plan, key) < plan.temporal:
+        raise UserError(
+            f"model.video.{key}: {getattr(plan, key)} is less than the {plan.temporal} frames of a patch, and every "
+            "film would be refused; raise it"
+        )
     return plan
 
 

@@ -179,9 +179,23 @@ class _Walk:
             return
         if at is None and key <= self._index.keys[0]:
             return
+        if not self._at_key(key):
+            self._seeks = False
+            self._open()
+            return
         with _told():
             self._container.seek(key, stream=self._stream, backward=True)
         self._frames, self._last, self._ahead = _decoded(self._container, self._stream), None, None
+
+    def _at_key(self, key: int) -> bool:
+        """Seek a key frame, and return whether it is found.
+
+        MPEG program streams are entered anywhere about there, and their decoders make frames of what they lack.
+        """
+        with _told():
+            self._container.seek(key, stream=self._stream, backward=True)
+            first = next((one for one in self._container.demux(self._stream) if one.size), None)
+        return first is not None and first.is_keyframe and first.pts is not None and first.pts <= key
 
 
 @contextlib.contextmanager
@@ -293,8 +307,25 @@ def _pixels(frame: Any, alpha: Alpha) -> NDArray[np.uint8]:
                 pixels = ((pixels * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
         else:
             pixels = frame.to_ndarray(format="rgb24")
-    quarters = round(frame.rotation / 90) % 4
+    mirrored, quarters = _turn(frame)
+    pixels = pixels[:, ::-1] if mirrored else pixels
     return np.ascontiguousarray(np.rot90(pixels, quarters) if quarters else pixels)
+
+
+def _turn(frame: Any) -> tuple[bool, int]:
+    """Return whether a frame is mirrored left to right, and by how many quarters it then turns against the clock.
+
+    PyAV tells an angle alone, which is another one where the display matrix mirrors, as that of a front camera may.
+    """
+    found = next((one for one in frame.side_data if one.type.name == "DISPLAYMATRIX"), None)
+    if found is None:
+        return False, round(frame.rotation / 90) % 4
+    # x' = a x + c y, y' = b x + d y (libavutil/display.h).
+    a, b, _, c, d = (float(one) for one in np.frombuffer(bytes(found), np.int32)[:5])
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    return mirrored, round(-math.atan2(b, a) / (math.pi / 2)) % 4
 
 
 def _rate(times: NDArray[np.int64], unit: Fraction, average: Fraction | None) -> float:

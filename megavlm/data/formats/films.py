@@ -8,8 +8,9 @@ path, or a list of the paths of its frames), of ms-swift's custom data sets; ``v
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,16 +28,18 @@ MARK = "<video>"
 _ELEMENT = re.compile(r"</video\s*>")
 _HOLDS = ("frames", "bytes", "base64", "video_url", "video", "url", "path")
 """Where an object has a film, the most exact first."""
+_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
+"""How files begin that are pictures, and never films (as a GIF may be)."""
 _RATES = ("sample_fps", "fps", "rate")
 """Frames in a second of a list of frames; of a film file ``fps`` says how to sample it, which the recipe does here."""
 CHANGES = ("video_start", "video_end", "start_time", "end_time", "start", "end", "clip")
 """Keys of an object that show a part of a film."""
 
 
-def film(value: Any, pictures: MutableMapping[str, bytes]) -> FilmName:
+def film(value: Any, pictures: MutableMapping[str, bytes] | None) -> FilmName:
     """Return a film as the records here name it; bytes that come with the record go into ``pictures``.
 
-    URLs stay as they are until :func:`settled_films`.
+    URLs of films stay as they are until :func:`settled_films`. Without ``pictures`` bytes become ``data:`` URLs.
 
     Raises:
         BrokenError: It names no film.
@@ -44,13 +47,15 @@ def film(value: Any, pictures: MutableMapping[str, bytes]) -> FilmName:
     if isinstance(value, dict):
         return _of_object(value, pictures)
     if isinstance(value, list):
-        return FilmName(frames=tuple(picture(one, pictures) for one in value))
+        if not value:
+            raise BrokenError("bad record", "a film of no frames")
+        return FilmName(frames=tuple(_file_of(one, pictures) for one in value))
     if not isinstance(value, str) or not value.strip():
         raise BrokenError("bad record", f"a film must be a path, a URL or a list of frames, not {type(value).__name__}")
     return FilmName(value.strip())
 
 
-def films_beside(entry: Record, pictures: MutableMapping[str, bytes]) -> list[FilmName]:
+def films_beside(entry: Record, pictures: MutableMapping[str, bytes] | None) -> list[FilmName]:
     """Return the films beside a conversation: ``video`` is one or a list of them, and so is ``videos``.
 
     A list of nothing but pictures under ``video`` is one film of frames, as Qwen's and LLaVA's ``video`` is one film.
@@ -64,7 +69,7 @@ def films_beside(entry: Record, pictures: MutableMapping[str, bytes]) -> list[Fi
         if not is_given(value):
             continue
         listed = value if isinstance(value, list) else [value]
-        if key == "video" and isinstance(value, list) and all(map(_is_frame, value)):
+        if key == "video" and isinstance(value, list) and all(_is_frame(one, pictures or {}) for one in value):
             listed = [value]
         found.append([film(one, pictures) for one in listed])
     if len(found) == 2 and found[0] != found[1]:
@@ -146,7 +151,7 @@ def _file(path: str, source: Source, what: str, *, allow_links: bool) -> bytes |
     return found
 
 
-def _of_object(value: Record, pictures: MutableMapping[str, bytes]) -> FilmName:
+def _of_object(value: Record, pictures: MutableMapping[str, bytes] | None) -> FilmName:
     part = next((key for key in CHANGES if is_given(value.get(key))), None)
     if part is not None:
         raise BrokenError("unsupported key", f"{part!r} of a film is not supported; cut the film beforehand")
@@ -155,13 +160,27 @@ def _of_object(value: Record, pictures: MutableMapping[str, bytes]) -> FilmName:
         raise BrokenError("bad record", f"a film has none of {', '.join(_HOLDS)}")
     inner = value[given[0]]
     if given[0] in ("bytes", "base64"):
-        return FilmName(picture({given[0]: inner}, pictures))
+        return FilmName(_file_of({given[0]: inner}, pictures))
     found = film(inner, pictures)
-    rates = [value[key] for key in _RATES if is_given(value.get(key))]
+    rates = [value[key] for key in _RATES if value.get(key) is not None]  # 0 is one, and refused
     return found._replace(rate=rates[0]) if found.frames and rates and found.rate is None else found
 
 
-def _is_frame(value: Any) -> bool:
+def _file_of(value: Any, pictures: MutableMapping[str, bytes] | None) -> str:
+    """Return :func:`picture`, bytes as a ``data:`` URL where nothing takes them."""
+    if pictures is not None:
+        return picture(value, pictures)
+    own: dict[str, bytes] = {}
+    name = picture(value, own)
+    return f"data:;base64,{base64.b64encode(own[name]).decode()}" if name in own else name
+
+
+def _is_frame(value: Any, pictures: Mapping[str, bytes]) -> bool:
     if isinstance(value, dict):
         return is_given(value.get("image")) or is_given(value.get("bytes"))
-    return isinstance(value, str) and PurePosixPath(value.strip().lower()).suffix in FRAME_SUFFIXES
+    if not isinstance(value, str):
+        return False
+    if value in pictures:
+        return pictures[value].startswith(_PICTURES)
+    name = value.strip().lower()
+    return name.startswith("data:image/") or PurePosixPath(name).suffix in FRAME_SUFFIXES

@@ -1,19 +1,20 @@
-"""Tar files of records, as webdataset has them: ``KEY.json`` with a record, its pictures ``KEY.jpg``, ``KEY.1.png``.
+"""Tar files of records, as webdataset has them: ``KEY.json``, and beside it ``KEY.jpg``, ``KEY.1.png`` or ``KEY.mp4``.
 
 Files of one sample share their path up to the first dot of their name, and follow each other. A record names its
 pictures by a file's name, or by what comes behind the key; where it names none, all pictures of the sample are its
-``images``, in their order in the tar.
+``images``, in their order in the tar. So it is with films, which are its ``videos``.
 """
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from megavlm.config.errors import UserError
+from megavlm.data.films.streams import FILM_SUFFIXES
 from megavlm.data.formats.base import Broken
 from megavlm.data.formats.keys import is_given
 from megavlm.data.image_header import MAX_BYTES
@@ -21,8 +22,10 @@ from megavlm.data.machine import is_machine_fault
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _PICTURES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm")
-_NAMING = frozenset({"image", "image_url", "url", "path"})
-"""Keys of a part that name its picture."""
+_FILMS = frozenset(suffix[1:] for suffix in FILM_SUFFIXES) - {*_PICTURES}
+_NAMING = frozenset({"image", "image_url", "url", "path", "video", "video_url", "videos", "frames"})
+"""Keys that name the picture of a part, its film, or the film's frames."""
+_FIELDS = ("image", "images", "video", "videos")
 _LONGEST = 1 << 28
 """Bytes of the longest record."""
 
@@ -39,6 +42,7 @@ def read_rows(path: Path) -> Iterator[tuple[Any, dict[str, bytes]]]:
         UserError: It is no tar file, or damaged.
     """
     members: dict[str, bytes] = {}
+    large: list[str] = []
     current, last = None, ""
     try:
         with tarfile.open(path, "r|*") as tar:
@@ -50,11 +54,15 @@ def read_rows(path: Path) -> Iterator[tuple[Any, dict[str, bytes]]]:
                 if not key or not extension:
                     continue
                 if current is not None and f"{folder}{slash}{key}" != current:
-                    yield _sample(path, current, members)
+                    yield _sample(path, current, members, large)
                     members = {}
+                    large.clear()
                 current, last = f"{folder}{slash}{key}", member.name
                 is_record = extension.lower() == "json"
-                if is_record or extension.lower().rpartition(".")[2] in _PICTURES:
+                kind = extension.lower().rpartition(".")[2]
+                if kind in _FILMS and member.size > MAX_BYTES:
+                    large.append(member.name)
+                elif is_record or kind in _PICTURES or kind in _FILMS:
                     most = _LONGEST if is_record else MAX_BYTES
                     file = tar.extractfile(member) if member.size <= most else None
                     members["json" if is_record else extension] = b"" if file is None else file.read()
@@ -64,11 +72,14 @@ def read_rows(path: Path) -> Iterator[tuple[Any, dict[str, bytes]]]:
         behind = f" behind {last!r}" if last else ""
         raise UserError(f"{path} cannot be read as a tar file{behind}: {error}; fetch it again") from None
     if current is not None:
-        yield _sample(path, current, members)
+        yield _sample(path, current, members, large)
 
 
-def _sample(path: Path, key: str, members: dict[str, bytes]) -> tuple[Any, dict[str, bytes]]:
+def _sample(path: Path, key: str, members: dict[str, bytes], large: list[str]) -> tuple[Any, dict[str, bytes]]:
     where = f"{path.name}/{key}"
+    if large:
+        what = f"{large[0]!r} has more than {MAX_BYTES:,} bytes"
+        return Broken(key, "film too large for a tar", f"{what}; unpack it, and name it as a film below --images"), {}
     text = members.get("json")
     if text is None:
         return Broken(key, "no record", f"{where} has no .json beside its pictures"), {}
@@ -81,21 +92,22 @@ def _sample(path: Path, key: str, members: dict[str, bytes]) -> tuple[Any, dict[
     base = key.rpartition("/")[2]
     names: dict[str, str] = {}
     pictures: dict[str, bytes] = {}
-    order = []
+    order: dict[str, list[str]] = {"images": [], "videos": []}
     for extension, data in members.items():
         if extension == "json":
             continue
         place = f"{where}.{extension}"
-        order.append(place)
+        films = extension.lower().rpartition(".")[2] in _FILMS
+        order["videos" if films else "images"].append(place)
         for name in (place, f"{key}.{extension}", f"{base}.{extension}", extension):
             names[name], pictures[name] = place, data
     record = {**record, **({} if is_given(record.get("id")) else {"id": key})}
     return _with_pictures(record, names, order), pictures
 
 
-def _with_pictures(record: dict[str, Any], names: dict[str, str], order: list[str]) -> dict[str, Any]:
-    """Return the record with its pictures named as they are handed out."""
-    for field in ("image", "images"):
+def _with_pictures(record: dict[str, Any], names: dict[str, str], order: dict[str, list[str]]) -> dict[str, Any]:
+    """Return the record with its pictures and films named as they are handed out."""
+    for field in _FIELDS:
         value = record.get(field)
         if not is_given(value):
             continue
@@ -104,14 +116,21 @@ def _with_pictures(record: dict[str, Any], names: dict[str, str], order: list[st
             names.get(one, names.get(one.rpartition("/")[2], one)) if isinstance(one, str) else one for one in listed
         ]
         record[field] = found if isinstance(value, list) else found[0]
-    named = is_given(record.get("image")) or is_given(record.get("images"))
-    return record if named or not order or _shows(record, names) else {**record, "images": order}
+    added = {}
+    for field, files in order.items():
+        named = is_given(record.get(field[:-1])) or is_given(record.get(field))
+        own = {name for name, place in names.items() if place in files}
+        if files and not named and not _shows(record, own, "<img>" if field == "images" else None):
+            added[field] = files
+    return record | added
 
 
-def _shows(value: Any, names: Mapping[str, str], key: str = "") -> bool:
-    """Whether a record says by itself where pictures stand: by name in a part of a turn, or in Qwen-VL's marks."""
+def _shows(value: Any, names: Container[str], mark: str | None, key: str = "") -> bool:
+    """Whether a record says by itself where files stand: by name in a part of a turn, or in Qwen-VL's marks."""
     if isinstance(value, dict):
-        return any(_shows(inner, names, name) for name, inner in value.items())
+        return any(_shows(inner, names, mark, name) for name, inner in value.items())
     if isinstance(value, list):
-        return any(_shows(inner, names, key) for inner in value)
-    return isinstance(value, str) and ("<img>" in value or (key in _NAMING and value in names))
+        return any(_shows(inner, names, mark, key) for inner in value)
+    if not isinstance(value, str):
+        return False
+    return (mark is not None and mark in value) or (key in _NAMING and value in names)

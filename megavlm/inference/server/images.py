@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal
 
 from megavlm.config.errors import MachineError
 from megavlm.data.fetch import FetchError, fetch
@@ -50,7 +51,7 @@ async def load_images(parts: Sequence[ImagePart], limits: Limits, allow_remote: 
     for number, part in enumerate(parts, 1):
         url = part.url.strip()
         if part.film:
-            images.append(await asyncio.to_thread(_film, url, number, part.param))
+            images.append(await asyncio.to_thread(_film, url, number, part.param, limits))
             continue
         if url[: len(_DATA)].lower() == _DATA:
             data = await asyncio.to_thread(_from_data_url, url, number, part.param)
@@ -97,11 +98,11 @@ async def _fetched(part: ImagePart, number: int, most: int, deadline: float) -> 
         raise bad_request(f"image {number} was not fetched: {reason}", part.param, "remote_image_failed") from None
 
 
-def _film(url: str, number: int, param: str) -> Film:
+def _film(url: str, number: int, param: str, limits: Limits) -> Film:
     """Return the film of a data URL; no frame of it is decoded.
 
     Raises:
-        ApiError: It is no data URL, or holds no film that can be read.
+        ApiError: It is no data URL, or holds no film that can be read, or one whose frames are too large.
     """
     if url[: len(_DATA)].lower() != _DATA:
         raise bad_request(
@@ -109,12 +110,14 @@ def _film(url: str, number: int, param: str) -> Film:
             param,
             "remote_video_refused",
         )
-    film = Film(_from_data_url(url, number, param))
+    data = _from_data_url(url, number, param, "film")
     try:
-        film.index()
+        index = Film(data).index()
+        if index.width * index.height > limits.pixels:
+            raise FilmError("too large", f"{index.width} x {index.height} pixels, at most {limits.pixels}")
     except (FilmError, MachineError) as error:
         raise bad_request(f"film {number} cannot be used: {error}", param, "invalid_video") from None
-    return film
+    return Film(data, index.to_bytes())
 
 
 def check_image(data: bytes, number: int, param: str, limits: Limits) -> None:
@@ -132,7 +135,7 @@ def check_image(data: bytes, number: int, param: str, limits: Limits) -> None:
         raise bad_request(f"image {number} cannot be used: {error}", param, "invalid_image") from None
 
 
-def _from_data_url(url: str, number: int, param: str) -> bytes:
+def _from_data_url(url: str, number: int, param: str, what: Literal["image", "film"] = "image") -> bytes:
     """Return what a data URL holds, decoded as forgivingly as browsers do (the Fetch and Infra standards).
 
     Its base64 may be percent-encoded, hold white space, or lack its padding; the alphabet of URLs is taken as well.
@@ -140,9 +143,11 @@ def _from_data_url(url: str, number: int, param: str) -> bytes:
     Raises:
         ApiError: it is no base64.
     """
+    kind = "image" if what == "image" else "video"
+    code = f"invalid_{kind}"
     head, comma, body = url.partition(",")
     if not comma or not _IS_BASE64.search(head):
-        raise bad_request(f"image {number}: a data URL must read data:image/...;base64,...", param, "invalid_image")
+        raise bad_request(f"{what} {number}: a data URL must read data:{kind}/...;base64,...", param, code)
     digits = body.encode("utf-8", "replace")
     if b"%" in digits:  # only what base64 has besides letters and digits
         for code, byte in _PERCENT.items():
@@ -150,9 +155,9 @@ def _from_data_url(url: str, number: int, param: str) -> bytes:
     digits = digits.translate(_TO_STANDARD, _WHITE).rstrip(b"=")
     wrong = _NOT_BASE64.search(digits)
     if wrong is not None:
-        what = f"a {shown(wrong[0])[1:]} where none can be"
+        why = f"a {shown(wrong[0])[1:]} where none can be"
     elif len(digits) % 4 == 1:
-        what = f"{len(digits)} digits, which no data has: it is cut off"
+        why = f"{len(digits)} digits, which no data has: it is cut off"
     else:
         return base64.b64decode(digits + b"=" * (-len(digits) % 4))
-    raise bad_request(f"image {number}: the base64 of the data URL has {what}", param, "invalid_image")
+    raise bad_request(f"{what} {number}: the base64 of the data URL has {why}", param, code)

@@ -286,6 +286,8 @@ def _text(text: str, where: str, role: str) -> str:
         text = without_control_tokens(text)
     if "<img>" in text or "</img>" in text:
         raise bad_request(f"{where}: text may not hold <img> or </img>; send a picture as an image_url part", where)
+    if FILM_PLACEHOLDER in text:
+        raise bad_request(f"{where}: text may not hold U+0000 before 'film'; send a film as a video_url part", where)
     try:
         check_unicode(text, f"{where}: the text")
     except UserError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import av
@@ -69,6 +71,13 @@ def test_frames_are_looked_up_from_the_key_frame_before_them(monkeypatch: pytest
     assert len(seen) <= 3 * 7 < 60
 
 
+def test_a_stream_that_is_entered_anywhere_is_read_from_its_start() -> None:
+    """FFmpeg seeks MPEG program streams by bytes, and goes on within a group of frames."""
+    data = film(60, "mpeg", "mpeg2video", every_key=8, rate=25)
+    whole, stored = decoded(data), read_index(data).to_bytes()
+    assert all(np.array_equal(pixels(data, [at], stored)[0], whole[at]) for at in range(40, 60))
+
+
 def test_a_turned_film_stands_upright() -> None:
     plain = decoded(film(3))
     for turn, quarters in ((90, 1), (180, 2), (-90, 3)):
@@ -78,6 +87,21 @@ def test_a_turned_film_stands_upright() -> None:
         assert all(
             np.array_equal(one, np.rot90(of, quarters)) for one, of in zip(pixels(data, [0, 1, 2]), plain, strict=True)
         )
+
+
+def test_a_mirrored_film_is_mirrored_back() -> None:
+    data, (plain,) = film(1), decoded(film(1))
+    at = data.index(b"tkhd") + 44  # ISO/IEC 14496-12, 8.3.2: the matrix of a track's header of version 0
+    across = plain.transpose(1, 0, 2)
+    for matrix, wanted in (
+        ((-1, 0, 0, 1), plain[:, ::-1]), ((1, 0, 0, -1), plain[::-1]),
+        ((0, 1, 1, 0), across), ((0, -1, -1, 0), across[::-1, ::-1]), ((0, 1, -1, 0), np.rot90(plain, 3)),
+    ):  # fmt: skip
+        a, b, c, d = (one << 16 for one in matrix)
+        turned = data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+        index = read_index(turned)
+        (shown,) = pixels(turned, [0])
+        assert shown.shape == (index.height, index.width, 3) and np.array_equal(shown, wanted)
 
 
 def test_a_varying_rate_goes_by_time() -> None:
@@ -184,6 +208,29 @@ def test_frames_one_by_one(tmp_path: Path) -> None:
     )
     with pytest.raises(FilmError):
         write_frames([], 1.0, io.BytesIO())
+
+
+def test_a_damaged_frame_is_a_bad_film() -> None:
+    out = io.BytesIO()
+    write_frames([encode_image(smooth_image(seed, 60, 44), "PNG") for seed in range(4)], 2.0, out)
+    good = out.getvalue()
+    for share, index_too in ((0.1, True), (0.6, False)):
+        data = bytearray(good)
+        data[int(len(data) * share)] ^= 0xFF
+        with pytest.raises(FilmError, match=r"broken frame: frame \d is damaged"):
+            pixels(bytes(data), [0, 1, 2, 3], None if index_too else read_index(good).to_bytes())
+
+
+def test_a_small_zip_does_not_become_large() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("film.json", b'{"rate": 2}' + b" " * (16 << 20))
+    tracemalloc.start()
+    with pytest.raises(FilmError, match=r"film\.json is too large"):
+        read_index(file.getvalue())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
 
 
 def test_transparency_is_white() -> None:

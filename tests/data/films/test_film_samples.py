@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import tarfile
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from megavlm.data.media import ImageShape, plan_of
 from megavlm.data.patches import patches_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.data.positions import positions_of
+from megavlm.data.preparing import Preparation, write_samples
 from megavlm.data.read_pack import decode_pack, image_starts
 from megavlm.data.reader import PackReader
 from megavlm.data.render import resized
@@ -115,6 +117,52 @@ def test_every_form_of_a_record_becomes_the_same_sample(media: Path, tmp_path: P
         assert sample.keys() == {"json", "film0", "filmindex0"}
         text = json.loads(sample["json"])["conversations"][0]["value"]
         assert text == f"Video 1: {FILM_PLACEHOLDER}\nWhat?", name
+
+
+def test_bytes_in_a_record_are_films_and_frames(media: Path, tmp_path: Path) -> None:
+    url = data_url(media / "0.mp4")
+    frames = [data_url(media / "walk" / f"f{number}.png", "image/png") for number in range(3)]
+    records = [
+        llava("<video>What?", videos=[{"base64": url.partition(",")[2]}]),
+        llava("<video>What?", video={"bytes": url.partition(",")[2]}),
+        llava("<video>What?", video=frames),
+        llava("<video>What?", videos=[{"frames": frames, "fps": 3}]),
+        llava("<video>What?", videos=[frames]),
+    ]
+    samples, rejected = shards(tmp_path, records, media)
+    assert not rejected
+    shapes = [Film(one["film0"], one["filmindex0"]).index().shape()[2:] for one in samples]
+    assert shapes == [(12, 10.0, 1, False)] * 2 + [(3, 2.0, 1, True), (3, 3.0, 1, True), (3, 2.0, 1, True)]
+
+
+def test_a_rate_of_zero_and_no_frames_are_rejected(media: Path, tmp_path: Path) -> None:
+    records = [
+        llava("<video>What?", videos=[{"frames": ["walk/f0.png"], "fps": 0}]),
+        llava("<video>What?", videos=[[]]),
+    ]
+    assert shards(tmp_path, records, media) == ([], ["bad record"] * 2)
+
+
+def test_films_of_a_tar(media: Path, tmp_path: Path) -> None:
+    records = {
+        "a": (messages("What?"), {"mp4": media / "0.mp4"}),
+        "b": (messages("<video>What?", videos=["b.mov"]), {"mov": media / "1.mov", "png": media / "a.png"}),
+        "c": (messages("<video>What?", video=["0.png", "1.png"]), {f"{n}.png": media / "a.png" for n in range(2)}),
+    }
+    records["b"][0]["images"] = ["png"]
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for key, (record, files) in records.items():
+            contents = {"json": json.dumps(record).encode()} | {name: at.read_bytes() for name, at in files.items()}
+            for name, content in contents.items():
+                member = tarfile.TarInfo(f"{key}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    write_samples(Preparation(tmp_path / "d.tar"), tmp_path)
+    (shard,) = tmp_path.glob("*-0*.tar")
+    with tarfile.open(shard) as tar:
+        held = [member.name.partition(".")[2] for member in tar]
+    film = ["film0", "filmindex0"]
+    assert held == ["json", *film, "json", "img0", *film, "json", *film]
 
 
 def test_frames_in_a_folder_or_a_list(media: Path, tmp_path: Path) -> None:

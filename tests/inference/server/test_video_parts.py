@@ -43,6 +43,7 @@ def test_a_film_in_a_request() -> None:
     assert [one.film for one in found] == [False, True]
     (film,) = load(url)
     assert isinstance(film, Film) and film.shape()[:3] == (40, 30, 3)
+    assert film.stored is not None  # it is not looked through again for each thing that is asked of it
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,22 @@ def test_what_is_no_film(url: str, code: str) -> None:
     with pytest.raises(ApiError) as raised:
         load(url)
     assert raised.value.status == 400 and raised.value.code == code
+
+
+def test_a_film_is_judged_in_its_own_words() -> None:
+    url = "data:video/mp4;base64," + base64.b64encode(frames()).decode()
+    for broken, code in ((url[:-3] + "!", "invalid_video"), ("data:video/mp4,AAAA", "invalid_video")):
+        with pytest.raises(ApiError, match="film 1: ") as caught:
+            load(broken)
+        assert caught.value.body["error"]["code"] == code
+    with pytest.raises(ApiError, match="40 x 30 pixels, at most 1000"):
+        asyncio.run(load_images([ImagePart(url, "messages.0", film=True)], Limits(pixels=1000), allow_remote=False))
+
+
+def test_the_mark_of_a_film_in_a_text() -> None:
+    with pytest.raises(ApiError, match="send a film as a video_url part"):
+        _content([{"type": "text", "text": FILM_PLACEHOLDER[:3]}, {"type": "text", "text": "lm"}], "messages.0", "user")
+    assert _content(f"an {FILM_PLACEHOLDER}answer", "messages.1", "assistant") == ("an answer", [])
 
 
 def test_films_of_a_prompt(tmp_path: Path) -> None:
