@@ -13,7 +13,7 @@ from typing import Any
 from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
-from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig
+from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig, VideoConfig
 
 Tree = dict[str, Any]
 
@@ -50,6 +50,9 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
     image = model.get("image", {})
     if classes.keys() == BRANCHES.keys() and isinstance(image, Mapping):
         filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
+        video = model.get("video", {})
+        if isinstance(video, Mapping):
+            filled["video"] = {**_defaults(VideoConfig), **video}  # and none took films
         filled["template"] = model.get("template", ModelConfig.template)  # and all spoke Qwen-VL's
     return {**model, **filled}
 

@@ -225,7 +225,7 @@ def image_runs(plan: ImagePlan, count: int, files: Callable[[], Sequence[bytes |
     Raises:
         ImageError: As :func:`lay_out`.
     """
-    if plan.fixed and not _with_films(files()):
+    if plan.fixed and (plan.films is None or not _with_films(files())):
         return [plan.plan(plan.side, plan.side).runs] * count
     return [layout.runs for layout in lay_out(files(), plan)]
 

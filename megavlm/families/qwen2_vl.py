@@ -147,13 +147,17 @@ class Qwen2VLFamily(Family):
             return "the language model's positions are not in sections (rotary_sections), as Qwen2-VL's are"
         if not language.add_qkv_bias:
             return "the language model has no bias on queries, keys and values, which Qwen2-VL's has"
-        timed = model.video.tokens_per_second is not None
-        if model.video.kind in self.film_plans and timed != self.timed:
-            there, here = ("tell", "do not") if timed else ("do not tell", "do")
-            return f"positions {there} the time of frames (model.video.tokens_per_second), those of {self.title} {here}"
         if language.kv_channels * language.num_attention_heads != language.hidden_size:
             return "the heads of the language model are not as wide as it is, for which its configuration has no key"
-        return self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
+        parts = self._refuses_common(model) or self._refuses_tower(model.vision) or no_llama(language)
+        return parts or self._refuses_times(model)
+
+    def _refuses_times(self, model: ModelConfig) -> str | None:
+        timed = model.video.tokens_per_second is not None
+        if model.video.kind not in self.film_plans or timed == self.timed:
+            return None
+        there, here = ("tell", "do not") if timed else ("do not tell", "do")
+        return f"positions {there} the time of frames (model.video.tokens_per_second), those of {self.title} {here}"
 
     def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
         """Pictures keep sizes of their own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import logging
@@ -258,21 +260,30 @@ def test_what_cannot_be_used_is_one_line(plain: Path, tmp_path: Path) -> None:
         located(tmp_path, plain / "cut.tar")
 
 
+@functools.cache
+def _object_store() -> Any:
+    """One server for the process: the storage client keeps the address that it has met first."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    atexit.register(server.stop)
+    return server
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A real S3 server on the loopback interface, and an empty bucket."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     boto3 = pytest.importorskip("boto3")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()
-    host, port = server.get_host_and_port()
+    host, port = _object_store().get_host_and_port()
     for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "x"),
                         ("AWS_SECRET_ACCESS_KEY", "y"), ("AWS_DEFAULT_REGION", "us-east-1")):  # fmt: skip
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="pictures")
     yield client
-    server.stop()
+    for one in client.list_objects_v2(Bucket="pictures").get("Contents", []):
+        client.delete_object(Bucket="pictures", Key=one["Key"])
+    client.delete_bucket(Bucket="pictures")
 
 
 def test_an_object_store(bucket: Any, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

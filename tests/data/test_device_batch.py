@@ -39,7 +39,9 @@ def test_weights_move_with_their_labels() -> None:
 def test_every_field_has_its_place() -> None:
     placed = {one.name for one in FIELDS}
     kept = {one.name for one in fields(Batch)}
-    assert placed - kept == {"cu_seqlens"} and kept - placed == {"packed_seq_params"}  # which is made of it
+    # The one is made of the other; who encodes what, and what came of it, is set where the tower is on all ranks.
+    assert placed - kept == {"cu_seqlens"}
+    assert kept - placed == {"packed_seq_params", "image_owners", "view_features"}
 
 
 def test_fields_with_a_value_per_position_are_equally_long() -> None:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from megavlm.data.image_header import ImageError
 from megavlm.data.media import ImagePlan
-from megavlm.data.render import canvas_with_pil
 from megavlm.data.seen import SeenPlane, said, seen
 
 LOOK = Path(__file__).with_name("look.css").read_text(encoding="utf-8")
@@ -42,6 +41,8 @@ def planes(picture: Image.Image, plan: ImagePlan, images: int = 1) -> str:
         return f'<p class="facts">The model cannot have it: {escape(str(error))}</p>'
     parts = []
     for plane, canvas in zip(seen(plan, layout), layout.canvases, strict=True):
+        from megavlm.data.render import canvas_with_pil  # noqa: PLC0415 - imports torch
+
         pixels = canvas_with_pil(picture, plan, canvas)
         pixels.thumbnail((_SIDE, _SIDE))
         file = io.BytesIO()
