@@ -150,8 +150,8 @@ def _from_data_url(url: str, number: int, param: str, what: Literal["image", "fi
         raise bad_request(f"{what} {number}: a data URL must read data:{kind}/...;base64,...", param, code)
     digits = body.encode("utf-8", "replace")
     if b"%" in digits:  # only what base64 has besides letters and digits
-        for code, byte in _PERCENT.items():
-            digits = digits.replace(code, byte).replace(code.lower(), byte)
+        for escape, byte in _PERCENT.items():
+            digits = digits.replace(escape, byte).replace(escape.lower(), byte)
     digits = digits.translate(_TO_STANDARD, _WHITE).rstrip(b"=")
     wrong = _NOT_BASE64.search(digits)
     if wrong is not None:
