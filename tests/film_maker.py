@@ -78,6 +78,7 @@ def film(
         if frames:
             stream = container.add_stream(codec, rate=rate, options={"g": str(every_key)})
             stream.width, stream.height, stream.pix_fmt = *size, pixels
+            stream.codec_context.thread_count = 1  # a forked process that collects it would wait for its threads
             if times is not None:
                 stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
             if turn:
@@ -101,4 +102,5 @@ def film(
 def decoded(data: bytes) -> list[np.ndarray]:
     """Return all frames of a film, [H, W, 3], as PyAV's own loop gives them."""
     with av.open(io.BytesIO(data)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
         return [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]

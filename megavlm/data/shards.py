@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import io
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -159,6 +160,19 @@ class TaskWriter:
         return self._root / folder
 
 
+@contextlib.contextmanager
+def _not_collected() -> Iterator[None]:
+    """Keep forked processes from collecting what is this one's.
+
+    Some of it, a film's encoder say, ends by waiting for threads, which a fork does not have: such a child never ends.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def write_metadata(directory: Path, shards: list[str], samples: int | None = None) -> None:
     """Write Energon's ``.nv-meta``: index, shard counts, the split (train only) and the data set's class.
 
@@ -173,7 +187,7 @@ def write_metadata(directory: Path, shards: list[str], samples: int | None = Non
     from megatron.energon.flavors import CrudeWebdataset  # noqa: PLC0415 - loads torch
 
     # Energon reports its progress with print.
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _not_collected():
         CrudeWebdataset.prepare_dataset(
             directory,
             shards,

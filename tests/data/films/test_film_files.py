@@ -238,6 +238,7 @@ def test_transparency_is_white() -> None:
     with av.open(file, "w", format="mov") as container:
         stream = container.add_stream("png", rate=5)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "rgba"
+        stream.codec_context.thread_count = 1
         clear = np.zeros((32, 32, 4), np.uint8)
         clear[:16] = (200, 0, 0, 255)
         container.mux(stream.encode(av.VideoFrame.from_ndarray(clear, format="rgba")))
