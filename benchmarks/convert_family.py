@@ -44,7 +44,7 @@ def published(family_name: str, model: ModelConfig) -> tuple[dict[str, tuple[int
     files = {name: tree.pop(name) for name in list(tree) if name.endswith(".json")}
     return found, {
         "config.json": {**tree, "torch_dtype": "bfloat16"},
-        PREPROCESSOR: trained_preprocessor(model, {}),
+        PREPROCESSOR: trained_preprocessor(model, {}, family.trained_pictures(model, {})),
         **files,
     }
 

@@ -33,6 +33,21 @@ def test_tiny_run(tmp_path: Path) -> None:
     assert not list(work.iterdir())
 
 
+@pytest.mark.long
+@pytest.mark.slow
+def test_tiny_run_of_a_family(tmp_path: Path) -> None:
+    options = ["--keep-caches", f"--work={tmp_path}", "--set=model.language.vocab_size=2048"]
+    options += [f"--set=model.{key}" for key in ("language.num_layers=1", "vision.num_layers=1")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "convert_family.py"), *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "internvl3_8b/sft as internvl, 1 + 1 layers" in done.stdout
+    assert "bit-identical, and config.json is the same" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_small_disk_gets_the_largest_model_that_fits(benchmark_module: object) -> None:
     script = benchmark_module
     full = script.FULL
