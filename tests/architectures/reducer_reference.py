@@ -7,7 +7,9 @@ Each takes and gives [P, N, ..] as ours do. Sources, by their papers and public 
   Meituan-AutoML/MobileVLM), made of torchvision's ``InvertedResidual`` and timm's ``LayerNormAct2d`` (epsilon 1e-5);
 * C-Abstractor: Honeybee (arXiv 2312.06742; ``honeybee/projectors/projectors.py``), made of timm's ``RegStage``, whose
   blocks have a group per channel and squeeze to a quarter of the channels that come in;
-* DenseConnector (arXiv 2405.13800; ``dc/model/multimodal_projector/dense_connector.py`` of HJYao00/DenseConnector).
+* DenseConnector (arXiv 2405.13800; ``dc/model/multimodal_projector/dense_connector.py`` of HJYao00/DenseConnector);
+
+* MiniCPM-V's resampler (``Resampler2_5``, and ``Resampler2`` of 2.0, in vLLM's ``models/minicpmv.py``).
 
 Gemma 3's and Idefics3's are Transformers' own classes.
 """
@@ -216,3 +218,45 @@ def idefics3(width: int, embed: int, side: int) -> nn.Module:
     """Return Transformers' connector of Idefics3."""
     parts = {"vision_config": SimpleNamespace(hidden_size=width), "text_config": SimpleNamespace(hidden_size=embed)}
     return Idefics3Connector(SimpleNamespace(scale_factor=side, **parts))
+
+
+def sincos(width: int, rows: int, columns: int) -> Tensor:
+    """Return [rows * columns, width], number by number: column then row, each sines then cosines."""
+    quarter = width // 4
+    table = torch.empty(rows, columns, width, dtype=torch.float64)
+    for i in range(quarter):
+        omega = 10000.0 ** (-i / quarter)
+        wide, tall = torch.arange(columns).double() * omega, torch.arange(rows).double() * omega
+        table[:, :, i], table[:, :, quarter + i] = wide.sin(), wide.cos()
+        table[:, :, 2 * quarter + i], table[:, :, 3 * quarter + i] = tall.sin()[:, None], tall.cos()[:, None]
+    return table.flatten(0, 1).float()
+
+
+class Resampler(nn.Module):
+    """``sizes``: rows and columns of each picture; inputs [N, P, W] are filled up with anything behind them."""
+
+    def __init__(self, width: int, embed: int, head_dim: int, queries: int, positions: bool) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(queries, embed))
+        self.pos_embed = None
+        if positions:
+            self.pos_embed = nn.Parameter(torch.empty(queries, embed), requires_grad=False)
+        self.kv_proj = nn.Identity() if width == embed else nn.Linear(width, embed, bias=False)
+        self.attn = nn.MultiheadAttention(embed, embed // head_dim)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(embed, eps=1e-6) for _ in range(3))
+        self.proj = nn.Parameter(torch.empty(embed, embed))
+        self.sizes: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self.sizes or [(int(x.size(1) ** 0.5),) * 2] * x.size(0)
+        x = self.ln_kv(self.kv_proj(x)).permute(1, 0, 2)
+        mask = torch.zeros(x.size(1), x.size(0), dtype=torch.bool)
+        positions = torch.zeros_like(x)
+        for i, (rows, columns) in enumerate(sizes):
+            mask[i, rows * columns :] = True
+            positions[: rows * columns, i] = sincos(x.size(2), rows, columns)
+        query = self.ln_q(self.query).unsqueeze(1).repeat(1, x.size(1), 1)
+        if self.pos_embed is not None:
+            query = query + self.pos_embed.unsqueeze(1)
+        out = self.attn(query, x + positions, x, key_padding_mask=mask)[0].permute(1, 0, 2)
+        return self.ln_post(out) @ self.proj

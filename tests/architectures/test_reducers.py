@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -9,13 +10,29 @@ import pytest
 import reducer_reference as published
 import torch
 from pydantic import TypeAdapter
-from reducer_cases import CASES, EMBED, IMAGES, Case, build, compare, features, model_of
+from reducer_cases import (
+    CASES,
+    EMBED,
+    IMAGES,
+    WIDTH,
+    Case,
+    build,
+    canonical,
+    compare,
+    features,
+    model_of,
+    reference_of,
+)
 from saved_tensors import saved_tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megavlm.architectures.context import BuildContext
 from megavlm.architectures.cost import Kernels, Pictures, cost_of
 from megavlm.config.architecture import architecture_of
+from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.data.media import feature_side, plan_of
 from megavlm.families.presets import expand_presets
 
 # Keys that no published form has.
@@ -44,10 +61,13 @@ def test_costs_are_what_torch_counts_and_keeps(name: str, learns: bool, monkeypa
     monkeypatch.setattr("reducer_cases.CASES", {**CASES, **OTHER})
     model, connector, x = model_of(name), build(name).requires_grad_(learns), features(name)
     shown, counted = Pictures(IMAGES, IMAGES * model.vision.patches_per_image, 0), cost_of(model, "connector")
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         connector(x)
-    assert counted.work(model, shown).total == counter.get_total_flops() > 0
-    assert [one.elements for one in counted.parameters(model, 1)] == [p.numel() for p in connector.parameters()]
+    queries = getattr(model.connector, "num_queries", None) or 0
+    once = 2 * queries * EMBED**2  # their projection, the same for all pictures
+    assert counted.work(model, shown).total == counter.get_total_flops() - once > 0
+    elements = sorted(one.elements for one in counted.parameters(model, 1))
+    assert elements == sorted(p.numel() for p in connector.parameters())
     with saved_tensors(connector.parameters()) as saved:
         connector(x)
     plain = Kernels(fused=False, number_bytes=4)
@@ -131,6 +151,11 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
     "more groups than layers": (
         {"preset": "dense_dci", "streams": 4}, {"feature_layers": (0, 1, 2)}, 1, "streams: 4 groups are more than"
     ),
+    "queries": (
+        {"preset": "minicpm_v_2_resampler", "num_queries": 6, "head_dim": 16}, {}, 1,
+        "num_queries: 6 is not a square number, which model.connector.query_positions needs; take 4 or 9",
+    ),
+    "heads": ({"preset": "resampler_2d", "head_dim": 32}, {}, 4, "head_dim: gives 2 heads, not divisible by"),
     "pool": (
         {"preset": "dense_sti", "pool": 17}, {"feature_layers": (2, 0, 1)}, 1, "pool: 17 are more than the tower's 16"
     ),
@@ -153,3 +178,88 @@ def test_what_does_not_go_together_is_named(name: str) -> None:
 def test_cases_break_no_rule(name: str) -> None:
     model = model_of(name)
     assert not list(architecture_of(model, "connector").rules(model, ParallelConfig(tensor_model_parallel_size=2)))
+
+
+SHOWN = [(1, 4, 6), (1, 2, 2), (2, 4, 4), (1, 6, 2)]
+"""Frames, rows and columns of pictures in front of a tower whose blocks are 2 x 2."""
+PACKED_TOWER = {"preset": "qwen2_5_vl_vit", "hidden_size": 48, "num_layers": 1, "num_attention_heads": 3} | {
+    "image_size": 56, "ffn_hidden_size": 64, "full_attention_layers": [0]
+}  # fmt: skip
+
+
+def packed_model(connector: dict[str, Any], **more: Any) -> ModelConfig:
+    """Return a model of a tower of pictures of any size."""
+    language = {"preset": "tiny_qwen", "hidden_size": EMBED}
+    return whole({"vision": PACKED_TOWER, "connector": connector, "language": language, **more})
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_pictures_of_any_size_are_looked_at_together(equal: bool) -> None:
+    """Features in the tower's blocks; the reference gets them row by row, filled up, with a mask of its keys."""
+    model = packed_model({"preset": "resampler_2d", "num_queries": 6, "head_dim": 16})
+    connector = architecture_of(model, "connector").make(model, BuildContext(ParallelConfig()))
+    reference = reference_of("resampler-2d")
+    with torch.no_grad():
+        for key, one in canonical("resampler-2d", reference.named(), connector).items():
+            connector.get_parameter(key).copy_(one)
+    grids = [(1, 4, 6)] * 3 if equal else SHOWN
+    sizes = [(rows, columns) for frames, rows, columns in grids for _ in range(frames)]
+    longest = max(rows * columns for rows, columns in sizes)
+    generator = torch.Generator().manual_seed(3)
+    filled_PNW = torch.randn(longest, len(sizes), WIDTH, generator=generator).requires_grad_()
+    reference.inner.sizes = sizes
+    blocks = []
+    for i, (rows, columns) in enumerate(sizes):
+        picture = filled_PNW[: rows * columns, i].unflatten(0, (rows // 2, 2, columns // 2, 2))
+        blocks.append(picture.transpose(1, 2).reshape(rows * columns, WIDTH))
+    x = torch.cat(blocks).unsqueeze(1).detach().requires_grad_()
+    got, expected_QNE = connector(x, torch.tensor(grids)), reference(filled_PNW)
+    expected = expected_QNE.transpose(0, 1).flatten(0, 1).unsqueeze(1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert connector.rows_of(torch.tensor(grids)) == [6 * frames for frames, _, _ in grids]
+    weights = torch.randn(got.shape, generator=generator)
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = {key: one.grad for key, one in reference.named().items()}
+    for key, gradient in canonical("resampler-2d", gradients, connector).items():
+        torch.testing.assert_close(connector.get_parameter(key).grad, gradient, rtol=1e-4, atol=1e-4)
+    # What the mask hides has no part in it.
+    assert filled_PNW.grad is not None
+    hidden = [filled_PNW.grad[rows * columns :, i] for i, (rows, columns) in enumerate(sizes)]
+    assert all(not one.any() for one in hidden)
+    assert torch.allclose(x.grad.sum(0)[0], filled_PNW.grad.sum((0, 1)), atol=1e-3)
+
+
+def test_a_plan_of_queries_has_as_many_tokens_for_every_picture() -> None:
+    model = packed_model({"preset": "resampler_2d", "head_dim": 16}, image={"kind": "native"})
+    plan = plan_of(model)
+    for width, height in ((56, 56), (640, 200), (1000, 1000)):
+        layout = plan.plan(width, height)
+        assert layout.runs == (96,) and plan.features_of(layout) == 96
+        assert layout.patches is not None and plan.pixels_of(layout)[0] == math.prod(layout.patches)
+        with pytest.raises(UserError, match="no rows and columns"):
+            plan.token_grids(layout)
+    model = packed_model({"preset": "resampler_2d", "head_dim": 16}, video={"kind": "qwen2_vl"})
+    (line,) = architecture_of(model, "connector").rules(model, ParallelConfig())
+    assert line.startswith("model.video.kind: qwen2_vl counts a token for each block"), line
+
+
+@pytest.mark.parametrize(
+    ("connector", "vision", "spatial"),
+    [
+        ({"preset": "concat_row"}, {}, False), ({"preset": "concat_square"}, {}, True),
+        ({"preset": "ldpnet"}, {}, True),
+        ({"preset": "dense_sti"}, {"feature_layers": (2, 0, 1)}, False), ({"preset": "resampler"}, {}, False),
+    ],
+)  # fmt: skip
+def test_tiles_are_put_together_only_where_tokens_lie_as_patches_do(
+    connector: dict[str, Any], vision: dict[str, Any], spatial: bool
+) -> None:
+    tower = {"preset": "tiny_vit", "image_size": 32, "num_layers": 2, **vision}
+    model = whole({"vision": tower, "connector": connector, "language": {"preset": "tiny_qwen", "hidden_size": 64}})
+    assert model.connector.spatial == spatial
+    if spatial:
+        assert feature_side(model, "anyres") ** 2 == model.tokens_per_view
+    else:
+        with pytest.raises(UserError, match="does not keep them where their patches are"):
+            feature_side(model, "anyres")

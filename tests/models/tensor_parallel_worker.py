@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megavlm.parallel.device import prepare_device
 
 prepare_device()
@@ -54,7 +56,7 @@ def padded_vocabulary() -> None:
         assert gradient[:133].abs().min(dim=1).values.max() > 0
 
 
-def shares_of_pictures(replicas: frozenset[str], pictures: int) -> None:
+def shares_of_pictures(replicas: frozenset[str], pictures: int, connector: dict[str, Any] | None = None) -> None:
     """Pictures of any size, cut over ranks that hold tower or connector whole, give what one rank makes of them all."""
     tower = {
         "preset": "qwen2_5_vl_vit", "patch_size": 4, "window_size": 24, "hidden_size": 48, "num_layers": 2,
@@ -63,7 +65,8 @@ def shares_of_pictures(replicas: frozenset[str], pictures: int) -> None:
     held = {part: {"tensor_parallel": "replicate"} for part in replicas}
     tree = {
         "preset": "tiny", "image": {"kind": "native"}, "vision": {**tower, **held.get("vision", {})},
-        "connector": {"preset": "patch_merger", **held.get("connector", {})}, "language": {"hidden_size": 64},
+        "connector": {**(connector or {"preset": "patch_merger"}), **held.get("connector", {})},
+        "language": {"hidden_size": 64},
     }  # fmt: skip
     made = recipe(model=tree, parallel={"tensor_model_parallel_size": 2})
     model = unwrap(build_model(made, IMAGE_TOKEN)[0])
@@ -102,6 +105,9 @@ if __name__ == "__main__":
         for count in (1, 5):
             shares_of_pictures(frozenset({"vision", "connector"}), count)
         shares_of_pictures(frozenset({"vision"}), 4)
+        queries = {"preset": "resampler_2d", "num_queries": 3, "head_dim": 16}
+        for parts, count in (({"vision", "connector"}, 5), ({"connector"}, 4), ({"connector"}, 1), ({"vision"}, 5)):
+            shares_of_pictures(frozenset(parts), count, queries)
         print("<pictures>")
         padded_vocabulary()
         print("<vocabulary>")

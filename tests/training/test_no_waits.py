@@ -75,7 +75,8 @@ def counted_waits(monkeypatch):
 
 load_presets()
 CONNECTORS: dict[str, dict[str, object]] = {name: {"preset": name} for name in registry.CONNECTORS.names()}
-CONNECTORS["resampler"] |= {"num_queries": 4, "head_dim": 16}
+for queries in ("resampler", "resampler_2d", "minicpm_v_2_resampler"):
+    CONNECTORS[queries] |= {"num_queries": 4, "head_dim": 16}
 CONNECTORS["gemma3_pool"] |= {"patches": 4}
 CONNECTORS["ldpnetv2"] |= {"output_grid": 1}
 CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}

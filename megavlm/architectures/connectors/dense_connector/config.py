@@ -34,6 +34,11 @@ class DenseConnectorConfig(ConnectorConfig):
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
+    @property
+    def spatial(self) -> bool:
+        """Not with tokens of other layers behind the patches'."""
+        return self.integration != "sti"
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return one for each patch, and with sti those of the other layers."""
         patches = grid[0] * grid[1]

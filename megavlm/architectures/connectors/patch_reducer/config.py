@@ -42,6 +42,11 @@ class PatchReducerConfig(ConnectorConfig):
         """Side of a square of patches."""
         return math.isqrt(self.patches)
 
+    @property
+    def spatial(self) -> bool:
+        """Not in the order of rows: four of a row lie nowhere in a square."""
+        return self.merge != "row"
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the number of whole tokens."""
         if self.merge == "row":
