@@ -37,13 +37,6 @@ SMALL = {
     | {"num_query_groups": 4, "kv_channels": 16, "vocab_size": VOCABULARY, "vocab_divisor": 1}
     | {"max_position_embeddings": 2048, "init_method_std": 0.1},
 }
-# For connectors of several layers' features; with ``sti`` one patch, and three others that are pooled, are four tokens.
-LAYERS: dict[str, dict[str, Any]] = {
-    "dci": {"feature_layers": [0, 1, 2]},
-    "sci": {"feature_layers": [2, 0, 1]},
-    "sti": {"feature_layers": [2, 0, 1, 1], "patch_size": 32},
-}
-STI = {"streams": 3, "pool": 1}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),
@@ -74,7 +67,11 @@ def names(kind: str) -> list[str]:
     with alone():
         for name in wanted:
             model = make_model(**{kind: name})
-            stored = {key: (slot.key, slot.global_shape) for key, slot in find_slots(model, (kind,)).items()}
+            # Connectors store the same under the same names, whatever their widths.
+            stored = {
+                key: (slot.key, slot.global_shape if kind != "connector" else len(slot.global_shape))
+                for key, slot in find_slots(model, (kind,)).items()
+            }
             first.setdefault((found.find(name).architecture.name, *stored.items()), name)
     return list(first.values())
 
@@ -92,12 +89,12 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
     if dense(connector):
-        tree["vision"] |= LAYERS[registry.CONNECTORS.find(connector).values["integration"]]
-        tree["connector"] |= STI if connector.endswith("sti") else {}
+        tree["vision"]["feature_layers"] = [0, 1, 2]
     if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
         tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
-    if whole.tokens_per_view != SMALL["connector"]["num_queries"]:  # it makes one token of several patches
+    # It makes one token of several patches; blocks are that large whatever becomes of them.
+    if whole.tokens_per_view != SMALL["connector"]["num_queries"] or packed("vision", vision):
         tree["vision"]["patch_size"] //= 2
     return tree
 
