@@ -60,7 +60,8 @@ def shares_of_pictures(replicas: frozenset[str], pictures: int, connector: dict[
     """Pictures of any size, cut over ranks that hold tower or connector whole, give what one rank makes of them all."""
     tower = {
         "preset": "qwen2_5_vl_vit", "patch_size": 4, "window_size": 24, "hidden_size": 48, "num_layers": 2,
-        "num_attention_heads": 3, "ffn_hidden_size": 64, "full_attention_layers": [1], "image_size": 32,
+        "num_attention_heads": 3 if "vision" in replicas else 4, "ffn_hidden_size": 64, "full_attention_layers": [1],
+        "image_size": 32,
     }  # fmt: skip
     held = {part: {"tensor_parallel": "replicate"} for part in replicas}
     tree = {
@@ -79,7 +80,9 @@ def shares_of_pictures(replicas: frozenset[str], pictures: int, connector: dict[
         features = encode(model.vision, model.connector, pixels, grid, trains_vision=True, replicas=kept)
         weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(5))
         (features * weights).sum().backward()
-        gradients = [p.grad.clone() for part in parts for p in part.parameters()]
+        # That of the keys' bias is zero, but for roundings: it moves all scores of a query alike.
+        own = [p for part in parts for name, p in part.named_parameters() if name != "linear_k.bias"]
+        gradients = [p.grad.clone() for p in own]
         for gradient in gradients if kept else ():
             torch.distributed.all_reduce(gradient, group=mpu.get_tensor_model_parallel_group())
         found.append([features.detach(), *gradients])
