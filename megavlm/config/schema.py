@@ -96,6 +96,11 @@ class ConnectorConfig:
         """The connector of each level of a deepstack; the same, unless a class says else."""
         return self
 
+    @property
+    def spatial(self) -> bool:
+        """Whether the tokens of a square of patches are a square too, each where its patches are; not of queries."""
+        return getattr(self, "num_queries", None) is None
+
     def tokens_of(self, grid: tuple[int, int]) -> int:
         """Return the tokens that features of so many rows and columns become; one each, unless a class says else."""
         return grid[0] * grid[1]

@@ -389,7 +389,7 @@ def feature_side(model: ModelConfig, kind: str) -> int:
         UserError: Tower and connector make no square with the patches' order.
     """
     side = math.isqrt(model.tokens_per_view)
-    if side * side != model.tokens_per_view or getattr(model.connector, "num_queries", None) is not None:
+    if side * side != model.tokens_per_view or not model.connector.spatial:
         raise UserError(
             f"model.image.kind: {kind} puts the features of tiles together to one picture, but the connector "
             f"{model.connector.preset!r} does not keep them where their patches are; take linear or mlp2x_gelu, or "

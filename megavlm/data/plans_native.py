@@ -7,7 +7,7 @@ Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arX
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from megavlm.config.errors import UserError
@@ -90,6 +90,26 @@ class NativePlan(ImagePlan):
         return layout.tokens / self.tokens_per_view
 
 
+@dataclass(frozen=True)
+class QueriesPlan(NativePlan):
+    """The same in front of a connector that makes as many tokens of any picture (``tokens_per_view``)."""
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return one view, with its grid of patches."""
+        return replace(super().lay_out(shape), runs=(self.tokens_per_view,))
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Refuse: queries lie nowhere.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "model.connector.preset: makes tokens that have no rows and columns, which the positions of this language"
+            " model need; take another connector"
+        )
+
+
 def enlarged(size: tuple[int, int], block: int) -> tuple[int, int]:
     """Return width and height, where a side is shorter than a block so much larger that it is as long."""
     width, height = size
@@ -144,7 +164,8 @@ def _native(model: ModelConfig) -> ImagePlan:
             )
     if most < block:
         raise UserError(f"model.image.max_pixels: {most} is less than one token takes ({block} pixels); raise it")
-    return NativePlan(
+    kind = NativePlan if model.connector.spatial else QueriesPlan
+    return kind(
         side=vision.image_size,
         tokens_per_view=model.tokens_per_view,
         resample=image.resample,

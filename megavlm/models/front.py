@@ -84,16 +84,20 @@ def _encode_packed(
     """Return [Q, 1, E] features of pictures of any size; a share of them is whole pictures."""
     counts = grid.prod(1).tolist()
     shares = PackedShares(counts) if replicas else None
+    shown = grid
     if shares is not None and "vision" in replicas:
-        patches_PF, grid = shares.of(patches_PF, grid, vision)
+        patches_PF, shown = shares.of(patches_PF, grid, vision)
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains_vision):
-        features = vision(patches_PF, grid)
+        features = vision(patches_PF, shown)
     if shares is not None and "vision" in replicas and "connector" not in replicas:
-        features = shares.gather(features, 1)
+        features, shown = shares.gather(features, counts), grid
     if shares is not None and "connector" in replicas and "vision" not in replicas:
-        features = shares.take(features)
+        features, shown = shares.take(features), shares.grid_of(grid)
     patches = features.size(0)
-    features = connect(connector, features)
-    if shares is not None and "connector" in replicas:
-        features = shares.gather(features, patches // features.size(0))
-    return features
+    features = connect(connector, features, shown)
+    if shares is None or "connector" not in replicas:
+        return features
+    if getattr(connector, "takes_grid", False):
+        return shares.gather(features, connector.rows_of(grid))
+    each = patches // features.size(0)  # that become one row
+    return shares.gather(features, [count // each for count in counts])

@@ -30,11 +30,16 @@ def make_connector(model: ModelConfig, context: BuildContext) -> Any:
     return connector
 
 
-def connect(connector: Any, features: Tensor) -> Tensor:
-    """Return what a connector makes of features [.., W], or, with R levels, of [.., (1 + R) * W]: [.., (1 + R) * E]."""
+def connect(connector: Any, features: Tensor, grid: Tensor | None = None) -> Tensor:
+    """Return what a connector makes of features [.., W], or, with R levels, of [.., (1 + R) * W]: [.., (1 + R) * E].
+
+    Args:
+        connector: the connector; one that ``takes_grid`` gets the grid too.
+        features: of the tower.
+        grid: [V, 3] int64 on the host, of pictures that have sizes of their own.
+    """
     levels = getattr(connector, LEVELS, None)
-    if levels is None:
-        found: Tensor = connector(features)
-        return found
-    parts = features.chunk(1 + len(levels), dim=-1)
-    return torch.cat([one(part) for one, part in zip((connector, *levels), parts, strict=True)], dim=-1)
+    parts = [features] if levels is None else features.chunk(1 + len(levels), dim=-1)
+    more = (grid,) if getattr(connector, "takes_grid", False) else ()
+    found = [one(part, *more) for one, part in zip((connector, *(levels or ())), parts, strict=True)]
+    return found[0] if levels is None else torch.cat(found, dim=-1)

@@ -132,8 +132,8 @@ class PackedShares:
     def __init__(self, counts: Sequence[int]) -> None:
         self.group = mpu.get_tensor_model_parallel_group()
         rank, ranks = self.group.rank(), self.group.size()
-        owners = picture_owners(counts, ranks)
-        self.sizes = [sum(n for n, owner in zip(counts, owners, strict=True) if owner == i) for i in range(ranks)]
+        self.first, self.owners = counts[0], picture_owners(counts, ranks)
+        owners, self.sizes = self.owners, self._summed(counts)
         self.start, self.own = sum(self.sizes[:rank]), self.sizes[rank]
         self.pictures = [index for index, owner in enumerate(owners) if owner == rank]
 
@@ -147,19 +147,29 @@ class PackedShares:
     def take(self, features_P1W: Tensor) -> Tensor:
         """Return this rank's share of [P, 1, W], which all ranks have; some zeros where that is none."""
         share = _Take.apply(features_P1W.transpose(0, 1), self.sizes, self.group).transpose(0, 1)
-        least = min(size for size in self.sizes if size)
-        return share if self.own else torch.cat([share, torch.zeros_like(features_P1W[:least])])
+        return share if self.own else torch.cat([share, torch.zeros_like(features_P1W[: self.first])])
 
-    def gather(self, share: Tensor, patches: int) -> Tensor:
+    def grid_of(self, grid_V3: Tensor) -> Tensor:
+        """Return the grid of what :meth:`take` returns: the zeros are as many as the first picture's patches."""
+        return grid_V3[self.pictures] if self.own else grid_V3[:1]
+
+    def gather(self, share: Tensor, rows: Sequence[int]) -> Tensor:
         """Return [Q, 1, W] of all pictures from what became of each rank's share.
 
         Args:
             share: [q, 1, W] of this rank.
-            patches: patches of one of its rows.
+            rows: what became of each picture, of all ranks.
         """
-        sizes = [size // patches for size in self.sizes]
-        own_1QW = share.transpose(0, 1)[:, : self.own // patches]
+        sizes = self._summed(rows)
+        own_1QW = share.transpose(0, 1)[:, : sizes[self.group.rank()]]
         return _Gather.apply(own_1QW, sizes, self.group).transpose(0, 1)
+
+    def _summed(self, numbers: Sequence[int]) -> list[int]:
+        """Return the sum of each rank's pictures' numbers."""
+        return [
+            sum(number for number, owner in zip(numbers, self.owners, strict=True) if owner == rank)
+            for rank in range(self.group.size())
+        ]
 
 
 class _Gather(torch.autograd.Function):

@@ -64,5 +64,5 @@ def chunk_flops(
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,
-        connector=connector.total / connector_ranks,
+        connector=(connector.total - connector.whole) / connector_ranks + connector.whole,
     )

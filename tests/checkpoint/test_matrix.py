@@ -32,7 +32,7 @@ VOCABULARY = 517
 SMALL = {
     "vision": {"image_size": 32, "patch_size": 16, "hidden_size": 48, "num_layers": 2, "num_attention_heads": 4}
     | {"ffn_hidden_size": 96, "positional_grid": 2, "init_method_std": 0.1},
-    "connector": {"num_queries": 4, "head_dim": 16},
+    "connector": {"num_queries": 4, "head_dim": 16, "patches": 4, "output_grid": 2, "hidden_size": 32},
     "language": {"num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
     | {"num_query_groups": 4, "kv_channels": 16, "vocab_size": VOCABULARY, "vocab_divisor": 1}
     | {"max_position_embeddings": 2048, "init_method_std": 0.1},
@@ -67,7 +67,11 @@ def names(kind: str) -> list[str]:
     with alone():
         for name in wanted:
             model = make_model(**{kind: name})
-            stored = {key: (slot.key, slot.global_shape) for key, slot in find_slots(model, (kind,)).items()}
+            # Connectors store the same under the same names, whatever their widths.
+            stored = {
+                key: (slot.key, slot.global_shape if kind != "connector" else len(slot.global_shape))
+                for key, slot in find_slots(model, (kind,)).items()
+            }
             first.setdefault((found.find(name).architecture.name, *stored.items()), name)
     return list(first.values())
 
@@ -84,10 +88,13 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
+    if dense(connector):
+        tree["vision"]["feature_layers"] = [0, 1, 2]
     if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
         tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
-    if whole.tokens_per_view != SMALL["connector"]["num_queries"]:  # it makes one token of several patches
+    # It makes one token of several patches; blocks are that large whatever becomes of them.
+    if whole.tokens_per_view != SMALL["connector"]["num_queries"] or packed("vision", vision):
         tree["vision"]["patch_size"] //= 2
     return tree
 
@@ -120,6 +127,11 @@ def packed(kind: str, name: str) -> bool:
     return config.packed is not of_all.packed
 
 
+def dense(connector: str) -> bool:
+    """Whether a connector takes features of several layers."""
+    return registry.CONNECTORS.find(connector).architecture.name == "dense_connector"
+
+
 @functools.cache
 def parts() -> dict[str, list[str]]:
     return {kind: names(kind) for kind in ("vision", "connector", "language")}
@@ -131,10 +143,12 @@ def fronts() -> list[tuple[str, str]]:
     pairs = []
     for kind in (False, True):
         towers = [name for name in parts()["vision"] if packed("vision", name) == kind]
-        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind]
+        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind and not dense(name)]
         count = max(len(towers), len(connectors))
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
-    return pairs
+    # A norm behind the last layer does not go with features of others.
+    bare = next(tower for tower, _ in pairs if not make_model(vision=tower).vision.post_layernorm)
+    return pairs + [(bare, name) for name in parts()["connector"] if dense(name)]
 
 
 def model_count() -> int:

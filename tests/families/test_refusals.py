@@ -57,3 +57,13 @@ def test_a_key_is_written_or_refused(name: str) -> None:
             changed = dataclasses.replace(model, language=dataclasses.replace(model.language, **{key: other}, **more))
             if family.refusal(changed) is None:
                 assert family.config(changed, {}) != before, (key, other)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_pictures_of_several_sizes_are_refused(name: str) -> None:
+    """No layout here has a word for ``model.vision.s2_scales``."""
+    for model in models(name):
+        if "vision" in FAMILIES[name].parts and not model.vision.packed:
+            side = model.vision.image_size
+            several = dataclasses.replace(model.vision, image_size=2 * side, s2_scales=(side, 2 * side))
+            assert FAMILIES[name].refusal(dataclasses.replace(model, vision=several)) is not None

@@ -48,7 +48,7 @@ def decoder(name: str, **values: Any) -> dict[str, Any]:
 
 def connector(name: str) -> dict[str, Any]:
     """Return the branch of a preset."""
-    more = {"num_queries": 4, "head_dim": 16} if name == "resampler" else {}
+    more = {"num_queries": 4, "head_dim": 16} if "num_queries" in registry.CONNECTORS.find(name).values else {}
     return {"connector": {"preset": name.replace("<N>", "2"), **more}}
 
 

@@ -72,6 +72,17 @@ WHOLE: dict[str, Any] = {
 WHOLE_TOWER: dict[str, Any] = {
     **WHOLE, "vision": {**OTHER["vision"], **FIVE_HEADS}, "connector": {"preset": "mlp2x_gelu"}
 }  # fmt: skip
+# Convolutions, norms over channels and gates, all of which a rank has whole but for what is cut; pictures at two sizes.
+LDP: dict[str, Any] = {**INTERNVL, "connector": {"preset": "ldpnet"}}
+ABSTRACTOR: dict[str, Any] = {
+    **INTERNVL,
+    "connector": {"preset": "c_abstractor", "output_grid": 2, "hidden_size": 32},
+}
+S2: dict[str, Any] = {
+    **INTERNVL,
+    "vision": {**INTERNVL["vision"], "s2_scales": (16, 32), "positional_grid": 2},
+    "connector": {"preset": "mlp2x_gelu"},
+}
 # A norm with bias for attention and MLP side by side, biases everywhere, no gate, half a head turned.
 PHI: dict[str, Any] = {
     **INTERNVL,
@@ -106,6 +117,13 @@ CASES: dict[str, dict[str, Any]] = {
     "other-tp2-dp2": {**BF16, "model": OTHER, "parallel": TP2},
     "layers-tp2-pp2": {**BF16, "model": LAYERS, "parallel": {**TP2, **PP2, **TORCH}},
     "internvl-tp2-pp2-sp": {**BF16, "model": INTERNVL, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
+    "ldp-tp2-pp2": {**BF16, "model": LDP, "parallel": {**TP2, **PP2, **TORCH}},
+    "abstractor-tp2-pp2-sp": {
+        **BF16,
+        "model": ABSTRACTOR,
+        "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True},
+    },
+    "s2-tp2-pp2": {**BF16, "model": S2, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
@@ -121,6 +139,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole-tp2-dp2": {**BF16, "model": WHOLE, "parallel": {**TP2, "overlap_grad_reduce": True}},
 }
 COUNTED = ["tp2-pp2-sp", "tp2-pp2", "whole-tp2-pp2", "internvl-tp2-pp2-sp", "phi-tp2-pp2"]
+COUNTED += ["ldp-tp2-pp2", "abstractor-tp2-pp2-sp", "s2-tp2-pp2"]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +166,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
 KEPT += [name for name in CASES if name.startswith(("phi", "gemma"))]
-KEPT += [name for name in CASES if "shared" in name]
+KEPT += [name for name in CASES if "shared" in name or name.startswith(("ldp", "abstractor", "s2"))]
 
 
 @pytest.mark.parametrize("name", KEPT)

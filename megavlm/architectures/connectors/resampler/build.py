@@ -31,7 +31,7 @@ class Resampler(MegatronModule):
     Keys see positions, values do not. Queries and positions are the same for every image.
     """
 
-    def __init__(self, model: ModelConfig, context: BuildContext) -> None:
+    def __init__(self, model: ModelConfig, context: BuildContext, *, query_positions: bool = True) -> None:
         width, embed = model.vision.feature_size, model.language.hidden_size
         connector = model.connector
         assert isinstance(connector, ResamplerConfig)
@@ -58,8 +58,10 @@ class Resampler(MegatronModule):
         kind = LayerKind("full", head_dim=connector.head_dim)
         modules = layer_modules(kind, transformer_engine=context.transformer_engine)
         self.query = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype))
-        # Stored, never trained.
-        self.pos_embed = torch.nn.Parameter(torch.empty(connector.num_queries, embed, dtype=dtype), requires_grad=False)
+        self.pos_embed: torch.nn.Parameter | None = None
+        if query_positions:  # stored, never trained
+            table = torch.empty(connector.num_queries, embed, dtype=dtype)
+            self.pos_embed = torch.nn.Parameter(table, requires_grad=False)
         self.kv_proj = None if width == embed else column(width, embed, bias=False, gather=True)
         self.ln_q = modules.norm(config=config, hidden_size=embed, eps=config.layernorm_epsilon)
         self.ln_kv = modules.norm(config=config, hidden_size=embed, eps=config.layernorm_epsilon)
@@ -85,8 +87,9 @@ class Resampler(MegatronModule):
         )
         if context.initialize:
             torch.nn.init.normal_(self.query, std=connector.init_method_std)
-            with torch.no_grad():
-                self.pos_embed.copy_(sincos_table(embed, side))
+            if self.pos_embed is not None:
+                with torch.no_grad():
+                    self.pos_embed.copy_(sincos_table(embed, side))
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [Q, N, E] image tokens of [P, N, W] patch features."""
@@ -95,11 +98,10 @@ class Resampler(MegatronModule):
 
     def _resample(self, features_PNW: Tensor) -> Tensor:
         images = features_PNW.size(1)
-        x_PNE = features_PNW if self.kv_proj is None else self.kv_proj(features_PNW)[0]
-        x_PNE = self.ln_kv(x_PNE)
+        x_PNE = self._narrowed(features_PNW)
+        assert self.pos_embed is not None
         key_positions_PE = resize_table(self.pos_embed, self.grid)
-        query_QE = self.ln_q(self.query) + self.pos_embed
-        query_QNA = self.linear_q(query_QE.unsqueeze(1))[0].expand(-1, images, -1)
+        query_QNA = self._queries().expand(-1, images, -1)
         key_PNA = self.linear_k(x_PNE + key_positions_PE.unsqueeze(1))[0]
         value_PNA = self.linear_v(x_PNE)[0]
         context_QNA = self.core_attention(
@@ -109,8 +111,26 @@ class Resampler(MegatronModule):
             None,
             attn_mask_type=AttnMaskType.no_mask,
         )
+        return self._behind(context_QNA)
+
+    def _narrowed(self, features_PNW: Tensor) -> Tensor:
+        """Return [P, N, E]."""
+        x_PNE: Tensor = self.ln_kv(features_PNW if self.kv_proj is None else self.kv_proj(features_PNW)[0])
+        return x_PNE
+
+    def _queries(self) -> Tensor:
+        """Return [Q, 1, A]."""
+        query_QE = self.ln_q(self.query)
+        if self.pos_embed is not None:
+            query_QE = query_QE + self.pos_embed
+        query_Q1A: Tensor = self.linear_q(query_QE.unsqueeze(1))[0]
+        return query_Q1A
+
+    def _behind(self, context_QNA: Tensor) -> Tensor:
+        """Return [Q, N, E] of what the heads give."""
         x_QNE = self.ln_post(self.out_proj(context_QNA)[0])
-        return self.proj(x_QNE)[0]
+        tokens_QNE: Tensor = self.proj(x_QNE)[0]
+        return tokens_QNE
 
     def _heads(self, x: Tensor) -> Tensor:
         """[positions, N, A] to [positions, N, heads of this rank, head_dim]."""

@@ -32,6 +32,21 @@ class ResamplerConfig(ConnectorConfig):
         return self.num_queries or super().tokens_of(grid)
 
 
+def head_rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
+    """Yield what is wrong with the width of a head."""
+    connector, hidden = model.connector, model.language.hidden_size
+    if connector.head_dim is not None:
+        if hidden % connector.head_dim:
+            yield (
+                f"{_OWN}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden});"
+                " take a divisor"
+            )
+        else:
+            heads, tp = hidden // connector.head_dim, layout.tensor_model_parallel_size
+            if heads % tp:
+                yield f"{_OWN}.head_dim: gives {heads} heads, not divisible by {TP} ({tp}); change one of the two"
+
+
 def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     """Yield a line for each broken rule: key, rule, remedy."""
     connector, hidden = model.connector, model.language.hidden_size
@@ -53,16 +68,7 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.num_queries: {connector.num_queries} is not a square number, which a grid of queries needs;"
             f" take {side**2 or 1} or {(side + 1) ** 2}"
         )
-    if connector.head_dim is not None:
-        if hidden % connector.head_dim:
-            yield (
-                f"{_OWN}.head_dim: {connector.head_dim} is no divisor of model.language.hidden_size ({hidden});"
-                " take a divisor"
-            )
-        else:
-            heads, tp = hidden // connector.head_dim, layout.tensor_model_parallel_size
-            if heads % tp:
-                yield f"{_OWN}.head_dim: gives {heads} heads, not divisible by {TP} ({tp}); change one of the two"
+    yield from head_rules(model, layout)
 
 
 def products(model: ModelConfig, tp: int) -> tuple[tuple[str, int, int], ...]:
