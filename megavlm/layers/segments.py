@@ -5,6 +5,7 @@ Layers that ask the device for the lengths of a pack wait for it, five times eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from torch import Tensor
 
 
 def packed_segments(
-    cu_seqlens: NDArray[np.int32], device: torch.device, position_ids: Tensor | None = None
+    cu_seqlens: NDArray[np.int32],
+    device: torch.device,
+    position_ids: Tensor | None = None,
+    spans: Sequence[Sequence[int]] | None = None,
 ) -> PackedSeqParams:
     """Describe a pack for Megatron-Core (``qkv_format="thd"``).
 
@@ -43,6 +47,8 @@ def packed_segments(
     told: Any = packed
     told.segment_lengths = lengths.tolist()
     told.position_ids = position_ids
+    told.two_way_spans = None if spans is None else [(int(start), int(stop)) for start, stop in spans]
+    told.two_way_plans = {}
     return packed
 
 
@@ -55,6 +61,17 @@ def segment_lengths(packed: PackedSeqParams) -> list[int]:
 def segment_positions(packed: PackedSeqParams | None) -> Tensor | None:
     """Return the [S] or [3, S] positions that :func:`packed_segments` was given, or None."""
     return getattr(packed, "position_ids", None)
+
+
+def two_way_spans(packed: PackedSeqParams) -> list[tuple[int, int]] | None:
+    """Return the spans that :func:`packed_segments` was given, or None."""
+    return getattr(packed, "two_way_spans", None)
+
+
+def two_way_plans(packed: PackedSeqParams) -> dict[Any, Any]:
+    """Return where attention keeps what it makes of the spans once for all layers, by their window."""
+    told: Any = packed
+    return told.two_way_plans
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
