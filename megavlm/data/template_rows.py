@@ -200,6 +200,22 @@ MGM_GEMMA = replace(
     assistant=("<start_of_turn>", "model\n", *trained(TEXT, "<end_of_turn>", "\n", "<eos>")),
 )
 
+# PaliGemma's: processing_paligemma.py of Transformers and big_vision's transforms write pictures, a
+# BOS, the prefix and a newline, and encode the answer apart.
+PALIGEMMA = Template(
+    name="paligemma",
+    title="PaliGemma: pictures, prefix, a newline, answer",
+    user=("<bos>", TEXT, "\n"),
+    assistant=trained(TEXT, "<eos>"),
+    tokens=_needs("<bos>", "<eos>"),
+    slot=ControlToken(("<image>",)),
+    picture="{image}",
+    images_first=True,
+    eos=("<eos>",),
+    most_exchanges=1,
+    joined=False,
+)
+
 _DEEPSEEK_BEGIN, _DEEPSEEK_END = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
 DEEPSEEK = Template(
     name="deepseek",
@@ -318,6 +334,6 @@ CHATML_DIRECT = Template(
 
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
-    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM,
+    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, PALIGEMMA, DEEPSEEK, MINICPM,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

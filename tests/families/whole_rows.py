@@ -19,6 +19,7 @@ from family_cases import (
     llava,
     qwen_vl,
 )
+from gemma_models import PALIGEMMA_FILES, PrefixSource, paligemma, paligemma_answers
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
@@ -51,6 +52,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -287,6 +289,31 @@ ROWS: dict[str, WholeFamily] = {
         recipes={**_onevision("llava_onevision_0_5b"), **_onevision("llava_onevision_7b")},
         headers=HEADER,
         planner=PLANNED,
+    ),
+    "paligemma": WholeFamily(
+        checkpoints=("paligemma", "paligemma_hub"),
+        template="paligemma",
+        image={"kind": "squash"},
+        source=PrefixSource("paligemma", paligemma, files=PALIGEMMA_FILES),
+        uneven=PrefixSource(
+            "paligemma",
+            lambda: paligemma({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
+            files=PALIGEMMA_FILES,
+        ),
+        others=Lack("it is published with one tower and one language model, in three sizes of pictures"),
+        answers=paligemma_answers,
+        lora=LLAMA_TARGETS,
+        # google/paligemma-3b-{pt,mix}-{224,448,896}.
+        presets={f"paligemma_3b_{size}": Published("2.92B" if size < 896 else "2.93B") for size in (224, 448, 896)},
+        built=published("paligemma", PaliGemmaConfig, {}),
+        recipes={
+            # big_vision's example, of 1000 pictures here: 15 passes of 32.
+            f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 512 + tokens, tokens)
+            for size, tokens in ((224, 256), (448, 1024), (896, 4096))
+        },
+        headers=HEADER,
+        # What of a sample is answer is not known to the planner.
+        planner={**PLANNED, "operations": 0.05},
     ),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
