@@ -29,7 +29,7 @@ SIDE, IMAGE = 28, 119
 _TEXT: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 24, "max_position_embeddings": 4096,
-    "pad_token_id": None,
+    "pad_token_id": None, "initializer_range": 0.15,
 }  # fmt: skip
 _VISION: dict[str, Any] = {
     "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE,
