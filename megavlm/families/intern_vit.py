@@ -105,7 +105,7 @@ class InternViTFamily(Family):
 def no_intern_vit(model: ModelConfig) -> str | None:
     """Return why a model's tower is not InternViT, or None."""
     vision = model.vision
-    if vision.feature_layers is not None:
+    if vision.feature_layers is not None or vision.s2_scales is not None:
         return "the vision tower is no InternViT"
     kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
     if not all(kept) or vision.pre_layernorm or vision.post_layernorm:

@@ -120,6 +120,7 @@ class QwenVLFamily(QwenFamily):
 def no_qwen_tower(vision: VisionConfig) -> str | None:
     """Return why a tower is not Qwen-VL's, or None."""
     other = vision.class_token or vision.conv_bias or vision.post_layernorm or not vision.pre_layernorm
+    other = other or vision.s2_scales is not None
     if other or vision.activation != "gelu" or not plain_layers(vision):
         return "the vision tower is not Qwen-VL's"
     if [*vision.image_mean, *vision.image_std] != CLIP_MEAN + CLIP_STD:

@@ -91,6 +91,8 @@ def no_llava_tower(vision: VisionConfig) -> str | None:
 
 def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> str | None:
     """Return why a tower is neither CLIP's nor SigLIP's (or not the one asked for), or None."""
+    if vision.s2_scales is not None:
+        return "the tower sees pictures at several sizes (model.vision.s2_scales), for which this layout has no word"
     if vision.positional_grid != vision.image_size // vision.patch_size:
         return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
     if not plain_layers(vision):

@@ -88,6 +88,9 @@ QKV_BLOCKS = Reshape(
     lambda x, heads: [_joined(_ungroup(x, heads))],
 )
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
+POINTWISE = Reshape(
+    "[out, in, 1, 1] to [out, in]", lambda x, _: [x[0][..., 0, 0]], lambda x, _: [x[0][..., None, None]]
+)
 TWO_AXES = Reshape("[1, 1, ..] to [..]", lambda x, _: [x[0][0, 0]], lambda x, _: [x[0][None, None]])
 CONCAT = Reshape("gate and up, one above the other", lambda x, _: [_joined(x)], lambda x, _: x[0].chunk(2))
 SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [_joined(x)])

@@ -32,11 +32,18 @@ VOCABULARY = 517
 SMALL = {
     "vision": {"image_size": 32, "patch_size": 16, "hidden_size": 48, "num_layers": 2, "num_attention_heads": 4}
     | {"ffn_hidden_size": 96, "positional_grid": 2, "init_method_std": 0.1},
-    "connector": {"num_queries": 4, "head_dim": 16},
+    "connector": {"num_queries": 4, "head_dim": 16, "patches": 4, "output_grid": 2, "hidden_size": 32},
     "language": {"num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
     | {"num_query_groups": 4, "kv_channels": 16, "vocab_size": VOCABULARY, "vocab_divisor": 1}
     | {"max_position_embeddings": 2048, "init_method_std": 0.1},
 }
+# For connectors of several layers' features; with ``sti`` one patch, and three others that are pooled, are four tokens.
+LAYERS: dict[str, dict[str, Any]] = {
+    "dci": {"feature_layers": [0, 1, 2]},
+    "sci": {"feature_layers": [2, 0, 1]},
+    "sti": {"feature_layers": [2, 0, 1, 1], "patch_size": 32},
+}
+STI = {"streams": 3, "pool": 1}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),
@@ -84,6 +91,9 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
+    if dense(connector):
+        tree["vision"] |= LAYERS[registry.CONNECTORS.find(connector).values["integration"]]
+        tree["connector"] |= STI if connector.endswith("sti") else {}
     if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
         tree["vision"].pop("deepstack_layers", None)
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
@@ -120,6 +130,11 @@ def packed(kind: str, name: str) -> bool:
     return config.packed is not of_all.packed
 
 
+def dense(connector: str) -> bool:
+    """Whether a connector takes features of several layers."""
+    return registry.CONNECTORS.find(connector).architecture.name == "dense_connector"
+
+
 @functools.cache
 def parts() -> dict[str, list[str]]:
     return {kind: names(kind) for kind in ("vision", "connector", "language")}
@@ -131,10 +146,12 @@ def fronts() -> list[tuple[str, str]]:
     pairs = []
     for kind in (False, True):
         towers = [name for name in parts()["vision"] if packed("vision", name) == kind]
-        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind]
+        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind and not dense(name)]
         count = max(len(towers), len(connectors))
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
-    return pairs
+    # A norm behind the last layer does not go with features of others.
+    bare = next(tower for tower, _ in pairs if not make_model(vision=tower).vision.post_layernorm)
+    return pairs + [(bare, name) for name in parts()["connector"] if dense(name)]
 
 
 def model_count() -> int:

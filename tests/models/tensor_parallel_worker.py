@@ -7,6 +7,7 @@ from megavlm.parallel.device import prepare_device
 prepare_device()
 
 import packed_cases  # noqa: E402
+import reducer_cases  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers_cases  # noqa: E402
@@ -88,6 +89,9 @@ if __name__ == "__main__":
     with process_groups(ParallelConfig(tensor_model_parallel_size=2), seed=1):
         for case in CASES:
             compare(case, 2, mpu.get_tensor_model_parallel_rank())
+            print(f"<{case}>")
+        for case in reducer_cases.CASES:
+            reducer_cases.compare(case, 2, mpu.get_tensor_model_parallel_rank())
             print(f"<{case}>")
         for case in transformers_cases.CASES:
             transformers_cases.compare(case)

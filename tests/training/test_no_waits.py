@@ -76,6 +76,11 @@ def counted_waits(monkeypatch):
 load_presets()
 CONNECTORS: dict[str, dict[str, object]] = {name: {"preset": name} for name in registry.CONNECTORS.names()}
 CONNECTORS["resampler"] |= {"num_queries": 4, "head_dim": 16}
+CONNECTORS["gemma3_pool"] |= {"patches": 4}
+CONNECTORS["ldpnetv2"] |= {"output_grid": 1}
+CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}
+CONNECTORS["dense_sti"] |= {"pool": 2}
+FEATURES = {"dense_sti": (2, 0, 1), "dense_sci": (2, 0, 1), "dense_dci": (0, 1, 2)}
 BRANCHES = {
     "plain": {},
     "recomputed": {"parallel": {"recompute_granularity": "full"}},
@@ -104,7 +109,10 @@ def batch(images, slots):
 )
 def test_no_wait_in_forward_and_backward(monkeypatch, connector, branches):
     preset = connector.replace("<N>", "2")
-    recipe = tiny_recipe(model={"connector": {**CONNECTORS[connector], "preset": preset}}, **BRANCHES[branches])
+    model = {"connector": {**CONNECTORS[connector], "preset": preset}}
+    if connector in FEATURES:
+        model["vision"] = {"image_size": IMAGE_SIZE, "feature_layers": FEATURES[connector], "num_layers": 2}
+    recipe = tiny_recipe(model=model, **BRANCHES[branches])
     with process_groups(recipe.parallel, 1):
         training = build_training(recipe, IMAGE_TOKEN)
         batches = [batch(images, recipe.model.tokens_per_view) for images in (2, 0)]

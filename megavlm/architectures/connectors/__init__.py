@@ -1,3 +1,6 @@
 """Connectors between tower and language model: one folder each, named here."""
 
-FOLDERS = ("resampler", "mlp", "pixel_shuffle", "patch_merger", "downsample_merger")
+FOLDERS = (
+    "resampler", "mlp", "pixel_shuffle", "patch_merger", "downsample_merger", "patch_reducer", "dense_connector", "ldp",
+    "c_abstractor",
+)  # fmt: skip

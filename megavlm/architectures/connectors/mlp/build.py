@@ -5,16 +5,15 @@ Shape legend: N images, P patches of an image, W width of the tower, E width of 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megavlm.architectures.connectors.mlp.config import MLPConfig
 from megavlm.architectures.context import BuildContext
 from megavlm.config.schema import ModelConfig
-from megavlm.layers.linear import column_linear, row_linear
+from megavlm.layers.stack import linear_stack, run_stack
 
 
 class MLPConnector(MegatronModule):
@@ -35,27 +34,12 @@ class MLPConnector(MegatronModule):
             **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
-        depth = connector.depth
-        layers: list[nn.Module] = []
-        for i in range(depth):
-            size_in = width if i == 0 else embed
-            if i % 2 == 0:
-                layers.append(
-                    column_linear(
-                        size_in, embed, config=config, init_method=config.init_method, gather_output=i == depth - 1
-                    )
-                )
-            else:
-                layers.append(row_linear(size_in, embed, config=config, init_method=config.init_method))
-        self.layers = nn.ModuleList(layers)
+        self.layers = linear_stack([width] + [embed] * connector.depth, config)
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
-        x = features_PNW
         with get_fp8_context(self.config):  # nothing in bf16
-            for i, layer in enumerate(self.layers):
-                x = layer(x if i == 0 else F.gelu(x))[0]
-        return x
+            return run_stack(self.layers, features_PNW)
 
 
 def build(model: ModelConfig, context: BuildContext) -> MLPConnector:

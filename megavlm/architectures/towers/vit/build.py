@@ -5,7 +5,7 @@ Shape legend: N images, C colours, P patches of an image, W width of the tower, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ class VisionTransformer(MegatronModule):
         def norm() -> torch.nn.Module:
             return modules.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
 
-        self.grid = vision.image_size // vision.patch_size
+        self.grid = vision.tile_size // vision.patch_size
+        self.scales = vision.s2_scales
         self.image_mean, self.image_std = vision.image_mean, vision.image_std
         self._moments: tuple[Tensor, Tensor] | None = None
         # Pixels that fill no whole patch, right and below, are left out.
@@ -123,9 +124,16 @@ class VisionTransformer(MegatronModule):
         Returns:
             [P, N, W] features, in the number type of the weights; the class token's is not among them. With
             ``feature_layers`` they are L times as wide: those of L layers, side by side; with ``deepstack_layers``
-            those of the last layer and of these.
+            those of the last layer and of these; with ``s2_scales`` those of all sizes of the picture, side by side.
         """
-        x_TNW = self._embed(self._normalise(images_NCHW))
+        pixels = self._normalise(images_NCHW)
+        if self.scales is None:
+            return self._encode(pixels)
+        return merge_scales(self._encode(split_scales(pixels, self.scales)), self.scales, self.grid)
+
+    def _encode(self, images_NCHW: Tensor) -> Tensor:
+        """Return [P, N, W] features of normalised pictures or tiles."""
+        x_TNW = self._embed(images_NCHW)
         if self.ln_pre is not None:
             x_TNW = self.ln_pre(x_TNW)
         x_TNW = self._layers(x_TNW.contiguous())
@@ -178,6 +186,47 @@ class VisionTransformer(MegatronModule):
         class_W = self.class_embedding + self.positional_embedding[0]
         x_PNW = x_PNW + resize_table(self.positional_embedding[1:], self.grid).unsqueeze(1)
         return torch.cat([class_W.expand(1, x_PNW.size(1), -1), x_PNW])
+
+
+def split_scales(images_NCHW: Tensor, sides: Sequence[int]) -> Tensor:
+    """Return the tiles of pictures at several sizes [V, C, t, t], V = N times the tiles of one picture.
+
+    Size by size, tile by tile (row by row), picture by picture. Pictures are resized as S2's public code does: bicubic,
+    without a filter against aliasing, computed in fp32.
+
+    Args:
+        images_NCHW: at the last of the sizes.
+        sides: rising multiples of the first, t.
+    """
+    tile, found = sides[0], []
+    for side in sides:
+        x_NCHW = images_NCHW
+        if side != x_NCHW.size(-1):
+            x_NCHW = F.interpolate(x_NCHW.float(), size=(side, side), mode="bicubic").to(images_NCHW.dtype)
+        x_NCrtct = x_NCHW.unflatten(3, (-1, tile)).unflatten(2, (-1, tile))
+        found.append(x_NCrtct.permute(2, 4, 0, 1, 3, 5).flatten(0, 2))
+    return torch.cat(found)
+
+
+def merge_scales(features_PVW: Tensor, sides: Sequence[int], grid: int) -> Tensor:
+    """Return [P, N, L * W] of the features of :func:`split_scales`' tiles: of L sizes, side by side.
+
+    The tiles of a picture are put together, and this map averaged to the first size's, in fp32.
+    """
+    counts = [(side // sides[0]) ** 2 for side in sides]
+    images = features_PVW.size(1) // sum(counts)
+    found = []
+    for side, part_PVW in zip(sides, features_PVW.split([images * count for count in counts], dim=1), strict=True):
+        k = side // sides[0]
+        if k == 1:
+            found.append(part_PVW)
+            continue
+        x_ghkkNW = part_PVW.unflatten(1, (k, k, images)).unflatten(0, (grid, grid))
+        # [rows of tiles, rows of a tile] are the rows of the map; so many of them as there are tiles become one.
+        x_HHNW = x_ghkkNW.permute(2, 0, 3, 1, 4, 5).flatten(2, 3).flatten(0, 1)
+        means = x_HHNW.unflatten(1, (grid, k)).unflatten(0, (grid, k)).float().mean((1, 3))
+        found.append(means.flatten(0, 1).to(part_PVW.dtype))
+    return torch.cat(found, dim=-1)
 
 
 def build(vision: ViTConfig, context: BuildContext) -> VisionTransformer:

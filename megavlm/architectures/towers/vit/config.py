@@ -58,6 +58,10 @@ class ViTConfig(VisionConfig):
     feature_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Layers whose outputs are the features, set side by side in this order: 1 is the first layer, 0 what goes into it.
     The highest is num_layers. Null takes the last layer's alone."""
+    s2_scales: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Sides, in pixels, at which each picture is seen (S2, arXiv 2403.13044; Bunny 1.1), rising: the first is a tile's,
+    each of the others a multiple of it, the last is image_size. A larger picture is seen tile by tile, and its features
+    averaged down to the first one's; those of all sizes lie side by side. Null for image_size alone."""
     deepstack_layers: tuple[int, ...] = ()
     """Layers, counted from 0, whose outputs are added to the images' positions behind the first language layers, in
     this order, each through a connector of its own (Qwen3-VL; Hugging Face: deepstack_visual_indexes)."""
@@ -73,8 +77,18 @@ class ViTConfig(VisionConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of whole patches."""
-        side = self.image_size // self.patch_size
+        side = self.tile_size // self.patch_size
         return side, side
+
+    @property
+    def tile_size(self) -> int:
+        """Side of what goes through the layers, in pixels."""
+        return self.image_size if self.s2_scales is None else self.s2_scales[0]
+
+    @property
+    def tiles(self) -> int:
+        """What goes through the layers of one picture: itself, or the tiles of all its sizes."""
+        return sum((side // self.tile_size) ** 2 for side in self.s2_scales or (self.tile_size,))
 
     @property
     def deepstack(self) -> int:
@@ -83,12 +97,12 @@ class ViTConfig(VisionConfig):
 
     @property
     def feature_size(self) -> int:
-        """Width of a patch's features, of all layers that they are taken from."""
-        return self.hidden_size * len(self.feature_layers or (0,))
+        """Width of a patch's features, of all layers that they are taken from and all sizes of the picture."""
+        return self.hidden_size * len(self.feature_layers or (0,)) * len(self.s2_scales or (0,))
 
     @property
     def positions(self) -> int:
-        """Positions of one picture inside the tower: its patches, and the class token."""
+        """Positions of one picture, or tile, inside the tower: its patches, and the class token."""
         return self.patches_per_image + int(self.class_token)
 
 
@@ -98,11 +112,13 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.image_std: {list(vision.image_std)} must be above 0, as pixels are divided by it; correct it"
     tp = layout.tensor_model_parallel_size
     # Not that it be a multiple: SigLIP's 384 pixels hold 27 patches of 14, and what is left over is not looked at.
-    if vision.image_size < vision.patch_size:
+    key = "image_size" if vision.s2_scales is None else "s2_scales"
+    if vision.tile_size < vision.patch_size:
         yield (
-            f"{_OWN}.image_size: {vision.image_size} is smaller than one patch"
+            f"{_OWN}.{key}: {vision.tile_size} is smaller than one patch"
             f" ({_OWN}.patch_size {vision.patch_size}); raise it"
         )
+    yield from _scales(vision)
     heads = vision.num_attention_heads
     yield from divides(f"{_OWN}.hidden_size", vision.hidden_size, heads, f"{_OWN}.num_attention_heads")
     yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
@@ -128,6 +144,26 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
         yield (
             f"{_OWN}.deepstack_layers: go without {_OWN}.feature_layers and {_OWN}.post_layernorm; set these to null"
             " and false, or this to []"
+        )
+
+
+def _scales(vision: ViTConfig) -> Iterator[str]:
+    """Yield what is wrong with the sizes at which a picture is seen."""
+    sides = vision.s2_scales
+    if sides is None:
+        return
+    shown = f"{_OWN}.s2_scales: {list(sides)[:20]}"
+    if min(sides) < 1 or list(sides) != sorted(set(sides)) or any(side % sides[0] for side in sides):
+        yield f"{shown}; each must be larger than the one before it and a multiple of the first; correct them"
+    elif sides[-1] != vision.image_size:
+        yield (
+            f"{shown}; the last must be {_OWN}.image_size ({vision.image_size}), to which pictures are resized; change"
+            " one of the two"
+        )
+    if vision.feature_layers is not None or vision.deepstack_layers:
+        yield (
+            f"{_OWN}.s2_scales: goes with the features of the last layer alone; set {_OWN}.feature_layers to null and"
+            f" {_OWN}.deepstack_layers to [], or s2_scales to null"
         )
 
 

@@ -9,6 +9,11 @@ from megavlm.architectures.cost import Attention, Kernels, Parameter, Passage, P
 from megavlm.architectures.towers.vit.config import ViTConfig
 
 
+def _seen(vision: ViTConfig, pictures: Pictures) -> Pictures:
+    """Return what goes through the layers: the pictures, or the tiles of all their sizes."""
+    return pictures.times(vision.tiles)
+
+
 def _positions(vision: ViTConfig, pictures: Pictures) -> float:
     return pictures.patches + int(vision.class_token) * pictures.count
 
@@ -30,6 +35,7 @@ def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
 
 def work(vision: ViTConfig, pictures: Pictures) -> Work:
     """Return the operations of a forward pass; every rank makes the patch embedding whole."""
+    pictures = _seen(vision, pictures)
     width, token = vision.hidden_size, int(vision.class_token)
     weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
     squared = pictures.squared + token * (2 * pictures.patches + pictures.count)
@@ -67,25 +73,27 @@ def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Ker
 
 def kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
     """Return the bytes that a tower that learns keeps."""
+    pictures = _seen(vision, pictures)
     stream = _positions(vision, pictures) * vision.hidden_size * kernels.number_bytes
     if vision.gradient_checkpointing:
         layers = vision.num_layers * stream
     else:
         layers = vision.num_layers * _layer_kept(vision, tensor, pictures, kernels)
     # Pixels into the patch embedding; inputs of the outer norms.
-    pixels = pictures.count * 3 * vision.image_size**2 * kernels.number_bytes
+    pixels = pictures.count * 3 * vision.tile_size**2 * kernels.number_bytes
     return layers + pixels + stream * (int(vision.pre_layernorm) + int(vision.post_layernorm))
 
 
 def passing(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
     """Return the most that the forward pass needs beyond what it keeps."""
+    pictures = _seen(vision, pictures)
     b, positions = kernels.number_bytes, _positions(vision, pictures)
     stream = positions * vision.hidden_size * b
     split, ffn = stream // tensor, positions * vision.ffn_hidden_size // tensor * b
     # The residual stream with a norm's result, then QKV and the attention's result, or the MLP around its bias.
     attention, mlp = 3 * split + split, 2 * ffn
     # Pixels in fp32, their normalised copy and the patches they become.
-    pixels = pictures.count * 3 * vision.image_size**2 * (1 + 4 + 4 + b)
+    pixels = pictures.count * 3 * vision.tile_size**2 * (1 + 4 + 4 + b)
     if learns:
         return max(pixels, 2 * stream)
     # Outputs of lower layers that are features too wait for the last one.
@@ -95,11 +103,12 @@ def passing(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
 
 def rebuilt(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
     """Return the bytes of a recomputed layer."""
-    return _layer_kept(vision, tensor, pictures, kernels) if vision.gradient_checkpointing else 0
+    return _layer_kept(vision, tensor, _seen(vision, pictures), kernels) if vision.gradient_checkpointing else 0
 
 
 def passage(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> Passage:
     """Return what a forward pass takes time for."""
+    attention, pictures = work(vision, pictures).attention, _seen(vision, pictures)
     positions, b = _positions(vision, pictures), kernels.number_bytes
     width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
     shapes = [(3 * width // tensor, width), (width, width // tensor), (ffn, width), (width, ffn)] * vision.num_layers
@@ -112,7 +121,7 @@ def passage(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
     moved += 4 * stream * int(vision.layer_scale) + 12 * stream / tensor * int(vision.qk_norm is not None)
     return Passage(
         products=products,
-        attention=[Attention(work(vision, pictures).attention, heads, width // heads, vision.positions)],
+        attention=[Attention(attention, heads, width // heads, vision.positions)],
         moved=vision.num_layers * moved,
         stream=stream,
         collectives=4 * vision.num_layers,

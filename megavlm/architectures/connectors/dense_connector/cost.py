@@ -1,0 +1,27 @@
+"""The cost of DenseConnector: see :class:`megavlm.architectures.cost.ConnectorCost`."""
+
+from __future__ import annotations
+
+from megavlm.architectures.connectors.dense_connector.config import widths
+from megavlm.architectures.cost import Kernels, Parameter, Pictures, Work
+from megavlm.architectures.stack import stack_kept, stack_parameters, stack_work
+from megavlm.config.schema import ModelConfig
+
+
+def _tokens(model: ModelConfig, pictures: Pictures) -> float:
+    return pictures.patches * model.tokens_per_view / model.vision.patches_per_image
+
+
+def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
+    """Return the parameters on one rank."""
+    return [Parameter(elements) for elements in stack_parameters(widths(model), tensor)]
+
+
+def work(model: ModelConfig, pictures: Pictures) -> Work:
+    """Return the operations of a forward pass."""
+    return Work(stack_work(widths(model), _tokens(model, pictures)))
+
+
+def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
+    """Return the bytes that it keeps: the first layer's input, and what lies around each activation."""
+    return _tokens(model, pictures) * kernels.number_bytes * stack_kept(widths(model), tensor, learns=learns)
