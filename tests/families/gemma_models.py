@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from family_cases import made
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tokenizer_files import sentences
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GemmaConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -108,12 +112,8 @@ def save_with(files: dict[str, Any], make: Callable[[], PreTrainedModel], direct
     return directory
 
 
-def paligemma_hub(directory: Path) -> Path:
-    """The names of the hub's files, and a config.json that leaves out what its class knows, as published ones do."""
-    from safetensors.torch import save_file  # noqa: PLC0415
-
-    save_with(PALIGEMMA_FILES, paligemma, directory)
-    model = paligemma()
+def _rename(model: PreTrainedModel, directory: Path) -> None:
+    """Write the weights again, by the hub's names."""
     renamed = {}
     for name, value in model.state_dict().items():
         name = name.removeprefix("model.")
@@ -123,6 +123,12 @@ def paligemma_hub(directory: Path) -> Path:
         name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         renamed[name] = value.contiguous().clone()
     save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def paligemma_hub(directory: Path) -> Path:
+    """The names of the hub's files, and a config.json that leaves out what its class knows, as published ones do."""
+    save_with(PALIGEMMA_FILES, paligemma, directory)
+    _rename(paligemma(), directory)
     path = directory / "config.json"
     tree = json.loads(path.read_text())
     for key in ("use_bidirectional_attention", "rope_parameters", "hidden_act", "hidden_activation"):
@@ -131,6 +137,59 @@ def paligemma_hub(directory: Path) -> Path:
     return directory
 
 
+GEMMA3_FILES: dict[str, Any] = {
+    "do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True, "do_resize": True,
+    "image_mean": [0.5] * 3, "image_processor_type": "Gemma3ImageProcessor", "image_seq_length": 4,
+    "image_std": [0.5] * 3, "pan_and_scan_max_num_crops": None, "pan_and_scan_min_crop_size": None,
+    "pan_and_scan_min_ratio_to_activate": None, "processor_class": "Gemma3Processor", "resample": 2,
+    "rescale_factor": 1 / 255, "size": {"height": SIDE, "width": SIDE},
+}  # fmt: skip
+"""``preprocessor_config.json`` as google/gemma-3-4b-it has it, for 28 pixels."""
+
+
+def gemma3(
+    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, image: int = IMAGE, tokens: int = 4,
+    **keys: Any,
+) -> PreTrainedModel:
+    """Gemma 3: windows shorter than a picture in three of four layers, whose positions are not stretched."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    own = {"query_pre_attn_scalar": 32, "sliding_window": 3, "layer_types": kinds, "rope_parameters": rope}
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**{**_VISION, **(vision or {})}),
+        text_config=Gemma3TextConfig(**{**_TEXT, **own, **(text or {})}), image_token_index=image,
+        mm_tokens_per_image=tokens, **{"boi_token_index": image - 3, "eoi_token_index": image - 2, **keys},
+    )  # fmt: skip
+    model = made(Gemma3ForConditionalGeneration, config)
+    with torch.no_grad():  # its class begins with zeros
+        model.model.multi_modal_projector.mm_input_projection_weight.copy_(torch.randn(40, 64) * 0.2)
+    return model
+
+
+class PictureSource(TransformersSource):
+    """A class that is told which tokens are pictures', as these see each other both ways."""
+
+    def shown(self, model: ModelConfig, sizes: list[tuple[int, int]], words: int) -> Shown:
+        """Say which tokens are slots."""
+        sample = super().shown(model, sizes, words)
+        kinds = {"token_type_ids": (sample.ids == self.image).long()[None]}
+        return Shown(sample.ids, {**sample.given, **kinds}, sample.views, sample.sizes, sample.layouts)
+
+
+def gemma3_hub(directory: Path) -> Path:
+    """The names of the hub's files."""
+    save_with(GEMMA3_FILES, gemma3, directory)
+    _rename(gemma3(), directory)
+    return directory
+
+
+GEMMA3 = {
+    "gemma3": ("gemma3", functools.partial(save_with, GEMMA3_FILES, gemma3)),
+    "gemma3_hub": ("gemma3", gemma3_hub),
+}
 PALIGEMMA = {
     "paligemma": ("paligemma", functools.partial(save_with, PALIGEMMA_FILES, paligemma)),
     "paligemma_hub": ("paligemma", paligemma_hub),
