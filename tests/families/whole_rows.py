@@ -315,8 +315,7 @@ ROWS: dict[str, WholeFamily] = {
         presets={f"paligemma_3b_{size}": Published("2.92B" if size < 896 else "2.93B") for size in (224, 448, 896)},
         built=published("paligemma", PaliGemmaConfig, {}),
         recipes={
-            # big_vision's example, of 1000 pictures here: 15 passes of 32.
-            f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 512 + tokens, tokens)
+            f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 128 + tokens, tokens, warmup=23, decay=0.03)
             for size, tokens in ((224, 256), (448, 1024), (896, 4096))
         },
         headers=HEADER,
