@@ -275,7 +275,10 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
         tokens=placed("tokens")[None],
         position_ids=position_ids[None],
         packed_seq_params=packed_segments(
-            fields["cu_seqlens"].numpy().astype(np.int32), device, position_ids, None if spans is None else spans.tolist()
+            fields["cu_seqlens"].numpy().astype(np.int32),
+            device,
+            position_ids,
+            None if spans is None else spans.tolist(),
         ),
         segment_sources=placed("segment_sources"),
         num_images=int(fields["num_images"]),

@@ -35,10 +35,10 @@ from megavlm.data.machine import is_machine_fault
 from megavlm.data.media import ImageLayout, ImagePlan, views_of
 from megavlm.data.packing import PackableSample, Weigh, build_pack, choose_pack
 from megavlm.data.positions import OwnPositions
-from megavlm.data.spans import TwoWaySpans, check_spans
 from megavlm.data.schema import Conversation, UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
+from megavlm.data.spans import TwoWaySpans, check_spans
 from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 

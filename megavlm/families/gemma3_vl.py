@@ -176,4 +176,6 @@ def _no_pan_and_scan(source: Source) -> None:
     """
     for path, tree in processor_files(source):
         if tree.get("do_pan_and_scan"):
-            raise UserError(f"{path}: do_pan_and_scan is true; crops beside a picture are not supported: set it to false")
+            raise UserError(
+                f"{path}: do_pan_and_scan is true; crops beside a picture are not supported: set it to false"
+            )

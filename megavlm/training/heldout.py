@@ -80,7 +80,9 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(int(most), 1)
         if packs is not None:
-            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id, positions=positions, spans=spans)
+            empty = make_pack(
+                [], recipe.data.sequence_length, pad_token=tokenizer.eos_id, positions=positions, spans=spans
+            )
             filler = ReadPack(empty, no_pixels(plan))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from family_cases import made
 from safetensors.torch import save_file
+from tokenizer_files import sentences
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from tokenizer_files import sentences
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -94,7 +94,9 @@ def write_gemma(directory: Path, added: tuple[str, ...]) -> dict[str, int]:
     tree = json.loads(tokenizer.to_str())
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] in control]
     tokenizer = Tokenizer.from_str(json.dumps(tree))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added if not token.startswith("<loc")])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False) for token in added if not token.startswith("<loc")]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added if token.startswith("<loc")])
     tokenizer.save(str(directory / "tokenizer.json"))
     kinds = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
@@ -148,7 +150,10 @@ GEMMA3_FILES: dict[str, Any] = {
 
 
 def gemma3(
-    text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, image: int = IMAGE, tokens: int = 4,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    image: int = IMAGE,
+    tokens: int = 4,
     **keys: Any,
 ) -> PreTrainedModel:
     """Gemma 3: windows shorter than a picture in three of four layers, whose positions are not stretched."""

@@ -19,15 +19,7 @@ from family_cases import (
     llava,
     qwen_vl,
 )
-from gemma_models import (
-    GEMMA3_FILES,
-    PALIGEMMA_FILES,
-    PictureSource,
-    PrefixSource,
-    gemma3,
-    paligemma,
-    paligemma_answers,
-)
+from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
@@ -298,53 +290,7 @@ ROWS: dict[str, WholeFamily] = {
         headers=HEADER,
         planner=PLANNED,
     ),
-    "paligemma": WholeFamily(
-        checkpoints=("paligemma", "paligemma_hub"),
-        template="paligemma",
-        image={"kind": "squash"},
-        source=PrefixSource("paligemma", paligemma, files=PALIGEMMA_FILES),
-        uneven=PrefixSource(
-            "paligemma",
-            lambda: paligemma({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
-            files=PALIGEMMA_FILES,
-        ),
-        others=Lack("it is published with one tower and one language model, in three sizes of pictures"),
-        answers=paligemma_answers,
-        lora=LLAMA_TARGETS,
-        # google/paligemma-3b-{pt,mix}-{224,448,896}.
-        presets={f"paligemma_3b_{size}": Published("2.92B" if size < 896 else "2.93B") for size in (224, 448, 896)},
-        built=published("paligemma", PaliGemmaConfig, {}),
-        recipes={
-            f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 128 + tokens, tokens, warmup=23, decay=0.03)
-            for size, tokens in ((224, 256), (448, 1024), (896, 4096))
-        },
-        headers=HEADER,
-        # What of a sample is answer is not known to the planner.
-        planner={**PLANNED, "operations": 0.05},
-    ),
-    "gemma3": WholeFamily(
-        checkpoints=("gemma3", "gemma3_hub"),
-        template="gemma3",
-        image={"kind": "squash", "resample": "bilinear"},
-        source=PictureSource("gemma3", gemma3, files=GEMMA3_FILES),
-        uneven=PictureSource(
-            "gemma3",
-            lambda: gemma3({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
-            files=GEMMA3_FILES,
-        ),
-        others={"16 tokens, a longer window": PictureSource(
-            "gemma3", lambda: gemma3({"sliding_window": 24}, tokens=16), files=GEMMA3_FILES
-        )},
-        answers=Lack("convert check is not tried on it: no tokenizer of its kind here; greedy answers are, in `source`"),
-        lora=LLAMA_TARGETS,
-        # google/gemma-3-{4b,12b,27b}-it.
-        presets={"gemma3_4b": Published("4.30B"), "gemma3_12b": Published("12.19B"), "gemma3_27b": Published("27.43B")},
-        built=_from_config("gemma3"),
-        recipes=Lack("none yet: its authors published no scripts, and no one else's were found"),
-        headers=Lack("there are no recipes yet"),
-        # What pictures see of themselves, and masks, are not known to the planner.
-        planner={**PLANNED, "operations": 0.05, "activations": 0.1},
-    ),
+    **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
