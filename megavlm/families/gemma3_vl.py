@@ -1,8 +1,8 @@
 """Gemma 3 with pictures, as Transformers has it (arXiv 2503.19786): SigLIP at 896, 256 means of its features, Gemma 3.
 
-The features of a picture see each other both ways, as far as a layer's window reaches (``model.language.attention_mask``
-is ``images``). Pan and scan, which shows a picture's crops beside it, is not built: it is off unless a caller of
-Transformers' processor asks for it.
+The features of a picture see each other both ways, as far as a layer's window reaches
+(``model.language.attention_mask``: images). Pan and scan, which shows a picture's crops beside it, is not built: it is
+off unless a caller of Transformers' processor asks for it.
 """
 
 from __future__ import annotations

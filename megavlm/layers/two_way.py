@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def plan_calls(lengths: Sequence[int], spans: Sequence[Span], window: int | None
     """Return what the two calls take."""
     starts = np.cumsum([0, *lengths])
     begins = dict(spans)
-    tails = [(begins.get(int(a), int(a)), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
+    tails = [(begins.get(int(a), int(a)), int(b)) for a, b in pairwise(starts)]
     segments = starts[np.searchsorted(starts, [a for a, _ in spans], side="right") - 1]
     keys = [
         (int(own) if window is None else max(int(own), a - window + 1), b)

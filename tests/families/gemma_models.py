@@ -54,7 +54,8 @@ def paligemma(
     """PaliGemma: heads that are wider than the model, as one key/value head of eight is shared by all."""
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(**{**_VISION, **(vision or {})}),
-        text_config=GemmaConfig(**{**_TEXT, **(text or {})}), image_token_index=image, projection_dim=64, hidden_size=64,
+        text_config=GemmaConfig(**{**_TEXT, **(text or {})}), image_token_index=image,
+        projection_dim=64, hidden_size=64,
     )  # fmt: skip
     return made(PaliGemmaForConditionalGeneration, config)
 
@@ -94,10 +95,9 @@ def write_gemma(directory: Path, added: tuple[str, ...]) -> dict[str, int]:
     tree = json.loads(tokenizer.to_str())
     tree["added_tokens"] = [token for token in tree["added_tokens"] if token["content"] in control]
     tokenizer = Tokenizer.from_str(json.dumps(tree))
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in added if not token.startswith("<loc")]
-    )
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added if token.startswith("<loc")])
+    special = [token for token in added if token.endswith("image>")]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added if token not in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     kinds = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")}
     (directory / "tokenizer_config.json").write_text(

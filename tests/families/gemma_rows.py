@@ -59,10 +59,13 @@ def gemma_rows(
             others={"16 tokens, a longer window": PictureSource(
                 "gemma3", lambda: gemma3({"sliding_window": 24}, tokens=16), files=GEMMA3_FILES
             )},
-            answers=Lack("convert check is not tried on it: no tokenizer of its kind here; greedy answers are, in `source`"),
+            answers=Lack("convert check is not tried on it: no tokenizer of its kind here; answers are in `source`"),
             lora=targets,
             # google/gemma-3-{4b,12b,27b}-it.
-            presets={"gemma3_4b": Published("4.30B"), "gemma3_12b": Published("12.19B"), "gemma3_27b": Published("27.43B")},
+            presets={
+                f"gemma3_{size}": Published(count)
+                for size, count in (("4b", "4.30B"), ("12b", "12.19B"), ("27b", "27.43B"))
+            },
             built=gemma3_class,
             recipes=Lack("none yet: its authors published no scripts, and no one else's were found"),
             headers=Lack("there are no recipes yet"),
