@@ -31,6 +31,8 @@ def packed_segments(
         device: where attention looks for them.
         position_ids: [S] or [3, S] int64 on ``device``: the position of each token for rotary angles, in one number or
             in three. None leaves it to Megatron-Core, which counts from 0 in each segment.
+        spans: first position, and the one behind the last, of stretches whose positions see each other both ways, for
+            models that have such (:mod:`megavlm.layers.two_way`).
     """
     lengths = np.diff(cu_seqlens)
     # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
