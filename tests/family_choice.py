@@ -38,6 +38,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "qwen2_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "qwen2_5_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),

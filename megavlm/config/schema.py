@@ -131,6 +131,11 @@ class LanguageConfig:
         return 1
 
     @property
+    def two_way(self) -> Literal["prefix", "images"] | None:
+        """Positions that see those behind them: all in front of the first answer, or those of a picture; None: none."""
+        return None
+
+    @property
     def takes_deepstack(self) -> bool:
         """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
         return False

@@ -18,6 +18,7 @@ from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import ImageLayout, ImagePlan, ImageShape, TokenGrid, layouts_of
 from megavlm.data.positions import OwnPositions
+from megavlm.data.spans import TwoWaySpans
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (the value that PyTorch and Hugging Face use)."""
@@ -49,6 +50,9 @@ class Pack:
     position_ids: NDArray[np.int64]
     """[S] positions, from 0 in each segment; or [3, S], of time, row and column, for models that have these
     (:mod:`megavlm.data.positions`)."""
+    two_way_spans: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    """[K, 2] where spans start and stop whose positions see each other both ways, for models that have such
+    (:mod:`megavlm.data.spans`)."""
     cu_seqlens: NDArray[np.int32]
     """[G + 1] where each segment starts, and S at the end; padding is the last segment."""
     segment_sources: NDArray[np.int32]
@@ -99,6 +103,8 @@ def make_pack(
     pad_token: int = 0,
     positions: OwnPositions | None = None,
     grids: Sequence[Sequence[TokenGrid]] | None = None,
+    spans: TwoWaySpans | None = None,
+    prefixes: Sequence[int] | None = None,
     **rest: Any,
 ) -> Pack:
     """Lay segments out as one pack of S = ``length`` positions.
@@ -116,6 +122,9 @@ def make_pack(
         pad_token: what fills the rest.
         positions: how the model's positions are made, where they are not counted.
         grids: with ``positions``, those of each segment's pictures; None where there are no pictures.
+        spans: which positions see each other both ways, where some do.
+        prefixes: with ``spans``, how many tokens of each segment stand in front of its answer; if not given, those in
+            front of the first label, which are all where there are no labels.
         rest: other fields of :class:`Pack`.
 
     Raises:
@@ -152,7 +161,16 @@ def make_pack(
         position_ids=np.concatenate([np.arange(one, dtype=np.int64) for one in lengths])
         if positions is None
         else positions.pack(tokens, [()] * len(tokens) if grids is None else grids, length),
+        two_way_spans=None if spans is None else spans.pack(tokens, prefixes or _prefixes(tokens, labels)),
         cu_seqlens=bounds,
         segment_sources=np.asarray(origins, np.int32),
         **{"images": [], "sample_keys": [], **rest},
     )
+
+
+def _prefixes(tokens: Sequence[ArrayLike], labels: Sequence[ArrayLike] | None) -> list[int]:
+    """Return how many tokens of each segment stand in front of the first that has a label."""
+    if labels is None:
+        return [len(np.asarray(one)) for one in tokens]
+    trained = [np.asarray(one) != IGNORE_INDEX for one in labels]
+    return [int(np.argmax(one)) if one.any() else len(one) for one in trained]

@@ -121,7 +121,7 @@ def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
 
 def _shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Return the text of ids, with each image as a placeholder."""
-    begin, end = (tokenizer.ids.get(mark) for mark in tokenizer.template.image)
+    begin, end = (tokenizer.ids.get(mark.strip()) for mark in tokenizer.template.image)
     parts: list[list[int]] = [[]]
     inside = False
     for i, before in zip(ids, [None, *ids], strict=False):

@@ -50,6 +50,7 @@ FIELDS = (
     BatchField("num_images", "all", torch.int64, on_host=True),
     BatchField("num_views", "all", torch.int64, on_host=True),
     BatchField("image_grid", "all", torch.int64, on_host=True),
+    BatchField("two_way_spans", "all", torch.int64, on_host=True),
     BatchField("tokens", "all", torch.int64, per_position=True),
     BatchField("position_ids", "all", torch.int64, per_position=True),
     BatchField("labels", "last", torch.int64, per_position=True),
@@ -252,6 +253,8 @@ def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None =
     found = {name: torch.from_numpy(np.ascontiguousarray(array, np.int64)) for name, array in arrays.items()}
     if pack.loss_weights is not None:
         found["loss_weights"] = torch.from_numpy(pack.loss_weights)
+    if pack.two_way_spans is not None:
+        found["two_way_spans"] = torch.from_numpy(pack.two_way_spans)
     return found if images is None else {**found, "images": images, **_arranged(arrangement)}
 
 
@@ -267,11 +270,16 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
     def placed(name: str) -> Tensor:
         return to_device(fields[name], device)
 
-    position_ids = placed("position_ids")
+    position_ids, spans = placed("position_ids"), fields.get("two_way_spans")
     return Batch(
         tokens=placed("tokens")[None],
         position_ids=position_ids[None],
-        packed_seq_params=packed_segments(fields["cu_seqlens"].numpy().astype(np.int32), device, position_ids),
+        packed_seq_params=packed_segments(
+            fields["cu_seqlens"].numpy().astype(np.int32),
+            device,
+            position_ids,
+            None if spans is None else spans.tolist(),
+        ),
         segment_sources=placed("segment_sources"),
         num_images=int(fields["num_images"]),
         labels=placed("labels")[None] if "labels" in fields else None,

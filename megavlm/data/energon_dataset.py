@@ -38,6 +38,7 @@ from megavlm.data.positions import OwnPositions
 from megavlm.data.schema import Conversation, UnsafePathError, parse_conversation
 from megavlm.data.shard_names import check_names
 from megavlm.data.shard_reader import DEFECT, ShardDataset
+from megavlm.data.spans import TwoWaySpans, check_spans
 from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 
@@ -101,6 +102,7 @@ class PackEncoder(TaskEncoder):
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
         weigh: Says how heavy the pictures of a sample are; None counts their views.
+        spans: Which positions see each other both ways, where some do.
     """
 
     decoder = None
@@ -114,8 +116,10 @@ class PackEncoder(TaskEncoder):
         plan: ImagePlan,
         positions: OwnPositions | None = None,
         weigh: Weigh | None = None,
+        spans: TwoWaySpans | None = None,
     ) -> None:
         tokenizer.template.check_training()
+        check_spans(spans, tokenizer.template)
         if plan.films is not None:
             av_module()  # said before the first film is met
         self.data = data
@@ -124,6 +128,7 @@ class PackEncoder(TaskEncoder):
         self.plan = plan
         self.positions = positions
         self.weigh = weigh
+        self.spans = spans
 
     @stateless
     def encode_sample(self, sample: RawSample) -> CheckedSample:
@@ -197,7 +202,7 @@ class PackEncoder(TaskEncoder):
         """Lay the chosen samples out as one pack."""
         chosen = [sample.sample for sample in samples if sample.sample is not None]
         length, padding = self.data.sequence_length, self.tokenizer.eos_id
-        return PackedSample(build_pack(chosen, length, padding, self.plan, self.positions))
+        return PackedSample(build_pack(chosen, length, padding, self.plan, self.positions, self.spans))
 
     def build_batch(self, dataset: SavableDataset, *, worker_config: WorkerConfig, **_: Any) -> SavableDataset:
         """Put the packer after the tokeniser; a pack is a micro-batch, so nothing is batched."""

@@ -24,6 +24,7 @@ from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import ImageLayout, ImagePlan, ImageShape
 from megavlm.data.positions import OwnPositions, grids_of
+from megavlm.data.spans import TwoWaySpans
 
 
 class HasLength(Protocol):
@@ -204,6 +205,7 @@ def build_pack(
     pad_token: int,
     plan: ImagePlan | None = None,
     positions: OwnPositions | None = None,
+    spans: TwoWaySpans | None = None,
 ) -> Pack:
     """Lay samples out as one pack of S = ``sequence_length`` positions, as :func:`make_pack` does.
 
@@ -213,6 +215,7 @@ def build_pack(
         pad_token: Token of the padding, ``<|endoftext|>``.
         plan: With ``positions``, what became of the pictures.
         positions: How the model's positions are made, where they are not counted.
+        spans: Which positions see each other both ways, where some do.
 
     Raises:
         ValueError: There are no samples, or they do not fit.
@@ -232,6 +235,7 @@ def build_pack(
         pad_token=pad_token,
         positions=positions,
         grids=grids,
+        spans=spans,
         images=[image for sample in samples for image in sample.images],
         sample_keys=[sample.key for sample in samples],
         sample_shards=[sample.shard for sample in samples],

@@ -36,6 +36,7 @@ from megavlm.data.media import ImagePlan
 from megavlm.data.packing import Weigh
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.positions import OwnPositions
+from megavlm.data.spans import TwoWaySpans
 from megavlm.data.state_codec import from_plain, to_plain
 from megavlm.data.templates import QWEN_VL
 from megavlm.data.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ class PackReader:
         plan: What becomes of images.
         positions: How the model's positions are made, where they are not counted.
         weigh: Says how heavy the pictures of a sample are (``megavlm.planning.weighing``); None counts their views.
+        spans: Which positions see each other both ways, where some do.
         rank: Data-parallel rank, from 0.
         world_size: Data-parallel size.
         seed: Seed of the data order.
@@ -84,6 +86,7 @@ class PackReader:
         plan: ImagePlan,
         positions: OwnPositions | None = None,
         weigh: Weigh | None = None,
+        spans: TwoWaySpans | None = None,
         *,
         rank: int,
         world_size: int,
@@ -99,7 +102,7 @@ class PackReader:
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._num_workers = data.num_workers if training else 0
         names = [source_name(source) for source in self.sources]
-        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh)
+        self._encoder = PackEncoder(data, names, tokenizer, plan, positions, weigh, spans)
         self._template = tokenizer.template.fingerprint
         self._former_templates = tokenizer.template.former_fingerprints
         self._images = _images_of(plan)

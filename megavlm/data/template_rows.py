@@ -192,12 +192,38 @@ GEMMA = Template(
     eos=("<eos>",),
     stops=("<end_of_turn>",),
 )
+# With pictures: Gemma 3's processor writes blank lines and marks around each (processing_gemma3.py of Transformers).
+GEMMA3 = replace(
+    GEMMA,
+    name="gemma3",
+    title="Gemma 3 with pictures",
+    tokens=(*GEMMA.tokens, *_needs("<start_of_image>", "<end_of_image>")),
+    slot=ControlToken(("<image_soft_token>",)),
+    image=("\n\n<start_of_image>", "<end_of_image>\n\n"),
+    picture="{image}",
+)
 # MiniGemini's: each answer also ends the document, and the newline between is trained on.
 MGM_GEMMA = replace(
     GEMMA,
     name="mgm_gemma",
     title="MiniGemini's Gemma, each answer ends the document",
     assistant=("<start_of_turn>", "model\n", *trained(TEXT, "<end_of_turn>", "\n", "<eos>")),
+)
+
+# PaliGemma's: processing_paligemma.py of Transformers and big_vision's transforms write pictures, a
+# BOS, the prefix and a newline, and encode the answer apart.
+PALIGEMMA = Template(
+    name="paligemma",
+    title="PaliGemma: pictures, prefix, a newline, answer",
+    user=("<bos>", TEXT, "\n"),
+    assistant=trained(TEXT, "<eos>"),
+    tokens=_needs("<bos>", "<eos>"),
+    slot=ControlToken(("<image>",)),
+    picture="{image}",
+    images_first=True,
+    eos=("<eos>",),
+    most_exchanges=1,
+    joined=False,
 )
 
 _DEEPSEEK_BEGIN, _DEEPSEEK_END = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -318,6 +344,7 @@ CHATML_DIRECT = Template(
 
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
-    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, MGM_GEMMA, DEEPSEEK, MINICPM,
+    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    DEEPSEEK, MINICPM,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

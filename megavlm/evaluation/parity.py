@@ -26,7 +26,7 @@ from megavlm.data.batch import IGNORE_INDEX, make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.films.plan import FilmShape
 from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, plan_of
-from megavlm.data.positions import OwnPositions, own_grids
+from megavlm.data.positions import own_grids
 from megavlm.data.tokenizer import find_tokenizer, image_tokens, load_tokenizer, template_of
 from megavlm.inference.checkpoint import recipe_at_layout
 from megavlm.models.build import build_model, unwrap
@@ -237,7 +237,7 @@ def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Ten
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:
     """Run one sample; the last stage returns [S, V / TP] logits, or [S] losses."""
     arrangement = arrange(plan_of(recipe.model), sample.layouts)
-    batch = _batch(sample, arrangement, recipe, unwrap(chunks[0]).own_positions)
+    batch = _batch(sample, arrangement, recipe, unwrap(chunks[0]))
 
     def step(model: Any, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return model(**batch.inputs(with_labels=with_labels)), lambda output: output[0]
@@ -245,12 +245,14 @@ def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labe
     return pipeline.run(chunks, [batch], step, batch.tokens.size(1))
 
 
-def _batch(sample: Sample, arrangement: Arrangement, recipe: Recipe, own: OwnPositions | None) -> Batch:
+def _batch(sample: Sample, arrangement: Arrangement, recipe: Recipe, model: VisionLanguageModel) -> Batch:
     """Make a pack of one sample, padded to a multiple of TP."""
     length = len(sample.ids) + -len(sample.ids) % recipe.parallel.tensor_model_parallel_size
     labels = None if sample.labels is None else [sample.labels]
     grids = [own_grids(recipe.model, sample.layouts)]
-    pack = make_pack([sample.ids], length, labels=labels, positions=own, grids=grids)
+    pack = make_pack(
+        [sample.ids], length, labels=labels, positions=model.own_positions, grids=grids, spans=model.two_way_spans
+    )
     return make_batch(pack, sample.pixels if is_first_stage() else None, local_device(), arrangement)
 
 

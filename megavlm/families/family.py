@@ -65,6 +65,8 @@ class Family(ABC):
     """What its processor of Transformers writes around the slots of a picture by itself."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    two_way: ClassVar[str | None] = None
+    """Which positions its language model lets see those behind them: ``LanguageConfig.two_way``."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     film_plans: ClassVar[tuple[str, ...]] = ()
@@ -136,6 +138,11 @@ class Family(ABC):
         """Return why the language model's norms or positions are not the family's, or None."""
         if "language" not in self.parts:
             return None
+        # A language model alone sees no pictures, and has no prefixes.
+        own, mask = "vision" in self.parts or self.two_way, model.language.two_way
+        if mask != self.two_way and (own or mask == "prefix"):
+            known = "is causal" if self.two_way is None else f"is {self.two_way}"
+            return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
         if self.own_rotary or model.language.fused_rotary:

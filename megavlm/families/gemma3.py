@@ -1,7 +1,6 @@
 """Gemma 3's language model (``Gemma3ForCausalLM``): windows of a pattern, two rotary bases, norms behind branches.
 
-Of its whole family (``Gemma3ForConditionalGeneration``) the rule that the tokens of an image see each other both ways
-(AND(window, OR(causal, same image))) is not built.
+With pictures it is :mod:`megavlm.families.gemma3_vl`.
 """
 
 from __future__ import annotations

@@ -137,6 +137,31 @@ def _register_llava_tiles() -> None:
         )
 
 
+def _register_paligemma() -> None:
+    """Register PaliGemma: google/paligemma-3b-{pt,mix}-*, whose table has 64 rows behind its tokens."""
+    for size in (224, 448, 896):
+        MODELS.register(
+            f"paligemma_3b_{size}",
+            vision={"preset": f"siglip_so400m_14_{size}"},
+            connector={"preset": "linear"},
+            language={"preset": "gemma_2b", "vocab_size": 257216, "attention_mask": "prefix"},
+            template="paligemma",
+        )
+
+
+def _register_gemma3() -> None:
+    """Register Gemma 3 with pictures: google/gemma-3-{4b,12b,27b}-it."""
+    for size in ("4b", "12b", "27b"):
+        MODELS.register(
+            f"gemma3_{size}",
+            vision={"preset": "siglip_so400m_14_896"},
+            connector={"preset": "gemma3_pool"},
+            language={"preset": f"gemma_3_{size}", "attention_mask": "images"},
+            image={"resample": "bilinear"},  # as its preprocessor_config.json
+            template="gemma3",
+        )
+
+
 # Qwen/Qwen2-VL-*-Instruct and Qwen/Qwen2.5-VL-*-Instruct: sizes of Qwen2 (which are those of Qwen2.5), and the number
 # of its positions.
 _QWEN2_VL = {
@@ -265,6 +290,8 @@ def register() -> None:
             template="vicuna_v1",
         )
     _register_llava_tiles()
+    _register_paligemma()
+    _register_gemma3()
     _register_qwen2_vl()
     _register_qwen3_vl()
     _register_glm4v()

@@ -22,6 +22,7 @@ from megavlm.config.errors import UserError
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
 from megavlm.data.positions import AXES, OwnPositions
+from megavlm.data.spans import TwoWaySpans
 from megavlm.inference.cache import CacheWindow, KeyValueCache, caching
 from megavlm.inference.choice import choose, log_probabilities
 from megavlm.inference.packs import first_fit, pack_segments
@@ -254,7 +255,7 @@ class _Run:
         """Return the micro-batch of ``length`` positions that reads ``group`` into the cache from ``row`` on."""
         prompts = [self.prompts[i] for i in group]
         lengths = [len(prompt) for prompt in prompts]
-        batch = pack_prompts(prompts, length, self.own)
+        batch = pack_prompts(prompts, length, self.own, self.bare.two_way_spans)
         freqs, scale = self.positions.of([(i, range(span)) for i, span in zip(group, lengths, strict=True)])
         turn = CacheWindow(
             range(row, row + len(group)), lengths, [0] * len(group), True,
@@ -364,10 +365,14 @@ def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     return model.arranged(features_QVE, index, weight)
 
 
-def pack_prompts(prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None = None) -> Batch:
-    """Return prompts, with their answers so far, as the segments of one pack; ``own`` is the model's."""
+def pack_prompts(
+    prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None = None, spans: TwoWaySpans | None = None
+) -> Batch:
+    """Return prompts, with their answers so far, as the segments of one pack; ``own`` and ``spans`` are the model's."""
     return pack_segments(
         [[*prompt.tokens.tolist(), *prompt.answer] for prompt in prompts],
         pack_length,
         positions=None if own is None else [prompt.positions(own) for prompt in prompts],
+        spans=spans,
+        prompts=[len(prompt.tokens) for prompt in prompts],
     )

@@ -20,6 +20,7 @@ from megavlm.data.positions import OwnPositions
 from megavlm.inference.packs import first_fit, pack_segments
 from megavlm.inference.prompt import Prompt
 from megavlm.models.build import unwrap
+from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage
@@ -75,8 +76,8 @@ def option_losses(
         raise UserError(f"a prompt with its option takes {longest} positions, a pack has {pack_length}")
     packs = first_fit([len(one.tokens) for one in segments], pack_length)
     order = [want for group in packs for i in group for want in segments[i].wanted]
-    own = unwrap(chunks[0]).own_positions
-    requests = [_request([segments[i] for i in group], prompts, pack_length, own) for group in packs]
+    model = unwrap(chunks[0])
+    requests = [_request([segments[i] for i in group], prompts, pack_length, model) for group in packs]
     with pipeline.evaluating(chunks):
         found = pipeline.run(chunks, requests, partial(_step, vocab_size=vocab_size), pack_length)
     there = torch.cat(found) if found else torch.zeros(len(order), dtype=torch.float32, device=local_device())
@@ -103,8 +104,9 @@ def _segments(prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int
 
 
 def _request(
-    segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack_length: int, own: OwnPositions | None
+    segments: Sequence[_OptionSegment], prompts: Sequence[Prompt], pack_length: int, model: VisionLanguageModel
 ) -> _LossRequest:
+    own = model.own_positions
     starts = np.cumsum([0, *(len(one.tokens) for one in segments)])
     wanted = [
         (int(start) + at, token) for start, one in zip(starts, segments, strict=False) for at, token, _ in one.wanted
@@ -120,6 +122,8 @@ def _request(
             torch.cat(pixels) if pixels else None,
             _arrangement(shown),
             None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
+            model.two_way_spans,
+            [len(prompts[one.prompt].tokens) for one in segments],
         ),
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),

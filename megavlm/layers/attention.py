@@ -118,8 +118,7 @@ class TorchAttention(MegatronModule):
         lengths = segment_lengths(packed)
         total = sum(lengths)
         rest = query_TND.size(0) - total
-        dropout = self.dropout if self.training else 0.0
-        if _varlen_attn is not None and query_TND.is_cuda and query_TND.dtype in _SIXTEEN_BITS and not dropout:
+        if self.takes_kernel(query_TND):
             context_TND = self._all_segments(query_TND[:total], key_TGD[:total], value_TGD[:total], causal, packed)
             return F.pad(context_TND, (0, 0, 0, 0, 0, rest)) if rest else context_TND
         parts = []
@@ -137,6 +136,11 @@ class TorchAttention(MegatronModule):
             parts.append(query_TND.new_zeros(rest, *query_TND.shape[1:]))
         return torch.cat(parts)
 
+    def takes_kernel(self, query_TND: Tensor) -> bool:
+        """Whether a kernel for packs can attend."""
+        dropout = self.dropout if self.training else 0.0
+        return _varlen_attn is not None and query_TND.is_cuda and query_TND.dtype in _SIXTEEN_BITS and not dropout
+
     def _all_segments(
         self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams
     ) -> Tensor:
@@ -146,16 +150,38 @@ class TorchAttention(MegatronModule):
         cuDNN's attention on Hopper, which builds and keeps a plan for every length that it has not seen.
         """
         borders, longest = packed.cu_seqlens_q, max(segment_lengths(packed))
+        window = ((self.sliding_window or 0) - 1, 0) if causal else (-1, -1)
+        return self.kernel(query_TND, key_TGD, value_TGD, borders, borders, longest, longest, window)
+
+    def kernel(
+        self, query_TND: Tensor, key_LGD: Tensor, value_LGD: Tensor, borders: Tensor, key_borders: Tensor,
+        longest: int, most_keys: int, window: tuple[int, int],
+    ) -> Tensor:  # fmt: skip
+        """Attend from each segment of queries to one of keys, whose last positions are aligned.
+
+        Args:
+            query_TND: queries.
+            key_LGD: keys.
+            value_LGD: values.
+            borders: int32, where each segment of queries starts, and T.
+            key_borders: the same of keys, and L.
+            longest: positions of the longest segment of queries.
+            most_keys: of keys.
+            window: keys before and behind a query's own that it sees; -1 for all.
+
+        Returns:
+            [T, N, D].
+        """
         return _varlen_attn(
             query_TND,
-            key_TGD,
-            value_TGD,
+            key_LGD,
+            value_LGD,
             borders,
-            borders,
+            key_borders,
             longest,
-            longest,
+            most_keys,
             scale=self.softmax_scale,
-            window_size=((self.sliding_window or 0) - 1, 0) if causal else (-1, -1),
+            window_size=window,
             **_GROUPED,
         )
 

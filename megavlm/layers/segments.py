@@ -5,6 +5,7 @@ Layers that ask the device for the lengths of a pack wait for it, five times eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from torch import Tensor
 
 
 def packed_segments(
-    cu_seqlens: NDArray[np.int32], device: torch.device, position_ids: Tensor | None = None
+    cu_seqlens: NDArray[np.int32],
+    device: torch.device,
+    position_ids: Tensor | None = None,
+    spans: Sequence[Sequence[int]] | None = None,
 ) -> PackedSeqParams:
     """Describe a pack for Megatron-Core (``qkv_format="thd"``).
 
@@ -27,6 +31,8 @@ def packed_segments(
         device: where attention looks for them.
         position_ids: [S] or [3, S] int64 on ``device``: the position of each token for rotary angles, in one number or
             in three. None leaves it to Megatron-Core, which counts from 0 in each segment.
+        spans: first position, and the one behind the last, of stretches whose positions see each other both ways, for
+            models that have such (:mod:`megavlm.layers.two_way`).
     """
     lengths = np.diff(cu_seqlens)
     # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
@@ -43,6 +49,8 @@ def packed_segments(
     told: Any = packed
     told.segment_lengths = lengths.tolist()
     told.position_ids = position_ids
+    told.two_way_spans = None if spans is None else [(int(start), int(stop)) for start, stop in spans]
+    told.two_way_plans = {}
     return packed
 
 
@@ -55,6 +63,17 @@ def segment_lengths(packed: PackedSeqParams) -> list[int]:
 def segment_positions(packed: PackedSeqParams | None) -> Tensor | None:
     """Return the [S] or [3, S] positions that :func:`packed_segments` was given, or None."""
     return getattr(packed, "position_ids", None)
+
+
+def two_way_spans(packed: PackedSeqParams) -> list[tuple[int, int]] | None:
+    """Return the spans that :func:`packed_segments` was given, or None."""
+    return getattr(packed, "two_way_spans", None)
+
+
+def two_way_plans(packed: PackedSeqParams) -> dict[Any, Any]:
+    """Return where attention keeps what it makes of the spans once for all layers, by their window."""
+    told: Any = packed
+    return told.two_way_plans
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import ResidualMultiplier
+from megavlm.layers.two_way import TwoWayAttention
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 
@@ -57,8 +58,9 @@ large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get t
 class LayerKind:
     """What a layer does. A model's plan has one for each of its layers; equal kinds are built alike."""
 
-    mixer: Literal["causal", "full"]
-    """Attention in a segment: of each position to those before it and itself, or to all."""
+    mixer: Literal["causal", "full", "two_way"]
+    """Attention in a segment: of each position to those before it and itself, to all, or to those before it and to all
+    of the span that it lies in (``layers/two_way.py``)."""
     head_dim: int = 0
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
@@ -75,7 +77,7 @@ class LayerKind:
     """What the context holds is added behind it (``layers/deepstack.py``)."""
 
 
-_MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask}
+_MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,11 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         # Of a window Transformer Engine's attention is told by the configuration, one for all layers.
         if kind.head_dim <= WIDEST_ENGINE_HEAD and kind.sliding_window is None:
             core_attention = TEDotProductAttention
-    if kind.sliding_window is not None:
+    if kind.mixer == "two_way":
+        core_attention = ModuleSpec(module=TwoWayAttention, params={"sliding_window": kind.sliding_window})
+    elif kind.sliding_window is not None:
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
+    if kind.sliding_window is not None:
         attention_params["sliding_window"] = kind.sliding_window
     if kind.rotary_part is not None:
         attention_params["rotary_part"] = kind.rotary_part

@@ -23,6 +23,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.data.positions import positions_of
+from megavlm.data.spans import spans_of
 from megavlm.models.front import build_front, encode, replicated
 from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
 from megavlm.models.streams import Streams, one_after_the_other
@@ -73,6 +74,7 @@ class VisionLanguageModel(MegatronModule):
         self.streams = _streams(language, model.vision.deepstack, vp_stage)
         self._received: Tensor | None = None
         self.own_positions = positions_of(model, image_token_id)
+        self.two_way_spans = spans_of(model, image_token_id)
         self.language = language
 
     @property

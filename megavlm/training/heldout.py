@@ -21,6 +21,7 @@ from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.positions import positions_of
 from megavlm.data.read_pack import ReadPack, decode_pack, no_pixels
 from megavlm.data.reader import PackReader
+from megavlm.data.spans import spans_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.parallel import pipeline
 from megavlm.parallel.device import local_device
@@ -55,6 +56,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
     size = mpu.get_data_parallel_world_size()
     wanted = -(-recipe.training.validation_packs // size)
     held_out, plan, positions = [], plan_of(recipe.model), positions_of(recipe.model, tokenizer.imgpad_id)
+    spans = spans_of(recipe.model, tokenizer.imgpad_id)
     for source in recipe.data.validation:
         name = source_name(source)
         packs: list[ReadPack] | None = None
@@ -67,6 +69,7 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
                     tokenizer,
                     plan,
                     positions,
+                    spans=spans,
                     rank=mpu.get_data_parallel_rank(),
                     world_size=size,
                     seed=recipe.training.seed,
@@ -77,7 +80,9 @@ def read_held_out(recipe: Recipe, tokenizer: Tokenizer, decoder: ImageDecoder | 
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         count = max(int(most), 1)
         if packs is not None:
-            empty = make_pack([], recipe.data.sequence_length, pad_token=tokenizer.eos_id, positions=positions)
+            empty = make_pack(
+                [], recipe.data.sequence_length, pad_token=tokenizer.eos_id, positions=positions, spans=spans
+            )
             filler = ReadPack(empty, no_pixels(plan))
             packs += [filler] * (count - len(packs))
         held_out.append(HeldOut(name, packs, count))

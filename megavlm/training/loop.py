@@ -36,6 +36,7 @@ from megavlm.data.media import plan_kinds, plan_of
 from megavlm.data.positions import positions_of
 from megavlm.data.quarantine import Quarantine
 from megavlm.data.reader import PackReader
+from megavlm.data.spans import spans_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.families.presets import expand_presets
 from megavlm.models.fusion import NEWLINE
@@ -346,6 +347,7 @@ class Trainer:
                     self.plan,
                     positions_of(recipe.model, self.tokenizer.imgpad_id),
                     weigher_of(recipe),
+                    spans_of(recipe.model, self.tokenizer.imgpad_id),
                     rank=mpu.get_data_parallel_rank(),
                     world_size=self.replicas,
                     seed=recipe.training.seed,

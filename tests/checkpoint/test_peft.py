@@ -80,7 +80,7 @@ def ours(checkpoint: Path, one: Sample) -> Tensor:
     with process_groups(recipe.parallel, 1), torch.no_grad():
         model = unwrap(build_model(recipe, IMAGE)[0]).eval()
         load(checkpoint, modules=[model])
-        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), recipe, model.own_positions)
+        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), recipe, model)
         return model(batch.tokens, batch.position_ids, batch.packed_seq_params, images=batch.images)[0, :, :120]
 
 

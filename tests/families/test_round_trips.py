@@ -11,6 +11,7 @@ import torch
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
 from family_choice import PARTS
+from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
@@ -25,12 +26,13 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
+OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),
     "internvl_chat": "internvl_chat",
     "intern_vit": "intern_vit",
-    **{name: family for name, (family, _) in (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE).items()},
+    **{name: family for name, (family, _) in OTHERS.items()},
     **{name: row.family for name, row in ROWS.items()},
 }
 """Checkpoints, and their families."""
@@ -39,8 +41,8 @@ ALONE = {"mm_projector", "llava_original_apart"}
 
 
 def make(name: str, directory: Path) -> Path:
-    if name in LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE:
-        return (LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE)[name][1](directory)
+    if name in OTHERS:
+        return OTHERS[name][1](directory)
     if name in ROWS and name not in TRANSFORMERS:
         ROWS[name].make().save_pretrained(directory)
         return directory

@@ -29,6 +29,7 @@ from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
 from megavlm.data.media import arrange, plan_of  # noqa: E402
 from megavlm.data.positions import own_grids, positions_of  # noqa: E402
+from megavlm.data.spans import spans_of  # noqa: E402
 from megavlm.evaluation.parity import WHAT, Sample, _compare, read_reference  # noqa: E402
 from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.inference.generate import generate  # noqa: E402
@@ -111,7 +112,10 @@ def _pack(recipe: Recipe, image: int, samples: list[Sample], length: int) -> Bat
     labels = [sample.labels.numpy() for sample in samples if sample.labels is not None]
     grids = [own_grids(recipe.model, sample.layouts) for sample in samples]
     ids = [sample.ids.numpy() for sample in samples]
-    pack = make_pack(ids, length, labels=labels, positions=positions_of(recipe.model, image), grids=grids)
+    pack = make_pack(
+        ids, length, labels=labels, positions=positions_of(recipe.model, image), grids=grids,
+        spans=spans_of(recipe.model, image),
+    )  # fmt: skip
     pixels = torch.cat([sample.pixels for sample in samples])
     layouts = [layout for sample in samples for layout in sample.layouts]
     arrangement = arrange(plan_of(recipe.model), layouts)
@@ -186,8 +190,11 @@ def _planned(
         "weights": (static.weights, _bytes(tables)),
         "gradients": (static.gradients, _bytes(buffers)),
         "activations": (held_by(recipe, layout, chunk, length, views).kept, saved.bytes),
-        # torch counts the whole square of attention.
-        "operations": (work.total + work.attention + once, counter.get_total_flops()),
+        # torch counts the whole square of attention, as the planner does of one that is mostly prefix.
+        "operations": (
+            work.total + work.attention * (recipe.model.language.two_way != "prefix") + once,
+            counter.get_total_flops(),
+        ),
     }
 
 

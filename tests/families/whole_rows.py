@@ -19,6 +19,7 @@ from family_cases import (
     llava,
     qwen_vl,
 )
+from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
@@ -51,6 +52,7 @@ from transformers import (
     LlavaConfig,
     LlavaNextConfig,
     LlavaOnevisionConfig,
+    PaliGemmaConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -288,6 +290,7 @@ ROWS: dict[str, WholeFamily] = {
         headers=HEADER,
         planner=PLANNED,
     ),
+    **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",

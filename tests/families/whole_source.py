@@ -257,7 +257,7 @@ def write_reference(source: Source, family: str, recipe: Recipe, path: Path) -> 
     for number, (sizes, words) in enumerate(asked(28)):
         sample = source.shown(model, sizes, words)
         labels = torch.where(sample.ids == source.image, -100, sample.ids)
-        labels[:2] = -100
+        labels[: getattr(source, "unlabelled", lambda _: 2)(sample)] = -100
         logits = source.logits(sample)
         loss = F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
         supervised = int((labels[1:] != -100).sum())

@@ -91,7 +91,7 @@ def check_system(tokenizer: Tokenizer, message: str) -> None:
 
 def image_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Return the ids of ``image``, which fills an image's slots, and of ``image_start`` where there is one."""
-    begin = tokenizer.ids.get(tokenizer.template.image[0])
+    begin = tokenizer.ids.get(tokenizer.template.image[0].strip())
     return {"image": tokenizer.imgpad_id} | ({} if begin is None else {"image_start": begin})
 
 

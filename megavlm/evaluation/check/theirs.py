@@ -139,6 +139,7 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
             question.features = _flat(found)
         if "mm_token_type_ids" in inspect.signature(theirs.model.forward).parameters:  # which slots are a picture's
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == theirs.model.config.image_token_id).int()
+        inputs |= _token_types(theirs.model, inputs["input_ids"])
         question.logits = theirs.model(**inputs).logits[0].float().cpu()
         made = theirs.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
@@ -147,6 +148,17 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         question.answer = made.sequences[0, len(question.ids) :].tolist()
         best = [score[0].float().topk(2).values for score in made.scores]
         question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _token_types(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Return what classes are told whose prompts are all prefix (0), or whose pictures' slots (1) see each other.
+
+    Their processors say it with the ids, which may be ours here.
+    """
+    if "token_type_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    prefix = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)  # PaliGemma's sets it
+    return {"token_type_ids": torch.zeros_like(ids) if prefix else (ids == model.config.image_token_id).long()}
 
 
 def _flat(found: Any) -> Tensor:

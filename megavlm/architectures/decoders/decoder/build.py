@@ -97,7 +97,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
 def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     """Return the kind of each layer of the model, whichever stage has it."""
     kind = LayerKind(
-        "causal",
+        "causal" if language.attention_mask == "causal" else "two_way",
         head_dim=language.kv_channels,
         qk_layernorm=language.qk_layernorm,
         parallel=language.use_parallel_residual,

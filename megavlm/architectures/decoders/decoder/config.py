@@ -37,6 +37,9 @@ class DecoderConfig(LanguageConfig):
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0, le=1_000_000_000)
     """Longest segment that the model is meant for."""
+    attention_mask: Literal["causal", "prefix", "images"] = "causal"
+    """Which positions of a sample see those behind them: none (causal); all in front of the first answer see each other
+    (prefix: PaliGemma); or the features of a picture see each other (images: Gemma 3, as far as a window reaches)."""
     sliding_window: int | None = Field(default=None, gt=0, le=1_000_000_000)
     """Positions that each position attends to, itself among them (Phi-3-mini-4k: 2047); null for all before it."""
     sliding_window_pattern: int | None = Field(default=None, gt=1, le=10_000)
@@ -122,6 +125,11 @@ class DecoderConfig(LanguageConfig):
     def position_axes(self) -> int:
         """Three with M-RoPE: time, row, column."""
         return 3 if self.rotary_sections else 1
+
+    @property
+    def two_way(self) -> Literal["prefix", "images"] | None:
+        """What the mask opens."""
+        return None if self.attention_mask == "causal" else self.attention_mask
 
     @property
     def takes_deepstack(self) -> bool:

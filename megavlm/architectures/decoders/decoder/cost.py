@@ -260,8 +260,11 @@ def attended(language: DecoderConfig, tokens: float, squared_lengths: float) -> 
     """Return the sum of squares that attention of an average layer is worth: less than that of lengths, with a window.
 
     A segment of L positions has L^2 / 2 pairs, and L W - W^2 / 2 within a window of W. The segments are taken to be of
-    one length, that of the segment of an average position.
+    one length, that of the segment of an average position. Of one that is all prefix there are L^2 pairs; how much of a
+    sample is answer is not known here, and of those that have prefixes it is the smaller part.
     """
+    if language.attention_mask == "prefix":
+        return 2 * squared_lengths
     window, inside = language.sliding_window or 0, _layers_in_window(language)
     if not inside or squared_lengths <= tokens * window:
         return squared_lengths

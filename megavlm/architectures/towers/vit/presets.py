@@ -53,6 +53,10 @@ SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     "clip_vit_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 4096, 24), {**_CLIP, "activation": "quick_gelu"}),
     # google/siglip-so400m-patch14-384 without its pooling head; 27 patches of 14 leave 6 of 384 pixels out.
     "siglip_so400m_14_384": (ViTSize(384, 14, 1152, 27, 16, 4304, 27), _SIGLIP),
+    # google/siglip-so400m-patch14-224 and -896 as PaliGemma and Gemma 3 have them, and PaliGemma's at 448.
+    "siglip_so400m_14_224": (ViTSize(224, 14, 1152, 27, 16, 4304, 16), _SIGLIP),
+    "siglip_so400m_14_448": (ViTSize(448, 14, 1152, 27, 16, 4304, 32), _SIGLIP),
+    "siglip_so400m_14_896": (ViTSize(896, 14, 1152, 27, 16, 4304, 64), _SIGLIP),
     # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5, as InternVL 2.5, 3 and 3.5 have them; the 6B
     # without the last three of its 48 layers.
     "intern_vit_300m_448": (ViTSize(448, 14, 1024, 24, 16, 4096, 32), _INTERN),

@@ -1,0 +1,75 @@
+"""The rows of PaliGemma and Gemma 3 in :mod:`whole_rows`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_models import (
+    GEMMA3_FILES,
+    PALIGEMMA_FILES,
+    PictureSource,
+    PrefixSource,
+    gemma3,
+    paligemma,
+    paligemma_answers,
+)
+from whole import ALL, Lack, Published, Stage, WholeFamily
+
+
+def gemma_rows(
+    paligemma_class: Any, gemma3_class: Any, header: str, targets: tuple[str, ...], planner: Mapping[str, float]
+) -> dict[str, WholeFamily]:
+    """Return the rows; arguments are what rows share: what builds the classes, ``headers``, ``lora``, ``planner``."""
+    return {
+        "paligemma": WholeFamily(
+            checkpoints=("paligemma", "paligemma_hub"),
+            template="paligemma",
+            image={"kind": "squash"},
+            source=PrefixSource("paligemma", paligemma, files=PALIGEMMA_FILES),
+            uneven=PrefixSource(
+                "paligemma",
+                lambda: paligemma({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
+                files=PALIGEMMA_FILES,
+            ),
+            others=Lack("it is published with one tower and one language model, in three sizes of pictures"),
+            answers=paligemma_answers,
+            lora=targets,
+            # google/paligemma-3b-{pt,mix}-{224,448,896}.
+            presets={f"paligemma_3b_{size}": Published("2.92B" if size < 896 else "2.93B") for size in (224, 448, 896)},
+            built=paligemma_class,
+            recipes={
+                f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 128 + tokens, tokens, warmup=23, decay=0.03)
+                for size, tokens in ((224, 256), (448, 1024), (896, 4096))
+            },
+            headers=header,
+            # What of a sample is answer is not known to the planner.
+            planner={**planner, "operations": 0.05},
+        ),
+        "gemma3": WholeFamily(
+            checkpoints=("gemma3", "gemma3_hub"),
+            template="gemma3",
+            image={"kind": "squash", "resample": "bilinear"},
+            source=PictureSource("gemma3", gemma3, files=GEMMA3_FILES),
+            uneven=PictureSource(
+                "gemma3",
+                lambda: gemma3({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
+                files=GEMMA3_FILES,
+            ),
+            others={"16 tokens, a longer window": PictureSource(
+                "gemma3", lambda: gemma3({"sliding_window": 24}, tokens=16), files=GEMMA3_FILES
+            )},
+            answers=Lack("convert check is not tried on it: no tokenizer of its kind here; answers are in `source`"),
+            lora=targets,
+            # google/gemma-3-{4b,12b,27b}-it.
+            presets={
+                f"gemma3_{size}": Published(count)
+                for size, count in (("4b", "4.30B"), ("12b", "12.19B"), ("27b", "27.43B"))
+            },
+            built=gemma3_class,
+            recipes=Lack("none yet: its authors published no scripts, and no one else's were found"),
+            headers=Lack("there are no recipes yet"),
+            # What pictures see of themselves, and masks, are not known to the planner.
+            planner={**planner, "operations": 0.05, "activations": 0.1},
+        ),
+    }  # fmt: skip
