@@ -240,6 +240,30 @@ DEEPSEEK = Template(
     default_system=_VISION_AND_LANGUAGE,
 )
 
+# Idefics3's, which SmolVLM has with another beginning: the chat template that its processor carries. What stands around
+# a picture's tiles, its image plan writes.
+IDEFICS3 = Template(
+    name="idefics3",
+    title="Idefics3",
+    begin=("<|begin_of_text|>",),
+    system=("System: ", TEXT, "<end_of_utterance>", "\n"),
+    user=("User:", TEXT, "<end_of_utterance>", "\n"),
+    assistant=("Assistant:", *trained(" ", TEXT, "<end_of_utterance>"), "\n"),
+    tokens=_needs("<|begin_of_text|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+    slot=ControlToken(("<image>",)),
+    picture="{image}",
+    gap=" ",
+    eos=("<|end_of_text|>", "<|im_end|>"),
+    stops=("<end_of_utterance>",),
+)
+SMOLVLM = replace(
+    IDEFICS3,
+    name="smolvlm",
+    title="SmolVLM, Idefics3's form on SmolLM2",
+    begin=("<|im_start|>",),
+    tokens=_needs("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+)
+
 # MiniCPM-V 2.0: role tokens and texts are encoded apart, without a BOS. The end stands once, but is trained behind each
 # answer, in the place of the next role. A tokenizer's <unk> fills the slots.
 MINICPM = Template(
@@ -345,6 +369,6 @@ CHATML_DIRECT = Template(
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
     VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
-    DEEPSEEK, MINICPM,
+    DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

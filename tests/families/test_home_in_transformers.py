@@ -18,6 +18,7 @@ import pytest
 import qwen2_vl_models
 import qwen3_vl_models
 import torch
+from deepseek_models import BEGIN, END, PLACEHOLDER, deepseek_vl
 from family_cases import _TEXT, llava, llava_qwen_siglip
 from internvl_models import internvl
 from llava_next_models import llava_next, llava_onevision
@@ -56,13 +57,14 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
     "llava": (lambda rows: llava(_qwen(rows)), ("<image>",)),
     "llava_next": (lambda rows: llava_next(_qwen(rows)), ("<image>",)),
     "llava_onevision": (lambda rows: llava_onevision(_qwen(rows)), ("<image>", "<video>")),
+    "deepseek_vl": (lambda rows: deepseek_vl(_qwen(rows)), (BEGIN, END, PLACEHOLDER)),
     "internvl": (lambda rows: internvl(_qwen(rows)), ("<img>", "</img>", "<IMG_CONTEXT>")),
     "qwen2_vl": (lambda rows: _with_rows(qwen2_vl, rows), ()),
     "qwen2_5_vl": (lambda rows: _with_rows(qwen2_5_vl, rows), ()),
     "qwen3_vl": (lambda rows: _with_rows(qwen3_vl, rows), ()),
 }
 """A small model with as many rows as its tokenizer has tokens, and the tokens of pictures; the image's by name."""
-IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>")}
+IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", "deepseek_vl": PLACEHOLDER, **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>")}
 QWEN = {
     "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
 from family_choice import PARTS
 from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
+from idefics3_models import IDEFICS3
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
@@ -26,7 +28,7 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3
+OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | DEEPSEEK | IDEFICS3
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
     _VISION,
@@ -22,6 +23,7 @@ from family_cases import (
 from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
+from idefics3_rows import idefics3_rows
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
 from llava_next_models import (
     NEXT_PINPOINTS,
@@ -291,6 +293,8 @@ ROWS: dict[str, WholeFamily] = {
         planner=PLANNED,
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
+    **deepseek_rows(_from_config("deepseek_vl"), HEADER, LLAMA_TARGETS, PLANNED),
+    **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",

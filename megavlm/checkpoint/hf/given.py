@@ -248,7 +248,7 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, fres
 
 
 _IMAGE_NAMES = {
-    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>"),
+    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>", "<image_placeholder>"),
     "image_start": ("<img>", "<|vision_start|>"),
 }
 

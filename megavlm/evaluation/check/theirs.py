@@ -132,10 +132,13 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         if question.pixels is not None:
             inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
             # Sizes of pictures, which those models ask for whose pictures are cut to tiles by them.
-            taken = inspect.signature(theirs.model.get_image_features).parameters
+            encode = _encoder(theirs.model)
+            taken = inspect.signature(encode).parameters
+            if "pixel_attention_mask" in taken:  # classes that are told which tiles are whose take those of each sample
+                inputs["pixel_values"] = inputs["pixel_values"][None]
             extra = {key: value.to(device) for key, value in question.extra.items() if key in taken}
             inputs |= extra
-            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **extra)
+            found = encode(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
         if "mm_token_type_ids" in inspect.signature(theirs.model.forward).parameters:  # which slots are a picture's
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == theirs.model.config.image_token_id).int()
@@ -148,6 +151,11 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         question.answer = made.sequences[0, len(question.ids) :].tolist()
         best = [score[0].float().topk(2).values for score in made.scores]
         question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _encoder(model: Any) -> Any:
+    """Return what makes image features: of some classes the model without its head alone has it."""
+    return getattr(model, "get_image_features", None) or model.model.get_image_features
 
 
 def _token_types(model: Any, ids: Tensor) -> dict[str, Tensor]:
