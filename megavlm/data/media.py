@@ -2,8 +2,8 @@
 
 A plan says from the width and height of a picture which views of it the tower sees, how many feature tokens these
 become and in which order, and what stands between them. Packer, planner, template and server ask it from the file's
-header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_single``,
-``plans_tiles``, ``plans_slices``, ``plans_split`` and ``plans_native``; another package registers its own by :func:`register_plan`.
+header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_*.py`` beside this
+file; another package registers its own by :func:`register_plan`.
 
 This file imports neither torch nor PIL.
 """

@@ -1,8 +1,8 @@
-"""DeepSeek-VL-1.3B (arXiv 2403.05525): SigLIP-L, two linear layers and a Llama, as Transformers and its authors have it.
+"""DeepSeek-VL-1.3B (arXiv 2403.05525) as Transformers and its authors have it: SigLIP-L, two linear layers, a Llama.
 
 Transformers: ``DeepseekVLForConditionalGeneration``. The authors: ``MultiModalityCausalLM`` of
-github.com/deepseek-ai/DeepSeek-VL (``deepseek_vl/models`` @ d04d289c), whose tower has timm's names and erf GELU. The 7B,
-with a SAM tower beside this one, is not built.
+github.com/deepseek-ai/DeepSeek-VL (``deepseek_vl/models`` @ d04d289c), whose tower has timm's names and erf GELU. The
+7B, with a SAM tower beside this one, is not built.
 """
 
 from __future__ import annotations
@@ -326,7 +326,9 @@ def _tower_name(model: ModelConfig) -> str | None:
     own = transformers_vision_config(model.vision)
     if own["hidden_act"] != "gelu" or own["layer_norm_eps"] != 1e-6:
         return None
-    return next((name for name, shape in TOWERS.items() if all(own[key] == value for key, value in shape.items())), None)
+    return next(
+        (name for name, shape in TOWERS.items() if all(own[key] == value for key, value in shape.items())), None
+    )
 
 
 def _check_aligner(config: Mapping[str, Any], vision: Tree, where: str) -> None:

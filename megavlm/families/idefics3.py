@@ -1,8 +1,8 @@
 """Idefics3 (arXiv 2408.12637) and SmolVLM (2504.05299) as Transformers has them.
 
-SigLIP's last layer behind its norm, squares of patches side by side through one matrix, and a Llama; pictures are cut to
-tiles that each have a name. Transformers' tower knows pictures of any size and padding; its processors make whole tiles
-alone, whose positions are those of the plain table. SmolVLM2's films are not read.
+SigLIP's last layer behind its norm, squares of patches side by side through one matrix, and a Llama; pictures are cut
+to tiles that each have a name. Transformers' tower knows pictures of any size and padding; its processors make whole
+tiles alone, whose positions are those of the plain table. SmolVLM2's films are not read.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Idefics3Family(Family):
         return no_siglip_last(model.vision) or _inexact(model.vision.positional_grid) or no_half(model.language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
-        """Its chat template writes one token for a picture, and its processor what stands around: the rows have both."""
+        """Its chat template writes one token for a picture, its processor what stands around: the rows have both."""
         return ("idefics3", "smolvlm")
 
     def tokens(self, source: Source) -> dict[str, int]:

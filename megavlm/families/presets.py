@@ -225,6 +225,52 @@ def _register_idefics3() -> None:
     )
 
 
+# MM1 (arXiv 2403.09611), dense: the sizes of its language models were not published; LLaMA's of about these numbers of
+# parameters stand for them (OpenLLaMA-3B, LLaMA-7B, -33B). No weights exist.
+_MM1: dict[str, dict[str, Any]] = {
+    "3b": {
+        "num_layers": 26,
+        "hidden_size": 3200,
+        "ffn_hidden_size": 8640,
+        "num_attention_heads": 32,
+        "kv_channels": 100,
+    },
+    "7b": {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 11008,
+        "num_attention_heads": 32,
+        "kv_channels": 128,
+    },
+    "30b": {
+        "num_layers": 60,
+        "hidden_size": 6656,
+        "ffn_hidden_size": 17920,
+        "num_attention_heads": 52,
+        "kv_channels": 128,
+    },
+}
+
+
+def _register_mm1() -> None:
+    """Register MM1's dense shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama."""
+    for size, language in _MM1.items():
+        MODELS.register(
+            f"mm1_{size}",
+            vision={
+                "preset": "clip_vit", "image_size": 378, "patch_size": 14, "hidden_size": 1280, "num_layers": 32,
+                "num_attention_heads": 16, "ffn_hidden_size": 5120, "positional_grid": 27, "activation": "gelu",
+            },
+            # Without positions of its own, which would be others at another size of pictures.
+            connector={"preset": "c_abstractor", "output_grid": 12, "position_embedding": False},
+            language={
+                "preset": "llama", "norm_epsilon": 1e-6, "num_query_groups": language["num_attention_heads"],
+                "vocab_size": 32000, "max_position_embeddings": 4096, **language,
+            },
+            template="vicuna_v1",
+        )  # fmt: skip
+
+
 # Qwen/Qwen2-VL-*-Instruct and Qwen/Qwen2.5-VL-*-Instruct: sizes of Qwen2 (which are those of Qwen2.5), and the number
 # of its positions.
 _QWEN2_VL = {
@@ -357,6 +403,7 @@ def register() -> None:
     _register_gemma3()
     _register_deepseek_vl()
     _register_idefics3()
+    _register_mm1()
     _register_qwen2_vl()
     _register_qwen3_vl()
     _register_glm4v()

@@ -64,7 +64,11 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
     "qwen3_vl": (lambda rows: _with_rows(qwen3_vl, rows), ()),
 }
 """A small model with as many rows as its tokenizer has tokens, and the tokens of pictures; the image's by name."""
-IMAGE_TOKENS = {"internvl": "<IMG_CONTEXT>", "deepseek_vl": PLACEHOLDER, **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>")}
+IMAGE_TOKENS = {
+    "internvl": "<IMG_CONTEXT>",
+    "deepseek_vl": PLACEHOLDER,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
+}
 QWEN = {
     "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
