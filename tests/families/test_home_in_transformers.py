@@ -20,6 +20,7 @@ import qwen3_vl_models
 import torch
 from deepseek_models import BEGIN, END, PLACEHOLDER, deepseek_vl
 from family_cases import _TEXT, llava, llava_qwen_siglip
+from idefics3_models import TOKENS, idefics3
 from internvl_models import internvl
 from llava_next_models import llava_next, llava_onevision
 from PIL import Image
@@ -58,6 +59,7 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
     "llava_next": (lambda rows: llava_next(_qwen(rows)), ("<image>",)),
     "llava_onevision": (lambda rows: llava_onevision(_qwen(rows)), ("<image>", "<video>")),
     "deepseek_vl": (lambda rows: deepseek_vl(_qwen(rows)), (BEGIN, END, PLACEHOLDER)),
+    "idefics3": (lambda rows: idefics3(_qwen(rows)), ("<|begin_of_text|>", *TOKENS)),
     "internvl": (lambda rows: internvl(_qwen(rows)), ("<img>", "</img>", "<IMG_CONTEXT>")),
     "qwen2_vl": (lambda rows: _with_rows(qwen2_vl, rows), ()),
     "qwen2_5_vl": (lambda rows: _with_rows(qwen2_5_vl, rows), ()),
@@ -237,7 +239,7 @@ def test_with_adapters_merged(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     hf = made(name, tmp_path / "hf")
     convert("hf-to-megatron", "--hf", hf, "--out", tmp_path / "m")
     model = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32)
-    targets = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    targets = r".*(language|text)_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     convert("hf-to-megatron", "--adapter", tmp_path / "adapter", "--base", tmp_path / "m", "--out", tmp_path / "a")

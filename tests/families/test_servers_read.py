@@ -2,10 +2,10 @@
 
 What they read is written down here from their published loaders, as of vllm-project/vllm ``01dc2879`` and ``0004c540``
 (``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``), ``002d7b93``
-(``qwen3_vl.py``) and ``002d181a`` (``glm4_1v.py``), and sgl-project/sglang ``00262495`` and ``00adcbe5``
-(``python/sglang/srt/models/{llava,internvl}.py``), ``013902a8`` (``qwen2_5_vl.py``), ``005fa833`` (``qwen3_vl.py``) and
-``02ada0bb`` (``glm4v.py``). None is imported: they do not install without a GPU. docs/conversion.md has the list for
-people.
+(``qwen3_vl.py``), ``00fb5b43`` (``idefics3.py``) and ``002d181a`` (``glm4_1v.py``), and sgl-project/sglang ``00262495``
+and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``), ``013902a8`` (``qwen2_5_vl.py``), ``005fa833``
+(``qwen3_vl.py``) and ``02ada0bb`` (``glm4v.py``). None is imported: they do not install without a GPU.
+docs/conversion.md has the list for people.
 """
 
 from __future__ import annotations
@@ -67,6 +67,17 @@ EXPECTED = {
             "vision_config.deepstack_visual_indexes", "text_config.hidden_size", "text_config.vocab_size",
         ),
         _QWEN,
+    ),
+    "idefics3": Expected(
+        "Idefics3ForConditionalGeneration",
+        (
+            "image_token_id", "scale_factor", "text_config.architectures", "text_config.model_type",
+            "vision_config.image_size", "vision_config.patch_size", "vision_config.hidden_size",
+        ),
+        (
+            r"model\.text_model\." + _TEXT, r"lm_head\.weight", r"model\.connector\.modality_projection\.proj\.weight",
+            r"model\.vision_model\.(embeddings|encoder\.layers|post_layernorm)[.\w]*",
+        ),
     ),
     "llava": Expected("LlavaForConditionalGeneration", _LLAVA_KEYS, (*_LLAVA, _CLIP)),
     "llava_next": Expected(
