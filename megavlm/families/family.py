@@ -65,6 +65,8 @@ class Family(ABC):
     """What its processor of Transformers writes around the slots of a picture by itself."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    own_levels: ClassVar[bool] = False
+    """Whether its language model may have features of several tower layers added (``VisionConfig.deepstack``)."""
     two_way: ClassVar[str | None] = None
     """Which positions its language model lets see those behind them: ``LanguageConfig.two_way``."""
     preprocesses: ClassVar[bool] = False
@@ -129,6 +131,7 @@ class Family(ABC):
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
         return (
             self._language_refused(model)
+            or self._levels_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
             or self._films_refused(model)
@@ -148,6 +151,12 @@ class Family(ABC):
         if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
+
+    def _levels_refused(self, model: ModelConfig) -> str | None:
+        """Return why the family has no names for the connectors of a deepstack's levels, or None."""
+        if model.vision.deepstack and "connector" in self.parts and not self.own_levels:
+            return "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
+        return None
 
     def _newline_refused(self, model: ModelConfig) -> str | None:
         """Return why the connector's learned newline vector has no place in the family, or None."""

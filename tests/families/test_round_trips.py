@@ -64,6 +64,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
+@pytest.mark.proves("round_trip", entry="name")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(CASES[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")
