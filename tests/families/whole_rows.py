@@ -23,6 +23,7 @@ from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
+from like_rows import like_rows
 from llava_next_models import (
     NEXT_PINPOINTS,
     ONEVISION_PINPOINTS,
@@ -291,6 +292,7 @@ ROWS: dict[str, WholeFamily] = {
         planner=PLANNED,
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
+    **like_rows(HEADER, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
