@@ -36,6 +36,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    **dict.fromkeys(
+        ("bunny", "imp", "mipha", "llava_phi", "allava"), ("towers.vit", "connectors.mlp", "decoders.decoder")
+    ),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
@@ -203,6 +206,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--changed-since", metavar="COMMIT", help="only tests of families that changed since then; or: auto, all"
     )
+    parser.addoption("--record-proofs", action="store_true", help="write what passed (tests/proof_record.py)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -224,7 +228,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _choice = Choice(frozenset(families), frozenset(), "all" if base == "all" else f"git knows no {base!r}")
     else:
         _choice = choose(changed, families)
-    kept = [item for item in items if families_of(item) & _choice.families or item.path in _choice.files]
+    kept = [item for item in items if _of_any(item) & _choice.families or item.path in _choice.files]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 
@@ -232,6 +236,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def families_of(item: pytest.Item) -> set[str]:
     """Return the families that a test is marked with."""
     return {name for mark in item.iter_markers("family") for name in mark.args}
+
+
+def _of_any(item: pytest.Item) -> set[str]:
+    """Return these, and those of whom one test of many proves something."""
+    return families_of(item).union(*(mark.kwargs.get("of", ()) for mark in item.iter_markers("proves")))
 
 
 def _processor_seconds() -> float:

@@ -15,6 +15,7 @@ from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families import known
+from megavlm.families.llava_like_presets import register_llava_like
 
 
 def load_presets() -> None:
@@ -370,6 +371,7 @@ def _register_llava_onevision1_5() -> None:
 
 def register() -> None:
     """Register the whole models that a recipe may name."""
+    register_llava_like()
     MODELS.register(
         "tiny",
         vision={"preset": "tiny_vit"},

@@ -51,6 +51,13 @@ SOURCES: dict[str, str] = {
     "smolvlm_256m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-256M-Instruct"),
     "smolvlm_500m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-500M-Instruct"),
     "smolvlm_2_2b": "huggingface/smollm, finetuning/Smol_VLM_FT.ipynb @ c26df8c6: 2256809840 with 10536960 of adapters",
+    "paligemma_3b_224": _file(57444468301, "the parameters of PaliGemma, loaded, in a table of compressed models"),
+    # Keras counts the vocabulary without the 64 rows of 2048 that Transformers' files pad it with.
+    "paligemma_3b_448": _file(29273983739, "keras_hub's 2924220144, and 131072 of the padding"),
+    "paligemma_3b_896": _file(29273983739, "keras_hub's 2927759088, and 131072 of the padding"),
+    "gemma3_4b": _file(70911651117, "the parameters of unsloth's copy, in a table of models"),
+    "gemma3_12b": _file(59172823075, "the hub's figures of google/gemma-3-12b-it"),
+    "gemma3_27b": _file(3173084990, "keras_hub's parameters of medgemma_instruct_27b, trained from it"),
     "glm4_1v_9b": _file(70102877713, "the hub's figures of zai-org/GLM-4.6V-Flash, of the same class and shape"),
 }  # fmt: skip
 """By preset."""

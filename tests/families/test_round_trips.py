@@ -16,6 +16,7 @@ from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
 from idefics3_models import IDEFICS3
 from internvl_models import INTERNVL
+from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -28,7 +29,7 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | DEEPSEEK | IDEFICS3
+OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE | DEEPSEEK | IDEFICS3
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),
@@ -66,6 +67,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
+@pytest.mark.proves("round_trip", entry="name")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(CASES[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")

@@ -25,6 +25,7 @@ from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from idefics3_rows import idefics3_rows
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
+from like_rows import like_rows
 from llava_next_models import (
     NEXT_PINPOINTS,
     ONEVISION_PINPOINTS,
@@ -295,6 +296,7 @@ ROWS: dict[str, WholeFamily] = {
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     **deepseek_rows(_from_config("deepseek_vl"), HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
+    **like_rows(HEADER, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
