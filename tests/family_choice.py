@@ -46,6 +46,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "glm4v": ("towers.packed_vit", "connectors.downsample_merger", "decoders.decoder"),
     "llava_onevision1_5": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
+    "tinyllava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "intern_vit": ("towers.vit",),
     "qwen": ("decoders.decoder",),

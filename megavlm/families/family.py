@@ -67,6 +67,9 @@ class Family(ABC):
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
     two_way: ClassVar[str | None] = None
     """Which positions its language model lets see those behind them: ``LanguageConfig.two_way``."""
+    drops_first: ClassVar[bool] = False
+    """Whether its connector may leave out the first feature (``model.connector.drop_first_feature``): :meth:`refuses`
+    then says where."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     film_plans: ClassVar[tuple[str, ...]] = ()
@@ -129,6 +132,7 @@ class Family(ABC):
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
         return (
             self._language_refused(model)
+            or self._first_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
             or self._films_refused(model)
@@ -148,6 +152,13 @@ class Family(ABC):
         if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
+
+    def _first_refused(self, model: ModelConfig) -> str | None:
+        """Return why the first feature of a picture cannot be left out, or None."""
+        left_out = getattr(model.connector, "drop_first_feature", False)
+        if "connector" not in self.parts or self.drops_first or not left_out:
+            return None
+        return "the first feature is left out (model.connector.drop_first_feature), for which the family has no word"
 
     def _newline_refused(self, model: ModelConfig) -> str | None:
         """Return why the connector's learned newline vector has no place in the family, or None."""

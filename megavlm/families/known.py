@@ -30,6 +30,7 @@ _OURS = (
     "megavlm.families.llava_onevision1_5:LlavaOnevision15Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.gemma3_vl:Gemma3Family",
+    "megavlm.families.tinyllava:TinyLlavaFamily",
     "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
