@@ -72,6 +72,10 @@ class Family(ABC):
     then says where."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    text_folder: ClassVar[str] = ""
+    """Folder of its directories in which language model and tokenizer lie, where these are in pieces."""
+    tower_folder: ClassVar[str | None] = None
+    """Folder in which the tower lies, with the file that says how pictures become pixels, where they are in pieces."""
     film_plans: ClassVar[tuple[str, ...]] = ()
     """Names of the film plans (``model.video.kind``) that its code has; none where its films are not known here."""
     read_as: ClassVar[str | None] = None

@@ -31,6 +31,8 @@ _OURS = (
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.tinyllava:TinyLlavaFamily",
+    "megavlm.families.xtuner:HPTFamily",
+    "megavlm.families.xtuner:XtunerFamily",
     "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
