@@ -36,6 +36,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    **dict.fromkeys(
+        ("bunny", "imp", "mipha", "llava_phi", "allava"), ("towers.vit", "connectors.mlp", "decoders.decoder")
+    ),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
@@ -46,6 +49,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "glm4v": ("towers.packed_vit", "connectors.downsample_merger", "decoders.decoder"),
     "llava_onevision1_5": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
+    "mobilevlm": ("towers.vit", "connectors.ldp", "decoders.decoder"),
+    "dense_connector": ("towers.vit", "connectors.dense_connector", "decoders.decoder"),
+    "xtuner": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "hpt": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "tinyllava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "intern_vit": ("towers.vit",),

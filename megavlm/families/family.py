@@ -63,6 +63,9 @@ class Family(ABC):
     (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""
     wraps_pictures: ClassVar[tuple[str, str] | None] = None
     """What its processor of Transformers writes around the slots of a picture by itself."""
+    own_multiplier: ClassVar[bool] = False
+    """Whether its image features may be multiplied by a number (``model.connector.output_multiplier``):
+    :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
     two_way: ClassVar[str | None] = None
@@ -139,6 +142,7 @@ class Family(ABC):
             or self._first_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
+            or self._multiplier_refused(model)
             or self._films_refused(model)
         )
 
@@ -172,6 +176,16 @@ class Family(ABC):
         if any("image_newline" in one.ours for table in tables if table.part == "connector" for one in table.rest):
             return None
         return f"the image plan {model.image.kind} has a learned newline vector, for which the family has no name"
+
+    def _multiplier_refused(self, model: ModelConfig) -> str | None:
+        """Return why the family's code cannot multiply image features as they are here, or None."""
+        # A connector alone has no code.
+        if self.own_multiplier or not {"connector", "language"} <= {*self.parts}:
+            return None
+        there = getattr(model.connector, "output_multiplier", 1.0)
+        if there == 1:
+            return None
+        return f"image features are multiplied by {there} (model.connector.output_multiplier), in the family by nothing"
 
     def _films_refused(self, model: ModelConfig) -> str | None:
         """Return why films cannot become frames in the family's code as they do here, or None."""

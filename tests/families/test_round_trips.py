@@ -14,6 +14,7 @@ from family_choice import PARTS
 from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
 from internvl_models import INTERNVL
+from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -27,7 +28,7 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = TINYLLAVA | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3
+OTHERS = TINYLLAVA | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),

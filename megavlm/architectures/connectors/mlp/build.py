@@ -36,11 +36,13 @@ class MLPConnector(MegatronModule):
         super().__init__(config=config)
         self.first = int(connector.drop_first_feature)
         self.layers = linear_stack([width] + [embed] * connector.depth, config)
+        self.multiplier = connector.output_multiplier
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
         with get_fp8_context(self.config):  # nothing in bf16
-            return run_stack(self.layers, features_PNW[self.first :])
+            tokens_PNE = run_stack(self.layers, features_PNW[self.first :])
+        return tokens_PNE if self.multiplier == 1 else tokens_PNE * self.multiplier
 
 
 def build(model: ModelConfig, context: BuildContext) -> MLPConnector:

@@ -25,6 +25,9 @@ class MLPConfig(ConnectorConfig):
     behind a tower without one (TinyLLaVA and xtuner on SigLIP). A class token's own is dropped without it."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
+    output_multiplier: Annotated[float, Meaning.USE] = Field(default=1.0, gt=0)
+    """What the tokens are multiplied by: systems that multiply their language model's embeddings behind the place where
+    pictures come in (Bunny on MiniCPM, Mipha on Gemma) multiply both; see model.language.embedding_multiplier."""
 
     @property
     def depth(self) -> int:
