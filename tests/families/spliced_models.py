@@ -38,12 +38,16 @@ IMAGE = 119
 
 @dataclass(frozen=True)
 class Places:
-    """Where the modules are; ``tower``: what the names of its tensors begin with in a checkpoint."""
+    """Where the modules are (the language model's are the model's own where it is empty)."""
 
     vision: str
     connector: str
     language: str
     tower: str
+    """What the names of the tower's tensors begin with in a checkpoint, in front of ``embeddings`` and ``encoder``."""
+    projector: str | None = None
+    text: str | None = None
+    """The same of connector and language model; None for the place."""
 
 
 def mlp(width: int, embed: int, depth: int = 2) -> nn.Module:
@@ -81,6 +85,10 @@ class Parts:
     """Whether the first feature is left out: a class token's, or not."""
     files: Mapping[str, Any] = field(default_factory=dict)
     """Other small files."""
+    tower_keys: Mapping[str, Any] = field(default_factory=dict)
+    """What the tower's forward pass takes beside pixels."""
+    registered: nn.Module | None = None
+    """What of the connector is in the checkpoint; None for all of it."""
 
 
 class Spliced(nn.Module):
@@ -104,7 +112,7 @@ class Spliced(nn.Module):
             for name, child in text.named_children():
                 self.add_module(name, child)
         self._put(places.vision, tower)
-        self._put(places.connector, parts.connector)
+        self._put(places.connector, parts.registered or parts.connector)
         self.config = SimpleNamespace(model_type="spliced", tie_word_embeddings=False)  # for PEFT
 
     def _put(self, place: str, module: nn.Module) -> None:
@@ -119,14 +127,17 @@ class Spliced(nn.Module):
     def named(self, name: str) -> str:
         """Return what a checkpoint calls a parameter."""
         places = self.parts.places
-        if not name.startswith(places.vision + "."):
-            return name
-        return places.tower + name.removeprefix(places.vision + ".").removeprefix("vision_model.")
+        if name.startswith(places.vision + "."):
+            return places.tower + name.removeprefix(places.vision + ".").removeprefix("vision_model.")
+        if name.startswith(places.connector + "."):
+            own = places.connector + "." if places.projector is None else places.projector
+            return own + name.removeprefix(places.connector + ".")
+        return name if places.text is None else places.text + name.removeprefix(places.language + ".")
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Return [N, T, E]."""
         tower, connector, _ = self._kept
-        states = tower(pixel_values, output_hidden_states=True).hidden_states
+        states = tower(pixel_values, output_hidden_states=True, **self.parts.tower_keys).hidden_states
         taken = [states[layer][:, int(self.parts.drops) :] for layer in self.parts.layers]
         found: Tensor = connector(torch.cat(taken, dim=-1))
         return found
