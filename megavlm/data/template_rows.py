@@ -171,6 +171,20 @@ MGM_LLAMA_3 = replace(
     default_system=_VISION_AND_LANGUAGE,
 )
 
+# HPT 1.5 Air's (vlmeval/utils/xtuner_util.py of HyperGAI/HPT @ 144edb7f): a system turn, answers end the document, and
+# the code that encodes the form writes a BOS of its own in front of its one.
+HPT_LLAMA_3 = replace(
+    LLAMA_3,
+    name="hpt_llama_3",
+    title="the same of HPT 1.5 Air, answers end the document",
+    begin=("<|begin_of_text|>", "<|begin_of_text|>"),
+    assistant=("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n", *trained(TEXT, "<|end_of_text|>")),
+    tokens=_needs("<|begin_of_text|>", "<|end_of_text|>", *_LLAMA_3),
+    eos=("<|end_of_text|>",),
+    stops=("<|eot_id|>",),
+    default_system="Answer the questions carefully!",
+)
+
 # xtuner's: the newline behind an answer is not trained on.
 PHI_3 = Template(
     name="phi_3",
@@ -386,7 +400,7 @@ CHATML_DIRECT = Template(
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
     VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2, ALLAVA,
-    LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
     DEEPSEEK, MINICPM,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

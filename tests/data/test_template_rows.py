@@ -71,7 +71,7 @@ def test_twenty_conversations_as_published(name: str) -> None:
         14
         if name in ("zephyr", "gemma", "gemma3", "mgm_gemma", "minicpm", "allava")
         else 6
-        if "plain" in name or name == "paligemma"
+        if "plain" in name or name in ("paligemma", "hpt_llama_3")
         else 20
     )
 

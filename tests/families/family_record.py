@@ -17,7 +17,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "families.md"
-BEGIN, END = "<!-- families-table: by `make families-table`; what is written here is lost -->", "<!-- families-table: end -->"
+BEGIN, END = (
+    "<!-- families-table: by `make families-table`; what is written here is lost -->",
+    "<!-- families-table: end -->",
+)
 FIELDS = {
     "round_trip": "checkpoints", "tp2_pp2_sp": "source", "tp4_sp": "source", "uneven": "uneven", "others": "others",
     "check": "answers", "adapters": "lora", "sizes": "presets", "recipes": "recipes",

@@ -42,6 +42,7 @@ from qwen3_vl_models import QWEN3_VL, qwen3_vl
 from qwen3_vl_models import save as save_third
 from rice_models import FILES as RICE_FILES
 from rice_models import RICE, LlavaOnevision15
+from spliced_rows import spliced_rows
 from text_cases import ROWS as TEXT_ROWS
 from torch import nn
 from transformers import (
@@ -293,6 +294,7 @@ ROWS: dict[str, WholeFamily] = {
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
+    **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
