@@ -23,6 +23,7 @@ from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
 from text_cases import ROWS
 from tinyllava_models import TINYLLAVA
+from tower_models import TOWERS
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -31,7 +32,18 @@ from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
 OTHERS = (
-    TINYLLAVA | PIECES | CONNECTORS | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE
+    TINYLLAVA
+    | PIECES
+    | CONNECTORS
+    | LLAVA_TILES
+    | QWEN2_VL
+    | QWEN3_VL
+    | GLM4V
+    | RICE
+    | PALIGEMMA
+    | GEMMA3
+    | LLAVA_LIKE
+    | TOWERS
 )
 CASES = {
     **FAMILY_OF,

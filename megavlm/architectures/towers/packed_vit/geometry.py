@@ -91,16 +91,28 @@ class Taps:
     """[P, K]"""
 
 
-def taps(shown: list[Picture], merge: int, side: int, mode: Literal["bilinear", "bicubic"]) -> Taps:
+Mode = Literal["bilinear", "bicubic", "antialias"]
+
+
+def taps(shown: list[Picture], merge: int, side: int, mode: Mode) -> Taps:
     """Return what a table of ``side`` x ``side`` rows gives each patch, interpolated to its picture.
 
-    Bilinear with the corners of both on each other, as ``F.interpolate(align_corners=True)``, or bicubic with a = -0.75
-    and without, as ``F.grid_sample(padding_mode="border")``.
+    Bilinear with the corners of both on each other, as ``F.interpolate(align_corners=True)``; bicubic with a = -0.75
+    and without, as ``F.grid_sample(padding_mode="border")``; or as a picture is resized, bilinear and without, where it
+    is made smaller over all that becomes one: ``F.interpolate(antialias=True)``.
     """
     parts = [_taps(h, w, merge, side, mode) for _, h, w in shown]
+    most = max(one.index.shape[1] for one in parts)
+    parts = [one if one.index.shape[1] == most else _widened(one, most) for one in parts]
     index = np.concatenate([np.tile(one.index, (t, 1)) for (t, _, _), one in zip(shown, parts, strict=True)])
     weight = np.concatenate([np.tile(one.weight, (t, 1)) for (t, _, _), one in zip(shown, parts, strict=True)])
     return Taps(index, weight)
+
+
+def _widened(one: Taps, most: int) -> Taps:
+    """Return the same with so many rows for a patch, of which the new ones weigh nothing."""
+    beside = ((0, 0), (0, most - one.index.shape[1]))
+    return Taps(np.pad(one.index, beside), np.pad(one.weight, beside))
 
 
 @functools.lru_cache(maxsize=256)
@@ -115,6 +127,8 @@ def _taps(rows: int, columns: int, merge: int, side: int, mode: str) -> Taps:
 
 def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDArray[np.float64]]:
     """Return rows of one axis of a table, and their weights, for places on an axis of another length."""
+    if mode == "antialias":
+        return _covered(at, length, side)
     if mode == "bilinear":
         place = at * (side - 1) / max(length - 1, 1)
         offsets = np.arange(2)
@@ -131,3 +145,14 @@ def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDA
         near = ((a + 2) * away - (a + 3)) * away**2 + 1
         weight = np.where(away <= 1, near, ((a * away - 5 * a) * away + 8 * a) * away - 4 * a)
     return found.clip(0, side - 1), weight
+
+
+def _covered(at: Indices, length: int, side: int) -> tuple[Indices, NDArray[np.float64]]:
+    """Return the rows under a triangle around each place, as wide as the rows that become one, and at least one."""
+    scale = side / length
+    reach, centre = max(scale, 1.0), scale * (at + 0.5)
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach + 0.5).astype(np.int64), side)
+    found = first[:, None] + np.arange(int((last - first).max()))
+    weight = np.maximum(1 - np.abs((found - centre[:, None] + 0.5) / reach), 0) * (found < last[:, None])
+    return found.clip(0, side - 1), weight / weight.sum(1, keepdims=True)

@@ -50,10 +50,27 @@ _RICE: dict[str, Any] = {
     "pre_layernorm": True,
 }
 
+_NAFLEX: dict[str, Any] = {
+    "patch_size": 16,
+    "temporal_patch_size": 1,
+    "spatial_merge_size": 1,
+    "activation": "gelu_tanh",
+    "layernorm_epsilon": 1e-6,
+    "conv_bias": True,
+    "rotary_base": None,
+    "positional_grid": 16,
+    "positional_interpolation": "antialias",
+    "post_layernorm": True,
+    "image_size": 256,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+
 KINDS: dict[str, dict[str, Any]] = {
     "qwen2_vl_vit": _SECOND, "qwen2_5_vl_vit": _SECOND_AND_HALF, "qwen3_vl_vit": _THIRD,
     "glm4v_vit": _GLM,
     "rice_vit": _RICE,
+    "siglip2_naflex_vit": _NAFLEX,
 }  # fmt: skip
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -89,6 +106,15 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "rice_vit_300m": (
         "rice_vit",
         {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16, "ffn_hidden_size": 4096},
+    ),
+    # google/siglip2-{base,so400m}-patch16-naflex, without their pooling heads.
+    "siglip2_base_16_naflex": (
+        "siglip2_naflex_vit",
+        {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12, "ffn_hidden_size": 3072},
+    ),
+    "siglip2_so400m_16_naflex": (
+        "siglip2_naflex_vit",
+        {"hidden_size": 1152, "num_layers": 27, "num_attention_heads": 16, "ffn_hidden_size": 4304},
     ),
 }  # fmt: skip
 """By kind, and what the kind does not say."""
