@@ -40,6 +40,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
+    "minicpm_v_2": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
+    "minicpm_llama3_v_2_5": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "qwen2_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "qwen2_5_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),

@@ -15,6 +15,7 @@ from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
 from internvl_models import INTERNVL
 from llava_next_models import LLAVA_TILES
+from minicpm_v_models import MINICPM_V
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
@@ -26,7 +27,7 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3
+OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | MINICPM_V
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),

@@ -91,11 +91,14 @@ class Taps:
     """[P, K]"""
 
 
-def taps(shown: list[Picture], merge: int, side: int, mode: Literal["bilinear", "bicubic"]) -> Taps:
+def taps(
+    shown: list[Picture], merge: int, side: int, mode: Literal["bilinear", "bicubic", "bucketed", "bucketed_line"]
+) -> Taps:
     """Return what a table of ``side`` x ``side`` rows gives each patch, interpolated to its picture.
 
     Bilinear with the corners of both on each other, as ``F.interpolate(align_corners=True)``, or bicubic with a = -0.75
-    and without, as ``F.grid_sample(padding_mode="border")``.
+    and without, as ``F.grid_sample(padding_mode="border")``. Bucketed: one row of the table, as Transformers'
+    ``Idefics2VisionEmbeddings``, of the patch's row and column, or of its number in a line of all.
     """
     parts = [_taps(h, w, merge, side, mode) for _, h, w in shown]
     index = np.concatenate([np.tile(one.index, (t, 1)) for (t, _, _), one in zip(shown, parts, strict=True)])
@@ -106,6 +109,9 @@ def taps(shown: list[Picture], merge: int, side: int, mode: Literal["bilinear", 
 @functools.lru_cache(maxsize=256)
 def _taps(rows: int, columns: int, merge: int, side: int, mode: str) -> Taps:
     place = _frame(rows, columns, merge)
+    if mode == "bucketed_line":
+        place = np.stack([np.zeros_like(place[:, 0]), place[:, 0] * columns + place[:, 1]], axis=1)
+        rows, columns, mode = 1, rows * columns, "bucketed"
     down, down_weight = _along(place[:, 0], rows, side, mode)
     across, across_weight = _along(place[:, 1], columns, side, mode)
     index = (down[:, :, None] * side + across[:, None, :]).reshape(len(place), -1)
@@ -115,6 +121,8 @@ def _taps(rows: int, columns: int, merge: int, side: int, mode: str) -> Taps:
 
 def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDArray[np.float64]]:
     """Return rows of one axis of a table, and their weights, for places on an axis of another length."""
+    if mode == "bucketed":
+        return _bucket(at, length, side)[:, None], np.ones((len(at), 1))
     if mode == "bilinear":
         place = at * (side - 1) / max(length - 1, 1)
         offsets = np.arange(2)
@@ -127,7 +135,44 @@ def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDA
     if mode == "bilinear":
         weight = np.maximum(1 - away, 0)
     else:
-        a = -0.75
-        near = ((a + 2) * away - (a + 3)) * away**2 + 1
-        weight = np.where(away <= 1, near, ((a * away - 5 * a) * away + 8 * a) * away - 4 * a)
+        weight = _cubic(away, -0.75)
     return found.clip(0, side - 1), weight
+
+
+def _bucket(at: Indices, length: int, side: int) -> Indices:
+    """Return in which of ``side`` equal parts places on an axis lie: in fp32, where it decides about borders."""
+    borders = (1 / side + np.arange(side - 1) / side).astype(np.float32)
+    step = np.float32(1) / np.float32(length)
+    parts = np.minimum(at.astype(np.float32) * step, np.float32(1 - 1e-6))
+    return np.searchsorted(borders, parts, side="right").astype(np.int64)
+
+
+@functools.lru_cache(maxsize=1024)
+def antialiased(length: int, side: int) -> NDArray[np.float32]:
+    """[length, side] what each row of one axis of a table adds to each of another length.
+
+    Cubic with a = -0.5, and over as many rows as a shorter axis asks, as ``F.interpolate(antialias=True)`` has it.
+    """
+    scale = side / length
+    stretch = max(scale, 1.0)
+    weights = np.zeros((length, side))
+    for row in range(length):
+        centre = scale * (row + 0.5)
+        first = max(int(centre - 2 * stretch + 0.5), 0)
+        last = min(int(centre + 2 * stretch + 0.5), side)
+        away = np.abs((np.arange(first, last) - centre + 0.5) / stretch)
+        weights[row, first:last] = _cubic(away, -0.5)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _cubic(away: NDArray[np.float64], a: float) -> NDArray[np.float64]:
+    near = ((a + 2) * away - (a + 3)) * away**2 + 1
+    far = ((a * away - 5 * a) * away + 8 * a) * away - 4 * a
+    return np.where(away <= 1, near, np.where(away < 2, far, 0.0))
+
+
+def reading_order(shown: Picture, merge: int) -> Indices:
+    """[P] of each patch of a picture of one frame, its number row by row."""
+    _, rows, columns = shown
+    place = _frame(rows, columns, merge)
+    return place[:, 0] * columns + place[:, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV_BLOCKS, Table, both, row
+from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, QKV_BLOCKS, Aside, Table, both, row
 
 _OURS = "transformer.layers.{}."
 _LAYER = (
@@ -70,3 +70,40 @@ RICE_VISION = Table(
     ),
 )
 """The tower of LLaVA-OneVision-1.5, without its merger."""
+
+TIMM_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=QWEN2_VL_VISION.layer,
+    rest=(
+        *both("patch_embed", "patch_embed.proj"),
+        *both("conv1", "patch_embed.proj"),  # of the tower on squares
+        row("positional_embedding", "pos_embed", ONE_AXIS),
+        *both("ln_post", "norm"),
+    ),
+    prefix="vpm.",
+)
+"""SigLIP as timm names it, in MiniCPM-V 1.0 and 2.0."""
+
+SIGLIP_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="encoder.layers.{}.",
+    layer=(
+        *both("input_layernorm", "layer_norm1"),
+        *both("self_attention.linear_qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", QKV),
+        *both("self_attention.linear_proj", "self_attn.out_proj"),
+        *both("pre_mlp_layernorm", "layer_norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        *both("patch_embed", "embeddings.patch_embedding"),
+        row("positional_embedding", "embeddings.position_embedding.weight"),
+        *both("ln_post", "post_layernorm"),
+    ),
+    aside=(Aside(r"embeddings\.position_ids", "position number buffer"),),
+    prefix="vpm.",
+)
+"""SigLIP on pictures of any size as Transformers names it (Idefics2's), in MiniCPM-Llama3-V 2.5."""
