@@ -74,10 +74,9 @@ class MiniCPMVFamily(Family):
         language["tie_word_embeddings"] = not head or flag(config, "tie_word_embeddings", where, default=False)
         image, side = self._pictures(source, where)
         vision = {"image_size": side, **self._tower(source, where)}
+        connector = self._connector(source, where)
         _check_file(source, vision, image, config)
-        return {
-            "vision": vision, "connector": self._connector(source, where), "language": language, "image": image,
-        }  # fmt: skip
+        return {"vision": vision, "connector": connector, "language": language, "image": image}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from minicpm_v_models import MINICPM_V, MiniCPMLlama3V25, MiniCPMV2, SlicedSource
 from whole import ALL, Lack, Published, Stage, WholeFamily
 
 _ANSWERS = Lack("Transformers has no class for it: answers are held against the written-out one, in `source`")
 _BUILT = Lack("no class to build: the counts are those of the published tensors (model.safetensors.index.json)")
-_STAGE = Stage(ALL, 1e-6, 10_000, 16, 2048, 480, warmup=100, decay=0.1, adam=(0.9, 0.95, 1e-8, 1))
+_STAGE = Stage(ALL, 1e-6, 10_000, 16, 2048, 288, warmup=100, decay=0.1, adam=(0.9, 0.95, 1e-8, 1))
 
 
 def minicpm_rows(header: str, targets: tuple[str, ...], planner: Mapping[str, float]) -> dict[str, WholeFamily]:
@@ -28,7 +29,7 @@ def minicpm_rows(header: str, targets: tuple[str, ...], planner: Mapping[str, fl
             lora=targets,
             presets={"minicpm_v_2": Published(3_434_965_792, refused={8: "36 is not divisible by"})},
             built=_BUILT,
-            recipes={"minicpm_v_2/sft": _STAGE},
+            recipes={"minicpm_v_2/sft": replace(_STAGE, tokens=192)},
             headers=header,
             planner=planner,
         ),

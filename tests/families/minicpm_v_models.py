@@ -308,7 +308,7 @@ class SlicedSource:
     def model(self) -> _MiniCPMV:
         """The model, made when it is asked for."""
         if self._model is None:
-            self._model = self._make()
+            self._model = self._make().requires_grad_()  # positions of queries too, which are not trained
         return self._model
 
     def save(self, directory: Path) -> None:
