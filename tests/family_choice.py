@@ -62,6 +62,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "minicpm": ("decoders.decoder",),
     "clip": ("towers.vit",),
     "siglip": ("towers.vit",),
+    "siglip2": ("towers.packed_vit",),
+    "dinov2": ("towers.vit",),
+    "eva02": ("towers.vit",),
     "qwen_visual": ("towers.vit",),
     "mm_projector": ("connectors.mlp", "connectors.resampler"),
 }

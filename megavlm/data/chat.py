@@ -26,7 +26,6 @@ from megavlm.data.schema import (
 from megavlm.data.template import TEXT, Span
 from megavlm.data.tokenizer import Tokenizer
 
-
 _SLICES = re.compile(rf"{re.escape(IMAGE_PLACEHOLDER)}(?:\s*<slice>(?:{re.escape(IMAGE_PLACEHOLDER)}|\s)*</slice>)+")
 """A picture and its slices, each of which is marked as a picture."""
 

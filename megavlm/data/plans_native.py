@@ -1,7 +1,7 @@
 """The image plan of towers that take pictures of any size: each keeps its proportions, within a budget of pixels.
 
 Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arXiv 2409.12191), for images; with
-``enlarge`` those of GLM-4.1V's (2507.01006).
+``enlarge`` those of GLM-4.1V's (2507.01006). Those of ``naflex`` are SigLIP 2's (2502.14786, section 2.4).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
 
 _LEAST_TOKENS, _MOST_TOKENS = 4, 1280
+_NAFLEX_PATCHES = 256
 _LONGEST = 200
 """How many times as long as wide a picture may be."""
 
@@ -97,6 +98,48 @@ class QueriesPlan(NativePlan):
         )
 
 
+@dataclass(frozen=True)
+class NaflexPlan(NativePlan):
+    """The picture as large as a number of patches allows, its sides rounded up to whole blocks."""
+
+    max_num_patches: int = 256
+
+    def resized(self, shape: ImageShape) -> tuple[int, int]:
+        """Return the width and height that a picture is resized to.
+
+        Raises:
+            ImageError: It is too long and narrow.
+        """
+        size, block = (shape.width, shape.height), self.patch * self.merge
+        if max(size) / min(size) > _LONGEST:
+            raise _too_narrow(size)
+        return filled(size, block, self.max_num_patches // self.merge**2)
+
+
+@dataclass(frozen=True)
+class NaflexQueriesPlan(NaflexPlan, QueriesPlan):
+    """The same in front of a connector that makes as many tokens of any picture."""
+
+
+def filled(size: tuple[int, int], block: int, most: int) -> tuple[int, int]:
+    """Return the width and height, of whole blocks, of the largest copy of a picture that has at most so many of them.
+
+    Found as ``get_image_size_for_max_num_patches`` of Transformers' processor of SigLIP 2 finds it: the scale is halved
+    in between 1e-6 and 100 until it is known to 1e-5.
+    """
+
+    def scaled(scale: float) -> tuple[int, int]:
+        width, height = (max(block, math.ceil(side * scale / block) * block) for side in size)
+        return width, height
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        width, height = scaled(scale)
+        low, high = (scale, high) if width // block * (height // block) <= most else (low, scale)
+    return scaled(low)
+
+
 def enlarged(size: tuple[int, int], block: int) -> tuple[int, int]:
     """Return width and height, where a side is shorter than a block so much larger that it is as long."""
     width, height = size
@@ -122,7 +165,7 @@ def whole_blocks(
     """
     (width, height), (least, most), (shown, counted) = size, pixels, frames
     if max(size) / min(size) > _LONGEST:
-        raise ImageError("too narrow", f"{width} x {height} pixels: one side is over {_LONGEST} times the other")
+        raise _too_narrow(size)
     # Halves are rounded to even numbers, as Python's and the processors' round does.
     wide, tall = round(width / block) * block, round(height / block) * block
     if counted * wide * tall > most:
@@ -134,13 +177,27 @@ def whole_blocks(
     return wide, tall
 
 
-def _native(model: ModelConfig) -> ImagePlan:
-    vision, image = model.vision, model.image
+def _too_narrow(size: tuple[int, int]) -> ImageError:
+    return ImageError("too narrow", f"{size[0]} x {size[1]} pixels: one side is over {_LONGEST} times the other")
+
+
+def _check_tower(model: ModelConfig) -> None:
+    """Check that the tower takes pictures of any size.
+
+    Raises:
+        UserError: It does not.
+    """
+    vision, kind = model.vision, model.image.kind
     if not vision.packed:
         raise UserError(
-            f"model.image.kind: native needs a tower that takes pictures of any size, and {vision.preset!r} takes "
+            f"model.image.kind: {kind} needs a tower that takes pictures of any size, and {vision.preset!r} takes "
             "squares only; choose another image plan"
         )
+
+
+def _native(model: ModelConfig) -> ImagePlan:
+    _check_tower(model)
+    vision, image = model.vision, model.image
     block = (vision.patch_size * vision.spatial_merge_size) ** 2
     least = _LEAST_TOKENS * block if image.min_pixels is None else image.min_pixels
     most = max(_MOST_TOKENS * block, least) if image.max_pixels is None else image.max_pixels
@@ -166,4 +223,27 @@ def _native(model: ModelConfig) -> ImagePlan:
     )
 
 
+def _naflex(model: ModelConfig) -> ImagePlan:
+    _check_tower(model)
+    vision, most = model.vision, model.image.max_num_patches or _NAFLEX_PATCHES
+    if most < vision.spatial_merge_size**2:
+        raise UserError(
+            f"model.image.max_num_patches: {most} patches are less than one token takes "
+            f"({vision.spatial_merge_size**2}: model.vision.spatial_merge_size squared); raise it"
+        )
+    kind = NaflexPlan if model.connector.spatial else NaflexQueriesPlan
+    return kind(
+        side=vision.image_size,
+        tokens_per_view=model.tokens_per_view,
+        resample=model.image.resample,
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        temporal=vision.temporal_patch_size,
+        min_pixels=vision.patch_size**2,
+        max_pixels=most * vision.patch_size**2,
+        max_num_patches=most,
+    )
+
+
 register_plan("native", NativePlan, _native, keys=("min_pixels", "max_pixels", "total_pixels", "enlarge_to_block"))
+register_plan("naflex", NaflexPlan, _naflex, keys=("max_num_patches",))

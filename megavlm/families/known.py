@@ -47,6 +47,9 @@ _OURS = (
     "megavlm.families.minicpm:MiniCPMFamily",
     "megavlm.families.vit:ClipFamily",
     "megavlm.families.vit:SiglipFamily",
+    "megavlm.families.siglip2:Siglip2Family",
+    "megavlm.families.dinov2:Dinov2Family",
+    "megavlm.families.eva02:Eva02Family",
     "megavlm.families.qwen:QwenTowerFamily",
 )
 """One line each, in the order in which they are asked whether a checkpoint is theirs."""

@@ -77,7 +77,9 @@ def slices(picture: Image.Image) -> list[Image.Image]:
         (columns, rows), (wide, tall) = grid, size
         large = picture.resize((columns * wide, rows * tall), Image.Resampling.BICUBIC)
         found += [
-            large.crop((x * wide, y * tall, (x + 1) * wide, (y + 1) * tall)) for y in range(rows) for x in range(columns)
+            large.crop((x * wide, y * tall, (x + 1) * wide, (y + 1) * tall))
+            for y in range(rows)
+            for x in range(columns)
         ]
     return found
 

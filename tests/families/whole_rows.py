@@ -444,6 +444,14 @@ ROWS: dict[str, WholeFamily] = {
     "intern_vit": part(("intern_vit",), "the tower of internvl alone; numbers are those of internvl"),
     "clip": part(("clip", "clip_vision"), "a tower alone; features against Transformers: test_transformers_models.py"),
     "siglip": part(("siglip", "siglip_vision"), "a tower alone; features against it: test_transformers_models.py"),
+    "siglip2": part(("siglip2", "siglip2_vision"), "a tower alone; features against it: test_tower_families.py"),
+    "dinov2": part(
+        ("dinov2_reg", "dinov2_swiglu", "dinov2_plain"), "a tower alone; features against it: test_tower_families.py"
+    ),
+    "eva02": part(
+        ("eva02_timm", "eva02_authors", "eva02_authors_tower"),
+        "a tower alone; features against timm's definition: test_tower_families.py",
+    ),
     "qwen_visual": part(("codefuse_tower",), "the tower of codefuse_vlm alone; numbers are those of codefuse_vlm"),
     "qwen": part(("qwen",), "a language model alone; numbers are those of qwen_vl"),
     "llama": part(

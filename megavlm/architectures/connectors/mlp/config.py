@@ -24,6 +24,11 @@ class MLPConfig(ConnectorConfig):
     """Standard deviation of the initial weights."""
 
     @property
+    def packed(self) -> bool:
+        """It looks at no patch's neighbours."""
+        return True
+
+    @property
     def depth(self) -> int:
         """Number of linear layers: 1 for ``linear``, N for ``mlpNx_gelu``."""
         match = re.fullmatch(r"mlp([0-9]+)x_gelu", self.preset)
@@ -41,6 +46,11 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     assert isinstance(connector, MLPConfig)
     if connector.depth > _DEEPEST:
         yield (f"{_OWN}.preset: {connector.preset[:40]} has more layers than a connector has; take at most {_DEEPEST}")
+    if model.vision.packed and model.vision.spatial_merge_size != 1:
+        yield (
+            f"{_OWN}.preset: {connector.preset} makes a token of each patch, and model.vision.spatial_merge_size"
+            f" ({model.vision.spatial_merge_size}) asks for one of each block; set that to 1, or take patch_merger"
+        )
     yield from divides("model.language.hidden_size", model.language.hidden_size, layout.tensor_model_parallel_size, TP)
 
 
