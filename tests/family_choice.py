@@ -40,6 +40,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
+    "minicpm_v": ("towers.vit", "connectors.resampler", "decoders.decoder"),
     "minicpm_v_2": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
     "minicpm_llama3_v_2_5": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),

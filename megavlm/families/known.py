@@ -28,6 +28,7 @@ _OURS = (
     "megavlm.families.qwen3_vl:Qwen3VLFamily",
     "megavlm.families.glm4v:Glm4vFamily",
     "megavlm.families.llava_onevision1_5:LlavaOnevision15Family",
+    "megavlm.families.minicpm_v:MiniCPMV1Family",
     "megavlm.families.minicpm_v:MiniCPMV2Family",
     "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",

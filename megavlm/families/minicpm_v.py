@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.0 and MiniCPM-Llama3-V 2.5 (arXiv 2408.01800), as their authors publish them: code beside the weights.
+"""MiniCPM-V 1.0, 2.0 and MiniCPM-Llama3-V 2.5 (arXiv 2408.01800), as their authors publish them: code and weights.
 
 Facts are those of ``modeling_minicpmv.py``, ``resampler.py`` and ``configuration_minicpm.py`` beside the weights on the
 hub (copies with their history: github.com/HwwwwwwwH/MiniCPM-V-2 and github.com/theonlyengine/VQA_Model, of 2.5), of
@@ -8,6 +8,9 @@ The code of 2.5 tells its tower (Transformers' ``Idefics2VisionTransformer``) of
 rows and columns: positions are those of a line (``bucketed_line``). With ``batch_vision_input`` it fills smaller slices
 up to the largest one of the batch, masks nothing of that, and counts it in the line; here each slice is by itself,
 which is what it does without that key, and with it where all slices have as many patches.
+
+The code of 1.0 was not at hand. That it squashes pictures, and that its keys see the queries' table resized (Qwen-VL's
+resampler), is read off what 2.0 kept of it: ``get_abs_pos`` and the paths without ``adaptive`` and ``slice_mode``.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from megavlm.architectures.connectors.resampler_2d.tables import MINICPM_RESAMPL
 from megavlm.architectures.towers.packed_vit.tables import SIGLIP_VISION, TIMM_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
-from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Family, Tree, config_file
@@ -45,6 +48,15 @@ _SIGLIP: Tree = {
     "temporal_patch_size": 1, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5),
 }  # fmt: skip
 """What the towers of both have one value for."""
+
+
+_OF_BOTH = frozenset(
+    {
+        "conv_bias", "add_qkv_bias", "class_token", "pre_layernorm", "post_layernorm", "normalization", "gated_mlp",
+        "layernorm_epsilon", "rotary_base", "deepstack_layers", "image_mean", "image_std",
+    }
+)  # fmt: skip
+"""Of these, the keys that a tower on squares has too."""
 
 
 class MiniCPMVFamily(Family):
@@ -120,16 +132,14 @@ class MiniCPMVFamily(Family):
         if connector.head_dim != _HEAD:
             return f"the resampler's heads are {connector.head_dim} wide; the authors' code makes them {_HEAD} wide"
         image = model.image
-        if (image.kind, image.slice_markup, image.resample) != ("slices", "nested", "bicubic"):
-            return (
-                f"pictures are made by {image.kind} ({image.slice_markup}, {image.resample}), those of {self.title} by"
-                " slices (nested, bicubic)"
-            )
+        made, wanted = _made(image), _made(ImageConfig(kind=self.image_plan or ""))
+        if made != wanted:
+            return f"pictures are made by {made}, those of {self.title} by {wanted}"
         try:
             plan_of(model)
         except UserError as error:
             return str(error)
-        return self._refuses_tower(model.vision) or self.kind.refuses(model.language) or own_code(model.language)
+        return self.kind.refuses(model.language) or own_code(model.language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """The one that its code writes; a chat_template of its own says nothing of pictures."""
@@ -152,9 +162,6 @@ class MiniCPMVFamily(Family):
         """Return the keys of config.json that say how pictures are cut."""
         raise NotImplementedError
 
-    def _refuses_tower(self, vision: VisionConfig) -> str | None:
-        return None
-
     def _connector(self, source: Source, where: str) -> Tree:
         queries = need(source.config, "query_num", where)
         rows, width = source.shape("resampler.query")
@@ -165,6 +172,48 @@ class MiniCPMVFamily(Family):
                 f"{where}: hidden_size {width} is no multiple of {_HEAD}, the width of the resampler's heads"
             )
         return {"preset": self.resampler, "num_queries": rows, "head_dim": _HEAD}
+
+
+class MiniCPMV1Family(MiniCPMVFamily):
+    """``MiniCPMV`` 1.0: one squashed picture, timm's SigLIP, Qwen-VL's resampler, MiniCPM-2B."""
+
+    name = "minicpm_v"
+    title = "MiniCPM-V 1.0 (MiniCPMV)"
+    architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("vit",), "connector": ("resampler",), "language": ("decoder",),
+    }  # fmt: skip
+    image_plan = "squash"
+    template = "minicpm"
+    kind = MINICPM
+    tower = TIMM_VISION
+    resampler = "resampler"
+    fixed: ClassVar[Tree] = {
+        **{key: value for key, value in _SIGLIP.items() if key in _OF_BOTH}, "activation": "gelu",
+        "positional_antialias": True, "num_attention_heads": _TIMM_HEADS, "feature_layers": None, "s2_scales": None,
+        "qk_norm": None, "layer_scale": False, "register_tokens": 0, "key_bias": True, "mlp_norm": False,
+        "attention_norm": False,
+    }  # fmt: skip
+
+    def detect(self, source: Source) -> bool:
+        """By ``model_type``, the name of the tower, and that pictures are not sliced."""
+        return is_timm(source) and not source.config.get("slice_mode")
+
+    def _pictures(self, source: Source, where: str) -> tuple[Tree, int]:
+        return {"kind": "squash", "resample": "bicubic"}, int(number(source.config, "image_size", where, 448))
+
+    def _tower(self, source: Source, where: str) -> Tree:
+        fixed = {key: value for key, value in self.fixed.items() if key != "deepstack_layers"}
+        return {"preset": "siglip_vit", **fixed, **timm_tower(source, where)}
+
+    def _tower_config(self, vision: VisionConfig) -> Tree:
+        return {"drop_vision_last_layer": vision.num_layers < _TIMM_LAYERS, "vision_encoder": _TIMM}
+
+    def _sliced(self, model: ModelConfig) -> Tree:
+        return {"image_size": model.vision.image_size, "slice_mode": False}
+
+    def pictures_of(self, model: ModelConfig) -> Tree:
+        """Nothing but the size, which the tower's has."""
+        return {}
 
 
 class MiniCPMV2Family(MiniCPMVFamily):
@@ -305,6 +354,10 @@ def timm_tower(source: Source, where: str) -> Tree:
         "num_layers": max(numbers, default=-1) + 1,
         "num_attention_heads": _TIMM_HEADS,
     }
+
+
+def _made(image: ImageConfig) -> str:
+    return f"{image.kind} ({image.slice_markup}, {image.resample})"
 
 
 def _most(model: ModelConfig) -> int:

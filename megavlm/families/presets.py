@@ -150,7 +150,21 @@ def _register_paligemma() -> None:
 
 
 def _register_minicpm_v() -> None:
-    """Register MiniCPM-V: openbmb/MiniCPM-V-2, openbmb/MiniCPM-Llama3-V-2_5."""
+    """Register MiniCPM-V: openbmb/MiniCPM-V, openbmb/MiniCPM-V-2, openbmb/MiniCPM-Llama3-V-2_5."""
+    MODELS.register(
+        "minicpm_v",
+        # timm's, whose GELU is exact; that 1.0 lacks the last layer too is unchecked.
+        vision={
+            "preset": "siglip_so400m_14_384",
+            "image_size": 448,
+            "num_layers": 26,
+            "activation": "gelu",
+            "positional_antialias": True,
+        },
+        connector={"preset": "resampler", "num_queries": 64, "head_dim": 128},
+        language={"preset": "minicpm_2b", "tie_word_embeddings": False},
+        template="minicpm",
+    )
     MODELS.register(
         "minicpm_v_2",
         vision={"preset": "minicpm_v_2_vit_400m"},

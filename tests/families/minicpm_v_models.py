@@ -84,6 +84,21 @@ def slices(picture: Image.Image) -> list[Image.Image]:
     return found
 
 
+class SquareResampler(Resampler):
+    """1.0's: keys see the queries' table, resized as ``get_abs_pos`` does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, Q, E] of [N, P, W]; the queries' positions and those of the patches are one table."""
+        assert self.pos_embed is not None
+        sides = [math.isqrt(n) for n in (len(self.pos_embed), x.size(1))]
+        table = self.pos_embed.view(1, sides[0], sides[0], -1).permute(0, 3, 1, 2)
+        positions = F.interpolate(table, (sides[1], sides[1]), mode="bicubic", align_corners=False)
+        x = self.ln_kv(self.kv_proj(x)).permute(1, 0, 2)
+        query = (self.ln_q(self.query) + self.pos_embed).unsqueeze(1).repeat(1, x.size(1), 1)
+        out = self.attn(query, x + positions.flatten(2).permute(2, 0, 1), x)[0].permute(1, 0, 2)
+        return self.ln_post(out) @ self.proj
+
+
 class Timm(nn.Module):
     """timm's SigLIP: blocks, a norm behind them, a table that is resized to each picture."""
 
@@ -125,11 +140,13 @@ class _MiniCPMV(nn.Module):
 
     settings: dict[str, Any]
     processor: dict[str, Any]
+    resampler_class: type[Resampler] = Resampler
+    sliced = True
 
     def __init__(self, llm: nn.Module, vpm: nn.Module, width: int, queries: int, *, positions: bool) -> None:
         super().__init__()
         self.llm, self.vpm = llm, vpm
-        self.resampler = Resampler(width, EMBED, 128, queries, positions)
+        self.resampler = self.resampler_class(width, EMBED, 128, queries, positions)
         generator = torch.Generator().manual_seed(11)
         with torch.no_grad():
             for name, parameter in [*self.resampler.named_parameters(), *self.vpm.named_parameters()]:
@@ -296,6 +313,19 @@ class MiniCPMV2(_MiniCPMV):
         return found
 
 
+class MiniCPMV1(MiniCPMV2):
+    """MiniCPM-V 1.0: pictures are squashed."""
+
+    resampler_class = SquareResampler
+    sliced = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for key in ("max_slice_nums", "scale_resolution", "slice_mode"):
+            del self.settings[key]
+        self.processor = {}
+
+
 class SlicedSource:
     """One of these models, for :mod:`whole_source`."""
 
@@ -321,7 +351,10 @@ class SlicedSource:
         """Cut pictures as the published code does, and write its marks around slices."""
         plan, generator = plan_of(model), torch.Generator().manual_seed(words + len(sizes))
         layouts = [plan.plan(width, height, len(sizes)) for width, height in sizes]
-        views = [view for picture in photographs(sizes) for view in slices(picture)] if sizes else []
+        pictures = photographs(sizes) if sizes else []
+        views = [view for picture in pictures for view in slices(picture)]
+        if not self.model.sliced:
+            views = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
 
         def some() -> list[int]:
             return torch.randint(0, IMAGE - 2, (words,), generator=generator).tolist()
@@ -331,12 +364,14 @@ class SlicedSource:
             for run in layout.runs:
                 pieces += [IMAGE] * run if isinstance(run, int) else [IMAGE - 1]
             pieces += some()
-        tiles = [torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 for view in views]
-        patches = [F.unfold((one[None] - 0.5) / 0.5, PATCH, stride=PATCH)[0].T for one in tiles]
+        tiles = [(torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - 0.5) / 0.5 for view in views]
+        patches = [F.unfold(one[None], PATCH, stride=PATCH)[0].T for one in tiles]
         pixels = torch.cat(patches) if patches else torch.zeros(0, 3 * PATCH * PATCH)
         grid = torch.tensor([[view.height // PATCH, view.width // PATCH] for view in views], dtype=torch.long)
         given = {"pixel_values": pixels, "sizes": grid} if sizes else {}
         heights = torch.tensor([[h, w] for w, h in sizes]) if sizes else torch.zeros(0, 2, dtype=torch.long)
+        if not self.model.sliced:
+            pixels = torch.stack(tiles) if tiles else torch.zeros(0, 3, SIDE, SIDE)
         return Shown(torch.tensor(pieces), given, pixels, heights, layouts)
 
     def features(self, sample: Shown) -> Tensor:
@@ -368,6 +403,7 @@ def _saved(make: Callable[[], _MiniCPMV]) -> Callable[[Path], Path]:
 
 
 MINICPM_V: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "minicpm_v": ("minicpm_v", _saved(MiniCPMV1)),
     "minicpm_v_2": ("minicpm_v_2", _saved(MiniCPMV2)),
     "minicpm_llama3_v_2_5": ("minicpm_llama3_v_2_5", _saved(MiniCPMLlama3V25)),
     "minicpm_llama3_v_2_5_dropped": ("minicpm_llama3_v_2_5", _saved(lambda: MiniCPMLlama3V25(dropped=True))),

@@ -57,9 +57,9 @@ class PackedViTConfig(VisionConfig):
     ] = "bilinear"
     """With positional_grid: bilinear, with the table's corners on the picture's (Qwen3-VL); bicubic, with the edges of
     both on each other (GLM-4.1V); or as pictures are resized, with the edges of both on each other and a mean of what
-    becomes one: antialias (bilinear: SigLIP 2), bicubic_antialias (timm's towers: MiniCPM-V 2.0). Or nothing between
-    rows, but the one that a patch's row and column lie in, as parts of the side (bucketed: Idefics2); or its number among
-    all, as a part of the first row (bucketed_line: MiniCPM-Llama3-V 2.5, as published)."""
+    becomes one: antialias (bilinear: SigLIP 2), bicubic_antialias (timm's towers: MiniCPM-V 2.0). Or one row of the
+    table, that in which a patch's row and column lie, as parts of the side (bucketed: Idefics2), or its number among
+    all, as a part of the table's first line (bucketed_line: MiniCPM-Llama3-V 2.5, as published)."""
     class_token: bool = False
     """Whether each picture has a learned class token, with a learned rotary row of its own (RICE); it is dropped."""
     pre_layernorm: bool = False
