@@ -124,7 +124,8 @@ class Family(ABC):
     def pictures_of(self, model: ModelConfig) -> Tree:
         """Return the keys of ``config.json`` that say what becomes of pictures, where the family's code reads some.
 
-        A training may change them, and the shape of no part shows it.
+        A training may change them, and the shape of no part shows it. Keys that end in ``.json`` are other files, with
+        those that change in them where they are there.
         """
         return {}
 

@@ -18,6 +18,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from pieces_models import PIECES
+from minicpm_v_models import MINICPM_V
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
@@ -43,6 +44,7 @@ OTHERS = (
     | PALIGEMMA
     | GEMMA3
     | LLAVA_LIKE
+    | MINICPM_V
     | TOWERS
 )
 CASES = {

@@ -231,7 +231,7 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
         planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in stages)], share)
 
 
-UNTRAINED = {"qwen_vl": ("connector.pos_embed",), "codefuse_vlm": ("connector.pos_embed",)}
+UNTRAINED = dict.fromkeys(("qwen_vl", "codefuse_vlm", "minicpm_v", "minicpm_v_2"), ("connector.pos_embed",))
 """Parameters that are not trained here, nor there."""
 
 

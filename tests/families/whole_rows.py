@@ -35,6 +35,7 @@ from llava_next_models import (
     tiles_answers,
 )
 from llava_published import llava_answers, llava_original_answers
+from minicpm_rows import minicpm_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
@@ -295,6 +296,7 @@ ROWS: dict[str, WholeFamily] = {
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
+    **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
