@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
+from megavlm.config.video import MOST_FRAMES
 from megavlm.data.films.plan import film_plan_of
 from megavlm.data.films.rules import GlmFilmPlan, RatedFilmPlan
 from megavlm.families.common import expect
@@ -78,8 +79,16 @@ def film_branch(source: Source, vision: Mapping[str, Any], kind: str, **own: Any
     for key in known.counts:
         if tree.get(key) is not None:
             found[key] = _number(tree, key, where)
+            if key in ("min_frames", "max_frames", "num_frames") and found[key] > MOST_FRAMES:
+                raise UserError(
+                    f"{where}: {key} is {found[key]}; at most {MOST_FRAMES} frames of a film are shown here; lower it"
+                )
     if found.get("fps") is not None and found.get("num_frames") is not None:
         raise UserError(f"{where}: fps and num_frames are both there; take one of them out")
+    if found.get("num_frames") is not None:  # the classes look at neither then
+        found.pop("min_frames", None)
+        if found.get("max_frames", MOST_FRAMES) < found["num_frames"]:
+            del found["max_frames"]
     if known.most:
         found |= _sizes(tree, vision, kind, where)
     if kind == "glm4v" and tree.get("max_duration") is not None:
