@@ -75,7 +75,8 @@ def forms(media: Path) -> dict[str, list[dict[str, Any]]]:
             for one in ("a.mp4", "a.mp4", "walk", {"frames": frames})
         ],
         "alpaca": [
-            {"instruction": "<video>What is it?", "output": "x", "videos": [one]} for one in ("a.mp4", url, "walk", frames)
+            {"instruction": "<video>What is it?", "output": "x", "videos": [one]}
+            for one in ("a.mp4", url, "walk", frames)
         ],
     }  # fmt: skip
 
