@@ -115,7 +115,7 @@ def check(settings: CheckSettings) -> int:
     other = given[0].family.read_as
     if other is None:
         branches = given[0].branches
-        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"])
         transformers_class(settings.hf, "check")
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
