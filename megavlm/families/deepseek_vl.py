@@ -74,7 +74,7 @@ class DeepseekVLFamily(Family):
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
-        vision = siglip_last(*self.tower_of(config, source.directory), where)
+        vision = siglip_last(need(config, "vision_config", where), LAST_HIDDEN_STATE, where)
         vision |= normalisation(source, vision["image_size"])
         head = self.styles[self.style_of(source)]["head"]
         language = text_branch(source, need(config, "text_config", where), head, where)

@@ -17,6 +17,7 @@ from megavlm.architectures.connectors.patch_reducer.tables import IDEFICS3_CONNE
 from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
+from megavlm.data.templates import is_checkpoint
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.paligemma import no_siglip_last
@@ -59,7 +60,7 @@ class Idefics3Family(Family):
             "head": "lm_head.",
         },
     }
-    preprocesses = own_rotary = own_norms = True
+    preprocesses = own_rotary = own_norms = plan_of_connector = True
     template = "idefics3"
     image_plan = "split_tiles"
     classes: ClassVar[str] = "Idefics3"
@@ -176,6 +177,15 @@ class Idefics3Family(Family):
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its chat template writes one token for a picture, its processor what stands around: the rows have both."""
         return ("idefics3", "smolvlm")
+
+    def unsaid(self, model: ModelConfig, template: str) -> list[str]:
+        """Its processor writes tokens around tiles, which are words where a template does not know them."""
+        if is_checkpoint(template) or template in ("idefics3", "smolvlm"):
+            return []
+        return [
+            f"model.template: {template} has no tokens for what stands around tiles (<fake_token_around_image>, "
+            f"<global-img>), which {self.classes}Processor writes"
+        ]
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``image_token_id``."""

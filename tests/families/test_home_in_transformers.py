@@ -77,6 +77,9 @@ QWEN = {
 }  # fmt: skip
 SAVERS = {"qwen2_vl": qwen2_vl_models.save, "qwen2_5_vl": qwen2_vl_models.save, "qwen3_vl": qwen3_vl_models.save}
 
+SAME = {*SAVERS, "idefics3"}
+"""Put together with a language model of their own kind: no other has their positions, or tokens around tiles."""
+
 
 class _NoVideos(dict[str, Any]):
     """Stands for a video processor, which needs torchvision; no picture and no text goes through it."""
@@ -218,7 +221,7 @@ def test_put_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The tower and connector of one model and the language model of another, and the other way round."""
     one = made(name, tmp_path / "one")
     # A tower of any size goes with a language model that counts positions by rows and columns, and no other.
-    other = made(name if name in SAVERS else "llava", tmp_path / "other")
+    other = made(name if name in SAME else "llava", tmp_path / "other")
     if (
         name != "internvl"
     ):  # alone, its tower and connector are its authors' InternVL, which Transformers has no class for
@@ -227,6 +230,7 @@ def test_put_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check(tmp_path / "m", exported(tmp_path / "m", tmp_path / "home", trained=False), monkeypatch)
     if name in SAVERS:
         return
+    other = other if name not in SAME else made("llava", tmp_path / "tower")
     convert("hf-to-megatron", "--language", one, "--vision", other, "--out", tmp_path / "back")
     check(tmp_path / "back", exported(tmp_path / "back", tmp_path / "home2", trained=True), monkeypatch)
 
@@ -268,7 +272,7 @@ def test_trained_for_two_steps(name: str, start: str, tmp_path: Path, monkeypatc
     """What ``checkpoint.export_hf`` writes beside the checkpoints of a run that has learnt something."""
     load = made(name, tmp_path / "hf")
     if start == "put-together":
-        other = made(name if name in SAVERS or name == "internvl" else "llava", tmp_path / "other")
+        other = made(name if name in SAME or name == "internvl" else "llava", tmp_path / "other")
         words = ["--language", other, "--vision", load, "--connector", load]
         if name == "internvl":  # as in test_put_together: its tower has no class of its own
             words = ["--language", load, "--vision", made("llava", tmp_path / "tower")]

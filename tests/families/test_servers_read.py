@@ -118,7 +118,8 @@ def _has(tree: object, key: str) -> bool:
 def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> None:
     """Of a model that was put together here, whose directory is written anew."""
     one = made_talking("internvl" if name == "internvl_chat" else name, tmp_path / "one")
-    other = made_talking(name if name.startswith("qwen") else "llava", tmp_path / "other")
+    same = name.startswith(("qwen", "idefics3"))
+    other = made_talking(name if same else "llava", tmp_path / "other")
     words = ["--language", other, "--vision", one, "--connector", one]
     convert("hf-to-megatron", *words, "--out", tmp_path / "m")
     home = exported(tmp_path / "m", tmp_path / "home", trained=True)

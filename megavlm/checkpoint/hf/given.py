@@ -183,15 +183,16 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
 def _needed_plan(given: Sequence[SourceOfParts]) -> Tree:
     """Return the image plan of a source that cannot be without it; empty where pictures may be squashed.
 
-    That is the one that gives the connector, where a vector of its plan is part of that, or the one that gives a tower
-    which takes pictures of any size.
+    That is the one that gives the connector, where a vector of its plan is part of that or it goes with no other, or
+    the one that gives a tower which takes pictures of any size.
     """
     for one in given:
         image = one.branches.get("image") or {"kind": one.family.image_plan}
         kind = plan_kinds().get(str(image.get("kind")))
-        newline = "connector" in one.parts and kind is not None and kind.plan.newline
+        connects = "connector" in one.parts
+        bound = connects and (one.family.plan_of_connector or (kind is not None and kind.plan.newline))
         vision = one.branches.get("vision") if "vision" in one.parts else None
-        if newline or (vision and make_model({"vision": vision}, str(one.source.path)).vision.packed):
+        if bound or (vision and make_model({"vision": vision}, str(one.source.path)).vision.packed):
             return {"image": image}
     return {}
 
