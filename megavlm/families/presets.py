@@ -230,7 +230,7 @@ _SMOLVLM: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
         "num_layers": 32, "hidden_size": 960, "ffn_hidden_size": 2560, "num_attention_heads": 15,
         "num_query_groups": 5, "vocab_size": 49280, "max_position_embeddings": 8192, "rotary_base": 100000,
     }),
-    # Its positions and rotary base are from memory, unchecked.
+    # The number of its positions is from memory, unchecked.
     "2_2b": ({"preset": "siglip_so400m_14_384"}, 9, {
         "num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32,
         "num_query_groups": 32, "vocab_size": 49155, "max_position_embeddings": 16384, "rotary_base": 273768,
