@@ -11,14 +11,17 @@ from whole import Lack, Published, WholeFamily
 PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 _COUNTS = {
     "bunny": {
-        "bunny_phi_1_5": "1.83B", "bunny_phi_2": "3.18B", "bunny_stablelm_2": "2.06B", "bunny_qwen1_5_1_8b": "2.26B",
-        "bunny_minicpm": "3.16B", "bunny_phi_3": "4.25B", "bunny_llama_3_8b": "8.48B", "bunny_v1_1_phi_3": "4.26B",
-        "bunny_v1_1_llama_3_8b": "8.49B",
+        "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
+        "bunny_qwen1_5_1_8b": 2_270_424_128, "bunny_minicpm": 3_161_073_728, "bunny_phi_3": 4_261_961_792,
+        "bunny_llama_3_8b": 8_479_990_848, "bunny_v1_1_phi_3": 4_269_039_680, "bunny_v1_1_llama_3_8b": 8_489_428_032,
     },
-    "imp": {"imp_v1_3b": "3.19B", "imp_v1_5_3b": "3.19B", "imp_v1_5_2b": "2.26B", "imp_v1_5_4b": "4.25B"},
-    "mipha": {"mipha_1_6b": "1.84B", "mipha_2_4b": "2.94B", "mipha_3b": "3.19B"},
-    "llava_phi": {"llava_phi_3b": "3.09B"},
-    "allava": {"allava_3b": "3.09B", "allava_stablelm_2": "1.95B"},
+    "imp": {
+        "imp_v1_3b": 3_217_417_280, "imp_v1_5_3b": 3_217_417_280, "imp_v1_5_2b": 2_271_611_968,
+        "imp_v1_5_4b": 4_262_287_424,
+    },
+    "mipha": {"mipha_1_6b": 1_853_054_016, "mipha_2_4b": 2_940_955_712, "mipha_3b": 3_217_417_280},
+    "llava_phi": {"llava_phi_3b": 3_092_371_456},
+    "allava": {"allava_3b": 3_092_320_256, "allava_stablelm_2": 1_954_318_336},
 }  # fmt: skip
 """Parameters of each preset, in its public checkpoint's shape; from the definition, and unchecked."""
 _HEADS = {4: "36 is not divisible by parallel.tensor_model_parallel_size"}

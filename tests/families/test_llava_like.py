@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
-from llava_like_models import LLAVA_LIKE, like_answers, sources
-from test_llava_original import convert_in, edit, equal, refused, tensors
+from llava_like_models import LLAVA_LIKE, sources
+from test_llava_original import convert_in
 from test_whole import ABSOLUTE, GRADIENTS
 from whole_source import write_reference
 

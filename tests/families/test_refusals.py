@@ -61,8 +61,8 @@ def test_a_key_is_written_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_pictures_of_several_sizes_are_refused(name: str) -> None:
-    """No layout here has a word for ``model.vision.s2_scales``."""
-    for model in models(name):
+    """No layout but Bunny's has a word for ``model.vision.s2_scales``."""
+    for model in models(name) if name != "bunny" else []:
         if "vision" in FAMILIES[name].parts and not model.vision.packed:
             side = model.vision.image_size
             several = dataclasses.replace(model.vision, image_size=2 * side, s2_scales=(side, 2 * side))
