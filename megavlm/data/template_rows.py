@@ -158,7 +158,7 @@ MISTRAL = replace(
 )
 
 _LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# Llama 3's own; HPT 1.5 Air and MiniCPM-Llama3-V 2.5 train it.
+# Llama 3's own; HPT 1.5 Air trains it.
 LLAMA_3 = Template(
     name="llama_3",
     title="Llama 3's headers",
@@ -170,6 +170,15 @@ LLAMA_3 = Template(
     eos=("<|end_of_text|>", "<|eot_id|>"),
     stops=("<|eot_id|>",),
 )
+# With MiniCPM-V's marks; a tokenizer's <unk> fills the slots (tokenizer_config.json and chat of MiniCPM-Llama3-V-2_5).
+MINICPM_LLAMA_3 = replace(
+    LLAMA_3,
+    name="minicpm_llama_3",
+    title="the same with the image marks of MiniCPM-Llama3-V 2.5",
+    tokens=(*LLAMA_3.tokens, *_needs("<image>", "</image>", "<slice>", "</slice>")),
+    slot=ControlToken(("<unk>",)),
+    image=("<image>", "</image>"),
+)
 # MiniGemini's: the answer's header is "system".
 MGM_LLAMA_3 = replace(
     LLAMA_3,
@@ -177,6 +186,20 @@ MGM_LLAMA_3 = replace(
     title="MiniGemini's Llama 3, whose answers are headed system",
     assistant=("<|start_header_id|>", "system", "<|end_header_id|>", "\n\n", *trained(TEXT, "<|eot_id|>")),
     default_system=_VISION_AND_LANGUAGE,
+)
+
+# HPT 1.5 Air's (vlmeval/utils/xtuner_util.py of HyperGAI/HPT @ 144edb7f): a system turn, answers end the document, and
+# the code that encodes the form writes a BOS of its own in front of its one.
+HPT_LLAMA_3 = replace(
+    LLAMA_3,
+    name="hpt_llama_3",
+    title="the same of HPT 1.5 Air, answers end the document",
+    begin=("<|begin_of_text|>", "<|begin_of_text|>"),
+    assistant=("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n", *trained(TEXT, "<|end_of_text|>")),
+    tokens=_needs("<|begin_of_text|>", "<|end_of_text|>", *_LLAMA_3),
+    eos=("<|end_of_text|>",),
+    stops=("<|eot_id|>",),
+    default_system="Answer the questions carefully!",
 )
 
 # xtuner's: the newline behind an answer is not trained on.
@@ -394,7 +417,7 @@ CHATML_DIRECT = Template(
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2,
-    ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
-    DEEPSEEK, MINICPM,
+    ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    DEEPSEEK, MINICPM, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

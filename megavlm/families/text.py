@@ -89,9 +89,14 @@ def text_config(language: LanguageConfig) -> Tree:
     return kind.write(language)
 
 
-def no_half(language: LanguageConfig) -> str | None:
-    """Return why a language model is no half of a composed model of Transformers, or None."""
-    if getattr(language, "lm_head_bias", False):
+def no_half(language: LanguageConfig, *, head_bias: bool = False) -> str | None:
+    """Return why a language model is no half of a composed model of Transformers, or None.
+
+    Args:
+        language: the branch.
+        head_bias: whether the output layer's bias, which Phi has alone, has a place in the family.
+    """
+    if getattr(language, "lm_head_bias", False) and not head_bias:
         return "the language model's output layer has a bias, for which Transformers' composed models have no place"
     if getattr(language, "rotary_sections", ()):
         return "the language model has three numbers a position (model.language.rotary_sections), LLaVA's have one"

@@ -51,7 +51,7 @@ def _bunny() -> dict[str, Stage]:
         llama = s2 and language == "llama_3_8b"
         lora = Stage(
             both, 1e-4 if llama else 2e-4, (1_300_000 if s2 else 695_000) // 128, 128,
-            4096 if s2 or language == "phi_3" else 2048, 729, projector=0.1, lora=(256 if llama else 128, 256),
+            4096 if s2 or language == "phi_3" else 2048, 729, connector=0.1, lora=(256 if llama else 128, 256),
         )  # fmt: skip
         full = {"sft": Stage(both, 2e-5, 695_000 // 128, 128, 2048, 729)} if preset == "bunny_phi_2" else {}
         found |= _staged(preset, first, lora=lora, **full)
@@ -64,7 +64,7 @@ def _imp() -> dict[str, Stage]:
         plain = _PLAIN.get(preset.removeprefix("imp_"), "llava_plain_no_bos")
         samples = 665_000 if preset == "imp_v1_3b" else 1_000_000
         lora = Stage(
-            ("connector", "language"), 2e-4, 2 * samples // 128, 128, 3072, 729, projector=0.1, lora=(256, 256)
+            ("connector", "language"), 2e-4, 2 * samples // 128, 128, 3072, 729, connector=0.1, lora=(256, 256)
         )
         found |= _staged(preset, replace(_CAPTIONS, length=3072, template=plain), lora=lora)
     return found

@@ -110,14 +110,14 @@ class Stage:
     decay: float = 0.0
     tower: float = 1.0
     """Of the learning rate: that of the tower."""
+    connector: float = 1.0
+    """Of the learning rate: that of the connector."""
     template: str | None = None
     """Another than the preset's."""
     least: float = 0.0
     """The learning rate at the end."""
     adam: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 1)
     """Both betas, epsilon, and the norm that gradients are clipped to."""
-    projector: float = 1.0
-    """Of the learning rate: that of the connector."""
     lora: tuple[int, int] | None = None
     """Rank and alpha of the language model's adapters, where those are trained instead of it."""
 
