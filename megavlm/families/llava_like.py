@@ -47,15 +47,18 @@ class _LikeFamily(LlavaOriginalFamily):
             reason = f"layer {name[1]} of {name[0]} is taken, and {self.name}'s code takes {self.own_layer}"
         return reason
 
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Say of an output layer's bias where it is not as the system's code builds it; the weights tell it here."""
+        there = getattr(model.language, "lm_head_bias", False)
+        other = there != self._written(model.language).head_bias
+        return {**super().config(model, tokens), **({"lm_head_bias": there} if other else {})}
+
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
-        """Phi's output layer has a bias in some of them, and in others not."""
+        """Name a bias that the system's code leaves out."""
         own = self._written(model.language)
-        if not getattr(model.language, "lm_head_bias", False) or own.architecture not in _NO_HEAD_BIAS:
+        if own.head_bias or not getattr(model.language, "lm_head_bias", False):
             return []
         return [f"model.language.lm_head_bias: {own.architecture} builds the output layer without, and leaves it out"]
-
-
-_NO_HEAD_BIAS = ("BunnyPhiForCausalLM", "LlavaPhiForCausalLM")
 
 
 def _layers(vision: VisionConfig) -> Any:
@@ -80,11 +83,11 @@ class BunnyFamily(_LikeFamily):
         ),
         SystemLanguage("stablelm", ("bunny-stablelm",), "BunnyStableLMForCausalLM", ("vicuna_v1_endoftext",), _EPOCH),
         SystemLanguage("qwen2", ("bunny-qwen2", "bunny-qwen"), "BunnyQwen2ForCausalLM", ("vicuna_v1_endoftext",)),
+        SystemLanguage("llama", ("bunny-llama",), "BunnyLlamaForCausalLM", ("vicuna_v1_end_of_text",)),
         # bunny_minicpm.py multiplies words and pictures alike.
         SystemLanguage(
             "minicpm", ("bunny-minicpm",), "BunnyMiniCPMForCausalLM", ("vicuna_v1",), multiplies_features=True
         ),
-        SystemLanguage("llama", ("bunny-llama",), "BunnyLlamaForCausalLM", ("vicuna_v1_end_of_text",)),
     )
     flags: ClassVar = {"freeze_mm_mlp_adapter": False, "tune_mm_mlp_adapter": False, "use_mm_proj": True}
 
@@ -145,7 +148,7 @@ class ImpFamily(_LikeFamily):
     finds = LlavaOriginalFamily.finds  # it is trained on LLaVA's data
     others = "imp_.*"
     languages: ClassVar = (
-        SystemLanguage("phi", ("imp",), "ImpForCausalLM", ("imp_phi2",)),
+        SystemLanguage("phi", ("imp",), "ImpForCausalLM", ("imp_phi2",), head_bias=True),
         SystemLanguage("phi3", ("imp_phi3",), "ImpPhi3ForCausalLM", ("imp_phi3",)),
         SystemLanguage("qwen2", ("imp_qwen2",), "ImpQwen2ForCausalLM", ("imp_qwen2",)),
     )
@@ -238,7 +241,7 @@ class MiphaFamily(LlavaPhiFamily):
     clips = (True, False)
     others = "mipha_.*"
     languages: ClassVar = (
-        SystemLanguage("phi", ("mipha_phi",), "MiphaPhiForCausalLM", ("vicuna_v1_endoftext",)),
+        SystemLanguage("phi", ("mipha_phi",), "MiphaPhiForCausalLM", ("vicuna_v1_endoftext",), head_bias=True),
         # Transformers 4.38.2, which it pins, multiplies behind the place where pictures come in.
         SystemLanguage(
             "gemma", ("mipha_gemma",), "MiphaGemmaForCausalLM", ("vicuna_v1_gemma",), multiplies_features=True
