@@ -60,8 +60,8 @@ class MobileVLMFamily(LlavaOriginalFamily):
             own = (one for one in source.tensors if one.startswith(_PROJECTOR))
             found = there[0] if there else next(own, "not there")
             raise UserError(
-                f"{where}: mm_projector_type is {named!r}, but the weights under {_PROJECTOR} are {found}; MobileVLM has "
-                f"{' and '.join(_LDP)} here"
+                f"{where}: mm_projector_type is {named!r}, but the weights under {_PROJECTOR} are {found}; MobileVLM "
+                f"has {' and '.join(_LDP)} here"
             )
         return {"preset": named, **({"output_grid": _GRID} if named == "ldpnetv2" else {})}
 
@@ -131,7 +131,9 @@ class DenseConnectorFamily(LlavaOriginalFamily):
         vision, kind, where = super().tower_branch(source), _kind(source), config_file(source)
         if vision["feature_layers"] is not None:
             layer = source.config["mm_vision_select_layer"]
-            raise UserError(f"{where}: mm_vision_select_layer is {layer!r}; DenseConnector takes one, and others by itself")
+            raise UserError(
+                f"{where}: mm_vision_select_layer is {layer!r}; DenseConnector takes one, and others by itself"
+            )
         layers = _layers(kind, vision["num_layers"])
         if max(layers) > vision["num_layers"]:
             raise UserError(

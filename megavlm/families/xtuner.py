@@ -199,7 +199,7 @@ class XtunerFamily(Family):
         depth = need(config, "depth", where)
         if connector["preset"] != f"mlp{depth}x_gelu":
             raise UserError(
-                f"{where}: depth is {depth!r}, but the weights beside it are those of {connector['preset']}; correct one"
+                f"{where}: depth is {depth!r}, but the weights beside it are {connector['preset']}; correct one"
             )
         tower, text = source.pieces[_TOWER], source.pieces.get(self.text_folder, source)
         last = f"{_PROJECTOR}/model.{2 * (depth - 1)}.weight"
@@ -242,7 +242,9 @@ class HPTFamily(XtunerFamily):
         if reason is not None:
             return reason
         kind = text_config(model.language)["model_type"]
-        return None if kind in self.languages else f"the language model is a {kind}; HPT's are {', '.join(self.languages)}"
+        return (
+            None if kind in self.languages else f"the language model is a {kind}; HPT's are {', '.join(self.languages)}"
+        )
 
     def _vision(self, tower: Source) -> Tree:
         half = tower.config.get("vision_config", tower.config)
@@ -255,7 +257,9 @@ class HPTFamily(XtunerFamily):
 
     def _no_tower(self, vision: VisionConfig) -> str | None:
         if vision.image_size != _SIZE:
-            return f"pictures are of {vision.image_size} pixels (model.vision.image_size), HPT's code makes them {_SIZE}"
+            return (
+                f"pictures are of {vision.image_size} pixels (model.vision.image_size), HPT's code makes them {_SIZE}"
+            )
         if vision.class_token:
             return "the vision tower is not SigLIP's, HPT's is"
         grid = {"image_size": self._table_size(vision)}

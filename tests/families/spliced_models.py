@@ -63,7 +63,9 @@ def filled(module: nn.Module, seed: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5)
+            )
             if parameter.dim() == 1:
                 parameter.add_(0.5)
     return module

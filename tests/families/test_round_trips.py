@@ -30,7 +30,9 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = TINYLLAVA | PIECES | CONNECTORS | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE
+OTHERS = (
+    TINYLLAVA | PIECES | CONNECTORS | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE
+)
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),

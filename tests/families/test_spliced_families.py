@@ -86,8 +86,8 @@ def test_presets_have_the_sizes_of_their_parts(name: str) -> None:
     assert not isinstance(presets, Lack)
     for preset, published in presets.items():
         model = make_model_of(preset)
-        tree = {**family.config(model, {}), **{"text_config": None, "vision_config": None}} | family.config(model, {})
-        vision = tree.get("vision_config") or tree.get("visual_encoder/config.json") or family.tower_of(tree, Path("."))[0]
+        tree = family.config(model, {})
+        vision = tree.get("vision_config") or tree.get("visual_encoder/config.json") or family.tower_of(tree, Path())[0]
         text = tree.get("text_config") or tree
         kind = "llama" if text["model_type"] in ("mobilevlm", "llava_llama") else text["model_type"]
         own = {key: value for key, value in text.items() if key not in ("model_type", "architectures")}
@@ -98,7 +98,9 @@ def test_presets_have_the_sizes_of_their_parts(name: str) -> None:
         encoder = tower.vision_model if hasattr(tower, "vision_model") else tower
         # Layers behind the features, the last norm and the pooling head are carried and not built.
         kept = sum(p.numel() for p in encoder.embeddings.parameters())
-        kept += sum(p.numel() for layer in encoder.encoder.layers[: model.vision.num_layers] for p in layer.parameters())
+        kept += sum(
+            p.numel() for layer in encoder.encoder.layers[: model.vision.num_layers] for p in layer.parameters()
+        )
         kept += sum(p.numel() for p in encoder.pre_layrnorm.parameters()) if clip else 0
         count = kept + sum(p.numel() for p in language.parameters()) + connector_size(model)
         assert count == published.count, preset
@@ -220,7 +222,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any], tuple[str, ...
         TINYLLAVA["tinyllava_stablelm"][1], "config.json", {"vision_feature_select_strategy": "cls_patch"},
         ("'cls_patch'", "CLIP", "'patch'"),
     ),
-    "ldp": (CONNECTORS["mobilevlm"][1], "config.json", {"mm_projector_type": "ldpnetv2"}, ("'ldpnetv2'", "are ldpnet;")),
+    "ldp": (CONNECTORS["mobilevlm"][1], "config.json", {"mm_projector_type": "ldpnetv2"}, ("'ldpnetv2'", "ldpnet;")),
     "ldp width": (CONNECTORS["mobilevlm"][1], "config.json", {"mm_hidden_size": 96}, ("96", "48 wide")),
     "ldp tower": (
         CONNECTORS["mobilevlm"][1], "vision_config.json", {"hidden_size": 96}, ("48", "96 wide"),

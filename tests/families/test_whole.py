@@ -56,7 +56,16 @@ LAYOUT = [
 FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
-SLOW = ("xtuner", "dense_connector", "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5")
+SLOW = (
+    "xtuner",
+    "dense_connector",
+    "codefuse_vlm",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "glm4v",
+    "llava_onevision1_5",
+)
 """Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, hpt,
 tests/architectures/test_reducers.py."""
 REPOSITORY = Path(__file__).parents[2]
