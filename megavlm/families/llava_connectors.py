@@ -99,7 +99,9 @@ class MobileVLMFamily(LlavaOriginalFamily):
             UserError: they are of two widths.
         """
         super()._check_width(source, vision)
-        _check_first(source, _LDP[str(source.config["mm_projector_type"])][1], vision["hidden_size"])
+        named = str(source.config.get("mm_projector_type"))
+        if named in _LDP and _PROJECTOR + _LDP[named][1] in source:  # else connector_of says what is there
+            _check_first(source, _LDP[named][1], vision["hidden_size"])
 
 
 class DenseConnectorFamily(LlavaOriginalFamily):

@@ -32,7 +32,7 @@ from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets
 from megavlm.weights.source import Source
 
-pytestmark = pytest.mark.family("tinyllava")
+pytestmark = pytest.mark.family("xtuner")
 ROWS = spliced_rows("", (), {})
 PHI_3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -162,9 +162,8 @@ def test_what_is_put_together_of_parts_is_written_anew(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["xtuner", "hpt"])
 def test_small_files_lie_in_their_folders_before_and_after_a_training(name: str, tmp_path: Path) -> None:
     folder = FAMILIES[name].text_folder
-    source = Spliced((xtuner if name == "xtuner" else hpt)(**(WIDE if name == "xtuner" else {}))).save_pretrained(
-        tmp_path / "hf"
-    )
+    parts = xtuner(**WIDE) if name == "xtuner" else hpt(text_keys=WIDE)
+    source = Spliced(parts).save_pretrained(tmp_path / "hf")
     tokenized(source / folder, *(PHI_3 if name == "xtuner" else LLAMA_3))
     (source / "README.md").write_text("read me")
     (source / "projector" / "modeling_projector.py").write_text("raise SystemExit\n")
@@ -232,7 +231,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any], tuple[str, ...
         CONNECTORS["dense_connector"][1], "config.json", {"mm_dense_connector_type": "sci"}, ("7 and 15", "5 run"),
     ),
     "dense kind": (
-        CONNECTORS["dense_connector"][1], "config.json", {"mm_dense_connector_type": "sti"}, ("144", "sti", "48 wide"),
+        CONNECTORS["dense_connector_sci"][1], "config.json", {"mm_dense_connector_type": "sti"}, ("144", "sti", "48 wide"),
     ),
     "projector width": (PIECES["xtuner"][1], "projector/config.json", {"visual_hidden_size": 96}, ("96", "48")),
     "projector text": (
@@ -262,7 +261,7 @@ def test_tensors_that_no_row_knows(tmp_path: Path, capsys: pytest.CaptureFixture
     (source / "model.safetensors").unlink()
     torch.save({**state, "model.vlm_uni_query_projector.0.weight": torch.zeros(2)}, source / "pytorch_model.bin")
     line = refused(capsys, "hf-to-megatron", "--hf", source, "--out", tmp_path / "m")
-    assert "vlm_uni_query_projector" in line and str(source) in line and "MobileVLM" in line
+    assert "vlm_uni_query_projector" in line and str(source) in line and "mobilevlm" in line
     pieces = PIECES["hpt"][1](tmp_path / "pieces")
     (pieces / "projector" / "model.safetensors").unlink()
     line = refused(capsys, "hf-to-megatron", "--hf", pieces, "--out", tmp_path / "m")
