@@ -150,7 +150,7 @@ MISTRAL = replace(
 )
 
 _LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# Llama 3's own; HPT 1.5 Air and MiniCPM-Llama3-V 2.5 train it.
+# Llama 3's own; HPT 1.5 Air trains it.
 LLAMA_3 = Template(
     name="llama_3",
     title="Llama 3's headers",
@@ -161,6 +161,15 @@ LLAMA_3 = Template(
     tokens=_needs("<|begin_of_text|>", *_LLAMA_3),
     eos=("<|end_of_text|>", "<|eot_id|>"),
     stops=("<|eot_id|>",),
+)
+# With MiniCPM-V's marks; a tokenizer's <unk> fills the slots (tokenizer_config.json and chat of MiniCPM-Llama3-V-2_5).
+MINICPM_LLAMA_3 = replace(
+    LLAMA_3,
+    name="minicpm_llama_3",
+    title="the same with the image marks of MiniCPM-Llama3-V 2.5",
+    tokens=(*LLAMA_3.tokens, *_needs("<image>", "</image>", "<slice>", "</slice>")),
+    slot=ControlToken(("<unk>",)),
+    image=("<image>", "</image>"),
 )
 # MiniGemini's: the answer's header is "system".
 MGM_LLAMA_3 = replace(
@@ -401,6 +410,6 @@ ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
     VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2, ALLAVA,
     LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
-    DEEPSEEK, MINICPM,
+    DEEPSEEK, MINICPM, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

@@ -68,6 +68,8 @@ class Family(ABC):
     :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    own_levels: ClassVar[bool] = False
+    """Whether its language model may have features of several tower layers added (``VisionConfig.deepstack``)."""
     two_way: ClassVar[str | None] = None
     """Which positions its language model lets see those behind them: ``LanguageConfig.two_way``."""
     drops_first: ClassVar[bool] = False
@@ -122,7 +124,8 @@ class Family(ABC):
     def pictures_of(self, model: ModelConfig) -> Tree:
         """Return the keys of ``config.json`` that say what becomes of pictures, where the family's code reads some.
 
-        A training may change them, and the shape of no part shows it.
+        A training may change them, and the shape of no part shows it. Keys that end in ``.json`` are other files, with
+        those that change in them where they are there.
         """
         return {}
 
@@ -139,6 +142,7 @@ class Family(ABC):
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
         return (
             self._language_refused(model)
+            or self._levels_refused(model)
             or self._first_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
@@ -160,6 +164,14 @@ class Family(ABC):
         if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
+
+    def _levels_refused(self, model: ModelConfig) -> str | None:
+        """Return why the family has no names for the connectors of a deepstack's levels, or None."""
+        if model.vision.deepstack and "connector" in self.parts and not self.own_levels:
+            return (
+                "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
+            )
+        return None
 
     def _first_refused(self, model: ModelConfig) -> str | None:
         """Return why the first feature of a picture cannot be left out, or None."""

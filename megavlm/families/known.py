@@ -28,6 +28,9 @@ _OURS = (
     "megavlm.families.qwen3_vl:Qwen3VLFamily",
     "megavlm.families.glm4v:Glm4vFamily",
     "megavlm.families.llava_onevision1_5:LlavaOnevision15Family",
+    "megavlm.families.minicpm_v:MiniCPMV1Family",
+    "megavlm.families.minicpm_v:MiniCPMV2Family",
+    "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.tinyllava:TinyLlavaFamily",
@@ -55,6 +58,9 @@ _OURS = (
     "megavlm.families.minicpm:MiniCPMFamily",
     "megavlm.families.vit:ClipFamily",
     "megavlm.families.vit:SiglipFamily",
+    "megavlm.families.siglip2:Siglip2Family",
+    "megavlm.families.dinov2:Dinov2Family",
+    "megavlm.families.eva02:Eva02Family",
     "megavlm.families.qwen:QwenTowerFamily",
 )
 """One line each, in the order in which they are asked whether a checkpoint is theirs."""

@@ -22,6 +22,7 @@ from family_cases import _TEXT, _VISION, CLIP_MEAN, made
 from PIL import Image
 from safetensors.torch import save_file
 from text_reference import MiniCPM, randomised
+from tokenizer_files import write_qwen2
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
@@ -48,8 +49,11 @@ from whole_source import TransformersSource, photographs, with_slots
 
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
+from megavlm.families.known import FAMILIES
+from megavlm.families.public_towers import TOWERS
 
-IMAGE = 119
+IMAGE, ROWS = 119, 448
+"""The id of an image's slots; rows for all tokens of a tokenizer."""
 
 
 class LlavaLike(nn.Module):
@@ -94,7 +98,11 @@ class LlavaLike(nn.Module):
         return hidden[:, 1:] if tower.config.model_type.startswith("clip") else hidden
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Return [N, P, E]; with S2 the maps of all sizes of a picture, each averaged to the first one's."""
+        """Return [N, P, E], as they come to the first layer."""
+        return self._projected(pixel_values) * self.scale
+
+    def _projected(self, pixel_values: Tensor) -> Tensor:
+        """Return [N, P, E]; with S2 of the maps of all sizes of a picture, each averaged to the first one's."""
         if not self.scales:
             features = self._encode(pixel_values)
         else:
@@ -113,13 +121,15 @@ class LlavaLike(nn.Module):
                 maps.append(F.interpolate(torch.cat(rows, -2), size=(grid, grid), mode="area"))
             features = torch.cat(maps, 1).flatten(2).transpose(1, 2)
         projected: Tensor = self.model.mm_projector(features)
-        return projected * self.scale
+        return projected
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **_: Any) -> Any:
         """Return ``logits`` [1, S, V]; an answer may have the token of a slot, which then is a word like any other."""
         if pixel_values is None or not len(pixel_values):
             return self.text[0](input_ids)
-        features = self.get_image_features(pixel_values).flatten(0, 1)
+        # MiniCPM's embeddings are multiplied behind the place where the hook puts them in.
+        behind = isinstance(self.text[0], MiniCPM)
+        features = (self._projected if behind else self.get_image_features)(pixel_values).flatten(0, 1)
 
         def put(module: nn.Module, args: Any, words: Tensor) -> Tensor:
             flat = words if words.dim() == 3 else words[None]
@@ -244,19 +254,20 @@ def phi_text(*, bias: bool, **keys: Any) -> Any:
     return text
 
 
-def _plain(kind: str) -> Any:
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+def _plain(kind: str, wide: dict[str, Any] | None = None) -> Any:
+    # A token of padding would have no gradient, wherever it stands.
+    ids, text = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}, {**_TEXT, **(wide or {})}
     if kind == "phi3":
-        return made(Phi3ForCausalLM, Phi3Config(**_TEXT, **ids, sliding_window=2047))
+        return made(Phi3ForCausalLM, Phi3Config(**text, **ids, sliding_window=2047))
     if kind == "stablelm":
-        return made(StableLmForCausalLM, StableLmConfig(**_TEXT, **ids, use_qkv_bias=True))
+        return made(StableLmForCausalLM, StableLmConfig(**text, **ids, use_qkv_bias=True))
     if kind == "qwen2":
-        return made(Qwen2ForCausalLM, Qwen2Config(**{**_TEXT, "num_key_value_heads": 4}, **ids))
+        return made(Qwen2ForCausalLM, Qwen2Config(**{**text, "num_key_value_heads": 4}, **ids))
     if kind == "gemma":
-        return made(GemmaForCausalLM, GemmaConfig(**{**_TEXT, "num_key_value_heads": 1}, head_dim=32))
+        return made(GemmaForCausalLM, GemmaConfig(**{**text, "num_key_value_heads": 1}, **ids, head_dim=32))
     if kind == "llama":
-        return made(LlamaForCausalLM, LlamaConfig(**_TEXT, **ids, rms_norm_eps=1e-5))
-    plain = {**_TEXT, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "num_key_value_heads": 4}
+        return made(LlamaForCausalLM, LlamaConfig(**text, **ids, rms_norm_eps=1e-5))
+    plain = {**text, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu", "num_key_value_heads": 4}
     own = {"rope_scaling": None, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "tie_word_embeddings": True}
     return randomised(MiniCPM({**plain, **own}))
 
@@ -266,20 +277,23 @@ _LEARNT = {"freeze_mm_mlp_adapter": False, "tune_mm_mlp_adapter": False, "tokeni
            "tokenizer_padding_side": "right", "use_mm_proj": True}  # fmt: skip
 
 
-def bunny(kind: str, model_type: str, architecture: str, *, s2: bool = False, **vision: Any) -> LlavaLike:
+def bunny(
+    kind: str, model_type: str, architecture: str, *, s2: bool = False, wide: Any = None, **vision: Any
+) -> LlavaLike:
     """One of Bunny's combinations on SigLIP; with S2 at 28 and 56 pixels."""
     keys = {
         **_LEARNT, "model_type": model_type, "architectures": [architecture], "image_aspect_ratio": "pad",
         "mm_projector_lr": 2e-05, "unfreeze_vision_tower": False, "use_s2": s2,
         **({"s2_scales": "28,56"} if s2 else {}),
     }  # fmt: skip
-    text = phi_text(bias=False) if kind == "phi" else _plain(kind)
+    text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
     return LlavaLike(
-        text, _siglip(**vision), keys, scales=(28, 56) if s2 else (), renamed=EPOCH if kind == "stablelm" else {}
-    )
+        text, _siglip(**vision), keys, scales=(28, 56) if s2 else (), renamed=EPOCH if kind == "stablelm" else {},
+        scale=12.0 if kind == "minicpm" else 1.0,
+    )  # fmt: skip
 
 
-def imp(kind: str, model_type: str, architecture: str) -> LlavaLike:
+def imp(kind: str, model_type: str, architecture: str, wide: Any = None) -> LlavaLike:
     """Imp: SigLIP without its last layer and what stands behind, and Phi-2 with the bias of its output layer."""
     keys = {
         **_LEARNT, "model_type": model_type, "architectures": [architecture], "image_aspect_ratio": "square",
@@ -291,40 +305,43 @@ def imp(kind: str, model_type: str, architecture: str) -> LlavaLike:
     tower = _siglip()
     del tower.encoder.layers[-1:]
     tower.post_layernorm = nn.Identity()
-    one = LlavaLike(phi_text(bias=True) if kind == "phi" else _plain(kind), tower, keys, layer=-1)
+    text = phi_text(bias=True, **(wide or {})) if kind == "phi" else _plain(kind, wide)
+    one = LlavaLike(text, tower, keys, layer=-1)
     one.told["mm_vision_select_layer"] = -2
     return one
 
 
-def mipha(kind: str, model_type: str, architecture: str) -> LlavaLike:
+def mipha(kind: str, model_type: str, architecture: str, wide: Any = None) -> LlavaLike:
     """Mipha: SigLIP as ``vision_config`` describes it."""
     keys = {
         "model_type": model_type, "architectures": [architecture], "image_aspect_ratio": "pad",
         "freeze_vision_tower": False, "tune_mm_mlp_adapter": True, "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False, "mm_projector_lr": None, "tokenizer_model_max_length": 2048,
     }  # fmt: skip
-    text = phi_text(bias=True) if kind == "phi" else _plain(kind)
+    text = phi_text(bias=True, **(wide or {})) if kind == "phi" else _plain(kind, wide)
     return LlavaLike(text, _siglip(), keys, nested=True, scale=_TEXT["hidden_size"] ** 0.5 if kind == "gemma" else 1.0)
 
 
-def llava_phi() -> LlavaLike:
+def llava_phi(wide: Any = None) -> LlavaLike:
     """LLaVA-Phi: CLIP."""
     keys = {
         "model_type": "llava_phi", "architectures": ["LlavaPhiForCausalLM"], "image_aspect_ratio": "pad",
         "freeze_vision_tower": False, "tune_mm_mlp_adapter": True, "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
     }  # fmt: skip
-    return LlavaLike(phi_text(bias=True), _clip(), keys, nested=True)
+    return LlavaLike(phi_text(bias=True, **(wide or {})), _clip(), keys, nested=True)
 
 
-def allava(kind: str = "phi", model_type: str = "llava_phi", architecture: str = "LlavaPhiForCausalLM") -> LlavaLike:
+def allava(
+    kind: str = "phi", model_type: str = "llava_phi", architecture: str = "LlavaPhiForCausalLM", wide: Any = None
+) -> LlavaLike:
     """ALLaVA: CLIP, and no bias in the output layer."""
     keys = {
         **_LEARNT, "model_type": model_type, "architectures": [architecture], "image_aspect_ratio": "pad",
         "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
     }  # fmt: skip
-    text = phi_text(bias=False) if kind == "phi" else _plain(kind)
+    text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
     return LlavaLike(text, _clip(), keys, renamed=EPOCH if kind == "stablelm" else {})
 
 
@@ -361,3 +378,44 @@ LLAVA_LIKE: dict[str, tuple[str, Callable[[Path], Path]]] = {
     name: (family, partial(_saved, make)) for name, (family, make) in _MAKES.items()
 }
 """What makes a checkpoint, by name, and its family."""
+
+
+def like_answers(name: str, directory: Path) -> Path:
+    """Write one with a tokenizer that has the tokens of its template; Qwen2's stands in for Phi's."""
+    maker: Any = _MAKES[name][1]
+    maker(wide={"vocab_size": ROWS}).save_pretrained(directory)
+    write_qwen2(directory)
+    return directory
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "phi": (PhiConfig, PhiForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM),
+    "stablelm": (StableLmConfig, StableLmForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "gemma": (GemmaConfig, GemmaForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM),
+}  # fmt: skip
+
+
+def like_of(family: str, model: ModelConfig) -> tuple[nn.Module, list[nn.Module]]:
+    """Return a preset's model in the shape of its public checkpoint, and what of it is not built here.
+
+    Text class and tower are those of Transformers, from the configuration that a conversion writes.
+    """
+    tree = FAMILIES[family].config(model, {})
+    known: Any = FAMILIES[family]
+    kind = next(one.kind for one in known.languages if tree["model_type"] in one.model_types)
+    back = {theirs: ours for ours, theirs in EPOCH.items()}
+    own = {back.get(key, key): value for key, value in tree.items() if key not in ("vision_config", "model_type")}
+    if kind == "minicpm":
+        text: Any = MiniCPM(own)
+    else:
+        settings, of_kind = _CLASSES[kind]
+        text = of_kind(settings(**own))
+        if kind == "phi" and family in ("bunny", "allava"):
+            text.lm_head.bias = None
+    clip = bool(model.vision.class_token)
+    shape = TOWERS["openai/clip-vit-large-patch14-336" if clip else "google/siglip-so400m-patch14-384"]
+    keys = {key: value for key, value in shape.items() if key != "model_type"}
+    tower: Any = CLIPVisionModel(CLIPVisionConfig(**keys)) if clip else SiglipVisionModel(SiglipVisionConfig(**keys))
+    one = LlavaLike(text, tower, {"model_type": kind}, scales=model.vision.s2_scales or ())
+    head = [tower.head] if hasattr(tower, "head") else []
+    return one, [tower.post_layernorm, *tower.encoder.layers[model.vision.num_layers :], *head]

@@ -18,11 +18,13 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from pieces_models import PIECES
+from minicpm_v_models import MINICPM_V
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
 from text_cases import ROWS
 from tinyllava_models import TINYLLAVA
+from tower_models import TOWERS
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -31,7 +33,19 @@ from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
 OTHERS = (
-    TINYLLAVA | PIECES | CONNECTORS | LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3 | LLAVA_LIKE
+    TINYLLAVA
+    | PIECES
+    | CONNECTORS
+    | LLAVA_TILES
+    | QWEN2_VL
+    | QWEN3_VL
+    | GLM4V
+    | RICE
+    | PALIGEMMA
+    | GEMMA3
+    | LLAVA_LIKE
+    | MINICPM_V
+    | TOWERS
 )
 CASES = {
     **FAMILY_OF,
@@ -70,6 +84,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
+@pytest.mark.proves("round_trip", entry="name")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(CASES[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")

@@ -345,10 +345,13 @@ def _write_meaning(
 ) -> None:
     """Write what the small files say after a training; without one they say what they said."""
     changed = dict(family.tower_keys) if "vision" in family.parts and tower_learnt(checkpoint) else {}
-    changed |= family.pictures_of(model) if was_trained(checkpoint) else {}
-    if changed:
-        text = json.dumps(read_json(partial / CONFIG) | changed, indent=2, ensure_ascii=False) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+    pictures = family.pictures_of(model) if was_trained(checkpoint) else {}
+    files = {name: keys for name, keys in pictures.items() if name.endswith(".json") and (partial / name).is_file()}
+    changed |= {key: value for key, value in pictures.items() if not key.endswith(".json")}
+    for name, keys in {CONFIG: changed, **files}.items():
+        if keys:
+            text = json.dumps(read_json(partial / name) | keys, indent=2, ensure_ascii=False) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
     whole = {"vision", "language"} <= {*family.parts}
     if was_trained(checkpoint) or (whole and family.preprocesses and not original):
         template = template_name(checkpoint)

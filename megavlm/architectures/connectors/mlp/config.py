@@ -30,6 +30,11 @@ class MLPConfig(ConnectorConfig):
     pictures come in (Bunny on MiniCPM, Mipha on Gemma) multiply both; see model.language.embedding_multiplier."""
 
     @property
+    def packed(self) -> bool:
+        """It looks at no patch's neighbours."""
+        return True
+
+    @property
     def depth(self) -> int:
         """Number of linear layers: 1 for ``linear``, N for ``mlpNx_gelu``."""
         match = re.fullmatch(r"mlp([0-9]+)x_gelu", self.preset)
@@ -60,6 +65,11 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
         yield (
             f"{_OWN}.drop_first_feature: goes with a tower of equal squares that makes two features of a picture or"
             " more; set it to false"
+        )
+    if model.vision.packed and model.vision.spatial_merge_size != 1:
+        yield (
+            f"{_OWN}.preset: {connector.preset} makes a token of each patch, and model.vision.spatial_merge_size"
+            f" ({model.vision.spatial_merge_size}) asks for one of each block; set that to 1, or take patch_merger"
         )
     yield from divides("model.language.hidden_size", model.language.hidden_size, layout.tensor_model_parallel_size, TP)
 
