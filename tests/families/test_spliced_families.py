@@ -15,7 +15,9 @@ import pytest
 import torch
 from family_cases import clip_vision, llava, siglip_vision, vicuna
 from llava_connectors_models import CONNECTORS, dense, mobilevlm
+from peft import PeftModel
 from pieces_models import PIECES, hpt, xtuner
+from safetensors.torch import load_file
 from spliced_models import Parts, Spliced
 from spliced_rows import spliced_rows
 from tinyllava_models import TINYLLAVA, tinyllava
@@ -273,3 +275,20 @@ def test_the_first_feature_goes_with_families_that_leave_it_out() -> None:
     assert model.tokens_per_view == 728 and FAMILIES["tinyllava"].refusal(model) is None
     for name in ("llava", "llava_original", "hpt"):
         assert "drop_first_feature" in str(FAMILIES[name].refusal(model)) or name == "hpt"
+
+
+@pytest.mark.long
+@pytest.mark.family("hpt")
+def test_adapters_of_a_language_model_in_a_folder_are_its_own(tmp_path: Path) -> None:
+    """PEFT puts them on what lies in ``llm/``."""
+    from test_peft import adapted, bits
+
+    source = PIECES["hpt"][1](tmp_path / "hf")
+    command("hf-to-megatron", "--hf", source, "--out", tmp_path / "m")
+    saved = adapted(tmp_path / "m", tmp_path / "run", ("q_proj", "v_proj", "down_proj"), [])
+    command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source / "llm"), tmp_path / "peft")
+    names = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(names) == 4 * 3 * 2 and all(name.startswith("base_model.model.model.layers.") for name in names)
+    command("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", tmp_path / "m", "--out", tmp_path / "back")
+    assert bits(tmp_path / "back") == bits(saved)
