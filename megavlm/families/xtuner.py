@@ -143,7 +143,10 @@ class XtunerFamily(Family):
         if first != (self.drops_first and not clip):
             does = "drops" if self.drops_first and not clip else "keeps"
             return f"model.connector.drop_first_feature is {first}, and its code {does} the first patch"
-        return self._no_tower(model.vision) or no_half(model.language, head_bias=True)
+        language = model.language
+        if getattr(language, "add_bias_linear", False) and not language.lm_head_bias:
+            return "the output layer has no bias (model.language.lm_head_bias), which Phi's class has"
+        return self._no_tower(model.vision) or no_half(language, head_bias=True)
 
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
         """What becomes of pictures is its code's own."""
