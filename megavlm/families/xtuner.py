@@ -265,5 +265,5 @@ class HPTFamily(XtunerFamily):
             )
         if vision.class_token:
             return "the vision tower is not SigLIP's, HPT's is"
-        grid = {"image_size": self._table_size(vision)}
-        return no_llava_tower(dataclasses.replace(vision, **grid))
+        tower: Any = vision
+        return no_llava_tower(dataclasses.replace(tower, image_size=self._table_size(vision)))
