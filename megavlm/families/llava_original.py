@@ -89,7 +89,7 @@ class LlavaOriginalFamily(Family):
     preprocesses = True
     slotless = True
     own_files = (VISION_CONFIG,)
-    read_as = "llava"
+    read_as: ClassVar[str | None] = "llava"
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
     own_multiplier = True
