@@ -18,6 +18,7 @@ import pytest
 import ranks
 import yaml
 from glm4v_models import GLM4V
+from minicpm_v_models import MINICPM_V
 from PIL import Image, ImageDraw
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -34,6 +35,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     name: table[name][1]
     for table, name in (
         (QWEN2_VL, "qwen2_5_vl"), (QWEN3_VL, "qwen3_vl"), (GLM4V, "glm4v"), (RICE, "llava_onevision1_5"),
+        (MINICPM_V, "minicpm_llama3_v_2_5"),
     )
 }  # fmt: skip
 QUESTION, AGAIN = "What is in the picture?", "And in this one?"
