@@ -14,7 +14,8 @@ from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families import known
+from megavlm.families import known, presets_small
+from megavlm.families.llava_like_presets import register_llava_like
 
 
 def load_presets() -> None:
@@ -296,6 +297,7 @@ def _register_llava_onevision1_5() -> None:
 
 def register() -> None:
     """Register the whole models that a recipe may name."""
+    register_llava_like()
     MODELS.register(
         "tiny",
         vision={"preset": "tiny_vit"},
@@ -332,6 +334,7 @@ def register() -> None:
     _register_qwen3_vl()
     _register_glm4v()
     _register_llava_onevision1_5()
+    presets_small.register()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

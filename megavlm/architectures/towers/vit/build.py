@@ -220,7 +220,8 @@ class VisionTransformer(MegatronModule):
         """Return [T, N, W]: the class token, registers, if there are such, and the patches, with their positions."""
         x_NWhw = self.conv1(images_NCHW)
         x_PNW = x_NWhw.flatten(2).permute(2, 0, 1)
-        antialias, table, first = self.settings.positional_antialias, self.positional_embedding, []
+        table: Tensor = self.positional_embedding
+        antialias, first = self.settings.positional_antialias, list[Tensor]()
         if self.class_embedding is not None:
             class_W, table = self.class_embedding + table[0], table[1:]
             first.append(class_W.expand(1, x_PNW.size(1), -1))
