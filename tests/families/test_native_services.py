@@ -105,6 +105,8 @@ def trained(request: pytest.FixtureRequest, run_data: RunData, tmp_path_factory:
     assert main(words) == 0
     tree = yaml.safe_load((run_data.root / "recipe.yaml").read_text())
     data = {"train": [{"path": str(root / "data")}], "validation": [], "sequence_length": 256}
+    if model["image"]["kind"] == "slices":  # with words between them
+        data["sequence_length"] = 512
     tree |= {"model": model, "data": {**tree["data"], **data}}
     tree["optimizer"] = {"lr": 2e-3, "warmup_steps": 10, "clip_grad": 1.0}
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
