@@ -51,8 +51,10 @@ class Eva02Family(Family):
     }
 
     def detect(self, source: Source) -> bool:
-        """By its names: two layers of the MLP's first, and no ``model_type``."""
-        return "model_type" not in source.config and any(self.probe(style) in source for style in self.styles)
+        """By its names; a ``config.json`` beside the authors' file is of something else."""
+        return any(
+            self.probe(style) in source and words["top"] + "pos_embed" in source for style, words in self.styles.items()
+        )
 
     def probe(self, style: str) -> str:
         """Return the name of the first gate."""
