@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import ImageError
-from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, TokenGrid, View, register_plan
+from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, PackedPlan, TokenGrid, View, register_plan
 from megavlm.data.plans_single import stretched
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _LONGEST = 200
 
 
 @dataclass(frozen=True)
-class NativePlan(ImagePlan):
+class NativePlan(PackedPlan):
     """The picture at its own size, rounded to whole blocks of patches; made smaller or larger to fit the budget."""
 
     patch: int = 14
@@ -40,9 +40,6 @@ class NativePlan(ImagePlan):
     """Of all pictures of a conversation; each gets an equal part, and no less than ``min_pixels``."""
     enlarge: bool = False
     """Whether a picture with a side shorter than a block is enlarged to a block's before its size is chosen."""
-
-    square: ClassVar[bool] = False
-    packed: ClassVar[bool] = True
 
     def lay_out(self, shape: ImageShape) -> ImageLayout:
         """Return one view, with its grid of patches."""
@@ -75,16 +72,6 @@ class NativePlan(ImagePlan):
     def features_of(self, layout: ImageLayout) -> int:
         """Return the picture's tokens."""
         return layout.tokens
-
-    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
-        """Return [patches, F]."""
-        assert layout.patches is not None
-        return (math.prod(layout.patches), *self.row)
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """F, the numbers of a patch: colours, frames, rows, columns."""
-        return (3 * self.temporal * self.patch**2,)
 
     def views_of(self, layout: ImageLayout) -> float:
         """Return its tokens in units of those of the picture that the tower's ``image_size`` names."""

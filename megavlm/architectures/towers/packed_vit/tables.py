@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from megavlm.weights.rules import CONCAT, ONE_AXIS, PATCHES, QKV, QKV_BLOCKS, Aside, Table, both, row
 
 _OURS = "transformer.layers.{}."
@@ -99,3 +101,30 @@ SIGLIP2_VISION = Table(
     ),
 )
 """SigLIP 2's NaFlex tower as Transformers writes it."""
+
+SIGLIP_VISION = dataclasses.replace(
+    SIGLIP2_VISION,
+    rest=(
+        *both("patch_embed", "embeddings.patch_embedding"),
+        row("positional_embedding", "embeddings.position_embedding.weight"),
+        *both("ln_post", "post_layernorm"),
+    ),
+    aside=(Aside(r"embeddings\.position_ids", "position number buffer"),),
+    prefix="vpm.",
+)
+"""SigLIP on pictures of any size as Transformers names it (Idefics2's), in MiniCPM-Llama3-V 2.5."""
+
+TIMM_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=QWEN2_VL_VISION.layer,
+    rest=(
+        *both("patch_embed", "patch_embed.proj"),
+        *both("conv1", "patch_embed.proj"),  # of the tower on squares
+        row("positional_embedding", "pos_embed", ONE_AXIS),
+        *both("ln_post", "norm"),
+    ),
+    prefix="vpm.",
+)
+"""SigLIP as timm names it, in MiniCPM-V 1.0 and 2.0."""
