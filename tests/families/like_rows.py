@@ -13,7 +13,8 @@ _COUNTS = {
     "bunny": {
         "bunny_phi_1_5": "1.83B", "bunny_phi_2": "3.18B", "bunny_stablelm_2": "2.06B", "bunny_qwen1_5_1_8b": "2.26B",
         "bunny_minicpm": "3.16B", "bunny_phi_3": "4.25B", "bunny_llama_3_8b": "8.48B", "bunny_v1_1_phi_3": "4.26B",
-        "bunny_v1_1_llama_3_8b": "8.49B",
+        "bunny_v1_1_llama_3_8b": "8.49B", "bunny_eva_phi_1_5": "1.72B", "bunny_eva_stablelm_2": "1.95B",
+        "bunny_eva_phi_2": "3.09B",
     },
     "imp": {"imp_v1_3b": "3.19B", "imp_v1_5_3b": "3.19B", "imp_v1_5_2b": "2.26B", "imp_v1_5_4b": "4.25B"},
     "mipha": {"mipha_1_6b": "1.84B", "mipha_2_4b": "2.94B", "mipha_3b": "3.19B"},
