@@ -8,18 +8,20 @@ Facts are from the public repositories: BAAI-DCAI/Bunny @ 08273acb, MILVLG/imp @
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect, flag
+from megavlm.families.eva02 import AUTHORS, eva02_table, eva02_tower, no_eva02
 from megavlm.families.family import Tower, Tree, config_file
 from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
 from megavlm.families.preprocessor import normalisation
 from megavlm.families.public_towers import public_name
 from megavlm.families.towers import transformers_vision_config
+from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 
 # StableLM-2 as its first code has it (configuration_stablelm_epoch.py).
@@ -65,8 +67,12 @@ def _layers(vision: VisionConfig) -> Any:
     return list(vision.feature_layers) if vision.feature_layers else -1
 
 
+_EVA, _EVA_FILE = "eva", "EVA02_CLIP_L_336_psz14_s6B.pt"
+_EVA_TOP = "model.vision_tower.vision_tower.model."
+
+
 class BunnyFamily(_LikeFamily):
-    """Bunny 1.0 and 1.1, which sees each picture at three sizes (S2)."""
+    """Bunny 1.0, on SigLIP or EVA02, and 1.1, which sees each picture at three sizes (S2)."""
 
     name = "bunny"
     title = "Bunny in its authors' layout"
@@ -75,6 +81,7 @@ class BunnyFamily(_LikeFamily):
     # Else its code takes the tower from where mm_vision_tower says.
     tower_keys: ClassVar = {"unfreeze_vision_tower": True}
     own_layer = -2
+    styles: ClassVar = {**LlavaOriginalFamily.styles, _EVA: {**AUTHORS, "tower": _EVA_TOP, "top": _EVA_TOP}}
     languages: ClassVar = (
         SystemLanguage("phi", ("bunny-phi",), "BunnyPhiForCausalLM", ("vicuna_v1_endoftext",)),
         # Its tokenizer began texts with a BOS until June 2024, as bunny/util/data_utils.py says.
@@ -95,6 +102,10 @@ class BunnyFamily(_LikeFamily):
         """Return ``model.vision``; with S2 the tower's own pixels are those of a tile."""
         config, where = source.config, config_file(source)
         scales = self._scales(config, where)
+        if self.style_of(source) == _EVA:
+            if scales is not None:
+                raise UserError(f"{where}: use_s2 goes with SigLIP; of EVA02's tower it is not known")
+            return eva02_tower(source, self.styles[_EVA], self.own_layer)  # eva_vit.py has CLIP's mean and deviation
         if scales is None:
             return super().vision_of(source)
         plain = self.tower_branch(source)
@@ -115,8 +126,33 @@ class BunnyFamily(_LikeFamily):
             raise UserError(f"{where}: s2_scales is {str(text)[:40]!r}; it must be pixels with commas between them")
         return tuple(sorted(int(side) for side in sides))
 
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return _EVA_TOP + "patch_embed.proj.weight" if style == _EVA else super().probe(style)
+
+    def style_for(self, model: ModelConfig) -> str:
+        """Return that of the tower."""
+        return _EVA if _is_eva(model.vision) else super().style_for(model)
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        found = list(super().tables(model, style))
+        return [eva02_table(self.styles[_EVA]), *found[1:]] if style == _EVA else found
+
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Its code knows one EVA02, by the name of its file."""
+        if vision_config:
+            return super().with_tower(config, vision_config, layer)
+        return {**config, "mm_vision_tower": _EVA_FILE, "mm_vision_select_layer": self.own_layer}
+
+    def extra_files(self, source: Source) -> dict[str, Tree]:
+        """EVA02's tensors say its shape."""
+        return {} if self.style_of(source) == _EVA else super().extra_files(source)
+
     def vision_config(self, vision: VisionConfig) -> Tree:
-        """Return that of a tile."""
+        """Return that of a tile; none of EVA02, for which there is no such configuration."""
+        if _is_eva(vision):
+            return {}
         return {**transformers_vision_config(vision), "image_size": vision.tile_size}
 
     def mm_config(self, model: ModelConfig) -> Tree:
@@ -128,6 +164,8 @@ class BunnyFamily(_LikeFamily):
 
     def no_tower(self, vision: VisionConfig) -> str | None:
         """S2 goes with SigLIP."""
+        if _is_eva(vision):
+            return no_eva02(vision)
         if vision.s2_scales is None:
             return super().no_tower(vision)
         if vision.class_token:
@@ -136,8 +174,14 @@ class BunnyFamily(_LikeFamily):
         return super().no_tower(tile)
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
-        """Return none for S2, whose number of slots Transformers' processor would not find."""
-        return {} if model.vision.s2_scales else super().processor(model, image_token)
+        """Return none for S2, whose number of slots Transformers' processor would not find, and for EVA02."""
+        other = model.vision.s2_scales or _is_eva(model.vision)
+        return {} if other else super().processor(model, image_token)
+
+
+def _is_eva(vision: VisionConfig) -> bool:
+    """Whether a tower's layers are EVA's."""
+    return not vision.key_bias
 
 
 class ImpFamily(_LikeFamily):
