@@ -155,7 +155,9 @@ class Family(ABC):
     def _levels_refused(self, model: ModelConfig) -> str | None:
         """Return why the family has no names for the connectors of a deepstack's levels, or None."""
         if model.vision.deepstack and "connector" in self.parts and not self.own_levels:
-            return "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
+            return (
+                "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
+            )
         return None
 
     def _newline_refused(self, model: ModelConfig) -> str | None:
