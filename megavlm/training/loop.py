@@ -196,6 +196,8 @@ class Trainer:
         self.graphs.before_step()
         self.metrics.begin()
         batches = self.feed.next_step(self.num_microbatches)
+        if training.vision is not None and training.vision.ahead and progress.step + 1 < settings.steps:
+            training.vision.encode_ahead(self.feed.peek_step(self.num_microbatches))
         self.metrics.fetched()
         training.scheduler.step(1)
         sources, highest = len(self.recipe.data.train), self.guard.largest_loss()
@@ -269,6 +271,11 @@ class Trainer:
             self.exporter.published(path)
         return True
 
+    def finish_exports(self, stopped: Callable[[], bool]) -> None:
+        """Wait for the exports of checkpoints, and delete those that were kept for them alone; not a collective."""
+        if self.exporter.finish(stopped):
+            self.saver.prune()
+
     def close(self) -> None:
         """End threads and files."""
         self.recorder.close()
@@ -299,7 +306,7 @@ class Trainer:
                 )
             _restore_random(newest)
             self.saver.point_at(newest)
-            self.exporter.resumed(self.checkpoints)
+            self.exporter.resumed(newest)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)

@@ -55,6 +55,9 @@ SOURCES: dict[str, str] = {
     "gemma3_4b": _file(70911651117, "the parameters of unsloth's copy, in a table of models"),
     "gemma3_12b": _file(59172823075, "the hub's figures of google/gemma-3-12b-it"),
     "gemma3_27b": _file(3173084990, "keras_hub's parameters of medgemma_instruct_27b, trained from it"),
+    # model.safetensors.index.json of copies of the published repositories.
+    "minicpm_v_2": "HwwwwwwwH/MiniCPM-V-2 @ 84ce9b0: total_size 6869931584 in bf16, 694 tensors",
+    "minicpm_llama3_v_2_5": "theonlyengine/VQA_Model @ 4520826: total_size 34148369344 in fp32, 741 tensors",
     "glm4_1v_9b": _file(70102877713, "the hub's figures of zai-org/GLM-4.6V-Flash, of the same class and shape"),
 }  # fmt: skip
 """By preset."""

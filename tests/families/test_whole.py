@@ -56,8 +56,12 @@ LAYOUT = [
 FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
-SLOW = ("codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5")
-"""Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl."""
+SLOW = (
+    "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5", "imp", "mipha", "llava_phi",
+    "allava", "xtuner", "dense_connector",
+)  # fmt: skip
+"""Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, bunny, hpt,
+tests/architectures/test_reducers.py."""
 REPOSITORY = Path(__file__).parents[2]
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes."""
@@ -227,7 +231,7 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
         planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in stages)], share)
 
 
-UNTRAINED = {"qwen_vl": ("connector.pos_embed",), "codefuse_vlm": ("connector.pos_embed",)}
+UNTRAINED = dict.fromkeys(("qwen_vl", "codefuse_vlm", "minicpm_v", "minicpm_v_2"), ("connector.pos_embed",))
 """Parameters that are not trained here, nor there."""
 
 
@@ -442,7 +446,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert found.model.preset == preset
     assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
     assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, stage.least, "cosine")
-    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, 1)
+    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, stage.connector)
     warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
     assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
