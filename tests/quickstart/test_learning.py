@@ -21,7 +21,7 @@ from megavlm.families.presets import expand_presets
 from megavlm.quickstart.render import render_dataset
 from megavlm.quickstart.render_scene import COLOURS
 
-PICTURES, HELDOUT, STEPS = 1500, 294, 240
+PICTURES, HELDOUT, STEPS = 1500, 360, 240
 LEAST = 0.9
 VOCABULARY = 640
 TASKS = ("colour", "shape")
@@ -59,7 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(train) > PICTURES / 4
     assert len(heldout) >= 40 and len({one["answer"] for one in heldout}) == len(COLOURS)
     texts = [f"{turn['from']}\n{turn['value']}" for one in train for turn in one["conversations"]]
-    train_sentencepiece(texts * 3, root / "tokenizer.model", VOCABULARY)
+    train_sentencepiece(texts, root / "tokenizer.model", VOCABULARY)
     (root / "heldout.json").write_text(json.dumps(heldout))
     (root / "train.json").write_text(json.dumps(train))
     images = ["--images", str(rendered.images_dir)]
