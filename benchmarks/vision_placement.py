@@ -95,7 +95,7 @@ def predicted(depth: int, first: int, steps: Sequence[Sequence[int]]) -> float:
     ratios = []
     for images in steps:
         before = order.seconds([images[i] for i in order(images)])
-        owners = [owner for pack in spread([[None] * n for n in images]) for owner in pack]
+        owners = [owner for pack in spread([[[None] * n for n in images]])[0] for owner in pack]
         counts = [owners.count(rank) for rank in range(RANKS)]
         line = simulate(*plain.work([0] * len(images)), pipeline=RANKS)
         step = around(line, [n * forward for n in counts], [n * backward for n in counts])

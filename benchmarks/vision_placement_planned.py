@@ -126,7 +126,7 @@ def with_packs(name: str, case: Case, mix: str, steps: int) -> str:
         slowest = 0.0
         for images in packs.images[:, step * case.microbatches : (step + 1) * case.microbatches].tolist():
             line = simulate(*order.work([0] * len(images)), pipeline=case.pipeline, virtual=case.virtual)
-            owners = [owner for own in spread([[None] * count for count in images]) for owner in own]
+            owners = [owner for own in spread([[[None] * count for count in images]])[0] for owner in own]
             counts = [owners.count(rank) for rank in range(case.tensor * case.pipeline)]
             most = [max(counts[i : i + case.tensor]) for i in range(0, len(counts), case.tensor)]
             line = around(line, [n * forward for n in most], [n * backward for n in most])

@@ -23,7 +23,7 @@ class BuildContext:
         initialize: fill the weights; False builds shapes only (on the meta device).
         engine: the recipe's number formats and kernels.
         lora: the recipe's adapters.
-        vision_apart: every rank of the job holds tower and connector whole (``parallel.vision_placement``).
+        vision_apart: tower and connector lie on every rank of the job (``parallel.vision_placement``).
         deepstack: behind how many of the language model's layers, from the first on, features of pictures are added.
     """
 
@@ -35,6 +35,11 @@ class BuildContext:
     lora: LoraConfig = field(default_factory=LoraConfig)
     deepstack: int = 0
     vision_apart: bool = False
+
+    @property
+    def vision_whole(self) -> bool:
+        """Whether every rank of the job holds tower and connector whole."""
+        return self.vision_apart and self.parallel.vision_shards == "whole"
 
     def transformer_settings(self, part: Part = "connector") -> dict[str, Any]:
         """Return the settings of a TransformerConfig that do not depend on the module's shape.

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import nn
 
-from megavlm.parallel.replicas import is_everywhere, is_replica
+from megavlm.parallel.replicas import is_everywhere, is_on_all_stages, is_replica
 
 _METHOD = "sharded_state_dict"
 
@@ -40,6 +40,10 @@ def sharded_state(module: nn.Module, prefix: str = "", metadata: dict[str, Any] 
         elif is_replica(getattr(entry, "data", None)):  # built as if there were one rank: each would store it
             pipeline, _, data = entry.replica_id
             entry.replica_id = (pipeline, mpu.get_tensor_model_parallel_rank(), data)
+        if is_on_all_stages(getattr(entry, "data", None)):
+            pipeline, tensor, data = entry.replica_id
+            stage = mpu.get_pipeline_model_parallel_rank()
+            entry.replica_id = (pipeline, tensor, data + stage * mpu.get_data_parallel_world_size())
     return state
 
 

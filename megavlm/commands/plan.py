@@ -18,8 +18,8 @@ from megavlm.planning.launch import launch_line
 from megavlm.planning.layout import with_parallel, with_placement
 from megavlm.planning.measured import read_rates
 from megavlm.planning.picture import check_picture, draw
-from megavlm.planning.placement import AUTO, of_search
-from megavlm.planning.report import as_json, as_text, overrides_file
+from megavlm.planning.placement import AUTO, FIRST, of_search
+from megavlm.planning.report import PlanPage, as_json, as_text, overrides_file
 from megavlm.planning.search import Plan, evaluate, search
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import PICTURE, Workload, assume_workload
@@ -90,19 +90,23 @@ def run(args: argparse.Namespace) -> int:
     workload = assume_workload(
         recipe, args.images_per_pack, args.samples_per_pack, picture=_picture_size(args.picture_size)
     )
+    asked, auto = recipe, recipe.parallel.vision_placement == AUTO
+    if auto:
+        recipe = with_placement(asked, FIRST)
     found = search(recipe, args.gpus, gpu, workload)
-    placements = of_search(recipe, found, args.gpus, gpu, workload)
-    asked = recipe
-    if recipe.parallel.vision_placement == AUTO:
-        recipe = with_placement(recipe, placements.better)
+    placements = of_search(asked, found, args.gpus, gpu, workload)
+    if auto and placements.better != FIRST:
+        assert isinstance(placements.all_ranks, Plan)
+        shards = placements.all_ranks.recipe.parallel.vision_shards
+        recipe = with_parallel(with_placement(asked, placements.better), vision_shards=shards)
         found = search(recipe, args.gpus, gpu, workload)
     own = _own(recipe, args.gpus, gpu, workload)
     if not found.plans:
         lines = [f"TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
         raise RecipeError.of([f"--gpus: no layout of {args.recipe} works on {args.gpus} x {gpu.name}", *lines])
     command = launch_line(found.plans[0], asked, args.recipe, args.overrides, args.write)
-    report = as_json if args.json else as_text
-    page = report(found, own, gpu, workload, args.list, command, placements)
+    report = PlanPage(found, own, gpu, workload, args.list, command, placements)
+    page = as_json(report) if args.json else as_text(report)
     sys.stdout.write(f"{page if isinstance(page, str) else json.dumps(page, indent=2)}\n")
     if args.write is not None:
         args.write.write_text(overrides_file(found.plans[0], gpu, args.recipe), encoding="utf-8")

@@ -23,7 +23,7 @@ from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
 from megavlm.planning.layout import with_placement
-from megavlm.planning.placement import AUTO, FIRST, record, settled
+from megavlm.planning.placement import AUTO, FIRST, check_fits, record, settled
 from megavlm.training.loggers.known import check_loggers
 
 INTERMIXED = True
@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> int:
 
     for source in (*recipe.data.train, *recipe.data.validation):
         located(source, recipe.data)  # before the ranks meet: one prepares it, and the others may have to wait for long
-    from megavlm.parallel.device import prepare_device  # noqa: PLC0415 - imports torch
+    from megavlm.parallel.device import own_memory, prepare_device  # noqa: PLC0415 - imports torch
 
     prepare_device()
     # Megatron-Core may be imported from here on.
@@ -109,6 +109,8 @@ def train(recipe: Recipe) -> int:
     check_recorder(recipe.logging)
     use_transformer_engine(recipe.parallel.transformer_impl, recipe.training.precision)
     check_machine(recipe, this_machine())
+    if given.parallel.vision_placement != AUTO:
+        check_fits(recipe, _world_size(1) or 1, *own_memory())
     check_quantiser(recipe.lora.quantize)
     stop = StopRequest()
     with (

@@ -13,6 +13,7 @@ from megavlm.config.prepared import META
 from megavlm.config.rules import TP, choices, divides
 from megavlm.config.schema import ConnectorConfig, DataSource, Recipe
 from megavlm.config.split import part_rules
+from megavlm.config.vision import vision_rules
 
 __all__ = ["RecipeError", "check_paths", "check_recipe"]
 
@@ -40,7 +41,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
-        engine_rules, lora_rules, *_MORE,
+        engine_rules, lora_rules, vision_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -186,33 +187,8 @@ def _parallel(recipe: Recipe) -> Iterator[str]:
         for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
             if not getattr(parallel, name):
                 yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this to false"
-    if parallel.vision_placement == "all_ranks":
-        yield from _vision_placement(recipe)
-    elif parallel.vision_recompute and parallel.vision_placement == "first_stage":
-        yield (
-            "parallel.vision_recompute: needs parallel.vision_placement all_ranks or auto; set that, or this to false"
-            " (on the first stage model.vision.gradient_checkpointing recomputes)"
-        )
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
         yield "parallel.ddp_bucket_size: needs parallel.overlap_grad_reduce; set that to true, or this to null"
-
-
-def _vision_placement(recipe: Recipe) -> Iterator[str]:
-    """Check what does not go with towers on all ranks."""
-    key = "parallel.vision_placement: all_ranks"
-    if not recipe.parallel.use_distributed_optimizer:
-        yield f"{key} needs parallel.use_distributed_optimizer; set that to true, or this to first_stage"
-    if recipe.engine.fp8 is not None:
-        yield f"{key} does not go with engine.fp8; set that to null, or this to first_stage"
-    if recipe.engine.cuda_graph_impl != "none":
-        yield f"{key} does not go with engine.cuda_graph_impl; set that to none, or this to first_stage"
-    for branch in ("vision", "connector"):
-        architecture = architecture_of(recipe.model, branch)
-        if architecture.cost is None:
-            yield (
-                f"{key} spreads pictures by their cost, and the {architecture.name} architecture of model.{branch} has"
-                " no figures of its own; set it to first_stage"
-            )
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

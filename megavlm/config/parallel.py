@@ -34,6 +34,13 @@ class ParallelConfig:
     data-parallel rank. Only the first pipeline stage's first chunk is cut into buckets."""
     vision_placement: Literal["first_stage", "all_ranks", "auto"] = "first_stage"
     """Who encodes pictures: the first stage, all ranks, or whom the plan finds faster (docs/vision-placement.md)."""
+    vision_balance: Literal["replica", "job"] = "replica"
+    """With all ranks: spread pictures over the ranks of each data-parallel replica, or of the whole job, so that no
+    replica waits for the one with most to encode."""
+    vision_shards: Literal["whole", "tensor"] = "whole"
+    """With all ranks: each holds tower and connector whole, or each stage does, cut over its TP ranks."""
+    vision_ahead: bool = False
+    """With all ranks, tower and connector frozen: encode the next step's pictures while a step's pipeline runs."""
     vision_recompute: bool = False
     """With all ranks: keep no activations of tower and connector; encode pictures again for their backward pass."""
     recompute_granularity: Literal["full", "selective"] | None = None

@@ -51,8 +51,8 @@ def picture_owners(patches: Sequence[int], ranks: int) -> list[int]:
 def part_rules(model: ModelConfig, part: str, parallel: ParallelConfig) -> Iterator[str]:
     """Yield what the architecture of a part has against its keys, on as many ranks as the part is cut over."""
     tensor = tensor_ranks(model, part, parallel.tensor_model_parallel_size)
-    if part != "language" and parallel.vision_placement == "all_ranks":
-        tensor = 1  # every rank holds all of it
+    if part != "language" and parallel.vision_placement != "first_stage" and parallel.vision_shards == "whole":
+        tensor = 1  # every rank holds all of it; with auto, it may (``planning.placement.settled`` looks again)
     lines = _rules(model, part, replace(parallel, tensor_model_parallel_size=tensor))
     if tensor == 1 or part == "language":
         yield from lines

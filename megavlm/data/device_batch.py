@@ -9,10 +9,11 @@ Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from megavlm.data.media import Arrangement
 from megavlm.data.read_pack import ReadPack
 from megavlm.layers.segments import packed_segments, to_device
 from megavlm.parallel.device import local_device
+from megavlm.parallel.encoders import Encoders
 from megavlm.parallel.exchange import exchange
 from megavlm.parallel.state import is_first_stage, is_last_stage
 
@@ -61,9 +63,36 @@ FIELDS = (
 )
 """Fields of a batch; those of one route and number type travel together."""
 
-Spread = Callable[[Sequence[Sequence[Sequence[int] | None]]], Sequence[Sequence[int]]]
-"""Says who encodes each picture of a step: from [M][V] frames, rows and columns of its patches (None where all are
-alike) to [M][V] places in the model-parallel group, of TP x PP ranks. All ranks ask it, and must hear the same."""
+Grid = Sequence[int] | None
+"""Frames, rows and columns of a picture's patches; None where all pictures are alike."""
+
+
+class Spread(Protocol):
+    """Says who encodes each picture of a step. All ranks ask it, and must hear the same."""
+
+    def encoders(self) -> Encoders:
+        """Return the ranks that pictures are spread over."""
+        ...
+
+    def __call__(self, grids: Sequence[Sequence[Sequence[Grid]]]) -> Sequence[Sequence[Sequence[int]]]:
+        """Return [D][M][V] the place (:class:`Encoders`) of each picture, from the [D][M][V] grids of all replicas."""
+        ...
+
+
+@dataclass(frozen=True)
+class SharedPictures:
+    """The pictures of a micro-batch, where all ranks encode: whose they are, and who encodes them.
+
+    Of each replica that shares its pictures out with this one: the micro-batch with the same number of each.
+    """
+
+    places: Sequence[Sequence[int]]
+    """[D][V] who encodes each: a place of :class:`Encoders`."""
+    grids: Sequence[Sequence[Grid]]
+    """[D][V]."""
+    moved: int = 0
+    """Pictures of this replica that another one encodes."""
+
 
 _MOST_DIMENSIONS = 5
 _ABSENT, _FAILED = -1, -2
@@ -88,7 +117,8 @@ class Batch:
     has them."""
     images: Tensor | None
     """[V, 3, H, W] uint8 views on the first stage, or with ``image_grid`` [P, F] uint8: F numbers of each of their P
-    patches. None on the others. With ``image_owners`` those of this rank, and on all stages."""
+    patches. None on the others. With ``shared`` those that this rank encodes, in the order of ``shared``, and on all
+    stages."""
     num_views: int
     """V, on every stage: one for each image but where the image plan makes several of it."""
     image_grid: Tensor | None = None
@@ -101,8 +131,8 @@ class Batch:
     """[T, K] float32 weights of these; None where K is 1."""
     loss_weights: Tensor | None = None
     """[1, S] float32, with ``labels``: what the losses are multiplied by; None where all count 1."""
-    image_owners: Sequence[int] | None = None
-    """[V] which rank of the model-parallel group encodes each picture; None where the first stage does."""
+    shared: SharedPictures | None = None
+    """Who encodes which picture; None where the first stage encodes all."""
     view_features: Tensor | None = None
     """[Q, N, E] on the first stage: what these ranks have made of the pictures. None where nobody has yet, and where
     there are none."""
@@ -126,7 +156,7 @@ class Batch:
             "position_ids": self.position_ids,
             "packed_seq_params": self.packed_seq_params,
             "labels": labels,
-            "images": self.images if self.image_owners is None else None,
+            "images": self.images if self.shared is None else None,
             "view_features": self.view_features,
             "image_grid": self.image_grid,
             "image_index": self.image_index,
@@ -179,8 +209,8 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int, spread: Spread
             _share_route(route, read, shapes, found, device)
     if spread is None:
         return [_batch(one, device) for one in found]
-    owners = _scatter_pictures(spread, read, shapes, found, device)
-    return [replace(_batch(one, device), image_owners=own) for one, own in zip(found, owners, strict=True)]
+    shared = _scatter_pictures(spread, read, shapes, found, device)
+    return [replace(_batch(one, device), shared=own) for one, own in zip(found, shared, strict=True)]
 
 
 def _scatter_pictures(
@@ -189,8 +219,8 @@ def _scatter_pictures(
     shapes: Sequence[Mapping[str, Sequence[int]]],
     found: Sequence[dict[str, Tensor]],
     device: torch.device,
-) -> list[list[int]]:
-    """Hand each picture's pixels to the rank that encodes it, as ``images`` of ``found``; return who that is.
+) -> list[SharedPictures]:
+    """Hand each picture's pixels to the ranks that encode it, as ``images`` of ``found``; return who that is.
 
     Args:
         spread: says who.
@@ -199,33 +229,79 @@ def _scatter_pictures(
         found: the fields of each pack on this rank, among them ``num_views`` and ``image_grid``.
         device: where to.
     """
-    grids = [one["image_grid"].tolist() if "image_grid" in one else [None] * int(one["num_views"]) for one in found]
-    owners = [list(one) for one in spread(grids)]
-    # Rows of the pixels that each picture has.
-    sizes = [[1 if grid is None else prod(grid) for grid in pack] for pack in grids]
-    group = mpu.get_model_parallel_group()
-    counts = [0] * group.size()
-    for own, rows in zip(owners, sizes, strict=True):
-        for owner, count in zip(own, rows, strict=True):
-            counts[owner] += count
+    encoders = spread.encoders()
+    own: list[list[Grid]] = [
+        one["image_grid"].tolist() if "image_grid" in one else [None] * int(one["num_views"]) for one in found
+    ]
+    grids = [own] if len(encoders.replicas) == 1 else _of_all_replicas(own, device)
+    places = spread(grids)
+    # Rows of the pixels that each rank gets of each replica.
+    counts = [[0] * encoders.size for _ in grids]
+    for of_replica, packs, where in zip(counts, grids, places, strict=True):
+        for place, grid in ((p, g) for pack in zip(where, packs, strict=True) for p, g in zip(*pack, strict=True)):
+            for rank in encoders.holders(place):
+                of_replica[rank] += _pixel_rows(grid)
     tail = next((list(one["images"][1:]) for one in shapes if one.get("images")), [0])
     body = torch.empty(0, *tail, dtype=torch.uint8, device=device)
     if read is not None:
-        pieces: list[list[Tensor]] = [[] for _ in counts]
-        for pack, own, rows in zip(read, owners, sizes, strict=True):
-            for piece, owner in zip(pack["images"].split(rows) if rows else (), own, strict=True):
-                pieces[owner].append(piece)
+        pieces: list[list[Tensor]] = [[] for _ in range(encoders.size)]
+        for pack, packs, where in zip(read, own, places[encoders.own], strict=True):
+            rows = [_pixel_rows(grid) for grid in packs]
+            for piece, place in zip(pack["images"].split(rows) if rows else (), where, strict=True):
+                for rank in encoders.holders(place):
+                    pieces[rank].append(piece)
         body = to_device(torch.cat([piece for one in pieces for piece in one] or [body.cpu()]), device)
-    rank = group.rank()
-    if sum(counts):
-        received = [counts[rank] if source == 0 else 0 for source in range(len(counts))]
-        body = exchange(body, counts if read is not None else [0] * len(counts), received, group)
-    at = 0
-    for one, own, rows in zip(found, owners, sizes, strict=True):
-        count = sum(number for owner, number in zip(own, rows, strict=True) if owner == rank)
-        one["images"] = body[at : at + count]
-        at += count
-    return owners
+    received = [0] * encoders.size
+    for of_replica, ranks in zip(counts, encoders.replicas, strict=True):
+        received[ranks[0]] = of_replica[encoders.rank]  # its reader
+    if any(map(sum, counts)):
+        sent = counts[encoders.own] if read is not None else [0] * encoders.size
+        body = exchange(body, sent, received, encoders.group)
+    at = [0, *accumulate(received[ranks[0]] for ranks in encoders.replicas)]  # readers lie in the order of replicas
+    shared = []
+    for number, one in enumerate(found):
+        mine = []
+        for replica, (packs, where) in enumerate(zip(grids, places, strict=True)):
+            pairs = zip(where[number], packs[number], strict=True)
+            count = sum(_pixel_rows(grid) for place, grid in pairs if place == encoders.place)
+            mine.append(body[at[replica] : at[replica] + count])
+            at[replica] += count
+        one["images"] = mine[0] if len(mine) == 1 else torch.cat(mine)
+        home = places[encoders.own][number]
+        moved = sum(place // encoders.places != encoders.own for place in home)
+        shared.append(SharedPictures([one[number] for one in places], [one[number] for one in grids], moved))
+    return shared
+
+
+def _pixel_rows(grid: Grid) -> int:
+    """Return the rows that a picture has among the pixels: its patches, or 1."""
+    return 1 if grid is None else prod(grid)
+
+
+def _of_all_replicas(own: Sequence[Sequence[Grid]], device: torch.device) -> list[list[list[Grid]]]:
+    """Return the grids of the pictures of each replica's packs; a collective over the replicas.
+
+    Args:
+        own: [M][V] of this one.
+        device: where messages go.
+    """
+    group = mpu.get_data_parallel_group()
+    rows = [[pack, *(grid or (0, 0, 0))] for pack, grids in enumerate(own) for grid in grids]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device), group=group)
+    counts = torch.cat(sizes).tolist()
+    if not any(counts):
+        return [[[] for _ in own] for _ in counts]
+    table = torch.zeros(max(counts), 4, dtype=torch.int64)
+    table[: len(rows)] = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+    table = to_device(table, device)
+    tables = [torch.empty_like(table) for _ in counts]
+    dist.all_gather(tables, table, group=group)
+    found: list[list[list[Grid]]] = [[[] for _ in own] for _ in counts]
+    for packs, count, of_replica in zip(found, counts, tables, strict=True):
+        for pack, *grid in of_replica[:count].tolist():
+            packs[pack].append(grid if any(grid) else None)
+    return found
 
 
 def _arranged(arrangement: Arrangement | None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megavlm.data.batch import Pack
@@ -105,6 +106,8 @@ class Prefetcher:
         # Restore keys of the packs after that, until they are taken: being decoded or in the queue.
         self._in_flight: deque[Any] = deque()
         self._queue: queue.Queue[ReadPack | BaseException] = queue.Queue(maxsize=depth)
+        # Looked at ahead of time, and not taken.
+        self._peeked: deque[ReadPack | BaseException] = deque()
         # Held while a pack moves from the reader to _in_flight: the state is taken between two packs.
         self._reading = threading.Lock()
         self._stop = threading.Event()
@@ -131,9 +134,7 @@ class Prefetcher:
             BaseException: what the reader or the decoder raised in its thread; again on every later call.
             RuntimeError: the prefetcher was closed.
         """
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.counters.wait_seconds += time.perf_counter() - start
+        item = self._peeked.popleft() if self._peeked else self._wait()
         if isinstance(item, BaseException):
             # The thread has ended: this is the last item, also for the next call.
             with contextlib.suppress(queue.Full):
@@ -147,6 +148,27 @@ class Prefetcher:
         self.counters.remember(item.pack.sample_keys)
         if skipped and self._quarantine is not None:
             self._quarantine.add(skipped)
+        return item
+
+    def peek(self, count: int) -> list[ReadPack]:
+        """Return the next ``count`` packs without taking them: :meth:`take` returns the same, and the state has them.
+
+        Raises:
+            BaseException: what the reader or the decoder raised in its thread, at one of them.
+        """
+        while len(self._peeked) < count and not (self._peeked and isinstance(self._peeked[-1], BaseException)):
+            self._peeked.append(self._wait())
+        found = []
+        for item in islice(self._peeked, count):
+            if isinstance(item, BaseException):
+                raise item
+            found.append(item)
+        return found
+
+    def _wait(self) -> ReadPack | BaseException:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.counters.wait_seconds += time.perf_counter() - start
         return item
 
     def state(self) -> dict[str, Any]:
@@ -227,6 +249,7 @@ class Feed:
         self.prefetcher, self._order, self._spread = prefetcher, order, spread
         self.sample_keys: list[str] | None = None
         """Keys of the samples of the last step, on the reader rank."""
+        self._ready: list[Batch] | None = None
 
     def next_step(self, num_microbatches: int) -> list[Batch]:
         """Return the next ``num_microbatches``; a collective over the whole job.
@@ -234,21 +257,41 @@ class Feed:
         Raises:
             RuntimeError: a reader failed (raised on every rank of the job; the reader's own error is logged there).
         """
-        read: list[ReadPack] | None = None
+        ready, self._ready = self._ready, None
+        read = self._read(num_microbatches, lambda prefetcher: [prefetcher.take() for _ in range(num_microbatches)])
+        if read is not None:
+            self.sample_keys = [key for item in read for key in item.pack.sample_keys]
+        return share_packs(read, num_microbatches, self._spread) if ready is None else ready
+
+    def peek_step(self, num_microbatches: int) -> list[Batch]:
+        """Return what the following :meth:`next_step` does, the same list; a collective over the whole job.
+
+        The reader's state does not know of it.
+
+        Raises:
+            RuntimeError: as :meth:`next_step`.
+        """
+        read = self._read(num_microbatches, lambda prefetcher: prefetcher.peek(num_microbatches))
+        self._ready = share_packs(read, num_microbatches, self._spread)
+        return self._ready
+
+    def _read(self, count: int, read: Callable[[Prefetcher], list[ReadPack]]) -> list[ReadPack] | None:
+        """Read the packs of a step on the reader rank, in the order in which they run; a collective over the job."""
+        found: list[ReadPack] | None = None
         failed = False
         if self.prefetcher is not None:
             try:
-                read = [self.prefetcher.take() for _ in range(num_microbatches)]
+                found = read(self.prefetcher)
+                assert len(found) == count
                 if self._order is not None:
-                    read = [read[index] for index in self._order([item.seen for item in read])]
-                self.sample_keys = [key for item in read for key in item.pack.sample_keys]
+                    found = [found[index] for index in self._order([item.seen for item in found])]
             except Exception:
                 logger.exception("reading data failed")
                 failed = True
         # Replicas whose reader is well must not go on to a step that the others do not take.
         if any_rank(failed):
             raise RuntimeError("a reader failed; its rank's log says why")
-        return share_packs(read, num_microbatches, self._spread)
+        return found
 
     def close(self) -> None:
         """End the reading thread."""

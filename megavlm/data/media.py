@@ -54,6 +54,7 @@ __all__ = [
     "ImagePlan",
     "ImageRuns",
     "ImageShape",
+    "PackedPlan",
     "PlanKind",
     "TokenGrid",
     "View",
@@ -168,6 +169,37 @@ class ImagePlan(ABC):
         return self.films
 
 
+class PackedPlan(ImagePlan):
+    """A plan whose views are flat patches, each view with a grid of its own."""
+
+    square: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def patch(self) -> int:
+        """Side of a patch, in pixels."""
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        return 1
+
+    @property
+    def temporal(self) -> int:
+        """Frames of a patch; a picture is shown in each of them."""
+        return 1
+
+    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Return [patches, F]."""
+        return (sum(math.prod(grid) for grid in layout.grids), *self.row)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """F, the numbers of a patch: colours, frames, rows, columns."""
+        return (3 * self.temporal * self.patch**2,)
+
+
 @functools.lru_cache(maxsize=4096)
 def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
     if shape.width < 1 or shape.height < 1:
@@ -211,7 +243,8 @@ class Arrangement:
     weight: NDArray[np.float32] | None = None
     """[T, K] their weights; None for 1, with K 1."""
     grid: NDArray[np.int64] | None = None
-    """[V, 3] frames, rows and columns of patches of each picture, where they keep sizes of their own; else None."""
+    """[V, 3] frames, rows and columns of patches of each picture, or slice of one, where they keep sizes of their own;
+    else None."""
 
 
 def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
@@ -225,7 +258,7 @@ def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
 
     maker: Any = plan.maker(layout)
     found, features = maker.feature_index(layout), maker.features_of(layout)
-    grid = None if layout.patches is None else np.array([layout.patches], np.int64)
+    grid = np.array(layout.grids, np.int64) if layout.grids else None
     if found is None:
         return Arrangement(features, None, grid=grid)
     return Arrangement(features, found.index, found.weight, grid)

@@ -20,6 +20,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.families.presets import expand_presets
 from megavlm.inference.sampling import Sampling
+from megavlm.planning.layout import with_placement
 
 _ALONE: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
@@ -118,8 +119,7 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
     # Who encodes a training step's pictures says nothing of answers: the first stage's ranks share theirs.
-    placed = dataclasses.replace(recipe.parallel, vision_placement="first_stage", vision_recompute=False)
-    recipe = dataclasses.replace(recipe, parallel=placed)
+    recipe = with_placement(recipe, "first_stage")
     # There is no training batch here and no profile: neither may rule out a layout.
     recipe = dataclasses.replace(
         recipe,

@@ -5,6 +5,7 @@ Each is cut over the tensor-parallel ranks, or whole on each of them (:mod:`mega
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from megavlm.config.architecture import architecture_of, own_of
 from megavlm.config.schema import ModelConfig
 from megavlm.config.split import is_replicated
 from megavlm.models.levels import connect, make_connector
-from megavlm.parallel.replicas import PackedShares, Shares, built_whole, mark_replicas
+from megavlm.parallel.replicas import PackedShares, Shares, built_whole, mark_replicas, on_any_stage
 
 
 def build_front(model: ModelConfig, context: BuildContext) -> tuple[Any, Any]:
@@ -27,20 +28,21 @@ def build_front(model: ModelConfig, context: BuildContext) -> tuple[Any, Any]:
 def replicated(model: ModelConfig, context: BuildContext) -> frozenset[str]:
     """Return which of vision and connector every tensor-parallel rank holds whole."""
     tensor = context.parallel.tensor_model_parallel_size
-    everywhere = context.vision_apart and tensor > 1
+    everywhere = context.vision_whole and tensor > 1
     return frozenset(part for part in ("vision", "connector") if everywhere or is_replicated(model, part, tensor))
 
 
 def _build(model: ModelConfig, context: BuildContext, part: str) -> Any:
     architecture, own = architecture_of(model, part), own_of(model, part)
-    apart = context.vision_apart
-    if not apart and part not in replicated(model, context):
-        return make_connector(model, context) if part == "connector" else architecture.make(own, context)
-    whole = replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
-    with built_whole(on_any_stage=apart):
-        inside = replace(context, parallel=whole)
+    whole, inside = context.vision_whole or part in replicated(model, context), context
+    if whole:
+        inside = replace(
+            context, parallel=replace(context.parallel, tensor_model_parallel_size=1, sequence_parallel=False)
+        )
+    with built_whole() if whole else nullcontext(), on_any_stage() if context.vision_apart else nullcontext():
         module = make_connector(model, inside) if part == "connector" else architecture.make(own, inside)
-    mark_replicas(module)
+    if whole:
+        mark_replicas(module)
     return module
 
 

@@ -27,7 +27,7 @@ from megavlm.data.spans import spans_of
 from megavlm.models.front import build_front, encode, replicated
 from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
 from megavlm.models.streams import Streams, one_after_the_other
-from megavlm.parallel.replicas import mark_everywhere
+from megavlm.parallel.replicas import mark_everywhere, mark_on_all_stages
 
 
 class VisionLanguageModel(MegatronModule):
@@ -261,13 +261,13 @@ def build_chunks(model: ModelConfig, context: BuildContext, image_token_id: int)
 
 
 def _hold_vision(chunk: VisionLanguageModel, model: ModelConfig, context: BuildContext, image_token_id: int) -> None:
-    """Let a stage's first chunk hold tower and connector whole, whatever the stage."""
+    """Let a stage's first chunk hold tower and connector, whatever the stage."""
     if chunk.vision is None:
         # The random state of other placements, whose later stages draw nothing here; the first rank's weights come.
         with torch.random.fork_rng():
             chunk.vision, chunk.connector = build_front(model, context)
             build_fusion(model, chunk.connector, context, image_token_id)  # its weights are the connector's
-    mark_everywhere(chunk.vision)
-    mark_everywhere(chunk.connector)
-    if chunk.fusion is not None and mpu.get_tensor_model_parallel_rank() > 0:
+    for part in (chunk.vision, chunk.connector):
+        mark_everywhere(part) if context.vision_whole else mark_on_all_stages(part)
+    if context.vision_whole and chunk.fusion is not None and mpu.get_tensor_model_parallel_rank() > 0:
         chunk.fusion.learns = False

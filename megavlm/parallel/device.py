@@ -178,6 +178,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def own_memory() -> tuple[float, bool]:
+    """Return the bytes of this process's memory, and whether they are the host's: an even part for each process."""
+    if has_cuda():
+        return float(torch.cuda.get_device_properties(local_device()).total_memory), False
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), True
+
+
 def max_memory_gib() -> float | None:
     """Return the peak of allocated device memory in GiB, or None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if has_cuda() else None

@@ -66,6 +66,21 @@ def cuda_graph_field() -> str:
     return "cuda_graph_modules" if "cuda_graph_modules" in fields else "cuda_graph_scope"
 
 
+def sum_marked_gradients(modules: list[Any]) -> None:
+    """Add up over the tensor-parallel ranks the gradients of parameters that ask for it, as for the pipeline's chunks.
+
+    Of norms under sequence parallelism, and of queries and keys. ``finalize_model_grads`` does it too, and has no part
+    of its own for modules that are no chunks.
+
+    Args:
+        modules: in Megatron-Core's DistributedDataParallel, their gradients reduced over data-parallel ranks.
+    """
+    from megatron.core.distributed import finalize_model_grads as finalize  # noqa: PLC0415
+
+    module = inspect.getmodule(finalize)
+    module._allreduce_non_tensor_model_parallel_grads(modules, modules[0].config)  # type: ignore[union-attr]
+
+
 def plan_save(strategy: Any, sharded: Any, directory: Any) -> Any:
     """Plan an asynchronous save with Megatron-Core's own writer.
 

@@ -26,8 +26,11 @@ from megavlm.config.split import picture_owners
 
 _MARK = "tensor_parallel_replica"
 _EVERYWHERE = "whole_on_all_ranks"
+_STAGES = "on_all_stages"
 _alone: tuple[Any, Any] | None = None
 """The job's group, and the group of this rank alone in that job."""
+_column: tuple[Any, int, Any] | None = None
+"""The job's group, its tensor-parallel size, and the group of the ranks of this one's index."""
 
 
 def is_replica(tensor: Any) -> bool:
@@ -41,23 +44,28 @@ def is_everywhere(tensor: Any) -> bool:
 
 
 @contextlib.contextmanager
-def built_whole(*, on_any_stage: bool = False) -> Iterator[None]:
+def built_whole() -> Iterator[None]:
     """Have Megatron-Core's layers that are built inside take this rank for the only tensor-parallel one.
 
     They ask for their group when they are built and keep it; so no builder needs to know.
-
-    Args:
-        on_any_stage: and for the only pipeline stage.
     """
-    kept, stages = mpu.get_tensor_model_parallel_group(), mpu.get_pipeline_model_parallel_group()
+    kept = mpu.get_tensor_model_parallel_group()
     mpu._TENSOR_MODEL_PARALLEL_GROUP = group_of_one()
-    if on_any_stage:
-        mpu._PIPELINE_MODEL_PARALLEL_GROUP = group_of_one()
     try:
         yield
     finally:
         mpu._TENSOR_MODEL_PARALLEL_GROUP = kept
-        mpu._PIPELINE_MODEL_PARALLEL_GROUP = stages
+
+
+@contextlib.contextmanager
+def on_any_stage() -> Iterator[None]:
+    """Have Megatron-Core's layers that are built inside take this rank for the only pipeline stage."""
+    kept = mpu.get_pipeline_model_parallel_group()
+    mpu._PIPELINE_MODEL_PARALLEL_GROUP = group_of_one()
+    try:
+        yield
+    finally:
+        mpu._PIPELINE_MODEL_PARALLEL_GROUP = kept
 
 
 def group_of_one() -> Any:
@@ -68,6 +76,17 @@ def group_of_one() -> Any:
         # Nothing is ever sent. NCCL would split the job's communicator, which asks all ranks to be here.
         _alone = world, dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
     return _alone[1]
+
+
+def group_of_column() -> Any:
+    """Return the group of all ranks of the job with this one's tensor-parallel index; a collective over the job."""
+    global _column
+    world, tensor = dist.group.WORLD, mpu.get_tensor_model_parallel_world_size()
+    if _column is None or _column[:2] != (world, tensor):
+        size = dist.get_world_size()
+        found = [dist.new_group(list(range(index, size, tensor))) for index in range(tensor)]
+        _column = world, tensor, found[mpu.get_tensor_model_parallel_rank()]
+    return _column[2]
 
 
 def mark_replicas(module: nn.Module) -> None:
@@ -92,6 +111,17 @@ def share_weights(module: nn.Module) -> None:
     for parameter in module.parameters():
         if is_replica(parameter) and group.size() > 1:
             dist.broadcast(parameter.data, mpu.get_tensor_model_parallel_src_rank(), group=group)
+
+
+def is_on_all_stages(tensor: Any) -> bool:
+    """Whether every stage holds a parameter, or the shard of one: of a tower that lies apart from the pipeline."""
+    return bool(getattr(tensor, _STAGES, False))
+
+
+def mark_on_all_stages(module: nn.Module) -> None:
+    """Mark the parameters of a part that every stage holds: one of the stages saves it."""
+    for parameter in module.parameters():
+        setattr(parameter, _STAGES, True)
 
 
 class Shares:

@@ -1,7 +1,8 @@
 """Tower and connector on all ranks (``parallel.vision_placement``): what a rank encodes of a step, and what that keeps.
 
-Every rank has both whole and a share of the step's pictures of its replica. What it keeps of them stays through the
-whole pipeline; the first stage has the features of all of them, and their gradients.
+Every rank has both whole (or, with ``parallel.vision_shards``, a shard) and a share of the step's pictures of its
+replica. What it keeps of them stays through the whole pipeline; the first stage has the features of all of them, and
+their gradients. Packs are taken to be alike, so that nothing moves between replicas (``parallel.vision_balance``).
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class VisionBytes:
 
 
 def alone(layout: Layout) -> Layout:
-    """Return the layout that such a tower is built for: nothing of it is cut."""
+    """Return the layout that such a tower is built for: nothing of it is cut, but for shards."""
+    if layout.together:
+        return replace(layout, apart=False, together=False)
     return replace(layout, tensor=1, sequence_parallel=False, apart=False)
 
 
 def share_of_step(layout: Layout, views: float) -> float:
     """Return the views of the rank that has most, where each micro-batch has ``views``: whole ones."""
-    return math.ceil(layout.microbatches * views / layout.ranks - 1e-9)
+    return math.ceil(layout.microbatches * views / layout.places - 1e-9)
 
 
 def feature_bytes(recipe: Recipe, layout: Layout, views: float) -> float:
@@ -65,11 +68,11 @@ def vision_bytes(recipe: Recipe, layout: Layout, stage: int, views: float, most_
     graph = vision_kept(recipe, alone(layout), math.ceil(at_once), kernels)
     kept = 0 if again else graph
     # The rank's own, and on the first stage all of them; each with its gradient where there is one.
-    kept += round((features / layout.ranks + features * int(stage == 0)) * (1 + int(trains)))
+    kept += round((features / layout.places + features * int(stage == 0)) * (1 + int(trains)))
     pixels = layout.microbatches * views * recipe.model.vision.pixel_bytes
     tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", alone(layout), at_once)
     passing = tower.passing(recipe.model.vision, ranks, seen, kernels, learns=learns)
     if learns:
         passing = max(passing, tower.rebuilt(recipe.model.vision, ranks, seen, kernels))
     passing += graph if again else 0
-    return VisionBytes(kept, round(pixels if stage == 0 else pixels / layout.ranks), int(passing))
+    return VisionBytes(kept, round(pixels if stage == 0 else pixels / layout.places), int(passing))

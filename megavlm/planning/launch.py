@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.schema import Recipe
+from megavlm.config.vision import APART_KEYS
 from megavlm.planning.layout import GPUS_PER_NODE
 from megavlm.planning.search import Plan
 
@@ -23,7 +24,7 @@ KEYS = (
     "recompute_granularity",
     "recompute_num_layers",
     "vision_placement",
-    "vision_recompute",
+    *APART_KEYS,
 )
 """The keys of ``parallel`` that a plan sets."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megavlm.config.schema import Recipe
+from megavlm.config.vision import APART_KEYS
 
 GPUS_PER_NODE = 8
 
@@ -46,12 +47,24 @@ class Layout:
     chunks: tuple[Chunk, ...]
     """In the model's order."""
     apart: bool = False
-    """Every rank holds tower and connector whole, and encodes its share of a step's pictures."""
+    """Tower and connector lie on every rank, and each encodes its share of a step's pictures."""
+    together: bool = False
+    """With ``apart``: they are cut over the tensor-parallel ranks of a stage, which encode the same pictures."""
 
     @property
     def ranks(self) -> int:
         """Ranks of a replica."""
         return self.tensor * self.pipeline
+
+    @property
+    def places(self) -> int:
+        """What encodes pictures of its own in a replica, with ``apart``: ranks, or stages."""
+        return self.pipeline if self.together else self.ranks
+
+    @property
+    def vision_data(self) -> int:
+        """Ranks that hold the same of tower and connector, with ``apart``."""
+        return self.gpus // (self.tensor if self.together else 1)
 
     @property
     def gpus(self) -> int:
@@ -107,6 +120,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
             for index, layers in enumerate(chunks)
         ),
         apart=apart,
+        together=apart and parallel.vision_shards == "tensor" and tp > 1,
     )
 
 
@@ -116,6 +130,7 @@ def with_parallel(recipe: Recipe, **values: Any) -> Recipe:
 
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
-    """Return the recipe with another ``vision_placement``, without the key that only the tower on all ranks has."""
-    again = recipe.parallel.vision_recompute and placement != "first_stage"
-    return with_parallel(recipe, vision_placement=placement, vision_recompute=again)
+    """Return the recipe with another ``vision_placement``, without the keys that only the tower on all ranks has."""
+    fields = type(recipe.parallel).__pydantic_fields__
+    others = {key: fields[key].default for key in APART_KEYS} if placement == "first_stage" else {}
+    return with_parallel(recipe, vision_placement=placement, **others)

@@ -147,15 +147,17 @@ def replicated_elements(recipe: Recipe, layout: Layout) -> int:
 
 
 def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
-    """Return what every rank holds of tower and connector where they lie on all: frozen, learning, gradient buffer."""
+    """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
     model, _, learns, _, _, _, _, _ = _kind(recipe, layout, layout.chunks[0])
-    whole = _chunk_parameters(model, LoraConfig(), learns, 1, 0, True, False, True)
+    whole = _chunk_parameters(
+        model, LoraConfig(), learns, layout.tensor if layout.together else 1, 0, True, False, True
+    )
     found = [parameter for parameter in whole if parameter.module != "language"]
     sizes = [parameter.elements for parameter in found if parameter.learns]
     frozen = sum(parameter.elements for parameter in found) - sum(sizes)
-    return frozen, sum(sizes), buffer_elements(sizes, layout.gpus) if sizes else 0
+    return frozen, sum(sizes), buffer_elements(sizes, layout.vision_data) if sizes else 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     return StaticBytes(
         weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),
         gradients=4 * (buffer + own),
-        optimizer=per_element * learning // ranks + per_element * trained // layout.gpus,
+        optimizer=per_element * learning // ranks + per_element * trained // layout.vision_data,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.help import to_tree
 from megavlm.config.schema import Recipe
+from megavlm.config.vision import APART_KEYS
 from megavlm.planning.gpus import DEFAULT, GIB, Gpu, find_gpu
 from megavlm.planning.launch import KEYS
-from megavlm.planning.layout import with_placement
-from megavlm.planning.memory import fits, usable_bytes
+from megavlm.planning.layout import layout_of, with_parallel, with_placement
+from megavlm.planning.memory import fits, stage_memory, usable_bytes
 from megavlm.planning.search import Plan, Search, evaluate, search
 from megavlm.planning.workload import Workload, assume_workload
 
@@ -26,7 +28,7 @@ FIRST, ALL, AUTO = "first_stage", "all_ranks", "auto"
 _WORTH = 0.02
 """All ranks encode where this part of a step is saved, at least: plans are not exact."""
 _NEAR = 5
-_RECORD = "vision_placement_auto"
+_RECORD, _SHARDS = "vision_placement_auto", "vision_shards_auto"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Placements:
         waits = f"ranks wait for {100 * bubbles[0]:.1f} % of the passes with the tower on the first stage"
         waits += f" and {100 * bubbles[1]:.1f} % with it on all"
         vision = f"{1e3 * every.time.vision:.3g} ms of encoding on all ranks, which nothing hides"
+        if every.layout.together:
+            vision = f"in shards of parallel.vision_shards, as it does not fit whole; {vision}"
         if self.better == ALL:
             return f"{ALL}, by {100 * gain:.1f} % of a step: {waits} ({vision})"
         if times[1] < times[0]:
@@ -76,7 +80,11 @@ def of_search(recipe: Recipe, found: Search, gpus: int, gpu: Gpu, workload: Work
     try:
         near = {(plan.layout.tensor, plan.layout.pipeline) for plan in found.plans[:_NEAR]}
         near |= {(tensor, 2 * pipeline) for tensor, pipeline in near}
-        plans[other] = _best(search(with_placement(recipe, other), gpus, gpu, workload, near if found.plans else None))
+        among = near if found.plans else None
+        plans[other] = _best(search(with_placement(recipe, other), gpus, gpu, workload, among))
+        if isinstance(plans[other], str) and other == ALL and _may_cut(recipe):
+            plan = _best(search(_cut(recipe), gpus, gpu, workload, among))
+            plans[other] = plans[other] if isinstance(plan, str) else plan
     except RecipeError as error:
         plans[other] = str(error).splitlines()[0]
     return Placements(plans[FIRST], plans[ALL])
@@ -87,8 +95,21 @@ def _best(found: Search) -> Plan | str:
 
 
 def of_layout(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Placements:
-    """Return either placement at the recipe's own layout."""
-    return Placements(*(_at(with_placement(recipe, p), gpus, gpu, workload) for p in (FIRST, ALL)))
+    """Return either placement at the recipe's own layout; with ``auto`` in shards where it does not fit whole."""
+    first, every = (_at(with_placement(recipe, p), gpus, gpu, workload) for p in (FIRST, ALL))
+    if isinstance(every, str) and _may_cut(recipe) and recipe.parallel.tensor_model_parallel_size > 1:
+        cut = _at(_cut(recipe), gpus, gpu, workload)
+        every = every if isinstance(cut, str) else cut
+    return Placements(first, every)
+
+
+def _may_cut(recipe: Recipe) -> bool:
+    """Whether it is left to the plan to cut tower and connector over tensor-parallel ranks."""
+    return recipe.parallel.vision_placement == AUTO and recipe.parallel.vision_shards == "whole"
+
+
+def _cut(recipe: Recipe) -> Recipe:
+    return with_parallel(with_placement(recipe, ALL), vision_shards="tensor")
 
 
 def _at(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan | str:
@@ -102,17 +123,64 @@ def _at(recipe: Recipe, gpus: int, gpu: Gpu, workload: Workload) -> Plan | str:
     return plan
 
 
+def check_fits(recipe: Recipe, gpus: int, memory_bytes: float, on_cpu: bool) -> None:
+    """Refuse ``all_ranks`` that the recipe asks for by name where it does not fit, and warn where it may not.
+
+    It does not fit where packs as the planner assumes them on average do not; it may not where the heaviest do not.
+
+    Args:
+        recipe: a checked recipe.
+        gpus: processes of the job.
+        memory_bytes: of this one.
+        on_cpu: that is its part of the host's, without a GPU's context and gaps between allocations.
+
+    Raises:
+        RecipeError: with what is missing.
+    """
+    if recipe.parallel.vision_placement != ALL or costless(recipe.model):
+        return
+    try:
+        workload = assume_workload(recipe)
+    except RecipeError:  # a picture of the usual size does not fit its packs: nothing is known of them
+        return
+    layout, parallel = layout_of(recipe, gpus), recipe.parallel
+
+    def missing(most: int) -> str | None:
+        seen = replace(workload, most_views=most)
+        memory = [stage_memory(recipe, layout, stage, seen) for stage in range(layout.pipeline)]
+        needed = [one.tensors if on_cpu else one.total for one in memory]
+        stage = max(range(len(needed)), key=needed.__getitem__)
+        if needed[stage] <= memory_bytes:
+            return None
+        return f"{needed[stage] / GIB:.1f} GiB on a rank of stage {stage}, which has {memory_bytes / GIB:.1f}"
+
+    ways = ["parallel.vision_placement to first_stage"]
+    if not parallel.vision_recompute:
+        ways.insert(0, "parallel.vision_recompute to true")
+    if parallel.vision_shards == "whole" and parallel.tensor_model_parallel_size > 1:
+        ways.insert(0, "parallel.vision_shards to tensor")
+    remedy = f"set {', or '.join(ways)}"
+    if (line := missing(math.ceil(workload.views))) is not None:
+        raise RecipeError(f"parallel.vision_placement: all_ranks needs {line} (planned, average packs); {remedy}")
+    if (line := missing(workload.most_views)) is not None:
+        logger.warning("parallel.vision_placement: all_ranks may need %s (planned, heaviest packs); %s", line, remedy)
+
+
 def settled(recipe: Recipe, gpus: int) -> Recipe:
     """Return the recipe with ``parallel.vision_placement: auto`` settled for a job of so many processes.
 
     Reckoned for the GPU that ``megavlm plan`` takes without ``--gpu``, and the pack that it assumes: all ranks find the
     same, whatever they run on. A run that goes on keeps what it was begun with (:func:`record`), at the same layout.
+
+    Raises:
+        RecipeError: neither placement goes with the rest of the recipe.
     """
     if recipe.parallel.vision_placement != AUTO:
         return recipe
     if (kept := _kept(recipe, gpus)) is not None:
-        logger.info("parallel.vision_placement: %s, as the run was planned when it began", kept)
-        return with_placement(recipe, kept)
+        logger.info("parallel.vision_placement: %s, as the run was planned when it began", kept[0])
+        placed = with_placement(recipe, kept[0])
+        return with_parallel(placed, vision_shards=kept[1]) if kept[0] == ALL else placed
     gpu = find_gpu(DEFAULT)
     try:
         if costless(recipe.model):
@@ -120,19 +188,27 @@ def settled(recipe: Recipe, gpus: int) -> Recipe:
         found = of_layout(recipe, gpus, gpu, assume_workload(recipe))
         # Where neither fits that GPU, another is meant.
         chosen, why = found.better, found.reason()
+        cut = not isinstance(found.all_ranks, str) and found.all_ranks.layout.together
     except RecipeError as error:
-        chosen, why = FIRST, f"{FIRST}, as nothing can be planned: {error}"
+        chosen, why, cut = FIRST, f"{FIRST}, as nothing can be planned: {error}", False
+    placed = _cut(recipe) if cut and chosen == ALL else with_placement(recipe, chosen)
+    check_recipe(placed, gpus)  # where neither may be
     logger.info("parallel.vision_placement: %s (planned for %s)", why, gpu.name)
-    return with_placement(recipe, chosen)
+    return placed
 
 
 def record(given: Recipe, recipe: Recipe) -> dict[str, str]:
     """Return what ``run.json`` says of the placement: what ``auto`` of the recipe as given was settled to."""
-    return {_RECORD: recipe.parallel.vision_placement} if given.parallel.vision_placement == AUTO else {}
+    if given.parallel.vision_placement != AUTO:
+        return {}
+    return {_RECORD: recipe.parallel.vision_placement, _SHARDS: recipe.parallel.vision_shards}
 
 
-def _kept(recipe: Recipe, gpus: int) -> str | None:
-    """Return what ``auto`` was settled to in the run's newest checkpoint; None where there is none, or all is new."""
+def _kept(recipe: Recipe, gpus: int) -> tuple[str, str] | None:
+    """Return what ``auto`` was settled to in the run's newest checkpoint, with what ``vision_shards`` was then.
+
+    None where there is none, or all is new.
+    """
     newest = newest_first(Path(recipe.output_dir) / "checkpoints") if recipe.checkpoint.resume else []
     try:
         run = read_run(newest[0]) if newest else {}
@@ -144,11 +220,11 @@ def _kept(recipe: Recipe, gpus: int) -> str | None:
         check_recipe(with_placement(recipe, run[_RECORD]), gpus)
     except (UserError, OSError):  # who loads it says what is wrong
         return None
-    return str(run[_RECORD])
+    return str(run[_RECORD]), str(run.get(_SHARDS, recipe.parallel.vision_shards))
 
 
 def _planned_from(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of a recipe that make the layout, without those that are settled."""
-    made = set(KEYS) - {"vision_placement", "vision_recompute"}
+    made = set(KEYS) - {"vision_placement", *APART_KEYS}
     own = {key: value for key, value in (tree.get("parallel") or {}).items() if key in made}
     return {**own, "batch": (tree.get("training") or {}).get("global_batch_size")}

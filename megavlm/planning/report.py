@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megavlm.config import yaml12
@@ -15,6 +15,22 @@ from megavlm.planning.search import Plan, Search
 from megavlm.planning.workload import Workload
 
 
+@dataclass(frozen=True)
+class PlanPage:
+    """What a page tells."""
+
+    found: Search
+    own: Plan | str
+    """The recipe's own layout, or why it does not work."""
+    gpu: Gpu
+    workload: Workload
+    listed: int
+    """Layouts to list."""
+    command: list[str]
+    """That trains with the first of them, in pieces of a line each."""
+    placements: Placements
+
+
 def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
     """Return a YAML file for ``megavlm train RECIPE --overrides FILE``."""
     head = (
@@ -24,30 +40,23 @@ def overrides_file(plan: Plan, gpu: Gpu, recipe_name: str) -> str:
     return head + yaml12.dump(overrides(plan))
 
 
-def as_json(
-    found: Search,
-    own: Plan | str,
-    gpu: Gpu,
-    workload: Workload,
-    listed: int,
-    command: list[str],
-    placements: Placements,
-) -> dict[str, Any]:
+def as_json(report: PlanPage) -> dict[str, Any]:
     """Return the search as plain data: bytes, seconds, shares between 0 and 1."""
+    found, own, placements = report.found, report.own, report.placements
     return {
         "predicted": True,
         "gpus": found.gpus,
-        "gpu": asdict(gpu),
-        "workload": asdict(workload),
+        "gpu": asdict(report.gpu),
+        "workload": asdict(report.workload),
         "tried": found.tried,
-        "plans": [_plan_json(plan) for plan in found.plans[:listed]],
+        "plans": [_plan_json(plan) for plan in found.plans[: report.listed]],
         "recipe_as_it_is": own if isinstance(own, str) else _plan_json(own),
         "vision_placement": {
             name: plan if isinstance(plan, str) else _plan_json(plan) for name, plan in _both(placements)
         }
         | {"better": placements.better, "reason": placements.reason()},
         "refused": [asdict(refusal) for refusal in found.refusals],
-        "launch": command,
+        "launch": report.command,
     }
 
 
@@ -73,16 +82,9 @@ def _unit(workload: Workload) -> str:
     return "images" if workload.views == workload.images else "views"
 
 
-def as_text(
-    found: Search,
-    own: Plan | str,
-    gpu: Gpu,
-    workload: Workload,
-    listed: int,
-    command: list[str],
-    placements: Placements,
-) -> str:
+def as_text(report: PlanPage) -> str:
     """Return the search as a page of text."""
+    found, gpu, workload = report.found, report.gpu, report.workload
     lines = [
         f"Predicted, not measured: {found.gpus} x {gpu.name} in nodes of {GPUS_PER_NODE}.",
         *_measured(gpu),
@@ -91,16 +93,16 @@ def as_text(
         "",
     ]
     if found.plans:
-        lines += [*_table(found.plans[:listed]), "", *_chosen(found.plans[0], gpu)]
+        lines += [*_table(found.plans[: report.listed]), "", *_chosen(found.plans[0], gpu)]
         lines += [
             "",
-            *_placements(placements),
+            *_placements(report.placements),
             "",
-            _own(own, found.plans[0]),
+            _own(report.own, found.plans[0]),
             "",
             "Start it with (and your data and output_dir):",
         ]
-        lines += ["  " + " \\\n      ".join(command)]
+        lines += ["  " + " \\\n      ".join(report.command)]
     if found.refusals:
         lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]
         lines += [f"  TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]

@@ -315,6 +315,9 @@ class Timer:
         own = share_of_step(self.layout, self.workload.views)
         timer = Timer(self.recipe, alone(self.layout), self.gpu, self.workload.of_views(own))
         cost, modules = timer.vision(), self.recipe.modules
+        forward, wide = cost.forward, self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        if self.layout.together:  # which is the first stage's, and not the tower's
+            forward -= self._tensor_parallel(self.workload.tokens * wide, 2)
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         features = feature_bytes(self.recipe, self.layout, self.workload.views)
@@ -322,11 +325,12 @@ class Timer:
         if not self.layout.pipeline_crosses_nodes:
             rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
-        others = (self.layout.ranks - 1) / self.layout.ranks
-        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.ranks > 1 else 0.0
-        back = out / self.layout.tensor if not (modules.vision.freeze and modules.connector.freeze) else 0.0
-        again = cost.forward if back and self.recipe.parallel.vision_recompute else 0.0
-        return cost.forward, cost.backward + adding + again, out + back
+        others = (self.layout.places - 1) / self.layout.places
+        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.places > 1 else 0.0
+        share = 1 if self.layout.together else self.layout.tensor
+        back = out / share if not (modules.vision.freeze and modules.connector.freeze) else 0.0
+        again = forward if back and self.recipe.parallel.vision_recompute else 0.0
+        return forward, cost.backward + adding + again, out + back
 
     def apart(self) -> tuple[float, float]:
         """Return the seconds of reducing and gathering a tower that all ranks hold, unhidden, and of updating it."""
@@ -336,9 +340,11 @@ class Timer:
         gpus = self.layout.gpus
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         if gpus > GPUS_PER_NODE:
-            rate = min(rate, self.gpu.network * GPUS_PER_NODE * self.gpu.efficiency.network)
-        wires = (4 + self.kernels.number_bytes) * learning * (gpus - 1) / gpus / rate + 2 * COLLECTIVE_SECONDS
-        return wires if gpus > 1 else 0.0, self._update(learning, learning / gpus)
+            cards = GPUS_PER_NODE * self.layout.vision_data / gpus  # of a node, that one such sum has
+            rate = min(rate, self.gpu.network * cards * self.gpu.efficiency.network)
+        ranks = self.layout.vision_data
+        wires = (4 + self.kernels.number_bytes) * learning * (ranks - 1) / ranks / rate + 2 * COLLECTIVE_SECONDS
+        return wires if ranks > 1 else 0.0, self._update(learning, learning / ranks)
 
     def p2p(self) -> float:
         """Return the seconds of one message between stages."""

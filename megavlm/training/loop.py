@@ -196,6 +196,8 @@ class Trainer:
         self.graphs.before_step()
         self.metrics.begin()
         batches = self.feed.next_step(self.num_microbatches)
+        if training.vision is not None and training.vision.ahead and progress.step + 1 < settings.steps:
+            training.vision.encode_ahead(self.feed.peek_step(self.num_microbatches))
         self.metrics.fetched()
         training.scheduler.step(1)
         sources, highest = len(self.recipe.data.train), self.guard.largest_loss()

@@ -91,7 +91,7 @@ class Metrics:
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
         # Of this replica: what _counts lists.
-        self._counts = torch.zeros(8, dtype=torch.float64)
+        self._counts = torch.zeros(9, dtype=torch.float64)
         self._steps = 0
         self._seconds = 0.0
 
@@ -135,7 +135,7 @@ class Metrics:
             device
         )
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        tokens, squares, padding, padding_squares, images, *seen = counts.tolist()
+        tokens, squares, padding, padding_squares, images, moved, *seen = counts.tolist()
         vision, pictures = self.recipe.model.vision, Pictures(*seen)
         # Pictures that keep sizes of their own are so many views as they have times the patches of the usual one.
         views = pictures.patches / vision.patches_per_image if vision.packed else pictures.count
@@ -163,6 +163,8 @@ class Metrics:
             "data_wait_seconds": waited / self._steps,
             "step_seconds": seconds / self._steps,
         }
+        if self.recipe.parallel.vision_balance == "job":
+            values["vision_moved_fraction"] = moved / max(pictures.count, 1.0)
         for name, (loss, count) in zip(self.sources, self._losses.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = loss / count
@@ -311,6 +313,8 @@ _TAGS = {
     "vision_encode_seconds": "vision/encode_seconds",
     "vision_backward_seconds": "vision/backward_seconds",
     "vision_imbalance": "vision/imbalance",
+    "vision_job_imbalance": "vision/job_imbalance",
+    "vision_moved_fraction": "vision/moved_fraction",
     "vision_fraction": "vision/fraction",
     "vision_lost_fraction": "vision/lost_fraction",
     "slowest_rank": "slowest_rank/rank",
@@ -353,9 +357,10 @@ def _is_finite(value: float | str) -> bool:
 
 
 def _counts(batch: Batch) -> Tensor:
-    """[8] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, what is seen.
+    """[9] fp64: tokens, squared lengths of segments, padding, squared lengths of its segments, images, moved, seen.
 
-    The last three are those of :class:`Pictures`; of views of one size the first of them alone.
+    *Moved* are views that another replica encodes. The last three are those of :class:`Pictures`; of views of one size
+    the first of them alone.
     """
     lengths = torch.tensor(segment_lengths(batch.packed_seq_params), dtype=torch.float64)
     real = batch.segment_sources.cpu() >= 0
@@ -364,7 +369,8 @@ def _counts(batch: Batch) -> Tensor:
     seen = Pictures(batch.num_views, 0, 0)
     if batch.image_grid is not None:
         seen = Pictures.shown(batch.image_grid.tolist())
-    rest = [batch.num_images, seen.count, seen.patches, seen.squared]
+    moved = 0 if batch.shared is None else batch.shared.moved
+    rest = [batch.num_images, moved, seen.count, seen.patches, seen.squared]
     return torch.cat([torch.stack(sums), torch.tensor(rest, dtype=torch.float64)])
 
 

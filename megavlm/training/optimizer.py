@@ -108,7 +108,11 @@ def build_optimizer(
     with groups_of_all([*chunks, vision]):
         pipeline = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
         apart = get_megatron_optimizer(
-            config, [vision], config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups()
+            config,
+            [vision],
+            config_overrides=overrides,
+            use_gloo_process_groups=False,
+            pg_collection=groups(recipe.parallel),
         )
     return JoinedOptimizer([*pipeline.chained_optimizers, *apart.chained_optimizers])
 

@@ -174,7 +174,8 @@ def figures(ranks: Sequence[RankTimes]) -> dict[str, float | str]:
 def _vision_figures(timed: Sequence[tuple[RankTimes, StepTimes]]) -> dict[str, float | str]:
     """Return what the two phases in which all ranks encode come to; nothing where the first stage encodes.
 
-    The imbalance of a replica is the most that one of its ranks has to do over their mean: 1 is even.
+    The imbalance of a replica is the most that one of its ranks has to do over their mean: 1 is even. That of the job
+    is the same of all ranks, so that it shows replicas which others wait for.
     """
     if not any(times.vision for _, times in timed):
         return {}
@@ -183,10 +184,12 @@ def _vision_figures(timed: Sequence[tuple[RankTimes, StepTimes]]) -> dict[str, f
         work = [rank.encoding for rank, _ in timed if rank.replica == replica]
         if sum(work) > 0:
             imbalances.append(max(work) / fmean(work))
+    job = [rank.encoding for rank, _ in timed]
     return {
         "vision_encode_seconds": fmean(times.encode for _, times in timed),
         "vision_backward_seconds": fmean(times.vision_backward for _, times in timed),
         "vision_imbalance": fmean(imbalances) if imbalances else 1.0,
+        "vision_job_imbalance": max(job) / fmean(job) if sum(job) > 0 else 1.0,
         # Of all ranks' time: in the two phases, and the part of it in which they wait or hand over.
         "vision_fraction": fmean(times.vision / times.step for _, times in timed),
         "vision_lost_fraction": fmean((times.vision - rank.encoding) / times.step for rank, times in timed),

@@ -1,14 +1,18 @@
 """Tower and connector apart from the pipeline: all ranks encode, the pipeline runs, all ranks go backward.
 
-With ``parallel.vision_placement: all_ranks`` every rank of the job holds tower and connector whole. A step is then
+With ``parallel.vision_placement: all_ranks`` every rank of the job holds tower and connector whole (or each stage
+does, a shard on each tensor-parallel rank: ``parallel.vision_shards``). A step is then
 
-1. each rank encodes its share of the step's pictures of its replica, and the features go to the first stage;
+1. each rank encodes its share of the step's pictures of its replica (or of the whole job's:
+   ``parallel.vision_balance``), and the features go to the first stage;
 2. the language model's pipeline runs on Megatron-Core's schedule, with the features as leaves;
 3. their gradients go back to who made them, each rank goes backward through its share, and gradients of tower and
    connector are summed over the whole job, once.
 
+Where both are frozen, the next step's pictures may be encoded while a step's pipeline runs: ``parallel.vision_ahead``.
+
 The module has a DistributedDataParallel of its own over all ranks, without overlap: its gradients come at once, at the
-end. Where a replica has no picture in a step, nothing is exchanged; the sum over the job is made in every step.
+end. Where nobody has a picture in a step, nothing is exchanged; the sum over the job is made in every step.
 
 Shape legend: N views of a micro-batch, Q features of a view, K rows of features (view after view), E width of the
 language model, times 1 + R with a deepstack of R levels.
@@ -18,9 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -30,15 +34,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megavlm.config.schema import Recipe
-from megavlm.data.device_batch import Batch
+from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.data.device_batch import Batch, Grid, SharedPictures
 from megavlm.models.front import encode
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.device import local_device
-from megavlm.parallel.exchange import exchange
+from megavlm.parallel.encoders import encoders_of
 from megavlm.parallel.faults import fault
-from megavlm.parallel.replicas import group_of_one
+from megavlm.parallel.megatron_versions import sum_marked_gradients
+from megavlm.parallel.replicas import group_of_column, group_of_one, sum_gradients
+from megavlm.parallel.side_work import SideWork
 from megavlm.parallel.stopwatch import ENCODE, EXCHANGE, HOMEWARD, RETURN
+from megavlm.training.handover import Handover
 
 
 class VisionModule(MegatronModule):
@@ -49,14 +56,24 @@ class VisionModule(MegatronModule):
         self.vision, self.connector = chunk.vision, chunk.connector
 
 
-def groups() -> ProcessGroupCollection:
-    """Return the process groups of what every rank of the job holds whole: all of them are its replicas."""
-    alone, world = group_of_one(), dist.group.WORLD
+def groups(parallel: ParallelConfig) -> ProcessGroupCollection:
+    """Return the process groups of what lies on every rank of the job; a collective over it.
+
+    All of them are its replicas; of shards, those with the same tensor-parallel index.
+    """
+    alone, same, tensor = group_of_one(), dist.group.WORLD, group_of_one()
+    if shards(parallel):
+        same, tensor = group_of_column(), mpu.get_tensor_model_parallel_group()
     return ProcessGroupCollection(
-        tp=alone, pp=alone, mp=alone, cp=alone, ep=alone, expt_dp=alone, intra_expt_dp=alone, tp_ep_pp=alone,
-        dp=world, dp_cp=world, intra_dp_cp=world,
+        tp=tensor, pp=alone, mp=alone, cp=alone, ep=alone, expt_dp=alone, intra_expt_dp=alone, tp_ep_pp=alone,
+        dp=same, dp_cp=same, intra_dp_cp=same,
         intra_dist_opt=mpu.get_intra_distributed_optimizer_instance_group(),
     )  # fmt: skip
+
+
+def shards(parallel: ParallelConfig) -> bool:
+    """Whether tower and connector are cut over the tensor-parallel ranks of each stage."""
+    return parallel.vision_shards == "tensor" and parallel.tensor_model_parallel_size > 1
 
 
 def wrap(chunk: VisionLanguageModel, recipe: Recipe) -> DistributedDataParallel:
@@ -64,7 +81,7 @@ def wrap(chunk: VisionLanguageModel, recipe: Recipe) -> DistributedDataParallel:
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=recipe.parallel.use_distributed_optimizer
     )
-    return DistributedDataParallel(chunk.config, config, VisionModule(chunk), pg_collection=groups())
+    return DistributedDataParallel(chunk.config, config, VisionModule(chunk), pg_collection=groups(recipe.parallel))
 
 
 @contextlib.contextmanager
@@ -101,10 +118,7 @@ class _Encoded:
     """What they became, [k, E] each, with its graph; with ``parallel.vision_recompute`` nothing."""
     leaves: list[Tensor | None]
     """Of each micro-batch, on the first stage; [Q, N, E]."""
-    owners: list[list[int]]
-    """[M][N] who encoded each picture."""
-    rows: list[list[int]]
-    """[M][N] features of each."""
+    handover: Handover
 
 
 class VisionPhases:
@@ -123,35 +137,48 @@ class VisionPhases:
         self._dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
         self._again = recipe.parallel.vision_recompute
         self._width = recipe.model.language.hidden_size * (1 + recipe.model.vision.deepstack)
-        self._group = mpu.get_model_parallel_group()
-        self._tensor = mpu.get_tensor_model_parallel_world_size()
-        self._rank, self._ranks = self._group.rank(), self._group.size()
-        place = mpu.get_pipeline_model_parallel_rank() * self._tensor + mpu.get_tensor_model_parallel_rank()
-        assert self._rank == place, "ranks of the model-parallel group do not lie stage by stage"
+        self._encoders, self._cut = encoders_of(recipe.parallel), shards(recipe.parallel)
+        self._replicas = chunk.replicas if self._cut else frozenset[str]()
         self._encoded: _Encoded | None = None
+        self.ahead = recipe.parallel.vision_ahead
+        """Whether the next step's pictures may be encoded during a step (:meth:`encode_ahead`)."""
+        self._early: deque[tuple[Sequence[Batch], SideWork]] = deque()
+
+    def encode_ahead(self, batches: Sequence[Batch]) -> None:
+        """Begin to encode the pictures of the step after the one that is about to run, in a thread.
+
+        Done when that step's :meth:`backward` returns; :meth:`encode` of the same ``batches`` then finds the features.
+        """
+        assert self.ahead and not self.trains and not self._cut
+        handover = self._handover(batches)
+
+        def work() -> list[Tensor]:
+            fault("vision.encode")
+            return [self._encode(piece) for piece in self._own_pictures(batches, handover)]
+
+        if not handover.empty:
+            self._early.append((batches, SideWork(work)))
 
     def encode(self, batches: Sequence[Batch], *, backward: bool) -> list[Batch]:
         """Encode the pictures of a step; return its micro-batches with features in place of pixels; a collective.
 
         Args:
-            batches: this rank's; with ``image_owners``.
+            batches: this rank's, as :func:`megavlm.data.device_batch.share_packs` spreads their pictures.
             backward: gradients will come (:meth:`backward`).
         """
-        owners = [_owners(batch) for batch in batches]
-        rows = [self._rows(batch) for batch in batches]
         self._encoded = None
-        if not any(owners):
+        handover = self._handover(batches)
+        if handover.empty:
             return [replace(batch, images=None) for batch in batches]
         keeps = backward and self.trains and not self._again
         with self._timed(ENCODE), torch.set_grad_enabled(keeps):
-            fault("vision.encode")
-            pieces = self._own_pictures(batches, owners, rows)
-            features = [self._encode(piece) for piece in pieces]
+            pieces, features = self._share(batches, handover)
         with self._timed(EXCHANGE):
-            leaves = self._hand_out([one.detach() for one in features], owners, rows)
+            found = handover.out(torch.cat([one.detach() for one in features]) if features else self._none())
+            leaves = [None if one is None else self._shaped(one) for one in found]
         if backward and self.trains:
             leaves = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
-            self._encoded = _Encoded(pieces, features if keeps else [], leaves, owners, rows)
+            self._encoded = _Encoded(pieces, features if keeps else [], leaves, handover)
         pairs = zip(batches, leaves, strict=True)
         return [replace(batch, images=None, view_features=leaf) for batch, leaf in pairs]
 
@@ -162,33 +189,50 @@ class VisionPhases:
         """
         encoded, self._encoded = self._encoded, None
         with self._timed(HOMEWARD):
+            for _, work in self._early:
+                work.result()  # nobody evaluates, saves or ends while the tower runs
             if encoded is not None:
                 with self._timed(EXCHANGE):
-                    grad_KE = self._hand_back(encoded)
+                    grad_KE = encoded.handover.home([self._taken(leaf) for leaf in encoded.leaves])
                 with self._timed(RETURN):
                     fault("vision.backward")
                     self._go_backward(encoded, grad_KE)
         self.wrapped.finish_grad_sync()
+        if self._cut:  # what the ranks of a stage hold alike, and each has a part of the gradient of
+            sum_marked_gradients([self.wrapped])
+            sum_gradients([self.wrapped])
 
-    def _rows(self, batch: Batch) -> list[int]:
-        """Return the features of each picture."""
-        connector = self.model.connector
-        if batch.image_grid is None:
-            return [self.model.tokens_per_view] * batch.num_views
-        return [frames * connector.tokens_of((high, wide)) for frames, high, wide in batch.image_grid.tolist()]
+    def _share(self, batches: Sequence[Batch], handover: Handover) -> tuple[list[_SharePart], list[Tensor]]:
+        """Return this rank's pictures of a step, and what they become."""
+        if self._early and self._early[0][0] is batches:
+            return [], self._early.popleft()[1].result()
+        fault("vision.encode")
+        pieces = self._own_pictures(batches, handover)
+        return pieces, [self._encode(piece) for piece in pieces]
 
-    def _own_pictures(
-        self, batches: Sequence[Batch], owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
-    ) -> list[_SharePart]:
+    def _handover(self, batches: Sequence[Batch]) -> Handover:
+        """Return the ways of a step's features."""
+        pictures = [batch.shared for batch in batches if batch.shared is not None]
+        assert len(pictures) == len(batches), "the feed did not say who encodes which picture"
+        return Handover(self._encoders, pictures, self._rows, self._none())
+
+    def _rows(self, grid: Grid) -> int:
+        """Return the features of a picture."""
+        if grid is None:
+            return self.model.tokens_per_view
+        frames, high, wide = grid
+        return int(frames * self.model.connector.tokens_of((high, wide)))
+
+    def _own_pictures(self, batches: Sequence[Batch], handover: Handover) -> list[_SharePart]:
         """Return this rank's pictures: all at once, or, to be encoded twice, in pieces of about a micro-batch's."""
+        rows = [0] * len(batches)
+        for number, _, count in handover.mine:
+            rows[number] += count
         found: list[_SharePart] = []
-        for batch, own, sizes in zip(batches, owners, rows, strict=True):
-            mine = torch.tensor([owner == self._rank for owner in own], dtype=torch.bool)
-            if mine.any() and batch.images is not None:
-                grid = None if batch.image_grid is None else batch.image_grid[mine]
-                count = sum(size for size, owner in zip(sizes, own, strict=True) if owner == self._rank)
-                found.append(_SharePart(batch.images, grid, count))
-        most = sum(map(sum, rows)) / len(rows) if self._again else math.inf
+        for batch, count in zip(batches, rows, strict=True):
+            if count and batch.images is not None and batch.shared is not None:
+                found.append(_SharePart(batch.images, _grid_of(batch.shared, self._encoders.place), count))
+        most = handover.mean_rows if self._again else math.inf
         groups: list[list[_SharePart]] = []
         for one in found:
             if groups and sum(other.rows for other in groups[-1]) + one.rows <= most:
@@ -201,7 +245,8 @@ class VisionPhases:
         """Return [k, E] features of pictures."""
         vision, connector = self.chunk.vision, self.chunk.connector
         features_QNE = encode(
-            vision, connector, pictures.images, pictures.grid, trains_vision=self._trains_vision
+            vision, connector, pictures.images, pictures.grid,
+            trains_vision=self._trains_vision, replicas=self._replicas,
         )  # fmt: skip
         return features_QNE.transpose(0, 1).flatten(0, 1).to(self._dtype)
 
@@ -212,64 +257,20 @@ class VisionPhases:
             features = self._encode(piece) if self._again else encoded.features[number]
             features.backward(grad)
 
-    def _count(self, owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> list[int]:
-        """Return the features that each rank makes."""
-        counts = [0] * self._ranks
-        for own, sizes in zip(owners, rows, strict=True):
-            for owner, size in zip(own, sizes, strict=True):
-                counts[owner] += size
-        return counts
-
-    def _hand_out(
-        self, features: Sequence[Tensor], owners: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
-    ) -> list[Tensor | None]:
-        """Hand features to the first stage; return there those of each micro-batch, [Q, N, E]."""
-        counts, first = self._count(owners, rows), self._rank < self._tensor
-        own_KE = torch.cat(list(features)) if features else self._none()
-        assert own_KE.size(0) == counts[self._rank], (own_KE.shape, counts)
-        sent = [counts[self._rank] if rank < self._tensor else 0 for rank in range(self._ranks)]
-        everything = torch.cat([own_KE] * self._tensor) if self._tensor > 1 else own_KE
-        got_KE = exchange(everything, sent, counts if first else [0] * self._ranks, self._group)
-        if not first:
-            return [None] * len(owners)
-        at = [0, *accumulate(counts)][:-1]
-        leaves: list[Tensor | None] = []
-        for own, sizes in zip(owners, rows, strict=True):
-            pieces = []
-            for owner, size in zip(own, sizes, strict=True):
-                pieces.append(got_KE[at[owner] : at[owner] + size])
-                at[owner] += size
-            leaves.append(self._shaped(pieces) if pieces else None)
-        return leaves
-
     def _shaped(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return pictures' features [K, E] as the model has them: [Q, N, E], or [K, 1, E] of any size."""
         if self.model.vision.packed:
             return torch.cat(list(pieces)).unsqueeze(1)
         return torch.stack(list(pieces), dim=1)
 
-    def _hand_back(self, encoded: _Encoded) -> Tensor:
-        """Hand gradients to who made the features; return those of this rank's, [K, E].
-
-        The tensor-parallel ranks of the first stage have the same gradients, whole; each serves those of its index.
-        """
-        counts = self._count(encoded.owners, encoded.rows)
-        serves = [self._rank < self._tensor and rank % self._tensor == self._rank for rank in range(self._ranks)]
-        pieces: list[list[Tensor]] = [[] for _ in range(self._ranks)]
-        for leaf, own, sizes in zip(encoded.leaves, encoded.owners, encoded.rows, strict=True):
-            if leaf is None:
-                continue
-            grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            split = grad.transpose(0, 1).flatten(0, 1).split(sizes)
-            for piece, owner in zip(split, own, strict=True):
-                if serves[owner]:
-                    pieces[owner].append(piece)
-            leaf.grad = None
-        given = [piece for of_rank in pieces for piece in of_rank]
-        sent = [count if served else 0 for count, served in zip(counts, serves, strict=True)]
-        source = self._rank % self._tensor
-        received = [counts[self._rank] if rank == source else 0 for rank in range(self._ranks)]
-        return exchange(torch.cat(given) if given else self._none(), sent, received, self._group)
+    @staticmethod
+    def _taken(leaf: Tensor | None) -> Tensor | None:
+        """Take the gradient of a micro-batch's features off them, [K, E]; zeros where nothing asked for them."""
+        if leaf is None:
+            return None
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        leaf.grad = None
+        return grad.transpose(0, 1).flatten(0, 1)
 
     def _none(self) -> Tensor:
         return torch.empty(0, self._width, dtype=self._dtype, device=local_device())
@@ -291,6 +292,8 @@ def _joined(pictures: Sequence[_SharePart]) -> _SharePart:
     return _SharePart(images, torch.cat(grids) if grids else None, sum(one.rows for one in pictures))
 
 
-def _owners(batch: Batch) -> list[int]:
-    assert batch.image_owners is not None, "the feed did not say who encodes which picture"
-    return list(batch.image_owners)
+def _grid_of(pictures: SharedPictures, place: int) -> Tensor | None:
+    """Return the grids of what a place encodes of a micro-batch; None where pictures are alike."""
+    pairs = [pair for both in zip(pictures.places, pictures.grids, strict=True) for pair in zip(*both, strict=True)]
+    found = [grid for owner, grid in pairs if owner == place]
+    return None if None in found else torch.tensor(found, dtype=torch.int64)

@@ -41,7 +41,7 @@ def test_every_field_has_its_place() -> None:
     kept = {one.name for one in fields(Batch)}
     # The one is made of the other; who encodes what, and what came of it, is set where the tower is on all ranks.
     assert placed - kept == {"cu_seqlens", "two_way_spans"}
-    assert kept - placed == {"packed_seq_params", "image_owners", "view_features"}
+    assert kept - placed == {"packed_seq_params", "shared", "view_features"}
 
 
 def test_fields_with_a_value_per_position_are_equally_long() -> None:

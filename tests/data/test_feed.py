@@ -109,6 +109,21 @@ def test_the_state_is_exact_at_any_moment(prefetch: Callable[..., Prefetcher]) -
         assert contents(prefetch(state=states[taken]), 6) == whole[taken : taken + 6], taken
 
 
+def test_what_is_looked_at_is_not_taken(prefetch: Callable[..., Prefetcher]) -> None:
+    """It comes again, in the same order; a state in between knows nothing of it."""
+    whole = contents(prefetch(), 9)
+    first = prefetch()
+    assert contents(first, 2) == whole[:2]
+    samples, history = first.counters.samples, first.counters.history
+    looked = [*first.peek(4), *first.peek(2)]
+    assert [one.pack.sample_keys for one in looked] == [keys for *_, keys, _ in (*whole[2:6], *whole[2:4])]
+    assert (first.counters.samples, first.counters.history) == (samples, history)
+    again = prefetch(state=through_json(first.state()))
+    assert contents(first, 3) == whole[2:5] == contents(again, 3)
+    second = prefetch(state=through_json(first.state()))
+    assert contents(first, 4) == whole[5:9] == contents(second, 4)
+
+
 def test_a_state_of_another_run_is_refused(prefetch: Callable[..., Prefetcher]) -> None:
     state = prefetch().state()
     with pytest.raises(ValueError, match="saved with num_workers 0, but this run has 1"):
@@ -145,6 +160,17 @@ def test_an_error_of_the_reader_arrives_and_stays(prefetch: Callable[..., Prefet
     with pytest.raises(OSError, match="the disk is gone"):
         prefetch(source=Failing(0, OSError("the disk is gone")))
     assert source.closed == 1
+
+
+def test_an_error_that_is_looked_at_arrives_and_stays(prefetch: Callable[..., Prefetcher]) -> None:
+    prefetcher = prefetch(source=Failing(2, OSError("the disk is gone")))
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            prefetcher.peek(4)
+    assert len(prefetcher.peek(2)) == len(contents(prefetcher, 2)) == 2
+    for look in (prefetcher.take, lambda: prefetcher.peek(1), prefetcher.take):
+        with pytest.raises(OSError, match="the disk is gone"):
+            look()
 
 
 def test_an_error_of_the_decoder_arrives(prefetch: Callable[..., Prefetcher]) -> None:

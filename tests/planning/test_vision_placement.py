@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from tiny import tiny_recipe
 
+from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.planning.apart import alone, share_of_step, vision_bytes
-from megavlm.planning.gpus import find_gpu
+from megavlm.planning.gpus import GIB, HEADROOM, find_gpu
 from megavlm.planning.layout import layout_of, with_parallel
 from megavlm.planning.memory import stage_memory
 from megavlm.planning.parameters import apart_elements, chunk_parameters
-from megavlm.planning.placement import ALL, FIRST, of_layout, settled
+from megavlm.planning.placement import ALL, FIRST, check_fits, of_layout, settled
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import assume_workload
 
@@ -98,3 +99,56 @@ def test_which_to_take_and_why() -> None:
     auto = with_parallel(deep, vision_placement="auto")
     assert settled(auto, 512).parallel.vision_placement == ALL
     assert settled(deep, 64) is deep
+
+
+SHARDS = {**EVERY, "vision_shards": "tensor"}
+
+
+def test_shards_are_a_part_of_the_tower_and_stages_encode() -> None:
+    sizes = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    whole, cut = vision_heavy(**sizes, **EVERY), vision_heavy(**sizes, **SHARDS)
+    workload, layouts = assume_workload(whole), [layout_of(one, 64) for one in (whole, cut)]
+    assert [layout.places for layout in layouts] == [8, 2] and [layout.vision_data for layout in layouts] == [64, 16]
+    (_, all_of_it, _), (_, shard, _) = (apart_elements(r, one) for r, one in zip((whole, cut), layouts, strict=True))
+    assert all_of_it / 4 < shard < all_of_it / 3.5
+    before, now = (stage_memory(r, one, 1, workload) for r, one in zip((whole, cut), layouts, strict=True))
+    assert now.weights < before.weights and now.gradients < before.gradients
+    assert now.optimizer == pytest.approx(before.optimizer, rel=0.02)
+    # A stage has four times the pictures of a rank, each on four ranks, which talk in between.
+    (fast, *_), (slow, *_) = (
+        Timer(r, one, H100, workload).phases() for r, one in zip((whole, cut), layouts, strict=True)
+    )
+    assert fast < slow < 2 * fast
+
+
+def test_auto_cuts_what_does_not_fit_whole() -> None:
+    sizes = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 2, "recompute_granularity": "full"}
+    auto = vision_heavy(**sizes, vision_placement="auto", vision_recompute=True)
+    workload, gpus = assume_workload(auto), 128
+    needed = [
+        max(stage_memory(one, layout_of(one, gpus), stage, workload).total for stage in (0, 1))
+        for one in (vision_heavy(**sizes, **keys, vision_recompute=True) for keys in (SHARDS, EVERY))
+    ]
+    assert needed[0] < needed[1]
+    between = dataclasses.replace(H100, memory_bytes=sum(needed) / 2 / (1 - HEADROOM))
+    found = of_layout(auto, gpus, between, workload)
+    assert not isinstance(found.all_ranks, str) and found.all_ranks.layout.together
+    assert "in shards of parallel.vision_shards" in found.reason() or found.better == FIRST
+    by_name = of_layout(with_parallel(auto, **EVERY), gpus, between, workload)
+    assert isinstance(by_name.all_ranks, str)
+
+
+def test_what_does_not_fit_is_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    every = vision_heavy(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, **EVERY)
+    workload, layout = assume_workload(every), layout_of(every, 64)
+    heaviest = max(stage_memory(every, layout, stage, workload).total for stage in range(4))
+    check_fits(every, 64, heaviest, on_cpu=False)
+    assert not caplog.text
+    with caplog.at_level("WARNING", "megavlm"):
+        check_fits(every, 64, heaviest - GIB, on_cpu=False)
+    assert "all_ranks may need" in caplog.text and "heaviest packs" in caplog.text
+    with pytest.raises(
+        RecipeError, match=r"all_ranks needs .* GiB on a rank of stage 0, which has 8.0 .*vision_shards"
+    ):
+        check_fits(every, 64, 8 * GIB, on_cpu=True)
+    check_fits(with_parallel(every, vision_placement=FIRST), 64, 8 * GIB, on_cpu=True)

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from typing import Any, ClassVar
 
 from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import job_files  # noqa: E402
 import levels_cases  # noqa: E402
 import numpy as np  # noqa: E402
 import tiles_cases  # noqa: E402
 import torch  # noqa: E402
-from lora_worker import fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
-from megavlm.checkpoint.saver import Saver, State  # noqa: E402
 from megavlm.config.checks import check_recipe  # noqa: E402
-from megavlm.config.help import to_tree, to_yaml  # noqa: E402
+from megavlm.config.help import to_tree  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.device_batch import share_packs  # noqa: E402
+from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
 from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
 from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
-from megavlm.models.build import build_model, unwrap  # noqa: E402
 from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
+from megavlm.training import handover, vision  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.heldout import HeldOut, validate  # noqa: E402
-from megavlm.training.optimizer import recipe_settings_kept  # noqa: E402
 from megavlm.training.spread import PictureSpread  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
 
@@ -49,43 +46,58 @@ def run(job: Job) -> dict[str, Any]:
     """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
     recipe = made(job["recipe"])
     check_recipe(recipe)
-    found: dict[str, Any] = {"loss": [], "grad_norm": [], "skipped": []}
+    Counted.calls.clear()
+    found: dict[str, Any] = {"loss": [], "grad_norm": [], "moved": False}
     with process_groups(recipe.parallel, recipe.training.seed):
-        if "weights" in job and not Path(job["weights"]).exists():
-            plain = made({name: branch for name, branch in job["recipe"].items() if name != "lora"})
-            modules = [unwrap(chunk) for chunk in build_model(plain, IMAGE_TOKEN)]
-            checkpoint.save_weights(Path(job["weights"]).parent, modules, recipe_yaml=to_yaml(plain))
+        job_files.make_weights(job, made)
         torch.manual_seed(recipe.training.seed)
         training = build_training(recipe, IMAGE_TOKEN)
-        if "load" in job:
-            with recipe_settings_kept(training.optimizer):
-                checkpoint.load(
-                    Path(job["load"]), modules=training.modules, optimizer=training.optimizer,
-                    scheduler=training.scheduler,
-                )  # fmt: skip
-        else:
-            checkpoint.load(Path(job["weights"]), modules=training.modules)
-            if recipe.lora.rank is not None:
-                fill(training.modules)
-            training.optimizer.reload_model_params()
+        job_files.load(job, training, recipe)
         spread = None if training.vision is None else PictureSpread(recipe)
-        first, last = job["steps"]
+        (first, last), following = job["steps"], None
         for step in range(first, last):
             training.scheduler.step(1)
-            packs = read(recipe, step, job.get("without", ()))
-            batches = share_packs(packs if is_reader() else None, len(packs), spread)
+            batches = fetch(job, recipe, step, spread) if following is None else following
+            if training.vision is not None and training.vision.ahead and step + 1 < last:
+                following = fetch(job, recipe, step + 1, spread)
+                training.vision.encode_ahead(following)
+            found["moved"] |= any(batch.shared is not None and batch.shared.moved for batch in batches)
             result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
             found["loss"].append(result.loss)
             found["grad_norm"].append(result.grad_norm)
+        found["calls"] = dict(Counted.calls)
         with training.settled():
             packs = read(recipe, 7, ())
             held_out = HeldOut("few", packs if is_reader() else None, len(packs))
             found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
             found["copies"] = copies(training.modules)
-            state = State(training.modules, training.optimizer, training.scheduler, run={"step": last})
-            state.recipe_yaml = to_yaml(recipe)
-            Saver(Path(job["save"]), keep=1).save(state)
+            found["held"] = sum(len(values) for values in found["copies"].values()) // 4
+            job_files.save(job, training, recipe, last)
     return found
+
+
+class Counted:
+    """Counts calls of a function or class that a module of the trainer uses."""
+
+    calls: ClassVar[Counter[str]] = Counter()
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.name, self.plain = name, getattr(module, name)
+        setattr(module, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls[self.name] += 1
+        return self.plain(*args)
+
+
+Counted(handover, "exchange")
+Counted(vision, "SideWork")
+
+
+def fetch(job: Job, recipe: Recipe, step: int, spread: Any) -> list[Batch]:
+    """Return this rank's micro-batches of a step."""
+    packs = read(recipe, step, job.get("without", ()))
+    return share_packs(packs if is_reader() else None, len(packs), spread)
 
 
 def made(branches: dict[str, Any]) -> Recipe:
@@ -113,8 +125,8 @@ def read(recipe: Any, step: int, without: Any) -> list[ReadPack]:
         mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
     if step in without:
         mine = [_text(one) for one in mine]
-    elif "one" in without:  # replica
-        mine = [one if i % size else _text(one) for i, one in enumerate(mine)]
+    elif "one" in without:  # replica has some; or, in one process, what that one had of the two
+        mine = [one if i % 2 else _text(one) for i, one in enumerate(mine)]
     return mine[rank::size]
 
 

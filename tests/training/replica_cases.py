@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import job_files  # noqa: E402
 import torch  # noqa: E402
-from lora_worker import fill  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
-from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
-from megavlm.checkpoint.saver import Saver, State  # noqa: E402
-from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
-from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.models.build import unwrap  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
-from megavlm.training.optimizer import recipe_settings_kept  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
 
 Job = dict[str, Any]
@@ -37,24 +32,12 @@ def run(job: Job) -> dict[str, Any]:
     """Train from ``weights`` (made if they are not there) and save, or ``load`` a run and save it again at once."""
     recipe = tiny_recipe(**job["recipe"])
     with process_groups(recipe.parallel, recipe.training.seed):
-        if "weights" in job and not Path(job["weights"]).exists():
-            plain = tiny_recipe(**{name: branch for name, branch in job["recipe"].items() if name != "lora"})
-            modules = [unwrap(chunk) for chunk in build_model(plain, IMAGE_TOKEN)]
-            checkpoint.save_weights(Path(job["weights"]).parent, modules, recipe_yaml=to_yaml(plain))
+        job_files.make_weights(job, lambda branches: tiny_recipe(**branches))
         torch.manual_seed(recipe.training.seed)
         training = build_training(recipe, IMAGE_TOKEN)
         found: dict[str, Any] = {"stage": mpu.get_pipeline_model_parallel_rank(), "built": weights_of(training.modules)}
-        if "load" in job:
-            with recipe_settings_kept(training.optimizer):
-                checkpoint.load(
-                    Path(job["load"]), modules=training.modules, optimizer=training.optimizer,
-                    scheduler=training.scheduler,
-                )  # fmt: skip
-        else:
-            checkpoint.load(Path(job["weights"]), modules=training.modules)
-            if recipe.lora.rank is not None:
-                fill(training.modules)
-            training.optimizer.reload_model_params()
+        job_files.load(job, training, recipe)
+        if "weights" in job:
             found["features"] = features(training)
             results = []
             for step in range(STEPS):
@@ -66,9 +49,7 @@ def run(job: Job) -> dict[str, Any]:
         found["learning"] = sum(p.numel() for p in parameters if p.requires_grad)
         with training.settled():
             found["copies"] = weights_of(training.modules, cut=False)
-            state = State(training.modules, training.optimizer, training.scheduler, run={"step": STEPS})
-            state.recipe_yaml = to_yaml(recipe)
-            Saver(Path(job["save"]), keep=1).save(state)
+            job_files.save(job, training, recipe, STEPS)
     return found
 
 

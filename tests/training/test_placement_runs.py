@@ -77,11 +77,48 @@ def test_a_run_through_every_phase(run_data: RunData, tmp_path: Path) -> None:
     assert answers[0] == answers[1] and answers[0].strip()
 
 
+FROZEN = ("modules.vision.freeze=true", "modules.connector.freeze=true")
+AHEAD = (ALL, "parallel.vision_ahead=true")
+
+
+@pytest.mark.long
+@pytest.mark.dist
+def test_a_run_that_encodes_ahead_goes_on_where_it_stood(run_data: RunData, tmp_path: Path) -> None:
+    """Frozen tower: losses as on the first stage, with a stop between two steps, and pictures of both replicas."""
+    more = (*SAVES, *FROZEN, "training.validation_interval=2", "training.global_batch_size=4")
+    ranks.megavlm(run_data.words(tmp_path / "whole", *more, PP2), world=4)
+    for steps, words in ((4, AHEAD), (6, (*AHEAD, "parallel.vision_balance=job"))):
+        run = [*run_data.words(tmp_path / "run", *more, PP2, *words), f"training.train_steps={steps}"]
+        ranks.megavlm(run, world=4)
+    assert [one["step"] for one in lines(tmp_path / "run")] == [one["step"] for one in lines(tmp_path / "whole")]
+    for alone, moved in zip(lines(tmp_path / "whole"), lines(tmp_path / "run"), strict=True):
+        for key in {"loss", "validation_loss", "grad_norm"} & alone.keys():
+            assert moved[key] == pytest.approx(alone[key], rel=1e-4), (key, moved["step"])
+        if "images_per_second" in moved:
+            assert ("vision_moved_fraction" in moved) == (moved["step"] > 4)
+    *_, last = (one for one in lines(tmp_path / "run") if "timed_step_seconds" in one)
+    assert 0 <= last["vision_moved_fraction"] <= 1 <= last["vision_job_imbalance"]
+    assert last["vision_backward_seconds"] == 0
+
+
+@pytest.mark.dist
+def test_what_does_not_fit_is_refused_before_anything_is_built(run_data: RunData, tmp_path: Path) -> None:
+    """By the planner's figures: a tower of some 77 thousand million parameters."""
+    huge = ("model.vision.ffn_hidden_size=4000000", "model.vision.num_layers=200")
+    done = ranks.megavlm(run_data.words(tmp_path / "run", *huge, ALL, PP2), world=2, check=False)
+    assert done.code == 2, done.stdout
+    assert "parallel.vision_placement: all_ranks needs" in done.stdout
+    assert "set parallel.vision_recompute to true, or parallel.vision_placement to first_stage" in done.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.reliability
 @pytest.mark.dist
-@pytest.mark.parametrize("point", ["vision.encode", "step.forward", "vision.backward"])
+@pytest.mark.parametrize("point", ["vision.encode", "step.forward", "vision.backward", "vision.encode ahead"])
 def test_a_rank_that_dies_in_a_phase_is_named(point: str, run_data: RunData, tmp_path: Path) -> None:
-    words = run_data.words(tmp_path / "run", *SAVES, PP2, ALL, "parallel.distributed_timeout_minutes=0.2")
+    point, _, ahead = point.partition(" ")
+    more = (*FROZEN, *AHEAD) if ahead else (ALL,)
+    words = run_data.words(tmp_path / "run", *SAVES, PP2, *more, "parallel.distributed_timeout_minutes=0.2")
     code, text = under_torchrun(
         ["-m", "megavlm", *words], ranks=2, restarts=0, env={VARIABLE: f"{point}:rank1:step3:kill"}, timeout=180
     )
@@ -112,7 +149,8 @@ def test_what_auto_was_settled_to_stays_when_a_run_goes_on(
     auto = "parallel.vision_placement=auto"
     recipe = run_data.recipe(tmp_path / "run", auto, PP2)
     begun = settled(recipe, 2)
-    assert record(recipe, begun) == {"vision_placement_auto": begun.parallel.vision_placement}
+    settled_to = {"vision_placement_auto": begun.parallel.vision_placement, "vision_shards_auto": "whole"}
+    assert record(recipe, begun) == settled_to
     assert record(begun, begun) == {}
     other = "first_stage" if begun.parallel.vision_placement == "all_ranks" else "all_ranks"
     saved = tmp_path / "run" / "checkpoints" / "step-00000002"
@@ -123,6 +161,9 @@ def test_what_auto_was_settled_to_stays_when_a_run_goes_on(
     (saved / "run.json").write_text(json.dumps(run), encoding="utf-8")
     caplog.set_level("INFO", "megavlm")
     assert settled(recipe, 2) == changed and "as the run was planned when it began" in caplog.text
+    cut = with_parallel(with_placement(begun, "all_ranks"), vision_shards="tensor")
+    (saved / "run.json").write_text(json.dumps({"world_size": 2, **record(recipe, cut)}), encoding="utf-8")
+    assert settled(recipe, 2) == cut
     caplog.clear()
     for words, world in (((TP2,), 2), ((PP2,), 4), ((PP2, "checkpoint.resume=false"), 2)):
         settled(run_data.recipe(tmp_path / "run", auto, *words), world)

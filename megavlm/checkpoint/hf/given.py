@@ -153,7 +153,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
         branches["template"] = given[0].branches["template"]
     parts = [part for part in BRANCHES if part in branches]
     tokenizer = next(
-        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
+        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.folders[""])] if t), None
     )
     if tokenizer is not None:
         check_pointer(tokenizer)

@@ -1,0 +1,57 @@
+"""Work that a thread does while its caller goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megavlm.parallel.device import has_cuda, use_local_device
+
+
+class SideWork:
+    """Makes tensors in a thread, without gradients; on a GPU on a stream of its own.
+
+    What the work reads must not change until :meth:`result`. It may call no collective, and draw no random number:
+    others do meanwhile.
+
+    Args:
+        work: what to do.
+    """
+
+    def __init__(self, work: Callable[[], Sequence[Tensor]]) -> None:
+        self._work, self._made = work, list[Tensor]()
+        self._error: BaseException | None = None
+        self._stream = torch.cuda.Stream() if has_cuda() else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        self._thread = threading.Thread(target=self._run, name="megavlm-side-work", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        use_local_device()
+        stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        try:
+            with stream, torch.no_grad():
+                self._made = list(self._work())
+        except BaseException as error:  # the caller's, in :meth:`result`
+            self._error = error
+
+    def result(self) -> list[Tensor]:
+        """Wait for the work, and return what it made.
+
+        Raises:
+            BaseException: what it raised.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            for one in self._made:
+                one.record_stream(current)
+        return self._made
