@@ -67,7 +67,7 @@ def run(job: Job) -> dict[str, Any]:
             found["grad_norm"].append(result.grad_norm)
         found["calls"] = dict(Counted.calls)
         with training.settled():
-            packs = read(recipe, 7, ())
+            packs = read(recipe, 7, (), alike=job.get("alike", False))
             held_out = HeldOut("few", packs if is_reader() else None, len(packs))
             found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
             found["copies"] = copies(training.modules)
@@ -96,7 +96,7 @@ Counted(vision, "SideWork")
 
 def fetch(job: Job, recipe: Recipe, step: int, spread: Any) -> list[Batch]:
     """Return this rank's micro-batches of a step."""
-    packs = read(recipe, step, job.get("without", ()))
+    packs = read(recipe, step, job.get("without", ()), alike=job.get("alike", False))
     return share_packs(packs if is_reader() else None, len(packs), spread)
 
 
@@ -109,11 +109,16 @@ def made(branches: dict[str, Any]) -> Recipe:
     return tiny_recipe(**rest, model=to_tree(model)["model"], data=to_tree(model)["data"])
 
 
-def read(recipe: Any, step: int, without: Any) -> list[ReadPack]:
-    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica."""
+def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[ReadPack]:
+    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica.
+
+    With ``alike`` all pictures are four tokens, whatever the tower and the connector.
+    """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     count, plan = recipe.training.global_batch_size, plan_of(recipe.model)
-    if recipe.model.vision.packed:
+    if alike:
+        mine = [_of_four_tokens(pack, pixels, recipe.model) for pack, pixels in random_packs(count, step)]
+    elif recipe.model.vision.packed:
         mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(random_packs(count, step))]
     elif recipe.model.vision.deepstack:
         drawn = levels_cases.packs(plan, positions_of(recipe.model, IMAGE_TOKEN), count, step)
@@ -136,6 +141,17 @@ def _text(read: ReadPack) -> ReadPack:
         read.pack, tokens=np.where(read.pack.tokens == IMAGE_TOKEN, 7, read.pack.tokens), images=[], image_shapes=[]
     )
     return ReadPack(pack, read.pixels[:0])
+
+
+def _of_four_tokens(pack: Any, pixels: Any, model: Any) -> ReadPack:
+    """Give pictures of a pack as the tower takes them: patches with a grid, where it takes pictures of any size."""
+    vision, count = model.vision, len(pixels)
+    if not vision.packed:
+        return ReadPack(pack, torch.from_numpy(pixels))
+    side, row = 2 * vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+    patches = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
+    grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))
+    return ReadPack(pack, torch.from_numpy(patches), Arrangement(4 * count, None, grid=grid) if count else None)
 
 
 def _of_any_size(pack: Any, recipe: Any, seed: int) -> ReadPack:
