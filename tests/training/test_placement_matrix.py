@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from test_matrix import branches, fronts
+from test_matrix import branches, fronts, packed
 
 from megavlm.architectures import connectors, towers
 from megavlm.checkpoint.slots import Slot
@@ -37,10 +37,11 @@ def test_every_tower_and_connector(tmp_path: Path) -> None:
     """Losses, norms, held-out losses, weights and moments; towers of presets that store the same are tried once."""
     jobs: dict[str, Any] = {}
     for vision, connector in fronts():
-        name = f"{vision} + {connector}"
+        name, model = f"{vision} + {connector}", branches(vision, connector, "llama")
+        model["image"] = {"kind": "native" if packed("vision", vision) else "squash"}
         optimizer = {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "adam_eps": 1e-4}
         for placement, keys in PLACEMENTS.items():
-            recipe = {"model": branches(vision, connector, "llama"), "parallel": LAYOUT | keys, "optimizer": optimizer}
+            recipe = {"model": model, "parallel": LAYOUT | keys, "optimizer": optimizer}
             jobs[f"{name}, {placement}"] = {
                 "recipe": recipe, "weights": str(tmp_path / name / "weights" / "step-00000000"), "alike": True,
                 "save": str(tmp_path / name / placement), "steps": (0, STEPS), "without": (1,),
