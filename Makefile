@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CON
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test test-312 test-te test-long test-families test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
+.PHONY: help setup dev quickstart test test-312 test-te test-long test-families families-table families-record test-learning test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -50,7 +50,7 @@ WORKERS ?= 2
 ALONE := $(filter no:xdist -pno:xdist --pdb --trace -s --capture=no,$(PYTEST_ARGS))
 SPREAD = $(if $(or $(ALONE),$(filter 0,$(WORKERS))),,-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 test: $(DEV) ## run the tests (PYTEST_ARGS= for more options)
-	$(BIN)/python -m pytest tests -q $(SPREAD) -m 'not long and not full and not reliability and not slurm and not browser' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -q $(SPREAD) -m 'not long and not full and not reliability and not slurm and not browser and not learning' $(PYTEST_ARGS)
 
 # What Megatron-Core's version can change: layers, layouts, optimizer, checkpoints, and those of one with the other.
 SHORT := tests/parallel tests/models/test_vlm.py tests/training/test_layouts.py tests/training/test_optimizer.py \
@@ -76,6 +76,16 @@ test-long: $(DEV) ## what takes half a minute and more: adapters and losses at l
 SINCE ?= auto
 test-families: $(DEV) ## the longer tests of those families whose files, or whose parts' files, changed (SINCE=COMMIT|all)
 	$(BIN)/python -m pytest tests -q -m 'long and family' --changed-since='$(SINCE)' $(PYTEST_ARGS)
+
+families-table: $(DEV) ## megavlm/families/proven.json and docs/families.md anew, after a family was added
+	$(BIN)/python tests/families/family_record.py
+
+families-record: $(DEV) ## run what proves families (SINCE= as above), and record what passed
+	$(BIN)/python -m pytest tests -q -m 'proves' --changed-since='$(SINCE)' --record-proofs $(PYTEST_ARGS)
+	$(BIN)/python tests/families/family_record.py
+
+test-learning: $(DEV) ## a model of each kind learns colours from pictures (half an hour)
+	$(BIN)/python -m pytest tests -q -m learning $(PYTEST_ARGS)
 
 test-reliability: $(DEV) ## runs that are killed, stopped, poisoned, out of disk (docs/reliability.md)
 	$(BIN)/python -m pytest tests -q -m reliability $(PYTEST_ARGS)

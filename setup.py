@@ -38,6 +38,7 @@ setup(
     package_data={
         "megavlm": ["py.typed"],
         "megavlm.config": ["recipes/*.yaml", "recipes/*/*.yaml"],
+        "megavlm.families": ["proven.json"],
         "megavlm.data.inspect": ["look.css", "page.css"],
         "megavlm.evaluation": ["report.css"],
         "megavlm.inference.server": ["page/*"],

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import proof_record
 import pytest
 from family_choice import (  # noqa: F401 - pytest finds them here
     pytest_addoption,
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from run_data import RunData
 
 prepare_device()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let outcomes of ``pytest.mark.proves`` be recorded."""
+    config.pluginmanager.register(proof_record, "proof-record")
 
 
 @pytest.hookimpl(wrapper=True)

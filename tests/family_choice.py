@@ -36,16 +36,27 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    **dict.fromkeys(
+        ("bunny", "imp", "mipha", "llava_phi", "allava"), ("towers.vit", "connectors.mlp", "decoders.decoder")
+    ),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
+    "minicpm_v": ("towers.vit", "connectors.resampler", "decoders.decoder"),
+    "minicpm_v_2": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
+    "minicpm_llama3_v_2_5": ("towers.packed_vit", "connectors.resampler_2d", "decoders.decoder"),
     "internvl": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "qwen2_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "qwen2_5_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "qwen3_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "glm4v": ("towers.packed_vit", "connectors.downsample_merger", "decoders.decoder"),
     "llava_onevision1_5": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
+    "mobilevlm": ("towers.vit", "connectors.ldp", "decoders.decoder"),
+    "dense_connector": ("towers.vit", "connectors.dense_connector", "decoders.decoder"),
+    "xtuner": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "hpt": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "tinyllava": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "internvl_chat": ("towers.vit", "connectors.pixel_shuffle", "decoders.decoder"),
     "intern_vit": ("towers.vit",),
     "qwen": ("decoders.decoder",),
@@ -60,6 +71,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "minicpm": ("decoders.decoder",),
     "clip": ("towers.vit",),
     "siglip": ("towers.vit",),
+    "siglip2": ("towers.packed_vit",),
+    "dinov2": ("towers.vit",),
+    "eva02": ("towers.vit",),
     "qwen_visual": ("towers.vit",),
     "mm_projector": ("connectors.mlp", "connectors.resampler"),
 }
@@ -199,6 +213,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--changed-since", metavar="COMMIT", help="only tests of families that changed since then; or: auto, all"
     )
+    parser.addoption("--record-proofs", action="store_true", help="write what passed (tests/proof_record.py)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -220,7 +235,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _choice = Choice(frozenset(families), frozenset(), "all" if base == "all" else f"git knows no {base!r}")
     else:
         _choice = choose(changed, families)
-    kept = [item for item in items if families_of(item) & _choice.families or item.path in _choice.files]
+    kept = [item for item in items if _of_any(item) & _choice.families or item.path in _choice.files]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept
 
@@ -228,6 +243,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def families_of(item: pytest.Item) -> set[str]:
     """Return the families that a test is marked with."""
     return {name for mark in item.iter_markers("family") for name in mark.args}
+
+
+def _of_any(item: pytest.Item) -> set[str]:
+    """Return these, and those of whom one test of many proves something."""
+    return families_of(item).union(*(mark.kwargs.get("of", ()) for mark in item.iter_markers("proves")))
 
 
 def _processor_seconds() -> float:

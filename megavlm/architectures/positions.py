@@ -10,25 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def resize_table(table: Tensor, grid: int) -> Tensor:
+def resize_table(table: Tensor, grid: int, *, antialias: bool = False) -> Tensor:
     """Interpolate a [rows, width] table of a square grid to ``grid`` x ``grid`` rows.
 
     Bicubic, ``align_corners=False``, computed in fp32 and cast back, as Qwen-VL's ``get_abs_pos`` does. It is a product
     with the weights of the interpolation: torch's own CUDA kernel has one thread for all channels of a row, and took
     20 ms a table on an H200, a quarter of the 14B slice's step (benchmarks/gpu.md).
+
+    Args:
+        table: the table.
+        grid: side of the new one.
+        antialias: with a filter against aliasing, and its other bicubic coefficient (DINOv2 with registers).
     """
     side = math.isqrt(table.size(0))
     if side == grid:
         return table
-    return (_bicubic_weights(side, grid, table.device) @ table.float()).to(table.dtype)
+    return (_bicubic_weights(side, grid, table.device, antialias) @ table.float()).to(table.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _bicubic_weights(side: int, grid: int, device: torch.device) -> Tensor:
+def _bicubic_weights(side: int, grid: int, device: torch.device, antialias: bool) -> Tensor:
     """[grid * grid, side * side] fp32: what each row of the table adds to each row of the larger one."""
     with torch.inference_mode(False), torch.no_grad():
         unit = torch.eye(side * side, dtype=torch.float32, device="cpu").view(1, side * side, side, side)
-        resized = F.interpolate(unit, size=(grid, grid), mode="bicubic", align_corners=False)
+        resized = F.interpolate(unit, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
         return resized.view(side * side, grid * grid).t().contiguous().to(device)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.data.tokenizer import TOKENIZER_FILES, files_of, find_tokenizer
+from megavlm.weights.kinds import OUTSIDE, pieces_of
 
 FOLDER = "hf"
 """Of a checkpoint's directory."""
@@ -59,6 +60,13 @@ def copy_files(files: list[Path], to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     for path in files:
         shutil.copyfile(path, to / path.name)
+
+
+def copy_folders(folder: Path, to: Path) -> None:
+    """Copy the small files of a checkpoint in pieces back to where they lay (:attr:`Source.folders`)."""
+    for name in (*pieces_of(folder), OUTSIDE):
+        if (folder / name).is_dir():
+            copy_files(small_files(folder / name), to if name == OUTSIDE else to / name)
 
 
 def write_record(checkpoint: Path, record: dict[str, Any]) -> None:

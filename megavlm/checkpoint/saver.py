@@ -37,7 +37,7 @@ from megavlm import __version__
 from megavlm.architectures.adapters import trained_keys
 from megavlm.checkpoint import adapters, assets, base, manifest, optimizer_state
 from megavlm.checkpoint import proof as proving
-from megavlm.checkpoint.paths import newest_first, step_directory
+from megavlm.checkpoint.paths import latest, newest_first, step_directory
 from megavlm.checkpoint.placement import misplaced
 from megavlm.checkpoint.safe import behind
 from megavlm.checkpoint.slots import METADATA, model_state
@@ -354,8 +354,17 @@ class Saver:
         fault("checkpoint.before_pointer")
         manifest.replace_text(self.root / "latest", job.final.name + "\n")
         fault("checkpoint.before_retention")
+        self._delete_old(job.final.name)
+
+    def prune(self) -> None:
+        """Delete the checkpoints beyond ``keep`` that nothing needs any more; on the first rank, without the others."""
+        newest = latest(self.root)
+        if newest is not None and not (self.lock and self.lock.lost()):
+            self._delete_old(newest.name)
+
+    def _delete_old(self, newest: str) -> None:
         # Later ones are damaged (else the run would have gone on from them); they do not count as kept.
-        up_to_here = [path for path in newest_first(self.root) if path.name <= job.final.name]
+        up_to_here = [path for path in newest_first(self.root) if path.name <= newest]
         needed = self._needed()
         unneeded = [path for path in up_to_here[self.keep :] if path not in needed]
         for old in [*unneeded, *self.root.glob("*.old.partial")]:

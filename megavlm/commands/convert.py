@@ -196,7 +196,10 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, nargs="+", default=[], metavar="FILE", help="pictures (default: two that are drawn)"
     )
     parser.add_argument(
-        "--prompt", nargs="+", default=[], metavar="TEXT", help="asked of each picture, the first one also without"
+        "--video", type=Path, nargs="+", default=[], metavar="FILE", help="films, or folders of frames, beside pictures"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=[], metavar="TEXT", help="asked of each of these, the first one also without"
     )
     parser.add_argument(
         "--tolerance", type=float, default=2e-4, help="largest difference of features and logits, as a share of the"
@@ -281,16 +284,16 @@ def run_check(args: argparse.Namespace) -> int:
         raise UserError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("check runs as one process, not under torchrun; several processes: megavlm convert verify")
-    missing = next((path for path in args.image if not path.is_file()), None)
-    if missing is not None:
-        raise UserError(f"--image {missing}: no such file")
+    for flag, paths in (("image", args.image), ("video", args.video)):
+        missing = next((one for one in paths if not (one.is_file() or (flag == "video" and one.is_dir()))), None)
+        if missing is not None:
+            raise UserError(f"--{flag} {missing}: no such file")
     _prepare()
     from megavlm.evaluation.check.run import PROMPTS, CheckSettings, check  # noqa: PLC0415
 
     prompts = args.prompt or PROMPTS
-    return check(
-        CheckSettings(args.hf, args.image, prompts, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype)
-    )
+    shown = args.image, args.video, prompts
+    return check(CheckSettings(args.hf, *shown, args.tolerance, args.max_new_tokens, args.checkpoint, args.dtype))
 
 
 def run_incoming(args: argparse.Namespace) -> int:

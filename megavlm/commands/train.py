@@ -132,7 +132,7 @@ def train(recipe: Recipe) -> int:
             code = trainer.train()
             # When the groups of ranks are gone, so that none waits for it; the lock is still held.
             leaving.callback(
-                trainer.exporter.finish,
+                trainer.finish_exports,
                 lambda: stop.signal is not None or trainer.deadline.passed() or lock.lost(),
             )
             return code

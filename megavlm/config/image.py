@@ -16,7 +16,8 @@ class ImageConfig:
     kind: str = "squash"
     """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), crop
     (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL),
-    slices (MiniCPM-V). Of its own size and proportions, for towers that take such pictures: native (Qwen2-VL)."""
+    slices (MiniCPM-V). Of its own size and proportions, for towers that take such pictures: native (Qwen2-VL), naflex
+    (SigLIP 2)."""
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Filter that pictures are resized with; always antialiased."""
     fill: Literal["mean"] | tuple[int, int, int] | None = None
@@ -43,6 +44,8 @@ class ImageConfig:
     total_pixels: int | None = Field(default=None, gt=0)
     """Of native: pixels of all pictures of a sample together; each gets an equal part of them, and no less than
     min_pixels. Null for no such limit."""
+    max_num_patches: int | None = Field(default=None, gt=0, le=1_000_000)
+    """Of naflex: most patches of a picture, which is made as large as they allow; null for 256, as its processor."""
     enlarge_to_block: bool = False
     """Of native: whether a picture with a side that is shorter than one token's is first enlarged until it is as long
     (GLM-4.1V)."""

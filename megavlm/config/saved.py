@@ -14,6 +14,7 @@ from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
 from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig, VideoConfig
+from megavlm.config.video import MOST_FRAMES
 
 Tree = dict[str, Any]
 
@@ -52,9 +53,23 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
         filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
         video = model.get("video", {})
         if isinstance(video, Mapping):
-            filled["video"] = {**_defaults(VideoConfig), **video}  # and none took films
+            filled["video"] = {**_defaults(VideoConfig), **_without_idle(video)}  # and none took films
         filled["template"] = model.get("template", ModelConfig.template)  # and all spoke Qwen-VL's
     return {**model, **filled}
+
+
+def _without_idle(video: Mapping[str, Any]) -> Tree:
+    """Return keys of ``model.video`` without those that had no effect when they were saved, and are refused now."""
+    kind = video.get("kind", VideoConfig.kind)
+    kept = dict(video) if kind != VideoConfig.kind else {"kind": kind}
+    if kept.get("num_frames") is not None:
+        kept["min_frames"] = None
+        if (kept.get("max_frames") or MOST_FRAMES) < kept["num_frames"]:
+            kept["max_frames"] = None
+    for key in ("num_frames", "min_frames", "max_frames"):  # of more, a film was refused
+        if kept.get(key) is not None:
+            kept[key] = min(kept[key], MOST_FRAMES)
+    return kept
 
 
 def _class_of(branch: str, values: Mapping[str, Any]) -> Any:

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from megavlm.config.fields import config_class
 
+MOST_FRAMES = 4096
+"""More frames of one film are never shown."""
+
 
 @config_class
 class VideoConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -24,6 +25,9 @@ from megavlm.data.schema import (
 )
 from megavlm.data.template import TEXT, Span
 from megavlm.data.tokenizer import Tokenizer
+
+_SLICES = re.compile(rf"{re.escape(IMAGE_PLACEHOLDER)}(?:\s*<slice>(?:{re.escape(IMAGE_PLACEHOLDER)}|\s)*</slice>)+")
+"""A picture and its slices, each of which is marked as a picture."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
         inside = (inside or opens) and i != end and begin is not None
         if not inside and i not in (tokenizer.imgpad_id, end):
             parts[-1].append(i)
-    return IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
+    return _SLICES.sub(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts))
 
 
 def answer_start(tokens: NDArray[np.int64], labels: NDArray[np.int64], tokenizer: Tokenizer) -> int | None:

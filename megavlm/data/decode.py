@@ -30,9 +30,8 @@ from megavlm.data.images import (
     lay_out,
     read_header,
 )
-from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, arrange, pixels_of
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, PackedPlan, arrange, pixels_of
 from megavlm.data.patches import patches_of
-from megavlm.data.plans_native import NativePlan
 from megavlm.data.plans_single import SquashPlan
 from megavlm.data.render import render_with_pil, render_with_torch
 
@@ -87,9 +86,12 @@ class DecodeTask:
 
     def fill(self, views: Iterable[torch.Tensor]) -> None:
         """Take the picture's views, [3, H, W] uint8 each."""
-        if isinstance(self.plan, NativePlan):
+        if isinstance(self.plan, PackedPlan):
+            left = self.out
             for view in views:
-                self.out.copy_(patches_of(view, self.plan))
+                patches = patches_of(view, self.plan)
+                left[: len(patches)].copy_(patches)
+                left = left[len(patches) :]
             return
         for out, view in zip(self.out, views, strict=True):
             out.copy_(view)

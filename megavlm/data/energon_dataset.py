@@ -159,8 +159,8 @@ class PackEncoder(TaskEncoder):
             raise BrokenSampleError("bad record") from None
         try:
             conversation = parse_conversation(record)
-        except UnsafePathError:
-            raise BrokenSampleError("unsafe image path") from None
+        except UnsafePathError as error:
+            raise BrokenSampleError(error.cause) from None
         except UserError:
             raise BrokenSampleError("bad record") from None
         shown = _shown(sample.files, conversation)

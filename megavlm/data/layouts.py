@@ -111,6 +111,13 @@ class ImageLayout:
     patches: tuple[int, int, int] | None = None
     """Of a picture that keeps a size of its own (``plan.packed``): its frames (in temporal patches), rows and columns
     of patches. Each frame's patches stand block by block, as the connector joins them."""
+    slices: tuple[tuple[int, int, int], ...] = ()
+    """The same of each view, where a picture has several that keep sizes of their own."""
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """Frames, rows and columns of patches of all that the tower sees by itself; empty where it sees squares."""
+        return self.slices if self.patches is None else (self.patches,)
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +34,13 @@ from megavlm.data.layouts import (
     TokenGrid,
     View,
 )
+from megavlm.data.plan_kinds import PlanKind, PlanKinds
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
+    from megavlm.config.schema import ModelConfig, Recipe
 
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "ImagePlan",
     "ImageRuns",
     "ImageShape",
+    "PackedPlan",
     "PlanKind",
     "TokenGrid",
     "View",
@@ -168,6 +169,37 @@ class ImagePlan(ABC):
         return self.films
 
 
+class PackedPlan(ImagePlan):
+    """A plan whose views are flat patches, each view with a grid of its own."""
+
+    square: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def patch(self) -> int:
+        """Side of a patch, in pixels."""
+
+    @property
+    def merge(self) -> int:
+        """Side of the block of patches that becomes one token."""
+        return 1
+
+    @property
+    def temporal(self) -> int:
+        """Frames of a patch; a picture is shown in each of them."""
+        return 1
+
+    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Return [patches, F]."""
+        return (sum(math.prod(grid) for grid in layout.grids), *self.row)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """F, the numbers of a patch: colours, frames, rows, columns."""
+        return (3 * self.temporal * self.patch**2,)
+
+
 @functools.lru_cache(maxsize=4096)
 def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
     if shape.width < 1 or shape.height < 1:
@@ -211,7 +243,8 @@ class Arrangement:
     weight: NDArray[np.float32] | None = None
     """[T, K] their weights; None for 1, with K 1."""
     grid: NDArray[np.int64] | None = None
-    """[V, 3] frames, rows and columns of patches of each picture, where they keep sizes of their own; else None."""
+    """[V, 3] frames, rows and columns of patches of each picture, or slice of one, where they keep sizes of their own;
+    else None."""
 
 
 def arrange(plan: ImagePlan, layouts: Sequence[ImageLayout]) -> Arrangement:
@@ -225,7 +258,7 @@ def _arrangement(plan: ImagePlan, layout: ImageLayout) -> Arrangement:
 
     maker: Any = plan.maker(layout)
     found, features = maker.feature_index(layout), maker.features_of(layout)
-    grid = None if layout.patches is None else np.array([layout.patches], np.int64)
+    grid = np.array(layout.grids, np.int64) if layout.grids else None
     if found is None:
         return Arrangement(features, None, grid=grid)
     return Arrangement(features, found.index, found.weight, grid)
@@ -254,22 +287,6 @@ def joined(parts: Sequence[Arrangement]) -> Arrangement:
     return Arrangement(features, np.concatenate(indices), np.concatenate(weights) if weighted else None, grid)
 
 
-@dataclass(frozen=True)
-class PlanKind:
-    """A kind of plan that recipes may name as ``model.image.kind``."""
-
-    name: str
-    plan: type[ImagePlan]
-    build: Callable[[ModelConfig], ImagePlan]
-    """Makes the plan of a model; what is wrong with the keys it says by :class:`UserError`."""
-    keys: tuple[str, ...] = ()
-    """Keys of ``model.image`` that it looks at, besides kind and resample."""
-
-
-_KINDS: dict[str, PlanKind] = {}
-_OWN = ("plans_single", "plans_tiles", "plans_slices", "plans_native")
-
-
 def register_plan(
     name: str, plan: type[ImagePlan], build: Callable[[ModelConfig], ImagePlan], keys: Sequence[str] = ()
 ) -> None:
@@ -285,16 +302,12 @@ def register_plan(
     Raises:
         UserError: The name is taken.
     """
-    if name in _KINDS:
-        raise UserError(f"image plan {name!r} is registered twice")
-    _KINDS[name] = PlanKind(name, plan, build, tuple(keys))
+    _KINDS.register(name, plan, build, keys)
 
 
-def plan_kinds() -> dict[str, PlanKind]:
+def plan_kinds() -> dict[str, PlanKind[ImagePlan]]:
     """Return the registered kinds by name."""
-    for module in _OWN:
-        importlib.import_module(f"megavlm.data.{module}")
-    return dict(_KINDS)
+    return _KINDS.all()
 
 
 def plan_of(model: ModelConfig) -> ImagePlan:
@@ -303,18 +316,8 @@ def plan_of(model: ModelConfig) -> ImagePlan:
     Raises:
         UserError: The keys of ``model.image`` or ``model.video`` make none; the message starts with the key.
     """
-    image, kinds = model.image, plan_kinds()
-    if image.kind not in kinds:
-        raise UserError(f"model.image.kind: no image plan {image.kind!r}; there are {', '.join(sorted(kinds))}")
-    kind = kinds[image.kind]
-    for field in dataclasses.fields(image):
-        if field.name in ("kind", "resample", *kind.keys) or getattr(image, field.name) == _default(image, field.name):
-            continue
-        takers = [one.name for one in kinds.values() if field.name in one.keys]
-        raise UserError(
-            f"model.image.{field.name}: {image.kind} does not have this key ({', '.join(takers)} "
-            f"{'has' if len(takers) == 1 else 'have'} it); leave it out, or set model.image.kind"
-        )
+    kind = _KINDS.chosen(model)
+    assert kind is not None, "every kind of pictures is a plan"
     plan, films = kind.build(model), film_plan_of(model)
     return plan if films is None else dataclasses.replace(plan, films=films)
 
@@ -361,8 +364,12 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
 add_rule(image_rules)
 
 
-def _default(image: ImageConfig, name: str) -> object:
-    return getattr(type(image)(), name)
+_KINDS: PlanKinds[ImagePlan] = PlanKinds(
+    "image",
+    "image plan",
+    tuple(f"megavlm.data.{module}" for module in ("plans_single", "plans_tiles", "plans_slices", "plans_native")),
+    common=("resample",),
+)
 
 
 def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from megavlm.data.plans_native import NativePlan
+from megavlm.data.media import PackedPlan
 
 
-def patches_of(view_CHW: Tensor, plan: NativePlan) -> Tensor:
+def patches_of(view_CHW: Tensor, plan: PackedPlan) -> Tensor:
     """Return [h * w, F] of a picture: block by block, within each row by row; each frame of a patch shows the same."""
     patches = patch_rows(view_CHW, plan.merge, plan.patch)
     return patches.unsqueeze(2).expand(-1, -1, plan.temporal, -1).flatten(1)
@@ -25,7 +25,7 @@ def patch_rows(view_CHW: Tensor, m: int, p: int) -> Tensor:
     return blocks.permute(1, 4, 2, 5, 0, 3, 6).flatten(0, 3).flatten(2)
 
 
-def pictures_of(patches_PF: Tensor, grids: Sequence[Sequence[int]], plan: NativePlan) -> Iterator[Tensor]:
+def pictures_of(patches_PF: Tensor, grids: Sequence[Sequence[int]], plan: PackedPlan) -> Iterator[Tensor]:
     """Yield [C, H, W] of each picture (of a film: of its first frame)."""
     m, p, start = plan.merge, plan.patch, 0
     for frames, rows, columns in grids:

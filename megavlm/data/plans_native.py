@@ -1,30 +1,31 @@
 """The image plan of towers that take pictures of any size: each keeps its proportions, within a budget of pixels.
 
 Sizes are those of ``smart_resize`` in Transformers' processors of Qwen2-VL (arXiv 2409.12191), for images; with
-``enlarge`` those of GLM-4.1V's (2507.01006).
+``enlarge`` those of GLM-4.1V's (2507.01006). Those of ``naflex`` are SigLIP 2's (2502.14786, section 2.4).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from megavlm.config.errors import UserError
 from megavlm.data.image_header import ImageError
-from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, TokenGrid, View, register_plan
+from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageShape, PackedPlan, TokenGrid, View, register_plan
 from megavlm.data.plans_single import stretched
 
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
 
 _LEAST_TOKENS, _MOST_TOKENS = 4, 1280
+_NAFLEX_PATCHES = 256
 _LONGEST = 200
 """How many times as long as wide a picture may be."""
 
 
 @dataclass(frozen=True)
-class NativePlan(ImagePlan):
+class NativePlan(PackedPlan):
     """The picture at its own size, rounded to whole blocks of patches; made smaller or larger to fit the budget."""
 
     patch: int = 14
@@ -39,9 +40,6 @@ class NativePlan(ImagePlan):
     """Of all pictures of a conversation; each gets an equal part, and no less than ``min_pixels``."""
     enlarge: bool = False
     """Whether a picture with a side shorter than a block is enlarged to a block's before its size is chosen."""
-
-    square: ClassVar[bool] = False
-    packed: ClassVar[bool] = True
 
     def lay_out(self, shape: ImageShape) -> ImageLayout:
         """Return one view, with its grid of patches."""
@@ -75,16 +73,6 @@ class NativePlan(ImagePlan):
         """Return the picture's tokens."""
         return layout.tokens
 
-    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
-        """Return [patches, F]."""
-        assert layout.patches is not None
-        return (math.prod(layout.patches), *self.row)
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """F, the numbers of a patch: colours, frames, rows, columns."""
-        return (3 * self.temporal * self.patch**2,)
-
     def views_of(self, layout: ImageLayout) -> float:
         """Return its tokens in units of those of the picture that the tower's ``image_size`` names."""
         return layout.tokens / self.tokens_per_view
@@ -108,6 +96,48 @@ class QueriesPlan(NativePlan):
             "model.connector.preset: makes tokens that have no rows and columns, which the positions of this language"
             " model need; take another connector"
         )
+
+
+@dataclass(frozen=True)
+class NaflexPlan(NativePlan):
+    """The picture as large as a number of patches allows, its sides rounded up to whole blocks."""
+
+    max_num_patches: int = 256
+
+    def resized(self, shape: ImageShape) -> tuple[int, int]:
+        """Return the width and height that a picture is resized to.
+
+        Raises:
+            ImageError: It is too long and narrow.
+        """
+        size, block = (shape.width, shape.height), self.patch * self.merge
+        if max(size) / min(size) > _LONGEST:
+            raise _too_narrow(size)
+        return filled(size, block, self.max_num_patches // self.merge**2)
+
+
+@dataclass(frozen=True)
+class NaflexQueriesPlan(NaflexPlan, QueriesPlan):
+    """The same in front of a connector that makes as many tokens of any picture."""
+
+
+def filled(size: tuple[int, int], block: int, most: int) -> tuple[int, int]:
+    """Return the width and height, of whole blocks, of the largest copy of a picture that has at most so many of them.
+
+    Found as ``get_image_size_for_max_num_patches`` of Transformers' processor of SigLIP 2 finds it: the scale is halved
+    in between 1e-6 and 100 until it is known to 1e-5.
+    """
+
+    def scaled(scale: float) -> tuple[int, int]:
+        width, height = (max(block, math.ceil(side * scale / block) * block) for side in size)
+        return width, height
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        scale = (low + high) / 2
+        width, height = scaled(scale)
+        low, high = (scale, high) if width // block * (height // block) <= most else (low, scale)
+    return scaled(low)
 
 
 def enlarged(size: tuple[int, int], block: int) -> tuple[int, int]:
@@ -135,7 +165,7 @@ def whole_blocks(
     """
     (width, height), (least, most), (shown, counted) = size, pixels, frames
     if max(size) / min(size) > _LONGEST:
-        raise ImageError("too narrow", f"{width} x {height} pixels: one side is over {_LONGEST} times the other")
+        raise _too_narrow(size)
     # Halves are rounded to even numbers, as Python's and the processors' round does.
     wide, tall = round(width / block) * block, round(height / block) * block
     if counted * wide * tall > most:
@@ -147,13 +177,27 @@ def whole_blocks(
     return wide, tall
 
 
-def _native(model: ModelConfig) -> ImagePlan:
-    vision, image = model.vision, model.image
+def _too_narrow(size: tuple[int, int]) -> ImageError:
+    return ImageError("too narrow", f"{size[0]} x {size[1]} pixels: one side is over {_LONGEST} times the other")
+
+
+def _check_tower(model: ModelConfig) -> None:
+    """Check that the tower takes pictures of any size.
+
+    Raises:
+        UserError: It does not.
+    """
+    vision, kind = model.vision, model.image.kind
     if not vision.packed:
         raise UserError(
-            f"model.image.kind: native needs a tower that takes pictures of any size, and {vision.preset!r} takes "
+            f"model.image.kind: {kind} needs a tower that takes pictures of any size, and {vision.preset!r} takes "
             "squares only; choose another image plan"
         )
+
+
+def _native(model: ModelConfig) -> ImagePlan:
+    _check_tower(model)
+    vision, image = model.vision, model.image
     block = (vision.patch_size * vision.spatial_merge_size) ** 2
     least = _LEAST_TOKENS * block if image.min_pixels is None else image.min_pixels
     most = max(_MOST_TOKENS * block, least) if image.max_pixels is None else image.max_pixels
@@ -179,4 +223,27 @@ def _native(model: ModelConfig) -> ImagePlan:
     )
 
 
+def _naflex(model: ModelConfig) -> ImagePlan:
+    _check_tower(model)
+    vision, most = model.vision, model.image.max_num_patches or _NAFLEX_PATCHES
+    if most < vision.spatial_merge_size**2:
+        raise UserError(
+            f"model.image.max_num_patches: {most} patches are less than one token takes "
+            f"({vision.spatial_merge_size**2}: model.vision.spatial_merge_size squared); raise it"
+        )
+    kind = NaflexPlan if model.connector.spatial else NaflexQueriesPlan
+    return kind(
+        side=vision.image_size,
+        tokens_per_view=model.tokens_per_view,
+        resample=model.image.resample,
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        temporal=vision.temporal_patch_size,
+        min_pixels=vision.patch_size**2,
+        max_pixels=most * vision.patch_size**2,
+        max_num_patches=most,
+    )
+
+
 register_plan("native", NativePlan, _native, keys=("min_pixels", "max_pixels", "total_pixels", "enlarge_to_block"))
+register_plan("naflex", NaflexPlan, _naflex, keys=("max_num_patches",))

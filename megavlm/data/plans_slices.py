@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from megavlm.data.media import Box, ImageLayout, ImagePlan, ImageRuns, ImageShape, View, register_plan
+from megavlm.config.errors import UserError
+from megavlm.data.media import (
+    Box,
+    Canvas,
+    ImageLayout,
+    ImagePlan,
+    ImageRuns,
+    ImageShape,
+    PackedPlan,
+    TokenGrid,
+    View,
+    register_plan,
+)
 from megavlm.data.plans_single import stretched
 from megavlm.data.plans_tiles import tile_limits
 
@@ -15,10 +27,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SlicesPlan(ImagePlan):
+class SlicesPlan(PackedPlan):
     """An overview of the picture and, where it is larger than one view, slices of nearly its proportions.
 
-    ``side`` is MiniCPM-V's ``scale_resolution``: views have about the area of its square.
+    ``side`` is MiniCPM-V's ``scale_resolution``: views have about the area of its square. They are not square, so that
+    a tower for pictures of any size sees them, each by itself.
     """
 
     max_tiles: int = 9
@@ -28,7 +41,25 @@ class SlicesPlan(ImagePlan):
     """``nested``: ``<slice>`` around all slices, each of them in ``<image>`` (MiniCPM-V 2.0, 2.5); ``flat``: each slice
     in ``<slice>`` (from 2.6)."""
 
-    square: ClassVar[bool] = False
+    @property
+    def patch(self) -> int:
+        """Side of a patch: sides of views are multiples of it."""
+        return self.multiple
+
+    def views_of(self, layout: ImageLayout) -> float:
+        """Return its patches in units of those of the square that the tower's ``image_size`` names."""
+        return self.pixels_of(layout)[0] / (self.side // self.multiple) ** 2
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Refuse: the tokens of a slice are queries, which lie nowhere.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "model.image.kind: slices become tokens that have no rows and columns, which the positions of this language"
+            " model need; take another image plan"
+        )
 
     def lay_out(self, shape: ImageShape) -> ImageLayout:
         """Return the overview, and the slices row by row."""
@@ -37,7 +68,7 @@ class SlicesPlan(ImagePlan):
         overview = View(0, Box(0, 0, width, height))
         canvases = [stretched(shape, width, height)]
         if grid is None:
-            return ImageLayout(shape, tuple(canvases), (overview,), self._runs(None))
+            return self._laid_out(shape, canvases, (overview,), None)
         columns, rows = grid
         wide, tall = self._fit(
             _nearest(shape.width, columns) / columns, _nearest(shape.height, rows) / rows, enlarge=True
@@ -48,7 +79,14 @@ class SlicesPlan(ImagePlan):
             for row in range(rows)
             for column in range(columns)
         ]
-        return ImageLayout(shape, tuple(canvases), (overview, *slices), self._runs(grid), (rows, columns))
+        return self._laid_out(shape, canvases, (overview, *slices), grid)
+
+    def _laid_out(
+        self, shape: ImageShape, canvases: list[Canvas], views: tuple[View, ...], grid: tuple[int, int] | None
+    ) -> ImageLayout:
+        columns, rows = grid or (1, 1)
+        patches = tuple((1, view.box.size[1] // self.multiple, view.box.size[0] // self.multiple) for view in views)
+        return ImageLayout(shape, tuple(canvases), views, self._runs(grid), (rows, columns), slices=patches)
 
     def _grid(self, shape: ImageShape) -> tuple[int, int] | None:
         """Columns and rows of the slices; None for none."""
@@ -102,6 +140,22 @@ def _nearest(length: float, multiple: int) -> int:
 
 
 def _slices(model: ModelConfig) -> ImagePlan:
+    vision = model.vision
+    if not vision.packed:
+        raise UserError(
+            f"model.image.kind: slices are not square, and the tower {vision.preset!r} takes squares only; choose "
+            "another image plan, or a tower for pictures of any size"
+        )
+    if model.connector.spatial:
+        raise UserError(
+            f"model.connector.preset: {model.connector.preset} makes as many tokens as a slice has blocks, and slices "
+            "have one number; take resampler_2d"
+        )
+    if (vision.spatial_merge_size, vision.temporal_patch_size) != (1, 1):
+        raise UserError(
+            "model.image.kind: slices are whole numbers of single patches (model.vision.spatial_merge_size 1, "
+            "temporal_patch_size 1); choose another image plan"
+        )
     return SlicesPlan(
         model.vision.image_size, model.tokens_per_view, model.image.resample, (0, 0, 0), tile_limits(model, 9)[1],
         model.vision.patch_size, model.image.slice_markup,

@@ -274,10 +274,8 @@ def _write_shards(records: Iterator[Record | Broken], source: Source, directory:
 
 def _broken(record: Any, error: UserError | OSError) -> Broken:
     """What to say of a record that raised ``error``."""
-    if isinstance(error, BrokenError):
+    if isinstance(error, BrokenError | UnsafePathError):
         cause = error.cause
-    elif isinstance(error, UnsafePathError):
-        cause = "unsafe film path" if ": film " in str(error) else "unsafe image path"
     else:
         cause = "unreadable image" if isinstance(error, OSError) else "bad record"
     return Broken(record.get("id") if isinstance(record, dict) else None, cause, str(error))
@@ -316,6 +314,10 @@ def _film_members(
         index = read_index(part)
     except ImageError as error:
         raise BrokenError(f"bad film ({error.cause})", f"film {what}: {error}") from None
+    except OSError as error:
+        if is_machine_fault(error):
+            raise
+        raise BrokenError("unreadable film", f"film {what}: {error}") from None
     yield f"film{number}", data
     yield f"filmindex{number}", index.to_bytes()
 

@@ -44,6 +44,11 @@ _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 class UnsafePathError(UserError):
     """The path of an image or film that is a URL, or leaves the image directory."""
 
+    def __init__(self, what: str, reason: str) -> None:
+        """Make the error; ``what`` is ``image`` or ``film``."""
+        super().__init__(reason)
+        self.cause = f"unsafe {what} path"
+
 
 class FilmName(NamedTuple):
     """A film as a record names it."""
@@ -280,12 +285,13 @@ def _check_path(path: str, where: str, what: str = "image") -> None:
     if _URL.match(path):
         remedy = ", or prepare with --allow-urls" if what == "image" else ""
         raise UnsafePathError(
-            f"{where}: {what} {path!r} is a URL, and none is fetched; download it into the image directory{remedy}"
+            what,
+            f"{where}: {what} {path!r} is a URL, and none is fetched; download it into the image directory{remedy}",
         )
     if PurePosixPath(path).is_absolute():
-        raise UnsafePathError(f"{where}: {what} {path!r} is absolute; make it relative to the image directory")
+        raise UnsafePathError(what, f"{where}: {what} {path!r} is absolute; make it relative to the image directory")
     depth = 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1
         if depth < 0:
-            raise UnsafePathError(f"{where}: {what} {path!r} leaves the image directory")
+            raise UnsafePathError(what, f"{where}: {what} {path!r} leaves the image directory")

@@ -111,8 +111,8 @@ class Store:
         except Exception as error:
             raise self._told(error) from error
 
-    def read(self, path: str, most: int) -> bytes:
-        """Return the object at a path from here, of at most ``most`` bytes.
+    def read(self, path: str, most: int, what: str = "image") -> bytes:
+        """Return the object at a path from here, of at most ``most`` bytes; messages call it ``what``.
 
         Raises:
             BrokenError: There is none, or it is larger.
@@ -122,11 +122,11 @@ class Store:
             client = self._opened()
             data = bytes(client.read(self._at(path)))
         except FileNotFoundError:
-            raise BrokenError("image missing", f"no picture {path!r} in {self.url}") from None
+            raise BrokenError(f"{what} missing", f"no {what} {path!r} in {self.url}") from None
         except Exception as error:
             raise self._told(error) from error
         if len(data) > most:
-            raise BrokenError("bad image (too large)", f"image {path!r} has {len(data):,} bytes, at most {most:,}")
+            raise BrokenError(f"bad {what} (too large)", f"{what} {path!r} has {len(data):,} bytes, at most {most:,}")
         return data
 
     def _opened(self) -> Any:

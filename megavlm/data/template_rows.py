@@ -103,6 +103,25 @@ VICUNA_V1_END_OF_TEXT = replace(
     eos=("<|end_of_text|>",),
 )
 
+VICUNA_V1_ENDOFTEXT_BOS = replace(
+    VICUNA_V1_ENDOFTEXT,
+    name="vicuna_v1_endoftext_bos",
+    title="the same, on Phi-3 (Bunny)",
+    begin=("<s>",),
+    tokens=_needs("<s>", "<|endoftext|>"),
+)
+VICUNA_V1_GEMMA = replace(
+    VICUNA_V1,
+    name="vicuna_v1_gemma",
+    title="the same, on Gemma (Mipha)",
+    begin=("<bos>",),
+    assistant=("ASSISTANT:", *trained(" ", TEXT, "<eos>")),
+    tokens=_needs("<bos>", "<eos>"),
+    eos=("<eos>",),
+)
+# Imp's on Phi-2: its tokenizer is given Llama's end, and no BOS.
+IMP_PHI2 = replace(VICUNA_V1, name="imp_phi2", title="the same, on Phi-2 (Imp)", begin=(), tokens=_needs("</s>"))
+
 _VISION_AND_LANGUAGE = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -131,7 +150,7 @@ MISTRAL = replace(
 )
 
 _LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# Llama 3's own; HPT 1.5 Air and MiniCPM-Llama3-V 2.5 train it.
+# Llama 3's own; HPT 1.5 Air trains it.
 LLAMA_3 = Template(
     name="llama_3",
     title="Llama 3's headers",
@@ -143,6 +162,15 @@ LLAMA_3 = Template(
     eos=("<|end_of_text|>", "<|eot_id|>"),
     stops=("<|eot_id|>",),
 )
+# With MiniCPM-V's marks; a tokenizer's <unk> fills the slots (tokenizer_config.json and chat of MiniCPM-Llama3-V-2_5).
+MINICPM_LLAMA_3 = replace(
+    LLAMA_3,
+    name="minicpm_llama_3",
+    title="the same with the image marks of MiniCPM-Llama3-V 2.5",
+    tokens=(*LLAMA_3.tokens, *_needs("<image>", "</image>", "<slice>", "</slice>")),
+    slot=ControlToken(("<unk>",)),
+    image=("<image>", "</image>"),
+)
 # MiniGemini's: the answer's header is "system".
 MGM_LLAMA_3 = replace(
     LLAMA_3,
@@ -150,6 +178,20 @@ MGM_LLAMA_3 = replace(
     title="MiniGemini's Llama 3, whose answers are headed system",
     assistant=("<|start_header_id|>", "system", "<|end_header_id|>", "\n\n", *trained(TEXT, "<|eot_id|>")),
     default_system=_VISION_AND_LANGUAGE,
+)
+
+# HPT 1.5 Air's (vlmeval/utils/xtuner_util.py of HyperGAI/HPT @ 144edb7f): a system turn, answers end the document, and
+# the code that encodes the form writes a BOS of its own in front of its one.
+HPT_LLAMA_3 = replace(
+    LLAMA_3,
+    name="hpt_llama_3",
+    title="the same of HPT 1.5 Air, answers end the document",
+    begin=("<|begin_of_text|>", "<|begin_of_text|>"),
+    assistant=("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n", *trained(TEXT, "<|end_of_text|>")),
+    tokens=_needs("<|begin_of_text|>", "<|end_of_text|>", *_LLAMA_3),
+    eos=("<|end_of_text|>",),
+    stops=("<|eot_id|>",),
+    default_system="Answer the questions carefully!",
 )
 
 # xtuner's: the newline behind an answer is not trained on.
@@ -164,6 +206,20 @@ PHI_3 = Template(
     tokens=_needs("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     eos=("<|endoftext|>",),
     stops=("<|end|>",),
+)
+
+# Imp's on Phi-3: the same string with Vicuna's system turn.
+IMP_PHI3 = replace(PHI_3, name="imp_phi3", title="Phi-3 with Vicuna's system turn (Imp)", default_system=_VICUNA)
+
+# ALLaVA's (allava/serve/cli.py): no system turn, and every piece of an exchange is encoded apart.
+ALLAVA = Template(
+    name="allava",
+    title="ALLaVA: [INST] without a BOS, on Phi and StableLM",
+    user=("[INST] ", TEXT, " [/INST] "),
+    assistant=trained(TEXT, "<|endoftext|>"),
+    tokens=_needs("<|endoftext|>"),
+    eos=("<|endoftext|>",),
+    joined=False,
 )
 
 # Cobra's on Mamba: roles are plain words of GPT-NeoX's tokenizer, and an image stands in front of everything.
@@ -275,6 +331,14 @@ QWEN2_5 = replace(
     title="the same with the system turn of Qwen2.5",
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
+# Imp's on Qwen1.5: no newline behind the last answer.
+IMP_QWEN2 = replace(
+    QWEN2,
+    name="imp_qwen2",
+    title="ChatML with Vicuna's system turn (Imp)",
+    last_assistant=("<|im_start|>", "assistant\n", *trained(TEXT, "<|im_end|>")),
+    default_system=_VICUNA,
+)
 QWEN2_VL = replace(
     QWEN2,
     name="qwen2_vl",
@@ -344,7 +408,8 @@ CHATML_DIRECT = Template(
 
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
-    VICUNA_V1_END_OF_TEXT, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
-    DEEPSEEK, MINICPM,
+    VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2, ALLAVA,
+    LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    DEEPSEEK, MINICPM, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.boxes import parse_boxes
-from megavlm.data.media import plan_of
+from megavlm.data.inspect.strip import some_frames
+from megavlm.data.media import ImagePlan, plan_of
 from megavlm.data.schema import IMAGE_PLACEHOLDER
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import Row
@@ -26,7 +27,16 @@ from megavlm.evaluation.benchmarks.run import (
     weights_of,
     with_predictions,
 )
-from megavlm.evaluation.benchmarks.spec import Benchmark, BenchmarkFiles, Item, Scores, by_kind, picture_bytes
+from megavlm.evaluation.benchmarks.spec import (
+    Benchmark,
+    BenchmarkFiles,
+    Item,
+    Scores,
+    Shown,
+    StoredFilm,
+    by_kind,
+    picture_bytes,
+)
 from megavlm.evaluation.metrics import score
 from megavlm.evaluation.metrics.captions import cider
 from megavlm.evaluation.metrics.heldout import box_iou
@@ -40,6 +50,8 @@ RECORD_TOKENS = 48
 """Longest answer unless the command says otherwise."""
 _PACKAGE = "pycocoevalcap"
 _FEWEST_PEOPLE = 4
+_FRAMES = 4
+"""Of a film in the panel."""
 
 
 def _iou(prediction: str, answers: Sequence[str]) -> float:
@@ -142,6 +154,8 @@ class RecordsRun(BenchmarkRun):
     records: Mapping[str, HeldOutRecord] = field(default_factory=dict)
     """By identifier."""
     checkpoint: Path = Path()
+    plan: ImagePlan = field(kw_only=True)
+    """What becomes of pictures and films."""
 
     def more(self, asked: Sequence[Question], rows: Mapping[str, Row]) -> dict[str, Any]:
         """Return the figures by task, and those of closed questions beside chance."""
@@ -184,6 +198,9 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
     check_metrics(records, chosen)
     tokens = args.max_new_tokens or RECORD_TOKENS
     questions = make_questions(records, tokenizer, recipe, args.prompt)
+    pictures = plan_of(recipe.model)
+    # Where no film is shown, as it was called before there were films.
+    moving = any(isinstance(one, StoredFilm) for question in questions for one in question.item.pictures)
     check_lengths(questions[: args.limit], tokens, recipe.data.sequence_length)
     warn_problems([one for one in questions[: args.limit] if one.problem])
     name = Path(str(args.data)).name
@@ -196,7 +213,8 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
             "checkpoint": checkpoint.resolve().name,
             "weights": weights_of(checkpoint),
             "questions": digest(questions),
-            "pictures": repr(plan_of(recipe.model)),
+            "pictures": repr(pictures),
+            **({"films": repr(pictures.films)} if moving else {}),
             "prompt": "chat",
             "max_new_tokens": tokens,
             "precision": recipe.training.precision,
@@ -209,7 +227,17 @@ def _plan(args: argparse.Namespace, recipe: Recipe, checkpoint: Path, tokenizer:
 
     benchmark = Benchmark(name, _not_read, "", tokens, metric, name, chat=True)
     return RecordsRun(
-        benchmark, out, questions, identity, done, tokens, True, Counter(), records=by_id, checkpoint=checkpoint
+        benchmark,
+        out,
+        questions,
+        identity,
+        done,
+        tokens,
+        True,
+        Counter(),
+        records=by_id,
+        checkpoint=checkpoint,
+        plan=pictures,
     )
 
 
@@ -223,7 +251,7 @@ def _draw(plan: RecordsRun, asked: Sequence[Question], rows: Mapping[str, Row], 
             question=asked[i].text.replace(IMAGE_PLACEHOLDER, "").strip(),
             expected=plan.records[asked[i].item.id].answer,
             predicted=rows[asked[i].item.id]["prediction"],
-            images=[one if isinstance(one, Path) else _opened(picture_bytes(one)) for one in asked[i].item.pictures],
+            images=[image for one in asked[i].item.pictures for image in _opened(one, plan.plan, asked[i].item)],
         )
         for i in spread([one.item.kind for one in asked], count)
         if not rows[asked[i].item.id].get("problem")
@@ -232,10 +260,16 @@ def _draw(plan: RecordsRun, asked: Sequence[Question], rows: Mapping[str, Row], 
         draw_panel(items, plan.out / PANEL)
 
 
-def _opened(data: bytes) -> Any:
+def _opened(one: Shown, plan: ImagePlan, item: Item) -> list[Any]:
+    """Return a picture, or frames of a film that the model was shown."""
+    if isinstance(one, Path):
+        return [one]
+    if isinstance(one, StoredFilm):
+        film = one.read()
+        return [image for _, image in some_frames(film, plan.of(film.shape(len(item.pictures))), "white", _FRAMES)]
     from megavlm.data.images import decode_with_pil  # noqa: PLC0415 - few records have them
 
-    return decode_with_pil(data)
+    return [decode_with_pil(picture_bytes(one))]
 
 
 def spread(tasks: Sequence[str], count: int) -> list[int]:

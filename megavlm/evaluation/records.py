@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 import re
 import tempfile
@@ -17,19 +19,32 @@ import numpy as np
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
-from megavlm.data.formats import Broken, Source
-from megavlm.data.formats.films import settled_films
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError
+from megavlm.data.films.source import FilePart
+from megavlm.data.formats import Broken, BrokenError, Source
+from megavlm.data.formats.base import is_inside
+from megavlm.data.formats.films import MARK, settled_films, stored_film
 from megavlm.data.formats.keys import has_roles
 from megavlm.data.formats.pictures import settled
 from megavlm.data.formats.qwen_vl import conversation
 from megavlm.data.images import MAX_BYTES, image_grids, image_runs
 from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.preparing import Preparation, check_there, choose_format, open_source
-from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, Turn, check_unicode, parse_conversation, shown_films
+from megavlm.data.schema import (
+    FILM_PLACEHOLDER,
+    VISUAL,
+    Conversation,
+    FilmName,
+    Turn,
+    check_unicode,
+    parse_conversation,
+    shown_films,
+)
 from megavlm.data.template import TemplateError
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.questions import Question
-from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, StoredPicture, picture_bytes
+from megavlm.evaluation.benchmarks.spec import LETTERS, Item, Picture, Shown, StoredFilm, StoredPicture, shown_data
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +68,8 @@ class HeldOutRecord:
     """The record's ``answers`` or ``answer``, or its first assistant turn."""
     choices: Sequence[str]
     """The answers of a closed question; empty for an open one."""
-    images: Sequence[Picture]
-    """The pictures that the question shows."""
+    images: Sequence[Shown]
+    """The pictures and films that the question shows, in their order."""
     metric: str | None = None
     """The record's ``metric``, which wins over the command's."""
 
@@ -63,9 +78,13 @@ class HeldOutRecord:
         """The first of the right answers."""
         return self.answers[0]
 
-    def files(self) -> list[bytes]:
-        """Read the pictures."""
-        return [picture_bytes(one) for one in self.images]
+    def files(self) -> list[bytes | Film]:
+        """Read the pictures, and open the films.
+
+        Raises:
+            FilmError: one of these is no film that can be read.
+        """
+        return [shown_data(one) for one in self.images]
 
 
 def read_records(
@@ -75,12 +94,12 @@ def read_records(
 
     Args:
         data: file, directory or URL. Conversations may be in Qwen-VL's form and in LLaVA's within one file.
-        images: directory, or URL, of the pictures, which must all be there; None for where the data is.
+        images: directory, or URL, of the pictures and films, which must all be there; None for where the data is.
         form: name of the format; None for what it looks like.
         annotations: of the format ``vqa``: the answers, where they are in a file of their own.
 
     Raises:
-        MissingFileError: the data or a picture is missing.
+        MissingFileError: the data, a picture or a film is missing.
         UserError: a record is wrong; the message has its index.
     """
     options = Preparation(data, images, form, annotations=annotations)
@@ -135,7 +154,7 @@ def _record(record: Any, index: str, source: Source) -> HeldOutRecord:
     parsed = parse_conversation(record)
     question, answer = _first_exchange(parsed)
     answers, choices = _scored(record, answer)
-    shown = parsed.images[: sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in question)]
+    pictures, films = iter(parsed.images), iter(parsed.films)
     metric = record.get("metric")
     return HeldOutRecord(
         id=parsed.id or index,
@@ -143,7 +162,9 @@ def _record(record: Any, index: str, source: Source) -> HeldOutRecord:
         question=question,
         answers=answers,
         choices=choices,
-        images=[_picture(name, source) for name in shown],
+        images=[
+            _film(next(films), source) if film else _picture(next(pictures), source) for film in shown_films(question)
+        ],
         metric=None if metric is None else _text(metric, "metric"),
     )
 
@@ -161,6 +182,49 @@ def _picture(name: str, source: Source) -> Picture:
     if source.store is None:
         return source.images / name
     return StoredPicture(f"{source.where}/{name}", functools.partial(source.store.read, name, MAX_BYTES))
+
+
+def _film(name: FilmName, source: Source) -> StoredFilm:
+    """Return how a film is opened; what has come with the record is kept, a file is read as far as it is needed.
+
+    Raises:
+        MissingFileError: it, or one of its frames, is missing.
+    """
+    paths = name.frames or (name.path,)
+    own = replace(source, pictures={path: source.pictures[path] for path in paths if path in source.pictures})
+    for path in paths:
+        folder = not name.frames and own.store is None and is_inside(path) and (own.images / path).is_dir()
+        if not folder and not own.has_image(path):
+            raise MissingFileError(f"no {'frame' if name.frames else 'film'} {path!r} in {own.where}")
+    where = paths[0] if paths[0] in own.pictures else f"{own.where}/{paths[0]}"
+    if name.to_tree() != name.path:  # other frames, or another rate, are another film
+        where = f"{where} ({hashlib.sha256(json.dumps(name.to_tree()).encode()).hexdigest()[:12]})"
+    index: list[bytes] = []
+
+    def opened() -> Film:
+        data = _film_data(name, own)
+        if not index:
+            index.append(Film(data).index().to_bytes())
+        return Film(data, index[0])
+
+    return StoredFilm(where, opened)
+
+
+def _film_data(name: FilmName, source: Source) -> bytes | FilePart:
+    """Return a film's file, or its frames as one.
+
+    Raises:
+        FilmError: it is not there any more, or its frames are none.
+    """
+    with tempfile.TemporaryDirectory(prefix="megavlm-eval-") as folder:
+        made = Path(folder) / "film"
+        try:
+            data = stored_film(name, source, made, allow_links=True)  # as pictures are here
+        except BrokenError as error:
+            raise FilmError(error.cause, str(error)) from None
+        if data == made:
+            return made.read_bytes()
+    return data if isinstance(data, bytes) else FilePart(str(data), 0, data.stat().st_size)
 
 
 def _merged(records: Sequence[HeldOutRecord]) -> list[HeldOutRecord]:
@@ -232,8 +296,8 @@ def check_prompt(template: str) -> None:
 def asked(record: HeldOutRecord, template: str | None) -> tuple[Turn, ...]:
     """Return the turns of a record as they are asked: the last one written by ``template``.
 
-    ``{question}`` is its text, ``{options}`` its choices with letters, a line each, and ``{pictures}`` its pictures,
-    which else stay where they are in the question.
+    ``{question}`` is its text, ``{options}`` its choices with letters, a line each, and ``{pictures}`` its pictures
+    and films, which else stay where they are in the question.
 
     Raises:
         UserError: the template shows options, and the record has none.
@@ -243,8 +307,8 @@ def asked(record: HeldOutRecord, template: str | None) -> tuple[Turn, ...]:
     last = record.question[-1]
     text, pictures = last.text, ""
     if "{pictures}" in template:
-        pictures = IMAGE_PLACEHOLDER * text.count(IMAGE_PLACEHOLDER)
-        text = _PICTURE.sub("", text).strip()
+        pictures = "".join(VISUAL.findall(text))
+        text = _SHOWN.sub("", text).strip()
     if "{options}" in template and not record.choices:
         raise UserError(f"--prompt: record {record.id} has no 'choices' for {{options}}; leave the field out")
     if "{options}" in template and len(record.choices) > len(LETTERS):
@@ -257,13 +321,13 @@ def asked(record: HeldOutRecord, template: str | None) -> tuple[Turn, ...]:
     return (*record.question[:-1], replace(last, text=_FIELD.sub(lambda found: values[found[1]], template)))
 
 
-_PICTURE = re.compile(rf"(?:Picture \d+: ?)?{re.escape(IMAGE_PLACEHOLDER)}\n?")
+_SHOWN = re.compile(rf"(?:(?:Picture|Video) \d+: ?)?(?:{VISUAL.pattern})\n?")
 
 
 def make_questions(
     records: Sequence[HeldOutRecord], tokenizer: Tokenizer, recipe: Recipe, template: str | None
 ) -> list[Question]:
-    """Return the question of each record; one whose text or picture cannot be asked has its ``problem``.
+    """Return the question of each record; one whose text, picture or film cannot be asked has its ``problem``.
 
     Raises:
         UserError: the prompt's template, or the model's, has no form for a record.
@@ -271,14 +335,15 @@ def make_questions(
     plan, found = plan_of(recipe.model), []
     for record in records:
         turns = asked(record, template)
-        text = turns[-1].text
+        text = turns[-1].text.replace(FILM_PLACEHOLDER, MARK)
         item = Item(record.id, text, tuple(record.images), record.answers, kind=record.task)
         grids: tuple[TokenGrid, ...] = ()
         try:
-            if any(shown_films(turns)):
-                raise UserError("the question shows a film, which megavlm eval does not show to the model yet")
-            runs = image_runs(plan, len(record.images), record.files)
-            grids = image_grids(recipe.model, len(record.images), record.files)
+            if plan.films is None and any(shown_films(turns)):
+                raise FilmError("not read", "model.video.kind is none; set it to the family's film plan")
+            files = functools.cache(record.files)  # a film is opened once, wherever it is
+            runs = image_runs(plan, len(record.images), files)
+            grids = image_grids(recipe.model, len(record.images), files)
             tokens, problem = encode_prompt(turns, tokenizer, runs, recipe.data.system_message), ""
         except TemplateError:
             raise

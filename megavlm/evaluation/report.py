@@ -11,12 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from megavlm.config.errors import UserError
 from megavlm.data.image_colours import Alpha
-from megavlm.data.images import ImageError, decode_with_pil
+from megavlm.data.images import decode_with_pil
 from megavlm.data.inspect.planes import LOOK, SWITCH, planes
+from megavlm.data.inspect.strip import filmstrip
 from megavlm.data.machine import is_machine_fault
 from megavlm.data.media import ImagePlan
-from megavlm.evaluation.benchmarks.spec import Picture, picture_bytes
+from megavlm.evaluation.benchmarks.spec import Shown, StoredFilm, picture_bytes
 from megavlm.evaluation.panel import PanelItem, draw_pictures
 
 _SIDE = 300
@@ -34,7 +36,7 @@ class Card:
     predicted: str
     score: float | None
     """0 to 1; None where it is not known."""
-    pictures: Sequence[Picture]
+    pictures: Sequence[Shown]
     note: str = ""
 
     @property
@@ -188,15 +190,36 @@ def _card(card: Card, page: Page, rank: int) -> str:
 
 
 def _pictures(card: Card, page: Page) -> str:
-    """The card's pictures with boxes, and as the model sees them."""
+    """The card's pictures with boxes, and as the model sees them; of its films some frames."""
     images: list[Image.Image] = []
+    strips: list[str] = []
     for source in card.pictures:
+        moving = isinstance(source, StoredFilm)
         try:
-            images.append(decode_with_pil(picture_bytes(source), page.alpha))
-        except (ImageError, OSError) as error:
+            if isinstance(source, StoredFilm):
+                strips.append(_strip(source, page, len(card.pictures), len(strips) + 1))
+            else:
+                images.append(decode_with_pil(picture_bytes(source), page.alpha))
+        except (UserError, OSError) as error:
             if is_machine_fault(error):
                 raise
-            return '<p class="muted">(broken picture)</p>'
+            return f'<p class="muted">(broken {"film" if moving else "picture"})</p>'
+    return ("" if strips and not images else _images(card, page, images)) + "".join(strips)
+
+
+def _strip(source: StoredFilm, page: Page, shown: int, number: int) -> str:
+    """Return some of a film's frames, as far as the model is shown any.
+
+    Raises:
+        FilmError: it is no film that can be read, or shown.
+    """
+    if page.plan is None or page.plan.films is None:
+        return '<p class="muted">(a film, which the model does not read)</p>'
+    film = source.read()
+    return filmstrip(film, page.plan.of(film.shape(shown)), page.alpha, f"film {number}")
+
+
+def _images(card: Card, page: Page, images: Sequence[Image.Image]) -> str:
     right = card.score is not None and card.score >= 1
     item = PanelItem(card.question, card.expected, card.predicted, images, correct=right)
     file = io.BytesIO()
@@ -210,5 +233,5 @@ def _pictures(card: Card, page: Page) -> str:
     whole = f'<img alt="" src="data:image/jpeg;base64,{encoded}">'
     if page.plan is None or not images:
         return whole
-    shown = "".join(planes(image, page.plan, len(images)) for image in images)
+    shown = "".join(planes(image, page.plan, len(card.pictures)) for image in images)
     return f"{whole}<details><summary>as the model sees it</summary>{shown}</details>"

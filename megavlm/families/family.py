@@ -63,12 +63,24 @@ class Family(ABC):
     (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""
     wraps_pictures: ClassVar[tuple[str, str] | None] = None
     """What its processor of Transformers writes around the slots of a picture by itself."""
+    own_multiplier: ClassVar[bool] = False
+    """Whether its image features may be multiplied by a number (``model.connector.output_multiplier``):
+    :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    own_levels: ClassVar[bool] = False
+    """Whether its language model may have features of several tower layers added (``VisionConfig.deepstack``)."""
     two_way: ClassVar[str | None] = None
     """Which positions its language model lets see those behind them: ``LanguageConfig.two_way``."""
+    drops_first: ClassVar[bool] = False
+    """Whether its connector may leave out the first feature (``model.connector.drop_first_feature``): :meth:`refuses`
+    then says where."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
+    text_folder: ClassVar[str] = ""
+    """Folder of its directories in which language model and tokenizer lie, where these are in pieces."""
+    tower_folder: ClassVar[str | None] = None
+    """Folder in which the tower lies, with the file that says how pictures become pixels, where they are in pieces."""
     film_plans: ClassVar[tuple[str, ...]] = ()
     """Names of the film plans (``model.video.kind``) that its code has; none where its films are not known here."""
     read_as: ClassVar[str | None] = None
@@ -112,7 +124,8 @@ class Family(ABC):
     def pictures_of(self, model: ModelConfig) -> Tree:
         """Return the keys of ``config.json`` that say what becomes of pictures, where the family's code reads some.
 
-        A training may change them, and the shape of no part shows it.
+        A training may change them, and the shape of no part shows it. Keys that end in ``.json`` are other files, with
+        those that change in them where they are there.
         """
         return {}
 
@@ -129,8 +142,11 @@ class Family(ABC):
                 return f"the {part} preset {preset!r} is of the architecture {there}, not {' or '.join(known)}"
         return (
             self._language_refused(model)
+            or self._levels_refused(model)
+            or self._first_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
+            or self._multiplier_refused(model)
             or self._films_refused(model)
         )
 
@@ -149,6 +165,21 @@ class Family(ABC):
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
 
+    def _levels_refused(self, model: ModelConfig) -> str | None:
+        """Return why the family has no names for the connectors of a deepstack's levels, or None."""
+        if model.vision.deepstack and "connector" in self.parts and not self.own_levels:
+            return (
+                "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
+            )
+        return None
+
+    def _first_refused(self, model: ModelConfig) -> str | None:
+        """Return why the first feature of a picture cannot be left out, or None."""
+        left_out = getattr(model.connector, "drop_first_feature", False)
+        if "connector" not in self.parts or self.drops_first or not left_out:
+            return None
+        return "the first feature is left out (model.connector.drop_first_feature), for which the family has no word"
+
     def _newline_refused(self, model: ModelConfig) -> str | None:
         """Return why the connector's learned newline vector has no place in the family, or None."""
         if "connector" not in self.parts or not plan_of(model).newline:
@@ -157,6 +188,16 @@ class Family(ABC):
         if any("image_newline" in one.ours for table in tables if table.part == "connector" for one in table.rest):
             return None
         return f"the image plan {model.image.kind} has a learned newline vector, for which the family has no name"
+
+    def _multiplier_refused(self, model: ModelConfig) -> str | None:
+        """Return why the family's code cannot multiply image features as they are here, or None."""
+        # A connector alone has no code.
+        if self.own_multiplier or not {"connector", "language"} <= {*self.parts}:
+            return None
+        there = getattr(model.connector, "output_multiplier", 1.0)
+        if there == 1:
+            return None
+        return f"image features are multiplied by {there} (model.connector.output_multiplier), in the family by nothing"
 
     def _films_refused(self, model: ModelConfig) -> str | None:
         """Return why films cannot become frames in the family's code as they do here, or None."""

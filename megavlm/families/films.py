@@ -15,6 +15,7 @@ from typing import Any
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.config.schema import ModelConfig
+from megavlm.config.video import MOST_FRAMES
 from megavlm.data.films.plan import film_plan_of
 from megavlm.data.films.rules import GlmFilmPlan, RatedFilmPlan
 from megavlm.families.common import expect
@@ -44,17 +45,41 @@ class _Kind:
     """What ``longest_edge`` is here."""
     counts: tuple[str, ...]
     """Which of the keys of frames its class looks at."""
+    token: bool = True
+    """Whether its model has another token at a film's slots than at a picture's (``video_token_id``)."""
+    apart: bool = True
+    """Whether its model takes frames apart from pictures (``pixel_values_videos``)."""
 
 
 _KINDS = {
     "qwen2_vl": _Kind("Qwen2VLVideoProcessor", (128 * 28 * 28, 768 * 28 * 28), "max_pixels", _COUNTS),
     "qwen3_vl": _Kind("Qwen3VLVideoProcessor", (128 * 32 * 32, 768 * 32 * 32), "total_pixels", _COUNTS),
-    "glm4v": _Kind("Glm4vVideoProcessor", (112 * 112, 28 * 28 * 2 * 30000), "total_pixels", ("fps",)),
+    "glm4v": _Kind("Glm4vVideoProcessor", (112 * 112, 28 * 28 * 2 * 30000), "total_pixels", ("fps",), token=False),
     "llava_onevision": _Kind("LlavaOnevisionVideoProcessor", (0, 0), "", ("fps", "num_frames")),
-    "internvl": _Kind("InternVLVideoProcessor", (0, 0), "", ("fps", "num_frames")),
+    "internvl": _Kind("InternVLVideoProcessor", (0, 0), "", ("fps", "num_frames"), token=False, apart=False),
 }
 _VIDEO_TOKENS = {"qwen2_vl": 128_000, "qwen3_vl": 768}
 """``max_video_tokens`` of the classes."""
+
+
+def film_has_token(kind: str) -> bool:
+    """Whether Transformers' model of a film plan has a token of its own at a film's slots (``video_token_id``)."""
+    return _KINDS[kind].token
+
+
+def films_apart(kind: str) -> bool:
+    """Whether Transformers' model of a film plan takes frames apart from pictures (``pixel_values_videos``)."""
+    return _KINDS[kind].apart
+
+
+def transformers_films(model: ModelConfig) -> list[str]:
+    """Return the keys by which films are as in Transformers 5, where the published code has them otherwise."""
+    video, keys = model.video, []
+    if video.kind == "qwen2_vl" and video.positions_after == "longest" and model.language.position_axes > 1:
+        keys.append("model.video.positions_after=side")
+    if video.kind == "qwen3_vl" and not video.outer_marks:
+        keys.append("model.video.outer_marks=true")
+    return keys
 
 
 def film_branch(source: Source, vision: Mapping[str, Any], kind: str, **own: Any) -> Tree:
@@ -78,8 +103,16 @@ def film_branch(source: Source, vision: Mapping[str, Any], kind: str, **own: Any
     for key in known.counts:
         if tree.get(key) is not None:
             found[key] = _number(tree, key, where)
+            if key in ("min_frames", "max_frames", "num_frames") and found[key] > MOST_FRAMES:
+                raise UserError(
+                    f"{where}: {key} is {found[key]}; at most {MOST_FRAMES} frames of a film are shown here; lower it"
+                )
     if found.get("fps") is not None and found.get("num_frames") is not None:
         raise UserError(f"{where}: fps and num_frames are both there; take one of them out")
+    if found.get("num_frames") is not None:  # the classes look at neither then
+        found.pop("min_frames", None)
+        if found.get("max_frames", MOST_FRAMES) < found["num_frames"]:
+            del found["max_frames"]
     if known.most:
         found |= _sizes(tree, vision, kind, where)
     if kind == "glm4v" and tree.get("max_duration") is not None:

@@ -10,6 +10,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect, flag, number
 from megavlm.families.family import Family, Tree, config_file
+from megavlm.families.vit import beside_plain
 from megavlm.weights.rules import ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
 from megavlm.weights.source import Source
 
@@ -108,7 +109,7 @@ def no_intern_vit(model: ModelConfig) -> str | None:
     if vision.feature_layers is not None or vision.s2_scales is not None:
         return "the vision tower is no InternViT"
     kept = (vision.class_token, vision.conv_bias, vision.layer_scale, vision.activation == "gelu")
-    if not all(kept) or vision.pre_layernorm or vision.post_layernorm:
+    if not all(kept) or vision.pre_layernorm or vision.post_layernorm or beside_plain(vision) is not None:
         return "the vision tower is no InternViT"
     if vision.qk_norm is not None and vision.layernorm_epsilon != _QK_EPSILON:
         return f"the tower's norms have the epsilon {vision.layernorm_epsilon}; InternViT's code has {_QK_EPSILON}"

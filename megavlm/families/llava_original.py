@@ -3,6 +3,10 @@
 One flat ``config.json``: the language model's keys and ``mm_*``. The tower is named there (``mm_vision_tower``) and
 lies in the checkpoint, or apart. Its shape is that of a known name, of the directory that is named, or of
 ``vision_config.json`` beside, which an export writes for towers that have no public name.
+
+Other systems kept the layout and took other language models: a subclass of :class:`LlavaOriginalFamily` names them
+(:mod:`megavlm.families.llava_like`). What a language model is read and written as, and its table, are those of its kind
+(:data:`megavlm.families.text.TEXT_KINDS`).
 """
 
 from __future__ import annotations
@@ -10,60 +14,60 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, need
-from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Family, Tower, Tree, config_file
-from megavlm.families.llama import no_llama
 from megavlm.families.preprocessor import image_branch, llava_processor, normalisation
 from megavlm.families.projector import projector_branch, projector_table
+from megavlm.families.public_towers import TOWERS, known_tower, public_name
+from megavlm.families.text import TEXT_KINDS, language_branch, with_head
+from megavlm.families.text_kinds import TextKind, chosen, refused
 from megavlm.families.towers import transformers_vision, transformers_vision_config
 from megavlm.families.vit import no_llava_tower
 from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 
+__all__ = ["TOWERS", "LlavaApartFamily", "LlavaOriginalFamily", "SystemLanguage", "pictures"]
+
 VISION_CONFIG = "vision_config.json"
 _PROJECTOR = "model.mm_projector."
-_LANGUAGES = {"llama": "LlavaLlama", "mistral": "LlavaMistral", "qwen2": "LlavaQwen"}
-_KINDS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
-_OTHERS = ("llava_mpt", "llava_mixtral", "llava_gemma", "llava_baichuan")
+_HEAD = "lm_head."
 
 
-def _clip(width: int, layers: int, heads: int, image: int, patch: int, **more: Any) -> Tree:
-    return {
-        "model_type": "clip_vision_model", "hidden_size": width, "intermediate_size": 4 * width, "image_size": image,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "patch_size": patch, "hidden_act": "quick_gelu",
-    } | more  # fmt: skip
+@dataclass(frozen=True)
+class SystemLanguage:
+    """A language model that a system of LLaVA's layout is published with.
 
+    Attributes:
+        kind: name of its kind in :data:`TEXT_KINDS`.
+        model_types: what ``config.json`` calls it; the first is written.
+        architecture: the class, in ``config.json``.
+        templates: how its conversations are written, where no checkpoint says it.
+        keys: of ``config.json``, by what the kind calls them, those that have another name here.
+        multiplies_features: image features are multiplied as its embeddings are.
+        windows: its kind reads sliding windows; else one that is asked for is refused.
+    """
 
-def _siglip(width: int, mlp: int, layers: int, heads: int, image: int, patch: int) -> Tree:
-    return _clip(width, layers, heads, image, patch, model_type="siglip_vision_model", intermediate_size=mlp) | {
-        "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True,
-    }  # fmt: skip
+    kind: str
+    model_types: tuple[str, ...]
+    architecture: str
+    templates: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    multiplies_features: bool = False
+    windows: bool = True
 
-
-TOWERS: dict[str, Tree] = {
-    "openai/clip-vit-large-patch14-336": _clip(1024, 24, 16, 336, 14),
-    "openai/clip-vit-large-patch14": _clip(1024, 24, 16, 224, 14),
-    "openai/clip-vit-base-patch16": _clip(768, 12, 12, 224, 16),
-    "openai/clip-vit-base-patch32": _clip(768, 12, 12, 224, 32),
-    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": _clip(1024, 24, 16, 224, 14, hidden_act="gelu"),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1280, 32, 16, 224, 14, hidden_act="gelu"),
-    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": _clip(1664, 48, 16, 224, 14, hidden_act="gelu", intermediate_size=8192),
-    "google/siglip-so400m-patch14-384": _siglip(1152, 4304, 27, 16, 384, 14),
-    "google/siglip-so400m-patch14-224": _siglip(1152, 4304, 27, 16, 224, 14),
-    "google/siglip-large-patch16-384": _siglip(1024, 4096, 24, 16, 384, 16),
-    "google/siglip-base-patch16-224": _siglip(768, 3072, 12, 12, 224, 16),
-}
-"""Shapes of public towers, by the name that ``mm_vision_tower`` gives them."""
+    @property
+    def text_kind(self) -> TextKind:
+        """How it is read and written, and its table."""
+        return TEXT_KINDS[self.kind]
 
 
 class LlavaOriginalFamily(Family):
@@ -86,16 +90,33 @@ class LlavaOriginalFamily(Family):
     read_as = "llava"
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
+    own_multiplier = True
+
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
+        # Llama 3 and Yi have Llama's names, and tokens of their own.
+        SystemLanguage(
+            "llama", ("llava_llama", "llava"), "LlavaLlamaForCausalLM", ("llama_3", "phi_3", "vicuna_v1", "chatml_direct")
+        ),
+        SystemLanguage("qwen2", ("llava_qwen",), "LlavaQwenForCausalLM", ("qwen2",)),
+        # Mistral without its window is a Llama.
+        SystemLanguage("llama", ("llava_mistral",), "LlavaMistralForCausalLM", ("mistral",), windows=False),
+    )
+    """Language models of the system, in the order in which they are tried for a model that is written."""
+    others: ClassVar[str] = "llava_(mpt|mixtral|gemma|baichuan)"
+    """What ``model_type`` the system's other language models have, which are refused by name: a regular expression."""
+    flags: ClassVar[Tree] = {
+        "freeze_mm_mlp_adapter": False, "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
+        "tune_mm_mlp_adapter": False, "use_mm_proj": True,
+    }  # fmt: skip
+    """Keys that are always the same in what is written."""
 
     def detect(self, source: Source) -> bool:
         """By the projector's type, the language model's names and whether the tower is there."""
-        return _is_original(source) and self._holds_tower(source)
+        return self._is_system(source) and self._holds_tower(source)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """By the language model: its authors' code has the forms, and no ``chat_template``."""
-        rows = {"mistral": ("mistral",), "qwen2": ("qwen2",)}
-        # Llama 3 and Yi have Llama's names, and tokens of their own.
-        return rows.get(_KINDS.get(source.config.get("model_type", ""), ""), ("llama_3", "vicuna_v1", "chatml_direct"))
+        return self._language_of(source.config).templates
 
     def probe(self, style: str) -> str:
         """Return the name of the patch embedding."""
@@ -103,40 +124,106 @@ class LlavaOriginalFamily(Family):
 
     def branches(self, source: Source) -> Tree:
         """Return all three branches."""
-        config, where = source.config, config_file(source)
-        _check_pictures(config, where)
-        vision_config, layer = self.tower_of(config, source.directory)
-        vision = transformers_vision(vision_config, layer, where)
-        _check_width(config, vision, where)
-        vision |= normalisation(source, vision["image_size"])
+        where = config_file(source)
+        self.check_pictures(source.config, where)
+        vision = self.vision_of(source)
+        self._check_width(source, vision)
         return {"vision": vision, **self._rest(source), "image": pictures(source, source, vision)}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         tower = dataclasses.replace(TRANSFORMERS_VISION, prefix=self.styles[style]["tower"])
-        return [tower, projector_table(model, _PROJECTOR), LLAMA_LANGUAGE]
+        return [tower, self.connector_table(model), self._written(model.language).text_kind.table]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a flat configuration whose tower ends with the layer whose features are taken."""
-        text = llama_config(model.language)
-        kind = text["model_type"]
+        own = self._written(model.language)
+        text = own.text_kind.write(model.language)
+        text.pop("auto_map", None)  # of the language model alone
         config = {
-            **text,
-            "architectures": [f"{_LANGUAGES.get(kind, 'LlavaLlama')}ForCausalLM"],
-            "freeze_mm_mlp_adapter": False,
-            "image_aspect_ratio": "pad" if model.image.kind == "pad" else "square",
-            "mm_hidden_size": model.vision.feature_size,
-            "mm_projector_type": model.connector.preset,
-            "mm_use_im_patch_token": False,
-            "mm_use_im_start_end": False,
-            "mm_vision_select_feature": "patch",
-            "model_type": "llava_qwen" if kind == "qwen2" else "llava_llama",
-            "tune_mm_mlp_adapter": False,
+            **{own.keys.get(key, key): value for key, value in text.items()},
+            **self.flags,
+            "architectures": [own.architecture],
+            "model_type": own.model_types[0],
             **self.tower_keys,
-            "use_mm_proj": True,
+            **self.pictures_of(model),
         }
         layers = model.vision.feature_layers
-        return self.with_tower(config, transformers_vision_config(model.vision), list(layers) if layers else -1)
+        config = self.with_mm(config, self.mm_config(model))
+        return self.with_tower(config, self.vision_config(model.vision), list(layers) if layers else -1)
+
+    def pictures_of(self, model: ModelConfig) -> Tree:
+        """Return what LLaVA's code does with pictures; ``square`` leaves it to the tower's processor."""
+        return {"image_aspect_ratio": "pad" if model.image.kind == "pad" else "square"}
+
+    def mm(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return LLaVA's keys on tower and projector (``mm_*``), wherever the system has them."""
+        return config
+
+    def with_mm(self, config: Tree, mm: Tree) -> Tree:
+        """Return a configuration with these keys, see :meth:`mm`."""
+        return {**config, **mm}
+
+    def mm_config(self, model: ModelConfig) -> Tree:
+        """Return the keys on the projector, and which features it takes."""
+        return {
+            "mm_hidden_size": model.vision.feature_size,
+            "mm_projector_type": model.connector.preset,
+            "mm_vision_select_feature": "patch",
+        }
+
+    def vision_of(self, source: Source) -> Tree:
+        """Return ``model.vision``."""
+        vision = self.tower_branch(source)
+        return vision | normalisation(source, vision["image_size"])
+
+    def tower_branch(self, source: Source) -> Tree:
+        """Return ``model.vision`` as the tower's own configuration says it."""
+        return transformers_vision(*self.tower_of(source.config, source.directory), config_file(source))
+
+    def vision_config(self, vision: VisionConfig) -> Tree:
+        """Return the tower's own configuration."""
+        return transformers_vision_config(vision)
+
+    def connector_of(self, source: Source) -> Tree:
+        """Return ``model.connector``.
+
+        Raises:
+            UserError: the projector that is named has other weights, or is not known.
+        """
+        where, named = config_file(source), self.mm(source.config).get("mm_projector_type", "linear")
+        if not re.fullmatch("linear|mlp[0-9]+x_gelu|identity", str(named)):
+            there = next((name for name in source.tensors if name.startswith(_PROJECTOR)), "there are none")
+            raise UserError(
+                f"{where}: mm_projector_type is {named!r}; {self.title} has linear and mlpNx_gelu here (the weights "
+                f"under {_PROJECTOR}: {there})"
+            )
+        connector = projector_branch(source, _PROJECTOR)
+        if named != connector["preset"]:
+            raise UserError(
+                f"{where}: mm_projector_type is {named!r}, but the weights' names under {_PROJECTOR} are those of "
+                f"{connector['preset']}; correct one"
+            )
+        return connector
+
+    def connector_table(self, model: ModelConfig) -> Table:
+        """Return the table of the projector."""
+        return projector_table(model, _PROJECTOR)
+
+    def no_connector(self, model: ModelConfig) -> str | None:
+        """Return why the system has no such connector, or None."""
+        if not re.fullmatch("linear|mlp[0-9]+x_gelu", model.connector.preset):
+            return f"the connector is {model.connector.preset}, LLaVA's are linear and mlpNx_gelu"
+        own = self._written(model.language)
+        wanted = getattr(model.language, "embedding_multiplier", 1.0) if own.multiplies_features else 1.0
+        there = getattr(model.connector, "output_multiplier", 1.0)
+        if there != wanted:
+            return f"image features are multiplied by {there} (model.connector.output_multiplier), here by {wanted}"
+        return None
+
+    def no_tower(self, vision: VisionConfig) -> str | None:
+        """Return why the system has no such tower, or None."""
+        return no_llava_tower(vision)
 
     def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:
         """Return the tower's own configuration and the layer whose features are taken.
@@ -144,14 +231,13 @@ class LlavaOriginalFamily(Family):
         Raises:
             UserError: nothing tells the shape of the tower that is named.
         """
-        where = str(directory / CONFIG)
-        name, layer = str(need(config, "mm_vision_tower", where)), config.get("mm_vision_select_layer", -2)
+        where, mm = str(directory / CONFIG), self.mm(config)
+        name, layer = str(need(mm, "mm_vision_tower", where)), mm.get("mm_vision_select_layer", -2)
         for path in (directory / VISION_CONFIG, directory / name / CONFIG, Path(name) / CONFIG):
             if path.is_file():
                 tree = read_json(path)
                 return tree.get("vision_config", tree), layer
-        known = {full.split("/")[1]: tree for full, tree in TOWERS.items()}
-        shape = known.get(Path(name).name)
+        shape = known_tower(name)
         if shape is None:
             raise UserError(
                 f"{where}: mm_vision_tower is {name!r}, of whose shape nothing is known; put that tower's config.json "
@@ -161,14 +247,9 @@ class LlavaOriginalFamily(Family):
 
     def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
         """Name a public tower where the shape is one's, else write its shape to a file beside."""
-        wanted = transformers_vision(vision_config, layer, CONFIG)
-        taken = wanted["feature_layers"] or [wanted["num_layers"]]
-        for name, known in TOWERS.items():
-            layers = known["num_hidden_layers"]
-            there = [one - layers - 1 for one in taken]
-            own = there[0] if len(there) == 1 else there
-            if max(taken) <= layers and transformers_vision(known, own, CONFIG) == wanted:
-                return {**config, "mm_vision_tower": name, "mm_vision_select_layer": own}
+        name = public_name(vision_config, layer)
+        if name is not None:
+            return {**config, "mm_vision_tower": name[0], "mm_vision_select_layer": name[1]}
         own_file = {VISION_CONFIG: vision_config}
         return {**config, "mm_vision_tower": "vision_tower", "mm_vision_select_layer": layer, **own_file}
 
@@ -177,40 +258,104 @@ class LlavaOriginalFamily(Family):
         return llava_processor(model.vision, image_token)
 
     def refuses(self, model: ModelConfig) -> str | None:
-        """Tower, connector and language model must be LLaVA's kinds."""
-        if not re.fullmatch("linear|mlp[0-9]+x_gelu", model.connector.preset):
-            return f"the connector is {model.connector.preset}, LLaVA's are linear and mlpNx_gelu"
-        if model.language.qk_layernorm:
-            return "the language model has a norm on queries and keys; LLaVA's are Llama, Mistral and Qwen2"
-        if not plan_of(model).fixed:
-            return f"the image plan is {model.image.kind}; of LLaVA's those with one view of a picture are written"
-        return no_llava_tower(model.vision) or no_llama(model.language)
+        """Tower, connector, language model and image plan must be the system's kinds."""
+        reason = refused(self._kinds(), with_head(model.language))
+        if reason is None and getattr(model.language, "rotary_sections", ()):
+            reason = "the language model has three numbers a position (model.language.rotary_sections), LLaVA's one"
+        if reason is None and not plan_of(model).fixed:
+            reason = f"the image plan is {model.image.kind}; of LLaVA's those with one view of a picture are written"
+        return reason or self.no_connector(model) or self.no_tower(model.vision)
 
     def extra_files(self, source: Source) -> dict[str, Tree]:
         """Return the tower's shape, where it comes from a directory that need not be there for an export."""
-        known = Path(str(source.config.get("mm_vision_tower"))).name in {name.split("/")[1] for name in TOWERS}
+        known = known_tower(str(self.mm(source.config).get("mm_vision_tower"))) is not None
         if known or (source.directory / VISION_CONFIG).is_file():
             return {}
         return {VISION_CONFIG: self.tower_of(source.config, source.directory)[0]}
 
+    def check_pictures(self, config: Mapping[str, Any], where: str) -> None:
+        """Check what is asked of pictures.
+
+        Raises:
+            UserError: it is not done here.
+        """
+        expect(config, where, mm_use_im_start_end=False, image_aspect_ratio=("pad", "square"), s2=False)
+        mm = self.mm(config)
+        tower = str(mm.get("mm_vision_tower"))
+        if mm.get("mm_vision_select_feature", "patch") != "patch":
+            value = mm["mm_vision_select_feature"]
+            raise UserError(f"{where}: mm_vision_select_feature is {value!r}; of {tower} only 'patch' is supported")
+        if config.get("mm_resampler_type") is not None:
+            raise UserError(f"{where}: mm_resampler_type is {config['mm_resampler_type']!r}; only null is supported")
+
+    def _is_system(self, source: Source) -> bool:
+        config = source.config
+        kind = config.get("model_type")
+        if not isinstance(kind, str) or not self.describes(config):
+            return False
+        if any(kind in one.model_types for one in self.languages):
+            # CodeFuse-VLM has llava_qwen as well, on Qwen v1.
+            return any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in source.tensors)
+        if re.fullmatch(self.others, kind):
+            known = ", ".join(one.model_types[0] for one in self.languages)
+            raise UserError(
+                f"{config_file(source)}: model_type {kind!r}: of {self.title.partition(' in ')[0]}'s language models "
+                f"{known} are known"
+            )
+        return False
+
+    def describes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration says of tower and projector what the system's do."""
+        return "mm_projector_type" in config or "mm_vision_tower" in config
+
     def _holds_tower(self, source: Source) -> bool:
         return any(self.probe(style) in source for style in self.styles)
+
+    def _language_of(self, config: Mapping[str, Any]) -> SystemLanguage:
+        return next(one for one in self.languages if config.get("model_type") in one.model_types)
+
+    def _kinds(self) -> list[TextKind]:
+        return [one.text_kind for one in self.languages]
+
+    def _written(self, language: LanguageConfig) -> SystemLanguage:
+        """Return what a model is written as; the first where it is refused, for the sake of messages."""
+        kind = chosen(self._kinds(), with_head(language))
+        return next((one for one in self.languages if kind is one.text_kind), self.languages[0])
 
     def _rest(self, source: Source) -> Tree:
         """Return connector and language model."""
         config, where = source.config, config_file(source)
-        connector, named = projector_branch(source, _PROJECTOR), config.get("mm_projector_type", "linear")
-        if named != connector["preset"]:
-            raise UserError(
-                f"{where}: mm_projector_type is {named!r}, but the weights' names under {_PROJECTOR} are those of "
-                f"{connector['preset']}; correct one"
-            )
-        kind = _KINDS[config["model_type"]]
-        if kind == "mistral" and config.get("sliding_window") is not None:
+        connector, own = self.connector_of(source), self._language_of(config)
+        if not own.windows and config.get("sliding_window") is not None:
             raise UserError(f"{where}: sliding_window is {config['sliding_window']!r}; only null is supported")
-        # Mistral without its window is a Llama.
-        text = {**config, "model_type": "llama" if kind == "mistral" else kind}
-        return {"connector": connector, "language": llama_language(text, where)}
+        renamed = {theirs: kind for kind, theirs in own.keys.items()}
+        text = {renamed.get(key, key): value for key, value in config.items()}
+        language = language_branch(own.text_kind, source, {**text, "model_type": own.kind}, _HEAD, where)
+        if own.multiplies_features:
+            connector["output_multiplier"] = language["embedding_multiplier"]
+        return {"connector": connector, "language": language}
+
+    def _check_width(self, source: Source, vision: Mapping[str, Any]) -> None:
+        """Check that projector and tower are of one width, by their configurations and by the projector's weights.
+
+        Raises:
+            UserError: they are not; both are named.
+        """
+        where, mm = config_file(source), self.mm(source.config)
+        sides = len(vision["feature_layers"] or (0,)) * len(vision.get("s2_scales") or (0,))
+        width, tower = vision["hidden_size"] * sides, mm["mm_vision_tower"]
+        if mm.get("mm_hidden_size", width) != width:
+            raise UserError(
+                f"{where}: mm_hidden_size is {mm['mm_hidden_size']!r}, but the features of mm_vision_tower {tower!r} "
+                f"are {width} wide; correct one"
+            )
+        for name in (f"{_PROJECTOR}0.weight", f"{_PROJECTOR}weight"):
+            there = source.shape(name)[-1] if name in source else width
+            if there != width:
+                raise UserError(
+                    f"{source.path}: {name} is for features {there} wide, but those of mm_vision_tower {tower!r} are "
+                    f"{width} wide; name the tower that the projector was trained with"
+                )
 
 
 class LlavaApartFamily(LlavaOriginalFamily):
@@ -223,11 +368,11 @@ class LlavaApartFamily(LlavaOriginalFamily):
 
     def detect(self, source: Source) -> bool:
         """As LLaVA in its authors' layout."""
-        return _is_original(source) and not self._holds_tower(source)
+        return self._is_system(source) and not self._holds_tower(source)
 
     def branches(self, source: Source) -> Tree:
         """Return two branches."""
-        _check_pictures(source.config, config_file(source))
+        self.check_pictures(source.config, config_file(source))
         return self._rest(source)
 
     def style_of(self, source: Source) -> str:
@@ -277,41 +422,3 @@ def pictures(source: Source, tower: Source, vision: Mapping[str, Any]) -> Tree:
         return image_branch(source, vision["image_size"], clip=clip)
     own = image_branch(tower, vision["image_size"], clip=clip)
     return own or {"kind": "crop" if clip else "squash"}
-
-
-def _is_original(source: Source) -> bool:
-    config = source.config
-    if "mm_projector_type" not in config and "mm_vision_tower" not in config:
-        return False
-    kind = config.get("model_type")
-    if kind in _OTHERS:
-        raise UserError(
-            f"{config_file(source)}: model_type {kind!r}: of LLaVA's language models {', '.join(_LANGUAGES)} are known"
-        )
-    # CodeFuse-VLM has llava_qwen as well, on Qwen v1.
-    return kind in _KINDS and any(name.startswith(("model.layers.", "model.embed_tokens.")) for name in source.tensors)
-
-
-def _check_pictures(config: Mapping[str, Any], where: str) -> None:
-    """Check what is asked of pictures.
-
-    Raises:
-        UserError: it is not done here.
-    """
-    expect(config, where, mm_use_im_start_end=False, image_aspect_ratio=("pad", "square"), s2=False)
-    tower = str(config.get("mm_vision_tower"))
-    if config.get("mm_vision_select_feature", "patch") != "patch":
-        value = config["mm_vision_select_feature"]
-        raise UserError(f"{where}: mm_vision_select_feature is {value!r}; of {tower} only 'patch' is supported")
-    if config.get("mm_resampler_type") is not None:
-        raise UserError(f"{where}: mm_resampler_type is {config['mm_resampler_type']!r}; only null is supported")
-
-
-def _check_width(config: Mapping[str, Any], vision: Mapping[str, Any], where: str) -> None:
-    """Check that projector and tower are of one width, by their configurations."""
-    width = vision["hidden_size"] * len(vision["feature_layers"] or (0,))
-    if config.get("mm_hidden_size", width) != width:
-        raise UserError(
-            f"{where}: mm_hidden_size is {config['mm_hidden_size']!r}, but the features of mm_vision_tower "
-            f"{config['mm_vision_tower']!r} are {width} wide; correct one"
-        )

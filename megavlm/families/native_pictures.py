@@ -13,7 +13,14 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.data.plans_native import NativePlan
 from megavlm.families.common import expect
-from megavlm.families.preprocessor import GEOMETRY, native_sizes, normalisation, processor_files, resampling
+from megavlm.families.preprocessor import (
+    GEOMETRY,
+    PREPROCESSOR,
+    native_sizes,
+    normalisation,
+    processor_files,
+    resampling,
+)
 from megavlm.weights.source import Source
 
 Tree = dict[str, Any]
@@ -82,6 +89,8 @@ def trained_native(model: ModelConfig, old: Mapping[str, Any], processors: Seque
     """
     plan, vision, kind = plan_of(model), model.vision, old.get("image_processor_type")
     assert isinstance(plan, NativePlan)
+    if model.image.kind != "native":
+        raise UserError(f"model.image: {model.image.kind} has no {PREPROCESSOR} in this family; choose native")
     return {
         "image_processor_type": kind if kind in processors else processors[0], "max_pixels": plan.max_pixels,
         "merge_size": vision.spatial_merge_size, "min_pixels": plan.min_pixels, "patch_size": vision.patch_size,

@@ -14,7 +14,8 @@ from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families import known
+from megavlm.families import known, presets_small
+from megavlm.families.llava_like_presets import register_llava_like
 
 
 def load_presets() -> None:
@@ -149,6 +150,41 @@ def _register_paligemma() -> None:
         )
 
 
+def _register_minicpm_v() -> None:
+    """Register MiniCPM-V: openbmb/MiniCPM-V, openbmb/MiniCPM-V-2, openbmb/MiniCPM-Llama3-V-2_5."""
+    MODELS.register(
+        "minicpm_v",
+        # timm's, whose GELU is exact; that 1.0 lacks the last layer too is unchecked.
+        vision={
+            "preset": "siglip_so400m_14_384",
+            "image_size": 448,
+            "num_layers": 26,
+            "activation": "gelu",
+            "positional_antialias": True,
+        },
+        connector={"preset": "resampler", "num_queries": 64, "head_dim": 128},
+        language={"preset": "minicpm_2b", "tie_word_embeddings": False},
+        template="minicpm",
+    )
+    MODELS.register(
+        "minicpm_v_2",
+        vision={"preset": "minicpm_v_2_vit_400m"},
+        connector={"preset": "minicpm_v_2_resampler"},
+        # Whose head has rows of its own there.
+        language={"preset": "minicpm_2b", "tie_word_embeddings": False},
+        image={"kind": "slices"},
+        template="minicpm",
+    )
+    MODELS.register(
+        "minicpm_llama3_v_2_5",
+        vision={"preset": "minicpm_v_2_5_vit_420m"},
+        connector={"preset": "resampler_2d"},
+        language={"preset": "llama3_8b"},
+        image={"kind": "slices"},
+        template="minicpm_llama_3",
+    )
+
+
 def _register_gemma3() -> None:
     """Register Gemma 3 with pictures: google/gemma-3-{4b,12b,27b}-it."""
     for size in ("4b", "12b", "27b"):
@@ -261,6 +297,7 @@ def _register_llava_onevision1_5() -> None:
 
 def register() -> None:
     """Register the whole models that a recipe may name."""
+    register_llava_like()
     MODELS.register(
         "tiny",
         vision={"preset": "tiny_vit"},
@@ -292,10 +329,12 @@ def register() -> None:
     _register_llava_tiles()
     _register_paligemma()
     _register_gemma3()
+    _register_minicpm_v()
     _register_qwen2_vl()
     _register_qwen3_vl()
     _register_glm4v()
     _register_llava_onevision1_5()
+    presets_small.register()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
             qwen3 = version == "3_5"

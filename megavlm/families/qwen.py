@@ -17,7 +17,7 @@ from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch
 from megavlm.families.text_kinds import PLAIN
-from megavlm.families.towers import CLIP_MEAN, CLIP_STD, qwen_vision, qwen_visual
+from megavlm.families.towers import CLIP_MEAN, CLIP_STD, QWEN_EPSILON, qwen_vision, qwen_visual
 from megavlm.families.vit import plain_layers
 from megavlm.weights.rules import Aside, Table
 from megavlm.weights.source import Source
@@ -120,9 +120,11 @@ class QwenVLFamily(QwenFamily):
 def no_qwen_tower(vision: VisionConfig) -> str | None:
     """Return why a tower is not Qwen-VL's, or None."""
     other = vision.class_token or vision.conv_bias or vision.post_layernorm or not vision.pre_layernorm
-    other = other or vision.s2_scales is not None
+    other = other or vision.s2_scales is not None or vision.feature_layers is not None
     if other or vision.activation != "gelu" or not plain_layers(vision):
         return "the vision tower is not Qwen-VL's"
+    if vision.layernorm_epsilon != QWEN_EPSILON:
+        return f"the tower's norms have the epsilon {vision.layernorm_epsilon}; Qwen-VL's code has {QWEN_EPSILON}"
     if [*vision.image_mean, *vision.image_std] != CLIP_MEAN + CLIP_STD:
         return "pictures are normalised with other numbers than CLIP's, which Qwen-VL's code has fixed"
     if vision.positional_grid**2 != _TABLE_ROWS:

@@ -41,6 +41,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
     }
     template: ClassVar[str | None] = "qwen3_vl"
     film_plans: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    own_levels = True
     model_class = "Qwen3VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN3_VL_VISION
     fixed: ClassVar[Tree] = {

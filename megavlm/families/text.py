@@ -51,11 +51,27 @@ def text_branch(source: Source, text: Mapping[str, Any], head: str, where: str) 
     if kind is None:
         known = ", ".join(one.model_type for one in _HALVES)
         raise UserError(f"{where}: model_type of text_config is {text.get('model_type')!r}; there are {known}")
-    language = kind.branch({**kind.defaults, **text}, where)
+    return language_branch(kind, source, {**kind.defaults, **text}, head, where)
+
+
+def language_branch(kind: TextKind, source: Source, config: Mapping[str, Any], head: str, where: str) -> Tree:
+    """Return ``model.language`` of a language half.
+
+    Args:
+        kind: of language model.
+        source: the whole checkpoint.
+        config: the half's configuration.
+        head: what the names of its output layer begin with.
+        where: its file, for messages.
+
+    Raises:
+        UserError: it has a value that is not known.
+    """
+    language = kind.branch(config, where)
     # A head that is written out is one of its own, where the whole model's configuration does not tie it.
     apart = head + "weight" in source and source.config.get("tie_word_embeddings") is False
     language["tie_word_embeddings"] = language["tie_word_embeddings"] and not apart
-    if "lm_head_bias" in kind.fixed:  # composed models of Transformers 4.52 and later have no bias there
+    if "lm_head_bias" in kind.fixed:  # not all composed models have one
         language["lm_head_bias"] = head + "bias" in source
     return language
 
@@ -73,22 +89,27 @@ def text_config(language: LanguageConfig) -> Tree:
     return kind.write(language)
 
 
-def no_half(language: LanguageConfig) -> str | None:
-    """Return why a language model is no half of a composed model of Transformers, or None."""
-    if getattr(language, "lm_head_bias", False):
+def no_half(language: LanguageConfig, *, head_bias: bool = False) -> str | None:
+    """Return why a language model is no half of a composed model of Transformers, or None.
+
+    Args:
+        language: the branch.
+        head_bias: whether the output layer's bias, which Phi has alone, has a place in the family.
+    """
+    if getattr(language, "lm_head_bias", False) and not head_bias:
         return "the language model's output layer has a bias, for which Transformers' composed models have no place"
     if getattr(language, "rotary_sections", ()):
         return "the language model has three numbers a position (model.language.rotary_sections), LLaVA's have one"
     if language.add_qkv_bias and language.qk_layernorm and not getattr(language, "add_bias_linear", False):
         return "the language model has both a bias on QKV and a norm on queries and keys; Qwen2 and Qwen3 have one each"
-    return refused(_HALVES, _with_head(language))
+    return refused(_HALVES, with_head(language))
 
 
 def _half(language: LanguageConfig) -> TextKind | None:
-    return chosen(_HALVES, _with_head(language))
+    return chosen(_HALVES, with_head(language))
 
 
-def _with_head(language: LanguageConfig) -> LanguageConfig:
+def with_head(language: LanguageConfig) -> LanguageConfig:
     """Return a half as it would stand alone: Phi's output layer has a bias there."""
     if not getattr(language, "add_bias_linear", False):
         return language

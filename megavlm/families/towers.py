@@ -12,6 +12,7 @@ from megavlm.families.common import expect, need, number
 
 Tree = dict[str, Any]
 
+QWEN_EPSILON = 1e-6  # of the norms; Qwen-VL's code has it fixed
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
@@ -40,7 +41,7 @@ def qwen_vision(visual: Mapping[str, Any], rows: int, where: str) -> Tree:
         "num_attention_heads": need(visual, "heads", where),
         "ffn_hidden_size": int(width * number(visual, "mlp_ratio", where)),
         "positional_grid": grid,
-        "layernorm_epsilon": 1e-6,
+        "layernorm_epsilon": QWEN_EPSILON,
     }
 
 

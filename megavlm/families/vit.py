@@ -14,7 +14,7 @@ from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision, tran
 from megavlm.weights.rules import Aside, Table
 from megavlm.weights.source import Source
 
-_OTHER_HALF = Aside(
+OTHER_HALF = Aside(
     r"{top}text_model\..*|{top}(visual|text)_projection\..*|{top}logit_(scale|bias)",
     "text tower and projections",
     carried=True,
@@ -48,7 +48,7 @@ class ClipFamily(Family):
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""
-        aside = (*TRANSFORMERS_VISION.aside, _OTHER_HALF)
+        aside = (*TRANSFORMERS_VISION.aside, OTHER_HALF)
         return [dataclasses.replace(TRANSFORMERS_VISION, prefix=style, aside=aside, names={"top": ""})]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
@@ -95,6 +95,8 @@ def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> 
         return "the tower sees pictures at several sizes (model.vision.s2_scales), for which this layout has no word"
     if vision.positional_grid != vision.image_size // vision.patch_size:
         return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
+    if (has := beside_plain(vision)) is not None:
+        return f"the vision tower is neither CLIP's nor SigLIP's: it has {has}"
     if not plain_layers(vision):
         return "the vision tower is neither CLIP's nor SigLIP's: its layers are InternViT's"
     is_clip = vision.class_token and not vision.conv_bias and vision.pre_layernorm and not vision.post_layernorm
@@ -110,5 +112,19 @@ def no_transformers_tower(vision: VisionConfig, *, clip: bool | None = None) -> 
 
 def plain_layers(vision: VisionConfig) -> bool:
     """Whether a tower's layers are those of the first ViTs: LayerNorms, biases everywhere, no scale, no other norm."""
-    other = vision.normalization != "LayerNorm" or vision.qk_norm is not None
+    other = vision.normalization != "LayerNorm" or vision.qk_norm is not None or beside_plain(vision) is not None
     return vision.add_qkv_bias and not vision.layer_scale and not other
+
+
+_LATER = {
+    "gated_mlp": "a gate in the MLP", "mlp_norm": "a norm inside the MLP", "attention_norm": "a norm inside attention",
+    "register_tokens": "register tokens", "rotary_base": "rotary angles", "positional_antialias": "a table that is"
+    " interpolated with a filter",
+}  # fmt: skip
+
+
+def beside_plain(vision: VisionConfig) -> str | None:
+    """Return what a tower has that DINOv2 and EVA02 brought, or None."""
+    if not vision.key_bias:
+        return "keys without a bias (model.vision.key_bias)"
+    return next((f"{text} (model.vision.{key})" for key, text in _LATER.items() if getattr(vision, key)), None)

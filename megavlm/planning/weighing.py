@@ -37,7 +37,7 @@ class Weigher:
 
     def __call__(self, layouts: Sequence[ImageLayout]) -> int:
         """Return the weight of pictures."""
-        return round(sum(self._work(layout.patches) for layout in layouts if layout.patches is not None) / self._unit)
+        return round(sum(self._work(grid) for layout in layouts for grid in layout.grids) / self._unit)
 
     def _work_of(self, grid: tuple[int, int, int]) -> float:
         return sum(picture_work(self.recipe, Pictures.shown([grid])))

@@ -113,7 +113,7 @@ def assume_workload(
         views=float(images) * plan.views_of(typical),
         most_views=math.ceil(most),
         samples=float(samples),
-        pictures=None if typical.patches is None else Pictures.shown([typical.patches]).times(images),
+        pictures=Pictures.shown(typical.grids).times(images) if typical.grids else None,
     )
 
 

@@ -271,6 +271,11 @@ class Trainer:
             self.exporter.published(path)
         return True
 
+    def finish_exports(self, stopped: Callable[[], bool]) -> None:
+        """Wait for the exports of checkpoints, and delete those that were kept for them alone; not a collective."""
+        if self.exporter.finish(stopped):
+            self.saver.prune()
+
     def close(self) -> None:
         """End threads and files."""
         self.recorder.close()
@@ -301,7 +306,7 @@ class Trainer:
                 )
             _restore_random(newest)
             self.saver.point_at(newest)
-            self.exporter.resumed(self.checkpoints)
+            self.exporter.resumed(newest)
             self.parent = newest
             progress = Progress.from_json(read_run(newest))
             logger.info("resumed from %s at step %d", newest, progress.step)

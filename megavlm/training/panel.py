@@ -17,9 +17,17 @@ from torch import Tensor
 from megavlm.config.schema import ModelConfig, Recipe
 from megavlm.data.chat import answer_start, last_question
 from megavlm.data.films.plan import FilmShape
-from megavlm.data.media import Arrangement, ImagePlan, ImageShape, arrange, layouts_of, pixels_of, plan_of
+from megavlm.data.media import (
+    Arrangement,
+    ImagePlan,
+    ImageShape,
+    PackedPlan,
+    arrange,
+    layouts_of,
+    pixels_of,
+    plan_of,
+)
 from megavlm.data.patches import pictures_of
-from megavlm.data.plans_native import NativePlan
 from megavlm.data.positions import own_grids
 from megavlm.data.read_pack import ReadPack, image_starts
 from megavlm.data.tokenizer import Tokenizer
@@ -151,8 +159,8 @@ def _item(question: HeldOutQuestion, answer: Sequence[int], tokenizer: Tokenizer
     """What a card shows: the last user turn, both answers, and the pictures."""
     assert question.pixels is not None
     shown: Iterable[Tensor] = question.pixels
-    if isinstance(plan, NativePlan):
-        grids = [plan.of(shape).patches or (0, 0, 0) for shape in question.shapes]
+    if isinstance(plan, PackedPlan):
+        grids = [grid for shape in question.shapes for grid in plan.of(shape).grids]
         shown = pictures_of(question.pixels, grids, plan)
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in shown]
     return PanelItem(

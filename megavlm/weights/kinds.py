@@ -12,11 +12,23 @@ _HF_WEIGHTS = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "visual.bin",
     "mm_projector.bin",
 )  # fmt: skip
+LANGUAGE, OUTSIDE = "llm", "outside"
+"""The folder of a language model in a checkpoint in pieces; where such a one's own small files are kept."""
+_PIECES = (LANGUAGE, "visual_encoder", "projector")
 _IN = "megavlm convert hf-to-megatron"
 
 
 def _any(path: Path, *patterns: str) -> bool:
     return path.is_dir() and any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+
+def pieces_of(path: Path) -> dict[str, Path]:
+    """Return the folders of a checkpoint whose parts lie in folders of their own (xtuner, HPT 1.5); empty for another.
+
+    The language model, and the tokenizer, are in ``llm``, or outside of the folders.
+    """
+    found = {name: path / name for name in _PIECES if (path / name).is_dir()}
+    return found if {"visual_encoder", "projector"} <= found.keys() else {}
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -41,7 +53,7 @@ def holds_model(path: Path) -> bool:
         return False
     if any((path / name).is_file() for name in ("adapter_config.json", "conversion.json")):
         return False
-    return (path / "config.json").is_file() or is_hugging_face(path)
+    return (path / "config.json").is_file() or is_hugging_face(path) or LANGUAGE in pieces_of(path)
 
 
 # In this order: the first that holds names the directory.

@@ -6,6 +6,7 @@ does not have (a bias, an untied output layer) is left out. Nothing here imports
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,11 @@ def _blocks(qkv: Tensor, heads: Heads) -> Tensors:
     return qkv.split([heads.heads * heads.dim, heads.groups * heads.dim, heads.groups * heads.dim])
 
 
+def _side(pixels: int) -> int:
+    """Return the side of a square of so many pixels."""
+    return math.isqrt(pixels)
+
+
 SAME = Reshape("same", lambda x, _: list(x), lambda x, _: list(x))
 TRANSPOSE = Reshape("transpose", lambda x, _: [x[0].T], lambda x, _: [x[0].T])
 QKV = Reshape("q, k, v to [q, k, v] per group", _group, _ungroup)
@@ -90,6 +96,11 @@ QKV_BLOCKS = Reshape(
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
 POINTWISE = Reshape(
     "[out, in, 1, 1] to [out, in]", lambda x, _: [x[0][..., 0, 0]], lambda x, _: [x[0][..., None, None]]
+)
+PATCHES = Reshape(
+    "[out, p * p * C] to [out, C, p, p]",
+    lambda x, _: [x[0].unflatten(1, (_side(x[0].size(1) // 3), -1, 3)).permute(0, 3, 1, 2)],
+    lambda x, _: [x[0].permute(0, 2, 3, 1).flatten(1)],
 )
 TWO_AXES = Reshape("[1, 1, ..] to [..]", lambda x, _: [x[0][0, 0]], lambda x, _: [x[0][None, None]])
 CONCAT = Reshape("gate and up, one above the other", lambda x, _: [_joined(x)], lambda x, _: x[0].chunk(2))

@@ -1,7 +1,8 @@
 """A directory of Hugging Face weights, opened without loading them.
 
 Safetensors (one file, or shards with an index), ``pytorch_model*.bin``, and the loose files that CodeFuse-VLM keeps its
-parts in (``visual.bin``, ``mm_projector.bin``). Files are memory-mapped; pickles are read with ``weights_only=True``.
+parts in (``visual.bin``, ``mm_projector.bin``). A tensor of a folder (xtuner's ``projector``) is called
+``projector/name``. Files are memory-mapped; pickles are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megavlm.config.errors import MissingFileError, UserError
 from megavlm.config.json_object import read_json
-from megavlm.weights.kinds import what_is
+from megavlm.weights.kinds import LANGUAGE, OUTSIDE, pieces_of, what_is
 from megavlm.weights.pickles import load_weights
 
 CONFIG = "config.json"
@@ -68,11 +69,22 @@ class Source:
         self.config = _read_configs(self.directory)
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        for file, expected in self._files(path).items():
+        # Of a checkpoint in pieces: each folder of weights, by its name.
+        self.pieces = {name: Source(folder) for name, folder in (pieces_of(path) if path.is_dir() else {}).items()}
+        for file, expected in ({} if LANGUAGE in self.pieces else self._files(path)).items():
             self._add(file, expected)
+        for name, piece in self.pieces.items():
+            self.tensors |= {f"{name}/{tensor}": info for tensor, info in piece.tensors.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Directories of small files, by the folder that a checkpoint of ours keeps them in: "" for the tokenizer's."""
+        own = {name: piece.directory for name, piece in self.pieces.items()}
+        text = own.pop(LANGUAGE, self.directory)
+        return {"": text, **own, **({OUTSIDE: self.directory} if text != self.directory else {})}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.
@@ -90,6 +102,9 @@ class Source:
         Raises:
             UserError: the file is damaged.
         """
+        folder, _, own = name.rpartition("/")
+        if folder in self.pieces:
+            return self.pieces[folder].get(own)
         handle = self._open[self.tensors[name].file]
         if isinstance(handle, Mapping):
             return handle[name]

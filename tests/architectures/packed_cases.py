@@ -22,7 +22,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionModel
-from transformers_cases import close, fill, gradients_of, load, same_gradients
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionConfig, Siglip2VisionModel
+from transformers_cases import close, fill, gradients_of, load, qkv, same_gradients
 
 from megavlm.config.architecture import CONNECTORS, VISION
 from megavlm.config.schema import ModelConfig, Recipe
@@ -44,6 +45,7 @@ class PackedTower:
     connector: dict[str, Any] | None = None
 
 
+_SIGLIP2 = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "patch_size": PATCH}
 _SIZES = {"depth": LAYERS, "num_heads": HEADS, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
 PACKED = {
     "qwen2-vl": PackedTower(
@@ -83,6 +85,16 @@ PACKED = {
             "preset": "qwen2_5_vl_vit", "ffn_hidden_size": FFN, "window_size": None, "positional_grid": 7,
             "positional_interpolation": "bicubic", "conv_bias": True, "add_bias_linear": False, "add_qkv_bias": False,
             "pre_layernorm": True, "post_layernorm": True, "layernorm_epsilon": 1e-5,
+        },
+    ),
+    # Tables of 7 x 7 that are made smaller along one side of a picture and larger along the other.
+    "siglip2": PackedTower(
+        Siglip2VisionConfig,
+        Siglip2VisionModel,
+        {"hidden_size": WIDTH, "intermediate_size": FFN, "num_patches": 49, "vision_use_head": False},
+        {
+            "preset": "siglip2_naflex_vit", "ffn_hidden_size": FFN, "positional_grid": 7, "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
         },
     ),
     "rice": PackedTower(
@@ -159,6 +171,8 @@ def tower_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "patch_embed.weight": "patch_embed.proj.weight", "patch_embed.bias": "patch_embed.proj.bias",
         "positional_embedding": "pos_embed.weight", "class_embedding": "class_embedding",
     }  # fmt: skip
+    if "embeddings.patch_embedding.weight" in state:
+        return siglip2_map(state)
     glm = "embeddings.position_embedding.weight" in state
     names |= {"positional_embedding": "embeddings.position_embedding.weight"} if glm else {}
     out = {}
@@ -183,6 +197,26 @@ def tower_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 if f"{theirs}{b}.{kind}" in state:
                     out[f"{mine}{a}.{kind}"] = state[f"{theirs}{b}.{kind}"]
     return out | {mine: state[theirs] for mine, theirs in names.items() if theirs in state}
+
+
+def siglip2_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of SigLIP 2, whose patches are colour by colour here."""
+    colours = state["embeddings.patch_embedding.weight"].view(WIDTH, PATCH, PATCH, 3).permute(0, 3, 1, 2)
+    out = {
+        "patch_embed.weight": colours, "patch_embed.bias": state["embeddings.patch_embedding.bias"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+    }  # fmt: skip
+    for kind in ("weight", "bias"):
+        out[f"ln_post.{kind}"] = state[f"post_layernorm.{kind}"]
+        for i in range(LAYERS):
+            mine, theirs = f"transformer.layers.{i}.", f"encoder.layers.{i}."
+            out[f"{mine}self_attention.linear_qkv.{kind}"] = qkv(state, theirs + "self_attn.", kind, HEADS)
+            for a, b in (
+                ("self_attention.linear_proj", "self_attn.out_proj"), ("mlp.linear_fc1", "mlp.fc1"),
+                ("mlp.linear_fc2", "mlp.fc2"), ("input_layernorm", "layer_norm1"), ("pre_mlp_layernorm", "layer_norm2"),
+            ):  # fmt: skip
+                out[f"{mine}{a}.{kind}"] = state[f"{theirs}{b}.{kind}"]
+    return out
 
 
 def merger_map(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,7 +252,8 @@ def model_of(name: str) -> ModelConfig:
 def built(name: str) -> tuple[nn.Module, nn.Module | None, nn.Module]:
     """Return our tower and, where there is one, connector of this rank, and the reference, with equal weights."""
     case = PACKED[name]
-    reference = Rice() if case.model is None else case.model(case.config(**_SIZES, **case.theirs))
+    sizes = _SIGLIP2 if case.model is Siglip2VisionModel else _SIZES
+    reference = Rice() if case.model is None else case.model(case.config(**sizes, **case.theirs))
     fill(reference)
     made = made_recipe(name)
     context = build_context(made)
@@ -242,6 +277,8 @@ def features_of(reference: nn.Module, pixels: Tensor) -> Tensor:
     """Return [P, W] of the reference's layers, in the order of the patches."""
     if isinstance(reference, Rice):
         return reference(pixels, GRID)
+    if isinstance(reference, Siglip2VisionModel):
+        return siglip2_features(reference, pixels)
     if isinstance(reference, Glm4vVisionModel):
         kept = []
         hook = reference.post_layernorm.register_forward_hook(lambda *a: kept.append(a[-1]))
@@ -250,6 +287,26 @@ def features_of(reference: nn.Module, pixels: Tensor) -> Tensor:
         hook.remove()
         return kept[0]
     return reference(pixels, GRID).last_hidden_state
+
+
+def siglip2_features(reference: Siglip2VisionModel, pixels: Tensor) -> Tensor:
+    """Return [P, W]: each frame row by row and padded, as its processor makes it, and back to blocks of 2 x 2."""
+    frames = [(h, w) for t, h, w in GRID.tolist() for _ in range(t)]
+    longest = max(h * w for h, w in frames)
+    shown, masks, orders = [], [], []
+    for part, (h, w) in zip(pixels.split([h * w for h, w in frames]), frames, strict=True):
+        at = [(2 * i + a) * w + 2 * j + b for i in range(h // 2) for j in range(w // 2) for a in (0, 1) for b in (0, 1)]
+        orders.append(torch.tensor(at))
+        # Colours come last in a patch.
+        rows = part.view(-1, 3, PATCH, PATCH).permute(0, 2, 3, 1).flatten(1)[orders[-1].argsort()]
+        shown.append(F.pad(rows, (0, 0, 0, longest - h * w)))
+        masks.append(torch.arange(longest) < h * w)
+    out = reference(
+        pixel_values=torch.stack(shown),
+        pixel_attention_mask=torch.stack(masks).int(),
+        spatial_shapes=torch.tensor(frames),
+    ).last_hidden_state
+    return torch.cat([one[order] for one, order in zip(out, orders, strict=True)])
 
 
 def compare_packed(name: str) -> None:

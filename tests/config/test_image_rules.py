@@ -84,7 +84,7 @@ class HalvesPlan(ImagePlan):
 
 def test_a_plan_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     media.plan_kinds()
-    monkeypatch.setattr(media, "_KINDS", dict(media._KINDS))
+    monkeypatch.setattr(media._KINDS, "known", dict(media._KINDS.known))
     register_plan(
         "halves",
         HalvesPlan,

@@ -15,10 +15,13 @@ import pytest
 import torch
 from film_vectors import CASES, CLASSES, HERE, SLOT, digest, films, unpacked
 from pydantic import TypeAdapter
+from tiny import tiny_recipe
 
 from megavlm.config.errors import UserError
+from megavlm.config.help import to_tree
+from megavlm.config.saved import with_defaults
 from megavlm.config.schema import ModelConfig, VideoConfig
-from megavlm.data.films.plan import FilmError, FilmPlan, FilmShape, PackedFilmPlan, film_plan_of
+from megavlm.data.films.plan import FilmError, FilmPlan, FilmShape, PackedFilmPlan, film_plan_kinds, film_plan_of
 from megavlm.data.media import arrange, plan_of
 from megavlm.data.patches import patch_rows
 from megavlm.data.positions import positions_of
@@ -172,11 +175,79 @@ def test_longer_films_stay_below_their_budget() -> None:
         ({"kind": "glm4v", "max_frames": 12}, "model.video.max_frames: glm4v does not have this key"),
         ({"kind": "internvl", "min_pixels": 12}, "model.video.min_pixels: internvl does not have this key"),
         ({"kind": "qwen3_vl", "tokens_per_second": 2.0}, "model.video.tokens_per_second: qwen3_vl does not have"),
+        ({"kind": "qwen2_vl", "num_frames": 8, "min_frames": 4}, "model.video.min_frames: has no effect beside"),
+        (
+            {"kind": "qwen3_vl", "num_frames": 8, "max_frames": 7},
+            "model.video.max_frames: 7 is less than",
+        ),
+        ({"kind": "glm4v", "fps": 30.0}, "model.video.fps: 300 seconds of 30 frames are 9000, more than are ever"),
+        ({"kind": "glm4v", "max_seconds": 3000.0}, "model.video.max_seconds: 3000 seconds of 2 frames are 6000"),
     ],
 )
 def test_keys_that_do_not_go_together(video: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         film_plan_of(model(video["kind"], **video))
+
+
+OTHER: dict[str, Any] = {
+    "fps": 3.0, "num_frames": 6, "min_frames": 6, "max_frames": 90, "max_seconds": 7.0, "min_pixels": 200_000,
+    "max_pixels": 150_000, "total_pixels": 2_000_000, "sample_pixels": 1_000_000, "tokens_per_second": 3.0,
+    "positions_after": "side", "outer_marks": True,
+}  # fmt: skip
+"""A value of each key that is not its default, and shows in what becomes of some film."""
+
+
+def test_every_key_is_honoured_or_refused() -> None:
+    """Whatever the kind of films, and where none are read."""
+    assert OTHER.keys() == {one.name for one in dataclasses.fields(VideoConfig)} - {"kind"}
+    shapes = [
+        FilmShape(640, 360, 400, 10.0, 2),
+        FilmShape(640, 360, 6, 10.0),
+        FilmShape(64, 48, 200, 2.0, sampled=True),
+        FilmShape(64, 48, 8, 4.0),
+    ]
+    for kind in (*CLASSES, "none"):
+        own = film_plan_kinds()[kind].keys if kind != "none" else ()
+        name = "qwen2_vl" if kind == "none" else kind
+        before: Any = None if kind == "none" else film_plan_of(model(kind, kind=kind))
+        for key, value in OTHER.items():
+            chosen = dataclasses.replace(model(name, kind=name), video=VideoConfig(kind=kind, **{key: value}))
+            if key not in own:
+                with pytest.raises(UserError, match=rf"model\.video\.{key}: {kind} does not have this key"):
+                    film_plan_of(chosen)
+                continue
+            plan: Any = film_plan_of(chosen)
+            if key == "positions_after":  # where text goes on
+                assert positions_of(chosen, 7) != positions_of(model(kind, kind=kind), 7)
+                continue
+            made = [[one.plan(shape) for shape in shapes] for one in (before, plan)]
+            if key == "tokens_per_second":
+                made = [
+                    [one.token_grids(layout) for layout in some] for one, some in zip((before, plan), made, strict=True)
+                ]
+            assert made[0] != made[1], (kind, key)
+    for key in ("tokens_per_second", "positions_after"):  # plain positions have no time
+        with pytest.raises(UserError, match=rf"model\.video\.{key}: says where a film lies"):
+            film_plan_of(model("llava_onevision1_5", kind="qwen2_vl", **{key: OTHER[key]}))
+
+
+@pytest.mark.parametrize("key", ["num_frames", "min_frames", "max_frames"])
+def test_more_frames_than_are_ever_shown(key: str) -> None:
+    for kind in CLASSES:
+        if key in film_plan_kinds()[kind].keys:
+            with pytest.raises(UserError, match=rf"model\.video\.{key}: 4097 is more frames than are ever shown"):
+                film_plan_of(model(kind, kind=kind, **{key: 4097}))
+
+
+def test_a_checkpoint_with_keys_that_had_no_effect_still_loads() -> None:
+    whole = to_tree(tiny_recipe())["model"]
+    for told, kept in (
+        ({"kind": "none", "fps": 3.0, "max_frames": 5}, {}),
+        ({"kind": "qwen3_vl", "num_frames": 8, "min_frames": 4, "max_frames": 6}, {"num_frames": 8}),
+        ({"kind": "qwen3_vl", "max_frames": 9000}, {"max_frames": 4096}),
+    ):
+        found = with_defaults({"model": {**whole, "video": told}})["model"]["video"]
+        assert VideoConfig(**found) == VideoConfig(kind=told["kind"], **kept), told
 
 
 def test_a_tower_that_does_not_fit() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from megavlm.data.device_batch import make_batch
 from megavlm.data.images import ImageError, lay_out
 from megavlm.data.media import ImageShape, arrange
 from megavlm.data.patches import patches_of, pictures_of
-from megavlm.data.plans_native import NativePlan
+from megavlm.data.plans_native import NaflexPlan, NativePlan
 from megavlm.data.read_pack import decode_pack
 
 PLANS = {
@@ -86,6 +87,55 @@ def test_pixels_and_grids(kind: str) -> None:
         difference = np.abs(decoded.pixels.numpy().astype(int) - expected["pixel_values"].astype(int))
         assert not decoded.failed
         assert (difference <= (0 if kind == "pil" else 1)).mean() >= (1 if kind == "pil" else 0.999)
+
+
+NAFLEX = {
+    "published": NaflexPlan(256, 256, resample="bilinear", patch=16, merge=1, temporal=1),
+    "many": NaflexPlan(256, 256, resample="bilinear", patch=16, merge=1, temporal=1, max_num_patches=1024),
+    "odd": NaflexPlan(256, 256, resample="bilinear", patch=14, merge=1, temporal=1, max_num_patches=77),
+    "one": NaflexPlan(256, 256, resample="bilinear", patch=16, merge=1, temporal=1, max_num_patches=1),
+}
+
+
+@pytest.mark.parametrize("name", NAFLEX)
+def test_naflex_sizes_of_500_pictures(name: str) -> None:
+    """Those of Transformers' processor of SigLIP 2; with merge 2 whole blocks within the same number of patches."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
+
+    plan, draw = NAFLEX[name], random.Random(name)
+    blocks = replace(plan, merge=2)
+    for _ in range(500):
+        long, ratio = round(10 ** draw.uniform(0.3, 3.78)), draw.uniform(1, 3 if draw.random() < 0.8 else 150)
+        sides = [long, max(1, round(long / ratio))]
+        draw.shuffle(sides)
+        width, height = sides
+        if max(sides) > 200 * min(sides):
+            continue
+        high, wide = get_image_size_for_max_num_patches(height, width, plan.patch, plan.max_num_patches)
+        layout = plan.plan(width, height)
+        assert layout.patches == (1, high // plan.patch, wide // plan.patch), sides
+        assert layout.tokens == plan.features_of(layout) == plan.pixels_of(layout)[0] <= plan.max_num_patches
+        if plan.max_num_patches >= 4:
+            _, rows, columns = blocks.plan(width, height).patches or (0, 0, 0)
+            assert rows % 2 == columns % 2 == 0 < rows * columns <= plan.max_num_patches
+
+
+def test_naflex_pixels() -> None:
+    """As its processor makes them with PIL, colour by colour."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    plan = NAFLEX["published"]
+    files = [encode_image(smooth_image(i, *size), "PNG") for i, size in enumerate([(333, 250), (91, 640), (40, 30)])]
+    decoded = make_decoder("pil").decode(files, plan, [lay_out([one], plan)[0] for one in files])
+    theirs = Siglip2ImageProcessorPil(do_rescale=False, do_normalize=False)(
+        [Image.open(io.BytesIO(one)).convert("RGB") for one in files], return_tensors="np"
+    )
+    expected = [
+        one[: h * w].reshape(-1, 16, 16, 3).transpose(0, 3, 1, 2).reshape(h * w, -1)
+        for one, (h, w) in zip(theirs["pixel_values"], theirs["spatial_shapes"].tolist(), strict=True)
+    ]
+    assert not decoded.failed
+    assert np.array_equal(decoded.pixels.numpy().astype(int), np.concatenate(expected).astype(int))
 
 
 def test_patches_go_back_to_pictures() -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ QWEN2_ADDED = (
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
+GLM_ADDED = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>"),
+    *("<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
+    *("<|image|>", "<|video|>"),
+)
+"""In the order of zai-org/GLM-4.1V-9B-Thinking, whose pictures' tokens lie beside each other."""
 QWEN2_PLAIN_ADDED = ("<tool_call>", "</tool_call>")
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -66,8 +73,8 @@ def sentences() -> list[str]:
     return [" ".join(rng.choice(words) for _ in range(8)) for _ in range(300)]
 
 
-def write_qwen2(directory: Path) -> Path:
-    """Byte-level BPE, whose special tokens are added behind its vocabulary."""
+def write_qwen2(directory: Path, added: Sequence[str] = QWEN2_ADDED, plain: Sequence[str] = QWEN2_PLAIN_ADDED) -> Path:
+    """Byte-level BPE, whose special tokens are added behind its vocabulary; with others of GLM-4's kind."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -82,8 +89,8 @@ def write_qwen2(directory: Path) -> Path:
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(sentences(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in QWEN2_ADDED])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in QWEN2_PLAIN_ADDED])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     return _save(tokenizer, directory)
 
 

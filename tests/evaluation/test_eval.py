@@ -11,14 +11,13 @@ import pytest
 from PIL import Image
 from ranks import megavlm
 from run_data import RunData
-from tiny import tiny_recipe
 
 from megavlm.commands import eval as main
 from megavlm.config.errors import UserError
 from megavlm.data.schema import Turn
 from megavlm.evaluation.benchmarks.published import published
 from megavlm.evaluation.own import check_metrics, metrics_of, scores_of, spread
-from megavlm.evaluation.records import HeldOutRecord, asked, make_questions, read_records
+from megavlm.evaluation.records import HeldOutRecord, asked, read_records
 from megavlm.parallel.lock import HeldError, held
 
 
@@ -230,15 +229,6 @@ def test_records_in_every_form(tmp_path: Path) -> None:
         assert record.images == [tmp_path / "a.jpg"]
     (tmp_path / "d.json").write_text(json.dumps([{"messages": said, "images": ["a.jpg"], "id": 1}] * 2))
     assert [one.id for one in read_records(tmp_path / "d.json")] == ["1#0", "1#1"]
-
-
-def test_a_film_is_a_problem_of_its_own_question(tmp_path: Path) -> None:
-    said = [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "x"}]
-    films = [str(tmp_path / "a.mp4"), "data:video/mp4;base64,AAAA"]
-    (tmp_path / "d.json").write_text(json.dumps([{"conversations": said, "video": one} for one in films]))
-    records = read_records(tmp_path / "d.json")
-    questions = make_questions(records, None, tiny_recipe(), None)  # type: ignore[arg-type]
-    assert all("shows a film, which megavlm eval does not" in one.problem for one in questions) and len(questions) == 2
 
 
 def test_what_would_be_left_out_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,11 @@ def gemma_rows(
             answers=paligemma_answers,
             lora=targets,
             # google/paligemma-3b-{pt,mix}-{224,448,896}.
-            presets={f"paligemma_3b_{size}": Published("2.92B" if size < 896 else "2.93B") for size in (224, 448, 896)},
+            presets={
+                "paligemma_3b_224": Published(2_923_466_480),
+                "paligemma_3b_448": Published(2_924_351_216),
+                "paligemma_3b_896": Published(2_927_890_160),
+            },
             built=paligemma_class,
             recipes={
                 f"paligemma_3b_{size}/transfer": Stage(ALL, 1e-5, 468, 32, 128 + tokens, tokens, warmup=23, decay=0.03)
@@ -63,8 +67,9 @@ def gemma_rows(
             lora=targets,
             # google/gemma-3-{4b,12b,27b}-it.
             presets={
-                f"gemma3_{size}": Published(count)
-                for size, count in (("4b", "4.30B"), ("12b", "12.19B"), ("27b", "27.43B"))
+                "gemma3_4b": Published(4_300_079_472),
+                "gemma3_12b": Published(12_187_325_040),
+                "gemma3_27b": Published(27_432_406_640),
             },
             built=gemma3_class,
             recipes=Lack("none yet: its authors published no scripts, and no one else's were found"),

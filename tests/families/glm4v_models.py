@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from family_cases import made
 from qwen2_vl_models import PREPROCESSOR
+from tokenizer_files import GLM_ADDED, write_qwen2
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedModel
 
 _TOKENS = {
@@ -50,6 +51,23 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
     """Write a model as Transformers does, with its processor's file."""
     model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(FILES, indent=2))
+    return directory
+
+
+def publish(directory: Path) -> Path:
+    """Write a checkpoint with a tokenizer; its chat template, which asks for thoughts, is not among the files."""
+    directory.mkdir(parents=True)
+    tree = json.loads(write_qwen2(directory, GLM_ADDED, ()).read_text())
+    ids = {token["content"]: token["id"] for token in tree["added_tokens"]}
+    names = {
+        "image_start_token_id": "<|begin_of_image|>", "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>", "video_end_token_id": "<|end_of_video|>",
+        "image_token_id": "<|image|>", "video_token_id": "<|video|>",
+    }  # fmt: skip
+    tokens = {key: ids[name] for key, name in names.items()}
+    save(glm4v(tokens=tokens, vocab_size=-(-(1 + max(ids.values())) // 64) * 64), directory)
+    own = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(own))
     return directory
 
 

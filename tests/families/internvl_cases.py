@@ -80,6 +80,6 @@ def shard_of(whole: Tensor, parameter: nn.Parameter) -> Tensor:
         return whole
     axis = parameter.partition_dim
     missing = parameter.shape[axis] * size - whole.shape[axis]
-    whole = F.pad(whole, (0, 0, 0, missing)) if missing else whole
+    whole = F.pad(whole, (*[0, 0] * (whole.dim() - 1), 0, missing)) if missing else whole
     halves = whole.chunk(parameter.partition_stride, axis)  # gate and up: a part of each
     return torch.cat([half.chunk(size, axis)[rank] for half in halves], axis)

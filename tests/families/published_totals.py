@@ -48,6 +48,16 @@ SOURCES: dict[str, str] = {
     "qwen3_vl_4b": _file(57479162165, "713 tensors, 8875631616 bytes by the headers of the shards @ ebb281ec"),
     "qwen3_vl_8b": _file(62872967919, "the hub's figures of Qwen/Qwen3-VL-8B-Instruct @ 0c351dd0"),
     "qwen3_vl_32b": _file(57372990599, "total_size 66714780128 @ 939557dc"),
+    "paligemma_3b_224": _file(57444468301, "the parameters of PaliGemma, loaded, in a table of compressed models"),
+    # Keras counts the vocabulary without the 64 rows of 2048 that Transformers' files pad it with.
+    "paligemma_3b_448": _file(29273983739, "keras_hub's 2924220144, and 131072 of the padding"),
+    "paligemma_3b_896": _file(29273983739, "keras_hub's 2927759088, and 131072 of the padding"),
+    "gemma3_4b": _file(70911651117, "the parameters of unsloth's copy, in a table of models"),
+    "gemma3_12b": _file(59172823075, "the hub's figures of google/gemma-3-12b-it"),
+    "gemma3_27b": _file(3173084990, "keras_hub's parameters of medgemma_instruct_27b, trained from it"),
+    # model.safetensors.index.json of copies of the published repositories.
+    "minicpm_v_2": "HwwwwwwwH/MiniCPM-V-2 @ 84ce9b0: total_size 6869931584 in bf16, 694 tensors",
+    "minicpm_llama3_v_2_5": "theonlyengine/VQA_Model @ 4520826: total_size 34148369344 in fp32, 741 tensors",
     "glm4_1v_9b": _file(70102877713, "the hub's figures of zai-org/GLM-4.6V-Flash, of the same class and shape"),
 }  # fmt: skip
 """By preset."""

@@ -21,6 +21,7 @@ import qwen3_vl_models
 import ranks
 import torch
 from film_cases import given, shown, write_film_reference
+from film_maker import film, frame
 from internvl_cases import compare
 from internvl_models import internvl
 from llava_next_models import llava_onevision
@@ -28,8 +29,10 @@ from native_cases import LAYOUT, convert
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from whole_rows import ROWS
 
 from megavlm.checkpoint.distributed import load
+from megavlm.cli import main
 from megavlm.config.load import load_recipe
 from megavlm.data.films.container import FRAME_RATE
 from megavlm.data.films.plan import film_plan_of
@@ -181,6 +184,28 @@ def test_generate_with_frames(tmp_path: Path) -> None:
     assert answer.strip() == their_answer(source, frames, "What is it?").strip() != ""
     other = ranks.megavlm([*words[:2], *words[4:], *options], apart=True).stdout
     assert other != answer
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.family(name), *([] if name == "qwen2_5_vl" else [pytest.mark.long])])
+        for name in MODELS
+    ],
+)
+def test_convert_check(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``--video``: a film's features, logits and answer, beside those of a picture and of none."""
+    hf = ROWS[name].answers(tmp_path / "hf")  # type: ignore[operator]
+    (tmp_path / "a.mp4").write_bytes(film(26, turn=90))
+    Image.fromarray(frame(3)).save(tmp_path / "p.png")
+    words = ["convert", "check", "--hf", hf, "--video", tmp_path / "a.mp4", "--image", tmp_path / "p.png"]
+    with caplog.at_level("INFO"):
+        assert main([*map(str, words), "--max-new-tokens=8"]) == 0, caplog.text
+    assert "2: a.mp4" in caplog.text and caplog.text.count("greedy answers: equal") == 3
+    assert caplog.text.count("image features none") == 1 and "all within the tolerance" in caplog.text
+    assert ("model.video.positions_after=side" in caplog.text) == name.startswith("qwen2")
+    if name == "qwen2_5_vl":
+        assert main([*map(str, words[:-3]), str(tmp_path / "p.png")]) == 2  # a picture is no film
 
 
 def only_words(directory: Path) -> None:

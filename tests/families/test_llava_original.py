@@ -163,7 +163,7 @@ BAD_KEYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "markers": ({"mm_use_im_start_end": True}, ("mm_use_im_start_end is True", "False")),
     "tiles": ({"image_aspect_ratio": "anyres"}, ("image_aspect_ratio is 'anyres'", "'pad'")),
     "window": ({"model_type": "llava_mistral", "sliding_window": 4096}, ("sliding_window is 4096", "null")),
-    "language": ({"model_type": "llava_mpt"}, ("'llava_mpt'", "llama, mistral, qwen2")),
+    "language": ({"model_type": "llava_mpt"}, ("'llava_mpt'", "llava_llama, llava_qwen, llava_mistral")),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from megavlm.config.architecture import LANGUAGE, MODELS
+from megavlm.config.fields import meaning_of
 from megavlm.config.schema import ModelConfig
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets, load_presets
@@ -59,11 +60,46 @@ def test_a_key_is_written_or_refused(name: str) -> None:
                 assert family.config(changed, {}) != before, (key, other)
 
 
+TOWERS: dict[str, tuple[Any, ...]] = {
+    "activation": ("gelu", "gelu_tanh", "quick_gelu"), "normalization": ("LayerNorm", "RMSNorm"),
+    "qk_norm": ("width", None),
+}  # fmt: skip
+"""Values that keys of a tower may have; of numbers there are always others, and a switch is turned."""
+
+
+def others(vision: Any, key: str) -> list[Any]:
+    """Return other values of a key of a tower; those of which a tower is of no size at all are not among them."""
+    there = getattr(vision, key)
+    if key == "feature_layers":
+        return [(vision.num_layers, 0)]
+    if key == "deepstack_layers":
+        return [(0,)] if not there else [()]
+    if key == "s2_scales":
+        return [(vision.image_size, 2 * vision.image_size)]
+    if key in TOWERS:
+        return [one for one in TOWERS[key] if one != there]
+    if isinstance(there, bool):
+        return [not there]
+    return [there * 2] if isinstance(there, int | float) else []
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_pictures_of_several_sizes_are_refused(name: str) -> None:
-    """No layout here has a word for ``model.vision.s2_scales``."""
+def test_a_towers_key_is_written_or_refused(name: str) -> None:
+    """Whatever a tower computes otherwise, or has other weights for, config.json says; or there is no export."""
+    family = FAMILIES[name]
+    if not {"vision", "language"} <= {*family.parts}:
+        return
     for model in models(name):
-        if "vision" in FAMILIES[name].parts and not model.vision.packed:
-            side = model.vision.image_size
-            several = dataclasses.replace(model.vision, image_size=2 * side, s2_scales=(side, 2 * side))
-            assert FAMILIES[name].refusal(dataclasses.replace(model, vision=several)) is not None
+        vision = model.vision
+        for one in dataclasses.fields(vision):
+            if one.name == "preset" or not meaning_of(vision, one.name).published:
+                continue
+            if vision.packed and one.name == "image_size":  # pictures have their own
+                continue
+            for value in others(vision, one.name):
+                size = {"image_size": value[-1]} if one.name == "s2_scales" else {}
+                other, alike = (dataclasses.replace(vision, **size, **own) for own in ({one.name: value}, {}))
+                changed = dataclasses.replace(model, vision=other)
+                if family.refusal(changed) is None:
+                    before = family.config(dataclasses.replace(model, vision=alike), {})
+                    assert family.config(changed, {}) != before, (one.name, value)

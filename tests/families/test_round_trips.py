@@ -14,11 +14,17 @@ from family_choice import PARTS
 from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
 from internvl_models import INTERNVL
+from llava_connectors_models import CONNECTORS
+from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
+from pieces_models import PIECES
+from minicpm_v_models import MINICPM_V
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
 from text_cases import ROWS
+from tinyllava_models import TINYLLAVA
+from tower_models import TOWERS
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -26,7 +32,21 @@ from megavlm.families.known import FAMILIES, detect
 from megavlm.families.presets import load_presets
 from megavlm.weights.source import Source
 
-OTHERS = LLAVA_TILES | QWEN2_VL | QWEN3_VL | GLM4V | RICE | PALIGEMMA | GEMMA3
+OTHERS = (
+    TINYLLAVA
+    | PIECES
+    | CONNECTORS
+    | LLAVA_TILES
+    | QWEN2_VL
+    | QWEN3_VL
+    | GLM4V
+    | RICE
+    | PALIGEMMA
+    | GEMMA3
+    | LLAVA_LIKE
+    | MINICPM_V
+    | TOWERS
+)
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),
@@ -64,6 +84,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: source.get(name) for name in source.tensors}
 
 
+@pytest.mark.proves("round_trip", entry="name")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.family(CASES[name])) for name in CASES])
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = make(name, tmp_path / "hf")
@@ -75,9 +96,10 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert set(after) == set(before) - ignored
     for tensor, value in after.items():
         assert value.dtype == before[tensor].dtype and torch.equal(value, before[tensor]), tensor
-    assert len(list(back.glob("model-*.safetensors"))) > 1 and (back / "model.safetensors.index.json").is_file()
-    for file in (file for file in source.glob("*.json") if not file.name.endswith(".index.json")):
-        assert (back / file.name).read_text() == file.read_text()
+    # A checkpoint in pieces has its weights in folders.
+    assert len(list(back.rglob("model-*.safetensors"))) > 1 and list(back.rglob("model.safetensors.index.json"))
+    for file in (file for file in source.rglob("*.json") if not file.name.endswith(".index.json")):
+        assert (back / file.relative_to(source)).read_text() == file.read_text()
     assert detect(Source(back)).name == detect(Source(source)).name == CASES[name]
 
 

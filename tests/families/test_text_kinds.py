@@ -18,6 +18,7 @@ from megavlm.families.text import TEXT_KINDS, no_half
 from megavlm.families.text_kinds import chosen
 from megavlm.weights.source import Source
 
+OF_FAMILIES = {row.family: [name for name, one in ROWS.items() if one.family == row.family] for row in ROWS.values()}
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
 
 
@@ -89,6 +90,7 @@ def test_what_transformers_composes_no_model_of_is_refused(
     assert reason in str(no_half(recipe_of(written[1][name], {}).model.language))
 
 
+@pytest.mark.proves("tp2_pp2_sp", of=OF_FAMILIES)
 def test_all_kinds_at_one_process(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     folder, branches = written
     assert {name: branch["preset"] for name, branch in branches.items()} == {n: row.preset for n, row in ROWS.items()}
@@ -113,6 +115,7 @@ def test_layers_of_two_kinds_in_four_chunks(written: tuple[Path, dict[str, dict[
     assert [sum("layers." in key for key in found["gemma3_text"]) > 0 for found in results] == [True, True]
 
 
+@pytest.mark.proves("tp2_pp2_sp", of=OF_FAMILIES)
 def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """In one start of ranks; together they compare every parameter."""
     folder, branches = written

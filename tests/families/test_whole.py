@@ -56,8 +56,12 @@ LAYOUT = [
 FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
-SLOW = ("codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5")
-"""Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl."""
+SLOW = (
+    "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_onevision1_5", "imp", "mipha", "llava_phi",
+    "allava", "xtuner", "dense_connector",
+)  # fmt: skip
+"""Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, bunny, hpt,
+tests/architectures/test_reducers.py."""
 REPOSITORY = Path(__file__).parents[2]
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes."""
@@ -142,6 +146,7 @@ def converted(source: Source, name: str, directory: Path) -> Recipe:
     return load_recipe(directory / "m" / "recipe.yaml", [], expand_presets)
 
 
+@pytest.mark.proves("tp2_pp2_sp")
 @pytest.mark.parametrize("name", rows("source", slow=SLOW))
 def test_the_source_is_computed_at_one_process_and_cut_over_four(name: str, folder: Path) -> None:
     """The image plan comes from the checkpoint; then :func:`whole_cases.prove` at both layouts."""
@@ -150,6 +155,7 @@ def test_the_source_is_computed_at_one_process_and_cut_over_four(name: str, fold
     proven(name, folder / name)
 
 
+@pytest.mark.proves("tp4_sp")
 @pytest.mark.parametrize("name", rows("source", long=True))
 def test_four_tensor_parallel_ranks(name: str, folder: Path) -> None:
     """The weights of the tower cut in four where they can be; key/value heads that ranks share."""
@@ -157,6 +163,7 @@ def test_four_tensor_parallel_ranks(name: str, folder: Path) -> None:
     proven(name, folder / name, layout=FOUR)
 
 
+@pytest.mark.proves("uneven")
 @pytest.mark.parametrize("name", rows("uneven", long=True))
 def test_the_same_where_two_ranks_divide_no_heads(name: str, folder: Path) -> None:
     source = point(name, "uneven")
@@ -165,6 +172,7 @@ def test_the_same_where_two_ranks_divide_no_heads(name: str, folder: Path) -> No
     proven(name, folder / f"{name}-uneven", 2.0)
 
 
+@pytest.mark.proves("others", entry="other")
 @pytest.mark.parametrize(("name", "other"), each("others", ("none of them is short",)))
 def test_the_same_of_other_parts(name: str, other: str, folder: Path) -> None:
     directory = folder / f"{name}-{other}"
@@ -223,7 +231,7 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
         planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in stages)], share)
 
 
-UNTRAINED = {"qwen_vl": ("connector.pos_embed",), "codefuse_vlm": ("connector.pos_embed",)}
+UNTRAINED = dict.fromkeys(("qwen_vl", "codefuse_vlm", "minicpm_v", "minicpm_v_2"), ("connector.pos_embed",))
 """Parameters that are not trained here, nor there."""
 
 
@@ -237,6 +245,7 @@ def planned(name: str, stages: list[list[Proof]], share: float) -> None:
             assert found[0].planned[key][0] == pytest.approx(real, rel=max(share * off, 1e-9)), (key, found[0].stage)
 
 
+@pytest.mark.proves("check")
 @pytest.mark.parametrize("name", rows("answers", long=True))
 def test_greedy_answers_are_those_of_its_class(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Through the command that users run, with the processor, on a wide and a tall picture and on none."""
@@ -275,6 +284,7 @@ def refused(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.proves("adapters")
 @pytest.mark.parametrize("name", rows("lora", long=True))
 def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -> None:
     """The same logits in PEFT, in the merged model, and after coming back bit for bit."""
@@ -381,6 +391,7 @@ def rounded(number: int, like: str) -> str:
     return f"{number / scale:.{digits}f}{like[-1]}"
 
 
+@pytest.mark.proves("sizes", entry="preset")
 @pytest.mark.parametrize(("name", "preset"), each("presets", SHORT_SIZES))
 def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str, preset: str) -> None:
     model, row = model_of(preset), ROWS[name]
@@ -425,6 +436,7 @@ def test_two_generations_on_one_language_model_are_one_shape(size: str) -> None:
 # Recipes.
 
 
+@pytest.mark.proves("recipes", entry="recipe")
 @pytest.mark.parametrize(("name", "recipe"), each("recipes"))
 def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     found, stage = load_recipe(recipe, [], expand_presets), point(name, "recipes")[recipe]
@@ -434,7 +446,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert found.model.preset == preset
     assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
     assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, stage.least, "cosine")
-    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, 1)
+    assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, stage.connector)
     warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
     assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
@@ -447,6 +459,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert found.checkpoint.load == (f"runs/{stage.after}" if stage.after else "/path/to/checkpoint")
 
 
+@pytest.mark.proves("recipes", entry="recipe")
 @pytest.mark.parametrize(
     ("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()]
 )

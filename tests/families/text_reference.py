@@ -97,7 +97,7 @@ class _MiniCPMLayer(nn.Module):
 
 
 class MiniCPM(_Reference):
-    """MiniCPM-2B."""
+    """MiniCPM-2B; with a head of its own where the configuration unties it (MiniCPM-V 2.0)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
@@ -106,12 +106,22 @@ class MiniCPM(_Reference):
         layers = [_MiniCPMLayer(config, self.dim) for _ in range(config["num_hidden_layers"])]
         self.model.layers = nn.ModuleList(layers)
         self.model.norm = _Norm(self.hidden, config["rms_norm_eps"])
+        if not config.get("tie_word_embeddings", True):
+            self.lm_head = nn.Linear(self.hidden, config["vocab_size"], bias=False)
 
     def row(self, ids_S: Tensor) -> Tensor:
         """Return the logits [S, V]."""
+        return self.behind(self.words(ids_S))
+
+    def words(self, ids_S: Tensor) -> Tensor:
+        """Return the embeddings [S, E]."""
+        embedded: Tensor = self.model.embed_tokens(ids_S) * self.settings["scale_emb"]
+        return embedded
+
+    def behind(self, x: Tensor) -> Tensor:
+        """Return the logits [S, V] of embeddings [S, E]."""
         own, model = self.settings, self.model
         scale = own["scale_depth"] / math.sqrt(own["num_hidden_layers"])
-        x = model.embed_tokens(ids_S) * own["scale_emb"]
         for layer in model.layers:
             normed, attention, mlp = layer.input_layernorm(x), layer.self_attn, layer.mlp
             q, k, v = (
@@ -121,7 +131,8 @@ class MiniCPM(_Reference):
             x = x + scale * attention.o_proj(_attended(q, k, v, self.base))
             normed = layer.post_attention_layernorm(x)
             x = x + scale * mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-        return F.linear(model.norm(x) / (self.hidden / own["dim_model_base"]), model.embed_tokens.weight)
+        head = self.lm_head if hasattr(self, "lm_head") else model.embed_tokens
+        return F.linear(model.norm(x) / (self.hidden / own["dim_model_base"]), head.weight)
 
 
 class _InternLM2Layer(nn.Module):

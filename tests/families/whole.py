@@ -110,6 +110,8 @@ class Stage:
     decay: float = 0.0
     tower: float = 1.0
     """Of the learning rate: that of the tower."""
+    connector: float = 1.0
+    """Of the learning rate: that of the connector."""
     template: str | None = None
     """Another than the preset's."""
     least: float = 0.0

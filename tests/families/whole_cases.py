@@ -169,7 +169,7 @@ def _planned(
     layout = layout_of(recipe, dist.get_world_size())
     (chunk,) = layout.chunks_of(stage)
     layouts = [one for sample in samples for one in sample.layouts]
-    grids = [one.patches for one in layouts if one.patches is not None]
+    grids = [grid for one in layouts for grid in one.grids]
     views = grids if recipe.model.vision.packed else sum(len(one.views) for one in layouts)
     lengths = [*(len(sample.ids) for sample in samples), length - sum(len(sample.ids) for sample in samples)]
     static = static_bytes(recipe, layout, stage)
@@ -183,7 +183,7 @@ def _planned(
     counter.mod_tracker = _NoModules()  # its hooks do not go with what Megatron-Core's blocks return without a graph
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run_batches(training.chunks, [pack], num_sources=1, forward_only=True)
-    once = _once(recipe, layout.tensor, length, first=chunk.first, last=chunk.last)
+    once = _once(recipe, layout.tensor, length, grids, first=chunk.first, last=chunk.last)
     tables = [p for one in training.chunks for p in one.parameters()]
     buffers = [buffer.grad_data for one in training.chunks for buffer in one.buffers]
     return {
@@ -208,14 +208,19 @@ def _bytes(tensors: list[Any]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _once(recipe: Recipe, tensor: int, tokens: int, *, first: bool, last: bool) -> float:
+def _once(
+    recipe: Recipe, tensor: int, tokens: int, grids: list[tuple[int, int, int]], *, first: bool, last: bool
+) -> float:
     """Return the operations that a planner leaves out: rows that pad the vocabulary, tables fitted to a grid."""
     model = recipe.model
     vision, language, found = model.vision, model.language, 0.0
     if last:
         rows = padded_vocab_size(language, BuildContext(recipe.parallel)) - language.vocab_size
         found += 2 * tokens * language.hidden_size * rows / tensor
-    if first and not vision.packed:  # which gathers rows of its table
+    if first and vision.packed and vision.positional_interpolation == "bicubic_antialias":  # others gather rows
+        side, width = vision.positional_grid, vision.hidden_size
+        found += sum(2 * rows * side * width * (side + columns) for rows, columns in {grid[1:] for grid in grids})
+    if first and not vision.packed:
         patches, queries = vision.patches_per_image, getattr(model.connector, "num_queries", 0) or 0
         for rows, width in ((vision.positional_grid**2, vision.hidden_size), (queries, language.hidden_size)):
             found += 2 * rows * patches * width * int(rows not in (0, patches))

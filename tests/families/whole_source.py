@@ -180,7 +180,7 @@ class PlainQwenSource:
         rename: what Qwen-VL's tensors are called in the family.
     """
 
-    style = ""
+    style, described = "", "a plain reference, written out in tests/models/qwen_reference.py"
 
     def __init__(
         self, sizes: Sizes, seed: int, write: Callable[[Path], Path], rename: Callable[[str], str] = lambda name: name

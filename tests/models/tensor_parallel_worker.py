@@ -12,6 +12,7 @@ import packed_cases  # noqa: E402
 import reducer_cases  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import tower_cases  # noqa: E402
 import transformers_cases  # noqa: E402
 from connector_cases import CASES, compare  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
@@ -101,6 +102,9 @@ if __name__ == "__main__":
             print(f"<{case}>")
         for case in transformers_cases.CASES:
             transformers_cases.compare(case)
+            print(f"<{case}>")
+        for case in tower_cases.CASES:
+            tower_cases.compare(case)
             print(f"<{case}>")
         for case in packed_cases.PACKED:
             packed_cases.compare_packed(case)

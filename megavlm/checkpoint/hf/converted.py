@@ -92,9 +92,10 @@ def digest(directory: Path) -> str:
     found = hashlib.sha256(f"{FORMAT} {__version__}\n".encode())
     given, _ = open_directory(directory)
     for one in given:
-        for path in small_files(one.source.directory):
-            found.update(f"{path.name} {path.stat().st_size}\n".encode())
-            found.update(path.read_bytes())
+        for directory in one.source.folders.values():
+            for path in small_files(directory):
+                found.update(f"{path.name} {path.stat().st_size}\n".encode())
+                found.update(path.read_bytes())
         _add_weights(found, one.source)
     return found.hexdigest()
 

@@ -67,9 +67,13 @@ class Exporter:
             return self._rule is not None and step == self._last
         return self._rule == "every" or step == self._last or step % int(self._rule) == 0
 
-    def resumed(self, checkpoints: Path) -> None:
-        """Take up what an earlier start of the run has left out."""
-        for path in reversed(newest_first(checkpoints) if self._rule is not None else []):
+    def resumed(self, newest: Path) -> None:
+        """Take up what an earlier start of the run has left out, up to the checkpoint that the run goes on from.
+
+        Later ones are damaged, and will be replaced: an export that read one of them would lose it in the middle.
+        """
+        found = newest_first(newest.parent) if self._rule is not None else []
+        for path in reversed([one for one in found if one.name <= newest.name]):
             self.published(path)
 
     def published(self, checkpoint: Path) -> None:
@@ -102,15 +106,21 @@ class Exporter:
             self._start(self._waiting.popleft())
         return self._now is not None
 
-    def finish(self, stopped: Callable[[], bool]) -> None:
-        """Wait for what is still to be done, or leave it for the next start if the run is stopped."""
+    def finish(self, stopped: Callable[[], bool]) -> bool:
+        """Wait for what is still to be done, or leave it for the next start if the run is stopped.
+
+        Returns:
+            Whether there were exports, and all are done or have failed: checkpoints that waited for them are
+            :meth:`needed` no longer.
+        """
         if self.poll():
             logger.info("waiting for exports to %s", self._root / FOLDER)
         while self.poll():
             if stopped():
                 self.end()
-                return
+                return False
             time.sleep(_POLL_SECONDS)
+        return self._rule is not None
 
     def end(self) -> None:
         """End what is being written, which then does not appear."""

@@ -142,7 +142,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
     branches = {part: one.branches[part] for one in given for part in one.parts} | dict(fresh)
     if "image" in given[0].branches and (len(given) == 1 or given[0].family.name == home):
         branches["image"] = given[0].branches["image"]
-        check_processor(given[0].source.directory, branches["image"], branches["vision"].get("image_size"))
+        check_processor(given[0].source.directory, branches["image"], branches["vision"])
         if "video" in given[0].branches:
             branches["video"] = given[0].branches["video"]
     elif len(given) == 1 and given[0].family.image_plan is not None:
@@ -153,7 +153,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
         branches["template"] = given[0].branches["template"]
     parts = [part for part in BRANCHES if part in branches]
     tokenizer = next(
-        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.directory)] if t), None
+        (t for one in given if "language" in one.parts for t in [find_tokenizer(one.source.folders[""])] if t), None
     )
     if tokenizer is not None:
         check_pointer(tokenizer)
@@ -221,14 +221,15 @@ def open_directory(
     return given, whole.name if whole is not None else None
 
 
-def check_processor(directory: Path, image: Tree, image_size: int | None) -> None:
+def check_processor(directory: Path, image: Tree, vision: Tree) -> None:
     """Check that a checkpoint says how pictures become pixels.
 
     Raises:
         UserError: it does not.
     """
     if not image:
-        pixels = "patches" if image_size is None else f"{image_size} x {image_size} pixels"
+        side = None if vision.get("spatial_merge_size") else vision.get("image_size")  # pictures of any size
+        pixels = "patches" if side is None else f"{side} x {side} pixels"
         raise UserError(
             f"{directory}: neither {PREPROCESSOR} nor {PROCESSOR} is there to say how a picture becomes the "
             f"{pixels} that {CONFIG}'s tower takes; download it too"
@@ -248,7 +249,7 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, fres
 
 
 _IMAGE_NAMES = {
-    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<image>"),
+    "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<|image|>", "<image>"),
     "image_start": ("<img>", "<|vision_start|>"),
 }
 

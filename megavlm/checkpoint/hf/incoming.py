@@ -234,7 +234,8 @@ def _write_rest(
     one = given[0]
     whole = _comes_home(given, found.parts, home)
     if whole:
-        assets.copy_files(assets.small_files(one.source.directory), partial / assets.FOLDER)
+        for name, directory in one.source.folders.items():
+            assets.copy_files(assets.small_files(directory), partial / assets.FOLDER / name)
         for name, tree in one.family.extra_files(one.source).items():
             (partial / assets.FOLDER / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         if report.carried:

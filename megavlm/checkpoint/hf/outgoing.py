@@ -19,7 +19,7 @@ from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
-from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
+from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
 from megavlm.checkpoint.merged import open_reader
 from megavlm.checkpoint.paths import read_tree
@@ -142,7 +142,7 @@ def export(
             # What becomes one file of torch.save is read back as that.
             early = checked and family.pickle is None
             with ReadBack() if early else contextlib.nullcontext() as read_back:
-                writer = ShardedWriter(partial, entries, shard_bytes, read_back)
+                writer = FolderedWriter(partial, entries, shard_bytes, read_back)
                 try:
                     with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
                         for rule in rules:
@@ -154,12 +154,12 @@ def export(
                     writer.close()
                 finally:
                     writer.abort()
-            result.files = len(writer.shards)
+            result.files = writer.files
             if family.pickle is not None:
                 _write_pickle(partial, family.pickle, result)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
-            _write_dtype(partial, entries, record)
+            _write_dtype(partial / family.text_folder, entries, record)
             source = Source(partial, _feature_layer(record, family, model, original=original))
             left = _differences(family, source, model)
             assert not left, f"the written config.json gives another model: {left}"
@@ -325,17 +325,19 @@ def _write_assets(
     if not original:  # what is said of pictures there is said of another model's
         theirs = {CONFIG, PREPROCESSOR, PROCESSOR, *(name for one in FAMILIES.values() for name in one.own_files)}
         files = [path for path in files if path.name not in theirs]
-    assets.copy_files(files, partial)
+    assets.copy_files(files, partial / family.text_folder)
+    if original:
+        assets.copy_folders(folder, partial)
     tokens = _tokens(checkpoint, record, folder)
     if not original:
         config = family.config(model, tokens)
-        _write_config(partial, {}, family.with_tower(config, *kin.tower) if kin is not None else config)
+        _write_config(partial, family, {}, family.with_tower(config, *kin.tower) if kin is not None else config)
         return
     source = Source(partial, _feature_layer(record, family, model, original=original))
     result.changed = _differences(family, source, model)
     if result.changed:
-        old = read_json(partial / CONFIG) if (partial / CONFIG).is_file() else {}
-        _write_config(partial, old, family.config(model, tokens))
+        path = partial / family.text_folder / CONFIG
+        _write_config(partial, family, read_json(path) if path.is_file() else {}, family.config(model, tokens))
 
 
 def _write_meaning(
@@ -343,18 +345,27 @@ def _write_meaning(
 ) -> None:
     """Write what the small files say after a training; without one they say what they said."""
     changed = dict(family.tower_keys) if "vision" in family.parts and tower_learnt(checkpoint) else {}
-    changed |= family.pictures_of(model) if was_trained(checkpoint) else {}
-    if changed:
-        text = json.dumps(read_json(partial / CONFIG) | changed, indent=2, ensure_ascii=False) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+    pictures = family.pictures_of(model) if was_trained(checkpoint) else {}
+    files = {name: keys for name, keys in pictures.items() if name.endswith(".json") and (partial / name).is_file()}
+    changed |= {key: value for key, value in pictures.items() if not key.endswith(".json")}
+    for name, keys in {CONFIG: changed, **files}.items():
+        if keys:
+            text = json.dumps(read_json(partial / name) | keys, indent=2, ensure_ascii=False) + "\n"
+            (partial / name).write_text(text, encoding="utf-8")
     whole = {"vision", "language"} <= {*family.parts}
     if was_trained(checkpoint) or (whole and family.preprocesses and not original):
         template = template_name(checkpoint)
-        result.trained = write_trained(partial, family, model, template, _system_message(checkpoint))
+        result.trained = write_trained(
+            partial / family.text_folder, family, model, template, _system_message(checkpoint)
+        )
+        if family.tower_folder is not None:
+            result.trained += write_pixels(partial / family.tower_folder, family, model)
         result.unsaid = family.unsaid(model, template) + _alpha(checkpoint, family) + unsaid_films(model)
         return
     if "language" in family.parts and original:
         result.untouched = True
+    if family.tower_folder is not None and not original:
+        result.trained = write_pixels(partial / family.tower_folder, family, model)
     if "vision" in family.parts and family.preprocesses:
         lacking = not original and not (partial / PREPROCESSOR).is_file() and not (partial / PROCESSOR).is_file()
         if lacking or "model.vision.image_size" in result.changed:
@@ -398,14 +409,16 @@ def _tokens(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[s
     return image_tokens(tokenizer)
 
 
-def _write_config(partial: Path, old: Tree, new: Tree) -> None:
+def _write_config(partial: Path, family: Family, old: Tree, new: Tree) -> None:
     """Write ``config.json``, what is new over what was there; the tower's own settings go into their file."""
     for name in [name for name in new if name.endswith(".json")]:
-        (partial / name).write_text(json.dumps(new[name], indent=2) + "\n", encoding="utf-8")
+        path = partial / name
+        there = read_json(path) if path.parent != partial and path.is_file() else {}
+        path.write_text(json.dumps(_merge(there, new[name]), indent=2) + "\n", encoding="utf-8")
     own = {key: value for key, value in new.items() if not key.endswith(".json")}
     if own:
         text = json.dumps(_merge(old, own), indent=2, ensure_ascii=False) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+        (partial / family.text_folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _write_dtype(partial: Path, entries: Sequence[Entry], record: Mapping[str, Any]) -> None:

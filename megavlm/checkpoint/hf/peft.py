@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,14 @@ def _family(model: ModelConfig, checkpoint: Path, family_name: str | None) -> Fa
 
 
 def _rules(family: Family, model: ModelConfig, style: str) -> list[Rule]:
-    """Return the language model's rules in one naming."""
-    return [r for r in make_rules(family, model, style, find_slots(model, family.parts)) if r.part == "language"]
+    """Return the language model's rules in one naming; of one in a folder of its own, the names inside."""
+    rules = make_rules(family, model, style, find_slots(model, family.parts))
+    inside = [tuple(name.removeprefix(f"{family.text_folder}/") for name in rule.row.theirs) for rule in rules]
+    return [
+        replace(rule, row=replace(rule.row, theirs=names))
+        for rule, names in zip(rules, inside, strict=True)
+        if rule.part == "language"
+    ]
 
 
 def _namings(model: ModelConfig, checkpoint: Path) -> list[list[Rule]]:

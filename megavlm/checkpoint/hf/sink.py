@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,3 +134,47 @@ class ShardedWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class FolderedWriter:
+    """A :class:`ShardedWriter` for each folder: what stands in front of the last slash of a name is its folder.
+
+    Its arguments and methods are those of one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        entries: Sequence[Entry],
+        shard_bytes: int = SHARD_BYTES,
+        read_back: ReadBack | None = None,
+    ) -> None:
+        groups: dict[str, list[Entry]] = {}
+        for entry in entries:
+            folder, _, own = entry.name.rpartition("/")
+            groups.setdefault(folder, []).append(replace(entry, name=own))
+        for folder in groups:
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+        self._writers = {
+            folder: ShardedWriter(directory / folder, own, shard_bytes, read_back) for folder, own in groups.items()
+        }
+
+    @property
+    def files(self) -> int:
+        """Files of weights."""
+        return sum(len(writer.shards) for writer in self._writers.values())
+
+    def put(self, name: str, tensor: Tensor, progress: Callable[[int], Any] = lambda _: None) -> None:
+        """Write the next tensor of its folder."""
+        folder, _, own = name.rpartition("/")
+        self._writers[folder].put(own, tensor, progress)
+
+    def close(self) -> None:
+        """Finish all."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def abort(self) -> None:
+        """Close the files that are open."""
+        for writer in self._writers.values():
+            writer.abort()

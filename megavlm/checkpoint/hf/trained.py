@@ -136,7 +136,9 @@ def write_pixels(partial: Path, family: Family, model: ModelConfig) -> list[str]
         "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
     }
     if isinstance(plan := plan_of(model), NativePlan):
-        how["native"] = f"of their own proportions, {plan.min_pixels} to {plan.max_pixels} pixels, {image.resample}"
+        how["native"] = how["naflex"] = (
+            f"of their own proportions, {plan.min_pixels} to {plan.max_pixels} pixels, {image.resample}"
+        )
     return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
 
 

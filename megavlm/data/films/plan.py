@@ -14,22 +14,19 @@ This file imports neither torch nor PIL.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from megavlm.config.errors import UserError
+from megavlm.config.video import MOST_FRAMES
 from megavlm.data.image_header import MAX_PIXELS, MAX_SIDE, ImageError
 from megavlm.data.layouts import Box, Canvas, Colour, FeatureIndex, ImageLayout, ImageRuns, ImageShape, TokenGrid, View
+from megavlm.data.plan_kinds import PlanKind, PlanKinds
 
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
-
-MOST_FRAMES = 4096
-"""More frames of one film are never shown, whatever a recipe says."""
 
 
 class FilmError(ImageError):
@@ -222,21 +219,6 @@ def _planned(plan: FilmPlan, shape: FilmShape) -> FilmLayout:
     return layout
 
 
-@dataclass(frozen=True)
-class FilmPlanKind:
-    """A kind of film plan that recipes may name as ``model.video.kind``."""
-
-    name: str
-    plan: type[FilmPlan]
-    build: Callable[[ModelConfig], FilmPlan]
-    """Makes the plan of a model; what is wrong with the keys it says by :class:`UserError`."""
-    keys: tuple[str, ...] = ()
-    """Keys of ``model.video`` that it looks at, besides kind."""
-
-
-_KINDS: dict[str, FilmPlanKind] = {}
-_OWN = ("rules", "frames")
-"""Modules of this folder that register kinds."""
 NO_FILMS = "none"
 """The kind that reads none."""
 
@@ -256,16 +238,12 @@ def register_film_plan(
     Raises:
         UserError: The name is taken.
     """
-    if name in _KINDS or name == NO_FILMS:
-        raise UserError(f"film plan {name!r} is registered twice")
-    _KINDS[name] = FilmPlanKind(name, plan, build, tuple(keys))
+    _KINDS.register(name, plan, build, keys)
 
 
-def film_plan_kinds() -> dict[str, FilmPlanKind]:
+def film_plan_kinds() -> dict[str, PlanKind[FilmPlan]]:
     """Return the registered kinds by name."""
-    for module in _OWN:
-        importlib.import_module(f"megavlm.data.films.{module}")
-    return dict(_KINDS)
+    return _KINDS.all()
 
 
 def film_plan_of(model: ModelConfig) -> FilmPlan | None:
@@ -274,18 +252,10 @@ def film_plan_of(model: ModelConfig) -> FilmPlan | None:
     Raises:
         UserError: The keys of ``model.video`` make none; the message starts with the key.
     """
-    video = model.video
-    if video.kind == NO_FILMS:
-        return None
-    kinds = film_plan_kinds()
-    if video.kind not in kinds:
-        there = ", ".join(sorted([*kinds, NO_FILMS]))
-        raise UserError(f"model.video.kind: no film plan {video.kind!r}; there are {there}")
-    kind = kinds[video.kind]
-    for name in type(video).__dataclass_fields__:
-        if name == "kind" or name in kind.keys or getattr(video, name) == getattr(type(video)(), name):
-            continue
-        takers = [one.name for one in kinds.values() if name in one.keys]
-        others = f" ({', '.join(takers)} {'has' if len(takers) == 1 else 'have'} it)" if takers else ""
-        raise UserError(f"model.video.{name}: {video.kind} does not have this key{others}; leave it out")
-    return kind.build(model)
+    kind = _KINDS.chosen(model)
+    return None if kind is None else kind.build(model)
+
+
+_KINDS: PlanKinds[FilmPlan] = PlanKinds(
+    "video", "film plan", ("megavlm.data.films.rules", "megavlm.data.films.frames"), no_plan=NO_FILMS
+)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megavlm.config.errors import UserError
-from megavlm.data.films.plan import MOST_FRAMES, FilmError, FilmLayout, FilmShape, PackedFilmPlan, register_film_plan
+from megavlm.config.video import MOST_FRAMES
+from megavlm.data.films.plan import FilmError, FilmLayout, FilmShape, PackedFilmPlan, register_film_plan
 from megavlm.data.films.sampling import (
     by_seconds,
     evenly_from_the_start,
@@ -220,8 +221,25 @@ def check_frames(model: ModelConfig) -> None:
         UserError: Two do not go together.
     """
     video = model.video
-    if video.fps is not None and video.num_frames is not None:
-        raise UserError("model.video.num_frames: cannot stand beside model.video.fps; leave one of them out")
+    for key in ("num_frames", "min_frames", "max_frames"):
+        if (getattr(video, key) or 0) > MOST_FRAMES:
+            raise UserError(
+                f"model.video.{key}: {getattr(video, key)} is more frames than are ever shown of a film "
+                f"({MOST_FRAMES}); lower it"
+            )
+    if video.num_frames is not None:
+        if video.fps is not None:
+            raise UserError("model.video.num_frames: cannot stand beside model.video.fps; leave one of them out")
+        if video.min_frames is not None:
+            raise UserError(
+                "model.video.min_frames: has no effect beside model.video.num_frames, which says how many there are; "
+                "leave one of them out"
+            )
+        if (video.max_frames or MOST_FRAMES) < video.num_frames:
+            raise UserError(
+                f"model.video.max_frames: {video.max_frames} is less than model.video.num_frames ({video.num_frames}), "
+                "which says how many there are; leave one of them out"
+            )
     least, most = video.min_frames or _LEAST_FRAMES, video.max_frames or _MOST_FRAMES
     if least > most and (video.min_frames or video.max_frames):
         raise UserError(f"model.video.min_frames: {least} is more than model.video.max_frames ({most}); lower it")
@@ -247,6 +265,13 @@ def _block(model: ModelConfig) -> int:
 
 def _qwen2(model: ModelConfig) -> Qwen2FilmPlan:
     common = _common(model, "qwen2_vl")
+    if model.language.position_axes == 1:
+        for key in ("tokens_per_second", "positions_after"):
+            if getattr(model.video, key) != getattr(type(model.video)(), key):
+                raise UserError(
+                    f"model.video.{key}: says where a film lies in positions of time, rows and columns, which the "
+                    "language model does not have (model.language.rotary_sections); leave it out"
+                )
     least = common.setdefault("min_pixels", _LEAST_TOKENS * _block(model))
     common.setdefault("max_pixels", max(_MOST_TOKENS * _block(model), least))
     plan = Qwen2FilmPlan(**common, tokens_per_second=model.video.tokens_per_second)
@@ -275,6 +300,13 @@ def _glm(model: ModelConfig) -> GlmFilmPlan:
     common.setdefault("total_pixels", max(_GLM_PIXELS[1], least))
     plan = GlmFilmPlan(**common, max_seconds=model.video.max_seconds or _GLM_SECONDS)
     _check_pixels(model, plan)
+    most = int(plan.max_seconds * plan.fps)
+    if most > MOST_FRAMES:
+        key = "fps" if model.video.max_seconds is None else "max_seconds"
+        raise UserError(
+            f"model.video.{key}: {plan.max_seconds:g} seconds of {plan.fps:g} frames are {most}, more than are ever "
+            f"shown of a film ({MOST_FRAMES}); lower it"
+        )
     return plan
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, MutableSet, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,22 +31,32 @@ _HOLDS = ("frames", "bytes", "base64", "video_url", "video", "url", "path")
 """Where an object has a film, the most exact first."""
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
 """How files begin that are pictures, and never films (as a GIF may be)."""
-_RATES = ("sample_fps", "fps", "rate")
-"""Frames in a second of a list of frames; of a film file ``fps`` says how to sample it, which the recipe does here."""
+RATES = ("sample_fps", "fps", "rate")
+"""Frames in a second of frames; of a film file ``fps`` says how to sample it, which the recipe does here."""
+SAMPLING = (
+    "nframes", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "resized_height",
+    "resized_width",
+)  # fmt: skip
+"""Keys of an object that say which frames are shown, and how large (qwen-vl-utils' README): the recipe does here."""
 CHANGES = ("video_start", "video_end", "start_time", "end_time", "start", "end", "clip")
 """Keys of an object that show a part of a film."""
 
 
-def film(value: Any, pictures: MutableMapping[str, bytes] | None) -> FilmName:
+def film(value: Any, pictures: MutableMapping[str, bytes] | None, unknown: MutableSet[str] | None = None) -> FilmName:
     """Return a film as the records here name it; bytes that come with the record go into ``pictures``.
 
     URLs of films stay as they are until :func:`settled_films`. Without ``pictures`` bytes become ``data:`` URLs.
 
+    Args:
+        value: What the record has.
+        pictures: Gets bytes.
+        unknown: Gets keys of an object that nobody looks at.
+
     Raises:
-        BrokenError: It names no film.
+        BrokenError: It names no film, or asks for frames or sizes of its own.
     """
     if isinstance(value, dict):
-        return _of_object(value, pictures)
+        return _of_object(value, pictures, set() if unknown is None else unknown)
     if isinstance(value, list):
         if not value:
             raise BrokenError("bad record", "a film of no frames")
@@ -55,7 +66,7 @@ def film(value: Any, pictures: MutableMapping[str, bytes] | None) -> FilmName:
     return FilmName(value.strip())
 
 
-def films_beside(entry: Record, pictures: MutableMapping[str, bytes] | None) -> list[FilmName]:
+def films_beside(entry: Record, pictures: MutableMapping[str, bytes] | None, ignored: Counter[str]) -> list[FilmName]:
     """Return the films beside a conversation: ``video`` is one or a list of them, and so is ``videos``.
 
     A list of nothing but pictures under ``video`` is one film of frames, as Qwen's and LLaVA's ``video`` is one film.
@@ -63,7 +74,7 @@ def films_beside(entry: Record, pictures: MutableMapping[str, bytes] | None) -> 
     Raises:
         BrokenError: They are no films, or the two keys differ.
     """
-    found = []
+    found, unknown = [], set[str]()
     for key in ("video", "videos"):
         value = entry.get(key)
         if not is_given(value):
@@ -71,7 +82,8 @@ def films_beside(entry: Record, pictures: MutableMapping[str, bytes] | None) -> 
         listed = value if isinstance(value, list) else [value]
         if key == "video" and isinstance(value, list) and all(_is_frame(one, pictures or {}) for one in value):
             listed = [value]
-        found.append([film(one, pictures) for one in listed])
+        found.append([film(one, pictures, unknown) for one in listed])
+    ignored.update(f"{key} (of a film)" for key in unknown)
     if len(found) == 2 and found[0] != found[1]:
         raise BrokenError("films do not match", "'video' and 'videos' name different films")
     return found[0] if found else []
@@ -124,11 +136,16 @@ def stored_film(name: FilmName, source: Source, made: Path, *, allow_links: bool
     rate = FRAME_RATE if name.rate is None else name.rate
     if name.frames:
         frames = [_file(path, source, "frame", allow_links=allow_links) for path in name.frames]
-    elif name.path in source.pictures or source.store is not None:
-        return source.read_image(name.path)
     else:
-        place = source.resolved(name.path, "film", allow_links=allow_links)
-        if not place.is_dir():
+        stored = name.path in source.pictures or source.store is not None
+        place = None if stored else source.resolved(name.path, "film", allow_links=allow_links)
+        if place is None or not place.is_dir():
+            if name.rate is not None:
+                raise BrokenError(
+                    "unsupported key",
+                    f"a rate ({', '.join(RATES)}) is that of frames, and film {name.path!r} is a file: how it is "
+                    "sampled says model.video of the recipe, for all films; leave the key out",
+                )
             return _file(name.path, source, "film", allow_links=allow_links)
         names = in_order([one.name for one in place.iterdir() if not one.name.startswith(".")])
         others = [one for one in names if PurePosixPath(one.lower()).suffix not in FRAME_SUFFIXES]
@@ -144,26 +161,43 @@ def stored_film(name: FilmName, source: Source, made: Path, *, allow_links: bool
 
 def _file(path: str, source: Source, what: str, *, allow_links: bool) -> bytes | Path:
     if path in source.pictures or source.store is not None:
-        return source.read_image(path)
+        return source.read_image(path, what)
     found = source.resolved(path, what, allow_links=allow_links)
     if not is_file(found):
         raise BrokenError(f"{what} missing", f"{what} {path!r} is not a file")
     return found
 
 
-def _of_object(value: Record, pictures: MutableMapping[str, bytes] | None) -> FilmName:
-    part = next((key for key in CHANGES if is_given(value.get(key))), None)
-    if part is not None:
-        raise BrokenError("unsupported key", f"{part!r} of a film is not supported; cut the film beforehand")
+def _of_object(value: Record, pictures: MutableMapping[str, bytes] | None, unknown: MutableSet[str]) -> FilmName:
+    check_asked(value, (*CHANGES, *SAMPLING))
+    unknown |= {key for key, one in value.items() if is_given(one) and key not in (*_HOLDS, *RATES, *CHANGES, "type")}
     given = [key for key in _HOLDS if is_given(value.get(key))]
     if not given:
         raise BrokenError("bad record", f"a film has none of {', '.join(_HOLDS)}")
     inner = value[given[0]]
     if given[0] in ("bytes", "base64"):
-        return FilmName(_file_of({given[0]: inner}, pictures))
-    found = film(inner, pictures)
-    rates = [value[key] for key in _RATES if value.get(key) is not None]  # 0 is one, and refused
-    return found._replace(rate=rates[0]) if found.frames and rates and found.rate is None else found
+        found = FilmName(_file_of({given[0]: inner}, pictures))
+    else:
+        found = film(inner, pictures, unknown)
+    rates = [value[key] for key in RATES if value.get(key) is not None]  # 0 is one, and refused
+    return found._replace(rate=rates[0]) if rates and found.rate is None else found
+
+
+def check_asked(value: Record, keys: Sequence[str]) -> None:
+    """Refuse keys of an object by which it asks for a part of a film, or for frames or sizes of its own.
+
+    Raises:
+        BrokenError: There is one of ``keys``.
+    """
+    asked = next((key for key in keys if is_given(value.get(key))), None)
+    if asked in CHANGES:
+        raise BrokenError("unsupported key", f"{asked!r} of a film is not supported; cut the film beforehand")
+    if asked is not None:
+        raise BrokenError(
+            "unsupported key",
+            f"{asked!r} of a film is not supported: which frames are shown, and how large, says model.video of the "
+            "recipe, for all films; leave the key out",
+        )
 
 
 def _file_of(value: Any, pictures: MutableMapping[str, bytes] | None) -> str:

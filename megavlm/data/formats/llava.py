@@ -101,7 +101,7 @@ def placed(
     """
     turns = with_system(entry, turns)
     images = _images(entry)
-    films = films_beside(entry, None) if films is None else films
+    films = films_beside(entry, None, ignored) if films is None else films
     turns = _film_marks(turns) if films and not images else turns
     check_keys(entry, ignored)
     shown = seen = 0

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, Generic, TypeVar
 
 from megavlm.data.formats.base import Broken, BrokenError, Record, each, field
-from megavlm.data.formats.films import MARK, film, films_beside, marks_in
+from megavlm.data.formats.films import CHANGES, MARK, RATES, SAMPLING, check_asked, film, films_beside, marks_in
 from megavlm.data.formats.keys import has_roles, is_given
 from megavlm.data.formats.llava import placed
 from megavlm.data.formats.pictures import picture
@@ -39,7 +39,6 @@ _VIDEO = ("video", "video_url", "input_video")
 _HOLDS = ("image", "image_url", "url", "path", "base64", "bytes")
 _FILM_HOLDS = ("video", "video_url", "url", "path", "base64", "bytes", "frames")
 _PART_USED = frozenset({"type", "text", "index", *_HOLDS, *_FILM_HOLDS})
-_FILM_RATES = frozenset({"sample_fps", "fps", "rate"})
 
 
 def matches(source: Source) -> bool:
@@ -75,7 +74,7 @@ def convert_one(entry: Any, source: Source) -> Record:
     if key == "conversation":
         messages = _paired(messages)
     taken = _Taken(_beside(entry, source.pictures), "pictures", "<image>")
-    films = _Taken(films_beside(entry, source.pictures), "films", MARK)
+    films = _Taken(films_beside(entry, source.pictures, source.ignored), "films", MARK)
     turns, unknown = [], set()
     for index, message in enumerate(messages):
         turn, own = _turn(index, message, taken, films, source.pictures)
@@ -211,13 +210,17 @@ def _parts(
             text += "<image>"
         elif kind in _VIDEO:
             if any(is_given(part.get(key)) for key in _FILM_HOLDS):
-                films.show(film({key: value for key, value in part.items() if key != "index"}, pictures))
+                own = {key: value for key, value in part.items() if key != "index"}
+                nested = set[str]()
+                films.show(film(own, pictures, nested))
+                unknown |= {f"{key} (of a film)" for key in nested - own.keys()}
             else:
+                check_asked(part, (*CHANGES, *SAMPLING, *RATES))
                 films.take(where, part.get("index"))
             text += MARK
         else:
             raise BrokenError("unsupported part", f"{where}: a part of type {kind!r} is not supported")
-        used = _PART_USED | _FILM_RATES if isinstance(part.get("video"), list) else _PART_USED
+        used = {*_PART_USED, *RATES} if kind in _VIDEO else _PART_USED
         unknown |= {f"{key} (of a part)" for key, value in part.items() if key not in used and is_given(value)}
         detail = part.get("image_url")
         if isinstance(detail, Mapping):

@@ -34,8 +34,8 @@ class PictureStore(Protocol):
         """Whether there is a picture at this path."""
         ...
 
-    def read(self, path: str, most: int) -> bytes:
-        """Return its file, of at most ``most`` bytes, or raise :class:`BrokenError`."""
+    def read(self, path: str, most: int, what: str = "image") -> bytes:
+        """Return its file (``what``: as messages call it), of at most ``most`` bytes, or raise :class:`BrokenError`."""
         ...
 
 
@@ -185,8 +185,8 @@ class Source:
             )
         return found
 
-    def read_image(self, path: str) -> bytes:
-        """Return a picture's file.
+    def read_image(self, path: str, what: str = "image") -> bytes:
+        """Return a picture's file, or that of ``what`` messages call otherwise: a film, or a frame.
 
         Raises:
             BrokenError: There is none at this path.
@@ -194,9 +194,9 @@ class Source:
         if path in self.pictures:
             return self.pictures[path]
         if self.store is not None and is_inside(path):
-            return self.store.read(path, MAX_BYTES)
+            return self.store.read(path, MAX_BYTES, what)
         if not is_inside(path) or not is_file(self.images / path):
-            raise BrokenError("image missing", f"no picture {path!r} in {self.where}")
+            raise BrokenError(f"{what} missing", f"no {what} {path!r} in {self.where}")
         return (self.images / path).read_bytes()
 
 

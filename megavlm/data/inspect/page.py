@@ -20,12 +20,12 @@ from megavlm.config.errors import UserError
 from megavlm.data.batch import Pack
 from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmLayout
-from megavlm.data.films.read import frames_of
 from megavlm.data.image_colours import Alpha
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.inspect.charts import bars, length_histogram
 from megavlm.data.inspect.collect import Collected, Counts
 from megavlm.data.inspect.planes import LOOK, SWITCH, planes
+from megavlm.data.inspect.strip import filmstrip
 from megavlm.data.inspect.tokens import Segment, Shape, ShownTokens, segments
 from megavlm.data.media import ImageLayout, ImagePlan, layouts_of, pixels_of
 from megavlm.data.tokenizer import Tokenizer
@@ -34,8 +34,6 @@ _THUMBNAIL = 280
 _SMALL = 160
 """Smaller pictures are enlarged to about this many pixels."""
 _COLOURS = ("#3b6fb6", "#c46a1f", "#3f8f57", "#9557a8", "#a8434b", "#5f7d85", "#8a7a24", "#7a5a44")
-_STRIP, _STRIP_SIDE = 12, 96
-"""Frames of a film that are shown, and their longer side in pixels."""
 _PADDING_COLOUR = "#d5d8de"
 _STYLE = Path(__file__).with_name("page.css")
 _MOST_NAMES = 8
@@ -246,7 +244,7 @@ def _body(segment: Segment, found: Collected, title: str, more: str = "") -> str
     images = "".join(
         _picture(data, found.data.image_alpha, names[index], segment.shapes if index == first else ())
         if isinstance(data, bytes)
-        else _filmstrip(data, segment.layouts[index], found.data.image_alpha, names[index])
+        else filmstrip(data, segment.layouts[index], found.data.image_alpha, names[index])
         for index, data in enumerate(segment.images)
     )
     if images:
@@ -302,29 +300,6 @@ def _picture(data: bytes, alpha: Alpha, name: str, drawn: Sequence[Shape]) -> st
         return f'<div class="picture broken">{name}: {escape(str(error))}</div>'
     size = f"{image.width} x {image.height}"
     return f'<div class="picture">{_img(image, name, _THUMBNAIL, _SMALL, drawn)}<span>{name}, {size}</span></div>'
-
-
-def _filmstrip(film: Film, layout: ImageLayout, alpha: Alpha, name: str) -> str:
-    """Return the frames that the tower sees, at most so many, each with its time."""
-    assert isinstance(layout, FilmLayout)
-    shape = layout.film
-    shown = sorted(set(layout.indices))
-    some = [shown[index * len(shown) // min(len(shown), _STRIP)] for index in range(min(len(shown), _STRIP))]
-    facts = (
-        f"{name}, {shape.width} x {shape.height}, {shape.frames} frames, {shape.rate:.4g} a second; {len(shown)} shown"
-    )
-    facts += f", {len(some)} of these here" if len(some) < len(shown) else ""
-    parts = []
-    try:
-        for index, frame in zip(some, frames_of(film, some, alpha), strict=True):
-            image = Image.fromarray(frame.permute(1, 2, 0).numpy())
-            when = f"{index / shape.rate:.2f} s"
-            parts.append(
-                f"<div>{_img(image, f'{name} at {when}', _STRIP_SIDE, _STRIP_SIDE, ())}<span>{when}</span></div>"
-            )
-    except ImageError as error:
-        return f'<div class="picture broken">{name}: {escape(str(error))}</div>'
-    return f'<div class="picture"><div class="strip">{"".join(parts)}</div><span>{escape(facts)}</span></div>'
 
 
 def _img(image: Image.Image, name: str, most: int, small: int, drawn: Sequence[Shape]) -> str:

@@ -18,7 +18,7 @@ from megavlm.data.media import Arrangement, ImagePlan, plan_of
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.benchmarks.predictions import PartWriter, Row, write_identity
 from megavlm.evaluation.benchmarks.questions import Question
-from megavlm.evaluation.benchmarks.spec import LETTERS, picture_bytes, picture_name
+from megavlm.evaluation.benchmarks.spec import LETTERS, StoredFilm, shown_data, shown_name
 from megavlm.inference.answer_text import answer_text
 from megavlm.inference.generate import generate
 from megavlm.inference.loaded import loaded
@@ -154,10 +154,12 @@ def _row(question: Question, problem: str, prediction: str, losses: list[float])
 
 
 def _decode(decoder: ImageDecoder, question: Question, plan: ImagePlan) -> tuple[torch.Tensor, Arrangement | None, str]:
-    """Views of a question's pictures, gray where one is broken, where their features go, and why it is broken."""
+    """Views of what a question shows, gray where it is broken, where their features go, and why it is broken."""
     pictures = question.item.pictures
-    decoded, arrangement = decoder.decode_prompt([picture_bytes(one) for one in pictures], plan)
+    decoded, arrangement = decoder.decode_prompt([shown_data(one) for one in pictures], plan)
     problem = ""
     if decoded.failed:
-        problem = f"broken picture {picture_name(pictures[decoded.failed[0]])}: {decoded.causes[0]}"
+        broken = pictures[decoded.failed[0]]
+        what = "film" if isinstance(broken, StoredFilm) else "picture"
+        problem = f"broken {what} {shown_name(broken)}: {decoded.causes[0]}"
     return decoded.pixels, arrangement, problem

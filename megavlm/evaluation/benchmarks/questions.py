@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from megavlm.config.errors import RecipeError, UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import count_images, encode_prompt, encode_text
+from megavlm.data.films.film import Film
 from megavlm.data.images import image_grids, image_runs
 from megavlm.data.media import TokenGrid, plan_of
 from megavlm.data.schema import Turn, check_text
 from megavlm.data.tokenizer import Tokenizer
-from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, StoredPicture, picture_bytes, render
+from megavlm.evaluation.benchmarks.spec import LETTERS, Benchmark, Item, Shown, render, shown_data
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def _said(letter: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(whole[len(known) :]) if whole[: len(known)] == known else tuple(tokenizer.encode(letter))
 
 
-def _files(item: Item) -> list[bytes]:
-    return [picture_bytes(one) for one in item.pictures]
+def _files(item: Item) -> list[bytes | Film]:
+    return [shown_data(one) for one in item.pictures]
 
 
 def _encode(text: str, item: Item, tokenizer: Tokenizer, recipe: Recipe, chat: bool) -> NDArray[np.int64]:
@@ -111,8 +112,10 @@ def check_lengths(questions: Sequence[Question], max_new_tokens: int, capacity: 
         )
 
 
-def _name_of(picture: Path | StoredPicture) -> str:
-    """Return which picture it is: a path, or the address of one that is fetched."""
+def _name_of(picture: Shown) -> str:
+    """Return which picture or film it is: a digest, a path, or the address of one that is fetched."""
+    if isinstance(picture, bytes):
+        return hashlib.sha256(picture).hexdigest()
     return str(picture) if isinstance(picture, Path) else str(picture.name)
 
 
@@ -123,7 +126,7 @@ def digest(questions: Sequence[Question]) -> str:
     """
     total = hashlib.sha256()
     for one in questions:
-        pictures = [hashlib.sha256(p).hexdigest() if isinstance(p, bytes) else _name_of(p) for p in one.item.pictures]
+        pictures = [_name_of(picture) for picture in one.item.pictures]
         total.update(json.dumps([one.item.id, one.text, pictures, len(one.options)]).encode())
         total.update(one.tokens.tobytes())
     return total.hexdigest()[:12]

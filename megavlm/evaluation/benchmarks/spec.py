@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megavlm.config.errors import UserError
 from megavlm.data.schema import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from megavlm.data.films.film import Film
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Names of the options of a closed question, in their order."""
@@ -31,6 +35,30 @@ Picture = Path | bytes | StoredPicture
 """A file, or an encoded image that lies in the benchmark's own file."""
 
 
+@dataclass(frozen=True)
+class StoredFilm:
+    """A film, opened when it is asked for."""
+
+    name: str
+    """Tells it from the others: where it is, or where its frames are, and their rate."""
+    read: Callable[[], Film]
+    """Returns it with its index, or raises ``FilmError`` where it is none that can be read."""
+
+
+Shown = Picture | StoredFilm
+"""What a question shows."""
+
+
+def shown_data(one: Shown) -> bytes | Film:
+    """Return an encoded image, or a film.
+
+    Raises:
+        FilmError: it is no film that can be read.
+        OSError: its file cannot be read.
+    """
+    return one.read() if isinstance(one, StoredFilm) else picture_bytes(one)
+
+
 def picture_bytes(picture: Picture) -> bytes:
     """Return the encoded image.
 
@@ -42,8 +70,8 @@ def picture_bytes(picture: Picture) -> bytes:
     return picture.read() if isinstance(picture, StoredPicture) else picture.read_bytes()
 
 
-def picture_name(picture: Picture) -> str:
-    """Return what messages call a picture."""
+def shown_name(picture: Shown) -> str:
+    """Return what messages call a picture or film."""
     return "in the benchmark's file" if isinstance(picture, bytes) else picture.name
 
 
@@ -55,7 +83,7 @@ class Item:
     """Unique in the benchmark."""
     question: str
     """The bare question; pictures that it names itself are placeholders in it."""
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Shown, ...]
     """What it shows, in order."""
     answers: tuple[str, ...] = ()
     """References; empty where the benchmark keeps them secret. A closed question has the right letter here."""

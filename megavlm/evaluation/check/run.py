@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
+from megavlm.data.films.film import Film
+from megavlm.data.films.plan import FilmError, FilmLayout, PackedFilmPlan
 from megavlm.data.images import lay_out
-from megavlm.data.media import Arrangement, ImageLayout, plan_of
+from megavlm.data.media import Arrangement, ImageLayout, ImagePlan, plan_of
 from megavlm.data.positions import own_grids
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.check.pictures import drawn
 from megavlm.evaluation.check.theirs import (
     CheckQuestion,
+    GivenFilm,
     Theirs,
     close,
     compute,
@@ -42,11 +45,12 @@ from megavlm.evaluation.check.theirs import (
     process,
 )
 from megavlm.evaluation.parity import Sample, features_of_sample, forward_sample
+from megavlm.families.films import transformers_films
 from megavlm.inference.checkpoint import load_for_inference
 from megavlm.inference.generate import generate
 from megavlm.inference.loaded import loaded
 from megavlm.inference.prompt import Prompt
-from megavlm.inference.turns import read_image, user_turn
+from megavlm.inference.turns import read_film, read_image, user_turn
 from megavlm.models.build import MODULES, unwrap
 from megavlm.parallel.device import local_device
 from megavlm.parallel.free_memory import free_memory
@@ -69,6 +73,7 @@ class CheckSettings:
 
     hf: Path
     images: Sequence[Path] = ()
+    films: Sequence[Path] = ()
     prompts: Sequence[str] = PROMPTS
     tolerance: float = 2e-4
     max_new_tokens: int = 16
@@ -110,7 +115,7 @@ def check(settings: CheckSettings) -> int:
     other = given[0].family.read_as
     if other is None:
         branches = given[0].branches
-        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"].get("image_size"))
+        check_processor(settings.hf, branches.get("image", {"kind": "squash"}), branches["vision"])
         transformers_class(settings.hf, "check")
     dtype = _DTYPES[settings.precision]
     _check_memory(source, dtype, settings)
@@ -124,13 +129,17 @@ def check(settings: CheckSettings) -> int:
         path = resolve(checkpoint)
         overrides = [f"training.precision={settings.precision}"]
         recipe, _, tokenizer = load_for_inference(path, overrides)
+        films, same = _films(settings, recipe)
+        if same:
+            recipe, _, tokenizer = load_for_inference(path, [*overrides, *same])
         pictures = list(settings.images) or drawn(Path(folder))
-        questions, ours = _ask(settings, recipe, tokenizer, pictures)
+        questions, ours = _ask(settings, recipe, tokenizer, pictures, films)
         layout = _in_their_layout(path, Path(folder) / "transformers", other) if other else settings.hf
         theirs = open_theirs(layout, dtype)
         if other is not None:
             theirs.missing.append("the names of the weights: they came to Transformers through an export from here")
         rows = _run(settings, recipe, path, tokenizer, theirs, questions, ours)
+        theirs.missing += [f"as published: films were compared with {key}, as Transformers 5 has it" for key in same]
         return _report(settings, theirs, rows, _ends(settings.hf, source, tokenizer))
 
 
@@ -159,7 +168,10 @@ class _Ours:
     pixels: Tensor
     """[V, 3, H, W] views, or [P, F] patches, normalised."""
     layouts: list[ImageLayout]
+    """Of the pictures, or of the film."""
     arrangement: Arrangement | None
+    told: dict[str, Tensor]
+    """What Transformers' classes are told of pictures, or of a film, beside pixels."""
 
     def sample(self, question: CheckQuestion) -> Sample:
         """Return what both models are given."""
@@ -169,37 +181,83 @@ class _Ours:
 
 
 def _ask(
-    settings: CheckSettings, recipe: Recipe, tokenizer: Tokenizer, pictures: Sequence[Path]
-) -> tuple[list[CheckQuestion], list[_Ours]]:
-    """Return every prompt with every picture, and the first one without any; and what is made of them here."""
+    settings: CheckSettings, recipe: Recipe, tokenizer: Tokenizer, pictures: Sequence[Path],
+    films: Mapping[Path, GivenFilm],
+) -> tuple[list[CheckQuestion], list[_Ours]]:  # fmt: skip
+    """Return every prompt with every picture and film, the first one without any; and what is made of them here."""
     prompts = list(settings.prompts)
-    asked = [(prompt, (path,)) for path in pictures for prompt in prompts] + [(prompts[0], ())]
+    asked: list[tuple[str, tuple[Path, ...]]] = [
+        (prompt, (path,)) for path in (*pictures, *films) for prompt in prompts
+    ]
     questions, ours = [], []
-    for number, (prompt, paths) in enumerate(asked, 1):
+    for number, (prompt, paths) in enumerate([*asked, (prompts[0], ())], 1):
         name = f"{number}: {paths[0].name if paths else 'no picture'}, {prompt[:40]!r}"
-        questions.append(CheckQuestion(name, prompt, paths))
-        ours.append(_read(prompt, paths, recipe, tokenizer))
+        film = films.get(paths[0]) if paths else None
+        questions.append(CheckQuestion(name, prompt, () if film else paths, film))
+        shown = [film.film] if film else [read_image(path) for path in paths]
+        ours.append(_read(prompt, paths, shown, recipe, tokenizer))
     return questions, ours
 
 
-def _read(prompt: str, paths: Sequence[Path], recipe: Recipe, tokenizer: Tokenizer) -> _Ours:
-    """Return what the reader here makes of a prompt with its pictures.
+def _films(settings: CheckSettings, recipe: Recipe) -> tuple[dict[Path, GivenFilm], list[str]]:
+    """Return the films, and the keys by which they are as in Transformers where the published code differs.
+
+    Raises:
+        UserError: The model reads none, or one is none that can be read.
+    """
+    model, plan = recipe.model, plan_of(recipe.model)
+    if not settings.films:
+        return {}, []
+    kind: Any = plan.films
+    if kind is None:
+        raise UserError(f"--video: films of {settings.hf} are not read here (model.video.kind is none)")
+    counted = getattr(kind, "num_frames", None) is not None and model.video.fps is None
+    asked = {"num_frames": kind.num_frames} if counted else {"fps": kind.fps}
+    found = {
+        path: GivenFilm(read_film(path), model.video.kind, asked, recipe.data.image_alpha) for path in settings.films
+    }
+    for path, one in found.items():
+        try:
+            plan.of(one.film.shape())
+        except FilmError as error:
+            raise UserError(f"--video {path}: {error}") from None
+    return found, transformers_films(model)
+
+
+def _read(
+    prompt: str, paths: Sequence[Path], shown: Sequence[bytes | Film], recipe: Recipe, tokenizer: Tokenizer
+) -> _Ours:
+    """Return what the reader here makes of a prompt with its pictures, or its film.
 
     Raises:
         UserError: one of them cannot be read.
     """
     vision, plan = recipe.model.vision, plan_of(recipe.model)
     decoder = make_decoder(recipe.data.image_decoder, alpha=recipe.data.image_alpha)
-    files = [read_image(path) for path in paths]
-    made, arrangement = decoder.decode_prompt(files, plan)
+    films = sum(not isinstance(one, bytes) for one in shown)
+    made, arrangement = decoder.decode_prompt(shown, plan)
     if made.failed:
-        raise UserError(f"--image {paths[made.failed[0]]}: {made.causes[0]}")
-    layouts = lay_out(files, plan)
+        raise UserError(f"--{'video' if films else 'image'} {paths[made.failed[0]]}: {made.causes[0]}")
+    layouts = lay_out(shown, plan)
     runs = [layout.runs for layout in layouts]
-    ids = encode_prompt([user_turn(prompt, len(paths))], tokenizer, runs, recipe.data.system_message)
+    ids = encode_prompt([user_turn(prompt, len(shown) - films, films)], tokenizer, runs, recipe.data.system_message)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
     pixels = (_by_colour(made.pixels.cpu().float()) / 255.0 - mean) / std
-    return _Ours(torch.from_numpy(ids), pixels.view(made.pixels.shape), layouts, arrangement)
+    told = _told(layouts, arrangement, plan)
+    return _Ours(torch.from_numpy(ids), pixels.view(made.pixels.shape), layouts, arrangement, told)
+
+
+def _told(layouts: Sequence[ImageLayout], arrangement: Arrangement | None, plan: ImagePlan) -> dict[str, Tensor]:
+    grid = None if arrangement is None or arrangement.grid is None else torch.from_numpy(arrangement.grid)
+    films = [layout for layout in layouts if isinstance(layout, FilmLayout)]
+    if not films:
+        sizes = torch.tensor([[layout.shape.height, layout.shape.width] for layout in layouts])
+        return {"image_sizes": sizes, **({} if grid is None else {"image_grid_thw": grid})}
+    if grid is None or not isinstance(plan.films, PackedFilmPlan):
+        return {}
+    # As VideoMetadata.sampled_fps: of the frames before the last one filled its patch.
+    rates = [len(plan.films.choose(one.film)) / one.film.frames * one.film.rate for one in films]
+    return {"video_grid_thw": grid, "second_per_grid_ts": torch.tensor([plan.films.temporal / one for one in rates])}
 
 
 def _by_colour(pixels: Tensor) -> Tensor:
@@ -252,7 +310,7 @@ def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
 def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
     """Compare pixels and ids, where Transformers has made some."""
     row = CheckRow(question.name)
-    if question.pixels is not None and question.images:
+    if question.pixels is not None:
         row.pixels = (math.inf, 0.0)
         if question.pixels.shape == own.pixels.shape:
             std = torch.tensor(recipe.model.vision.image_std)
@@ -272,11 +330,8 @@ def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
 def _settle(question: CheckQuestion, own: _Ours, tokenizer: Tokenizer) -> None:
     """Let both have the same ids and pixels: Transformers', or ours where it has none or they do not fit the model."""
     if question.pixels is None or question.pixels.shape != own.pixels.shape:
-        question.pixels = own.pixels if question.images else None
-        shapes = [layout.shape for layout in own.layouts]
-        question.extra = {"image_sizes": torch.tensor([[shape.height, shape.width] for shape in shapes])}
-        if own.arrangement is not None and own.arrangement.grid is not None:
-            question.extra["image_grid_thw"] = torch.from_numpy(own.arrangement.grid)
+        question.pixels = own.pixels if own.layouts else None
+        question.extra = own.told
     slots = int((own.ids == tokenizer.imgpad_id).sum())
     if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
         question.ids = own.ids

@@ -14,26 +14,36 @@ import torch
 from torch import Tensor
 
 from megavlm.checkpoint.hf.transformers_class import complete_processor, first_line
+from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
+from megavlm.data.films.film import Film
+from megavlm.data.films.read import frames_of
+from megavlm.data.image_colours import Alpha
 from megavlm.data.images import decode_with_pil
+from megavlm.families.films import film_has_token, films_apart
 from megavlm.parallel.device import local_device
 
 logger = logging.getLogger(__name__)
 
+_MOST_FRAMES_BYTES = 2 << 30
+"""Of a film's frames at once."""
+
 
 @dataclass
 class CheckQuestion:
-    """A prompt and its pictures, and what Transformers made of both; on the CPU."""
+    """A prompt with its picture or film, and what Transformers made of both; on the CPU."""
 
     name: str
     prompt: str
     images: tuple[Path, ...]
+    film: GivenFilm | None = None
+    """In the place of pictures."""
     ids: Tensor | None = None
     """[S] int64, with the slots of the pictures; None where its processor or template is not at hand."""
     pixels: Tensor | None = None
-    """[V, 3, H, W] normalised views; None as well."""
+    """[V, 3, H, W] normalised views, or [P, F] patches; None as well."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """What else the processor tells the model of its pictures."""
+    """What else the processor tells the model of its pictures, or of its film."""
     features: Tensor | None = None
     """[N * Q, E]."""
     logits: Tensor | None = None
@@ -41,6 +51,18 @@ class CheckQuestion:
     answer: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     """Of each answered token: by how much its logit is above the next best."""
+
+
+@dataclass(frozen=True)
+class GivenFilm:
+    """A film, and what Transformers' classes are told of it."""
+
+    film: Film
+    kind: str
+    """``model.video.kind``."""
+    asked: dict[str, float]
+    """``fps`` or ``num_frames``: what a processor samples by that has neither of its own."""
+    alpha: Alpha = "white"
 
 
 @dataclass
@@ -85,12 +107,20 @@ def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:
     templated = bool(getattr(theirs.processor, "chat_template", None))
     try:
         for question in questions:
-            _process_one(theirs.processor, question, templated=templated)
+            if question.film is None:
+                _process_one(theirs.processor, question, templated=templated)
     except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
         theirs.missing.append(f"pixels and token ids: {type(theirs.processor).__name__}: {first_line(error)}")
         for question in questions:
             question.pixels = question.ids = None
         return
+    for question in questions:
+        try:
+            if question.film is not None:
+                _process_film(theirs, question, question.film, templated=templated)
+        except Exception as error:  # as above
+            theirs.missing.append(f"frames, pixels and token ids of {question.name}: {first_line(error)}")
+            question.pixels = question.ids = None
     if not templated:
         theirs.missing.append("token ids: the checkpoint has no chat template; ours are taken for both")
 
@@ -116,6 +146,48 @@ def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) ->
         question.ids = made["input_ids"][0].long()
 
 
+def _process_film(theirs: Theirs, question: CheckQuestion, given: GivenFilm, *, templated: bool) -> None:
+    """Let the processor sample, resize and write a film, whose frames are decoded here.
+
+    Raises:
+        UserError: All frames would take too much memory; the processor wants them at once.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    processor = theirs.processor
+    shape = given.film.shape()
+    size = shape.frames * shape.width * shape.height * 3
+    if size > _MOST_FRAMES_BYTES:
+        raise UserError(f"all its frames are {size >> 20} MiB, which its processor wants at once; give a shorter film")
+    frames = np.stack([one.permute(1, 2, 0).numpy() for one in frames_of(given.film, range(shape.frames), given.alpha)])
+    told = {
+        "total_num_frames": shape.frames, "fps": shape.rate, "duration": shape.seconds, "width": shape.width,
+        "height": shape.height,
+    }  # fmt: skip
+    content = [{"type": "video"}, {"type": "text", "text": question.prompt}]
+    if templated:
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    else:
+        text = f"{processor.video_token}\n{question.prompt}"
+    twice = {"add_special_tokens": False} if templated and _begins(processor, text) else {}
+    own = processor.video_processor
+    asked = {} if any(getattr(own, key, None) is not None for key in ("fps", "num_frames")) else given.asked
+    made = processor(
+        text=text, videos=[frames], video_metadata=[told], do_sample_frames=True, return_tensors="pt", **asked, **twice
+    )
+    pixels = made["pixel_values_videos"] if "pixel_values_videos" in made else made["pixel_values"]
+    question.pixels = pixels if pixels.dim() == 2 else pixels.flatten(0, -4)
+    question.extra = {
+        key: torch.as_tensor(made[key]) for key in ("video_grid_thw", "second_per_grid_ts") if key in made
+    }
+    if templated:
+        ids, config = made["input_ids"][0].long(), theirs.model.config
+        if film_has_token(given.kind):  # here one token stands for slots of both
+            ids = torch.where(ids == config.video_token_id, config.image_token_id, ids)
+        question.ids = ids
+
+
 def _begins(processor: Any, text: str) -> bool:
     begin: str = getattr(processor.tokenizer, "bos_token", None) or ""
     return begin != "" and text.startswith(begin)
@@ -129,7 +201,12 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         assert question.ids is not None
         inputs = {"input_ids": question.ids[None].to(device)}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if question.pixels is not None:
+        if question.film is not None:
+            film = _film_inputs(theirs.model, question, question.film)
+            question.features = _film_features(theirs.model, film)
+            taken = inspect.signature(theirs.model.forward).parameters
+            inputs |= {key: value for key, value in film.items() if key in taken}
+        elif question.pixels is not None:
             inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
             # Sizes of pictures, which those models ask for whose pictures are cut to tiles by them.
             taken = inspect.signature(theirs.model.get_image_features).parameters
@@ -137,7 +214,8 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
             inputs |= extra
             found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
-        if "mm_token_type_ids" in inspect.signature(theirs.model.forward).parameters:  # which slots are a picture's
+        taken = inspect.signature(theirs.model.forward).parameters
+        if question.film is None and "mm_token_type_ids" in taken:  # which slots are a picture's
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == theirs.model.config.image_token_id).int()
         inputs |= _token_types(theirs.model, inputs["input_ids"])
         question.logits = theirs.model(**inputs).logits[0].float().cpu()
@@ -148,6 +226,28 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         question.answer = made.sequences[0, len(question.ids) :].tolist()
         best = [score[0].float().topk(2).values for score in made.scores]
         question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _film_inputs(model: Any, question: CheckQuestion, given: GivenFilm) -> dict[str, Tensor]:
+    """Return what the class may be told of a film, with the token and the type that it has at a film's slots."""
+    assert question.pixels is not None and question.ids is not None
+    device = local_device()
+    pixels = question.pixels.to(device, model.dtype)
+    if not films_apart(given.kind):
+        return {"pixel_values": pixels}
+    more = {key: value.to(device) for key, value in question.extra.items()}
+    slots = question.ids == model.config.image_token_id
+    own = model.config.video_token_id if film_has_token(given.kind) else model.config.image_token_id
+    more["input_ids"] = torch.where(slots, own, question.ids)[None].to(device)
+    more["mm_token_type_ids"] = 2 * slots.int()[None].to(device)
+    return {"pixel_values_videos": pixels if pixels.dim() == 2 else pixels[None], **more}
+
+
+def _film_features(model: Any, film: Mapping[str, Tensor]) -> Tensor:
+    """Return [T, E] of a film's slots."""
+    ask = model.get_video_features if "pixel_values_videos" in film else model.get_image_features
+    taken = inspect.signature(ask).parameters
+    return _flat(ask(**{key: value for key, value in film.items() if key in taken}))
 
 
 def _token_types(model: Any, ids: Tensor) -> dict[str, Tensor]:

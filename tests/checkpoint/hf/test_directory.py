@@ -24,6 +24,7 @@ from megavlm.checkpoint.hf import converted
 from megavlm.checkpoint.hf import exporter as exporter_module
 from megavlm.checkpoint.hf.directory import expand_recipe
 from megavlm.checkpoint.hf.exporter import Exporter
+from megavlm.checkpoint.saver import Saver
 from megavlm.config.errors import UserError
 from megavlm.config.load import RecipeError, load_recipe, recipes_of_any_model
 from megavlm.config.schema import Recipe
@@ -261,6 +262,54 @@ def test_an_export_that_cannot_start_is_not_the_last(tmp_path: Path, monkeypatch
         )
     exporter.finish(lambda: False)
     assert started == [step.name for step in steps] and exporter.needed() == {steps[1]}
+
+
+def test_a_checkpoint_stays_until_its_export_has_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``keep=1``: through newer checkpoints and a stop; then it goes, and damaged later ones are not exported."""
+    running: list[str] = []
+
+    class Slow:
+        running = True
+
+        def __init__(self, words: tuple[str, ...], _log: Path) -> None:
+            running.append(Path(words[2]).name)
+
+        def wait(self) -> int:
+            return 0
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(exporter_module, "ConvertProcess", Slow)
+    monkeypatch.setattr(exporter_module, "holds_adapters", lambda _: False)
+    own = tiny_recipe(checkpoint={"export_hf": 2, "save_interval": 1}, training={"train_steps": 6})
+    own = dataclasses.replace(own, output_dir=str(tmp_path))
+    root, exporter = tmp_path / "checkpoints", Exporter(own, 0)
+    saver = Saver(root, keep=1, needed=exporter.needed)
+    steps = {step: root / f"step-{step:08d}" for step in range(1, 7)}
+
+    def there() -> list[int]:
+        return [step for step, path in steps.items() if path.is_dir()]
+
+    for step in range(1, 6):
+        steps[step].mkdir(parents=True)
+        (steps[step] / "run.json").write_text("{}")
+        (root / "latest").write_text(steps[step].name)
+        saver.prune()  # as each new one does
+        exporter.published(steps[step])
+    assert there() == [2, 4, 5] and running == [steps[2].name]
+    assert not exporter.finish(lambda: True)  # stopped: the next start has them still
+    assert there() == [2, 4, 5]
+    steps[6].mkdir()  # damaged: the run goes on from the fifth, and will write it anew
+    (steps[6] / "run.json").write_text("{}")
+    exporter, running[:] = Exporter(own, 0), []
+    saver = Saver(root, keep=1, needed=exporter.needed)
+    exporter.resumed(steps[5])
+    assert exporter.needed() == {steps[2], steps[4]}
+    monkeypatch.setattr(Slow, "running", False)
+    assert exporter.finish(lambda: False) and running == [steps[2].name, steps[4].name]
+    saver.prune()
+    assert there() == [5, 6]
 
 
 def test_keys_of_a_checkpoint_s_model_are_changed(tmp_path: Path) -> None:

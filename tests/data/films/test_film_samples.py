@@ -189,6 +189,7 @@ BAD = {
         llava("<video>?", video="0.mp4", videos=["1.mov"]),
     ],
     "film missing": [llava("<video>?", video="no.mp4")],
+    "unsafe image path": [llava("<image>?", image="../film 1: film x.png")],
     "unsafe film path": [llava("<video>?", video="../x.mp4"), llava("<video>?", video="https://a.org/x.mp4")],
     "bad film (not a film)": [llava("<video>?", video="junk.mp4")],
     "bad film (no pictures)": [llava("<video>?", video="sound.mp4")],
@@ -202,6 +203,49 @@ def test_what_cannot_be_shown_is_rejected_by_its_cause(media: Path, tmp_path: Pa
     records = [record for some in BAD.values() for record in some]
     samples, rejected = shards(tmp_path, records, media)
     assert samples == [] and rejected == [cause for cause, some in BAD.items() for _ in some]
+
+
+ASKS = ("nframes", "num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels",
+        "resized_height", "resized_width", "video_start", "video_end", "start_time", "end_time", "fps", "sample_fps",
+        "rate")  # fmt: skip
+"""Keys of an object by which it says how its film is shown."""
+
+
+def test_frames_and_sizes_of_its_own_are_refused_by_name(media: Path, tmp_path: Path) -> None:
+    """Wherever the object stands; a rate is that of a folder of frames, and what nobody looks at is told."""
+    url = data_url(media / "0.mp4")
+    for number, places in enumerate((
+        lambda own: [
+            llava("<video>?", video={"path": "0.mp4"} | own), llava("<video>?", videos=[{"video": url} | own]),
+        ],
+        lambda own: [
+            messages("<video>?", videos=[{"video_url": {"url": url} | own}]),
+            messages(parts({"type": "video", "video": "0.mp4"} | own)),
+            messages(parts({"type": "video_url", "video_url": {"url": url} | own})),
+            messages(parts({"type": "video"} | own), videos=["0.mp4"]),
+        ],
+    )):  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        records = [record for key in ASKS for record in places({key: 2})]
+        out = prepare(tmp_path / str(number), [*records, places({})[0]], name="d", images=media)
+        rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+        assert [one["cause"] for one in rejected] == ["unsupported key"] * len(records)
+        named = [key for key in ASKS for _ in places({})]
+        assert all(key in one["reason"] for key, one in zip(named, rejected, strict=True))
+
+
+def test_a_rate_of_a_folder_of_frames_is_honoured(media: Path, tmp_path: Path) -> None:
+    records = [llava("<video>?", video={"path": "walk", key: 5}) for key in ("fps", "sample_fps", "rate")]
+    samples, rejected = shards(tmp_path, records, media)
+    assert not rejected
+    assert [Film(one["film0"]).index().rate for one in samples] == [5.0] * 3
+
+
+def test_keys_of_a_film_that_nobody_looks_at_are_told(
+    media: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(tmp_path, [llava("<video>?", video={"path": "0.mp4", "duration": 3})], name="d", images=media)
+    assert "duration (of a film) (1 records)" in caplog.text
 
 
 def test_html_is_no_film(media: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megavlm.layers.stack import linear_stack, run_stack
 
 
 class MLPConnector(MegatronModule):
-    """[P, N, W] patch features to [P, N, E] image tokens, one per patch.
+    """[P, N, W] patch features to [P, N, E] image tokens, one per patch, or for each but the first ([P - 1, N, E]).
 
     Layers alternate between column-parallel and row-parallel; with an odd number of them the last one's output
     is gathered.
@@ -34,12 +34,15 @@ class MLPConnector(MegatronModule):
             **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
+        self.first = int(connector.drop_first_feature)
         self.layers = linear_stack([width] + [embed] * connector.depth, config)
+        self.multiplier = connector.output_multiplier
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
         with get_fp8_context(self.config):  # nothing in bf16
-            return run_stack(self.layers, features_PNW)
+            tokens_PNE = run_stack(self.layers, features_PNW[self.first :])
+        return tokens_PNE if self.multiplier == 1 else tokens_PNE * self.multiplier
 
 
 def build(model: ModelConfig, context: BuildContext) -> MLPConnector:

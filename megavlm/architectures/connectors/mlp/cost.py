@@ -14,6 +14,12 @@ def _widths(model: ModelConfig) -> list[int]:
     return [model.vision.feature_size] + [model.language.hidden_size] * model.connector.depth
 
 
+def _tokens(model: ModelConfig, pictures: Pictures) -> float:
+    """Return the features that go through the layers."""
+    assert isinstance(model.connector, MLPConfig)
+    return pictures.patches - pictures.count * int(model.connector.drop_first_feature)
+
+
 def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
     """Return the parameters on one rank."""
     return [Parameter(elements) for elements in stack_parameters(_widths(model), tensor)]
@@ -21,9 +27,9 @@ def parameters(model: ModelConfig, tensor: int) -> list[Parameter]:
 
 def work(model: ModelConfig, pictures: Pictures) -> Work:
     """Return the operations of a forward pass."""
-    return Work(stack_work(_widths(model), pictures.patches))
+    return Work(stack_work(_widths(model), _tokens(model, pictures)))
 
 
 def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, *, learns: bool) -> float:
     """Return the bytes that it keeps: its input, and what lies around each activation."""
-    return pictures.patches * kernels.number_bytes * stack_kept(_widths(model), tensor, learns=learns)
+    return _tokens(model, pictures) * kernels.number_bytes * stack_kept(_widths(model), tensor, learns=learns)

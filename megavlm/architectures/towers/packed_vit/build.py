@@ -237,6 +237,8 @@ class PackedVisionTransformer(MegatronModule):
     def _interpolated(self, shown: list[geometry.Picture]) -> Tensor:
         """[P, W] of the learned table, one row of it after the other: all at once would take K times the memory."""
         vision, table = self.settings, self.positional_embedding
+        if vision.positional_interpolation == "bicubic_antialias":
+            return self._resized(shown)
         found = geometry.taps(
             shown, vision.spatial_merge_size, vision.positional_grid or 0, vision.positional_interpolation
         )
@@ -250,6 +252,27 @@ class PackedVisionTransformer(MegatronModule):
             total = part if total is None else total + part
         assert total is not None
         return total.to(table.dtype)
+
+    def _resized(self, shown: list[geometry.Picture]) -> Tensor:
+        """[P, W] of the learned table, resized for each size of a picture: rows first, and then columns."""
+        vision, table = self.settings, self.positional_embedding
+        side, m = vision.positional_grid or 0, vision.spatial_merge_size
+        table_GGW = table.float().unflatten(0, (side, side))
+        made: dict[tuple[int, int], Tensor] = {}
+        for picture in shown:
+            _, rows, columns = picture
+            if (rows, columns) in made:
+                continue
+            down_hG, across_wG = (
+                to_device(torch.from_numpy(geometry.antialiased(length, side)), table.device)
+                for length in (rows, columns)
+            )
+            resized_hGW = (down_hG @ table_GGW.flatten(1)).unflatten(1, (side, -1))
+            resized_PW = torch.matmul(across_wG, resized_hGW).flatten(0, 1).to(table.dtype)
+            if m > 1:
+                resized_PW = resized_PW[to_device(torch.from_numpy(geometry.reading_order(picture, m)), table.device)]
+            made[rows, columns] = resized_PW
+        return torch.cat([made[rows, columns] for frames, rows, columns in shown for _ in range(frames)])
 
     def _normalise(self, patches_PF: Tensor) -> Tensor:
         """Return the patches in the number type of the weights, normalised where they are uint8."""

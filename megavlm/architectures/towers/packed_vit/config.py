@@ -52,15 +52,20 @@ class PackedViTConfig(VisionConfig):
     """Base of the rotary angles of rows and columns, each in half of a head; null for none."""
     positional_grid: int | None = Field(default=None, gt=0, le=100_000)
     """Side of a learned positional table, which is interpolated to each picture; null for none."""
-    positional_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """With positional_grid: bilinear, with the table's corners on the picture's (Qwen3-VL), or bicubic, with the
-    edges of both on each other (GLM-4.1V)."""
+    positional_interpolation: Literal[
+        "bilinear", "bicubic", "antialias", "bicubic_antialias", "bucketed", "bucketed_line"
+    ] = "bilinear"
+    """With positional_grid: bilinear, with the table's corners on the picture's (Qwen3-VL); bicubic, with the edges of
+    both on each other (GLM-4.1V); or as pictures are resized, with the edges of both on each other and a mean of what
+    becomes one: antialias (bilinear: SigLIP 2), bicubic_antialias (timm's towers: MiniCPM-V 2.0). Or one row of the
+    table, that in which a patch's row and column lie, as parts of the side (bucketed: Idefics2), or its number among
+    all, as a part of the table's first line (bucketed_line: MiniCPM-Llama3-V 2.5, as published)."""
     class_token: bool = False
     """Whether each picture has a learned class token, with a learned rotary row of its own (RICE); it is dropped."""
     pre_layernorm: bool = False
     """Norm in front of the layers, and of the positional table (RICE, GLM-4.1V)."""
     post_layernorm: bool = False
-    """Norm behind the layers (GLM-4.1V)."""
+    """Norm behind the layers (GLM-4.1V, SigLIP 2)."""
     window_size: int | None = Field(default=None, gt=0)
     """Side in pixels of the windows that patches attend within (Qwen2.5-VL: 112); null for whole pictures."""
     full_attention_layers: tuple[int, ...] = ()

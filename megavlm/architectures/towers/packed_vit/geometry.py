@@ -91,21 +91,37 @@ class Taps:
     """[P, K]"""
 
 
-def taps(shown: list[Picture], merge: int, side: int, mode: Literal["bilinear", "bicubic"]) -> Taps:
+Mode = Literal["bilinear", "bicubic", "antialias", "bucketed", "bucketed_line"]
+
+
+def taps(shown: list[Picture], merge: int, side: int, mode: Mode) -> Taps:
     """Return what a table of ``side`` x ``side`` rows gives each patch, interpolated to its picture.
 
-    Bilinear with the corners of both on each other, as ``F.interpolate(align_corners=True)``, or bicubic with a = -0.75
-    and without, as ``F.grid_sample(padding_mode="border")``.
+    Bilinear with the corners of both on each other, as ``F.interpolate(align_corners=True)``; bicubic with a = -0.75
+    and without, as ``F.grid_sample(padding_mode="border")``; or as a picture is resized, bilinear and without, where it
+    is made smaller over all that becomes one: ``F.interpolate(antialias=True)``. Bucketed: one row of the table, as
+    Transformers' ``Idefics2VisionEmbeddings``, of the patch's row and column, or of its number in a line of all.
     """
     parts = [_taps(h, w, merge, side, mode) for _, h, w in shown]
+    most = max(one.index.shape[1] for one in parts)
+    parts = [one if one.index.shape[1] == most else _widened(one, most) for one in parts]
     index = np.concatenate([np.tile(one.index, (t, 1)) for (t, _, _), one in zip(shown, parts, strict=True)])
     weight = np.concatenate([np.tile(one.weight, (t, 1)) for (t, _, _), one in zip(shown, parts, strict=True)])
     return Taps(index, weight)
 
 
+def _widened(one: Taps, most: int) -> Taps:
+    """Return the same with so many rows for a patch, of which the new ones weigh nothing."""
+    beside = ((0, 0), (0, most - one.index.shape[1]))
+    return Taps(np.pad(one.index, beside), np.pad(one.weight, beside))
+
+
 @functools.lru_cache(maxsize=256)
 def _taps(rows: int, columns: int, merge: int, side: int, mode: str) -> Taps:
     place = _frame(rows, columns, merge)
+    if mode == "bucketed_line":
+        place = np.stack([np.zeros_like(place[:, 0]), place[:, 0] * columns + place[:, 1]], axis=1)
+        rows, columns, mode = 1, rows * columns, "bucketed"
     down, down_weight = _along(place[:, 0], rows, side, mode)
     across, across_weight = _along(place[:, 1], columns, side, mode)
     index = (down[:, :, None] * side + across[:, None, :]).reshape(len(place), -1)
@@ -115,6 +131,10 @@ def _taps(rows: int, columns: int, merge: int, side: int, mode: str) -> Taps:
 
 def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDArray[np.float64]]:
     """Return rows of one axis of a table, and their weights, for places on an axis of another length."""
+    if mode == "bucketed":
+        return _bucket(at, length, side)[:, None], np.ones((len(at), 1))
+    if mode == "antialias":
+        return _covered(at, length, side)
     if mode == "bilinear":
         place = at * (side - 1) / max(length - 1, 1)
         offsets = np.arange(2)
@@ -127,7 +147,51 @@ def _along(at: Indices, length: int, side: int, mode: str) -> tuple[Indices, NDA
     if mode == "bilinear":
         weight = np.maximum(1 - away, 0)
     else:
-        a = -0.75
-        near = ((a + 2) * away - (a + 3)) * away**2 + 1
-        weight = np.where(away <= 1, near, ((a * away - 5 * a) * away + 8 * a) * away - 4 * a)
+        weight = _cubic(away, -0.75)
     return found.clip(0, side - 1), weight
+
+
+def _covered(at: Indices, length: int, side: int, *, cubic: bool = False) -> tuple[Indices, NDArray[np.float64]]:
+    """Return the rows under a triangle, or a cubic with a = -0.5, around each place.
+
+    It is as wide as the rows that become one, and at least as wide as without any.
+    """
+    scale = side / length
+    stretch, centre = max(scale, 1.0), scale * (at + 0.5)
+    reach = stretch * (1 + cubic)
+    first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + reach + 0.5).astype(np.int64), side)
+    found = first[:, None] + np.arange(int((last - first).max()))
+    away = np.abs((found - centre[:, None] + 0.5) / stretch)
+    weight = (_cubic(away, -0.5) if cubic else np.maximum(1 - away, 0)) * (found < last[:, None])
+    return found.clip(0, side - 1), weight / weight.sum(1, keepdims=True)
+
+
+@functools.lru_cache(maxsize=1024)
+def antialiased(length: int, side: int) -> NDArray[np.float32]:
+    """[length, side] what each row of one axis of a table adds to each of another length: cubic, as a picture is."""
+    index, weight = _covered(np.arange(length), length, side, cubic=True)
+    found = np.zeros((length, side), np.float32)
+    np.add.at(found, (np.arange(length)[:, None], index), weight)
+    return found
+
+
+def _cubic(away: NDArray[np.float64], a: float) -> NDArray[np.float64]:
+    near = ((a + 2) * away - (a + 3)) * away**2 + 1
+    far = ((a * away - 5 * a) * away + 8 * a) * away - 4 * a
+    return np.where(away <= 1, near, np.where(away < 2, far, 0.0))
+
+
+def _bucket(at: Indices, length: int, side: int) -> Indices:
+    """Return in which of ``side`` equal parts places on an axis lie: in fp32, where it decides about borders."""
+    borders = (1 / side + np.arange(side - 1) / side).astype(np.float32)
+    step = np.float32(1) / np.float32(length)
+    parts = np.minimum(at.astype(np.float32) * step, np.float32(1 - 1e-6))
+    return np.searchsorted(borders, parts, side="right").astype(np.int64)
+
+
+def reading_order(shown: Picture, merge: int) -> Indices:
+    """[P] of each patch of a picture of one frame, its number row by row."""
+    _, rows, columns = shown
+    place = _frame(rows, columns, merge)
+    return place[:, 0] * columns + place[:, 1]

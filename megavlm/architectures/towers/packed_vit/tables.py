@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV_BLOCKS, Table, both, row
+import dataclasses
+
+from megavlm.weights.rules import CONCAT, ONE_AXIS, PATCHES, QKV, QKV_BLOCKS, Aside, Table, both, row
 
 _OURS = "transformer.layers.{}."
 _LAYER = (
@@ -70,3 +72,59 @@ RICE_VISION = Table(
     ),
 )
 """The tower of LLaVA-OneVision-1.5, without its merger."""
+
+SIGLIP2_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="encoder.layers.{}.",
+    layer=(
+        *both("input_layernorm", "layer_norm1"),
+        *both("self_attention.linear_qkv", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", QKV),
+        *both("self_attention.linear_proj", "self_attn.out_proj"),
+        *both("pre_mlp_layernorm", "layer_norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        # A linear layer on pixels of which the colours come last.
+        row("patch_embed.weight", "embeddings.patch_embedding.weight", PATCHES),
+        row("patch_embed.bias", "embeddings.patch_embedding.bias"),
+        row("positional_embedding", "embeddings.position_embedding.weight"),
+        *both("ln_post", "post_layernorm"),
+    ),
+    aside=(
+        Aside(r"post_layernorm\.(weight|bias)", "norm behind layers that are not used", carried=True),
+        Aside(
+            r"encoder\.layers\.(\d+)\..*", "layer behind the one whose features are taken", carried=True, behind=True
+        ),
+        Aside(r"head\..*", "attention pooling head", carried=True),
+    ),
+)
+"""SigLIP 2's NaFlex tower as Transformers writes it."""
+
+SIGLIP_VISION = dataclasses.replace(
+    SIGLIP2_VISION,
+    rest=(
+        *both("patch_embed", "embeddings.patch_embedding"),
+        row("positional_embedding", "embeddings.position_embedding.weight"),
+        *both("ln_post", "post_layernorm"),
+    ),
+    aside=(Aside(r"embeddings\.position_ids", "position number buffer"),),
+    prefix="vpm.",
+)
+"""SigLIP on pictures of any size as Transformers names it (Idefics2's), in MiniCPM-Llama3-V 2.5."""
+
+TIMM_VISION = Table(
+    part="vision",
+    ours=_OURS,
+    theirs="blocks.{}.",
+    layer=QWEN2_VL_VISION.layer,
+    rest=(
+        *both("patch_embed", "patch_embed.proj"),
+        *both("conv1", "patch_embed.proj"),  # of the tower on squares
+        row("positional_embedding", "pos_embed", ONE_AXIS),
+        *both("ln_post", "norm"),
+    ),
+    prefix="vpm.",
+)
+"""SigLIP as timm names it, in MiniCPM-V 1.0 and 2.0."""

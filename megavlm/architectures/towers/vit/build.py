@@ -1,6 +1,9 @@
 """Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP, InternViT.
 
-Shape legend: N images, C colours, P patches of an image, W width of the tower, T = P + 1 with a class token, else P.
+And DINOv2 (2304.07193) with registers (2309.16588), EVA02 (2303.11331).
+
+Shape legend: N images, C colours, P patches of an image, W width of the tower, D width of a head, T = P and the learned
+tokens beside them (a class token, registers).
 """
 
 from __future__ import annotations
@@ -25,12 +28,18 @@ from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
 from megavlm.layers.scale import LayerScale
 from megavlm.layers.specs import LayerKind, Modules, block_submodules, layer_modules
-from megavlm.layers.width_norm import WidthNormSelfAttention, without_bias
+from megavlm.layers.width_norm import (
+    QueryValueBiasSelfAttention,
+    WidthNormSelfAttention,
+    with_input_norm,
+    without_bias,
+)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
+    "silu": F.silu,
 }
 
 
@@ -45,6 +54,8 @@ def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerC
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
         activation_func=_ACTIVATIONS[vision.activation],
+        gated_linear_unit=vision.gated_mlp,
+        rotary_interleaved=vision.rotary_base is not None,
         bias_activation_fusion=False,  # Megatron's is the tanh form, whatever is asked for; ours: BiasActivationMLP
         add_bias_linear=True,
         add_qkv_bias=True,
@@ -60,10 +71,16 @@ def _layer_parts(vision: ViTConfig, context: BuildContext) -> Modules:
     modules = layer_modules(kind, transformer_engine=context.transformer_engine)
     parts: Any = modules.layer.submodules
     attention = parts.self_attention
-    if not vision.add_qkv_bias:
+    if not (vision.add_qkv_bias and vision.key_bias):
         attention.submodules.linear_qkv = without_bias(attention.submodules.linear_qkv)
+    if vision.add_qkv_bias and not vision.key_bias:
+        attention.module = QueryValueBiasSelfAttention
     if vision.qk_norm == "width":
         attention.module = WidthNormSelfAttention
+    if vision.attention_norm:
+        attention.submodules.linear_proj = with_input_norm(attention.submodules.linear_proj)
+    if vision.mlp_norm:
+        parts.mlp.submodules.linear_fc2 = with_input_norm(parts.mlp.submodules.linear_fc2)
     if vision.layer_scale:
         scale = {"hidden_size": vision.hidden_size, "init": vision.layer_scale_init, "dtype": context.dtype}
         parts.self_attn_bda = parts.mlp_bda = ModuleSpec(module=LayerScale, params=scale)
@@ -87,10 +104,12 @@ class VisionTransformer(MegatronModule):
         def norm() -> torch.nn.Module:
             return modules.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
 
+        self.settings = vision
         self.grid = vision.tile_size // vision.patch_size
         self.scales = vision.s2_scales
         self.image_mean, self.image_std = vision.image_mean, vision.image_std
         self._moments: tuple[Tensor, Tensor] | None = None
+        self._angles: Tensor | None = None
         # Pixels that fill no whole patch, right and below, are left out.
         self.conv1 = torch.nn.Conv2d(
             3, width, vision.patch_size, stride=vision.patch_size, bias=vision.conv_bias, dtype=dtype
@@ -100,6 +119,9 @@ class VisionTransformer(MegatronModule):
         rows = vision.positional_grid**2 + int(vision.class_token)
         self.positional_embedding = torch.nn.Parameter(torch.empty(rows, width, dtype=dtype))
         self.class_embedding = torch.nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
+        self.register_embedding: Any = None
+        if vision.register_tokens:
+            self.register_embedding = torch.nn.Parameter(torch.empty(vision.register_tokens, width, dtype=dtype))
         self.ln_pre = norm() if vision.pre_layernorm else None
         self.transformer = TransformerBlock(
             config=config, spec=block_submodules([modules] * vision.num_layers), post_layer_norm=False
@@ -111,9 +133,9 @@ class VisionTransformer(MegatronModule):
         if vision.deepstack_layers:
             self.feature_layers = (vision.num_layers, *(number + 1 for number in vision.deepstack_layers))
         if context.initialize:
-            torch.nn.init.normal_(self.positional_embedding, std=vision.init_method_std)
-            if self.class_embedding is not None:
-                torch.nn.init.normal_(self.class_embedding, std=vision.init_method_std)
+            for parameter in (self.positional_embedding, self.class_embedding, self.register_embedding):
+                if parameter is not None:
+                    torch.nn.init.normal_(parameter, std=vision.init_method_std)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Encode images.
@@ -122,7 +144,7 @@ class VisionTransformer(MegatronModule):
             images_NCHW: [N, 3, H, W], uint8 (0..255), or floating point where already normalised.
 
         Returns:
-            [P, N, W] features, in the number type of the weights; the class token's is not among them. With
+            [P, N, W] features, in the number type of the weights; those of learned tokens are not among them. With
             ``feature_layers`` they are L times as wide: those of L layers, side by side; with ``deepstack_layers``
             those of the last layer and of these; with ``s2_scales`` those of all sizes of the picture, side by side.
         """
@@ -137,13 +159,13 @@ class VisionTransformer(MegatronModule):
         if self.ln_pre is not None:
             x_TNW = self.ln_pre(x_TNW)
         x_TNW = self._layers(x_TNW.contiguous())
-        x_PNW = x_TNW if self.class_embedding is None else x_TNW[1:]
+        x_PNW = x_TNW[self.settings.tokens :] if self.settings.tokens else x_TNW
         return x_PNW if self.ln_post is None else self.ln_post(x_PNW)
 
     def _layers(self, x_TNW: Tensor) -> Tensor:
         """Return [T, N, W] of the last layer, or [T, N, L * W] of the layers that are taken."""
         if self.feature_layers is None:
-            return self.transformer(hidden_states=x_TNW, attention_mask=None)
+            return self.transformer(hidden_states=x_TNW, attention_mask=None, rotary_pos_emb=self._rotary(x_TNW.device))
         taken = {0: x_TNW}
         for number, layer in enumerate(self.transformer.layers, 1):
             x_TNW = self._layer(layer, number, x_TNW)
@@ -156,11 +178,28 @@ class VisionTransformer(MegatronModule):
 
         def run(x: Tensor) -> Tensor:
             with get_fp8_context(self.config, number - 1):  # nothing in bf16
-                return layer(hidden_states=x, attention_mask=None)[0]
+                angles = self._rotary(x.device)
+                return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)[0]
 
         if self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(run, False, x_TNW)
         return run(x_TNW)
+
+    def _rotary(self, device: torch.device) -> Tensor | None:
+        """[T, 1, 1, D] fp32 angles, made once; none of them turns a learned token. None where there are none."""
+        vision = self.settings
+        if vision.rotary_base is None:
+            return None
+        if self._angles is None or self._angles.device != device:
+            with torch.inference_mode(False), torch.no_grad():
+                quarter, cpu = vision.hidden_size // vision.num_attention_heads // 4, torch.device("cpu")
+                inverse = 1.0 / vision.rotary_base ** (torch.arange(quarter, dtype=torch.float32, device=cpu) / quarter)
+                at = torch.arange(self.grid, dtype=torch.float32, device=cpu)
+                at = at if vision.rotary_grid is None else at / self.grid * vision.rotary_grid
+                place_PX = torch.stack(torch.meshgrid(at, at, indexing="ij"), dim=-1).flatten(0, 1)
+                angles_PD = (place_PX[..., None] * inverse).flatten(1).repeat_interleave(2, dim=-1)
+                self._angles = F.pad(angles_PD, (0, 0, vision.tokens, 0))[:, None, None, :].to(device)
+        return self._angles
 
     def _normalise(self, images_NCHW: Tensor) -> Tensor:
         """Return the images in the number type of the weights, normalised where they are uint8."""
@@ -178,14 +217,18 @@ class VisionTransformer(MegatronModule):
         return self._moments
 
     def _embed(self, images_NCHW: Tensor) -> Tensor:
-        """Return [T, N, W]: the class token, if there is one, and the patches, with their positions."""
+        """Return [T, N, W]: the class token, registers, if there are such, and the patches, with their positions."""
         x_NWhw = self.conv1(images_NCHW)
         x_PNW = x_NWhw.flatten(2).permute(2, 0, 1)
-        if self.class_embedding is None:
-            return x_PNW + resize_table(self.positional_embedding, self.grid).unsqueeze(1)
-        class_W = self.class_embedding + self.positional_embedding[0]
-        x_PNW = x_PNW + resize_table(self.positional_embedding[1:], self.grid).unsqueeze(1)
-        return torch.cat([class_W.expand(1, x_PNW.size(1), -1), x_PNW])
+        table: Tensor = self.positional_embedding
+        antialias, first = self.settings.positional_antialias, list[Tensor]()
+        if self.class_embedding is not None:
+            class_W, table = self.class_embedding + table[0], table[1:]
+            first.append(class_W.expand(1, x_PNW.size(1), -1))
+        x_PNW = x_PNW + resize_table(table, self.grid, antialias=antialias).unsqueeze(1)
+        if self.register_embedding is not None:
+            first.append(self.register_embedding.unsqueeze(1).expand(-1, x_PNW.size(1), -1))
+        return torch.cat([*first, x_PNW]) if first else x_PNW
 
 
 def split_scales(images_NCHW: Tensor, sides: Sequence[int]) -> Tensor:

@@ -34,11 +34,29 @@ class ViTConfig(VisionConfig):
     """Side of the learned positional table (the table has positional_grid squared rows, interpolated to the image)."""
     layernorm_epsilon: float = Field(default=1e-6, gt=0)
     """Epsilon of the norms."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), or x * sigmoid(1.702 x)
-    (OpenAI CLIP)."""
+    positional_antialias: bool = False
+    """Whether the positional table is interpolated as a picture is resized, with a filter against aliasing (DINOv2 with
+    registers)."""
+    rotary_base: float | None = Field(default=None, gt=0)
+    """Base of the rotary angles of rows and columns, each in half of a head, of neighbouring channels (EVA02); beside
+    the table. Null for none."""
+    rotary_grid: int | None = Field(default=None, gt=0, le=100_000)
+    """With rotary_base: side in patches of the grid that the angles were learned on; that of other pictures is shrunk,
+    or stretched, to it. Null leaves the patches' own numbers."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "gelu"
+    """Activation of the MLP: erf GELU (Qwen-VL, LAION CLIP), its tanh form (SigLIP), x * sigmoid(1.702 x) (OpenAI
+    CLIP), or, with a gate, silu (EVA02, DINOv2's giant)."""
+    gated_mlp: bool = False
+    """Whether the MLP has a gate, to which the activation belongs: with silu SwiGLU."""
+    mlp_norm: bool = False
+    """LayerNorm inside the MLP, in front of its last layer (EVA02)."""
+    attention_norm: bool = False
+    """LayerNorm over the results of all heads, in front of attention's last layer (EVA02-CLIP)."""
     class_token: bool = False
     """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped."""
+    register_tokens: int = Field(default=0, ge=0, le=1000)
+    """Learned tokens without a position that go through the layers too, behind the class token (DINOv2); their outputs
+    are dropped."""
     conv_bias: bool = False
     """Whether the patch embedding has a bias (SigLIP)."""
     pre_layernorm: bool = True
@@ -49,6 +67,8 @@ class ViTConfig(VisionConfig):
     """Norms of the tower: LayerNorm, or RMSNorm (InternViT-6B)."""
     add_qkv_bias: bool = True
     """Whether queries, keys and values have a bias (not in InternViT-6B); the other linear layers always have one."""
+    key_bias: bool = True
+    """With add_qkv_bias: whether keys have one too (not in EVA)."""
     qk_norm: Literal["width"] | None = None
     """Norm on queries and on keys: an RMSNorm over all heads together (width: InternViT-6B), or null for none."""
     layer_scale: bool = False
@@ -101,9 +121,14 @@ class ViTConfig(VisionConfig):
         return self.hidden_size * len(self.feature_layers or (0,)) * len(self.s2_scales or (0,))
 
     @property
+    def tokens(self) -> int:
+        """Learned tokens beside the patches: the class token, and registers."""
+        return int(self.class_token) + self.register_tokens
+
+    @property
     def positions(self) -> int:
-        """Positions of one picture, or tile, inside the tower: its patches, and the class token."""
-        return self.patches_per_image + int(self.class_token)
+        """Positions of one picture, or tile, inside the tower: its patches, and the learned tokens."""
+        return self.patches_per_image + self.tokens
 
 
 def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
@@ -123,6 +148,7 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
     yield from divides(f"{_OWN}.hidden_size", vision.hidden_size, heads, f"{_OWN}.num_attention_heads")
     yield from divides(f"{_OWN}.num_attention_heads", heads, tp, TP)
     yield from divides(f"{_OWN}.ffn_hidden_size", vision.ffn_hidden_size, tp, TP)
+    yield from _layers(vision)
     taken = vision.feature_layers
     if taken is not None and (min(taken) < 0 or max(taken) != vision.num_layers):
         yield (
@@ -144,6 +170,28 @@ def rules(vision: ViTConfig, layout: ParallelConfig) -> Iterator[str]:
         yield (
             f"{_OWN}.deepstack_layers: go without {_OWN}.feature_layers and {_OWN}.post_layernorm; set these to null"
             " and false, or this to []"
+        )
+
+
+def _layers(vision: ViTConfig) -> Iterator[str]:
+    """Yield what is wrong with the parts of a layer."""
+    heads = vision.num_attention_heads
+    width = vision.hidden_size // heads if vision.hidden_size % heads == 0 else 4
+    if vision.rotary_base is not None and width % 4:
+        yield (
+            f"{_OWN}.num_attention_heads: heads of {width} have no angles for rows and for columns, which take a"
+            f" multiple of 4; change it or {_OWN}.hidden_size"
+        )
+    if vision.rotary_grid is not None and vision.rotary_base is None:
+        yield f"{_OWN}.rotary_grid: there are no angles without {_OWN}.rotary_base; leave it out, or set that"
+    if not vision.key_bias and not vision.add_qkv_bias:
+        yield f"{_OWN}.key_bias: nothing has a bias without {_OWN}.add_qkv_bias; leave it out"
+    if not vision.key_bias and vision.qk_norm is not None:
+        yield f"{_OWN}.key_bias: false goes without {_OWN}.qk_norm; set that to null"
+    if (vision.activation == "silu") != vision.gated_mlp:
+        yield (
+            f"{_OWN}.activation: {vision.activation} goes {'without' if vision.gated_mlp else 'with'}"
+            f" {_OWN}.gated_mlp; silu has a gate here and the others have none: change one of the two"
         )
 
 

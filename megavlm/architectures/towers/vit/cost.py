@@ -15,7 +15,11 @@ def _seen(vision: ViTConfig, pictures: Pictures) -> Pictures:
 
 
 def _positions(vision: ViTConfig, pictures: Pictures) -> float:
-    return pictures.patches + int(vision.class_token) * pictures.count
+    return pictures.patches + vision.tokens * pictures.count
+
+
+def _fc1(vision: ViTConfig) -> int:
+    return vision.ffn_hidden_size * (1 + int(vision.gated_mlp))
 
 
 def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
@@ -23,22 +27,25 @@ def parameters(vision: ViTConfig, tensor: int) -> list[Parameter]:
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
     shapes = [3 * vision.patch_size**2 * width, (vision.positional_grid**2 + int(vision.class_token)) * width]
     shapes += [width] * int(vision.conv_bias) + [width] * int(vision.class_token)
+    shapes += [vision.register_tokens * width] * int(vision.register_tokens > 0)
     norm = [width] if vision.normalization == "RMSNorm" else [width, width]
     shapes += norm * (int(vision.pre_layernorm) + int(vision.post_layernorm))
     layer = norm * 2 + [width] * (2 * int(vision.layer_scale))
-    layer += [3 * width * width // tensor, *[3 * width // tensor] * int(vision.add_qkv_bias)]
+    biases = [3 * width // tensor] if vision.key_bias else [width // tensor] * 2
+    layer += [3 * width * width // tensor, *biases * int(vision.add_qkv_bias)]
     layer += [width // tensor] * (2 * int(vision.qk_norm is not None))
-    layer += [width * width // tensor, width]
-    layer += [width * ffn // tensor, ffn // tensor, ffn * width // tensor, width]
+    layer += [width * width // tensor, width, *[width // tensor] * (2 * int(vision.attention_norm))]
+    layer += [width * _fc1(vision) // tensor, _fc1(vision) // tensor, ffn * width // tensor, width]
+    layer += [ffn // tensor] * (2 * int(vision.mlp_norm))
     return [Parameter(elements) for elements in shapes + layer * vision.num_layers]
 
 
 def work(vision: ViTConfig, pictures: Pictures) -> Work:
     """Return the operations of a forward pass; every rank makes the patch embedding whole."""
     pictures = _seen(vision, pictures)
-    width, token = vision.hidden_size, int(vision.class_token)
-    weights = 4 * width * width + 2 * width * vision.ffn_hidden_size
-    squared = pictures.squared + token * (2 * pictures.patches + pictures.count)
+    width, tokens = vision.hidden_size, vision.tokens
+    weights = 4 * width * width + width * (_fc1(vision) + vision.ffn_hidden_size)
+    squared = pictures.squared + tokens * (2 * pictures.patches + tokens * pictures.count)
     return Work(
         products=vision.num_layers * 2 * _positions(vision, pictures) * weights,
         attention=vision.num_layers * 4 * squared * width,
@@ -59,7 +66,10 @@ def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Ker
     width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
     # Inputs of two norms and of the linear layers behind them; QKV and the attention's result; around the activation.
     around = 3 if vision.activation == "quick_gelu" else 2
+    if vision.gated_mlp:  # both inputs of the gate, and what they become before and behind their product
+        around = 5
     kept = 4 * positions * width * b + 4 * positions * (width // tensor) * b + around * positions * ffn * b
+    kept += _beside(vision, tensor, positions, b)
     # Plain torch computes these norms in fp32: it keeps such a copy, and what is normalised but not yet scaled.
     copy = 0 if b == 4 else 4
     if vision.qk_norm is not None:  # the results too, as the values' view keeps what they were made of
@@ -71,12 +81,32 @@ def _layer_kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Ker
     return kept + positions * (vision.num_attention_heads // tensor) * 4
 
 
+def _beside(vision: ViTConfig, tensor: int, positions: float, b: int) -> float:
+    """Return the bytes of what EVA02's layers keep beside a plain one's."""
+    kept, part = 0.0, vision.hidden_size // tensor
+    # Turned, or with a bias of their own, two of queries, keys and values are kept apart from the projection's result,
+    # which the third is a view of; with both nothing is.
+    kept += 2 * positions * part * b * int((vision.rotary_base is not None) != _own_biases(vision))
+    if vision.rotary_base is not None:  # sines and cosines for queries and for keys
+        kept += 4 * vision.positions * (vision.hidden_size // vision.num_attention_heads) * b
+    for width, normed in ((part, vision.attention_norm), (vision.ffn_hidden_size // tensor, vision.mlp_norm)):
+        # Its result; over several ranks in fp32 what is around the mean and what that becomes, but not what went in.
+        kept += int(normed) * positions * width * (b if tensor == 1 else 8)
+    return kept
+
+
+def _own_biases(vision: ViTConfig) -> bool:
+    return vision.add_qkv_bias and not vision.key_bias
+
+
 def kept(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels) -> float:
     """Return the bytes that a tower that learns keeps."""
     pictures = _seen(vision, pictures)
     stream = _positions(vision, pictures) * vision.hidden_size * kernels.number_bytes
     if vision.gradient_checkpointing:
         layers = vision.num_layers * stream
+        if vision.rotary_base is not None:  # angles
+            layers += 4 * vision.positions * (vision.hidden_size // vision.num_attention_heads)
     else:
         layers = vision.num_layers * _layer_kept(vision, tensor, pictures, kernels)
     # Pixels into the patch embedding; inputs of the outer norms.
@@ -89,9 +119,9 @@ def passing(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
     pictures = _seen(vision, pictures)
     b, positions = kernels.number_bytes, _positions(vision, pictures)
     stream = positions * vision.hidden_size * b
-    split, ffn = stream // tensor, positions * vision.ffn_hidden_size // tensor * b
+    split = stream // tensor
     # The residual stream with a norm's result, then QKV and the attention's result, or the MLP around its bias.
-    attention, mlp = 3 * split + split, 2 * ffn
+    attention, mlp = 3 * split + split, positions * (_fc1(vision) + vision.ffn_hidden_size) // tensor * b
     # Pixels in fp32, their normalised copy and the patches they become.
     pixels = pictures.count * 3 * vision.tile_size**2 * (1 + 4 + 4 + b)
     if learns:
@@ -110,14 +140,17 @@ def passage(vision: ViTConfig, tensor: int, pictures: Pictures, kernels: Kernels
     """Return what a forward pass takes time for."""
     attention, pictures = work(vision, pictures).attention, _seen(vision, pictures)
     positions, b = _positions(vision, pictures), kernels.number_bytes
-    width, ffn = vision.hidden_size, vision.ffn_hidden_size // tensor
-    shapes = [(3 * width // tensor, width), (width, width // tensor), (ffn, width), (width, ffn)] * vision.num_layers
+    width, ffn, fc1 = vision.hidden_size, vision.ffn_hidden_size // tensor, _fc1(vision) // tensor
+    shapes = [(3 * width // tensor, width), (width, width // tensor), (fc1, width), (width, ffn)] * vision.num_layers
     products = [Product(positions, rows, inputs) for rows, inputs in shapes]
     products.append(Product(pictures.patches, width, 3 * vision.patch_size**2))
     stream = positions * width * b
     heads = vision.num_attention_heads
     # Layer scale reads and writes both branches again; the norm of queries and keys passes over them in fp32.
-    moved = 14 * stream + 4 * positions * vision.ffn_hidden_size / tensor * b
+    moved = 14 * stream + 2 * positions * (fc1 + ffn) * b
+    # Turning queries and keys, adding to queries and values, norms inside: each reads and writes.
+    moved += 4 * stream / tensor * (int(vision.rotary_base is not None) + int(_own_biases(vision)))
+    moved += 2 * stream / tensor * int(vision.attention_norm) + 2 * positions * ffn * b * int(vision.mlp_norm)
     moved += 4 * stream * int(vision.layer_scale) + 12 * stream / tensor * int(vision.qk_norm is not None)
     return Passage(
         products=products,

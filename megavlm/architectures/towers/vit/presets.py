@@ -39,10 +39,37 @@ KINDS: dict[str, dict[str, Any]] = {
         "image_mean": (0.485, 0.456, 0.406),
         "image_std": (0.229, 0.224, 0.225),
     },
+    "dinov2_vit": {
+        "class_token": True,
+        "register_tokens": 4,
+        "positional_antialias": True,
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "layer_scale": True,
+        "layer_scale_init": 1.0,
+        "layernorm_epsilon": 1e-6,
+        "image_mean": (0.485, 0.456, 0.406),
+        "image_std": (0.229, 0.224, 0.225),
+    },
+    "eva02_vit": {
+        "class_token": True,
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "layernorm_epsilon": 1e-6,
+        "activation": "silu",
+        "gated_mlp": True,
+        "mlp_norm": True,
+        "attention_norm": True,
+        "key_bias": False,
+        "rotary_base": 10000.0,
+        "rotary_grid": 16,
+    },
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes (and a CLIP's activation)."""
 
 _CLIP, _SIGLIP, _INTERN = KINDS["clip_vit"], KINDS["siglip_vit"], KINDS["intern_vit"]
+_DINOV2, _EVA02 = KINDS["dinov2_vit"], KINDS["eva02_vit"]
+_SWIGLU = {**_DINOV2, "activation": "silu", "gated_mlp": True}
 
 SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     # About 1 / sqrt(width): with the usual 0.02, so narrow a tower passes little on and learns late.
@@ -51,12 +78,31 @@ SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     "openclip_vit_bigg": (ViTSize(448, 14, 1664, 48, 16, 8192, 16), {}),
     # openai/clip-vit-large-patch14-336 as LLaVA-1.5 uses it: the features of the last layer but one, so 23 of 24 run.
     "clip_vit_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 4096, 24), {**_CLIP, "activation": "quick_gelu"}),
+    # openai/clip-vit-large-patch14, likewise.
+    "clip_vit_l_14_224": (ViTSize(224, 14, 1024, 23, 16, 4096, 16), {**_CLIP, "activation": "quick_gelu"}),
+    # google/siglip-{base-patch16-224,large-patch16-384} without their pooling heads, as all that follow.
+    "siglip_base_16_224": (ViTSize(224, 16, 768, 12, 12, 3072, 14), _SIGLIP),
+    "siglip_large_16_384": (ViTSize(384, 16, 1024, 24, 16, 4096, 24), _SIGLIP),
     # google/siglip-so400m-patch14-384 without its pooling head; 27 patches of 14 leave 6 of 384 pixels out.
     "siglip_so400m_14_384": (ViTSize(384, 14, 1152, 27, 16, 4304, 27), _SIGLIP),
     # google/siglip-so400m-patch14-224 and -896 as PaliGemma and Gemma 3 have them, and PaliGemma's at 448.
     "siglip_so400m_14_224": (ViTSize(224, 14, 1152, 27, 16, 4304, 16), _SIGLIP),
     "siglip_so400m_14_448": (ViTSize(448, 14, 1152, 27, 16, 4304, 32), _SIGLIP),
     "siglip_so400m_14_896": (ViTSize(896, 14, 1152, 27, 16, 4304, 64), _SIGLIP),
+    # google/siglip2-{base,large,so400m,giant-opt}-patch16-*; those of 14 pixels a patch are SigLIP's in shape.
+    "siglip2_base_16_224": (ViTSize(224, 16, 768, 12, 12, 3072, 14), _SIGLIP),
+    "siglip2_large_16_384": (ViTSize(384, 16, 1024, 24, 16, 4096, 24), _SIGLIP),
+    "siglip2_so400m_14_384": (ViTSize(384, 14, 1152, 27, 16, 4304, 27), _SIGLIP),
+    "siglip2_so400m_16_384": (ViTSize(384, 16, 1152, 27, 16, 4304, 24), _SIGLIP),
+    "siglip2_so400m_16_512": (ViTSize(512, 16, 1152, 27, 16, 4304, 32), _SIGLIP),
+    "siglip2_giant_16_384": (ViTSize(384, 16, 1536, 40, 16, 6144, 24), _SIGLIP),
+    # facebook/dinov2-with-registers-{base,large,giant}: the layer before the last and no norm, on 384 pixels, as
+    # Prismatic and Cobra take it (of timm's, block number len - 2); the table is that of 518.
+    "dinov2_reg4_base_14": (ViTSize(384, 14, 768, 11, 12, 3072, 37), _DINOV2),
+    "dinov2_reg4_large_14": (ViTSize(384, 14, 1024, 23, 16, 4096, 37), _DINOV2),
+    "dinov2_reg4_giant_14": (ViTSize(384, 14, 1536, 39, 24, 4096, 37), _SWIGLU),
+    # timm/eva02_large_patch14_clip_336 as Bunny takes it: the last of 24 layers is left out.
+    "eva02_clip_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 2730, 24), _EVA02),
     # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5, as InternVL 2.5, 3 and 3.5 have them; the 6B
     # without the last three of its 48 layers.
     "intern_vit_300m_448": (ViTSize(448, 14, 1024, 24, 16, 4096, 32), _INTERN),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import QKV, Aside, Table, both, row
+from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, TWO_AXES, Aside, Table, both, row
 
 _VIT_LAYER = "transformer.layers.{}."
 
@@ -57,3 +57,71 @@ TRANSFORMERS_VISION = Table(
     prefix="vision_model.",
 )
 """CLIP and SigLIP as Transformers writes them."""
+
+_BEHIND = "layer behind the one whose features are taken"
+
+DINOV2_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="encoder.layer.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        *both(
+            "self_attention.linear_qkv",
+            "attention.attention.query attention.attention.key attention.attention.value",
+            QKV,
+        ),
+        *both("self_attention.linear_proj", "attention.output.dense"),
+        row("self_attn_bda.weight", "layer_scale1.lambda1"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.{fc1}"),
+        *both("mlp.linear_fc2", "mlp.{fc2}"),
+        row("mlp_bda.weight", "layer_scale2.lambda1"),
+    ),
+    rest=(
+        row("class_embedding", "embeddings.cls_token", TWO_AXES),
+        row("register_embedding", "embeddings.register_tokens", ONE_AXIS),
+        row("positional_embedding", "embeddings.position_embeddings", ONE_AXIS),
+        *both("conv1", "embeddings.patch_embeddings.projection"),
+        *both("ln_post", "layernorm"),
+    ),
+    aside=(
+        Aside(r"embeddings\.mask_token", "mask token of the tower's own training", carried=True),
+        Aside(r"layernorm\.(weight|bias)", "norm behind layers that are not used", carried=True),
+        Aside(r"encoder\.layer\.(\d+)\..*", _BEHIND, carried=True, behind=True),
+    ),
+)
+"""DINOv2 as Transformers writes it: with a gate, both of the MLP's first layers are one (``weights_in``)."""
+
+EVA02_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="{top}blocks.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        row("self_attention.linear_qkv.weight", "attn.q_proj.weight attn.k_proj.weight attn.v_proj.weight", QKV),
+        row("self_attention.query.bias", "attn.{query}"),
+        row("self_attention.value.bias", "attn.{value}"),
+        *both("self_attention.linear_proj.norm", "attn.{inner}"),
+        *both("self_attention.linear_proj", "attn.proj"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.{gate} mlp.{up}", CONCAT),
+        *both("mlp.linear_fc2.norm", "mlp.{inside}"),
+        *both("mlp.linear_fc2", "mlp.{down}"),
+    ),
+    rest=(
+        row("class_embedding", "cls_token", TWO_AXES),
+        row("positional_embedding", "pos_embed", ONE_AXIS),
+        *both("conv1", "patch_embed.proj"),
+        *both("ln_post", "norm"),
+    ),
+    aside=(
+        Aside(r"{top}(.*\.)?rope\.freqs_(cos|sin)", "fixed rotary tables", carried=True),
+        Aside(r"norm\.(weight|bias)", "norm behind layers that are not used", carried=True),
+        Aside(r"{top}blocks\.(\d+)\..*", _BEHIND, carried=True, behind=True),
+        Aside(r"(fc_norm|head)\.(weight|bias)", "projection of the class token", carried=True),
+        Aside(r"{whole}(text\..*|logit_(scale|bias))",
+              "text tower", carried=True),
+    ),
+)  # fmt: skip
+"""EVA02 as timm and as its authors write it: the words in braces."""

@@ -1,0 +1,88 @@
+"""Presets of small systems on CLIP or SigLIP whose layouts are their own; :mod:`megavlm.families.presets` has the others.
+
+Names as their authors have them, sizes from the public ``config.json`` files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavlm.config.architecture import MODELS
+
+CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
+"""CLIP-L/336 without its last layer."""
+SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
+"""SigLIP-SO400M/384 without its last layer."""
+
+# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B: the language model, and the template. The factory leaves out SigLIP's first patch.
+_TINYLLAVA = {
+    "1_5b": ("tinyllama_1_1b", "vicuna_v1"),
+    "2_0b": ("stablelm_2_1_6b", "vicuna_v1_endoftext"),
+    "3_1b": ("phi_2", "vicuna_v1_endoftext"),
+}
+# mtgv/MobileVLM-{1.7B,3B} and MobileVLM_V2-{1.7B,3B,7B}: the language model, and the projector.
+_MOBILEVLM = {
+    "1_7b": ("mobilellama_1_4b", "ldpnet"),
+    "3b": ("mobilellama_2_7b", "ldpnet"),
+    "v2_1_7b": ("mobilellama_1_4b", "ldpnetv2"),
+    "v2_3b": ("mobilellama_2_7b", "ldpnetv2"),
+    "v2_7b": ("llama2_7b", "ldpnetv2"),
+}
+# HuanjinYao/DenseConnector-v1.5-{7B,8B} on SigLIP, and what its scripts train, on CLIP: tower, language model, template.
+_DENSE = {
+    "7b": (SIGLIP, "llama2_7b", "vicuna_v1"),
+    "8b": (SIGLIP, "llama3_8b", "llama_3"),
+    "clip_7b": (CLIP, "llama2_7b", "vicuna_v1"),
+}
+# HyperGAI/HPT1_5-Air-Llama-3-8B-Instruct-multimodal and HPT1_5-Edge: SigLIP's table of 27 x 27 seen at 448 pixels.
+_HPT = {"air": ("llama3_8b", "hpt_llama_3"), "edge": ("phi_3_mini_4k", "phi_3")}
+
+
+def register() -> None:
+    """Register them."""
+    for name, (language, projector) in _MOBILEVLM.items():
+        MODELS.register(
+            f"mobilevlm_{name}",
+            vision=CLIP,
+            connector={"preset": projector},
+            language={"preset": language},
+            image={"kind": "pad"},
+            template="vicuna_v1",
+        )
+    for name, (tower, language, template) in _DENSE.items():
+        layers = 23 if tower is CLIP else 26
+        MODELS.register(
+            f"dense_connector_{name}",
+            vision={**tower, "feature_layers": list(range(layers + 1))},
+            connector={"preset": "dense_dci"},
+            language={"preset": language},
+            image={"kind": "pad"},
+            template=template,
+        )
+    # xtuner/llava-phi-3-mini-xtuner.
+    MODELS.register(
+        "llava_phi3_mini",
+        vision=CLIP,
+        connector={"preset": "mlp2x_gelu"},
+        language={"preset": "phi_3_mini_4k"},
+        image={"kind": "pad"},
+        template="phi_3",
+    )
+    for name, (language, template) in _HPT.items():
+        MODELS.register(
+            f"hpt_1_5_{name}",
+            vision={**SIGLIP, "image_size": 448},
+            connector={"preset": "mlp2x_gelu"},
+            language={"preset": language},
+            image={"kind": "squash"},
+            template=template,
+        )
+    for size, (language, template) in _TINYLLAVA.items():
+        MODELS.register(
+            f"tinyllava_{size}",
+            vision=SIGLIP,
+            connector={"preset": "mlp2x_gelu", "drop_first_feature": True},
+            language={"preset": language},
+            image={"kind": "squash"},
+            template=template,
+        )
