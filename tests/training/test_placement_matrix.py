@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from run_cases import numbers
 from test_matrix import branches, fronts, packed
 
 from megavlm.architectures import connectors, towers
-from megavlm.checkpoint.slots import Slot
-from megavlm.checkpoint.stream import CheckpointReader
 
 STEPS = 3
 NEAR = 1e-5
@@ -23,11 +22,6 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "shards": {"vision_placement": "all_ranks", "vision_shards": "tensor"},
 }
 PARTS = [f"towers.{name}" for name in towers.FOLDERS] + [f"connectors.{name}" for name in connectors.FOLDERS]
-
-
-def weights(root: Path) -> dict[str, torch.Tensor]:
-    reader = CheckpointReader(root / f"step-{STEPS:08}")
-    return {key: reader.read(Slot(key, tuple(entry.size))).float() for key, entry in reader.tensors().items()}
 
 
 @pytest.mark.long
@@ -47,12 +41,12 @@ def test_every_tower_and_connector(tmp_path: Path) -> None:
                 "save": str(tmp_path / name / placement), "steps": (0, STEPS), "without": (1,),
             }  # fmt: skip
     by_rank = ranks.run("placement_cases:run_jobs", jobs, world=4, timeout=900)
-    wrong = []
+    wrong, last = [], f"step-{STEPS:08}"
     for name in {name.partition(",")[0] for name in jobs}:
-        expected, first = by_rank[0][f"{name}, first stage"], weights(tmp_path / name / "first stage")
+        expected, first = by_rank[0][f"{name}, first stage"], numbers(tmp_path / name / "first stage" / last)
         assert any(key.startswith("vision.") for key in first)
         for placement in ("all ranks", "shards"):
-            got, now = by_rank[0][f"{name}, {placement}"], weights(tmp_path / name / placement)
+            got, now = by_rank[0][f"{name}, {placement}"], numbers(tmp_path / name / placement / last)
             try:
                 for key in ("loss", "grad_norm", "validation"):
                     assert got[key] == pytest.approx(expected[key], rel=NEAR), key
