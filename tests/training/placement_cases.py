@@ -51,33 +51,50 @@ def run(job: Job) -> dict[str, Any]:
     """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
     recipe = made(job["recipe"])
     check_recipe(recipe)
+    with process_groups(recipe.parallel, recipe.training.seed):
+        return train(job, recipe)
+
+
+def run_at_one_layout(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
+    """Do the same with many jobs whose sizes are alike, in one set of process groups: gloo's threads outlive each."""
+    recipes = {name: made(job["recipe"]) for name, job in jobs.items()}
+    one = next(iter(recipes.values()))
+    with process_groups(one.parallel, one.training.seed):
+        found = {}
+        for name, recipe in recipes.items():
+            check_recipe(recipe)
+            found[name] = train(jobs[name], recipe)
+    return found
+
+
+def train(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Do a job where its process groups are up."""
     Counted.calls.clear()
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "moved": False}
-    with process_groups(recipe.parallel, recipe.training.seed):
-        job_files.make_weights(job, made)
-        torch.manual_seed(recipe.training.seed)
-        training = build_training(recipe, IMAGE_TOKEN)
-        job_files.load(job, training, recipe)
-        spread = None if training.vision is None else PictureSpread(recipe)
-        (first, last), following = job["steps"], None
-        for step in range(first, last):
-            training.scheduler.step(1)
-            batches = fetch(job, recipe, step, spread) if following is None else following
-            if training.vision is not None and training.vision.ahead and step + 1 < last:
-                following = fetch(job, recipe, step + 1, spread)
-                training.vision.encode_ahead(following)
-            found["moved"] |= any(batch.shared is not None and batch.shared.moved for batch in batches)
-            result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
-            found["loss"].append(result.loss)
-            found["grad_norm"].append(result.grad_norm)
-        found["calls"] = dict(Counted.calls)
-        with training.settled():
-            packs = read(recipe, 7, (), alike=job.get("alike", False))
-            held_out = HeldOut("few", packs if is_reader() else None, len(packs))
-            found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
-            found["copies"] = copies(training.modules)
-            found["held"] = sum(len(values) for values in found["copies"].values()) // 4
-            job_files.save(job, training, recipe, last)
+    job_files.make_weights(job, made)
+    torch.manual_seed(recipe.training.seed)
+    training = build_training(recipe, IMAGE_TOKEN)
+    job_files.load(job, training, recipe)
+    spread = None if training.vision is None else PictureSpread(recipe)
+    (first, last), following = job["steps"], None
+    for step in range(first, last):
+        training.scheduler.step(1)
+        batches = fetch(job, recipe, step, spread) if following is None else following
+        if training.vision is not None and training.vision.ahead and step + 1 < last:
+            following = fetch(job, recipe, step + 1, spread)
+            training.vision.encode_ahead(following)
+        found["moved"] |= any(batch.shared is not None and batch.shared.moved for batch in batches)
+        result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
+        found["loss"].append(result.loss)
+        found["grad_norm"].append(result.grad_norm)
+    found["calls"] = dict(Counted.calls)
+    with training.settled():
+        packs = read(recipe, 7, (), alike=job.get("alike", False))
+        held_out = HeldOut("few", packs if is_reader() else None, len(packs))
+        found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
+        found["copies"] = copies(training.modules)
+        found["held"] = sum(len(values) for values in found["copies"].values()) // 4
+        job_files.save(job, training, recipe, last)
     return found
 
 
