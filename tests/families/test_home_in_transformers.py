@@ -21,8 +21,8 @@ import qwen3_vl_models
 import torch
 from deepseek_models import BEGIN, END, PLACEHOLDER, deepseek_vl
 from family_cases import _TEXT, llava, llava_qwen_siglip
-from idefics3_models import TOKENS, idefics3
 from glm4v_models import glm4v
+from idefics3_models import TOKENS, idefics3
 from internvl_models import internvl
 from llava_next_models import llava_next, llava_onevision
 from PIL import Image

@@ -233,7 +233,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any], tuple[str, ...
         CONNECTORS["dense_connector"][1], "config.json", {"mm_dense_connector_type": "sci"}, ("7 and 15", "5 run"),
     ),
     "dense kind": (
-        CONNECTORS["dense_connector_sci"][1], "config.json", {"mm_dense_connector_type": "sti"}, ("144", "sti", "48 wide"),
+        CONNECTORS["dense_connector_sci"][1], "config.json", {"mm_dense_connector_type": "sti"},
+        ("144", "sti", "48 wide"),
     ),
     "projector width": (PIECES["xtuner"][1], "projector/config.json", {"visual_hidden_size": 96}, ("96", "48")),
     "projector text": (
