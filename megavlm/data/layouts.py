@@ -58,6 +58,8 @@ class Canvas:
     """Width and height that it is resized to."""
     frame: Box
     """What is taken of the result. It may reach beyond it (padding) or be a part (cropping)."""
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Widths and heights that it is resized to before, one after the other (Idefics3)."""
 
 
 class View(NamedTuple):

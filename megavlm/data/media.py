@@ -2,8 +2,8 @@
 
 A plan says from the width and height of a picture which views of it the tower sees, how many feature tokens these
 become and in which order, and what stands between them. Packer, planner, template and server ask it from the file's
-header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_single``,
-``plans_tiles`` and ``plans_slices``; another package registers its own by :func:`register_plan`.
+header alone; :mod:`megavlm.data.render` makes the pixels. The kinds of this package are in ``plans_*.py`` beside this
+file; another package registers its own by :func:`register_plan`.
 
 This file imports neither torch nor PIL.
 """
@@ -206,7 +206,7 @@ def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
         raise ImageError("no pixels", f"{shape.width} x {shape.height}")
     layout = plan.lay_out(shape)
     for canvas in layout.canvases:
-        for width, height in (canvas.source.size, canvas.resized, canvas.frame.size):
+        for width, height in (canvas.source.size, *canvas.earlier, canvas.resized, canvas.frame.size):
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise ImageError("too narrow", f"{shape.width} x {shape.height} pixels would become {width} x {height}")
     return layout
@@ -367,7 +367,10 @@ add_rule(image_rules)
 _KINDS: PlanKinds[ImagePlan] = PlanKinds(
     "image",
     "image plan",
-    tuple(f"megavlm.data.{module}" for module in ("plans_single", "plans_tiles", "plans_slices", "plans_native")),
+    tuple(
+        f"megavlm.data.{module}"
+        for module in ("plans_single", "plans_tiles", "plans_slices", "plans_split", "plans_native")
+    ),
     common=("resample",),
 )
 

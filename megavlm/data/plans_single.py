@@ -1,10 +1,11 @@
-"""Image plans of one square view: squashed (Qwen-VL, SigLIP), padded (LLaVA) or cut out (CLIP)."""
+"""Image plans of one square view: squashed (Qwen-VL, SigLIP), padded (LLaVA, DeepSeek-VL) or cut out (CLIP)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from megavlm.config.errors import UserError
 from megavlm.data.media import Box, Canvas, ImageLayout, ImagePlan, ImageShape, View, colour, register_plan
 
 if TYPE_CHECKING:
@@ -53,6 +54,27 @@ class CropPlan(ImagePlan):
         return one_view(self, shape, Canvas(Box(0, 0, shape.width, shape.height), size, frame))
 
 
+@dataclass(frozen=True)
+class FitPlan(ImagePlan):
+    """DeepSeek-VL: the picture resized by its longer side, in the middle of a square.
+
+    ``pad`` fills first and resizes then, so that colours mix along the border; here they do not.
+    """
+
+    min_side: int = 14
+    """Least length of the shorter side, in pixels; narrower pictures lose their proportions."""
+
+    fixed: ClassVar[bool] = True
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return one view."""
+        scale = self.side / max(shape.width, shape.height)
+        size = max(round(shape.width * scale), self.min_side), max(round(shape.height * scale), self.min_side)
+        left, top = ((self.side - length) // 2 for length in size)
+        frame = Box(-left, -top, self.side - left, self.side - top)
+        return one_view(self, shape, Canvas(Box(0, 0, shape.width, shape.height), size, frame))
+
+
 def squashed(shape: ImageShape, side: int) -> Canvas:
     """Return a square that the whole picture is resized to."""
     return stretched(shape, side, side)
@@ -90,6 +112,17 @@ def _crop(model: ModelConfig) -> ImagePlan:
     return CropPlan(side, model.tokens_per_view, model.image.resample, colour(model, (0, 0, 0)), short)
 
 
+def _fit(model: ModelConfig) -> ImagePlan:
+    side, least = model.vision.image_size, 14 if model.image.min_side is None else model.image.min_side
+    if least > side:
+        raise UserError(
+            f"model.image.min_side: {least} is more than the square that pictures are fitted to "
+            f"(model.vision.image_size {side}); lower it"
+        )
+    return FitPlan(side, model.tokens_per_view, model.image.resample, colour(model, "mean"), least)
+
+
 register_plan("squash", SquashPlan, _squash)
 register_plan("pad", PadPlan, _pad, keys=("fill",))
 register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
+register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))

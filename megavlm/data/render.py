@@ -101,8 +101,10 @@ def take(pixels_CHW: Tensor, box: Box, fill: Colour) -> Tensor:
 
 def canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Image.Image:
     """Return the plane that views are cut from."""
-    resized = _take(picture, canvas.source, plan.fill).resize(canvas.resized, _FILTERS[plan.resample])
-    return _take(resized, canvas.frame, plan.fill)
+    plane = _take(picture, canvas.source, plan.fill)
+    for size in (*canvas.earlier, canvas.resized):
+        plane = plane.resize(size, _FILTERS[plan.resample])
+    return _take(plane, canvas.frame, plan.fill)
 
 
 def _take(image: Image.Image, box: Box, fill: Colour) -> Image.Image:
@@ -116,8 +118,10 @@ def _take(image: Image.Image, box: Box, fill: Colour) -> Image.Image:
 
 
 def _canvas_with_torch(pixels_CHW: Tensor, plan: ImagePlan | FilmPlan, canvas: Canvas) -> Tensor:
-    source = take(pixels_CHW, canvas.source, plan.fill)
-    return take(resized(source, canvas.resized, plan.resample, exact_type=source.is_cuda), canvas.frame, plan.fill)
+    plane = take(pixels_CHW, canvas.source, plan.fill)
+    for size in (*canvas.earlier, canvas.resized):
+        plane = resized(plane, size, plan.resample, exact_type=plane.is_cuda)
+    return take(plane, canvas.frame, plan.fill)
 
 
 def resized(pixels_CHW: Tensor, size: tuple[int, int], mode: str, *, exact_type: bool) -> Tensor:

@@ -105,6 +105,8 @@ class Template:
     """What stands before and behind the slots of an image."""
     picture: str = "{image}\n"
     """How a picture is shown that was given without a place in the text: ``{image}``, and ``{number}`` from 1."""
+    gap: str = ""
+    """What stands in front of a question that does not begin with a picture, such as the space behind ``User:``."""
     images_first: bool = False
     """Whether all images stand in front of the conversation, wherever its text shows them."""
     eos: tuple[str, ...] = (
@@ -152,7 +154,8 @@ class Template:
                 pieces = self.last_assistant
             elif i == 0 and system is not None:
                 pieces = self.user_with_system
-            found += self._written(pieces, turn.text, system or "", turn.weight)
+            gap = self.gap if turn.role == "user" and not VISUAL.match(turn.text) else ""
+            found += self._written(pieces, turn.text, system or "", turn.weight, gap)
         return found + [Span(piece) for piece in self.lead] if prompt else found
 
     def check_training(self) -> None:
@@ -175,6 +178,8 @@ class Template:
     def _digest(self, instead: Mapping[str, str | None]) -> str:
         """Return name and digest, with other texts for some fields; None leaves one out."""
         texts = {one.name: repr(getattr(self, one.name)) for one in fields(self) if one.name not in instead}
+        if not self.gap:  # younger than saved states
+            texts.pop("gap", None)
         texts |= {name: text for name, text in instead.items() if text is not None}
         content = {name: text for name, text in texts.items() if name not in ("name", "title")}
         return f"{self.name} {hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -251,10 +256,12 @@ class Template:
             )
         return turns[1:], turns[0].text
 
-    def _written(self, pieces: Sequence[str], text: str, system: str, weight: float) -> Iterator[Span]:
+    def _written(self, pieces: Sequence[str], text: str, system: str, weight: float, gap: str) -> Iterator[Span]:
         own = {TEXT: text, SYSTEM: system, IMAGES: "".join(VISUAL.findall(text))}
         for piece in pieces:
             trained = isinstance(piece, Trained)
+            if gap and piece == TEXT:
+                yield Span(gap, trained, weight=weight if trained else 1.0)
             yield Span(own.get(piece, piece), trained, piece not in own, weight if trained else 1.0)
 
 

@@ -66,6 +66,14 @@ LLAVA_PLAIN_NO_BOS = replace(
     tokens=_needs("<|endoftext|>"),
     eos=("<|endoftext|>",),
 )
+LLAVA_PLAIN_GEMMA = replace(
+    LLAVA_PLAIN,
+    name="llava_plain_gemma",
+    title="the same, on Gemma",
+    begin=("<bos>",),
+    tokens=_needs("<bos>"),
+    eos=("<eos>",),
+)
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -296,6 +304,30 @@ DEEPSEEK = Template(
     default_system=_VISION_AND_LANGUAGE,
 )
 
+# Idefics3's, which SmolVLM has with another beginning: the chat template that its processor carries. What stands around
+# a picture's tiles, its image plan writes.
+IDEFICS3 = Template(
+    name="idefics3",
+    title="Idefics3",
+    begin=("<|begin_of_text|>",),
+    system=("System: ", TEXT, "<end_of_utterance>", "\n"),
+    user=("User:", TEXT, "<end_of_utterance>", "\n"),
+    assistant=("Assistant:", *trained(" ", TEXT, "<end_of_utterance>"), "\n"),
+    tokens=_needs("<|begin_of_text|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+    slot=ControlToken(("<image>",)),
+    picture="{image}",
+    gap=" ",
+    eos=("<|end_of_text|>", "<|im_end|>"),
+    stops=("<end_of_utterance>",),
+)
+SMOLVLM = replace(
+    IDEFICS3,
+    name="smolvlm",
+    title="SmolVLM, Idefics3's form on SmolLM2",
+    begin=("<|im_start|>",),
+    tokens=_needs("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+)
+
 # MiniCPM-V 2.0: role tokens and texts are encoded apart, without a BOS. The end stands once, but is trained behind each
 # answer, in the place of the next role. A tokenizer's <unk> fills the slots.
 MINICPM = Template(
@@ -407,9 +439,9 @@ CHATML_DIRECT = Template(
 )
 
 ROWS = (
-    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
-    VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2, ALLAVA,
-    LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
-    DEEPSEEK, MINICPM, MINICPM_LLAMA_3,
+    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
+    VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2,
+    ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

@@ -58,6 +58,8 @@ class Family(ABC):
     """Small files that say, beside ``config.json``, what it is in no other family."""
     with_tower_trained: ClassVar[str | None] = None
     """Of a family whose tower is named and not held: the one that holds it, which is written once it was trained."""
+    plan_of_connector: ClassVar[bool] = False
+    """Whether its connector goes with its image plan alone: a model that is put together with it takes that plan."""
     own_rotary: ClassVar[bool] = False
     """Whether its language model may have rotary positions of another kind than one number that turns whole heads
     (M-RoPE, a part of a head, neighbouring pairs): :meth:`refuses` then says which."""

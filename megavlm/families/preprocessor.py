@@ -26,7 +26,7 @@ _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _PLAN_KEYS = ("do_pad", "image_grid_pinpoints", "aspect_ratio_setting", "crop_to_patches", "min_patches", "max_patches")
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad", "crop_to_patches")
 GEOMETRY = (*_SWITCHES, "image_processor_type", "size", "crop_size", "resample", "image_grid_pinpoints")
-_TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2")
+_TILING = ("LlavaNext", "LlavaOnevision", "GotOcr2", "DeepseekVL", "VLM", "Idefics3", "SmolVLM")
 _KINDS = {True: "CLIPImageProcessor", False: "SiglipImageProcessor"}
 
 
@@ -88,9 +88,9 @@ def _numbers(tree: Mapping[str, Any], where: str) -> Tree:
 def _of_kind(tree: Mapping[str, Any], key: str) -> list[float] | None:
     """Return what Transformers' class takes where the file says nothing."""
     kind = str(tree.get("image_processor_type", ""))
-    if kind.startswith(("CLIP", "Llava", "GotOcr2")):
+    if kind.startswith(("CLIP", "Llava", "GotOcr2", "DeepseekVL", "VLM")):
         return CLIP_MEAN if key == "image_mean" else CLIP_STD
-    return [0.5] * 3 if kind.startswith(("Siglip", "ViT")) else None
+    return [0.5] * 3 if kind.startswith(("Siglip", "ViT", "Idefics3", "SmolVLM")) else None
 
 
 def _number(value: Any) -> bool:
@@ -318,7 +318,7 @@ def trained_preprocessor(model: ModelConfig, old: Mapping[str, Any], pictures: M
     square = {"height": vision.image_size, "width": vision.image_size}
     kinds = _KINDS[bool(getattr(vision, "class_token", False))]
     kept = {key: value for key, value in old.items() if key not in _PLAN_KEYS}
-    if str(old.get("image_processor_type")).startswith(_TILING):  # one of tiles does so whatever its other keys say
+    if str(old.get("image_processor_type")).startswith(_TILING):  # it does so whatever its other keys say
         kept.pop("image_processor_type")
     tree = {
         "image_processor_type": kinds,

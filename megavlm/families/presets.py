@@ -198,6 +198,115 @@ def _register_gemma3() -> None:
         )
 
 
+def _register_deepseek_vl() -> None:
+    """Register DeepSeek-VL-1.3B: deepseek-ai/deepseek-vl-1.3b-{base,chat}, whose tower has erf GELU."""
+    MODELS.register(
+        "deepseek_vl_1_3b",
+        # google/siglip-large-patch16-384, all layers and the norm behind them.
+        vision={
+            "preset": "siglip_vit", "image_size": 384, "patch_size": 16, "hidden_size": 1024, "num_layers": 24,
+            "num_attention_heads": 16, "ffn_hidden_size": 4096, "positional_grid": 24, "activation": "gelu",
+        },
+        connector={"preset": "mlp2x_gelu"},
+        language={"preset": "deepseek_llm_1_3b"},
+        image={"kind": "fit"},
+        template="deepseek",
+    )  # fmt: skip
+
+
+# HuggingFaceTB/SmolVLM-{256M,500M}-Instruct, SmolVLM-Instruct, and SmolVLM2 of the same sizes: SmolLM2-135M, -360M and
+# -1.7B, each with rows of its own for the tokens of pictures and a head of its own; the tower, and patches of a token.
+_SIGLIP_B_512 = {
+    "preset": "siglip_vit", "image_size": 512, "patch_size": 16, "hidden_size": 768, "num_layers": 12,
+    "num_attention_heads": 12, "ffn_hidden_size": 3072, "positional_grid": 32,
+}  # fmt: skip
+_SMOLLM2 = {"preset": "llama", "norm_epsilon": 1e-5, "kv_channels": 64}
+_SMOLVLM: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "256m": (_SIGLIP_B_512, 16, {
+        "num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "num_attention_heads": 9, "num_query_groups": 3,
+        "vocab_size": 49280, "max_position_embeddings": 8192, "rotary_base": 100000,
+    }),
+    "500m": (_SIGLIP_B_512, 16, {
+        "num_layers": 32, "hidden_size": 960, "ffn_hidden_size": 2560, "num_attention_heads": 15,
+        "num_query_groups": 5, "vocab_size": 49280, "max_position_embeddings": 8192, "rotary_base": 100000,
+    }),
+    # The number of its positions is from memory, unchecked.
+    "2_2b": ({"preset": "siglip_so400m_14_384"}, 9, {
+        "num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32,
+        "num_query_groups": 32, "vocab_size": 49155, "max_position_embeddings": 16384, "rotary_base": 273768,
+    }),
+}  # fmt: skip
+
+
+def _register_idefics3() -> None:
+    """Register Idefics3 and SmolVLM."""
+    for size, (vision, patches, language) in _SMOLVLM.items():
+        MODELS.register(
+            f"smolvlm_{size}",
+            vision=vision,
+            connector={"preset": "concat_square", "patches": patches, "add_bias_linear": False},
+            language={**_SMOLLM2, **language},
+            image={"kind": "split_tiles", "resample": "lanczos"},
+            template="smolvlm",
+        )
+    # HuggingFaceM4/Idefics3-8B-Llama3: Llama 3.1's shape with three tokens more, its rotary base not stretched
+    # (unchecked), and SigLIP-SO400M at 364.
+    MODELS.register(
+        "idefics3_8b_llama3",
+        vision={"preset": "siglip_so400m_14_384", "image_size": 364, "positional_grid": 26},
+        connector={"preset": "concat_square", "patches": 4, "add_bias_linear": False},
+        language={"preset": "llama3_8b", "vocab_size": 128259, "max_position_embeddings": 131072},
+        image={"kind": "split_tiles", "resample": "lanczos"},
+        template="idefics3",
+    )
+
+
+# MM1 (arXiv 2403.09611), dense: the sizes of its language models were not published; LLaMA's of about these numbers of
+# parameters stand for them (OpenLLaMA-3B, LLaMA-7B, -33B). No weights exist.
+_MM1: dict[str, dict[str, Any]] = {
+    "3b": {
+        "num_layers": 26,
+        "hidden_size": 3200,
+        "ffn_hidden_size": 8640,
+        "num_attention_heads": 32,
+        "kv_channels": 100,
+    },
+    "7b": {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 11008,
+        "num_attention_heads": 32,
+        "kv_channels": 128,
+    },
+    "30b": {
+        "num_layers": 60,
+        "hidden_size": 6656,
+        "ffn_hidden_size": 17920,
+        "num_attention_heads": 52,
+        "kv_channels": 128,
+    },
+}
+
+
+def _register_mm1() -> None:
+    """Register MM1's dense shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama."""
+    for size, language in _MM1.items():
+        MODELS.register(
+            f"mm1_{size}",
+            vision={
+                "preset": "clip_vit", "image_size": 378, "patch_size": 14, "hidden_size": 1280, "num_layers": 32,
+                "num_attention_heads": 16, "ffn_hidden_size": 5120, "positional_grid": 27, "activation": "gelu",
+            },
+            # Without positions of its own, which would be others at another size of pictures.
+            connector={"preset": "c_abstractor", "output_grid": 12, "position_embedding": False},
+            language={
+                "preset": "llama", "norm_epsilon": 1e-6, "num_query_groups": language["num_attention_heads"],
+                "vocab_size": 32000, "max_position_embeddings": 4096, **language,
+            },
+            template="vicuna_v1",
+        )  # fmt: skip
+
+
 # Qwen/Qwen2-VL-*-Instruct and Qwen/Qwen2.5-VL-*-Instruct: sizes of Qwen2 (which are those of Qwen2.5), and the number
 # of its positions.
 _QWEN2_VL = {
@@ -329,6 +438,9 @@ def register() -> None:
     _register_llava_tiles()
     _register_paligemma()
     _register_gemma3()
+    _register_deepseek_vl()
+    _register_idefics3()
+    _register_mm1()
     _register_minicpm_v()
     _register_qwen2_vl()
     _register_qwen3_vl()

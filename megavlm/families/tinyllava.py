@@ -183,7 +183,9 @@ def _connector(source: Source, *, clip: bool) -> Tree:
     config, where = source.config, config_file(source)
     named = str(need(config, "connector_type", where))
     if not re.fullmatch("linear|mlp[0-9]+x_gelu", named):
-        raise UserError(f"{where}: connector_type is {named!r}; of TinyLLaVA's connectors linear and mlpNx_gelu are here")
+        raise UserError(
+            f"{where}: connector_type is {named!r}; of TinyLLaVA's connectors linear and mlpNx_gelu are here"
+        )
     connector = projector_branch(source, _PROJECTOR)
     if named != connector["preset"]:
         raise UserError(
@@ -194,8 +196,8 @@ def _connector(source: Source, *, clip: bool) -> Tree:
     if strategy not in ("patch", "cls_patch") or (clip and strategy == "cls_patch"):
         known = "'patch'" if clip else "'patch' and 'cls_patch'"
         raise UserError(
-            f"{where}: vision_feature_select_strategy is {strategy!r}; of a {'CLIP' if clip else 'SigLIP'} only {known} "
-            "is supported"
+            f"{where}: vision_feature_select_strategy is {strategy!r}; of a {'CLIP' if clip else 'SigLIP'} only "
+            f"{known} is supported"
         )
     return {**connector, "drop_first_feature": not clip and strategy == "patch"}
 

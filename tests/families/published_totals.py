@@ -48,6 +48,9 @@ SOURCES: dict[str, str] = {
     "qwen3_vl_4b": _file(57479162165, "713 tensors, 8875631616 bytes by the headers of the shards @ ebb281ec"),
     "qwen3_vl_8b": _file(62872967919, "the hub's figures of Qwen/Qwen3-VL-8B-Instruct @ 0c351dd0"),
     "qwen3_vl_32b": _file(57372990599, "total_size 66714780128 @ 939557dc"),
+    "smolvlm_256m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-256M-Instruct"),
+    "smolvlm_500m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-500M-Instruct"),
+    "smolvlm_2_2b": "huggingface/smollm, finetuning/Smol_VLM_FT.ipynb @ c26df8c6: 2256809840 with 10536960 of adapters",
     "paligemma_3b_224": _file(57444468301, "the parameters of PaliGemma, loaded, in a table of compressed models"),
     # Keras counts the vocabulary without the 64 rows of 2048 that Transformers' files pad it with.
     "paligemma_3b_448": _file(29273983739, "keras_hub's 2924220144, and 131072 of the padding"),

@@ -19,8 +19,10 @@ import pytest
 import qwen2_vl_models
 import qwen3_vl_models
 import torch
+from deepseek_models import BEGIN, END, PLACEHOLDER, deepseek_vl
 from family_cases import _TEXT, llava, llava_qwen_siglip
 from glm4v_models import glm4v
+from idefics3_models import TOKENS, idefics3
 from internvl_models import internvl
 from llava_next_models import llava_next, llava_onevision
 from PIL import Image
@@ -58,6 +60,8 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
     "llava": (lambda rows: llava(_qwen(rows)), ("<image>",)),
     "llava_next": (lambda rows: llava_next(_qwen(rows)), ("<image>",)),
     "llava_onevision": (lambda rows: llava_onevision(_qwen(rows)), ("<image>", "<video>")),
+    "deepseek_vl": (lambda rows: deepseek_vl(_qwen(rows)), (BEGIN, END, PLACEHOLDER)),
+    "idefics3": (lambda rows: idefics3(_qwen(rows)), ("<|begin_of_text|>", *TOKENS)),
     "internvl": (lambda rows: internvl(_qwen(rows)), ("<img>", "</img>", "<IMG_CONTEXT>")),
     "qwen2_vl": (lambda rows: _with_rows(qwen2_vl, rows), ()),
     "qwen2_5_vl": (lambda rows: _with_rows(qwen2_5_vl, rows), ()),
@@ -67,6 +71,7 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
 """A small model with as many rows as its tokenizer has tokens, and the tokens of pictures; the image's by name."""
 IMAGE_TOKENS = {
     "internvl": "<IMG_CONTEXT>",
+    "deepseek_vl": PLACEHOLDER,
     "glm4v": "<|image|>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
 }
@@ -83,6 +88,9 @@ SAVERS = {
     "qwen2_vl": qwen2_vl_models.save, "qwen2_5_vl": qwen2_vl_models.save, "qwen3_vl": qwen3_vl_models.save,
     "glm4v": glm4v_models.save,
 }  # fmt: skip
+
+SAME = {*SAVERS, "idefics3"}
+"""Put together with a language model of their own kind: no other has their positions, or tokens around tiles."""
 
 
 class _NoVideos(dict[str, Any]):
@@ -227,7 +235,7 @@ def test_put_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The tower and connector of one model and the language model of another, and the other way round."""
     one = made(name, tmp_path / "one")
     # A tower of any size goes with a language model that counts positions by rows and columns, and no other.
-    other = made(name if name in SAVERS else "llava", tmp_path / "other")
+    other = made(name if name in SAME else "llava", tmp_path / "other")
     if (
         name != "internvl"
     ):  # alone, its tower and connector are its authors' InternVL, which Transformers has no class for
@@ -236,6 +244,7 @@ def test_put_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check(tmp_path / "m", exported(tmp_path / "m", tmp_path / "home", trained=False), monkeypatch)
     if name in SAVERS:
         return
+    other = other if name not in SAME else made("llava", tmp_path / "tower")
     convert("hf-to-megatron", "--language", one, "--vision", other, "--out", tmp_path / "back")
     check(tmp_path / "back", exported(tmp_path / "back", tmp_path / "home2", trained=True), monkeypatch)
 
@@ -248,7 +257,7 @@ def test_with_adapters_merged(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     hf = made(name, tmp_path / "hf")
     convert("hf-to-megatron", "--hf", hf, "--out", tmp_path / "m")
     model = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32)
-    targets = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    targets = r".*(language|text)_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     convert("hf-to-megatron", "--adapter", tmp_path / "adapter", "--base", tmp_path / "m", "--out", tmp_path / "a")
@@ -277,7 +286,7 @@ def test_trained_for_two_steps(name: str, start: str, tmp_path: Path, monkeypatc
     """What ``checkpoint.export_hf`` writes beside the checkpoints of a run that has learnt something."""
     load = made(name, tmp_path / "hf")
     if start == "put-together":
-        other = made(name if name in SAVERS or name == "internvl" else "llava", tmp_path / "other")
+        other = made(name if name in SAME or name == "internvl" else "llava", tmp_path / "other")
         words = ["--language", other, "--vision", load, "--connector", load]
         if name == "internvl":  # as in test_put_together: its tower has no class of its own
             words = ["--language", load, "--vision", made("llava", tmp_path / "tower")]

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from proof_record import RECORD, merged, written
 from family_record import DOCS, FIELDS, documented, renewed
+from proof_record import RECORD, merged, written
 
 from megavlm.cli import main
-from megavlm.families.proven import POINTS, proven
 from megavlm.families.known import FAMILIES
+from megavlm.families.proven import POINTS, proven
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
 from family_choice import PARTS
 from gemma_models import GEMMA3, PALIGEMMA
 from glm4v_models import GLM4V
+from idefics3_models import IDEFICS3
 from internvl_models import INTERNVL
 from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
-from pieces_models import PIECES
 from minicpm_v_models import MINICPM_V
+from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
 from rice_models import RICE
@@ -46,6 +48,8 @@ OTHERS = (
     | LLAVA_LIKE
     | MINICPM_V
     | TOWERS
+    | DEEPSEEK
+    | IDEFICS3
 )
 CASES = {
     **FAMILY_OF,

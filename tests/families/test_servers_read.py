@@ -2,10 +2,10 @@
 
 What they read is written down here from their published loaders, as of vllm-project/vllm ``01dc2879`` and ``0004c540``
 (``vllm/model_executor/models/{llava,llava_next,llava_onevision,interns1,internvl}.py``, ``registry.py``), ``002d7b93``
-(``qwen3_vl.py``) and ``002d181a`` (``glm4_1v.py``), and sgl-project/sglang ``00262495`` and ``00adcbe5``
-(``python/sglang/srt/models/{llava,internvl}.py``), ``013902a8`` (``qwen2_5_vl.py``), ``005fa833`` (``qwen3_vl.py``) and
-``02ada0bb`` (``glm4v.py``). None is imported: they do not install without a GPU. docs/conversion.md has the list for
-people.
+(``qwen3_vl.py``), ``00fb5b43`` (``idefics3.py``) and ``002d181a`` (``glm4_1v.py``), and sgl-project/sglang ``00262495``
+and ``00adcbe5`` (``python/sglang/srt/models/{llava,internvl}.py``), ``013902a8`` (``qwen2_5_vl.py``), ``005fa833``
+(``qwen3_vl.py``) and ``02ada0bb`` (``glm4v.py``). None is imported: they do not install without a GPU.
+docs/conversion.md has the list for people.
 """
 
 from __future__ import annotations
@@ -68,6 +68,17 @@ EXPECTED = {
         ),
         _QWEN,
     ),
+    "idefics3": Expected(
+        "Idefics3ForConditionalGeneration",
+        (
+            "image_token_id", "scale_factor", "text_config.architectures", "text_config.model_type",
+            "vision_config.image_size", "vision_config.patch_size", "vision_config.hidden_size",
+        ),
+        (
+            r"model\.text_model\." + _TEXT, r"lm_head\.weight", r"model\.connector\.modality_projection\.proj\.weight",
+            r"model\.vision_model\.(embeddings|encoder\.layers|post_layernorm)[.\w]*",
+        ),
+    ),
     "llava": Expected("LlavaForConditionalGeneration", _LLAVA_KEYS, (*_LLAVA, _CLIP)),
     "llava_next": Expected(
         "LlavaNextForConditionalGeneration", (*_LLAVA_KEYS, "image_grid_pinpoints"), (*_LLAVA, _CLIP, "image_newline")
@@ -107,7 +118,8 @@ def _has(tree: object, key: str) -> bool:
 def test_config_and_names_are_what_servers_read(name: str, tmp_path: Path) -> None:
     """Of a model that was put together here, whose directory is written anew."""
     one = made_talking("internvl" if name == "internvl_chat" else name, tmp_path / "one")
-    other = made_talking(name if name.startswith("qwen") else "llava", tmp_path / "other")
+    same = name.startswith(("qwen", "idefics3"))
+    other = made_talking(name if same else "llava", tmp_path / "other")
     words = ["--language", other, "--vision", one, "--connector", one]
     convert("hf-to-megatron", *words, "--out", tmp_path / "m")
     home = exported(tmp_path / "m", tmp_path / "home", trained=True)

@@ -20,6 +20,8 @@ from peft import PeftModel
 from published_totals import SOURCES
 from test_round_trips import CASES, make
 from torch import Tensor
+from trained_only import PARTS as OTHER_PARTS
+from trained_only import TRAINED_ONLY
 from transformers import AutoModelForImageTextToText
 from whole import Lack, Published, Shown, Source, WholeFamily
 from whole_cases import Proof
@@ -63,17 +65,23 @@ SLOW = (
 """Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, bunny, hpt,
 tests/architectures/test_reducers.py."""
 REPOSITORY = Path(__file__).parents[2]
+EVERY = {**ROWS, **TRAINED_ONLY}
 SIZES = (1, 2, 4, 8)
 """Tensor-parallel sizes."""
 SHORT_SIZES = ("llava_1_5_7b", "llava_1_6_mistral_7b", "llava_onevision_0_5b", "internvl3_5_1b", "qwen_vl_7b")
 """Presets that ``make test`` counts; of the others test-families does."""
 
 
+def family(name: str) -> pytest.MarkDecorator:
+    """Return the mark of a row's tests."""
+    return pytest.mark.family(name, **({"parts": OTHER_PARTS[name]} if name in OTHER_PARTS else {}))
+
+
 def rows(point: str, *, long: bool = False, slow: tuple[str, ...] = ()) -> list[Any]:
     """Return the families that have a point; tests of ``slow`` ones, or of all, are long."""
     return [
-        pytest.param(name, marks=[pytest.mark.family(name), *([pytest.mark.long] if long or name in slow else [])])
-        for name, row in ROWS.items()
+        pytest.param(name, marks=[family(name), *([pytest.mark.long] if long or name in slow else [])])
+        for name, row in EVERY.items()
         if point not in row.lacks()
     ]
 
@@ -81,10 +89,8 @@ def rows(point: str, *, long: bool = False, slow: tuple[str, ...] = ()) -> list[
 def each(point: str, short: tuple[str, ...] = ()) -> list[Any]:
     """Return (family, name) of every entry of a point that has several; those not in ``short`` are long."""
     return [
-        pytest.param(
-            name, entry, marks=[pytest.mark.family(name), *([] if entry in short or not short else [pytest.mark.long])]
-        )
-        for name, row in ROWS.items()
+        pytest.param(name, entry, marks=[family(name), *([] if entry in short or not short else [pytest.mark.long])])
+        for name, row in EVERY.items()
         if point not in row.lacks()
         for entry in getattr(row, point)
     ]
@@ -92,7 +98,7 @@ def each(point: str, short: tuple[str, ...] = ()) -> list[Any]:
 
 def point(name: str, which: str) -> Any:
     """Return what a family has."""
-    found = getattr(ROWS[name], which)
+    found = getattr(EVERY[name], which)
     assert not isinstance(found, Lack)
     return found
 
@@ -100,7 +106,7 @@ def point(name: str, which: str) -> Any:
 def test_every_family_has_a_row_and_a_reason_for_what_it_lacks() -> None:
     load_presets()
     assert ROWS.keys() == FAMILIES.keys()
-    for name, row in ROWS.items():
+    for name, row in EVERY.items():
         for lacked, why in row.lacks().items():
             assert len(why.reason) > 20, f"{name} lacks {lacked} and does not say why"
         own = {one.name for one in dataclasses.fields(WholeFamily)}
@@ -118,9 +124,9 @@ def test_every_checkpoint_preset_and_recipe_is_in_one_row() -> None:
     assert sorted(tried) == sorted(CASES)
     for name, row in ROWS.items():
         assert isinstance(row.checkpoints, Lack) or all(CASES[case] == name for case in row.checkpoints)
-    counted = [preset for row in ROWS.values() if not isinstance(row.presets, Lack) for preset in row.presets]
+    counted = [preset for row in EVERY.values() if not isinstance(row.presets, Lack) for preset in row.presets]
     assert sorted(counted) == sorted(set(MODELS.names()) - {"tiny"})
-    staged = [recipe for row in ROWS.values() if not isinstance(row.recipes, Lack) for recipe in row.recipes]
+    staged = [recipe for row in EVERY.values() if not isinstance(row.recipes, Lack) for recipe in row.recipes]
     others = {"quickstart", "quickstart_lora", "any/lora", "any/sft"}
     elsewhere = {name for name in shipped_recipes() if name.startswith(("qwen_vl", "codefuse", "belle"))}
     assert sorted(staged) == sorted(set(shipped_recipes()) - others - elsewhere)
@@ -394,7 +400,7 @@ def rounded(number: int, like: str) -> str:
 @pytest.mark.proves("sizes", entry="preset")
 @pytest.mark.parametrize(("name", "preset"), each("presets", SHORT_SIZES))
 def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str, preset: str) -> None:
-    model, row = model_of(preset), ROWS[name]
+    model, row = model_of(preset), EVERY[name]
     published: Published = point(name, "presets")[preset]
     alone = shapes(model, 1)
     whole = sum(shape.numel() for shape in alone.values())
@@ -418,7 +424,7 @@ def test_a_preset_has_the_published_size_at_every_tensor_parallel_size(name: str
 
 def test_every_total_was_read_somewhere_or_is_called_unchecked() -> None:
     """In :mod:`published_totals` with all digits, or in docs/families.md by name."""
-    rows = [row.presets for row in ROWS.values() if not isinstance(row.presets, Lack)]
+    rows = [row.presets for row in EVERY.values() if not isinstance(row.presets, Lack)]
     counts = {preset: found.count for presets in rows for preset, found in presets.items()}
     assert SOURCES.keys() <= counts.keys()
     assert all(isinstance(counts[preset], int) for preset in SOURCES)
@@ -447,6 +453,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
     assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, stage.least, "cosine")
     assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, stage.connector)
+    assert (None if found.lora is None else (found.lora.rank, found.lora.alpha)) == stage.lora
     warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
     assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
@@ -461,7 +468,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
 
 @pytest.mark.proves("recipes", entry="recipe")
 @pytest.mark.parametrize(
-    ("name", "recipe"), [one for one in each("recipes") if "headers" not in ROWS[one.values[0]].lacks()]
+    ("name", "recipe"), [one for one in each("recipes") if "headers" not in EVERY[one.values[0]].lacks()]
 )
 def test_a_recipe_says_what_the_planner_predicts_of_it(name: str, recipe: str) -> None:
     """And where its numbers are from: a file, and the commit."""

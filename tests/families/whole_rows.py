@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
     _VISION,
@@ -23,6 +24,7 @@ from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, glm4v
 from glm4v_models import publish as glm4v_publish
+from idefics3_rows import idefics3_rows
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
 from like_rows import like_rows
 from llava_next_models import (
@@ -293,6 +295,8 @@ ROWS: dict[str, WholeFamily] = {
         planner=PLANNED,
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
+    **deepseek_rows(_from_config("deepseek_vl"), HEADER, LLAMA_TARGETS, PLANNED),
+    **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),

@@ -114,8 +114,9 @@ class TransformersSource:
 
     def features(self, sample: Shown) -> Tensor:
         """Return what ``get_image_features`` gives."""
-        taken = inspect.signature(self.model.get_image_features).parameters
-        found: Any = self.model.get_image_features(**{k: v for k, v in sample.given.items() if k in taken})
+        encode = getattr(self.model, "get_image_features", None) or self.model.model.get_image_features
+        taken = inspect.signature(encode).parameters
+        found: Any = encode(**{k: v for k, v in sample.given.items() if k in taken})
         found = found if isinstance(found, Tensor | list | tuple) else found.pooler_output
         pieces = [found] if isinstance(found, Tensor) else list(found)
         return torch.cat([piece.flatten(0, -2) for piece in pieces]).detach()

@@ -83,6 +83,7 @@ def row_template(tokenizer: Tokenizer, system_message: str, *, bare: bool = Fals
     image = named(row.slot.name) if bare else begin + named(row.slot.name) + end
     behind = row.picture.replace("{image}", "")
     assert behind in ("", "\n"), row.picture  # with a number: Qwen-VL's own text
+    gap = f"({_literal(row.gap)} if not turn.text.startswith(IMAGE) else '') + " if row.gap else ""
     folded = bool(row.user_with_system) and not row.system
     system = written(row.system, "state.system")
     lines = [
@@ -97,7 +98,7 @@ def row_template(tokenizer: Tokenizer, system_message: str, *, bare: bool = Fals
         "{%- if message['role'] == 'user' -%}",
         *(["{%- if state.system -%}", written(row.user_with_system), "{%- set state.system = '' -%}", "{%- else -%}"]
           if folded else []),
-        written(row.user), *(["{%- endif -%}"] if folded else []),
+        written(row.user, gap + "turn.text"), *(["{%- endif -%}"] if folded else []),
         "{%- elif message['role'] == 'assistant' -%}",
         *(["{%- if loop.last -%}", written(row.last_assistant), "{%- else -%}"] if row.last_assistant else []),
         written(row.assistant), *(["{%- endif -%}"] if row.last_assistant else []),

@@ -133,13 +133,15 @@ def write_pixels(partial: Path, family: Family, model: ModelConfig) -> list[str]
         "anyres": f"squashed, and cut to tiles of {side} x {side}, {image.resample}",
         "anyres_max": f"squashed, and cut to tiles of {side} x {side}, {image.resample}",
         "dynamic_tiles": f"cut to tiles of {side} x {side}, {image.resample}",
+        "fit": f"resized to fit {side} x {side}, {image.resample}, and padded with their mean colour",
+        "split_tiles": f"cut to tiles of {side} x {side}, and squashed behind them, {image.resample}",
         "pad": f"padded to a square with their mean colour, then {side} x {side}, {image.resample}",
     }
     if isinstance(plan := plan_of(model), NativePlan):
         how["native"] = how["naflex"] = (
             f"of their own proportions, {plan.min_pixels} to {plan.max_pixels} pixels, {image.resample}"
         )
-    return [f"{PREPROCESSOR}: pictures are {how[image.kind]}"]
+    return [f"{PREPROCESSOR}: pictures are {how.get(image.kind, f'those of the plan {image.kind}')}"]
 
 
 def _write_tokens(path: Path, tokenizer: Tokenizer, *, bare: bool) -> list[str]:

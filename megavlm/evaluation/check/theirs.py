@@ -222,10 +222,13 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         elif question.pixels is not None:
             inputs["pixel_values"] = question.pixels.to(device, theirs.model.dtype)
             # Sizes of pictures, which those models ask for whose pictures are cut to tiles by them.
-            taken = inspect.signature(theirs.model.get_image_features).parameters
+            encode = _encoder(theirs.model)
+            taken = inspect.signature(encode).parameters
+            if "pixel_attention_mask" in taken:  # classes that are told which tiles are whose take those of each sample
+                inputs["pixel_values"] = inputs["pixel_values"][None]
             extra = {key: value.to(device) for key, value in question.extra.items() if key in taken}
             inputs |= extra
-            found = theirs.model.get_image_features(pixel_values=inputs["pixel_values"], **extra)
+            found = encode(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
         taken = inspect.signature(theirs.model.forward).parameters
         if question.film is None and "mm_token_type_ids" in taken:  # which slots are a picture's
@@ -239,6 +242,11 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         question.answer = made.sequences[0, len(question.ids) :].tolist()
         best = [score[0].float().topk(2).values for score in made.scores]
         question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _encoder(model: Any) -> Any:
+    """Return what makes image features: of some classes the model without its head alone has it."""
+    return getattr(model, "get_image_features", None) or model.model.get_image_features
 
 
 def _film_inputs(model: Any, question: CheckQuestion, given: GivenFilm) -> dict[str, Tensor]:

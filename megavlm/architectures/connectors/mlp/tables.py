@@ -20,6 +20,11 @@ TILES_PROJECTOR = dataclasses.replace(
 )
 """The same with the vector that ends each row of a picture's features (``megavlm/models/fusion.py``)."""
 
+DEEPSEEK_ALIGNER = dataclasses.replace(
+    LLAVA_PROJECTOR, rest=(*both("layers.0", "linear1"), *both("layers.1", "linear2")), prefix="model.aligner."
+)
+"""DeepSeek-VL-1.3B's, as Transformers calls them."""
+
 SEQUENTIAL_PROJECTOR = Table(
     part="connector",
     # GELUs stand between the layers and take a number each; one layer alone has none.

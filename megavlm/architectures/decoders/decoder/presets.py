@@ -91,7 +91,7 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "tinyllama_1_1b": (DecoderSize(22, 2048, 5632, 32, 4, 64, 32000, 2048), _LLAMA),
     "mobilellama_1_4b": (DecoderSize(24, 2048, 5632, 16, 16, 128, 32000, 2048), {**_LLAMA, "norm_epsilon": 1e-6}),
     "mobilellama_2_7b": (DecoderSize(32, 2560, 6912, 32, 32, 80, 32000, 2048), {**_LLAMA, "norm_epsilon": 1e-6}),
-    "deepseek_llm_1_3b": (DecoderSize(24, 2048, 5504, 16, 16, 128, 102400, 16384), {**_LLAMA, "norm_epsilon": 1e-6}),
+    "deepseek_llm_1_3b": (DecoderSize(24, 2048, 5632, 16, 16, 128, 102400, 16384), {**_LLAMA, "norm_epsilon": 1e-6}),
     "deepseek_llm_7b": (DecoderSize(30, 4096, 11008, 32, 32, 128, 102400, 4096), {**_LLAMA, "norm_epsilon": 1e-6}),
     # Mistral-7B-v0.1, whose window is shorter than what it is meant for.
     "mistral_7b_v0_1": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {**_LLAMA, "sliding_window": 4096}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, TWO_AXES, Aside, Table, both, row
+from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
 
 _VIT_LAYER = "transformer.layers.{}."
 
@@ -57,6 +57,30 @@ TRANSFORMERS_VISION = Table(
     prefix="vision_model.",
 )
 """CLIP and SigLIP as Transformers writes them."""
+
+TIMM_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="{tower}blocks.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        *both("self_attention.linear_qkv", "attn.qkv", QKV_BLOCKS),
+        *both("self_attention.linear_proj", "attn.proj"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        *both("conv1", "{tower}patch_embed.proj"),
+        row("positional_embedding", "{tower}pos_embed", ONE_AXIS),
+        *both("ln_post", "{tower}norm"),
+    ),
+    aside=(
+        Aside(r"{tower}blocks\.(\d+)\..*", "layer behind the one whose features are taken", carried=True, behind=True),
+        Aside(r"{tower}attn_pool\..*", "attention pooling head", carried=True),
+    ),
+)
+"""SigLIP as timm writes it, and code that is made after it (DeepSeek-VL's own)."""
 
 _BEHIND = "layer behind the one whose features are taken"
 
