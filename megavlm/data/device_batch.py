@@ -261,8 +261,8 @@ def _scatter_pictures(
     shared = []
     for number, one in enumerate(found):
         mine = []
-        for replica, (packs, where) in enumerate(zip(grids, places, strict=True)):
-            pairs = zip(where[number], packs[number], strict=True)
+        for replica, (packs, spots) in enumerate(zip(grids, places, strict=True)):
+            pairs = zip(spots[number], packs[number], strict=True)
             count = sum(_pixel_rows(grid) for place, grid in pairs if place == encoders.place)
             mine.append(body[at[replica] : at[replica] + count])
             at[replica] += count
