@@ -1,7 +1,8 @@
 """Both placements of the tower as ``megavlm plan`` reckons them, at published sizes. Nothing here runs a model.
 
 Rows are those of ``pipeline_balance.py``, and Qwen2.5-VL's at 128 to 1024 GPUs. Each placement has the sizes of the row
-and the best of what is left to choose: the first stage's layers, recomputation, whether pictures are encoded again. The
+and the best of what is left to choose: the first stage's layers, recomputation, whether pictures are encoded again.
+*Even* is the first stage without the first of these: as many language layers as every other stage, and the tower. The
 second table has the packs of ``mixes.py``, each with pictures of its own, and counts operations alone; a step ends with
 its slowest replica.
 """
@@ -38,7 +39,8 @@ MORE = {
         f"qwen2_5_vl_{size}", tensor, pipeline, gpus // (tensor * pipeline), microbatches, ()
     )
     for size, tensor, pipeline, gpus, microbatches in (
-        ("7b", 2, 4, 128, 16), ("7b", 2, 4, 512, 16), ("72b", 8, 4, 512, 16), ("72b", 8, 8, 1024, 32),
+        ("7b", 2, 4, 128, 16), ("7b", 2, 4, 512, 8), ("7b", 2, 4, 1024, 8), ("72b", 8, 4, 128, 16),
+        ("72b", 8, 4, 512, 16), ("72b", 8, 8, 1024, 32),
     )
 }  # fmt: skip
 
@@ -50,11 +52,11 @@ def recipe_of(case: Case) -> Recipe:
     return dataclasses.replace(recipe, training=training)
 
 
-def choices(recipe: Recipe, placement: str) -> Iterator[dict[str, Any]]:
-    """Yield what may be chosen at the sizes of a row."""
+def choices(recipe: Recipe, placement: str, *, even: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield what may be chosen at the sizes of a row; ``even``: with as many layers on each stage."""
     layers, pipeline = recipe.model.language.num_layers, recipe.parallel.pipeline_model_parallel_size
     firsts = [None] if layers % pipeline == 0 else []
-    if placement == FIRST or not firsts:
+    if not even and (placement == FIRST or not firsts):
         firsts += [n for n in range(1, layers // pipeline + 4) if (layers - n) % (pipeline - 1) == 0]
     for first, recompute, again in itertools.product(
         firsts, (None, "selective", "full"), (False, True) if placement == ALL else (False,)
@@ -69,11 +71,11 @@ def choices(recipe: Recipe, placement: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def best(recipe: Recipe, gpus: int, placement: str) -> Plan | str:
+def best(recipe: Recipe, gpus: int, placement: str, *, even: bool = False) -> Plan | str:
     """Return the fastest choice that fits, or why there is none."""
-    found, reason = [], ""
+    found, reason = [], "the layers do not split evenly"
     workload = assume_workload(recipe)
-    for values in choices(recipe, placement):
+    for values in choices(recipe, placement, even=even):
         chosen = with_parallel(recipe, **values, vision_placement=placement)
         plan = getattr(of_layout(chosen, gpus, find_gpu("h100-80g"), workload), placement)
         if isinstance(plan, str):
@@ -97,7 +99,7 @@ def tower_share(recipe: Recipe) -> float:
 def row(name: str, case: Case) -> str:
     """Return a row of the table."""
     recipe, gpus = recipe_of(case), case.tensor * case.pipeline * case.replicas
-    plans = [best(recipe, gpus, placement) for placement in (FIRST, ALL)]
+    plans = [best(recipe, gpus, FIRST, even=True), *(best(recipe, gpus, placement) for placement in (FIRST, ALL))]
     sizes = f"{case.tensor} x {case.pipeline} x {case.virtual or '-'} x {case.replicas}"
     cells = [name, sizes, str(case.microbatches), f"{tower_share(recipe):.0%}"]
     for plan in plans:
@@ -105,10 +107,14 @@ def row(name: str, case: Case) -> str:
             cells += [plan, "-"]
         else:
             cells += [f"{plan.time.bubble:.1%}", f"{plan.time.step:.3g} s"]
-    if all(isinstance(plan, Plan) for plan in plans):
-        first, every = plans
-        cells += [f"{1 - every.time.bubble / first.time.bubble:.0%}" if first.time.bubble else "-"]
-        cells += [f"{every.time.step / first.time.step:.3f}", "again" if every.recipe.parallel.vision_recompute else ""]
+    even, first, every = plans
+    for other in (even, first):
+        if isinstance(other, Plan) and isinstance(every, Plan):
+            cells += [f"{1 - every.time.bubble / other.time.bubble:.0%}" if other.time.bubble else "-"]
+            cells += [f"{every.time.step / other.time.step:.3f}"]
+        else:
+            cells += ["-", "-"]
+    cells += ["again" if isinstance(every, Plan) and every.recipe.parallel.vision_recompute else ""]
     return f"| {' | '.join(cells)} |"
 
 
@@ -147,10 +153,10 @@ def main() -> int:
     arguments = parser.parse_args()
     start = time.perf_counter()
     lines = [
-        "| run | TP x PP x VPP x DP | micro-batches | tower | first stage: bubble | step | all ranks: bubble | step |"
+        "| run | TP x PP x VPP x DP | micro-batches | tower | even: bubble | step | first stage: bubble | step |"
+        " all ranks: bubble | step | less bubble than even | ratio | than first stage | ratio | encoded |"
     ]
-    lines[0] += " less bubble | ratio | encoded |"
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    lines.append("|" + "---|" * 15)
     lines += [row(name, case) for name, case in {**CASES, **MORE}.items()]
     lines += ["", "| run | mix | first stage: bubble | all ranks: bubble | less | ratio |", "|---|---|---|---|---|---|"]
     lines += [with_packs(name, case, mix, arguments.steps) for name, case in CASES.items() for mix in case.mixes]

@@ -38,8 +38,9 @@ class Worker:
 
     def __init__(self, system: str, folder: Path, arguments: argparse.Namespace) -> None:
         threads = str(arguments.threads)
-        where = f"native:{arguments.samples}" if arguments.model == "qwen2_5_vl" else str(folder)
-        command = [sys.executable, str(HERE / "vs_worker.py"), system, where, str(arguments.pack), threads]
+        where = str(arguments.samples if arguments.model == "qwen2_5_vl" else folder)
+        words = [system, arguments.model, where, str(arguments.pack), threads]
+        command = [sys.executable, str(HERE / "vs_worker.py"), *words]
         env = {
             **os.environ,
             "OMP_NUM_THREADS": threads,
@@ -74,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[Answer]]]
     """Return the answers of every round, by mix and side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for mix in arguments.mixes if arguments.model == "llava" else ():
+        for mix in arguments.mixes if arguments.model != "qwen2_5_vl" else ():
             mixes.save(mixes.make(mix, folder, arguments.samples), folder / f"{mix}.npz")
         workers = {system: Worker(system, folder, arguments) for system in ("megavlm", "transformers")}
         try:
@@ -195,7 +196,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=800, help="samples (quickstart: pictures) of each mix")
     parser.add_argument("--mixes", nargs="+", choices=[*mixes.DESCRIPTIONS], default=[*mixes.DESCRIPTIONS])
     parser.add_argument(
-        "--model", choices=["llava", "qwen2_5_vl"], default="llava", help="whose shape; qwen2_5_vl has a mix of its own"
+        "--model",
+        choices=["llava", "phi", "paligemma", "qwen2_5_vl"],
+        default="llava",
+        help="whose shape (default llava): phi has attention and MLP side by side, paligemma sees prefixes both ways;"
+        " qwen2_5_vl has a mix of its own",
     )
     parser.add_argument("--out", type=Path, help="write the numbers of every round as JSON")
     arguments = parser.parse_args()

@@ -1,13 +1,14 @@
 """One of the two systems of ``vs_transformers`` in a process of its own: trains when it is told to.
 
-Arguments: ``megavlm`` or ``transformers``, the folder with the mixes (or ``native:COUNT`` for ``vs_native``'s), the
-pack length, the number of threads. It reads jobs from standard input, one JSON object a line ({"mix", "batching",
-"steps"}), and answers each with one line.
+Arguments: ``megavlm`` or ``transformers``, whose shape (:data:`SYSTEMS`), the folder with the mixes (for ``qwen2_5_vl``
+the number of samples), the pack length, the number of threads. It reads jobs from standard input, one JSON object a
+line ({"mix", "batching", "steps"}), and answers each with one line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import json
 import sys
@@ -16,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Transformers(System):
 
     def __init__(self, pack_length: int) -> None:
         super().__init__(pack_length)
-        from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+        from transformers import CLIPVisionConfig, CLIPVisionModel
 
         self.vision = CLIPVisionModel(
             CLIPVisionConfig(
@@ -102,10 +103,20 @@ class Transformers(System):
         self.connector = torch.nn.Sequential(
             torch.nn.Linear(VISION["hidden_size"], hidden), torch.nn.GELU(), torch.nn.Linear(hidden, hidden)
         )
-        self.language = Qwen2ForCausalLM(
+        self.language = self.language_model()
+        self.model = torch.nn.ModuleList([self.vision, self.connector, self.language]).train()
+        # The fused form is the faster one on a CPU, and what Transformers' Trainer takes by default.
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def language_model(self) -> Any:
+        """Return the language model."""
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        return Qwen2ForCausalLM(
             Qwen2Config(
                 vocab_size=VOCABULARY,
-                hidden_size=hidden,
+                hidden_size=LANGUAGE["hidden_size"],
                 intermediate_size=LANGUAGE["ffn"],
                 num_hidden_layers=LANGUAGE["layers"],
                 num_attention_heads=LANGUAGE["heads"],
@@ -115,10 +126,6 @@ class Transformers(System):
                 attn_implementation="sdpa",
             )
         )
-        self.model = torch.nn.ModuleList([self.vision, self.connector, self.language]).train()
-        # The fused form is the faster one on a CPU, and what Transformers' Trainer takes by default.
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, fused=True)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def batches(self, samples: list[Sample], batching: str) -> list[tuple[Any, Work]]:
         """Random batches of as many samples as make one pack on average; or LLaVA's grouping by length."""
@@ -165,16 +172,22 @@ class Transformers(System):
 class Megavlm(System):
     """megavlm's own model, optimizer and step, on packs of the carry-over packer."""
 
+    language: ClassVar[dict[str, Any]] = {"preset": "tiny_qwen"}
+    """What the language model has beside its sizes."""
+    vision: ClassVar[dict[str, Any]] = {}
+    """What the tower has beside those."""
+    connector = "mlp2x_gelu"
+
     def __init__(self, pack_length: int) -> None:
         super().__init__(pack_length)
         from pydantic import TypeAdapter
 
         from megavlm.config.schema import Recipe
+        from megavlm.data.spans import spans_of
         from megavlm.families.presets import expand_presets
         from megavlm.training.build import build_training
 
         language = {
-            "preset": "tiny_qwen",
             "hidden_size": LANGUAGE["hidden_size"],
             "num_layers": LANGUAGE["layers"],
             "ffn_hidden_size": LANGUAGE["ffn"],
@@ -182,6 +195,8 @@ class Megavlm(System):
             "num_query_groups": LANGUAGE["heads"],
             "kv_channels": LANGUAGE["hidden_size"] // LANGUAGE["heads"],
             "vocab_size": VOCABULARY,
+            "max_position_embeddings": 2048,
+            **self.language,
         }
         vision = {
             "preset": "tiny_vit",
@@ -192,16 +207,17 @@ class Megavlm(System):
             "num_attention_heads": VISION["heads"],
             "ffn_hidden_size": VISION["ffn"],
             "positional_grid": IMAGE_SIZE // VISION["patch"],
+            **self.vision,
         }
         tree = {
             "output_dir": "unused",
-            "model": {"vision": vision, "connector": {"preset": "mlp2x_gelu"}, "language": language},
+            "model": {"vision": vision, "connector": {"preset": self.connector}, "language": language},
             "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": pack_length},
             "optimizer": {"lr": LEARNING_RATE, "clip_grad": CLIP, "weight_decay": 0.1, "schedule": "constant"},
             "training": {"train_steps": 1000, "global_batch_size": 1, "precision": "fp32"},
         }
         recipe = TypeAdapter(Recipe).validate_python(expand_presets(tree))
-        self.training = build_training(recipe, IMAGE_TOKEN)
+        self.training, self.spans = build_training(recipe, IMAGE_TOKEN), spans_of(recipe.model, IMAGE_TOKEN)
         self.parameters = sum(p.numel() for chunk in self.training.modules for p in chunk.parameters())
 
     def batches(self, samples: list[Sample], batching: str) -> list[tuple[Any, Work]]:
@@ -225,7 +241,7 @@ class Megavlm(System):
 
         members = [samples[int(sample.key)] for sample in chosen]
         pixels = torch.from_numpy(np.concatenate([sample.pixels for sample in members]))
-        pack = build_pack(chosen, self.pack_length, PAD_TOKEN)
+        pack = build_pack(chosen, self.pack_length, PAD_TOKEN, spans=self.spans)
         work = _count(members, self.pack_length)
         assert work.supervised == pack.supervised_tokens
         return make_batch(pack, pixels, torch.device("cpu")), work
@@ -238,15 +254,20 @@ class Megavlm(System):
         return train_step(self.training.chunks, self.training.optimizer, [batch], num_sources=1).loss
 
 
-@contextlib.contextmanager
-def _system(name: str, pack_length: int, *, native: bool) -> Iterator[System]:
-    if name == "transformers":
-        if native:
-            from vs_native import NativeTransformers
+SYSTEMS = {
+    "llava": ("vs_worker:Transformers", "vs_worker:Megavlm"),
+    "phi": ("vs_kinds:PhiTransformers", "vs_kinds:PhiMegavlm"),
+    "paligemma": ("vs_kinds:PrefixTransformers", "vs_kinds:PrefixMegavlm"),
+    "qwen2_5_vl": ("vs_native:NativeTransformers", "vs_native:NativeMegavlm"),
+}
+"""Both systems of each shape, as "module:class"."""
 
-            yield NativeTransformers(pack_length)
-        else:
-            yield Transformers(pack_length)
+
+@contextlib.contextmanager
+def _system(name: str, shape: str, pack_length: int) -> Iterator[System]:
+    module, _, kind = SYSTEMS[shape][name == "megavlm"].partition(":")
+    if name == "transformers":
+        yield getattr(importlib.import_module(module), kind)(pack_length)
         return
     from megavlm.parallel.device import prepare_device
 
@@ -255,36 +276,31 @@ def _system(name: str, pack_length: int, *, native: bool) -> Iterator[System]:
     from megavlm.parallel.state import process_groups
 
     with process_groups(ParallelConfig(), 1):
-        if native:
-            from vs_native import NativeMegavlm
-
-            yield NativeMegavlm(pack_length)
-        else:
-            yield Megavlm(pack_length)
+        yield getattr(importlib.import_module(module), kind)(pack_length)
 
 
-def _samples(folder: str, mix: str) -> list[Any]:
-    if folder.startswith("native:"):
+def _samples(shape: str, folder: str, mix: str) -> list[Any]:
+    if shape == "qwen2_5_vl":
         from vs_native import make
 
-        return make(int(folder.partition(":")[2]))
+        return make(int(folder))
     return load(Path(folder) / f"{mix}.npz")
 
 
 def main() -> None:
     """Answer jobs until standard input ends."""
-    name, folder, pack_length, threads = sys.argv[1:]
+    name, shape, folder, pack_length, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     torch.manual_seed(1)
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may write where the answers go
-    sys.modules["vs_worker"] = sys.modules["__main__"]  # vs_native's systems are kinds of these
-    with _system(name, int(pack_length), native=folder.startswith("native:")) as system:
+    sys.modules["vs_worker"] = sys.modules["__main__"]  # other modules' systems are kinds of these
+    with _system(name, shape, int(pack_length)) as system:
         ready: dict[tuple[str, str], Iterator[tuple[Any, Work]]] = {}
         for line in sys.stdin:
             job = json.loads(line)
             key = job["mix"], job["batching"]
             if key not in ready:
-                samples = _samples(folder, job["mix"])
+                samples = _samples(shape, folder, job["mix"])
                 ready[key] = itertools.cycle(system.batches(samples, job["batching"]))
             total = Work()
             for _ in range(job["steps"]):

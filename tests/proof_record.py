@@ -1,9 +1,9 @@
-"""What tests have proven of families: outcomes of ``pytest.mark.proves``, written into ``megavlm/families/proven.json``.
+"""What tests have proven of families: outcomes of ``pytest.mark.proves``, kept in ``megavlm/families/proven.json``.
 
 ``@pytest.mark.proves("sizes", entry="preset")`` on a test of a family (``pytest.mark.family``) says which point of
 ``megavlm.families.proven.POINTS`` it proves, and which of its parameters says of what: a checkpoint, a preset; without
-``entry`` the point has one thing to try. ``of={family: [entries]}`` is for one test of several families. With ``--record-proofs`` what
-passed is added to the record, and what failed is taken out of it; nothing else changes there.
+``entry`` the point has one thing to try. ``of={family: [entries]}`` is for one test of several families. With
+``--record-proofs`` what passed is added to the record, and what failed is taken out of it; nothing else changes there.
 """
 
 from __future__ import annotations

@@ -66,22 +66,22 @@ def shortened(names: Sequence[str]) -> str:
     for head, lasts in groups.items():
         if head:
             alike.setdefault(_braced("", lasts), []).append(head)
-    found = [f"{_braced_names(heads)}/{stages}" for stages, heads in alike.items()]
-    return ", ".join(([_braced_names(groups[""])] if "" in groups else []) + found)
+    found = [f"{one}/{stages}" for stages, heads in alike.items() for one in _braced_names(heads)]
+    return ", ".join([*_braced_names(groups.get("", [])), *found])
 
 
 def _braced(head: str, lasts: Sequence[str]) -> str:
     return f"{head}{lasts[0]}" if len(lasts) == 1 else f"{head}{{{','.join(lasts)}}}"
 
 
-def _braced_names(names: Sequence[str]) -> str:
+def _braced_names(names: Sequence[str]) -> list[str]:
     """Group names whose last piece alone differs: that behind the last underscore."""
     groups: dict[str, list[str]] = {}
     for name in names:
         match = re.fullmatch(r"(.*_)?([^_]*)", name)
         assert match is not None
         groups.setdefault(match[1] or "", []).append(match[2])
-    return ", ".join(_braced(head, lasts) for head, lasts in groups.items())
+    return [_braced(head, lasts) for head, lasts in groups.items()]
 
 
 def listing(found: Sequence[Proven], width: int) -> str:
@@ -127,11 +127,8 @@ def described(one: Proven) -> str:
             lines.append(f"    {words}: {share}")
             missing = [entry for entry in one.tried[point] if entry not in one.passed.get(point, []) and entry]
             lines += [f"      not recorded: {', '.join(missing)}"] if missing else []
-    lacks: dict[str, list[str]] = {}
-    for point, reason in one.lacks.items():
-        lacks.setdefault(reason, []).append(point)
-    lines += ["  not there:"] if lacks else []
-    lines += [f"    {', '.join(points)}: {reason}" for reason, points in lacks.items()]
+    lines += ["  not there:"] if one.lacks else []
+    lines += [f"    {', '.join(points)}: {reason}" for reason, points in one.lacks.items()]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.architecture import architecture_of
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ParallelConfig, Recipe
 
 APART_KEYS = ("vision_balance", "vision_shards", "vision_ahead", "vision_recompute")
 """Keys of the ``parallel`` branch that only the tower on all ranks has."""
@@ -17,7 +17,7 @@ def vision_rules(recipe: Recipe) -> Iterator[str]:
     parallel = recipe.parallel
     if parallel.vision_placement == "first_stage":
         for key in APART_KEYS:
-            own, plain = getattr(parallel, key), type(parallel).__pydantic_fields__[key].default
+            own, plain = getattr(parallel, key), getattr(ParallelConfig(), key)
             if own != plain:
                 yield (
                     f"parallel.{key}: needs parallel.vision_placement all_ranks or auto; set that, or this to"

@@ -66,6 +66,14 @@ LLAVA_PLAIN_NO_BOS = replace(
     tokens=_needs("<|endoftext|>"),
     eos=("<|endoftext|>",),
 )
+LLAVA_PLAIN_GEMMA = replace(
+    LLAVA_PLAIN,
+    name="llava_plain_gemma",
+    title="the same, on Gemma",
+    begin=("<bos>",),
+    tokens=_needs("<bos>"),
+    eos=("<eos>",),
+)
 
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -431,9 +439,9 @@ CHATML_DIRECT = Template(
 )
 
 ROWS = (
-    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, VICUNA_V1, VICUNA_V1_ENDOFTEXT,
-    VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2, ALLAVA,
-    LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
+    QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
+    VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, IMP_PHI2, IMP_PHI3, IMP_QWEN2,
+    ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3, MGM_GEMMA, PALIGEMMA,
     DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

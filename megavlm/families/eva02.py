@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from megavlm.architectures.towers.vit.tables import EVA02_VISION
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.family import Constants, Family, Tree, config_file
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD, LAST_HIDDEN_STATE, taken_layers
 from megavlm.weights.rules import Table
@@ -30,10 +30,11 @@ _TIMM = {
     "query": "q_proj.bias", "value": "v_proj.bias", "inner": "norm", "gate": "fc1_g", "up": "fc1_x", "inside": "norm",
     "down": "fc2",
 }  # fmt: skip
-_AUTHORS = {
+AUTHORS = {
     "query": "q_bias", "value": "v_bias", "inner": "inner_attn_ln", "gate": "w1", "up": "w2", "inside": "ffn_ln",
     "down": "w3",
 }  # fmt: skip
+"""Words of the authors' naming."""
 
 
 class Eva02Family(Family):
@@ -46,57 +47,28 @@ class Eva02Family(Family):
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "timm": {"top": "", **_TIMM},
         "timm in open_clip": {"top": "visual.trunk.", **_TIMM},
-        "authors": {"top": "visual.", **_AUTHORS},
-        "authors, the tower alone": {"top": "", **_AUTHORS},
+        "authors": {"top": "visual.", **AUTHORS},
+        "authors, the tower alone": {"top": "", **AUTHORS},
     }
 
     def detect(self, source: Source) -> bool:
-        """By its names: two layers of the MLP's first, and no ``model_type``."""
-        return "model_type" not in source.config and any(self.probe(style) in source for style in self.styles)
+        """By its names; a ``config.json`` beside the authors' file is of something else."""
+        return any(
+            self.probe(style) in source and words["top"] + "pos_embed" in source for style, words in self.styles.items()
+        )
 
     def probe(self, style: str) -> str:
         """Return the name of the first gate."""
-        words = self.styles[style]
-        return f"{words['top']}blocks.0.mlp.{words['gate']}.weight"
+        return _gate(self.styles[style])
 
     def branches(self, source: Source) -> Tree:
         """Return the vision branch."""
-        words, where = self.styles[self.style_of(source)], str(source.path)
-        top, first = words["top"], f"{words['top']}blocks.0."
-        rows, width = source.shape(top + "pos_embed")[-2:]
-        patch, ffn = source.shape(top + "patch_embed.proj.weight")[-1], source.shape(self._gate(words))[0]
-        grid = math.isqrt(rows - 1)
-        if grid**2 + 1 != rows:
-            raise UserError(f"{where}: {top}pos_embed has {rows} rows, which are no square grid and a class token")
-        if first + "attn.q_proj.weight" not in source:
-            raise UserError(f"{where}: has no {first}attn.q_proj.weight; EVA02's small towers (fused qkv) are not read")
-        numbers = [re.match(re.escape(top) + r"blocks\.(\d+)\.", name) for name in source.tensors]
-        count = 1 + max(int(found[1]) for found in numbers if found)
-        last = source.feature_layer == LAST_HIDDEN_STATE
-        layers = taken_layers(count, -1 if last else source.feature_layer, where)
-        return {
-            "vision": {
-                "preset": "eva02_vit",
-                "image_size": grid * patch,
-                "patch_size": patch,
-                "hidden_size": width,
-                "num_layers": max(layers),
-                "num_attention_heads": width // _HEAD,
-                "ffn_hidden_size": ffn,
-                "positional_grid": grid,
-                "class_token": True,
-                "attention_norm": f"{first}attn.{words['inner']}.weight" in source,
-                "mlp_norm": f"{first}mlp.{words['inside']}.weight" in source,
-                "post_layernorm": last,
-                "feature_layers": layers if len(layers) > 1 else None,
-                **_normalisation(source),
-            }
-        }
+        vision = eva02_tower(source, self.styles[self.style_of(source)], source.feature_layer)
+        return {"vision": vision | _normalisation(source)}
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the table."""
-        words = self.styles[style]
-        return [dataclasses.replace(EVA02_VISION, prefix=words["top"], names={**words, "whole": ""})]
+        return [eva02_table(self.styles[style])]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return timm's configuration of a tower whose last layer is the last that runs."""
@@ -134,25 +106,72 @@ class Eva02Family(Family):
 
     def refuses(self, model: ModelConfig) -> str | None:
         """It is EVA02 or it is not."""
-        vision = model.vision
-        parts = (vision.class_token, vision.conv_bias, vision.gated_mlp, vision.mlp_norm, vision.add_qkv_bias)
-        others = (vision.pre_layernorm, vision.qk_norm, vision.layer_scale, vision.key_bias, vision.register_tokens)
-        numbers = (vision.rotary_base, vision.rotary_grid, vision.layernorm_epsilon, vision.normalization)
-        if not all(parts) or any(others) or numbers != (10000.0, _GRID, _EPSILON, "LayerNorm"):
-            return "the vision tower is not EVA02's"
-        if vision.s2_scales is not None:
-            return (
-                "the tower sees pictures at several sizes (model.vision.s2_scales), for which this layout has no word"
-            )
-        if vision.positional_grid != vision.image_size // vision.patch_size:
-            return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
-        if vision.hidden_size != _HEAD * vision.num_attention_heads:
-            return f"its heads are {vision.hidden_size // vision.num_attention_heads} wide; EVA02's have {_HEAD}"
-        return None
+        return no_eva02(model.vision)
 
-    @staticmethod
-    def _gate(words: Mapping[str, str]) -> str:
-        return f"{words['top']}blocks.0.mlp.{words['gate']}.weight"
+
+def eva02_tower(source: Source, words: Mapping[str, str], feature_layer: Any) -> Tree:
+    """Return the recipe's ``model.vision`` of a tower's tensors.
+
+    Args:
+        source: holds them.
+        words: of the naming (``Eva02Family.styles``), with what stands in front of all names (``top``).
+        feature_layer: whose output is taken.
+
+    Raises:
+        UserError: they make no tower that is known here.
+    """
+    top, where, first = words["top"], str(source.path), f"{words['top']}blocks.0."
+    rows, width = source.shape(top + "pos_embed")[-2:]
+    patch, ffn = source.shape(top + "patch_embed.proj.weight")[-1], source.shape(_gate(words))[0]
+    grid = math.isqrt(rows - 1)
+    if grid**2 + 1 != rows:
+        raise UserError(f"{where}: {top}pos_embed has {rows} rows, which are no square grid and a class token")
+    if first + "attn.q_proj.weight" not in source:
+        raise UserError(f"{where}: has no {first}attn.q_proj.weight; EVA02's small towers (fused qkv) are not read")
+    numbers = [re.match(re.escape(top) + r"blocks\.(\d+)\.", name) for name in source.tensors]
+    count = 1 + max(int(found[1]) for found in numbers if found)
+    last = feature_layer == LAST_HIDDEN_STATE
+    layers = taken_layers(count, -1 if last else feature_layer, where)
+    return {
+        "preset": "eva02_vit",
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "hidden_size": width,
+        "num_layers": max(layers),
+        "num_attention_heads": width // _HEAD,
+        "ffn_hidden_size": ffn,
+        "positional_grid": grid,
+        "class_token": True,
+        "attention_norm": f"{first}attn.{words['inner']}.weight" in source,
+        "mlp_norm": f"{first}mlp.{words['inside']}.weight" in source,
+        "post_layernorm": last,
+        "feature_layers": layers if len(layers) > 1 else None,
+    }
+
+
+def eva02_table(words: Mapping[str, str]) -> Table:
+    """Return the table of a naming, see :func:`eva02_tower`."""
+    return dataclasses.replace(EVA02_VISION, prefix=words["top"], names={**words, "whole": ""})
+
+
+def no_eva02(vision: VisionConfig) -> str | None:
+    """Return why a tower is not EVA02, or None."""
+    parts = (vision.class_token, vision.conv_bias, vision.gated_mlp, vision.mlp_norm, vision.add_qkv_bias)
+    others = (vision.pre_layernorm, vision.qk_norm, vision.layer_scale, vision.key_bias, vision.register_tokens)
+    numbers = (vision.rotary_base, vision.rotary_grid, vision.layernorm_epsilon, vision.normalization)
+    if not all(parts) or any(others) or numbers != (10000.0, _GRID, _EPSILON, "LayerNorm"):
+        return "the vision tower is not EVA02's"
+    if vision.s2_scales is not None:
+        return "the tower sees pictures at several sizes (model.vision.s2_scales), for which this layout has no word"
+    if vision.positional_grid != vision.image_size // vision.patch_size:
+        return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
+    if vision.hidden_size != _HEAD * vision.num_attention_heads:
+        return f"its heads are {vision.hidden_size // vision.num_attention_heads} wide; EVA02's have {_HEAD}"
+    return None
+
+
+def _gate(words: Mapping[str, str]) -> str:
+    return f"{words['top']}blocks.0.mlp.{words['gate']}.weight"
 
 
 def _normalisation(source: Source) -> Tree:

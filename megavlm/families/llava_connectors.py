@@ -60,8 +60,8 @@ class MobileVLMFamily(LlavaOriginalFamily):
             own = (one for one in source.tensors if one.startswith(_PROJECTOR))
             found = there[0] if there else next(own, "not there")
             raise UserError(
-                f"{where}: mm_projector_type is {named!r}, but the weights under {_PROJECTOR} are {found}; MobileVLM has "
-                f"{' and '.join(_LDP)} here"
+                f"{where}: mm_projector_type is {named!r}, but the weights under {_PROJECTOR} are {found}; MobileVLM "
+                f"has {' and '.join(_LDP)} here"
             )
         return {"preset": named, **({"output_grid": _GRID} if named == "ldpnetv2" else {})}
 
@@ -99,7 +99,9 @@ class MobileVLMFamily(LlavaOriginalFamily):
             UserError: they are of two widths.
         """
         super()._check_width(source, vision)
-        _check_first(source, _LDP[str(source.config["mm_projector_type"])][1], vision["hidden_size"])
+        named = str(source.config.get("mm_projector_type"))
+        if named in _LDP and _PROJECTOR + _LDP[named][1] in source:  # else connector_of says what is there
+            _check_first(source, _LDP[named][1], vision["hidden_size"])
 
 
 class DenseConnectorFamily(LlavaOriginalFamily):

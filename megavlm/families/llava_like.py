@@ -8,18 +8,20 @@ Facts are from the public repositories: BAAI-DCAI/Bunny @ 08273acb, MILVLG/imp @
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect, flag
+from megavlm.families.eva02 import AUTHORS, eva02_table, eva02_tower, no_eva02
 from megavlm.families.family import Tower, Tree, config_file
 from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
 from megavlm.families.preprocessor import normalisation
 from megavlm.families.public_towers import public_name
 from megavlm.families.towers import transformers_vision_config
+from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 
 # StableLM-2 as its first code has it (configuration_stablelm_epoch.py).
@@ -47,23 +49,30 @@ class _LikeFamily(LlavaOriginalFamily):
             reason = f"layer {name[1]} of {name[0]} is taken, and {self.name}'s code takes {self.own_layer}"
         return reason
 
+    def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
+        """Say of an output layer's bias where it is not as the system's code builds it; the weights tell it here."""
+        there = getattr(model.language, "lm_head_bias", False)
+        other = there != self._written(model.language).head_bias
+        return {**super().config(model, tokens), **({"lm_head_bias": there} if other else {})}
+
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
-        """Phi's output layer has a bias in some of them, and in others not."""
+        """Name a bias that the system's code leaves out."""
         own = self._written(model.language)
-        if not getattr(model.language, "lm_head_bias", False) or own.architecture not in _NO_HEAD_BIAS:
+        if own.head_bias or not getattr(model.language, "lm_head_bias", False):
             return []
         return [f"model.language.lm_head_bias: {own.architecture} builds the output layer without, and leaves it out"]
-
-
-_NO_HEAD_BIAS = ("BunnyPhiForCausalLM", "LlavaPhiForCausalLM")
 
 
 def _layers(vision: VisionConfig) -> Any:
     return list(vision.feature_layers) if vision.feature_layers else -1
 
 
+_EVA, _EVA_FILE = "eva", "EVA02_CLIP_L_336_psz14_s6B.pt"
+_EVA_TOP = "model.vision_tower.vision_tower.model."
+
+
 class BunnyFamily(_LikeFamily):
-    """Bunny 1.0 and 1.1, which sees each picture at three sizes (S2)."""
+    """Bunny 1.0, on SigLIP or EVA02, and 1.1, which sees each picture at three sizes (S2)."""
 
     name = "bunny"
     title = "Bunny in its authors' layout"
@@ -72,6 +81,7 @@ class BunnyFamily(_LikeFamily):
     # Else its code takes the tower from where mm_vision_tower says.
     tower_keys: ClassVar = {"unfreeze_vision_tower": True}
     own_layer = -2
+    styles: ClassVar = {**LlavaOriginalFamily.styles, _EVA: {**AUTHORS, "tower": _EVA_TOP, "top": _EVA_TOP}}
     languages: ClassVar = (
         SystemLanguage("phi", ("bunny-phi",), "BunnyPhiForCausalLM", ("vicuna_v1_endoftext",)),
         # Its tokenizer began texts with a BOS until June 2024, as bunny/util/data_utils.py says.
@@ -80,11 +90,11 @@ class BunnyFamily(_LikeFamily):
         ),
         SystemLanguage("stablelm", ("bunny-stablelm",), "BunnyStableLMForCausalLM", ("vicuna_v1_endoftext",), _EPOCH),
         SystemLanguage("qwen2", ("bunny-qwen2", "bunny-qwen"), "BunnyQwen2ForCausalLM", ("vicuna_v1_endoftext",)),
+        SystemLanguage("llama", ("bunny-llama",), "BunnyLlamaForCausalLM", ("vicuna_v1_end_of_text",)),
         # bunny_minicpm.py multiplies words and pictures alike.
         SystemLanguage(
             "minicpm", ("bunny-minicpm",), "BunnyMiniCPMForCausalLM", ("vicuna_v1",), multiplies_features=True
         ),
-        SystemLanguage("llama", ("bunny-llama",), "BunnyLlamaForCausalLM", ("vicuna_v1_end_of_text",)),
     )
     flags: ClassVar = {"freeze_mm_mlp_adapter": False, "tune_mm_mlp_adapter": False, "use_mm_proj": True}
 
@@ -92,6 +102,10 @@ class BunnyFamily(_LikeFamily):
         """Return ``model.vision``; with S2 the tower's own pixels are those of a tile."""
         config, where = source.config, config_file(source)
         scales = self._scales(config, where)
+        if self.style_of(source) == _EVA:
+            if scales is not None:
+                raise UserError(f"{where}: use_s2 goes with SigLIP; of EVA02's tower it is not known")
+            return eva02_tower(source, self.styles[_EVA], self.own_layer)  # eva_vit.py has CLIP's mean and deviation
         if scales is None:
             return super().vision_of(source)
         plain = self.tower_branch(source)
@@ -112,8 +126,33 @@ class BunnyFamily(_LikeFamily):
             raise UserError(f"{where}: s2_scales is {str(text)[:40]!r}; it must be pixels with commas between them")
         return tuple(sorted(int(side) for side in sides))
 
+    def probe(self, style: str) -> str:
+        """Return the name of the patch embedding."""
+        return _EVA_TOP + "patch_embed.proj.weight" if style == _EVA else super().probe(style)
+
+    def style_for(self, model: ModelConfig) -> str:
+        """Return that of the tower."""
+        return _EVA if _is_eva(model.vision) else super().style_for(model)
+
+    def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
+        """Return the three tables."""
+        found = list(super().tables(model, style))
+        return [eva02_table(self.styles[_EVA]), *found[1:]] if style == _EVA else found
+
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Its code knows one EVA02, by the name of its file."""
+        if vision_config:
+            return super().with_tower(config, vision_config, layer)
+        return {**config, "mm_vision_tower": _EVA_FILE, "mm_vision_select_layer": self.own_layer}
+
+    def extra_files(self, source: Source) -> dict[str, Tree]:
+        """EVA02's tensors say its shape."""
+        return {} if self.style_of(source) == _EVA else super().extra_files(source)
+
     def vision_config(self, vision: VisionConfig) -> Tree:
-        """Return that of a tile."""
+        """Return that of a tile; none of EVA02, for which there is no such configuration."""
+        if _is_eva(vision):
+            return {}
         return {**transformers_vision_config(vision), "image_size": vision.tile_size}
 
     def mm_config(self, model: ModelConfig) -> Tree:
@@ -125,6 +164,8 @@ class BunnyFamily(_LikeFamily):
 
     def no_tower(self, vision: VisionConfig) -> str | None:
         """S2 goes with SigLIP."""
+        if _is_eva(vision):
+            return no_eva02(vision)
         if vision.s2_scales is None:
             return super().no_tower(vision)
         if vision.class_token:
@@ -133,8 +174,14 @@ class BunnyFamily(_LikeFamily):
         return super().no_tower(tile)
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
-        """Return none for S2, whose number of slots Transformers' processor would not find."""
-        return {} if model.vision.s2_scales else super().processor(model, image_token)
+        """Return none for S2, whose number of slots Transformers' processor would not find, and for EVA02."""
+        other = model.vision.s2_scales or _is_eva(model.vision)
+        return {} if other else super().processor(model, image_token)
+
+
+def _is_eva(vision: VisionConfig) -> bool:
+    """Whether a tower's layers are EVA's."""
+    return not vision.key_bias
 
 
 class ImpFamily(_LikeFamily):
@@ -145,7 +192,7 @@ class ImpFamily(_LikeFamily):
     finds = LlavaOriginalFamily.finds  # it is trained on LLaVA's data
     others = "imp_.*"
     languages: ClassVar = (
-        SystemLanguage("phi", ("imp",), "ImpForCausalLM", ("imp_phi2",)),
+        SystemLanguage("phi", ("imp",), "ImpForCausalLM", ("imp_phi2",), head_bias=True),
         SystemLanguage("phi3", ("imp_phi3",), "ImpPhi3ForCausalLM", ("imp_phi3",)),
         SystemLanguage("qwen2", ("imp_qwen2",), "ImpQwen2ForCausalLM", ("imp_qwen2",)),
     )
@@ -238,7 +285,7 @@ class MiphaFamily(LlavaPhiFamily):
     clips = (True, False)
     others = "mipha_.*"
     languages: ClassVar = (
-        SystemLanguage("phi", ("mipha_phi",), "MiphaPhiForCausalLM", ("vicuna_v1_endoftext",)),
+        SystemLanguage("phi", ("mipha_phi",), "MiphaPhiForCausalLM", ("vicuna_v1_endoftext",), head_bias=True),
         # Transformers 4.38.2, which it pins, multiplies behind the place where pictures come in.
         SystemLanguage(
             "gemma", ("mipha_gemma",), "MiphaGemmaForCausalLM", ("vicuna_v1_gemma",), multiplies_features=True

@@ -13,6 +13,7 @@ from megavlm.config.architecture import MODELS
 _SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
 _S2: dict[str, Any] = {**_SIGLIP, "image_size": 1152, "s2_scales": [384, 768, 1152]}
 _CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
+_EVA: dict[str, Any] = {"preset": "eva02_clip_l_14_336"}
 
 # Bunny's language model, the rows of its embedding, which its loader cuts to what the tokenizer has (builder.py:
 # resize_token_embeddings), and the template. 50295 is read in the config.json of BAAI/Bunny-v1_0-3B; the rest are the
@@ -27,6 +28,8 @@ _BUNNY: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi_3": ("phi_3_mini_4k", {"vocab_size": 32011}, "vicuna_v1_endoftext_bos"),  # Bunny-v1.0-4B
     "llama_3_8b": ("llama3_8b", {}, "vicuna_v1_end_of_text"),  # Bunny-Llama-3-8B-V
 }
+# BoyaWu10/bunny-{phi-1.5,stablelm-2,phi-2}-eva-lora.
+_BUNNY_EVA = ("phi_1_5", "stablelm_2", "phi_2")
 _BUNNY_1_1 = ("phi_3", "llama_3_8b")  # Bunny-v1.1-4B, Bunny-v1.1-Llama-3-8B-V
 
 # MILVLG/imp-v1-3b, Imp-v1.5-3B-Phi2, Imp-v1.5-2B-Qwen1.5, Imp-v1.5-4B-Phi3: its loader cuts nothing.
@@ -46,8 +49,8 @@ def register_llava_like() -> None:
     for name, (language, own, template) in _BUNNY.items():
         # As bunny_minicpm.py multiplies words, so pictures.
         connector = {"preset": "mlp2x_gelu", **({"output_multiplier": 12.0} if name == "minicpm" else {})}
-        for version, tower in (("", _SIGLIP), ("_v1_1", _S2)):
-            if version and name not in _BUNNY_1_1:
+        for version, tower, known in (("", _SIGLIP, _BUNNY), ("_v1_1", _S2, _BUNNY_1_1), ("_eva", _EVA, _BUNNY_EVA)):
+            if name not in known:
                 continue
             MODELS.register(
                 f"bunny{version}_{name}",

@@ -54,6 +54,7 @@ class SystemLanguage:
         keys: of ``config.json``, by what the kind calls them, those that have another name here.
         multiplies_features: image features are multiplied as its embeddings are.
         windows: its kind reads sliding windows; else one that is asked for is refused.
+        head_bias: the system's code builds the output layer with a bias, where the kind may have one.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class SystemLanguage:
     keys: Mapping[str, str] = field(default_factory=dict)
     multiplies_features: bool = False
     windows: bool = True
+    head_bias: bool = False
 
     @property
     def text_kind(self) -> TextKind:
@@ -87,7 +89,7 @@ class LlavaOriginalFamily(Family):
     preprocesses = True
     slotless = True
     own_files = (VISION_CONFIG,)
-    read_as = "llava"
+    read_as: ClassVar[str | None] = "llava"
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
     own_multiplier = True

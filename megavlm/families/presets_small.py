@@ -1,4 +1,4 @@
-"""Presets of small systems on CLIP or SigLIP whose layouts are their own; :mod:`megavlm.families.presets` has the others.
+"""Presets of small systems on CLIP or SigLIP whose layouts are their own; the others: :mod:`megavlm.families.presets`.
 
 Names as their authors have them, sizes from the public ``config.json`` files.
 """
@@ -14,7 +14,7 @@ CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
 SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
 """SigLIP-SO400M/384 without its last layer."""
 
-# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B: the language model, and the template. The factory leaves out SigLIP's first patch.
+# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B: the language model, and the template. SigLIP's first patch is dropped.
 _TINYLLAVA = {
     "1_5b": ("tinyllama_1_1b", "vicuna_v1"),
     "2_0b": ("stablelm_2_1_6b", "vicuna_v1_endoftext"),
@@ -28,7 +28,7 @@ _MOBILEVLM = {
     "v2_3b": ("mobilellama_2_7b", "ldpnetv2"),
     "v2_7b": ("llama2_7b", "ldpnetv2"),
 }
-# HuanjinYao/DenseConnector-v1.5-{7B,8B} on SigLIP, and what its scripts train, on CLIP: tower, language model, template.
+# HuanjinYao/DenseConnector-v1.5-{7B,8B} on SigLIP, and what its scripts train on CLIP: tower, language model, template.
 _DENSE = {
     "7b": (SIGLIP, "llama2_7b", "vicuna_v1"),
     "8b": (SIGLIP, "llama3_8b", "llama_3"),

@@ -1,8 +1,8 @@
 """What was proven of each family, as its tests recorded it: ``proven.json`` beside this file. Imports no torch.
 
-The file is machine-written (``make families-table``, ``make families-record``: tests/families/family_record.py): what is to be
-tried comes from the rows of tests/families/whole_rows.py, what passed from runs of those tests. A family that is not in
-it, or of which nothing passed yet, has no proof, and is shown so.
+The file is machine-written (``make families-table``, ``make families-record``: tests/families/family_record.py): what
+is to be tried comes from the rows of tests/families/whole_rows.py, what passed from runs of those tests. A family that
+is not in it, or of which nothing passed yet, has no proof, and is shown so.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Proven:
         recipes: that are shipped.
         tried: what its tests try, by point: a checkpoint, a preset, .. each; "" where a point has one thing to try.
         passed: of these what passed when it was recorded.
-        lacks: points that it does not have, and why.
+        lacks: reasons why it does not have fields of its row, and which.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Proven:
     recipes: tuple[str, ...] = ()
     tried: Mapping[str, list[str]] = field(default_factory=dict)
     passed: Mapping[str, list[str]] = field(default_factory=dict)
-    lacks: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, list[str]] = field(default_factory=dict)
 
     def share(self, point: str) -> str:
-        """Return how much of a point passed: yes, "3 of 4", "no proof recorded", or "-" where there is no such point."""
+        """Return how much of a point passed: yes, "3 of 4", "no proof recorded"; "-" where there is no such point."""
         tried = self.tried.get(point, [])
         there = [one for one in tried if one in self.passed.get(point, [])]
         if not tried:
@@ -88,7 +88,8 @@ class Proven:
         """What its numbers are held against, or why there is nothing."""
         if self.against is not None:
             return self.against
-        return self.lacks.get("source", "no proof: no test of this family is recorded")
+        found = (reason for reason, fields in self.lacks.items() if "source" in fields)
+        return next(found, "no proof: no test of this family is recorded")
 
 
 def proven(record: Mapping[str, Any] | None = None) -> list[Proven]:

@@ -37,6 +37,23 @@ TOWERS: dict[str, Tree] = {
     "google/siglip-so400m-patch14-224": _siglip(1152, 4304, 27, 16, 224, 14),
     "google/siglip-large-patch16-384": _siglip(1024, 4096, 24, 16, 384, 16),
     "google/siglip-base-patch16-224": _siglip(768, 3072, 12, 12, 224, 16),
+    "google/siglip-large-patch16-256": _siglip(1024, 4096, 24, 16, 256, 16),
+    "google/siglip-base-patch16-384": _siglip(768, 3072, 12, 12, 384, 16),
+    "google/siglip-base-patch16-512": _siglip(768, 3072, 12, 12, 512, 16),
+    # SigLIP 2 of one resolution: those of 14 pixels a patch, and some others, have the shapes above.
+    "google/siglip2-base-patch16-224": _siglip(768, 3072, 12, 12, 224, 16),
+    "google/siglip2-base-patch16-384": _siglip(768, 3072, 12, 12, 384, 16),
+    "google/siglip2-base-patch16-512": _siglip(768, 3072, 12, 12, 512, 16),
+    "google/siglip2-large-patch16-256": _siglip(1024, 4096, 24, 16, 256, 16),
+    "google/siglip2-large-patch16-384": _siglip(1024, 4096, 24, 16, 384, 16),
+    "google/siglip2-large-patch16-512": _siglip(1024, 4096, 24, 16, 512, 16),
+    "google/siglip2-so400m-patch14-224": _siglip(1152, 4304, 27, 16, 224, 14),
+    "google/siglip2-so400m-patch14-384": _siglip(1152, 4304, 27, 16, 384, 14),
+    "google/siglip2-so400m-patch16-256": _siglip(1152, 4304, 27, 16, 256, 16),
+    "google/siglip2-so400m-patch16-384": _siglip(1152, 4304, 27, 16, 384, 16),
+    "google/siglip2-so400m-patch16-512": _siglip(1152, 4304, 27, 16, 512, 16),
+    "google/siglip2-giant-opt-patch16-256": _siglip(1536, 6144, 40, 16, 256, 16),
+    "google/siglip2-giant-opt-patch16-384": _siglip(1536, 6144, 40, 16, 384, 16),
 }
 """Shapes of public towers, by the name that ``mm_vision_tower`` gives them."""
 

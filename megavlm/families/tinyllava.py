@@ -196,8 +196,8 @@ def _connector(source: Source, *, clip: bool) -> Tree:
     if strategy not in ("patch", "cls_patch") or (clip and strategy == "cls_patch"):
         known = "'patch'" if clip else "'patch' and 'cls_patch'"
         raise UserError(
-            f"{where}: vision_feature_select_strategy is {strategy!r}; of a {'CLIP' if clip else 'SigLIP'} only {known} "
-            "is supported"
+            f"{where}: vision_feature_select_strategy is {strategy!r}; of a {'CLIP' if clip else 'SigLIP'} only "
+            f"{known} is supported"
         )
     return {**connector, "drop_first_feature": not clip and strategy == "patch"}
 

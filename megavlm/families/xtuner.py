@@ -143,7 +143,10 @@ class XtunerFamily(Family):
         if first != (self.drops_first and not clip):
             does = "drops" if self.drops_first and not clip else "keeps"
             return f"model.connector.drop_first_feature is {first}, and its code {does} the first patch"
-        return self._no_tower(model.vision) or no_half(model.language, head_bias=True)
+        language = model.language
+        if getattr(language, "add_bias_linear", False) and not language.lm_head_bias:
+            return "the output layer has no bias (model.language.lm_head_bias), which Phi's class has"
+        return self._no_tower(model.vision) or no_half(language, head_bias=True)
 
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
         """What becomes of pictures is its code's own."""
@@ -199,7 +202,7 @@ class XtunerFamily(Family):
         depth = need(config, "depth", where)
         if connector["preset"] != f"mlp{depth}x_gelu":
             raise UserError(
-                f"{where}: depth is {depth!r}, but the weights beside it are those of {connector['preset']}; correct one"
+                f"{where}: depth is {depth!r}, but the weights beside it are {connector['preset']}; correct one"
             )
         tower, text = source.pieces[_TOWER], source.pieces.get(self.text_folder, source)
         last = f"{_PROJECTOR}/model.{2 * (depth - 1)}.weight"
@@ -262,5 +265,5 @@ class HPTFamily(XtunerFamily):
             )
         if vision.class_token:
             return "the vision tower is not SigLIP's, HPT's is"
-        grid = {"image_size": self._table_size(vision)}
-        return no_llava_tower(dataclasses.replace(vision, **grid))
+        tower: Any = vision
+        return no_llava_tower(dataclasses.replace(tower, image_size=self._table_size(vision)))

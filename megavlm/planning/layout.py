@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.config.vision import APART_KEYS
 
 GPUS_PER_NODE = 8
@@ -131,6 +131,6 @@ def with_parallel(recipe: Recipe, **values: Any) -> Recipe:
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
     """Return the recipe with another ``vision_placement``, without the keys that only the tower on all ranks has."""
-    fields = type(recipe.parallel).__pydantic_fields__
-    others = {key: fields[key].default for key in APART_KEYS} if placement == "first_stage" else {}
+    plain = ParallelConfig()
+    others = {key: getattr(plain, key) for key in APART_KEYS} if placement == "first_stage" else {}
     return with_parallel(recipe, vision_placement=placement, **others)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import functools
 import heapq
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megavlm.architectures.cost import Pictures, cost_of
 from megavlm.config.schema import ModelConfig, Recipe
-from megavlm.data.device_batch import Grid
-from megavlm.parallel.encoders import Encoders, encoders_of
+
+if TYPE_CHECKING:
+    from megavlm.data.device_batch import Grid
+    from megavlm.parallel.encoders import Encoders
 
 _ROUNDING = 1e-9
 
@@ -50,6 +53,8 @@ class PictureSpread:
 
     def encoders(self) -> Encoders:
         """Return the ranks that it spreads pictures over."""
+        from megavlm.parallel.encoders import encoders_of  # noqa: PLC0415 - imports torch; plans spread pictures too
+
         return encoders_of(self._parallel)
 
     def __call__(self, grids: Sequence[Sequence[Sequence[Grid]]]) -> list[list[list[int]]]:

@@ -33,7 +33,7 @@ def pieces_of(path: Path) -> dict[str, Path]:
 
 def is_hugging_face(path: Path) -> bool:
     """Whether weights lie at ``path`` as the Hugging Face hub has them; a directory may hold other things as well."""
-    return _any(path, *_HF_WEIGHTS) or (path.is_file() and path.suffix in (".safetensors", ".bin"))
+    return _any(path, *_HF_WEIGHTS) or (path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
 
 
 def holds_checkpoint(path: Path) -> bool:

@@ -32,6 +32,7 @@ _WEIGHTS = (
     "visual.bin",
     "mm_projector.bin",
 )
+_PICKLES = (".bin", ".pt", ".pth")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _ENDINGS = (".incomplete", ".part", ".aria2", ".crdownload")
 """Of files that the Hugging Face hub's client, and others, have not downloaded whole."""
@@ -51,7 +52,7 @@ class Source:
     """The tensors and the configuration of a directory, or of a single weight file.
 
     Args:
-        path: a directory in the layout of the Hugging Face hub, or a ``.safetensors`` or ``.bin`` file.
+        path: a directory in the layout of the Hugging Face hub, or a ``.safetensors``, ``.bin`` or ``.pt`` file.
         feature_layer: for a tower alone, whose configuration does not say it: the layer whose features are taken,
             as an index of Transformers' ``hidden_states``, several, or ``last_hidden_state``. LLaVA's is -2.
 
@@ -132,7 +133,7 @@ class Source:
 
     def _add(self, file: Path, expected: list[str] | None) -> None:
         check_pointer(file)
-        handle, found = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
+        handle, found = _open_pickle(file) if file.suffix in _PICKLES else _open_safetensors(file)
         self._open[file] = handle
         for name in expected or ():
             if name not in found:

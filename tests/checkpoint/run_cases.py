@@ -99,6 +99,12 @@ def alike(checkpoint: Path, other: Path, vocabulary: int) -> bool:
     return tensors(checkpoint, vocabulary) == tensors(other, vocabulary)
 
 
+def numbers(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint, in fp32."""
+    reader = CheckpointReader(checkpoint)
+    return {key: reader.read(Slot(key, tuple(entry.size))).float() for key, entry in reader.tensors().items()}
+
+
 def tensors(checkpoint: Path, vocabulary: int) -> dict[str, str]:
     """Return a digest of every tensor, without the rows that pad a vocabulary; masters by one name."""
     reader, found = CheckpointReader(checkpoint), {}

@@ -54,6 +54,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 """Ranks, a layout, and the other one that is loaded at afterwards."""
 CUT = ("tp2", "tp4", "tp2", "tp4", "tp2-dp3-sp")
 """Layouts that cut every kind of tensor, which models take in turn; all are loaded at pipelines afterwards."""
+SHORT = 10
+"""So many models ``make test`` has time for, at 8 s each; the others are long."""
 
 
 def names(kind: str) -> list[str]:
@@ -188,7 +190,17 @@ def test_every_part_is_cut_and_loaded_at_pipelines_and_every_layout_comes() -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_resumed_spread_and_exported(layout: str, tmp_path: Path) -> None:
     for number in models_at(layout):
-        check(layout, number, tmp_path / str(number))
+        if number < SHORT or layout not in CUT:
+            check(layout, number, tmp_path / str(number))
+
+
+@pytest.mark.dist
+@pytest.mark.long
+@pytest.mark.parametrize("layout", dict.fromkeys(CUT))
+def test_the_same_of_the_other_models(layout: str, tmp_path: Path) -> None:
+    for number in models_at(layout):
+        if number >= SHORT:
+            check(layout, number, tmp_path / str(number))
 
 
 def check(layout: str, number: int, root: Path) -> None:

@@ -63,11 +63,11 @@ def test_accepted(load, overrides, world_size):
         (["model.connector.num_queries=null"], "model.connector.num_queries: the resampler needs it"),
         (
             ["model.connector.preset=linear", "model.connector.num_queries=16"],
-            "model.connector.num_queries: belongs to the resampler, not to 'linear'; set it to null",
+            "model.connector.num_queries: belongs to the resampler and the resampler_2d, not to 'linear'; set it to",
         ),
         (
             ["model.connector.preset=mlp2x_gelu", "model.connector.head_dim=32"],
-            "model.connector.head_dim: belongs to the resampler, not to 'mlp2x_gelu'; set it to null",
+            "model.connector.head_dim: belongs to the resampler and the resampler_2d, not to 'mlp2x_gelu'; set it to",
         ),
         (
             ["model.language.hidden_size=126", "model.connector.head_dim=2"],

@@ -71,19 +71,21 @@ def tried() -> dict[str, Any]:
             "presets": {
                 preset: {"parameters": one.count, "read": preset in SOURCES} for preset, one in presets.items()
             },
-            "recipes": [recipe for recipe, preset in preset_of.items() if preset in presets],
+            "recipes": [recipe for own in presets for recipe, preset in preset_of.items() if preset == own],
             "tried": {
                 point: [""] if point in ONE else list(getattr(row, field))
                 for point, field in FIELDS.items()
                 if field not in row.lacks()
             },
-            "lacks": {point: lack.reason for point, lack in row.lacks().items()},
+            "lacks": {},
         }
         texts = {kind: text for kind, text in TEXTS.items() if text.family == name}
         if own["against"] is None and texts:
             own["against"] = ", ".join(sorted({against(text.make()) for text in texts.values()}))
             own["tried"][MODELS] = list(texts)
-            del own["lacks"]["source"]
+        for field, lack in row.lacks().items():
+            if field != "source" or not texts:
+                own["lacks"].setdefault(lack.reason, []).append(field)
         found[name] = own
     return found
 

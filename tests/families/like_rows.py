@@ -3,25 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llava_like_models import LLAVA_LIKE, LikeSource, bunny, like_answers, like_of, sources
-from whole import Lack, Published, WholeFamily
+from whole import ALL, Lack, Published, Stage, WholeFamily
 
 PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 _COUNTS = {
     "bunny": {
-        "bunny_phi_1_5": "1.83B", "bunny_phi_2": "3.18B", "bunny_stablelm_2": "2.06B", "bunny_qwen1_5_1_8b": "2.26B",
-        "bunny_minicpm": "3.16B", "bunny_phi_3": "4.25B", "bunny_llama_3_8b": "8.48B", "bunny_v1_1_phi_3": "4.26B",
-        "bunny_v1_1_llama_3_8b": "8.49B",
+        "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
+        "bunny_qwen1_5_1_8b": 2_270_424_128, "bunny_minicpm": 3_161_073_728, "bunny_phi_3": 4_261_961_792,
+        "bunny_llama_3_8b": 8_479_990_848, "bunny_v1_1_phi_3": 4_269_039_680, "bunny_v1_1_llama_3_8b": 8_489_428_032,
+        "bunny_eva_phi_1_5": "1.72B", "bunny_eva_stablelm_2": "1.95B", "bunny_eva_phi_2": "3.09B",
     },
-    "imp": {"imp_v1_3b": "3.19B", "imp_v1_5_3b": "3.19B", "imp_v1_5_2b": "2.26B", "imp_v1_5_4b": "4.25B"},
-    "mipha": {"mipha_1_6b": "1.84B", "mipha_2_4b": "2.94B", "mipha_3b": "3.19B"},
-    "llava_phi": {"llava_phi_3b": "3.09B"},
-    "allava": {"allava_3b": "3.09B", "allava_stablelm_2": "1.95B"},
+    "imp": {
+        "imp_v1_3b": 3_217_417_280, "imp_v1_5_3b": 3_217_417_280, "imp_v1_5_2b": 2_271_611_968,
+        "imp_v1_5_4b": 4_262_287_424,
+    },
+    "mipha": {"mipha_1_6b": 1_853_054_016, "mipha_2_4b": 2_940_955_712, "mipha_3b": 3_217_417_280},
+    "llava_phi": {"llava_phi_3b": 3_092_371_456},
+    "allava": {"allava_3b": 3_092_320_256, "allava_stablelm_2": 1_954_318_336},
 }  # fmt: skip
 """Parameters of each preset, in its public checkpoint's shape; from the definition, and unchecked."""
-_HEADS = {4: "36 is not divisible by parallel.tensor_model_parallel_size"}
+_PLAIN = {"minicpm": "llava_plain", "phi_3": "llava_plain", "v1_5_4b": "llava_plain", "2_4b": "llava_plain_gemma",
+          "llama_3_8b": "llava_plain_llama_3"}  # fmt: skip
+"""Templates of stage 1, where texts begin with a BOS, by language model or size."""
+_CAPTIONS = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 729, template="llava_plain_no_bos")
+_MIPHA_ADAM = (0.9, 0.98, 1e-7, 1)
+
+
+def _staged(preset: str, first: Stage, **later: Stage) -> dict[str, Stage]:
+    """Return stage 1, and others that start from it."""
+    one = f"{preset}/pretrain"
+    return {one: first, **{f"{preset}/{name}": replace(stage, after=one) for name, stage in later.items()}}
+
+
+def _bunny() -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+    for preset in _COUNTS["bunny"]:
+        s2, language = preset.startswith("bunny_v1_1"), preset.removeprefix("bunny_").removeprefix("v1_1_")
+        larger = language in ("phi_3", "llama_3_8b")
+        first = replace(
+            _CAPTIONS, lr=1e-3 if larger else 5e-4, steps=2_000_000 // 256,
+            template=_PLAIN.get(language, "llava_plain_no_bos"),
+        )  # fmt: skip
+        both = ("connector", "language")
+        llama = s2 and language == "llama_3_8b"
+        lora = Stage(
+            both, 1e-4 if llama else 2e-4, (1_300_000 if s2 else 695_000) // 128, 128,
+            4096 if s2 or language == "phi_3" else 2048, 729, connector=0.1, lora=(256 if llama else 128, 256),
+        )  # fmt: skip
+        full = {"sft": Stage(both, 2e-5, 695_000 // 128, 128, 2048, 729)} if preset == "bunny_phi_2" else {}
+        found |= _staged(preset, first, lora=lora, **full)
+    return found
+
+
+def _imp() -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+    for preset in _COUNTS["imp"]:
+        plain = _PLAIN.get(preset.removeprefix("imp_"), "llava_plain_no_bos")
+        samples = 665_000 if preset == "imp_v1_3b" else 1_000_000
+        lora = Stage(
+            ("connector", "language"), 2e-4, 2 * samples // 128, 128, 3072, 729, connector=0.1, lora=(256, 256)
+        )
+        found |= _staged(preset, replace(_CAPTIONS, length=3072, template=plain), lora=lora)
+    return found
+
+
+def _mipha() -> dict[str, Stage]:
+    found: dict[str, Stage] = {}
+    for preset in _COUNTS["mipha"]:
+        plain = _PLAIN.get(preset.removeprefix("mipha_"), "llava_plain_no_bos")
+        sft = Stage(ALL, 2e-5, 2 * 665_000 // 128, 128, 2048, 729, adam=_MIPHA_ADAM)
+        found |= _staged(preset, replace(_CAPTIONS, template=plain, adam=_MIPHA_ADAM), sft=sft)
+    return found
+
+
+def _allava(preset: str) -> dict[str, Stage]:
+    first = Stage(("connector", "language"), 2e-5, 1_000_000 // 256, 256, 2048, 576, least=2e-6, warmup=0)
+    sft = replace(first, steps=1_500_000 // 128, batch=128)
+    longer = {"longer": replace(sft, steps=3_000_000 // 128)} if preset == "allava_3b" else {}
+    return _staged(preset, first, sft=sft, **longer)
+
+
+_RECIPES: dict[str, dict[str, Stage]] = {
+    "bunny": _bunny(),
+    "imp": _imp(),
+    "mipha": _mipha(),
+    "llava_phi": _staged(
+        "llava_phi_3b",
+        replace(_CAPTIONS, tokens=576, adam=_MIPHA_ADAM),
+        sft=Stage(ALL, 2e-5, 665_000 // 128, 128, 2048, 576, adam=_MIPHA_ADAM),
+    ),
+    "allava": {**_allava("allava_3b"), **_allava("allava_stablelm_2")},
+}
 
 
 def like_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
@@ -56,7 +132,7 @@ def _row(
         if whole else Lack(mechanism),
         others={"minicpm, features multiplied": found["bunny_minicpm"], "phi-3, S2": found["bunny_phi3_s2"]}
         if whole else Lack(mechanism),
-        answers=Lack("Transformers' LLaVA has no place for the head's bias: convert check cannot run; answers: `source`")
+        answers=Lack("convert check cannot run: Transformers' LLaVA has no place for a head's bias; answers: `source`")
         if family in ("mipha", "llava_phi")
         else lambda path: like_answers({"imp": "imp_qwen2", "bunny": "bunny_phi"}.get(family, family), path),
         lora=PHI_TARGETS if whole else Lack(mechanism),
@@ -65,7 +141,7 @@ def _row(
             for name, count in _COUNTS[family].items()
         },
         built=lambda model: like_of(family, model),
-        recipes=Lack("placeholder placeholder placeholder"),
-        headers=Lack("placeholder placeholder placeholder"),
+        recipes=_RECIPES[family],
+        headers=header,
         planner=planner,
     )  # fmt: skip

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from eva02_reference import Eva02
 from family_cases import _TEXT, _VISION, CLIP_MEAN, made
 from PIL import Image
 from safetensors.torch import save_file
 from text_reference import MiniCPM, randomised
 from tokenizer_files import write_qwen2
 from torch import Tensor, nn
+from tower_models import eva02_author, eva02_model
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -159,6 +161,8 @@ class LlavaLike(nn.Module):
         """Return what the public checkpoints call a parameter: towers lost a level in Transformers 5."""
         prefix = "model.vision_tower." if self.nested else "model.vision_tower.vision_tower."
         own = name.removeprefix(prefix)
+        if isinstance(self.tower[0], _EvaTower):
+            return prefix + eva02_author(own) if own != name else name
         return name if own == name else f"{prefix}vision_model.{own.removeprefix('vision_model.')}"
 
     def save_pretrained(self, directory: Path) -> None:
@@ -167,7 +171,7 @@ class LlavaLike(nn.Module):
         state = {self.published(name): value.detach().clone() for name, value in self.named_parameters()}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps(self._config(), indent=2))
-        if not self.nested:
+        if not self.nested and not isinstance(self.tower[0], _EvaTower):
             (directory / "vision_config.json").write_text(json.dumps(self.tower[0].config.to_dict(), indent=2))
 
     def _config(self) -> dict[str, Any]:
@@ -181,7 +185,9 @@ class LlavaLike(nn.Module):
         tower, width = self.tower[0].config, self.model.mm_projector[0].in_features
         mm = {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": width}
         if not self.nested:
-            return {**text, "mm_vision_tower": "tiny-siglip", **mm, **self.told}
+            eva = isinstance(self.tower[0], _EvaTower)
+            name = "/models/EVA02_CLIP_L_336_psz14_s6B.pt" if eva else "tiny-siglip"
+            return {**text, "mm_vision_tower": name, **mm, **self.told}
         system = self.told["model_type"].partition("_")[0]
         kind = "mipha_vision_model" if system == "mipha" else "llava_phi_clip_vision_model"
         own = {
@@ -200,6 +206,11 @@ class LikeSource(TransformersSource):
 
     def __init__(self, family: str, make: Callable[[], LlavaLike]) -> None:
         super().__init__(family, make, vocab=IMAGE + 1, image=IMAGE)  # type: ignore[arg-type]
+
+    @property
+    def style(self) -> str:
+        """Bunny's EVA02 has names of its own."""
+        return "eva" if isinstance(self.model.tower[0], _EvaTower) else super().style
 
     def save(self, directory: Path) -> None:
         """Write it."""
@@ -277,18 +288,33 @@ _LEARNT = {"freeze_mm_mlp_adapter": False, "tune_mm_mlp_adapter": False, "tokeni
            "tokenizer_padding_side": "right", "use_mm_proj": True}  # fmt: skip
 
 
+class _EvaTower(nn.Module):
+    """``Eva2LargePlusEncoder``: all blocks but the last, without the class token."""
+
+    def __init__(self, model: Eva02) -> None:
+        super().__init__()
+        self.model = model
+        self.config = SimpleNamespace(hidden_size=model.cls_token.size(-1), model_type="eva")
+
+    def forward(self, pixels: Tensor, **_: Any) -> Any:
+        x = self.model(pixels, len(self.model.blocks) - 1)[:, 1:]
+        return SimpleNamespace(hidden_states=[x, None])  # which of them is asked for, whatever is told
+
+
 def bunny(
-    kind: str, model_type: str, architecture: str, *, s2: bool = False, wide: Any = None, **vision: Any
-) -> LlavaLike:
-    """One of Bunny's combinations on SigLIP; with S2 at 28 and 56 pixels."""
+    kind: str, model_type: str, architecture: str, *, s2: bool = False, wide: Any = None, eva: bool = False,
+    **vision: Any,
+) -> LlavaLike:  # fmt: skip
+    """One of Bunny's combinations on SigLIP, or EVA02; with S2 at 28 and 56 pixels."""
     keys = {
         **_LEARNT, "model_type": model_type, "architectures": [architecture], "image_aspect_ratio": "pad",
         "mm_projector_lr": 2e-05, "unfreeze_vision_tower": False, "use_s2": s2,
         **({"s2_scales": "28,56"} if s2 else {}),
     }  # fmt: skip
     text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
+    tower = _EvaTower(eva02_model()) if eva else _siglip(**vision)
     return LlavaLike(
-        text, _siglip(**vision), keys, scales=(28, 56) if s2 else (), renamed=EPOCH if kind == "stablelm" else {},
+        text, tower, keys, scales=(28, 56) if s2 else (), renamed=EPOCH if kind == "stablelm" else {},
         scale=12.0 if kind == "minicpm" else 1.0,
     )  # fmt: skip
 
@@ -353,6 +379,7 @@ _MAKES: dict[str, tuple[str, Callable[[], LlavaLike]]] = {
     "bunny_minicpm": ("bunny", partial(bunny, "minicpm", "bunny-minicpm", "BunnyMiniCPMForCausalLM")),
     "bunny_llama": ("bunny", partial(bunny, "llama", "bunny-llama", "BunnyLlamaForCausalLM")),
     "bunny_phi3_s2": ("bunny", partial(bunny, "phi3", "bunny-phi3", "BunnyPhi3ForCausalLM", s2=True)),
+    "bunny_phi_eva": ("bunny", partial(bunny, "phi", "bunny-phi", "BunnyPhiForCausalLM", eva=True)),
     "imp": ("imp", partial(imp, "phi", "imp", "ImpForCausalLM")),
     "imp_phi3": ("imp", partial(imp, "phi3", "imp_phi3", "ImpPhi3ForCausalLM")),
     "imp_qwen2": ("imp", partial(imp, "qwen2", "imp_qwen2", "ImpQwen2ForCausalLM")),
@@ -412,6 +439,9 @@ def like_of(family: str, model: ModelConfig) -> tuple[nn.Module, list[nn.Module]
         text = of_kind(settings(**own))
         if kind == "phi" and family in ("bunny", "allava"):
             text.lm_head.bias = None
+    if not model.vision.key_bias:  # EVA02, of which the last block and the norm behind it stand idle
+        eva = _EvaTower(Eva02(1024, 24, 16, 2730, 14, 24))
+        return LlavaLike(text, eva, {"model_type": kind}), [eva.model.blocks[-1], eva.model.norm]
     clip = bool(model.vision.class_token)
     shape = TOWERS["openai/clip-vit-large-patch14-336" if clip else "google/siglip-so400m-patch14-384"]
     keys = {key: value for key, value in shape.items() if key != "model_type"}

@@ -54,10 +54,12 @@ def xtuner(text: str = "phi3", *, clip: bool = True, **keys: Any) -> Parts:
     return Parts(told, vision, _connector(), _PLACES, lambda one, _: one.to_dict(), files=_files(vision, 2))
 
 
-def hpt(text: str = "llama", **vision_keys: Any) -> Parts:
+def hpt(text: str = "llama", text_keys: dict[str, Any] | None = None, **vision_keys: Any) -> Parts:
     """HPT 1.5 Air: a table of 6 x 6 for 384 pixels, seen at 448 in 7 x 7 patches, all of which are kept."""
     vision = SiglipVisionConfig(**_VISION | {"image_size": 384, "patch_size": 64} | vision_keys)
-    told = text_of(text, **(PHI3 if text == "phi3" else {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}))
+    told = text_of(
+        text, **(PHI3 if text == "phi3" else {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}) | (text_keys or {})
+    )
     return Parts(
         told, vision, _connector(), _IN_LLM, lambda *_: {}, drops=False,
         files={**_files(vision, 2), "llm/config.json": told.to_dict()}, tower_keys={"interpolate_pos_encoding": True},

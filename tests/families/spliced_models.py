@@ -96,6 +96,8 @@ class Parts:
 class Spliced(nn.Module):
     """A whole model, for one sample at a time."""
 
+    base_model_prefix = ""  # for PEFT, which looks for renamed weights in Transformers' classes
+
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.parts = parts

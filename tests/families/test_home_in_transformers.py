@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import family_cases
+import glm4v_models
 import numpy as np
 import pytest
 import qwen2_vl_models
@@ -20,6 +21,7 @@ import qwen3_vl_models
 import torch
 from deepseek_models import BEGIN, END, PLACEHOLDER, deepseek_vl
 from family_cases import _TEXT, llava, llava_qwen_siglip
+from glm4v_models import glm4v
 from idefics3_models import TOKENS, idefics3
 from internvl_models import internvl
 from llava_next_models import llava_next, llava_onevision
@@ -27,7 +29,7 @@ from PIL import Image
 from qwen2_vl_models import qwen2_5_vl, qwen2_vl
 from qwen3_vl_models import qwen3_vl
 from ranks import megavlm
-from tokenizer_files import write_qwen2
+from tokenizer_files import GLM_ADDED, write_qwen2
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Qwen2Config
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
@@ -64,18 +66,28 @@ MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], tuple[str, ...]]] = {
     "qwen2_vl": (lambda rows: _with_rows(qwen2_vl, rows), ()),
     "qwen2_5_vl": (lambda rows: _with_rows(qwen2_5_vl, rows), ()),
     "qwen3_vl": (lambda rows: _with_rows(qwen3_vl, rows), ()),
+    "glm4v": (lambda rows: _with_rows(glm4v, rows), ()),
 }
 """A small model with as many rows as its tokenizer has tokens, and the tokens of pictures; the image's by name."""
 IMAGE_TOKENS = {
     "internvl": "<IMG_CONTEXT>",
     "deepseek_vl": PLACEHOLDER,
+    "glm4v": "<|image|>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|image_pad|>"),
 }
 QWEN = {
     "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
-SAVERS = {"qwen2_vl": qwen2_vl_models.save, "qwen2_5_vl": qwen2_vl_models.save, "qwen3_vl": qwen3_vl_models.save}
+GLM = {
+    "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
+    "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
+    "video_end_token_id": "<|end_of_video|>",
+}  # fmt: skip
+SAVERS = {
+    "qwen2_vl": qwen2_vl_models.save, "qwen2_5_vl": qwen2_vl_models.save, "qwen3_vl": qwen3_vl_models.save,
+    "glm4v": glm4v_models.save,
+}  # fmt: skip
 
 SAME = {*SAVERS, "idefics3"}
 """Put together with a language model of their own kind: no other has their positions, or tokens around tiles."""
@@ -101,7 +113,7 @@ def _without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(name: str, directory: Path) -> Path:
     """Write a model with a tokenizer that has its tokens; nothing else says how to talk to it."""
     directory.mkdir()
-    path = write_qwen2(directory)
+    path = write_qwen2(directory, GLM_ADDED, ()) if name == "glm4v" else write_qwen2(directory)
     tokenizer = Tokenizer.from_file(str(path))
     maker, tokens = MODELS[name]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
@@ -111,13 +123,15 @@ def made(name: str, directory: Path) -> Path:
     model.config.image_token_id = image
     if hasattr(model.config, "image_token_index"):
         model.config.image_token_index = image
-    for key, token in QWEN.items() if name in SAVERS else ():
+    for key, token in (GLM if name == "glm4v" else QWEN).items() if name in SAVERS else ():
         setattr(model.config, key, tokenizer.token_to_id(token))
     if name in SAVERS:
         SAVERS[name](model, directory)
     else:
         model.save_pretrained(directory)
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>" if name == "glm4v" else "<|im_end|>"})
+    )
     return directory
 
 

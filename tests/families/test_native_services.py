@@ -18,6 +18,7 @@ import pytest
 import ranks
 import yaml
 from glm4v_models import GLM4V
+from minicpm_v_models import MINICPM_V
 from PIL import Image, ImageDraw
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -34,6 +35,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     name: table[name][1]
     for table, name in (
         (QWEN2_VL, "qwen2_5_vl"), (QWEN3_VL, "qwen3_vl"), (GLM4V, "glm4v"), (RICE, "llava_onevision1_5"),
+        (MINICPM_V, "minicpm_llama3_v_2_5"),
     )
 }  # fmt: skip
 QUESTION, AGAIN = "What is in the picture?", "And in this one?"
@@ -103,6 +105,8 @@ def trained(request: pytest.FixtureRequest, run_data: RunData, tmp_path_factory:
     assert main(words) == 0
     tree = yaml.safe_load((run_data.root / "recipe.yaml").read_text())
     data = {"train": [{"path": str(root / "data")}], "validation": [], "sequence_length": 256}
+    if model["image"]["kind"] == "slices":  # with words between them
+        data["sequence_length"] = 512
     tree |= {"model": model, "data": {**tree["data"], **data}}
     tree["optimizer"] = {"lr": 2e-3, "warmup_steps": 10, "clip_grad": 1.0}
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))

@@ -52,7 +52,8 @@ def tinyllava(
 TINYLLAVA: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "tinyllava": ("tinyllava", lambda path: Spliced(tinyllava()).save_pretrained(path)),
     "tinyllava_stablelm": (
-        "tinyllava", lambda path: Spliced(tinyllava("stablelm", clip=True, image_aspect_ratio="pad")).save_pretrained(path)
+        "tinyllava",
+        lambda path: Spliced(tinyllava("stablelm", clip=True, image_aspect_ratio="pad")).save_pretrained(path),
     ),
     "tinyllava_llama": (
         "tinyllava",

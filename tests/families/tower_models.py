@@ -108,14 +108,19 @@ _NAMES = (
 )  # fmt: skip
 
 
+def eva02_author(name: str) -> str:
+    """Return what its authors call what timm calls so."""
+    for old, new in _NAMES:
+        name = name.replace(old, new)
+    return name
+
+
 def eva02_authors(directory: Path, top: str = "visual.") -> Path:
     """As EVA-CLIP's authors have it: no config.json, rotary tables, and with ``top`` the text tower beside it."""
     directory.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {}
     for name, value in eva02_model().state_dict().items():
-        for old, new in _NAMES:
-            name = name.replace(old, new)
-        state[top + name] = value.detach().clone()
+        state[top + eva02_author(name)] = value.detach().clone()
     tables = [f"{top}rope.freqs_cos", *(f"{top}blocks.{i}.attn.rope.freqs_sin" for i in range(EVA_LAYERS))]
     state |= {name: torch.randn(16, 64) for name in tables}
     if top:

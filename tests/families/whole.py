@@ -118,6 +118,8 @@ class Stage:
     """The learning rate at the end."""
     adam: tuple[float, float, float, float] = (0.9, 0.999, 1e-8, 1)
     """Both betas, epsilon, and the norm that gradients are clipped to."""
+    lora: tuple[int, int] | None = None
+    """Rank and alpha of the language model's adapters, where those are trained instead of it."""
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ GEMMA3: dict[str, Any] = {
     **INTERNVL,
     "language": {**INTERNVL["language"], "preset": "gemma3_text", "sliding_window": 512},
 }
+# Register tokens, a gate and layer scale; then norms inside, biases of some, and angles.
+DINOV2: dict[str, Any] = {
+    **INTERNVL,
+    "vision": {"preset": "dinov2_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 4, "gated_mlp": True, "activation": "silu"},
+}
+EVA02: dict[str, Any] = {
+    **INTERNVL,
+    "vision": {"preset": "eva02_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 90, "positional_grid": 4},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -128,6 +139,8 @@ CASES: dict[str, dict[str, Any]] = {
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma-tp2-pp2-sp": {**BF16, "model": GEMMA, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "gemma3-tp2-pp2": {**BF16, "model": GEMMA3, "parallel": {**TP2, **PP2, **TORCH}},
+    "dinov2-tp2-pp2": {**BF16, "model": DINOV2, "parallel": {**TP2, **PP2, **TORCH}},
+    "eva02-tp2-pp2": {**BF16, "model": EVA02, "parallel": {**TP2, **PP2, **TORCH}},
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -166,7 +179,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
 KEPT += [name for name in CASES if name.startswith(("phi", "gemma"))]
-KEPT += [name for name in CASES if "shared" in name or name.startswith(("ldp", "abstractor", "s2"))]
+KEPT += [name for name in CASES if "shared" in name or name.startswith(("ldp", "abstractor", "s2", "dino", "eva"))]
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -39,40 +40,61 @@ GRIDS = ((1, 2, 2), (1, 4, 2), (1, 6, 8), (2, 2, 4))
 
 def run_jobs(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
     """Do one after the other; return by name what each gives on this rank."""
-    return {name: run(job) for name, job in jobs.items()}
+    found = {}
+    for name, job in jobs.items():
+        found[name] = run(job)
+        gc.collect()  # modules in circles hold process groups of gloo, whose threads wake all the time
+    return found
 
 
 def run(job: Job) -> dict[str, Any]:
     """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
     recipe = made(job["recipe"])
     check_recipe(recipe)
+    with process_groups(recipe.parallel, recipe.training.seed):
+        return train(job, recipe)
+
+
+def run_at_one_layout(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
+    """Do the same with many jobs whose sizes are alike, in one set of process groups: gloo's threads outlive each."""
+    recipes = {name: made(job["recipe"]) for name, job in jobs.items()}
+    one = next(iter(recipes.values()))
+    with process_groups(one.parallel, one.training.seed):
+        found = {}
+        for name, recipe in recipes.items():
+            check_recipe(recipe)
+            found[name] = train(jobs[name], recipe)
+    return found
+
+
+def train(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Do a job where its process groups are up."""
     Counted.calls.clear()
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "moved": False}
-    with process_groups(recipe.parallel, recipe.training.seed):
-        job_files.make_weights(job, made)
-        torch.manual_seed(recipe.training.seed)
-        training = build_training(recipe, IMAGE_TOKEN)
-        job_files.load(job, training, recipe)
-        spread = None if training.vision is None else PictureSpread(recipe)
-        (first, last), following = job["steps"], None
-        for step in range(first, last):
-            training.scheduler.step(1)
-            batches = fetch(job, recipe, step, spread) if following is None else following
-            if training.vision is not None and training.vision.ahead and step + 1 < last:
-                following = fetch(job, recipe, step + 1, spread)
-                training.vision.encode_ahead(following)
-            found["moved"] |= any(batch.shared is not None and batch.shared.moved for batch in batches)
-            result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
-            found["loss"].append(result.loss)
-            found["grad_norm"].append(result.grad_norm)
-        found["calls"] = dict(Counted.calls)
-        with training.settled():
-            packs = read(recipe, 7, ())
-            held_out = HeldOut("few", packs if is_reader() else None, len(packs))
-            found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
-            found["copies"] = copies(training.modules)
-            found["held"] = sum(len(values) for values in found["copies"].values()) // 4
-            job_files.save(job, training, recipe, last)
+    job_files.make_weights(job, made)
+    torch.manual_seed(recipe.training.seed)
+    training = build_training(recipe, IMAGE_TOKEN)
+    job_files.load(job, training, recipe)
+    spread = None if training.vision is None else PictureSpread(recipe)
+    (first, last), following = job["steps"], None
+    for step in range(first, last):
+        training.scheduler.step(1)
+        batches = fetch(job, recipe, step, spread) if following is None else following
+        if training.vision is not None and training.vision.ahead and step + 1 < last:
+            following = fetch(job, recipe, step + 1, spread)
+            training.vision.encode_ahead(following)
+        found["moved"] |= any(batch.shared is not None and batch.shared.moved for batch in batches)
+        result = train_step(training.chunks, training.optimizer, batches, num_sources=1, vision=training.vision)
+        found["loss"].append(result.loss)
+        found["grad_norm"].append(result.grad_norm)
+    found["calls"] = dict(Counted.calls)
+    with training.settled():
+        packs = read(recipe, 7, (), alike=job.get("alike", False))
+        held_out = HeldOut("few", packs if is_reader() else None, len(packs))
+        found["validation"] = validate(training.chunks, [held_out], training.vision, spread)
+        found["copies"] = copies(training.modules)
+        found["held"] = sum(len(values) for values in found["copies"].values()) // 4
+        job_files.save(job, training, recipe, last)
     return found
 
 
@@ -96,7 +118,7 @@ Counted(vision, "SideWork")
 
 def fetch(job: Job, recipe: Recipe, step: int, spread: Any) -> list[Batch]:
     """Return this rank's micro-batches of a step."""
-    packs = read(recipe, step, job.get("without", ()))
+    packs = read(recipe, step, job.get("without", ()), alike=job.get("alike", False))
     return share_packs(packs if is_reader() else None, len(packs), spread)
 
 
@@ -109,11 +131,16 @@ def made(branches: dict[str, Any]) -> Recipe:
     return tiny_recipe(**rest, model=to_tree(model)["model"], data=to_tree(model)["data"])
 
 
-def read(recipe: Any, step: int, without: Any) -> list[ReadPack]:
-    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica."""
+def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[ReadPack]:
+    """Return this replica's packs of a step; in the steps ``without`` nobody has a picture, with "one" one replica.
+
+    With ``alike`` all pictures are four tokens, whatever the tower and the connector.
+    """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     count, plan = recipe.training.global_batch_size, plan_of(recipe.model)
-    if recipe.model.vision.packed:
+    if alike:
+        mine = [_of_four_tokens(pack, pixels, recipe.model) for pack, pixels in random_packs(count, step)]
+    elif recipe.model.vision.packed:
         mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(random_packs(count, step))]
     elif recipe.model.vision.deepstack:
         drawn = levels_cases.packs(plan, positions_of(recipe.model, IMAGE_TOKEN), count, step)
@@ -136,6 +163,17 @@ def _text(read: ReadPack) -> ReadPack:
         read.pack, tokens=np.where(read.pack.tokens == IMAGE_TOKEN, 7, read.pack.tokens), images=[], image_shapes=[]
     )
     return ReadPack(pack, read.pixels[:0])
+
+
+def _of_four_tokens(pack: Any, pixels: Any, model: Any) -> ReadPack:
+    """Give pictures of a pack as the tower takes them: patches with a grid, where it takes pictures of any size."""
+    vision, count = model.vision, len(pixels)
+    if not vision.packed:
+        return ReadPack(pack, torch.from_numpy(pixels))
+    side, row = 2 * vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+    patches = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
+    grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))
+    return ReadPack(pack, torch.from_numpy(patches), Arrangement(4 * count, None, grid=grid) if count else None)
 
 
 def _of_any_size(pack: Any, recipe: Any, seed: int) -> ReadPack:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from run_cases import tensors
+from run_cases import numbers, tensors
 from tiny import tiny_recipe
 
-from megavlm.checkpoint.slots import Slot
-from megavlm.checkpoint.stream import CheckpointReader
 from megavlm.config.checks import RecipeError, check_recipe
 from megavlm.planning.layout import layout_of, with_placement
 from megavlm.planning.parameters import apart_elements
@@ -159,11 +157,6 @@ def together(tmp: Path, cases: dict[str, tuple[str, int, dict[str, Any]]]) -> di
     return found
 
 
-def weights(root: Path) -> dict[str, torch.Tensor]:
-    reader = CheckpointReader(root / f"step-{STEPS:08}")
-    return {key: reader.read(Slot(key, tuple(entry.size))).float() for key, entry in reader.tensors().items()}
-
-
 def check_equal(tmp: Path, case: str, name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     (expected,), near = results[name], BF16 if name == "bf16" else FP32
     assert any(got["moved"] for got in results[case]) == ("balanced" in case)
@@ -184,7 +177,8 @@ def check_equal(tmp: Path, case: str, name: str, results: dict[str, list[dict[st
         assert calls["exchange"] == most * (1 if still else 2) or "DP" in case
         # All of them but the first, which nobody could have known of.
         assert calls.get("SideWork", 0) == (most - 1) * ("ahead" in case)
-    whole, parts = weights(tmp / name), weights(tmp / case)
+    last = f"step-{STEPS:08}"
+    whole, parts = numbers(tmp / name / last), numbers(tmp / case / last)
     assert whole.keys() == parts.keys()
     assert any(key.startswith("vision.") for key in whole) or name == "adapters"
     for key, values in whole.items():
@@ -229,13 +223,13 @@ def test_other_layouts_and_models(case: str, long_results: tuple[Path, dict[str,
 def test_a_change_of_placement_changes_no_bit(
     results: tuple[Path, dict[str, list[dict[str, Any]]]], tmp_path: Path
 ) -> None:
-    """From all ranks to the first stage at another layout and back, weights and optimizer, loaded and saved at once."""
+    """From all ranks to the first stage, to shards, and back, weights and optimizer, loaded and saved at once."""
     tmp, _ = results
     load, vocabulary = tmp / "PP 2", tiny_recipe().model.language.vocab_size
     first = tensors(load / f"step-{STEPS:08}", vocabulary)
     assert any(key.startswith("optimizer.state.exp_avg.vision.") for key in first)
     jobs: dict[str, Any] = {}
-    for name, parallel in (("first", PP2 | FIRST), ("all", TP2 | ALL)):
+    for name, parallel in (("first", PP2 | FIRST), ("cut", TP2 | ALL | CUT), ("all", TP2 | ALL)):
         jobs[name] = {
             "recipe": branches("plain", parallel), "load": str(load / f"step-{STEPS:08}"), "save": str(tmp_path / name),
             "steps": (STEPS, STEPS),

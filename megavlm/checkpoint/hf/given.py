@@ -84,11 +84,31 @@ class SourceOfParts:
                 if part not in family.parts:
                     there = " and ".join(family.parts)
                     raise UserError(f"{path}: is a {family.title}; it has no {part}, only {there}")
+            _check_merged(source, family)
             branches = family.branches(source)
             return SourceOfParts(source, family, family.style_of(source), tuple(parts or family.parts), branches)
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # text for a number, say
             where = source.directory / CONFIG
             raise UserError(f"{where}: a value is not of the kind that it should be: {error}") from error
+
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+
+
+def _check_merged(source: Source, family: Family) -> None:
+    """Check that no adapter lies beside the weights of a language model.
+
+    Raises:
+        UserError: one does; both are named.
+    """
+    beside = next((source.directory / name for name in _ADAPTER_FILES if (source.directory / name).is_file()), None)
+    if beside is None or "language" not in family.parts or not source.path.is_dir():
+        return
+    weights = next(iter(source.tensors.values())).file.name if source.tensors else "weights"
+    raise UserError(
+        f"{beside}: a LoRA beside {weights}, and nothing says whether it is merged into that; move it elsewhere if it "
+        "is, else convert the base alone, and it with --adapter"
+    )
 
 
 def open_whole(path: Path, vision: Path | None, feature_layer: FeatureLayer) -> list[SourceOfParts]:

@@ -331,7 +331,8 @@ def _settle(question: CheckQuestion, own: _Ours, tokenizer: Tokenizer) -> None:
     """Let both have the same ids and pixels: Transformers', or ours where it has none or they do not fit the model."""
     if question.pixels is None or question.pixels.shape != own.pixels.shape:
         question.pixels = own.pixels if own.layouts else None
-        question.extra = own.told
+        question.extra = {}
+    question.extra = own.told | question.extra
     slots = int((own.ids == tokenizer.imgpad_id).sum())
     if question.ids is None or int((question.ids == tokenizer.imgpad_id).sum()) != slots:
         question.ids = own.ids

@@ -91,13 +91,26 @@ def open_theirs(directory: Path, dtype: torch.dtype) -> Theirs:
         missing.append(f"{len(names)} tensors that Transformers does not find in the checkpoint ({names[0]}, ..)")
     processor: Any = None
     try:
-        processor = transformers.AutoProcessor.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True, backend="pil"
-        )
+        processor = _processor(directory)
         complete_processor(processor, model.config)
+        if not getattr(processor, "chat_template", None):  # of older files, in tokenizer_config.json alone
+            processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
     except Exception as error:  # of a foreign library, on files of any kind: said, and the rest is compared
         missing.append(f"pixels and token ids: AutoProcessor cannot be made ({first_line(error)})")
     return Theirs(model.eval().to(local_device()), processor, type(model).__name__, missing)
+
+
+def _processor(directory: Path) -> Any:
+    """Return the checkpoint's processor, which opens pictures by PIL; its films, where it takes any, by torchvision."""
+    import transformers  # noqa: PLC0415
+
+    safe = {"trust_remote_code": False, "local_files_only": True}
+    if not transformers.utils.is_torchvision_available():
+        return transformers.AutoProcessor.from_pretrained(directory, backend="pil", **safe)
+    processor = transformers.AutoProcessor.from_pretrained(directory, **safe)  # no film processor has another backend
+    if getattr(processor, "image_processor", None) is not None:
+        processor.image_processor = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", **safe)
+    return processor
 
 
 def process(theirs: Theirs, questions: Sequence[CheckQuestion]) -> None:

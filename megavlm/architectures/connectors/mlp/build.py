@@ -5,6 +5,7 @@ Shape legend: N images, P patches of an image, W width of the tower, E width of 
 
 from __future__ import annotations
 
+import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,7 +37,8 @@ class MLPConnector(MegatronModule):
         super().__init__(config=config)
         self.first = int(connector.drop_first_feature)
         self.layers = linear_stack([width] + [embed] * connector.depth, config)
-        self.multiplier = connector.output_multiplier
+        # Rounded to the weights' type first, as that of embeddings is.
+        self.multiplier = torch.tensor(connector.output_multiplier, dtype=context.dtype, device="cpu").item()
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
