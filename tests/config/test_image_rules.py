@@ -34,7 +34,7 @@ WRONG = {
     ("kind: anyres", "pinpoints: [[64, 64000]]"): "model.image.pinpoints.0: 64 x 64000 is 1000 tiles; at most 256",
     ("kind: dynamic_tiles", "min_tiles: 5", "max_tiles: 4"): "model.image.min_tiles: 5 is more than",
     ("kind: dynamic_tiles", "max_tiles: 1000"): "model.image.max_tiles: 1000 tiles; at most 256 are possible",
-    ("kind: slices",): "model.image.kind: the views of slices are not square, and the tower",
+    ("kind: slices",): "model.image.kind: slices are not square, and the tower",
     ("kind: anyres_max",): "data.sequence_length: 32 is too short: one image takes",
     ("image_size: 64",): "model.image.image_size: unknown key; did you mean model.vision.image_size",
     ("resample: nearest",): "model.image.resample: expected bicubic",

@@ -165,7 +165,7 @@ def test_absent_recipes(refused, tmp_path):
     (line,) = refused(recipe="qwen_vl_7b/stf")
     assert line.startswith("qwen_vl_7b/stf: no such recipe; did you mean qwen_vl_7b/sft?")
     (line,) = refused(recipe="runs/mine")
-    assert line.startswith("runs/mine: no such file; give a recipe's YAML file, or one of belle_vl_14b/align")
+    assert line.startswith("runs/mine: no such file; give a recipe's YAML file, or one of allava_3b/longer")
     (line,) = refused(recipe=tmp_path)
     assert "is a directory" in line
     binary = tmp_path / "binary.yaml"
