@@ -97,7 +97,10 @@ class LlavaOriginalFamily(Family):
     languages: ClassVar[tuple[SystemLanguage, ...]] = (
         # Llama 3 and Yi have Llama's names, and tokens of their own.
         SystemLanguage(
-            "llama", ("llava_llama", "llava"), "LlavaLlamaForCausalLM", ("llama_3", "phi_3", "vicuna_v1", "chatml_direct")
+            "llama",
+            ("llava_llama", "llava"),
+            "LlavaLlamaForCausalLM",
+            ("llama_3", "phi_3", "vicuna_v1", "chatml_direct"),
         ),
         SystemLanguage("qwen2", ("llava_qwen",), "LlavaQwenForCausalLM", ("qwen2",)),
         # Mistral without its window is a Llama.
