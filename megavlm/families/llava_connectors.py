@@ -131,7 +131,9 @@ class DenseConnectorFamily(LlavaOriginalFamily):
         vision, kind, where = super().tower_branch(source), _kind(source), config_file(source)
         if vision["feature_layers"] is not None:
             layer = source.config["mm_vision_select_layer"]
-            raise UserError(f"{where}: mm_vision_select_layer is {layer!r}; DenseConnector takes one, and others by itself")
+            raise UserError(
+                f"{where}: mm_vision_select_layer is {layer!r}; DenseConnector takes one, and others by itself"
+            )
         layers = _layers(kind, vision["num_layers"])
         if max(layers) > vision["num_layers"]:
             raise UserError(

@@ -199,7 +199,7 @@ class LikeSource(TransformersSource):
     """A written-out model; pictures are squares of the side that its tower takes."""
 
     def __init__(self, family: str, make: Callable[[], LlavaLike]) -> None:
-        super().__init__(family, make, vocab=IMAGE + 1, image=IMAGE)  # type: ignore[arg-type]
+        super().__init__(family, make, vocab=IMAGE + 1, image=IMAGE)
 
     def save(self, directory: Path) -> None:
         """Write it."""
