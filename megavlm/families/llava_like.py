@@ -82,7 +82,7 @@ class BunnyFamily(_LikeFamily):
     tower_keys: ClassVar = {"unfreeze_vision_tower": True}
     own_layer = -2
     styles: ClassVar = {**LlavaOriginalFamily.styles, _EVA: {**AUTHORS, "tower": _EVA_TOP, "top": _EVA_TOP}}
-    languages: ClassVar = (
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage("phi", ("bunny-phi",), "BunnyPhiForCausalLM", ("vicuna_v1_endoftext",)),
         # Its tokenizer began texts with a BOS until June 2024, as bunny/util/data_utils.py says.
         SystemLanguage(
@@ -191,7 +191,7 @@ class ImpFamily(_LikeFamily):
     title = "Imp in its authors' layout"
     finds = LlavaOriginalFamily.finds  # it is trained on LLaVA's data
     others = "imp_.*"
-    languages: ClassVar = (
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage("phi", ("imp",), "ImpForCausalLM", ("imp_phi2",), head_bias=True),
         SystemLanguage("phi3", ("imp_phi3",), "ImpPhi3ForCausalLM", ("imp_phi3",)),
         SystemLanguage("qwen2", ("imp_qwen2",), "ImpQwen2ForCausalLM", ("imp_qwen2",)),
@@ -206,8 +206,8 @@ class AllavaFamily(_LikeFamily):
     finds = None  # its data has no boxes
     box_plane = False
     others = "llava_stablelm_.*"
-    clips = (True,)
-    languages: ClassVar = (
+    clips: ClassVar[tuple[bool, ...]] = (True,)
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage("phi", ("llava_phi",), "LlavaPhiForCausalLM", ("allava",)),
         SystemLanguage("stablelm", ("llava_stablelm_1_6b",), "LlavaStableLM_1_6bForCausalLM", ("allava",), _EPOCH),
     )
@@ -232,7 +232,7 @@ class LlavaPhiFamily(_LikeFamily):
         "tune_mm_mlp_adapter": True,
     }  # fmt: skip
     own_files = ()
-    kinds: ClassVar = ("llava_phi_clip_vision_model", "llava_phi_projector")
+    kinds: ClassVar[tuple[str, str]] = ("llava_phi_clip_vision_model", "llava_phi_projector")
     """``model_type`` of tower and projector."""
 
     def describes(self, config: Mapping[str, Any]) -> bool:
@@ -286,7 +286,7 @@ class MiphaFamily(LlavaPhiFamily):
     title = "Mipha in its authors' layout"
     clips = (True, False)
     others = "mipha_.*"
-    languages: ClassVar = (
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage("phi", ("mipha_phi",), "MiphaPhiForCausalLM", ("vicuna_v1_endoftext",), head_bias=True),
         # Transformers 4.38.2, which it pins, multiplies behind the place where pictures come in.
         SystemLanguage(

@@ -102,15 +102,13 @@ _RECIPES: dict[str, dict[str, Stage]] = {
 
 def like_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
     """Return the rows; arguments are what rows share."""
+    pad, endoftext = {"kind": "pad"}, "vicuna_v1_endoftext"
     return {
-        family: _row(family, header, planner, **own)
-        for family, own in {
-            "bunny": {"template": "vicuna_v1_endoftext", "image": {"kind": "pad"}},
-            "imp": {"template": "imp_qwen2", "image": {"kind": "squash"}},
-            "mipha": {"template": "vicuna_v1_endoftext", "image": {"kind": "pad"}},
-            "llava_phi": {"template": "vicuna_v1_endoftext", "image": {"kind": "pad"}},
-            "allava": {"template": "allava", "image": {"kind": "pad"}},
-        }.items()
+        "bunny": _row("bunny", header, planner, endoftext, pad),
+        "imp": _row("imp", header, planner, "imp_qwen2", {"kind": "squash"}),
+        "mipha": _row("mipha", header, planner, endoftext, pad),
+        "llava_phi": _row("llava_phi", header, planner, endoftext, pad),
+        "allava": _row("allava", header, planner, "allava", pad),
     }
 
 

@@ -205,7 +205,7 @@ class LikeSource(TransformersSource):
     """A written-out model; pictures are squares of the side that its tower takes."""
 
     def __init__(self, family: str, make: Callable[[], LlavaLike]) -> None:
-        super().__init__(family, make, vocab=IMAGE + 1, image=IMAGE)  # type: ignore[arg-type]
+        super().__init__(family, make, vocab=IMAGE + 1, image=IMAGE)
 
     @property
     def style(self) -> str:

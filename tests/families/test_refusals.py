@@ -82,7 +82,7 @@ def others(vision: Any, key: str) -> list[Any]:
         return [one for one in TOWERS[key] if one != there]
     if isinstance(there, bool):
         return [not there]
-    return [there * 2 or 1] if isinstance(there, int | float) else []
+    return [there * 2 or 4] if isinstance(there, int | float) else []
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
