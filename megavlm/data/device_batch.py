@@ -245,10 +245,10 @@ def _scatter_pictures(
     body = torch.empty(0, *tail, dtype=torch.uint8, device=device)
     if read is not None:
         pieces: list[list[Tensor]] = [[] for _ in range(encoders.size)]
-        for pack, packs, where in zip(read, own, places[encoders.own], strict=True):
-            rows = [_pixel_rows(grid) for grid in packs]
-            for piece, place in zip(pack["images"].split(rows) if rows else (), where, strict=True):
-                for rank in encoders.holders(place):
+        for pack, seen, ours in zip(read, own, places[encoders.own], strict=True):
+            rows = [_pixel_rows(grid) for grid in seen]
+            for piece, owner in zip(pack["images"].split(rows) if rows else (), ours, strict=True):
+                for rank in encoders.holders(owner):
                     pieces[rank].append(piece)
         body = to_device(torch.cat([piece for one in pieces for piece in one] or [body.cpu()]), device)
     received = [0] * encoders.size
