@@ -91,6 +91,7 @@ def encoders_of(parallel: ParallelConfig) -> Encoders:
     data, own = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     place = mpu.get_pipeline_model_parallel_rank() * tensor + mpu.get_tensor_model_parallel_rank()
     together = parallel.vision_shards == "tensor" and tensor > 1
+    replicas: tuple[tuple[int, ...], ...]
     if parallel.vision_balance == "replica" or data == 1:
         group, own = mpu.get_model_parallel_group(), 0
         replicas: tuple[tuple[int, ...], ...] = (tuple(range(tensor * pipeline)),)
