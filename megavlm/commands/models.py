@@ -86,7 +86,7 @@ def _braced_names(names: Sequence[str]) -> list[str]:
 
 def listing(found: Sequence[Proven], width: int) -> str:
     """Return the table for a terminal: a line each, and what does not fit below it."""
-    lines = []
+    lines: list[str] = []
     for title, whole in (("WHOLE MODELS", True), ("PARTS, AND OTHER LAYOUTS", False)):
         lines += ["", title] if lines else [title]
         for one in found:

@@ -237,16 +237,16 @@ def _scatter_pictures(
     places = spread(grids)
     # Rows of the pixels that each rank gets of each replica.
     counts = [[0] * encoders.size for _ in grids]
-    for of_replica, packs, where in zip(counts, grids, places, strict=True):
-        for place, grid in ((p, g) for pack in zip(where, packs, strict=True) for p, g in zip(*pack, strict=True)):
+    for of_replica, packs, spots in zip(counts, grids, places, strict=True):
+        for place, grid in ((p, g) for pack in zip(spots, packs, strict=True) for p, g in zip(*pack, strict=True)):
             for rank in encoders.holders(place):
                 of_replica[rank] += _pixel_rows(grid)
     tail = next((list(one["images"][1:]) for one in shapes if one.get("images")), [0])
     body = torch.empty(0, *tail, dtype=torch.uint8, device=device)
     if read is not None:
         pieces: list[list[Tensor]] = [[] for _ in range(encoders.size)]
-        for pack, packs, where in zip(read, own, places[encoders.own], strict=True):
-            rows = [_pixel_rows(grid) for grid in packs]
+        for pack, shown, where in zip(read, own, places[encoders.own], strict=True):
+            rows = [_pixel_rows(grid) for grid in shown]
             for piece, place in zip(pack["images"].split(rows) if rows else (), where, strict=True):
                 for rank in encoders.holders(place):
                     pieces[rank].append(piece)
@@ -261,8 +261,8 @@ def _scatter_pictures(
     shared = []
     for number, one in enumerate(found):
         mine = []
-        for replica, (packs, where) in enumerate(zip(grids, places, strict=True)):
-            pairs = zip(where[number], packs[number], strict=True)
+        for replica, (packs, spots) in enumerate(zip(grids, places, strict=True)):
+            pairs = zip(spots[number], packs[number], strict=True)
             count = sum(_pixel_rows(grid) for place, grid in pairs if place == encoders.place)
             mine.append(body[at[replica] : at[replica] + count])
             at[replica] += count

@@ -243,6 +243,10 @@ class DeepseekVLOriginalFamily(DeepseekVLFamily):
         """It has none in Transformers' form."""
         return None
 
+    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
+        """Its configuration names the tower, and has no place for another's."""
+        return config
+
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return what the authors' processor reads."""
         return {

@@ -223,8 +223,10 @@ class LlavaPhiFamily(_LikeFamily):
         "published": {"tower": "model.vision_tower.vision_model."},
         "transformers5": {"tower": "model.vision_tower."},
     }
-    clips = (True,)
-    languages: ClassVar = (SystemLanguage("phi", ("llava_phi",), "LlavaPhiForCausalLM", ("vicuna_v1_endoftext",)),)
+    clips: ClassVar[tuple[bool, ...]] = (True,)
+    languages: ClassVar[tuple[SystemLanguage, ...]] = (
+        SystemLanguage("phi", ("llava_phi",), "LlavaPhiForCausalLM", ("vicuna_v1_endoftext",)),
+    )
     flags: ClassVar = {
         "freeze_vision_tower": False, "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
         "tune_mm_mlp_adapter": True,

@@ -78,7 +78,9 @@ class LlavaOriginalFamily(Family):
     name = "llava_original"
     title = "LLaVA in its authors' layout (mm_projector, mm_vision_tower)"
     # As its data asks (llava_v1_5_mix665k); what the numbers count: issue 606 of haotian-liu/LLaVA.
-    finds = "Please provide the bounding box coordinate of the region this sentence describes: {thing}"
+    finds: ClassVar[str | None] = (
+        "Please provide the bounding box coordinate of the region this sentence describes: {thing}"
+    )
     box_plane = True
     parts: ClassVar[tuple[str, ...]] = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("vit",), "language": ("decoder",)}
@@ -88,7 +90,7 @@ class LlavaOriginalFamily(Family):
     }
     preprocesses = True
     slotless = True
-    own_files = (VISION_CONFIG,)
+    own_files: ClassVar[tuple[str, ...]] = (VISION_CONFIG,)
     read_as: ClassVar[str | None] = "llava"
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
@@ -265,7 +267,7 @@ class LlavaOriginalFamily(Family):
     def refuses(self, model: ModelConfig) -> str | None:
         """Tower, connector, language model and image plan must be the system's kinds."""
         reason = refused(self._kinds(), with_head(model.language))
-        if reason is None and getattr(model.language, "rotary_sections", ()):
+        if reason is None and getattr(model.language, "rotary_sections", None):
             reason = "the language model has three numbers a position (model.language.rotary_sections), LLaVA's one"
         if reason is None and not plan_of(model).fixed:
             reason = f"the image plan is {model.image.kind}; of LLaVA's those with one view of a picture are written"

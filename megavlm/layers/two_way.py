@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megavlm.layers.attention import TorchAttention
@@ -138,13 +138,14 @@ class TwoWayAttention(TorchAttention):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *args: Any,
-        packed_seq_params: PackedSeqParams | None = None, **options: Any,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:  # fmt: skip
         """Attend; ``query`` is [T, N, D], ``key`` and ``value`` are [T, G, D]. Returns [T, N, D]."""
         if packed_seq_params is None or two_way_spans(packed_seq_params) is None:
             raise ValueError("TwoWayAttention takes packs with spans: make_pack(.., spans=spans_of(model, ..))")
-        return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **options)
+        return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
 
     def _packed(
         self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, causal: bool, packed: PackedSeqParams

@@ -92,7 +92,8 @@ def encoders_of(parallel: ParallelConfig) -> Encoders:
     place = mpu.get_pipeline_model_parallel_rank() * tensor + mpu.get_tensor_model_parallel_rank()
     together = parallel.vision_shards == "tensor" and tensor > 1
     if parallel.vision_balance == "replica" or data == 1:
-        group, replicas, own = mpu.get_model_parallel_group(), (tuple(range(tensor * pipeline)),), 0
+        group, own = mpu.get_model_parallel_group(), 0
+        replicas: tuple[tuple[int, ...], ...] = (tuple(range(tensor * pipeline)),)
     else:
         # Megatron-Core counts ranks of a job by tensor, then data, then pipeline.
         group = dist.group.WORLD
