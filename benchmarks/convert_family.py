@@ -42,11 +42,9 @@ def published(family_name: str, model: ModelConfig) -> tuple[dict[str, tuple[int
     found = {name: shape for rule in rules for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)}
     tree = family.config(model, {"image": model.language.vocab_size - 1})
     files = {name: tree.pop(name) for name in list(tree) if name.endswith(".json")}
-    return found, {
-        "config.json": {**tree, "torch_dtype": "bfloat16"},
-        PREPROCESSOR: trained_preprocessor(model, {}, family.trained_pictures(model, {})),
-        **files,
-    }
+    if family.preprocesses:
+        files[PREPROCESSOR] = trained_preprocessor(model, {}, family.trained_pictures(model, {}))
+    return found, {"config.json": {**tree, **family.pictures_of(model), "torch_dtype": "bfloat16"}, **files}
 
 
 def main() -> int:

@@ -36,8 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "side_by_side": {"language": {"preset": "phi", **SMALL}},
     # MobileVLM V2's: 64 patches become 16 tokens.
     "token_reducing": {"connector": {"preset": "ldpnetv2", "output_grid": 4, "init_method_std": 0.1}},
-    # PaliGemma's: picture and question see each other both ways.
-    "prefix": {"language": PREFIX},
+    # PaliGemma's: picture and question see each other both ways; in a template that trains on answers alone.
+    "prefix": {"language": PREFIX, "template": "qwen2"},
     # InternVL's: four tiles of 32 pixels and the whole picture made small, each 16 patches and 4 tokens.
     "tiles": {
         "image": {"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 4, "thumbnail": True},
