@@ -94,7 +94,7 @@ def encoders_of(parallel: ParallelConfig) -> Encoders:
     replicas: tuple[tuple[int, ...], ...]
     if parallel.vision_balance == "replica" or data == 1:
         group, own = mpu.get_model_parallel_group(), 0
-        replicas: tuple[tuple[int, ...], ...] = (tuple(range(tensor * pipeline)),)
+        replicas = (tuple(range(tensor * pipeline)),)
     else:
         # Megatron-Core counts ranks of a job by tensor, then data, then pipeline.
         group = dist.group.WORLD
