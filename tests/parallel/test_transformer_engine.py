@@ -48,8 +48,9 @@ def decoder(name: str, **values: Any) -> dict[str, Any]:
 
 def connector(name: str) -> dict[str, Any]:
     """Return the branch of a preset."""
-    more = {"num_queries": 4, "head_dim": 16} if "num_queries" in registry.CONNECTORS.find(name).values else {}
-    return {"connector": {"preset": name.replace("<N>", "2"), **more}}
+    preset = name.replace("<N>", "2")
+    more = {"num_queries": 4, "head_dim": 16} if "num_queries" in registry.CONNECTORS.find(preset).values else {}
+    return {"connector": {"preset": preset, **more}}
 
 
 FP8 = {"fp8": "hybrid"}
