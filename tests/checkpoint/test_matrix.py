@@ -90,6 +90,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
+    if packed("vision", vision) and any_size(connector):  # it makes a token of each patch
+        tree["vision"]["spatial_merge_size"] = 1
     if dense(connector):
         tree["vision"]["feature_layers"] = [0, 1, 2]
     if registry.LANGUAGE.find(language).values.get("use_parallel_residual"):  # adds no levels behind its layers
@@ -129,6 +131,11 @@ def packed(kind: str, name: str) -> bool:
     return config.packed is not of_all.packed
 
 
+def any_size(connector: str) -> bool:
+    """Whether a connector takes what towers of either kind give, patch by patch."""
+    return registry.CONNECTORS.find(connector).architecture.name == "mlp"
+
+
 def dense(connector: str) -> bool:
     """Whether a connector takes features of several layers."""
     return registry.CONNECTORS.find(connector).architecture.name == "dense_connector"
@@ -145,7 +152,8 @@ def fronts() -> list[tuple[str, str]]:
     pairs = []
     for kind in (False, True):
         towers = [name for name in parts()["vision"] if packed("vision", name) == kind]
-        connectors = [name for name in parts()["connector"] if packed("connector", name) == kind and not dense(name)]
+        fitting = [name for name in parts()["connector"] if packed("connector", name) == kind or any_size(name)]
+        connectors = [name for name in fitting if not dense(name)]
         count = max(len(towers), len(connectors))
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
     # A norm behind the last layer does not go with features of others.

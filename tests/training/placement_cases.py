@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
+import itertools
 from collections import Counter
 from typing import Any, ClassVar
 
@@ -39,32 +39,28 @@ GRIDS = ((1, 2, 2), (1, 4, 2), (1, 6, 8), (2, 2, 4))
 
 
 def run_jobs(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
-    """Do one after the other; return by name what each gives on this rank."""
-    found = {}
-    for name, job in jobs.items():
-        found[name] = run(job)
-        gc.collect()  # modules in circles hold process groups of gloo, whose threads wake all the time
-    return found
+    """Do one after the other; return by name what each gives on this rank.
 
-
-def run(job: Job) -> dict[str, Any]:
-    """Train ``steps`` (first and last) from ``weights`` (made if they are not there) or ``load``, and save."""
-    recipe = made(job["recipe"])
-    check_recipe(recipe)
-    with process_groups(recipe.parallel, recipe.training.seed):
-        return train(job, recipe)
-
-
-def run_at_one_layout(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
-    """Do the same with many jobs whose sizes are alike, in one set of process groups: gloo's threads outlive each."""
+    Neighbours of one layout share their process groups: Megatron-Core's DistributedDataParallel is held by hooks that
+    the garbage collector does not see, and so are gloo's groups, whose threads wake all the time, until a process ends.
+    """
     recipes = {name: made(job["recipe"]) for name, job in jobs.items()}
-    one = next(iter(recipes.values()))
-    with process_groups(one.parallel, one.training.seed):
-        found = {}
-        for name, recipe in recipes.items():
-            check_recipe(recipe)
-            found[name] = train(jobs[name], recipe)
+    found = {}
+    for _, names in itertools.groupby(recipes, lambda name: _sizes(recipes[name])):
+        alike = list(names)
+        first = recipes[alike[0]]
+        with process_groups(first.parallel, first.training.seed):
+            for name in alike:
+                check_recipe(recipes[name])
+                found[name] = train(jobs[name], recipes[name])
     return found
+
+
+def _sizes(recipe: Recipe) -> tuple[Any, ...]:
+    """Return what process groups follow from."""
+    one = recipe.parallel
+    virtual = one.virtual_pipeline_model_parallel_size
+    return one.tensor_model_parallel_size, one.pipeline_model_parallel_size, virtual, recipe.training.seed
 
 
 def train(job: Job, recipe: Recipe) -> dict[str, Any]:

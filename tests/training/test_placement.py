@@ -149,7 +149,8 @@ def together(tmp: Path, cases: dict[str, tuple[str, int, dict[str, Any]]]) -> di
     starts = [(1, single)]
     for world in sorted({world for _, world, _ in cases.values()}):
         chosen = {case: one for case, one in cases.items() if one[1] == world}
-        starts.append((world, {case: job(tmp, name, case, p | ALL) for case, (name, _, p) in chosen.items()}))
+        in_turn = sorted(chosen.items(), key=lambda one: [one[1][2].get(key, 1) for key in (*TP2, *PP2, *VPP2)])
+        starts.append((world, {case: job(tmp, name, case, p | ALL) for case, (name, _, p) in in_turn}))
     found: dict[str, list[dict[str, Any]]] = {}
     for world, jobs in starts:
         by_rank = ranks.run("placement_cases:run_jobs", jobs, world=world)

@@ -54,7 +54,7 @@ def check(vision: str, connector: str, root: Path) -> None:
         }
         for placement, keys in PLACEMENTS.items()
     }  # fmt: skip
-    results = ranks.run("placement_cases:run_at_one_layout", jobs, world=4)[0]
+    results = ranks.run("placement_cases:run_jobs", jobs, world=4)[0]
     first, *others = ((results[name], numbers(root / name / f"step-{STEPS:08}")) for name in PLACEMENTS)
     assert any(key.startswith("vision.") for key in first[1])
     for placement, (got, now) in zip(list(PLACEMENTS)[1:], others, strict=True):
