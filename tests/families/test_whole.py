@@ -453,7 +453,7 @@ def test_a_recipe_has_the_numbers_of_its_script(name: str, recipe: str) -> None:
     assert tuple(part for part in MODULES if not getattr(modules, part).freeze) == stage.trains
     assert (optimizer.lr, optimizer.min_lr, optimizer.schedule) == (stage.lr, stage.least, "cosine")
     assert (modules.vision.lr_multiplier, modules.connector.lr_multiplier) == (stage.tower, stage.connector)
-    assert (None if found.lora is None else (found.lora.rank, found.lora.alpha)) == stage.lora
+    assert (None if found.lora.rank is None else (found.lora.rank, found.lora.alpha)) == stage.lora
     warmup = round(0.03 * stage.steps) if stage.warmup is None else stage.warmup
     assert (optimizer.weight_decay, optimizer.warmup_steps) == (stage.decay, warmup)
     assert (training.train_steps, training.global_batch_size) == (stage.steps, stage.batch)
