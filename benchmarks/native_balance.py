@@ -99,6 +99,11 @@ class Layout:
 
     patches: tuple[int, int, int]
 
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """Those that the tower gets: one."""
+        return (self.patches,)
+
 
 def samples(case: Case, plan: ImagePlan, seed: int) -> Iterator[Sample]:
     """Yield samples without end; those longer than a pack are left out."""

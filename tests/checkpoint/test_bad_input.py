@@ -192,7 +192,7 @@ def test_an_interruption_anywhere_leaves_nothing(
 
     for where in ("incoming._write_rest", "incoming._check_index", "outgoing._write_assets",
                   "incoming.CheckpointReader", "incoming.ReadBack.expect", "outgoing.ReadBack._check",
-                  "outgoing.ShardedWriter.close"):  # fmt: skip
+                  "outgoing.FolderedWriter.close"):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(f"megavlm.checkpoint.hf.{where}", fail)
             with pytest.raises(error):

@@ -134,7 +134,7 @@ def test_before_templates_and_image_plans_all_were_as_qwen_vl(preset: str, tmp_p
     today = tiny_recipe(model={"preset": preset, "vision": {}, "connector": {}, "language": {}})
     assert (today.model.template, today.model.image.kind) != ("qwen_vl", "squash")
     tree = to_tree(today)
-    tree["data"]["sequence_length"] = 4096
+    tree["data"]["sequence_length"] = 8192
     del tree["model"]["template"], tree["model"]["image"], tree["model"]["video"]
     path = older(tmp_path / "m", tree=tree)
     for model in (

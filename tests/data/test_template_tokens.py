@@ -82,12 +82,14 @@ def test_labels_answers_and_questions_of_ids(name: str, write: object, tmp_path:
                if label not in (IGNORE_INDEX, tokenizer.ids.get(template.ends)))  # fmt: skip
     _check_weights(turns, sample, tokenizer)
     # The end is trained behind each answer.
-    ends = tokenizer.stop_ids[0] if name != "minicpm" else tokenizer.eos_id
+    ends = tokenizer.eos_id if name in ("minicpm", "hpt_llama_3") else tokenizer.stop_ids[0]
     assert labels.count(ends) >= len(turns) // 2
     if name == "minicpm":
         assert labels[tokens.index(tokenizer.ids["<\u7528\u6237>"], 1)] == tokenizer.eos_id
     words = "" if name.startswith("llava_plain") else "How many cats?"
     image = "" if template.images_first else IMAGE_PLACEHOLDER
+    if name == "allava" and write is write_llava:  # its words mark turns, and no ALLaVA has SentencePiece
+        return
     asked = last_question(prompt, tokenizer)
     assert asked.removeprefix("Picture 1: ").replace("\n", "").replace(" ", "") == (image + words).replace(" ", "")
     if len(turns) > 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -120,7 +121,9 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
     assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     rank.kill()
     rank.wait()
-    gone, alive = psutil.wait_procs(workers, timeout=3)
+    with contextlib.suppress(psutil.NoSuchProcess):  # gone while it was looked at
+        psutil.wait_procs(workers, timeout=3)
+    alive = [worker for worker in workers if worker.is_running()]
     for worker in alive:
         worker.kill()
-    assert len(gone) == 2
+    assert not alive

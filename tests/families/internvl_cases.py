@@ -47,7 +47,7 @@ def compare(checkpoint: str, reference: str, layout: list[str]) -> tuple[dict[st
         load(path, modules=training.modules)
         (sample,) = read_reference(Path(reference), recipe)
         arrangement = arrange(plan_of(recipe.model), sample.layouts)
-        batch = _batch(sample, arrangement, recipe, unwrap(training.chunks[0]).own_positions)
+        batch = _batch(sample, arrangement, recipe, unwrap(training.chunks[0]))
         run_batches(training.chunks, [batch], num_sources=1)
         found = {}
         for module in training.modules:

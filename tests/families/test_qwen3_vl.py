@@ -76,8 +76,10 @@ def test_families_know_their_own(tmp_path: Path) -> None:
     twice = dataclasses.replace(model.vision, deepstack_layers=(1, 1))
     assert "interleaved sections" in str(family.refusal(dataclasses.replace(model, language=plain)))
     assert "do not rise" in str(family.refusal(dataclasses.replace(model, vision=twice)))
+    flat = dataclasses.replace(model.vision, deepstack_layers=())
     for other in ("qwen2_vl", "qwen2_5_vl"):
-        assert "not in sections" in str(FAMILIES[other].refusal(model))
+        assert "deepstack" in str(FAMILIES[other].refusal(model))
+        assert "not in sections" in str(FAMILIES[other].refusal(dataclasses.replace(model, vision=flat)))
         assert FAMILIES[other].refusal(dataclasses.replace(model, language=plain)) is not None
     assert "rotary positions" in str(FAMILIES["llama"].refusal(model))
 

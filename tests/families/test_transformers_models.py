@@ -127,7 +127,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     with process_groups(recipe.parallel, 1):
         ours = unwrap(build_model(recipe, IMAGE)[0])
         load(tmp_path / "m", modules=[ours])
-        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), recipe, ours.own_positions)
+        batch = _batch(one, arrange(plan_of(recipe.model), one.layouts), recipe, ours)
         logits = ours(batch.tokens, batch.position_ids, batch.packed_seq_params, images=batch.images)[0, :, :120]
         close(logits, expected)
         (logits * weights).sum().backward()

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 from samples import gradients
-from tiles_cases import ANYRES, ANYRES_MAX, LENGTH, TILES, packs, picture_samples, recipe
+from tiles_cases import ANYRES, ANYRES_MAX, LENGTH, SPLIT_TILES, TILES, packs, picture_samples, recipe
 from tiny import IMAGE_TOKEN
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def test_bf16_sums_the_newlines_gradient_in_one_go() -> None:
     assert newline.grad is not None and newline.grad.tolist() == [512.0] * 8
 
 
-KINDS = {"anyres": ANYRES, "anyres_max": ANYRES_MAX, "dynamic_tiles": TILES}
+KINDS = {"anyres": ANYRES, "anyres_max": ANYRES_MAX, "dynamic_tiles": TILES, "split_tiles": SPLIT_TILES}
 
 
 def test_all_plans_of_several_square_views_are_tried() -> None:

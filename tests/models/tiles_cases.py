@@ -35,6 +35,7 @@ PINPOINTS = tuple((rows * IMAGE_SIZE, columns * IMAGE_SIZE) for rows, columns in
 ANYRES = {"kind": "anyres", "pinpoints": PINPOINTS}
 ANYRES_MAX = {"kind": "anyres_max", "pinpoints": PINPOINTS, "max_tiles": 1}
 TILES = {"kind": "dynamic_tiles", "max_tiles": 4}
+SPLIT_TILES = {"kind": "split_tiles", "longest_edge": 2 * IMAGE_SIZE}
 
 
 def recipe(image: dict[str, Any], *, split: str = "auto", **branches: Any) -> Recipe:

@@ -43,7 +43,7 @@ class MLPConnector(MegatronModule):
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of [P, N, W] patch features."""
         with get_fp8_context(self.config):  # nothing in bf16
-            tokens_PNE = run_stack(self.layers, features_PNW[self.first :])
+            tokens_PNE = run_stack(self.layers, features_PNW[self.first :] if self.first else features_PNW)
         return tokens_PNE if self.multiplier == 1 else tokens_PNE * self.multiplier
 
 
