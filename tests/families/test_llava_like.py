@@ -26,7 +26,12 @@ TEMPLATES = {
     "allava": "allava", "allava_stablelm": "allava",
 }  # fmt: skip
 """Of those whose tokens the tokenizer at hand has; of the others the rows of a system say it."""
-COMBINATIONS = [pytest.param(name, marks=pytest.mark.family(family)) for name, (family, _) in LLAVA_LIKE.items()]
+LONGER = ("bunny_phi3", "bunny_stablelm", "bunny_qwen2", "bunny_minicpm", "bunny_llama")
+"""Those whose language model and projector others of these have."""
+COMBINATIONS = [
+    pytest.param(name, marks=[pytest.mark.family(family), *[pytest.mark.long] * (name in LONGER)])
+    for name, (family, _) in LLAVA_LIKE.items()
+]
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
