@@ -9,7 +9,6 @@ from typing import Any
 from llava_like_models import LLAVA_LIKE, LikeSource, bunny, like_answers, like_of, sources
 from whole import ALL, Lack, Published, Stage, WholeFamily
 
-PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 _COUNTS = {
     "bunny": {
         "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
@@ -133,7 +132,7 @@ def _row(
         answers=Lack("convert check cannot run: Transformers' LLaVA has no place for a head's bias; answers: `source`")
         if family in ("mipha", "llava_phi")
         else lambda path: like_answers({"imp": "imp_qwen2", "bunny": "bunny_phi"}.get(family, family), path),
-        lora=PHI_TARGETS if whole else Lack(mechanism),
+        lora=Lack("its class is its authors' code: PEFT was not tried on it") if whole else Lack(mechanism),
         presets={
             name: Published(count, refused={8: "36"} if name == "bunny_minicpm" else {})
             for name, count in _COUNTS[family].items()
