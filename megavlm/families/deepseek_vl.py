@@ -312,6 +312,8 @@ def _original_tower(config: Mapping[str, Any], where: str) -> Tree:
             f"{where}: vision_config has the class {kind!r} and the tower {name!r}; CLIPVisionTower with "
             f"{' or '.join(TOWERS)} is supported"
         )
+    # select_feature is not looked at: for a SigLIP clip_encoder.py sets it to "same".
+    expect(params, f"{where}: vision_config.params", pixel_mean=None, pixel_std=None, ignore_head=True)
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise UserError(f"{where}: vision_config.params.select_layer is {str(layer)[:40]!r}, which is no layer")
     shape = TOWERS[name]

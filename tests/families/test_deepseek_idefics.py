@@ -83,6 +83,10 @@ ORIGINAL: dict[str, tuple[Change, str]] = {
         _set("aligner_config", "params", "projector_type", value="low_high_hybrid_split_mlp_gelu"), "only 'mlp_gelu'"
     ),
     "a layer in words": (_set("vision_config", "params", "select_layer", value="last"), "select_layer is 'last'"),
+    "pixels normalised twice": (
+        _set("vision_config", "params", "pixel_mean", value=[0.5] * 3), "vision_config.params: pixel_mean is [0.5, 0.5"
+    ),
+    "a pooled tower": (_set("vision_config", "params", "ignore_head", value=False), "ignore_head is False; only True"),
     "pictures of another size": (_set("image_size", value=56, pixels=True), "image_size is 56, but config.json's"),
     "a side too long": (_set("min_size", value=29, pixels=True), "min_size is '29'; it must be a length from 1 to 28"),
 }  # fmt: skip
