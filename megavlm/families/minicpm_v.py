@@ -288,6 +288,7 @@ class MiniCPMLlama3V25Family(MiniCPMVFamily):
         expect(visual, where, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
         patch, side = visual.get("patch_size", 14), visual.get("image_size", 980)
         expect(source.config, where, patch_size=patch)
+        expect(source.config.get("slice_config") or {}, f"{where}: slice_config", patch_size=patch)
         dropped = flag(source.config, "drop_vision_last_layer", where, default=True)
         return {
             "preset": "minicpm_v_2_5_vit",

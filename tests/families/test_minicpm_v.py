@@ -164,6 +164,7 @@ def test_files_after_a_training_say_how_pictures_are_cut(tmp_path: Path) -> None
         (MiniCPMLlama3V25, "config.json", {"query_num": 5}, "query_num is 5, but resampler.query has 6 rows"),
         (MiniCPMLlama3V25, "config.json", {"slice_mode": False}, "slice_mode is False"),
         (MiniCPMLlama3V25, "config.json", {"patch_size": 14}, "patch_size is 14"),
+        (MiniCPMLlama3V25, "config.json", {"slice_config": {"patch_size": 14}}, "slice_config: patch_size is 14"),
         (MiniCPMLlama3V25, "preprocessor_config.json", {"max_slice_nums": 4}, "max_slice_nums is 4, but config.json"),
         (MiniCPMLlama3V25, "preprocessor_config.json", {"norm_mean": [0.4] * 3}, "norm_mean is [0.4"),
         (MiniCPMV2, "config.json", {"vision_encoder": "vit_large"}, "vision_encoder is 'vit_large'"),
