@@ -335,7 +335,7 @@ def timm_tower(source: Source, where: str) -> Tree:
     """Return the sizes of timm's SigLIP, which its tensors say.
 
     Raises:
-        UserError: it is another tower, or its tensors do not go with ``patch_size``.
+        UserError: it is another tower, or its tensors do not go with ``patch_size`` or ``drop_vision_last_layer``.
     """
     config = source.config
     expect(config, where, vision_encoder=_TIMM)
@@ -346,13 +346,20 @@ def timm_tower(source: Source, where: str) -> Tree:
             "correct it"
         )
     numbers = [int(found[1]) for name in source.tensors if (found := re.match(r"vpm\.blocks\.(\d+)\.", name))]
+    layers = max(numbers, default=-1) + 1
+    dropped = flag(config, "drop_vision_last_layer", where, default=layers < _TIMM_LAYERS)
+    if dropped != (layers < _TIMM_LAYERS):  # the code would leave one out that is there, or run one that is not
+        raise UserError(
+            f"{where}: drop_vision_last_layer is {dropped}, but vpm.blocks has {layers} of the tower's {_TIMM_LAYERS} "
+            "layers; correct one"
+        )
     rows = source.shape("vpm.pos_embed")[1]
     return {
         "patch_size": patch,
         "positional_grid": round(rows**0.5),
         "hidden_size": width,
         "ffn_hidden_size": source.shape("vpm.blocks.0.mlp.fc1.weight")[0],
-        "num_layers": max(numbers, default=-1) + 1,
+        "num_layers": layers,
         "num_attention_heads": _TIMM_HEADS,
     }
 

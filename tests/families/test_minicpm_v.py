@@ -169,6 +169,7 @@ def test_files_after_a_training_say_how_pictures_are_cut(tmp_path: Path) -> None
         (MiniCPMLlama3V25, "preprocessor_config.json", {"norm_mean": [0.4] * 3}, "norm_mean is [0.4"),
         (MiniCPMV2, "config.json", {"vision_encoder": "vit_large"}, "vision_encoder is 'vit_large'"),
         (MiniCPMV2, "config.json", {"patch_size": 14}, "patch_size is 14, but the patches of vpm.patch_embed are 7"),
+        (MiniCPMV2, "config.json", {"drop_vision_last_layer": False}, "is False, but vpm.blocks has 3 of the tower"),
         (MiniCPMV2, "config.json", {"use_mup": False}, "use_mup is False"),
         (MiniCPMV2, "config.json", {"num_hidden_layers": 3}, "layers.3"),
     ],
