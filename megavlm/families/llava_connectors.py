@@ -16,7 +16,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect
 from megavlm.families.family import Tree, config_file
-from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
+from megavlm.families.llava_original import DENSE_KINDS, LlavaOriginalFamily, SystemLanguage
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -122,7 +122,7 @@ class DenseConnectorFamily(LlavaOriginalFamily):
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         """By the integration, which LLaVA has not."""
-        return config.get("mm_dense_connector_type") in ("sti", "sci", "dci")
+        return config.get("mm_dense_connector_type") in DENSE_KINDS
 
     def tower_branch(self, source: Source) -> Tree:
         """Return ``model.vision`` with all layers that the integration takes.

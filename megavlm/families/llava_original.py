@@ -40,6 +40,8 @@ __all__ = ["TOWERS", "LlavaApartFamily", "LlavaOriginalFamily", "SystemLanguage"
 VISION_CONFIG = "vision_config.json"
 _PROJECTOR = "model.mm_projector."
 _HEAD = "lm_head."
+DENSE_KINDS = ("sti", "sci", "dci")
+"""Of DenseConnector's ``mm_dense_connector_type``; with another its code is LLaVA's."""
 
 
 @dataclass(frozen=True)
@@ -378,8 +380,17 @@ class LlavaApartFamily(LlavaOriginalFamily):
         return self._is_system(source) and not self._holds_tower(source)
 
     def branches(self, source: Source) -> Tree:
-        """Return two branches."""
+        """Return two branches.
+
+        Raises:
+            UserError: it is a DenseConnector, whose family has the tower with it.
+        """
         self.check_pictures(source.config, config_file(source))
+        if (dense := source.config.get("mm_dense_connector_type")) in DENSE_KINDS:
+            raise UserError(
+                f"{config_file(source)}: mm_dense_connector_type is {dense!r}, and the weights have no vision tower; "
+                f"put that of mm_vision_tower under {self.styles['published']['tower']} beside them"
+            )
         return self._rest(source)
 
     def style_of(self, source: Source) -> str:

@@ -17,7 +17,7 @@ from family_cases import clip_vision, llava, siglip_vision, vicuna
 from llava_connectors_models import CONNECTORS, dense, mobilevlm
 from peft import PeftModel
 from pieces_models import PIECES, hpt, xtuner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from spliced_models import Parts, Spliced
 from spliced_rows import spliced_rows
 from tinyllava_models import TINYLLAVA, tinyllava
@@ -255,6 +255,19 @@ def test_a_configuration_that_does_not_fit(name: str, tmp_path: Path, capsys: py
     line = refused(capsys, "hf-to-megatron", "--hf", source, "--out", tmp_path / "m")
     assert str(source) in line and all(word in line for word in words), line
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.family("dense_connector")
+def test_a_dense_connector_without_its_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no LLaVA whose tower is apart, although the projector of sti is as wide as one's."""
+    source = CONNECTORS["dense_connector_sti"][1](tmp_path / "hf")
+    state = {name: value for name, value in load_file(source / "model.safetensors").items() if "tower" not in name}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    siglip_vision().save_pretrained(tmp_path / "tower")
+    line = refused(
+        capsys, "hf-to-megatron", "--hf", source, "--vision", tmp_path / "tower", "--out", tmp_path / "m"
+    )  # fmt: skip
+    assert str(source / "config.json") in line and "mm_dense_connector_type is 'sti'" in line, line
 
 
 def test_tensors_that_no_row_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
