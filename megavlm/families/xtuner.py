@@ -29,6 +29,8 @@ from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 
 _TOWER, _PROJECTOR = "visual_encoder", "projector"
+_ADAPTERS = {"llm_adapter": "the language model", "visual_encoder_adapter": "the tower"}
+"""Folders of LoRAs, which xtuner's code puts on the parts beside them."""
 _LAYER = -2
 _SIZE = 448
 """HPT's ``vis_scale``, in pixels."""
@@ -61,7 +63,17 @@ class XtunerFamily(Family):
         return self.styles[style]["vision"] + "embeddings.patch_embedding.weight"
 
     def branches(self, source: Source) -> Tree:
-        """Return all three branches, and what becomes of pictures."""
+        """Return all three branches, and what becomes of pictures.
+
+        Raises:
+            UserError: a LoRA lies beside the parts, or these do not go together.
+        """
+        for folder, part in _ADAPTERS.items():
+            if (source.directory / folder).is_dir():
+                raise UserError(
+                    f"{source.directory / folder}: a LoRA of {part} beside its weights; merge it into these with PEFT "
+                    "if it is not yet, and move it elsewhere"
+                )
         text_source = source.pieces.get(self.text_folder, source)
         where = config_file(text_source)
         kind = text_kind(text_source.config)

@@ -270,6 +270,15 @@ def test_a_dense_connector_without_its_tower(tmp_path: Path, capsys: pytest.Capt
     assert str(source / "config.json") in line and "mm_dense_connector_type is 'sti'" in line, line
 
 
+@pytest.mark.parametrize("folder", ["llm_adapter", "visual_encoder_adapter"])
+def test_a_lora_beside_the_pieces(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """xtuner's code puts it on the part; it would be lost."""
+    source = PIECES["xtuner"][1](tmp_path / "hf")
+    (source / folder).mkdir()
+    line = refused(capsys, "hf-to-megatron", "--hf", source, "--out", tmp_path / "m")
+    assert f"{source / folder}: a LoRA of" in line, line
+
+
 def test_tensors_that_no_row_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A ``.bin`` with more tensors than the table, and a piece that is missing."""
     source = CONNECTORS["mobilevlm"][1](tmp_path / "hf")
