@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 from megavlm.config.architecture import MODELS
+from megavlm.families.presets_small import CLIP, SIGLIP
 
-_SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
-_S2: dict[str, Any] = {**_SIGLIP, "image_size": 1152, "s2_scales": [384, 768, 1152]}
-_CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
+_S2: dict[str, Any] = {**SIGLIP, "image_size": 1152, "s2_scales": [384, 768, 1152]}
 _EVA: dict[str, Any] = {"preset": "eva02_clip_l_14_336"}
 
 # Bunny's language model, the rows of its embedding, which its loader cuts to what the tokenizer has (builder.py:
@@ -49,7 +48,7 @@ def register_llava_like() -> None:
     for name, (language, own, template) in _BUNNY.items():
         # As bunny_minicpm.py multiplies words, so pictures.
         connector = {"preset": "mlp2x_gelu", **({"output_multiplier": 12.0} if name == "minicpm" else {})}
-        for version, tower, known in (("", _SIGLIP, _BUNNY), ("_v1_1", _S2, _BUNNY_1_1), ("_eva", _EVA, _BUNNY_EVA)):
+        for version, tower, known in (("", SIGLIP, _BUNNY), ("_v1_1", _S2, _BUNNY_1_1), ("_eva", _EVA, _BUNNY_EVA)):
             if name not in known:
                 continue
             MODELS.register(
@@ -63,7 +62,7 @@ def register_llava_like() -> None:
     for name, (language, template) in _IMP.items():
         MODELS.register(
             f"imp_{name}",
-            vision=_SIGLIP,
+            vision=SIGLIP,
             connector={"preset": "mlp2x_gelu"},
             language={"preset": language},
             template=template,
@@ -71,7 +70,7 @@ def register_llava_like() -> None:
     for name, (language, template, scale) in _MIPHA.items():
         MODELS.register(
             f"mipha_{name}",
-            vision=_SIGLIP,
+            vision=SIGLIP,
             connector={"preset": "mlp2x_gelu", "output_multiplier": scale},
             language={"preset": language},
             image={"kind": "pad"},
@@ -79,7 +78,7 @@ def register_llava_like() -> None:
         )
     MODELS.register(
         "llava_phi_3b",
-        vision=_CLIP,
+        vision=CLIP,
         connector={"preset": "mlp2x_gelu"},
         language={"preset": "phi_2"},
         image={"kind": "pad"},
@@ -89,7 +88,7 @@ def register_llava_like() -> None:
     for name, language, own in (("3b", "phi_2", {"lm_head_bias": False}), ("stablelm_2", "stablelm_2_1_6b", {})):
         MODELS.register(
             f"allava_{name}",
-            vision=_CLIP,
+            vision=CLIP,
             connector={"preset": "mlp2x_gelu"},
             language={"preset": language, **own},
             image={"kind": "pad"},
