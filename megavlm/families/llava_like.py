@@ -19,7 +19,7 @@ from megavlm.families.eva02 import AUTHORS, eva02_table, eva02_tower, no_eva02
 from megavlm.families.family import Tower, Tree, config_file
 from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
 from megavlm.families.preprocessor import normalisation
-from megavlm.families.public_towers import public_name
+from megavlm.families.public_towers import known_tower, public_name
 from megavlm.families.towers import transformers_vision_config
 from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
@@ -38,6 +38,17 @@ class _LikeFamily(LlavaOriginalFamily):
     """Whether its towers are CLIP's, SigLIP's."""
     own_layer: ClassVar[int | None] = None
     """The layer whose features its code takes, whatever config.json says."""
+
+    def check_pictures(self, config: Mapping[str, Any], where: str) -> None:
+        """Check the layer of a tower that its code takes by name: of one whose last layers were cut off it is another.
+
+        Raises:
+            UserError: it is not the one that the code takes.
+        """
+        super().check_pictures(config, where)
+        mm = self.mm(config)
+        if self.own_layer is not None and known_tower(str(mm.get("mm_vision_tower"))) is not None:
+            expect(mm, where, mm_vision_select_layer=self.own_layer)
 
     def no_tower(self, vision: VisionConfig) -> str | None:
         """Return why the system has no such tower, or None."""

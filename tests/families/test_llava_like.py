@@ -81,6 +81,11 @@ BAD: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "depth": ("bunny_phi", {"mm_projector_type": "mlp3x_gelu"}, ("mlp3x_gelu", "those of mlp2x_gelu")),
     "language": ("bunny_phi", {"model_type": "bunny-gemma"}, ("'bunny-gemma'", "bunny-phi, bunny-phi3")),
     "tower": ("imp", {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, ("1024 wide", "clip-vit-large")),
+    "layer": (
+        "bunny_phi",
+        {"mm_vision_tower": "google/siglip-so400m-patch14-384", "mm_vision_select_layer": -1},
+        ("mm_vision_select_layer is -1", "only -2"),
+    ),
     "scales": ("bunny_phi3_s2", {"s2_scales": "32,64"}, ("tiles of 32", "28 x 28")),
     "no scales": ("bunny_phi3_s2", {"s2_scales": "large"}, ("s2_scales is 'large'", "commas")),
     "several sizes": ("bunny_phi", {"use_s2": True, "s2_scales": "28,56"}, ("mm_hidden_size is 48", "96 wide")),
