@@ -16,7 +16,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import expect
 from megavlm.families.family import Tree, config_file
-from megavlm.families.llava_original import DENSE_KINDS, LlavaOriginalFamily, SystemLanguage
+from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -39,6 +39,7 @@ class MobileVLMFamily(LlavaOriginalFamily):
     }  # fmt: skip
     languages: ClassVar = (SystemLanguage("llama", ("mobilevlm",), "MobileLlamaForCausalLM", ("vicuna_v1",)),)
     others = "-"
+    may_lack_tower = False
     tower_keys: ClassVar = {}  # a v2 takes the checkpoint's tower; for a v1 there is no key that makes its code do so
     read_as = None
     flags: ClassVar = {**LlavaOriginalFamily.flags, "vision_tower_type": "clip"}
@@ -118,11 +119,12 @@ class DenseConnectorFamily(LlavaOriginalFamily):
         ),
     )
     others = "-"
+    may_lack_tower = False
     read_as = None
 
     def describes(self, config: Mapping[str, Any]) -> bool:
         """By the integration, which LLaVA has not."""
-        return config.get("mm_dense_connector_type") in DENSE_KINDS
+        return config.get("mm_dense_connector_type") in ("sti", "sci", "dci")
 
     def tower_branch(self, source: Source) -> Tree:
         """Return ``model.vision`` with all layers that the integration takes.

@@ -32,6 +32,7 @@ class _LikeFamily(LlavaOriginalFamily):
     """What these have in common."""
 
     others = "-"
+    may_lack_tower = False
     tower_keys: ClassVar = {}
     own_rotary = True
     clips: ClassVar[tuple[bool, ...]] = (True, False)

@@ -40,8 +40,6 @@ __all__ = ["TOWERS", "LlavaApartFamily", "LlavaOriginalFamily", "SystemLanguage"
 VISION_CONFIG = "vision_config.json"
 _PROJECTOR = "model.mm_projector."
 _HEAD = "lm_head."
-DENSE_KINDS = ("sti", "sci", "dci")
-"""Of DenseConnector's ``mm_dense_connector_type``; with another its code is LLaVA's."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,8 @@ class LlavaOriginalFamily(Family):
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
     own_multiplier = True
+    may_lack_tower: ClassVar[bool] = True
+    """Whether a checkpoint may come without its tower, which then is of :class:`LlavaApartFamily`."""
 
     languages: ClassVar[tuple[SystemLanguage, ...]] = (
         # Llama 3 and Yi have Llama's names, and tokens of their own.
@@ -120,8 +120,20 @@ class LlavaOriginalFamily(Family):
     """Keys that are always the same in what is written."""
 
     def detect(self, source: Source) -> bool:
-        """By the projector's type, the language model's names and whether the tower is there."""
-        return self._is_system(source) and self._holds_tower(source)
+        """By the projector's type, the language model's names and whether the tower is there.
+
+        Raises:
+            UserError: it is the system's, and the tower is missing.
+        """
+        if not self._is_system(source):
+            return False
+        if self._holds_tower(source) or self.may_lack_tower:
+            return self._holds_tower(source)
+        tower, first = self.mm(source.config).get("mm_vision_tower"), next(iter(self.styles))
+        raise UserError(
+            f"{source.path}: {self.title} without a vision tower ({self.probe(first)} is not there), which is only "
+            f"read with it; put that of mm_vision_tower {tower!r} beside the other weights"
+        )
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """By the language model: its authors' code has the forms, and no ``chat_template``."""
@@ -380,17 +392,8 @@ class LlavaApartFamily(LlavaOriginalFamily):
         return self._is_system(source) and not self._holds_tower(source)
 
     def branches(self, source: Source) -> Tree:
-        """Return two branches.
-
-        Raises:
-            UserError: it is a DenseConnector, whose family has the tower with it.
-        """
+        """Return two branches."""
         self.check_pictures(source.config, config_file(source))
-        if (dense := source.config.get("mm_dense_connector_type")) in DENSE_KINDS:
-            raise UserError(
-                f"{config_file(source)}: mm_dense_connector_type is {dense!r}, and the weights have no vision tower; "
-                f"put that of mm_vision_tower under {self.styles['published']['tower']} beside them"
-            )
         return self._rest(source)
 
     def style_of(self, source: Source) -> str:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from family_cases import clip_vision, llava, siglip_vision, vicuna
 from llava_connectors_models import CONNECTORS, dense, mobilevlm
+from llava_like_models import LLAVA_LIKE
 from peft import PeftModel
 from pieces_models import PIECES, hpt, xtuner
 from safetensors.torch import load_file, save_file
@@ -257,17 +258,16 @@ def test_a_configuration_that_does_not_fit(name: str, tmp_path: Path, capsys: py
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.family("dense_connector")
-def test_a_dense_connector_without_its_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is no LLaVA whose tower is apart, although the projector of sti is as wide as one's."""
-    source = CONNECTORS["dense_connector_sti"][1](tmp_path / "hf")
+@pytest.mark.parametrize("name", ["dense_connector_sti", "mobilevlm", "bunny_phi", "llava_phi"])
+def test_a_system_without_its_tower(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no LLaVA whose tower is apart, although a projector (that of sti) may be as wide as one's."""
+    family, make = (CONNECTORS | LLAVA_LIKE)[name]
+    source = make(tmp_path / "hf")
     state = {name: value for name, value in load_file(source / "model.safetensors").items() if "tower" not in name}
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     siglip_vision().save_pretrained(tmp_path / "tower")
-    line = refused(
-        capsys, "hf-to-megatron", "--hf", source, "--vision", tmp_path / "tower", "--out", tmp_path / "m"
-    )  # fmt: skip
-    assert str(source / "config.json") in line and "mm_dense_connector_type is 'sti'" in line, line
+    line = refused(capsys, "hf-to-megatron", "--hf", source, "--vision", tmp_path / "tower", "--out", tmp_path / "m")
+    assert f"{source}: {FAMILIES[family].title} without a vision tower" in line, line
 
 
 @pytest.mark.parametrize("folder", ["llm_adapter", "visual_encoder_adapter"])
