@@ -14,7 +14,7 @@ from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
 from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig, VideoConfig
-from megavlm.config.video import MOST_FRAMES
+from megavlm.config.video import FPS, GLM_SECONDS, MOST_FRAMES
 
 Tree = dict[str, Any]
 
@@ -53,13 +53,25 @@ def model_with_defaults(model: Mapping[str, Any]) -> Tree:
         filled["image"] = {**_defaults(ImageConfig), **image}  # before there were image plans, all squashed
         video = model.get("video", {})
         if isinstance(video, Mapping):
-            filled["video"] = {**_defaults(VideoConfig), **_without_idle(video)}  # and none took films
+            kept = _without_idle(video, timed=_has_time(classes["language"], model["language"]))
+            filled["video"] = {**_defaults(VideoConfig), **kept}  # and none took films
         filled["template"] = model.get("template", ModelConfig.template)  # and all spoke Qwen-VL's
     return {**model, **filled}
 
 
-def _without_idle(video: Mapping[str, Any]) -> Tree:
-    """Return keys of ``model.video`` without those that had no effect when they were saved, and are refused now."""
+def _has_time(language: Any, values: Mapping[str, Any]) -> bool:
+    """Whether a language model's positions have a time, or it cannot be told here."""
+    known = language is not None and "rotary_sections" in language.__pydantic_fields__
+    return not known or bool(values.get("rotary_sections"))
+
+
+def _without_idle(video: Mapping[str, Any], *, timed: bool) -> Tree:
+    """Return keys of ``model.video`` without those that had no effect when they were saved, and are refused now.
+
+    Args:
+        video: the keys.
+        timed: whether the language model's positions have a time.
+    """
     kind = video.get("kind", VideoConfig.kind)
     kept = dict(video) if kind != VideoConfig.kind else {"kind": kind}
     if kept.get("num_frames") is not None:
@@ -69,6 +81,12 @@ def _without_idle(video: Mapping[str, Any]) -> Tree:
     for key in ("num_frames", "min_frames", "max_frames"):  # of more, a film was refused
         if kept.get(key) is not None:
             kept[key] = min(kept[key], MOST_FRAMES)
+    fps, seconds = kept.get("fps") or FPS, kept.get("max_seconds") or GLM_SECONDS
+    if kind == "glm4v" and int(seconds * fps) > MOST_FRAMES:
+        kept["max_seconds"] = MOST_FRAMES / fps
+    if not timed:
+        kept.pop("tokens_per_second", None)
+        kept.pop("positions_after", None)
     return kept
 
 

@@ -78,7 +78,7 @@ class ConnectorConfig:
     """The module between tower and language model. Each architecture has a class of keys of its own."""
 
     preset: str
-    """Name of a registered connector: resampler, linear, or mlpNx_gelu with a number for N."""
+    """Name of a registered connector (docs/connectors.md): linear, mlpNx_gelu with a number for N, resampler, .."""
     tensor_parallel: Annotated[Literal["auto", "shard", "replicate"], Meaning.RUN] = "auto"
     """How the connector lies on the tensor-parallel ranks; see model.vision.tensor_parallel."""
 

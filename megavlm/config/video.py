@@ -10,6 +10,10 @@ from megavlm.config.fields import config_class
 
 MOST_FRAMES = 4096
 """More frames of one film are never shown."""
+FPS = 2.0
+"""Frames that are shown of a second, where neither the recipe nor the kind says another number."""
+GLM_SECONDS = 300.0
+"""``max_seconds`` of GLM-4.1V's processor."""
 
 
 @config_class

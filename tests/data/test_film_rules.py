@@ -206,6 +206,7 @@ def test_every_key_is_honoured_or_refused() -> None:
         FilmShape(64, 48, 200, 2.0, sampled=True),
         FilmShape(64, 48, 8, 4.0),
     ]
+    assert film_plan_kinds().keys() == CLASSES.keys()
     for kind in (*CLASSES, "none"):
         own = film_plan_kinds()[kind].keys if kind != "none" else ()
         name = "qwen2_vl" if kind == "none" else kind
@@ -245,9 +246,16 @@ def test_a_checkpoint_with_keys_that_had_no_effect_still_loads() -> None:
         ({"kind": "none", "fps": 3.0, "max_frames": 5}, {}),
         ({"kind": "qwen3_vl", "num_frames": 8, "min_frames": 4, "max_frames": 6}, {"num_frames": 8}),
         ({"kind": "qwen3_vl", "max_frames": 9000}, {"max_frames": 4096}),
+        ({"kind": "glm4v", "fps": 32.0}, {"fps": 32.0, "max_seconds": 128.0}),
+        ({"kind": "glm4v", "max_seconds": 3000.0}, {"max_seconds": 2048.0}),
+        ({"kind": "glm4v", "fps": 4.0, "max_seconds": 900.0}, {"fps": 4.0, "max_seconds": 900.0}),
+        ({"kind": "qwen2_vl", "tokens_per_second": 2.0, "positions_after": "side", "fps": 3.0}, {"fps": 3.0}),
     ):
         found = with_defaults({"model": {**whole, "video": told}})["model"]["video"]
         assert VideoConfig(**found) == VideoConfig(kind=told["kind"], **kept), told
+    timed = {**whole, "language": {**whole["language"], "rotary_sections": [8, 12, 12]}}
+    told = {"kind": "qwen2_vl", "tokens_per_second": 2.0, "positions_after": "side"}
+    assert told.items() <= with_defaults({"model": {**timed, "video": told}})["model"]["video"].items()
 
 
 def test_a_tower_that_does_not_fit() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megavlm.config.errors import UserError
-from megavlm.config.video import MOST_FRAMES
+from megavlm.config.video import FPS, GLM_SECONDS, MOST_FRAMES
 from megavlm.data.films.plan import FilmError, FilmLayout, FilmShape, PackedFilmPlan, register_film_plan
 from megavlm.data.films.sampling import (
     by_seconds,
@@ -27,10 +27,9 @@ from megavlm.data.plans_native import enlarged, whole_blocks
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
 
-_FPS, _LEAST_FRAMES, _MOST_FRAMES = 2.0, 4, 768
+_LEAST_FRAMES, _MOST_FRAMES = 4, 768
 _LEAST_TOKENS, _MOST_TOKENS = 128, 768
 _GLM_PIXELS = (112 * 112, 28 * 28 * 2 * 30000)
-_GLM_SECONDS = 300.0
 _SPARE = 1.05
 """A frame has at least so many times ``min_pixels``, however many there are."""
 _QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
@@ -40,7 +39,7 @@ _QWEN_MARKS = ("<|vision_start|>", "<|vision_end|>")
 class RatedFilmPlan(PackedFilmPlan):
     """A plan that takes so many frames of a second."""
 
-    fps: float = _FPS
+    fps: float = FPS
     num_frames: int | None = None
     """Frames of any film, whatever its length; None for ``fps``."""
     min_frames: int = _LEAST_FRAMES
@@ -143,7 +142,7 @@ class Qwen3FilmPlan(RatedFilmPlan):
 class GlmFilmPlan(RatedFilmPlan):
     """GLM-4.1V: all frames share one budget, and the seconds stand behind each patch in time."""
 
-    max_seconds: float = _GLM_SECONDS
+    max_seconds: float = GLM_SECONDS
 
     def choose(self, shape: FilmShape) -> tuple[int, ...]:
         """Return frames at equal times; of chosen ones all, or as many as there may be."""
@@ -298,7 +297,7 @@ def _glm(model: ModelConfig) -> GlmFilmPlan:
     common = _common(model, "glm4v")
     least = common.setdefault("min_pixels", _GLM_PIXELS[0])
     common.setdefault("total_pixels", max(_GLM_PIXELS[1], least))
-    plan = GlmFilmPlan(**common, max_seconds=model.video.max_seconds or _GLM_SECONDS)
+    plan = GlmFilmPlan(**common, max_seconds=model.video.max_seconds or GLM_SECONDS)
     _check_pixels(model, plan)
     most = int(plan.max_seconds * plan.fps)
     if most > MOST_FRAMES:
