@@ -119,6 +119,13 @@ def test_shards_are_a_part_of_the_tower_and_stages_encode() -> None:
         Timer(r, one, H100, workload).phases() for r, one in zip((whole, cut), layouts, strict=True)
     )
     assert fast < slow < 2 * fast
+    # On one stage nothing is handed over; pictures are encoded again all the same.
+    one = {"tensor_model_parallel_size": 4, "sequence_parallel": True, **SHARDS}
+    alone, again = (
+        Timer(r, layout_of(r, 64), H100, workload).phases()
+        for r in (vision_heavy(**one), vision_heavy(**one, vision_recompute=True))
+    )
+    assert alone[2] == again[2] == 0 and again[1] == pytest.approx(alone[1] + alone[0])
 
 
 def test_auto_cuts_what_does_not_fit_whole() -> None:
