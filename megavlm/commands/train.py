@@ -22,7 +22,7 @@ from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import tokenizer_of
 from megavlm.parallel.lock import LockView, LostError
 from megavlm.parallel.output import holding, try_writing
-from megavlm.planning.layout import with_placement
+from megavlm.planning.layout import with_parallel, with_placement
 from megavlm.planning.placement import AUTO, FIRST, check_fits, record, settled
 from megavlm.training.loggers.known import check_loggers
 
@@ -123,9 +123,12 @@ def train(recipe: Recipe) -> int:
         holding(recipe.output_dir, "train", "output_dir", recipe.checkpoint.lock_timeout_seconds, leaving) as lock,
         _causes_told(recipe.output_dir, lock),
     ):
-        if given.parallel.vision_placement == AUTO and any_rank(recipe.parallel.vision_placement == FIRST):
+        if given.parallel.vision_placement == AUTO:
             # A rank to which the run's record looked otherwise must not go its own way.
-            recipe = with_placement(recipe, FIRST)
+            if any_rank(recipe.parallel.vision_placement == FIRST):
+                recipe = with_placement(recipe, FIRST)
+            elif any_rank(recipe.parallel.vision_shards == "tensor"):
+                recipe = with_parallel(recipe, vision_shards="tensor")
         trainer = Trainer(with_steps(recipe, tokenizer), tokenizer, lock, stop, record(given, recipe))
         leaving.callback(trainer.exporter.end)
         try:

@@ -91,7 +91,7 @@ class SharedPictures:
     grids: Sequence[Sequence[Grid]]
     """[D][V]."""
     moved: int = 0
-    """Pictures of this replica that another one encodes."""
+    """Views of this replica that another one encodes; each frame of a film is one."""
 
 
 _MOST_DIMENSIONS = 5
@@ -267,8 +267,8 @@ def _scatter_pictures(
             mine.append(body[at[replica] : at[replica] + count])
             at[replica] += count
         one["images"] = mine[0] if len(mine) == 1 else torch.cat(mine)
-        home = places[encoders.own][number]
-        moved = sum(place // encoders.places != encoders.own for place in home)
+        home = zip(places[encoders.own][number], own[number], strict=True)
+        moved = sum(grid[0] if grid else 1 for place, grid in home if place // encoders.places != encoders.own)
         shared.append(SharedPictures([one[number] for one in places], [one[number] for one in grids], moved))
     return shared
 

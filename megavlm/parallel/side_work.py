@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,17 @@ from torch import Tensor
 from megavlm.parallel.device import has_cuda, use_local_device
 
 
+@functools.cache
+def _side_stream() -> Any:
+    """Return the stream of all such work.
+
+    One for good: the allocator keeps freed memory for the stream that it was made on, and torch goes round 32 streams.
+    """
+    return torch.cuda.Stream()
+
+
 class SideWork:
-    """Makes tensors in a thread, without gradients; on a GPU on a stream of its own.
+    """Makes tensors in a thread, without gradients; on a GPU on a stream beside the caller's.
 
     What the work reads must not change until :meth:`result`. It may call no collective, and draw no random number:
     others do meanwhile.
@@ -25,7 +36,7 @@ class SideWork:
     def __init__(self, work: Callable[[], Sequence[Tensor]]) -> None:
         self._work, self._made = work, list[Tensor]()
         self._error: BaseException | None = None
-        self._stream = torch.cuda.Stream() if has_cuda() else None
+        self._stream = _side_stream() if has_cuda() else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         self._thread = threading.Thread(target=self._run, name="megavlm-side-work", daemon=True)

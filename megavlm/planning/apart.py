@@ -27,6 +27,8 @@ class VisionBytes:
     """Of the rank's own pictures; on the first stage of all that its reader hands out."""
     passing: int
     """Most that comes and goes while it encodes or goes backward, beyond what is kept."""
+    following: int
+    """With ``parallel.vision_ahead``: pixels and features of its pictures of the next step."""
 
 
 def alone(layout: Layout) -> Layout:
@@ -75,4 +77,5 @@ def vision_bytes(recipe: Recipe, layout: Layout, stage: int, views: float, most_
     if learns:
         passing = max(passing, tower.rebuilt(recipe.model.vision, ranks, seen, kernels))
     passing += graph if again else 0
-    return VisionBytes(kept, round(pixels if stage == 0 else pixels / layout.places), int(passing))
+    following = round((pixels + features) / layout.places) if recipe.parallel.vision_ahead else 0
+    return VisionBytes(kept, round(pixels if stage == 0 else pixels / layout.places), int(passing), following)

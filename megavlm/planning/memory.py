@@ -67,8 +67,10 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload)
     if layout.apart:
         own = vision_bytes(recipe, layout, stage, workload.views, workload.most_views)
         vision += own.kept
-        # Nobody encodes while the pipeline runs.
-        passing = max(passing, own.passing - language - output)
+        if recipe.parallel.vision_ahead:  # the next step's pictures are encoded while the pipeline runs
+            vision, passing = vision + own.following, passing + own.passing
+        else:
+            passing = max(passing, own.passing - language - output)
     return StageMemory(
         weights=static.weights,
         gradients=static.gradients,

@@ -178,9 +178,9 @@ def settled(recipe: Recipe, gpus: int) -> Recipe:
     if recipe.parallel.vision_placement != AUTO:
         return recipe
     if (kept := _kept(recipe, gpus)) is not None:
-        logger.info("parallel.vision_placement: %s, as the run was planned when it began", kept[0])
-        placed = with_placement(recipe, kept[0])
-        return with_parallel(placed, vision_shards=kept[1]) if kept[0] == ALL else placed
+        placement = kept.parallel.vision_placement
+        logger.info("parallel.vision_placement: %s, as the run was planned when it began", placement)
+        return kept
     gpu = find_gpu(DEFAULT)
     try:
         if costless(recipe.model):
@@ -204,10 +204,10 @@ def record(given: Recipe, recipe: Recipe) -> dict[str, str]:
     return {_RECORD: recipe.parallel.vision_placement, _SHARDS: recipe.parallel.vision_shards}
 
 
-def _kept(recipe: Recipe, gpus: int) -> tuple[str, str] | None:
-    """Return what ``auto`` was settled to in the run's newest checkpoint, with what ``vision_shards`` was then.
+def _kept(recipe: Recipe, gpus: int) -> Recipe | None:
+    """Return the recipe with what ``auto`` was settled to in the run's newest checkpoint, in shards if it was then.
 
-    None where there is none, or all is new.
+    None where there is none, or all is new, or the recipe has a key by now that does not go with it.
     """
     newest = newest_first(Path(recipe.output_dir) / "checkpoints") if recipe.checkpoint.resume else []
     try:
@@ -217,10 +217,12 @@ def _kept(recipe: Recipe, gpus: int) -> tuple[str, str] | None:
         then, now = _planned_from(read_tree(newest[0])), _planned_from(to_tree(recipe))
         if any(then[key] != now[key] for key in then.keys() & now.keys()):  # one may be newer, and know more keys
             return None
-        check_recipe(with_placement(recipe, run[_RECORD]), gpus)
+        cut = run[_RECORD] == ALL and run.get(_SHARDS) == "tensor"
+        kept = _cut(recipe) if cut else with_placement(recipe, run[_RECORD])
+        check_recipe(kept, gpus)
     except (UserError, OSError):  # who loads it says what is wrong
         return None
-    return str(run[_RECORD]), str(run.get(_SHARDS, recipe.parallel.vision_shards))
+    return kept
 
 
 def _planned_from(tree: dict[str, Any]) -> dict[str, Any]:

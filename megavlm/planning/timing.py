@@ -328,8 +328,9 @@ class Timer:
         others = (self.layout.places - 1) / self.layout.places
         out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.places > 1 else 0.0
         share = 1 if self.layout.together else self.layout.tensor
-        back = out / share if not (modules.vision.freeze and modules.connector.freeze) else 0.0
-        again = forward if back and self.recipe.parallel.vision_recompute else 0.0
+        trains = not (modules.vision.freeze and modules.connector.freeze)
+        back = out / share if trains else 0.0
+        again = forward if features and trains and self.recipe.parallel.vision_recompute else 0.0
         return forward, cost.backward + adding + again, out + back
 
     def apart(self) -> tuple[float, float]:

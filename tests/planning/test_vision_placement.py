@@ -119,6 +119,28 @@ def test_shards_are_a_part_of_the_tower_and_stages_encode() -> None:
         Timer(r, one, H100, workload).phases() for r, one in zip((whole, cut), layouts, strict=True)
     )
     assert fast < slow < 2 * fast
+    # On one stage nothing is handed over; pictures are encoded again all the same.
+    one = {"tensor_model_parallel_size": 4, "sequence_parallel": True, **SHARDS}
+    alone, again = (
+        Timer(r, layout_of(r, 64), H100, workload).phases()
+        for r in (vision_heavy(**one), vision_heavy(**one, vision_recompute=True))
+    )
+    assert alone[2] == again[2] == 0 and again[1] == pytest.approx(alone[1] + alone[0])
+
+
+def test_pictures_that_are_encoded_ahead_lie_beside_the_pipeline() -> None:
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, **EVERY}
+    plain = vision_heavy(**sizes)
+    frozen = {part: dataclasses.replace(getattr(plain.modules, part), freeze=True) for part in ("vision", "connector")}
+    plain = dataclasses.replace(plain, modules=dataclasses.replace(plain.modules, **frozen))
+    ahead, workload, layout = with_parallel(plain, vision_ahead=True), assume_workload(plain), layout_of(plain, 64)
+    for stage in range(4):
+        before, now = (stage_memory(recipe, layout, stage, workload) for recipe in (plain, ahead))
+        views = layout.microbatches * workload.views / layout.places
+        pixels, features = 3 * 448**2, 256 * 4096 * 2 * workload.most_views / workload.views
+        assert now.vision - before.vision == pytest.approx(views * (pixels + features), rel=1e-6)
+        own = vision_bytes(ahead, layout, stage, workload.views, workload.most_views)
+        assert now.buffers == before.buffers + own.passing and own.passing > 0.2 * GIB
 
 
 def test_auto_cuts_what_does_not_fit_whole() -> None:

@@ -165,6 +165,17 @@ def test_what_auto_was_settled_to_stays_when_a_run_goes_on(
     (saved / "run.json").write_text(json.dumps({"world_size": 2, **record(recipe, cut)}), encoding="utf-8")
     assert settled(recipe, 2) == cut
     caplog.clear()
+    # Shards do not go with encoding ahead, which is asked for now: not what was, whatever is planned.
+    still = run_data.recipe(tmp_path / "run", auto, TP2, *FROZEN, "parallel.vision_ahead=true")
+    (saved / "recipe.yaml").write_text(to_yaml(with_parallel(still, vision_ahead=False)), encoding="utf-8")
+    (saved / "run.json").write_text(json.dumps({"world_size": 2, **record(recipe, cut)}), encoding="utf-8")
+    check_recipe(settled(still, 2), 2)
+    # And shards that are asked for now are made, though there were none.
+    (saved / "recipe.yaml").write_text(to_yaml(changed), encoding="utf-8")
+    whole = record(recipe, with_placement(recipe, "all_ranks"))
+    (saved / "run.json").write_text(json.dumps({"world_size": 2, **whole}), encoding="utf-8")
+    assert settled(with_parallel(recipe, vision_shards="tensor"), 2) == cut
+    caplog.clear()
     for words, world in (((TP2,), 2), ((PP2,), 4), ((PP2, "checkpoint.resume=false"), 2)):
         settled(run_data.recipe(tmp_path / "run", auto, *words), world)
     # It was chosen by hand then.
