@@ -156,33 +156,42 @@ class TwoWayAttention(TorchAttention):
         if self.takes_kernel(query_TND):
             return self._two_calls(query_TND, key_TGD, value_TGD, packed)
         lengths = segment_lengths(packed)
-        query, key, value = (one.transpose(0, 1).unsqueeze(0) for one in (query_TND, key_TGD, value_TGD))
-        parts = [self._stretch(query, key, value, one) for one in stretches(lengths, spans, self.sliding_window)]
-        context_TND = torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
-        rest = query_TND.size(0) - context_TND.size(0)
-        return F.pad(context_TND, (0, 0, 0, 0, 0, rest)) if rest else context_TND
+        # Split, and not sliced: a slice's gradient is as long as the pack, and there are many of them.
+        total, parts, begin = sum(lengths), list(stretches(lengths, spans, self.sliding_window)), 0
+        queries = iter(query_TND[:total].split([one.stop - one.start for one in parts]))
+        found: list[Tensor] = []
+        waiting = list(reversed(parts))
+        for key, value in zip(key_TGD[:total].split(lengths), value_TGD[:total].split(lengths), strict=True):
+            key_1GSD, value_1GSD = (one.transpose(0, 1).unsqueeze(0) for one in (key, value))
+            while waiting and waiting[-1].start < begin + key.size(0):
+                query_1NQD = next(queries).transpose(0, 1).unsqueeze(0)
+                context_1NQD = self._stretch(query_1NQD, key_1GSD, value_1GSD, begin, waiting.pop())
+                found.append(context_1NQD.squeeze(0).transpose(0, 1))
+            begin += key.size(0)
+        rest = query_TND.size(0) - total
+        return torch.cat([*found, query_TND.new_zeros(rest, *query_TND.shape[1:])] if rest else found)
 
-    def _stretch(self, query_1NTD: Tensor, key_1GTD: Tensor, value_1GTD: Tensor, one: Stretch) -> Tensor:
-        """Return [1, N, queries, D] of a stretch."""
+    def _stretch(self, query_1NQD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, begin: int, one: Stretch) -> Tensor:
+        """Return [1, N, Q, D] of a stretch's queries, given the keys of its segment, which begins at ``begin``."""
         window = self.sliding_window
         cut = window is not None and one.stop - one.first > window
         alone = one.first == one.start and not one.two_way and not cut
         mask = None
         if not alone and (cut or not one.two_way):
-            rows = torch.arange(one.start, one.stop, device=query_1NTD.device)[:, None]
-            columns = torch.arange(one.first, one.last, device=query_1NTD.device)
+            rows = torch.arange(one.start, one.stop, device=query_1NQD.device)[:, None]
+            columns = torch.arange(one.first, one.last, device=query_1NQD.device)
             mask = columns > rows - window if cut and window is not None else columns > -1
             if not one.two_way:
                 mask = mask & (columns <= rows)
         return F.scaled_dot_product_attention(
-            query_1NTD[:, :, one.start : one.stop],
-            key_1GTD[:, :, one.first : one.last],
-            value_1GTD[:, :, one.first : one.last],
+            query_1NQD,
+            key_1GSD[:, :, one.first - begin : one.last - begin],
+            value_1GSD[:, :, one.first - begin : one.last - begin],
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=alone,
             scale=self.softmax_scale,
-            enable_gqa=query_1NTD.size(1) != key_1GTD.size(1),
+            enable_gqa=query_1NQD.size(1) != key_1GSD.size(1),
         )
 
     def _two_calls(self, query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedSeqParams) -> Tensor:
