@@ -104,7 +104,7 @@ class Packs(IterableDataset):
 loader = DataLoader(Packs(), batch_size=None, num_workers=2, multiprocessing_context="fork",
                     worker_init_fn=StopsWithParent(None))
 packs = iter(loader)
-next(packs)
+next(packs), next(packs)  # one of each worker, which is past its start then
 print(*(worker.pid for worker in packs._workers), flush=True)
 sys.stdin.read()
 """
