@@ -367,9 +367,11 @@ class Saver:
         up_to_here = [path for path in newest_first(self.root) if path.name <= newest]
         needed = self._needed()
         unneeded = [path for path in up_to_here[self.keep :] if path not in needed]
-        for old in [*unneeded, *self.root.glob("*.old.partial")]:
+        set_aside = [*self.root.glob("*.old.partial")]
+        # Renamed first: who looks on, or comes after a kill, finds checkpoints that are whole, and none half deleted.
+        for old in [*unneeded, *set_aside]:
             try:
-                shutil.rmtree(old)
+                shutil.rmtree(old if old in set_aside else old.rename(old.with_suffix(".old.partial")))
             except OSError as error:  # the new one is published all the same
                 logger.warning("%s is not needed any more and cannot be deleted: %s", old, error)
 

@@ -63,7 +63,7 @@ def examine(directory: Path, *, quick: bool = False) -> Facts:
     metrics = _lines(directory / "metrics.jsonl")
     if not (beats or metrics or root.is_dir()):
         raise UserError(f"{directory}: no run has written here; give a run's output_dir")
-    checkpoints = [_checkpoint(path, quick=quick) for path in newest_first(root)]
+    checkpoints = [one for path in newest_first(root) if (one := _checkpoint(path, quick=quick)) is not None]
     steps = [line["step"] for line in metrics if isinstance(line.get("step"), int)]
     facts: Facts = {
         "run": str(directory),
@@ -139,7 +139,8 @@ def _train_steps(root: Path) -> int | None:
         return None
 
 
-def _checkpoint(path: Path, *, quick: bool) -> Facts:
+def _checkpoint(path: Path, *, quick: bool) -> Facts | None:
+    """Return what a checkpoint is like; nothing where its run deleted it, as one too many, while it was looked at."""
     problem = None
     try:
         check(path, share=-1 if quick else 0)
@@ -148,7 +149,12 @@ def _checkpoint(path: Path, *, quick: bool) -> Facts:
             _examine(path, quick=quick)
     except (UserError, OSError, KeyError) as error:
         problem, step = str(error), None
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    try:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except FileNotFoundError:
+        size = 0
+    if not path.is_dir():
+        return None
     return {"name": path.name, "step": step, "bytes": size, "problem": problem}
 
 
