@@ -109,7 +109,11 @@ def mapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 out[f"{mine}mlp.shared_experts.linear_fc2.weight"] = state[f"{theirs}mlp.{shared}.down_proj.weight"]
         if f"{theirs}mlp.shared_expert_gate.weight" in state:
             out[f"{mine}mlp.shared_experts.gate_weight"] = state[f"{theirs}mlp.shared_expert_gate.weight"]
-        out |= {f"{mine}{a}.weight": state[f"{theirs}{b}.weight"] for a, b in names.items() if f"{theirs}{b}.weight" in state}
+        out |= {
+            f"{mine}{a}.weight": state[f"{theirs}{b}.weight"]
+            for a, b in names.items()
+            if f"{theirs}{b}.weight" in state
+        }
         if f"{theirs}mlp.up_proj.weight" in state:
             parts = [state[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")]
             out[f"{mine}mlp.linear_fc1.weight"] = torch.cat(parts)

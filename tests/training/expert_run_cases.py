@@ -147,8 +147,13 @@ def train(folder: str, language: dict[str, Any], branches: dict[str, Any], steps
             "dropped": [one.experts.dropped.tolist() for one in results if one.experts],
             "losses": [one.experts.losses.flatten().tolist() for one in results if one.experts],
             "biases": biases,
-            "moved": sorted({name.partition(".layers.")[2].partition(".")[2] or name for name, one in own.items()
-                             if marks[name].requires_grad}),
+            "moved": sorted(
+                {
+                    name.partition(".layers.")[2].partition(".")[2] or name
+                    for name, one in own.items()
+                    if marks[name].requires_grad
+                }
+            ),
             "apart": max(apart.values()),
             "worst": max(apart, key=lambda name: apart[name]),
         }

@@ -28,6 +28,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 VPP2, OVERLAP = {"virtual_pipeline_model_parallel_size": 2}, {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FROZEN = {"modules": {"language": {"freeze": True}}}
+LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_proj"]}}
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
@@ -43,6 +44,8 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2, {}),
         ("mixed", PP2, {}),
         ("all", EP2, FROZEN),
+        ("mixed", EP2, LORA),
+        ("mixed", TP2 | EP2, LORA),
     ],
     4: [
         ("all", EP4, {}),

@@ -71,7 +71,7 @@ class ExpertsConfig(LanguageConfig):
         if self.num_moe_experts is None:
             return (False,) * len(layers)
         if isinstance(self.moe_layer_freq, int):
-            return tuple(number % self.moe_layer_freq == 0 for number in layers)
+            return tuple(number % max(self.moe_layer_freq, 1) == 0 for number in layers)
         return tuple(bool(here) for here in self.moe_layer_freq)
 
 
