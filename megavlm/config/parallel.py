@@ -23,6 +23,11 @@ class ParallelConfig:
     """Language layers of the first stage, to leave room for the tower; null to split evenly."""
     sequence_parallel: bool = False
     """Split the activations between the tensor-parallel regions along the sequence (SP); needs TP > 1."""
+    expert_model_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share out the experts of a layer (EP): data-parallel ones, or tensor-parallel ones of several
+    replicas. Each computes its own experts for the tokens of all of them."""
+    expert_tensor_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each expert, as TP shares the other layers."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state (and fp32 master weights) over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

@@ -75,6 +75,8 @@ class LayerKind:
     """Which of two rotary tables turns its heads; None where there is one."""
     deepstack: bool = False
     """What the context holds is added behind it (``layers/deepstack.py``)."""
+    experts: bool = False
+    """Its MLP is a mixture of experts."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}

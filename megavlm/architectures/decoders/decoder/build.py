@@ -108,7 +108,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
     plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
-    return tuple(plan)
+    return tuple(replace(kind, experts=experts) for kind, experts in zip(plan, language.expert_layers, strict=True))
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:

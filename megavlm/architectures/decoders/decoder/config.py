@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
+from megavlm.architectures.decoders.decoder.experts import ExpertsConfig
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, choices, divides
-from megavlm.config.schema import LanguageConfig, ParallelConfig
+from megavlm.config.schema import ParallelConfig
 
 _OWN = "model.language"
 
 
 @config_class
-class DecoderConfig(LanguageConfig):
+class DecoderConfig(ExpertsConfig):
     """The decoder-only language model."""
 
     num_layers: int = Field(gt=0, le=10_000)
