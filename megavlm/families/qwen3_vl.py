@@ -171,6 +171,7 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     name = "qwen3_vl_moe"
     title = "Qwen3-VL with experts (Qwen3VLMoeForConditionalGeneration)"
     model_class = "Qwen3VLMoeForConditionalGeneration"
+    tower_preset = "qwen3_vl_vit"
     # Of experts, outputs first is what Transformers 5 writes of a model that it has not read.
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = dict.fromkeys(
         ("hub", "outputs_first"), Qwen3VLFamily.styles["modules"]
