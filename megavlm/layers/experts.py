@@ -107,17 +107,17 @@ class PackRouter(TopKRouter):
             score_function=self.score_function,
             expert_bias=self.expert_bias,
         )
+        chosen = taken = routing_map & ~padding[:, None]
+        # Also where there is no gradient: of a layer that is recomputed, both passes must give the same.
+        if self.training and self.config.moe_expert_capacity_factor is not None:
+            taken = self._within_capacity(probs, chosen, self.config.moe_expert_capacity_factor)
+            probs, routing_map = probs * taken, taken
         if tokens is None or z is None:
             return probs, routing_map
         balance = self._balance_loss(logits, padding, tokens)
         if self._learns(self.get_aux_loss_coeff("aux_loss")):
             loss = balance * self.config.moe_aux_loss_coeff * self.gradient_scale
             probs = MoEAuxLossAutoScaler.apply(probs, loss)
-        chosen = routing_map & ~padding[:, None]
-        taken = chosen
-        if self.config.moe_expert_capacity_factor is not None:
-            taken = self._within_capacity(probs, chosen, self.config.moe_expert_capacity_factor)
-            probs, routing_map = probs * taken, taken
         self._count(chosen, taken, balance, z)
         return probs, routing_map
 
