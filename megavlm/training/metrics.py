@@ -242,8 +242,8 @@ class Metrics:
     def write(self, values: Mapping[str, Figure]) -> None:
         """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and loggers.
 
-        A figure that is not finite is ``null`` in the file: JSON has no other word for it. Words and lists of numbers are
-        for the file alone.
+        A figure that is not finite is ``null`` in the file: JSON has no other word for it. Words and lists of numbers
+        are for the file alone.
         """
         if self._lock is not None and self._lock.lost():
             return

@@ -22,7 +22,18 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from transformers_cases import (
-    GROUPS, HEAD_DIM, HEADS, HIDDEN, LENGTHS, VOCAB, close, fill, gradients_of, load, qkv, random_positions,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LENGTHS,
+    VOCAB,
+    close,
+    fill,
+    gradients_of,
+    load,
+    qkv,
+    random_positions,
 )  # fmt: skip
 
 from megavlm.config.architecture import LANGUAGE

@@ -11,7 +11,7 @@ from megavlm.parallel.device import prepare_device
 prepare_device()
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402, N812
+import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
