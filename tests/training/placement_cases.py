@@ -60,7 +60,8 @@ def _sizes(recipe: Recipe) -> tuple[Any, ...]:
     """Return what process groups follow from."""
     one = recipe.parallel
     virtual = one.virtual_pipeline_model_parallel_size
-    return one.tensor_model_parallel_size, one.pipeline_model_parallel_size, virtual, recipe.training.seed
+    sizes = one.tensor_model_parallel_size, one.context_parallel_size, one.pipeline_model_parallel_size
+    return *sizes, virtual, recipe.training.seed
 
 
 def train(job: Job, recipe: Recipe) -> dict[str, Any]:
@@ -115,7 +116,23 @@ Counted(vision, "SideWork")
 def fetch(job: Job, recipe: Recipe, step: int, spread: Any) -> list[Batch]:
     """Return this rank's micro-batches of a step."""
     packs = read(recipe, step, job.get("without", ()), alike=job.get("alike", False))
+    if job.get("short"):
+        packs = [_short(one, step) for one in packs]
     return share_packs(packs if is_reader() else None, len(packs), spread)
+
+
+def _short(read: ReadPack, step: int) -> ReadPack:
+    """The same positions in other segments, of 1 to 40: the last of each predicts nothing, and the next begins at 0."""
+    pack, rng, bounds = read.pack, np.random.default_rng(step), [0]
+    while bounds[-1] < len(pack.tokens):
+        bounds.append(min(bounds[-1] + int(rng.choice([1, 1, 2, 3, 5, 17, 40])), len(pack.tokens)))
+    labels, lengths = pack.labels.copy(), np.diff(bounds)
+    labels[np.array(bounds[1:]) - 1] = -100
+    other = dataclasses.replace(
+        pack, labels=labels, cu_seqlens=np.array(bounds, np.int32), segment_sources=np.zeros(len(lengths), np.int32),
+        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+    )  # fmt: skip
+    return dataclasses.replace(read, pack=other)
 
 
 def made(branches: dict[str, Any]) -> Recipe:
