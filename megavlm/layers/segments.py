@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
@@ -54,8 +55,7 @@ def packed_segments(
         cu_seqlens_kv=borders,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        # Transformer Engine asks for them where it cuts sequences; what fills up is as good as a token there.
-        **({} if context is None else {"cu_seqlens_q_padded": borders, "cu_seqlens_kv_padded": borders}),
+        **_for_engine(context, borders),
     )
     told: Any = packed
     told.segment_lengths = lengths.tolist()
@@ -64,6 +64,18 @@ def packed_segments(
     told.two_way_plans = {}
     told.context = context
     return packed
+
+
+def _for_engine(context: ContextSplit | None, borders: Tensor) -> dict[str, Any]:
+    """Return what Transformer Engine's attention asks for in a job with context parallelism (not run on a GPU).
+
+    Borders of the filled-up pack, in which what fills up is as good as a token; and whether this pack is cut, which
+    Megatron-Core tells it anew with each one.
+    """
+    group = mpu.get_context_parallel_group(check_initialized=False)
+    if context is not None:
+        return {"cu_seqlens_q_padded": borders, "cu_seqlens_kv_padded": borders, "cp_group": group}
+    return {"local_cp_size": 1} if group is not None and group.size() > 1 else {}
 
 
 def segment_lengths(packed: PackedSeqParams) -> list[int]:

@@ -6,7 +6,7 @@ from megavlm.config.schema import ParallelConfig
 
 
 def describe(parallel: ParallelConfig, world_size: int) -> str:
-    """Return for example ``TP 2 x PP 2 x DP 1 + SP``, or ``TP 2 x CP 2 x PP 1 x DP 1``, for a job of ``world_size`` processes."""
+    """Return for example ``TP 2 x PP 2 x DP 1 + SP`` for a job of ``world_size`` processes."""
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
     shared = f" x CP {context}" if context > 1 else ""

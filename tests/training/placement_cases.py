@@ -26,6 +26,7 @@ from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
 from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
 from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
+from megavlm.data.spans import spans_of  # noqa: E402
 from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
 from megavlm.training import handover, vision  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -130,7 +131,10 @@ def _short(read: ReadPack, step: int) -> ReadPack:
     labels[np.array(bounds[1:]) - 1] = -100
     other = dataclasses.replace(
         pack, labels=labels, cu_seqlens=np.array(bounds, np.int32), segment_sources=np.zeros(len(lengths), np.int32),
-        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+        position_ids=pack.position_ids
+        if pack.position_ids.ndim > 1
+        else np.concatenate([np.arange(length) for length in lengths]),
+        loss_weights=rng.uniform(0.5, 2, len(labels)).astype(np.float32),
     )  # fmt: skip
     return dataclasses.replace(read, pack=other)
 
@@ -163,11 +167,26 @@ def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[R
     else:
         drawn = tiles_cases.packs(plan, count, step)
         mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
+    mine = [_of_model(one, recipe, step) for one in mine]
     if step in without:
         mine = [_text(one) for one in mine]
     elif "one" in without:  # replica has some; or, in one process, what that one had of the two
         mine = [one if i % 2 else _text(one) for i, one in enumerate(mine)]
     return mine[rank::size]
+
+
+def _of_model(read: ReadPack, recipe: Recipe, seed: int) -> ReadPack:
+    """The same with what the model asks for beside: positions of three numbers, spans that see both ways."""
+    pack, rng = read.pack, np.random.default_rng(seed)
+    spans = spans_of(recipe.model, IMAGE_TOKEN)
+    if recipe.model.language.rotary_sections and pack.position_ids.ndim == 1:
+        moved = np.sort(rng.integers(0, 20, (3, len(pack.tokens))), axis=1)
+        pack = dataclasses.replace(pack, position_ids=np.stack([pack.position_ids] * 3) + moved)
+    if spans is not None:
+        pieces = np.split(pack.tokens, pack.cu_seqlens[1:-1])
+        prefixes = [int(rng.integers(1, len(piece))) for piece in pieces]
+        pack = dataclasses.replace(pack, two_way_spans=spans.pack(pieces, prefixes))
+    return dataclasses.replace(read, pack=pack)
 
 
 def _text(read: ReadPack) -> ReadPack:

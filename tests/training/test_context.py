@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from run_cases import numbers
-from test_placement import MODELS, PP2, SP, STEPS, TP2, VPP2, branches
+from test_placement import MODEL, MODELS, PACKED, PP2, SHARED, SP, STEPS, TP2, VPP2
 
 FP32, BF16 = 1e-5, 2e-2
 CP2, CP3, CP4 = ({"context_parallel_size": size} for size in (2, 3, 4))
@@ -25,11 +25,58 @@ CASES: dict[str, Case] = {
 }
 
 
+ALL_OF = {
+    **MODELS,
+    # Positions of three numbers, and patches with a grid.
+    "qwen2_vl": {"model": PACKED | {"language": PACKED["language"] | {"rotary_sections": (2, 3, 3)}}},
+    "windows": {"model": MODEL | {"language": MODEL["language"] | {"sliding_window": 7}}},
+    "prefix": {"model": MODEL | {"language": MODEL["language"] | {"attention_mask": "prefix"}}},
+    "pictures both ways, windows": {
+        "model": MODEL | {"language": MODEL["language"] | {"attention_mask": "images", "sliding_window": 7}}
+    },
+    "groups": {"model": MODEL | {"language": MODEL["language"] | {"num_query_groups": 2, "qk_layernorm": True}}},
+    "selective": {"parallel": {"recompute_granularity": "selective"}},
+}
+LONG_CASES: dict[str, Case] = {
+    "CP 3": ("plain", 3, CP3),
+    "short segments at CP 3 + TP": ("qwen2_vl, short", 3, CP3),
+    "CP 4, short": ("groups, short", 4, CP4),
+    "qwen2_vl at CP 2": ("qwen2_vl", 2, CP2),
+    "qwen2_vl at CP 2 x TP 2 + SP": ("qwen2_vl", 4, CP2 | TP2 | SP),
+    "CP 2 x TP 2": ("plain", 4, CP2 | TP2),
+    "CP 2 x DP 2, plain optimizer": ("plain", 4, CP2 | {"use_distributed_optimizer": False}),
+    "short at CP 2 x PP 2 x VPP 2": ("plain, short", 4, CP2 | PP2 | VPP2),
+    "recomputed at CP 2 x PP 2": ("recomputed", 4, CP2 | PP2),
+    "selective at CP 2": ("selective", 2, CP2),
+    "windows at CP 2, short": ("windows, short", 2, CP2),
+    "windows at CP 3": ("windows", 3, CP3),
+    "prefix at CP 3": ("prefix", 3, CP3),
+    "pictures both ways, windows at CP 2 x TP 2 + SP": ("pictures both ways, windows", 4, CP2 | TP2 | SP),
+    "five heads at CP 2 x TP 2": ("five heads", 4, CP2 | TP2 | SP),
+    "norms at CP 2 x TP 2 + SP": ("norms", 4, CP2 | TP2 | SP),
+    "newline at CP 2 x TP 2 + SP": ("newline", 4, CP2 | TP2 | SP),
+    "deepstack at CP 2 x PP 2": ("deepstack", 4, CP2 | PP2),
+    "deepstack at CP 2 x TP 2 + SP": ("deepstack", 4, CP2 | TP2 | SP),
+    **{
+        f"{name} at CP 2 x DP 2, overlapped": (name, 4, CP2 | OVERLAP)
+        for name in ("frozen tower", "frozen tower and connector", "frozen connector", "frozen language")
+    },
+    **{f"{name} at CP 2 x TP 2 + SP": (name, 4, CP2 | TP2 | SP) for name in ("adapters", "layer decay", "bf16")},
+    "adapters at CP 2 x PP 2": ("adapters", 4, CP2 | PP2),
+}
+CASES_OF = CASES | LONG_CASES
+
+
+def branches(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
+    own = ALL_OF[name]
+    return {**SHARED, **own, "parallel": {**own.get("parallel", {}), **parallel}}
+
+
 def job(tmp: Path, name: str, save: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    model, _, short = name.partition(", ")
+    model, short = name.removesuffix(", short"), name.endswith(", short")
     return {
         "recipe": branches(model, parallel), "weights": str(tmp / "weights" / model / "step-00000000"),
-        "save": str(tmp / save), "steps": (0, STEPS), "without": (2,), "short": bool(short),
+        "save": str(tmp / save), "steps": (0, STEPS), "without": (2,), "short": short,
     }  # fmt: skip
 
 
@@ -68,7 +115,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """Run what is asked for."""
     tmp = tmp_path_factory.mktemp("context")
     asked = {one.callspec.params.get("case") for one in request.session.items if hasattr(one, "callspec")}
-    return tmp, together(tmp, {case: one for case, one in CASES.items() if case in asked})
+    return tmp, together(tmp, {case: one for case, one in CASES_OF.items() if case in asked})
 
 
 @pytest.mark.dist
@@ -76,3 +123,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 def test_training_equals_one_process(case: str, results: tuple[Path, Any]) -> None:
     """Losses, gradient norms, held-out losses, weights and moments, with a step in which nobody has a picture."""
     check_equal(results[0], case, CASES[case][0], results[1])
+
+
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.parametrize("case", LONG_CASES)
+def test_other_layouts_and_models(case: str, results: tuple[Path, Any]) -> None:
+    check_equal(results[0], case, LONG_CASES[case][0], results[1])
