@@ -328,8 +328,8 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
     if world_size % (tp * cp * pp):
         shared = f" x {CP} ({cp})" if cp > 1 else ""
         yield (
-            f"{TP}: {tp}{shared} x {_PP} ({pp}) = {tp * cp * pp} does not divide the {world_size} processes of this job;"
-            " change the layout, or start as many processes with torchrun --nproc-per-node"
+            f"{TP}: {tp}{shared} x {_PP} ({pp}) = {tp * cp * pp} does not divide the {world_size} processes of this"
+            " job; change the layout, or start as many processes with torchrun --nproc-per-node"
         )
         return
     dp, batch = world_size // (tp * cp * pp), recipe.training.global_batch_size

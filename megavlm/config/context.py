@@ -29,7 +29,7 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
         ("engine.tp_comm_overlap", engine.tp_comm_overlap, "false"),
     ):
         if wrong:  # buffers, graphs and blocks of one length: samples are filled up, and packs differ by it
-            yield f"{CP}: does not go with {key}, which asks for packs of one length; set that to {remedy}, or this to 1"
+            yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"
     if parallel.vision_placement != "first_stage":

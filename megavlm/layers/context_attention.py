@@ -1,9 +1,9 @@
 """Causal attention of a chunk of a segment: to all of the segment in front of it, and to itself causally.
 
-What a context-parallel rank asks of attention (:mod:`megavlm.parallel.context`). ``scaled_dot_product_attention`` aligns
-a causal mask with the first query and the first key, and an explicit mask is kept for the backward pass, as large as
-queries times keys. So here it is two products whose results are put together by their sums of exponentials, as in ring
-attention (arXiv 2310.01889); nothing is kept but queries, keys, values and what comes out.
+What a context-parallel rank asks of attention (:mod:`megavlm.parallel.context`). ``scaled_dot_product_attention``
+aligns a causal mask with the first query and the first key, and an explicit mask is kept for the backward pass, as
+large as queries times keys. So here it is two products whose results are put together by their sums of exponentials, as
+in ring attention (arXiv 2310.01889); nothing is kept but queries, keys, values and what comes out.
 
 Shape legend: Q query positions, K key positions, N query heads and G key/value heads, D width of a head; L positions of
 the whole pack, P those of this rank.

@@ -43,7 +43,9 @@ def packed_segments(
     lengths = np.diff(cu_seqlens)
     if context is not None:
         if spans is not None:
-            spans = [[context.moved(start, cu_seqlens), context.moved(stop - 1, cu_seqlens) + 1] for start, stop in spans]
+            spans = [
+                [context.moved(start, cu_seqlens), context.moved(stop - 1, cu_seqlens) + 1] for start, stop in spans
+            ]
         cu_seqlens = context.cu_seqlens
     # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
     # longest segment is right for both readings, since then it is the only segment.

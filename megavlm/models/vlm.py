@@ -172,9 +172,10 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         empty = image_features is None and (images is None or images.size(0) == 0)
-        if image_features is None and (
-            features_QNE := self.encode_images(images, image_grid, shared=split is not None)
-        ) is not None:
+        if (
+            image_features is None
+            and (features_QNE := self.encode_images(images, image_grid, shared=split is not None)) is not None
+        ):
             image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
         fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
         if split is not None:
@@ -204,7 +205,7 @@ class VisionLanguageModel(MegatronModule):
         learn; :meth:`forward` gives it no weight. Gradients are then zero rather than missing: overlapped gradient
         reduction would wait for missing ones forever.
 
-        With ``shared``, context-parallel ranks, all of which call this with the same pictures, encode a part of them each.
+        With ``shared``, context-parallel ranks, which all call this with the same pictures, encode a part of them each.
         """
         assert self.vision is not None and self.connector is not None
         missing = images is None or images.size(0) == 0
