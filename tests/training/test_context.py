@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from run_cases import numbers
+from run_cases import numbers, tensors
 from test_placement import MODEL, MODELS, PACKED, PP2, SHARED, SP, STEPS, TP2, VPP2
+from tiny import tiny_recipe
+
+from megavlm.config.checks import RecipeError, check_recipe
 
 FP32, BF16 = 1e-5, 2e-2
 CP2, CP3, CP4 = ({"context_parallel_size": size} for size in (2, 3, 4))
@@ -35,6 +38,7 @@ ALL_OF = {
         "model": MODEL | {"language": MODEL["language"] | {"attention_mask": "images", "sliding_window": 7}}
     },
     "groups": {"model": MODEL | {"language": MODEL["language"] | {"num_query_groups": 2, "qk_layernorm": True}}},
+    "plain optimizer": {"parallel": {"use_distributed_optimizer": False}},
     "selective": {"parallel": {"recompute_granularity": "selective"}},
 }
 LONG_CASES: dict[str, Case] = {
@@ -44,7 +48,7 @@ LONG_CASES: dict[str, Case] = {
     "qwen2_vl at CP 2": ("qwen2_vl", 2, CP2),
     "qwen2_vl at CP 2 x TP 2 + SP": ("qwen2_vl", 4, CP2 | TP2 | SP),
     "CP 2 x TP 2": ("plain", 4, CP2 | TP2),
-    "CP 2 x DP 2, plain optimizer": ("plain", 4, CP2 | {"use_distributed_optimizer": False}),
+    "CP 2 x DP 2, plain optimizer": ("plain optimizer", 4, CP2),
     "short at CP 2 x PP 2 x VPP 2": ("plain, short", 4, CP2 | PP2 | VPP2),
     "recomputed at CP 2 x PP 2": ("recomputed", 4, CP2 | PP2),
     "selective at CP 2": ("selective", 2, CP2),
@@ -173,3 +177,60 @@ def test_what_a_rank_keeps_of_32k_tokens() -> None:
         assert part["tokens"] == tokens // size
         assert part["real"] == pytest.approx((whole["real"] - 2 * keys) / size + keys, rel=0.01)
         assert part["real"] < whole["real"] / size + keys
+
+
+@pytest.mark.dist
+def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any], tmp_path: Path) -> None:
+    """From CP 2 to TP 2, to CP 4 and to CP 2 with stages: weights and optimizer, loaded and saved at once."""
+    tmp, found = results
+    if "CP 2" not in found:
+        pytest.skip("needs the case CP 2")
+    load, vocabulary = tmp / "CP 2", tiny_recipe().model.language.vocab_size
+    first = tensors(load / f"step-{STEPS:08}", vocabulary)
+    assert any(key.startswith("optimizer.state.exp_avg.vision.") for key in first)
+    jobs: dict[str, Any] = {}
+    for name, parallel in (("four", CP4), ("stages", CP2 | PP2), ("none", TP2 | SP)):
+        jobs[name] = {
+            "recipe": branches("plain", parallel), "load": str(load / f"step-{STEPS:08}"), "save": str(tmp_path / name),
+            "steps": (STEPS, STEPS),
+        }  # fmt: skip
+        load = tmp_path / name
+    ranks.run("placement_cases:run_jobs", jobs, world=4)
+    for name in jobs:
+        assert tensors(tmp_path / name / f"step-{STEPS:08}", vocabulary) == first, name
+
+
+@pytest.mark.parametrize(
+    ("branch", "message"),
+    [
+        (
+            {"data": {"sequence_length": 3}},
+            "cuts each sample into 4 pieces, and data.sequence_length is 3; take 1 or less",
+        ),
+        ({"parallel": {"vision_placement": "all_ranks"}}, "does not go with parallel.vision_placement all_ranks"),
+        ({"parallel": {"vision_placement": "auto"}}, "does not go with parallel.vision_placement auto"),
+        ({"engine": {"fp8": "hybrid"}, "training": {"precision": "bf16"}}, "does not go with engine.fp8"),
+        ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
+        ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
+        ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
+        (
+            {"parallel": {"cp_comm_type": "a2a", **TP2, "context_parallel_size": 8}},
+            r"num_query_groups \(4\) is not div",
+        ),
+        ({"parallel": {"cp_comm_type": "a2a", "context_parallel_size": 1}}, "has no effect without"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(branch: dict[str, Any], message: str) -> None:
+    tiny = {
+        "data": {"train": [{"path": "unused"}], "tokenizer": "unused", **branch.get("data", {"sequence_length": 96})}
+    }
+    recipe = tiny_recipe(**{**branch, **tiny, "parallel": {**CP2, **branch.get("parallel", {})}})
+    with pytest.raises(RecipeError, match=message):
+        check_recipe(recipe)
+
+
+def test_it_counts_among_the_processes() -> None:
+    recipe = tiny_recipe(parallel=CP3 | TP2, training={"global_batch_size": 4, "train_steps": 3, "precision": "fp32"})
+    check_recipe(recipe, 12)
+    with pytest.raises(RecipeError, match=r"2 x parallel.context_parallel_size \(3\) x .* = 6 does not divide the 8"):
+        check_recipe(recipe, 8)
