@@ -176,6 +176,10 @@ class Shards(Protocol):
     def sequence_parallel(self) -> bool:
         """Whether they share the sequence between the layers' products."""
 
+    @property
+    def context(self) -> int:
+        """Context-parallel ranks: each has so many times fewer tokens than the pack."""
+
 
 class LayerPassing(NamedTuple):
     """Bytes that come and go within a language layer, beyond what is kept."""
@@ -204,6 +208,8 @@ class LayerPassage:
     """Numbers of a token that FP8 products take in, forward."""
     cast_gradients: float
     """And as gradients, backward."""
+    keys_and_values: float = 0.0
+    """Bytes of the keys and values of a rank's positions, which context-parallel ranks hand to each other."""
 
 
 class DecoderCost(Protocol):

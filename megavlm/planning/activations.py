@@ -150,5 +150,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
         forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
     if chunk.first and (learns or lora.train_embeddings):  # the embedding's gradient
-        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
+        # All of the pack is embedded on each context-parallel rank.
+        embedded = wide * layout.context
+        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + embedded - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)

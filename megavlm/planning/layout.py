@@ -50,11 +50,18 @@ class Layout:
     """Tower and connector lie on every rank, and each encodes its share of a step's pictures."""
     together: bool = False
     """With ``apart``: they are cut over the tensor-parallel ranks of a stage, which encode the same pictures."""
+    context: int = 1
+    """Ranks that share each pack (CP)."""
 
     @property
     def ranks(self) -> int:
         """Ranks of a replica."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold the same weights, sum their gradients and share the optimizer: DP x CP."""
+        return self.data * self.context
 
     @property
     def places(self) -> int:
@@ -69,7 +76,7 @@ class Layout:
     @property
     def gpus(self) -> int:
         """Processes, one on each GPU."""
-        return self.tensor * self.pipeline * self.data
+        return self.ranks * self.data
 
     def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
         """Return the chunks of a pipeline stage."""
@@ -87,8 +94,13 @@ class Layout:
 
     @property
     def data_ranks_per_node(self) -> int:
-        """Ranks of one data-parallel group in one node: those groups lie between tensor and pipeline."""
-        return min(max(GPUS_PER_NODE // self.tensor, 1), self.data)
+        """Ranks of those that share weights in one node: these groups lie between tensor and pipeline."""
+        return min(max(GPUS_PER_NODE // self.tensor, 1), self.shards)
+
+    @property
+    def context_crosses_nodes(self) -> bool:
+        """Whether ranks that share a pack lie in several nodes: they lie next to the tensor-parallel ones."""
+        return self.tensor * self.context > GPUS_PER_NODE
 
 
 def stage_layers(recipe: Recipe) -> list[int]:
@@ -107,7 +119,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
-    data = gpus // (tp * pp)
+    data = gpus // (tp * pp * parallel.context_parallel_size)
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -121,6 +133,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
         ),
         apart=apart,
         together=apart and parallel.vision_shards == "tensor" and tp > 1,
+        context=parallel.context_parallel_size,
     )
 
 

@@ -93,7 +93,8 @@ class Timer:
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload) -> None:
-        self.recipe, self.layout, self.gpu, self.workload = recipe, layout, gpu, workload
+        self.recipe, self.layout, self.gpu = recipe, layout, gpu
+        self.pack, self.workload = workload, workload.of_rank(layout.context)  # all of it, and what a rank has of it
         self.kernels: Kernels = kernels_of(recipe)
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
         self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
@@ -172,6 +173,28 @@ class Timer:
         pieces = tp if beside_products and self.recipe.engine.tp_comm_overlap else 1
         return count * (moved * (tp - 1) / tp / rate / pieces + COLLECTIVE_SECONDS)
 
+    def _context_parallel(self, moved: float, attention: float) -> tuple[float, float]:
+        """Return the seconds, forward and backward, that a layer waits for keys and values of the rest of the pack.
+
+        Args:
+            moved: bytes of one rank's.
+            attention: seconds of attention, forward, which Transformer Engine's ring goes on beside; torch's layers
+                gather first, and add gradients up behind it.
+        """
+        others = self.layout.context - 1
+        if not others:
+            return 0.0, 0.0
+        wires = self._crossing(moved * others, inside=not self.layout.context_crosses_nodes)
+        if not self.kernels.fused:
+            return wires, wires
+        # Backward, keys and values go round again, and their gradients with them.
+        return max(wires - attention, 0.0), max(2 * wires - _FLASH_BACKWARD * attention, 0.0)
+
+    def _crossing(self, moved: float, *, inside: bool) -> float:
+        """Return the seconds in which a rank sends ``moved`` bytes, inside of a node or to others."""
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        return moved / (rate if inside else self.gpu.network * self.gpu.efficiency.network) + COLLECTIVE_SECONDS
+
     def layer(self) -> Cost:
         """Return the cost of one language layer."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
@@ -187,6 +210,7 @@ class Timer:
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
         wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
+        ring, back_ring = self._context_parallel(passage.keys_and_values, self._attention(attention))
         casts, back_casts = self._casts()
         stream_seconds = self._stream(moved, stream)
         forward = max(linear + self._attention(attention) + stream_seconds + casts, _LAUNCHES * KERNEL_SECONDS)
@@ -195,7 +219,7 @@ class Timer:
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
-        forward, backward = forward + more[0], backward + more[1]
+        forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
         back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
@@ -270,7 +294,12 @@ class Timer:
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
-        wires += self._tensor_parallel(self.workload.tokens * model.language.hidden_size * b, 2)  # the embedding's sum
+        embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
+        wires += self._tensor_parallel(embedded, 2)  # the embedding's sum
+        if self.layout.context > 1 and images:
+            shared = self._crossing(queries * (self.layout.context - 1), inside=not self.layout.context_crosses_nodes)
+            wires += shared
+            back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else shared
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
@@ -362,7 +391,7 @@ class Timer:
 
     def data_parallel(self, stage: int) -> tuple[float, float]:
         """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
-        data = self.layout.data
+        data = self.layout.shards
         if data == 1:
             return 0.0, 0.0
         learning = self._learning(stage)
@@ -382,7 +411,7 @@ class Timer:
         learning = replicated_elements(self.recipe, self.layout)
         if not learning:
             return 0.0
-        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
         return 2 * self._tensor_parallel(4 * shard, 1)
 
     def _learning(self, stage: int) -> int:
@@ -391,7 +420,7 @@ class Timer:
     def optimizer(self, stage: int) -> float:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
         learning = self._learning(stage)
-        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
         return self._update(learning, shard)
 
     def _update(self, learning: float, shard: float) -> float:
@@ -436,10 +465,10 @@ class Timer:
             bubble = (bubble * pipeline + handing) / (pipeline + vision)
             tower, more = self.apart()
             wired, exposed, update = wired + tower, exposed + tower, update + more
-        pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
+        pixels = layout.microbatches * self.pack.views * self.recipe.model.vision.pixel_bytes
         step = pipeline + vision + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        squares, positions = round(packs * self.pack.squared_lengths), packs * self.pack.tokens
         flops = count_step(
             self.recipe,
             tokens=positions,
@@ -467,7 +496,7 @@ class Timer:
 
     def _seen(self, packs: int) -> float | Pictures:
         """Return what the tower sees of so many packs."""
-        load = self.workload
+        load = self.pack
         return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:
