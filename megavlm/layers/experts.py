@@ -149,7 +149,7 @@ class PackRouter(TopKRouter):
 
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float) -> Tensor:
-        """Return which choices an expert takes, [N, X]: of the pack's, wherever its tokens lie, those that score best."""
+        """Return which choices an expert takes, [N, X]: of the whole pack's those that score best."""
         group, scores = self.tp_group, probs.masked_fill(~chosen, -1.0)
         if group.size() > 1:
             parts = [torch.empty_like(scores) for _ in range(group.size())]
@@ -172,8 +172,8 @@ class PackRouter(TopKRouter):
 def experts_mlp(*, transformer_engine: bool) -> ModuleSpec:
     """Return the spec of an MLP that is a mixture of experts.
 
-    Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its own,
-    as in Megatron-Core's specs without a grouped product.
+    Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its
+    own, as in Megatron-Core's specs without a grouped product.
     """
     if transformer_engine:
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: PLC0415

@@ -31,10 +31,20 @@ class ExpertReport:
     dropped: Tensor
     """[L] int64: choices that found no place."""
 
-    def figures(self) -> dict[str, float | list[int]]:
-        """Return what metrics say: by layer, and ``experts/balance_loss`` and ``experts/z_loss`` as means over layers."""
+    @classmethod
+    def joined(cls, reports: Sequence[ExpertReport]) -> ExpertReport:
+        """Return the report of several steps: loads and choices dropped of all of them, the mean of their losses."""
+        return cls(
+            reports[0].layers,
+            torch.stack([one.loads for one in reports]).sum(0),
+            torch.stack([one.losses for one in reports]).mean(0),
+            torch.stack([one.dropped for one in reports]).sum(0),
+        )
+
+    def figures(self) -> dict[str, float | str | list[int]]:
+        """Return what metrics say: by layer, and ``experts/balance_loss`` and ``experts/z_loss``, the layers' means."""
         balance, z = self.losses.mean(0).tolist()
-        found: dict[str, float | list[int]] = {"experts/balance_loss": balance, "experts/z_loss": z}
+        found: dict[str, float | str | list[int]] = {"experts/balance_loss": balance, "experts/z_loss": z}
         for row, layer in enumerate(self.layers):
             loads, total = self.loads[row], int(self.loads[row].sum())
             found[f"experts/balance_loss/{layer}"], found[f"experts/z_loss/{layer}"] = self.losses[row].tolist()

@@ -22,7 +22,18 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from transformers_cases import (
-    GROUPS, HEAD_DIM, HEADS, HIDDEN, LENGTHS, VOCAB, close, fill, gradients_of, load, qkv, random_positions,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LENGTHS,
+    VOCAB,
+    close,
+    fill,
+    gradients_of,
+    load,
+    qkv,
+    random_positions,
 )  # fmt: skip
 
 from megavlm.config.architecture import LANGUAGE
@@ -46,10 +57,10 @@ class Case:
 
 QWEN3 = {"num_experts": EXPERTS, "num_experts_per_tok": 3, "moe_intermediate_size": WIDTH, "attention_bias": False}
 OURS = {"num_moe_experts": EXPERTS, "moe_ffn_hidden_size": WIDTH, "moe_router_topk": 3}
-DEEPSEEK = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+DEEPSEEK = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
 GROUPED = {
-    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4,
-    "moe_router_group_topk": 2, "moe_router_topk_scaling_factor": 2.5, "moe_router_topk": 4,
+    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1, "moe_router_topk_scaling_factor": 2.5, "moe_router_topk": 2,
 }  # fmt: skip
 CASES = {
     "qwen3-moe": Case(Qwen3MoeConfig, Qwen3MoeForCausalLM, {**QWEN3, "norm_topk_prob": True}, "qwen3", OURS),
@@ -70,7 +81,7 @@ CASES = {
     ),
     "glm-4.5, sigmoid with bias and groups, the first dense": Case(
         Glm4MoeConfig, Glm4MoeForCausalLM,
-        {"n_routed_experts": EXPERTS, "num_experts_per_tok": 4, "moe_intermediate_size": WIDTH, "n_shared_experts": 2}
+        {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH, "n_shared_experts": 2}
         | {"first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": True, **DEEPSEEK}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         "qwen3",
@@ -109,7 +120,11 @@ def mapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 out[f"{mine}mlp.shared_experts.linear_fc2.weight"] = state[f"{theirs}mlp.{shared}.down_proj.weight"]
         if f"{theirs}mlp.shared_expert_gate.weight" in state:
             out[f"{mine}mlp.shared_experts.gate_weight"] = state[f"{theirs}mlp.shared_expert_gate.weight"]
-        out |= {f"{mine}{a}.weight": state[f"{theirs}{b}.weight"] for a, b in names.items() if f"{theirs}{b}.weight" in state}
+        out |= {
+            f"{mine}{a}.weight": state[f"{theirs}{b}.weight"]
+            for a, b in names.items()
+            if f"{theirs}{b}.weight" in state
+        }
         if f"{theirs}mlp.up_proj.weight" in state:
             parts = [state[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")]
             out[f"{mine}mlp.linear_fc1.weight"] = torch.cat(parts)

@@ -11,7 +11,7 @@ from megavlm.parallel.device import prepare_device
 prepare_device()
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402, N812
+import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
@@ -34,7 +34,7 @@ ALL: dict[str, Any] = {
 """Experts in all layers, losses of balance and z."""
 MIXED = ALL | {
     "moe_layer_freq": [0, 1, 1, 1], "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-    "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_topk": 4, "moe_router_bias_update_rate": 0.01,
+    "moe_router_num_groups": 2, "moe_router_group_topk": 1, "moe_router_topk": 2, "moe_router_bias_update_rate": 0.01,
     "moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": True, "moe_expert_capacity_factor": 1.25,
 }  # fmt: skip
 """The first layer dense, the others with shared experts, biases, groups, and experts that are full at some time."""
@@ -111,7 +111,11 @@ def start(training: TrainingModel, folder: Path) -> None:
 
 
 def train(folder: str, language: dict[str, Any], branches: dict[str, Any], steps: int = 5) -> dict[str, Any]:
-    """Train; the first call of a ``folder`` leaves its parameters there, and all others are compared with them."""
+    """Train; the first call of a ``folder`` leaves its parameters there, and all others are compared with them.
+
+    The adapters of a run that has some begin with numbers, too.
+    """
+    Path(folder).mkdir(exist_ok=True)
     recipe, after = recipe_of(language, **branches), Path(folder) / "after.pt"
     with process_groups(recipe.parallel, recipe.training.seed):
         training = build_training(recipe, IMAGE_TOKEN)
@@ -126,7 +130,9 @@ def train(folder: str, language: dict[str, Any], branches: dict[str, Any], steps
         if first:
             torch.save(own, after)
         known, marks = torch.load(after), parameters_of(training)
-        apart = {name: float((share_of(known[name], name, marks[name]) - value).abs().max()) for name, value in own.items()}
+        apart = {
+            name: float((share_of(known[name], name, marks[name]) - value).abs().max()) for name, value in own.items()
+        }
         biases = {
             layer: router.expert_bias.tolist()
             for chunk in training.chunks
@@ -141,6 +147,13 @@ def train(folder: str, language: dict[str, Any], branches: dict[str, Any], steps
             "dropped": [one.experts.dropped.tolist() for one in results if one.experts],
             "losses": [one.experts.losses.flatten().tolist() for one in results if one.experts],
             "biases": biases,
+            "moved": sorted(
+                {
+                    name.partition(".layers.")[2].partition(".")[2] or name
+                    for name, one in own.items()
+                    if marks[name].requires_grad
+                }
+            ),
             "apart": max(apart.values()),
             "worst": max(apart, key=lambda name: apart[name]),
         }

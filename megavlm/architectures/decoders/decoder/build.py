@@ -115,7 +115,7 @@ def _expert_settings(language: DecoderConfig, parallel: ParallelConfig) -> dict[
         "moe_layer_freq": 1 if all(layers) else [int(here) for here in layers],
         "moe_aux_loss_coeff": language.moe_aux_loss_coeff,
         "moe_router_dtype": "fp32",
-        # Experts that several ranks share get each other's tokens, which are not as many, and gloo gathers equals alone.
+        # Ranks that share experts gather each other's tokens, which are not equally many: gloo cannot do that.
         "moe_token_dispatcher_type": "alltoall" if has_kernels() or parallel.expert_tensor_ranks == 1 else "allgather",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_ranks,

@@ -55,8 +55,8 @@ class ExpertsConfig(LanguageConfig):
     moe_shared_expert_gate: bool = False
     """What the shared experts give is multiplied by a number of the token's own, from 0 to 1 (Qwen2-MoE)."""
     moe_expert_capacity_factor: Annotated[float | None, Meaning.RUN] = Field(default=None, gt=0)
-    """In training, an expert takes at most this times its equal share of a pack's tokens, those that score highest; null
-    to take all (dropless). Nothing is left out in validation and generation."""
+    """In training, an expert takes at most this times its equal share of a pack's tokens, those with the best scores;
+    null to take all (dropless). Nothing is left out in validation and generation."""
 
     @property
     def expert_width(self) -> int:
@@ -71,7 +71,7 @@ class ExpertsConfig(LanguageConfig):
         if self.num_moe_experts is None:
             return (False,) * len(layers)
         if isinstance(self.moe_layer_freq, int):
-            return tuple(number % self.moe_layer_freq == 0 for number in layers)
+            return tuple(number % max(self.moe_layer_freq, 1) == 0 for number in layers)
         return tuple(bool(here) for here in self.moe_layer_freq)
 
 
