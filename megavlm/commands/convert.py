@@ -218,8 +218,9 @@ def add_int4(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a Hugging Face directory again, with the language model's linear layers in 4 bits: the layout of GPTQ "
         "or of AWQ, as Transformers, vLLM and SGLang read it. Tower, connector, embedding and output layer stay. "
-        "Roundings are searched on samples of your data, pictures included; a GPU is used if there is one. Needs "
-        "pip install 'megavlm[int4]'."
+        "Qwen v1's (Qwen-VL, Belle-VL, CodeFuse-VLM) are written as Qwen-VL-Chat-Int4 is published. Roundings are "
+        "searched on samples of your data, pictures included; a GPU is used if there is one. Needs pip install "
+        "'megavlm[int4]'."
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory to quantise, as exported")
     parser.add_argument("--layout", choices=("gptq", "awq"), required=True, help="of the 4-bit weights")
