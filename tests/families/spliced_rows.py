@@ -180,6 +180,7 @@ def _xtuner(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
 
 
 def _hpt(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
+    captions = Stage(("connector",), 1e-3, 4871, 256, 4096, 1024)
     return WholeFamily(
         checkpoints=tuple(name for name, (family, _) in PIECES.items() if family == "hpt"),
         template=BY_LANGUAGE,
@@ -191,9 +192,14 @@ def _hpt(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
         lora=Lack("adapters are those of the language model in llm/ alone: names in test_spliced_families.py"),
         presets={"hpt_1_5_air": Published(8_449_510_688), "hpt_1_5_edge": Published(4_231_807_264)},
         built=COUNTED,
-        recipes=Lack("none yet: its authors published no scripts of its stages"),
-        headers=Lack("there are no recipes yet"),
-        planner=shared["planner"],
+        recipes={
+            **staged(
+                "hpt_1_5_air", ("pretrain", "sft"),
+                (captions, Stage(("connector", "language"), 2e-5, 9905, 128, 4096, 1024)),
+            ),
+            **staged("hpt_1_5_edge", ("pretrain", "sft"), (captions, Stage(ALL, 2e-5, 19_810, 128, 4096, 1024))),
+        },
+        **shared,
     )  # fmt: skip
 
 
