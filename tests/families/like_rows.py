@@ -14,7 +14,7 @@ _COUNTS = {
         "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
         "bunny_qwen1_5_1_8b": 2_270_424_128, "bunny_minicpm": 3_161_073_728, "bunny_phi_3": 4_261_961_792,
         "bunny_llama_3_8b": 8_479_990_848, "bunny_v1_1_phi_3": 4_269_039_680, "bunny_v1_1_llama_3_8b": 8_489_428_032,
-        "bunny_eva_phi_1_5": "1.72B", "bunny_eva_stablelm_2": "1.95B", "bunny_eva_phi_2": "3.09B",
+        "bunny_eva_phi_1_5": 1_724_453_824, "bunny_eva_stablelm_2": 1_954_198_464, "bunny_eva_phi_2": 3_087_824_832,
     },
     "imp": {
         "imp_v1_3b": 3_217_417_280, "imp_v1_5_3b": 3_217_417_280, "imp_v1_5_2b": 2_271_611_968,
