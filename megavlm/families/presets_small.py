@@ -15,8 +15,8 @@ CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
 SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
 """SigLIP-SO400M/384 without its last layer."""
 
-# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B, -Gemma-SigLIP-2.4B, Zhang199/TinyLLaVA-Qwen2-0.5B-SigLIP, -Qwen2.5-3B-SigLIP: the
-# language model, the template, and by what features are multiplied. SigLIP's first patch is dropped.
+# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B, -Gemma-SigLIP-2.4B, Zhang199/TinyLLaVA-Qwen2-0.5B-SigLIP, -Qwen2.5-3B-SigLIP:
+# the language model, the template, and by what features are multiplied. SigLIP's first patch is dropped.
 _TINYLLAVA: dict[str, tuple[str, str, float]] = {
     "1_5b": ("tinyllama_1_1b", "vicuna_v1", 1.0),
     "2_0b": ("stablelm_2_1_6b", "vicuna_v1_endoftext", 1.0),
