@@ -24,7 +24,7 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
         )
     yield from _exchange(recipe)
     if any(recipe.model.language.expert_layers):
-        yield f"{CP}: layers with experts (model.language.num_moe_experts) are not proven on a pack that is cut; set this to 1"
+        yield f"{CP}: layers with experts (model.language.num_moe_experts) are not proven on cut packs; set this to 1"
     for key, wrong, remedy in (
         ("engine.fp8", engine.fp8 is not None, "null"),
         ("engine.cuda_graph_impl", engine.cuda_graph_impl != "none", "none"),

@@ -14,7 +14,7 @@ _COUNTS = {
         "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
         "bunny_qwen1_5_1_8b": 2_270_424_128, "bunny_minicpm": 3_161_073_728, "bunny_phi_3": 4_261_961_792,
         "bunny_llama_3_8b": 8_479_990_848, "bunny_v1_1_phi_3": 4_269_039_680, "bunny_v1_1_llama_3_8b": 8_489_428_032,
-        "bunny_eva_phi_1_5": "1.72B", "bunny_eva_stablelm_2": "1.95B", "bunny_eva_phi_2": "3.09B",
+        "bunny_eva_phi_1_5": 1_724_453_824, "bunny_eva_stablelm_2": 1_954_198_464, "bunny_eva_phi_2": 3_087_824_832,
     },
     "imp": {
         "imp_v1_3b": 3_217_417_280, "imp_v1_5_3b": 3_217_417_280, "imp_v1_5_2b": 2_271_611_968,
@@ -40,18 +40,20 @@ def _staged(preset: str, first: Stage, **later: Stage) -> dict[str, Stage]:
 
 def _bunny() -> dict[str, Stage]:
     found: dict[str, Stage] = {}
-    for preset in (name for name in _COUNTS["bunny"] if "eva" not in name):  # whose towers have no recipes here
-        s2, language = preset.startswith("bunny_v1_1"), preset.removeprefix("bunny_").removeprefix("v1_1_")
-        larger = language in ("phi_3", "llama_3_8b")
+    for preset in _COUNTS["bunny"]:
+        s2, eva = preset.startswith("bunny_v1_1"), preset.startswith("bunny_eva")
+        language = preset.removeprefix("bunny_").removeprefix("v1_1_").removeprefix("eva_")
+        rates = {"bunny_eva_phi_2": 5e-5, "bunny_eva_phi_1_5": 1e-3, "bunny_eva_stablelm_2": 1e-3}
+        tokens = 576 if eva else 729
         first = replace(
-            _CAPTIONS, lr=1e-3 if larger else 5e-4, steps=2_000_000 // 256,
-            template=_PLAIN.get(language, "llava_plain_no_bos"),
+            _CAPTIONS, lr=rates.get(preset, 1e-3 if language in ("phi_3", "llama_3_8b") else 5e-4), tokens=tokens,
+            steps=2_000_000 // 256, template=_PLAIN.get(language, "llava_plain_no_bos"),
         )  # fmt: skip
         both = ("connector", "language")
         llama = s2 and language == "llama_3_8b"
         lora = Stage(
             both, 1e-4 if llama else 2e-4, (1_300_000 if s2 else 695_000) // 128, 128,
-            4096 if s2 or language == "phi_3" else 2048, 729, connector=0.1, lora=(256 if llama else 128, 256),
+            4096 if s2 or language == "phi_3" else 2048, tokens, connector=0.1, lora=(256 if llama else 128, 256),
         )  # fmt: skip
         full = {"sft": Stage(both, 2e-5, 695_000 // 128, 128, 2048, 729)} if preset == "bunny_phi_2" else {}
         found |= _staged(preset, first, lora=lora, **full)
