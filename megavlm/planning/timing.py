@@ -308,9 +308,9 @@ class Timer:
         embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
         wires += self._tensor_parallel(embedded, 2)  # the embedding's sum
         if self.layout.context > 1 and images:
-            shared = self._crossing(queries * (self.layout.context - 1), inside=not self.layout.context_crosses_nodes)
-            wires += shared
-            back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else shared
+            handed = self._crossing(queries * (self.layout.context - 1), inside=not self.layout.context_crosses_nodes)
+            wires += handed
+            back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
