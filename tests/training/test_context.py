@@ -119,7 +119,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """Run what is asked for."""
     tmp = tmp_path_factory.mktemp("context")
     asked = {one.callspec.params.get("case") for one in request.session.items if hasattr(one, "callspec")}
-    asked |= {"CP 2" for one in request.session.items if one.name == "test_a_change_of_context_parallelism_changes_no_bit"}
+    asked |= {
+        "CP 2" for one in request.session.items if one.name == "test_a_change_of_context_parallelism_changes_no_bit"
+    }
     return tmp, together(tmp, {case: one for case, one in CASES_OF.items() if case in asked})
 
 
