@@ -32,6 +32,8 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
     ):
         if wrong:  # buffers, graphs and blocks of one length: samples are filled up, and packs differ by it
             yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
+    if any(getattr(recipe.model.language, "expert_layers", ())):
+        yield f"{CP}: is not proven with experts, whose routers would count what fills samples up; set it to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"
     if parallel.vision_placement != "first_stage":

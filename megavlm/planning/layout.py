@@ -109,9 +109,9 @@ class Layout:
         return min(max(GPUS_PER_NODE // self.tensor, 1), self.shards)
 
     @property
-    def context_crosses_nodes(self) -> bool:
-        """Whether ranks that share a pack lie in several nodes: they lie next to the tensor-parallel ones."""
-        return self.tensor * self.context > GPUS_PER_NODE
+    def context_in_node(self) -> bool:
+        """Whether ranks that share a pack lie in one node: they lie next to the tensor-parallel ones."""
+        return self.tensor * self.context <= GPUS_PER_NODE
 
 
 def stage_layers(recipe: Recipe) -> list[int]:

@@ -146,19 +146,18 @@ class Timer:
     def _context_parallel(self, moved: float, attention: float) -> tuple[float, float]:
         """Return the seconds, forward and backward, that a layer waits for keys and values of the rest of the pack.
 
-        Args:
-            moved: bytes of one rank's.
-            attention: seconds of attention, forward, which Transformer Engine's ring goes on beside; torch's layers
-                gather first, and add gradients up behind it.
+        ``moved`` are the bytes of one rank's. Transformer Engine's ring goes on beside these seconds of ``attention``,
+        forward, and brings them again and their gradients, backward; torch's layers gather first.
         """
-        others = self.layout.context - 1
-        if not others:
-            return 0.0, 0.0
-        wires = self._crossing(moved * others, inside=not self.layout.context_crosses_nodes)
+        wires = self._from_context(moved)
         if not self.kernels.fused:
             return wires, wires
-        # Backward, keys and values go round again, and their gradients with them.
         return max(wires - attention, 0.0), max(2 * wires - _FLASH_BACKWARD * attention, 0.0)
+
+    def _from_context(self, moved: float) -> float:
+        """Return the seconds in which a rank gets ``moved`` bytes from each of those that share its pack."""
+        others = self.layout.context - 1
+        return self._crossing(moved * others, inside=self.layout.context_in_node) if others else 0.0
 
     def _crossing(self, moved: float, *, inside: bool) -> float:
         """Return the seconds in which a rank sends ``moved`` bytes, inside of a node or to others."""
@@ -193,8 +192,7 @@ class Timer:
         forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
-        back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
-        back_wires += sharing
+        back_wires = self._tensor_parallel(wide, exposed, beside_products=True) + sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
@@ -266,11 +264,9 @@ class Timer:
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
         embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
-        wires += self._tensor_parallel(embedded, 2)  # the embedding's sum
-        if self.layout.context > 1 and images:
-            handed = self._crossing(queries * (self.layout.context - 1), inside=not self.layout.context_crosses_nodes)
-            wires += handed
-            back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
+        handed = self._from_context(queries) if images else 0.0
+        wires += self._tensor_parallel(embedded, 2) + handed  # the embedding's sum
+        back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
@@ -325,12 +321,9 @@ class Timer:
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         features = feature_bytes(self.recipe, self.layout, self.workload.views)
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
-        others = (self.layout.places - 1) / self.layout.places
-        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.places > 1 else 0.0
+        others, inside = (self.layout.places - 1) / self.layout.places, not self.layout.pipeline_crosses_nodes
+        out = self._crossing(features * others, inside=inside) if features and self.layout.places > 1 else 0.0
         share = 1 if self.layout.together else self.layout.tensor
         trains = not (modules.vision.freeze and modules.connector.freeze)
         back = out / share if trains else 0.0
@@ -355,14 +348,10 @@ class Timer:
         """Return the seconds of one message between stages."""
         if self.layout.pipeline == 1:
             return 0.0
-        tokens, tp = self.workload.tokens, self.layout.tensor
-        moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved = self.workload.tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
         moved *= 1 + carried_streams(self.recipe, self.layout)
-        moved //= tp if self.layout.sequence_parallel else 1
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
-        return moved / rate + COLLECTIVE_SECONDS
+        moved //= self.layout.tensor if self.layout.sequence_parallel else 1
+        return self._crossing(moved, inside=not self.layout.pipeline_crosses_nodes)
 
     def data_parallel(self, stage: int) -> tuple[float, float]:
         """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
@@ -378,8 +367,7 @@ class Timer:
         inside = self.layout.tensor * data <= 8 and self.layout.gpus // self.layout.pipeline <= 8
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         if not inside:
-            cards = self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network
-            rate = min(rate, cards)
+            rate = min(rate, self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network)
         share = (data - 1) / data / rate
         if not self.recipe.parallel.use_distributed_optimizer:  # an all-reduce, and nothing to gather
             return 2 * 4 * learning * share + COLLECTIVE_SECONDS, 0.0

@@ -19,9 +19,8 @@ CP2 = "parallel.context_parallel_size=2"
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 MORE = (
-    "checkpoint.save_interval=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant",
-    "logging.timing_interval=1",
-    "training.validation_interval=2", "logging.panel_interval=2", "optimizer.adam_eps=1e-4",
+    "checkpoint.save_interval=2", "optimizer.warmup_steps=1", "optimizer.schedule=constant", "optimizer.adam_eps=1e-4",
+    "logging.timing_interval=1", "training.validation_interval=2", "logging.panel_interval=2",
 )  # fmt: skip
 COUNTED = ("step", "padding_fraction", "supervised_tokens", "tokens", "images", "packs", "skipped_samples")
 
