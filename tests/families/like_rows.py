@@ -29,6 +29,7 @@ _PLAIN = {"minicpm": "llava_plain", "phi_3": "llava_plain", "v1_5_4b": "llava_pl
           "llama_3_8b": "llava_plain_llama_3"}  # fmt: skip
 """Templates of stage 1, where texts begin with a BOS, by language model or size."""
 _CAPTIONS = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 729, template="llava_plain_no_bos")
+_PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 _MIPHA_ADAM = (0.9, 0.98, 1e-7, 1)
 
 
@@ -104,17 +105,18 @@ _RECIPES: dict[str, dict[str, Stage]] = {
 def like_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
     """Return the rows; arguments are what rows share."""
     pad, endoftext = {"kind": "pad"}, "vicuna_v1_endoftext"
+    shared = {"headers": header, "planner": planner}
     return {
-        "bunny": _row("bunny", header, planner, endoftext, pad),
-        "imp": _row("imp", header, planner, "imp_qwen2", {"kind": "squash"}),
-        "mipha": _row("mipha", header, planner, endoftext, pad),
-        "llava_phi": _row("llava_phi", header, planner, endoftext, pad),
-        "allava": _row("allava", header, planner, "allava", pad),
+        "bunny": _row("bunny", endoftext, pad, _PHI_TARGETS, shared),
+        "imp": _row("imp", "imp_qwen2", {"kind": "squash"}, _PHI_TARGETS, shared),
+        "mipha": _row("mipha", endoftext, pad, _PHI_TARGETS, shared),
+        "llava_phi": _row("llava_phi", endoftext, pad, _PHI_TARGETS, shared),
+        "allava": _row("allava", "allava", pad, _PHI_TARGETS, shared),
     }
 
 
 def _row(
-    family: str, header: str, planner: Mapping[str, float], template: str, image: Mapping[str, Any]
+    family: str, template: str, image: Mapping[str, Any], targets: tuple[str, ...], shared: Mapping[str, Any]
 ) -> WholeFamily:
     found = sources(family)
     first = next(iter(found))
@@ -134,13 +136,12 @@ def _row(
         answers=Lack("convert check cannot run: Transformers' LLaVA has no place for a head's bias; answers: `source`")
         if family in ("mipha", "llava_phi")
         else lambda path: like_answers({"imp": "imp_qwen2", "bunny": "bunny_phi"}.get(family, family), path),
-        lora=Lack("its class is its authors' code: PEFT was not tried on it") if whole else Lack(mechanism),
+        lora=targets,
         presets={
             name: Published(count, refused={8: "36"} if name == "bunny_minicpm" else {})
             for name, count in _COUNTS[family].items()
         },
         built=lambda model: like_of(family, model),
         recipes=_RECIPES[family],
-        headers=header,
-        planner=planner,
+        **shared,
     )  # fmt: skip
