@@ -23,8 +23,6 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
             f" {max(length // 2, 1)} or less, or longer sequences"
         )
     yield from _exchange(recipe)
-    if any(recipe.model.language.expert_layers):
-        yield f"{CP}: layers with experts (model.language.num_moe_experts) are not proven on cut packs; set this to 1"
     for key, wrong, remedy in (
         ("engine.fp8", engine.fp8 is not None, "null"),
         ("engine.cuda_graph_impl", engine.cuda_graph_impl != "none", "none"),
