@@ -62,7 +62,7 @@ class ContextSplit:
         """Return ``rows`` on a device."""
         return self._cached("rows", device, lambda: self.rows)
 
-    def moved(self, position: int, cu_seqlens: Sequence[int]) -> int:
+    def moved(self, position: int, cu_seqlens: Sequence[int] | NDArray[np.int32]) -> int:
         """Return where a position of the pack, whose segments start at ``cu_seqlens``, lies in the filled-up one."""
         segment = int(np.searchsorted(np.asarray(cu_seqlens), position, side="right")) - 1
         return int(self.cu_seqlens[segment]) + position - int(cu_seqlens[segment])
