@@ -125,12 +125,16 @@ def _measured(gpu: Gpu) -> list[str]:
 def _table(plans: tuple[Plan, ...]) -> list[str]:
     rows = [["", "TP", "PP", "VPP", "DP", "layers per stage", "recompute", "fullest", "bubble", "step", "MFU"]]
     rows[0] += ["days", "GPU-hours"]
+    spread = any(plan.layout.experts > 1 for plan in plans)
+    rows[0][4:4] = ["EP"] * int(spread)
     for number, plan in enumerate(plans):
         layout, time = plan.layout, plan.time
         rows.append(
             [
                 "*" if number == 0 else "",
-                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual, layout.data)),
+                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual)),
+                *([str(layout.experts)] * int(spread)),
+                str(layout.data),
                 _layers(layout.layers_per_stage),
                 plan.recipe.parallel.recompute_granularity or "-",
                 f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
@@ -197,6 +201,7 @@ def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
     return [
         f"Chosen (*): TP {layout.tensor} x PP {layout.pipeline}"
         + (f" x VPP {layout.virtual}" if layout.virtual else "")
+        + (f" x EP {layout.experts}" if layout.experts > 1 else "")
         + f" x DP {layout.data}, {layout.microbatches} micro-batches a step; GiB at the peak of a rank of each stage:",
         *_aligned(rows),
         f"{free / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} stay free (a plan leaves {100 * HEADROOM:.0f} %).",
@@ -220,6 +225,7 @@ def _own(own: Plan | str, best: Plan) -> str:
         return f"The recipe's own layout is refused: {own}"
     layout = own.layout
     virtual = f" x VPP {layout.virtual}" if layout.virtual else ""
+    virtual += f" x EP {layout.experts}" if layout.experts > 1 else ""
     slower = 100 * (own.time.step / best.time.step - 1)
     return (
         f"The recipe's own layout: TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data},"
