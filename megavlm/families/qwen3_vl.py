@@ -177,7 +177,7 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = dict.fromkeys(
         ("hub", "outputs_first"), Qwen3VLFamily.styles["modules"]
     )
-    modules: ClassVar[str | None] = "hub"
+    modules: ClassVar[str | None] = "outputs_first"
     text_tables: ClassVar[Mapping[str, Table]] = {"hub": QWEN3_VL_MOE_LANGUAGE, "outputs_first": STACKED_MOE_LANGUAGE}
 
     def style_of(self, source: Source) -> str:

@@ -15,7 +15,7 @@ from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
 from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
-from megavlm.planning.times import StepTime
+from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 

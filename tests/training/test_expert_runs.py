@@ -49,6 +49,7 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
     ],
     4: [
         ("all", EP4, {}),
+        ("mixed", EP2, {}),
         ("mixed", EP4, {}),
         ("all", EP2 | OVERLAP, {}),
         ("mixed", TP2 | EP2, {}),
