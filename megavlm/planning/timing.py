@@ -293,9 +293,9 @@ class Timer:
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
         embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
-        shared = self._from_context(queries) if images else 0.0
-        wires += self._tensor_parallel(embedded, 2) + shared  # the embedding's sum
-        back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else shared
+        handed = self._from_context(queries) if images else 0.0
+        wires += self._tensor_parallel(embedded, 2) + handed  # the embedding's sum
+        back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
