@@ -9,6 +9,7 @@ from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
 from megavlm.config.context import CP, context_rules
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
+from megavlm.config.experts import expert_rules, expert_world
 from megavlm.config.lora import lora_rules
 from megavlm.config.prepared import META
 from megavlm.config.rules import TP, choices, divides
@@ -42,7 +43,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
-        engine_rules, lora_rules, vision_rules, context_rules, *_MORE,
+        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -332,6 +333,7 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
             " job; change the layout, or start as many processes with torchrun --nproc-per-node"
         )
         return
+    yield from expert_world(recipe, world_size)
     dp, batch = world_size // (tp * cp * pp), recipe.training.global_batch_size
     key = "training.global_batch_size"
     if batch % dp:

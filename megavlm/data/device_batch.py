@@ -168,6 +168,7 @@ class Batch:
             "tokens": self.tokens,
             "position_ids": self.position_ids,
             "packed_seq_params": self.packed_seq_params,
+            "segment_sources": self.segment_sources,
             "labels": labels,
             "images": self.images if self.shared is None else None,
             "view_features": self.view_features,

@@ -15,6 +15,7 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.context import CP
 from megavlm.config.engine import for_inference
 from megavlm.config.errors import UserError
+from megavlm.config.experts import EP, experts_span_replicas
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
@@ -29,6 +30,8 @@ _ALONE: dict[str, Any] = {
     "virtual_pipeline_model_parallel_size": None,
     "num_layers_in_first_pipeline_stage": None,
     "sequence_parallel": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 
@@ -131,6 +134,11 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
         training=dataclasses.replace(recipe.training, global_batch_size=world_size),
         logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
     )
+    if experts_span_replicas(recipe.parallel):
+        raise UserError(
+            f"{EP}: {recipe.parallel.expert_model_parallel_size} spreads a layer's experts over several replicas, which"
+            " answer apart; set it to parallel.tensor_model_parallel_size or a divisor of it, or to 1"
+        )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)

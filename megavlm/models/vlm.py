@@ -61,6 +61,7 @@ class VisionLanguageModel(MegatronModule):
         )
         super().__init__(config=language.config)
         self.settings = model
+        self._experts = any(model.language.expert_layers)
         self.image_size = model.vision.image_size
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
@@ -104,6 +105,7 @@ class VisionLanguageModel(MegatronModule):
         image_weight: Tensor | None = None,
         image_grid: Tensor | None = None,
         view_features: Tensor | None = None,
+        segment_sources: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -122,6 +124,8 @@ class VisionLanguageModel(MegatronModule):
             image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
                 have sizes of their own.
             view_features: first chunk: [Q, N, E] features instead of ``images``, where others have encoded these.
+            segment_sources: [G] int64, for every stage: -1 for a segment of padding, which routers of experts do not
+                count; None where there is none.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
@@ -147,8 +151,20 @@ class VisionLanguageModel(MegatronModule):
             labels=labels,
             packed_seq_params=packed_seq_params,
             extra_block_kwargs=extras if beside is None else {"context": beside, **(extras or {})},
+            **self._padding(packed_seq_params, segment_sources, tokens.size(1)),
         )
         return output if self.post_process else self.streams.join(output, beside)
+
+    def _padding(self, packed: PackedSeqParams, segment_sources: Tensor | None, length: int) -> dict[str, Tensor]:
+        """Return [1, S] where there is padding (S / TP with sequence parallelism), for layers with experts alone."""
+        if segment_sources is None or not self._experts:
+            return {}
+        lengths = packed.cu_seqlens_q.diff().long()
+        mask_1S = torch.repeat_interleave(segment_sources < 0, lengths, output_size=length)[None]
+        if self.config.sequence_parallel:
+            group = mpu.get_tensor_model_parallel_group()
+            mask_1S = mask_1S.chunk(group.size(), dim=1)[group.rank()]
+        return {"padding_mask": mask_1S}
 
     def _fused(
         self,

@@ -52,6 +52,8 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_ranks,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=True,
         )

@@ -26,6 +26,8 @@ class Chunk:
     """It holds the final norm and the output layer."""
     apart: bool = False
     """Tower and connector lie on all ranks (``parallel.vision_placement``), and in no chunk."""
+    begin: int = 0
+    """Number of its first language layer."""
 
     @property
     def encodes(self) -> bool:
@@ -52,6 +54,15 @@ class Layout:
     """With ``apart``: they are cut over the tensor-parallel ranks of a stage, which encode the same pictures."""
     context: int = 1
     """Ranks that share each pack (CP)."""
+    experts: int = 1
+    """Ranks that share out the experts of a layer (EP)."""
+    expert_tensor: int = 1
+    """Ranks that share each of them."""
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(self.gpus // (self.pipeline * self.experts * self.expert_tensor), 1)
 
     @property
     def ranks(self) -> int:
@@ -128,9 +139,11 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
         microbatches=recipe.training.global_batch_size // data,
         sequence_parallel=parallel.sequence_parallel,
         chunks=tuple(
-            Chunk(index, layers, first=index == 0, last=index == len(chunks) - 1, apart=apart)
+            Chunk(index, layers, index == 0, index == len(chunks) - 1, apart, begin=sum(chunks[:index]))
             for index, layers in enumerate(chunks)
         ),
+        experts=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_ranks,
         apart=apart,
         together=apart and parallel.vision_shards == "tensor" and tp > 1,
         context=parallel.context_parallel_size,

@@ -10,11 +10,13 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import kernels_of
+from megavlm.planning.experts import expert_layouts
 from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
 from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
-from megavlm.planning.timing import StepTime, Timer
+from megavlm.planning.times import StepTime
+from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 
 _RECOMPUTE = (None, "selective", "full")
@@ -145,6 +147,8 @@ _ONE: dict[str, Any] = {
     "sequence_parallel": False,
     "recompute_granularity": None,
     "recompute_num_layers": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 
@@ -159,7 +163,16 @@ def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _values(recipe: Recipe, gpus: int, tp: int, cp: int, pp: int) -> Iterator[dict[str, Any]]:
-    """Yield the ``parallel`` values to try for a TP, a CP and a PP."""
+    """Yield the ``parallel`` values to try for a TP, a CP and a PP; with experts, for each EP."""
+    if cp > 1 and any(recipe.model.language.expert_layers):  # refused (config/context.py)
+        return
+    for spread in expert_layouts(recipe, gpus // pp):
+        for values in _values_without_experts(recipe, gpus, tp, cp, pp):
+            yield {**values, **spread}
+
+
+def _values_without_experts(recipe: Recipe, gpus: int, tp: int, cp: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Yield the ``parallel`` values to try for a TP, a CP and a PP, but those of experts."""
     layers, data = recipe.model.language.num_layers, gpus // (tp * pp)
     firsts: list[int | None] = [None]
     virtuals: list[int | None] = [None]

@@ -9,12 +9,22 @@ it against published runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, Pictures, cost_of, decoder_cost
-from megavlm.config.schema import Recipe
+from megavlm.architectures.cost import (
+    Attention,
+    Kernels,
+    LayerPassage,
+    Passage,
+    Pictures,
+    cost_of,
+    decoder_cost,
+    layer_kinds,
+)
+from megavlm.config.schema import LanguageConfig, Recipe
 from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.apart import alone, feature_bytes, share_of_step
+from megavlm.planning.experts import dispatch_seconds, kinds_of
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
@@ -22,6 +32,7 @@ from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elem
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
+from megavlm.planning.times import Cost, StepTime
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20
@@ -39,47 +50,6 @@ _CAST_BYTES = {"delayed": 4, "mxfp8": 4}
 """Bytes moved for each number that becomes FP8: read, and written as it is and transposed; scaling by what the tensor
 itself holds reads it twice."""
 _CURRENT_CAST_BYTES = 6
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of one micro-batch through a chunk, on one rank."""
-
-    forward: float
-    backward: float
-    tensor_parallel: float
-    """Part of the two that waits for tensor-parallel collectives."""
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """One step of the job, predicted; seconds."""
-
-    step: float
-    pipeline: float
-    """Forward and backward passes of all micro-batches, with waiting."""
-    bubble: float
-    """Share of the pipeline's time, and of the vision phases', that its ranks wait, 0 to 1."""
-    stage_seconds: tuple[float, ...]
-    """Forward and backward pass of one micro-batch, for each stage."""
-    tensor_parallel: float
-    """Exposed tensor-parallel collectives of the stage that has most, over the step."""
-    p2p: float
-    """One message between stages."""
-    data_parallel: float
-    """Gradient reduction and parameter gathering of the stage that has most, hidden or not."""
-    data_parallel_exposed: float
-    """What of it is not hidden."""
-    optimizer: float
-    """Update of the weights."""
-    mfu: float
-    """Useful model FLOP/s over the peak of all GPUs, 0 to 1."""
-    mfu_conventional: float
-    """The same with the whole square of attention, as most published figures count."""
-    hfu: float
-    """That, and what is recomputed."""
-    vision: float = 0.0
-    """Where all ranks encode: both phases around the pipeline, with what goes from rank to rank."""
 
 
 class Timer:
@@ -117,13 +87,13 @@ class Timer:
             return flops / (self.gpu.rates.product(m, n, k) * self.peak / self.gpu.bf16_flops)
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
-    def _passage(self) -> LayerPassage:
-        language = self.recipe.model.language
+    def _passage(self, kind: LanguageConfig | None = None) -> LayerPassage:
+        language = kind or layer_kinds(self.recipe.model.language)[0]
         return decoder_cost(language).layer_passage(language, self.layout, self.workload.tokens, self.kernels)
 
-    def _linear(self) -> float:
+    def _linear(self, kind: LanguageConfig | None = None) -> float:
         """Return the seconds of a language layer's products, forward; they may be in FP8."""
-        tokens, shapes = self.workload.tokens, self._passage().products
+        tokens, shapes = self.workload.tokens, self._passage(kind).products
         if self.kernels.fp8 and self.gpu.fp8_flops is not None:
             flops = sum(2 * tokens * rows * width for rows, width in shapes)
             return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
@@ -194,20 +164,21 @@ class Timer:
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         return moved / (rate if inside else self.gpu.network * self.gpu.efficiency.network) + COLLECTIVE_SECONDS
 
-    def layer(self) -> Cost:
-        """Return the cost of one language layer."""
+    def layer(self, kind: LanguageConfig | None = None) -> Cost:
+        """Return the cost of one language layer; of the first one's kind, unless another is given."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens = self.workload.tokens
         learns = weights_learn(self.recipe)
         work = self._flops(Chunk(0, 1, first=False, last=False))
-        linear, attention = self._linear(), work.attention
+        linear, attention = self._linear(kind), work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        passage = self._passage()
+        passage = self._passage(kind)
         gathered = passage.gathered
         moved = passage.moved * (1 if self.kernels.fused else 3)  # plain torch makes three times the passes over memory
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
+        sharing += 2 * dispatch_seconds(self.layout, self.gpu, passage.dispatched)  # to the experts and back
         wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
         ring, back_ring = self._context_parallel(passage.keys_and_values, self._attention(attention))
         casts, back_casts = self._casts()
@@ -300,8 +271,10 @@ class Timer:
 
     def chunk(self, chunk: Chunk) -> Cost:
         """Return the cost of one micro-batch through a chunk."""
-        layer = self.layer()
-        parts = [Cost(*(chunk.layers * value for value in (layer.forward, layer.backward, layer.tensor_parallel)))]
+        parts = []
+        for kind, count in kinds_of(self.recipe, chunk).items():
+            layer = self.layer(kind)
+            parts.append(Cost(*(count * value for value in (layer.forward, layer.backward, layer.tensor_parallel))))
         if chunk.encodes:
             parts.append(self.vision())
         elif chunk.first:  # the embedding's sum
@@ -311,7 +284,7 @@ class Timer:
         if chunk.last:
             parts.append(self.output())
         # A weight's gradient is written, read, and added to the fp32 sum.
-        learning = learning_elements(self.recipe, self.layout, chunk)
+        learning = sum(learning_elements(self.recipe, self.layout, chunk, spread=one) for one in (False, True))
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         return Cost(
             sum(part.forward for part in parts),
@@ -321,9 +294,11 @@ class Timer:
 
     def costs(self) -> list[Cost]:
         """Return the cost of one micro-batch through each chunk, in the model's order."""
-        kinds = {(chunk.layers, chunk.first, chunk.last): chunk for chunk in self.layout.chunks}
-        known = {kind: self.chunk(chunk) for kind, chunk in kinds.items()}
-        return [known[chunk.layers, chunk.first, chunk.last] for chunk in self.layout.chunks]
+        alike = [
+            (frozenset(kinds_of(self.recipe, chunk).items()), chunk.first, chunk.last) for chunk in self.layout.chunks
+        ]
+        known = {key: self.chunk(chunk) for key, chunk in dict(zip(alike, self.layout.chunks, strict=True)).items()}
+        return [known[key] for key in alike]
 
     def least(self) -> float:
         """Return a time that no step of this layout stays below: the work of its slowest stage."""
@@ -380,8 +355,14 @@ class Timer:
 
     def data_parallel(self, stage: int) -> tuple[float, float]:
         """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
-        data, learning = self.layout.shards, self._learning(stage)
-        if data == 1:
+        found = [self._reduced(stage, self.layout.shards), self._reduced(stage, self.layout.expert_data, spread=True)]
+        reduced, gathered = (sum(column) for column in zip(*found, strict=True))
+        return reduced, gathered
+
+    def _reduced(self, stage: int, data: int, *, spread: bool = False) -> tuple[float, float]:
+        """Return :meth:`data_parallel` of experts that are spread over ranks of their own, or of all else."""
+        learning = self._learning(stage, spread=spread)
+        if data == 1 or (spread and not learning):
             return 0.0, 0.0
         inside = self.layout.tensor * data <= 8 and self.layout.gpus // self.layout.pipeline <= 8
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
@@ -401,14 +382,16 @@ class Timer:
         shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
         return 2 * self._tensor_parallel(4 * shard, 1)
 
-    def _learning(self, stage: int) -> int:
-        return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
+    def _learning(self, stage: int, *, spread: bool = False) -> int:
+        chunks = self.layout.chunks_of(stage)
+        return sum(learning_elements(self.recipe, self.layout, chunk, spread=spread) for chunk in chunks)
 
     def optimizer(self, stage: int) -> float:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
-        learning = self._learning(stage)
-        shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
-        return self._update(learning, shard)
+        learning, experts = self._learning(stage), self._learning(stage, spread=True)
+        layout, cut = self.layout, self.recipe.parallel.use_distributed_optimizer
+        shard = learning / layout.shards + experts / layout.expert_data if cut else learning + experts
+        return self._update(learning + experts, shard)
 
     def _update(self, learning: float, shard: float) -> float:
         # Zeroed whole; the shard is read for the norm, scaled, and updated with masters and moments.
