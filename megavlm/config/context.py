@@ -9,7 +9,6 @@ from megavlm.config.schema import Recipe
 CP = "parallel.context_parallel_size"
 
 _UNPROVEN = {
-    "expert_layers": "experts, whose routers would count what fills samples up",
     "visual_expert": "weights of their own for image tokens",
     "cross_layers": "layers that attend to pictures",
 }

@@ -389,7 +389,7 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device, length: int | Non
 
     labels = placed("labels") if "labels" in fields else None
     if labels is not None and split is not None:
-        labels = labels.where(to_device(torch.from_numpy(split.real), device), IGNORE_INDEX)
+        labels = labels.where(split.own_real(device), IGNORE_INDEX)
     position_ids, spans = placed("position_ids"), fields.get("two_way_spans")
     return Batch(
         tokens=placed("tokens")[None],

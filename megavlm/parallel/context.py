@@ -61,6 +61,10 @@ class ContextSplit:
         """Return ``rows`` on a device."""
         return self._cached("rows", device, lambda: self.rows)
 
+    def own_real(self, device: torch.device) -> Tensor:
+        """Return ``real`` on a device."""
+        return self._cached("real", device, lambda: self.real)
+
     def moved(self, position: int, cu_seqlens: ArrayLike) -> int:
         """Return where a position of the pack, whose segments start at ``cu_seqlens``, lies in the filled-up one."""
         starts = np.asarray(cu_seqlens)
