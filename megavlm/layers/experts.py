@@ -151,7 +151,7 @@ class PackRouter(TopKRouter):
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float) -> Tensor:
         """Return which choices an expert takes, [N, X]: of the whole pack's those that score best."""
-        group, scores = self.tp_group, probs.masked_fill(~chosen, -1.0)
+        group, scores = self.tp_cp_group, probs.masked_fill(~chosen, -1.0)
         if group.size() > 1:
             parts = [torch.empty_like(scores) for _ in range(group.size())]
             dist.all_gather(parts, scores.contiguous(), group=group)

@@ -152,7 +152,7 @@ def _sizes(of: Layout | Refusal) -> str:
     return f"TP {of.tensor}{f' x CP {of.context}' if of.context > 1 else ''} x PP {of.pipeline}"
 
 
-def _cells(layout: Layout, *, spread: bool) -> list[str]:
+def _cells(layout: Layout, *, spread: bool = False) -> list[str]:
     sizes = (
         layout.tensor,
         layout.context if layout.context > 1 else None,
