@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,17 +152,14 @@ def export(
             early = checked and family.pickle is None
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
-                try:
-                    with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-                        for rule in rules:
-                            tensors = _theirs(rule, reader, dtype, result, checked=early)
-                            for name, tensor in zip(rule.row.theirs, tensors, strict=True):
-                                writer.put(name, tensor, bar.update)
-                        for name, tensor in extra.items():
-                            writer.put(name, tensor, bar.update)
-                    writer.close()
-                finally:
-                    writer.abort()
+                learnt = (
+                    (name, tensor)
+                    for rule in rules
+                    for name, tensor in zip(
+                        rule.row.theirs, _theirs(rule, reader, dtype, result, checked=early), strict=True
+                    )
+                )
+                _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
             result.files = writer.files
             if family.pickle is not None:
                 _write_pickle(partial, family.pickle, result)
@@ -175,6 +173,17 @@ def export(
                 _verify(source, rules, reader, result.bytes)
             result.verified = checked
     return result
+
+
+def _write_all(writer: FolderedWriter, tensors: Iterable[tuple[str, Tensor]], size: int) -> None:
+    """Write tensors as they come, ``size`` bytes together, and end the last file."""
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+            for name, tensor in tensors:
+                writer.put(name, tensor, bar.update)
+        writer.close()
+    finally:
+        writer.abort()
 
 
 def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
