@@ -209,7 +209,7 @@ def _hpt(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
         ),
         others={"edge": SplicedSource("hpt", lambda: hpt("phi3"), "squash", "published", 448)},
         answers=NO_CLASS,
-        lora=Lack("adapters are those of the language model in llm/ alone: names in test_spliced_families.py"),
+        lora=Lack("adapters are those of llm/ alone: there and back, and in the whole: test_spliced_families.py"),
         presets={"hpt_1_5_air": Published(8_449_510_688), "hpt_1_5_edge": Published(4_231_807_264)},
         built=COUNTED,
         recipes={
