@@ -72,7 +72,8 @@ class PackRouter(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bias = None
-        if self.expert_bias is not None:  # on the device that modules are built on, which may be no real one
+        bias: Tensor | None = getattr(self, "expert_bias")  # noqa: B009 - Megatron-Core says of no type what it is
+        if bias is not None:  # on the device that modules are built on, which may be no real one
             self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
         self.gradient_scale: float | Tensor = 1.0
         self.tally: Tensor | None = None

@@ -86,10 +86,7 @@ def _rules(family: Family, model: ModelConfig, style: str) -> list[Rule]:
     # A naming may be that of another tower (Bunny's on EVA02).
     rules = make_rules(family, model, style, find_slots(model, ["language"]), ["language"])
     inside = [tuple(name.removeprefix(f"{family.text_folder}/") for name in rule.row.theirs) for rule in rules]
-    return [
-        replace(rule, row=replace(rule.row, theirs=names))
-        for rule, names in zip(rules, inside, strict=True)
-    ]
+    return [replace(rule, row=replace(rule.row, theirs=names)) for rule, names in zip(rules, inside, strict=True)]
 
 
 def _namings(model: ModelConfig, checkpoint: Path) -> list[list[Rule]]:
