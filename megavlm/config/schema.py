@@ -68,9 +68,19 @@ class VisionConfig:
 
     @property
     def patches_per_image(self) -> int:
-        """Features of one picture."""
+        """Patches of one picture, each of which has a feature."""
         rows, columns = self.grid
         return rows * columns
+
+    @property
+    def class_features(self) -> int:
+        """Features in front of those of one picture's patches: that of a class token, where the tower gives it."""
+        return 0
+
+    @property
+    def features_per_image(self) -> int:
+        """Features of one picture."""
+        return self.patches_per_image + self.class_features
 
 
 @config_class
@@ -89,6 +99,11 @@ class ConnectorConfig:
     @property
     def packed(self) -> bool:
         """Whether it takes the features of a packed tower: of pictures of any size, one after the other, in blocks."""
+        return False
+
+    @property
+    def takes_class_feature(self) -> bool:
+        """Whether it takes a class token's feature in front of those of the patches."""
         return False
 
     @property
