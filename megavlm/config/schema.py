@@ -151,6 +151,21 @@ class LanguageConfig:
         return None
 
     @property
+    def spans(self) -> Literal["prefix", "images"] | None:
+        """Positions of a sample that its layers must be told: those that see each other, or pictures; None for none."""
+        return self.two_way
+
+    @property
+    def one_weight(self) -> bool:
+        """Whether each linear layer of a layer has one weight, beside which an adapter may stand."""
+        return True
+
+    @property
+    def shared_positions(self) -> bool:
+        """Whether the features of a picture share one position, but for its first and last slot (CogVLM)."""
+        return False
+
+    @property
     def takes_deepstack(self) -> bool:
         """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
         return False

@@ -25,6 +25,7 @@ from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import ResidualMultiplier
 from megavlm.layers.two_way import TwoWayAttention
+from megavlm.layers.visual_expert import TwoKindsColumnLinear, TwoKindsRowLinear, VisualExpertLayer
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 
@@ -75,6 +76,8 @@ class LayerKind:
     """Which of two rotary tables turns its heads; None where there is one."""
     deepstack: bool = False
     """What the context holds is added behind it (``layers/deepstack.py``)."""
+    visual_expert: bool = False
+    """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
@@ -102,6 +105,9 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     mask = _MASKS[kind.mixer]
+    if kind.visual_expert:
+        assert linears is None, "adapters stand beside layers of one weight"
+        linears = _two_kinds_linears()
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
     attention_params: dict[str, Any] = {"attn_mask_type": mask}
@@ -170,9 +176,11 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
 
 
 def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
-    assert not (kind.parallel and kind.deepstack), "a layer side by side adds nothing behind it"
+    assert sum((kind.parallel, kind.deepstack, kind.visual_expert)) < 2, "each of these is a layer of its own"
     if kind.parallel:
         return ParallelTransformerLayer
+    if kind.visual_expert:
+        return VisualExpertLayer
     return DeepstackLayer if kind.deepstack else TransformerLayer
 
 
@@ -181,6 +189,13 @@ def _branch_sum(kind: LayerKind) -> Any:
     if kind.residual_multiplier == 1:
         return get_bias_dropout_add
     return ModuleSpec(module=ResidualMultiplier, params={"multiplier": kind.residual_multiplier})
+
+
+def _two_kinds_linears() -> dict[str, Any]:
+    """Return linear layers with weights for text and for image tokens, of a gated MLP."""
+    gate = ModuleSpec(module=TwoKindsColumnLinear, params={"halves": True})
+    row: dict[str, Any] = {"linear_proj": TwoKindsRowLinear, "linear_fc2": TwoKindsRowLinear}
+    return row | {"linear_qkv": TwoKindsColumnLinear, "linear_fc1": gate}
 
 
 def _engine_linears() -> dict[str, Any]:
