@@ -15,11 +15,12 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
+from megavlm.config.traits import ConnectorTraits, LanguageTraits, VisionTraits
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
-class VisionConfig:
+class VisionConfig(VisionTraits):
     """The vision tower: pictures to features. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
@@ -72,19 +73,9 @@ class VisionConfig:
         rows, columns = self.grid
         return rows * columns
 
-    @property
-    def class_features(self) -> int:
-        """Features in front of those of one picture's patches: that of a class token, where the tower gives it."""
-        return 0
-
-    @property
-    def features_per_image(self) -> int:
-        """Features of one picture."""
-        return self.patches_per_image + self.class_features
-
 
 @config_class
-class ConnectorConfig:
+class ConnectorConfig(ConnectorTraits):
     """The module between tower and language model. Each architecture has a class of keys of its own."""
 
     preset: str
@@ -99,11 +90,6 @@ class ConnectorConfig:
     @property
     def packed(self) -> bool:
         """Whether it takes the features of a packed tower: of pictures of any size, one after the other, in blocks."""
-        return False
-
-    @property
-    def takes_class_feature(self) -> bool:
-        """Whether it takes a class token's feature in front of those of the patches."""
         return False
 
     @property
@@ -122,7 +108,7 @@ class ConnectorConfig:
 
 
 @config_class
-class LanguageConfig:
+class LanguageConfig(LanguageTraits):
     """The decoder-only language model. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any language model is declared here.
@@ -149,21 +135,6 @@ class LanguageConfig:
     def two_way(self) -> Literal["prefix", "images"] | None:
         """Positions that see those behind them: all in front of the first answer, or those of a picture; None: none."""
         return None
-
-    @property
-    def spans(self) -> Literal["prefix", "images"] | None:
-        """Positions of a sample that its layers must be told: those that see each other, or pictures; None for none."""
-        return self.two_way
-
-    @property
-    def one_weight(self) -> bool:
-        """Whether each linear layer of a layer has one weight, beside which an adapter may stand."""
-        return True
-
-    @property
-    def shared_positions(self) -> bool:
-        """Whether the features of a picture share one position, but for its first and last slot (CogVLM)."""
-        return False
 
     @property
     def takes_deepstack(self) -> bool:
