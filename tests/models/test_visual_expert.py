@@ -13,6 +13,7 @@ import ranks
 import torch
 import transformers_cases as theirs
 from expert_reference import CogLanguage, expert_mask, positions, token_types
+from saved_tensors import saved_tensors
 from tiny import IMAGE_TOKEN
 
 from megavlm.architectures.cost import decoder_cost
@@ -28,6 +29,7 @@ from megavlm.data.spans import spans_of
 from megavlm.layers.visual_expert import kind_rows
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.activations import held_by
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
 from megavlm.weights.rules import Heads
@@ -180,3 +182,15 @@ def test_what_does_not_go_with_it_is_named(keys: dict[str, Any], more: dict[str,
     with pytest.raises(RecipeError) as raised:
         check_recipe(cases.recipe(**{**COG, "language": {**cases.COG, **keys}, **more}), 1)
     assert line in str(raised.value)
+
+
+def test_what_is_kept_is_what_autograd_keeps() -> None:
+    made = cases.recipe(**COG)
+    model = unwrap(build_model(made, IMAGE_TOKEN)[0])
+    samples = [cases.picture_samples(plan_of(made.model), seed, [(9, 9)] * 2) for seed in (1, 2)]
+    batch = batch_of(model, samples, cases.LENGTH)
+    with saved_tensors(model.parameters()) as saved:
+        model(**batch.inputs(with_labels=True))
+    layout = layout_of(made, 1)
+    held = held_by(made, layout, layout.chunks[0], cases.LENGTH, batch.num_images)
+    assert held.kept == pytest.approx(saved.bytes, rel=0.02)
