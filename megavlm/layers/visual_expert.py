@@ -64,13 +64,14 @@ class KindRows:
 
 def kind_rows(packed: PackedSeqParams, device: torch.device) -> KindRows | None:
     """Return the rows of a pack, made once for all layers; None where nobody told its spans (a generated token)."""
-    spans, told = two_way_spans(packed), packed
+    spans = two_way_spans(packed)
+    told: Any = packed
     if spans is None:
         return None
     known: KindRows | None = getattr(told, "kind_rows", None)
     if known is None:
         known = KindRows.of(spans, sum(segment_lengths(packed)), device)
-        told.kind_rows = known  # type: ignore[attr-defined]
+        told.kind_rows = known
     return known
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers_cases as theirs
 from expert_reference import CogLanguage, expert_mask, positions, token_types
 from saved_tensors import saved_tensors
+from tiles_cases import picture_samples
 from tiny import IMAGE_TOKEN
 
 from megavlm.architectures.cost import decoder_cost
@@ -68,12 +69,14 @@ def canonical(state: dict[str, torch.Tensor], model: VisionLanguageModel) -> dic
 def test_logits_and_gradients_are_those_of_the_written_out_model() -> None:
     """A pack, against one sample at a time."""
     model = build()
-    made = [cases.picture_samples(plan_of(model.settings), seed, [(9, 9)] * seed) for seed in (1, 2, 0)]
+    made = [picture_samples(plan_of(model.settings), seed, [(9, 9)] * seed) for seed in (1, 2, 0)]
     batch = batch_of(model, made, sum(len(sample) for sample, _ in made))
     reference = CogLanguage(512, 64, 4, 4, 96)
     theirs.fill(reference)
     theirs.load(model.language, canonical(dict(reference.named_parameters()), model))
-    features = model.arranged(model.encode_images(batch.images)).detach()
+    views = model.encode_images(batch.images)
+    assert views is not None
+    features = model.arranged(views).detach()
     parts, first = [], 0
     for start, end in itertools.pairwise(batch.packed_seq_params.cu_seqlens_q.tolist()):
         ids = batch.tokens[0, start:end]
@@ -91,7 +94,7 @@ def test_logits_and_gradients_are_those_of_the_written_out_model() -> None:
 
 def test_without_pictures_the_weights_of_images_have_gradients_of_zero() -> None:
     model = build()
-    made = [cases.picture_samples(plan_of(model.settings), seed, []) for seed in (1, 2)]
+    made = [picture_samples(plan_of(model.settings), seed, []) for seed in (1, 2)]
     batch = batch_of(model, made, 96)
     out = model(**batch.inputs(with_labels=True))
     (out * (batch.labels != IGNORE_INDEX)).sum().backward()
@@ -187,7 +190,7 @@ def test_what_does_not_go_with_it_is_named(keys: dict[str, Any], more: dict[str,
 def test_what_is_kept_is_what_autograd_keeps() -> None:
     made = cases.recipe(**COG)
     model = unwrap(build_model(made, IMAGE_TOKEN)[0])
-    samples = [cases.picture_samples(plan_of(made.model), seed, [(9, 9)] * 2) for seed in (1, 2)]
+    samples = [picture_samples(plan_of(made.model), seed, [(9, 9)] * 2) for seed in (1, 2)]
     batch = batch_of(model, samples, cases.LENGTH)
     with saved_tensors(model.parameters()) as saved:
         model(**batch.inputs(with_labels=True))

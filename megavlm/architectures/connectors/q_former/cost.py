@@ -67,7 +67,7 @@ def kept(model: ModelConfig, tensor: int, pictures: Pictures, kernels: Kernels, 
     around = part * b + heads // tensor * 4 + width * b * (1 + int(inside)) + _MOMENTS
     itself = 3 * part * b + around
     # Until it looks at pictures, nothing of the first layer is kept unless it learns; then also what was normed first.
-    total = queries * (itself + width * b + _MOMENTS) * int(inside)
+    total: float = queries * (itself + width * b + _MOMENTS) * int(inside)
     total += (connector.num_layers - 1) * tokens * itself
     total += _looking(model) * (tokens * (part * b + around) + features * 2 * part * b)
     mlp = ffn * b * (1 + int(inside)) + width * b * (1 + int(inside)) + _MOMENTS
