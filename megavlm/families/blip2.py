@@ -42,7 +42,7 @@ class Blip2Family(Family):
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",), "connector": ("q_former",), "language": ("decoder",),
     }  # fmt: skip
-    preprocesses = True
+    class_feature = preprocesses = True
     image_plan = "squash"
 
     def detect(self, source: Source) -> bool:
@@ -129,18 +129,18 @@ class Blip2Family(Family):
 
 def no_blip2_tower(vision: VisionConfig) -> str | None:
     """Return why a tower is not BLIP-2's, or None."""
-    parts = (vision.class_token, vision.class_feature, vision.conv_bias, vision.post_layernorm, vision.add_qkv_bias)
+    parts = (vision.class_token, vision.conv_bias, vision.post_layernorm, vision.add_qkv_bias)
     others = (
         vision.pre_layernorm, vision.qk_norm, vision.layer_scale, vision.gated_mlp, vision.mlp_norm,
         vision.attention_norm, vision.register_tokens, vision.rotary_base, vision.positional_antialias,
         vision.feature_layers, vision.deepstack_layers, vision.s2_scales,
     )  # fmt: skip
     if not all(parts) or any(others) or (vision.normalization, vision.activation) != ("LayerNorm", "gelu"):
-        return "the vision tower is not BLIP-2's, whose class token's feature goes to the connector (class_feature)"
+        return "the vision tower is not BLIP-2's, a plain one with a class token and a norm behind it"
+    if not vision.key_bias:
+        return "keys have no bias (model.vision.key_bias), for which its class has a parameter"
     if vision.positional_grid != vision.image_size // vision.patch_size:
         return f"the tower's positional table is {vision.positional_grid} wide, for images of another size"
-    if vision.post_layernorm_epsilon not in (None, vision.layernorm_epsilon):
-        return "the norm behind the tower has another epsilon (model.vision.post_layernorm_epsilon) than the others"
     return None
 
 

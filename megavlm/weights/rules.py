@@ -104,11 +104,6 @@ PATCHES = Reshape(
 )
 TWO_AXES = Reshape("[1, 1, ..] to [..]", lambda x, _: [x[0][0, 0]], lambda x, _: [x[0][None, None]])
 CONCAT = Reshape("gate and up, one above the other", lambda x, _: [_joined(x)], lambda x, _: x[0].chunk(2))
-QUERY_VALUE = Reshape(
-    "[q; 0; v] to q and v",
-    lambda x, _: [x[0].chunk(3)[0], x[0].chunk(3)[2]],
-    lambda x, _: [_joined([x[0], x[0] * 0, x[1]])],
-)
 SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [_joined(x)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, QKV_BLOCKS, QUERY_VALUE, TWO_AXES, Aside, Table, both, row
+from megavlm.weights.rules import CONCAT, ONE_AXIS, QKV, QKV_BLOCKS, TWO_AXES, Aside, Table, both, row
 
 _VIT_LAYER = "transformer.layers.{}."
 
@@ -89,7 +89,6 @@ BLIP2_VISION = Table(
     layer=(
         *both("input_layernorm", "layer_norm1"),
         *both("self_attention.linear_qkv", "self_attn.qkv", QKV_BLOCKS),
-        row("self_attention.query.bias self_attention.value.bias", "self_attn.qkv.bias", QUERY_VALUE),
         *both("self_attention.linear_proj", "self_attn.projection"),
         *both("pre_mlp_layernorm", "layer_norm2"),
         *both("mlp.linear_fc1", "mlp.fc1"),
@@ -103,7 +102,7 @@ BLIP2_VISION = Table(
     ),
     prefix="vision_model.",
 )
-"""BLIP-2's tower (EVA01-g) as Transformers writes it: keys have a bias of zeros there."""
+"""BLIP-2's tower (EVA01-g) as Transformers writes it: keys have a bias there, of zeros in what is published."""
 
 _BEHIND = "layer behind the one whose features are taken"
 
