@@ -166,6 +166,10 @@ class Family(ABC):
             return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
+        if not model.language.one_weight:
+            return "image tokens have weights of their own (model.language.visual_expert), which the family has not"
+        if model.language.shared_positions:
+            return "a picture's slots share a position (model.language.image_positions), which the family has not"
         if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"

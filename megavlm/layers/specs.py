@@ -21,6 +21,7 @@ from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.deepstack import DeepstackLayer
+from megavlm.layers.experts import experts_mlp
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import ResidualMultiplier
@@ -78,6 +79,8 @@ class LayerKind:
     """What the context holds is added behind it (``layers/deepstack.py``)."""
     visual_expert: bool = False
     """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
+    experts: bool = False
+    """Its MLP is a mixture of experts."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
@@ -105,9 +108,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     mask = _MASKS[kind.mixer]
-    if kind.visual_expert:
-        assert linears is None, "adapters stand beside layers of one weight"
-        linears = _two_kinds_linears()
+    linears = _two_kinds_linears(linears) if kind.visual_expert else linears
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
     attention_params: dict[str, Any] = {"attn_mask_type": mask}
@@ -137,6 +138,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
         if kind.deepstack:
             layer.module = DeepstackLayer
+        if kind.experts:
+            _with_experts(layer, norm, transformer_engine=True)
         return Modules(core_attention, norm, layer)
     head_norm = norm if kind.qk_layernorm else IdentityOp
     layer = ModuleSpec(
@@ -172,11 +175,22 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
             },
         ),
     )
+    if kind.experts:
+        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine)
     return Modules(core_attention, norm, layer)
+
+
+def _with_experts(layer: ModuleSpec, norm: Any, *, transformer_engine: bool) -> None:
+    """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
+    parts = layer.submodules
+    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine)
+    names = parts.sharded_state_dict_keys_map
+    parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
 
 
 def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
     assert sum((kind.parallel, kind.deepstack, kind.visual_expert)) < 2, "each of these is a layer of its own"
+    assert not (kind.experts and kind.visual_expert), "tokens are told apart by their kind or by a router"
     if kind.parallel:
         return ParallelTransformerLayer
     if kind.visual_expert:
@@ -191,8 +205,9 @@ def _branch_sum(kind: LayerKind) -> Any:
     return ModuleSpec(module=ResidualMultiplier, params={"multiplier": kind.residual_multiplier})
 
 
-def _two_kinds_linears() -> dict[str, Any]:
+def _two_kinds_linears(others: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return linear layers with weights for text and for image tokens, of a gated MLP."""
+    assert others is None, "adapters stand beside layers of one weight"
     gate = ModuleSpec(module=TwoKindsColumnLinear, params={"halves": True})
     row: dict[str, Any] = {"linear_proj": TwoKindsRowLinear, "linear_fc2": TwoKindsRowLinear}
     return row | {"linear_qkv": TwoKindsColumnLinear, "linear_fc1": gate}

@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
+from megavlm.architectures.decoders.decoder.experts import ExpertsConfig, expert_rules
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, choices, divides
-from megavlm.config.schema import LanguageConfig, ParallelConfig
+from megavlm.config.schema import ParallelConfig
 
 _OWN = "model.language"
 
 
 @config_class
-class DecoderConfig(LanguageConfig):
+class DecoderConfig(ExpertsConfig):
     """The decoder-only language model."""
 
     num_layers: int = Field(gt=0, le=10_000)
@@ -230,6 +231,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {_OWN}.rope_scaling;"
             " set that to linear or llama3, or this to 1"
         )
+    yield from expert_rules(language, layout)
 
 
 def _visual_expert(language: DecoderConfig) -> Iterator[str]:
@@ -240,6 +242,8 @@ def _visual_expert(language: DecoderConfig) -> Iterator[str]:
             yield f"{key}: linear layers with a bias have one weight; set {_OWN}.add_qkv_bias, add_bias_linear to false"
         if language.use_parallel_residual:
             yield f"{key}: not with attention and MLP side by side; set {_OWN}.use_parallel_residual to false"
+        if language.num_moe_experts is not None:
+            yield f"{key}: not with {_OWN}.num_moe_experts; set one of them back"
         if not language.gated_linear_unit:
             yield f"{key}: is for an MLP with a gate; set {_OWN}.gated_linear_unit to true, or this to false"
         if language.attention_mask != "causal":
