@@ -15,11 +15,12 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
+from megavlm.config.traits import ConnectorTraits, LanguageTraits, VisionTraits
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
-class VisionConfig:
+class VisionConfig(VisionTraits):
     """The vision tower: pictures to features. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
@@ -68,13 +69,13 @@ class VisionConfig:
 
     @property
     def patches_per_image(self) -> int:
-        """Features of one picture."""
+        """Patches of one picture, each of which has a feature."""
         rows, columns = self.grid
         return rows * columns
 
 
 @config_class
-class ConnectorConfig:
+class ConnectorConfig(ConnectorTraits):
     """The module between tower and language model. Each architecture has a class of keys of its own."""
 
     preset: str
@@ -107,7 +108,7 @@ class ConnectorConfig:
 
 
 @config_class
-class LanguageConfig:
+class LanguageConfig(LanguageTraits):
     """The decoder-only language model. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any language model is declared here.

@@ -33,6 +33,7 @@ _OURS = (
     "megavlm.families.minicpm_v:MiniCPMV2Family",
     "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
+    "megavlm.families.blip2:Blip2Family",
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",
     "megavlm.families.deepseek_vl:DeepseekVLOriginalFamily",

@@ -1,4 +1,4 @@
-"""DINOv2 and EVA02 compute what is published; every registered tower is built, counted and planned."""
+"""DINOv2, EVA01 and EVA02 compute what is published; every registered tower is built, counted and planned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saved_tensors import saved_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tower_cases import CASES, IMAGE, WIDTH, built, compare, model_of
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel
 from transformers_cases import fill
 
 from megavlm.architectures.context import BuildContext
@@ -120,6 +120,11 @@ def test_a_published_tower(name: str) -> None:
 
 def transformers_parameters(vision: Any) -> int | None:
     """Return the parameters of Transformers' class, without those that do nothing; None where it has no class."""
+    if vision.preset.startswith("eva01"):
+        side = vision.positional_grid * vision.patch_size
+        with torch.device("meta"):
+            blip2 = Blip2VisionModel(Blip2VisionConfig(image_size=side))
+        return sum(p.numel() for p in blip2.parameters()) - vision.num_layers * vision.hidden_size  # the keys' bias
     model = replace(model_of("eva02"), vision=vision)
     for name in ("clip", "siglip", "siglip2", "dinov2"):
         if FAMILIES[name].refusal(model) is not None:
@@ -153,6 +158,8 @@ def test_an_mlp_that_the_ranks_do_not_divide_is_whole_on_each() -> None:
         ({"num_attention_heads": 4}, "heads of 10 have no angles for rows and for columns"),
         ({"add_qkv_bias": False}, "key_bias: nothing has a bias without model.vision.add_qkv_bias"),
         ({"qk_norm": "width"}, "key_bias: false goes without model.vision.qk_norm"),
+        ({"class_feature": True, "register_tokens": 2}, "class_feature: needs model.vision.class_token, without"),
+        ({"post_layernorm_epsilon": 1e-5}, "post_layernorm_epsilon: there is no such norm without"),
     ],
 )
 def test_parts_that_do_not_go_together_are_named(keys: dict[str, Any], line: str) -> None:

@@ -222,7 +222,11 @@ def _once(
         found += sum(2 * rows * side * width * (side + columns) for rows, columns in {grid[1:] for grid in grids})
     if first and not vision.packed:
         patches, queries = vision.patches_per_image, getattr(model.connector, "num_queries", 0) or 0
+        ranks, inner = tensor_ranks(model, "connector", tensor), getattr(model.connector, "hidden_size", 0)
+        if queries and inner:  # they look at each other, and are projected for their first look, once
+            found += (10 * queries * inner**2 + 4 * queries**2 * inner) / ranks
+            queries = 0
         for rows, width in ((vision.positional_grid**2, vision.hidden_size), (queries, language.hidden_size)):
             found += 2 * rows * patches * width * int(rows not in (0, patches))
-        found += 2 * queries * language.hidden_size**2 / tensor_ranks(model, "connector", tensor)
+        found += 2 * queries * language.hidden_size**2 / ranks
     return found
