@@ -6,7 +6,7 @@ branches are those of its architectures; what a preset gives has no default, ``f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +16,16 @@ from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
 from megavlm.config.video import VideoConfig as VideoConfig
+
+
+class TowerPart(NamedTuple):
+    """A tower, or one of two that are one: what its learning rate goes by."""
+
+    prefix: str
+    """In front of the names of its parameters, within the tower."""
+    layers: int
+    rate: float
+    """Factor on its learning rate."""
 
 
 @config_class
@@ -62,9 +72,25 @@ class VisionConfig:
         return self.hidden_size
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the squares that it takes of one picture: several where it is two towers that each take one."""
+        return (int(self.image_size),)
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Shape of one picture's pixels, where it takes equal squares; those of several squares stand in one row."""
+        side = self.sides[0]
+        return (3, side, side) if len(self.sides) == 1 else (3 * sum(one**2 for one in self.sides),)
+
+    @property
+    def towers(self) -> tuple[TowerPart, ...]:
+        """Itself, or the towers that it is made of."""
+        return (TowerPart("", self.num_layers, 1.0),)
+
+    @property
     def pixel_bytes(self) -> int:
         """Bytes of the pixels of one picture, uint8."""
-        return 3 * int(self.image_size) ** 2
+        return 3 * sum(side**2 for side in self.sides)
 
     @property
     def patches_per_image(self) -> int:

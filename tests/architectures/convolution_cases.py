@@ -140,25 +140,29 @@ def sam_map(state: dict[str, Tensor], *, second: bool) -> dict[str, Tensor]:
     return out | {mine: state[theirs] for mine, theirs in both.items() if theirs in state}
 
 
-def compare_sam(name: str) -> None:
-    """Compare features with DeepSeek-VL-7B's high-resolution half, and all gradients; without its second neck too."""
-    made = sam_recipe(name)
-    vision, ours = made.model.vision, built(made)
-    second = vision.second_neck_layer is not None
+def hybrid_reference(side: int, patch: int, embed: int = 8) -> Any:
+    """DeepSeek-VL-7B with a SigLIP of one layer, on squares of ``side`` patches."""
     high = SamVisionConfig(
         hidden_size=WIDTH, output_channels=NECK, num_hidden_layers=LAYERS, num_attention_heads=HEADS, image_size=SIDE,
         patch_size=4, window_size=3, global_attn_indexes=[1], mlp_dim=64,
     )  # fmt: skip
     low = SiglipVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=vision.output_grid,
-        patch_size=1, vision_use_head=False,
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=side * patch,
+        patch_size=patch, vision_use_head=False, hidden_act="gelu",
     )  # fmt: skip
     text = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        hidden_size=embed, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
     )  # fmt: skip
-    reference: Any = DeepseekVLHybridModel(
-        DeepseekVLHybridConfig(text_config=text, vision_config=low, high_res_vision_config=high)
-    )
+    config = DeepseekVLHybridConfig(text_config=text, vision_config=low, high_res_vision_config=high)
+    return DeepseekVLHybridModel(config)
+
+
+def compare_sam(name: str) -> None:
+    """Compare features with DeepSeek-VL-7B's high-resolution half, and all gradients; without its second neck too."""
+    made = sam_recipe(name)
+    vision, ours = made.model.vision, built(made)
+    second = vision.second_neck_layer is not None
+    reference = hybrid_reference(vision.output_grid, 1)
     fill(reference)
     if not second:
         with torch.no_grad():
