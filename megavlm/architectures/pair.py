@@ -1,8 +1,8 @@
 """Two towers that see one picture, as one tower: its keys, rules, sizes and cost. Imports no torch.
 
-The first one, ``low``, is a vision transformer, and its keys are those of that tower; those of the second one, ``high``,
-have ``high_`` in front. So whoever asks for a tower gets one: with one cost, one place on the ranks, one name. A pair of
-two kinds is a folder of ``towers/`` that says which.
+The first one, ``low``, is a vision transformer, and its keys are those of that tower; those of the second, ``high``,
+have ``high_`` in front. So whoever asks for a tower gets one: with one cost, one place on the ranks, one name. A pair
+of two kinds is a folder of ``towers/`` that says which.
 """
 
 from __future__ import annotations
@@ -86,11 +86,18 @@ class PairConfig(ViTConfig):
         return (self.image_size, high) if self.low_from == "plan" else (high,)
 
     @property
+    def colours(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """Those of the renderings."""
+        high = self.high
+        own = ((self.image_mean, self.image_std), (high.image_mean, high.image_std))
+        return own if self.low_from == "plan" else own[1:]
+
+    @property
     def towers(self) -> tuple[TowerPart, ...]:
         """Both."""
         return (
             TowerPart("low.", self.num_layers, 1.0),
-            TowerPart(_HIGH.replace("_", "."), int(self.high.num_layers), self.high_lr_multiplier),
+            TowerPart("high.", int(self.high.num_layers), self.high_lr_multiplier),
         )
 
 
@@ -115,8 +122,8 @@ def pair_rules(pair: PairConfig, layout: ParallelConfig, second_rules: Any) -> I
     rows, more = pair.low.grid[0], pair.high.grid[0]
     if more % rows or more < rows:
         yield (
-            f"{_OWN}.{_HIGH}image_size: the second tower makes {more} x {more} features of a picture, which are no whole"
-            f" number for each of the first tower's {rows} x {rows} ({_OWN}.image_size); change one of the two"
+            f"{_OWN}.{_HIGH}image_size: the second tower makes {more} x {more} features of a picture, which are no"
+            f" whole number for each of the first tower's {rows} x {rows} ({_OWN}.image_size); change one of the two"
         )
     if pair.deepstack_layers:
         yield f"{_OWN}.deepstack_layers: goes with one tower, and {pair.preset} has two; set it to []"

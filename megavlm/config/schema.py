@@ -83,6 +83,11 @@ class VisionConfig:
         return (3, side, side) if len(self.sides) == 1 else (3 * sum(one**2 for one in self.sides),)
 
     @property
+    def colours(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """Mean and deviation of red, green and blue of each of these squares."""
+        return ((self.image_mean, self.image_std),)
+
+    @property
     def towers(self) -> tuple[TowerPart, ...]:
         """Itself, or the towers that it is made of."""
         return (TowerPart("", self.num_layers, 1.0),)

@@ -356,8 +356,8 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
         )
     if len(vision.towers) > 1 and plan.films is not None:
         yield (
-            f"model.video.kind: the frames of {recipe.model.video.kind} are for one tower, and {vision.preset!r} has two;"
-            " set it to none"
+            f"model.video.kind: the frames of {recipe.model.video.kind} are for one tower, and {vision.preset!r} has"
+            " two; set it to none"
         )
     side = 1 if plan.packed else plan.side
     if vision.deepstack and plan.newline:
@@ -399,8 +399,13 @@ _KINDS: PlanKinds[ImagePlan] = PlanKinds(
 )
 
 
-def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
+def colour(model: ModelConfig, otherwise: str | Colour, mean: Sequence[float] | None = None) -> Colour:
     """Return the colour that ``model.image.fill`` names, or its kind's own.
+
+    Args:
+        model: the model.
+        otherwise: that of its kind.
+        mean: what ``mean`` stands for; None for the tower's.
 
     Raises:
         UserError: It is no colour.
@@ -408,7 +413,7 @@ def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
     fill = otherwise if model.image.fill is None else model.image.fill
     if fill == "mean":
         # Rounded down, as LLaVA does.
-        red, green, blue = (min(max(int(value * 255), 0), 255) for value in model.vision.image_mean)
+        red, green, blue = (min(max(int(value * 255), 0), 255) for value in mean or model.vision.image_mean)
         return red, green, blue
     assert not isinstance(fill, str)
     if not all(0 <= value <= 255 for value in fill):

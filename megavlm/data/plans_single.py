@@ -170,8 +170,8 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
     sides, least = model.vision.sides, 14 if model.image.min_side is None else model.image.min_side
     if len(sides) != 2:
         raise UserError(
-            f"model.image.kind: fit_pair makes two renderings of a picture, and the tower {model.vision.preset!r} takes "
-            "one; set it to fit"
+            f"model.image.kind: fit_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
+            "takes one; set it to fit"
         )
     small, large = sides
     if small > large:
@@ -180,13 +180,15 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
             "of whose rendering the first one's is made; lower it"
         )
     _check_least(least, large, "model.vision.high_image_size")
-    return FitPairPlan(large, model.tokens_per_view, model.image.resample, colour(model, "mean"), least, small)
+    fill = colour(model, "mean", model.vision.high_image_mean)
+    return FitPairPlan(large, model.tokens_per_view, model.image.resample, fill, least, small)
 
 
 def _check_least(least: int, side: int, key: str) -> None:
     if least > side:
         raise UserError(
-            f"model.image.min_side: {least} is more than the square that pictures are fitted to ({key} {side}); lower it"
+            f"model.image.min_side: {least} is more than the square that pictures are fitted to ({key} {side}); lower"
+            " it"
         )
 
 

@@ -92,8 +92,8 @@ def rules(vision: ConvNextConfig, layout: ParallelConfig) -> Iterator[str]:
     taken = vision.feature_stages
     if taken is not None and (list(taken) != sorted(set(taken)) or min(taken) < 1 or max(taken) != count):
         yield (
-            f"{_OWN}.feature_stages: {list(taken)[:20]} are not rising numbers from 1 on that end with {count}, the last"
-            " stage; correct it"
+            f"{_OWN}.feature_stages: {list(taken)[:20]} are not rising numbers from 1 on that end with {count}, the"
+            " last stage; correct it"
         )
         return
     whole = vision.patch_size * 2 ** (count - 1)

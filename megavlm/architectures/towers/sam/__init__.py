@@ -1,4 +1,4 @@
-"""SAM's image encoder, and the convolutions that make features of its map: DeepSeek-VL-7B's and Vary's high-res tower."""
+"""SAM's image encoder, and convolutions that make features of its map: the larger tower of DeepSeek-VL-7B and Vary."""
 
 from megavlm.architectures.towers.sam import cost
 from megavlm.architectures.towers.sam.config import SamConfig, products, rules
