@@ -19,7 +19,8 @@ from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.architectures.towers.vit.config import products as vit_products
 from megavlm.architectures.towers.vit.config import rules as vit_rules
 from megavlm.config.fields import Meaning, config_class
-from megavlm.config.schema import ParallelConfig, TowerPart, VisionConfig
+from megavlm.config.schema import ParallelConfig, VisionConfig
+from megavlm.config.towers import Colours, TowerPart
 
 _OWN, _HIGH = "model.vision", "high_"
 _SHARED = ("preset", "tensor_parallel")
@@ -86,7 +87,7 @@ class PairConfig(ViTConfig):
         return (self.image_size, high) if self.low_from == "plan" else (high,)
 
     @property
-    def colours(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+    def colours(self) -> tuple[Colours, ...]:
         """Those of the renderings."""
         high = self.high
         own = ((self.image_mean, self.image_std), (high.image_mean, high.image_std))

@@ -6,7 +6,7 @@ branches are those of its architectures; what a preset gives has no default, ``f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,17 +15,8 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
+from megavlm.config.towers import Colours, TowerPart
 from megavlm.config.video import VideoConfig as VideoConfig
-
-
-class TowerPart(NamedTuple):
-    """A tower, or one of two that are one: what its learning rate goes by."""
-
-    prefix: str
-    """In front of the names of its parameters, within the tower."""
-    layers: int
-    rate: float
-    """Factor on its learning rate."""
 
 
 @config_class
@@ -83,7 +74,7 @@ class VisionConfig:
         return (3, side, side) if len(self.sides) == 1 else (3 * sum(one**2 for one in self.sides),)
 
     @property
-    def colours(self) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+    def colours(self) -> tuple[Colours, ...]:
         """Mean and deviation of red, green and blue of each of these squares."""
         return ((self.image_mean, self.image_std),)
 
@@ -170,6 +161,11 @@ class LanguageConfig:
     def takes_deepstack(self) -> bool:
         """Whether it can add features behind its first layers (``BuildContext.deepstack``)."""
         return False
+
+    @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each of its layers has a mixture of experts in its MLP's place; or nothing, where none has."""
+        return ()
 
     @property
     def fused_rotary(self) -> bool:
