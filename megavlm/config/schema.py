@@ -15,12 +15,12 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
-from megavlm.config.towers import Colours, TowerPart
+from megavlm.config.towers import Colours, Rendered, TowerPart
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
-class VisionConfig:
+class VisionConfig(Rendered):
     """The vision tower: pictures to features. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
@@ -68,12 +68,6 @@ class VisionConfig:
         return (int(self.image_size),)
 
     @property
-    def pixel_shape(self) -> tuple[int, ...]:
-        """Shape of one picture's pixels, where it takes equal squares; those of several squares stand in one row."""
-        side = self.sides[0]
-        return (3, side, side) if len(self.sides) == 1 else (3 * sum(one**2 for one in self.sides),)
-
-    @property
     def colours(self) -> tuple[Colours, ...]:
         """Mean and deviation of red, green and blue of each of these squares."""
         return ((self.image_mean, self.image_std),)
@@ -82,11 +76,6 @@ class VisionConfig:
     def towers(self) -> tuple[TowerPart, ...]:
         """Itself, or the towers that it is made of."""
         return (TowerPart("", self.num_layers, 1.0),)
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Bytes of the pixels of one picture, uint8."""
-        return 3 * sum(side**2 for side in self.sides)
 
     @property
     def patches_per_image(self) -> int:
