@@ -2,7 +2,7 @@
 
 Transformers: ``DeepseekVLForConditionalGeneration``. The authors: ``MultiModalityCausalLM`` of
 github.com/deepseek-ai/DeepSeek-VL (``deepseek_vl/models`` @ d04d289c), whose tower has timm's names and erf GELU. The
-7B, with a SAM tower beside this one, is not built.
+7B, with a SAM tower beside this one, is ``deepseek_vl_hybrid``.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ def _original_tower(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, f"{where}: vision_config", model_type="vision")
     if "HybridVisionTower" in kind:
         raise UserError(
-            f"{where}: vision_config.cls is {kind!r}, a SAM tower beside a SigLIP (DeepSeek-VL-7B); only "
-            "CLIPVisionTower (DeepSeek-VL-1.3B) is supported"
+            f"{where}: vision_config.cls is {kind!r}, a SAM tower beside a SigLIP (DeepSeek-VL-7B), which "
+            "is read in Transformers' layout alone (deepseek-community/deepseek-vl-7b-*); take that"
         )
     params = config.get("params") or {}
     name, layer = params.get("model_name", "siglip_large_patch16_384"), params.get("select_layer", -2)

@@ -62,7 +62,6 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=language.config)
         self.settings = model
         self._experts = any(model.language.expert_layers)
-        self.image_size = model.vision.image_size
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -247,7 +246,7 @@ class VisionLanguageModel(MegatronModule):
         if self.settings.vision.packed:
             pixels, grid = self.vision.empty(self.connector_device())
             return pixels, grid
-        shape = (1, 3, self.image_size, self.image_size)
+        shape = (1, *self.settings.vision.pixel_shape)
         return torch.zeros(shape, dtype=torch.uint8, device=self.connector_device()), None
 
     def arranged(

@@ -300,7 +300,7 @@ ROWS: dict[str, WholeFamily] = {
         planner=PLANNED,
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
-    **deepseek_rows(_from_config("deepseek_vl"), HEADER, LLAMA_TARGETS, PLANNED),
+    **deepseek_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
