@@ -18,8 +18,8 @@ from megavlm.config.schema import ModelConfig
 from megavlm.families.common import expect, need
 from megavlm.families.deepseek_vl import DeepseekVLFamily
 from megavlm.families.family import Tower, Tree, config_file
-from megavlm.families.paligemma import no_siglip_last, siglip_last
 from megavlm.families.preprocessor import normalisation, processor_files, resampling
+from megavlm.families.siglip_last import no_siglip_last, siglip_last
 from megavlm.families.text import no_half, text_branch, text_config, text_table
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD, LAST_HIDDEN_STATE, transformers_vision_config
 from megavlm.weights.rules import Table
