@@ -32,8 +32,8 @@ LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_pro
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
-    2: [("mixed", EP2, {}), ("all", TP2 | EP2, {})],
-    4: [("all", PP2 | VPP2 | EP2, {}), ("mixed", TP2 | EP4, {})],
+    2: [("mixed", TP2 | EP2, {})],
+    4: [("mixed", PP2 | VPP2 | EP2, {})],
 }
 LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
     2: [
@@ -41,6 +41,8 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", EP2 | {"recompute_granularity": "full"}, {}),
         ("mixed", EP2 | {"recompute_granularity": "selective"}, {}),
         ("all", EP2 | {"use_distributed_optimizer": False}, {}),
+        ("mixed", EP2, {}),
+        ("all", TP2 | EP2, {}),
         ("mixed", TP2, {}),
         ("mixed", PP2, {}),
         ("all", EP2, FROZEN),
@@ -55,7 +57,8 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2 | EP2, {}),
         ("mixed", TP2 | EP2 | {"expert_tensor_parallel_size": 2}, {}),
         ("mixed", PP2 | EP2, {}),
-        ("mixed", PP2 | VPP2 | EP2, {}),
+        ("mixed", TP2 | EP4, {}),
+        ("all", PP2 | VPP2 | EP2, {}),
         ("mixed", TP2 | PP2 | EP2, {}),
         ("all", TP2 | PP2 | VPP2 | EP2 | {"recompute_granularity": "full"}, {}),
     ],
