@@ -53,10 +53,10 @@ from megavlm.config.errors import UserError
 
 AHEAD_BYTES = 1 << 30
 """What a parameter may have to be read while the one before it is being written: two are in memory then."""
-_MANY_CHUNKS, _STACKED = 64, 2
-"""From so many chunks on they are found by their place on the axes of layers and experts."""
 WAITING_BYTES = 256 << 20
 """Several may be read ahead, while they have no more than this together: of one the writer waits for the slow ones."""
+_MANY_CHUNKS, _STACKED = 64, 2
+"""From so many chunks on they are found by their place on the axes of layers and experts."""
 CHUNK_BYTES = 128 << 20
 """A tensor is written in chunks of rows of at most about this size, so that no rank has to read much more
 than its own part, and no more than a chunk is held in memory."""

@@ -24,7 +24,7 @@ from megavlm.cli import main  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, context_length, make_batch  # noqa: E402
 from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.layers.experts import routers_of  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
@@ -67,8 +67,11 @@ def batches_of(recipe: Recipe, step: int) -> list[Batch]:
     """Return this replica's packs of a step."""
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = random_packs(recipe.training.global_batch_size, seed=step)[rank::size]
-    cpu = torch.device("cpu")
-    return [make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
+    cpu, length = torch.device("cpu"), context_length(pack.cu_seqlens for pack, _ in mine)
+    return [
+        make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu, length=length)
+        for pack, pixels in mine
+    ]
 
 
 def parameters_of(training: TrainingModel) -> dict[str, nn.Parameter]:
