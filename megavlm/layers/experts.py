@@ -69,6 +69,8 @@ class PackRouter(TopKRouter):
             over packs (on this rank; add them up over the tensor- and data-parallel ranks).
     """
 
+    expert_bias: Tensor | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bias = None

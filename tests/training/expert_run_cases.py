@@ -91,7 +91,7 @@ def parameters_of(training: TrainingModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def share_of(whole: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+def share_of(whole: Tensor, name: str, parameter: Any) -> Tensor:
     """Return this rank's part of a tensor; a vocabulary is padded with rows that learn nothing."""
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     if "local_experts" in name:

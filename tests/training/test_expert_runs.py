@@ -33,8 +33,8 @@ LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_pro
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
-    2: [("mixed", EP2, {}), ("all", TP2 | EP2, {})],
-    4: [("all", PP2 | VPP2 | EP2, {}), ("mixed", TP2 | EP4, {})],
+    2: [("mixed", TP2 | EP2, {})],
+    4: [("mixed", PP2 | VPP2 | EP2, {})],
 }
 LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
     2: [
@@ -42,6 +42,8 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", EP2 | {"recompute_granularity": "full"}, {}),
         ("mixed", EP2 | {"recompute_granularity": "selective"}, {}),
         ("all", EP2 | {"use_distributed_optimizer": False}, {}),
+        ("mixed", EP2, {}),
+        ("all", TP2 | EP2, {}),
         ("mixed", TP2, {}),
         ("mixed", PP2, {}),
         ("all", EP2, FROZEN),
@@ -56,7 +58,8 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2 | EP2, {}),
         ("mixed", TP2 | EP2 | {"expert_tensor_parallel_size": 2}, {}),
         ("mixed", PP2 | EP2, {}),
-        ("mixed", PP2 | VPP2 | EP2, {}),
+        ("mixed", TP2 | EP4, {}),
+        ("all", PP2 | VPP2 | EP2, {}),
         ("mixed", TP2 | PP2 | EP2, {}),
         ("all", TP2 | PP2 | VPP2 | EP2 | {"recompute_granularity": "full"}, {}),
     ],
@@ -163,7 +166,7 @@ def test_losses_are_of_real_tokens_and_the_mean_over_packs() -> None:
                 continue
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             atol = 1e-5 * float(grad.abs().max()) + 1e-8
-            torch.testing.assert_close(own[name].main_grad, grad, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(own[name].main_grad, grad, rtol=0, atol=atol, msg=name)
 
 
 def test_biases_move_towards_equal_loads_and_full_experts_take_the_best(tmp_path: Path) -> None:
