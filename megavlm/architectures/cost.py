@@ -202,6 +202,10 @@ class Shards(Protocol):
         """Whether they share the sequence between the layers' products."""
 
     @property
+    def context(self) -> int:
+        """Context-parallel ranks: each has so many times fewer tokens than the pack."""
+
+    @property
     def expert_tensor(self) -> int:
         """Ranks that share each expert."""
 
@@ -233,6 +237,8 @@ class LayerPassage:
     """Numbers of a token that FP8 products take in, forward."""
     cast_gradients: float
     """And as gradients, backward."""
+    keys_and_values: float = 0.0
+    """Bytes of the keys and values of a rank's positions, which context-parallel ranks hand to each other."""
     dispatched: float = 0.0
     """Bytes that a rank sends to where its tokens' experts are, and gets back."""
 

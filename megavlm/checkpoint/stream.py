@@ -6,7 +6,6 @@ training run of one process had saved it.
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -54,6 +53,8 @@ from megavlm.config.errors import UserError
 
 AHEAD_BYTES = 1 << 30
 """What a parameter may have to be read while the one before it is being written: two are in memory then."""
+WAITING_BYTES = 256 << 20
+"""Several may be read ahead, while they have no more than this together: of one the writer waits for the slow ones."""
 _MANY_CHUNKS, _STACKED = 64, 2
 """From so many chunks on they are found by their place on the axes of layers and experts."""
 CHUNK_BYTES = 128 << 20
@@ -134,38 +135,46 @@ class _Watched:
 
 
 class _Ahead:
-    """Reads one parameter on a second thread while the one before it is being written; never two at once.
+    """Reads what follows a parameter on a second thread while that one is being written; never two at once.
 
     Reading waits for a disk, puts tensors together and looks for infinities; writing does the zip's CRC and copies into
     the page cache: one after the other they take twice as long.
     """
 
     def __init__(self, pieces: Sequence[ParameterToWrite]) -> None:
-        self._next = dict(itertools.pairwise(map(id, pieces)))
-        self._pieces = {id(piece): piece for piece in pieces}
+        self._pieces, self._numbers = pieces, {id(piece): number for number, piece in enumerate(pieces)}
         self._thread = ThreadPoolExecutor(1, "read ahead")
-        self._waiting: tuple[ParameterToWrite, Future[Tensor]] | None = None
+        self._waiting: dict[int, Future[Tensor]] = {}
 
     def read(self, piece: ParameterToWrite) -> Tensor:
-        """Return a parameter, and begin with the next one."""
-        waiting, self._waiting = self._waiting, None
-        found = waiting[1].result() if waiting is not None and waiting[0] is piece else None
+        """Return a parameter, and begin with those behind it."""
+        number = self._numbers[id(piece)]
+        waiting = self._waiting.pop(number, None)
+        found = waiting.result() if waiting is not None else None
         if found is None:
-            self.wait(waiting)
+            self.wait()
             found = piece.read()
-        following = self._pieces.get(self._next.get(id(piece), 0))
-        if following is not None and following.nbytes <= AHEAD_BYTES:
-            self._waiting = following, self._thread.submit(following.read)
+        total, following = sum(self._pieces[one].nbytes for one in self._waiting), number + 1
+        while following < len(self._pieces):
+            size = self._pieces[following].nbytes
+            if following not in self._waiting:
+                total += size
+                if size > AHEAD_BYTES or (self._waiting and total > WAITING_BYTES):
+                    break
+                self._waiting[following] = self._thread.submit(self._pieces[following].read)
+            following += 1
         return found
 
-    def wait(self, waiting: tuple[ParameterToWrite, Future[Tensor]] | None) -> None:
+    def wait(self) -> None:
         """Let what was begun and is not wanted come to its end."""
-        if waiting is not None:
-            waiting[1].exception()
+        for one in self._waiting.values():
+            if not one.cancel():
+                one.exception()
+        self._waiting.clear()
 
     def close(self) -> None:
         """End the thread."""
-        self.wait(self._waiting)
+        self.wait()
         self._thread.shutdown()
 
 

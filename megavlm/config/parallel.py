@@ -19,6 +19,11 @@ class ParallelConfig:
     """Pipeline stages (PP). The tower and the connector sit on the first."""
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
     """Model chunks per pipeline stage (VPP, interleaved schedule); null for one."""
+    context_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each pack (CP): each has 1/CP of every sample, in two pieces (docs/context-parallel.md)."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """With Transformer Engine, how attention reaches the other pieces: by a ring of keys and values, or by exchanging
+    heads for positions. Plain torch layers gather keys and values."""
     num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
     """Language layers of the first stage, to leave room for the tower; null to split evenly."""
     sequence_parallel: bool = False

@@ -16,7 +16,7 @@ from megavlm.architectures.decoders.decoder.tables import (
 from megavlm.architectures.towers.packed_vit.tables import QWEN3_VL_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, ModelConfig
-from megavlm.families.common import flag, need
+from megavlm.families.common import expect_kinds, flag, need
 from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.experts import QWEN3_MOE, experts_branch, experts_config
 from megavlm.families.family import Tree, config_file
@@ -59,6 +59,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
+        expect_kinds(config, where, text_config=(self.name, "qwen3"), vision_config=(self.name,))
         language = self._language(text, where)
         language["rotary_sections"] = language.get("rotary_sections") or _SECTIONS
         language["rotary_sections_interleaved"] = True  # whatever mrope_interleaved says: its code does not ask

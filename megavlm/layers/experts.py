@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, comput
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.layers.activation import swiglu
@@ -169,6 +170,31 @@ class PackRouter(TopKRouter):
         self.tally = tally if self.tally is None else self.tally + tally
 
 
+class Experts(SequentialMLP):
+    """Megatron-Core's experts, one after the other; on a CPU they begin alike at every expert parallelism.
+
+    There Megatron-Core draws all weights from one stream, which is the same on all ranks of a stage: each rank's first
+    expert would be the same one.
+    """
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        group = kwargs["pg_collection"].ep
+        before = group.rank() * num_local_experts
+        self._skip(before, config)
+        super().__init__(num_local_experts, config, *args, **kwargs)
+        self._skip(group.size() * num_local_experts - before - num_local_experts, config)
+
+    @staticmethod
+    def _skip(count: int, config: TransformerConfig) -> None:
+        """Draw the weights of experts that other ranks have, as Megatron-Core would, and throw them away."""
+        if not (config.use_cpu_initialization and config.perform_initialization):
+            return
+        width = config.moe_ffn_hidden_size
+        for _ in range(count):
+            config.init_method(torch.empty(width * (1 + config.gated_linear_unit), config.hidden_size))
+            config.output_layer_init_method(torch.empty(config.hidden_size, width))
+
+
 def experts_mlp(*, transformer_engine: bool) -> ModuleSpec:
     """Return the spec of an MLP that is a mixture of experts.
 
@@ -189,7 +215,7 @@ def experts_mlp(*, transformer_engine: bool) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=parts),
+            experts=ModuleSpec(module=Experts, submodules=parts),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=parts),
             router=PackRouter,
         ),

@@ -149,10 +149,12 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
         # The tower comes before, and its backward pass after, what the language layers keep.
         tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", layout, images)
         trains_vision = not recipe.modules.vision.freeze
-        passing = int(tower.passing(recipe.model.vision, ranks, seen, kernels, learns=trains_vision))
+        most = int(tower.passing(recipe.model.vision, ranks, seen, kernels, learns=trains_vision))
         rebuilt = int(tower.rebuilt(recipe.model.vision, ranks, seen, kernels)) if trains_vision else 0
-        forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
+        forward = max(forward, most - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
     if chunk.first and (learns or lora.train_embeddings):  # the embedding's gradient
-        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
+        # All of the pack is embedded on each context-parallel rank.
+        embedded = wide * layout.context
+        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + embedded - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)

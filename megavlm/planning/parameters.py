@@ -199,13 +199,13 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
 
     As Megatron-Core keeps them: weights in the compute type; fp32 gradients of what learns, in buffers that the
     distributed optimizer pads; AdamW's two moments and, in bf16, the master weights in fp32, which the distributed
-    optimizer spreads over the data-parallel ranks.
+    optimizer spreads over the data- and context-parallel ranks.
     """
     parallel = recipe.parallel
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
-    ranks = layout.data if parallel.use_distributed_optimizer else 1
-    padded_for = layout.data if parallel.use_distributed_optimizer else 0
+    ranks = layout.shards if parallel.use_distributed_optimizer else 1
+    padded_for = layout.shards if parallel.use_distributed_optimizer else 0
     chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
     frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
     expert_ranks = layout.expert_data if parallel.use_distributed_optimizer else 1

@@ -30,9 +30,9 @@ from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
-from megavlm.planning.seconds import Cost, StepTime
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
+from megavlm.planning.times import Cost, StepTime
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20
@@ -63,7 +63,8 @@ class Timer:
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload) -> None:
-        self.recipe, self.layout, self.gpu, self.workload = recipe, layout, gpu, workload
+        self.recipe, self.layout, self.gpu = recipe, layout, gpu
+        self.pack, self.workload = workload, workload.of_rank(layout.context)  # all of it, and what a rank has of it
         self.kernels: Kernels = kernels_of(recipe)
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
         self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
@@ -142,6 +143,27 @@ class Timer:
         pieces = tp if beside_products and self.recipe.engine.tp_comm_overlap else 1
         return count * (moved * (tp - 1) / tp / rate / pieces + COLLECTIVE_SECONDS)
 
+    def _context_parallel(self, moved: float, attention: float) -> tuple[float, float]:
+        """Return the seconds, forward and backward, that a layer waits for keys and values of the rest of the pack.
+
+        ``moved`` are the bytes of one rank's. Transformer Engine's ring goes on beside these seconds of ``attention``,
+        forward, and brings them again and their gradients, backward; torch's layers gather first.
+        """
+        wires = self._from_context(moved)
+        if not self.kernels.fused:
+            return wires, wires
+        return max(wires - attention, 0.0), max(2 * wires - _FLASH_BACKWARD * attention, 0.0)
+
+    def _from_context(self, moved: float) -> float:
+        """Return the seconds in which a rank gets ``moved`` bytes from each of those that share its pack."""
+        others = self.layout.context - 1
+        return self._crossing(moved * others, inside=self.layout.context_in_node) if others else 0.0
+
+    def _crossing(self, moved: float, *, inside: bool) -> float:
+        """Return the seconds in which a rank sends ``moved`` bytes, inside of a node or to others."""
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        return moved / (rate if inside else self.gpu.network * self.gpu.efficiency.network) + COLLECTIVE_SECONDS
+
     def layer(self, kind: LanguageConfig | None = None) -> Cost:
         """Return the cost of one language layer; of the first one's kind, unless another is given."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
@@ -158,6 +180,7 @@ class Timer:
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
         sharing += 2 * dispatch_seconds(self.layout, self.gpu, passage.dispatched)  # to the experts and back
         wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
+        ring, back_ring = self._context_parallel(passage.keys_and_values, self._attention(attention))
         casts, back_casts = self._casts()
         stream_seconds = self._stream(moved, stream)
         forward = max(linear + self._attention(attention) + stream_seconds + casts, _LAUNCHES * KERNEL_SECONDS)
@@ -166,11 +189,10 @@ class Timer:
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
-        forward, backward = forward + more[0], backward + more[1]
+        forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
-        back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
-        back_wires += sharing
+        back_wires = self._tensor_parallel(wide, exposed, beside_products=True) + sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
@@ -241,7 +263,10 @@ class Timer:
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
-        wires += self._tensor_parallel(self.workload.tokens * model.language.hidden_size * b, 2)  # the embedding's sum
+        embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
+        handed = self._from_context(queries) if images else 0.0
+        wires += self._tensor_parallel(embedded, 2) + handed  # the embedding's sum
+        back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
@@ -297,12 +322,9 @@ class Timer:
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         features = feature_bytes(self.recipe, self.layout, self.workload.views)
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
-        others = (self.layout.places - 1) / self.layout.places
-        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.places > 1 else 0.0
+        others, inside = (self.layout.places - 1) / self.layout.places, not self.layout.pipeline_crosses_nodes
+        out = self._crossing(features * others, inside=inside) if features and self.layout.places > 1 else 0.0
         share = 1 if self.layout.together else self.layout.tensor
         trains = not (modules.vision.freeze and modules.connector.freeze)
         back = out / share if trains else 0.0
@@ -327,18 +349,14 @@ class Timer:
         """Return the seconds of one message between stages."""
         if self.layout.pipeline == 1:
             return 0.0
-        tokens, tp = self.workload.tokens, self.layout.tensor
-        moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved = self.workload.tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
         moved *= 1 + carried_streams(self.recipe, self.layout)
-        moved //= tp if self.layout.sequence_parallel else 1
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
-        return moved / rate + COLLECTIVE_SECONDS
+        moved //= self.layout.tensor if self.layout.sequence_parallel else 1
+        return self._crossing(moved, inside=not self.layout.pipeline_crosses_nodes)
 
     def data_parallel(self, stage: int) -> tuple[float, float]:
         """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
-        found = [self._reduced(stage, self.layout.data), self._reduced(stage, self.layout.expert_data, spread=True)]
+        found = [self._reduced(stage, self.layout.shards), self._reduced(stage, self.layout.expert_data, spread=True)]
         reduced, gathered = (sum(column) for column in zip(*found, strict=True))
         return reduced, gathered
 
@@ -350,8 +368,7 @@ class Timer:
         inside = self.layout.tensor * data <= 8 and self.layout.gpus // self.layout.pipeline <= 8
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         if not inside:
-            cards = self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network
-            rate = min(rate, cards)
+            rate = min(rate, self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network)
         share = (data - 1) / data / rate
         if not self.recipe.parallel.use_distributed_optimizer:  # an all-reduce, and nothing to gather
             return 2 * 4 * learning * share + COLLECTIVE_SECONDS, 0.0
@@ -363,7 +380,7 @@ class Timer:
         learning = replicated_elements(self.recipe, self.layout)
         if not learning:
             return 0.0
-        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
         return 2 * self._tensor_parallel(4 * shard, 1)
 
     def _learning(self, stage: int, *, spread: bool = False) -> int:
@@ -374,7 +391,7 @@ class Timer:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
         learning, experts = self._learning(stage), self._learning(stage, spread=True)
         layout, cut = self.layout, self.recipe.parallel.use_distributed_optimizer
-        shard = learning / layout.data + experts / layout.expert_data if cut else learning + experts
+        shard = learning / layout.shards + experts / layout.expert_data if cut else learning + experts
         return self._update(learning + experts, shard)
 
     def _update(self, learning: float, shard: float) -> float:
@@ -419,10 +436,10 @@ class Timer:
             bubble = (bubble * pipeline + handing) / (pipeline + vision)
             tower, more = self.apart()
             wired, exposed, update = wired + tower, exposed + tower, update + more
-        pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
+        pixels = layout.microbatches * self.pack.views * self.recipe.model.vision.pixel_bytes
         step = pipeline + vision + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        squares, positions = round(packs * self.pack.squared_lengths), packs * self.pack.tokens
         flops = count_step(
             self.recipe,
             tokens=positions,
@@ -450,7 +467,7 @@ class Timer:
 
     def _seen(self, packs: int) -> float | Pictures:
         """Return what the tower sees of so many packs."""
-        load = self.workload
+        load = self.pack
         return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:

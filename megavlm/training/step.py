@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.utils import get_model_config
@@ -20,7 +19,7 @@ from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch
 from megavlm.parallel import pipeline
 from megavlm.parallel.faults import fault, spoilt
-from megavlm.parallel.state import any_rank, is_last_stage
+from megavlm.parallel.state import any_rank, data_group, is_last_stage
 from megavlm.training.experts import ExpertReport, move_biases, scale_losses, take_report
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
 from megavlm.training.vision import VisionPhases
@@ -114,9 +113,9 @@ def run_batches(
     if vision is not None:
         batches = vision.encode(batches, backward=not forward_only)
     step = partial(forward_step, num_sources=num_sources, factors=factors)
-    for found in pipeline.run(chunks, batches, step, batches[0].tokens.size(1), backward=not forward_only):
+    for found in pipeline.run(chunks, batches, step, batches[0].length, backward=not forward_only):
         report += found[2] if forward_only else found  # the schedule itself keeps losses and counts
-    dist.all_reduce(report, group=mpu.get_data_parallel_group())
+    dist.all_reduce(report, group=data_group())
     return pipeline.from_last_stage(report).cpu()
 
 

@@ -58,7 +58,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
             "engine.cuda_graph_impl: a graph of the MLP is for layers where it stands behind attention, and"
             " model.language.use_parallel_residual has it beside; set it to none"
         )
-    if not language.fused_rotary:
+    if not language.fused_rotary or parallel.context_parallel_size > 1:  # whose angles are of this rank's positions
         shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -80,6 +80,8 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type if parallel.context_parallel_size > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=context.dtype,

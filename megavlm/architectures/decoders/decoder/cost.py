@@ -176,8 +176,12 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     if gathered:
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
+    if shards.context > 1 and not kernels.fused:  # those of the whole pack, and not its own in what was projected
+        attention = tokens * (queries + 2 * keys * shards.context) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
-    if not kernels.fused or not language.fused_rotary:  # cosines and sines, for queries and for keys
+    if (
+        not kernels.fused or not language.fused_rotary or shards.context > 1
+    ):  # cosines and sines, for queries and for keys
         attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
@@ -258,6 +262,9 @@ def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels
     """Return what of ``layer_kept`` is not kept where the core attention is recomputed."""
     heads = language.num_attention_heads // shards.tensor
     kept = tokens * heads * 4 + _masks_kept(language, tokens, kernels.number_bytes)
+    if shards.context > 1 and not kernels.fused:  # keys and values of the pack; what they are made of stays, as without
+        queries, keys = (n * language.kv_channels for n in (heads, _local_groups(language, shards.tensor)))
+        kept += tokens * (2 * keys * shards.context - 3 * keys - queries) * kernels.number_bytes
     # The result is still there as the input of the projection, where that keeps one.
     if not (kernels.fused and learns):
         kept += tokens * heads * language.kv_channels * kernels.number_bytes
@@ -376,4 +383,5 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
         gathered=gathered,
         cast_inputs=2 * hidden + queries_each + ffn_each,
         cast_gradients=2 * hidden + queries_each + 2 * held + gates * ffn_each,
+        keys_and_values=2 * tokens * held * b,
     )
