@@ -23,7 +23,7 @@ from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import image_branch, normalisation, processor_files
 from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last, siglip_last
 from megavlm.families.text import text_branch
-from megavlm.families.towers import transformers_vision_config
+from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision_config
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -51,7 +51,7 @@ class Gemma3Family(SiglipLastFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         _no_pan_and_scan(source)
-        vision = siglip_last(*self.tower_of(config, source.directory), where)
+        vision = siglip_last(need(config, "vision_config", where), LAST_HIDDEN_STATE, where)
         vision |= normalisation(source, vision["image_size"])
         text = need(config, "text_config", where)
         expect(text, where, model_type=GEMMA3.model_type)

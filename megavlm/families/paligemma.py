@@ -20,7 +20,7 @@ from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last, siglip_last
 from megavlm.families.text import text_branch
-from megavlm.families.towers import transformers_vision_config
+from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision_config
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -46,7 +46,7 @@ class PaliGemmaFamily(SiglipLastFamily):
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
-        vision = siglip_last(*self.tower_of(config, source.directory), where)
+        vision = siglip_last(need(config, "vision_config", where), LAST_HIDDEN_STATE, where)
         vision |= normalisation(source, vision["image_size"])
         text = need(config, "text_config", where)
         expect(text, where, model_type=GEMMA.model_type, use_bidirectional_attention=True)

@@ -341,6 +341,8 @@ def _register_qwen2_vl() -> None:
 
 # Qwen/Qwen3-VL-*-Instruct, dense: the sizes of Qwen3, whose 2B is its 1.7B; the tower.
 _QWEN3_VL = {"2b": ("1_7b", "300m"), "4b": ("4b", "300m"), "8b": ("8b", "410m"), "32b": ("32b", "410m")}
+# And with experts: those of Qwen3-30B-A3B and -235B-A22B, with the larger tower.
+_QWEN3_VL |= {size: (size, "410m") for size in ("30b_a3b", "235b_a22b")}
 
 
 def _register_qwen3_vl() -> None:

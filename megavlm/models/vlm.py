@@ -151,7 +151,7 @@ class VisionLanguageModel(MegatronModule):
             labels=labels,
             packed_seq_params=packed_seq_params,
             extra_block_kwargs=extras if beside is None else {"context": beside, **(extras or {})},
-            **self._padding(packed_seq_params, segment_sources, tokens.size(1)),
+            **self._padding(packed_seq_params, segment_sources, position_ids.size(-1)),
         )
         return output if self.post_process else self.streams.join(output, beside)
 
@@ -159,8 +159,12 @@ class VisionLanguageModel(MegatronModule):
         """Return [1, S] where there is padding (S / TP with sequence parallelism), for layers with experts alone."""
         if segment_sources is None or not self._experts:
             return {}
-        lengths = packed.cu_seqlens_q.diff().long()
+        lengths, split = packed.cu_seqlens_q.diff().long(), context_split(packed)
+        if split is not None:  # every rank has as much of each segment
+            lengths = lengths // split.size
         mask_1S = torch.repeat_interleave(segment_sources < 0, lengths, output_size=length)[None]
+        if split is not None:
+            mask_1S = mask_1S | ~split.own_real(mask_1S.device)
         if self.config.sequence_parallel:
             group = mpu.get_tensor_model_parallel_group()
             mask_1S = mask_1S.chunk(group.size(), dim=1)[group.rank()]

@@ -215,6 +215,7 @@ def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
         ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
         ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
+        ({"parallel": {"cp_comm_type": "a2a"}}, "a2a is Transformer Engine's"),
         (
             {"parallel": {"cp_comm_type": "a2a", **TP2, "context_parallel_size": 8}},
             r"num_query_groups \(4\) is not div",
