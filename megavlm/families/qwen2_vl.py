@@ -62,6 +62,8 @@ class Qwen2VLFamily(Family):
     preprocesses = True
     model_class: ClassVar[str] = "Qwen2VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_VL_VISION
+    tower_preset: ClassVar[str | None] = None
+    """Of its tower; None where it has the family's name."""
     timed: ClassVar[bool] = False
     """Whether positions tell the time of a film's frames."""
     fixed: ClassVar[Tree] = {
@@ -210,7 +212,7 @@ class Qwen2VLFamily(Family):
         rope = visual.get("rope_parameters") or {}
         expect(rope, where, rope_type=("axial", "default"), rope_theta=10000)
         return {
-            "preset": f"{self.name}_vit",
+            "preset": self.tower_preset or f"{self.name}_vit",
             "patch_size": patch,
             "temporal_patch_size": visual.get("temporal_patch_size", 2),
             "spatial_merge_size": visual.get("spatial_merge_size", 2),

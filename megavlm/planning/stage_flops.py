@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost
+from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost, layer_kinds
 from megavlm.config.schema import Recipe
-from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import Seen, share
 
@@ -48,18 +47,21 @@ def chunk_flops(
     """
     model, tp = recipe.model, layout.tensor
     language = model.language
-    # Per layer: the whole model without attention, less the output layer.
-    output = 2 * tokens * language.hidden_size * language.vocab_size
-    layer = (language_flops(language, tokens, 0) - output) / language.num_layers
+    output, cost = 2 * tokens * language.hidden_size * language.vocab_size, decoder_cost(language)
+    # Without attention.
+    layers = sum(
+        cost.layer_work(kind, tokens, 0).total
+        for kind in layer_kinds(language)[chunk.begin : chunk.begin + chunk.layers]
+    )
     squares = attended_squares(language, tokens, squared_lengths)
-    attention = decoder_cost(language).layer_work(language, tokens, squares).attention
+    attention = cost.layer_work(language, tokens, squares).attention
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
     connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
-        layers=chunk.layers * layer / tp,
+        layers=layers / tp,
         attention=chunk.layers * attention / tp,
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,

@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
+from megavlm.architectures.decoders.decoder.experts import ExpertsConfig, expert_rules
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, choices, divides
-from megavlm.config.schema import LanguageConfig, ParallelConfig
+from megavlm.config.schema import ParallelConfig
 
 _OWN = "model.language"
 
 
 @config_class
-class DecoderConfig(LanguageConfig):
+class DecoderConfig(ExpertsConfig):
     """The decoder-only language model."""
 
     num_layers: int = Field(gt=0, le=10_000)
@@ -209,6 +210,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {_OWN}.rope_scaling;"
             " set that to linear or llama3, or this to 1"
         )
+    yield from expert_rules(language, layout)
 
 
 def _rotary(language: DecoderConfig) -> Iterator[str]:
