@@ -35,7 +35,7 @@ def second_keys(config: Any) -> Any:
             continue
         text = f"Of the second tower: {info.description}"
         more = {} if info.is_required() else {"default": info.default}
-        kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation  # type: ignore[misc]
+        kind = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
         body["__annotations__"][_HIGH + name] = kind
         body[_HIGH + name] = Field(**more, description=text)
     return config_class(type(f"Second{config.__name__}", (), body))

@@ -80,7 +80,7 @@ class WindowSelfAttention(CompactSelfAttention):
         super().__init__(*args, **kwargs)
         self.side, self.window = side, window
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return [T, B, W], and the bias to add to it."""
         if self.window is None:
             return super().forward(hidden_states, *args, **kwargs)

@@ -49,12 +49,12 @@ class ConvNextConfig(VisionConfig):
         """Stages whose maps are the features, counted from 0."""
         return (len(self.widths) - 1,) if self.feature_stages is None else tuple(n - 1 for n in self.feature_stages)
 
-    @property
+    @property  # type: ignore[misc]
     def hidden_size(self) -> int:
         """Width of the last stage."""
         return self.widths[-1]
 
-    @property
+    @property  # type: ignore[misc]
     def num_layers(self) -> int:
         """Blocks of all stages."""
         return sum(self.depths)

@@ -51,14 +51,14 @@ def _layer(vision: SamConfig, config: TransformerConfig, number: int) -> nn.Modu
     """Build a layer. Transformer Engine's attention takes no such bias, and its norm lies where windows are cut."""
     window = vision.window_of(number)
     spec = layer_modules(LayerKind("full"), transformer_engine=False).layer
-    attention: Any = spec.submodules.self_attention  # type: ignore[union-attr]
+    attention: Any = spec.submodules.self_attention
     attention.module = WindowSelfAttention
     attention.params = {**attention.params, "side": vision.side, "window": window}
     attention.submodules.core_attention = ModuleSpec(
         module=RelativeAttention, params={"side": vision.side if window is None else window}
     )
     layer: nn.Module = build_module(spec, config=config, layer_number=number + 1)
-    BiasActivationMLP.take_over(layer.mlp)  # type: ignore[arg-type]
+    BiasActivationMLP.take_over(layer.mlp)
     return layer
 
 

@@ -16,7 +16,7 @@ _Second: Any = second_keys(ConvNextConfig)
 
 
 @config_class
-class ViTConvNextConfig(PairConfig, _Second):  # type: ignore[misc]
+class ViTConvNextConfig(PairConfig, _Second):
     """The vision tower: a ViT, and ConvNeXt, which sees each picture larger."""
 
     @property

@@ -16,7 +16,7 @@ _Second: Any = second_keys(SamConfig)
 
 
 @config_class
-class ViTSamConfig(PairConfig, _Second):  # type: ignore[misc]
+class ViTSamConfig(PairConfig, _Second):
     """The vision tower: a ViT, and SAM's tower, which sees each picture larger."""
 
     @property
