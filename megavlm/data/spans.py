@@ -1,4 +1,7 @@
-"""Spans of a sample whose positions see each other both ways, by the mask kind of a model (``layers/two_way.py``).
+"""Spans of a sample that the layers of a model are told of.
+
+Positions that see each other both ways, by the model's kind of mask (``layers/two_way.py``), or pictures, whose tokens
+have weights of their own (``layers/visual_expert.py``).
 
 A kind is a row of :data:`KINDS`: what it makes of one sample.
 
@@ -65,8 +68,9 @@ KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {"prefix": _p
 
 
 def spans_of(model: ModelConfig, image_token_id: int) -> TwoWaySpans | None:
-    """Return how a model's spans are made; None where it has none."""
-    return None if model.language.two_way is None else TwoWaySpans(model.language.two_way, image_token_id)
+    """Return how a model's spans are made; None where its layers need not know of any."""
+    kind = model.language.spans
+    return None if kind is None else TwoWaySpans(kind, image_token_id)
 
 
 def check_spans(spans: TwoWaySpans | None, template: Template) -> None:

@@ -124,6 +124,7 @@ def _request(
             None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
             model.two_way_spans,
             [len(prompts[one.prompt].tokens) for one in segments],
+            own,
         ),
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),

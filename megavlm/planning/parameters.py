@@ -36,7 +36,7 @@ class Layers(NamedTuple):
     """The language layers of a chunk, and over how many ranks their experts lie."""
 
     first: int = 0
-    count: int = 0
+    number: int = 0
     experts: int = 1
     expert_tensor: int = 1
 
@@ -107,7 +107,7 @@ def _chunk_parameters(
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    kinds = layer_kinds(language)[layers.first : layers.first + layers.count]
+    kinds = layer_kinds(language)[layers.first : layers.first + layers.number]
     trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
     found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, layers=spread)]
     shapes = [one for kind in kinds for one in cost.layer_parameters(kind, tp)]

@@ -153,13 +153,12 @@ def _sizes(of: Layout | Refusal) -> str:
 
 
 def _cells(layout: Layout, *, spread: bool = False) -> list[str]:
-    """Return the sizes of a layout; ``spread``: with that of expert parallelism."""
     sizes = (
         layout.tensor,
         layout.context if layout.context > 1 else None,
         layout.pipeline,
         layout.virtual,
-        *([layout.experts] * int(spread)),
+        *([layout.experts] if spread else []),
         layout.data,
     )
     return [str(value or "-") for value in sizes]

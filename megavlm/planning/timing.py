@@ -30,9 +30,9 @@ from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.seconds import Cost, StepTime
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
-from megavlm.planning.times import Cost, StepTime
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20

