@@ -8,7 +8,7 @@ from typing import Any
 from megavlm.architectures.decoders.decoder.tables import MIXTRAL_LANGUAGE, QWEN3_MOE_LANGUAGE
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
-from megavlm.families.common import expect, flag, need
+from megavlm.families.common import expect, flag, need, number
 from megavlm.families.family import Tree
 from megavlm.families.text_kinds import ANY, TextFamily, TextKind, shape, shape_config
 
@@ -32,11 +32,15 @@ def experts_branch(config: Mapping[str, Any], where: str, *, normalised: bool | 
     """
     count = _number_of_experts(config, where)
     layers = need(config, "num_hidden_layers", where)
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
-    plan = tuple(int(number not in dense and (number + 1) % step == 0) for number in range(layers))
+    step, dense = number(config, "decoder_sparse_step", where, 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple) or any(type(one) is not int or not 0 <= one < layers for one in dense):
+        raise UserError(f"{where}: mlp_only_layers is {dense!r}; it lists numbers of layers, 0 to {layers - 1}")
+    if step < 1 or step != int(step):
+        raise UserError(f"{where}: decoder_sparse_step is {step:g}; give a whole number from 1 on")
+    plan = tuple(int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers))
     if not any(plan):
         raise UserError(
-            f"{where}: decoder_sparse_step {step} and mlp_only_layers {dense} leave none of {layers} layers with"
+            f"{where}: decoder_sparse_step {step:g} and mlp_only_layers {dense} leave none of {layers} layers with"
             " experts; a dense Qwen3 has the model_type qwen3"
         )
     if normalised is None:
@@ -71,7 +75,7 @@ def experts_config(language: LanguageConfig) -> Tree:
     """Return the keys of experts of a Qwen3-MoE ``config.json``, but ``norm_topk_prob``."""
     return {
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [number for number, here in enumerate(language.expert_layers) if not here],
+        "mlp_only_layers": [layer for layer, here in enumerate(language.expert_layers) if not here],
         "moe_intermediate_size": language.expert_width,
         "num_experts": language.num_moe_experts,
         "num_experts_per_tok": language.moe_router_topk,

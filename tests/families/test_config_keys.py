@@ -60,6 +60,12 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "minicpm_llama3_v_2_5": ("batch_vision_input", "image_size", "slice_config/model_type"),
     "minicpm_v_2": ("image_size",),
     "qwen3_vl": ("text_config/rope_parameters/mrope_interleaved",),  # its code does not ask
+    # Of a loss over all layers together, which only a training by Transformers takes (docs/conversion.md).
+    "qwen3_vl_moe": (
+        "text_config/rope_parameters/mrope_interleaved",
+        "text_config/output_router_logits",
+        "text_config/router_aux_loss_coef",
+    ),
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.
     "internvl_chat": ("llm_config/rope_scaling/*", "template"),

@@ -68,6 +68,11 @@ def test_a_configuration_that_is_written_anew_says_the_same(
         ("stablelm", {"layer_norm_eps": None}, "has no 'layer_norm_eps'"),
         ("minicpm", {"scale_emb": "12"}, "scale_emb is '12', which is not a number"),
         ("internlm2", {"bias": True}, "bias is True"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5; choose 1 to 4, the experts of a layer"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 4]}, "mlp_only_layers is [0, 4]; it lists numbers of layers, 0 to 3"),
+        ("qwen3_moe", {"decoder_sparse_step": 5}, "leave none of 4 layers with experts"),
+        ("qwen3_moe", {"num_experts": 8}, "num_experts is 8 and num_local_experts 4"),
     ],
 )
 def test_what_is_not_known_is_refused(
