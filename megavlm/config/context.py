@@ -32,6 +32,12 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
             yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
     if any(getattr(recipe.model.language, "expert_layers", ())):
         yield f"{CP}: is not proven with experts, whose routers would count what fills samples up; set it to 1"
+    for key, there in (
+        ("visual_expert", not recipe.model.language.one_weight),
+        ("image_positions", recipe.model.language.shared_positions),
+    ):
+        if there:
+            yield f"{CP}: is not proven with model.language.{key}; set it to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"
     if parallel.vision_placement != "first_stage":
