@@ -15,12 +15,13 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
+from megavlm.config.towers import Colours, Rendered, TowerPart
 from megavlm.config.traits import ConnectorTraits, LanguageTraits, VisionTraits
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
-class VisionConfig(VisionTraits):
+class VisionConfig(VisionTraits, Rendered):
     """The vision tower: pictures to features. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
@@ -63,9 +64,19 @@ class VisionConfig(VisionTraits):
         return self.hidden_size
 
     @property
-    def pixel_bytes(self) -> int:
-        """Bytes of the pixels of one picture, uint8."""
-        return 3 * int(self.image_size) ** 2
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the squares that it takes of one picture: several where it is two towers that each take one."""
+        return (int(self.image_size),)
+
+    @property
+    def colours(self) -> tuple[Colours, ...]:
+        """Mean and deviation of red, green and blue of each of these squares."""
+        return ((self.image_mean, self.image_std),)
+
+    @property
+    def towers(self) -> tuple[TowerPart, ...]:
+        """Itself, or the towers that it is made of."""
+        return (TowerPart("", self.num_layers, 1.0),)
 
     @property
     def patches_per_image(self) -> int:

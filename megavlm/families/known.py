@@ -37,6 +37,7 @@ _OURS = (
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",
     "megavlm.families.deepseek_vl:DeepseekVLOriginalFamily",
+    "megavlm.families.deepseek_vl_hybrid:DeepseekVLHybridFamily",
     "megavlm.families.idefics3:Idefics3Family",
     "megavlm.families.idefics3:SmolVLMFamily",
     "megavlm.families.tinyllava:TinyLlavaFamily",
