@@ -40,6 +40,8 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
         value = getattr(recipe.model.language, name, False)
         if any(value) if isinstance(value, Sequence) else value:
             yield f"{CP}: is not proven with {what} (model.language.{name}); set it to 1"
+    if recipe.model.language.shared_positions:
+        yield f"{CP}: is not proven with model.language.image_positions shared; set it to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"
     if parallel.vision_placement != "first_stage":

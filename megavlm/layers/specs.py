@@ -124,10 +124,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         core_attention = ModuleSpec(module=TwoWayAttention, params={"sliding_window": kind.sliding_window})
     elif kind.sliding_window is not None:
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
-    if kind.sliding_window is not None:
-        attention_params["sliding_window"] = kind.sliding_window
-    if kind.rotary_part is not None:
-        attention_params["rotary_part"] = kind.rotary_part
+    told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
+    attention_params |= {name: value for name, value in told.items() if value is not None}
     if transformer_engine and linears is None and kind.parallel:
         chosen = _engine_linears()
     elif transformer_engine and linears is None:

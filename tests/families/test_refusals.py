@@ -20,6 +20,7 @@ OTHER: dict[str, tuple[Any, Any]] = {
     "embedding_multiplier": (3.0, 5.0), "residual_multiplier": (0.5, 0.25), "logits_scaling": (2.0, 4.0),
     "sliding_window": (64, 32), "sliding_window_pattern": (3, 2), "rope_local_base_freq": (777, 778),
     "query_pre_attn_scalar": (99.0, 98.0), "rotary_sections": ((2, 3, 3), (4, 2, 2)), "rope_scaling": ("linear", None),
+    "image_positions": ("shared", "counted"), "num_moe_experts": (8, None),
 }  # fmt: skip
 """Two values, of which one is not the model's; any other key is a switch, and is turned."""
 
