@@ -14,7 +14,7 @@ from megavlm.config.architecture import BRANCHES, load
 from megavlm.config.errors import UserError
 from megavlm.config.fields import Meaning, meaning_of
 from megavlm.config.schema import ImageConfig, LoraConfig, ModelConfig, VideoConfig
-from megavlm.config.video import FPS, GLM_SECONDS, MOST_FRAMES
+from megavlm.config.video import BY_SECONDS, FPS, GLM_SECONDS, MOST_FRAMES
 
 Tree = dict[str, Any]
 
@@ -82,7 +82,7 @@ def _without_idle(video: Mapping[str, Any], *, timed: bool) -> Tree:
         if kept.get(key) is not None:
             kept[key] = min(kept[key], MOST_FRAMES)
     fps, seconds = kept.get("fps") or FPS, kept.get("max_seconds") or GLM_SECONDS
-    if kind == "glm4v" and int(seconds * fps) > MOST_FRAMES:
+    if kind in BY_SECONDS and int(seconds * fps) > MOST_FRAMES:
         kept["max_seconds"] = MOST_FRAMES / fps
     if not timed:
         kept.pop("tokens_per_second", None)

@@ -14,6 +14,8 @@ FPS = 2.0
 """Frames that are shown of a second, where neither the recipe nor the kind says another number."""
 GLM_SECONDS = 300.0
 """``max_seconds`` of GLM-4.1V's processor."""
+BY_SECONDS = frozenset({"glm4v"})
+"""Plans that have ``max_seconds``."""
 
 
 @config_class
