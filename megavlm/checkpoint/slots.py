@@ -100,7 +100,8 @@ def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraCon
         with torch.device("meta"):
             module = build_part(part, model, context)
         for name, entry in sharded_state(module, f"{part}.", metadata).items():
-            slot = _slot(entry, model.language.vocab_size)
+            head = name.startswith("language.output_layer.")
+            slot = _slot(entry, model.language.output_rows if head else model.language.vocab_size)
             if slot is not None:
                 slots[name] = slot
     return slots

@@ -6,6 +6,8 @@ branches are those of its architectures; what a preset gives has no default, ``f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -60,6 +62,10 @@ class VisionConfig:
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
+
+    def rows_of(self, patches: Sequence[int]) -> int:
+        """Return the features of a picture of so many frames, rows and columns of patches, where it is ``packed``."""
+        return math.prod(patches)
 
     @property
     def pixel_bytes(self) -> int:
@@ -134,6 +140,16 @@ class LanguageConfig:
     def two_way(self) -> Literal["prefix", "images"] | None:
         """Positions that see those behind them: all in front of the first answer, or those of a picture; None: none."""
         return None
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
+        return ()
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output layer, without padding."""
+        return self.vocab_size
 
     @property
     def takes_deepstack(self) -> bool:

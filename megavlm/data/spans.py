@@ -1,5 +1,7 @@
 """Spans of a sample whose positions see each other both ways, by the mask kind of a model (``layers/two_way.py``).
 
+Of a model whose layers attend to pictures (``layers/cross.py``) the spans say who sees which: one for each picture.
+
 A kind is a row of :data:`KINDS`: what it makes of one sample.
 
 Shape legend: L tokens of a sample.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,12 +63,22 @@ def _images(slots_L: NDArray[np.bool_], _prefix: int) -> list[Span]:
     return [(int(start), int(stop)) for start, stop in changes.reshape(-1, 2)]
 
 
-KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {"prefix": _prefix, "images": _images}
-"""By ``LanguageConfig.two_way``: from [L] which tokens are slots, and how many stand in front of the first answer."""
+def _cross(slots_L: NDArray[np.bool_], _prefix: int) -> list[Span]:
+    """From each picture's token up to the next one's, or to the end of the sample."""
+    return [(int(start), int(stop)) for start, stop in pairwise([*np.flatnonzero(slots_L), len(slots_L)])]
+
+
+KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {
+    "prefix": _prefix, "images": _images, "cross": _cross,
+}  # fmt: skip
+"""By ``LanguageConfig.two_way``, or ``cross`` with ``cross_layers``: from [L] which tokens are slots, and how many
+stand in front of the first answer."""
 
 
 def spans_of(model: ModelConfig, image_token_id: int) -> TwoWaySpans | None:
     """Return how a model's spans are made; None where it has none."""
+    if model.language.cross_layers:
+        return TwoWaySpans("cross", image_token_id)
     return None if model.language.two_way is None else TwoWaySpans(model.language.two_way, image_token_id)
 
 

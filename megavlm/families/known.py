@@ -33,6 +33,7 @@ _OURS = (
     "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.gemma3_vl:Gemma3Family",
+    "megavlm.families.mllama:MllamaFamily",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",
     "megavlm.families.deepseek_vl:DeepseekVLOriginalFamily",
     "megavlm.families.idefics3:Idefics3Family",

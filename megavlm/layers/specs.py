@@ -20,10 +20,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
-from megavlm.layers.scale import ResidualMultiplier
+from megavlm.layers.scale import GatedSum, ResidualMultiplier
 from megavlm.layers.two_way import TwoWayAttention
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
@@ -58,9 +59,9 @@ large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get t
 class LayerKind:
     """What a layer does. A model's plan has one for each of its layers; equal kinds are built alike."""
 
-    mixer: Literal["causal", "full", "two_way"]
+    mixer: Literal["causal", "full", "two_way", "cross"]
     """Attention in a segment: of each position to those before it and itself, to all, or to those before it and to all
-    of the span that it lies in (``layers/two_way.py``)."""
+    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (``layers/cross.py``)."""
     head_dim: int = 0
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
@@ -101,6 +102,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
+    if kind.mixer == "cross":
+        return _cross_modules(transformer_engine=transformer_engine)
     mask = _MASKS[kind.mixer]
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
@@ -167,6 +170,35 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     return Modules(core_attention, norm, layer)
+
+
+def _cross_modules(*, transformer_engine: bool) -> Modules:
+    """Return the parts of a layer that attends to pictures; with Transformer Engine's norms its linears are plain."""
+    norm: Any = TorchNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+
+        norm = TENorm
+    attention = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm, norm)
+    layer = ModuleSpec(
+        module=PictureLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            cross_attention=ModuleSpec(module=PictureAttention, submodules=attention),
+            cross_attn_bda=GatedSum,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
+                ),
+            ),
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+    )
+    return Modules(TorchAttention, norm, layer)
 
 
 def _layer_class(kind: LayerKind) -> type[TransformerLayer]:

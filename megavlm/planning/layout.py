@@ -26,6 +26,10 @@ class Chunk:
     """It holds the final norm and the output layer."""
     apart: bool = False
     """Tower and connector lie on all ranks (``parallel.vision_placement``), and in no chunk."""
+    crossed: int = 0
+    """Of the layers, those that attend to pictures."""
+    features_go_on: bool = False
+    """Whether layers of it, or of later chunks, attend to pictures."""
 
     @property
     def encodes(self) -> bool:
@@ -107,7 +111,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
-    data = gpus // (tp * pp)
+    data, crossing = gpus // (tp * pp), recipe.model.language.cross_layers
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -116,7 +120,15 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
         microbatches=recipe.training.global_batch_size // data,
         sequence_parallel=parallel.sequence_parallel,
         chunks=tuple(
-            Chunk(index, layers, first=index == 0, last=index == len(chunks) - 1, apart=apart)
+            Chunk(
+                index,
+                layers,
+                first=index == 0,
+                last=index == len(chunks) - 1,
+                apart=apart,
+                crossed=sum(sum(chunks[:index]) <= one < sum(chunks[: index + 1]) for one in crossing),
+                features_go_on=any(one >= sum(chunks[:index]) for one in crossing),
+            )
             for index, layers in enumerate(chunks)
         ),
         apart=apart,

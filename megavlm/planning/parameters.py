@@ -27,8 +27,9 @@ _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
 
 
-_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool, bool]
-"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes."""
+_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool, bool, int]
+"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes, and how many of
+its layers attend to pictures."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,17 @@ def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Chun
 def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     modules = recipe.modules
     learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    return recipe.model, recipe.lora, learns, layout.tensor, chunk.layers, chunk.first, chunk.last, chunk.encodes
+    return (
+        recipe.model,
+        recipe.lora,
+        learns,
+        layout.tensor,
+        chunk.layers,
+        chunk.first,
+        chunk.last,
+        chunk.encodes,
+        chunk.crossed,
+    )
 
 
 # A search asks for the same chunks over and over.
@@ -75,6 +86,7 @@ def _chunk_parameters(
     first: bool,
     last: bool,
     encodes: bool,
+    crossed: int,
 ) -> tuple[ChunkParameter, ...]:
     language, cost = model.language, decoder_cost(model.language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
@@ -86,7 +98,9 @@ def _chunk_parameters(
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    shapes = cost.layer_parameters(language, tp) * layers
+    shapes = cost.layer_parameters(language, tp) * (layers - crossed)
+    if crossed:
+        shapes += cost.cross_parameters(language, tp) * crossed
     if first:
         shapes.append(table)
     if last:
@@ -150,9 +164,9 @@ def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
     """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
-    model, _, learns, _, _, _, _, _ = _kind(recipe, layout, layout.chunks[0])
+    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
     whole = _chunk_parameters(
-        model, LoraConfig(), learns, layout.tensor if layout.together else 1, 0, True, False, True
+        model, LoraConfig(), learns, layout.tensor if layout.together else 1, 0, True, False, True, 0
     )
     found = [parameter for parameter in whole if parameter.module != "language"]
     sizes = [parameter.elements for parameter in found if parameter.learns]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost
+from megavlm.architectures.cost import Work, attended_squares, cost_of, crossed_work, decoder_cost
 from megavlm.config.schema import Recipe
 from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import Seen, share
+from megavlm.planning.shares import Seen, seen_by_layers, share
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,22 @@ def chunk_flops(
     model, tp = recipe.model, layout.tensor
     language = model.language
     # Per layer: the whole model without attention, less the output layer.
-    output = 2 * tokens * language.hidden_size * language.vocab_size
-    layer = (language_flops(language, tokens, 0) - output) / language.num_layers
+    output = 2 * tokens * language.hidden_size * language.output_rows
+    plain = chunk.layers - chunk.crossed
+    layer = (language_flops(language, tokens, 0) - output) / (language.num_layers - len(language.cross_layers))
     squares = attended_squares(language, tokens, squared_lengths)
     attention = decoder_cost(language).layer_work(language, tokens, squares).attention
+    crossing = Work(0)
+    if chunk.crossed:
+        crossing = crossed_work(model, tokens, seen_by_layers(model, images))
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
     connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
-        layers=chunk.layers * layer / tp,
-        attention=chunk.layers * attention / tp,
+        layers=(plain * layer + chunk.crossed * crossing.products) / tp,
+        attention=(plain * attention + chunk.crossed * crossing.attention) / tp,
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,

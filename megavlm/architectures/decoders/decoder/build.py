@@ -72,7 +72,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         activation_func=_ACTIVATIONS[language.activation],
         add_bias_linear=language.add_bias_linear,
         add_qkv_bias=language.add_qkv_bias,
-        qk_layernorm=language.qk_layernorm,
+        # With cross-attention of their layers' norms alone: Megatron-Core sums the gradients of all by their names.
+        qk_layernorm=language.qk_layernorm or bool(language.cross_attention_layers),
+        # Layers of two kinds are not stacked in checkpoints. (The name is Megatron-Core's.)
+        hetereogenous_dist_checkpoint=bool(language.cross_attention_layers),
         softmax_scale=None if language.query_pre_attn_scalar is None else language.query_pre_attn_scalar**-0.5,
         rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
@@ -108,6 +111,8 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
     plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
+    for number in language.cross_attention_layers:
+        plan[number] = LayerKind("cross")
     return tuple(plan)
 
 
@@ -223,5 +228,5 @@ def build(
         _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
         _finish_head(model, language, context)
-        _mask_padding(model, language.vocab_size)
+        _mask_padding(model, language.output_rows)
     return model
