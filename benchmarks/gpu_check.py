@@ -307,6 +307,7 @@ def save(run: Runner, *, dry: bool) -> Row:
 LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("TP 2", 2, {"tensor_model_parallel_size": 2}),
     ("PP 2", 2, {"pipeline_model_parallel_size": 2}),
+    ("CP 2", 2, {"context_parallel_size": 2}),
     ("PP 2 x VPP 2", 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ("DP 2", 2, {"overlap_grad_reduce": False, "overlap_param_gather": False}),
     ("DP 2, overlapped", 2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),

@@ -127,7 +127,7 @@ def make_batches(
 
     from megavlm.data.batch import IGNORE_INDEX
     from megavlm.data.chat import EncodedSample
-    from megavlm.data.device_batch import make_batch
+    from megavlm.data.device_batch import context_length, make_batch
     from megavlm.data.packing import PackableSample, build_pack
     from megavlm.parallel.device import local_device
 
@@ -135,7 +135,7 @@ def make_batches(
     size, slots = SIZES[job["size"]], recipe.model.tokens_per_view
     side = recipe.model.vision.image_size
 
-    def pack() -> Any:
+    def pack() -> tuple[Any, Any]:
         samples: list[PackableSample] = []
         room = size["sequence_length"]
         while room > slots + 8:
@@ -145,9 +145,14 @@ def make_batches(
             samples.append(PackableSample(EncodedSample(tokens, labels, 1), (b"",), str(len(samples)), 0))
             room -= len(tokens)
         pixels = rng.integers(0, 256, (len(samples), 3, side, side), dtype=np.uint8)
-        return make_batch(build_pack(samples, size["sequence_length"], 0), torch.from_numpy(pixels), local_device())
+        return build_pack(samples, size["sequence_length"], 0), torch.from_numpy(pixels)
 
-    return [[pack() for _ in range(size["packs"])] for _ in range(steps)]
+    found = []
+    for _ in range(steps):
+        made = [pack() for _ in range(size["packs"])]
+        length = context_length(one.cu_seqlens for one, _ in made)
+        found.append([make_batch(one, pixels, local_device(), length=length) for one, pixels in made])
+    return found
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megavlm import __version__
+from megavlm import __version__, garbage
 from megavlm.config.errors import (
     FAILED,
     WRONG_INPUT,
@@ -73,6 +73,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (None: that of the process) and return the exit code."""
+    if argv is None:
+        garbage.seldom()
     words = list(sys.argv[1:] if argv is None else argv)
     children_end_with_us()
     try:

@@ -59,8 +59,9 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
 def frozen_linears(language: GPTModel) -> Iterator[tuple[int, str, FrozenLinear]]:
     """Yield number (from 0, in the whole model), name inside the layer, and layer."""
     for layer in language.decoder.layers:
+        modules = dict(layer.named_modules())
         for name in LINEARS:
-            linear = layer.get_submodule(name)
+            linear = modules.get(name)  # a layer with experts has no MLP of its own
             if isinstance(linear, FrozenLinear):
                 yield layer.layer_number - 1, name, linear
 

@@ -7,6 +7,7 @@ guessed. Every number is of one tensor-parallel rank where ``tensor`` (their num
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,30 @@ from typing import Any, NamedTuple, Protocol
 from megavlm.config.architecture import BRANCHES, architecture_of, load
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig
+
+
+@functools.lru_cache(maxsize=256)
+def layer_kinds(language: LanguageConfig) -> tuple[LanguageConfig, ...]:
+    """Return for each layer the language model as it were if all layers were of that one's kind.
+
+    Of such a one ``layer_*`` of its cost tell; equal layers have equal ones.
+    """
+    experts = language.expert_layers
+    if not any(experts):
+        return (language,) * language.num_layers
+    with_experts = replace(language, moe_layer_freq=1)  # type: ignore[call-arg]
+    without = with_experts if all(experts) else replace(language, num_moe_experts=None)  # type: ignore[call-arg]
+    return tuple(with_experts if here else without for here in experts)
+
+
+def expert_parameters(language: LanguageConfig, experts: int, tensor: int) -> list[int]:
+    """Return the elements of each parameter of the experts of one layer on one rank.
+
+    A cost has ``expert_parameters`` of these arguments where layers have experts: ``experts`` ranks share them out, and
+    ``tensor`` each of them. They are not among its ``layer_parameters``.
+    """
+    own = getattr(decoder_cost(language), "expert_parameters", None)
+    return [] if own is None else list(own(language, experts, tensor))
 
 
 class NoCostError(UserError):
@@ -176,6 +201,14 @@ class Shards(Protocol):
     def sequence_parallel(self) -> bool:
         """Whether they share the sequence between the layers' products."""
 
+    @property
+    def context(self) -> int:
+        """Context-parallel ranks: each has so many times fewer tokens than the pack."""
+
+    @property
+    def expert_tensor(self) -> int:
+        """Ranks that share each expert."""
+
 
 class LayerPassing(NamedTuple):
     """Bytes that come and go within a language layer, beyond what is kept."""
@@ -204,6 +237,10 @@ class LayerPassage:
     """Numbers of a token that FP8 products take in, forward."""
     cast_gradients: float
     """And as gradients, backward."""
+    keys_and_values: float = 0.0
+    """Bytes of the keys and values of a rank's positions, which context-parallel ranks hand to each other."""
+    dispatched: float = 0.0
+    """Bytes that a rank sends to where its tokens' experts are, and gets back."""
 
 
 class DecoderCost(Protocol):

@@ -7,6 +7,9 @@ do not count it.
 
 **The other optimizer.** A run may go on with ``parallel.use_distributed_optimizer`` switched. Both kinds store moments
 alike; they name the fp32 masters, and place the parameter groups, differently.
+
+**Expert parallelism.** With it Megatron-Core has an optimizer for experts beside the other, and keeps their states
+apart. A checkpoint has one state, whatever the layout (:func:`together`).
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from itertools import pairwise
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 
 from megavlm.checkpoint.slots import METADATA
+from megavlm.config.errors import UserError
 from megavlm.parallel.device import synchronize
 
 STATE = "optimizer.state."
@@ -47,6 +52,13 @@ def describe(optimizer: Any, model: dict[str, Any], *, loading: bool = False) ->
     """
     host = contextlib.nullcontext() if loading else in_host_memory(optimizer)
     with padding_left_out(optimizer), host:
+        if is_apart(optimizer):
+            optimizer._synchronize_steps()
+            states = [
+                one.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
+                for one in optimizer.chained_optimizers
+            ]
+            return together(states, loading=loading)
         return optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
 
 
@@ -154,6 +166,68 @@ def _own_master_name(optimizer: Any) -> str | None:
     return None if isinstance(one, FP32Optimizer) else "fp32_param"
 
 
+def is_apart(optimizer: Any) -> bool:
+    """Whether experts, which are spread over other ranks than the rest, have an optimizer of their own."""
+    return type(optimizer) is ChainedOptimizer and len(optimizer.chained_optimizers) > 1
+
+
+_EXPERTS = "experts"
+"""Where the described state of the experts' own optimizer lies: it has no place of its own in a checkpoint."""
+_OF_A_KIND = ("wd_mult", "lr_mult", "is_decoupled_lr", "max_lr", "min_lr", "default_config")
+"""What parameter groups differ in."""
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in _OF_A_KIND)
+
+
+def _grouped(state: dict[str, Any]) -> dict[str, Any]:
+    """Return where a described or loaded state has its parameter groups: the plain fp32 optimizer at the top."""
+    inner = state.get("optimizer")
+    return inner if isinstance(inner, dict) else state
+
+
+def together(states: list[dict[str, Any]], *, loading: bool) -> dict[str, Any]:
+    """Return the states of several optimizers as one optimizer's, so that expert parallelism may change.
+
+    Args:
+        states: described by Megatron-Core; the second is of experts.
+        loading: they are to be read: parameter groups are left out, for :func:`answer` to fill in.
+    """
+    whole, experts = states
+    groups = [group for state in states for group in _grouped(state).pop("param_groups")]
+    if not loading:
+        kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for group in groups:
+            kinds.setdefault(_kind(group), {**group, "is_expert_parallel": False})
+        _grouped(whole)["param_groups"] = list(kinds.values())
+    # Of them a checkpoint has no more than tensors.
+    return {**whole, _EXPERTS: {key: value for key, value in experts.items() if not isinstance(value, str)}}
+
+
+def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]:
+    """Return the state of each optimizer of what was read for :func:`together`, with parameter groups of its own.
+
+    Raises:
+        UserError: nothing was saved of a kind of groups.
+    """
+    experts = loaded.pop(_EXPERTS, {})
+    saved = {_kind(group): group for group in _grouped(loaded).pop("param_groups")}
+    states = [loaded, {**{key: value for key, value in loaded.items() if isinstance(value, str)}, **experts}]
+    for one, state in zip(optimizer.chained_optimizers, states, strict=True):
+        if isinstance(one, DistributedOptimizer) or not isinstance(one, FP32Optimizer):
+            state.setdefault("optimizer", {})
+        groups = one.optimizer.state_dict()["param_groups"]
+        missing = [_kind(group) for group in groups if _kind(group) not in saved]
+        if missing:
+            raise UserError(f"the checkpoint has no parameter group with {_OF_A_KIND} = {missing[0]}")
+        flag = "is_expert_parallel"
+        _grouped(state)["param_groups"] = [
+            {**saved[_kind(group)], flag: group[flag], "params": group["params"]} for group in groups
+        ]
+    return states
+
+
 def ask(state: dict[str, Any], optimizer: Any, stored: Iterable[str]) -> dict[str, Any]:
     """Return what to ask a checkpoint for: masters by its own name for them, or not at all if it has none.
 
@@ -191,6 +265,14 @@ def answer(loaded: dict[str, Any], optimizer: Any, stored: Iterable[str]) -> dic
     if not each(optimizer):
         return loaded
     own, theirs = _own_master_name(optimizer), master_name(stored)
+    if is_apart(optimizer):
+        pairs = zip(_taken_apart(loaded, optimizer), optimizer.chained_optimizers, strict=True)
+        return dict(enumerate(_answer(state, one, own, theirs) for state, one in pairs))
+    return _answer(loaded, optimizer, own, theirs)
+
+
+def _answer(loaded: dict[str, Any], optimizer: Any, own: str | None, theirs: str | None) -> dict[str, Any]:
+    """Return what was read as one optimizer takes it, from masters of one name to those of another."""
     if own == theirs:
         return loaded
     # The plain fp32 optimizer keeps its parameter groups at the top. A plain one's groups hold its own parameters.

@@ -7,6 +7,7 @@ from ranks and numbers of layers: not from what Megatron-Core's description says
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -71,25 +74,49 @@ def misplaced(modules: Sequence[nn.Module], state: dict[str, Any], only: set[str
         entries = state["model" if len(modules) == 1 else f"model{i}"].values()
         by_tensor = {id(entry.data): entry for entry in entries}
         layers = {
-            id(parameter): layer
+            id(tensor): layer
             for layer in module.modules()
             if isinstance(layer, TransformerLayer)
-            for parameter in layer.parameters()
+            for _, tensor in _kept(layer)
         }
-        for name, parameter in module.named_parameters():
+        experts = _experts(module)
+        for name, tensor in _kept(module):
             if only is not None and name not in only:
                 continue
-            if id(parameter) not in by_tensor:
+            if id(tensor) not in by_tensor:
                 yield f"{name}: would not be in the checkpoint"
-            elif getattr(parameter, "allreduce", True):  # experts are placed by groups of their own
-                yield from _misplaced(by_tensor[id(parameter)], parameter, layers.get(id(parameter)))
+            else:
+                yield from _misplaced(by_tensor[id(tensor)], tensor, layers.get(id(tensor)), experts.get(id(tensor)))
 
 
-def _misplaced(entry: Any, parameter: Tensor, layer: TransformerLayer | None) -> Iterator[str]:
+def _kept(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a checkpoint must have of a module: parameters, and the biases by which its routers choose experts."""
+    yield from module.named_parameters()
+    for prefix, router in module.named_modules():
+        bias = getattr(router, "expert_bias", None) if isinstance(router, TopKRouter) else None
+        if bias is not None:
+            yield f"{prefix}.expert_bias".removeprefix("."), bias
+
+
+def _experts(module: nn.Module) -> dict[int, tuple[int, int]]:
+    """Return the number of the expert that each parameter is of, and how many the layer has, by the parameter's id."""
+    found = {}
+    for one in module.modules():
+        if isinstance(one, SequentialMLP):
+            here = len(one.local_experts)
+            first = mpu.get_expert_model_parallel_rank() * here
+            for number, expert in enumerate(one.local_experts, start=first):
+                place = number, here * mpu.get_expert_model_parallel_world_size()
+                found |= {id(parameter): place for parameter in expert.parameters()}
+    return found
+
+
+def _misplaced(
+    entry: Any, parameter: Tensor, layer: TransformerLayer | None, expert: tuple[int, int] | None
+) -> Iterator[str]:
     cut = is_cut(parameter)
     axis = int(parameter.partition_dim) if cut else 0  # type: ignore[attr-defined]
-    size = mpu.get_tensor_model_parallel_world_size() if cut else 1
-    rank = mpu.get_tensor_model_parallel_rank() if cut else 0
+    size, rank = _tensor_ranks(expert=expert is not None) if cut else (1, 0)
     own = parts(entry)
     if sum(_count(part.shape) for part in own) != parameter.numel():
         yield f"{entry.key}: its parts do not make the parameter of shape {list(parameter.shape)}"
@@ -108,11 +135,34 @@ def _misplaced(entry: Any, parameter: Tensor, layer: TransformerLayer | None) ->
                 )
             elif len({one.shape for one in same}) == 1 and list(part.offset[stacked:]) != offset:
                 yield f"{key}: a part begins at {list(part.offset)} instead of {offset}"
-            if stacked and layer is not None:
-                place = (layer.layer_number - 1, layer.config.num_layers)
-                if (part.offset[0], part.whole[0]) != place:
-                    found = f"layer {part.offset[0]} of {part.whole[0]}"
-                    yield f"{key}: would be saved as {found}, but is {place[0]} of {place[1]}"
+            yield from _wrong_axes(part, stacked, layer, expert)
+
+
+def _tensor_ranks(*, expert: bool) -> tuple[int, int]:
+    """Return how many ranks share a parameter that is cut, and which of them this is."""
+    if expert:
+        return mpu.get_expert_tensor_parallel_world_size(), mpu.get_expert_tensor_parallel_rank()
+    return mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+
+
+def _wrong_axes(
+    part: Part, stacked: int, layer: TransformerLayer | None, expert: tuple[int, int] | None
+) -> Iterator[str]:
+    """Yield in which layer or expert of a stack a part would be, where that is another than its own.
+
+    The axis of experts is the last; layers have one unless some have experts and some have not, whose keys have their
+    numbers.
+    """
+    places = {} if expert is None else {stacked - 1: ("expert", expert)}
+    if layer is not None and stacked > len(places):
+        places[0] = "layer", (layer.layer_number - 1, layer.config.num_layers)
+    for axis, (word, (number, count)) in places.items():
+        there = (part.offset[axis], part.whole[axis]) if 0 <= axis < stacked else (0, 0)
+        if there != (number, count):
+            yield f"{part.key}: would be saved as {word} {there[0]} of {there[1]}, but is {number} of {count}"
+    numbered = re.search(r"^language\.decoder\.layers\.(\d+)\.", part.key)
+    if layer is not None and numbered and int(numbered[1]) != layer.layer_number - 1:
+        yield f"{part.key}: would be saved under this key, but is of layer {layer.layer_number - 1}"
 
 
 def _count(shape: Sequence[int]) -> int:

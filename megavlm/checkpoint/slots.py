@@ -27,6 +27,9 @@ from megavlm.models.levels import make_connector
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """How checkpoints are saved: optimizer state as full tensors in the model's own shapes."""
 
+EXPERT = ".local_experts."
+"""In the names of the parameters of experts."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -38,6 +41,8 @@ class Slot:
         layer: its index on the leading axis of the stacked tensor; None where nothing is stacked.
         layers: length of that axis.
         vocabulary: its rows are the vocabulary, so the checkpoint may have more of them.
+        expert: its index on the axis of experts, behind that of layers if there is one; None for no expert.
+        experts: length of that axis.
     """
 
     key: str
@@ -45,17 +50,35 @@ class Slot:
     layer: int | None = None
     layers: int = 0
     vocabulary: bool = False
+    expert: int | None = None
+    experts: int = 0
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Its index on each axis on which the tensor is stacked."""
+        return tuple(index for index in (self.layer, self.expert) if index is not None)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter with those axes."""
+        return (*(1 for _ in self.place), *self.shape)
 
     @property
     def global_shape(self) -> tuple[int, ...]:
         """Shape of the tensor under ``key``."""
-        return self.shape if self.layer is None else (self.layers, *self.shape)
+        layers = () if self.layer is None else (self.layers,)
+        return (*layers, *(() if self.expert is None else (self.experts,)), *self.shape)
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Where the parameter begins in that tensor."""
-        zeros = (0,) * len(self.shape)
-        return zeros if self.layer is None else (self.layer, *zeros)
+        return (*self.place, *(0 for _ in self.shape))
+
+    @property
+    def words(self) -> str:
+        """Return how messages call it: the key, and which layer and expert of it."""
+        named = {"layer": self.layer, "expert": self.expert}
+        return ", ".join([self.key, *(f"{axis} {index}" for axis, index in named.items() if index is not None)])
 
 
 def model_state(modules: Sequence[Any]) -> dict[str, Any]:
@@ -101,13 +124,14 @@ def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraCon
             module = build_part(part, model, context)
         for name, entry in sharded_state(module, f"{part}.", metadata).items():
             head = name.startswith("language.output_layer.")
-            slot = _slot(entry, model.language.output_rows if head else model.language.vocab_size)
+            rows = model.language.output_rows if head else model.language.vocab_size
+            slot = _slot(entry, rows, expert=EXPERT in name)
             if slot is not None:
                 slots[name] = slot
     return slots
 
 
-def _slot(entry: Any, vocab_size: int) -> Slot | None:
+def _slot(entry: Any, vocab_size: int, *, expert: bool) -> Slot | None:
     """Read Megatron-Core's description of one entry; None for what is no tensor."""
     whole = entry
     if isinstance(entry, ShardedTensorFactory):  # gate and up of a gated MLP: two parts of one tensor
@@ -118,10 +142,11 @@ def _slot(entry: Any, vocab_size: int) -> Slot | None:
     if not isinstance(whole, ShardedTensor):
         return None
     stacked = whole.prepend_axis_num
-    assert stacked in (0, 1), whole.key
+    assert stacked - expert in (0, 1), whole.key
     shape = tuple(whole.global_shape[stacked:])
     if whole.allow_shape_mismatch:  # embedding and output layer, padded to a multiple of TP
         shape = (vocab_size, *shape[1:])
-    if not stacked:
-        return Slot(whole.key, shape, vocabulary=whole.allow_shape_mismatch)
-    return Slot(whole.key, shape, whole.global_offset[0], whole.global_shape[0])
+    axes: list[tuple[int | None, int]] = list(zip(whole.global_offset[:stacked], whole.global_shape, strict=False))
+    layer, layers = axes[0] if stacked > expert else (None, 0)
+    number, experts = axes[-1] if expert else (None, 0)
+    return Slot(whole.key, shape, layer, layers, whole.allow_shape_mismatch, number, experts)

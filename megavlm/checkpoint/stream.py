@@ -6,7 +6,6 @@ training run of one process had saved it.
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
@@ -16,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -54,6 +53,10 @@ from megavlm.config.errors import UserError
 
 AHEAD_BYTES = 1 << 30
 """What a parameter may have to be read while the one before it is being written: two are in memory then."""
+WAITING_BYTES = 256 << 20
+"""Several may be read ahead, while they have no more than this together: of one the writer waits for the slow ones."""
+_MANY_CHUNKS, _STACKED = 64, 2
+"""From so many chunks on they are found by their place on the axes of layers and experts."""
 CHUNK_BYTES = 128 << 20
 """A tensor is written in chunks of rows of at most about this size, so that no rank has to read much more
 than its own part, and no more than a chunk is held in memory."""
@@ -132,38 +135,46 @@ class _Watched:
 
 
 class _Ahead:
-    """Reads one parameter on a second thread while the one before it is being written; never two at once.
+    """Reads what follows a parameter on a second thread while that one is being written; never two at once.
 
     Reading waits for a disk, puts tensors together and looks for infinities; writing does the zip's CRC and copies into
     the page cache: one after the other they take twice as long.
     """
 
     def __init__(self, pieces: Sequence[ParameterToWrite]) -> None:
-        self._next = dict(itertools.pairwise(map(id, pieces)))
-        self._pieces = {id(piece): piece for piece in pieces}
+        self._pieces, self._numbers = pieces, {id(piece): number for number, piece in enumerate(pieces)}
         self._thread = ThreadPoolExecutor(1, "read ahead")
-        self._waiting: tuple[ParameterToWrite, Future[Tensor]] | None = None
+        self._waiting: dict[int, Future[Tensor]] = {}
 
     def read(self, piece: ParameterToWrite) -> Tensor:
-        """Return a parameter, and begin with the next one."""
-        waiting, self._waiting = self._waiting, None
-        found = waiting[1].result() if waiting is not None and waiting[0] is piece else None
+        """Return a parameter, and begin with those behind it."""
+        number = self._numbers[id(piece)]
+        waiting = self._waiting.pop(number, None)
+        found = waiting.result() if waiting is not None else None
         if found is None:
-            self.wait(waiting)
+            self.wait()
             found = piece.read()
-        following = self._pieces.get(self._next.get(id(piece), 0))
-        if following is not None and following.nbytes <= AHEAD_BYTES:
-            self._waiting = following, self._thread.submit(following.read)
+        total, following = sum(self._pieces[one].nbytes for one in self._waiting), number + 1
+        while following < len(self._pieces):
+            size = self._pieces[following].nbytes
+            if following not in self._waiting:
+                total += size
+                if size > AHEAD_BYTES or (self._waiting and total > WAITING_BYTES):
+                    break
+                self._waiting[following] = self._thread.submit(self._pieces[following].read)
+            following += 1
         return found
 
-    def wait(self, waiting: tuple[ParameterToWrite, Future[Tensor]] | None) -> None:
+    def wait(self) -> None:
         """Let what was begun and is not wanted come to its end."""
-        if waiting is not None:
-            waiting[1].exception()
+        for one in self._waiting.values():
+            if not one.cancel():
+                one.exception()
+        self._waiting.clear()
 
     def close(self) -> None:
         """End the thread."""
-        self.wait(self._waiting)
+        self.wait()
         self._thread.shutdown()
 
 
@@ -191,11 +202,10 @@ class _Planner(SavePlanner):
         size, properties = torch.Size(slot.global_shape), TensorProperties(piece.dtype)
         tensor = self.tensors.setdefault(slot.key, TensorStorageMetadata(properties, size, []))
         assert tensor.properties.dtype is piece.dtype and tensor.size == size, slot.key
-        offsets, sizes = list(slot.offsets), list(slot.shape)
+        offsets, sizes = list(slot.offsets), list(slot.local_shape)
         if slot.shape:
-            offsets[0 if slot.layer is None else 1] = start
-            sizes[0] = stop - start
-        sizes = sizes if slot.layer is None else [1, *sizes]
+            offsets[len(slot.place)] = start
+            sizes[len(slot.place)] = stop - start
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         index = MetadataIndex(slot.key, chunk.offsets, len(tensor.chunks))
         tensor.chunks.append(chunk)
@@ -232,8 +242,8 @@ class _Planner(SavePlanner):
         assert whole is not None
         part = whole[start:stop] if piece.slot.shape else whole
         self.progress(part.nbytes)
-        part = part if piece.slot.layer is None else part.unsqueeze(0)
         part = _alone_in_storage(part.contiguous())
+        part = part.view((*(1 for _ in piece.slot.place), *part.shape))
         if self.watched is not None:
             self.watched.begin(write_item.index, part)
         return part
@@ -315,11 +325,13 @@ class CheckpointReader:
         self.path = path
         self.metadata = read_metadata(path)
         self._files: dict[str, tuple[Any, mmap.mmap]] = {}
+        stored = self.metadata.state_dict_metadata
+        self._entries = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self._by_place: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return shape, number type and chunks of every tensor, by key."""
-        stored = self.metadata.state_dict_metadata
-        return {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        return self._entries
 
     def dtype(self, slot: Slot) -> torch.dtype:
         """Return the number type of a parameter."""
@@ -332,9 +344,7 @@ class CheckpointReader:
             UserError: the checkpoint lacks it, or has it in another shape, or its file is damaged.
         """
         self._entry(slot)
-        sizes = slot.shape if slot.layer is None else (1, *slot.shape)
-        whole = self.read_region(slot.key, slot.offsets, sizes)
-        return whole if slot.layer is None else whole[0]
+        return self._region(slot.key, slot.offsets, slot.local_shape, slot)[(0,) * len(slot.place)]
 
     def read_region(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Return a part of a tensor of the checkpoint, possibly a view of a file: not to be written to.
@@ -347,8 +357,11 @@ class CheckpointReader:
         Raises:
             UserError: not all of it is there, or its file is damaged.
         """
-        dtype = self.tensors()[key].properties.dtype
-        items, parts = self._parts(key, offsets, sizes)
+        return self._region(key, offsets, sizes)
+
+    def _region(self, key: str, offsets: Sequence[int], sizes: Sequence[int], slot: Slot | None = None) -> Tensor:
+        dtype = self._entries[key].properties.dtype
+        items, parts = self._parts(key, offsets, sizes, slot)
         if len(parts) == 1:
             return parts[0]
         whole = _room(sizes, dtype)
@@ -363,19 +376,40 @@ class CheckpointReader:
             UserError: as of :meth:`read`.
         """
         self._entry(slot)
-        self._parts(slot.key, slot.offsets, slot.shape if slot.layer is None else (1, *slot.shape))
+        self._parts(slot.key, slot.offsets, slot.local_shape, slot)
 
-    def _parts(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[ReadItem], list[Tensor]]:
+    def _chunks_near(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[ChunkStorageMetadata]:
+        """Return the chunks of a tensor that may have something of a part: of a layer's expert, that expert's alone.
+
+        Torch looks through all that it is given, and a tensor of experts has thousands.
+        """
+        chunks: list[ChunkStorageMetadata] = self._entries[key].chunks
+        if len(chunks) < _MANY_CHUNKS or len(sizes) <= _STACKED or any(size != 1 for size in sizes[:_STACKED]):
+            return chunks
+        if key not in self._by_place:
+            alone = all(size == 1 for chunk in chunks for size in chunk.sizes[:_STACKED])
+            found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in chunks if alone else ():
+                found.setdefault(tuple(chunk.offsets[:_STACKED]), []).append(chunk)
+            self._by_place[key] = found
+        by_place = self._by_place[key]
+        return by_place.get(tuple(offsets[:_STACKED]), []) if by_place else chunks
+
+    def _parts(
+        self, key: str, offsets: Sequence[int], sizes: Sequence[int], slot: Slot | None = None
+    ) -> tuple[list[ReadItem], list[Tensor]]:
         """Return what each chunk has of a part of a tensor, as views of the files.
 
         Raises:
             UserError: as of :meth:`read_region`.
         """
-        entry = self.tensors()[key]
+        entry = self._entries[key]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, entry, [wanted])
+        near = replace(entry, chunks=self._chunks_near(key, offsets, sizes))
+        items = create_read_items_for_chunk_list(key, near, [wanted])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise UserError(f"{self.path}: {key} is not whole; save the checkpoint again")
+            named = key if slot is None else slot.words
+            raise UserError(f"{self.path}: {named} is not whole; save the checkpoint again")
         dtype = entry.properties.dtype
         try:
             parts = [self._part(item, dtype) for item in items]

@@ -102,9 +102,11 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="checkpoint, or a run's output_dir")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write; must not exist yet")
+    parser.add_argument("--family", metavar="NAME", help="family to write (default: that of the weights)")
     parser.add_argument(
-        "--family", metavar="NAME", help="family to write (default: the one that the weights came from)"
-    )
+        "--names", metavar="NAME", help="how tensors are called, of the family's ways (default: as the weights came; a"
+        " LLaVA by Transformers 5 has names that servers do not read: hub)"
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="number type (default keep)"
     )
@@ -113,10 +115,9 @@ def add_outgoing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="do not read the result back")
     parser.add_argument(
-        "--adapter",
-        action="store_true",
-        help="write the adapters alone, in PEFT's format (default: whole weights, with the adapters merged in)",
-    )
+        "--adapter", action="store_true", help="write the adapters alone, in PEFT's format (default: whole weights,"
+        " with the adapters merged in)"
+    )  # fmt: skip
     parser.add_argument(
         "--base-name", default="", metavar="NAME", help="with --adapter: what PEFT's base_model_name_or_path is to say"
     )
@@ -218,8 +219,9 @@ def add_int4(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a Hugging Face directory again, with the language model's linear layers in 4 bits: the layout of GPTQ "
         "or of AWQ, as Transformers, vLLM and SGLang read it. Tower, connector, embedding and output layer stay. "
-        "Roundings are searched on samples of your data, pictures included; a GPU is used if there is one. Needs "
-        "pip install 'megavlm[int4]'."
+        "Qwen v1's (Qwen-VL, Belle-VL, CodeFuse-VLM) are written as Qwen-VL-Chat-Int4 is published. Roundings are "
+        "searched on samples of your data, pictures included; a GPU is used if there is one. Needs pip install "
+        "'megavlm[int4]'."
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory to quantise, as exported")
     parser.add_argument("--layout", choices=("gptq", "awq"), required=True, help="of the 4-bit weights")
@@ -457,6 +459,8 @@ def run_outgoing(args: argparse.Namespace) -> int:
     path = resolve(args.megatron)
     if args.base_name and not args.adapter:
         raise UserError("--base-name: goes with --adapter")
+    if args.names is not None and args.adapter:
+        raise UserError("--names: PEFT's adapters have the names of Transformers' modules; leave it out, or --adapter")
     if not args.adapter:
         _check_base(path, args.base)
     elif args.base is not None:
@@ -470,15 +474,11 @@ def run_outgoing(args: argparse.Namespace) -> int:
         return 0
     from megavlm.checkpoint.hf.outgoing import DTYPES, export  # noqa: PLC0415
 
+    shard_bytes = int(args.max_shard_size * 1e9)
     result = export(
-        path,
-        args.out,
-        family_name=args.family,
-        dtype=DTYPES[args.dtype],
-        shard_bytes=int(args.max_shard_size * 1e9),
-        verify=not args.no_verify,
-        base=args.base,
-    )
+        path, args.out, family_name=args.family, dtype=DTYPES[args.dtype], shard_bytes=shard_bytes,
+        verify=not args.no_verify, base=args.base, names=args.names,
+    )  # fmt: skip
     for line in result.lines():
         logger.info("%s", line)
     logger.info("wrote %s", args.out)

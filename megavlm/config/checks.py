@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
+from megavlm.config.context import CP, context_rules
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
+from megavlm.config.experts import expert_rules, expert_world
 from megavlm.config.lora import lora_rules
 from megavlm.config.prepared import META
 from megavlm.config.rules import TP, choices, divides
@@ -41,7 +43,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
-        engine_rules, lora_rules, vision_rules, *_MORE,
+        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:
@@ -319,14 +321,20 @@ def _world(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"logging.profile_ranks: there is no rank {highest} among the {world_size} processes of this job;"
             f" name ranks from 0 to {world_size - 1}"
         )
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    if world_size % (tp * cp * pp):
+        shared = f" x {CP} ({cp})" if cp > 1 else ""
         yield (
-            f"{TP}: {tp} x {_PP} ({pp}) = {tp * pp} does not divide the {world_size} processes of this job;"
-            " change the layout, or start as many processes with torchrun --nproc-per-node"
+            f"{TP}: {tp}{shared} x {_PP} ({pp}) = {tp * cp * pp} does not divide the {world_size} processes of this"
+            " job; change the layout, or start as many processes with torchrun --nproc-per-node"
         )
         return
-    dp, batch = world_size // (tp * pp), recipe.training.global_batch_size
+    yield from expert_world(recipe, world_size)
+    dp, batch = world_size // (tp * cp * pp), recipe.training.global_batch_size
     key = "training.global_batch_size"
     if batch % dp:
         yield f"{key}: {batch} is not divisible by the data-parallel size ({dp}); take a multiple of it"

@@ -19,10 +19,21 @@ class ParallelConfig:
     """Pipeline stages (PP). The tower and the connector sit on the first."""
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, gt=1)
     """Model chunks per pipeline stage (VPP, interleaved schedule); null for one."""
+    context_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share each pack (CP): each has 1/CP of every sample, in two pieces (docs/context-parallel.md)."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """With Transformer Engine, how attention reaches the other pieces: by a ring of keys and values, or by exchanging
+    heads for positions. Plain torch layers gather keys and values."""
     num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0)
     """Language layers of the first stage, to leave room for the tower; null to split evenly."""
     sequence_parallel: bool = False
     """Split the activations between the tensor-parallel regions along the sequence (SP); needs TP > 1."""
+    expert_model_parallel_size: int = Field(default=1, gt=0)
+    """Processes that share out the experts of a layer (EP): data-parallel ones, or tensor-parallel ones of several
+    replicas. Each computes its own experts for the tokens of all of them."""
+    expert_tensor_parallel_size: int | None = Field(default=None, gt=0)
+    """Processes that share each expert, as TP shares the other layers; null for 1 with expert_model_parallel_size above
+    1, and for the tensor-parallel size without."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state (and fp32 master weights) over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -51,3 +62,10 @@ class ParallelConfig:
     """Layer implementation: Transformer Engine, plain torch, or auto (the former where CUDA and it are there)."""
     distributed_timeout_minutes: float = Field(default=30.0, gt=0)
     """A collective that waits longer than this ends the job."""
+
+    @property
+    def expert_tensor_ranks(self) -> int:
+        """Processes that share each expert."""
+        if self.expert_tensor_parallel_size is not None:
+            return self.expert_tensor_parallel_size
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size

@@ -157,6 +157,11 @@ class LanguageConfig:
         return False
 
     @property
+    def expert_layers(self) -> tuple[bool, ...]:
+        """Whether each of its layers has a mixture of experts in its MLP's place; or nothing, where none has."""
+        return ()
+
+    @property
     def fused_rotary(self) -> bool:
         """Whether Transformer Engine's kernel can turn its heads (``engine.apply_rope_fusion``)."""
         return True

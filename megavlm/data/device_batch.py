@@ -9,7 +9,7 @@ Shape legend: see :mod:`megavlm.data.batch`; M micro-batches of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -20,16 +20,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megavlm.data.batch import Pack
+from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.media import Arrangement
 from megavlm.data.read_pack import ReadPack
-from megavlm.layers.segments import packed_segments, to_device
+from megavlm.layers.segments import context_split, packed_segments, to_device
+from megavlm.parallel.context import filled_length, split_context
 from megavlm.parallel.device import local_device
 from megavlm.parallel.encoders import Encoders
 from megavlm.parallel.exchange import exchange
-from megavlm.parallel.state import is_first_stage, is_last_stage
+from megavlm.parallel.state import is_first_stage, is_last_stage, replica_group, stage_group
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class BatchField:
     """Pipeline stages that get it. What is for the first one alone may be large: no other rank sees its bytes."""
     dtype: torch.dtype
     per_position: bool = False
-    """Whether its last dimension is S, so that context parallelism cuts it; other fields are whole on each rank."""
+    """Whether its last dimension is S."""
+    cut: bool = False
+    """Whether context-parallel ranks have a part of it each, of those with a value per position."""
     on_host: bool = False
     """Whether the host reads its values; it stays there, and is small."""
 
@@ -54,9 +58,9 @@ FIELDS = (
     BatchField("image_grid", "all", torch.int64, on_host=True),
     BatchField("two_way_spans", "all", torch.int64, on_host=True),
     BatchField("tokens", "all", torch.int64, per_position=True),
-    BatchField("position_ids", "all", torch.int64, per_position=True),
-    BatchField("labels", "last", torch.int64, per_position=True),
-    BatchField("loss_weights", "last", torch.float32, per_position=True),
+    BatchField("position_ids", "all", torch.int64, per_position=True, cut=True),
+    BatchField("labels", "last", torch.int64, per_position=True, cut=True),
+    BatchField("loss_weights", "last", torch.float32, per_position=True, cut=True),
     BatchField("images", "first", torch.uint8),
     BatchField("image_index", "first", torch.int64),
     BatchField("image_weight", "first", torch.float32),
@@ -96,6 +100,7 @@ class SharedPictures:
 
 _MOST_DIMENSIONS = 5
 _ABSENT, _FAILED = -1, -2
+_CUT = frozenset(one.name for one in FIELDS if one.cut)
 
 
 @dataclass
@@ -103,9 +108,10 @@ class Batch:
     """One pack on the device of one rank."""
 
     tokens: Tensor
-    """[1, S] int64."""
+    """[1, S] int64. All of the pack, also where context-parallel ranks share it: features are put in place first."""
     position_ids: Tensor
-    """[1, S] int64, from 0 in each segment; or [1, 3, S], see :class:`megavlm.data.batch.Pack`."""
+    """[1, S] int64, from 0 in each segment; or [1, 3, S], see :class:`megavlm.data.batch.Pack`. Of a pack that is
+    shared, this and what follows are of this rank's positions (:mod:`megavlm.parallel.context`)."""
     packed_seq_params: PackedSeqParams
     """Segment borders for Megatron-Core."""
     segment_sources: Tensor
@@ -139,9 +145,16 @@ class Batch:
 
     @property
     def token_sources(self) -> Tensor:
-        """[S] index of the data set that each position comes from."""
-        lengths = self.packed_seq_params.cu_seqlens_q.diff().long()
-        return torch.repeat_interleave(self.segment_sources, lengths, output_size=self.tokens.size(1))
+        """[S] index of the data set that each position of this rank comes from."""
+        lengths, split = self.packed_seq_params.cu_seqlens_q.diff().long(), context_split(self.packed_seq_params)
+        if split is not None:  # of each segment every rank has as much
+            lengths = lengths // split.size
+        return torch.repeat_interleave(self.segment_sources, lengths, output_size=self.length)
+
+    @property
+    def length(self) -> int:
+        """Positions of this rank."""
+        return self.position_ids.size(-1)
 
     def inputs(self, *, with_labels: bool = False) -> dict[str, Any]:
         """Return what the model's ``forward`` takes of it.
@@ -155,6 +168,7 @@ class Batch:
             "tokens": self.tokens,
             "position_ids": self.position_ids,
             "packed_seq_params": self.packed_seq_params,
+            "segment_sources": self.segment_sources,
             "labels": labels,
             "images": self.images if self.shared is None else None,
             "view_features": self.view_features,
@@ -165,8 +179,9 @@ class Batch:
 
 
 def make_batch(
-    pack: Pack, images: Tensor | None, device: torch.device, arrangement: Arrangement | None = None
-) -> Batch:
+    pack: Pack, images: Tensor | None, device: torch.device, arrangement: Arrangement | None = None,
+    length: int | None = None,
+) -> Batch:  # fmt: skip
     """Put one pack on a device.
 
     Args:
@@ -174,8 +189,21 @@ def make_batch(
         images: [V, 3, H, W] views or [P, F] patches, uint8 or normalised floats; None where they are not for this rank.
         device: where to.
         arrangement: where the views' features go; None where they stay in their order.
+        length: what :func:`context_length` says, for this rank's part of the pack; None for all of it.
     """
-    return _batch(_fields(pack, images, arrangement), device)
+    return _batch(_fields(pack, images, arrangement), device, length)
+
+
+def context_length(cu_seqlens: Iterable[NDArray[Any]]) -> int | None:
+    """Return how long packs are that context-parallel ranks share, filled up; None where there is one such rank.
+
+    They are equally long, as activations that go from stage to stage must be.
+
+    Args:
+        cu_seqlens: of each pack of a step.
+    """
+    size, tensor = mpu.get_context_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()
+    return None if size == 1 else max(filled_length(one, size, tensor) for one in cu_seqlens)
 
 
 def arrangement_on(arrangement: Arrangement | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -208,7 +236,8 @@ def share_packs(packs: Sequence[ReadPack] | None, num_packs: int, spread: Spread
             route = [one for one in fields if (one.stages == "first", one.dtype) == (first_only, dtype)]
             _share_route(route, read, shapes, found, device)
     if spread is None:
-        return [_batch(one, device) for one in found]
+        length = context_length(one["cu_seqlens"].numpy() for one in found)
+        return [_batch(one, device, length) for one in found]
     shared = _scatter_pictures(spread, read, shapes, found, device)
     return [replace(_batch(one, device), shared=own) for one, own in zip(found, shared, strict=True)]
 
@@ -337,8 +366,13 @@ def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None =
     return {**found, "images": images, **arranged}
 
 
-def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
+def _batch(fields: Mapping[str, Tensor], device: torch.device, length: int | None = None) -> Batch:
     """Make a batch of its fields, wherever they are: the only place that does.
+
+    Args:
+        fields: of the whole pack.
+        device: where to.
+        length: of the pack filled up, of which this rank takes its part; None for all of it as it is.
 
     Raises:
         AssertionError: fields that have a value per position are not equally long.
@@ -346,22 +380,33 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device) -> Batch:
     lengths = {one.name: fields[one.name].size(-1) for one in FIELDS if one.per_position and one.name in fields}
     assert len(set(lengths.values())) == 1, f"fields of different lengths: {lengths}"
 
-    def placed(name: str) -> Tensor:
-        return to_device(fields[name], device)
+    cu_seqlens, split = fields["cu_seqlens"].numpy().astype(np.int32), None
+    if length is not None:
+        split = split_context(
+            cu_seqlens, mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank(), length
+        )
 
+    def placed(name: str) -> Tensor:
+        whole = to_device(fields[name], device)
+        return whole if split is None or name not in _CUT else whole.index_select(-1, split.own_rows(device))
+
+    labels = placed("labels") if "labels" in fields else None
+    if labels is not None and split is not None:
+        labels = labels.where(to_device(torch.from_numpy(split.real), device), IGNORE_INDEX)
     position_ids, spans = placed("position_ids"), fields.get("two_way_spans")
     return Batch(
         tokens=placed("tokens")[None],
         position_ids=position_ids[None],
         packed_seq_params=packed_segments(
-            fields["cu_seqlens"].numpy().astype(np.int32),
+            cu_seqlens,
             device,
             position_ids,
             None if spans is None else spans.tolist(),
+            split,
         ),
         segment_sources=placed("segment_sources"),
         num_images=int(fields["num_images"]),
-        labels=placed("labels")[None] if "labels" in fields else None,
+        labels=None if labels is None else labels[None],
         images=fields["images"].to(device) if "images" in fields else None,
         num_views=int(fields["num_views"]),
         image_grid=fields.get("image_grid"),
@@ -387,7 +432,8 @@ def _share_shapes(
             table[pack, place, 0] = _ABSENT if shape is None else len(shape)
             table[pack, place, 1 : 1 + len(shape or [])] = torch.tensor(shape or [], dtype=torch.int64)
     table = to_device(table, device)
-    dist.broadcast(table, mpu.get_model_parallel_src_rank(), group=mpu.get_model_parallel_group())
+    group = replica_group()
+    dist.broadcast(table, dist.get_process_group_ranks(group)[0], group=group)
     rows = table.tolist()
     if rows[0][0][0] == _FAILED:
         raise RuntimeError("the reader of this data-parallel replica failed; its log says why")
@@ -446,9 +492,7 @@ def _share_body(
     else:
         total = sum(prod(shapes[pack][field.name]) for pack, field in parts)
         body = torch.empty(total, dtype=like.dtype, device=device)
-    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
-    if like.stages == "first":
-        group, source = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_src_rank()
+    group = stage_group() if like.stages == "first" else replica_group()
     if len(body) and dist.get_world_size(group) > 1:
-        dist.broadcast(body, source, group=group)
+        dist.broadcast(body, dist.get_process_group_ranks(group)[0], group=group)  # the reader
     return body

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from megatron.energon import CrudeWebdataset, SavableDataset
+from megatron.energon import CrudeWebdataset, SavableDataset, WorkerConfig
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
 from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader
@@ -157,6 +157,22 @@ class ShardDataset(CrudeWebdataset):
             for file in (path, path.with_suffix(".tar.idx")):
                 if not file.is_file():
                     raise MissingFileError(f"{file} is missing, which {META} names; run megavlm prepare again")
+
+
+def open_shards(path: str) -> ShardReader:
+    """Open the training part of prepared data for reading in any order, outside of a training.
+
+    Args:
+        path: Directory of the prepared data.
+
+    Raises:
+        MissingFileError: A shard, or its index, is missing.
+        UserError: A shard's name leads out of the directory.
+    """
+    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    dataset = ShardDataset(EPath(Path(path)), split_part="train", training=False, worker_config=config, decoder=None)
+    dataset.check_shards()
+    return ShardReader(dataset.path, dataset.shards)
 
 
 def _read_members(data: BinaryIO, size: int, path: str, offset: int) -> tuple[str, dict[str, Any]]:

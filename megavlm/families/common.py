@@ -45,6 +45,27 @@ def flag(config: Mapping[str, Any], key: str, where: str, *, default: bool) -> b
     return bool(value)
 
 
+def expect_kinds(config: Mapping[str, Any], where: str, **kinds: tuple[str, ...]) -> None:
+    """Check what a whole model's configuration calls its parts.
+
+    Args:
+        config: of the whole model.
+        where: its file, for messages.
+        kinds: by the key of a part (``text_config``), words that its ``model_type`` may be, ``_text`` and ``_vision``
+            behind them or not.
+
+    Raises:
+        UserError: a part is called otherwise.
+    """
+    for key, known in kinds.items():
+        kind = (config.get(key) or {}).get("model_type")
+        if kind is not None and str(kind).removesuffix("_text").removesuffix("_vision") not in known:
+            raise UserError(
+                f"{where}: model_type of {key} is {kind!r}; in a {config.get('model_type')} only "
+                f"{' or '.join(map(repr, known))} is supported"
+            )
+
+
 def expect(config: Mapping[str, Any], where: str, **values: Any) -> None:
     """Check keys that the model here has one value for.
 

@@ -300,6 +300,7 @@ def _original_tower(config: Mapping[str, Any], where: str) -> Tree:
         UserError: it is a tower that is not known here.
     """
     kind = str(config.get("cls", ""))
+    expect(config, f"{where}: vision_config", model_type="vision")
     if "HybridVisionTower" in kind:
         raise UserError(
             f"{where}: vision_config.cls is {kind!r}, a SAM tower beside a SigLIP (DeepSeek-VL-7B); only "
@@ -345,7 +346,10 @@ def _check_aligner(config: Mapping[str, Any], vision: Tree, where: str) -> None:
     """
     params = config.get("params") or {}
     expect(params, f"{where}: aligner_config.params", projector_type="mlp_gelu", depth=2)
-    expect(config, f"{where}: aligner_config", cls=("MlpProjector", "deepseek_vl.models.projector.MlpProjector"))
+    expect(
+        config, f"{where}: aligner_config", cls=("MlpProjector", "deepseek_vl.models.projector.MlpProjector"),
+        model_type="aligner",
+    )  # fmt: skip
     width = params.get("input_dim", vision["hidden_size"])
     if width != vision["hidden_size"]:
         raise UserError(

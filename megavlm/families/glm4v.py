@@ -13,7 +13,7 @@ from megavlm.architectures.towers.packed_vit.tables import GLM4V_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import expect, flag, need, number
+from megavlm.families.common import expect, expect_kinds, flag, need, number
 from megavlm.families.family import Tree, config_file
 from megavlm.families.glm4 import GLM4
 from megavlm.families.native_pictures import native_pictures, trained_native
@@ -61,6 +61,7 @@ class Glm4vFamily(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = config.get("text_config") or config, need(config, "vision_config", where)
+        expect_kinds(config, where, text_config=(self.name, "glm4"), vision_config=(self.name,))
         language = self._language(text, where)
         language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
             flag(tree, "tie_word_embeddings", where, default=False) for tree in (config, text)

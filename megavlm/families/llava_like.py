@@ -270,6 +270,7 @@ class LlavaPhiFamily(_LikeFamily):
         """Return what ``vision_config`` says; what it leaves out is as in the system's class, which is CLIP's."""
         where, tree = str(directory / CONFIG), config["vision_config"]["vision_tower"]
         expect(tree, where, model_type=self.kinds[0])
+        expect(config["vision_config"].get("mm_projector") or {}, where, model_type=self.kinds[1])
         clip = "siglip" not in str(self.mm(config)["mm_vision_tower"])
         kind = "clip_vision_model" if clip else "siglip_vision_model"
         defaults = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "patch_size": 32}

@@ -17,7 +17,7 @@ from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
 from megavlm.architectures.towers.packed_vit.tables import RICE_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
-from megavlm.families.common import expect, flag, need
+from megavlm.families.common import expect, expect_kinds, flag, need
 from megavlm.families.decoders import llama_config, llama_language
 from megavlm.families.family import Tree, config_file
 from megavlm.families.llama import no_llama
@@ -56,6 +56,7 @@ class LlavaOnevision15Family(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
+        expect_kinds(config, where, text_config=("LLaVAOneVision1_5", "qwen3"), vision_config=("rice_vit",))
         if not text.get("rope_parameters"):
             need(text, "rope_theta", where)  # the code beside either size has another default
         language = llama_language({**text, "model_type": "qwen3"}, where)

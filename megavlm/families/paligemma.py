@@ -84,6 +84,7 @@ class PaliGemmaFamily(Family):
         language, tokens_per_view = model.language, model.tokens_per_view
         return {
             "architectures": ["PaliGemmaForConditionalGeneration"],
+            "bos_token_id": 2,  # Gemma's; a tokenizer with another is asked for it (trained.py). vLLM reads it here
             "hidden_size": language.hidden_size,
             "image_token_index": tokens.get("image", language.vocab_size - 1),
             "model_type": self.name,

@@ -5,6 +5,7 @@ Names as their authors have them, sizes from the public ``config.json`` files.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megavlm.config.architecture import MODELS
@@ -14,11 +15,15 @@ CLIP: dict[str, Any] = {"preset": "clip_vit_l_14_336"}
 SIGLIP: dict[str, Any] = {"preset": "siglip_so400m_14_384", "num_layers": 26, "post_layernorm": False}
 """SigLIP-SO400M/384 without its last layer."""
 
-# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B: the language model, and the template. SigLIP's first patch is dropped.
-_TINYLLAVA = {
-    "1_5b": ("tinyllama_1_1b", "vicuna_v1"),
-    "2_0b": ("stablelm_2_1_6b", "vicuna_v1_endoftext"),
-    "3_1b": ("phi_2", "vicuna_v1_endoftext"),
+# tinyllava/TinyLLaVA-1.5B, -2.0B, -3.1B, -Gemma-SigLIP-2.4B, Zhang199/TinyLLaVA-Qwen2-0.5B-SigLIP, -Qwen2.5-3B-SigLIP:
+# the language model, the template, and by what features are multiplied. SigLIP's first patch is dropped.
+_TINYLLAVA: dict[str, tuple[str, str, float]] = {
+    "1_5b": ("tinyllama_1_1b", "vicuna_v1", 1.0),
+    "2_0b": ("stablelm_2_1_6b", "vicuna_v1_endoftext", 1.0),
+    "3_1b": ("phi_2", "vicuna_v1_endoftext", 1.0),
+    "gemma_2_4b": ("gemma_2b", "vicuna_v1_gemma", math.sqrt(2048)),
+    "qwen2_0_5b": ("qwen2_5_0_5b", "vicuna_v1_endoftext", 1.0),  # Qwen2 and Qwen2.5 are of one shape
+    "qwen2_5_3b": ("qwen2_5_3b", "vicuna_v1_endoftext", 1.0),
 }
 # mtgv/MobileVLM-{1.7B,3B} and MobileVLM_V2-{1.7B,3B,7B}: the language model, and the projector.
 _MOBILEVLM = {
@@ -77,11 +82,11 @@ def register() -> None:
             image={"kind": "squash"},
             template=template,
         )
-    for size, (language, template) in _TINYLLAVA.items():
+    for size, (language, template, scale) in _TINYLLAVA.items():
         MODELS.register(
             f"tinyllava_{size}",
             vision=SIGLIP,
-            connector={"preset": "mlp2x_gelu", "drop_first_feature": True},
+            connector={"preset": "mlp2x_gelu", "drop_first_feature": True, "output_multiplier": scale},
             language={"preset": language},
             image={"kind": "squash"},
             template=template,

@@ -12,7 +12,7 @@ from megavlm.architectures.decoders.decoder.tables import QWEN_LANGUAGE
 from megavlm.architectures.towers.vit.tables import QWEN_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ConnectorConfig, ImageConfig, ModelConfig, VisionConfig
-from megavlm.families.common import need
+from megavlm.families.common import expect, need
 from megavlm.families.decoders import qwen_config, qwen_language
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.projector import HEAD_DIM, PROJECTOR, projector_branch, projector_table, resampler_branch
@@ -170,9 +170,11 @@ class CodeFuseFamily(QwenFamily):
         where = config_file(source)
         visual = need(source.config, "visual_config", f"{source.directory}: without a visual_config.json, it")
         rows = source.shape(_CODEFUSE_TOWER + "positional_embedding")[0]
+        connector = projector_branch(source, f"transformer.{PROJECTOR}")
+        expect(source.config, where, mm_projector_type=_projector(connector["preset"]))
         return {
             "vision": qwen_vision(visual, rows, str(source.directory / "visual_config.json")),
-            "connector": projector_branch(source, f"transformer.{PROJECTOR}"),
+            "connector": connector,
             "language": qwen_language(source.config, where),
         }
 
@@ -183,7 +185,6 @@ class CodeFuseFamily(QwenFamily):
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration; the exporter writes ``visual_config`` to its own file."""
-        kind = "cross_attn" if model.connector.preset == "resampler" else model.connector.preset
         visual = {**qwen_visual(model.vision), "output_dim": model.language.hidden_size}
         visual["image_start_id"] = tokens.get("image_start", 151857)
         return {
@@ -191,7 +192,7 @@ class CodeFuseFamily(QwenFamily):
             "architectures": ["LlavaQWenForCausalLM"],
             "model_type": "llava_qwen",
             "mm_hidden_size": model.vision.hidden_size,
-            "mm_projector_type": kind,
+            "mm_projector_type": _projector(model.connector.preset),
             "mm_vision_tower": "Qwen-VL-visual",
             "use_mm_proj": True,
             "visual_config.json": dict(sorted(visual.items())),
@@ -227,6 +228,11 @@ class CodeFuseFamily(QwenFamily):
             return {}
         merged = _CODEFUSE_TOWER + "conv1.weight" in Source(directory)
         return {} if merged else parts
+
+
+def _projector(preset: str) -> str:
+    """Return what CodeFuse-VLM's code calls a connector."""
+    return "cross_attn" if preset == "resampler" else preset
 
 
 class QwenTowerFamily(Family):

@@ -16,7 +16,7 @@ from megavlm.architectures.towers.packed_vit.tables import QWEN2_5_VL_VISION, QW
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.data.media import plan_of
-from megavlm.families.common import expect, flag, need, number
+from megavlm.families.common import expect, expect_kinds, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language, with_numbers
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.films import film_branch
@@ -62,6 +62,8 @@ class Qwen2VLFamily(Family):
     preprocesses = True
     model_class: ClassVar[str] = "Qwen2VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN2_VL_VISION
+    tower_preset: ClassVar[str | None] = None
+    """Of its tower; None where it has the family's name."""
     timed: ClassVar[bool] = False
     """Whether positions tell the time of a film's frames."""
     fixed: ClassVar[Tree] = {
@@ -80,6 +82,7 @@ class Qwen2VLFamily(Family):
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
+        expect_kinds(config, where, text_config=(self.name, "qwen2"), vision_config=(self.name,))
         text = config.get("text_config") or config
         language = llama_language({**with_numbers(text, where), "model_type": "qwen2"}, where)
         # In the text's own configuration it was up to Transformers 4; a head that is not there is the embedding.
@@ -209,7 +212,7 @@ class Qwen2VLFamily(Family):
         rope = visual.get("rope_parameters") or {}
         expect(rope, where, rope_type=("axial", "default"), rope_theta=10000)
         return {
-            "preset": f"{self.name}_vit",
+            "preset": self.tower_preset or f"{self.name}_vit",
             "patch_size": patch,
             "temporal_patch_size": visual.get("temporal_patch_size", 2),
             "spatial_merge_size": visual.get("spatial_merge_size", 2),

@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense (arXiv 2511.21631), as Transformers has it."""
+"""Qwen3-VL, dense and with experts (arXiv 2511.21631), as Transformers has it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.patch_merger.tables import DEEP_PATCH_MERGER
-from megavlm.architectures.decoders.decoder.tables import LLAMA_LANGUAGE
+from megavlm.architectures.decoders.decoder.tables import (
+    LLAMA_LANGUAGE,
+    QWEN3_VL_MOE_LANGUAGE,
+    STACKED_MOE_LANGUAGE,
+)
 from megavlm.architectures.towers.packed_vit.tables import QWEN3_VL_VISION
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
-from megavlm.families.common import flag, need
+from megavlm.config.schema import LanguageConfig, ModelConfig
+from megavlm.families.common import expect_kinds, flag, need
 from megavlm.families.decoders import llama_config, llama_language, with_numbers
+from megavlm.families.experts import QWEN3_MOE, experts_branch, experts_config
 from megavlm.families.family import Tree, config_file
 from megavlm.families.llama import no_llama
 from megavlm.families.native_pictures import native_pictures
@@ -44,6 +49,7 @@ class Qwen3VLFamily(Qwen2VLFamily):
     own_levels = True
     model_class = "Qwen3VLForConditionalGeneration"
     tower: ClassVar[Table] = QWEN3_VL_VISION
+    text_tables: ClassVar[Mapping[str, Table]] = {"modules": LLAMA_LANGUAGE}
     fixed: ClassVar[Tree] = {
         **{key: value for key, value in Qwen2VLFamily.fixed.items() if key not in _OWN},
         "activation": "gelu_tanh", "conv_bias": True, "positional_interpolation": "bilinear",
@@ -53,7 +59,8 @@ class Qwen3VLFamily(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = need(config, "text_config", where), need(config, "vision_config", where)
-        language = llama_language({**with_numbers(text, where), "model_type": "qwen3"}, where)
+        expect_kinds(config, where, text_config=(self.name, "qwen3"), vision_config=(self.name,))
+        language = self._language(text, where)
         language["rotary_sections"] = language.get("rotary_sections") or _SECTIONS
         language["rotary_sections_interleaved"] = True  # whatever mrope_interleaved says: its code does not ask
         language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
@@ -71,15 +78,13 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return [
             dataclasses.replace(self.tower, prefix=names["tower"]),
             dataclasses.replace(DEEP_PATCH_MERGER, prefix=names["tower"]),
-            dataclasses.replace(LLAMA_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+            dataclasses.replace(self.text_tables[style], names={"model": names["model"], "head": names["head"]}),
         ]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a configuration in the form of the published ones."""
         image, vision = tokens.get("image", model.language.vocab_size - 1), model.vision
-        text = llama_config(model.language)
-        del text["architectures"]
-        text |= {"attention_bias": False, "model_type": "qwen3_vl_text"}
+        text = self._text_config(model.language)
         return {
             "architectures": [self.model_class],
             "image_token_id": image,
@@ -120,11 +125,25 @@ class Qwen3VLFamily(Qwen2VLFamily):
             vision.deepstack_layers
         ):
             return f"the tower's deepstack_layers {list(vision.deepstack_layers)} do not rise, as Qwen3-VL's do"
-        return self._refuses_common(model) or no_llama(language)
+        return self._refuses_common(model) or self._no_text(language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form that it has."""
         return ("checkpoint", "qwen3_vl")
+
+    def _language(self, text: Mapping[str, Any], where: str) -> Tree:
+        """Return ``model.language`` of a ``text_config``, but how positions are turned and whether the head is tied."""
+        return llama_language({**with_numbers(text, where), "model_type": "qwen3"}, where)
+
+    def _text_config(self, language: LanguageConfig) -> Tree:
+        """Return the ``text_config``."""
+        text = llama_config(language)
+        del text["architectures"]
+        return text | {"attention_bias": False, "model_type": f"{self.name}_text"}
+
+    def _no_text(self, language: LanguageConfig) -> str | None:
+        """Return why a language model, whose norms and positions are Qwen3-VL's, is not the family's."""
+        return no_llama(language)
 
     def _activation(self) -> str:
         return "gelu_pytorch_tanh"
@@ -145,3 +164,49 @@ class Qwen3VLFamily(Qwen2VLFamily):
             "deepstack_layers": levels,
             **out,
         }
+
+
+class Qwen3VLMoeFamily(Qwen3VLFamily):
+    """``Qwen3VLMoeForConditionalGeneration``: the same with experts, those of a layer in one tensor."""
+
+    name = "qwen3_vl_moe"
+    title = "Qwen3-VL with experts (Qwen3VLMoeForConditionalGeneration)"
+    model_class = "Qwen3VLMoeForConditionalGeneration"
+    tower_preset = "qwen3_vl_vit"
+    # Of experts, outputs first is what Transformers 5 writes of a model that it has not read.
+    styles: ClassVar[Mapping[str, Mapping[str, str]]] = dict.fromkeys(
+        ("hub", "outputs_first"), Qwen3VLFamily.styles["modules"]
+    )
+    modules: ClassVar[str | None] = "hub"
+    text_tables: ClassVar[Mapping[str, Table]] = {"hub": QWEN3_VL_MOE_LANGUAGE, "outputs_first": STACKED_MOE_LANGUAGE}
+
+    def style_of(self, source: Source) -> str:
+        """By the shape of a tensor of experts: [experts, in, out] on the hub."""
+        text = source.config.get("text_config") or {}
+        hidden, width = text.get("hidden_size"), text.get("moe_intermediate_size")
+        shapes = {name: info.shape[1:] for name, info in source.tensors.items() if ".mlp.experts." in name}
+        # A square one says nothing; where it is one, the other is none.
+        outputs_first = {"down_proj": (hidden, width), "gate_up_proj": (2 * (width or 0), hidden)}
+        found = any(
+            name.endswith(ending) and shape == there and shape[0] != shape[1]
+            for name, shape in shapes.items()
+            for ending, there in outputs_first.items()
+        )
+        return "outputs_first" if found else "hub"
+
+    def style_for(self, model: ModelConfig) -> str:
+        """As on the hub; but Transformers turns no tensor whose sides are alike."""
+        width = model.language.expert_width
+        return "outputs_first" if model.language.hidden_size in (width, 2 * width) else "hub"
+
+    def _language(self, text: Mapping[str, Any], where: str) -> Tree:
+        # Its router's scores add up to 1, whatever norm_topk_prob says: its code does not ask.
+        return {**super()._language(text, where), **experts_branch(text, where, normalised=True)}
+
+    def _text_config(self, language: LanguageConfig) -> Tree:
+        return {**super()._text_config(language), **experts_config(language), "norm_topk_prob": True}
+
+    def _no_text(self, language: LanguageConfig) -> str | None:
+        if language.num_moe_experts is not None and language.moe_router_pre_softmax:
+            return "the language model's scores are those of a softmax over all experts, which do not add up to 1"
+        return QWEN3_MOE.refuses(dataclasses.replace(language, rotary_sections=()))

@@ -8,6 +8,7 @@ from typing import Any
 
 from megavlm.config.errors import UserError
 from megavlm.config.schema import LanguageConfig
+from megavlm.families.experts import MIXTRAL, QWEN3_MOE
 from megavlm.families.family import Tree
 from megavlm.families.gemma import GEMMA
 from megavlm.families.gemma3 import GEMMA3
@@ -21,9 +22,10 @@ from megavlm.families.text_kinds import TextKind, chosen, refused
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
+_OTHERS = (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2, QWEN3_MOE, MIXTRAL)
 TEXT_KINDS: dict[str, TextKind] = {
     **KINDS,
-    **{kind.model_type: kind for kind in (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2)},
+    **{kind.model_type: kind for kind in _OTHERS},
 }
 """By ``model_type``."""
 _HALVES = tuple(kind for kind in TEXT_KINDS.values() if kind.in_transformers)

@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
     "use_parallel_residual": False, "rotary_percent": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
     "logits_scaling": 1.0, "sliding_window": None, "sliding_window_pattern": None,
     "rope_local_base_freq": None, "post_layernorms": False, "query_pre_attn_scalar": None,
-    "rotary_interleaved": False, "rotary_sections": (),
+    "rotary_interleaved": False, "rotary_sections": (), "num_moe_experts": None,
 }  # fmt: skip
 """What Llama has, of the keys by which language models differ other than in size."""
 

@@ -31,9 +31,13 @@ _LANGUAGES = {
     "llama": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "vicuna_v1"),
     "phi": ("microsoft/phi-2", "vicuna_v1_endoftext"),
     "stablelm": ("stabilityai/stablelm-2-zephyr-1_6b", "vicuna_v1_endoftext"),
+    "gemma": ("google/gemma-2b-it", "vicuna_v1_gemma"),
+    "qwen2": ("Qwen/Qwen2-0.5B", "vicuna_v1_endoftext"),
 }
 """By ``model_type``: the public name by which the factory finds the class, and the template
-(``tinyllava/data/template/{llama,phi}_template.py`` @ 0fd71549)."""
+(``tinyllava/data/template/{llama,phi,gemma,qwen2_base}_template.py`` @ 0fd71549)."""
+_INSTRUCT = "vicuna_v1_im_end"
+"""The template of a Qwen2 that had instructions before (``qwen2_instruct_template.py``)."""
 _TOWERS = {True: "openai/clip-vit-large-patch14-336", False: "google/siglip-so400m-patch14-384"}
 """Public names by which the factory finds the tower's class: of a CLIP, and of a SigLIP."""
 
@@ -55,6 +59,7 @@ class TinyLlavaFamily(Family):
     slotless = True
     own_rotary = True
     drops_first = True
+    own_multiplier = True
 
     def detect(self, source: Source) -> bool:
         """By ``model_type``."""
@@ -82,7 +87,7 @@ class TinyLlavaFamily(Family):
         _check_width(config, "hidden_size", language["hidden_size"], "vectors of text_config", where)
         return {
             "vision": vision,
-            "connector": _connector(source, clip=vision["class_token"]),
+            "connector": {**_connector(source, clip=vision["class_token"]), **_multiplied(language)},
             "language": language,
             "image": _pictures(source, vision),
         }
@@ -99,6 +104,8 @@ class TinyLlavaFamily(Family):
         """Return the configuration of a model whose tower ends with the layer whose features are taken."""
         text, clip = text_config(model.language), model.vision.class_token
         language, tower = _LANGUAGES[text["model_type"]][0], _TOWERS[clip]
+        if model.template == _INSTRUCT:
+            language += "-Instruct"
         first = clip or model.connector.drop_first_feature
         return {
             "architectures": ["TinyLlavaForConditionalGeneration"],
@@ -155,8 +162,12 @@ class TinyLlavaFamily(Family):
         kind = text_config(model.language)["model_type"]
         if kind == "phi" and not model.language.lm_head_bias:
             return "the output layer has no bias (model.language.lm_head_bias), which the factory's Phi has"
-        known = ", ".join(_LANGUAGES)
-        return None if kind in _LANGUAGES else f"the language model is a {kind}; TinyLLaVA's here are {known}"
+        if kind not in _LANGUAGES:
+            return f"the language model is a {kind}; TinyLLaVA's here are {', '.join(_LANGUAGES)}"
+        there, wanted = model.connector.output_multiplier, getattr(model.language, "embedding_multiplier", 1.0)
+        if there != wanted:
+            return f"image features are multiplied by {there} (model.connector.output_multiplier), here by {wanted}"
+        return None
 
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:
         """Pictures are made pixels by the processor of the tower that ``config.json`` names."""
@@ -169,9 +180,21 @@ class TinyLlavaFamily(Family):
         ]
 
     def templates(self, source: Source) -> tuple[str, ...]:
-        """By the language model."""
+        """By the language model, and by its name where one kind has two forms."""
         kind = text_kind(source.config.get("text_config"))
-        return (_LANGUAGES[kind.model_type][1],) if kind is not None and kind.model_type in _LANGUAGES else ()
+        if kind is None or kind.model_type not in _LANGUAGES:
+            return ()
+        told = kind.model_type == "qwen2" and "Instruct" in str(source.config.get("llm_model_name_or_path"))
+        return (_INSTRUCT,) if told else (_LANGUAGES[kind.model_type][1],)
+
+
+def _multiplied(language: Mapping[str, Any]) -> Tree:
+    """Return by what features are multiplied: Gemma's class did so behind the place where pictures come in.
+
+    Of Transformers 4.40, with which the published ones were trained; in its class of today embeddings do it.
+    """
+    scale = language.get("embedding_multiplier", 1.0)
+    return {} if scale == 1 else {"output_multiplier": scale}
 
 
 def _connector(source: Source, *, clip: bool) -> Tree:

@@ -12,15 +12,17 @@ from typing import Any
 from megavlm.checkpoint.base import base_for
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.checks import check_recipe
+from megavlm.config.context import CP
 from megavlm.config.engine import for_inference
 from megavlm.config.errors import UserError
+from megavlm.config.experts import EP, experts_span_replicas
 from megavlm.config.load import load_recipe
 from megavlm.config.lora import check_quantiser
 from megavlm.config.schema import Recipe
 from megavlm.data.tokenizer import Tokenizer, tokenizer_of, with_tokenizer
 from megavlm.families.presets import expand_presets
 from megavlm.inference.sampling import Sampling
-from megavlm.planning.layout import with_placement
+from megavlm.planning.layout import with_parallel, with_placement
 
 _ALONE: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
@@ -28,6 +30,8 @@ _ALONE: dict[str, Any] = {
     "virtual_pipeline_model_parallel_size": None,
     "num_layers_in_first_pipeline_stage": None,
     "sequence_parallel": False,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 
@@ -118,14 +122,23 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     given = {override.partition("=")[0] for override in overrides}
     if world_size == 1 and given.isdisjoint(f"parallel.{name}" for name in _ALONE):
         recipe = dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, **_ALONE))
-    # Who encodes a training step's pictures says nothing of answers: the first stage's ranks share theirs.
+    # Who encodes a training step's pictures says nothing of answers: the first stage's ranks share theirs. Nor does who
+    # has which part of a pack.
     recipe = with_placement(recipe, "first_stage")
+    if recipe.parallel.context_parallel_size > 1 and CP in given:
+        raise UserError(f"{CP}: answers are not cut over ranks; leave it out")
+    recipe = with_parallel(recipe, context_parallel_size=1, cp_comm_type="p2p")
     # There is no training batch here and no profile: neither may rule out a layout.
     recipe = dataclasses.replace(
         recipe,
         training=dataclasses.replace(recipe.training, global_batch_size=world_size),
         logging=dataclasses.replace(recipe.logging, profile_ranks=(0,)),
     )
+    if experts_span_replicas(recipe.parallel):
+        raise UserError(
+            f"{EP}: {recipe.parallel.expert_model_parallel_size} spreads a layer's experts over several replicas, which"
+            " answer apart; set it to parallel.tensor_model_parallel_size or a divisor of it, or to 1"
+        )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)
     base_for(path, recipe.checkpoint.load)

@@ -20,7 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megavlm.layers.segments import segment_lengths
+from megavlm.layers.context_attention import chunk_call, gathered, lower_right
+from megavlm.layers.segments import context_split, segment_lengths
+from megavlm.parallel.context import ContextSplit
 from megavlm.parallel.device import has_kernels
 
 _varlen_attn: Any = None
@@ -106,6 +108,9 @@ class TorchAttention(MegatronModule):
         else:
             raise ValueError(f"TorchAttention knows causal and no_mask, not {mask_type}")
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            if (split := context_split(packed_seq_params)) is not None:
+                assert causal and not (self.dropout and self.training), "a pack that is cut is causal, without dropout"
+                return self._cut(query, *gathered(key, value, split), packed_seq_params, split)
             return self._packed(query, key, value, causal, packed_seq_params)
         context_BNSD = self._attend(
             query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), causal
@@ -135,6 +140,33 @@ class TorchAttention(MegatronModule):
         if rest:
             parts.append(query_TND.new_zeros(rest, *query_TND.shape[1:]))
         return torch.cat(parts)
+
+    def _cut(
+        self, query_PND: Tensor, key_LGD: Tensor, value_LGD: Tensor, packed: PackedSeqParams, split: ContextSplit
+    ) -> Tensor:
+        """Return [P, N, D] of this rank's positions of a pack that context-parallel ranks share, given all keys."""
+        if self.takes_kernel(query_PND):
+            call = chunk_call(split, self.sliding_window, query_PND.device)
+            return self.kernel(
+                query_PND, key_LGD.index_select(0, call.keys), value_LGD.index_select(0, call.keys), call.borders,
+                call.key_borders, call.longest, call.most_keys, ((self.sliding_window or 0) - 1, 0),
+            )  # fmt: skip
+        lengths, parts = split.lengths, []
+        queries = iter(query_PND.split([stop - start for one in lengths for start, stop in split.chunks(one)]))
+        for length, key, value in zip(lengths, key_LGD.split(lengths), value_LGD.split(lengths), strict=True):
+            key_1GSD, value_1GSD = (one.transpose(0, 1).unsqueeze(0) for one in (key, value))
+            for _, stop in split.chunks(length):
+                query_1NQD = next(queries).transpose(0, 1).unsqueeze(0)
+                context_1NQD = self._attend_last(query_1NQD, key_1GSD[:, :, :stop], value_1GSD[:, :, :stop])
+                parts.append(context_1NQD.squeeze(0).transpose(0, 1))
+        return torch.cat(parts)
+
+    def _attend_last(self, query_BNQD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor) -> Tensor:
+        """Attend causally from the last Q of K positions."""
+        window = self.sliding_window
+        if window is not None and key_BGKD.size(2) > window:
+            return self._in_window(query_BNQD, key_BGKD, value_BGKD, window)
+        return lower_right(query_BNQD, key_BGKD, value_BGKD, self.softmax_scale)
 
     def takes_kernel(self, query_TND: Tensor) -> bool:
         """Whether a kernel for packs can attend."""
@@ -200,15 +232,19 @@ class TorchAttention(MegatronModule):
         )
 
     def _in_window(self, query_BNSD: Tensor, key_BGKD: Tensor, value_BGKD: Tensor, window: int) -> Tensor:
-        """Attend causally to ``window`` positions, as many queries at a time: to at most twice as many keys."""
-        parts, length = [], query_BNSD.size(2)
-        for start in range(0, length, window):
+        """Attend causally to ``window`` positions, as many queries at a time: to at most twice as many keys.
+
+        Queries are the last of the positions that have keys.
+        """
+        parts, length = [], key_BGKD.size(2)
+        before = length - query_BNSD.size(2)
+        for start in range(before, length, window):
             stop, first = min(start + window, length), max(start - window + 1, 0)
             rows = torch.arange(start, stop, device=query_BNSD.device)[:, None]
             columns = torch.arange(first, stop, device=query_BNSD.device)
             parts.append(
                 F.scaled_dot_product_attention(
-                    query_BNSD[:, :, start:stop],
+                    query_BNSD[:, :, start - before : stop - before],
                     key_BGKD[:, :, first:stop],
                     value_BGKD[:, :, first:stop],
                     attn_mask=(columns <= rows) & (columns > rows - window),

@@ -343,11 +343,12 @@ def _mark_sharded(parameter: Parameter, dim: int) -> None:
 def seed_dropout(seed: int) -> None:
     """Give the dropout of adapters random streams of its own, which recompute and checkpoints restore.
 
-    Of Megatron-Core's two, one is the same on all ranks, the other on all stages and replicas. Here stages and replicas
-    draw apart, and tensor-parallel ranks alike from one stream and apart from the other.
+    Of Megatron-Core's two, one is the same on all ranks, the other on all stages and replicas. Here stages, replicas
+    and context-parallel ranks draw apart, and tensor-parallel ranks alike from one stream and apart from the other.
     """
     tracker = get_cuda_rng_tracker()
-    place = f"{seed}:{mpu.get_pipeline_model_parallel_rank()}:{mpu.get_data_parallel_rank()}"
+    replica = mpu.get_data_parallel_rank(with_context_parallel=True)
+    place = f"{seed}:{mpu.get_pipeline_model_parallel_rank()}:{replica}"
     for name, text in ((_ALIKE, place), (_APART, f"{place}:{mpu.get_tensor_model_parallel_rank()}")):
         if name not in tracker.get_states():
             tracker.add(name, _hash(text))

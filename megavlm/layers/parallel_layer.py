@@ -32,6 +32,7 @@ class ParallelTransformerLayer(TransformerLayer):
         rotary_pos_cos: Tensor | None = None,
         rotary_pos_sin: Tensor | None = None,
         packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [S, B, E] and ``context``; arguments as of Megatron-Core's layer."""
@@ -44,7 +45,7 @@ class ParallelTransformerLayer(TransformerLayer):
             rotary_pos_sin=rotary_pos_sin,
             packed_seq_params=packed_seq_params,
         )
-        mixed = self.mlp(normed)
+        mixed = self.mlp(normed, padding_mask=padding_mask) if self.is_moe_layer else self.mlp(normed)
         fused = self.config.bias_dropout_fusion
         with self.bias_dropout_add_exec_handler():
             hidden_states = self.self_attn_bda(self.training, fused)(attended, hidden_states, self.hidden_dropout)

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
+
+from megavlm.parallel.context import ContextSplit
 
 
 def packed_segments(
@@ -20,6 +23,7 @@ def packed_segments(
     device: torch.device,
     position_ids: Tensor | None = None,
     spans: Sequence[Sequence[int]] | None = None,
+    context: ContextSplit | None = None,
 ) -> PackedSeqParams:
     """Describe a pack for Megatron-Core (``qkv_format="thd"``).
 
@@ -33,11 +37,19 @@ def packed_segments(
             in three. None leaves it to Megatron-Core, which counts from 0 in each segment.
         spans: first position, and the one behind the last, of stretches whose positions see each other both ways, for
             models that have such (:mod:`megavlm.layers.two_way`).
+        context: how the pack is cut over context-parallel ranks; ``position_ids`` are then this rank's, and lengths
+            and spans those of the pack. None where each rank has all of it.
     """
     lengths = np.diff(cu_seqlens)
+    if context is not None:
+        if spans is not None:
+            spans = [
+                [context.moved(start, cu_seqlens), context.moved(stop - 1, cu_seqlens) + 1] for start, stop in spans
+            ]
+        cu_seqlens = context.cu_seqlens
     # Megatron reads the rotary table as absolute positions where max_seqlen equals the length of the pack: the
     # longest segment is right for both readings, since then it is the only segment.
-    longest = int(lengths.max())
+    longest = int(np.diff(cu_seqlens).max())
     borders = to_device(torch.from_numpy(np.ascontiguousarray(cu_seqlens, np.int32)), device)
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -45,17 +57,34 @@ def packed_segments(
         cu_seqlens_kv=borders,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        **_for_engine(context, borders),
     )
     told: Any = packed
     told.segment_lengths = lengths.tolist()
     told.position_ids = position_ids
     told.two_way_spans = None if spans is None else [(int(start), int(stop)) for start, stop in spans]
     told.two_way_plans = {}
+    told.context = context
     return packed
 
 
+def _for_engine(context: ContextSplit | None, borders: Tensor) -> dict[str, Any]:
+    """Return what Transformer Engine's attention asks for in a job with context parallelism (not run on a GPU).
+
+    Borders of the filled-up pack, in which what fills up is as good as a token; and whether this pack is cut, which
+    Megatron-Core tells it anew with each one.
+    """
+    group = mpu.get_context_parallel_group(check_initialized=False)
+    if context is not None:
+        return {"cu_seqlens_q_padded": borders, "cu_seqlens_kv_padded": borders, "cp_group": group}
+    return {"local_cp_size": 1} if group is not None and group.size() > 1 else {}
+
+
 def segment_lengths(packed: PackedSeqParams) -> list[int]:
-    """Return the length of each segment; asks the device only for packs that :func:`packed_segments` did not make."""
+    """Return the length of each segment; asks the device only for packs that :func:`packed_segments` did not make.
+
+    Of a pack that is cut (:func:`context_split`) they are those of the pack, not of it filled up.
+    """
     known = getattr(packed, "segment_lengths", None)
     return packed.cu_seqlens_q.diff().tolist() if known is None else known
 
@@ -74,6 +103,11 @@ def two_way_plans(packed: PackedSeqParams) -> dict[Any, Any]:
     """Return where attention keeps what it makes of the spans once for all layers, by their window."""
     told: Any = packed
     return told.two_way_plans
+
+
+def context_split(packed: PackedSeqParams | None) -> ContextSplit | None:
+    """Return how a pack is cut over context-parallel ranks; None where this rank has all of it."""
+    return getattr(packed, "context", None)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.deepstack import DeepstackLayer
+from megavlm.layers.experts import experts_mlp
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import GatedSum, ResidualMultiplier
@@ -76,6 +77,8 @@ class LayerKind:
     """Which of two rotary tables turns its heads; None where there is one."""
     deepstack: bool = False
     """What the context holds is added behind it (``layers/deepstack.py``)."""
+    experts: bool = False
+    """Its MLP is a mixture of experts."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
@@ -134,6 +137,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
         if kind.deepstack:
             layer.module = DeepstackLayer
+        if kind.experts:
+            _with_experts(layer, norm, transformer_engine=True)
         return Modules(core_attention, norm, layer)
     head_norm = norm if kind.qk_layernorm else IdentityOp
     layer = ModuleSpec(
@@ -169,6 +174,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
             },
         ),
     )
+    if kind.experts:
+        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine)
     return Modules(core_attention, norm, layer)
 
 
@@ -199,6 +206,14 @@ def _cross_modules(*, transformer_engine: bool) -> Modules:
         ),
     )
     return Modules(TorchAttention, norm, layer)
+
+
+def _with_experts(layer: ModuleSpec, norm: Any, *, transformer_engine: bool) -> None:
+    """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
+    parts = layer.submodules
+    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine)
+    names = parts.sharded_state_dict_keys_map
+    parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
 
 
 def _layer_class(kind: LayerKind) -> type[TransformerLayer]:

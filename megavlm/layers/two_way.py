@@ -13,7 +13,7 @@ Shape legend: T tokens of a pack, N query heads and G key/value heads of this te
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megavlm.layers.attention import TorchAttention
 from megavlm.layers.segments import segment_lengths, to_device, two_way_plans, two_way_spans
+from megavlm.parallel.context import ContextSplit
 
 Span = tuple[int, int]
 """First position, and the one behind the last."""
@@ -74,6 +75,19 @@ def stretches(lengths: Sequence[int], spans: Sequence[Span], window: int | None)
             at = stop
         start = end
     assert not waiting, f"spans {waiting[::-1]} lie behind the last segment"
+
+
+def own_stretches(parts: Sequence[Stretch], split: ContextSplit) -> Iterator[list[Stretch]]:
+    """Yield, segment by segment, what of ``parts`` is a context-parallel rank's to attend from, in its own order."""
+    for begin, length in zip(split.cu_seqlens.tolist(), split.lengths, strict=False):
+        found = []
+        for chunk in split.chunks(length):
+            low, high = begin + chunk[0], begin + chunk[1]
+            for one in parts:
+                start, stop = max(one.start, low), min(one.stop, high)
+                if start < stop:
+                    found.append(replace(one, start=start, stop=stop, last=one.last if one.two_way else stop))
+        yield found
 
 
 @dataclass(frozen=True)
@@ -170,6 +184,25 @@ class TwoWayAttention(TorchAttention):
             begin += key.size(0)
         rest = query_TND.size(0) - total
         return torch.cat([*found, query_TND.new_zeros(rest, *query_TND.shape[1:])] if rest else found)
+
+    def _cut(
+        self, query_PND: Tensor, key_LGD: Tensor, value_LGD: Tensor, packed: PackedSeqParams, split: ContextSplit
+    ) -> Tensor:
+        """Return [P, N, D] of a rank's positions; without the kernels for packs, as two calls know whole packs only."""
+        spans = two_way_spans(packed)
+        if not spans:
+            return super()._cut(query_PND, key_LGD, value_LGD, packed, split)
+        lengths, found, begin = split.lengths, [], 0
+        segments = list(own_stretches(list(stretches(lengths, spans, self.sliding_window)), split))
+        queries = iter(query_PND.split([one.stop - one.start for own in segments for one in own]))
+        for own, key, value in zip(segments, key_LGD.split(lengths), value_LGD.split(lengths), strict=True):
+            key_1GSD, value_1GSD = (one.transpose(0, 1).unsqueeze(0) for one in (key, value))
+            for one in own:
+                query_1NQD = next(queries).transpose(0, 1).unsqueeze(0)
+                context_1NQD = self._stretch(query_1NQD, key_1GSD, value_1GSD, begin, one)
+                found.append(context_1NQD.squeeze(0).transpose(0, 1))
+            begin += key.size(0)
+        return torch.cat(found)
 
     def _stretch(self, query_1NQD: Tensor, key_1GSD: Tensor, value_1GSD: Tensor, begin: int, one: Stretch) -> Tensor:
         """Return [1, N, Q, D] of a stretch's queries, given the keys of its segment, which begins at ``begin``."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megavlm.architectures.context import BuildContext
@@ -79,6 +80,26 @@ def encode(
         features = shares.take(features)
     features = connect(connector, features)
     return shares.gather(features) if shares is not None and "connector" in replicas else features
+
+
+def encode_shared(vision: Any, connector: Any, images: Tensor, grid: Tensor | None = None, **rest: Any) -> Tensor:
+    """Return what :func:`encode` does, of pictures that context-parallel ranks share: each encodes a run of them.
+
+    All call it with the same pictures. Each goes on with its own positions, so that the gradients of features, and of
+    weights behind them, are sums over the ranks.
+    """
+    group = mpu.get_context_parallel_group()
+    if grid is None:
+        equal = Shares(images.size(0), group, summed=True)
+        return equal.gather(encode(vision, connector, equal.of(images), **rest))
+    counts = grid.prod(1).tolist()
+    shares = PackedShares(counts, group, summed=True)
+    own, shown = shares.of(images, grid, vision)
+    features = encode(vision, connector, own, shown, **rest)
+    if getattr(connector, "takes_grid", False):
+        return shares.gather(features, connector.rows_of(grid))
+    each = own.size(0) // features.size(0)  # that become one row
+    return shares.gather(features, [count // each for count in counts])
 
 
 def _encode_packed(

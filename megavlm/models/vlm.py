@@ -25,9 +25,11 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.positions import positions_of
 from megavlm.data.spans import spans_of
 from megavlm.layers.cross import tell_pictures
-from megavlm.models.front import build_front, encode, replicated
+from megavlm.layers.segments import context_split
+from megavlm.models.front import build_front, encode, encode_shared, replicated
 from megavlm.models.fusion import BESIDE, FEATURES, Extras, Fusion, build_fusion
 from megavlm.models.streams import PictureStream, Streams, cut_for_ranks, one_after_the_other
+from megavlm.parallel.context import ContextSplit
 from megavlm.parallel.replicas import mark_everywhere, mark_on_all_stages
 
 
@@ -60,6 +62,7 @@ class VisionLanguageModel(MegatronModule):
         )
         super().__init__(config=language.config)
         self.settings = model
+        self._experts = any(model.language.expert_layers)
         self.image_size = model.vision.image_size
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
@@ -124,11 +127,12 @@ class VisionLanguageModel(MegatronModule):
         image_weight: Tensor | None = None,
         image_grid: Tensor | None = None,
         view_features: Tensor | None = None,
+        segment_sources: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
         Args:
-            tokens: [1, S] int64.
+            tokens: [1, S] int64, all of the pack on every rank; S is CP times smaller in what follows.
             position_ids: [1, S] int64, from 0 in each segment; or [1, 3, S] (``own_positions``). Rotary angles go by
                 those in ``packed_seq_params``.
             packed_seq_params: segment borders, for every stage.
@@ -142,6 +146,8 @@ class VisionLanguageModel(MegatronModule):
             image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
                 have sizes of their own. Every chunk needs it where layers attend to pictures.
             view_features: first chunk: [Q, N, E] features instead of ``images``, where others have encoded these.
+            segment_sources: [G] int64, for every stage: -1 for a segment of padding, which routers of experts do not
+                count; None where there is none.
 
         Returns:
             Last chunk: [1, S] loss per position, or [1, S, V / TP] logits without labels. Else [S, 1, E]
@@ -154,8 +160,9 @@ class VisionLanguageModel(MegatronModule):
             image_features = self.arranged(view_features, image_index, image_weight)
         if self.fusion is not None:
             decoder_input, beside, extras = self._fused(
-                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid
-            )
+                self.fusion, tokens, position_ids, images, image_features, image_index, image_weight, image_grid,
+                context_split(packed_seq_params),
+            )  # fmt: skip
         elif self._received is not None:
             hidden, beside = self.streams.split(
                 self._received, self.rows_beside(image_grid, learns=torch.is_grad_enabled())
@@ -172,8 +179,20 @@ class VisionLanguageModel(MegatronModule):
             extra_block_kwargs=extras
             if beside is None or not self.streams.taken
             else {"context": beside, **(extras or {})},
+            **self._padding(packed_seq_params, segment_sources, tokens.size(1)),
         )
         return output if self.post_process else self.streams.join(output, beside)
+
+    def _padding(self, packed: PackedSeqParams, segment_sources: Tensor | None, length: int) -> dict[str, Tensor]:
+        """Return [1, S] where there is padding (S / TP with sequence parallelism), for layers with experts alone."""
+        if segment_sources is None or not self._experts:
+            return {}
+        lengths = packed.cu_seqlens_q.diff().long()
+        mask_1S = torch.repeat_interleave(segment_sources < 0, lengths, output_size=length)[None]
+        if self.config.sequence_parallel:
+            group = mpu.get_tensor_model_parallel_group()
+            mask_1S = mask_1S.chunk(group.size(), dim=1)[group.rank()]
+        return {"padding_mask": mask_1S}
 
     def _fused(
         self,
@@ -185,8 +204,11 @@ class VisionLanguageModel(MegatronModule):
         image_index: Tensor | None,
         image_weight: Tensor | None,
         image_grid: Tensor | None,
+        split: ContextSplit | None,
     ) -> tuple[Tensor, Tensor | None, Extras]:
         """Return the first layer's input [S, 1, E] (S / TP with sequence parallelism), and what the layers get with it.
+
+        Of a pack that context-parallel ranks share, it is cut here: all of them embed and fuse all of it.
 
         That is [R * S, 1, E], what goes beside the stream, and arguments of this chunk's block.
 
@@ -194,9 +216,17 @@ class VisionLanguageModel(MegatronModule):
         """
         embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         empty = image_features is None and (images is None or images.size(0) == 0)
-        if image_features is None and (features_QNE := self.encode_images(images, image_grid)) is not None:
+        if (
+            image_features is None
+            and (features_QNE := self.encode_images(images, image_grid, shared=split is not None)) is not None
+        ):
             image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
         fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
+        if split is not None:
+            rows = split.own_rows(fused_S1E.device)
+            fused_S1E = fused_S1E.index_select(0, rows)
+            if extras is not None and BESIDE in extras:
+                extras = {**extras, BESIDE: extras[BESIDE].index_select(0, rows)}
         if self.config.sequence_parallel:
             fused_S1E = scatter_to_sequence_parallel_region(fused_S1E)
         if torch.is_grad_enabled() and not fused_S1E.requires_grad:
@@ -212,7 +242,9 @@ class VisionLanguageModel(MegatronModule):
         beside = one_after_the_other(extras[BESIDE], width, sequence_parallel=shared)
         return fused_S1E, beside, {name: value for name, value in extras.items() if name != BESIDE} or None
 
-    def encode_images(self, images: Tensor | None, grid: Tensor | None = None) -> Tensor | None:
+    def encode_images(
+        self, images: Tensor | None, grid: Tensor | None = None, *, shared: bool = False
+    ) -> Tensor | None:
         """Return [Q, N, E] features of ``images``, or None where there are none and none are needed.
 
         With the ``grid`` of pictures that have sizes of their own, they are [Q, 1, E], one picture after the other.
@@ -220,6 +252,8 @@ class VisionLanguageModel(MegatronModule):
         For a training micro-batch without images, one empty picture stands in wherever tower or connector
         learn; :meth:`forward` gives it no weight. Gradients are then zero rather than missing: overlapped gradient
         reduction would wait for missing ones forever.
+
+        With ``shared``, context-parallel ranks, which all call this with the same pictures, encode a part of them each.
         """
         assert self.vision is not None and self.connector is not None
         missing = images is None or images.size(0) == 0
@@ -233,7 +267,8 @@ class VisionLanguageModel(MegatronModule):
         assert images is not None
         # An empty picture is the same on all ranks, and its features go nowhere: nothing to share out.
         replicas = frozenset[str]() if missing else self.replicas
-        return encode(self.vision, self.connector, images, grid, trains_vision=trains_vision, replicas=replicas)
+        work = encode_shared if shared and not missing else encode
+        return work(self.vision, self.connector, images, grid, trains_vision=trains_vision, replicas=replicas)
 
     def _empty_picture(self) -> tuple[Tensor, Tensor | None]:
         """Return the pixels of the picture that stands in where there are none, and its grid if it has one."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megavlm import garbage
 from megavlm.config.errors import RecipeError
 from megavlm.parallel.peaks import peak_flops_of
 
@@ -47,6 +48,7 @@ def prepare_device() -> None:
     if has_cuda():
         _check_local_rank()
         _set_up_cuda()
+        garbage.as_usual()
         if not _has_compiler() and "megatron.core" not in sys.modules:
             from megavlm.parallel import cpu_layer  # noqa: PLC0415
 
@@ -59,6 +61,7 @@ def prepare_device() -> None:
     from megavlm.parallel import cpu_layer  # noqa: PLC0415  (patches torch when imported by a CPU process only)
 
     cpu_layer.install()
+    garbage.as_usual()
     _prepared = True
 
 

@@ -34,7 +34,7 @@ def run(
         requests: the same number on all ranks; several chunks take each in turn.
         step: see :data:`Step`. With ``backward``, what it makes of the output is (sum of losses, number of tokens,
             result), as Megatron-Core's per-token loss wants them.
-        length: S of every request, for the activations that go from stage to stage.
+        length: S of every request on each rank, for the activations that go from stage to stage.
         backward: also run backward; gradients are left in the buffers. The interleaved schedule then needs a multiple
             of the stages as requests, which the recipe's rules see to; forward-only work is filled up here.
 
@@ -62,7 +62,8 @@ def run(
             data_iterator=data if len(chunks) > 1 else data[0],
             model=list(chunks),
             num_microbatches=count + missing,
-            seq_length=length * (1 + _carried(chunks[0])) + beside,
+            # Megatron-Core divides by CP, and here it is divided already, or not at all.
+            seq_length=length * mpu.get_context_parallel_world_size() * (1 + _carried(chunks[0])) + beside,
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,

@@ -125,14 +125,17 @@ def mark_on_all_stages(module: nn.Module) -> None:
 
 
 class Shares:
-    """The pictures of a micro-batch, cut over the tensor-parallel ranks in runs that are as equal as can be.
+    """The pictures of a micro-batch, cut over the ranks of a group in runs that are as equal as can be.
 
     Args:
         count: pictures; at least one.
+        group: the ranks; None for the tensor-parallel ones.
+        summed: each rank goes on with a part of what is gathered, so that gradients are summed over them. Else all go
+            on with all of it, and have the whole gradient.
     """
 
-    def __init__(self, count: int) -> None:
-        self.group = mpu.get_tensor_model_parallel_group()
+    def __init__(self, count: int, group: Any = None, *, summed: bool = False) -> None:
+        self.group, self.summed = group or mpu.get_tensor_model_parallel_group(), summed
         rank, ranks = self.group.rank(), self.group.size()
         self.sizes = [count // ranks + int(i < count % ranks) for i in range(ranks)]
         self.start, self.own = sum(self.sizes[:rank]), self.sizes[rank]
@@ -149,18 +152,20 @@ class Shares:
     def gather(self, share: Tensor) -> Tensor:
         """Return [P, N, W] of all pictures from what became of each rank's share."""
         # What became of an empty picture goes no further; its gradient is zero, and not missing.
-        return _Gather.apply(share[:, : self.own], self.sizes, self.group)
+        return _Gather.apply(share[:, : self.own], self.sizes, self.group, self.summed)
 
 
 class PackedShares:
-    """The pictures of a micro-batch that have sizes of their own, cut over the tensor-parallel ranks between pictures.
+    """The pictures of a micro-batch that have sizes of their own, cut over the ranks of a group between pictures.
 
     Args:
         counts: patches of each picture.
+        group: the ranks; None for the tensor-parallel ones.
+        summed: as of :class:`Shares`.
     """
 
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.group = mpu.get_tensor_model_parallel_group()
+    def __init__(self, counts: Sequence[int], group: Any = None, *, summed: bool = False) -> None:
+        self.group, self.summed = group or mpu.get_tensor_model_parallel_group(), summed
         rank, ranks = self.group.rank(), self.group.size()
         self.first, self.owners = counts[0], picture_owners(counts, ranks)
         owners, self.sizes = self.owners, self._summed(counts)
@@ -192,7 +197,7 @@ class PackedShares:
         """
         sizes = self._summed(rows)
         own_1QW = share.transpose(0, 1)[:, : sizes[self.group.rank()]]
-        return _Gather.apply(own_1QW, sizes, self.group).transpose(0, 1)
+        return _Gather.apply(own_1QW, sizes, self.group, self.summed).transpose(0, 1)
 
     def _summed(self, numbers: Sequence[int]) -> list[int]:
         """Return the sum of each rank's pictures' numbers."""
@@ -204,13 +209,14 @@ class PackedShares:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
+    def forward(ctx: Any, share: Tensor, sizes: Sequence[int], group: Any, summed: bool) -> Tensor:
+        ctx.sizes, ctx.group, ctx.summed = sizes, group, summed
         return _all_gather(share, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _slice(grad, ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        work = _reduce_scatter if ctx.summed else _slice
+        return work(grad, ctx.sizes, ctx.group), None, None, None
 
 
 class _Take(torch.autograd.Function):
@@ -238,6 +244,16 @@ def _all_gather(share: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
         parts = [all_nPW[i * most : i * most + size] for i, size in enumerate(sizes)]
         all_nPW = torch.cat(parts)
     return all_nPW.transpose(0, 1).contiguous()
+
+
+def _reduce_scatter(whole: Tensor, sizes: Sequence[int], group: Any) -> Tensor:
+    """[P, sum of sizes, W] of each rank to the sum of this one's [P, n, W]."""
+    most = max(sizes)
+    parts = whole.transpose(0, 1).split(list(sizes))
+    sent_nPW = torch.cat([F.pad(part, (0, 0, 0, 0, 0, most - part.size(0))) for part in parts])
+    own_nPW = sent_nPW.new_empty(most, *sent_nPW.shape[1:])
+    dist.reduce_scatter_tensor(own_nPW, sent_nPW, group=group)
+    return own_nPW[: sizes[group.rank()]].transpose(0, 1).contiguous()
 
 
 def sum_gradients(chunks: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,9 +51,13 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_ranks,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=True,
         )
+        replica_group()
         adam.install()
         multi_tensor.install()
         wgrad.install()
@@ -66,8 +71,46 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
 
 
 def is_reader() -> bool:
-    """Whether this rank reads data: tensor rank 0 of the first pipeline stage, once per data-parallel rank."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and mpu.is_pipeline_first_stage(ignore_virtual=True)
+    """Whether this rank reads data: the first rank of the first pipeline stage, once per data-parallel rank."""
+    return (
+        mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_context_parallel_rank() == 0
+        and mpu.is_pipeline_first_stage(ignore_virtual=True)
+    )
+
+
+_replica: tuple[Any, int, Any] | None = None
+"""The job's group, the number of its replicas, and the group of this rank's."""
+
+
+def replica_group() -> Any:
+    """Return the group of this data-parallel replica: all TP x CP x PP ranks. A collective over the job at CP > 1."""
+    global _replica
+    if mpu.get_context_parallel_world_size() == 1:
+        return mpu.get_model_parallel_group()
+    world, replicas = dist.group.WORLD, mpu.get_data_parallel_world_size()
+    if _replica is None or _replica[:2] != (world, replicas):
+        # Megatron-Core has no such group; it counts ranks by tensor, context, data, then pipeline.
+        ranks, stages = dist.get_world_size(), mpu.get_pipeline_model_parallel_world_size()
+        width = ranks // replicas // stages
+        groups = []
+        for replica in range(replicas):
+            firsts = [width * (replica + replicas * stage) for stage in range(stages)]
+            groups.append(dist.new_group([first + index for first in firsts for index in range(width)]))
+        _replica = world, replicas, groups[mpu.get_data_parallel_rank()]
+    return _replica[2]
+
+
+def stage_group() -> Any:
+    """Return the group of the ranks of this stage of this replica: TP x CP."""
+    if mpu.get_context_parallel_world_size() == 1:
+        return mpu.get_tensor_model_parallel_group()
+    return mpu.get_tensor_and_context_parallel_group()
+
+
+def data_group() -> Any:
+    """Return the group over which losses and counts of positions are summed: DP x CP."""
+    return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
 def is_first_stage() -> bool:

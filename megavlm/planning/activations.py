@@ -16,6 +16,7 @@ from typing import Any
 
 from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, features_of, final_norm_kept
 from megavlm.config.schema import Recipe
+from megavlm.planning.experts import kinds_of
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import Seen, seen_by_layers, share
 
@@ -91,12 +92,15 @@ def language_kept(
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
         return units * stream + beside + cost.shared_kept(language, tokens)
-    layer = cost.layer_kept(language, layout, tokens, kernels, learns=learns)
+    kinds = kinds_of(recipe, chunk)
+    layers = sum(n * cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind, n in kinds.items())
     if parallel.recompute_granularity == "selective":
-        layer -= cost.attention_kept(language, layout, tokens, kernels, learns=learns)
+        layers -= chunk.layers * cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
-        layer += cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
-    return (chunk.layers - chunk.crossed) * layer + chunk.crossed * crossed + beside
+        layers += chunk.layers * cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
+    # Of those that attend to pictures, what they keep instead.
+    layers += chunk.crossed * (crossed - cost.layer_kept(language, layout, tokens, kernels, learns=learns))
+    return layers + beside
 
 
 def vision_kept(recipe: Recipe, layout: Layout, images: Seen, kernels: Kernels) -> int:
@@ -124,8 +128,10 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
     wide, stream = tokens * hidden * b, local * hidden * b
     kept = language_kept(recipe, layout, chunk, tokens, kernels, images)
     vision = output = 0
-    forward, backward, gathered = cost.layer_passing(language, lora, layout, tokens, kernels, learns=learns)
-    layer = cost.layer_kept(language, layout, tokens, kernels, learns=learns)
+    kinds = set(kinds_of(recipe, chunk)) or {language}
+    passing = [cost.layer_passing(kind, lora, layout, tokens, kernels, learns=learns) for kind in kinds]
+    forward, backward, gathered = (max(column) for column in zip(*passing, strict=True))
+    layer = max(cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind in kinds)
     if lora.rank is not None:
         layer += cost.adapters_kept(language, lora, layout, tokens, kernels)
     if recipe.parallel.recompute_granularity == "full":
@@ -155,10 +161,12 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
         # The tower comes before, and its backward pass after, what the language layers keep.
         tower, (ranks, seen) = cost_of(recipe.model, "vision"), share(recipe.model, "vision", layout, images)
         trains_vision = not recipe.modules.vision.freeze
-        passing = int(tower.passing(recipe.model.vision, ranks, seen, kernels, learns=trains_vision))
+        most = int(tower.passing(recipe.model.vision, ranks, seen, kernels, learns=trains_vision))
         rebuilt = int(tower.rebuilt(recipe.model.vision, ranks, seen, kernels)) if trains_vision else 0
-        forward = max(forward, passing - kept - output - (vision if recipe.modules.vision.freeze else 0))
+        forward = max(forward, most - kept - output - (vision if recipe.modules.vision.freeze else 0))
         backward = max(backward, rebuilt - kept - output)
     if chunk.first and (learns or lora.train_embeddings):  # the embedding's gradient
-        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + wide - kept - output)
+        # All of the pack is embedded on each context-parallel rank.
+        embedded = wide * layout.context
+        backward = max(backward, cost.vocabulary(language, tp) // tp * hidden * b + embedded - kept - output)
     return Held(language=kept, vision=vision, output=output, forward=forward, backward=backward)

@@ -9,9 +9,10 @@ twice.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, attended_squares, cost_of, crossed_work, decoder_cost
+from megavlm.architectures.cost import Pictures, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
 from megavlm.config.architecture import own_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
@@ -38,9 +39,9 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
     Raises:
         NoCostError: its architecture has no cost.
     """
-    layers = (language.num_layers - len(language.cross_layers)) * decoder_cost(language).layer_work(
-        language, tokens, squared_lengths
-    ).total
+    cost, crossed = decoder_cost(language), set(language.cross_layers)
+    kinds = Counter(kind for number, kind in enumerate(layer_kinds(language)) if number not in crossed)
+    layers = sum(count * cost.layer_work(kind, tokens, squared_lengths).total for kind, count in kinds.items())
     return int(layers) + 2 * tokens * language.hidden_size * language.output_rows
 
 

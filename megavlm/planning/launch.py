@@ -17,6 +17,7 @@ KEYS = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "num_layers_in_first_pipeline_stage",
+    "context_parallel_size",
     "sequence_parallel",
     "use_distributed_optimizer",
     "overlap_grad_reduce",

@@ -26,6 +26,8 @@ class Chunk:
     """It holds the final norm and the output layer."""
     apart: bool = False
     """Tower and connector lie on all ranks (``parallel.vision_placement``), and in no chunk."""
+    begin: int = 0
+    """Number of its first language layer."""
     crossed: int = 0
     """Of the layers, those that attend to pictures."""
     features_go_on: bool = False
@@ -54,11 +56,27 @@ class Layout:
     """Tower and connector lie on every rank, and each encodes its share of a step's pictures."""
     together: bool = False
     """With ``apart``: they are cut over the tensor-parallel ranks of a stage, which encode the same pictures."""
+    context: int = 1
+    """Ranks that share each pack (CP)."""
+    experts: int = 1
+    """Ranks that share out the experts of a layer (EP)."""
+    expert_tensor: int = 1
+    """Ranks that share each of them."""
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(self.gpus // (self.pipeline * self.experts * self.expert_tensor), 1)
 
     @property
     def ranks(self) -> int:
         """Ranks of a replica."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold the same weights, sum their gradients and share the optimizer: DP x CP."""
+        return self.data * self.context
 
     @property
     def places(self) -> int:
@@ -73,7 +91,7 @@ class Layout:
     @property
     def gpus(self) -> int:
         """Processes, one on each GPU."""
-        return self.tensor * self.pipeline * self.data
+        return self.ranks * self.data
 
     def chunks_of(self, stage: int) -> tuple[Chunk, ...]:
         """Return the chunks of a pipeline stage."""
@@ -91,8 +109,13 @@ class Layout:
 
     @property
     def data_ranks_per_node(self) -> int:
-        """Ranks of one data-parallel group in one node: those groups lie between tensor and pipeline."""
-        return min(max(GPUS_PER_NODE // self.tensor, 1), self.data)
+        """Ranks of those that share weights in one node: these groups lie between tensor and pipeline."""
+        return min(max(GPUS_PER_NODE // self.tensor, 1), self.shards)
+
+    @property
+    def context_in_node(self) -> bool:
+        """Whether ranks that share a pack lie in one node: they lie next to the tensor-parallel ones."""
+        return self.tensor * self.context <= GPUS_PER_NODE
 
 
 def stage_layers(recipe: Recipe) -> list[int]:
@@ -111,7 +134,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
-    data, crossing = gpus // (tp * pp), recipe.model.language.cross_layers
+    data, crossing = gpus // (tp * pp * parallel.context_parallel_size), recipe.model.language.cross_layers
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -123,16 +146,20 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
             Chunk(
                 index,
                 layers,
-                first=index == 0,
-                last=index == len(chunks) - 1,
-                apart=apart,
+                index == 0,
+                index == len(chunks) - 1,
+                apart,
+                begin=sum(chunks[:index]),
                 crossed=sum(sum(chunks[:index]) <= one < sum(chunks[: index + 1]) for one in crossing),
                 features_go_on=any(one >= sum(chunks[:index]) for one in crossing),
             )
             for index, layers in enumerate(chunks)
         ),
+        experts=parallel.expert_model_parallel_size,
+        expert_tensor=parallel.expert_tensor_ranks,
         apart=apart,
         together=apart and parallel.vision_shards == "tensor" and tp > 1,
+        context=parallel.context_parallel_size,
     )
 
 

@@ -58,7 +58,8 @@ def usable_bytes(gpu: Gpu) -> float:
 
 def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> StageMemory:
     """Return the bytes of a rank of ``stage`` at the peak of a step, with the heaviest pack in every micro-batch."""
-    static = static_bytes(recipe, layout, stage)
+    static, whole = static_bytes(recipe, layout, stage), workload
+    workload = workload.of_rank(layout.context)
     held = [held_by(recipe, layout, chunk, workload.tokens, workload.most_views) for chunk in layout.chunks_of(stage)]
     count, passing = _peak(layout, stage, held)
     language = sum(n * chunk.language for n, chunk in zip(count, held, strict=True))
@@ -78,7 +79,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: int, workload: Workload)
         activations=language,
         vision=vision,
         output=output,
-        buffers=_buffers(recipe, layout, stage, workload) + passing,
+        buffers=_buffers(recipe, layout, stage, workload, whole) + passing,
     )
 
 
@@ -104,15 +105,18 @@ def _peak(layout: Layout, stage: int, held: list[Held]) -> tuple[list[int], int]
     return best[1:]
 
 
-def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload) -> int:
-    """Return what is there all the time beside weights and activations."""
+def _buffers(recipe: Recipe, layout: Layout, stage: int, workload: Workload, whole: Workload) -> int:
+    """Return what is there all the time beside weights and activations.
+
+    ``workload`` is this rank's part of the ``whole`` pack, of which all get tokens and pixels.
+    """
     vision, b = recipe.model.vision, kernels_of(recipe).number_bytes
     # Tokens, labels, positions and sources of every micro-batch, int64.
-    total = layout.microbatches * workload.tokens * 4 * 8
+    total = layout.microbatches * whole.tokens * 4 * 8
     if layout.apart:
         total += vision_bytes(recipe, layout, stage, workload.views, workload.most_views).pixels
     elif stage == 0:
-        total += round(layout.microbatches * workload.views * vision.pixel_bytes)
+        total += round(layout.microbatches * whole.views * vision.pixel_bytes)
     if kernels_of(recipe).fp8 and not engine_key(recipe, "fp8_param_gather"):
         # FP8 copies of the layers' weights and of their transposes, made once a step.
         language = recipe.model.language

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megavlm.architectures.cost import cost_of, decoder_cost, final_parameters
+from megavlm.architectures.cost import cost_of, decoder_cost, expert_parameters, final_parameters, layer_kinds
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
@@ -27,9 +28,17 @@ _BUCKET_ALIGNMENT = 128
 """The end of a bucket is aligned to a multiple of this and of the data-parallel size."""
 
 
-_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, int, bool, bool, bool, int]
-"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes, and how many of
-its layers attend to pictures."""
+_Kind = tuple[ModelConfig, LoraConfig, tuple[bool, bool, bool], int, "Layers", bool, bool, bool]
+"""What a chunk's parameters depend on: model, what learns, TP, layers, first, last, whether it encodes."""
+
+
+class Layers(NamedTuple):
+    """The language layers of a chunk, and over how many ranks their experts lie."""
+
+    first: int = 0
+    count: int = 0
+    experts: int = 1
+    expert_tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class ChunkParameter:
     learns: bool
     quantised: bool = False
     """Kept in 4 bits, with two levels of scales."""
+    spread: bool = False
+    """An expert's, with expert parallelism: other ranks hold the same of it than of the rest."""
 
 
 def check_costs(model: ModelConfig) -> None:
@@ -62,17 +73,8 @@ def chunk_parameters(recipe: Recipe, layout: Layout, chunk: Chunk) -> tuple[Chun
 def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     modules = recipe.modules
     learns = (not modules.vision.freeze, not modules.connector.freeze, not modules.language.freeze)
-    return (
-        recipe.model,
-        recipe.lora,
-        learns,
-        layout.tensor,
-        chunk.layers,
-        chunk.first,
-        chunk.last,
-        chunk.encodes,
-        chunk.crossed,
-    )
+    layers = Layers(chunk.begin, chunk.layers, layout.experts, layout.expert_tensor)
+    return recipe.model, recipe.lora, learns, layout.tensor, layers, chunk.first, chunk.last, chunk.encodes
 
 
 # A search asks for the same chunks over and over.
@@ -82,11 +84,10 @@ def _chunk_parameters(
     lora: LoraConfig,
     learns: tuple[bool, bool, bool],
     tp: int,
-    layers: int,
+    layers: Layers,
     first: bool,
     last: bool,
     encodes: bool,
-    crossed: int,
 ) -> tuple[ChunkParameter, ...]:
     language, cost = model.language, decoder_cost(model.language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
@@ -98,9 +99,17 @@ def _chunk_parameters(
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    shapes = cost.layer_parameters(language, tp) * (layers - crossed)
-    if crossed:
-        shapes += cost.cross_parameters(language, tp) * crossed
+    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.count]
+    kinds = [kind for _, kind in numbered]
+    experts = [ChunkParameter("language", one, learns[2] and lora.rank is None, spread=layers.experts > 1)
+               for kind in kinds for one in expert_parameters(kind, layers.experts, layers.expert_tensor)]  # fmt: skip
+    found += experts
+    crossed = set(language.cross_layers)
+    shapes = [
+        one
+        for number, kind in numbered
+        for one in (cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp))
+    ]
     if first:
         shapes.append(table)
     if last:
@@ -110,19 +119,19 @@ def _chunk_parameters(
             shapes.append(table)
     if lora.rank is None:
         return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
-    return (*found, *_with_adapters(language, lora, tp, layers, first, last))
+    return (*found, *_with_adapters(language, lora, tp, kinds, first, last))
 
 
 def _with_adapters(
-    language: LanguageConfig, lora: LoraConfig, tp: int, layers: int, first: bool, last: bool
+    language: LanguageConfig, lora: LoraConfig, tp: int, kinds: Sequence[LanguageConfig], first: bool, last: bool
 ) -> Iterator[ChunkParameter]:
     """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
     cost = decoder_cost(language)
     table = cost.vocabulary(language, tp) // tp * language.hidden_size
     linears = cost.linear_parameters(language, tp)
-    for elements in cost.layer_parameters(language, tp) * layers:
+    for elements in (one for kind in kinds for one in cost.layer_parameters(kind, tp)):
         yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
-    for elements in cost.adapter_parameters(language, lora, tp) * layers:
+    for elements in cost.adapter_parameters(language, lora, tp) * len(kinds):
         yield ChunkParameter("language", elements, True)
     if first:
         yield ChunkParameter("language", table, lora.train_embeddings)
@@ -134,21 +143,22 @@ def _with_adapters(
 
 
 @functools.lru_cache(maxsize=4096)
-def _elements(kind: _Kind, data: int) -> tuple[int, int, int]:
+def _elements(kind: _Kind, data: int, *, spread: bool = False) -> tuple[int, int, int]:
     """Return frozen elements, learning ones, and those of the buffer that holds the learning ones.
 
-    ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none.
+    ``data`` is the data-parallel size for the distributed optimizer's padding, or 0 for none. ``spread``: of experts
+    that other ranks share, which have a buffer of their own, or of all else.
     """
-    parameters = _chunk_parameters(*kind)
+    parameters = [parameter for parameter in _chunk_parameters(*kind) if parameter.spread == spread]
     sizes = [parameter.elements for parameter in parameters if parameter.learns]
     learning = sum(sizes)
     frozen = sum(parameter.elements for parameter in parameters) - learning
     return frozen, learning, buffer_elements(sizes, data) if data else learning
 
 
-def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk) -> int:
-    """Return the elements of a chunk that learn, on one tensor-parallel rank."""
-    return _elements(_kind(recipe, layout, chunk), 0)[1]
+def learning_elements(recipe: Recipe, layout: Layout, chunk: Chunk, *, spread: bool = False) -> int:
+    """Return the elements of a chunk that learn, on one tensor-parallel rank; ``spread``: of its experts, with EP."""
+    return _elements(_kind(recipe, layout, chunk), 0, spread=spread)[1]
 
 
 def replicated_elements(recipe: Recipe, layout: Layout) -> int:
@@ -166,7 +176,7 @@ def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
         return 0, 0, 0
     model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
     whole = _chunk_parameters(
-        model, LoraConfig(), learns, layout.tensor if layout.together else 1, 0, True, False, True, 0
+        model, LoraConfig(), learns, layout.tensor if layout.together else 1, Layers(), True, False, True
     )
     found = [parameter for parameter in whole if parameter.module != "language"]
     sizes = [parameter.elements for parameter in found if parameter.learns]
@@ -188,15 +198,22 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
 
     As Megatron-Core keeps them: weights in the compute type; fp32 gradients of what learns, in buffers that the
     distributed optimizer pads; AdamW's two moments and, in bf16, the master weights in fp32, which the distributed
-    optimizer spreads over the data-parallel ranks.
+    optimizer spreads over the data- and context-parallel ranks.
     """
     parallel = recipe.parallel
     half = recipe.training.precision != "fp32"
     weight = 2 if half else 4
-    ranks = layout.data if parallel.use_distributed_optimizer else 1
-    padded_for = layout.data if parallel.use_distributed_optimizer else 0
+    ranks = layout.shards if parallel.use_distributed_optimizer else 1
+    padded_for = layout.shards if parallel.use_distributed_optimizer else 0
     chunks = [_elements(_kind(recipe, layout, chunk), padded_for) for chunk in layout.chunks_of(stage)]
     frozen, learning, buffer = (sum(column) for column in zip(*chunks, strict=True))
+    expert_ranks = layout.expert_data if parallel.use_distributed_optimizer else 1
+    experts = [
+        _elements(_kind(recipe, layout, chunk), padded_for and expert_ranks, spread=True)
+        for chunk in layout.chunks_of(stage)
+    ]
+    frozen_experts, learning_experts, expert_buffer = (sum(column) for column in zip(*experts, strict=True))
+    frozen, buffer = frozen + frozen_experts, buffer + expert_buffer
     per_element = 12 if half else 8
     packed = sum(
         parameter.elements
@@ -208,7 +225,9 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     return StaticBytes(
         weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),
         gradients=4 * (buffer + own),
-        optimizer=per_element * learning // ranks + per_element * trained // layout.vision_data,
+        optimizer=per_element * learning // ranks
+        + per_element * learning_experts // expert_ranks
+        + per_element * trained // layout.vision_data,
     )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from megavlm.config import yaml12
 from megavlm.planning.gpus import GIB, GPUS, HEADROOM, Efficiency, Gpu
 from megavlm.planning.launch import overrides
-from megavlm.planning.layout import GPUS_PER_NODE
+from megavlm.planning.layout import GPUS_PER_NODE, Layout
 from megavlm.planning.memory import StageMemory
 from megavlm.planning.placement import Placements
-from megavlm.planning.search import Plan, Search
+from megavlm.planning.search import Plan, Refusal, Search
 from megavlm.planning.workload import Workload
 
 
@@ -65,6 +65,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "overrides": overrides(plan),
         "data_parallel_size": layout.data,
+        "context_parallel_size": layout.context,
         "microbatches": layout.microbatches,
         "layers_per_stage": list(layout.layers_per_stage),
         "memory": [{**asdict(memory), "total": memory.total} for memory in plan.memory],
@@ -105,7 +106,7 @@ def as_text(report: PlanPage) -> str:
         lines += ["  " + " \\\n      ".join(report.command)]
     if found.refusals:
         lines += ["", f"Refused (of {found.tried} layouts looked at, sizes of which none is left):"]
-        lines += [f"  TP {refusal.tensor} x PP {refusal.pipeline}: {refusal.reason}" for refusal in found.refusals]
+        lines += [f"  {_sizes(refusal)}: {refusal.reason}" for refusal in found.refusals]
     return "\n".join(lines)
 
 
@@ -123,14 +124,14 @@ def _measured(gpu: Gpu) -> list[str]:
 
 
 def _table(plans: tuple[Plan, ...]) -> list[str]:
-    rows = [["", "TP", "PP", "VPP", "DP", "layers per stage", "recompute", "fullest", "bubble", "step", "MFU"]]
+    rows = [["", "TP", "CP", "PP", "VPP", "DP", "layers per stage", "recompute", "fullest", "bubble", "step", "MFU"]]
     rows[0] += ["days", "GPU-hours"]
     for number, plan in enumerate(plans):
         layout, time = plan.layout, plan.time
         rows.append(
             [
                 "*" if number == 0 else "",
-                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual, layout.data)),
+                *_cells(layout),
                 _layers(layout.layers_per_stage),
                 plan.recipe.parallel.recompute_granularity or "-",
                 f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
@@ -144,13 +145,29 @@ def _table(plans: tuple[Plan, ...]) -> list[str]:
     return _aligned(rows)
 
 
+def _sizes(of: Layout | Refusal) -> str:
+    """Return TP 2 x CP 2 x PP 4, say; without CP where it is 1."""
+    return f"TP {of.tensor}{f' x CP {of.context}' if of.context > 1 else ''} x PP {of.pipeline}"
+
+
+def _cells(layout: Layout) -> list[str]:
+    sizes = (
+        layout.tensor,
+        layout.context if layout.context > 1 else None,
+        layout.pipeline,
+        layout.virtual,
+        layout.data,
+    )
+    return [str(value or "-") for value in sizes]
+
+
 def _both(placements: Placements) -> list[tuple[str, Plan | str]]:
     return [("first_stage", placements.first_stage), ("all_ranks", placements.all_ranks)]
 
 
 def _placements(placements: Placements) -> list[str]:
     """Say what either placement of the tower gives."""
-    rows = [["", "TP", "PP", "VPP", "DP", "layers per stage", "fullest", "bubble", "encoding", "step"]]
+    rows = [["", "TP", "CP", "PP", "VPP", "DP", "layers per stage", "fullest", "bubble", "encoding", "step"]]
     refused = []
     for name, plan in _both(placements):
         if isinstance(plan, str):
@@ -160,7 +177,7 @@ def _placements(placements: Placements) -> list[str]:
         rows.append(
             [
                 name,
-                *(str(value or "-") for value in (layout.tensor, layout.pipeline, layout.virtual, layout.data)),
+                *_cells(layout),
                 _layers(layout.layers_per_stage),
                 f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
                 f"{100 * time.bubble:.1f} %",
@@ -181,6 +198,9 @@ def _layers(stages: tuple[int, ...]) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
+    if "CP" in rows[0] and all(row[rows[0].index("CP")] == "-" for row in rows[1:]):  # in none of them
+        column = rows[0].index("CP")
+        rows = [row[:column] + row[column + 1 :] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -195,7 +215,7 @@ def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
             rows.append(_stage_row(str(stage), layout.layers_per_stage[stage], memory, time.stage_seconds[stage]))
     free = gpu.memory_bytes - max(memory.total for memory in plan.memory)
     return [
-        f"Chosen (*): TP {layout.tensor} x PP {layout.pipeline}"
+        f"Chosen (*): {_sizes(layout)}"
         + (f" x VPP {layout.virtual}" if layout.virtual else "")
         + f" x DP {layout.data}, {layout.microbatches} micro-batches a step; GiB at the peak of a rank of each stage:",
         *_aligned(rows),
@@ -222,7 +242,7 @@ def _own(own: Plan | str, best: Plan) -> str:
     virtual = f" x VPP {layout.virtual}" if layout.virtual else ""
     slower = 100 * (own.time.step / best.time.step - 1)
     return (
-        f"The recipe's own layout: TP {layout.tensor} x PP {layout.pipeline}{virtual} x DP {layout.data},"
+        f"The recipe's own layout: {_sizes(layout)}{virtual} x DP {layout.data},"
         f" layers {_layers(layout.layers_per_stage)}: {own.time.step:.3g} s a step ({slower:+.0f} %),"
         f" fullest stage {max(memory.total for memory in own.memory) / GIB:.1f} GiB."
     )

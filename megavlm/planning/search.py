@@ -10,14 +10,19 @@ from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.config.schema import Recipe
 from megavlm.planning.activations import kernels_of
+from megavlm.planning.experts import expert_layouts
 from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
 from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
-from megavlm.planning.timing import StepTime, Timer
+from megavlm.planning.times import StepTime
+from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 
 _RECOMPUTE = (None, "selective", "full")
+_CONTEXTS = (1, 2, 4, 8, 16)
+_LEAST_PIECE = 8192
+"""Tokens of a rank below which packs are not cut: their other ways of being spread cost less."""
 _SIMULATED = 10
 """Of so many layouts the whole step is simulated in the end."""
 _UNEVEN = 2.0
@@ -59,6 +64,7 @@ class Refusal:
     tensor: int
     pipeline: int
     reason: str
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Search:
     """What came out."""
 
     plans: tuple[Plan, ...]
-    """The best of each TP x PP x VPP, fastest first."""
+    """The best of each TP x CP x PP x VPP, fastest first."""
     refusals: tuple[Refusal, ...]
     """Sizes of which no layout is left."""
     tried: int
@@ -91,7 +97,7 @@ def search(
     """Look for the fastest layout of a recipe on ``gpus`` GPUs.
 
     TP stays inside a node. The layers of the first stage are varied to weigh against the tower. Of layouts with the
-    same TP, PP and VPP only the fastest is listed. ``among`` are the TP and PP to try, where not all are.
+    same TP, CP, PP and VPP only the fastest is listed. ``among`` are the TP and PP to try, where not all are.
 
     Raises:
         RecipeError: the recipe is wrong whatever the layout, or its model has parts that the planner does not know.
@@ -100,15 +106,15 @@ def search(
     if kernels_of(recipe).fp8 and gpu.fp8_flops is None:
         raise RecipeError(f"engine.fp8: {gpu.name} has no FP8; set it to null, or plan for an H100 or H200")
     check_recipe(with_parallel(recipe, **_ONE))
-    best: dict[tuple[int, int, int | None], Plan] = {}
+    best: dict[tuple[int, int, int, int | None], Plan] = {}
     refusals: list[Refusal] = []
     tried = 0
-    for tp, pp in _sizes(recipe, gpus):
+    for tp, cp, pp in _sizes(recipe, gpus):
         if among is not None and (tp, pp) not in among:
             continue
         reasons: list[tuple[float, str]] = []
         possible: list[tuple[float, _Candidate]] = []
-        for values in _values(recipe, gpus, tp, pp):
+        for values in _values(recipe, gpus, tp, cp, pp):
             tried += 1
             candidate = _try(recipe, gpus, gpu, workload, values)
             if isinstance(candidate, _Candidate):
@@ -116,10 +122,10 @@ def search(
             else:
                 reasons.append(candidate)
         if not possible:
-            refusals.append(Refusal(tp, pp, min(reasons)[1]))
+            refusals.append(Refusal(tp, pp, min(reasons)[1], cp))
         # The most promising first: most of the others need no simulation then.
         for least, candidate in sorted(possible, key=lambda pair: pair[0]):
-            key = (tp, pp, candidate.layout.virtual)
+            key = (tp, cp, pp, candidate.layout.virtual)
             if key in best and least >= best[key].time.step:
                 continue
             plan = Plan(candidate.recipe, candidate.layout, candidate.memory, candidate.timer.step(whole=False))
@@ -136,23 +142,37 @@ _ONE: dict[str, Any] = {
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
     "num_layers_in_first_pipeline_stage": None,
+    "context_parallel_size": 1,
+    "cp_comm_type": "p2p",
     "sequence_parallel": False,
     "recompute_granularity": None,
     "recompute_num_layers": None,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
 }
 
 
-def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int]]:
-    """Yield TP and PP that divide the GPUs."""
+def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int, int]]:
+    """Yield TP, CP and PP that divide the GPUs; with one placement of the tower, packs are never cut."""
+    most = recipe.data.sequence_length // _LEAST_PIECE if recipe.parallel.vision_placement == "first_stage" else 1
     for tp in (1, 2, 4, 8):
         if gpus % tp == 0 and tp <= GPUS_PER_NODE:
             for pp in range(1, min(gpus // tp, recipe.model.language.num_layers) + 1):
                 if gpus // tp % pp == 0:
-                    yield tp, pp
+                    yield from ((tp, cp, pp) for cp in _CONTEXTS if gpus // tp // pp % cp == 0 and cp <= max(most, 1))
 
 
-def _values(recipe: Recipe, gpus: int, tp: int, pp: int) -> Iterator[dict[str, Any]]:
-    """Yield the ``parallel`` values to try for a TP and a PP."""
+def _values(recipe: Recipe, gpus: int, tp: int, cp: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Yield the ``parallel`` values to try for a TP, a CP and a PP; with experts, for each EP."""
+    if cp > 1 and any(recipe.model.language.expert_layers):  # refused (config/context.py)
+        return
+    for spread in expert_layouts(recipe, gpus // pp):
+        for values in _values_without_experts(recipe, gpus, tp, cp, pp):
+            yield {**values, **spread}
+
+
+def _values_without_experts(recipe: Recipe, gpus: int, tp: int, cp: int, pp: int) -> Iterator[dict[str, Any]]:
+    """Yield the ``parallel`` values to try for a TP, a CP and a PP, but those of experts."""
     layers, data = recipe.model.language.num_layers, gpus // (tp * pp)
     firsts: list[int | None] = [None]
     virtuals: list[int | None] = [None]
@@ -172,6 +192,7 @@ def _values(recipe: Recipe, gpus: int, tp: int, pp: int) -> Iterator[dict[str, A
                 yield {
                     **_ONE,
                     "tensor_model_parallel_size": tp,
+                    "context_parallel_size": cp,
                     "pipeline_model_parallel_size": pp,
                     "virtual_pipeline_model_parallel_size": virtual,
                     "num_layers_in_first_pipeline_stage": first,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Work, attended_squares, cost_of, crossed_work, decoder_cost
+from megavlm.architectures.cost import Work, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
 from megavlm.config.schema import Recipe
-from megavlm.planning.flops import language_flops
 from megavlm.planning.layout import Chunk, Layout
 from megavlm.planning.shares import Seen, seen_by_layers, share
 
@@ -48,13 +47,16 @@ def chunk_flops(
     """
     model, tp = recipe.model, layout.tensor
     language = model.language
-    # Per layer: the whole model without attention, less the output layer.
-    output = 2 * tokens * language.hidden_size * language.output_rows
-    plain = chunk.layers - chunk.crossed
-    layer = (language_flops(language, tokens, 0) - output) / (language.num_layers - len(language.cross_layers))
+    output, cost = 2 * tokens * language.hidden_size * language.output_rows, decoder_cost(language)
+    crossed, crossing = set(language.cross_layers), Work(0)
+    # Without attention.
+    layers = sum(
+        cost.layer_work(kind, tokens, 0).total
+        for number, kind in list(enumerate(layer_kinds(language)))[chunk.begin : chunk.begin + chunk.layers]
+        if number not in crossed
+    )
     squares = attended_squares(language, tokens, squared_lengths)
-    attention = decoder_cost(language).layer_work(language, tokens, squares).attention
-    crossing = Work(0)
+    attention = cost.layer_work(language, tokens, squares).attention
     if chunk.crossed:
         crossing = crossed_work(model, tokens, seen_by_layers(model, images))
     images = images if chunk.encodes else 0.0
@@ -63,8 +65,8 @@ def chunk_flops(
     connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
-        layers=(plain * layer + chunk.crossed * crossing.products) / tp,
-        attention=(plain * attention + chunk.crossed * crossing.attention) / tp,
+        layers=(layers + chunk.crossed * crossing.products) / tp,
+        attention=((chunk.layers - chunk.crossed) * attention + chunk.crossed * crossing.attention) / tp,
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,

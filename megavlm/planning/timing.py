@@ -9,12 +9,22 @@ it against published runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megavlm.architectures.cost import Attention, Kernels, LayerPassage, Passage, Pictures, cost_of, decoder_cost
-from megavlm.config.schema import Recipe
+from megavlm.architectures.cost import (
+    Attention,
+    Kernels,
+    LayerPassage,
+    Passage,
+    Pictures,
+    cost_of,
+    decoder_cost,
+    layer_kinds,
+)
+from megavlm.config.schema import LanguageConfig, Recipe
 from megavlm.planning.activations import carried_streams, kernels_of, weights_learn
 from megavlm.planning.apart import alone, feature_bytes, share_of_step
+from megavlm.planning.experts import dispatch_seconds, kinds_of
 from megavlm.planning.flops import count_step
 from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
@@ -22,6 +32,7 @@ from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elem
 from megavlm.planning.schedule import Timeline, simulate
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
+from megavlm.planning.times import Cost, StepTime
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20
@@ -41,47 +52,6 @@ itself holds reads it twice."""
 _CURRENT_CAST_BYTES = 6
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of one micro-batch through a chunk, on one rank."""
-
-    forward: float
-    backward: float
-    tensor_parallel: float
-    """Part of the two that waits for tensor-parallel collectives."""
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """One step of the job, predicted; seconds."""
-
-    step: float
-    pipeline: float
-    """Forward and backward passes of all micro-batches, with waiting."""
-    bubble: float
-    """Share of the pipeline's time, and of the vision phases', that its ranks wait, 0 to 1."""
-    stage_seconds: tuple[float, ...]
-    """Forward and backward pass of one micro-batch, for each stage."""
-    tensor_parallel: float
-    """Exposed tensor-parallel collectives of the stage that has most, over the step."""
-    p2p: float
-    """One message between stages."""
-    data_parallel: float
-    """Gradient reduction and parameter gathering of the stage that has most, hidden or not."""
-    data_parallel_exposed: float
-    """What of it is not hidden."""
-    optimizer: float
-    """Update of the weights."""
-    mfu: float
-    """Useful model FLOP/s over the peak of all GPUs, 0 to 1."""
-    mfu_conventional: float
-    """The same with the whole square of attention, as most published figures count."""
-    hfu: float
-    """That, and what is recomputed."""
-    vision: float = 0.0
-    """Where all ranks encode: both phases around the pipeline, with what goes from rank to rank."""
-
-
 class Timer:
     """Times the parts of a recipe on one kind of GPU.
 
@@ -93,7 +63,8 @@ class Timer:
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, gpu: Gpu, workload: Workload) -> None:
-        self.recipe, self.layout, self.gpu, self.workload = recipe, layout, gpu, workload
+        self.recipe, self.layout, self.gpu = recipe, layout, gpu
+        self.pack, self.workload = workload, workload.of_rank(layout.context)  # all of it, and what a rank has of it
         self.kernels: Kernels = kernels_of(recipe)
         # fp32 runs as TF32 on the tensor cores, at half the rate of bf16.
         self.peak = gpu.bf16_flops if self.kernels.number_bytes == 2 else gpu.bf16_flops / 2
@@ -116,13 +87,13 @@ class Timer:
             return flops / (self.gpu.rates.product(m, n, k) * self.peak / self.gpu.bf16_flops)
         return flops / (self.peak * (efficiency or self.gpu.efficiency.gemm))
 
-    def _passage(self) -> LayerPassage:
-        language = self.recipe.model.language
+    def _passage(self, kind: LanguageConfig | None = None) -> LayerPassage:
+        language = kind or layer_kinds(self.recipe.model.language)[0]
         return decoder_cost(language).layer_passage(language, self.layout, self.workload.tokens, self.kernels)
 
-    def _linear(self) -> float:
+    def _linear(self, kind: LanguageConfig | None = None) -> float:
         """Return the seconds of a language layer's products, forward; they may be in FP8."""
-        tokens, shapes = self.workload.tokens, self._passage().products
+        tokens, shapes = self.workload.tokens, self._passage(kind).products
         if self.kernels.fp8 and self.gpu.fp8_flops is not None:
             flops = sum(2 * tokens * rows * width for rows, width in shapes)
             return flops / (self.gpu.fp8_flops * self.gpu.efficiency.fp8_gemm)
@@ -172,21 +143,44 @@ class Timer:
         pieces = tp if beside_products and self.recipe.engine.tp_comm_overlap else 1
         return count * (moved * (tp - 1) / tp / rate / pieces + COLLECTIVE_SECONDS)
 
-    def layer(self) -> Cost:
-        """Return the cost of one language layer."""
+    def _context_parallel(self, moved: float, attention: float) -> tuple[float, float]:
+        """Return the seconds, forward and backward, that a layer waits for keys and values of the rest of the pack.
+
+        ``moved`` are the bytes of one rank's. Transformer Engine's ring goes on beside these seconds of ``attention``,
+        forward, and brings them again and their gradients, backward; torch's layers gather first.
+        """
+        wires = self._from_context(moved)
+        if not self.kernels.fused:
+            return wires, wires
+        return max(wires - attention, 0.0), max(2 * wires - _FLASH_BACKWARD * attention, 0.0)
+
+    def _from_context(self, moved: float) -> float:
+        """Return the seconds in which a rank gets ``moved`` bytes from each of those that share its pack."""
+        others = self.layout.context - 1
+        return self._crossing(moved * others, inside=self.layout.context_in_node) if others else 0.0
+
+    def _crossing(self, moved: float, *, inside: bool) -> float:
+        """Return the seconds in which a rank sends ``moved`` bytes, inside of a node or to others."""
+        rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
+        return moved / (rate if inside else self.gpu.network * self.gpu.efficiency.network) + COLLECTIVE_SECONDS
+
+    def layer(self, kind: LanguageConfig | None = None) -> Cost:
+        """Return the cost of one language layer; of the first one's kind, unless another is given."""
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens = self.workload.tokens
         learns = weights_learn(self.recipe)
         work = self._flops(Chunk(0, 1, first=False, last=False))
-        linear, attention = self._linear(), work.attention
+        linear, attention = self._linear(kind), work.attention
         local = tokens // tp if self.layout.sequence_parallel else tokens
         stream, wide = local * language.hidden_size * b, tokens * language.hidden_size * b
-        passage = self._passage()
+        passage = self._passage(kind)
         gathered = passage.gathered
         moved = passage.moved * (1 if self.kernels.fused else 3)  # plain torch makes three times the passes over memory
         moved += 2 * gathered  # put in order, which is read and written
         sharing = self._tensor_parallel(gathered, 1) if gathered else 0.0
+        sharing += 2 * dispatch_seconds(self.layout, self.gpu, passage.dispatched)  # to the experts and back
         wires = self._tensor_parallel(wide, 4, beside_products=True) + sharing
+        ring, back_ring = self._context_parallel(passage.keys_and_values, self._attention(attention))
         casts, back_casts = self._casts()
         stream_seconds = self._stream(moved, stream)
         forward = max(linear + self._attention(attention) + stream_seconds + casts, _LAUNCHES * KERNEL_SECONDS)
@@ -195,11 +189,10 @@ class Timer:
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
         more = self._adapters()
-        forward, backward = forward + more[0], backward + more[1]
+        forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
-        back_wires = self._tensor_parallel(wide, exposed, beside_products=True)
-        back_wires += sharing
+        back_wires = self._tensor_parallel(wide, exposed, beside_products=True) + sharing
         if self.recipe.parallel.recompute_granularity == "full":
             backward, back_wires = backward + forward, back_wires + wires
         elif self.recipe.parallel.recompute_granularity == "selective":
@@ -270,13 +263,18 @@ class Timer:
         if not (modules.connector.freeze and modules.vision.freeze):
             backward += connector * (1 + int(not modules.connector.freeze))
             back_wires += gathered
-        wires += self._tensor_parallel(self.workload.tokens * model.language.hidden_size * b, 2)  # the embedding's sum
+        embedded = self.workload.tokens * self.layout.context * model.language.hidden_size * b
+        handed = self._from_context(queries) if images else 0.0
+        wires += self._tensor_parallel(embedded, 2) + handed  # the embedding's sum
+        back_wires += 0.0 if modules.connector.freeze and modules.vision.freeze else handed
         return Cost(forward + connector + wires, backward + back_wires, wires + back_wires)
 
     def chunk(self, chunk: Chunk) -> Cost:
         """Return the cost of one micro-batch through a chunk."""
-        layer = self.layer()
-        parts = [Cost(*(chunk.layers * value for value in (layer.forward, layer.backward, layer.tensor_parallel)))]
+        parts = []
+        for kind, count in kinds_of(self.recipe, chunk).items():
+            layer = self.layer(kind)
+            parts.append(Cost(*(count * value for value in (layer.forward, layer.backward, layer.tensor_parallel))))
         if chunk.encodes:
             parts.append(self.vision())
         elif chunk.first:  # the embedding's sum
@@ -286,7 +284,7 @@ class Timer:
         if chunk.last:
             parts.append(self.output())
         # A weight's gradient is written, read, and added to the fp32 sum.
-        learning = learning_elements(self.recipe, self.layout, chunk)
+        learning = sum(learning_elements(self.recipe, self.layout, chunk, spread=one) for one in (False, True))
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         return Cost(
             sum(part.forward for part in parts),
@@ -296,9 +294,11 @@ class Timer:
 
     def costs(self) -> list[Cost]:
         """Return the cost of one micro-batch through each chunk, in the model's order."""
-        kinds = {(chunk.layers, chunk.first, chunk.last): chunk for chunk in self.layout.chunks}
-        known = {kind: self.chunk(chunk) for kind, chunk in kinds.items()}
-        return [known[chunk.layers, chunk.first, chunk.last] for chunk in self.layout.chunks]
+        alike = [
+            (frozenset(kinds_of(self.recipe, chunk).items()), chunk.first, chunk.last) for chunk in self.layout.chunks
+        ]
+        known = {key: self.chunk(chunk) for key, chunk in dict(zip(alike, self.layout.chunks, strict=True)).items()}
+        return [known[key] for key in alike]
 
     def least(self) -> float:
         """Return a time that no step of this layout stays below: the work of its slowest stage."""
@@ -321,12 +321,9 @@ class Timer:
         _, learning, _ = apart_elements(self.recipe, self.layout)
         adding = self._stream(learning * (self.kernels.number_bytes + 8))
         features = feature_bytes(self.recipe, self.layout, self.workload.views)
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         # Each rank of the first stage gets all features; it gives back the gradients of its part of the ranks.
-        others = (self.layout.places - 1) / self.layout.places
-        out = features * others / rate + COLLECTIVE_SECONDS if features and self.layout.places > 1 else 0.0
+        others, inside = (self.layout.places - 1) / self.layout.places, not self.layout.pipeline_crosses_nodes
+        out = self._crossing(features * others, inside=inside) if features and self.layout.places > 1 else 0.0
         share = 1 if self.layout.together else self.layout.tensor
         trains = not (modules.vision.freeze and modules.connector.freeze)
         back = out / share if trains else 0.0
@@ -351,26 +348,26 @@ class Timer:
         """Return the seconds of one message between stages."""
         if self.layout.pipeline == 1:
             return 0.0
-        tokens, tp = self.workload.tokens, self.layout.tensor
-        moved = tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
+        moved = self.workload.tokens * self.recipe.model.language.hidden_size * self.kernels.number_bytes
         moved *= 1 + carried_streams(self.recipe, self.layout)
-        moved //= tp if self.layout.sequence_parallel else 1
-        rate = self.gpu.network * self.gpu.efficiency.network
-        if not self.layout.pipeline_crosses_nodes:
-            rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
-        return moved / rate + COLLECTIVE_SECONDS
+        moved //= self.layout.tensor if self.layout.sequence_parallel else 1
+        return self._crossing(moved, inside=not self.layout.pipeline_crosses_nodes)
 
     def data_parallel(self, stage: int) -> tuple[float, float]:
         """Return the seconds of gradient reduction and of parameter gathering of a stage's ranks."""
-        data = self.layout.data
-        if data == 1:
+        found = [self._reduced(stage, self.layout.shards), self._reduced(stage, self.layout.expert_data, spread=True)]
+        reduced, gathered = (sum(column) for column in zip(*found, strict=True))
+        return reduced, gathered
+
+    def _reduced(self, stage: int, data: int, *, spread: bool = False) -> tuple[float, float]:
+        """Return :meth:`data_parallel` of experts that are spread over ranks of their own, or of all else."""
+        learning = self._learning(stage, spread=spread)
+        if data == 1 or (spread and not learning):
             return 0.0, 0.0
-        learning = self._learning(stage)
         inside = self.layout.tensor * data <= 8 and self.layout.gpus // self.layout.pipeline <= 8
         rate = self.gpu.nvlink * self.gpu.efficiency.nvlink
         if not inside:
-            cards = self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network
-            rate = min(rate, cards)
+            rate = min(rate, self.gpu.network * self.layout.data_ranks_per_node * self.gpu.efficiency.network)
         share = (data - 1) / data / rate
         if not self.recipe.parallel.use_distributed_optimizer:  # an all-reduce, and nothing to gather
             return 2 * 4 * learning * share + COLLECTIVE_SECONDS, 0.0
@@ -382,17 +379,19 @@ class Timer:
         learning = replicated_elements(self.recipe, self.layout)
         if not learning:
             return 0.0
-        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
+        shard = learning / (self.layout.shards if self.recipe.parallel.use_distributed_optimizer else 1)
         return 2 * self._tensor_parallel(4 * shard, 1)
 
-    def _learning(self, stage: int) -> int:
-        return sum(learning_elements(self.recipe, self.layout, chunk) for chunk in self.layout.chunks_of(stage))
+    def _learning(self, stage: int, *, spread: bool = False) -> int:
+        chunks = self.layout.chunks_of(stage)
+        return sum(learning_elements(self.recipe, self.layout, chunk, spread=spread) for chunk in chunks)
 
     def optimizer(self, stage: int) -> float:
         """Return the seconds of zeroing, norm, clipping and AdamW on a stage's ranks."""
-        learning = self._learning(stage)
-        shard = learning / (self.layout.data if self.recipe.parallel.use_distributed_optimizer else 1)
-        return self._update(learning, shard)
+        learning, experts = self._learning(stage), self._learning(stage, spread=True)
+        layout, cut = self.layout, self.recipe.parallel.use_distributed_optimizer
+        shard = learning / layout.shards + experts / layout.expert_data if cut else learning + experts
+        return self._update(learning + experts, shard)
 
     def _update(self, learning: float, shard: float) -> float:
         # Zeroed whole; the shard is read for the norm, scaled, and updated with masters and moments.
@@ -436,10 +435,10 @@ class Timer:
             bubble = (bubble * pipeline + handing) / (pipeline + vision)
             tower, more = self.apart()
             wired, exposed, update = wired + tower, exposed + tower, update + more
-        pixels = layout.microbatches * self.workload.views * self.recipe.model.vision.pixel_bytes
+        pixels = layout.microbatches * self.pack.views * self.recipe.model.vision.pixel_bytes
         step = pipeline + vision + exposed + update + pixels / _HOST_TO_DEVICE
         packs = self.recipe.training.global_batch_size
-        squares, positions = round(packs * self.workload.squared_lengths), packs * self.workload.tokens
+        squares, positions = round(packs * self.pack.squared_lengths), packs * self.pack.tokens
         flops = count_step(
             self.recipe,
             tokens=positions,
@@ -467,7 +466,7 @@ class Timer:
 
     def _seen(self, packs: int) -> float | Pictures:
         """Return what the tower sees of so many packs."""
-        load = self.workload
+        load = self.pack
         return round(packs * load.views) if load.pictures is None else load.pictures.times(packs)
 
     def _pipeline(self, costs: list[Cost], *, whole: bool) -> tuple[float, float]:

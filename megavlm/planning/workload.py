@@ -50,6 +50,21 @@ class Workload:
         pictures = None if self.pictures is None else self.pictures.times(views / self.views if self.views else 0)
         return replace(self, views=views, pictures=pictures)
 
+    def of_rank(self, context: int) -> Workload:
+        """Return what one of so many context-parallel ranks has of a pack.
+
+        Samples are filled up by half of 2 x CP - 1 positions on average; pictures are shared out whole.
+        """
+        if context == 1:
+            return self
+        views = self.of_views(min(self.views, math.ceil(self.views / context)))
+        return replace(
+            views,
+            tokens=math.ceil((self.tokens + self.samples * (context - 0.5)) / context),
+            most_views=math.ceil(self.most_views / context),
+            samples=self.samples / context,  # as long as they are, and each rank has a part of all of them
+        )
+
     @property
     def squared_lengths(self) -> float:
         """Sum of the squares of the samples' lengths."""

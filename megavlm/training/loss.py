@@ -19,13 +19,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megavlm.config.checks import task_name
 from megavlm.config.schema import Recipe
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch
+from megavlm.parallel.state import data_group
 
 
 class TaskMean:
@@ -91,5 +91,5 @@ def supervised_tokens(batches: Sequence[Batch], num_sources: int) -> Tensor:
         assert batch.labels is not None
         mask = (batch.labels != IGNORE_INDEX).view(-1)
         counts.index_add_(0, batch.token_sources.clamp(min=0), mask.long())
-    dist.all_reduce(counts, group=mpu.get_data_parallel_group())
+    dist.all_reduce(counts, group=data_group())
     return counts

@@ -30,6 +30,7 @@ from megavlm.parallel.device import local_device, peak_flops
 from megavlm.parallel.lock import LockView
 from megavlm.parallel.state import is_logging_rank, is_tensorboard_rank
 from megavlm.planning.flops import StepFlops, count_step
+from megavlm.training.experts import ExpertReport
 from megavlm.training.lines import drop_steps_after
 from megavlm.training.loggers.outlet import Outlet, open_outlets
 from megavlm.training.loss import mean_loss, task_mean
@@ -40,6 +41,8 @@ from megavlm.training.timing import STRAGGLER, StepTiming
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+Figure = float | str | list[int]
+"""What a line of metrics says under a name."""
 
 
 class Metrics:
@@ -90,6 +93,7 @@ class Metrics:
 
     def _reset(self) -> None:
         self._losses = torch.zeros(len(self.sources), 2, dtype=torch.float64)
+        self._experts: list[ExpertReport] = []
         # Of this replica: what _counts lists.
         self._counts = torch.zeros(9, dtype=torch.float64)
         self._steps = 0
@@ -110,6 +114,8 @@ class Metrics:
         self._seconds += time.perf_counter() - self._start
         if result.skipped is None:
             self._losses += result.source_losses
+        if result.experts is not None:
+            self._experts.append(result.experts)
         self._steps += 1
         for batch in batches:
             self._counts += _counts(batch)
@@ -126,7 +132,7 @@ class Metrics:
         if self._steps:
             self._collect()
 
-    def _collect(self) -> dict[str, float | str]:
+    def _collect(self) -> dict[str, Figure]:
         """Sum the window over the job, add it to the progress and start a new one."""
         device = local_device()
         counts = self._counts.to(device)
@@ -152,7 +158,7 @@ class Metrics:
                 images=pictures if vision.packed else int(views),
             )
         # Without a label there is no loss, and 0 were a good one.
-        values: dict[str, float | str] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
+        values: dict[str, Figure] = {"loss": mean_loss(self._losses, self._tasks)} if supervised else {}
         values |= {
             "useful_tokens_per_second": supervised / seconds,
             "tokens_per_second": tokens / seconds,
@@ -168,6 +174,8 @@ class Metrics:
         for name, (loss, count) in zip(self.sources, self._losses.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = loss / count
+        if self._experts:
+            values |= ExpertReport.joined(self._experts).figures()
         peak = peak_flops(self.recipe.training.precision)
         if peak is not None and self._costs:
             at_peak = seconds * peak * dist.get_world_size()
@@ -231,15 +239,16 @@ class Metrics:
             logger.info("%s", progress_line(values, self.progress.step, self.recipe.training.steps))
         self.write(values)
 
-    def write(self, values: Mapping[str, float | str]) -> None:
+    def write(self, values: Mapping[str, Figure]) -> None:
         """Write figures of the current step, the same on all ranks, to ``metrics.jsonl`` and loggers.
 
-        A figure that is not finite is ``null`` in the file: JSON has no other word for it.
+        A figure that is not finite is ``null`` in the file: JSON has no other word for it. Words and lists of numbers
+        are for the file alone.
         """
         if self._lock is not None and self._lock.lost():
             return
         if self._outlets:
-            tagged = {_tag(name): float(value) for name, value in values.items() if not isinstance(value, str)}
+            tagged = {_tag(name): float(value) for name, value in values.items() if isinstance(value, (int, float))}
             for outlet in self._outlets:
                 outlet.figures(tagged, self.progress.step)
         with self._tolerated():
@@ -249,7 +258,7 @@ class Metrics:
                 print(line, file=self._file, flush=True)
             if self._writer is not None:
                 for name, value in values.items():
-                    if not isinstance(value, str):
+                    if isinstance(value, (int, float)):
                         self._writer.add_scalar(_tag(name), value, self.progress.step)
                 self._writer.flush()
 
@@ -352,8 +361,8 @@ def skipped_values(progress: Progress) -> dict[str, float]:
     return {"skipped_samples": float(sum(causes.values())), **{name: float(count) for name, count in causes.items()}}
 
 
-def _is_finite(value: float | str) -> bool:
-    return isinstance(value, str) or math.isfinite(value)
+def _is_finite(value: Figure) -> bool:
+    return not isinstance(value, (int, float)) or math.isfinite(value)
 
 
 def _counts(batch: Batch) -> Tensor:

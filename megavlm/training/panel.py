@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -36,7 +35,7 @@ from megavlm.inference.answer_text import answer_text
 from megavlm.inference.generate import generate
 from megavlm.inference.prompt import Prompt
 from megavlm.parallel.device import local_device
-from megavlm.parallel.state import is_first_stage, is_reader
+from megavlm.parallel.state import is_first_stage, is_reader, replica_group, stage_group
 
 _SMALLEST_PICTURE = 224
 
@@ -85,6 +84,8 @@ def answer_panel(
     chunks: Sequence[Any], packs: Sequence[ReadPack] | None, recipe: Recipe, tokenizer: Tokenizer
 ) -> Tensor | None:
     """Answer held-out questions and draw them; a collective over the ranks of one data-parallel replica.
+
+    Context-parallel ranks all do the same here: prompts and answers are not cut.
 
     Args:
         chunks: the model chunks of this rank.
@@ -135,9 +136,9 @@ def _arrangement(question: HeldOutQuestion, plan: ImagePlan) -> Arrangement | No
 
 def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQuestion]:
     """Hand the reader's questions to the ranks of its replica; pixels to the first stage only."""
-    group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+    group = replica_group()
     box: list[Any] = [[(question.prompt, question.expected, question.shapes) for question in questions]]
-    dist.broadcast_object_list(box, source, group=group)
+    dist.broadcast_object_list(box, dist.get_process_group_ranks(group)[0], group=group)
     if not is_first_stage():
         return [HeldOutQuestion(prompt, expected, None, shapes) for prompt, expected, shapes in box[0]]
     rows = [(len(shapes), _views(shapes, plan)) for _, _, shapes in box[0]]
@@ -147,7 +148,7 @@ def _share(questions: list[HeldOutQuestion], plan: ImagePlan) -> list[HeldOutQue
         pixels = torch.cat([question.pixels for question in questions if question.pixels is not None])
     pixels = pixels.to(local_device())
     if len(pixels):
-        dist.broadcast(pixels, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group())
+        dist.broadcast(pixels, dist.get_process_group_ranks(stage_group())[0], group=stage_group())
     parts = pixels.split(counts)
     return [
         HeldOutQuestion(prompt, expected, part, shapes)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch
 from megavlm.parallel import pipeline
 from megavlm.parallel.faults import fault, spoilt
-from megavlm.parallel.state import any_rank, is_last_stage
+from megavlm.parallel.state import any_rank, data_group, is_last_stage
+from megavlm.training.experts import ExpertReport, move_biases, scale_losses, take_report
 from megavlm.training.loss import TaskMean, mean_loss, supervised_tokens
 from megavlm.training.vision import VisionPhases
 
@@ -36,6 +37,8 @@ class StepResult:
     """Why the update was not made, or None if it was."""
     tasks: TaskMean | None = None
     """How the data sets make the loss; None for the mean over all tokens."""
+    experts: ExpertReport | None = None
+    """What the routers of experts have done; None for a model without."""
 
     @property
     def loss(self) -> float:
@@ -110,9 +113,9 @@ def run_batches(
     if vision is not None:
         batches = vision.encode(batches, backward=not forward_only)
     step = partial(forward_step, num_sources=num_sources, factors=factors)
-    for found in pipeline.run(chunks, batches, step, batches[0].tokens.size(1), backward=not forward_only):
+    for found in pipeline.run(chunks, batches, step, batches[0].length, backward=not forward_only):
         report += found[2] if forward_only else found  # the schedule itself keeps losses and counts
-    dist.all_reduce(report, group=mpu.get_data_parallel_group())
+    dist.all_reduce(report, group=data_group())
     return pipeline.from_last_stage(report).cpu()
 
 
@@ -134,18 +137,24 @@ def train_step(
     for chunk in [*chunks, *([] if vision is None else [vision.wrapped])]:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    config = get_model_config(chunks[0])
+    scale_losses(chunks, batches, config)
     report = run_batches(chunks, batches, num_sources, tasks=tasks, vision=vision)
+    experts = take_report(chunks, len(batches), config)
     fault("step.in_collective")
     _spoil_gradient(chunks)
-    result = StepResult(report, None, "no token has a label", tasks)
+    result = StepResult(report, None, "no token has a label", tasks, experts)
     if result.empty:
         return result
     loss = spoilt("loss.value", result.loss)
     if any_rank(not math.isfinite(loss)):
-        return StepResult(report, None, "the loss is not finite", tasks)
+        return replace(result, skipped="the loss is not finite")
     if largest_loss is not None and loss > largest_loss:
-        return StepResult(report, None, f"the loss is above {largest_loss:.4g}", tasks)
-    return _update(optimizer, report, tasks)
+        return replace(result, skipped=f"the loss is above {largest_loss:.4g}")
+    result = _update(optimizer, result)
+    if result.skipped is None:
+        move_biases(chunks, experts)
+    return result
 
 
 def _spoil_gradient(chunks: Sequence[Any]) -> None:
@@ -154,15 +163,15 @@ def _spoil_gradient(chunks: Sequence[Any]) -> None:
         next(p for chunk in chunks for p in chunk.parameters() if p.requires_grad).main_grad.fill_(value)
 
 
-def _update(optimizer: MegatronOptimizer, report: Tensor, tasks: TaskMean | None) -> StepResult:
+def _update(optimizer: MegatronOptimizer, result: StepResult) -> StepResult:
     """Clip and step, as Megatron-Core's ``step`` does, unless the gradients are not finite."""
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())  # equal on all ranks: it is summed over all of them
     if not math.isfinite(norm):
-        return StepResult(report, norm, "the gradient is not finite", tasks)
+        return replace(result, grad_norm=norm, skipped="the gradient is not finite")
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(one, "is_stub_optimizer", False) else one.get_parameters()
         if parameters and one.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=one.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return StepResult(report, norm, tasks=tasks)
+    return replace(result, grad_norm=norm, skipped=None)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from megavlm.config.schema import ModelConfig
@@ -61,6 +61,12 @@ def _joined(parts: Tensors, dim: int = 0) -> Tensor:
     import torch  # noqa: PLC0415 - tables are read without it
 
     return torch.cat(list(parts), dim=dim)
+
+
+def _stacked(parts: Tensors) -> Tensor:
+    import torch  # noqa: PLC0415 - tables are read without it
+
+    return torch.stack(list(parts))
 
 
 def _group(qkv: Tensors, heads: Heads) -> Tensors:
@@ -117,11 +123,20 @@ PATCHES = Reshape(
 TWO_AXES = Reshape("[1, 1, ..] to [..]", lambda x, _: [x[0][0, 0]], lambda x, _: [x[0][None, None]])
 CONCAT = Reshape("gate and up, one above the other", lambda x, _: [_joined(x)], lambda x, _: x[0].chunk(2))
 SPLIT3 = Reshape("[Q; K; V] to three", lambda x, _: x[0].chunk(3), lambda x, _: [_joined(x)])
+STACKED = Reshape("[experts, out, in] to one each", lambda x, _: x[0].unbind(), lambda x, _: [_stacked(x)])
+STACKED_INPUTS_FIRST = Reshape(
+    "[experts, in, out] to [out, in] each",
+    lambda x, _: [one.T for one in x[0].unbind()],
+    lambda x, _: [_stacked([one.T for one in x])],
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a table, or, with names filled in, one rule.
+
+    A row of experts has a {} for the expert's number in all canonical names. With one in Hugging Face's names too it is
+    a rule for each expert; without, Hugging Face keeps all of them in one tensor, and it is one rule.
 
     Attributes:
         ours: canonical names, space between several.
@@ -132,6 +147,26 @@ class Row:
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     reshape: Reshape = SAME
+
+    def of_experts(self, prefix: str, slots: Mapping[str, object]) -> Iterator[Row]:
+        """Yield the row for the experts that a model has in a layer; any other row as it is.
+
+        Args:
+            prefix: of the canonical names of the layer.
+            slots: the model's parameters. A layer without experts, one in front of those that have some, has no row.
+        """
+        if not any("{}" in name for name in self.ours):
+            yield self
+            return
+        count = 0
+        while prefix + self.ours[0].replace("{}", str(count)) in slots:
+            count += 1
+        each = [tuple(name.replace("{}", str(i)) for name in self.ours) for i in range(count)]
+        if any("{}" in name for name in self.theirs):
+            for i, ours in enumerate(each):
+                yield replace(self, ours=ours, theirs=tuple(name.replace("{}", str(i)) for name in self.theirs))
+        elif each:
+            yield replace(self, ours=tuple(name for ours in each for name in ours))
 
 
 def row(ours: str, theirs: str, reshape: Reshape = SAME) -> Row:
@@ -182,7 +217,7 @@ class Table:
         part: vision, connector or language.
         ours: prefix of the canonical names of a layer, with {} for its number.
         theirs: the same for Hugging Face's names.
-        layer: rows of a layer, relative to the prefixes.
+        layer: rows of a layer, relative to the prefixes; those that the layer has no parameter for do not apply.
         rest: rows outside of the layers; ours relative to the part, theirs relative to ``prefix``.
         aside: tensors without a parameter, relative to ``prefix``.
         prefix: in front of all of Hugging Face's names.
@@ -203,7 +238,8 @@ class Table:
         rules = [self._fill(one, f"{self.part}.", "") for one in self.rest]
         for i in range(num_layers if self.layer else 0):
             prefixes = (f"{self.part}.{self.ours.format(i)}", self.theirs.replace("{}", str(i)))
-            rules += [self._fill(one, *prefixes) for one in self.layer]
+            filled = (one for row in self.layer for one in row.of_experts(prefixes[0], slots))
+            rules += [self._fill(one, *prefixes) for one in filled]
         return [rule for rule in rules if all(name in slots for name in rule.ours)]
 
     def asides(self, num_layers: int) -> list[Aside]:

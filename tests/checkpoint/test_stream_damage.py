@@ -20,7 +20,7 @@ from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel.state import process_groups
 
-LAYERS = 3
+LAYERS, EXPERTS = 3, 24
 SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
     "vector": (7,),
@@ -36,6 +36,11 @@ def slots() -> dict[str, Slot]:
     found = {name: Slot(name, shape) for name, shape in SHAPES.items()}
     for name, shape in SHAPES.items():
         found |= {f"{name}.{i}": Slot(f"layers.{name}", shape, i, LAYERS) for i in range(LAYERS)}
+    # Experts of each layer, and of a layer among others that have none: more than are looked through one by one.
+    experts = {"experts": EXPERTS}
+    for i in range(EXPERTS):
+        found |= {f"l{n} e{i}": Slot("layers.expert", (5, 6), n, LAYERS, expert=i, **experts) for n in range(LAYERS)}
+        found[f"e{i}"] = Slot("layers.1.expert", (5, 6), expert=i, **experts)
     return found
 
 
@@ -67,6 +72,8 @@ def test_there_and_back(dtype: torch.dtype, chunk_bytes: int, tmp_path: Path, mo
     rows = {1 << 20: 1, 100: -(-10 // max(1, 100 // (6 * dtype.itemsize))), 1: 10}[chunk_bytes]
     assert chunks["matrix"] == rows and chunks["layers.matrix"] == LAYERS * rows
     assert chunks["none"] == 1 and chunks["scalar"] == 1
+    shapes = {key: tuple(entry.size) for key, entry in reader.tensors().items()}
+    assert shapes["layers.expert"] == (LAYERS, EXPERTS, 5, 6) and shapes["layers.1.expert"] == (EXPERTS, 5, 6)
 
 
 def test_megatron_core_loads_any_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +90,16 @@ def test_megatron_core_loads_any_part_of_it(tmp_path: Path, monkeypatch: pytest.
     for layer in range(LAYERS):
         for half in (0, 1):
             state[f"matrix.{layer} {half}"] = part("layers.matrix", (0, layer, 3), (1, half, 2), stacked=1)
+        for expert in range(EXPERTS):
+            places = (0, layer, LAYERS), (1, expert, EXPERTS)
+            state[f"l{layer} e{expert}"] = part("layers.expert", *places, stacked=2)
     with process_groups(ParallelConfig(), 0):
         assert dist_checkpointing.load_content_metadata(str(path)) == METADATA
         loaded = dist_checkpointing.load(dict(state), str(path))
     for key in state:
         name, half = key.split()
-        assert torch.equal(loaded[key], tensors[name][5 * int(half) :][:5]), key
+        wanted = tensors[key] if key in tensors else tensors[name][5 * int(half) :][:5]
+        assert torch.equal(loaded[key], wanted), key
 
 
 def test_a_piece_must_be_what_it_says(tmp_path: Path) -> None:
@@ -117,6 +128,17 @@ def test_rows_that_pad_a_vocabulary_are_left_out(tmp_path: Path) -> None:
     tensors = values()
     reader = CheckpointReader(write(tmp_path / "m", tensors))
     assert torch.equal(reader.read(Slot("matrix", (8, 6), vocabulary=True)), tensors["matrix"][:8])
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    reader = CheckpointReader(write(tmp_path / "m", values()))
+    for key, place in (("layers.expert", (2, 7)), ("layers.1.expert", (7,))):
+        chunks = reader.tensors()[key].chunks
+        chunks[:] = [chunk for chunk in chunks if tuple(chunk.offsets[: len(place)]) != place]
+    assert torch.equal(reader.read(slots()["l2 e6"]), values()["l2 e6"])
+    for name, words in (("l2 e7", "layers.expert, layer 2, expert 7"), ("e7", "layers.1.expert, expert 7")):
+        with pytest.raises(ValueError, match=f"{words} is not whole; save the checkpoint again"):
+            reader.read(slots()[name])
 
 
 def whole(reader: CheckpointReader) -> None:

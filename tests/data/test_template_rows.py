@@ -68,7 +68,9 @@ def test_twenty_conversations_as_published(name: str) -> None:
         assert text[len(prompt) :].startswith(trained[-1])
         seen += 1
     assert seen >= (
-        14
+        12  # it has one system turn, and puts every picture in front
+        if name == "vicuna_v1_im_end"
+        else 14
         if name in ("zephyr", "gemma", "gemma3", "mgm_gemma", "minicpm", "minicpm_llama_3", "allava")
         else 6
         if "plain" in name or name in ("paligemma", "hpt_llama_3")

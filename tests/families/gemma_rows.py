@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemma_models import (
@@ -15,6 +16,9 @@ from gemma_models import (
     paligemma_answers,
 )
 from whole import ALL, Lack, Published, Stage, WholeFamily
+
+_SFT = Stage(ALL, 5e-5, 50, 32, 4096, 256, warmup=10, decay=0.033, least=5e-6, adam=(0.9, 0.95, 1e-8, 1))
+_LORA = replace(_SFT, trains=("language",), lr=2e-4, least=2e-5, lora=(32, 32))
 
 
 def gemma_rows(
@@ -72,8 +76,12 @@ def gemma_rows(
                 "gemma3_27b": Published(27_432_406_640),
             },
             built=gemma3_class,
-            recipes=Lack("none yet: its authors published no scripts, and no one else's were found"),
-            headers=Lack("there are no recipes yet"),
+            recipes={
+                f"gemma3_{size}/{stage}": one
+                for size in ("4b", "12b", "27b")
+                for stage, one in (("sft", _SFT), ("lora", _LORA))
+            },
+            headers=header,
             # What pictures see of themselves, and masks, are not known to the planner.
             planner={**planner, "operations": 0.05, "activations": 0.1},
         ),

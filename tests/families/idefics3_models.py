@@ -115,20 +115,20 @@ CHAT = (
 )
 
 
-def idefics3_answers(directory: Path) -> Path:
+def idefics3_answers(directory: Path, kind: str = "Idefics3", begin: str = "<|begin_of_text|>") -> Path:
     """With tokenizer, template and processor."""
     directory.mkdir(parents=True, exist_ok=True)
     path = write_qwen2(directory)
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|begin_of_text|>", *TOKENS)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (begin, *TOKENS)])
     tokenizer.save(str(path))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": "<|im_end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     text = LlamaConfig(**{**_TEXT, "vocab_size": tokenizer.get_vocab_size(), "tie_word_embeddings": False})
     text.max_position_embeddings = 1024
-    idefics3(text, image=tokenizer.token_to_id("<image>")).save_pretrained(directory)
-    (directory / "chat_template.jinja").write_text("<|begin_of_text|>" + CHAT)
-    own = {"image_seq_len": 4, "processor_class": "Idefics3Processor"}
+    idefics3(text, kind=kind, image=tokenizer.token_to_id("<image>")).save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(begin + CHAT)
+    own = {"image_seq_len": 4, "processor_class": f"{kind}Processor"}
     (directory / "processor_config.json").write_text(json.dumps(own))
     return directory
 

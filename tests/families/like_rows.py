@@ -14,7 +14,7 @@ _COUNTS = {
         "bunny_phi_1_5": 1_849_295_936, "bunny_phi_2": 3_212_732_480, "bunny_stablelm_2": 2_079_040_576,
         "bunny_qwen1_5_1_8b": 2_270_424_128, "bunny_minicpm": 3_161_073_728, "bunny_phi_3": 4_261_961_792,
         "bunny_llama_3_8b": 8_479_990_848, "bunny_v1_1_phi_3": 4_269_039_680, "bunny_v1_1_llama_3_8b": 8_489_428_032,
-        "bunny_eva_phi_1_5": "1.72B", "bunny_eva_stablelm_2": "1.95B", "bunny_eva_phi_2": "3.09B",
+        "bunny_eva_phi_1_5": 1_724_453_824, "bunny_eva_stablelm_2": 1_954_198_464, "bunny_eva_phi_2": 3_087_824_832,
     },
     "imp": {
         "imp_v1_3b": 3_217_417_280, "imp_v1_5_3b": 3_217_417_280, "imp_v1_5_2b": 2_271_611_968,
@@ -29,6 +29,7 @@ _PLAIN = {"minicpm": "llava_plain", "phi_3": "llava_plain", "v1_5_4b": "llava_pl
           "llama_3_8b": "llava_plain_llama_3"}  # fmt: skip
 """Templates of stage 1, where texts begin with a BOS, by language model or size."""
 _CAPTIONS = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 729, template="llava_plain_no_bos")
+_PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 _MIPHA_ADAM = (0.9, 0.98, 1e-7, 1)
 
 
@@ -40,18 +41,20 @@ def _staged(preset: str, first: Stage, **later: Stage) -> dict[str, Stage]:
 
 def _bunny() -> dict[str, Stage]:
     found: dict[str, Stage] = {}
-    for preset in (name for name in _COUNTS["bunny"] if "eva" not in name):  # whose towers have no recipes here
-        s2, language = preset.startswith("bunny_v1_1"), preset.removeprefix("bunny_").removeprefix("v1_1_")
-        larger = language in ("phi_3", "llama_3_8b")
+    for preset in _COUNTS["bunny"]:
+        s2, eva = preset.startswith("bunny_v1_1"), preset.startswith("bunny_eva")
+        language = preset.removeprefix("bunny_").removeprefix("v1_1_").removeprefix("eva_")
+        rates = {"bunny_eva_phi_2": 5e-5, "bunny_eva_phi_1_5": 1e-3, "bunny_eva_stablelm_2": 1e-3}
+        tokens = 576 if eva else 729
         first = replace(
-            _CAPTIONS, lr=1e-3 if larger else 5e-4, steps=2_000_000 // 256,
-            template=_PLAIN.get(language, "llava_plain_no_bos"),
+            _CAPTIONS, lr=rates.get(preset, 1e-3 if language in ("phi_3", "llama_3_8b") else 5e-4), tokens=tokens,
+            steps=2_000_000 // 256, template=_PLAIN.get(language, "llava_plain_no_bos"),
         )  # fmt: skip
         both = ("connector", "language")
         llama = s2 and language == "llama_3_8b"
         lora = Stage(
             both, 1e-4 if llama else 2e-4, (1_300_000 if s2 else 695_000) // 128, 128,
-            4096 if s2 or language == "phi_3" else 2048, 729, connector=0.1, lora=(256 if llama else 128, 256),
+            4096 if s2 or language == "phi_3" else 2048, tokens, connector=0.1, lora=(256 if llama else 128, 256),
         )  # fmt: skip
         full = {"sft": Stage(both, 2e-5, 695_000 // 128, 128, 2048, 729)} if preset == "bunny_phi_2" else {}
         found |= _staged(preset, first, lora=lora, **full)
@@ -102,17 +105,18 @@ _RECIPES: dict[str, dict[str, Stage]] = {
 def like_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFamily]:
     """Return the rows; arguments are what rows share."""
     pad, endoftext = {"kind": "pad"}, "vicuna_v1_endoftext"
+    shared = {"headers": header, "planner": planner}
     return {
-        "bunny": _row("bunny", header, planner, endoftext, pad),
-        "imp": _row("imp", header, planner, "imp_qwen2", {"kind": "squash"}),
-        "mipha": _row("mipha", header, planner, endoftext, pad),
-        "llava_phi": _row("llava_phi", header, planner, endoftext, pad),
-        "allava": _row("allava", header, planner, "allava", pad),
+        "bunny": _row("bunny", endoftext, pad, _PHI_TARGETS, shared),
+        "imp": _row("imp", "imp_qwen2", {"kind": "squash"}, _PHI_TARGETS, shared),
+        "mipha": _row("mipha", endoftext, pad, _PHI_TARGETS, shared),
+        "llava_phi": _row("llava_phi", endoftext, pad, _PHI_TARGETS, shared),
+        "allava": _row("allava", "allava", pad, _PHI_TARGETS, shared),
     }
 
 
 def _row(
-    family: str, header: str, planner: Mapping[str, float], template: str, image: Mapping[str, Any]
+    family: str, template: str, image: Mapping[str, Any], targets: tuple[str, ...], shared: Mapping[str, Any]
 ) -> WholeFamily:
     found = sources(family)
     first = next(iter(found))
@@ -132,13 +136,12 @@ def _row(
         answers=Lack("convert check cannot run: Transformers' LLaVA has no place for a head's bias; answers: `source`")
         if family in ("mipha", "llava_phi")
         else lambda path: like_answers({"imp": "imp_qwen2", "bunny": "bunny_phi"}.get(family, family), path),
-        lora=Lack("its class is its authors' code: PEFT was not tried on it") if whole else Lack(mechanism),
+        lora=targets,
         presets={
             name: Published(count, refused={8: "36"} if name == "bunny_minicpm" else {})
             for name, count in _COUNTS[family].items()
         },
         built=lambda model: like_of(family, model),
         recipes=_RECIPES[family],
-        headers=header,
-        planner=planner,
+        **shared,
     )  # fmt: skip

@@ -29,8 +29,8 @@ def minicpm_rows(header: str, targets: tuple[str, ...], planner: Mapping[str, fl
             lora=targets,
             presets={"minicpm_v": Published(3_434_965_792, refused={8: "36 is not divisible by"})},
             built=Lack("no class to build, and its files were not at hand: the count is that of 2.0"),
-            recipes=Lack("none: the authors' example (minicpm_v_2/sft) is for 2.0 and later"),
-            headers=Lack("there are no recipes of this version"),
+            recipes={"minicpm_v/sft": replace(_STAGE, tokens=64)},
+            headers=header,
             planner=planner,
         ),
         "minicpm_v_2": WholeFamily(

@@ -59,6 +59,8 @@ SOURCES: dict[str, str] = {
     "gemma3_4b": _file(70911651117, "the parameters of unsloth's copy, in a table of models"),
     "gemma3_12b": _file(59172823075, "the hub's figures of google/gemma-3-12b-it"),
     "gemma3_27b": _file(3173084990, "keras_hub's parameters of medgemma_instruct_27b, trained from it"),
+    # 15241808 of the tower's last layer and the norm behind it, and 15238352 of its head, are not built here.
+    "tinyllava_3_1b": _file(53836899074, "3217417280 parameters of TinyLLaVA-Phi-2-SigLIP-3.1B, loaded"),
     # model.safetensors.index.json of copies of the published repositories.
     "minicpm_v_2": "HwwwwwwwH/MiniCPM-V-2 @ 84ce9b0: total_size 6869931584 in bf16, 694 tensors",
     "minicpm_llama3_v_2_5": "theonlyengine/VQA_Model @ 4520826: total_size 34148369344 in fp32, 741 tensors",

@@ -9,7 +9,14 @@ from typing import Any
 
 from family_cases import made
 from qwen2_vl_models import PREPROCESSOR
-from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import (
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 _TOKENS = {"image_token_id": 119, "video_token_id": 120, "vision_start_token_id": 116, "vision_end_token_id": 117}
 
@@ -29,8 +36,36 @@ def qwen3_vl(
         "hidden_size": 48, "intermediate_size": 60, "out_hidden_size": 64, "num_position_embeddings": 36,
         "deepstack_visual_indexes": list(levels),
     }  # fmt: skip
-    config = Qwen3VLConfig(text_config=text | own, vision_config=vision, tie_word_embeddings=tied, **tokens)
-    return made(Qwen3VLForConditionalGeneration, config)
+    config_class, model_class = _CLASSES["num_experts" in own]
+    config = config_class(text_config=text | own, vision_config=vision, tie_word_embeddings=tied, **tokens)
+    return made(model_class, config)
+
+
+_CLASSES: tuple[tuple[Any, Any], ...] = (
+    (Qwen3VLConfig, Qwen3VLForConditionalGeneration), (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+)  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def qwen3_vl_moe(**own: Any) -> PreTrainedModel:
+    """A Qwen3-VL with experts."""
+    return qwen3_vl(**{**EXPERTS, "tie_word_embeddings": False, **own})
+
+
+def save_as_on_the_hub(model: PreTrainedModel, directory: Path) -> Path:
+    """Write a model with experts as it is published: [experts, in, out], where Transformers writes [experts, out, in].
+
+    It reads both (``conversion_mapping.py`` of Transformers 5.23, ``qwen3_vl_moe``).
+    """
+    save(model, directory)
+    path = directory / "model.safetensors"
+    turned = {
+        name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in load_file(path).items()
+    }
+    save_file(turned, path, metadata={"format": "pt"})
+    return directory
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
@@ -46,5 +81,10 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
 QWEN3_VL: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "qwen3_vl": ("qwen3_vl", lambda directory: save(qwen3_vl(), directory)),
     "qwen3_vl_tied": ("qwen3_vl", lambda directory: save(qwen3_vl(tied=True, levels=(2,)), directory)),
+    "qwen3_vl_moe": ("qwen3_vl_moe", lambda directory: save_as_on_the_hub(qwen3_vl_moe(), directory)),
+    "qwen3_vl_moe_outputs_first": (
+        "qwen3_vl_moe",
+        lambda directory: save(qwen3_vl_moe(mlp_only_layers=[0], num_hidden_layers=3), directory),
+    ),
 }
 """What makes a checkpoint, by name, and its family."""

@@ -89,6 +89,10 @@ class Parts:
     """Other small files."""
     tower_keys: Mapping[str, Any] = field(default_factory=dict)
     """What the tower's forward pass takes beside pixels."""
+    scale: float = 1.0
+    """What features are multiplied by."""
+    keeps_copy: bool = False
+    """Whether a checkpoint has the output layer's weights although they are the embedding's."""
     registered: nn.Module | None = None
     """What of the connector is in the checkpoint; None for all of it."""
 
@@ -143,7 +147,7 @@ class Spliced(nn.Module):
         tower, connector, _ = self._kept
         states = tower(pixel_values, output_hidden_states=True, **self.parts.tower_keys).hidden_states
         taken = [states[layer][:, int(self.parts.drops) :] for layer in self.parts.layers]
-        found: Tensor = connector(torch.cat(taken, dim=-1))
+        found: Tensor = connector(torch.cat(taken, dim=-1)) * self.parts.scale
         return found
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, **_: Any) -> SimpleNamespace:
@@ -172,7 +176,11 @@ class Spliced(nn.Module):
 
     def save_pretrained(self, directory: Path) -> Path:
         """Write tensors by their folders (what stands in front of a name's last slash), and the small files."""
-        state = {self.named(name): value.contiguous() for name, value in self.state_dict().items()}
+        own = dict(self.state_dict())
+        tied = {name for name in own if name not in dict(self.named_parameters())} - dict(self.named_buffers()).keys()
+        if not self.parts.keeps_copy:
+            own = {name: value for name, value in own.items() if name not in tied}
+        state = {self.named(name): value.clone().contiguous() for name, value in own.items()}
         folders = {name.rpartition("/")[0] for name in state}
         for folder in folders:
             prefix = folder + "/" if folder else ""

@@ -15,6 +15,7 @@ from whole import ALL, Lack, Published, Stage, WholeFamily
 NO_CLASS = Lack("Transformers has no class for it: answers are held against the written-out one, in `source`")
 COUNTED = Lack("no class to build: counted from its parts' classes in test_spliced_families.py")
 BY_LANGUAGE = Lack("by language model and tokenizer: test_spliced_families.py")
+HEADS = "is not divisible by parallel.tensor_model_parallel_size"
 _ALIGN = Stage(("connector",), 1e-3, 2179, 256, 2048, 728, template="llava_plain")
 _SFT = Stage(("connector", "language"), 2e-5, 5195, 128, 2048, 728)
 
@@ -54,6 +55,8 @@ def _tinyllava(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily
                 "tinyllava", lambda: tinyllava("llama", vision_feature_select_strategy="cls_patch"), "squash",
                 "factory",
             ),
+            "gemma, features multiplied": SplicedSource("tinyllava", lambda: tinyllava("gemma"), "squash", "factory"),
+            "qwen2, tied": SplicedSource("tinyllava", lambda: tinyllava("qwen2"), "squash", "factory"),
         },
         answers=NO_CLASS,
         lora=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
@@ -61,6 +64,9 @@ def _tinyllava(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily
             "tinyllava_1_5b": Published(1_504_351_520),
             "tinyllava_2_0b": Published(2_048_818_464),
             "tinyllava_3_1b": Published(3_186_937_120),
+            "tinyllava_gemma_2_4b": Published(2_910_475_552),
+            "tinyllava_qwen2_0_5b": Published(893_615_008, refused={4: f"14 {HEADS} (4)", 8: f"14 {HEADS} (8)"}),
+            "tinyllava_qwen2_5_3b": Published(3_490_241_824),
         },
         built=COUNTED,
         recipes={
@@ -77,6 +83,16 @@ def _tinyllava(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily
                     replace(_SFT, length=3072),
                 ),
             ),
+            **staged(
+                "tinyllava_gemma_2_4b", ("pretrain", "sft"), (replace(_ALIGN, template="llava_plain_gemma"), _SFT)
+            ),
+            **{
+                name: stage
+                for size in ("qwen2_0_5b", "qwen2_5_3b")
+                for name, stage in staged(
+                    f"tinyllava_{size}", ("pretrain", "sft"), (replace(_ALIGN, template="llava_plain_no_bos"), _SFT)
+                ).items()
+            },
         },
         **shared,
     )  # fmt: skip
@@ -180,6 +196,7 @@ def _xtuner(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
 
 
 def _hpt(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
+    captions = Stage(("connector",), 1e-3, 4871, 256, 4096, 1024)
     return WholeFamily(
         checkpoints=tuple(name for name, (family, _) in PIECES.items() if family == "hpt"),
         template=BY_LANGUAGE,
@@ -191,9 +208,14 @@ def _hpt(llama: tuple[str, ...], shared: Mapping[str, Any]) -> WholeFamily:
         lora=Lack("adapters are those of the language model in llm/ alone: names in test_spliced_families.py"),
         presets={"hpt_1_5_air": Published(8_449_510_688), "hpt_1_5_edge": Published(4_231_807_264)},
         built=COUNTED,
-        recipes=Lack("none yet: its authors published no scripts of its stages"),
-        headers=Lack("there are no recipes yet"),
-        planner=shared["planner"],
+        recipes={
+            **staged(
+                "hpt_1_5_air", ("pretrain", "sft"),
+                (captions, Stage(("connector", "language"), 2e-5, 9905, 128, 4096, 1024)),
+            ),
+            **staged("hpt_1_5_edge", ("pretrain", "sft"), (captions, Stage(ALL, 2e-5, 19_810, 128, 4096, 1024))),
+        },
+        **shared,
     )  # fmt: skip
 
 

@@ -11,12 +11,17 @@ import torch
 from family_cases import _TEXT, clip_vision, llava, llava_layers, llava_original, load, original_name, vicuna
 from family_cases import write as write_directory
 from hf_makers import Canary
-from tokenizer_files import write_llama
-from transformers import LlamaConfig, LlavaForConditionalGeneration
+from tokenizer_files import write_llama, write_llava
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlavaForConditionalGeneration
 
 from megavlm.checkpoint.hf import outgoing
-from megavlm.checkpoint.hf.given import make_model
+from megavlm.checkpoint.hf.given import make_model, open_directory, understand
 from megavlm.cli import main
+from megavlm.data.chat import encode_conversation
+from megavlm.data.schema import Conversation, Turn
+from megavlm.data.templates import find_template
+from megavlm.data.tokenizer import load_tokenizer
 from megavlm.families.known import FAMILIES
 from megavlm.families.llava_original import TOWERS
 from megavlm.weights.source import Source
@@ -56,6 +61,45 @@ def edit(directory: Path, **keys: Any) -> Path:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
     return directory
+
+
+PHI_3 = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|system|>", "<|end|>", "<|user|>")
+"""What microsoft/Phi-3-mini-4k-instruct adds to Llama's tokens; each but the first eats the white space behind it."""
+PHI_3_CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("tokens", "template"), [(PHI_3, "phi_3"), ((), "vicuna_v1")])
+def test_a_llama_speaks_as_its_own_tokenizer_does(tokens: tuple[str, ...], template: str, tmp_path: Path) -> None:
+    """LLaVA-Phi-3-mini is a Llama by config.json: its tokenizer says Phi-3, and Transformers writes the same ids."""
+    source = llava_original(tmp_path / "hf", llava(LlamaConfig(**{**_TEXT, "vocab_size": 448})))
+    path = write_llava(source)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(
+        [AddedToken(one, normalized=False, rstrip=number > 0) for number, one in enumerate(tokens)]
+    )
+    tokenizer.save(str(path))
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": PHI_3_CHAT}
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    given, home = open_directory(source)
+    found = understand(given, {}, home)
+    assert found.model.template == template and found.tokenizer == path
+    if not tokens:
+        return
+    turns = [
+        Turn("user", "How many cats?"),
+        Turn("assistant", "Two."),
+        Turn("user", "Sure?"),
+        Turn("assistant", "Yes."),
+    ]
+    ours = encode_conversation(Conversation("", turns, (), ""), load_tokenizer(path, find_template(template)), [], None)
+    theirs = AutoTokenizer.from_pretrained(source)
+    text = theirs.apply_chat_template([{"role": one.role, "content": one.text} for one in turns], tokenize=False)
+    assert ours.tokens.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+    trained = [label for label in ours.labels.tolist() if label >= 0]
+    assert theirs.decode(trained).replace(" ", "") == "Two.<|end|>Yes.<|end|>"
 
 
 @pytest.mark.parametrize("layers", [1, 2])

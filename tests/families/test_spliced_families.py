@@ -64,13 +64,19 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 TEMPLATES: dict[str, tuple[Callable[[], Parts], str, tuple[str, ...], str]] = {
     "tinyllava, phi": (lambda: tinyllava("phi", text_keys=WIDE), "", ("<|endoftext|>",), "vicuna_v1_endoftext"),
     "tinyllava, llama": (lambda: tinyllava("llama", text_keys=WIDE), "", (), "vicuna_v1"),
+    "tinyllava, gemma": (lambda: tinyllava("gemma", text_keys=WIDE), "", ("<bos>", "<eos>"), "vicuna_v1_gemma"),
+    "tinyllava, qwen2": (lambda: tinyllava("qwen2", text_keys=WIDE), "", ("<|endoftext|>",), "vicuna_v1_endoftext"),
+    "tinyllava, instruct": (
+        lambda: tinyllava("qwen2", text_keys=WIDE, llm_model_name_or_path="Qwen/Qwen2-0.5B-Instruct"), "",
+        ("<|endoftext|>", "<|im_end|>"), "vicuna_v1_im_end",
+    ),
     "mobilevlm": (lambda: mobilevlm(**WIDE), "", (), "vicuna_v1"),
     "dense": (lambda: dense(**WIDE), "", (), "vicuna_v1"),
     "dense, llama 3": (lambda: dense(**WIDE), "", LLAMA_3, "llama_3"),
     "xtuner": (lambda: xtuner(**WIDE), "", PHI_3, "phi_3"),
     "hpt": (hpt, "llm", LLAMA_3, "hpt_llama_3"),
     "hpt, edge": (lambda: hpt("phi3"), "llm", PHI_3, "phi_3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

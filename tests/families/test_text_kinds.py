@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from text_cases import ELSEWHERE, LENGTHS, ROWS, branches_of, compare_all, kinds, recipe_of
+from text_cases import ELSEWHERE, EXPERTS, LENGTHS, ROWS, branches_of, compare_all, kinds, recipe_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megavlm.config.errors import UserError
@@ -19,6 +19,7 @@ from megavlm.families.text_kinds import chosen
 from megavlm.weights.source import Source
 
 OF_FAMILIES = {row.family: [name for name, one in ROWS.items() if one.family == row.family] for row in ROWS.values()}
+MIXED = tuple(dict.fromkeys(ROWS[name].family for name in EXPERTS))
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
 
 
@@ -115,11 +116,30 @@ def test_layers_of_two_kinds_in_four_chunks(written: tuple[Path, dict[str, dict[
     assert [sum("layers." in key for key in found["gemma3_text"]) > 0 for found in results] == [True, True]
 
 
-@pytest.mark.proves("tp2_pp2_sp", of=OF_FAMILIES)
+@pytest.mark.proves("tp2_pp2_sp", of={name: rows for name, rows in OF_FAMILIES.items() if name not in MIXED})
 def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """In one start of ranks; together they compare every parameter."""
     folder, branches = written
-    results = ranks.run("text_cases:compare_all", branches, str(folder), TP2_PP2, world=4, timeout=240)
-    for name in ROWS:
+    own = {name: branch for name, branch in branches.items() if name not in EXPERTS}
+    results = ranks.run("text_cases:compare_all", own, str(folder), TP2_PP2, world=4, timeout=240)
+    for name in own:
         there = {key for found in results for key in found[name]}
         assert sum("layers." in key for key in there) == 4 * sum("layers.0." in key for key in there) > 0
+
+
+@pytest.mark.proves("tp2_pp2_sp", of={name: [row for row in EXPERTS if ROWS[row].family == name] for name in MIXED})
+def test_experts_at_tp2_pp2_with_sequence_and_expert_parallelism(
+    written: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    """Each tensor-parallel rank has half of the experts, whole; each stage layers of both sorts."""
+    folder, branches = written
+    layout = {**TP2_PP2, "expert_model_parallel_size": 2}
+    own = {name: branches[name] for name in EXPERTS}
+    results = ranks.run("text_cases:compare_all", own, str(folder), layout, world=4, timeout=240)
+    for name in EXPERTS:
+        there = [set(found[name]) for found in results]
+        kept = Source(folder / f"{name}.safetensors").tensors
+        wanted = {key.removeprefix("weight.") for key in kept if key.startswith("weight.")}
+        assert set.union(*there) == wanted
+        experts = {key for key in wanted if ".local_experts." in key}
+        assert sum(len(keys & experts) for keys in there) == len(experts) > 0, "no expert lies on two ranks"

@@ -22,7 +22,7 @@ from test_round_trips import CASES, make
 from torch import Tensor
 from trained_only import PARTS as OTHER_PARTS
 from trained_only import TRAINED_ONLY
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from whole import Lack, Published, Shown, Source, WholeFamily
 from whole_cases import Proof
 from whole_rows import ROWS
@@ -304,10 +304,9 @@ def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -
     expected = logits_of(saved, sample, source.image)
     assert (expected - logits_of(base, sample, source.image)).abs().max() > 0.01  # the adapters matter
     command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
-    # The written-out model where there is no class.
-    plain = source.model if isinstance(ROWS[name].built, Lack) else AutoModelForImageTextToText.from_pretrained(
-        hf, attn_implementation="eager", dtype=torch.float32
-    )  # fmt: skip
+    plain: Any = source.model
+    if isinstance(plain, PreTrainedModel):  # else it is written out, as there is no class
+        plain = AutoModelForImageTextToText.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
     both = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
     ids = sample.ids[None]
     with torch.no_grad():

@@ -31,10 +31,14 @@ from transformers import (  # noqa: E402
     Glm4ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
 )
@@ -125,6 +129,25 @@ def internlm2() -> Any:
     return randomised(InternLM2({**_PLAIN, **keys}))
 
 
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def qwen3_moe() -> Any:
+    """Qwen3-MoE with an MLP in its second layer, and experts narrower than that."""
+    own = {"num_experts": 4, "mlp_only_layers": [1], "norm_topk_prob": True, "head_dim": 32}
+    return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**_TEXT, **_EXPERTS, **own))
+
+
+def qwen3_moe_unnormed() -> Any:
+    """Experts in every second layer, whose scores do not add up to 1."""
+    return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**_TEXT, **_EXPERTS, num_experts=6, decoder_sparse_step=2))
+
+
+def mixtral() -> Any:
+    """Mixtral."""
+    return made(MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row: the kind's preset, its model, and the family that its checkpoints are of."""
@@ -149,7 +172,12 @@ ROWS: dict[str, Kind] = {
     "stablelm_parallel": Kind("stablelm", stablelm_parallel, "stablelm"),
     "minicpm": Kind("minicpm", minicpm, "minicpm"),
     "internlm2": Kind("internlm2", internlm2, "internlm2"),
+    "qwen3_moe": Kind("qwen3_moe", qwen3_moe, "qwen3_moe"),
+    "qwen3_moe_unnormed": Kind("qwen3_moe", qwen3_moe_unnormed, "qwen3_moe"),
+    "mixtral": Kind("mixtral", mixtral, "mixtral"),
 }
+EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral")
+"""Rows with experts."""
 ELSEWHERE = {"qwen"}
 """Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
 
@@ -192,17 +220,32 @@ def write_reference(name: str, directory: Path, path: Path) -> None:
         whole = model.generate(input_ids=one[None], attention_mask=torch.ones(1, len(one)), do_sample=False,
                                max_new_tokens=NEW, eos_token_id=None, pad_token_id=0)  # fmt: skip
         found[f"prompt.{i}"], found[f"answer.{i}"] = one, whole[0, len(one) :]
-    theirs = dict(model.named_parameters())
+    weights, gradients = _as_saved(model, directory)
     with alone():
         rules = make_rules(family, model_config, next(iter(family.styles)), family_slots(family, model_config))
     for rule in rules:
-        own = [theirs.pop(key) for key in rule.row.theirs]
-        for kind, tensors in (("weight", own), ("gradient", [parameter.grad for parameter in own])):
-            for key, value in zip(rule.row.ours, rule.to_ours(tensors), strict=True):
+        for kind, tensors in (("weight", weights), ("gradient", gradients)):
+            own = [tensors.pop(key) for key in rule.row.theirs]
+            for key, value in zip(rule.row.ours, rule.to_ours(own), strict=True):
                 assert value.abs().max() > 0, key
                 found[f"{kind}.{key}"] = value.detach()
-    assert not theirs or list(theirs) == ["lm_head.weight"], theirs.keys()  # tied
+    assert not weights or list(weights) == ["lm_head.weight"], weights.keys()  # tied
     save_file({key: value.contiguous().clone() for key, value in found.items()}, path)
+
+
+def _as_saved(model: Any, directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return weights and gradients by the names of a checkpoint; Transformers holds experts under others."""
+    theirs = dict(model.named_parameters())
+    gradients = {key: parameter.grad for key, parameter in theirs.items()}
+    if not any(".experts." in key for key in theirs):
+        return theirs, gradients
+    weights = Source(directory)
+    with torch.no_grad():
+        for key, parameter in theirs.items():
+            parameter.copy_(gradients[key])
+    model.save_pretrained(directory / "gradients")
+    found = Source(directory / "gradients")
+    return {key: weights.get(key) for key in weights.tensors}, {key: found.get(key) for key in found.tensors}
 
 
 def compare_all(branches: dict[str, dict[str, Any]], folder: str, layout: dict[str, Any]) -> dict[str, list[str]]:
@@ -221,7 +264,7 @@ def compare(recipe: Recipe, wanted: Source, name: str) -> list[str]:
     parameters = {key: p for module in training.modules for key, p in _language(module)}
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(shard(wanted.get(f"weight.{key}"), parameter))
+            parameter.copy_(shard(wanted.get(f"weight.{key}"), parameter, key))
         for module in training.modules:
             module.language.eval()
     ids = list(wanted.get("ids").split(LENGTHS))
@@ -234,7 +277,7 @@ def compare(recipe: Recipe, wanted: Source, name: str) -> list[str]:
     assert abs(loss - expected) <= LOSS * expected, (name, loss, expected)
     scale = max(float(wanted.get(key).abs().max()) for key in wanted.tensors if key.startswith("gradient."))
     for key, parameter in parameters.items():
-        off = float((parameter.main_grad - shard(wanted.get(f"gradient.{key}"), parameter)).abs().max())
+        off = float((parameter.main_grad - shard(wanted.get(f"gradient.{key}"), parameter, key)).abs().max())
         assert off <= GRADIENTS * scale, (name, key, off / scale)
     layout = recipe.parallel
     if layout.tensor_model_parallel_size == layout.pipeline_model_parallel_size == 1:
@@ -256,16 +299,28 @@ def _language(module: Any) -> list[tuple[str, nn.Parameter]]:
     for key, parameter in module.named_parameters():
         if key.startswith(prefix):
             number, _, rest = key.removeprefix(prefix).partition(".")
-            key = f"{prefix}{int(number) + first}.{rest}"
+            key = f"{prefix}{int(number) + first}.{_whole_expert(rest, module)}"
         tied = key == "language.output_layer.weight" and module.share_embeddings_and_output_weights
         if key.startswith("language."):
             found.append(("language.embedding.word_embeddings.weight" if tied else key, parameter))
     return found
 
 
-def shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+def _whole_expert(name: str, module: Any) -> str:
+    """Return a parameter's name in a layer with the number that its expert has in the whole model."""
+    head, mark, rest = name.partition(".local_experts.")
+    if not mark:
+        return name
+    number, _, rest = rest.partition(".")
+    here = module.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+    return f"{head}{mark}{int(number) + here * mpu.get_expert_model_parallel_rank()}.{rest}"
+
+
+def shard(whole: Tensor, parameter: nn.Parameter, key: str) -> Tensor:
     """Return this tensor-parallel rank's part; a vocabulary is padded with rows of zeros."""
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    if ".local_experts." in key:
+        rank, size = mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole if whole.shape == parameter.shape else F.pad(whole.T, (0, parameter.shape[0] - len(whole))).T
     axis = parameter.partition_dim

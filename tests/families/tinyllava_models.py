@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 _PLACES = Places(
     "vision_tower._vision_tower", "connector._connector", "language_model", "vision_tower._vision_tower.vision_model."
 )
-_NAMES = {"llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "phi": "microsoft/phi-2"}
+_NAMES = {
+    "llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "phi": "microsoft/phi-2", "gemma": "google/gemma-2b-it",
+    "qwen2": "Qwen/Qwen2-0.5B",
+}  # fmt: skip
 TEXTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     "phi": {"partial_rotary_factor": 0.5},
     "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "num_key_value_heads": 4},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 32, "pad_token_id": None},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 
 
@@ -46,6 +52,9 @@ def tinyllava(
         text_of(text, **TEXTS[text] | (text_keys or {})), vision, filled(mlp(48, 64)), _PLACES,
         lambda one, other: _config(one, other, **keys),
         drops=keys.get("vision_feature_select_strategy", "patch") == "patch",
+        # GemmaModel of Transformers 4.40, which the factory pinned, multiplies behind the place where pictures come in.
+        scale=math.sqrt(64) if text == "gemma" else 1.0,
+        keeps_copy=text == "qwen2",  # 3.8B parameters, the hub says of TinyLLaVA-Qwen2.5-3B-SigLIP: 0.3B too many
     )  # fmt: skip
 
 
@@ -59,5 +68,7 @@ TINYLLAVA: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "tinyllava",
         lambda path: Spliced(tinyllava("llama", vision_feature_select_strategy="cls_patch")).save_pretrained(path),
     ),
+    "tinyllava_gemma": ("tinyllava", lambda path: Spliced(tinyllava("gemma")).save_pretrained(path)),
+    "tinyllava_qwen2": ("tinyllava", lambda path: Spliced(tinyllava("qwen2")).save_pretrained(path)),
 }  # fmt: skip
 """Checkpoints, with their family."""

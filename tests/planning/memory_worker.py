@@ -72,7 +72,11 @@ def measure(branches: dict[str, Any], *, count: bool = False) -> list[list[float
         own[mpu.get_pipeline_model_parallel_rank()] = torch.tensor(
             [
                 storage_bytes(p for chunk in training.chunks for p in chunk.parameters()),
-                storage_bytes(buffer.grad_data for chunk in training.chunks for buffer in chunk.buffers),
+                storage_bytes(
+                    buffer.grad_data
+                    for chunk in training.chunks
+                    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+                ),
                 storage_bytes(optimizer_tensors(training)),
                 saved.bytes / few,
                 batches[0].num_images,

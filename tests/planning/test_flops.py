@@ -136,6 +136,7 @@ class Layout(NamedTuple):
 
     tensor: int = 1
     sequence_parallel: bool = False
+    context: int = 1
 
 
 LORA = {"rank": 4, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}

@@ -109,6 +109,18 @@ EVA02: dict[str, Any] = {
     "vision": {"preset": "eva02_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
     | {"num_attention_heads": 4, "ffn_hidden_size": 90, "positional_grid": 4},
 }
+# Experts behind an MLP; and in all layers, biased, with a shared expert.
+EP2 = {"expert_model_parallel_size": 2}
+EXPERTS: dict[str, Any] = {
+    **OTHER,
+    "language": {**OTHER["language"], "preset": "qwen3_moe", "num_moe_experts": 4, "moe_router_topk": 2}
+    | {"moe_ffn_hidden_size": 40, "moe_layer_freq": (0, 1, 1, 1), "vocab_size": 512, "tie_word_embeddings": False},
+}
+SHARED: dict[str, Any] = {
+    **EXPERTS,
+    "language": {**EXPERTS["language"], "moe_layer_freq": 1, "moe_shared_expert_intermediate_size": 48}
+    | {"moe_shared_expert_gate": True, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+}
 CASES: dict[str, dict[str, Any]] = {
     "tp2-pp2-sp": {**BF16, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},
     "tp2-pp2": {**BF16, "parallel": {**TP2, **PP2, **TORCH}},
@@ -141,6 +153,18 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma3-tp2-pp2": {**BF16, "model": GEMMA3, "parallel": {**TP2, **PP2, **TORCH}},
     "dinov2-tp2-pp2": {**BF16, "model": DINOV2, "parallel": {**TP2, **PP2, **TORCH}},
     "eva02-tp2-pp2": {**BF16, "model": EVA02, "parallel": {**TP2, **PP2, **TORCH}},
+    "experts-tp2-pp2-ep2-sp": {
+        **BF16,
+        "model": EXPERTS,
+        "parallel": {**TP2, **PP2, **EP2, **TORCH, "sequence_parallel": True},
+    },
+    "experts-ep4-fp32": {"model": EXPERTS, "parallel": {"expert_model_parallel_size": 4}},
+    "experts-shared-ep2": {**BF16, "model": SHARED, "parallel": {**EP2, **TORCH}},
+    "experts-shared-pp2-ep2-plain": {
+        **BF16,
+        "model": SHARED,
+        "parallel": {**PP2, **EP2, **TORCH, "use_distributed_optimizer": False},
+    },
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
     "shared-heads-sp-fp32": {"model": OTHER, "parallel": {**TP4, "sequence_parallel": True}},
@@ -178,7 +202,7 @@ def test_static_bytes_are_those_of_the_real_model(name: str, measured: dict[str,
 
 
 KEPT = ["tp2-pp2-sp", "tp2-pp2", "layers-tp2-pp2", "whole-tp2-pp2", "whole-tp4-sp", "internvl-tp2-pp2-sp"]
-KEPT += [name for name in CASES if name.startswith(("phi", "gemma"))]
+KEPT += [name for name in CASES if name.startswith(("phi", "gemma", "experts"))]
 KEPT += [name for name in CASES if "shared" in name or name.startswith(("ldp", "abstractor", "s2", "dino", "eva"))]
 
 

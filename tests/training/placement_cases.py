@@ -26,6 +26,7 @@ from megavlm.data.device_batch import Batch, share_packs  # noqa: E402
 from megavlm.data.media import Arrangement, arrange, plan_of  # noqa: E402
 from megavlm.data.positions import positions_of  # noqa: E402
 from megavlm.data.read_pack import ReadPack  # noqa: E402
+from megavlm.data.spans import spans_of  # noqa: E402
 from megavlm.parallel.state import is_reader, process_groups  # noqa: E402
 from megavlm.training import handover, vision  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
@@ -60,7 +61,8 @@ def _sizes(recipe: Recipe) -> tuple[Any, ...]:
     """Return what process groups follow from."""
     one = recipe.parallel
     virtual = one.virtual_pipeline_model_parallel_size
-    return one.tensor_model_parallel_size, one.pipeline_model_parallel_size, virtual, recipe.training.seed
+    sizes = one.tensor_model_parallel_size, one.context_parallel_size, one.pipeline_model_parallel_size
+    return *sizes, virtual, recipe.training.seed
 
 
 def train(job: Job, recipe: Recipe) -> dict[str, Any]:
@@ -115,7 +117,26 @@ Counted(vision, "SideWork")
 def fetch(job: Job, recipe: Recipe, step: int, spread: Any) -> list[Batch]:
     """Return this rank's micro-batches of a step."""
     packs = read(recipe, step, job.get("without", ()), alike=job.get("alike", False))
+    if job.get("short"):
+        packs = [_short(one, step) for one in packs]
     return share_packs(packs if is_reader() else None, len(packs), spread)
+
+
+def _short(read: ReadPack, step: int) -> ReadPack:
+    """The same positions in other segments, of 1 to 40: the last of each predicts nothing, and the next begins at 0."""
+    pack, rng, bounds = read.pack, np.random.default_rng(step), [0]
+    while bounds[-1] < len(pack.tokens):
+        bounds.append(min(bounds[-1] + int(rng.choice([1, 1, 2, 3, 5, 17, 40])), len(pack.tokens)))
+    labels, lengths = pack.labels.copy(), np.diff(bounds)
+    labels[np.array(bounds[1:]) - 1] = -100
+    other = dataclasses.replace(
+        pack, labels=labels, cu_seqlens=np.array(bounds, np.int32), segment_sources=np.zeros(len(lengths), np.int32),
+        position_ids=pack.position_ids
+        if pack.position_ids.ndim > 1
+        else np.concatenate([np.arange(length) for length in lengths]),
+        loss_weights=rng.uniform(0.5, 2, len(labels)).astype(np.float32),
+    )  # fmt: skip
+    return dataclasses.replace(read, pack=other)
 
 
 def made(branches: dict[str, Any]) -> Recipe:
@@ -146,11 +167,26 @@ def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[R
     else:
         drawn = tiles_cases.packs(plan, count, step)
         mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
+    mine = [_of_model(one, recipe, step) for one in mine]
     if step in without:
         mine = [_text(one) for one in mine]
     elif "one" in without:  # replica has some; or, in one process, what that one had of the two
         mine = [one if i % 2 else _text(one) for i, one in enumerate(mine)]
     return mine[rank::size]
+
+
+def _of_model(read: ReadPack, recipe: Recipe, seed: int) -> ReadPack:
+    """The same with what the model asks for beside: positions of three numbers, spans that see both ways."""
+    pack, rng = read.pack, np.random.default_rng(seed)
+    spans = spans_of(recipe.model, IMAGE_TOKEN)
+    if recipe.model.language.rotary_sections and pack.position_ids.ndim == 1:
+        moved = np.sort(rng.integers(0, 20, (3, len(pack.tokens))), axis=1)
+        pack = dataclasses.replace(pack, position_ids=np.stack([pack.position_ids] * 3) + moved)
+    if spans is not None:
+        pieces = np.split(pack.tokens, pack.cu_seqlens[1:-1])
+        prefixes = [int(rng.integers(1, len(piece))) for piece in pieces]
+        pack = dataclasses.replace(pack, two_way_spans=spans.pack(pieces, prefixes))
+    return dataclasses.replace(read, pack=pack)
 
 
 def _text(read: ReadPack) -> ReadPack:

@@ -23,7 +23,7 @@ from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import IGNORE_INDEX  # noqa: E402
-from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, context_length, make_batch  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.loss import task_mean  # noqa: E402
@@ -45,6 +45,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-dp2, full recompute": {**TP2, "recompute_granularity": "full"},
     "tp2-pp2-sp": {**TP2, **PP2, "sequence_parallel": True},
     "pp2-dp2": PP2,
+    "cp2-pp2": {**PP2, "context_parallel_size": 2},
+    "cp4": {"context_parallel_size": 4},
     "pp2-vpp2-dp2": {**PP2, "virtual_pipeline_model_parallel_size": 2},
 }
 
@@ -81,9 +83,11 @@ def packs(step: int) -> list[tuple[Any, np.ndarray]]:
 
 def batches(step: int, first: int = 0, every: int = 1) -> list[Batch]:
     """Return every ``every``-th micro-batch of a step."""
+    chosen = packs(step)[first::every]
+    length, cpu = context_length(pack.cu_seqlens for pack, _ in chosen), torch.device("cpu")
     return [
-        make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, torch.device("cpu"))
-        for pack, pixels in packs(step)[first::every]
+        make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu, length=length)
+        for pack, pixels in chosen
     ]
 
 

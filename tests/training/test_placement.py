@@ -130,11 +130,13 @@ LONG_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 CASES_OF = CASES | LONG_CASES
 
 
+# Gradients that are zero but for rounding (biases on all keys) make no step of Adam's whole size.
+SHARED: dict[str, Any] = {"optimizer": {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "adam_eps": 1e-4}}
+
+
 def branches(name: str, parallel: dict[str, Any]) -> dict[str, Any]:
-    # Gradients that are zero but for rounding (biases on all keys) make no step of Adam's whole size.
-    shared = {"optimizer": {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "adam_eps": 1e-4}}
     own = MODELS[name]
-    return {**shared, **own, "parallel": {**own.get("parallel", {}), **parallel}}
+    return {**SHARED, **own, "parallel": {**own.get("parallel", {}), **parallel}}
 
 
 def job(tmp: Path, name: str, save: str, parallel: dict[str, Any]) -> dict[str, Any]:

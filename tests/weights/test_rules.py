@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from megavlm.weights.rules import (
     QKV_BLOCKS,
     SAME,
     SPLIT3,
+    STACKED,
+    STACKED_INPUTS_FIRST,
     TRANSPOSE,
     Aside,
     Heads,
@@ -62,6 +66,8 @@ CASES: list[tuple[Reshape, Heads, list[tuple[int, ...]]]] = [
     (CONCAT, GROUPED, [(4, 5), (4, 5)]),
     (SPLIT3, GROUPED, [(12, 4)]),
     (SPLIT3, GROUPED, [(12,)]),
+    (STACKED, GROUPED, [(3, 4, 5)]),
+    (STACKED_INPUTS_FIRST, GROUPED, [(3, 4, 5)]),
 ]
 
 
@@ -99,6 +105,28 @@ def test_rows_that_the_model_lacks_are_left_out() -> None:
         ("language.decoder.layers.1.proj.weight",): ("a.b.h.1.c_proj.weight",),
         ("language.decoder.layers.1.fc1.weight",): ("a.b.h.1.w2.weight", "a.b.h.1.w1.weight"),
     }
+
+
+def test_experts_have_rows_of_their_own_where_a_layer_has_some() -> None:
+    """Layer 0 has an MLP, layer 1 two experts: each with tensors of its own, or all in one."""
+    expert, theirs = "mlp.experts.local_experts.{}", "a.b.h.1.mlp.experts"
+    apart = row(f"{expert}.fc1.weight", "mlp.experts.{}.w2.weight mlp.experts.{}.w1.weight", CONCAT)
+    stacked = row(f"{expert}.fc2.weight", "mlp.experts.down", STACKED_INPUTS_FIRST)
+    table = dataclasses.replace(TABLE, layer=(row("mlp.fc1.weight", "mlp.w.weight"), apart, stacked))
+    names = [f"language.decoder.layers.1.{expert.format(i)}." for i in range(2)]
+    slots = dict.fromkeys(
+        ["language.decoder.layers.0.mlp.fc1.weight", *(name + f"fc{n}.weight" for name in names for n in (1, 2))]
+    )
+    rules = table.rules(slots, 2)
+    assert {rule.ours: rule.theirs for rule in rules} == {
+        ("language.decoder.layers.0.mlp.fc1.weight",): ("a.b.h.0.mlp.w.weight",),
+        (names[0] + "fc1.weight",): (f"{theirs}.0.w2.weight", f"{theirs}.0.w1.weight"),
+        (names[1] + "fc1.weight",): (f"{theirs}.1.w2.weight", f"{theirs}.1.w1.weight"),
+        (names[0] + "fc2.weight", names[1] + "fc2.weight"): (f"{theirs}.down",),
+    }
+    down = torch.arange(12.0).view(2, 2, 3)  # [experts, in, out]
+    first, second = rules[-1].reshape.to_ours([down], GROUPED)
+    assert first.tolist() == [[0, 3], [1, 4], [2, 5]] and torch.equal(second, down[1].T)
 
 
 def test_asides_match_whole_names_and_dots_are_dots() -> None:

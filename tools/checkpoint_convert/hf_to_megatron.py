@@ -8,4 +8,5 @@ sys.path[0] += "/../.."
 from megavlm.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", "hf-to-megatron", *sys.argv[1:]]))
+    sys.argv[1:1] = ["convert", "hf-to-megatron"]
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Samples of the user's data as a class of Transformers takes them, pictures included.
 
-The processor and the chat template of the model's own directory write them, as a server does that serves it.
+The processor and the chat template of the model's own directory write them, as a server does that serves it; of a model
+that Transformers has no class for, tokenizer, tower and connector here (``own_calibration.py``).
 """
 
 from __future__ import annotations
@@ -10,13 +11,11 @@ import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.energon import WorkerConfig
-from megatron.energon.epathlib import EPath
 from torch import Tensor
 
 from megavlm.checkpoint.hf.transformers_class import first_line
@@ -25,26 +24,29 @@ from megavlm.config.schema import DataConfig, DataSource
 from megavlm.data.cache import located
 from megavlm.data.images import ImageError, decode_with_pil
 from megavlm.data.schema import IMAGE_PLACEHOLDER, Conversation, parse_conversation
-from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
+from megavlm.data.shard_reader import DEFECT, open_shards
 
 logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Tensor]
 """Of one sample: ``input_ids`` [1, S], ``attention_mask`` [1, S], and what the class calls its pictures."""
+FEATURES = "features"
+"""What a class made here calls them: [1, T, E] of the T image slots."""
 _MOST_CAUSES = 5
 """Causes that are named of samples that are left out."""
 _PICTURE = re.compile(r"(?:Picture \d+: ?)?" + re.escape(IMAGE_PLACEHOLDER) + r"\n?")
 
 
 def calibration_samples(
-    path: Path, images: Path | None, processor: Any, *, count: int, longest: int, seed: int
-) -> list[Inputs]:
+    path: Path, images: Path | None, take: Callable[[dict[str, Any]], Inputs | str], *, count: int, longest: int,
+    seed: int,
+) -> list[Inputs]:  # fmt: skip
     """Return samples in the form that the model's class takes, drawn from all of the data.
 
     Args:
         path: prepared data, or what ``megavlm prepare`` reads.
         images: directory that the paths of plain data start from.
-        processor: of the model's directory.
+        take: returns what the class takes of a raw sample, or why it cannot be used.
         count: samples to return, if there are so many.
         longest: samples of more tokens are left out: half a sample would have half a picture.
         seed: of the order in which they are drawn.
@@ -53,7 +55,7 @@ def calibration_samples(
         UserError: no sample can be used.
     """
     source = DataSource(path=str(path), images=None if images is None else str(images))
-    reader = _open(located(source, DataConfig(train=(source,), sequence_length=longest)).path)
+    reader = open_shards(located(source, DataConfig(train=(source,), sequence_length=longest)).path)
     order = list(range(len(reader)))
     random.Random(seed).shuffle(order)
     found: list[Inputs] = []
@@ -62,7 +64,7 @@ def calibration_samples(
         if len(found) == count:
             break
         raw = reader[position]
-        made = raw[DEFECT] if DEFECT in raw else _inputs(raw, processor)
+        made = raw[DEFECT] if DEFECT in raw else take(raw)
         if isinstance(made, str):
             left_out[made] += 1
         elif made["input_ids"].shape[1] > longest:
@@ -72,7 +74,7 @@ def calibration_samples(
     causes = ", ".join(f"{number} {cause}" for cause, number in left_out.most_common(_MOST_CAUSES))
     if not found:
         raise UserError(f"--data {path}: none of its {len(reader)} samples can be used ({causes or 'it is empty'})")
-    pictures = sum("pixel_values" in one for one in found)
+    pictures = sum(not one.keys().isdisjoint(("pixel_values", FEATURES)) for one in found)
     logger.info("calibration: %d samples of %s, %d of them with pictures%s", len(found), path, pictures,
                 f"; left out: {causes}" if causes else "")  # fmt: skip
     if len(found) < count:
@@ -80,15 +82,13 @@ def calibration_samples(
     return found
 
 
-def _open(path: str) -> ShardReader:
-    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    dataset = ShardDataset(EPath(Path(path)), split_part="train", training=False, worker_config=config, decoder=None)
-    dataset.check_shards()
-    return ShardReader(dataset.path, dataset.shards)
+def by_processor(raw: dict[str, Any], processor: Any) -> Inputs | str:
+    """Return what the class takes, or why the sample cannot be used.
 
-
-def _inputs(raw: dict[str, Any], processor: Any) -> Inputs | str:
-    """Return what the class takes, or why the sample cannot be used."""
+    Args:
+        raw: the sample's files.
+        processor: of the model's directory.
+    """
     try:
         conversation = parse_conversation(json.loads(raw["json"]))
         if conversation.films:

@@ -96,13 +96,13 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_m
 
 
 def _check_merged(source: Source, family: Family) -> None:
-    """Check that no adapter lies beside the weights of a language model.
+    """Check that no adapter lies beside the weights of a tower or a language model.
 
     Raises:
         UserError: one does; both are named.
     """
     beside = next((source.directory / name for name in _ADAPTER_FILES if (source.directory / name).is_file()), None)
-    if beside is None or "language" not in family.parts or not source.path.is_dir():
+    if beside is None or family.parts == ("connector",) or not source.path.is_dir():
         return
     weights = next(iter(source.tensors.values())).file.name if source.tensors else "weights"
     raise UserError(

@@ -125,6 +125,7 @@ class _MatchedSource:
 
     def __init__(self, given: SourceOfParts, branches: Tree, slots: Mapping[str, Slot], *, checked: bool) -> None:
         self.given, self.checked = given, checked
+        self._last: tuple[Rule, list[Tensor]] | None = None
         source, family = given.source, given.family
         own_model = make_model({**branches, **given.branches}, str(source.path))
         own_slots = family_slots(family, own_model)
@@ -172,18 +173,27 @@ class _MatchedSource:
 
     def _reader(self, rule: Rule, index: int, slot: Slot) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            theirs = self.read(rule)
-            for name, one in zip(rule.row.theirs, theirs, strict=True):
-                check_finite(one, f"{self.given.source.path}: {name}")
-            ours = rule.to_ours(theirs)
-            if self.checked and index == 0:
-                for name, back, there in zip(rule.row.theirs, rule.to_theirs(ours), theirs, strict=True):
-                    if not same_bits(back, there):
-                        raise RuntimeError(f"{name}: what is written, turned back, differs from its source")
-            tensor = ours[index]
+            tensor = self._ours(rule)[index]
             return _grown(tensor, slot) if tuple(tensor.shape) != slot.shape else tensor
 
         return read
+
+    def _ours(self, rule: Rule) -> list[Tensor]:
+        """Return the canonical tensors of a rule, checked once; those of several are asked for one after the other."""
+        if self._last is not None and self._last[0] is rule:
+            return self._last[1]
+        self._last = None
+        theirs = self.read(rule)
+        for name, one in zip(rule.row.theirs, theirs, strict=True):
+            check_finite(one, f"{self.given.source.path}: {name}")
+        ours = rule.to_ours(theirs)
+        if self.checked:
+            for name, back, there in zip(rule.row.theirs, rule.to_theirs(ours), theirs, strict=True):
+                if not same_bits(back, there):
+                    raise RuntimeError(f"{name}: what is written, turned back, differs from its source")
+        if len(ours) > 1:  # all experts of a layer, say: views of what is mapped
+            self._last = rule, ours
+        return ours
 
 
 _NEW_ROWS_STD = 0.02

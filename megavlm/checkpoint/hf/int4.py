@@ -3,28 +3,34 @@
 The rounding is Intel AutoRound's (``auto-round``), through the model's class in Transformers and on samples of the
 user's own data, so that the language model sees the pictures' features as it does when it answers. Of what the library
 writes only the tensors of the language model's layers are taken; all others, and all small files but ``config.json``,
-are the directory's own, byte for byte. Layouts: AutoGPTQ's (``qweight`` packed along the input, zero points less one,
-``g_idx``) and AutoAWQ's GEMM (``qweight`` packed along the output in its interleaved order), as Transformers, vLLM and
-SGLang read them.
+are the directory's own, byte for byte (of Qwen v1, which Transformers has no class for: ``int4_qwen.py``). Layouts:
+AutoGPTQ's (``qweight`` packed along the input, zero points less one, ``g_idx``) and AutoAWQ's GEMM (``qweight`` packed
+along the output in its interleaved order), as Transformers, vLLM and SGLang read them.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megavlm.checkpoint import assets
-from megavlm.checkpoint.hf.calibration import Inputs, calibration_samples
+from megavlm.checkpoint.finite import narrowed
+from megavlm.checkpoint.hf.calibration import Inputs, by_processor, calibration_samples
+from megavlm.checkpoint.hf.int4_qwen import DTYPE as QWEN_DTYPE
+from megavlm.checkpoint.hf.int4_qwen import QUANTIZE_CONFIG, QwenDirectory, UnderQwensNames, is_qwen, own_file
+from megavlm.checkpoint.hf.int4_qwen import quantization_config as qwen_quantization_config
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, ShardedWriter
 from megavlm.checkpoint.hf.transformers_class import complete_processor, first_line, transformers_class
 from megavlm.checkpoint.publish import publishing, refuse_existing
@@ -32,7 +38,7 @@ from megavlm.checkpoint.readback import ReadBack
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
 from megavlm.parallel.device import gpu_count
-from megavlm.weights.source import CONFIG, Source
+from megavlm.weights.source import CONFIG, Source, TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +89,16 @@ class Int4Export:
         ]
 
 
+@dataclass(frozen=True)
+class _ForLibrary:
+    """What the library is given."""
+
+    model: Any
+    tokenizer: Any
+    processor: Any
+    samples: list[Inputs]
+
+
 def quantise(settings: Int4Settings) -> Int4Export:
     """Write the directory.
 
@@ -92,21 +108,23 @@ def quantise(settings: Int4Settings) -> Int4Export:
     refuse_existing(settings.out)
     source = Source(settings.hf)
     _check_source(settings, source)
-    transformers_class(settings.hf, "int4")
+    qwen = QwenDirectory.open(settings.hf, settings.longest) if is_qwen(source) else None
+    if qwen is None:
+        transformers_class(settings.hf, "int4")
     library = _library()
-    model, processor = _open(settings.hf, source)
-    blocks, names = _language_layers(model, settings)
-    samples = calibration_samples(
-        settings.data, settings.images, processor, count=settings.samples, longest=settings.longest, seed=settings.seed
-    )
-    _check_samples(model, samples)
-    kept = _kept(model, names)
+    opened = _open(settings, source) if qwen is None else _open_qwen(settings, source, qwen)
+    blocks, names = _language_layers(opened.model, settings)
+    _check_samples(opened.model, opened.samples)
+    kept = _kept(opened.model, names)
     settings.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{settings.out.name}.", dir=settings.out.absolute().parent) as folder:
-        found = _run(library, model, processor, samples, blocks, settings, Path(folder))
-        del model
+        found = _run(library, opened, blocks, settings, Path(folder))
+        del opened
         gc.collect()
-        return _write(source, found, len(names), blocks, kept, settings)
+        if qwen is not None:
+            return _write_qwen(source, found, len(names), settings, qwen)
+        config = read_json(settings.hf / CONFIG) | {KEY: quantization_config(settings, blocks, kept)}
+        return _write(source, _Written(found, len(names), {CONFIG: config}), settings)
 
 
 def _check_source(settings: Int4Settings, source: Source) -> None:
@@ -129,14 +147,15 @@ def _library() -> Any:
     return auto_round
 
 
-def _open(directory: Path, source: Source) -> tuple[Any, Any]:
-    """Load model and processor of the directory.
+def _open(settings: Int4Settings, source: Source) -> _ForLibrary:
+    """Load model and processor of the directory, and the samples.
 
     Raises:
-        UserError: the processor cannot be made, or has no chat template.
+        UserError: the processor cannot be made, or has no chat template, or no sample can be used.
     """
     import transformers  # noqa: PLC0415
 
+    directory = settings.hf
     try:
         processor = transformers.AutoProcessor.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True, backend="pil"
@@ -145,15 +164,34 @@ def _open(directory: Path, source: Source) -> tuple[Any, Any]:
         raise UserError(f"{directory}: AutoProcessor cannot be made: {first_line(error)}") from None
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{directory}: has no chat template, which writes the samples; add chat_template.jinja")
-    dtypes = {info.dtype for info in source.tensors.values()}
-    dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
     model = transformers.AutoModelForImageTextToText.from_pretrained(
-        directory, trust_remote_code=False, local_files_only=True, dtype=dtype
+        directory, trust_remote_code=False, local_files_only=True, dtype=_dtype(source)
     ).eval()
     complete_processor(processor, model.config)
     # The library would look there for tensors in fp32 and write these in place of those that it scaled (0.16.1).
     model.config._name_or_path = model.name_or_path = ""
-    return model, processor
+    samples = calibration_samples(
+        settings.data, settings.images, functools.partial(by_processor, processor=processor), count=settings.samples,
+        longest=settings.longest, seed=settings.seed,
+    )  # fmt: skip
+    return _ForLibrary(model, processor.tokenizer, processor, samples)
+
+
+def _open_qwen(settings: Int4Settings, source: Source, qwen: QwenDirectory) -> _ForLibrary:
+    """Make the samples, then the language model: tower and connector are gone by then.
+
+    Raises:
+        UserError: no sample can be used.
+    """
+    samples = qwen.samples(settings.data, settings.images, settings.samples, settings.seed)
+    model = qwen.language_model(_dtype(source))
+    model.config._name_or_path = model.name_or_path = ""
+    return _ForLibrary(model, qwen.tokenizer, None, samples)
+
+
+def _dtype(source: Source) -> torch.dtype:
+    dtypes = {info.dtype for info in source.tensors.values()}
+    return torch.float16 if dtypes == {torch.float16} else torch.bfloat16
 
 
 def _language_layers(model: Any, settings: Int4Settings) -> tuple[str, list[str]]:
@@ -222,17 +260,17 @@ def _kept(model: Any, quantised: Sequence[str]) -> list[str]:
     return list(walk("", model))
 
 
-def _run(
-    library: Any, model: Any, processor: Any, samples: Sequence[Inputs], blocks: str, settings: Int4Settings,
-    folder: Path,
-) -> Source:  # fmt: skip
+def _run(library: Any, opened: _ForLibrary, blocks: str, settings: Int4Settings, folder: Path) -> Source:
     """Let the library quantise, and return what it wrote."""
     gptq = settings.layout == "gptq"
+    model, samples = opened.model, opened.samples
     dtype = model.dtype
+    # What takes no pictures of its own is a text model to the library, which leaves out shorter samples there.
+    length = settings.longest if opened.processor is not None else min(one["input_ids"].shape[1] for one in samples)
     work = library.AutoRound(
         model,
-        tokenizer=processor.tokenizer,
-        processor=processor,
+        tokenizer=opened.tokenizer,
+        processor=opened.processor,
         bits=_BITS,
         group_size=settings.group_size,
         sym=gptq,
@@ -240,7 +278,7 @@ def _run(
         **({"iters": settings.iterations} if gptq else {}),
         dataset=[{key: _as(value, dtype) for key, value in one.items()} for one in samples],
         nsamples=len(samples),
-        seqlen=settings.longest,
+        seqlen=length,
         batch_size=1,
         to_quant_block_names=blocks,
         device_map=0 if gpu_count() else "cpu",
@@ -251,31 +289,74 @@ def _run(
     return Source(next(folder.rglob(CONFIG)).parent)
 
 
-def _write(
-    source: Source, found: Source, layers: int, blocks: str, kept: Sequence[str], settings: Int4Settings
-) -> Int4Export:
+class _Found(Protocol):
+    """What the library wrote, under the names of the directory."""
+
+    tensors: dict[str, TensorInfo]
+
+    def __contains__(self, name: str) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def get(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is written in the place of the directory's own."""
+
+    found: _Found
+    layers: int
+    """Linear layers that the library was to quantise, as the directory counts them."""
+    files: Mapping[str, Mapping[str, Any]]
+    """JSON files."""
+    parts: tuple[str, ...] = _QUANTISED
+    """Of a linear layer."""
+    without: frozenset[str] = frozenset()
+    """Tensors of the directory that are left out."""
+    dtype: torch.dtype | None = None
+    """Of all floating point; None for the directory's and the library's own."""
+
+
+def _write_qwen(source: Source, found: Source, layers: int, settings: Int4Settings, qwen: QwenDirectory) -> Int4Export:
+    """Write what was quantised as a Qwen2 under Qwen's names, as published."""
+    gptq = settings.layout == "gptq"
+    config = qwen_quantization_config(settings.layout, _BITS, settings.group_size)
+    files = {CONFIG: qwen.config_file(config)} | ({QUANTIZE_CONFIG: own_file(config)} if gptq else {})
+    named = UnderQwensNames(found, biases=gptq)
+    without = frozenset(name for names in qwen.account.ignored.values() for name in names)
+    parts = (*_QUANTISED, "bias") if gptq else _QUANTISED
+    return _write(source, _Written(named, named.layers_of(layers), files, parts, without, QWEN_DTYPE), settings)
+
+
+def _write(source: Source, written: _Written, settings: Int4Settings) -> Int4Export:
     """Put the quantised tensors in the place of the directory's, and publish all with its small files."""
+    found = written.found
     stems = {name.removesuffix(".qweight") for name in found.tensors if name.endswith(".qweight")}
     unknown = sorted(stem for stem in stems if f"{stem}.weight" not in source)
     # A bug, of this file or of the library: nothing of it is the user's.
     assert not unknown, f"auto-round quantised what the directory does not have: {unknown[:3]}"
-    assert len(stems) == layers, f"auto-round quantised {len(stems)} of {layers} linear layers"
-    inside = {stem[: stem.index(".layers.") + len(".layers.")] for stem in stems}
+    assert len(stems) == written.layers, f"auto-round quantised {len(stems)} of {written.layers} linear layers"
+    inside = {match[0] for stem in stems if (match := re.match(r".*?\.(?=\d+\.)", stem))}
     entries: list[Entry] = []
-    origins: dict[str, Source] = {}
+    origins: dict[str, _Found] = {}
+
+    def take(name: str, shape: tuple[int, ...], dtype: Any, origin: _Found) -> None:
+        assert isinstance(dtype, torch.dtype)
+        narrow = written.dtype if dtype.is_floating_point and written.dtype is not None else dtype
+        origins[name] = origin
+        entries.append(Entry(name, shape, narrow))
+
     for name, info in source.tensors.items():
+        if name in written.without:
+            continue
         stem, ending = name.rpartition(".")[::2]
         if ending == "weight" and stem in stems:
-            for part in (f"{stem}.{part}" for part in _QUANTISED):
-                if part in found:
-                    origins[part] = found
-                    entries.append(Entry(part, found.shape(part), found.get(part).dtype))
+            for part in (f"{stem}.{part}" for part in written.parts):
+                if part in found and part not in source:
+                    take(part, found.shape(part), found.get(part).dtype, found)
             continue
         # AWQ scales norms and biases of the layers too.
         scaled = name in found and any(name.startswith(prefix) for prefix in inside)
-        origins[name] = found if scaled else source
-        assert isinstance(info.dtype, torch.dtype)
-        entries.append(Entry(name, info.shape, info.dtype))
+        take(name, info.shape, info.dtype, found if scaled else source)
     entries.sort(key=lambda entry: -entry.dtype.itemsize)  # the larger first: all stay aligned
     size = sum(entry.nbytes for entry in entries)
     with publishing(settings.out, needed_bytes=size) as partial:
@@ -283,13 +364,14 @@ def _write(
             writer = ShardedWriter(partial, entries, SHARD_BYTES, read_back)
             try:
                 for entry in entries:
-                    writer.put(entry.name, origins[entry.name].get(entry.name).to(entry.dtype))
+                    tensor = origins[entry.name].get(entry.name)
+                    writer.put(entry.name, narrowed(tensor, entry.dtype, f"{settings.hf}: {entry.name}"))
                 writer.close()
             finally:
                 writer.abort()
         assets.copy_files(assets.small_files(settings.hf), partial)
-        config = read_json(settings.hf / CONFIG) | {KEY: quantization_config(settings, blocks, kept)}
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, tree in written.files.items():
+            (partial / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return Int4Export(len(stems), len(entries), source.size_bytes(), size)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     verify: bool = True,
     base: Path | None = None,
+    names: str | None = None,
 ) -> Export:
     """Write a Hugging Face directory.
 
@@ -112,6 +114,7 @@ def export(
         shard_bytes: largest size of a file.
         verify: turn each tensor back and compare it, and read all that was written back from the disk.
         base: where the base of adapters may lie if it has been moved.
+        names: naming of the tensors, one of the family's ``styles``; None for the one that the weights came with.
 
     Raises:
         UserError: the checkpoint is damaged or of another model, or no family can hold it.
@@ -125,7 +128,11 @@ def export(
         name = came.with_tower_trained  # the tower that is named elsewhere is not this one any more
     family = choose_family(name, model, [part for part in MODULES if part in branches], asked=family_name is not None)
     original = record.get("family") == family.name
-    style = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
+    came_with = record["style"] if original and record.get("style") in family.styles else family.style_for(model)
+    style = names or came_with
+    if style not in family.styles:
+        known = ", ".join(family.styles) if len(family.styles) > 1 else f"{came_with} alone"
+        raise UserError(f"--names {style}: the tensors of {family.title} are named as {known}")
     model = without_slot(checkpoint, family, model, record, template_name(checkpoint), original=original)
     kin = None if original else kin_of(checkpoint, family, model, record)
     reader = open_reader(checkpoint, base)
@@ -133,7 +140,9 @@ def export(
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))
         rules.sort(key=lambda rule: -_type(rule, reader, dtype).itemsize)  # the larger first: all stay aligned
-        extra = _extra(checkpoint, family, model, style, result, kin, original=original, dtype=dtype)
+        extra = _extra(checkpoint, family, model, came_with, result, kin, original=original, dtype=dtype)
+        if style != came_with:
+            extra = _renamed(extra, family.styles[came_with], family.styles[style])
         entries = [e for rule in rules for e in _entries(rule, _type(rule, reader, dtype))]
         entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
@@ -143,17 +152,14 @@ def export(
             early = checked and family.pickle is None
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
-                try:
-                    with tqdm(total=result.bytes, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-                        for rule in rules:
-                            tensors = _theirs(rule, reader, dtype, result, checked=early)
-                            for name, tensor in zip(rule.row.theirs, tensors, strict=True):
-                                writer.put(name, tensor, bar.update)
-                        for name, tensor in extra.items():
-                            writer.put(name, tensor, bar.update)
-                    writer.close()
-                finally:
-                    writer.abort()
+                learnt = (
+                    (name, tensor)
+                    for rule in rules
+                    for name, tensor in zip(
+                        rule.row.theirs, _theirs(rule, reader, dtype, result, checked=early), strict=True
+                    )
+                )
+                _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
             result.files = writer.files
             if family.pickle is not None:
                 _write_pickle(partial, family.pickle, result)
@@ -167,6 +173,17 @@ def export(
                 _verify(source, rules, reader, result.bytes)
             result.verified = checked
     return result
+
+
+def _write_all(writer: FolderedWriter, tensors: Iterable[tuple[str, Tensor]], size: int) -> None:
+    """Write tensors as they come, ``size`` bytes together, and end the last file."""
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+            for name, tensor in tensors:
+                writer.put(name, tensor, bar.update)
+        writer.close()
+    finally:
+        writer.abort()
 
 
 def model_branches(checkpoint: Path, record: Mapping[str, Any]) -> dict[str, Tree]:
@@ -304,6 +321,16 @@ def _extra(
     if dtype is not None:
         tensors = {name: narrowed(t, dtype, f"--dtype: {name}") for name, t in tensors.items()}
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def _renamed(tensors: Mapping[str, Tensor], came: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return tensors under another naming, by what their names begin with; the longest beginning is meant."""
+    starts = sorted(came, key=lambda key: -len(came[key]))
+    found = {}
+    for name, tensor in tensors.items():
+        key = next((key for key in starts if name.startswith(came[key])), None)
+        found[name if key is None else wanted[key] + name.removeprefix(came[key])] = tensor
+    return found
 
 
 def _write_assets(

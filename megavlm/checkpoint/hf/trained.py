@@ -97,6 +97,8 @@ def write_trained(
         tokens: Tree = {key: tokenizer.imgpad_id for key in ("image_token_index", "image_token_id") if key in config}
         if "eos_token_id" in config:
             tokens["eos_token_id"] = ended
+        if "bos_token_id" in config and len(own.begin) == 1 and own.begin[0] in tokenizer.ids:
+            tokens["bos_token_id"] = tokenizer.ids[own.begin[0]]
         text = config.get("text_config")
         if isinstance(text, dict):
             ends = {"eos_token_id": ended} if "eos_token_id" in text else {}

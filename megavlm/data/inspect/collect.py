@@ -7,10 +7,6 @@ import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from megatron.energon import WorkerConfig
-from megatron.energon.epathlib import EPath
 
 from megavlm.config.checks import source_name
 from megavlm.config.errors import UserError
@@ -23,7 +19,7 @@ from megavlm.data.media import ImagePlan
 from megavlm.data.packing import PackableSample, Weigh, build_pack
 from megavlm.data.read_pack import decode_pack
 from megavlm.data.reader import PackReader
-from megavlm.data.shard_reader import DEFECT, ShardDataset, ShardReader
+from megavlm.data.shard_reader import DEFECT, ShardReader, open_shards
 from megavlm.data.tokenizer import Tokenizer
 
 NO_TASK = "(none)"
@@ -114,7 +110,7 @@ def collect(
     found = Collected(data, plan, names, [])
     kept: list[list[Shown]] = []
     for index, source in enumerate(data.train):
-        reader = _open(source.path)
+        reader = open_shards(source.path)
         counts = Counts(names[index], source.path, len(reader))
         found.counts.append(counts)
         kept.append(_scan(reader, encoder, index, counts, scan, samples))
@@ -139,13 +135,6 @@ def collect(
         read = decode_pack(pack, decoder, plan, tokenizer.imgpad_id)
         found.masked |= {f"{skipped.dataset}/{skipped.key}": skipped.cause for skipped in read.masked}
     return found
-
-
-def _open(path: str) -> ShardReader:
-    config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    dataset = ShardDataset(EPath(Path(path)), split_part="train", training=False, worker_config=config, decoder=None)
-    dataset.check_shards()
-    return ShardReader(dataset.path, dataset.shards)
 
 
 def _scan(reader: ShardReader, encoder: PackEncoder, source: int, counts: Counts, scan: int, show: int) -> list[Shown]:

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from torch import nn
 
-from megavlm.checkpoint.hf.calibration import _inputs
+from megavlm.checkpoint.hf.calibration import by_processor
 from megavlm.checkpoint.hf.int4 import Int4Settings, _language_layers
 from megavlm.config.errors import UserError
 from megavlm.data.schema import FILM_PLACEHOLDER
@@ -58,12 +58,12 @@ def sample(*turns: tuple[str, str], size: tuple[int, int] = (4, 4), **more: Any)
     ],
 )
 def test_what_is_left_out(raw: dict[str, Any], cause: str) -> None:
-    found = _inputs(raw, Processor())
+    found = by_processor(raw, Processor())
     assert isinstance(found, str) and cause in found
 
 
 def test_what_is_taken() -> None:
-    found = _inputs(sample(("user", "<img>a</img>q"), ("assistant", "a")), Processor())
+    found = by_processor(sample(("user", "<img>a</img>q"), ("assistant", "a")), Processor())
     assert isinstance(found, dict) and list(found) == ["input_ids"]
 
 

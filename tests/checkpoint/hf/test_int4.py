@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_cases import load, qwen_vl
+from family_cases import load
 from int4_layouts import dequantised
 from PIL import Image
 from safetensors.torch import save_file
@@ -140,6 +140,14 @@ def test_of_llava(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list(tmp_path.glob(".out*"))
 
 
+def of_no_class(home: Path, path: Path) -> Path:
+    """Write a directory of a kind that Transformers has no class for."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llava_of_mine"}))
+    (path / "model.safetensors").write_bytes((home / "model.safetensors").read_bytes())
+    return path
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is loaded, in a line."""
     home, out = made("llava", tmp_path / "hf"), tmp_path / "out"
@@ -157,8 +165,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert "--samples must be at least 1" in told("--samples", "0")
     monkeypatch.setitem(sys.modules, "auto_round", None)
     assert "convert int4 needs auto-round: pip install 'megavlm[int4]'" in told()
-    qwen = qwen_vl(tmp_path / "qwen")
-    text = told(hf=qwen)
+    text = told(hf=of_no_class(home, tmp_path / "unknown"))
     assert "has no class of its own that loads it, and code of the checkpoint is not run" in text
     tree = json.loads((home / "config.json").read_text())
     (home / "config.json").write_text(json.dumps(tree | {"quantization_config": {"quant_method": "awq"}}))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,6 +27,7 @@ from megavlm.architectures.adapters import adapted_linears
 from megavlm.architectures.context import BuildContext
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
 from megavlm.config.errors import UserError
+from megavlm.config.schema import ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
@@ -56,7 +58,7 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
             "engine.cuda_graph_impl: a graph of the MLP is for layers where it stands behind attention, and"
             " model.language.use_parallel_residual has it beside; set it to none"
         )
-    if not language.fused_rotary:
+    if not language.fused_rotary or parallel.context_parallel_size > 1:  # whose angles are of this rank's positions
         shared["apply_rope_fusion"] = False
     return TransformerConfig(
         num_layers=language.num_layers,
@@ -81,6 +83,8 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         init_method_std=language.init_method_std,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type if parallel.context_parallel_size > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=context.dtype,
@@ -93,8 +97,34 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
         # Megatron's name for "the activation that the layer spec brings", which is ours: layers/activation.py.
         use_te_activation_func=swiglu and not has_kernels() and not shared["bias_activation_fusion"],
+        **_expert_settings(language, parallel),
         **shared,
     )
+
+
+def _expert_settings(language: DecoderConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the settings of layers with experts; none where there are none."""
+    layers = language.expert_layers
+    if not any(layers):
+        return {}
+    named = (
+        "num_moe_experts", "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
+        "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
+        "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_load_balancing_type",
+        "moe_z_loss_coeff", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+        "moe_expert_capacity_factor",
+    )  # fmt: skip
+    return {name: getattr(language, name) for name in named} | {
+        "moe_ffn_hidden_size": language.expert_width,
+        # As one number where all are alike: Megatron-Core's checkpoints have a layers' axis then.
+        "moe_layer_freq": 1 if all(layers) else [int(here) for here in layers],
+        "moe_aux_loss_coeff": language.moe_aux_loss_coeff,
+        "moe_router_dtype": "fp32",
+        # Ranks that share experts gather each other's tokens, which are not equally many: gloo cannot do that.
+        "moe_token_dispatcher_type": "alltoall" if has_kernels() or parallel.expert_tensor_ranks == 1 else "allgather",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_ranks,
+    }
 
 
 def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
@@ -111,6 +141,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
     plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
+    plan = [replace(kind, experts=experts) for kind, experts in zip(plan, language.expert_layers, strict=True)]
     for number in language.cross_attention_layers:
         plan[number] = LayerKind("cross")
     return tuple(plan)
@@ -223,10 +254,14 @@ def build(
     if language.activation != "silu" or not language.gated_linear_unit:
         kind = GeGLUMLP if language.gated_linear_unit else BiasActivationMLP
         for layer in model.decoder.layers:
-            kind.take_over(layer.mlp)
+            if isinstance(layer.mlp, MLP):  # an expert's own is given a weight for each token, and stays as it is
+                kind.take_over(layer.mlp)
     if pre_process and language.embedding_multiplier != 1:
         _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
         _finish_head(model, language, context)
         _mask_padding(model, language.output_rows)
+    # The routers keep their biases; they are moved behind a step that was made (training/experts.py), and not by
+    # Megatron-Core before anybody knows whether it is.
+    config.moe_router_enable_expert_bias = False
     return model

@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import Field
 
+from megavlm.architectures.decoders.decoder.experts import ExpertsConfig, expert_rules
 from megavlm.config.fields import Meaning, config_class
 from megavlm.config.rules import TP, choices, divides
-from megavlm.config.schema import LanguageConfig, ParallelConfig
+from megavlm.config.schema import ParallelConfig
 
 _OWN = "model.language"
 
 
 @config_class
-class DecoderConfig(LanguageConfig):
+class DecoderConfig(ExpertsConfig):
     """The decoder-only language model."""
 
     num_layers: int = Field(gt=0, le=10_000)
@@ -226,6 +227,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             f"{_OWN}.rope_scaling_factor: {language.rope_scaling_factor:g} has no effect without {_OWN}.rope_scaling;"
             " set that to linear or llama3, or this to 1"
         )
+    yield from expert_rules(language, layout)
 
 
 def _cross(language: DecoderConfig, tp: int) -> Iterator[str]:
@@ -249,6 +251,8 @@ def _cross(language: DecoderConfig, tp: int) -> Iterator[str]:
         )
     plain = language.gated_linear_unit and language.activation == "silu" and not language.add_bias_linear
     other = not plain or language.use_parallel_residual or language.post_layernorms or language.residual_multiplier != 1
+    if any(language.expert_layers):
+        yield f"{_OWN}.cross_attention_layers: do not go with experts; set it to [], or {_OWN}.num_moe_experts to null"
     if other or language.attention_mask != "causal" or language.rotary_sections:
         yield (
             f"{_OWN}.cross_attention_layers: go with Llama's layers alone: a gated SiLU without biases, one norm before"

@@ -80,10 +80,36 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     shapes = [hidden] * (norms * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
     shapes += [qkv] * int(language.qkv_bias)
     shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
+    if language.num_moe_experts is not None:
+        shapes += [hidden] * int(language.add_bias_linear) + [language.num_moe_experts * hidden]  # the router's
+        shared = (language.moe_shared_expert_intermediate_size or 0) // tensor
+        if not shared:
+            return shapes
+        shapes += [hidden] * int(language.moe_shared_expert_gate)
+        return [*shapes, _inner_width(language) * shared * hidden, shared * hidden]
     ffn = language.ffn_hidden_size // tensor
     inner = _inner_width(language) * ffn
     shapes += [hidden, inner, hidden] * int(language.add_bias_linear)
     return [*shapes, inner * hidden, ffn * hidden]
+
+
+@with_all_keys
+def expert_parameters(language: DecoderConfig, experts: int, tensor: int) -> list[int]:
+    """Return the elements of each parameter of the experts of one layer on one rank."""
+    if language.num_moe_experts is None:
+        return []
+    hidden, width = language.hidden_size, language.expert_width // tensor
+    inner = _inner_width(language) * width
+    biases = [inner, hidden] * int(language.add_bias_linear)
+    return [inner * hidden, width * hidden, *biases] * (language.num_moe_experts // experts)
+
+
+def _active_width(language: DecoderConfig) -> int:
+    """Return the width of all MLPs together that a token goes through in a layer."""
+    if language.num_moe_experts is None:
+        return language.ffn_hidden_size
+    shared = language.moe_shared_expert_intermediate_size or 0
+    return language.moe_router_topk * language.expert_width + shared
 
 
 @with_all_keys
@@ -140,7 +166,9 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     stream = local * hidden
     # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
     norms = (_norms(language) + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
-    inputs = 0
+    experts, inputs = language.num_moe_experts is not None, 0
+    if experts:
+        ffn = 0  # counted below
     if learns:
         inputs = (_norms(language) * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
@@ -151,8 +179,12 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     if gathered:
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
+    if shards.context > 1 and not kernels.fused:  # those of the whole pack, and not its own in what was projected
+        attention = tokens * (queries + 2 * keys * shards.context) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
-    if not kernels.fused or not language.fused_rotary:  # cosines and sines, for queries and for keys
+    if (
+        not kernels.fused or not language.fused_rotary or shards.context > 1
+    ):  # cosines and sines, for queries and for keys
         attention += 4 * tokens * language.rotary_channels * b
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
@@ -162,7 +194,35 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
         attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
-    return norms + inputs + attention + tokens * _inner_width(language) * ffn * b
+    beside = _experts_kept(language, shards, tokens, kernels, learns=learns) if experts else 0
+    return norms + inputs + attention + tokens * _inner_width(language) * ffn * b + beside
+
+
+def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
+    """Return the bytes that router and experts of a layer keep, where each expert gets as many tokens.
+
+    All of them compute what their ranks send: ``moe_router_topk`` copies of each token.
+    """
+    b, hidden, count = kernels.number_bytes, language.hidden_size, language.num_moe_experts or 0
+    local = tokens // shards.tensor if shards.sequence_parallel else tokens
+    here = local * language.moe_router_topk * shards.expert_tensor
+    width, gates = language.expert_width // shards.expert_tensor, _inner_width(language)
+    # What is multiplied, forward and for the weights: the tokens' copies and the activation, with its weight.
+    kept = here * (hidden + width) * b * int(learns)
+    kept += here * (gates + 1) * width * b + here * _COPY_BYTES
+    shared = (language.moe_shared_expert_intermediate_size or 0) // shards.tensor
+    kept += tokens * shared * (gates + int(learns)) * b
+    if shared and language.moe_shared_expert_gate:
+        kept += local * (hidden * b + 8)
+    return kept + local * (count * _ROUTER_BYTES + _TOKEN_BYTES)
+
+
+_ROUTER_BYTES = 13
+"""Of a token and an expert: scores in fp32 before, after, and of those that were chosen, and a mark of these."""
+_TOKEN_BYTES = 48
+"""Of a token: sums and denominators of its scores, of the losses too."""
+_COPY_BYTES = 32
+"""Of a copy of a token: its weight, and where it comes from, as torch keeps it on the way to the experts and back."""
 
 
 @with_all_keys
@@ -205,6 +265,9 @@ def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels
     """Return what of ``layer_kept`` is not kept where the core attention is recomputed."""
     heads = language.num_attention_heads // shards.tensor
     kept = tokens * heads * 4 + _masks_kept(language, tokens, kernels.number_bytes)
+    if shards.context > 1 and not kernels.fused:  # keys and values of the pack; what they are made of stays, as without
+        queries, keys = (n * language.kv_channels for n in (heads, _local_groups(language, shards.tensor)))
+        kept += tokens * (2 * keys * shards.context - 3 * keys - queries) * kernels.number_bytes
     # The result is still there as the input of the projection, where that keeps one.
     if not (kernels.fused and learns):
         kept += tokens * heads * language.kv_channels * kernels.number_bytes
@@ -217,9 +280,11 @@ def layer_passing(
 ) -> LayerPassing:
     """Return what comes and goes within a layer."""
     b, tp = kernels.number_bytes, shards.tensor
-    hidden, ffn = language.hidden_size, language.ffn_hidden_size // tp
+    hidden, ffn = language.hidden_size, _active_width(language) // tp
     local = tokens // tp if shards.sequence_parallel else tokens
     wide, stream = tokens * hidden * b, local * hidden * b
+    if language.num_moe_experts is not None:  # the copies of tokens, sent and received
+        wide += 2 * local * language.moe_router_topk * hidden * b
     # Forward: what the projection gives before it is reduced, and after.
     forward = wide + 2 * stream
     # Backward, beside the gradient of the residual stream: gradients around the activation, less the result that the
@@ -281,7 +346,11 @@ def layer_work(language: DecoderConfig, tokens: float, squared_lengths: float) -
     hidden, width = language.hidden_size, language.num_attention_heads * language.kv_channels
     key_value = 2 * language.num_query_groups * language.kv_channels
     weights = hidden * (width + key_value) + width * hidden
-    weights += (_inner_width(language) + 1) * hidden * language.ffn_hidden_size
+    weights += (_inner_width(language) + 1) * hidden * _active_width(language)
+    if language.num_moe_experts is not None:
+        shared_gate = int(language.moe_shared_expert_gate)
+        router = 2 * tokens * hidden * (language.num_moe_experts + shared_gate)
+        return Work(products=2 * tokens * weights + router, attention=2 * width * squared_lengths)
     return Work(products=2 * tokens * weights, attention=2 * width * squared_lengths)
 
 
@@ -292,7 +361,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
         shards.tensor,
         kernels.number_bytes,
         language.hidden_size,
-        language.ffn_hidden_size // shards.tensor,
+        _active_width(language) // shards.tensor,
     )
     width = language.num_attention_heads * language.kv_channels
     queries, keys = width // tp, language.num_query_groups * language.kv_channels // tp
@@ -300,7 +369,8 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     local = tokens // tp if shards.sequence_parallel else tokens
     rotated = tokens * (width // tp + held) * b
     gathered = tokens * _gathered_width(language, tp) * b
-    ffn_each, queries_each, gates = language.ffn_hidden_size / tp, width / tp, _inner_width(language)
+    ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
+    sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
     # A norm reads and writes, a sum reads two and writes one.
     stream = 2 * (_norms(language) + language.post_norms) + 6
     return LayerPassage(
@@ -308,8 +378,13 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
         heads=language.num_attention_heads,
         width=language.kv_channels,
         # Norms and residuals; rotation; gated activation.
-        moved=stream * local * hidden * b + 2 * rotated + (gates + 1) * tokens * language.ffn_hidden_size // tp * b,
+        moved=stream * local * hidden * b
+        + 2 * rotated
+        + (gates + 1) * tokens * _active_width(language) // tp * b
+        + 8 * sent,  # tokens' copies are made, put in order, and added up, on both sides of what sends them
+        dispatched=sent,
         gathered=gathered,
         cast_inputs=2 * hidden + queries_each + ffn_each,
         cast_gradients=2 * hidden + queries_each + 2 * held + gates * ffn_each,
+        keys_and_values=2 * tokens * held * b,
     )

@@ -48,6 +48,9 @@ _INTERNLM2: dict[str, Any] = {**_LLAMA, "rotary_base": 1000000, "layer_names": "
 _LLAMA3_1: dict[str, Any] = {
     **_LLAMA, "rotary_base": 500000, "rope_scaling": "llama3", "rope_scaling_factor": 8.0,
 }  # fmt: skip
+_QWEN3_MOE: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": True, "num_moe_experts": 128, "moe_router_topk": 8}
+_MIXTRAL: dict[str, Any] = {"norm_epsilon": 1e-5, "add_qkv_bias": False, "num_moe_experts": 8, "moe_router_topk": 2}
+
 _BY_8: dict[str, Any] = {"rope_scaling": "linear", "rope_scaling_factor": 8.0}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,6 +74,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "norm_epsilon": 1e-5,
         "layer_names": "glm",
     },
+    "qwen3_moe": _QWEN3_MOE,
+    "mixtral": _MIXTRAL,
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -178,5 +183,16 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "qwen3_8b": (DecoderSize(36, 4096, 12288, 32, 8, 128, 151936, 40960), _QWEN3),
     "qwen3_14b": (DecoderSize(40, 5120, 17408, 40, 8, 128, 151936, 40960), _QWEN3 | _UNTIED),
     "qwen3_32b": (DecoderSize(64, 5120, 25600, 64, 8, 128, 151936, 40960), _QWEN3 | _UNTIED),
+    # Qwen3-30B-A3B, -235B-A22B: the width of an MLP is that of layers without experts, of which there are none.
+    "qwen3_30b_a3b": (
+        DecoderSize(48, 2048, 6144, 32, 4, 128, 151936, 40960),
+        {**_QWEN3_MOE, "moe_ffn_hidden_size": 768, "rotary_base": 1000000},
+    ),
+    "qwen3_235b_a22b": (
+        DecoderSize(94, 4096, 12288, 64, 4, 128, 151936, 40960),
+        {**_QWEN3_MOE, "moe_ffn_hidden_size": 1536, "rotary_base": 1000000},
+    ),
+    # mistralai/Mixtral-8x7B-Instruct-v0.1.
+    "mixtral_8x7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {**_MIXTRAL, "rotary_base": 1000000}),
 }
 """Sizes, and what else is not a default, by the public ``config.json`` of each."""

@@ -7,7 +7,19 @@ import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.lora import Target
-from megavlm.weights.rules import CONCAT, KEY_VALUE, QKV, QKV_BLOCKS, Aside, Table, both, row
+from megavlm.weights.rules import (
+    CONCAT,
+    KEY_VALUE,
+    QKV,
+    QKV_BLOCKS,
+    STACKED,
+    STACKED_INPUTS_FIRST,
+    Aside,
+    Row,
+    Table,
+    both,
+    row,
+)
 from megavlm.weights.targets import targets_in
 
 QWEN_LANGUAGE = Table(
@@ -167,6 +179,43 @@ GLM_LANGUAGE = dataclasses.replace(
     ),
 )
 """GLM-4-0414, and the language model of GLM-4.1V."""
+
+_FC1, _FC2 = (f"mlp.experts.local_experts.{{}}.linear_{name}.weight" for name in ("fc1", "fc2"))
+
+
+def _with_experts(*rows: Row) -> Table:
+    """Return Llama's table with the rows of layers that have experts; others have Llama's MLP."""
+    return dataclasses.replace(LLAMA_LANGUAGE, layer=(*LLAMA_LANGUAGE.layer, *rows))
+
+
+QWEN3_MOE_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "mlp.gate.weight"),
+    row(_FC1, "mlp.experts.{}.gate_proj.weight mlp.experts.{}.up_proj.weight", CONCAT),
+    row(_FC2, "mlp.experts.{}.down_proj.weight"),
+)
+"""Qwen3-MoE: each expert has tensors of its own."""
+
+MIXTRAL_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "block_sparse_moe.gate.weight"),
+    # w1 is the gate.
+    row(_FC1, "block_sparse_moe.experts.{}.w1.weight block_sparse_moe.experts.{}.w3.weight", CONCAT),
+    row(_FC2, "block_sparse_moe.experts.{}.w2.weight"),
+)
+"""Mixtral."""
+
+QWEN3_VL_MOE_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "mlp.gate.weight"),
+    row(_FC1, "mlp.experts.gate_up_proj", STACKED_INPUTS_FIRST),  # [experts, in, gate and up]
+    row(_FC2, "mlp.experts.down_proj", STACKED_INPUTS_FIRST),
+)
+"""Qwen3-VL-MoE as published: the experts of a layer in one tensor, which multiplies from the right."""
+
+STACKED_MOE_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "mlp.gate.weight"),
+    row(_FC1, "mlp.experts.gate_up_proj", STACKED),
+    row(_FC2, "mlp.experts.down_proj", STACKED),
+)
+"""The same as Transformers 5 holds it, and writes it of a model that it has not read: [experts, out, in]."""
 
 _BY_NAMES = {
     "qwen": QWEN_LANGUAGE,

@@ -1,0 +1,69 @@
+"""Rules of experts that other branches of a recipe than the model's have a part in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.lora import ALL, known_targets
+from megavlm.config.schema import ParallelConfig, Recipe
+
+EP = "parallel.expert_model_parallel_size"
+ETP = "parallel.expert_tensor_parallel_size"
+
+
+def experts_span_replicas(parallel: ParallelConfig) -> bool:
+    """Whether ranks of several replicas share out the experts, so that all must run the same forward passes."""
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_ranks
+    return parallel.expert_model_parallel_size > 1 and ranks > parallel.tensor_model_parallel_size
+
+
+def expert_rules(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each broken rule: key, rule, remedy."""
+    parallel, engine = recipe.parallel, recipe.engine
+    if not any(recipe.model.language.expert_layers):
+        for key, value, plain in (
+            (EP, parallel.expert_model_parallel_size, 1), (ETP, parallel.expert_tensor_parallel_size, None),
+        ):  # fmt: skip
+            if value != plain:
+                yield f"{key}: the language model has no experts; set it to {'null' if plain is None else plain}"
+        return
+    if engine.fp8 is not None:
+        yield "engine.fp8: layers with experts are not proven in FP8; set it to null"
+    if engine.cuda_graph_impl != "none":
+        yield "engine.cuda_graph_impl: how many tokens an expert gets changes with each step; set it to none"
+    if parallel.vision_placement == "all_ranks":
+        yield "parallel.vision_placement: all_ranks is not proven with experts; set it to first_stage"
+    if experts_span_replicas(parallel) and recipe.logging.panel_interval is not None:
+        yield (
+            f"logging.panel_interval: one replica answers, and with {EP} above {parallel.tensor_model_parallel_size}"
+            " (parallel.tensor_model_parallel_size) others hold some of its experts; set it to null"
+        )
+    yield from _adapters(recipe)
+
+
+def _adapters(recipe: Recipe) -> Iterator[str]:
+    """Check that no adapter is wanted in an MLP: experts take none."""
+    lora = recipe.lora
+    if lora.rank is None:
+        return
+    targets = known_targets(recipe.model.language)
+    attention = [target for target in targets if not target.linear.startswith("mlp.")]
+    remedy = f"name some of {', '.join(target.path for target in attention)}"
+    for name in lora.targets:
+        if name == ALL or any(target.called(name) for target in targets if target not in attention):
+            yield f"lora.targets: {name!r} means MLPs too, and experts take no adapters; {remedy}"
+    if lora.quantize is not None:
+        yield "lora.quantize: experts are not kept in 4 bits; set it to null"
+
+
+def expert_world(recipe: Recipe, world_size: int) -> Iterator[str]:
+    """Yield what the number of processes has against the layout of experts."""
+    parallel = recipe.parallel
+    ep, shards, pp = (
+        parallel.expert_model_parallel_size, parallel.expert_tensor_ranks, parallel.pipeline_model_parallel_size,
+    )  # fmt: skip
+    if world_size % (ep * shards * pp):
+        yield (
+            f"{EP}: {ep} x ranks of an expert ({shards}) x pipeline stages ({pp}) = {ep * shards * pp} does not divide"
+            f" the {world_size} processes of this job; change the layout, or the number of processes"
+        )

@@ -1,0 +1,230 @@
+"""A mixture of experts in the MLP's place: Megatron-Core's layer, with a router that counts real tokens alone.
+
+Megatron-Core's own router scales its losses by the tokens of the micro-batch and lets the schedule divide by the
+supervised tokens of the global batch, which are others where labels are masked; and its counts for the experts' biases
+take no padding mask that is shorter than the experts are many. Here the objective is what a reader expects::
+
+    loss over supervised tokens + sum over layers of (moe_aux_loss_coeff * balance + moe_z_loss_coeff * z)
+
+where *balance* (Switch Transformer, arXiv 2101.03961, eq. 4) and *z* (ST-MoE, arXiv 2202.08906, eq. 5) are of a pack's
+real tokens, and the mean over the packs of the global batch: the same at every layout and number of micro-batches.
+
+Shape legend: N tokens of a pack on this rank (S, or S / TP with sequence parallelism), X experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megavlm.layers.activation import swiglu
+from megavlm.parallel.megatron_versions import activation_of
+
+
+def _mend_megatron() -> None:
+    """Mend two slips of Megatron-Core 0.16: a name that is there with Transformer Engine alone, and CPU tensors."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    plain = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = plain(tensor, as_numpy, record_stream)
+        # Of what is on the CPU already it makes no numbers, which all-to-all asks for.
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+_mend_megatron()
+
+TALLY = ("balance", "z", "dropped")
+"""What a router's tally has behind the loads of its experts."""
+
+
+class PackRouter(TopKRouter):
+    """Megatron-Core's router with losses, loads and capacity of a pack's real tokens; without a bias on its scores.
+
+    Losses and loads are of training's forward passes whose gradients are wanted: where layers are recomputed, of one of
+    the two. A router that is frozen has no losses.
+
+    Attributes:
+        gradient_scale: what the losses are multiplied by, so that what the schedule divides the gradient by leaves them
+            their mean over packs: supervised tokens over packs, of the global batch.
+        tally: [X + 3] fp64 since it was last taken: tokens that chose each expert, then what ``TALLY`` lists, summed
+            over packs (on this rank; add them up over the tensor- and data-parallel ranks).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias = None
+        if self.expert_bias is not None:  # on the device that modules are built on, which may be no real one
+            self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+        self.gradient_scale: float | Tensor = 1.0
+        self.tally: Tensor | None = None
+
+    def take_tally(self) -> Tensor:
+        """Return [X + 3] fp64 of what was counted, and count anew."""
+        tally, self.tally = self.tally, None
+        if tally is None:
+            tally = torch.zeros(self.num_experts + len(TALLY), dtype=torch.float64, device=self.weight.device)
+        return tally
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weight of each expert for each token, and where it is not zero: [N, X] both.
+
+        Args:
+            logits: [N, 1, X].
+            padding_mask: [N, 1], true where there is no token; None where all are real.
+        """
+        logits = logits.view(-1, self.num_experts)
+        padding = torch.zeros_like(logits[:, 0], dtype=torch.bool) if padding_mask is None else padding_mask.view(-1)
+        counted = self.training and torch.is_grad_enabled()
+        tokens = self._real_tokens(padding) if counted else None
+        z = None if tokens is None else self._z_loss(logits, padding, tokens)
+        if z is not None and self._learns(self.config.moe_z_loss_coeff):
+            logits = MoEAuxLossAutoScaler.apply(logits, z * self.config.moe_z_loss_coeff * self.gradient_scale)
+        probs, routing_map = moe_utils.topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+        )
+        chosen = taken = routing_map & ~padding[:, None]
+        # Also where there is no gradient: of a layer that is recomputed, both passes must give the same.
+        if self.training and self.config.moe_expert_capacity_factor is not None:
+            taken = self._within_capacity(probs, chosen, self.config.moe_expert_capacity_factor)
+            probs, routing_map = probs * taken, taken
+        if tokens is None or z is None:
+            return probs, routing_map
+        balance = self._balance_loss(logits, padding, tokens)
+        if self._learns(self.get_aux_loss_coeff("aux_loss")):
+            loss = balance * self.config.moe_aux_loss_coeff * self.gradient_scale
+            probs = MoEAuxLossAutoScaler.apply(probs, loss)
+        self._count(chosen, taken, balance, z)
+        return probs, routing_map
+
+    def _learns(self, coefficient: float | None) -> bool:
+        return bool(coefficient) and self.weight.requires_grad
+
+    def _real_tokens(self, padding: Tensor) -> Tensor:
+        """Return how many real tokens the pack has, on all its tensor-parallel ranks; at least 1."""
+        real = (~padding).sum().float()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(real, group=self.tp_cp_group)
+        return real.clamp(min=1)
+
+    @staticmethod
+    def _z_loss(logits: Tensor, padding: Tensor, tokens: Tensor) -> Tensor:
+        """Return this rank's part of the mean over real tokens of log(sum(exp(logits))) squared."""
+        squares = torch.logsumexp(logits.float(), dim=-1).square().masked_fill(padding, 0)
+        return squares.sum() / tokens
+
+    def _balance_loss(self, logits: Tensor, padding: Tensor, tokens: Tensor) -> Tensor:
+        """Return this rank's part of X * sum over experts of (part of the tokens' choices) * (mean score)."""
+        choices, scores = compute_routing_scores_for_aux_loss(
+            logits, self.topk, self.score_function, padding_mask=padding
+        )
+        counts = choices.sum(0).float()
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(counts, group=self.tp_cp_group)
+        return self.num_experts * (counts / (tokens * self.topk) * (scores.float().sum(0) / tokens)).sum()
+
+    @torch.no_grad()
+    def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float) -> Tensor:
+        """Return which choices an expert takes, [N, X]: of the whole pack's those that score best."""
+        group, scores = self.tp_group, probs.masked_fill(~chosen, -1.0)
+        if group.size() > 1:
+            parts = [torch.empty_like(scores) for _ in range(group.size())]
+            dist.all_gather(parts, scores.contiguous(), group=group)
+            scores = torch.cat(parts)
+        tokens = int((scores >= 0).any(-1).sum())
+        capacity = min(math.ceil(tokens * self.topk / self.num_experts * factor), len(scores))
+        best = scores.topk(capacity, dim=0).indices
+        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best, value=True) & (scores >= 0)
+        return taken.chunk(group.size())[group.rank()]
+
+    @torch.no_grad()
+    def _count(self, chosen: Tensor, taken: Tensor, balance: Tensor, z: Tensor) -> None:
+        dropped = (chosen & ~taken).sum()
+        rest = torch.stack([balance, z, dropped.float()])
+        tally = torch.cat([chosen.sum(0).double(), rest.double()])
+        self.tally = tally if self.tally is None else self.tally + tally
+
+
+class Experts(SequentialMLP):
+    """Megatron-Core's experts, one after the other; on a CPU they begin alike at every expert parallelism.
+
+    There Megatron-Core draws all weights from one stream, which is the same on all ranks of a stage: each rank's first
+    expert would be the same one.
+    """
+
+    def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        group = kwargs["pg_collection"].ep
+        before = group.rank() * num_local_experts
+        self._skip(before, config)
+        super().__init__(num_local_experts, config, *args, **kwargs)
+        self._skip(group.size() * num_local_experts - before - num_local_experts, config)
+
+    @staticmethod
+    def _skip(count: int, config: TransformerConfig) -> None:
+        """Draw the weights of experts that other ranks have, as Megatron-Core would, and throw them away."""
+        if not (config.use_cpu_initialization and config.perform_initialization):
+            return
+        width = config.moe_ffn_hidden_size
+        for _ in range(count):
+            config.init_method(torch.empty(width * (1 + config.gated_linear_unit), config.hidden_size))
+            config.output_layer_init_method(torch.empty(config.hidden_size, width))
+
+
+def experts_mlp(*, transformer_engine: bool) -> ModuleSpec:
+    """Return the spec of an MLP that is a mixture of experts.
+
+    Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its
+    own, as in Megatron-Core's specs without a grouped product.
+    """
+    if transformer_engine:
+        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: PLC0415
+
+        spec = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
+        spec.submodules.router = PackRouter
+        return spec
+    parts = MLPSubmodules(
+        linear_fc1=ColumnParallelLinear,
+        linear_fc2=RowParallelLinear,
+        activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
+    )
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=Experts, submodules=parts),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=parts),
+            router=PackRouter,
+        ),
+        metainfo={"fuse_pre_mlp_layernorm": False},
+    )
+
+
+def routers_of(model: nn.Module) -> Iterator[tuple[int, PackRouter]]:
+    """Yield number (from 0, in the whole model) and router of each layer of a chunk that has experts."""
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            yield module.layer_number - 1, module.router

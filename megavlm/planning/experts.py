@@ -1,0 +1,45 @@
+"""What a plan asks of layers with experts: which layers have some, and what sending tokens to them takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from megavlm.architectures.cost import layer_kinds
+from megavlm.config.schema import LanguageConfig, Recipe
+from megavlm.planning.gpus import COLLECTIVE_SECONDS, Gpu
+from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def kinds_of(recipe: Recipe, chunk: Chunk) -> Counter[LanguageConfig]:
+    """Return how many layers of each kind a chunk has."""
+    return Counter(layer_kinds(recipe.model.language)[chunk.begin : chunk.begin + chunk.layers])
+
+
+def dispatch_seconds(layout: Layout, gpu: Gpu, moved: float) -> float:
+    """Return the seconds of an all-to-all by which ranks send ``moved`` bytes each to where their tokens' experts are.
+
+    Each sends as much to every rank that has some of the experts. Those ranks lie side by side: a node has as many of
+    them as it can.
+    """
+    ranks = layout.experts
+    if ranks == 1 or not moved:
+        return 0.0
+    inside = min(ranks, max(GPUS_PER_NODE // layout.expert_tensor, 1))
+    beside = moved * (inside - 1) / ranks / (gpu.nvlink * gpu.efficiency.nvlink)
+    away = moved * (ranks - inside) / ranks / (gpu.network * gpu.efficiency.network)
+    return beside + away + COLLECTIVE_SECONDS
+
+
+def expert_layouts(recipe: Recipe, ranks: int) -> Iterator[dict[str, Any]]:
+    """Yield the ``parallel`` values of experts that ``ranks`` of a stage may try: each expert whole on one of them."""
+    count = getattr(recipe.model.language, "num_moe_experts", None)
+    if not any(recipe.model.language.expert_layers) or count is None:
+        yield {}
+        return
+    for size in _SIZES:
+        if ranks % size == 0 and count % size == 0:
+            yield {"expert_model_parallel_size": size, "expert_tensor_parallel_size": None}

@@ -1,0 +1,43 @@
+"""Checkpoints of models with experts: any TP x PP x EP to any other, what is said of a missing one, and proofs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from expert_checkpoint_cases import BIASED, STACKED, VOCABULARY
+from run_cases import tensors
+
+TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
+PLAIN = {"use_distributed_optimizer": False}
+Place = tuple[int, dict[str, Any]]
+# Where it was trained; where it was loaded and saved again, one after the other.
+CHAINS: dict[str, tuple[dict[str, Any], tuple[Place, ...]]] = {
+    # A dense first layer, shared experts, groups, and biases by which experts are chosen.
+    "biased": (
+        BIASED,
+        ((4, {**TP2, **EP2, "sequence_parallel": True}), (1, {}), (4, {**PP2, **EP2}), (2, {**EP2, **PLAIN})),
+    ),
+    "stacked": (STACKED, ((2, {**EP2, **PLAIN}), (4, {**TP2, "sequence_parallel": True}), (2, EP2), (1, PLAIN))),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """Weights, masters, moments, and biases; with the other optimizer too."""
+    language, chain = CHAINS[name]
+    first: dict[str, str] = {}
+    load: str | None = None
+    for number, (world, layout) in enumerate(chain):
+        root = tmp_path / str(number)
+        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240)
+        load = str(root / "step-00000002")
+        found = tensors(Path(load), VOCABULARY)
+        first = first or found
+        assert found == first, [key for key in found.keys() | first.keys() if found.get(key) != first.get(key)]
+    experts = [key for key in first if ".mlp.experts.experts." in key]
+    assert {key.removeprefix("optimizer.state.").partition(".")[0] for key in experts} == {
+        "language", "param", "exp_avg", "exp_avg_sq"
+    }  # fmt: skip

@@ -1,0 +1,51 @@
+"""The commands on a model with experts: train at one layout and go on at another, validate, answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ranks
+from run_data import make_run_data
+
+L = "model.language."
+EXPERTS = [
+    f"{L}num_moe_experts=8", f"{L}moe_ffn_hidden_size=32", f"{L}moe_aux_loss_coeff=0.02", f"{L}moe_z_loss_coeff=0.001",
+    f"{L}moe_layer_freq=[0, 1, 1, 1]", f"{L}moe_router_score_function=sigmoid",
+    f"{L}moe_router_enable_expert_bias=true", f"{L}moe_expert_capacity_factor=1.5", f"{L}num_layers=4",
+]  # fmt: skip
+EP2 = "parallel.expert_model_parallel_size=2"
+
+
+@pytest.mark.long
+def test_a_run_changes_its_layout_and_answers(tmp_path: Path) -> None:
+    data, steps = make_run_data(tmp_path), "training.train_steps"
+    every = ["training.validation_interval=2", "checkpoint.save_interval=2"]
+
+    def figures(run: str, *words: str) -> list[dict[str, float]]:
+        done = ranks.megavlm([*data.words(tmp_path / run, *EXPERTS, *every), *words], world=2)
+        assert "EP 2" in done.stdout + done.stderr or EP2 not in words
+        return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    whole = figures("whole", f"{steps}=4")
+    figures("parts", f"{steps}=4", "training.exit_after_minutes=0.000001", EP2)  # saves after its first step
+    parts = figures("parts", f"{steps}=4", EP2)
+    assert [line["step"] for line in parts if "loss" in line][-1] == 4
+    for name in ("loss", "validation_loss", "experts/balance_loss", "experts/z_loss/3"):
+        known = {line["step"]: line[name] for line in whole if name in line}
+        found = {line["step"]: line[name] for line in parts if name in line}
+        assert found == pytest.approx(known, rel=1e-5), name
+    loads = [[line[f"experts/loads/{layer}"] for layer in (1, 2, 3)] for line in whole if "experts/loads/1" in line]
+    assert loads == [[line[f"experts/loads/{layer}"] for layer in (1, 2, 3)] for line in parts if "loss" in line]
+
+    picture = sorted(path for path in data.images.rglob("*") if path.is_file())[0]
+    words = ["generate", str(tmp_path / "parts"), "--prompt", "What is this?", "--max-new-tokens", "4"]
+    words += ["--image", str(picture)]
+    alone = ranks.megavlm(words).stdout
+    split = ranks.megavlm(
+        [*words, "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", EP2], world=2
+    )
+    assert alone.splitlines()[-1] == split.stdout.splitlines()[-1] != ""
+    refused = ranks.megavlm([*words, EP2], world=2, check=False)
+    assert refused.code == 2 and "spreads a layer's experts over several replicas" in refused.stdout + refused.stderr
