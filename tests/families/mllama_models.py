@@ -25,8 +25,8 @@ from megavlm.data.media import plan_of
 
 IMAGE, TILES, SIDE, PATCH = 113, 4, 28, 14
 _TEXT: dict[str, Any] = {
-    "vocab_size": 112, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 16384, "cross_attention_layers": [1, 3, 6],
+    "vocab_size": 112, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 16384, "cross_attention_layers": [1, 3, 6],
     "pad_token_id": 118, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15,
     "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
