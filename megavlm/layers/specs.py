@@ -62,7 +62,7 @@ class LayerKind:
 
     mixer: Literal["causal", "full", "two_way", "cross"]
     """Attention in a segment: of each position to those before it and itself, to all, or to those before it and to all
-    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (``layers/cross.py``)."""
+    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (:func:`cross_modules`)."""
     head_dim: int = 0
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
@@ -105,8 +105,6 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
-    if kind.mixer == "cross":
-        return _cross_modules(transformer_engine=transformer_engine)
     mask = _MASKS[kind.mixer]
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
@@ -179,7 +177,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     return Modules(core_attention, norm, layer)
 
 
-def _cross_modules(*, transformer_engine: bool) -> Modules:
+def cross_modules(*, transformer_engine: bool) -> Modules:
     """Return the parts of a layer that attends to pictures; with Transformer Engine's norms its linears are plain."""
     norm: Any = TorchNorm
     if transformer_engine:

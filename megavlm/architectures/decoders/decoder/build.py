@@ -31,7 +31,7 @@ from megavlm.config.schema import ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
-from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
+from megavlm.layers.specs import LayerKind, block_submodules, cross_modules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
@@ -216,8 +216,12 @@ def build(
     config = transformer_config(language, context)
     linears, levels = adapted_linears(language, context.lora), context.deepstack
     plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
+    engine = context.transformer_engine
     modules = {
-        kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
+        kind: cross_modules(transformer_engine=engine)
+        if kind.mixer == "cross"
+        else layer_modules(kind, transformer_engine=engine, linears=linears)
+        for kind in set(plan)
     }
     if language.post_layernorms:
         for one in modules.values():
