@@ -25,7 +25,7 @@ from megavlm.config.schema import Recipe
 from megavlm.families.presets import expand_presets
 from megavlm.planning.gpus import Gpu, find_gpu
 from megavlm.planning.layout import layout_of
-from megavlm.planning.times import StepTime
+from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 

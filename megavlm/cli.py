@@ -43,6 +43,7 @@ _COMMANDS = {
     "render-text": "render pages of text in English and Chinese, to train reading",
     "inspect": "show prepared data as it will be trained, on a page of HTML",
     "convert": "bring weights in from Hugging Face, take them out, list and verify them",
+    "upcycle": "turn the MLPs of a checkpoint into experts",
     "models": "list the families of models, and what was proven of each",
     "plan": "pick the layout for a number of GPUs, and predict memory and time",
     "eval": "score a checkpoint on a benchmark",

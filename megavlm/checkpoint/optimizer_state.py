@@ -267,7 +267,8 @@ def answer(loaded: dict[str, Any], optimizer: Any, stored: Iterable[str]) -> dic
     own, theirs = _own_master_name(optimizer), master_name(stored)
     if is_apart(optimizer):
         pairs = zip(_taken_apart(loaded, optimizer), optimizer.chained_optimizers, strict=True)
-        return dict(enumerate(_answer(state, one, own, theirs) for state, one in pairs))
+        apart: dict[Any, Any] = dict(enumerate(_answer(state, one, own, theirs) for state, one in pairs))
+        return apart
     return _answer(loaded, optimizer, own, theirs)
 
 

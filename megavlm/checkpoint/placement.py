@@ -100,7 +100,7 @@ def _kept(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _experts(module: nn.Module) -> dict[int, tuple[int, int]]:
     """Return the number of the expert that each parameter is of, and how many the layer has, by the parameter's id."""
-    found = {}
+    found: dict[int, tuple[int, int]] = {}
     for one in module.modules():
         if isinstance(one, SequentialMLP):
             here = len(one.local_experts)

@@ -123,6 +123,13 @@ def _deepstack(recipe: Recipe) -> Iterator[str]:
             f"model.connector.preset: {connector.preset} takes pictures of one size, and those of the tower "
             f"{vision.preset!r} have sizes of their own; name one of {', '.join(takers)}, or another tower"
         )
+    if vision.class_features and not connector.takes_class_feature:
+        plain = ConnectorConfig.takes_class_feature
+        takers = [one.name for one in CONNECTORS.architectures() if one.config.takes_class_feature is not plain]
+        yield (
+            f"model.vision.class_feature: the connector {connector.preset} takes features of patches alone; set this"
+            f" to false, or name {' or '.join(takers)}"
+        )
     language, levels, key = recipe.model.language, recipe.model.vision.deepstack, "model.vision.deepstack_layers"
     if levels and not language.takes_deepstack:
         yield f"{key}: the language model {language.preset!r} adds nothing behind its layers; set this to []"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megavlm.config.schema import Recipe
 
 CP = "parallel.context_parallel_size"
+
+_UNPROVEN = {
+    "visual_expert": "weights of their own for image tokens",
+    "cross_layers": "layers that attend to pictures",
+}
+"""What a language model may have that would have to know which positions are a rank's."""
 
 
 def context_rules(recipe: Recipe) -> Iterator[str]:
@@ -30,10 +36,10 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
     ):
         if wrong:  # buffers, graphs and blocks of one length: samples are filled up, and packs differ by it
             yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
-    if any(getattr(recipe.model.language, "expert_layers", ())):
-        yield f"{CP}: is not proven with experts, whose routers would count what fills samples up; set it to 1"
-    if recipe.model.language.cross_layers:
-        yield f"{CP}: does not go with model.language.cross_attention_layers; set it to 1"
+    for name, what in _UNPROVEN.items():
+        value = getattr(recipe.model.language, name, False)
+        if any(value) if isinstance(value, Sequence) else value:
+            yield f"{CP}: is not proven with {what} (model.language.{name}); set it to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"
     if parallel.vision_placement != "first_stage":
@@ -49,7 +55,7 @@ def _exchange(recipe: Recipe) -> Iterator[str]:
     if parallel.cp_comm_type != "a2a":
         return
     key, ranks = "parallel.cp_comm_type: a2a", parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    if parallel.transformer_impl == "torch":
+    if parallel.transformer_impl != "transformer_engine":
         yield f"{key} is Transformer Engine's; set parallel.transformer_impl to transformer_engine, or this to p2p"
     for name in ("num_attention_heads", "num_query_groups"):
         heads = getattr(language, name)

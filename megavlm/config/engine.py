@@ -42,6 +42,9 @@ def engine_rules(recipe: Recipe) -> Iterator[str]:
     if recipe.model.language.cross_layers:
         for name in _changed(engine, ("fp8", "cuda_graph_impl", "tp_comm_overlap")):
             yield f"{_KEY}{name}: does not go with model.language.cross_attention_layers; leave it out"
+    if not recipe.model.language.one_weight:
+        for name in _changed(engine, ("fp8", "cuda_graph_impl", "tp_comm_overlap")):
+            yield f"{_KEY}{name}: does not go with model.language.visual_expert; leave it out"
     if engine.fp8 is None:
         for name in _changed(engine, _FP8_ONLY):
             yield f"{_KEY}{name}: has no effect without {_KEY}fp8; set that to hybrid, or leave this out"

@@ -14,7 +14,12 @@ ETP = "parallel.expert_tensor_parallel_size"
 def experts_span_replicas(parallel: ParallelConfig) -> bool:
     """Whether ranks of several replicas share out the experts, so that all must run the same forward passes."""
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_ranks
-    return parallel.expert_model_parallel_size > 1 and ranks > parallel.tensor_model_parallel_size
+    return parallel.expert_model_parallel_size > 1 and ranks > _ranks_of_a_stage(parallel)
+
+
+def _ranks_of_a_stage(parallel: ParallelConfig) -> int:
+    """Return the ranks of a replica that run one pipeline stage."""
+    return parallel.tensor_model_parallel_size * parallel.context_parallel_size
 
 
 def expert_rules(recipe: Recipe) -> Iterator[str]:
@@ -35,8 +40,8 @@ def expert_rules(recipe: Recipe) -> Iterator[str]:
         yield "parallel.vision_placement: all_ranks is not proven with experts; set it to first_stage"
     if experts_span_replicas(parallel) and recipe.logging.panel_interval is not None:
         yield (
-            f"logging.panel_interval: one replica answers, and with {EP} above {parallel.tensor_model_parallel_size}"
-            " (parallel.tensor_model_parallel_size) others hold some of its experts; set it to null"
+            f"logging.panel_interval: one replica answers, and with {EP} above {_ranks_of_a_stage(parallel)}"
+            " (its ranks of a stage) others hold some of its experts; set it to null"
         )
     yield from _adapters(recipe)
 

@@ -15,19 +15,19 @@ class ImageConfig:
 
     kind: str = "squash"
     """Name of a registered image plan. One view: squash (resized to a square), pad (in the middle of a square), fit
-    (the same, resized first: DeepSeek-VL), crop (the square in its middle). Several: anyres (LLaVA-1.6), anyres_max
-    (LLaVA-OneVision), dynamic_tiles (InternVL), split_tiles (Idefics3), slices (MiniCPM-V), canvas_tiles (Llama 3.2
-    Vision). Of its own size and proportions, for towers that take such pictures: native (Qwen2-VL), naflex (SigLIP
-    2)."""
+    (the same, resized first: DeepSeek-VL), crop (the square in its middle). Two renderings for two towers: fit_pair
+    (DeepSeek-VL-7B). Several: anyres (LLaVA-1.6), anyres_max (LLaVA-OneVision), dynamic_tiles (InternVL), split_tiles
+    (Idefics3), slices (MiniCPM-V), canvas_tiles (Llama 3.2 Vision). Of its own size and proportions, for towers that
+    take such pictures: native (Qwen2-VL), naflex (SigLIP 2)."""
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Filter that pictures are resized with; always antialiased."""
     fill: Literal["mean"] | tuple[int, int, int] | None = None
     """Colour beside a picture: mean (model.vision.image_mean), or red, green and blue from 0 to 255. Null for the
-    plan's own: pad and fit take the mean, the others black."""
+    plan's own: pad, fit and fit_pair take the mean (fit_pair the second tower's), the others black."""
     short_side: int | None = Field(default=None, gt=0, le=100_000)
     """Of crop: what the shorter side is resized to, in pixels; null for model.vision.image_size."""
     min_side: int | None = Field(default=None, gt=0, le=100_000)
-    """Of fit: pixels that the shorter side has at least; null for 14."""
+    """Of fit and fit_pair: pixels that the shorter side has at least; null for 14."""
     pinpoints: tuple[tuple[int, int], ...] = ()
     """Of anyres and anyres_max: resolutions that tiles make up, as [height, width] in pixels, in the published order.
     Empty for LLaVA-1.6's five, or LLaVA-OneVision's 36."""

@@ -78,6 +78,11 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
             "layers for adapters; set this to null"
         )
         return
+    if not recipe.model.language.one_weight:
+        yield (
+            f"{_KEY}rank: adapters stand beside layers of one weight, and model.language.visual_expert makes it two;"
+            " set this to null"
+        )
     known = ", ".join(target.path for target in targets)
     if not lora.targets:
         yield f"{_KEY}targets: names no layer; name some of {known}"

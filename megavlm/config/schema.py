@@ -17,11 +17,13 @@ from megavlm.config.fields import Meaning, config_class
 from megavlm.config.image import ImageConfig as ImageConfig
 from megavlm.config.logs import LoggingConfig
 from megavlm.config.parallel import ParallelConfig as ParallelConfig
+from megavlm.config.towers import Colours, Rendered, TowerPart
+from megavlm.config.traits import ConnectorTraits, LanguageTraits, VisionTraits
 from megavlm.config.video import VideoConfig as VideoConfig
 
 
 @config_class
-class VisionConfig:
+class VisionConfig(VisionTraits, Rendered):
     """The vision tower: pictures to features. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any tower is declared here; an architecture's class has it as keys or properties.
@@ -68,19 +70,29 @@ class VisionConfig:
         return math.prod(patches)
 
     @property
-    def pixel_bytes(self) -> int:
-        """Bytes of the pixels of one picture, uint8."""
-        return 3 * int(self.image_size) ** 2
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the squares that it takes of one picture: several where it is two towers that each take one."""
+        return (int(self.image_size),)
+
+    @property
+    def colours(self) -> tuple[Colours, ...]:
+        """Mean and deviation of red, green and blue of each of these squares."""
+        return ((self.image_mean, self.image_std),)
+
+    @property
+    def towers(self) -> tuple[TowerPart, ...]:
+        """Itself, or the towers that it is made of."""
+        return (TowerPart("", self.num_layers, 1.0),)
 
     @property
     def patches_per_image(self) -> int:
-        """Features of one picture."""
+        """Patches of one picture, each of which has a feature."""
         rows, columns = self.grid
         return rows * columns
 
 
 @config_class
-class ConnectorConfig:
+class ConnectorConfig(ConnectorTraits):
     """The module between tower and language model. Each architecture has a class of keys of its own."""
 
     preset: str
@@ -113,7 +125,7 @@ class ConnectorConfig:
 
 
 @config_class
-class LanguageConfig:
+class LanguageConfig(LanguageTraits):
     """The decoder-only language model. Each architecture has a class of keys of its own.
 
     What other rooms may ask of any language model is declared here.
@@ -140,16 +152,6 @@ class LanguageConfig:
     def two_way(self) -> Literal["prefix", "images"] | None:
         """Positions that see those behind them: all in front of the first answer, or those of a picture; None: none."""
         return None
-
-    @property
-    def cross_layers(self) -> tuple[int, ...]:
-        """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
-        return ()
-
-    @property
-    def output_rows(self) -> int:
-        """Rows of the output layer, without padding."""
-        return self.vocab_size
 
     @property
     def takes_deepstack(self) -> bool:

@@ -52,7 +52,7 @@ class DecodedImages:
 
     pixels: torch.Tensor
     """[V, 3, side, side] uint8 RGB of all their views, on the decoder's device; or [P, F] uint8 patches of them
-    (``plan.packed``)."""
+    (``plan.packed``), or [N, F] with the renderings of each in one row (``plan.joined``)."""
     failed: list[int] = field(default_factory=list)
     """Indices of the images that could not be decoded and are gray; mask their samples' labels."""
     causes: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class DecodeTask:
     data: bytes
     plan: ImagePlan
     out: torch.Tensor
-    """[views, 3, side, side] or [patches, F] uint8, to be filled."""
+    """[views, 3, side, side], [patches, F] or [1, F] uint8, to be filled."""
     layout: ImageLayout | None
     """None where any size will do: the plan's views are the same for all."""
     header: ImageHeader | None = None
@@ -92,6 +92,9 @@ class DecodeTask:
                 patches = patches_of(view, self.plan)
                 left[: len(patches)].copy_(patches)
                 left = left[len(patches) :]
+            return
+        if self.plan.joined:
+            self.out.copy_(torch.cat([view.flatten() for view in views]).unsqueeze(0))
             return
         for out, view in zip(self.out, views, strict=True):
             out.copy_(view)
@@ -123,7 +126,7 @@ class ImageDecoder(ABC):
                 films.
         """
         plan = SquashPlan(plan, 0) if isinstance(plan, int) else plan
-        assert plan.square or plan.packed, "views that are not square are made by megavlm.data.render"
+        assert plan.square or plan.packed or plan.joined, "views that are not square are made by megavlm.data.render"
         assert plan.fixed or layouts is not None, "how many views a picture has is told by its layout"
         counts = [1] * len(images) if layouts is None else [pixels_of(plan, layout)[0] for layout in layouts]
         pixels = torch.empty((sum(counts), *plan.row), dtype=torch.uint8, device=self.device)

@@ -43,9 +43,9 @@ class BatchField:
     """Pipeline stages that get it. What is for the first one alone may be large: no other rank sees its bytes."""
     dtype: torch.dtype
     per_position: bool = False
-    """Whether its last dimension is S."""
-    cut: bool = False
-    """Whether context-parallel ranks have a part of it each, of those with a value per position."""
+    """Whether its last dimension is S, so that context parallelism cuts it."""
+    whole: bool = False
+    """Whether it is not cut all the same: features are put in place before."""
     on_host: bool = False
     """Whether the host reads its values; it stays there, and is small."""
 
@@ -57,10 +57,10 @@ FIELDS = (
     BatchField("num_views", "all", torch.int64, on_host=True),
     BatchField("image_grid", "all", torch.int64, on_host=True),
     BatchField("two_way_spans", "all", torch.int64, on_host=True),
-    BatchField("tokens", "all", torch.int64, per_position=True),
-    BatchField("position_ids", "all", torch.int64, per_position=True, cut=True),
-    BatchField("labels", "last", torch.int64, per_position=True, cut=True),
-    BatchField("loss_weights", "last", torch.float32, per_position=True, cut=True),
+    BatchField("tokens", "all", torch.int64, per_position=True, whole=True),
+    BatchField("position_ids", "all", torch.int64, per_position=True),
+    BatchField("labels", "last", torch.int64, per_position=True),
+    BatchField("loss_weights", "last", torch.float32, per_position=True),
     BatchField("images", "first", torch.uint8),
     BatchField("image_index", "first", torch.int64),
     BatchField("image_weight", "first", torch.float32),
@@ -100,7 +100,7 @@ class SharedPictures:
 
 _MOST_DIMENSIONS = 5
 _ABSENT, _FAILED = -1, -2
-_CUT = frozenset(one.name for one in FIELDS if one.cut)
+_CUT = frozenset(one.name for one in FIELDS if one.per_position and not one.whole)
 
 
 @dataclass
@@ -392,7 +392,7 @@ def _batch(fields: Mapping[str, Tensor], device: torch.device, length: int | Non
 
     labels = placed("labels") if "labels" in fields else None
     if labels is not None and split is not None:
-        labels = labels.where(to_device(torch.from_numpy(split.real), device), IGNORE_INDEX)
+        labels = labels.where(split.own_real(device), IGNORE_INDEX)
     position_ids, spans = placed("position_ids"), fields.get("two_way_spans")
     return Batch(
         tokens=placed("tokens")[None],

@@ -60,6 +60,13 @@ class Canvas:
     """What is taken of the result. It may reach beyond it (padding) or be a part (cropping)."""
     earlier: tuple[tuple[int, int], ...] = ()
     """Widths and heights that it is resized to before, one after the other (Idefics3)."""
+    last: tuple[int, int] | None = None
+    """Width and height that the frame is resized to in the end (the smaller of DeepSeek-VL-7B's two renderings)."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the plane."""
+        return self.frame.size if self.last is None else self.last
 
 
 class View(NamedTuple):

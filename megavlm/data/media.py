@@ -94,6 +94,9 @@ class ImagePlan(ABC):
     """Whether the model learns a newline vector that stands among the features."""
     square: ClassVar[bool] = True
     """Whether all views are ``side`` x ``side``."""
+    joined: ClassVar[bool] = False
+    """Whether the views of a picture are one to the model: renderings for several towers, whose pixels stand in one row
+    of numbers."""
     packed: ClassVar[bool] = False
     """Whether pictures keep sizes of their own: their pixels are flat patches, with the grid of each picture."""
 
@@ -112,6 +115,11 @@ class ImagePlan(ABC):
     def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
         """Return the shape of a picture's pixels; those of several pictures are joined along the first dimension."""
         return (len(layout.views), *self.row)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the renderings of a picture, or of one of its tiles, that the towers get."""
+        return (self.side,)
 
     @property
     def row(self) -> tuple[int, ...]:
@@ -350,10 +358,21 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"model.image.kind: the tower {vision.preset!r} takes pictures of any size as patches, and "
             f"{recipe.model.image.kind} does not make these; set it to native"
         )
-    elif not vision.packed and not plan.square:
+    elif not vision.packed and not plan.square and not plan.joined:
         yield (
             f"model.image.kind: the views of {recipe.model.image.kind} are not square, and the tower "
             f"{vision.preset!r} takes squares only; choose another image plan"
+        )
+    elif not vision.packed and plan.sides != vision.sides:
+        yield (
+            f"model.image.kind: {recipe.model.image.kind} makes {_renderings(plan.sides)} of a picture, and the tower "
+            f"{vision.preset!r} takes {_renderings(vision.sides)}; set it to "
+            f"{'fit_pair' if len(vision.sides) == 2 else 'squash, pad, fit or crop'}"
+        )
+    if len(vision.towers) > 1 and plan.films is not None:
+        yield (
+            f"model.video.kind: the frames of {recipe.model.video.kind} are for one tower, and {vision.preset!r} has"
+            " two; set it to none"
         )
     side = 1 if plan.packed else plan.side
     if vision.deepstack and plan.newline:
@@ -376,6 +395,11 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _renderings(sides: Sequence[int]) -> str:
+    shown = " and ".join(f"{side} x {side}" for side in sides)
+    return f"{'one rendering' if len(sides) == 1 else 'renderings'} of {shown} pixels"
+
+
 add_rule(image_rules)
 
 
@@ -390,8 +414,13 @@ _KINDS: PlanKinds[ImagePlan] = PlanKinds(
 )
 
 
-def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
+def colour(model: ModelConfig, otherwise: str | Colour, mean: Sequence[float] | None = None) -> Colour:
     """Return the colour that ``model.image.fill`` names, or its kind's own.
+
+    Args:
+        model: the model.
+        otherwise: that of its kind.
+        mean: what ``mean`` stands for; None for the tower's.
 
     Raises:
         UserError: It is no colour.
@@ -399,7 +428,7 @@ def colour(model: ModelConfig, otherwise: str | Colour) -> Colour:
     fill = otherwise if model.image.fill is None else model.image.fill
     if fill == "mean":
         # Rounded down, as LLaVA does.
-        red, green, blue = (min(max(int(value * 255), 0), 255) for value in model.vision.image_mean)
+        red, green, blue = (min(max(int(value * 255), 0), 255) for value in mean or model.vision.image_mean)
         return red, green, blue
     assert not isinstance(fill, str)
     if not all(0 <= value <= 255 for value in fill):

@@ -223,7 +223,7 @@ def build_pack(
     if not samples:
         raise ValueError(f"no samples do not make a pack of {sequence_length}")
     grids = None
-    if positions is not None:
+    if positions is not None and positions.on_grids:
         assert plan is not None
         grids = [grids_of(plan, [plan.of(shape) for shape in sample.shapes]) for sample in samples]
     return make_pack(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from megavlm.config.errors import UserError
-from megavlm.data.media import Box, Canvas, ImageLayout, ImagePlan, ImageShape, View, colour, register_plan
+from megavlm.data.media import Box, Canvas, ImageLayout, ImagePlan, ImageShape, TokenGrid, View, colour, register_plan
 
 if TYPE_CHECKING:
     from megavlm.config.schema import ModelConfig
@@ -75,6 +76,53 @@ class FitPlan(ImagePlan):
         return one_view(self, shape, Canvas(Box(0, 0, shape.width, shape.height), size, frame))
 
 
+@dataclass(frozen=True)
+class FitPairPlan(FitPlan):
+    """DeepSeek-VL-7B: what ``fit`` makes, for the second of two towers; and that made smaller, for the first.
+
+    The pixels of both stand in one row, the smaller one's first.
+    """
+
+    small: int = 0
+    """Side of the first tower's square, in pixels."""
+
+    square: ClassVar[bool] = False
+    joined: ClassVar[bool] = True
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Both."""
+        return self.small, self.side
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """F: colours, rows and columns of either."""
+        return (3 * (self.small**2 + self.side**2),)
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return two views, which are one to the model."""
+        large = super().lay_out(shape).canvases[0]
+        small = dataclasses.replace(large, last=(self.small, self.small))
+        views = tuple(View(number, Box(0, 0, side, side)) for number, side in enumerate(self.sides))
+        return ImageLayout(shape, (small, large), views, (self.tokens_per_view,))
+
+    def features_of(self, layout: ImageLayout) -> int:
+        """Return those of one view."""
+        return self.tokens_per_view
+
+    def pixels_of(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Return [1, F]."""
+        return (1, *self.row)
+
+    def views_of(self, layout: ImageLayout) -> float:
+        """Return one."""
+        return 1.0
+
+    def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
+        """Return the grid of both towers' features."""
+        return super().token_grids(dataclasses.replace(layout, views=layout.views[:1]))
+
+
 def squashed(shape: ImageShape, side: int) -> Canvas:
     """Return a square that the whole picture is resized to."""
     return stretched(shape, side, side)
@@ -99,30 +147,53 @@ def one_view(plan: ImagePlan, shape: ImageShape, canvas: Canvas) -> ImageLayout:
 
 
 def _squash(model: ModelConfig) -> ImagePlan:
-    return SquashPlan(model.vision.image_size, model.tokens_per_view, model.image.resample)
+    return SquashPlan(model.vision.sides[-1], model.tokens_per_view, model.image.resample)
 
 
 def _pad(model: ModelConfig) -> ImagePlan:
-    return PadPlan(model.vision.image_size, model.tokens_per_view, model.image.resample, colour(model, "mean"))
+    return PadPlan(model.vision.sides[-1], model.tokens_per_view, model.image.resample, colour(model, "mean"))
 
 
 def _crop(model: ModelConfig) -> ImagePlan:
-    side = model.vision.image_size
+    side = model.vision.sides[-1]
     short = side if model.image.short_side is None else model.image.short_side
     return CropPlan(side, model.tokens_per_view, model.image.resample, colour(model, (0, 0, 0)), short)
 
 
 def _fit(model: ModelConfig) -> ImagePlan:
-    side, least = model.vision.image_size, 14 if model.image.min_side is None else model.image.min_side
+    side, least = model.vision.sides[-1], 14 if model.image.min_side is None else model.image.min_side
+    _check_least(least, side, "model.vision.image_size")
+    return FitPlan(side, model.tokens_per_view, model.image.resample, colour(model, "mean"), least)
+
+
+def _fit_pair(model: ModelConfig) -> ImagePlan:
+    sides, least = model.vision.sides, 14 if model.image.min_side is None else model.image.min_side
+    if len(sides) != 2:
+        raise UserError(
+            f"model.image.kind: fit_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
+            "takes one; set it to fit"
+        )
+    small, large = sides
+    if small > large:
+        raise UserError(
+            f"model.vision.image_size: {small} is more than the second tower's {large} (model.vision.high_image_size), "
+            "of whose rendering the first one's is made; lower it"
+        )
+    _check_least(least, large, "model.vision.high_image_size")
+    fill = colour(model, "mean", model.vision.high_image_mean)
+    return FitPairPlan(large, model.tokens_per_view, model.image.resample, fill, least, small)
+
+
+def _check_least(least: int, side: int, key: str) -> None:
     if least > side:
         raise UserError(
-            f"model.image.min_side: {least} is more than the square that pictures are fitted to "
-            f"(model.vision.image_size {side}); lower it"
+            f"model.image.min_side: {least} is more than the square that pictures are fitted to ({key} {side}); lower"
+            " it"
         )
-    return FitPlan(side, model.tokens_per_view, model.image.resample, colour(model, "mean"), least)
 
 
 register_plan("squash", SquashPlan, _squash)
 register_plan("pad", PadPlan, _pad, keys=("fill",))
 register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
 register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))
+register_plan("fit_pair", FitPairPlan, _fit_pair, keys=("fill", "min_side"))

@@ -104,7 +104,8 @@ def canvas_with_pil(picture: Image.Image, plan: ImagePlan, canvas: Canvas) -> Im
     plane = _take(picture, canvas.source, plan.fill)
     for size in (*canvas.earlier, canvas.resized):
         plane = plane.resize(size, _FILTERS[plan.resample])
-    return _take(plane, canvas.frame, plan.fill)
+    plane = _take(plane, canvas.frame, plan.fill)
+    return plane if canvas.last is None else plane.resize(canvas.last, _FILTERS[plan.resample])
 
 
 def _take(image: Image.Image, box: Box, fill: Colour) -> Image.Image:
@@ -121,7 +122,8 @@ def _canvas_with_torch(pixels_CHW: Tensor, plan: ImagePlan | FilmPlan, canvas: C
     plane = take(pixels_CHW, canvas.source, plan.fill)
     for size in (*canvas.earlier, canvas.resized):
         plane = resized(plane, size, plan.resample, exact_type=plane.is_cuda)
-    return take(plane, canvas.frame, plan.fill)
+    plane = take(plane, canvas.frame, plan.fill)
+    return plane if canvas.last is None else resized(plane, canvas.last, plan.resample, exact_type=plane.is_cuda)
 
 
 def resized(pixels_CHW: Tensor, size: tuple[int, int], mode: str, *, exact_type: bool) -> Tensor:

@@ -39,7 +39,7 @@ def seen(plan: ImagePlan, layout: ImageLayout) -> list[SeenPlane]:
     """Return the planes of a picture's layout."""
     planes = []
     for number, canvas in enumerate(layout.canvases):
-        width, height = canvas.frame.size
+        width, height = canvas.size
         views = tuple(
             (view.box.left / width, view.box.top / height, view.box.size[0] / width, view.box.size[1] / height)
             for view in layout.views

@@ -1,4 +1,7 @@
-"""Spans of a sample whose positions see each other both ways, by the mask kind of a model (``layers/two_way.py``).
+"""Spans of a sample that the layers of a model are told of.
+
+Positions that see each other both ways, by the model's kind of mask (``layers/two_way.py``), or pictures, whose tokens
+have weights of their own (``layers/visual_expert.py``).
 
 Of a model whose layers attend to pictures (``layers/cross.py``) the spans say who sees which: one for each picture.
 
@@ -71,15 +74,14 @@ def _cross(slots_L: NDArray[np.bool_], _prefix: int) -> list[Span]:
 KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {
     "prefix": _prefix, "images": _images, "cross": _cross,
 }  # fmt: skip
-"""By ``LanguageConfig.two_way``, or ``cross`` with ``cross_layers``: from [L] which tokens are slots, and how many
+"""By ``LanguageConfig.spans``: from [L] which tokens are slots, and how many
 stand in front of the first answer."""
 
 
 def spans_of(model: ModelConfig, image_token_id: int) -> TwoWaySpans | None:
-    """Return how a model's spans are made; None where it has none."""
-    if model.language.cross_layers:
-        return TwoWaySpans("cross", image_token_id)
-    return None if model.language.two_way is None else TwoWaySpans(model.language.two_way, image_token_id)
+    """Return how a model's spans are made; None where its layers need not know of any."""
+    kind = model.language.spans
+    return None if kind is None else TwoWaySpans(kind, image_token_id)
 
 
 def check_spans(spans: TwoWaySpans | None, template: Template) -> None:

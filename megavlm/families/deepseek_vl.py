@@ -2,7 +2,7 @@
 
 Transformers: ``DeepseekVLForConditionalGeneration``. The authors: ``MultiModalityCausalLM`` of
 github.com/deepseek-ai/DeepSeek-VL (``deepseek_vl/models`` @ d04d289c), whose tower has timm's names and erf GELU. The
-7B, with a SAM tower beside this one, is not built.
+7B, with a SAM tower beside this one, is ``deepseek_vl_hybrid``.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, need
 from megavlm.families.decoders import llama_config, llama_language
-from megavlm.families.family import Family, Tower, Tree, config_file
+from megavlm.families.family import Tower, Tree, config_file
 from megavlm.families.llama import LLAMA
-from megavlm.families.paligemma import no_siglip_last, siglip_last
 from megavlm.families.preprocessor import image_branch, normalisation, processor_files, resampling
+from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last, siglip_last
 from megavlm.families.text import no_half, text_branch, text_config, text_table
 from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision, transformers_vision_config
 from megavlm.weights.rules import Table
-from megavlm.weights.source import CONFIG, Source
+from megavlm.weights.source import Source
 
 IMAGE_TOKEN = "<image_placeholder>"
 _MIN_SIZE = 14
 """Of both image processors, where their file does not say it."""
 
 
-class DeepseekVLFamily(Family):
+class DeepseekVLFamily(SiglipLastFamily):
     """``DeepseekVLForConditionalGeneration``."""
 
     name = "deepseek_vl"
@@ -62,14 +62,6 @@ class DeepseekVLFamily(Family):
     preprocesses = own_rotary = own_norms = True
     template = "deepseek"
     image_plan = "fit"
-
-    def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == self.name
-
-    def probe(self, style: str) -> str:
-        """Return the name of the patch embedding."""
-        return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"
 
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
@@ -104,14 +96,6 @@ class DeepseekVLFamily(Family):
             "tie_word_embeddings": model.language.tie_word_embeddings,
             "vision_config": transformers_vision_config(model.vision),
         }
-
-    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower | None:
-        """The last layer's features, behind the norm."""
-        return need(config, "vision_config", str(directory / CONFIG)), LAST_HIDDEN_STATE
-
-    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
-        """Put it into the configuration."""
-        return {**config, "vision_config": vision_config}
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return its class, and how many slots it writes."""
@@ -303,8 +287,8 @@ def _original_tower(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, f"{where}: vision_config", model_type="vision")
     if "HybridVisionTower" in kind:
         raise UserError(
-            f"{where}: vision_config.cls is {kind!r}, a SAM tower beside a SigLIP (DeepSeek-VL-7B); only "
-            "CLIPVisionTower (DeepSeek-VL-1.3B) is supported"
+            f"{where}: vision_config.cls is {kind!r}, a SAM tower beside a SigLIP (DeepSeek-VL-7B), which "
+            "is read in Transformers' layout alone (deepseek-community/deepseek-vl-7b-*); take that"
         )
     params = config.get("params") or {}
     name, layer = params.get("model_name", "siglip_large_patch16_384"), params.get("select_layer", -2)

@@ -79,6 +79,8 @@ class Family(ABC):
     drops_first: ClassVar[bool] = False
     """Whether its connector may leave out the first feature (``model.connector.drop_first_feature``): :meth:`refuses`
     then says where."""
+    class_feature: ClassVar[bool] = False
+    """Whether its connector gets the feature of the tower's class token too (``model.vision.class_feature``)."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     text_folder: ClassVar[str] = ""
@@ -147,6 +149,7 @@ class Family(ABC):
         return (
             self._language_refused(model)
             or self._levels_refused(model)
+            or self._tower_refused(model)
             or self._first_refused(model)
             or self.refuses(model)
             or self._newline_refused(model)
@@ -169,6 +172,10 @@ class Family(ABC):
             return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
+        if not model.language.one_weight:
+            return "image tokens have weights of their own (model.language.visual_expert), which the family has not"
+        if model.language.shared_positions:
+            return "a picture's slots share a position (model.language.image_positions), which the family has not"
         if self.own_rotary or model.language.fused_rotary:
             return None
         return "the language model's rotary positions (model.language.rotary_*) are of a kind that the family has not"
@@ -179,6 +186,17 @@ class Family(ABC):
             return (
                 "features of several tower layers are added (model.vision.deepstack_layers), which the family has not"
             )
+        return None
+
+    def _tower_refused(self, model: ModelConfig) -> str | None:
+        """Return what of the tower's features the family's code has in another way, or None."""
+        if "vision" not in self.parts:
+            return None
+        if bool(model.vision.class_features) != self.class_feature:
+            known = "goes with the others'" if self.class_feature else "is dropped, or there is none"
+            return f"the class token's feature (model.vision.class_feature): in the family it {known}"
+        if getattr(model.vision, "post_layernorm_epsilon", None) is not None:
+            return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None
 
     def _first_refused(self, model: ModelConfig) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.patch_reducer.tables import GEMMA3_PROJECTOR
@@ -18,20 +17,20 @@ from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.families.common import expect, need, number
-from megavlm.families.family import Family, Tower, Tree, config_file
+from megavlm.families.family import Tree, config_file
 from megavlm.families.gemma3 import GEMMA3
 from megavlm.families.llava import LlavaFamily
-from megavlm.families.paligemma import no_siglip_last, siglip_last
 from megavlm.families.preprocessor import image_branch, normalisation, processor_files
+from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last, siglip_last
 from megavlm.families.text import text_branch
 from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision_config
 from megavlm.weights.rules import Table
-from megavlm.weights.source import CONFIG, Source
+from megavlm.weights.source import Source
 
 _POOL = "gemma3_pool"
 
 
-class Gemma3Family(Family):
+class Gemma3Family(SiglipLastFamily):
     """``Gemma3ForConditionalGeneration``."""
 
     name = "gemma3"
@@ -48,19 +47,11 @@ class Gemma3Family(Family):
     template = "gemma3"
     image_plan = "squash"
 
-    def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == self.name
-
-    def probe(self, style: str) -> str:
-        """Return the name of the patch embedding."""
-        return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"
-
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         _no_pan_and_scan(source)
-        vision = siglip_last(*self.tower_of(config, source.directory), where)
+        vision = siglip_last(need(config, "vision_config", where), LAST_HIDDEN_STATE, where)
         vision |= normalisation(source, vision["image_size"])
         text = need(config, "text_config", where)
         expect(text, where, model_type=GEMMA3.model_type)
@@ -101,14 +92,6 @@ class Gemma3Family(Family):
             "tie_word_embeddings": model.language.tie_word_embeddings,
             "vision_config": transformers_vision_config(model.vision),
         }
-
-    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:
-        """The last layer's features, behind the norm."""
-        return need(config, "vision_config", str(directory / CONFIG)), LAST_HIDDEN_STATE
-
-    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
-        """Put it into the configuration."""
-        return {**config, "vision_config": vision_config}
 
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return its class, and how many slots it writes."""

@@ -19,9 +19,9 @@ from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.data.templates import is_checkpoint
 from megavlm.families.common import expect, flag, need, number
-from megavlm.families.family import Family, Tower, Tree, config_file
-from megavlm.families.paligemma import no_siglip_last
+from megavlm.families.family import Tower, Tree, config_file
 from megavlm.families.preprocessor import normalisation, processor_files, resampling
+from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last
 from megavlm.families.text import no_half, text_branch, text_config, text_table
 from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision, transformers_vision_config
 from megavlm.weights.rules import Table
@@ -42,7 +42,7 @@ _MOST_PATCHES = 70
 _PLAIN_TEXT = {"qk_layer_norms": False, "rope_interleaved": False, "use_resampler": False}
 
 
-class Idefics3Family(Family):
+class Idefics3Family(SiglipLastFamily):
     """``Idefics3ForConditionalGeneration``."""
 
     name = "idefics3"
@@ -65,14 +65,6 @@ class Idefics3Family(Family):
     image_plan = "split_tiles"
     classes: ClassVar[str] = "Idefics3"
     """What the names of Transformers' classes begin with."""
-
-    def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == self.name
-
-    def probe(self, style: str) -> str:
-        """Return the name of the patch embedding."""
-        return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"
 
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.mlp.tables import LINEAR_PROJECTOR
 from megavlm.architectures.towers.vit.tables import TRANSFORMERS_VISION
-from megavlm.config.schema import ModelConfig, VisionConfig
+from megavlm.config.schema import ModelConfig
 from megavlm.families.common import expect, need
-from megavlm.families.family import Family, Tower, Tree, config_file
+from megavlm.families.family import Tree, config_file
 from megavlm.families.gemma import GEMMA
 from megavlm.families.llava import LlavaFamily
 from megavlm.families.preprocessor import image_branch, normalisation
+from megavlm.families.siglip_last import SiglipLastFamily, no_siglip_last, siglip_last
 from megavlm.families.text import text_branch
-from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision, transformers_vision_config
-from megavlm.families.vit import no_transformers_tower
+from megavlm.families.towers import LAST_HIDDEN_STATE, transformers_vision_config
 from megavlm.weights.rules import Table
-from megavlm.weights.source import CONFIG, Source
+from megavlm.weights.source import Source
 
 
-class PaliGemmaFamily(Family):
+class PaliGemmaFamily(SiglipLastFamily):
     """``PaliGemmaForConditionalGeneration``."""
 
     name = "paligemma"
@@ -44,18 +43,10 @@ class PaliGemmaFamily(Family):
     template = "paligemma"
     image_plan = "squash"
 
-    def detect(self, source: Source) -> bool:
-        """By ``model_type``."""
-        return source.config.get("model_type") == self.name
-
-    def probe(self, style: str) -> str:
-        """Return the name of the patch embedding."""
-        return self.styles[style]["tower"] + "embeddings.patch_embedding.weight"
-
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
-        vision = siglip_last(*self.tower_of(config, source.directory), where)
+        vision = siglip_last(need(config, "vision_config", where), LAST_HIDDEN_STATE, where)
         vision |= normalisation(source, vision["image_size"])
         text = need(config, "text_config", where)
         expect(text, where, model_type=GEMMA.model_type, use_bidirectional_attention=True)
@@ -103,14 +94,6 @@ class PaliGemmaFamily(Family):
             "vocab_size": language.vocab_size,
         }
 
-    def tower_of(self, config: Mapping[str, Any], directory: Path) -> Tower:
-        """The last layer's features, behind the norm."""
-        return need(config, "vision_config", str(directory / CONFIG)), LAST_HIDDEN_STATE
-
-    def with_tower(self, config: Tree, vision_config: Tree, layer: Any) -> Tree:
-        """Put it into the configuration."""
-        return {**config, "vision_config": vision_config}
-
     def processor(self, model: ModelConfig, image_token: str) -> Tree:
         """Return its class; it takes the number of slots from the image processor's file."""
         return {"processor_class": "PaliGemmaProcessor"}
@@ -137,20 +120,3 @@ class PaliGemmaFamily(Family):
         """``image_token_index``, or its newer name."""
         token = source.config.get("image_token_id", source.config.get("image_token_index"))
         return {"image": token} if isinstance(token, int) else {}
-
-
-def siglip_last(config: Mapping[str, Any], layer: Any, where: str) -> Tree:
-    """Return ``model.vision`` of a SigLIP whose last layer's features are taken, behind the norm.
-
-    Raises:
-        UserError: it is another tower, or has a value that is not known.
-    """
-    expect(config, where, model_type="siglip_vision_model", vision_use_head=False)
-    return transformers_vision({**config, "model_type": "siglip_vision_model"}, layer, where)
-
-
-def no_siglip_last(vision: VisionConfig) -> str | None:
-    """Return why a tower is no such SigLIP, or None."""
-    if not vision.post_layernorm or vision.feature_layers is not None:
-        return "the features are not those behind the tower's last norm alone"
-    return no_transformers_tower(vision, clip=False)

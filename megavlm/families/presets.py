@@ -212,7 +212,7 @@ def _register_gemma3() -> None:
 
 
 def _register_deepseek_vl() -> None:
-    """Register DeepSeek-VL-1.3B: deepseek-ai/deepseek-vl-1.3b-{base,chat}, whose tower has erf GELU."""
+    """Register DeepSeek-VL, whose SigLIP has erf GELU: deepseek-ai/deepseek-vl-{1.3b,7b}-{base,chat}."""
     MODELS.register(
         "deepseek_vl_1_3b",
         # google/siglip-large-patch16-384, all layers and the norm behind them.
@@ -225,6 +225,15 @@ def _register_deepseek_vl() -> None:
         image={"kind": "fit"},
         template="deepseek",
     )  # fmt: skip
+    # deepseek-community/deepseek-vl-7b-{base,chat}.
+    MODELS.register(
+        "deepseek_vl_7b",
+        vision={"preset": "deepseek_vl_hybrid"},
+        connector={"preset": "hybrid_split"},
+        language={"preset": "deepseek_llm_7b"},
+        image={"kind": "fit_pair"},
+        template="deepseek",
+    )
 
 
 # HuggingFaceTB/SmolVLM-{256M,500M}-Instruct, SmolVLM-Instruct, and SmolVLM2 of the same sizes: SmolLM2-135M, -360M and
@@ -354,6 +363,8 @@ def _register_qwen2_vl() -> None:
 
 # Qwen/Qwen3-VL-*-Instruct, dense: the sizes of Qwen3, whose 2B is its 1.7B; the tower.
 _QWEN3_VL = {"2b": ("1_7b", "300m"), "4b": ("4b", "300m"), "8b": ("8b", "410m"), "32b": ("32b", "410m")}
+# And with experts: those of Qwen3-30B-A3B and -235B-A22B, with the larger tower.
+_QWEN3_VL |= {size: (size, "410m") for size in ("30b_a3b", "235b_a22b")}
 
 
 def _register_qwen3_vl() -> None:

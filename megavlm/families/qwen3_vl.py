@@ -177,7 +177,7 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     styles: ClassVar[Mapping[str, Mapping[str, str]]] = dict.fromkeys(
         ("hub", "outputs_first"), Qwen3VLFamily.styles["modules"]
     )
-    modules: ClassVar[str | None] = "hub"
+    modules: ClassVar[str | None] = "outputs_first"
     text_tables: ClassVar[Mapping[str, Table]] = {"hub": QWEN3_VL_MOE_LANGUAGE, "outputs_first": STACKED_MOE_LANGUAGE}
 
     def style_of(self, source: Source) -> str:
@@ -209,4 +209,5 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
     def _no_text(self, language: LanguageConfig) -> str | None:
         if language.num_moe_experts is not None and language.moe_router_pre_softmax:
             return "the language model's scores are those of a softmax over all experts, which do not add up to 1"
-        return QWEN3_MOE.refuses(dataclasses.replace(language, rotary_sections=()))
+        plain: Any = {"rotary_sections": ()}
+        return QWEN3_MOE.refuses(dataclasses.replace(language, **plain))

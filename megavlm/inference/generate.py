@@ -22,7 +22,7 @@ from torch import Tensor
 from megavlm.config.errors import UserError
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, arrangement_on, make_batch
-from megavlm.data.positions import AXES, OwnPositions
+from megavlm.data.positions import OwnPositions
 from megavlm.data.spans import TwoWaySpans
 from megavlm.inference.cache import CacheWindow, KeyValueCache, caching
 from megavlm.inference.choice import choose, log_probabilities
@@ -304,7 +304,7 @@ class _Run:
         pack = make_pack([tokens], length)
         places = np.pad(starts, (0, length - len(starts)))  # of the rows; behind them is padding
         # Angles are the window's (``freqs``); of the batch's own positions the layers make none.
-        pack.position_ids = places if self.own is None else np.tile(places, (AXES, 1))
+        pack.position_ids = places if self.own is None else np.tile(places, (*self.own.lead, 1))
         return _Request(make_batch(pack, None, device), turn, [group[k] for k in wanted])
 
     def _forward(self, requests: list[_Request], length: int) -> dict[int, Chosen]:
@@ -386,4 +386,5 @@ def pack_prompts(
         positions=None if own is None else [prompt.positions(own) for prompt in prompts],
         spans=spans,
         prompts=[len(prompt.tokens) for prompt in prompts],
+        own=own,
     )

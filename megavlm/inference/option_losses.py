@@ -123,6 +123,7 @@ def _request(
         None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
         model.two_way_spans,
         [len(prompts[one.prompt].tokens) for one in segments],
+        own,
     )
     if model.crosses:  # later stages need to know how large pictures are
         batch.image_grid = pipeline.from_first_stage(batch.image_grid)

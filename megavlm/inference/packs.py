@@ -11,7 +11,7 @@ from torch import Tensor
 from megavlm.data.batch import make_pack
 from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import Arrangement
-from megavlm.data.positions import text_positions
+from megavlm.data.positions import OwnPositions, padded
 from megavlm.data.spans import TwoWaySpans
 from megavlm.parallel.device import local_device
 
@@ -38,6 +38,7 @@ def pack_segments(
     positions: Sequence[NDArray[np.int64]] | None = None,
     spans: TwoWaySpans | None = None,
     prompts: Sequence[int] | None = None,
+    own: OwnPositions | None = None,
 ) -> Batch:
     """Return token lists as the segments of one pack without labels; padding is a segment of its own.
 
@@ -46,12 +47,12 @@ def pack_segments(
         pack_length: positions of the pack.
         images: [V, 3, H, W] of all segments, in their order; None where they go in as features, or on later stages.
         arrangement: where their features go.
-        positions: [3, T] of each segment, where the model has such; None for counted ones.
+        positions: [.., T] of each segment, where the model has such (``own``); None for counted ones.
         spans: which positions see each other both ways, where the model has such.
         prompts: how many tokens of each segment are its prompt, with ``spans``; None for all.
+        own: how the model's positions are made; with ``positions``.
     """
     pack = make_pack(segments, pack_length, spans=spans, prefixes=prompts)
-    if positions is not None:
-        rest = pack_length - sum(own.shape[1] for own in positions)
-        pack.position_ids = np.concatenate([*positions, text_positions(rest)], axis=1)
+    if positions is not None and own is not None:
+        pack.position_ids = padded(positions, pack_length, own.lead)
     return make_batch(pack, images, local_device(), arrangement)

@@ -34,7 +34,7 @@ class Positions:
         prompt_lengths: tokens of each prompt.
         ntk_length: trained length that dynamic NTK goes by, or None for no widening.
         logn_length: trained length that logn attention goes by, or None for no scaling.
-        own: [3, longest] of each prompt and its answer, where positions are not counted from 0; no length is then
+        own: [.., longest] of each prompt and its answer, where positions are not counted from 0; no length is then
             given.
     """
 
@@ -79,8 +79,8 @@ class Positions:
             spans: index of a prompt, and its positions from 0.
         """
         if self._own is not None:
-            parts = [self._own[i][:, span.start : span.stop] for i, span in spans]
-            whole = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
+            parts = [self._own[i][..., span.start : span.stop] for i, span in spans]
+            whole = np.concatenate(parts or [self._own[0][..., :0]], axis=-1)
             # Not by a call: what the layers get of the module is replaced while answers are generated.
             return self._rotary.forward(to_device(torch.from_numpy(whole), local_device())), None
         if not spans:

@@ -37,7 +37,7 @@ class Prompt:
         return len(self.tokens) + len(self.answer)
 
     def positions(self, own: OwnPositions, more: int | None = None) -> NDArray[np.int64]:
-        """Return the positions [3, T] of prompt and answer, or of the prompt and ``more`` tokens behind it.
+        """Return the positions [.., T] of prompt and answer, or of the prompt and ``more`` tokens behind it.
 
         What is generated is text, whatever the tokens: its positions go on behind the largest of the prompt.
         """

@@ -23,7 +23,7 @@ def depthwise(channels: int, config: TransformerConfig, *, stride: int = 1, bias
     return nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=bias, dtype=config.params_dtype)
 
 
-def convolve(convolution: nn.Module, x_NPC: Tensor, grid: tuple[int, int]) -> Tensor:
+def convolve(convolution: Callable[[Tensor], Tensor], x_NPC: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return [N, Q, C] of a convolution, or another operation on maps [N, C, rows, columns].
 
     Args:

@@ -69,10 +69,13 @@ class PackRouter(TopKRouter):
             over packs (on this rank; add them up over the tensor- and data-parallel ranks).
     """
 
+    expert_bias: Tensor | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.bias = None
-        if self.expert_bias is not None:  # on the device that modules are built on, which may be no real one
+        bias: Tensor | None = getattr(self, "expert_bias")  # noqa: B009 - Megatron-Core says of no type what it is
+        if bias is not None:  # on the device that modules are built on, which may be no real one
             self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
         self.gradient_scale: float | Tensor = 1.0
         self.tally: Tensor | None = None
@@ -151,7 +154,7 @@ class PackRouter(TopKRouter):
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float) -> Tensor:
         """Return which choices an expert takes, [N, X]: of the whole pack's those that score best."""
-        group, scores = self.tp_group, probs.masked_fill(~chosen, -1.0)
+        group, scores = self.tp_cp_group, probs.masked_fill(~chosen, -1.0)
         if group.size() > 1:
             parts = [torch.empty_like(scores) for _ in range(group.size())]
             dist.all_gather(parts, scores.contiguous(), group=group)

@@ -27,6 +27,7 @@ from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import GatedSum, ResidualMultiplier
 from megavlm.layers.two_way import TwoWayAttention
+from megavlm.layers.visual_expert import TwoKindsColumnLinear, TwoKindsRowLinear, VisualExpertLayer
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
 from megavlm.parallel.megatron_versions import activation_of
 
@@ -77,6 +78,8 @@ class LayerKind:
     """Which of two rotary tables turns its heads; None where there is one."""
     deepstack: bool = False
     """What the context holds is added behind it (``layers/deepstack.py``)."""
+    visual_expert: bool = False
+    """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
     experts: bool = False
     """Its MLP is a mixture of experts."""
 
@@ -106,6 +109,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
     mask = _MASKS[kind.mixer]
+    linears = _two_kinds_linears(linears) if kind.visual_expert else linears
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
     attention_params: dict[str, Any] = {"attn_mask_type": mask}
@@ -215,9 +219,12 @@ def _with_experts(layer: ModuleSpec, norm: Any, *, transformer_engine: bool) -> 
 
 
 def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
-    assert not (kind.parallel and kind.deepstack), "a layer side by side adds nothing behind it"
+    assert sum((kind.parallel, kind.deepstack, kind.visual_expert)) < 2, "each of these is a layer of its own"
+    assert not (kind.experts and kind.visual_expert), "tokens are told apart by their kind or by a router"
     if kind.parallel:
         return ParallelTransformerLayer
+    if kind.visual_expert:
+        return VisualExpertLayer
     return DeepstackLayer if kind.deepstack else TransformerLayer
 
 
@@ -226,6 +233,14 @@ def _branch_sum(kind: LayerKind) -> Any:
     if kind.residual_multiplier == 1:
         return get_bias_dropout_add
     return ModuleSpec(module=ResidualMultiplier, params={"multiplier": kind.residual_multiplier})
+
+
+def _two_kinds_linears(others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return linear layers with weights for text and for image tokens, of a gated MLP."""
+    assert others is None, "adapters stand beside layers of one weight"
+    gate = ModuleSpec(module=TwoKindsColumnLinear, params={"halves": True})
+    row: dict[str, Any] = {"linear_proj": TwoKindsRowLinear, "linear_fc2": TwoKindsRowLinear}
+    return row | {"linear_qkv": TwoKindsColumnLinear, "linear_fc1": gate}
 
 
 def _engine_linears() -> dict[str, Any]:

@@ -63,7 +63,6 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config=language.config)
         self.settings = model
         self._experts = any(model.language.expert_layers)
-        self.image_size = model.vision.image_size
         # What Megatron-Core's schedules and gradient finalisation look for.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -179,7 +178,7 @@ class VisionLanguageModel(MegatronModule):
             extra_block_kwargs=extras
             if beside is None or not self.streams.taken
             else {"context": beside, **(extras or {})},
-            **self._padding(packed_seq_params, segment_sources, tokens.size(1)),
+            **self._padding(packed_seq_params, segment_sources, position_ids.size(-1)),
         )
         return output if self.post_process else self.streams.join(output, beside)
 
@@ -187,8 +186,12 @@ class VisionLanguageModel(MegatronModule):
         """Return [1, S] where there is padding (S / TP with sequence parallelism), for layers with experts alone."""
         if segment_sources is None or not self._experts:
             return {}
-        lengths = packed.cu_seqlens_q.diff().long()
+        lengths, split = packed.cu_seqlens_q.diff().long(), context_split(packed)
+        if split is not None:  # every rank has as much of each segment
+            lengths = lengths // split.size
         mask_1S = torch.repeat_interleave(segment_sources < 0, lengths, output_size=length)[None]
+        if split is not None:
+            mask_1S = mask_1S | ~split.own_real(mask_1S.device)
         if self.config.sequence_parallel:
             group = mpu.get_tensor_model_parallel_group()
             mask_1S = mask_1S.chunk(group.size(), dim=1)[group.rank()]
@@ -275,7 +278,7 @@ class VisionLanguageModel(MegatronModule):
         if self.settings.vision.packed:
             pixels, grid = self.vision.empty(self.connector_device())
             return pixels, grid
-        shape = (1, 3, self.image_size, self.image_size)
+        shape = (1, *self.settings.vision.pixel_shape)
         return torch.zeros(shape, dtype=torch.uint8, device=self.connector_device()), None
 
     def arranged(

@@ -11,7 +11,6 @@ Q features of a view, E width of the language model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 
@@ -62,10 +61,15 @@ class ContextSplit:
         """Return ``rows`` on a device."""
         return self._cached("rows", device, lambda: self.rows)
 
-    def moved(self, position: int, cu_seqlens: Sequence[int]) -> int:
+    def own_real(self, device: torch.device) -> Tensor:
+        """Return ``real`` on a device."""
+        return self._cached("real", device, lambda: self.real)
+
+    def moved(self, position: int, cu_seqlens: ArrayLike) -> int:
         """Return where a position of the pack, whose segments start at ``cu_seqlens``, lies in the filled-up one."""
-        segment = int(np.searchsorted(np.asarray(cu_seqlens), position, side="right")) - 1
-        return int(self.cu_seqlens[segment]) + position - int(cu_seqlens[segment])
+        starts = np.asarray(cu_seqlens)
+        segment = int(np.searchsorted(starts, position, side="right")) - 1
+        return int(self.cu_seqlens[segment]) + position - int(starts[segment])
 
     def _order(self) -> NDArray[np.int64]:
         positions, parts = len(self.rows), []

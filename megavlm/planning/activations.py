@@ -93,7 +93,7 @@ def language_kept(
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
         return units * stream + beside + cost.shared_kept(language, tokens)
     kinds = kinds_of(recipe, chunk)
-    layers = sum(n * cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind, n in kinds.items())
+    layers = sum(n * cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind, n in kinds)
     if parallel.recompute_granularity == "selective":
         layers -= chunk.layers * cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
@@ -128,7 +128,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
     wide, stream = tokens * hidden * b, local * hidden * b
     kept = language_kept(recipe, layout, chunk, tokens, kernels, images)
     vision = output = 0
-    kinds = set(kinds_of(recipe, chunk)) or {language}
+    kinds = [kind for kind, _ in kinds_of(recipe, chunk)] or [language]
     passing = [cost.layer_passing(kind, lora, layout, tokens, kernels, learns=learns) for kind in kinds]
     forward, backward, gathered = (max(column) for column in zip(*passing, strict=True))
     layer = max(cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind in kinds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,12 @@ from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def kinds_of(recipe: Recipe, chunk: Chunk) -> Counter[LanguageConfig]:
+def kinds_of(recipe: Recipe, chunk: Chunk) -> list[tuple[LanguageConfig, int]]:
     """Return how many layers of each kind a chunk has."""
-    return Counter(layer_kinds(recipe.model.language)[chunk.begin : chunk.begin + chunk.layers])
+    found: dict[int, tuple[LanguageConfig, int]] = {}  # a search asks often, and equal kinds are one object
+    for kind in layer_kinds(recipe.model.language)[chunk.begin : chunk.begin + chunk.layers]:
+        found[id(kind)] = kind, found.get(id(kind), (kind, 0))[1] + 1
+    return list(found.values())
 
 
 def dispatch_seconds(layout: Layout, gpu: Gpu, moved: float) -> float:

@@ -28,11 +28,14 @@ KEYS = (
     *APART_KEYS,
 )
 """The keys of ``parallel`` that a plan sets."""
+EXPERT_KEYS = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+"""And those that it sets of a model with experts."""
 
 
 def overrides(plan: Plan) -> dict[str, Any]:
     """Return the recipe's branches that the plan sets."""
-    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in KEYS}}
+    keys = (*KEYS, *EXPERT_KEYS) if any(plan.recipe.model.language.expert_layers) else KEYS
+    return {"parallel": {key: getattr(plan.recipe.parallel, key) for key in keys}}
 
 
 def launch_line(plan: Plan, recipe: Recipe, name: str, words: Sequence[str], file: Path | None = None) -> list[str]:

@@ -36,7 +36,7 @@ class Layers(NamedTuple):
     """The language layers of a chunk, and over how many ranks their experts lie."""
 
     first: int = 0
-    count: int = 0
+    number: int = 0
     experts: int = 1
     expert_tensor: int = 1
 
@@ -77,8 +77,16 @@ def _kind(recipe: Recipe, layout: Layout, chunk: Chunk) -> _Kind:
     return recipe.model, recipe.lora, learns, layout.tensor, layers, chunk.first, chunk.last, chunk.encodes
 
 
-# A search asks for the same chunks over and over.
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=64)
+def _expert_parameters(kind: LanguageConfig, *, learns: bool, layers: Layers) -> tuple[ChunkParameter, ...]:
+    """Return the parameters of the experts of a layer on one rank."""
+    shapes = expert_parameters(kind, layers.experts, layers.expert_tensor)
+    known = {size: ChunkParameter("language", size, learns, spread=layers.experts > 1) for size in set(shapes)}
+    return tuple(known[size] for size in shapes)
+
+
+# A search asks for the same chunks over and over; those of a hundred experts a layer are long.
+@functools.lru_cache(maxsize=256)
 def _chunk_parameters(
     model: ModelConfig,
     lora: LoraConfig,
@@ -99,12 +107,10 @@ def _chunk_parameters(
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.count]
-    kinds = [kind for _, kind in numbered]
-    experts = [ChunkParameter("language", one, learns[2] and lora.rank is None, spread=layers.experts > 1)
-               for kind in kinds for one in expert_parameters(kind, layers.experts, layers.expert_tensor)]  # fmt: skip
-    found += experts
-    crossed = set(language.cross_layers)
+    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
+    kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
+    trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
+    found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, layers=spread)]
     shapes = [
         one
         for number, kind in numbered
@@ -215,12 +221,14 @@ def static_bytes(recipe: Recipe, layout: Layout, stage: int) -> StaticBytes:
     frozen_experts, learning_experts, expert_buffer = (sum(column) for column in zip(*experts, strict=True))
     frozen, buffer = frozen + frozen_experts, buffer + expert_buffer
     per_element = 12 if half else 8
-    packed = sum(
-        parameter.elements
-        for chunk in layout.chunks_of(stage)
-        for parameter in chunk_parameters(recipe, layout, chunk)
-        if parameter.quantised
-    )
+    packed = 0
+    if recipe.lora.quantize is not None:
+        packed = sum(
+            parameter.elements
+            for chunk in layout.chunks_of(stage)
+            for parameter in chunk_parameters(recipe, layout, chunk)
+            if parameter.quantised
+        )
     kept, trained, own = apart_elements(recipe, layout)
     return StaticBytes(
         weights=weight * (frozen - packed + buffer + kept + own) + int(packed * NF4_BYTES),

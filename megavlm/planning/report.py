@@ -126,12 +126,14 @@ def _measured(gpu: Gpu) -> list[str]:
 def _table(plans: tuple[Plan, ...]) -> list[str]:
     rows = [["", "TP", "CP", "PP", "VPP", "DP", "layers per stage", "recompute", "fullest", "bubble", "step", "MFU"]]
     rows[0] += ["days", "GPU-hours"]
+    spread = any(plan.layout.experts > 1 for plan in plans)
+    rows[0][5:5] = ["EP"] * int(spread)
     for number, plan in enumerate(plans):
         layout, time = plan.layout, plan.time
         rows.append(
             [
                 "*" if number == 0 else "",
-                *_cells(layout),
+                *_cells(layout, spread=spread),
                 _layers(layout.layers_per_stage),
                 plan.recipe.parallel.recompute_granularity or "-",
                 f"{max(memory.total for memory in plan.memory) / GIB:.1f} GiB",
@@ -150,12 +152,13 @@ def _sizes(of: Layout | Refusal) -> str:
     return f"TP {of.tensor}{f' x CP {of.context}' if of.context > 1 else ''} x PP {of.pipeline}"
 
 
-def _cells(layout: Layout) -> list[str]:
+def _cells(layout: Layout, *, spread: bool = False) -> list[str]:
     sizes = (
         layout.tensor,
         layout.context if layout.context > 1 else None,
         layout.pipeline,
         layout.virtual,
+        *([layout.experts] if spread else []),
         layout.data,
     )
     return [str(value or "-") for value in sizes]
@@ -217,6 +220,7 @@ def _chosen(plan: Plan, gpu: Gpu) -> list[str]:
     return [
         f"Chosen (*): {_sizes(layout)}"
         + (f" x VPP {layout.virtual}" if layout.virtual else "")
+        + (f" x EP {layout.experts}" if layout.experts > 1 else "")
         + f" x DP {layout.data}, {layout.microbatches} micro-batches a step; GiB at the peak of a rank of each stage:",
         *_aligned(rows),
         f"{free / GIB:.1f} GiB of {gpu.memory_bytes / GIB:.1f} stay free (a plan leaves {100 * HEADROOM:.0f} %).",
@@ -240,6 +244,7 @@ def _own(own: Plan | str, best: Plan) -> str:
         return f"The recipe's own layout is refused: {own}"
     layout = own.layout
     virtual = f" x VPP {layout.virtual}" if layout.virtual else ""
+    virtual += f" x EP {layout.experts}" if layout.experts > 1 else ""
     slower = 100 * (own.time.step / best.time.step - 1)
     return (
         f"The recipe's own layout: {_sizes(layout)}{virtual} x DP {layout.data},"

@@ -15,7 +15,7 @@ from megavlm.planning.gpus import GIB, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Layout, layout_of, with_parallel
 from megavlm.planning.memory import StageMemory, fits, stage_memory, usable_bytes
 from megavlm.planning.parameters import check_costs
-from megavlm.planning.times import StepTime
+from megavlm.planning.seconds import StepTime
 from megavlm.planning.timing import Timer
 from megavlm.planning.workload import Workload
 
@@ -164,8 +164,6 @@ def _sizes(recipe: Recipe, gpus: int) -> Iterator[tuple[int, int, int]]:
 
 def _values(recipe: Recipe, gpus: int, tp: int, cp: int, pp: int) -> Iterator[dict[str, Any]]:
     """Yield the ``parallel`` values to try for a TP, a CP and a PP; with experts, for each EP."""
-    if cp > 1 and any(recipe.model.language.expert_layers):  # refused (config/context.py)
-        return
     for spread in expert_layouts(recipe, gpus // pp):
         for values in _values_without_experts(recipe, gpus, tp, cp, pp):
             yield {**values, **spread}

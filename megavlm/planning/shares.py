@@ -49,5 +49,5 @@ def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float
     if is_replicated(model, "connector", layout.tensor):
         return views * model.tokens_per_view * model.language.hidden_size
     if is_replicated(model, "vision", layout.tensor):
-        return views * model.vision.patches_per_image * model.vision.feature_size
+        return views * model.vision.features_per_image * model.vision.feature_size
     return 0

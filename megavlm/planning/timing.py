@@ -30,9 +30,9 @@ from megavlm.planning.gpus import COLLECTIVE_SECONDS, KERNEL_SECONDS, Gpu
 from megavlm.planning.layout import GPUS_PER_NODE, Chunk, Layout
 from megavlm.planning.parameters import NF4_BYTES, apart_elements, learning_elements, replicated_elements
 from megavlm.planning.schedule import Timeline, simulate
+from megavlm.planning.seconds import Cost, StepTime
 from megavlm.planning.shares import gathered_features, share
 from megavlm.planning.stage_flops import ChunkFlops, chunk_flops
-from megavlm.planning.times import Cost, StepTime
 from megavlm.planning.workload import Workload
 
 _LAUNCHES = 20
@@ -272,7 +272,7 @@ class Timer:
     def chunk(self, chunk: Chunk) -> Cost:
         """Return the cost of one micro-batch through a chunk."""
         parts = []
-        for kind, count in kinds_of(self.recipe, chunk).items():
+        for kind, count in kinds_of(self.recipe, chunk):
             layer = self.layer(kind)
             parts.append(Cost(*(count * value for value in (layer.forward, layer.backward, layer.tensor_parallel))))
         if chunk.encodes:
@@ -295,7 +295,8 @@ class Timer:
     def costs(self) -> list[Cost]:
         """Return the cost of one micro-batch through each chunk, in the model's order."""
         alike = [
-            (frozenset(kinds_of(self.recipe, chunk).items()), chunk.first, chunk.last) for chunk in self.layout.chunks
+            (tuple((id(kind), count) for kind, count in kinds_of(self.recipe, chunk)), chunk.first, chunk.last)
+            for chunk in self.layout.chunks
         ]
         known = {key: self.chunk(chunk) for key, chunk in dict(zip(alike, self.layout.chunks, strict=True)).items()}
         return [known[key] for key in alike]

@@ -15,7 +15,7 @@ from megavlm.data.batch import IGNORE_INDEX
 from megavlm.data.device_batch import Batch
 from megavlm.layers.experts import TALLY, PackRouter, routers_of
 from megavlm.parallel import pipeline
-from megavlm.parallel.state import is_last_stage
+from megavlm.parallel.state import data_group, is_last_stage
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def scale_losses(chunks: Sequence[Any], batches: Sequence[Batch], config: Any) -
         for batch in batches:
             assert batch.labels is not None
             tokens += (batch.labels != IGNORE_INDEX).sum()
-        dist.all_reduce(tokens, group=mpu.get_data_parallel_group())
+        dist.all_reduce(tokens, group=data_group())
     tokens = pipeline.from_last_stage(tokens)
     scale = tokens[0] / (len(batches) * mpu.get_data_parallel_world_size())
     for _, router in _routers(chunks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from megavlm.parallel.megatron_versions import groups_known_by_kind
 from megavlm.training.chained import JoinedOptimizer, groups_of_all
 from megavlm.training.vision import groups
 
+_ABOVE = ("ln_post.", "neck.", "second_neck.", "second_scale", "halve", "post_tile", "global_transformer.")
+"""How names of what lies above a tower's layers begin: it learns as the last of them."""
 _GROUP_SETTINGS = ("max_lr", "min_lr", "wd_mult", "betas", "eps")
 
 
@@ -33,7 +36,7 @@ def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> 
         module: the recipe's branch of the module.
         num_layers: layers of the module.
     """
-    above = name.startswith(("ln_post.", "post_tile", "global_transformer."))
+    above = name.startswith(_ABOVE)
     layer = re.search(r"\blayers\.(\d+)\.", name)
     if layer and not above:
         depth = num_layers - 1 - int(layer.group(1))
@@ -51,27 +54,53 @@ def _module_of(name: str) -> tuple[str, str]:
     return head, tail
 
 
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """The factors on the learning rate of a module's parameters, or of those of one of two towers."""
+
+    module: ModuleTraining
+    layers: int
+    prefix: str = ""
+
+    @property
+    def all(self) -> set[float]:
+        """Every one that there may be."""
+        depths = range(self.layers + 1) if self.module.layer_decay != 1.0 else (0,)
+        return {self.module.lr_multiplier * self.module.layer_decay**depth for depth in depths}
+
+    def of(self, name: str) -> float | None:
+        """Return that of a parameter; None where it is another tower's."""
+        if not name.startswith(self.prefix):
+            return None
+        return learning_rate_factor(name.removeprefix(self.prefix), self.module, self.layers)
+
+
+def _factors(recipe: Recipe, name: str) -> list[_Factors]:
+    module, vision = getattr(recipe.modules, name), recipe.model.vision
+    if name != "vision":
+        return [_Factors(module, vision.num_layers)]
+    rated = [(dataclasses.replace(module, lr_multiplier=module.lr_multiplier * one.rate), one) for one in vision.towers]
+    return [_Factors(own, one.layers, one.prefix) for own, one in rated]
+
+
 def _overrides(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Return Megatron-Core's parameter groups: no decay on biases and norms, and one group per LR factor."""
     opt = recipe.optimizer
     no_decay = ParamWithNamePredicate("no_decay", lambda param, name: param.dim() == 1 or name.endswith(".bias"))
     overrides = {ParamKey(with_name_predicate=no_decay): ParamGroupOverride(wd_mult=0.0)}
     for module_name in MODULES:
-        module = getattr(recipe.modules, module_name)
-        num_layers = recipe.model.vision.num_layers
-        depths = range(num_layers + 1) if module.layer_decay != 1.0 else (0,)
-        for factor in {module.lr_multiplier * module.layer_decay**depth for depth in depths} - {1.0}:
+        factors = _factors(recipe, module_name)
+        for factor in {factor for part in factors for factor in part.all} - {1.0}:
 
             def matches(
                 _: Any,
                 name: str,
                 wanted: str = module_name,
                 factor: float = factor,
-                module: ModuleTraining = module,
-                layers: int = num_layers,
+                parts: Sequence[_Factors] = factors,
             ) -> bool:
                 owner, rest = _module_of(name)
-                return owner == wanted and learning_rate_factor(rest, module, layers) == factor
+                return owner == wanted and any(part.of(rest) == factor for part in parts)
 
             key = ParamKey(with_name_predicate=ParamWithNamePredicate(f"{module_name}x{factor}", matches))
             overrides[key] = ParamGroupOverride(max_lr=opt.lr * factor, min_lr=opt.min_lr * factor)

@@ -21,6 +21,7 @@ from megavlm.architectures.connectors.patch_reducer.tables import (
     IDEFICS3_CONNECTOR,
     MINIGPT_PROJECTION,
 )
+from megavlm.architectures.connectors.q_former.tables import BLIP2_Q_FORMER
 from megavlm.architectures.connectors.resampler_2d.tables import MINICPM_RESAMPLER
 from megavlm.config.architecture import CONNECTORS
 from megavlm.config.schema import ModelConfig, Recipe
@@ -41,10 +42,24 @@ class Case(NamedTuple):
     patches: int = 16
     layers: tuple[int, ...] | None = None
     """``model.vision.feature_layers``; the last one is the tower's number of layers."""
+    class_feature: bool = False
+    """A feature more in front."""
 
 
 _PLAIN = Table(part="connector", rest=(*both("layers.0", "mlp.0"), *both("layers.1", "mlp.2")))
 _DENSE = "model.mm_projector."
+_Q_FORMER = {"preset": "q_former", "num_queries": 5, "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4} | {
+    "ffn_hidden_size": 56
+}  # fmt: skip
+
+
+def _q_former(frequency: int, layers: int) -> nn.Module:
+    return published.QFormer(
+        WIDTH, EMBED, 5, num_hidden_layers=layers, hidden_size=32, num_attention_heads=4, intermediate_size=56,
+        cross_attention_frequency=frequency,
+    )  # fmt: skip
+
+
 _ABSTRACTOR = {"preset": "c_abstractor", "output_grid": 2, "hidden_size": 32}
 CASES: dict[str, Case] = {
     "concat-row": Case(
@@ -113,6 +128,11 @@ CASES: dict[str, Case] = {
         {"preset": "minicpm_v_2_resampler", "num_queries": 4, "head_dim": 32},
         lambda: published.Resampler(WIDTH, EMBED, 32, 4, positions=True), MINICPM_RESAMPLER, 4, "resampler.",
     ),
+    "q-former": Case(_Q_FORMER, lambda: _q_former(2, 3), BLIP2_Q_FORMER, 5),
+    "q-former-class-token": Case(
+        {**_Q_FORMER, "num_layers": 2, "cross_attention_frequency": 1}, lambda: _q_former(1, 2), BLIP2_Q_FORMER, 5,
+        class_feature=True,
+    ),
 }  # fmt: skip
 
 
@@ -121,6 +141,8 @@ def recipe_of(name: str, size: int = 1) -> Recipe:
     case = CASES[name]
     side = int(case.patches**0.5)
     vision = {"image_size": 8 * side, "hidden_size": WIDTH}
+    if case.class_feature:
+        vision |= {"class_token": True, "class_feature": True}
     if case.layers is not None:
         vision |= {"feature_layers": case.layers, "num_layers": max(case.layers)}
     tree = {"preset": "tiny", "connector": case.connector, "vision": vision, "language": {"hidden_size": EMBED}}
@@ -142,7 +164,7 @@ def build(name: str, size: int = 1) -> nn.Module:
 def features(name: str) -> Tensor:
     """Return [P, N, W] patch features, of all layers side by side."""
     case = CASES[name]
-    shape = (case.patches, IMAGES, WIDTH * len(case.layers or (0,)))
+    shape = (case.patches + int(case.class_feature), IMAGES, WIDTH * len(case.layers or (0,)))
     return torch.randn(shape, generator=torch.Generator().manual_seed(7)).requires_grad_()
 
 
@@ -202,6 +224,7 @@ def compare(name: str, size: int = 1, rank: int = 0) -> Tensor:
     for key, gradient in canonical(name, gradients, ours).items():
         parameter = ours.get_parameter(key)
         if not parameter.requires_grad:
+            assert parameter.grad is None, key
             continue
         assert parameter.grad is not None, key
         mine = part(gradient, parameter, rank, size)

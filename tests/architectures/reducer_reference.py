@@ -11,7 +11,7 @@ Each takes and gives [P, N, ..] as ours do. Sources, by their papers and public 
 
 * MiniCPM-V's resampler (``Resampler2_5``, and ``Resampler2`` of 2.0, in vLLM's ``models/minicpmv.py``).
 
-Gemma 3's and Idefics3's are Transformers' own classes.
+Gemma 3's, Idefics3's and BLIP-2's Q-Former are Transformers' own classes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
@@ -260,3 +261,20 @@ class Resampler(nn.Module):
             query = query + self.pos_embed.unsqueeze(1)
         out = self.attn(query, x + positions, x, key_padding_mask=mask)[0].permute(1, 0, 2)
         return self.ln_post(out) @ self.proj
+
+
+class QFormer(nn.Module):
+    """Transformers' Q-Former with the queries and the layer that ``Blip2ForConditionalGeneration`` puts around it."""
+
+    def __init__(self, width: int, embed: int, queries: int, **sizes: int) -> None:
+        super().__init__()
+        config = Blip2QFormerConfig(
+            encoder_hidden_size=width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
+        )
+        self.query_tokens = nn.Parameter(torch.empty(1, queries, config.hidden_size))
+        self.qformer = Blip2QFormerModel._from_config(config)
+        self.language_projection = nn.Linear(config.hidden_size, embed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.query_tokens.expand(x.size(0), -1, -1)
+        return self.language_projection(self.qformer(queries, encoder_hidden_states=x).last_hidden_state)

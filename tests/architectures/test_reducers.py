@@ -65,6 +65,8 @@ def test_costs_are_what_torch_counts_and_keeps(name: str, learns: bool, monkeypa
         connector(x)
     queries = getattr(model.connector, "num_queries", None) or 0
     once = 2 * queries * EMBED**2  # their projection, the same for all pictures
+    if name.startswith("q-former"):  # of the first layer: attention to each other, and the projection for the next one
+        once = 2 * queries * 5 * 32**2 + 4 * queries**2 * 32
     assert counted.work(model, shown).total == counter.get_total_flops() - once > 0
     elements = sorted(one.elements for one in counted.parameters(model, 1))
     assert elements == sorted(p.numel() for p in connector.parameters())
@@ -72,6 +74,22 @@ def test_costs_are_what_torch_counts_and_keeps(name: str, learns: bool, monkeypa
         connector(x)
     plain = Kernels(fused=False, number_bytes=4)
     assert counted.kept(model, 1, shown, plain, learns=learns) == pytest.approx(saved.bytes, rel=0.02)
+
+
+def test_the_last_layer_of_a_q_former_may_learn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients, the input's, and what is kept are right; the rest is counted as fixed."""
+    alone = CASES["q-former"]._replace(connector={**CASES["q-former"].connector, "trained": "projection"})
+    monkeypatch.setattr("reducer_cases.CASES", {"alone": alone})
+    compare("alone")
+    model, connector = model_of("alone"), build("alone")
+    fixed = [one.elements for one in cost_of(model, "connector").parameters(model, 1) if one.fixed]
+    assert sorted(fixed) == sorted(p.numel() for p in connector.parameters() if not p.requires_grad)
+    assert {name for name, p in connector.named_parameters() if p.requires_grad} == {"layers.0.weight", "layers.0.bias"}
+    with saved_tensors(connector.parameters()) as saved:
+        connector(features("alone"))
+    shown, plain = Pictures(IMAGES, IMAGES * 16, 0), Kernels(fused=False, number_bytes=4)
+    kept = cost_of(model, "connector").kept(model, 1, shown, plain, learns=True)
+    assert kept == pytest.approx(saved.bytes, rel=0.02)
 
 
 # Of the checkpoints, or of the papers where they name one: MobileVLM V2's (arXiv 2402.03766), which compares
@@ -87,6 +105,7 @@ SIZES: dict[str, tuple[dict[str, Any], str, str, int]] = {
     ),
     "denseconnector-sti": ({"preset": "dense_sti"}, "clip_vit_l_14_336", "llama2_7b", 1024 * 4096 + 4096**2 + 2 * 4096),
     "honeybee-7b": ({"preset": "c_abstractor"}, "clip_vit_l_14_336", "llama2_7b", 0),
+    "minigpt-4": ({"preset": "q_former"}, "eva01_clip_g_14_224", "llama2_7b", 0),
 }  # fmt: skip
 WIDE = {"preset": "clip_vit_l_14_336", "image_size": 448, "hidden_size": 1408, "num_attention_heads": 16}
 SIGLIP = {"num_layers": 26, "post_layernorm": False, "feature_layers": tuple(range(27))}
@@ -108,6 +127,9 @@ def test_presets_have_the_published_sizes(name: str) -> None:
     if name == "honeybee-7b":
         with torch.device("meta"):
             expected = sum(p.numel() for p in published.CAbstractor(1024, 4096, 576, 1024, 3, 12).parameters())
+    if name == "minigpt-4":
+        with torch.device("meta"):
+            expected = sum(p.numel() for p in published.QFormer(1408, 4096, 32).parameters())
     assert sum(one.elements for one in cost_of(model, "connector").parameters(model, 1)) == expected
     assert not list(architecture_of(model, "connector").rules(model, ParallelConfig()))
     assert model.tokens_per_view == TOKENS[name]
@@ -116,6 +138,7 @@ def test_presets_have_the_published_sizes(name: str) -> None:
 TOKENS = {
     "minigpt-v2": 256, "gemma-3-4b": 256, "mobilevlm-1.7b": 144, "mobilevlm-v2-1.7b": 144, "denseconnector-7b": 576,
     "denseconnector-siglip": 729, "denseconnector-sti": 720, "honeybee-7b": 144,
+    "minigpt-4": 32,
 }  # fmt: skip
 
 
@@ -157,6 +180,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
         "num_queries: 6 is not a square number, which model.connector.query_positions needs; take 4 or 9",
     ),
     "heads": ({"preset": "resampler_2d", "head_dim": 32}, {}, 4, "head_dim: gives 2 heads, not divisible by"),
+    "q-former's heads": ({"preset": "q_former"}, {}, 8, "num_attention_heads: 12 is not divisible by"),
     "pool": (
         {"preset": "dense_sti", "pool": 17}, {"feature_layers": (2, 0, 1)}, 1, "pool: 17 are more than the tower's 16"
     ),
@@ -251,6 +275,7 @@ def test_a_plan_of_queries_has_as_many_tokens_for_every_picture() -> None:
         ({"preset": "concat_row"}, {}, False), ({"preset": "concat_square"}, {}, True),
         ({"preset": "ldpnet"}, {}, True),
         ({"preset": "dense_sti"}, {"feature_layers": (2, 0, 1)}, False), ({"preset": "resampler"}, {}, False),
+        ({"preset": "q_former"}, {}, False),
     ],
 )  # fmt: skip
 def test_tiles_are_put_together_only_where_tokens_lie_as_patches_do(

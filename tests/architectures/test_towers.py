@@ -1,4 +1,4 @@
-"""DINOv2 and EVA02 compute what is published; every registered tower is built, counted and planned."""
+"""DINOv2, EVA01 and EVA02 compute what is published; every registered tower is built, counted and planned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saved_tensors import saved_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tower_cases import CASES, IMAGE, WIDTH, built, compare, model_of
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel
 from transformers_cases import fill
 
 from megavlm.architectures.context import BuildContext
@@ -91,8 +91,19 @@ def test_the_reference_is_timms() -> None:
 
 # timm 1.0.31's eva02_large_patch14_clip_336, without its last block, the norm behind that and its head.
 PUBLISHED = {"eva02_clip_l_14_336": 304_432_832 - 12_602_024 - 2048 - 787_200}
-ELSEWHERE = ("tiny_vit", "openclip_", "intern_vit_6b", "qwen", "glm4v_", "rice_", "minicpm_v_")
-"""Towers that are counted with the whole models that they are part of: tests/families/published_totals.py."""
+ELSEWHERE = (
+    "tiny_vit",
+    "openclip_",
+    "intern_vit_6b",
+    "qwen",
+    "glm4v_",
+    "rice_",
+    "minicpm_v_",
+    "sam_vit_b",
+    "deepseek_vl_sam",
+)
+"""Towers that are counted with the whole models that they are part of (tests/families/published_totals.py), or in
+test_convolution_towers.py."""
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -120,6 +131,11 @@ def test_a_published_tower(name: str) -> None:
 
 def transformers_parameters(vision: Any) -> int | None:
     """Return the parameters of Transformers' class, without those that do nothing; None where it has no class."""
+    if vision.preset.startswith("eva01"):
+        side = vision.positional_grid * vision.patch_size
+        with torch.device("meta"):
+            blip2 = Blip2VisionModel(Blip2VisionConfig(image_size=side))
+        return sum(p.numel() for p in blip2.parameters()) - vision.num_layers * vision.hidden_size  # the keys' bias
     model = replace(model_of("eva02"), vision=vision)
     for name in ("clip", "siglip", "siglip2", "dinov2"):
         if FAMILIES[name].refusal(model) is not None:
@@ -153,6 +169,8 @@ def test_an_mlp_that_the_ranks_do_not_divide_is_whole_on_each() -> None:
         ({"num_attention_heads": 4}, "heads of 10 have no angles for rows and for columns"),
         ({"add_qkv_bias": False}, "key_bias: nothing has a bias without model.vision.add_qkv_bias"),
         ({"qk_norm": "width"}, "key_bias: false goes without model.vision.qk_norm"),
+        ({"class_feature": True, "register_tokens": 2}, "class_feature: needs model.vision.class_token, without"),
+        ({"post_layernorm_epsilon": 1e-5}, "post_layernorm_epsilon: there is no such norm without"),
     ],
 )
 def test_parts_that_do_not_go_together_are_named(keys: dict[str, Any], line: str) -> None:

@@ -16,9 +16,12 @@ from tokenizers import AddedToken, Tokenizer, processors
 from transformers import (
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
+    DeepseekVLHybridConfig,
+    DeepseekVLHybridForConditionalGeneration,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    SamVisionConfig,
     SiglipVisionConfig,
 )
 
@@ -59,9 +62,39 @@ def deepseek_vl(
     return one
 
 
-def _publish(model: PreTrainedModel, directory: Path, **keys: Any) -> None:
+LARGE = 64
+"""Side of the larger rendering."""
+HYBRID_FILES: dict[str, Any] = {
+    **DEEPSEEK_FILES, "high_res_image_mean": [0.48145466, 0.4578275, 0.40821073], "high_res_resample": 3,
+    "high_res_image_std": [0.26862954, 0.26130258, 0.27577711], "high_res_size": {"height": LARGE, "width": LARGE},
+    "image_processor_type": "DeepseekVLHybridImageProcessor", "processor_class": "DeepseekVLHybridProcessor",
+}  # fmt: skip
+"""``preprocessor_config.json`` as deepseek-community/deepseek-vl-7b-chat has it, for 28 and 64 pixels."""
+
+
+def deepseek_hybrid(
+    text: PretrainedConfig | None = None, *, tied: bool = False, image: int = IMAGE, high: Any = None, **vision: Any
+) -> PreTrainedModel:
+    """DeepSeek-VL-7B: the same beside a SAM of 16 x 16 patches, whose windows of 5 do not fill its sides."""
+    low = SiglipVisionConfig(**{**_VISION, "hidden_act": "gelu", "vision_use_head": False, **vision})
+    sam = SamVisionConfig(
+        **{
+            "hidden_size": 32, "output_channels": 8, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_dim": 48,
+            "image_size": LARGE, "patch_size": 4, "window_size": 5, "global_attn_indexes": [1, 2], **(high or {}),
+        }
+    )  # fmt: skip
+    text = text or LlamaConfig(**{**_TEXT, "tie_word_embeddings": tied})
+    config = DeepseekVLHybridConfig(
+        vision_config=low, high_res_vision_config=sam, text_config=text, image_token_id=image, tie_word_embeddings=tied
+    )  # fmt: skip
+    one = made(DeepseekVLHybridForConditionalGeneration, config)
+    one.save_pretrained = functools.partial(_publish, one, files=HYBRID_FILES)  # type: ignore[method-assign]
+    return one
+
+
+def _publish(model: PreTrainedModel, directory: Path, files: Any = None, **keys: Any) -> None:
     type(model).save_pretrained(model, directory, **keys)
-    (Path(directory) / "preprocessor_config.json").write_text(json.dumps(DEEPSEEK_FILES, indent=2))
+    (Path(directory) / "preprocessor_config.json").write_text(json.dumps(files or DEEPSEEK_FILES, indent=2))
 
 
 def _saved(make: Callable[[], PreTrainedModel], directory: Path) -> Path:
@@ -159,14 +192,14 @@ CHAT = (
 )
 
 
-def deepseek_answers(directory: Path) -> Path:
+def deepseek_answers(directory: Path, make: Any = None, processor: str = "DeepseekVLProcessor") -> Path:
     """With tokenizer, template and processor."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = write_deepseek(directory)
     text = LlamaConfig(**{**_TEXT, "vocab_size": tokenizer.get_vocab_size(), "tie_word_embeddings": False})
-    deepseek_vl(text, image=tokenizer.token_to_id(PLACEHOLDER)).save_pretrained(directory)
+    (make or deepseek_vl)(text, image=tokenizer.token_to_id(PLACEHOLDER)).save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(CHAT)
-    own = {"num_image_tokens": 16, "processor_class": "DeepseekVLProcessor"}
+    own = {"num_image_tokens": 16, "processor_class": processor}
     (directory / "processor_config.json").write_text(json.dumps(own))
     return directory
 
@@ -176,5 +209,9 @@ DEEPSEEK = {
     "deepseek_vl_tied": ("deepseek_vl", functools.partial(_saved, functools.partial(deepseek_vl, tied=True))),
     "deepseek_vl_hub": ("deepseek_vl", deepseek_vl_hub),
     "deepseek_vl_original": ("deepseek_vl_original", deepseek_vl_original),
-}
+    "deepseek_vl_hybrid": ("deepseek_vl_hybrid", functools.partial(_saved, deepseek_hybrid)),
+    "deepseek_vl_hybrid_tied": (
+        "deepseek_vl_hybrid", functools.partial(_saved, functools.partial(deepseek_hybrid, tied=True)),
+    ),
+}  # fmt: skip
 """Checkpoints: family, and what writes them."""

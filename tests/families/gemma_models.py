@@ -211,3 +211,33 @@ def paligemma_answers(directory: Path) -> Path:
     model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text(json.dumps(PALIGEMMA_FILES))
     return directory
+
+
+_GEMMA3_TOKENS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_GEMMA3_CHAT = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n{% for one in message['content'] %}"
+    "{{ '<start_of_image>' if one['type'] == 'image' else one['text'] | trim }}{% endfor %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def gemma3_answers(directory: Path) -> Path:
+    """With tokenizer, template and processor."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_gemma(directory, ())
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _GEMMA3_TOKENS])
+    tokenizer.save(str(path))
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    told = directory / "tokenizer_config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "extra_special_tokens": named}))
+    start, end, slot = (tokenizer.token_to_id(token) for token in named.values())
+    text = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 1024}
+    gemma3(text, image=slot, boi_token_index=start, eoi_token_index=end).save_pretrained(directory)
+    (directory / "preprocessor_config.json").write_text(json.dumps(GEMMA3_FILES))
+    own = {"image_seq_length": 4, "processor_class": "Gemma3Processor"}
+    (directory / "processor_config.json").write_text(json.dumps(own))
+    (directory / "chat_template.jinja").write_text(_GEMMA3_CHAT)
+    return directory

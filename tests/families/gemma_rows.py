@@ -12,6 +12,7 @@ from gemma_models import (
     PictureSource,
     PrefixSource,
     gemma3,
+    gemma3_answers,
     paligemma,
     paligemma_answers,
 )
@@ -67,7 +68,7 @@ def gemma_rows(
             others={"16 tokens, a longer window": PictureSource(
                 "gemma3", lambda: gemma3({"sliding_window": 24}, tokens=16), files=GEMMA3_FILES
             )},
-            answers=Lack("convert check is not tried on it: no tokenizer of its kind here; answers are in `source`"),
+            answers=gemma3_answers,
             lora=targets,
             # google/gemma-3-{4b,12b,27b}-it.
             presets={

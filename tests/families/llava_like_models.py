@@ -72,6 +72,8 @@ class LlavaLike(nn.Module):
         renamed: keys of the language model that the system calls otherwise.
     """
 
+    base_model_prefix = ""  # for PEFT, which looks for renamed weights in Transformers' classes
+
     def __init__(
         self, text: Any, tower: Any, config: dict[str, Any], *, nested: bool = False, scale: float = 1.0,
         scales: Sequence[int] = (), layer: int = -2, renamed: dict[str, str] | None = None,
@@ -92,7 +94,7 @@ class LlavaLike(nn.Module):
         if hasattr(text, "lm_head"):
             self.lm_head = text.lm_head
         self.tower = [tower]
-        self.config = SimpleNamespace(model_type=config["model_type"])  # which PEFT asks for
+        self.config = SimpleNamespace(model_type=config["model_type"], tie_word_embeddings=False)  # which PEFT asks for
 
     def _encode(self, pixels: Tensor) -> Tensor:
         tower = self.tower[0]

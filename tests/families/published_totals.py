@@ -48,6 +48,8 @@ SOURCES: dict[str, str] = {
     "qwen3_vl_4b": _file(57479162165, "713 tensors, 8875631616 bytes by the headers of the shards @ ebb281ec"),
     "qwen3_vl_8b": _file(62872967919, "the hub's figures of Qwen/Qwen3-VL-8B-Instruct @ 0c351dd0"),
     "qwen3_vl_32b": _file(57372990599, "total_size 66714780128 @ 939557dc"),
+    "qwen3_vl_30b_a3b": _file(66729435508, "paramCount of Qwen 3 VL 30B A3B Instruct, in a server's list of models"),
+    "qwen3_vl_235b_a22b": _file(66729435508, "paramCount of Qwen 3 VL 235B A22B, in the same list"),
     "smolvlm_256m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-256M-Instruct"),
     "smolvlm_500m": _file(71138913262, "the hub's figures of HuggingFaceTB/SmolVLM-500M-Instruct"),
     "smolvlm_2_2b": "huggingface/smollm, finetuning/Smol_VLM_FT.ipynb @ c26df8c6: 2256809840 with 10536960 of adapters",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepseek_models import deepseek_vl, deepseek_vl_original
+from deepseek_models import deepseek_hybrid, deepseek_vl, deepseek_vl_original
 from family_cases import load
 from idefics3_models import idefics3
 
@@ -169,3 +169,51 @@ def test_what_goes_home_as_none_of_theirs() -> None:
     filled = dataclasses.replace(fitted, image=dataclasses.replace(fitted.image, fill=(1, 2, 3)))
     with pytest.raises(UserError, match="processor fills with"):
         FAMILIES["deepseek_vl"].trained_pictures(filled, {})
+
+
+def _sam(key: str, value: Any) -> Change:
+    return _set("high_res_vision_config", key, value=value)
+
+
+HYBRID: dict[str, tuple[Change, str]] = {
+    "one rendering": (
+        _set("image_processor_type", value="DeepseekVLImageProcessor", pixels=True),
+        "'DeepseekVLImageProcessor', which makes one rendering of a picture, and DeepSeek-VL-7B takes two",
+    ),
+    "a rendering of another size": (
+        _set("high_res_size", value={"height": 32, "width": 32}, pixels=True), "high_res_vision_config is for 64 x 64"
+    ),
+    "the smaller of another size": (
+        _set("size", value={"height": 32, "width": 32}, pixels=True), "tower is for 28 x 28"
+    ),
+    "two filters": (_set("high_res_resample", value=2, pixels=True), "resample is bicubic and high_res_resample bilin"),
+    "colours of two": (_set("high_res_image_std", value=[1, 1], pixels=True), "high_res_image_std is [1, 1]; it must"),
+    "no padding": (_set("do_pad", value=False, pixels=True), "do_pad or do_resize is false"),
+    "no second tower": (lambda config, _: config.pop("high_res_vision_config"), "high_res_vision_config"),
+    "another tower": (_sam("model_type", "clip_vision_model"), "high_res_vision_config: model_type is 'clip_vision"),
+    "no positions": (_sam("use_rel_pos", value=False), "use_rel_pos is False; only True"),
+    "no global layer": (_sam("global_attn_indexes", []), "names no layer whose map a second neck takes"),
+    "an oblong": (_sam("image_size", [64, 32]), "image_size is [64, 32]; only squares"),
+}  # fmt: skip
+
+
+@pytest.mark.family("deepseek_vl_hybrid")
+@pytest.mark.parametrize("name", HYBRID)
+def test_bad_input_of_two_towers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, line = HYBRID[name]
+    test_bad_input(change, line, lambda path: deepseek_hybrid().save_pretrained(path), tmp_path, capsys)
+
+
+@pytest.mark.family("deepseek_vl_hybrid")
+def test_what_goes_home_as_no_pair() -> None:
+    family = FAMILIES["deepseek_vl_hybrid"]
+    fitted = load_recipe("deepseek_vl_7b/sft", [], expand_presets).model
+    assert family.refusal(fitted) is None
+    for words, reason in (
+        ("model.connector={preset: mlp2x_gelu}", "the architecture mlp, not hybrid_split"),
+        ("model.vision.high_second_neck_layer=5", "not that of the first global layer"),
+        ("model.vision.high_output_grid=48", "makes several features of a place"),
+    ):
+        other = load_recipe("deepseek_vl_7b/sft", [words], expand_presets).model
+        assert reason in str(family.refusal(other)), words
+    assert "architecture vit_sam, not vit" in str(FAMILIES["deepseek_vl"].refusal(fitted))

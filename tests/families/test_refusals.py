@@ -24,6 +24,15 @@ OTHER: dict[str, tuple[Any, Any]] = {
 """Two values, of which one is not the model's; any other key is a switch, and is turned."""
 
 
+WITHOUT_PRESET: list[dict[str, Any]] = [
+    {
+        "preset": None, "connector": {"preset": "q_former"}, "language": {"preset": "llama2_7b"},
+        "vision": {"preset": "eva01_clip_g_14_224", "class_feature": True, "key_bias": True},
+    },
+]  # fmt: skip
+"""Models of families that are published in no preset: BLIP-2 on a Llama."""
+
+
 def models(name: str) -> list[ModelConfig]:
     """Return a model of a family, of the first preset that it does not refuse; none where it has no language model."""
     family = FAMILIES[name]
@@ -32,6 +41,7 @@ def models(name: str) -> list[ModelConfig]:
     load_presets()
     trees = [{"preset": one} for one in MODELS.names()]
     trees += [{"preset": "tiny", "language": {"preset": one}} for one in LANGUAGE.names() if not one.startswith("tiny")]
+    trees += WITHOUT_PRESET
     for tree in trees:
         try:
             model = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])

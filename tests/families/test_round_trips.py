@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blip2_models import BLIP2
 from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
@@ -49,6 +50,7 @@ OTHERS = (
     | LLAVA_LIKE
     | MINICPM_V
     | TOWERS
+    | BLIP2
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA

@@ -26,6 +26,7 @@ from tokenizer_files import write_llava
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 from whole import Lack
+from whole_source import asked
 
 from megavlm.checkpoint.hf.given import make_model, open_directory, understand
 from megavlm.cli import main
@@ -309,15 +310,26 @@ def test_the_first_feature_goes_with_families_that_leave_it_out() -> None:
 @pytest.mark.long
 @pytest.mark.family("hpt")
 def test_adapters_of_a_language_model_in_a_folder_are_its_own(tmp_path: Path) -> None:
-    """PEFT puts them on what lies in ``llm/``."""
-    from test_peft import adapted, bits
+    """PEFT puts them on what lies in ``llm/``; the whole model with it has the same logits."""
+    from test_peft import adapted, bits, close
+    from test_whole import logits_of
 
-    source = PIECES["hpt"][1](tmp_path / "hf")
+    given: Any = ROWS["hpt"].source
+    source = given.model.save_pretrained(tmp_path / "hf")
     command("hf-to-megatron", "--hf", source, "--out", tmp_path / "m")
     saved = adapted(tmp_path / "m", tmp_path / "run", ("q_proj", "v_proj", "down_proj"), [])
     command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source / "llm"), tmp_path / "peft")
     names = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert len(names) == 4 * 3 * 2 and all(name.startswith("base_model.model.model.layers.") for name in names)
+    recipe = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets)
+    sample = given.shown(recipe.model, *asked(28)[2])
+    expected = logits_of(saved, sample, given.image)
+    with torch.no_grad():
+        without = given.logits(sample)
+        text = PeftModel.from_pretrained(given.model._kept[2], tmp_path / "peft").eval()
+        close(given.logits(sample), expected)
+        text.unload()
+    assert (expected - without).abs().max() > 0.01  # the adapters matter
     command("hf-to-megatron", "--adapter", tmp_path / "peft", "--base", tmp_path / "m", "--out", tmp_path / "back")
     assert bits(tmp_path / "back") == bits(saved)

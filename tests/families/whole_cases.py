@@ -27,7 +27,7 @@ from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.config.split import is_replicated, tensor_ranks  # noqa: E402
 from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
-from megavlm.data.media import arrange, plan_of  # noqa: E402
+from megavlm.data.media import arrange, plan_of, views_of  # noqa: E402
 from megavlm.data.positions import own_grids, positions_of  # noqa: E402
 from megavlm.data.spans import spans_of  # noqa: E402
 from megavlm.evaluation.parity import WHAT, Sample, _compare, read_reference  # noqa: E402
@@ -170,7 +170,7 @@ def _planned(
     (chunk,) = layout.chunks_of(stage)
     layouts = [one for sample in samples for one in sample.layouts]
     grids = [grid for one in layouts for grid in one.grids]
-    views = grids if recipe.model.vision.packed else sum(len(one.views) for one in layouts)
+    views = grids if recipe.model.vision.packed else sum(views_of(plan_of(recipe.model), one) for one in layouts)
     lengths = [*(len(sample.ids) for sample in samples), length - sum(len(sample.ids) for sample in samples)]
     static = static_bytes(recipe, layout, stage)
     work = chunk_flops(
@@ -222,7 +222,11 @@ def _once(
         found += sum(2 * rows * side * width * (side + columns) for rows, columns in {grid[1:] for grid in grids})
     if first and not vision.packed:
         patches, queries = vision.patches_per_image, getattr(model.connector, "num_queries", 0) or 0
+        ranks, inner = tensor_ranks(model, "connector", tensor), getattr(model.connector, "hidden_size", 0)
+        if queries and inner:  # they look at each other, and are projected for their first look, once
+            found += (10 * queries * inner**2 + 4 * queries**2 * inner) / ranks
+            queries = 0
         for rows, width in ((vision.positional_grid**2, vision.hidden_size), (queries, language.hidden_size)):
             found += 2 * rows * patches * width * int(rows not in (0, patches))
-        found += 2 * queries * language.hidden_size**2 / tensor_ranks(model, "connector", tensor)
+        found += 2 * queries * language.hidden_size**2 / ranks
     return found

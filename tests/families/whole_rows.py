@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from blip2_models import FILES as BLIP2_FILES
+from blip2_models import Blip2Source, blip2
 from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
@@ -43,7 +45,7 @@ from mllama_rows import mllama_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
-from qwen3_vl_models import QWEN3_VL, qwen3_vl
+from qwen3_vl_models import QWEN3_VL, qwen3_vl, qwen3_vl_moe
 from qwen3_vl_models import save as save_third
 from rice_models import FILES as RICE_FILES
 from rice_models import RICE, LlavaOnevision15
@@ -168,8 +170,10 @@ def _qwen2_vl(
     recipes: Mapping[str, Stage] | Lack = Lack("none yet: no scripts of its stages were found"),  # noqa: B008 - frozen
 ) -> WholeFamily:
     """Return the row of a family of pictures in their own resolution."""
-    names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL, "glm4v": GLM4V}[family]
-    where = {"qwen3_vl": "test_qwen3_vl.py", "glm4v": "test_glm4v.py"}.get(family, "test_qwen2_vl.py")
+    names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL, "qwen3_vl_moe": QWEN3_VL,
+             "glm4v": GLM4V}[family]  # fmt: skip
+    third = family.startswith("qwen3_vl")
+    where = "test_qwen3_vl.py" if third else "test_glm4v.py" if family == "glm4v" else "test_qwen2_vl.py"
     own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
@@ -180,8 +184,9 @@ def _qwen2_vl(
         others=Lack(own),
         answers=glm4v_publish
         if family == "glm4v"
-        else partial(publish, make=make, save=save_third if family == "qwen3_vl" else save_second),
-        lora=GLM_TARGETS if family == "glm4v" else LLAMA_TARGETS,
+        else partial(publish, make=make, save=save_third if third else save_second),
+        # Experts take no adapters.
+        lora={"glm4v": GLM_TARGETS, "qwen3_vl_moe": LLAMA_TARGETS[:4]}.get(family, LLAMA_TARGETS),
         presets=presets,
         built=_from_config(family),
         recipes=recipes,
@@ -297,10 +302,29 @@ ROWS: dict[str, WholeFamily] = {
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
     **mllama_rows(_from_config("mllama"), HEADER, PLANNED),
-    **deepseek_rows(_from_config("deepseek_vl"), HEADER, LLAMA_TARGETS, PLANNED),
+    **deepseek_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
+    "blip2": WholeFamily(
+        checkpoints=("blip2",),
+        template=Lack("no model of the class on such a language model is published with one"),
+        image={"kind": "squash"},
+        source=Blip2Source("blip2", blip2, files=BLIP2_FILES),
+        uneven=Blip2Source(
+            "blip2",
+            lambda: blip2({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
+            files=BLIP2_FILES,
+        ),
+        others=Lack("Salesforce's own stand on OPT and FLAN-T5, which are not built here"),
+        answers=Lack("convert check is not tried on it: its processor puts pictures in front of all; see `source`"),
+        lora=LLAMA_TARGETS,
+        presets=Lack("none is published on such a language model; MiniGPT-4 publishes its linear layer alone"),
+        built=Lack("there are no presets, and so no sizes"),
+        recipes=Lack("there are no presets; MiniGPT-4 comes later"),
+        headers=Lack("there are no recipes of it yet"),
+        planner=PLANNED,
+    ),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
@@ -413,6 +437,14 @@ ROWS: dict[str, WholeFamily] = {
         THIRD_FILES,
         recipes={f"qwen3_vl_{size}/sft": _QWEN3_SFT for size in ("2b", "4b", "8b", "32b")},
     ),
+    "qwen3_vl_moe": _qwen2_vl(
+        "qwen3_vl_moe",
+        qwen3_vl_moe,
+        {"qwen3_vl_30b_a3b": Published(31_070_754_032), "qwen3_vl_235b_a22b": Published(235_670_022_896)},
+        Lack("see qwen2_5_vl, whose tower has three heads there"),
+        THIRD_FILES,
+        recipes={f"qwen3_vl_{size}/sft": _QWEN3_SFT for size in ("30b_a3b", "235b_a22b")},
+    ),
     "glm4v": _qwen2_vl(
         "glm4v",
         glm4v,
@@ -472,7 +504,9 @@ ROWS: dict[str, WholeFamily] = {
             tuple(name for name, row in TEXT_ROWS.items() if row.family == family),
             "a language model alone; loss, gradients and answers at two layouts: test_text_kinds.py",
         )
-        for family in ("phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2")
+        for family in (
+            "phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2", "qwen3_moe", "mixtral"
+        )
     },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),
 }  # fmt: skip

@@ -99,17 +99,19 @@ class TransformersSource:
         layouts = [plan.plan(width, height, len(sizes)) for width, height in sizes]
         ids = with_slots(layouts, self.image, self.vocab, words)
         if not sizes:
-            none = torch.zeros(0, 3, plan.side, plan.side)
+            none = torch.zeros(0, *plan.row)
             return Shown(ids, {}, none, torch.zeros(0, 2, dtype=torch.long), layouts)
         images: Any = photographs(sizes)
         several = len(sizes) > 1 and self.family == "llava_onevision"  # pictures of one conversation, seen otherwise
         made = self.processor([images] if several else images, return_tensors="pt")
-        taken = {"pixel_values", "image_sizes", *(("batch_num_images",) if several else ())}
+        taken = {"pixel_values", "high_res_pixel_values", "image_sizes", *(("batch_num_images",) if several else ())}
         given = {key: torch.as_tensor(made[key]) for key in taken if key in made}
         pixels = given["pixel_values"]
         if pixels.dim() == 5:  # padded to the most views of a picture
             pixels = torch.cat([one[: len(own.views)] for one, own in zip(pixels, layouts, strict=True)])
-        assert len(pixels) == sum(len(own.views) for own in layouts)
+        if "high_res_pixel_values" in given:  # for a second tower: in one row, as the model here takes both
+            pixels = torch.cat([pixels.flatten(1), given["high_res_pixel_values"].flatten(1)], dim=1)
+        assert pixels.shape[1:] == plan.row and len(pixels) == sum(plan.pixels_of(own)[0] for own in layouts)
         return Shown(ids, given, pixels, torch.tensor([[h, w] for w, h in sizes]), layouts)
 
     def features(self, sample: Shown) -> Tensor:

@@ -23,6 +23,7 @@ from megavlm.data.batch import Pack  # noqa: E402
 from megavlm.data.media import ImagePlan, plan_of  # noqa: E402
 from megavlm.data.packing import build_pack  # noqa: E402
 from megavlm.data.positions import OwnPositions, own_grids, positions_of  # noqa: E402
+from megavlm.data.spans import TwoWaySpans, spans_of  # noqa: E402
 from megavlm.inference.generate import generate, pack_prompts  # noqa: E402
 from megavlm.inference.prompt import Prompt  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
@@ -35,6 +36,8 @@ STD = {"init_method_std": 0.15}
 
 
 QWEN3 = {"preset": "qwen3", "rotary_sections": (3, 3, 2), "rotary_sections_interleaved": True}
+COG = {"preset": "llama", "num_query_groups": 4, "visual_expert": True, "image_positions": "shared"}
+"""Weights for image tokens, and positions that they share."""
 GLM = {"preset": "glm4", "rotary_sections": (1, 2, 1)}
 """Half of each head turned, in neighbouring pairs; four norms a layer."""
 
@@ -54,14 +57,16 @@ def recipe(levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3
     return tiny_recipe(model=model, data=data, parallel=parallel)
 
 
-def packs(plan: ImagePlan, own: OwnPositions | None, count: int, seed: int) -> list[tuple[Pack, np.ndarray]]:
+def packs(
+    plan: ImagePlan, own: OwnPositions | None, count: int, seed: int, spans: TwoWaySpans | None = None
+) -> list[tuple[Pack, np.ndarray]]:
     """Return packs of two samples; every third has no picture."""
     found = []
     for index in range(count):
         kinds: list[list[tuple[int, int]]] = [[(9, 9)], [(9, 9), (9, 9)]] if index % 3 != 1 else [[], []]
         made = [picture_samples(plan, 100 * seed + 10 * index + k, sizes) for k, sizes in enumerate(kinds)]
         pixels = np.concatenate([pixels for _, pixels in made])
-        found.append((build_pack([sample for sample, _ in made], LENGTH, 3, plan, own), pixels))
+        found.append((build_pack([sample for sample, _ in made], LENGTH, 3, plan, own, spans), pixels))
     return found
 
 
@@ -73,6 +78,7 @@ def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     made = recipe(**job["model"], **job["parallel"])
     plan, own = plan_of(made.model), positions_of(made.model, IMAGE_TOKEN)
+    spans = spans_of(made.model, IMAGE_TOKEN)
     with process_groups(made.parallel, made.training.seed):
         training = build_training(made, IMAGE_TOKEN)
         weights = Path(job["weights"])
@@ -83,13 +89,13 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         results = []
         for step in range(2):
             rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-            batches = shared(plan, packs(plan, own, 4, step)[rank::size])
+            batches = shared(plan, packs(plan, own, 4, step, spans)[rank::size])
             training.scheduler.step(1)
             results.append(train_step(training.chunks, training.optimizer, batches, num_sources=1))
         sums = {}
         for module in training.modules:
             for name, parameter in module.named_parameters():
-                if name.startswith(("connector.", "vision.")):
+                if name.startswith(("connector.", "vision.")) or ".vision." in name:
                     # After two steps: what was added to the weights is what the gradients were.
                     value = parameter.detach().double().pow(2).sum()
                     if getattr(parameter, "tensor_model_parallel", False):
@@ -135,7 +141,7 @@ def _answer(job: dict[str, Any]) -> list[list[int]]:
 @torch.no_grad()
 def _plain(model: Any, prompt: Prompt) -> list[int]:
     for _ in range(NEW):
-        batch = pack_prompts([prompt], len(prompt), model.own_positions)
+        batch = pack_prompts([prompt], len(prompt), model.own_positions, model.two_way_spans)
         logits = model(**{**batch.inputs(), "images": prompt.images})
         token = int(logits[0, -1, :VOCABULARY].argmax())
         if token == VOCABULARY - 1:

@@ -8,6 +8,7 @@ from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import convolution_cases  # noqa: E402
 import packed_cases  # noqa: E402
 import reducer_cases  # noqa: E402
 import torch  # noqa: E402
@@ -105,6 +106,9 @@ if __name__ == "__main__":
             print(f"<{case}>")
         for case in tower_cases.CASES:
             tower_cases.compare(case)
+            print(f"<{case}>")
+        for case, compare_tower in convolution_cases.CASES.items():
+            compare_tower()
             print(f"<{case}>")
         for case in packed_cases.PACKED:
             packed_cases.compare_packed(case)

@@ -109,6 +109,14 @@ EVA02: dict[str, Any] = {
     "vision": {"preset": "eva02_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
     | {"num_attention_heads": 4, "ffn_hidden_size": 90, "positional_grid": 4},
 }
+# A class token's feature in front of the patches'; BERT layers of which half look at them; the last layer alone learns.
+Q_FORMER: dict[str, Any] = {
+    **INTERNVL,
+    "vision": {"preset": "eva01_vit", "image_size": 32, "patch_size": 8, "hidden_size": 48, "num_layers": 2}
+    | {"num_attention_heads": 4, "ffn_hidden_size": 96, "positional_grid": 4, "class_feature": True},
+    "connector": {"preset": "q_former", "num_queries": 4, "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+    | {"ffn_hidden_size": 64, "trained": "projection"},
+}
 # Experts behind an MLP; and in all layers, biased, with a shared expert.
 EP2 = {"expert_model_parallel_size": 2}
 EXPERTS: dict[str, Any] = {
@@ -146,6 +154,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": ABSTRACTOR,
         "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True},
     },
+    "q-former-tp2-pp2": {**BF16, "model": Q_FORMER, "parallel": {**TP2, **PP2, **TORCH}},
     "s2-tp2-pp2": {**BF16, "model": S2, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2": {**BF16, "model": PHI, "parallel": {**TP2, **PP2, **TORCH}},
     "phi-tp2-pp2-sp": {"model": PHI, "parallel": {**TP2, **PP2, **TORCH, "sequence_parallel": True}},

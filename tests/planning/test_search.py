@@ -242,3 +242,48 @@ def test_fp8_is_faster_and_needs_a_gpu_that_has_it() -> None:
     assert after.memory[0].buffers > before.memory[0].buffers  # FP8 copies of the weights
     with pytest.raises(RecipeError, match="a100-80g has no FP8"):
         search(fp8, 8, find_gpu("a100-80g"), workload)
+
+
+def long_packs(length: int, batch: int = 16) -> Recipe:
+    recipe = big()
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, sequence_length=length),
+        training=dataclasses.replace(recipe.training, global_batch_size=batch),
+    )
+
+
+def test_long_packs_are_shared_where_nothing_else_helps() -> None:
+    """Two packs a step on 16 GPUs, of 65536 tokens; packs of 2048 are never shared."""
+    recipe = long_packs(65536, batch=2)
+    sizes = {(4, 1), (4, 2), (8, 1)}
+    found = search(recipe, 16, H100, assume_workload(recipe), among=sizes)
+    assert found.plans[0].layout.context > 1
+    for plan in found.plans:
+        check_recipe(plan.recipe, 16)
+        assert plan.layout.gpus == 16 and plan.recipe.parallel.context_parallel_size == plan.layout.context
+        assert plan.layout.context <= 65536 // 8192
+    short = search(big(), 16, H100, assume_workload(big()), among=sizes)
+    assert {plan.layout.context for plan in short.plans} == {1}
+
+
+def test_a_shared_pack_is_less_to_keep_and_quicker_but_for_what_is_handed_round() -> None:
+    recipe = long_packs(65536)
+    cut = {size: with_parallel(recipe, tensor_model_parallel_size=4, context_parallel_size=size) for size in (1, 2, 4)}
+    load = assume_workload(recipe, images_per_pack=8, samples_per_pack=1)
+    memory = {size: predict(one, 16, images_per_pack=8, samples_per_pack=1)[0] for size, one in cut.items()}
+    # Four processes hold the same weights, whether they share packs or not; the embedding is made whole on each.
+    assert len({(one.weights, one.gradients, one.optimizer) for one in memory.values()}) == 1
+    for size in (2, 4):
+        # Angles are looked up, which the fused kernel of whole packs need not keep.
+        assert memory[size].activations == pytest.approx(memory[1].activations / size, rel=0.02)
+        assert memory[size].vision == pytest.approx(memory[1].vision / size, rel=0.1)
+    layers = {size: Timer(one, layout_of(one, 16), H100, load).layer() for size, one in cut.items()}
+    for size in (2, 4):
+        assert layers[1].forward / size <= layers[size].forward < layers[1].forward / size * 1.1
+    # Plain torch layers gather keys and values of the pack, and keep them.
+    torch = {size: with_parallel(one, transformer_impl="torch") for size, one in cut.items()}
+    kept = {size: predict(one, 16, images_per_pack=8, samples_per_pack=1)[0] for size, one in torch.items()}
+    assert kept[4].activations > memory[1].activations / 4
+    exposed = [Timer(one, layout_of(one, 16), H100, load).layer().forward for one in (torch[1], torch[4])]
+    assert exposed[1] > exposed[0] / 4

@@ -17,13 +17,21 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from megavlm.checkpoint.distributed import load as load_checkpoint  # noqa: E402
+from megavlm.checkpoint.distributed import save_weights  # noqa: E402
+from megavlm.checkpoint.paths import resolve  # noqa: E402
+from megavlm.cli import main  # noqa: E402
+from megavlm.config.help import to_yaml  # noqa: E402
+from megavlm.config.load import load_recipe  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
-from megavlm.data.device_batch import Batch, make_batch  # noqa: E402
+from megavlm.data.device_batch import Batch, context_length, make_batch  # noqa: E402
+from megavlm.families.presets import expand_presets  # noqa: E402
 from megavlm.layers.experts import routers_of  # noqa: E402
-from megavlm.models.build import unwrap  # noqa: E402
+from megavlm.models.build import build_model, unwrap  # noqa: E402
+from megavlm.parallel import pipeline  # noqa: E402
 from megavlm.parallel.state import is_first_stage, process_groups  # noqa: E402
 from megavlm.training.build import TrainingModel, build_training  # noqa: E402
-from megavlm.training.step import StepResult, train_step  # noqa: E402
+from megavlm.training.step import StepResult, run_batches, train_step  # noqa: E402
 
 EXPERTS = 8
 LAYERS = "language.decoder.layers."
@@ -59,8 +67,11 @@ def batches_of(recipe: Recipe, step: int) -> list[Batch]:
     """Return this replica's packs of a step."""
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     mine = random_packs(recipe.training.global_batch_size, seed=step)[rank::size]
-    cpu = torch.device("cpu")
-    return [make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu) for pack, pixels in mine]
+    cpu, length = torch.device("cpu"), context_length(pack.cu_seqlens for pack, _ in mine)
+    return [
+        make_batch(pack, torch.from_numpy(pixels) if is_first_stage() else None, cpu, length=length)
+        for pack, pixels in mine
+    ]
 
 
 def parameters_of(training: TrainingModel) -> dict[str, nn.Parameter]:
@@ -80,7 +91,7 @@ def parameters_of(training: TrainingModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def share_of(whole: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+def share_of(whole: Tensor, name: str, parameter: Any) -> Tensor:
     """Return this rank's part of a tensor; a vocabulary is padded with rows that learn nothing."""
     rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     if "local_experts" in name:
@@ -162,3 +173,44 @@ def train(folder: str, language: dict[str, Any], branches: dict[str, Any], steps
 def train_all(jobs: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
     """Train one after the other in one start of ranks."""
     return [train(*job) for job in jobs]
+
+
+def losses_of(checkpoint: str, words: list[str]) -> list[float]:
+    """Return the validation losses of a checkpoint's model on some packs."""
+    path = resolve(Path(checkpoint))
+    recipe = load_recipe(path / "recipe.yaml", words, expand_presets)
+    with process_groups(recipe.parallel, 1):
+        chunks = build_model(recipe, IMAGE_TOKEN)
+        load_checkpoint(path, modules=[unwrap(chunk) for chunk in chunks])
+        with pipeline.evaluating(chunks):
+            return [
+                float(run_batches(chunks, [batch], num_sources=1, forward_only=True)[0, 0])
+                for batch in batches_of(recipe, 0)
+            ]
+
+
+def upcycled(folder: str) -> dict[str, Any]:
+    """Save a dense model, make one with experts of it by the command; return what both compute and hold."""
+    root = Path(folder)
+    recipe = recipe_of({"num_layers": 4})
+    with process_groups(recipe.parallel, 5):
+        modules = [unwrap(chunk) for chunk in build_model(recipe, IMAGE_TOKEN)]
+        save_weights(root / "dense" / "checkpoints", modules, recipe_yaml=to_yaml(recipe))
+    words = [f"model.language.num_moe_experts={EXPERTS}", "model.language.moe_layer_freq=[0, 1, 0, 1]"]
+    assert main(["upcycle", str(root / "dense"), f"--out={root / 'moe'}", *words]) == 0
+    new = load_recipe(root / "moe" / "recipe.yaml", [], expand_presets)
+    with process_groups(new.parallel, 1):
+        model = unwrap(build_model(new, IMAGE_TOKEN)[0])
+        load_checkpoint(root / "moe", modules=[model])
+        dense = dict(modules[0].named_parameters())
+        same = 0
+        for layer in (1, 3):
+            for expert in model.language.decoder.layers[layer].mlp.experts.local_experts:
+                whole = f"{LAYERS}{layer}.mlp.linear_fc"
+                same += torch.equal(expert.linear_fc1.weight, dense[f"{whole}1.weight"])
+                assert torch.equal(expert.linear_fc2.weight, dense[f"{whole}2.weight"])
+        routers = min(float(router.weight.std()) for _, router in routers_of(model))
+    return {
+        "dense": losses_of(str(root / "dense"), []), "loss": losses_of(str(root / "moe"), []), "same": same,
+        "routers": routers,
+    }  # fmt: skip

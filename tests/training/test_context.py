@@ -23,8 +23,6 @@ CASES: dict[str, Case] = {
     "CP 2": ("plain", 2, CP2),
     "short segments at CP 2": ("plain, short", 2, CP2),
     "CP 2 x TP 2 + SP": ("plain", 4, CP2 | TP2 | SP),
-    "packed at CP 2 x PP 2": ("packed", 4, CP2 | PP2),
-    "CP 2 x DP 2, overlapped": ("plain", 4, CP2 | OVERLAP),
 }
 
 
@@ -42,6 +40,8 @@ ALL_OF = {
     "selective": {"parallel": {"recompute_granularity": "selective"}},
 }
 LONG_CASES: dict[str, Case] = {
+    "packed at CP 2 x PP 2": ("packed", 4, CP2 | PP2),
+    "CP 2 x DP 2, overlapped": ("plain", 4, CP2 | OVERLAP),
     "CP 3": ("plain", 3, CP3),
     "short segments at CP 3 + TP": ("qwen2_vl, short", 3, CP3),
     "CP 4, short": ("groups, short", 4, CP4),
@@ -119,9 +119,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """Run what is asked for."""
     tmp = tmp_path_factory.mktemp("context")
     asked = {one.callspec.params.get("case") for one in request.session.items if hasattr(one, "callspec")}
-    asked |= {
-        "CP 2" for one in request.session.items if one.name == "test_a_change_of_context_parallelism_changes_no_bit"
-    }
+    asked |= {"CP 2" for one in request.session.items if one.name.startswith("test_a_change")}
     return tmp, together(tmp, {case: one for case, one in CASES_OF.items() if case in asked})
 
 
@@ -160,7 +158,7 @@ def kept(name: str, lengths: list[int], ranks_of: int) -> dict[str, int]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", ["bf16", *(pytest.param(n, marks=pytest.mark.long) for n in KEPT if n != "bf16")])
 def test_the_planner_counts_what_a_rank_keeps(name: str) -> None:
     got = kept(name, [200, 50, 134], 2)
     assert got["planned"] == pytest.approx(got["real"], rel=0.03)
@@ -182,24 +180,33 @@ def test_what_a_rank_keeps_of_32k_tokens() -> None:
         assert part["real"] < whole["real"] / size + keys
 
 
-@pytest.mark.dist
-def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any], tmp_path: Path) -> None:
-    """From CP 2 to TP 2, to CP 4 and to CP 2 with stages: weights and optimizer, loaded and saved at once."""
-    tmp, _ = results
-    load, vocabulary = tmp / "CP 2", tiny_recipe().model.language.vocab_size
+def check_change(results: tuple[Path, Any], tmp_path: Path, world: int, layouts: dict[str, dict[str, Any]]) -> None:
+    """Load and save at one layout after the other: weights and optimizer stay, to the bit."""
+    load, vocabulary = results[0] / "CP 2", tiny_recipe().model.language.vocab_size
     first = tensors(load / f"step-{STEPS:08}", vocabulary)
     assert any(key.startswith("optimizer.state.exp_avg.vision.") for key in first)
     assert len(first) > 50
     jobs: dict[str, Any] = {}
-    for name, parallel in (("four", CP4), ("stages", CP2 | PP2), ("none", TP2 | SP)):
+    for name, parallel in layouts.items():
         jobs[name] = {
             "recipe": branches("plain", parallel), "load": str(load / f"step-{STEPS:08}"), "save": str(tmp_path / name),
             "steps": (STEPS, STEPS),
         }  # fmt: skip
         load = tmp_path / name
-    ranks.run("placement_cases:run_jobs", jobs, world=4)
+    ranks.run("placement_cases:run_jobs", jobs, world=world)
     for name in jobs:
         assert tensors(tmp_path / name / f"step-{STEPS:08}", vocabulary) == first, name
+
+
+@pytest.mark.dist
+def test_a_change_to_other_layouts_changes_no_bit(results: tuple[Path, Any], tmp_path: Path) -> None:
+    check_change(results, tmp_path, 2, {"none": TP2 | SP})
+
+
+@pytest.mark.long
+@pytest.mark.dist
+def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any], tmp_path: Path) -> None:
+    check_change(results, tmp_path, 4, {"four": CP4, "stages": CP2 | PP2, "none": TP2 | SP})
 
 
 @pytest.mark.parametrize(
@@ -215,6 +222,7 @@ def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
         ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
         ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
+        ({"parallel": {"cp_comm_type": "a2a"}}, "a2a is Transformer Engine's"),
         (
             {"parallel": {"cp_comm_type": "a2a", **TP2, "context_parallel_size": 8}},
             r"num_query_groups \(4\) is not div",

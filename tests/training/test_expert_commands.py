@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import expert_run_cases
 import pytest
 import ranks
 from run_data import make_run_data
@@ -15,6 +16,7 @@ EXPERTS = [
     f"{L}moe_layer_freq=[0, 1, 1, 1]", f"{L}moe_router_score_function=sigmoid",
     f"{L}moe_router_enable_expert_bias=true", f"{L}moe_expert_capacity_factor=1.5", f"{L}num_layers=4",
 ]  # fmt: skip
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 EP2 = "parallel.expert_model_parallel_size=2"
 
 
@@ -43,9 +45,29 @@ def test_a_run_changes_its_layout_and_answers(tmp_path: Path) -> None:
     words = ["generate", str(tmp_path / "parts"), "--prompt", "What is this?", "--max-new-tokens", "4"]
     words += ["--image", str(picture)]
     alone = ranks.megavlm(words).stdout
-    split = ranks.megavlm(
-        [*words, "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", EP2], world=2
-    )
+    split = ranks.megavlm([*words, *TP2, EP2], world=2)
     assert alone.splitlines()[-1] == split.stdout.splitlines()[-1] != ""
     refused = ranks.megavlm([*words, EP2], world=2, check=False)
     assert refused.code == 2 and "spreads a layer's experts over several replicas" in refused.stdout + refused.stderr
+
+
+@pytest.mark.long
+def test_upcycling_copies_mlps_and_changes_no_logits(tmp_path: Path) -> None:
+    """Of a checkpoint of the tiny model, at two layouts: the experts are the MLPs, and the losses those of before."""
+    found = ranks.run(expert_run_cases.upcycled, str(tmp_path))[0]
+    assert found["loss"] == pytest.approx(found["dense"], rel=1e-6)
+    assert found["same"] == 2 * expert_run_cases.EXPERTS and found["routers"] > 0
+    again = ranks.run(expert_run_cases.losses_of, str(tmp_path / "moe"), [*TP2, EP2], world=2)[0]
+    assert again == pytest.approx(found["dense"], rel=1e-6)
+    for words, said in (
+        ([], f"{L}num_moe_experts: missing"),
+        ([*EXPERTS[:2]], f"{L}moe_ffn_hidden_size: 32, but an expert begins as an MLP of"),
+        (
+            [EXPERTS[0], f"{L}moe_shared_expert_intermediate_size=8"],
+            f"{L}moe_shared_expert_intermediate_size: there",
+        ),
+        ([EXPERTS[0], f"{L}hidden_size=32"], f"{L}hidden_size: 32, but"),
+    ):
+        done = ranks.megavlm(["upcycle", str(tmp_path / "dense"), f"--out={tmp_path / 'no'}", *words], check=False)
+        assert done.code == 2 and said in done.stdout + done.stderr, done
+        assert not (tmp_path / "no").exists()

@@ -80,6 +80,7 @@ for queries in ("resampler", "resampler_2d", "minicpm_v_2_resampler"):
 CONNECTORS["gemma3_pool"] |= {"patches": 4}
 CONNECTORS["ldpnetv2"] |= {"output_grid": 1}
 CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}
+CONNECTORS["q_former"] |= {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 CONNECTORS["dense_sti"] |= {"pool": 2}
 FEATURES = {"dense_sti": (2, 0, 1), "dense_sci": (2, 0, 1), "dense_dci": (0, 1, 2)}
 BRANCHES = {

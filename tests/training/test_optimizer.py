@@ -15,11 +15,19 @@ from torch import Tensor
 
 from megavlm.checkpoint.distributed import load
 from megavlm.checkpoint.saver import Saver, State
+from megavlm.config.load import load_recipe
 from megavlm.config.schema import ModuleTraining, ParallelConfig, Recipe
 from megavlm.data.device_batch import Batch
+from megavlm.families.presets import expand_presets
 from megavlm.parallel.state import process_groups
 from megavlm.training.build import TrainingModel, build_training
-from megavlm.training.optimizer import learning_rate_factor, learning_rates, recipe_settings_kept
+from megavlm.training.optimizer import (
+    _factors,
+    _overrides,
+    learning_rate_factor,
+    learning_rates,
+    recipe_settings_kept,
+)
 from megavlm.training.step import StepResult, train_step
 
 IMAGES = pack([sample(0, 23), sample(1, 17, 1), sample(2, 30, 3)])
@@ -125,6 +133,23 @@ def test_factors_of_names() -> None:
         assert learning_rate_factor(name, module, 48) == 2.0 * 0.5**48
     assert learning_rate_factor("ln_post.weight", module, 48) == 2.0
     assert learning_rate_factor("layers.0.weight", ModuleTraining(), 2) == 1.0
+
+
+def test_each_of_two_towers_has_its_own_layers_and_rate() -> None:
+    """SAM-B has 12 layers and the SigLIP beside it 24; the second learns at a tenth."""
+    words = ["model.vision.high_lr_multiplier=0.1", "modules.vision.layer_decay=0.5", "modules.vision.lr_multiplier=2"]
+    recipe = load_recipe("deepseek_vl_7b/sft", words, expand_presets)
+    low, high = _factors(recipe, "vision")
+    layer = "transformer.layers.23.mlp.linear_fc1.weight"
+    assert (low.of(f"low.{layer}"), high.of(f"low.{layer}")) == (2.0, None)
+    assert low.of("low.conv1.weight") == 2.0 * 0.5**24
+    for name, depth in (("layers.11.mlp.linear_fc1.weight", 0), ("layers.9.norm", 2), ("conv1.weight", 12)):
+        assert high.of(f"high.{name}") == 0.2 * 0.5**depth
+    for name in ("neck.conv1.weight", "second_scale", "halve2.weight"):
+        assert high.of(f"high.{name}") == 0.2
+    every = low.all | high.all
+    assert 2.0 * 0.5**24 in every and 0.2 * 0.5**12 in every and len(_overrides(recipe)) == 1 + len(every - {1.0})
+    assert [one.of("layers.0.weight") for one in _factors(recipe, "connector")] == [1.0]
 
 
 STEPS, WARMUP, WSD, MIN = 20, 4, 6, 2e-4

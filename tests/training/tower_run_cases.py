@@ -45,6 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "vision": {**_SQUARE, "preset": "eva02_vit", "ffn_hidden_size": 91}, "connector": _MLP,
         "language": {"preset": "gemma"},
     },
+    "eva01-queries": {
+        "vision": {**_SQUARE, "preset": "eva01_vit", "ffn_hidden_size": 96, "class_feature": True},
+        "connector": {"preset": "q_former", "num_queries": 3, "num_layers": 3, "hidden_size": 32, **_STD}
+        | {"num_attention_heads": 4, "ffn_hidden_size": 64},
+    },
     "naflex": {
         "vision": _NAFLEX, "connector": _MLP,
         "image": {"kind": "naflex", "max_num_patches": 12, "resample": "bilinear"},

@@ -271,8 +271,10 @@ def _grow_vocabulary(branches: Tree, tokenizer: Path | None, template: str, fres
 
 _IMAGE_NAMES = {
     "image": ("<IMG_CONTEXT>", "<imgpad>", "<|image_pad|>", "<|image|>", "<image>", "<image_placeholder>"),
-    "image_start": ("<img>", "<|vision_start|>"),
+    "image_start": ("<img>", "<|vision_start|>", "<start_of_image>"),
 }
+_APART = ("<image_soft_token>",)
+"""Slots of those that say of them and of an image's start by themselves (Gemma 3)."""
 
 
 def _check_ids(one: SourceOfParts, path: Path) -> None:
@@ -285,7 +287,7 @@ def _check_ids(one: SourceOfParts, path: Path) -> None:
     tokenizer = load_tokenizer(path, template_of(one.family.template or ModelConfig.template, path))
     for key, names in _IMAGE_NAMES.items():
         if key == "image" and "image_start" in ids:
-            continue  # Qwen's configuration says where an image starts; the rest is counted from there
+            names = _APART  # Qwen's configuration says where an image starts; the rest is counted from there
         there = {name: tokenizer.encode(name) for name in names if name not in tokenizer.added}
         unknown = tokenizer.encode("<|no such token|>")  # one token too, where all that is unknown is one
         there = {name: found for name, found in there.items() if len(found) == 1 and found != unknown}

@@ -83,13 +83,10 @@ def _family(model: ModelConfig, checkpoint: Path, family_name: str | None) -> Fa
 
 def _rules(family: Family, model: ModelConfig, style: str) -> list[Rule]:
     """Return the language model's rules in one naming; of one in a folder of its own, the names inside."""
-    rules = make_rules(family, model, style, find_slots(model, family.parts))
+    # A naming may be that of another tower (Bunny's on EVA02).
+    rules = make_rules(family, model, style, find_slots(model, ["language"]), ["language"])
     inside = [tuple(name.removeprefix(f"{family.text_folder}/") for name in rule.row.theirs) for rule in rules]
-    return [
-        replace(rule, row=replace(rule.row, theirs=names))
-        for rule, names in zip(rules, inside, strict=True)
-        if rule.part == "language"
-    ]
+    return [replace(rule, row=replace(rule.row, theirs=names)) for rule, names in zip(rules, inside, strict=True)]
 
 
 def _namings(model: ModelConfig, checkpoint: Path) -> list[list[Rule]]:

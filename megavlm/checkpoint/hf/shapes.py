@@ -46,10 +46,12 @@ class Rule:
         return list(self.row.reshape.to_theirs(tensors, self.heads))
 
 
-def make_rules(family: Family, model: ModelConfig, style: str, slots: Mapping[str, Slot]) -> list[Rule]:
-    """Return every rule of a family for a model."""
+def make_rules(
+    family: Family, model: ModelConfig, style: str, slots: Mapping[str, Slot], parts: Sequence[str] | None = None
+) -> list[Rule]:
+    """Return every rule of a family for a model, or those of some of its parts."""
     rules = []
-    for part, row in family.rules(model, style, slots, family.parts):
+    for part, row in family.rules(model, style, slots, family.parts if parts is None else parts):
         own = tuple(slots[name] for name in row.ours)
         heads = Heads.of(part, model)
         theirs = row.reshape.to_theirs([torch.empty(slot.shape, device="meta") for slot in own], heads)

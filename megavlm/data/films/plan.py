@@ -257,5 +257,5 @@ def film_plan_of(model: ModelConfig) -> FilmPlan | None:
 
 
 _KINDS: PlanKinds[FilmPlan] = PlanKinds(
-    "video", "film plan", ("megavlm.data.films.rules", "megavlm.data.films.frames"), no_plan=NO_FILMS
+    "video", "film plan", ("megavlm.data.films.rules", "megavlm.data.films.squares"), no_plan=NO_FILMS
 )

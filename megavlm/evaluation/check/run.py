@@ -24,7 +24,7 @@ from megavlm.checkpoint.hf.outgoing import export
 from megavlm.checkpoint.hf.transformers_class import transformers_class
 from megavlm.checkpoint.paths import resolve
 from megavlm.config.errors import UserError
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import Recipe, VisionConfig
 from megavlm.data.chat import encode_prompt
 from megavlm.data.decoders import make_decoder
 from megavlm.data.films.film import Film
@@ -241,8 +241,8 @@ def _read(
     layouts = lay_out(shown, plan)
     runs = [layout.runs for layout in layouts]
     ids = encode_prompt([user_turn(prompt, len(shown) - films, films)], tokenizer, runs, recipe.data.system_message)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (vision.image_mean, vision.image_std))
-    pixels = (_by_colour(made.pixels.cpu().float()) / 255.0 - mean) / std
+    mean, std = _colours(vision)
+    pixels = (_by_colour(made.pixels.cpu().float(), vision) / 255.0 - mean) / std
     told = _told(layouts, arrangement, plan)
     return _Ours(torch.from_numpy(ids), pixels.view(made.pixels.shape), layouts, arrangement, told)
 
@@ -260,9 +260,20 @@ def _told(layouts: Sequence[ImageLayout], arrangement: Arrangement | None, plan:
     return {"video_grid_thw": grid, "second_per_grid_ts": torch.tensor([plan.films.temporal / one for one in rates])}
 
 
-def _by_colour(pixels: Tensor) -> Tensor:
-    """Return views [V, 3, H, W] as they are, and patches [P, F] as [P, 3, F / 3, 1]."""
-    return pixels if pixels.dim() == 4 else pixels.view(len(pixels), 3, pixels.size(1) // 3, 1)
+def _by_colour(pixels: Tensor, vision: VisionConfig) -> Tensor:
+    """Return views [V, 3, H, W] and renderings in a row [N, F] as they are, patches [P, F] as [P, 3, F / 3, 1]."""
+    if pixels.dim() == 4 or len(vision.sides) > 1:
+        return pixels
+    return pixels.view(len(pixels), 3, pixels.size(1) // 3, 1)
+
+
+def _colours(vision: VisionConfig) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation as :func:`_by_colour` wants them: [3, 1, 1], or [F] of renderings in a row."""
+    pairs = [tuple(torch.tensor(one) for one in own) for own in vision.colours]
+    if len(pairs) == 1:
+        return pairs[0][0].view(3, 1, 1), pairs[0][1].view(3, 1, 1)
+    rows = [[one.repeat_interleave(side**2) for one in own] for side, own in zip(vision.sides, pairs, strict=True)]
+    return torch.cat([mean for mean, _ in rows]), torch.cat([std for _, std in rows])
 
 
 def _run(
@@ -313,8 +324,9 @@ def _before(question: CheckQuestion, own: _Ours, recipe: Recipe) -> CheckRow:
     if question.pixels is not None:
         row.pixels = (math.inf, 0.0)
         if question.pixels.shape == own.pixels.shape:
-            std = torch.tensor(recipe.model.vision.image_std)
-            levels = _by_colour((question.pixels.float() - own.pixels).abs()) * std.view(3, 1, 1) * 255
+            vision = recipe.model.vision
+            apart = (question.pixels.float() - own.pixels).abs()
+            levels = _by_colour(apart, vision) * _colours(vision)[1] * 255
             row.pixels = (float(levels.max()), float((levels <= _LEVEL + 1e-3).float().mean()))
         if row.pixels[1] < _SHARE:
             row.reasons.append("pixels")

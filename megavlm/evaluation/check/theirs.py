@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from megavlm.parallel.device import local_device
 
 logger = logging.getLogger(__name__)
 
+HIGH = "high_res_pixel_values"
+"""What processors and classes of two towers call the larger rendering."""
 _MOST_FRAMES_BYTES = 2 << 30
 """Of a film's frames at once."""
 
@@ -41,7 +44,7 @@ class CheckQuestion:
     ids: Tensor | None = None
     """[S] int64, with the slots of the pictures; None where its processor or template is not at hand."""
     pixels: Tensor | None = None
-    """[V, 3, H, W] normalised views, or [P, F] patches; None as well."""
+    """[V, 3, H, W] normalised views, [P, F] patches, or [N, F] renderings in a row; None as well."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """What else the processor tells the model of its pictures, or of its film."""
     features: Tensor | None = None
@@ -152,6 +155,8 @@ def _process_one(processor: Any, question: CheckQuestion, *, templated: bool) ->
     made = processor(text=text, images=images or None, return_tensors="pt", **twice)
     if images:
         pixels = made["pixel_values"]
+        if HIGH in made:  # renderings for two towers, in one row as they are here
+            pixels = torch.cat([pixels.flatten(1), made[HIGH].flatten(1)], dim=1)
         # Of pictures that keep sizes of their own: flat patches.
         question.pixels = pixels if pixels.dim() == 2 else pixels.flatten(0, -4)
         question.extra = {key: made[key] for key in ("image_sizes", "image_grid_thw") if key in made}
@@ -227,6 +232,9 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
             if "pixel_attention_mask" in taken:  # classes that are told which tiles are whose take those of each sample
                 inputs["pixel_values"] = inputs["pixel_values"][None]
             extra = {key: value.to(device) for key, value in question.extra.items() if key in taken}
+            if HIGH in taken:
+                side = theirs.model.config.vision_config.image_size
+                inputs["pixel_values"], extra[HIGH] = _renderings(inputs["pixel_values"], side)
             inputs |= extra
             found = encode(pixel_values=inputs["pixel_values"], **extra)
             question.features = _flat(found)
@@ -242,6 +250,13 @@ def compute(theirs: Theirs, questions: Sequence[CheckQuestion], max_new_tokens: 
         question.answer = made.sequences[0, len(question.ids) :].tolist()
         best = [score[0].float().topk(2).values for score in made.scores]
         question.margins = [float(two[0] - two[1]) for two in best]
+
+
+def _renderings(pixels: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return the smaller pictures [N, 3, side, side], and the larger ones, of both in a row."""
+    low, high = pixels[:, : 3 * side**2], pixels[:, 3 * side**2 :]
+    larger = math.isqrt(high.size(1) // 3)
+    return low.unflatten(1, (3, side, side)), high.unflatten(1, (3, larger, larger))
 
 
 def _encoder(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megavlm.architectures.connectors.ldp.tables import gate
 from megavlm.weights.rules import ONE_AXIS, POINTWISE, Row, Table, both, row
 
 _MOST = 12
@@ -13,10 +14,7 @@ def _block(ours: str, theirs: str) -> tuple[Row, ...]:
         *(row(f"{ours}.conv_{n}.weight", f"{theirs}.conv{n}.conv.weight", POINTWISE) for n in (1, 3)),
         row(f"{ours}.conv_2.weight", f"{theirs}.conv2.conv.weight"),
         *(one for n in (1, 2, 3) for one in both(f"{ours}.norm_{n}", f"{theirs}.conv{n}.bn")),
-        row(f"{ours}.gate.squeeze.weight", f"{theirs}.se.fc1.weight", POINTWISE),
-        row(f"{ours}.gate.squeeze.bias", f"{theirs}.se.fc1.bias"),
-        row(f"{ours}.gate.expand.weight", f"{theirs}.se.fc2.weight", POINTWISE),
-        row(f"{ours}.gate.expand.bias", f"{theirs}.se.fc2.bias"),
+        *gate(f"{ours}.gate", f"{theirs}.se"),
         row(f"{ours}.shortcut.weight", f"{theirs}.downsample.conv.weight", POINTWISE),
         *both(f"{ours}.shortcut_norm", f"{theirs}.downsample.bn"),
     )

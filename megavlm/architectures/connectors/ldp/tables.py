@@ -5,14 +5,21 @@ from __future__ import annotations
 from megavlm.weights.rules import POINTWISE, Row, Table, both, row
 
 
+def gate(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Return the rows of a squeeze-and-excite gate, whose two matrices the published code has as convolutions."""
+    names = (("squeeze", "fc1"), ("expand", "fc2"))
+    return tuple(
+        row(f"{ours}.{one}.{kind}", f"{theirs}.{other}.{kind}", *([POINTWISE] if kind == "weight" else []))
+        for one, other in names
+        for kind in ("weight", "bias")
+    )
+
+
 def _block(ours: str, theirs: str) -> tuple[Row, ...]:
     return (
         row(f"{ours}.depthwise.weight", f"{theirs}.0.0.weight"),
         *both(f"{ours}.norm_1", f"{theirs}.0.1"),
-        row(f"{ours}.gate.squeeze.weight", f"{theirs}.1.fc1.weight", POINTWISE),
-        row(f"{ours}.gate.squeeze.bias", f"{theirs}.1.fc1.bias"),
-        row(f"{ours}.gate.expand.weight", f"{theirs}.1.fc2.weight", POINTWISE),
-        row(f"{ours}.gate.expand.bias", f"{theirs}.1.fc2.bias"),
+        *gate(f"{ours}.gate", f"{theirs}.1"),
         row(f"{ours}.project.weight", f"{theirs}.2.0.weight", POINTWISE),
         *both(f"{ours}.norm_2", f"{theirs}.2.1"),
     )

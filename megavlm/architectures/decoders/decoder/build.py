@@ -137,6 +137,7 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
         residual_multiplier=language.residual_multiplier,
         sliding_window=language.sliding_window,
         rotary_part=None if language.rope_local_base_freq is None else 1,
+        visual_expert=language.visual_expert,
     )
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern

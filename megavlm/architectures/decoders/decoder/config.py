@@ -80,6 +80,11 @@ class DecoderConfig(ExpertsConfig):
     """Whether the QKV projection has a bias (Qwen v1, Qwen2: yes)."""
     add_bias_linear: bool = False
     """Whether all linear layers have a bias, QKV among them (Phi)."""
+    visual_expert: bool = False
+    """Whether each linear layer of attention and MLP has a second weight, for the slots of pictures (CogVLM); the last
+    slot of a picture takes that of text."""
+    image_positions: Literal["counted", "shared"] = "counted"
+    """Whether each slot of a picture has its own position, or all but the first and the last share one (CogVLM)."""
     lm_head_bias: bool = False
     """Whether the output layer has a bias (Phi)."""
     gated_linear_unit: bool = True
@@ -149,14 +154,31 @@ class DecoderConfig(ExpertsConfig):
         return self.vocab_size if self.output_vocab_size is None else self.output_vocab_size
 
     @property
+    def spans(self) -> Literal["prefix", "images", "cross"] | None:
+        """What the mask opens, or the pictures, or who sees them."""
+        if self.cross_attention_layers:
+            return "cross"
+        return "images" if self.visual_expert else self.two_way
+
+    @property
+    def one_weight(self) -> bool:
+        """Not where there is one for each kind of token."""
+        return not self.visual_expert
+
+    @property
+    def shared_positions(self) -> bool:
+        """If asked for."""
+        return self.image_positions == "shared"
+
+    @property
     def takes_deepstack(self) -> bool:
-        """It can, but for layers whose attention and MLP stand side by side: ``build`` does it."""
-        return not self.use_parallel_residual and not self.cross_attention_layers
+        """It can, but for layers side by side, whose weights are two, or that attend to features: as built."""
+        return not (self.use_parallel_residual or self.visual_expert or self.cross_attention_layers)
 
     @property
     def fused_rotary(self) -> bool:
         """Transformer Engine's kernel turns whole heads by one position."""
-        if self.rope_local_base_freq is not None:
+        if self.rope_local_base_freq is not None or self.shared_positions:
             return False
         return not self.rotary_sections and not self.rotary_interleaved and self.rotary_percent == 1.0
 
@@ -217,6 +239,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
     yield from _cross(language, tp)
     if language.lm_head_bias and language.tie_word_embeddings:
         yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
+    yield from _visual_expert(language)
     for key in ("use_dynamic_ntk", "use_logn_attn"):
         if getattr(language, key) and language.seq_length is None:
             yield f"{_OWN}.{key}: needs {_OWN}.seq_length, the length that the model was trained with; set it"
@@ -258,6 +281,28 @@ def _cross(language: DecoderConfig, tp: int) -> Iterator[str]:
             f"{_OWN}.cross_attention_layers: go with Llama's layers alone: a gated SiLU without biases, one norm before"
             " each branch, a causal mask, positions of one number; set it to [], or the others to Llama's"
         )
+
+
+def _visual_expert(language: DecoderConfig) -> Iterator[str]:
+    """Check what goes with weights for image tokens, and with positions that they share."""
+    key = f"{_OWN}.visual_expert"
+    if language.visual_expert:
+        if language.qkv_bias:
+            yield f"{key}: linear layers with a bias have one weight; set {_OWN}.add_qkv_bias, add_bias_linear to false"
+        if language.use_parallel_residual:
+            yield f"{key}: not with attention and MLP side by side; set {_OWN}.use_parallel_residual to false"
+        if language.num_moe_experts is not None:
+            yield f"{key}: not with {_OWN}.num_moe_experts; set one of them back"
+        if not language.gated_linear_unit:
+            yield f"{key}: is for an MLP with a gate; set {_OWN}.gated_linear_unit to true, or this to false"
+        if language.attention_mask != "causal":
+            yield f"{key}: goes with {_OWN}.attention_mask causal; set that, or this to false"
+    if language.shared_positions:
+        for name, plain in (("rotary_sections", ()), ("rope_local_base_freq", None), ("use_dynamic_ntk", False)):
+            if getattr(language, name) != plain:
+                yield f"{_OWN}.image_positions: shared goes without {_OWN}.{name}; set one of them back"
+        if language.use_logn_attn:
+            yield f"{_OWN}.image_positions: shared goes without {_OWN}.use_logn_attn; set one of them back"
 
 
 def _rotary(language: DecoderConfig) -> Iterator[str]:

@@ -90,7 +90,9 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     ffn = language.ffn_hidden_size // tensor
     inner = _inner_width(language) * ffn
     shapes += [hidden, inner, hidden] * int(language.add_bias_linear)
-    return [*shapes, inner * hidden, ffn * hidden]
+    shapes += [inner * hidden, ffn * hidden]
+    expert = [hidden * qkv, queries // tensor * hidden, inner * hidden, ffn * hidden]
+    return shapes + expert * int(language.visual_expert)
 
 
 @with_all_keys
@@ -170,7 +172,9 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     if experts:
         ffn = 0  # counted below
     if learns:
-        inputs = (_norms(language) * stream + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
+        # Weights of two kinds see each its own tokens, picked out of all; one weight gathers again where it needs all.
+        seen = tokens * hidden if language.visual_expert else stream
+        inputs = (_norms(language) * seen + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)

@@ -77,6 +77,25 @@ LLAMA_LANGUAGE = Table(
 )
 """Llama, Vicuna, Qwen2, Qwen2.5, Qwen3, Mistral, Gemma, StableLM, MiniCPM."""
 
+COGVLM_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        row("input_layernorm.weight", "input_layernorm.weight"),
+        row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+        *(
+            one
+            for ours, kind in (("weight", "language"), ("vision.weight", "vision"))
+            for one in (
+                row(f"self_attention.linear_qkv.{ours}", f"self_attn.{kind}_expert_query_key_value.weight", QKV_BLOCKS),
+                row(f"self_attention.linear_proj.{ours}", f"self_attn.{kind}_expert_dense.weight"),
+                row(f"mlp.linear_fc1.{ours}", f"mlp.{kind}_mlp.gate_proj.weight mlp.{kind}_mlp.up_proj.weight", CONCAT),
+                row(f"mlp.linear_fc2.{ours}", f"mlp.{kind}_mlp.down_proj.weight"),
+            )
+        ),
+    ),
+)
+"""CogVLM: Llama's, with weights for the tokens of text and of images."""
+
 GEMMA3_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,
     layer=(

@@ -1,6 +1,6 @@
 """Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP, InternViT.
 
-And DINOv2 (2304.07193) with registers (2309.16588), EVA02 (2303.11331).
+And DINOv2 (2304.07193) with registers (2309.16588), EVA01 (2211.07636), EVA02 (2303.11331).
 
 Shape legend: N images, C colours, P patches of an image, W width of the tower, D width of a head, T = P and the learned
 tokens beside them (a class token, registers).
@@ -101,8 +101,8 @@ class VisionTransformer(MegatronModule):
         modules = _layer_parts(vision, context)
         width, dtype = vision.hidden_size, context.dtype
 
-        def norm() -> torch.nn.Module:
-            return modules.norm(config=config, hidden_size=width, eps=vision.layernorm_epsilon)
+        def norm(epsilon: float | None = None) -> torch.nn.Module:
+            return modules.norm(config=config, hidden_size=width, eps=epsilon or vision.layernorm_epsilon)
 
         self.settings = vision
         self.grid = vision.tile_size // vision.patch_size
@@ -128,7 +128,7 @@ class VisionTransformer(MegatronModule):
         )
         for layer in self.transformer.layers:
             BiasActivationMLP.take_over(layer.mlp)
-        self.ln_post = norm() if vision.post_layernorm else None
+        self.ln_post = norm(vision.post_layernorm_epsilon) if vision.post_layernorm else None
         self.feature_layers = vision.feature_layers
         if vision.deepstack_layers:
             self.feature_layers = (vision.num_layers, *(number + 1 for number in vision.deepstack_layers))
@@ -144,7 +144,8 @@ class VisionTransformer(MegatronModule):
             images_NCHW: [N, 3, H, W], uint8 (0..255), or floating point where already normalised.
 
         Returns:
-            [P, N, W] features, in the number type of the weights; those of learned tokens are not among them. With
+            [P, N, W] features, in the number type of the weights; those of learned tokens are not among them, but with
+            ``class_feature`` the class token's is the first of P. With
             ``feature_layers`` they are L times as wide: those of L layers, side by side; with ``deepstack_layers``
             those of the last layer and of these; with ``s2_scales`` those of all sizes of the picture, side by side.
         """
@@ -159,7 +160,8 @@ class VisionTransformer(MegatronModule):
         if self.ln_pre is not None:
             x_TNW = self.ln_pre(x_TNW)
         x_TNW = self._layers(x_TNW.contiguous())
-        x_PNW = x_TNW[self.settings.tokens :] if self.settings.tokens else x_TNW
+        left_out = self.settings.tokens - self.settings.class_features
+        x_PNW = x_TNW[left_out:] if left_out else x_TNW
         return x_PNW if self.ln_post is None else self.ln_post(x_PNW)
 
     def _layers(self, x_TNW: Tensor) -> Tensor:

@@ -53,7 +53,11 @@ class ViTConfig(VisionConfig):
     attention_norm: bool = False
     """LayerNorm over the results of all heads, in front of attention's last layer (EVA02-CLIP)."""
     class_token: bool = False
-    """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped."""
+    """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped, unless
+    class_feature says else."""
+    class_feature: bool = False
+    """With class_token: its output stands in front of those of the patches, for connectors that look at features
+    whatever their place (BLIP-2's Q-Former)."""
     register_tokens: int = Field(default=0, ge=0, le=1000)
     """Learned tokens without a position that go through the layers too, behind the class token (DINOv2); their outputs
     are dropped."""
@@ -63,6 +67,8 @@ class ViTConfig(VisionConfig):
     """LayerNorm in front of the layers (Qwen-VL, CLIP)."""
     post_layernorm: bool = False
     """LayerNorm behind the layers (SigLIP)."""
+    post_layernorm_epsilon: float | None = Field(default=None, gt=0)
+    """With post_layernorm: its epsilon, where it is another than that of the other norms (BLIP-2's own code)."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norms of the tower: LayerNorm, or RMSNorm (InternViT-6B)."""
     add_qkv_bias: bool = True
@@ -126,6 +132,11 @@ class ViTConfig(VisionConfig):
         return int(self.class_token) + self.register_tokens
 
     @property
+    def class_features(self) -> int:
+        """That of the class token, if asked for."""
+        return int(self.class_feature)
+
+    @property
     def positions(self) -> int:
         """Positions of one picture, or tile, inside the tower: its patches, and the learned tokens."""
         return self.patches_per_image + self.tokens
@@ -184,6 +195,13 @@ def _layers(vision: ViTConfig) -> Iterator[str]:
         )
     if vision.rotary_grid is not None and vision.rotary_base is None:
         yield f"{_OWN}.rotary_grid: there are no angles without {_OWN}.rotary_base; leave it out, or set that"
+    if vision.class_feature and (not vision.class_token or vision.register_tokens or vision.s2_scales is not None):
+        yield (
+            f"{_OWN}.class_feature: needs {_OWN}.class_token, without {_OWN}.register_tokens and {_OWN}.s2_scales; set"
+            " it to false, or these to true, 0 and null"
+        )
+    if vision.post_layernorm_epsilon is not None and not vision.post_layernorm:
+        yield f"{_OWN}.post_layernorm_epsilon: there is no such norm without {_OWN}.post_layernorm; leave it out"
     if not vision.key_bias and not vision.add_qkv_bias:
         yield f"{_OWN}.key_bias: nothing has a bias without {_OWN}.add_qkv_bias; leave it out"
     if not vision.key_bias and vision.qk_norm is not None:

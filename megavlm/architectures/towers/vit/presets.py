@@ -51,6 +51,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "image_mean": (0.485, 0.456, 0.406),
         "image_std": (0.229, 0.224, 0.225),
     },
+    # EVA01-CLIP's giant without its own last norm, with the one that BLIP-2 puts behind it (ln_vision); MiniGPT-v2 too.
+    "eva01_vit": {
+        "class_token": True,
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "post_layernorm": True,
+        "layernorm_epsilon": 1e-6,
+        "key_bias": False,
+    },
     "eva02_vit": {
         "class_token": True,
         "conv_bias": True,
@@ -68,7 +77,7 @@ KINDS: dict[str, dict[str, Any]] = {
 """What a family fixes; the recipe of a converted checkpoint gives the sizes (and a CLIP's activation)."""
 
 _CLIP, _SIGLIP, _INTERN = KINDS["clip_vit"], KINDS["siglip_vit"], KINDS["intern_vit"]
-_DINOV2, _EVA02 = KINDS["dinov2_vit"], KINDS["eva02_vit"]
+_DINOV2, _EVA01, _EVA02 = KINDS["dinov2_vit"], KINDS["eva01_vit"], KINDS["eva02_vit"]
 _SWIGLU = {**_DINOV2, "activation": "silu", "gated_mlp": True}
 
 SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
@@ -101,6 +110,10 @@ SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     "dinov2_reg4_base_14": (ViTSize(384, 14, 768, 11, 12, 3072, 37), _DINOV2),
     "dinov2_reg4_large_14": (ViTSize(384, 14, 1024, 23, 16, 4096, 37), _DINOV2),
     "dinov2_reg4_giant_14": (ViTSize(384, 14, 1536, 39, 24, 4096, 37), _SWIGLU),
+    # BLIP-2's eva_vit_g.pth (LAVIS, lavis/models/eva_vit.py, create_eva_vit_g): the last of 40 layers is left out; at
+    # 448 pixels, with the table of 224 stretched, MiniGPT-v2's.
+    "eva01_clip_g_14_224": (ViTSize(224, 14, 1408, 39, 16, 6144, 16), _EVA01),
+    "eva01_clip_g_14_448": (ViTSize(448, 14, 1408, 39, 16, 6144, 16), _EVA01),
     # timm/eva02_large_patch14_clip_336 as Bunny takes it: the last of 24 layers is left out.
     "eva02_clip_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 2730, 24), _EVA02),
     # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5, as InternVL 2.5, 3 and 3.5 have them; the 6B

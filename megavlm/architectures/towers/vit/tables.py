@@ -82,6 +82,28 @@ TIMM_VISION = Table(
 )
 """SigLIP as timm writes it, and code that is made after it (DeepSeek-VL's own)."""
 
+BLIP2_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="encoder.layers.{}.",
+    layer=(
+        *both("input_layernorm", "layer_norm1"),
+        *both("self_attention.linear_qkv", "self_attn.qkv", QKV_BLOCKS),
+        *both("self_attention.linear_proj", "self_attn.projection"),
+        *both("pre_mlp_layernorm", "layer_norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        row("class_embedding", "embeddings.class_embedding", TWO_AXES),
+        row("positional_embedding", "embeddings.position_embedding", ONE_AXIS),
+        *both("conv1", "embeddings.patch_embedding"),
+        *both("ln_post", "post_layernorm"),
+    ),
+    prefix="vision_model.",
+)
+"""BLIP-2's tower (EVA01-g) as Transformers writes it: keys have a bias there, of zeros in what is published."""
+
 _BEHIND = "layer behind the one whose features are taken"
 
 DINOV2_VISION = Table(

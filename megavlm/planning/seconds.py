@@ -1,4 +1,4 @@
-"""What :mod:`megavlm.planning.timing` predicts: seconds of a micro-batch, and of a step."""
+"""What the times of a plan are told in: seconds of a chunk, and of a step."""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+"""Names of the Q-Former's weights in published checkpoints."""
+
+from __future__ import annotations
+
+from megavlm.weights.rules import ONE_AXIS, Row, Table, both, row
+
+_MOST = 48
+"""Layers that names are written for; BLIP-2 has 12."""
+
+
+def _attention(ours: str, theirs: str, inside: str) -> tuple[Row, ...]:
+    return (
+        *(one for n in ("query", "key", "value") for one in both(f"{ours}.linear_{n[0]}", f"{theirs}.{inside}.{n}")),
+        *both(f"{ours}.linear_proj", f"{theirs}.output.dense"),
+        *both(f"{ours}.norm", f"{theirs}.output.LayerNorm"),
+    )
+
+
+def _layer(number: int, theirs: str, inside: str) -> tuple[Row, ...]:
+    ours = f"blocks.{number}"
+    return (
+        *_attention(f"{ours}.self_attention", f"{theirs}.attention", inside),
+        *_attention(f"{ours}.cross_attention", f"{theirs}.crossattention", inside),
+        *both(f"{ours}.linear_fc1", f"{theirs}.intermediate_query.dense"),
+        *both(f"{ours}.linear_fc2", f"{theirs}.output_query.dense"),
+        *both(f"{ours}.norm", f"{theirs}.output_query.LayerNorm"),
+    )
+
+
+def _table(norm: str, layers: str, inside: str, projection: str) -> Table:
+    return Table(
+        part="connector",
+        rest=(
+            row("query", "query_tokens", ONE_AXIS),
+            *both("norm", norm),
+            *(one for n in range(_MOST) for one in _layer(n, f"{layers}.{n}", inside)),
+            *both("layers.0", projection),
+        ),
+    )
+
+
+BLIP2_Q_FORMER = _table("qformer.layernorm", "qformer.encoder.layer", "attention", "language_projection")
+"""BLIP-2's, as Transformers calls them."""
+
+LAVIS_Q_FORMER = _table(
+    "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.encoder.layer", "self", "llama_proj"
+)  # fmt: skip
+"""BLIP-2's own (LAVIS), with the layer that MiniGPT-4 puts behind it."""

@@ -1,0 +1,11 @@
+"""The cost of a vision transformer and ConvNeXt side by side: see :class:`megavlm.architectures.cost.TowerCost`."""
+
+from __future__ import annotations
+
+from megavlm.architectures.pair import PairCost
+from megavlm.architectures.towers.convnext import cost as high
+from megavlm.architectures.towers.vit import cost as low
+
+_BOTH = PairCost(low, high)
+parameters, work, again, kept = _BOTH.parameters, _BOTH.work, _BOTH.again, _BOTH.kept
+passing, rebuilt, passage = _BOTH.passing, _BOTH.rebuilt, _BOTH.passage

@@ -1,0 +1,119 @@
+"""A dense checkpoint made into one with experts, each of which begins as the MLP that stood there (arXiv 2212.05055).
+
+Where the scores of a token's experts sum to 1, as they do after a softmax over those that were chosen, the new model
+computes what the old one did. MoE-LLaVA (arXiv 2401.15947) begins its third stage so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megavlm.checkpoint import assets, manifest
+from megavlm.checkpoint.base import holds_adapters
+from megavlm.checkpoint.merged import recipe_branches
+from megavlm.checkpoint.paths import read_run
+from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.slots import Slot, find_slots
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
+from megavlm.config import yaml12
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import UserError
+from megavlm.config.help import to_tree
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
+
+_EXPERT = re.compile(r"\.mlp\.experts\.local_experts\.\d+\.")
+_ROUTER = ".mlp.router."
+
+
+def upcycle(checkpoint: Path, out: Path, overrides: Sequence[str], seed: int) -> int:
+    """Write a dense checkpoint's weights as those of a model with experts, for any layout.
+
+    Process groups of one process must be up.
+
+    Args:
+        checkpoint: a published checkpoint of whole weights.
+        out: directory to write; it must not exist, or be empty.
+        overrides: ``key=value`` over the checkpoint's recipe, the keys of experts among them.
+        seed: of the routers' first weights.
+
+    Returns:
+        The bytes that were written.
+
+    Raises:
+        UserError: the checkpoint has adapters or experts, or an expert would not be the MLP that is there.
+    """
+    if holds_adapters(checkpoint):
+        raise UserError(f"{checkpoint}: holds adapters; merge them first (megavlm convert merge)")
+    recipe = load_recipe(checkpoint / "recipe.yaml", overrides, expand_presets)
+    dense, _ = recipe_branches(checkpoint)
+    _check(checkpoint, to_tree(dense)["language"], recipe)
+    check_recipe(recipe)
+    reader, old = CheckpointReader(checkpoint), find_slots(dense)
+    pieces, language = [], recipe.model.language
+    usual = reader.dtype(old["language.embedding.word_embeddings.weight"])
+    for name, slot in find_slots(recipe.model).items():
+        if _ROUTER in name:
+            dtype = usual if name.endswith(".weight") else torch.float32
+            pieces.append(ParameterToWrite(slot, dtype, _fresh(name, slot, dtype, language.init_method_std, seed)))
+            continue
+        source = old[_EXPERT.sub(".mlp.", name)]
+        pieces.append(
+            ParameterToWrite(slot, reader.dtype(source), lambda source=source: reader.read(source))  # type: ignore[misc]
+        )
+    total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
+    tree = to_tree(recipe)
+    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(out.absolute())}
+    with publishing(out, needed_bytes=total) as partial:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+            write_checkpoint(partial, pieces, bar.update)
+        assets.inherit(checkpoint, None, partial)
+        (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
+        (partial / "run.json").write_text(json.dumps(read_run(checkpoint), indent=2), encoding="utf-8")
+        manifest.write_manifest(partial, {})
+    return total
+
+
+def _check(checkpoint: Path, dense: dict[str, object], recipe: Recipe) -> None:
+    """Check that nothing but experts is new.
+
+    Raises:
+        UserError: something is, or there are experts already.
+    """
+    language, key = recipe.model.language, "model.language"
+    if dense.get("num_moe_experts") is not None:
+        raise UserError(f"{checkpoint}: has experts already")
+    if not any(language.expert_layers):
+        raise UserError(f"{key}.num_moe_experts: missing; give the number of experts, as {key}.num_moe_experts=4")
+    if language.moe_ffn_hidden_size not in (None, language.ffn_hidden_size):
+        raise UserError(
+            f"{key}.moe_ffn_hidden_size: {language.moe_ffn_hidden_size}, but an expert begins as an MLP of "
+            f"{language.ffn_hidden_size} ({key}.ffn_hidden_size); leave it out"
+        )
+    if language.moe_shared_expert_intermediate_size is not None:
+        raise UserError(f"{key}.moe_shared_expert_intermediate_size: there are no weights for it; leave it out")
+    for name, value in to_tree(recipe.model)["language"].items():
+        if not name.startswith(("moe_", "num_moe_")) and dense.get(name, value) != value:
+            raise UserError(f"{key}.{name}: {value!r}, but {checkpoint} has {dense[name]!r}; leave it as it is")
+
+
+def _fresh(name: str, slot: Slot, dtype: torch.dtype, std: float, seed: int) -> Callable[[], Tensor]:
+    """Return what makes a router's first weights, or the zeros of its experts' biases."""
+
+    def make() -> Tensor:
+        if not name.endswith(".weight"):
+            return torch.zeros(slot.shape, dtype=dtype)
+        number = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(number)
+        return (torch.randn(slot.shape, generator=generator) * std).to(dtype)
+
+    return make

@@ -1,0 +1,64 @@
+"""What other rooms may ask of the parts of a model, beside what ``schema.py`` declares of them: plain answers.
+
+The class of an architecture's keys has another where it is so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+
+class VisionTraits:
+    """Of a tower."""
+
+    @property
+    def class_features(self) -> int:
+        """Features in front of those of one picture's patches: that of a class token, where the tower gives it."""
+        return 0
+
+    @property
+    def features_per_image(self) -> int:
+        """Features of one picture."""
+        own: Any = self
+        return int(own.patches_per_image) + self.class_features
+
+
+class ConnectorTraits:
+    """Of a connector."""
+
+    @property
+    def takes_class_feature(self) -> bool:
+        """Whether it takes a class token's feature in front of those of the patches."""
+        return False
+
+
+class LanguageTraits:
+    """Of a language model."""
+
+    @property
+    def spans(self) -> Literal["prefix", "images", "cross"] | None:
+        """Positions of a sample that its layers must be told: those that see each other, or pictures; None for none."""
+        own: Any = self
+        kind: Literal["prefix", "images"] | None = own.two_way
+        return kind
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
+        return ()
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output layer, without padding."""
+        own: Any = self
+        return int(own.vocab_size)
+
+    @property
+    def one_weight(self) -> bool:
+        """Whether each linear layer of a layer has one weight, beside which an adapter may stand."""
+        return True
+
+    @property
+    def shared_positions(self) -> bool:
+        """Whether the features of a picture share one position, but for its first and last slot (CogVLM)."""
+        return False

@@ -1,0 +1,101 @@
+"""Two renderings of a picture for two towers: pixels of DeepSeek-VL-7B's processor, and what does not go together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import encode_image
+from PIL import Image
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
+
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import UserError
+from megavlm.config.load import load_recipe
+from megavlm.data.decoders import make_decoder
+from megavlm.data.media import plan_of
+from megavlm.data.plans_single import FitPairPlan
+from megavlm.data.seen import said
+from megavlm.families.presets import expand_presets
+
+SMALL, LARGE = 28, 64
+PLAN = FitPairPlan(LARGE, 16, fill=(122, 116, 104), min_side=14, small=SMALL)
+
+
+@pytest.mark.family("deepseek_vl_hybrid")
+def test_pixels_are_those_of_its_processor() -> None:
+    """Of pictures of any proportions, bit for bit with PIL; within a level of 255 with the quick decoder."""
+    raw = {"do_normalize": False, "do_rescale": False}
+    processor = DeepseekVLHybridImageProcessorPil(
+        size={"height": SMALL, "width": SMALL}, high_res_size={"height": LARGE, "width": LARGE}, **raw
+    )
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for size in ((40, 30), (64, 64), (200, 31), (17, 300), (1, 900), (129, 65)):
+        picture = noise.resize(size)
+        made = processor(picture)
+        wanted = np.concatenate([np.array(made[key][0]).ravel() for key in ("pixel_values", "high_res_pixel_values")])
+        found = make_decoder("pil").decode([encode_image(picture, "PNG")], PLAN)
+        assert not found.failed and found.pixels.shape == (1, *PLAN.row)
+        assert np.array_equal(found.pixels[0].numpy(), wanted.astype(np.uint8)), size
+        quick = make_decoder("simplejpeg").decode([encode_image(picture)] * 2, PLAN).pixels
+        slow = make_decoder("pil").decode([encode_image(picture)] * 2, PLAN).pixels
+        assert quick.shape == (2, *PLAN.row)
+        assert ((quick.int() - slow.int()).abs() <= 2).float().mean() > 0.99, size
+    layout = PLAN.plan(40, 30)
+    assert (PLAN.views_of(layout), PLAN.features_of(layout), layout.tokens) == (1, 16, 16)
+    assert said(PLAN, layout) == "whole at 28 x 28, padded + whole at 64 x 64, padded: 16 tokens"
+    broken = make_decoder("pil").decode([b"no picture"], PLAN)
+    assert broken.failed == [0] and torch.all(broken.pixels == 128)
+
+
+@pytest.mark.family("deepseek_vl_hybrid")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.image={kind: fit}"], "fit makes one rendering of 1024 x 1024 pixels of a picture, and the tower"),
+        (["model.image={kind: squash}"], "takes renderings of 384 x 384 and 1024 x 1024 pixels; set it to fit_pair"),
+        (["model.image={kind: dynamic_tiles}"], "makes one rendering of 384 x 384 pixels of a picture, and the tower"),
+        (["model.video.kind=internvl"], "model.video.kind: the frames of internvl are for one tower"),
+        (["model.image.min_side=1025"], "model.vision.high_image_size 1024); lower it"),
+        (["model.vision.high_output_grid=25"], "makes 25 x 25 features of a picture, which are no whole number"),
+        (["model.vision.high_patch_size=15"], "high_image_size: 1024 is not divisible by model.vision.high_patch"),
+        (
+            ["model.vision.deepstack_layers=[0]", "model.vision.post_layernorm=false"],
+            "model.vision.deepstack_layers: goes with one tower",
+        ),
+        (["model.vision.low_from=high"], "model.vision.low_from: high takes pixels that the second tower's mean"),
+        (["model.vision.high_window=3"], "did you mean model.vision.high_window_size?"),
+    ],
+)  # fmt: skip
+def test_renderings_and_towers_that_do_not_go_together_are_one_line(words: list[str], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe("deepseek_vl_7b/sft", words, expand_presets))
+    assert line in str(error.value) and str(error.value).count("\n") <= 1, error.value
+
+
+def test_a_tower_alone_takes_no_pair_and_a_connector_of_two_no_tower_alone() -> None:
+    for words, line in (
+        (
+            "model.image={kind: fit_pair}",
+            "fit_pair makes two renderings of a picture, and the tower 'siglip_vit' takes",
+        ),
+        (
+            "model.connector={preset: hybrid_split}",
+            "hybrid_split joins the features of two towers, and 'siglip_vit' is",
+        ),
+        (
+            "model.connector={preset: patch_mining}",
+            "patch_mining mines the features of a second tower, and 'siglip_vit'",
+        ),
+    ):
+        with pytest.raises(UserError, match=line):
+            check_recipe(load_recipe("deepseek_vl_1_3b/sft", [words], expand_presets))
+
+
+def test_minigemini_sees_the_larger_rendering_alone() -> None:
+    tower = "model.vision={preset: minigemini_clip_convnext}"
+    words = [tower, "model.connector={preset: patch_mining}", "model.image={kind: pad}"]
+    model = load_recipe("llava_1_5_7b/sft", words, expand_presets).model
+    assert (plan_of(model).side, plan_of(model).row, model.tokens_per_view) == (768, (3, 768, 768), 576)
