@@ -42,6 +42,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "mllama": ("towers.tiled_vit", "connectors.mlp", "decoders.decoder"),
     "blip2": ("towers.vit", "connectors.q_former", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "deepseek_vl": ("towers.vit", "connectors.mlp", "decoders.decoder"),

@@ -264,6 +264,14 @@ class DecoderCost(Protocol):
     def layer_work(self, own: Any, tokens: float, squared_lengths: float) -> Work:
         """Return the operations of a forward pass through one layer; the sum of squares is of segments' lengths."""
 
+    def cross_parameters(self, own: Any, tensor: int) -> list[int]:
+        """Return the elements of each parameter of a layer that attends to pictures; asked where there are such."""
+
+    def cross_kept(
+        self, own: Any, shards: Shards, tokens: int, features: float, kernels: Kernels, *, learns: bool
+    ) -> int:
+        """Return the bytes that one such layer keeps, beside the features."""
+
     def layer_kept(self, own: Any, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
         """Return the bytes that one layer keeps without recomputation."""
 
@@ -319,6 +327,23 @@ def attended_squares(language: LanguageConfig, tokens: float, squared_lengths: f
     """
     own = getattr(decoder_cost(language), "attended", None)
     return squared_lengths if own is None else float(own(language, tokens, squared_lengths))
+
+
+def features_of(model: ModelConfig, pictures: Pictures) -> float:
+    """Return the features of pictures that layers attend to: a tower's ``features``, or its patches."""
+    own = getattr(cost_of(model, "vision"), "features", None)
+    return pictures.patches if own is None else float(own(model.vision, pictures))
+
+
+def crossed_work(model: ModelConfig, tokens: float, pictures: Pictures) -> Work:
+    """Return the operations of a forward pass through one layer that attends to pictures.
+
+    A language model with ``cross_layers`` has ``cross_work`` in its cost. Every token is taken to see one picture.
+    """
+    features = features_of(model, pictures)
+    pairs = tokens * features / max(pictures.count, 1)
+    work: Work = _cost("language", model.language.preset).cross_work(model.language, tokens, features, pairs)
+    return work
 
 
 def final_norm_kept(language: LanguageConfig, elements: int, kernels: Kernels, *, learns: bool) -> int:

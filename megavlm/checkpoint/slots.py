@@ -123,7 +123,9 @@ def find_slots(model: ModelConfig, parts: Sequence[str] = MODULES, lora: LoraCon
         with torch.device("meta"):
             module = build_part(part, model, context)
         for name, entry in sharded_state(module, f"{part}.", metadata).items():
-            slot = _slot(entry, model.language.vocab_size, expert=EXPERT in name)
+            head = name.startswith("language.output_layer.")
+            rows = model.language.output_rows if head else model.language.vocab_size
+            slot = _slot(entry, rows, expert=EXPERT in name)
             if slot is not None:
                 slots[name] = slot
     return slots

@@ -39,6 +39,9 @@ def engine_rules(recipe: Recipe) -> Iterator[str]:
     yield from _overlap(recipe)
     yield from _graphs(recipe)
     engine = recipe.engine
+    if recipe.model.language.cross_layers:
+        for name in _changed(engine, ("fp8", "cuda_graph_impl", "tp_comm_overlap")):
+            yield f"{_KEY}{name}: does not go with model.language.cross_attention_layers; leave it out"
     if not recipe.model.language.one_weight:
         for name in _changed(engine, ("fp8", "cuda_graph_impl", "tp_comm_overlap")):
             yield f"{_KEY}{name}: does not go with model.language.visual_expert; leave it out"

@@ -65,6 +65,12 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
                     "the branch)"
                 )
         return
+    if recipe.model.language.cross_layers:
+        yield (
+            f"{_KEY}rank: there are no adapters for models whose layers attend to pictures"
+            " (model.language.cross_attention_layers); set it to null, and freeze what is not to be trained"
+        )
+        return
     targets = known_targets(recipe.model.language)
     if not targets:
         yield (

@@ -6,6 +6,8 @@ branches are those of its architectures; what a preset gives has no default, ``f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -62,6 +64,10 @@ class VisionConfig(VisionTraits, Rendered):
     def feature_size(self) -> int:
         """Width of a feature."""
         return self.hidden_size
+
+    def rows_of(self, patches: Sequence[int]) -> int:
+        """Return the features of a picture of so many frames, rows and columns of patches, where it is ``packed``."""
+        return math.prod(patches)
 
     @property
     def sides(self) -> tuple[int, ...]:

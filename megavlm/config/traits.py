@@ -36,11 +36,22 @@ class LanguageTraits:
     """Of a language model."""
 
     @property
-    def spans(self) -> Literal["prefix", "images"] | None:
+    def spans(self) -> Literal["prefix", "images", "cross"] | None:
         """Positions of a sample that its layers must be told: those that see each other, or pictures; None for none."""
         own: Any = self
         kind: Literal["prefix", "images"] | None = own.two_way
         return kind
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
+        return ()
+
+    @property
+    def output_rows(self) -> int:
+        """Rows of the output layer, without padding."""
+        own: Any = self
+        return int(own.vocab_size)
 
     @property
     def one_weight(self) -> bool:

@@ -51,8 +51,8 @@ class Pack:
     """[S] positions, from 0 in each segment; or [3, S], of time, row and column, for models that have these
     (:mod:`megavlm.data.positions`)."""
     two_way_spans: NDArray[np.int64] | None = field(default=None, kw_only=True)
-    """[K, 2] where spans start and stop whose positions see each other both ways, for models that have such
-    (:mod:`megavlm.data.spans`)."""
+    """[K, 2] where spans start and stop whose positions see each other both ways, or, one for each picture, see it, for
+    models that have such (:mod:`megavlm.data.spans`)."""
     cu_seqlens: NDArray[np.int32]
     """[G + 1] where each segment starts, and S at the end; padding is the last segment."""
     segment_sources: NDArray[np.int32]

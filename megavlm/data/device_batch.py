@@ -360,7 +360,10 @@ def _fields(pack: Pack, images: Tensor | None, arrangement: Arrangement | None =
         found["loss_weights"] = torch.from_numpy(pack.loss_weights)
     if pack.two_way_spans is not None:
         found["two_way_spans"] = torch.from_numpy(pack.two_way_spans)
-    return found if images is None else {**found, "images": images, **_arranged(arrangement)}
+    arranged = _arranged(arrangement)
+    if images is None:  # on a later stage, whose layers may attend to pictures
+        return {**found, **{name: one for name, one in arranged.items() if name == "image_grid"}}
+    return {**found, "images": images, **arranged}
 
 
 def _batch(fields: Mapping[str, Tensor], device: torch.device, length: int | None = None) -> Batch:

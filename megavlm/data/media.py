@@ -208,6 +208,10 @@ class PackedPlan(ImagePlan):
         return (3 * self.temporal * self.patch**2,)
 
 
+class CrossPlan(PackedPlan):
+    """A plan for layers that attend to features of pictures: each picture is one token of the text."""
+
+
 @functools.lru_cache(maxsize=4096)
 def _planned(plan: ImagePlan, shape: ImageShape) -> ImageLayout:
     if shape.width < 1 or shape.height < 1:
@@ -338,6 +342,17 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
         yield str(error)
         return
     vision = recipe.model.vision
+    if isinstance(plan, CrossPlan) != bool(recipe.model.language.cross_layers):
+        yield (
+            f"model.image.kind: {recipe.model.image.kind} "
+            + ("makes one token of a picture" if isinstance(plan, CrossPlan) else "puts features among the tokens")
+            + ", and model.language.cross_attention_layers says "
+            + (
+                "that they stand there; name layers"
+                if isinstance(plan, CrossPlan)
+                else "that layers attend to them; set it to canvas_tiles"
+            )
+        )
     if vision.packed and not plan.packed:
         yield (
             f"model.image.kind: the tower {vision.preset!r} takes pictures of any size as patches, and "
@@ -393,7 +408,7 @@ _KINDS: PlanKinds[ImagePlan] = PlanKinds(
     "image plan",
     tuple(
         f"megavlm.data.{module}"
-        for module in ("plans_single", "plans_tiles", "plans_slices", "plans_split", "plans_native")
+        for module in ("plans_single", "plans_tiles", "plans_slices", "plans_split", "plans_native", "plans_canvas")
     ),
     common=("resample",),
 )

@@ -3,6 +3,8 @@
 Positions that see each other both ways, by the model's kind of mask (``layers/two_way.py``), or pictures, whose tokens
 have weights of their own (``layers/visual_expert.py``).
 
+Of a model whose layers attend to pictures (``layers/cross.py``) the spans say who sees which: one for each picture.
+
 A kind is a row of :data:`KINDS`: what it makes of one sample.
 
 Shape legend: L tokens of a sample.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,8 +66,16 @@ def _images(slots_L: NDArray[np.bool_], _prefix: int) -> list[Span]:
     return [(int(start), int(stop)) for start, stop in changes.reshape(-1, 2)]
 
 
-KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {"prefix": _prefix, "images": _images}
-"""By ``LanguageConfig.two_way``: from [L] which tokens are slots, and how many stand in front of the first answer."""
+def _cross(slots_L: NDArray[np.bool_], _prefix: int) -> list[Span]:
+    """From each picture's token up to the next one's, or to the end of the sample."""
+    return [(int(start), int(stop)) for start, stop in pairwise([*np.flatnonzero(slots_L), len(slots_L)])]
+
+
+KINDS: dict[str, Callable[[NDArray[np.bool_], int], list[Span]]] = {
+    "prefix": _prefix, "images": _images, "cross": _cross,
+}  # fmt: skip
+"""By ``LanguageConfig.spans``: from [L] which tokens are slots, and how many
+stand in front of the first answer."""
 
 
 def spans_of(model: ModelConfig, image_token_id: int) -> TwoWaySpans | None:

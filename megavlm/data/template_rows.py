@@ -178,6 +178,15 @@ LLAMA_3 = Template(
     eos=("<|end_of_text|>", "<|eot_id|>"),
     stops=("<|eot_id|>",),
 )
+# chat_template of meta-llama/Llama-3.2-11B-Vision-Instruct for conversations that show pictures, which have no system
+# turn of their own (that of words alone has one with a date: model.template=checkpoint).
+MLLAMA = replace(
+    LLAMA_3,
+    name="mllama",
+    title="Llama 3's headers, a picture is one token (Llama 3.2 Vision)",
+    slot=ControlToken(("<|image|>",)),
+    picture="{image}",
+)
 # With MiniCPM-V's marks; a tokenizer's <unk> fills the slots (tokenizer_config.json and chat of MiniCPM-Llama3-V-2_5).
 MINICPM_LLAMA_3 = replace(
     LLAMA_3,
@@ -450,6 +459,6 @@ ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
     IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3,
-    MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MINICPM_LLAMA_3,
+    MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
 )  # fmt: skip

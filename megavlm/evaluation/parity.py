@@ -78,7 +78,7 @@ def read_reference(path: Path, recipe: Recipe) -> list[Sample]:
         if pixels.shape[1:] != plan.row:
             wanted = ", ".join(map(str, ("N", *plan.row)))
             raise UserError(f"{path}: {name}.pixel_values is {list(pixels.shape)}; the model takes [{wanted}]")
-        rows, vocab = own["logits"].size(-1) if "logits" in own else 0, recipe.model.language.vocab_size
+        rows, vocab = own["logits"].size(-1) if "logits" in own else 0, recipe.model.language.output_rows
         if rows and rows != vocab:
             raise UserError(f"{path}: {name}.logits are for {rows} tokens, the model has {vocab}")
         labels = own["labels"].flatten() if "labels" in own else None
@@ -231,7 +231,7 @@ def forward_sample(chunks: Sequence[Any], sample: Sample, recipe: Recipe) -> Ten
     if not is_last_stage():
         return torch.empty(0)
     whole = gather_from_tensor_model_parallel_region(outputs[0])
-    return whole[: len(sample.ids), : recipe.model.language.vocab_size]
+    return whole[: len(sample.ids), : recipe.model.language.output_rows]
 
 
 def _forward(chunks: Sequence[Any], sample: Sample, recipe: Recipe, *, with_labels: bool) -> list[Tensor]:

@@ -70,6 +70,8 @@ class Family(ABC):
     :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    own_cross: ClassVar[bool] = False
+    """Whether layers of its language model may attend to pictures (``LanguageConfig.cross_layers``)."""
     own_levels: ClassVar[bool] = False
     """Whether its language model may have features of several tower layers added (``VisionConfig.deepstack``)."""
     two_way: ClassVar[str | None] = None
@@ -159,6 +161,10 @@ class Family(ABC):
         """Return why the language model's norms or positions are not the family's, or None."""
         if "language" not in self.parts:
             return None
+        if model.language.cross_layers and not self.own_cross:
+            return "layers attend to pictures (model.language.cross_attention_layers), which the family has not"
+        if model.language.output_rows != model.language.vocab_size and not self.own_cross:
+            return "the output layer has fewer rows than the embedding (model.language.output_vocab_size)"
         # A language model alone sees no pictures, and has no prefixes.
         own, mask = "vision" in self.parts or self.two_way, model.language.two_way
         if mask != self.two_way and (own or mask == "prefix"):

@@ -35,6 +35,7 @@ _OURS = (
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.blip2:Blip2Family",
     "megavlm.families.gemma3_vl:Gemma3Family",
+    "megavlm.families.mllama:MllamaFamily",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",
     "megavlm.families.deepseek_vl:DeepseekVLOriginalFamily",
     "megavlm.families.deepseek_vl_hybrid:DeepseekVLHybridFamily",

@@ -150,6 +150,19 @@ def _register_paligemma() -> None:
         )
 
 
+def _register_mllama() -> None:
+    """Register Llama 3.2 Vision: meta-llama/Llama-3.2-{11B,90B}-Vision-Instruct."""
+    for size in ("11b", "90b"):
+        MODELS.register(
+            f"llama3_2_vision_{size}",
+            vision={"preset": "mllama_vit_h_560"},
+            connector={"preset": "linear"},
+            language={"preset": f"llama3_2_vision_{size}"},
+            image={"kind": "canvas_tiles", "resample": "bilinear"},
+            template="mllama",
+        )
+
+
 def _register_minicpm_v() -> None:
     """Register MiniCPM-V: openbmb/MiniCPM-V, openbmb/MiniCPM-V-2, openbmb/MiniCPM-Llama3-V-2_5."""
     MODELS.register(
@@ -448,6 +461,7 @@ def register() -> None:
         )
     _register_llava_tiles()
     _register_paligemma()
+    _register_mllama()
     _register_gemma3()
     _register_deepseek_vl()
     _register_idefics3()

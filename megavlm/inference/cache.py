@@ -18,9 +18,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from megavlm.inference.quick import quick_layers
+from megavlm.layers.cross import PictureLayer, attend, last_sights
+from megavlm.layers.segments import to_device
 from megavlm.models.build import unwrap
 from megavlm.parallel.engine import without_fp8
 
@@ -119,6 +122,11 @@ class KeyValueCache:
     length: int
     turn: CacheWindow | None = None
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _pictures: dict[int, list[tuple[Tensor, Tensor] | None]] = field(default_factory=dict)
+
+    def pictures(self, name: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Return keys and values [F, G, D] of the pictures that each row goes on seeing in a layer; None for none."""
+        return self._pictures.setdefault(name, [None] * self.rows)
 
     def layer(self, name: int, like_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [R, G, L, D] of a layer, made when they are first asked for."""
@@ -133,6 +141,8 @@ class KeyValueCache:
         for name, (keys, values) in self._layers.items():
             index = torch.tensor(rows, device=keys.device)
             self._layers[name] = (keys.index_select(0, index), values.index_select(0, index))
+        for name, kept in self._pictures.items():
+            self._pictures[name] = [kept[row] for row in rows]
         self.rows = len(rows)
 
 
@@ -199,6 +209,50 @@ class CachedAttention(nn.Module):
         return torch.cat((attended, query_TND.new_zeros(padding, *attended.shape[1:]))) if padding else attended
 
 
+class CachedPictures:
+    """What a layer that attends to pictures remembers of prompts (:class:`megavlm.layers.cross.KeptPictures`).
+
+    Args:
+        cache: where to keep it.
+        scale: of the softmax; None for 1 / sqrt(D).
+    """
+
+    def __init__(self, cache: KeyValueCache, scale: float | None) -> None:
+        self.cache, self.scale = cache, scale
+
+    @property
+    def _turn(self) -> CacheWindow:
+        assert self.cache.turn is not None
+        return self.cache.turn
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether answers go on, and no prompt is read."""
+        return not self._turn.reads_prompts
+
+    def attend(self, query_SND: Tensor) -> Tensor | None:
+        """Return what one new position per row sees."""
+        if not self.goes_on:
+            return None
+        kept, found = self.cache.pictures(id(self)), torch.zeros_like(query_SND)
+        for place, row in enumerate(self._turn.rows):
+            if (own := kept[row]) is not None:
+                found[place : place + 1] = attend(query_SND[place : place + 1], *own, self.scale)
+        return found
+
+    def remember(self, key_FGD: Tensor, value_FGD: Tensor, packed: PackedSeqParams) -> None:
+        """Keep what the end of each prompt sees."""
+        kept = self.cache.pictures(id(self))
+        for row, seen in zip(self._turn.rows, last_sights(packed), strict=False):  # the last segment may be padding
+            kept[row] = None if seen is None else (key_FGD[slice(*seen)].clone(), value_FGD[slice(*seen)].clone())
+
+    def seen(self, length: int, device: torch.device) -> Tensor:
+        """Return [S, 1, 1] bool."""
+        kept = self.cache.pictures(id(self))
+        mask = [kept[row] is not None for row in self._turn.rows]
+        return to_device(torch.tensor(mask + [False] * (length - len(mask))), device)[:, None, None]
+
+
 def _configs(chunks: Sequence[Any]) -> list[Any]:
     """Return the configuration of every module of ``chunks`` that has one: tower, connector, layers."""
     modules = (module for chunk in chunks for module in chunk.modules())
@@ -216,7 +270,9 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
         cache: whose ``turn`` is set before each forward pass.
     """
     models = [unwrap(chunk).language for chunk in chunks]
-    attentions = [layer.self_attention for model in models for layer in model.decoder.layers]
+    layers = [layer for model in models for layer in model.decoder.layers]
+    crossed = [layer.cross_attention for layer in layers if isinstance(layer, PictureLayer)]
+    attentions = [layer.self_attention for layer in layers if not isinstance(layer, PictureLayer)]
     cores = [attention.core_attention for attention in attentions]
     hooks = []
     try:
@@ -225,6 +281,8 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
             scale, window = attention.config.softmax_scale, getattr(attention, "sliding_window", None)
             part = getattr(attention, "rotary_part", None)
             attention.core_attention = CachedAttention(core, cache, scale, window, part)
+        for one in crossed:
+            one.kept = CachedPictures(cache, one.config.softmax_scale)
         # No angles for queries and none for keys: the layers leave them as they are.
         hooks += [model.rotary_pos_emb.register_forward_hook(lambda *_: (None, None)) for model in models]
         with without_fp8(_configs(chunks)), quick_layers(chunks, lambda: cast(CacheWindow, cache.turn).ends):
@@ -232,5 +290,7 @@ def caching(chunks: Sequence[Any], cache: KeyValueCache) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+        for one in crossed:
+            one.kept = None
         for attention, core in zip(attentions, cores, strict=True):
             attention.core_attention = core

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megavlm.config.errors import UserError
@@ -190,6 +191,8 @@ class _Run:
         self.report = max((one.report for one in self.sampling if one.report is not None), default=None)
         longest = max(len(prompt) + new for prompt, new in zip(prompts, max_new_tokens, strict=True))
         self.cache = KeyValueCache(len(prompts), longest)
+        # Where layers of later stages attend to pictures, these need to know how large they are.
+        self.grids = pipeline.from_first_stage([_grid(one) for one in prompts]) if self.bare.crosses else None
         settings, self.own = self.bare.settings.language, self.bare.own_positions
         self.positions = Positions(
             self.bare.language,
@@ -264,6 +267,9 @@ class _Run:
             None if scale is None else self.positions.padded(scale, length),
             self.bare.config.rotary_interleaved,
         )  # fmt: skip
+        if self.grids is not None:
+            shown = [grid for i in group if (grid := self.grids[i]) is not None]
+            batch.image_grid = torch.from_numpy(np.concatenate(shown)) if shown else None
         return _Request(batch, turn, group, features)
 
     def _adding(self, rows: list[int], active: set[int]) -> tuple[list[_Request], int]:
@@ -348,11 +354,16 @@ class _Run:
         return tokens if self.report is None else log_probabilities(logits, tokens, self.report)
 
 
+def _grid(prompt: Prompt) -> NDArray[np.int64] | None:
+    """Return the grid of a prompt's pictures, where they keep sizes of their own."""
+    return None if prompt.arrangement is None else prompt.arrangement.grid
+
+
 def _features(model: VisionLanguageModel, prompt: Prompt) -> Tensor | None:
     """[T, E] features of a prompt's image slots; None without images."""
     if prompt.images is None or prompt.images.size(0) == 0:
         return None
-    grid = None if prompt.arrangement is None else prompt.arrangement.grid
+    grid = _grid(prompt)
     pixels = prompt.images.to(local_device())
     if grid is None:
         encoded = [model.encode_images(part) for part in pixels.split(_IMAGES_AT_ONCE)]

@@ -115,17 +115,20 @@ def _request(
     shown = [prompt for prompt in shown if prompt.images is not None and prompt.images.size(0)]
     pixels = [prompt.images for prompt in shown if prompt.images is not None]
     device = local_device()
+    batch = pack_segments(
+        [one.tokens for one in segments],
+        pack_length,
+        torch.cat(pixels) if pixels else None,
+        _arrangement(shown),
+        None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
+        model.two_way_spans,
+        [len(prompts[one.prompt].tokens) for one in segments],
+        own,
+    )
+    if model.crosses:  # later stages need to know how large pictures are
+        batch.image_grid = pipeline.from_first_stage(batch.image_grid)
     return _LossRequest(
-        pack_segments(
-            [one.tokens for one in segments],
-            pack_length,
-            torch.cat(pixels) if pixels else None,
-            _arrangement(shown),
-            None if own is None else [_positions(one, prompts[one.prompt], own) for one in segments],
-            model.two_way_spans,
-            [len(prompts[one.prompt].tokens) for one in segments],
-            own,
-        ),
+        batch,
         torch.tensor([at for at, _ in wanted], dtype=torch.int64, device=device),
         torch.tensor([token for _, token in wanted], dtype=torch.int64, device=device),
     )

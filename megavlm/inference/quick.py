@@ -89,9 +89,10 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _layer(
-    layer: Any, ends: Ends | None, hidden_states: Tensor, *, packed_seq_params: Any, rotary_pos_emb: Any, **_: Any
-) -> tuple[Tensor, None]:
-    """What a layer gives without dropout: [T, 1, E], or [K, 1, E] of ``ends``.
+    layer: Any, ends: Ends | None, hidden_states: Tensor, *, packed_seq_params: Any, rotary_pos_emb: Any,
+    context: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What a layer gives without dropout: [T, 1, E], or [K, 1, E] of ``ends``, and the context for those behind it.
 
     The last layer needs the MLP for those only, as it has remembered the keys and values of the others by then.
     """
@@ -105,7 +106,7 @@ def _layer(
     if ends is not None:
         hidden_states = hidden_states.index_select(0, ends())
     output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden_states))
-    return _added(output, bias, hidden_states), None
+    return _added(output, bias, hidden_states), context
 
 
 def _added(values: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

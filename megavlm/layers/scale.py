@@ -100,3 +100,29 @@ class NormedSum(torch.nn.Module):
         learns = self.training or x.requires_grad or residual.requires_grad
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             return torch.add(residual, self.norm(x if bias is None else x + bias), alpha=self.multiplier)
+
+
+class GatedSum(torch.nn.Module):
+    """Stands where :class:`LayerScale` may stand: a branch is multiplied by tanh of a learned number (Mllama).
+
+    Every tensor-parallel rank has the number; with sequence parallelism each sees its own positions, and Megatron-Core
+    sums the gradients.
+
+    Args:
+        config: of the layer.
+        init: initial value; 0 lets nothing through.
+    """
+
+    def __init__(self, config: Any, init: float = 0.0) -> None:
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.full((1,), init, dtype=config.params_dtype))
+        self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, _training: bool, _fused: bool) -> Sum:
+        """Return what the layer calls with the branch's output, the stream and the dropout probability."""
+        return self._add
+
+    def _add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        assert not dropout, "a gated branch is not built for dropout"
+        return residual + self.gate.tanh() * (x if bias is None else x + bias)

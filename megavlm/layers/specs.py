@@ -20,11 +20,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
+from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
-from megavlm.layers.scale import ResidualMultiplier
+from megavlm.layers.scale import GatedSum, ResidualMultiplier
 from megavlm.layers.two_way import TwoWayAttention
 from megavlm.layers.visual_expert import TwoKindsColumnLinear, TwoKindsRowLinear, VisualExpertLayer
 from megavlm.parallel.device import has_kernels, transformer_engine_installed
@@ -60,9 +61,9 @@ large on an H200 (benchmarks/gpu.md), and right for 64 to 128; wider heads get t
 class LayerKind:
     """What a layer does. A model's plan has one for each of its layers; equal kinds are built alike."""
 
-    mixer: Literal["causal", "full", "two_way"]
+    mixer: Literal["causal", "full", "two_way", "cross"]
     """Attention in a segment: of each position to those before it and itself, to all, or to those before it and to all
-    of the span that it lies in (``layers/two_way.py``)."""
+    of the span that it lies in (``layers/two_way.py``). Or to features of pictures (:func:`cross_modules`)."""
     head_dim: int = 0
     """Width of a head, which decides who attends; 0 where it is at most ``WIDEST_ENGINE_HEAD``."""
     qk_layernorm: bool = False
@@ -176,6 +177,35 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine)
     return Modules(core_attention, norm, layer)
+
+
+def cross_modules(*, transformer_engine: bool) -> Modules:
+    """Return the parts of a layer that attends to pictures; with Transformer Engine's norms its linears are plain."""
+    norm: Any = TorchNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+
+        norm = TENorm
+    attention = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm, norm)
+    layer = ModuleSpec(
+        module=PictureLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            cross_attention=ModuleSpec(module=PictureAttention, submodules=attention),
+            cross_attn_bda=GatedSum,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear,
+                    linear_fc2=RowParallelLinear,
+                    activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
+                ),
+            ),
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+    )
+    return Modules(TorchAttention, norm, layer)
 
 
 def _with_experts(layer: ModuleSpec, norm: Any, *, transformer_engine: bool) -> None:

@@ -5,6 +5,7 @@ Each is cut over the tensor-parallel ranks, or whole on each of them (:mod:`mega
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -105,8 +106,10 @@ def _encode_packed(
     vision: Any, connector: Any, patches_PF: Tensor, grid: Tensor, *, trains_vision: bool, replicas: frozenset[str]
 ) -> Tensor:
     """Return [Q, 1, E] features of pictures of any size; a share of them is whole pictures."""
-    counts = grid.prod(1).tolist()
-    shares = PackedShares(counts) if replicas else None
+    # Features of each picture: its patches, unless the tower says else.
+    rows_of = getattr(getattr(vision, "settings", None), "rows_of", math.prod)
+    counts = [rows_of(one) for one in grid.tolist()]
+    shares = PackedShares(grid.prod(1).tolist() if "vision" in replicas else counts) if replicas else None
     shown = grid
     if shares is not None and "vision" in replicas:
         patches_PF, shown = shares.of(patches_PF, grid, vision)
@@ -116,11 +119,11 @@ def _encode_packed(
         features, shown = shares.gather(features, counts), grid
     if shares is not None and "connector" in replicas and "vision" not in replicas:
         features, shown = shares.take(features), shares.grid_of(grid)
-    patches = features.size(0)
+    rows = features.size(0)
     features = connect(connector, features, shown)
     if shares is None or "connector" not in replicas:
         return features
     if getattr(connector, "takes_grid", False):
         return shares.gather(features, connector.rows_of(grid))
-    each = patches // features.size(0)  # that become one row
+    each = rows // features.size(0)  # that become one row
     return shares.gather(features, [count // each for count in counts])

@@ -2,7 +2,8 @@
 
 A :class:`Fusion` makes of embeddings and features what the decoder takes in, and extras for its layers.
 In a :class:`Splice` features stand in place of the embeddings of image slots; a :class:`Deepstack` does that, and has
-others added behind the first layers. Which feature goes where is told by the image plan
+others added behind the first layers; with :class:`Cross` layers attend to them, and none stands among the tokens.
+Which feature goes where is told by the image plan
 (``megavlm.data.media.Arrangement``), on the host.
 
 Shape legend: S positions of a pack, N views of its images, Q features of a view, T image slots, K features that a slot
@@ -32,9 +33,11 @@ Extras = Mapping[str, Any] | None
 """What the layers get beside the decoder's input: :data:`BESIDE`, and keyword arguments of Megatron-Core's block.
 
 None for a fusion that is done before the first layer, as :class:`Splice` is, and where there are no pictures.
-Cross-attention (Llama 3.2 Vision) will hand over the features, as ``context``, and its mask. What is not beside the
-stream reaches the layers of the chunk that fuses only.
+What is neither :data:`BESIDE` the stream nor :data:`FEATURES` reaches the layers of the chunk that fuses only.
 """
+
+FEATURES = "features"
+"""Of the extras, [F, 1, E] that layers attend to: they travel too, and sequence parallelism cuts them as they are."""
 
 
 class Fusion(Protocol):
@@ -74,6 +77,8 @@ def build_fusion(model: ModelConfig, connector: nn.Module, context: BuildContext
 
     The one place that chooses.
     """
+    if model.language.cross_layers:
+        return Cross(connector, image_token_id)
     if model.vision.deepstack:
         return Deepstack(connector, image_token_id)
     if plan_of(model).newline:
@@ -141,6 +146,22 @@ class Deepstack(Splice):
         positions = torch.nonzero_static(tokens[0] == self._image_token_id, size=levels_TE.size(0)).squeeze(1)
         nothing = levels_TE.new_zeros(embeddings_S1E.size(0), 1, levels_TE.size(1))
         return fused_S1E, {BESIDE: nothing.index_copy(0, positions, levels_TE.unsqueeze(1))}
+
+
+class Cross(Splice):
+    """Layers attend to the features; the tokens keep their embeddings, those of pictures too (Llama 3.2 Vision)."""
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Hand the features over. In training there is always a row, as layers learn by it, if from nothing."""
+        if stand_in and features_TE is not None:
+            features_TE = features_TE.sum(0, keepdim=True) * 0.0
+        if features_TE is None and torch.is_grad_enabled():
+            features_TE = embeddings_S1E.new_zeros(1, embeddings_S1E.size(-1))
+        if features_TE is None:
+            return embeddings_S1E, None
+        return embeddings_S1E, {FEATURES: features_TE.to(embeddings_S1E.dtype).unsqueeze(1)}
 
 
 def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:

@@ -11,9 +11,11 @@ the residual one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor
 
@@ -31,6 +33,7 @@ class Streams:
     enter: int
     used: int
     carried: int
+    taken: bool = True
 
     @staticmethod
     def of_chunk(levels: int, first_layer: int, layers: int, first_chunk_layers: int) -> Streams:
@@ -45,7 +48,7 @@ class Streams:
         enter = max(levels - first_layer, 0)
         return Streams(enter, min(enter, layers), max(levels - first_chunk_layers, 0))
 
-    def split(self, received: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split(self, received: Tensor, _own: int) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream [S, 1, E] and the others [R * S, 1, E] of what came from the chunk before."""
         if not self.carried:
             return received, None
@@ -63,8 +66,51 @@ class Streams:
         return torch.cat([hidden_S1E, left, nothing])
 
 
+@dataclass
+class PictureStream:
+    """Features of pictures that layers attend to, behind the residual stream: of each micro-batch as many as it has.
+
+    Megatron-Core's schedules send tensors of one shape, so that over the boundaries of a pass all micro-batches have as
+    many rows as the one with most, the rest zeros; within a chunk each has its own.
+
+    Args:
+        taken: whether layers of the chunk attend to them.
+        rows: that go over every boundary, with sequence parallelism this rank's (:func:`megavlm.parallel.pipeline.run`
+            says it).
+    """
+
+    taken: bool
+    rows: int = 0
+    carried: int = 0
+
+    @staticmethod
+    def of_chunk(cross_layers: Sequence[int], first_layer: int, layers: int) -> PictureStream:
+        """Return that of a chunk, whose first layer is counted from 0."""
+        return PictureStream(any(first_layer <= one < first_layer + layers for one in cross_layers))
+
+    def split(self, received: Tensor, own: int) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream [S, 1, E], and ``own`` rows of features; None for a micro-batch without."""
+        length = received.size(0) - self.rows
+        return received[:length], received[length : length + own] if own else None
+
+    def join(self, hidden_S1E: Tensor, features_F1E: Tensor | None) -> Tensor:
+        """Return what goes to the next chunk."""
+        parts = [hidden_S1E] if features_F1E is None else [hidden_S1E, features_F1E]
+        if missing := hidden_S1E.size(0) + self.rows - sum(map(len, parts)):
+            parts.append(hidden_S1E.new_zeros(missing, *hidden_S1E.shape[1:]))
+        return torch.cat(parts) if len(parts) > 1 else hidden_S1E
+
+
 def one_after_the_other(beside_S1R: Tensor, width: int, *, sequence_parallel: bool) -> Tensor:
     """Return streams [S, 1, R * E] as [R * S, 1, E]; with sequence parallelism this rank's rows of each."""
     if sequence_parallel:
         beside_S1R = scatter_to_sequence_parallel_region(beside_S1R)
     return beside_S1R.unflatten(-1, (-1, width)).transpose(0, 2).flatten(0, 2).unsqueeze(1).contiguous()
+
+
+def cut_for_ranks(features_F1E: Tensor) -> Tensor:
+    """Return this tensor-parallel rank's rows of features, filled up with zeros to a multiple of the ranks."""
+    missing = -features_F1E.size(0) % mpu.get_tensor_model_parallel_world_size()
+    if missing:
+        features_F1E = torch.cat([features_F1E, features_F1E.new_zeros(missing, *features_F1E.shape[1:])])
+    return scatter_to_sequence_parallel_region(features_F1E)

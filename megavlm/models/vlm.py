@@ -24,10 +24,11 @@ from megavlm.config import architecture as registry
 from megavlm.config.schema import ModelConfig
 from megavlm.data.positions import positions_of
 from megavlm.data.spans import spans_of
+from megavlm.layers.cross import tell_pictures
 from megavlm.layers.segments import context_split
 from megavlm.models.front import build_front, encode, encode_shared, replicated
-from megavlm.models.fusion import BESIDE, Extras, Fusion, build_fusion
-from megavlm.models.streams import Streams, one_after_the_other
+from megavlm.models.fusion import BESIDE, FEATURES, Extras, Fusion, build_fusion
+from megavlm.models.streams import PictureStream, Streams, cut_for_ranks, one_after_the_other
 from megavlm.parallel.context import ContextSplit
 from megavlm.parallel.replicas import mark_everywhere, mark_on_all_stages
 
@@ -73,7 +74,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision, self.connector = build_front(model, context)
             self.fusion = build_fusion(model, self.connector, context, image_token_id)
         self.replicas, self.apart = replicated(model, context), context.vision_apart
-        self.streams = _streams(language, model.vision.deepstack, vp_stage)
+        self.streams = _streams(language, model, vp_stage)
         self._received: Tensor | None = None
         self.own_positions = positions_of(model, image_token_id)
         self.two_way_spans = spans_of(model, image_token_id)
@@ -83,6 +84,27 @@ class VisionLanguageModel(MegatronModule):
     def decoder(self) -> Any:
         """The language model's layers, where Megatron-Core's schedules and CUDA graphs look for them."""
         return self.language.decoder
+
+    @property
+    def crosses(self) -> bool:
+        """Whether layers attend to pictures, of any chunk."""
+        return isinstance(self.streams, PictureStream)
+
+    def rows_beside(self, image_grid: Tensor | None, *, learns: bool) -> int:
+        """Return the rows of features that a micro-batch's layers attend to, with sequence parallelism this rank's.
+
+        Args:
+            image_grid: of its pictures.
+            learns: whether it is trained on: there is a row then, if only of zeros.
+        """
+        if not self.crosses:
+            return 0
+        rows = max(0 if image_grid is None else sum(self._rows_of_pictures(image_grid)), int(learns))
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return -(-rows // ranks)
+
+    def _rows_of_pictures(self, image_grid: Tensor) -> list[int]:
+        return [self.settings.vision.rows_of(one) for one in image_grid.tolist()]
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the activations of the previous stage (called by Megatron-Core's schedules)."""
@@ -121,7 +143,7 @@ class VisionLanguageModel(MegatronModule):
             image_index: first chunk, with ``images``: where their features go, see :meth:`arranged`.
             image_weight: the same.
             image_grid: [N, 3] int64 on the host: frames, rows and columns of patches of each picture, where pictures
-                have sizes of their own.
+                have sizes of their own. Every chunk needs it where layers attend to pictures.
             view_features: first chunk: [Q, N, E] features instead of ``images``, where others have encoded these.
             segment_sources: [G] int64, for every stage: -1 for a segment of padding, which routers of experts do not
                 count; None where there is none.
@@ -131,6 +153,8 @@ class VisionLanguageModel(MegatronModule):
             activations (S / TP with sequence parallelism), and behind them what travels beside (``streams.py``).
         """
         decoder_input, beside, extras = None, None, None
+        if self.crosses and image_grid is not None:
+            tell_pictures(packed_seq_params, self._rows_of_pictures(image_grid))
         if view_features is not None and self.fusion is not None:
             image_features = self.arranged(view_features, image_index, image_weight)
         if self.fusion is not None:
@@ -139,7 +163,9 @@ class VisionLanguageModel(MegatronModule):
                 context_split(packed_seq_params),
             )  # fmt: skip
         elif self._received is not None:
-            hidden, beside = self.streams.split(self._received)
+            hidden, beside = self.streams.split(
+                self._received, self.rows_beside(image_grid, learns=torch.is_grad_enabled())
+            )
             self.language.set_input_tensor(hidden)
         self._received = None
         output = self.language(
@@ -149,7 +175,9 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=decoder_input,
             labels=labels,
             packed_seq_params=packed_seq_params,
-            extra_block_kwargs=extras if beside is None else {"context": beside, **(extras or {})},
+            extra_block_kwargs=extras
+            if beside is None or not self.streams.taken
+            else {"context": beside, **(extras or {})},
             **self._padding(packed_seq_params, segment_sources, position_ids.size(-1)),
         )
         return output if self.post_process else self.streams.join(output, beside)
@@ -207,9 +235,13 @@ class VisionLanguageModel(MegatronModule):
         if torch.is_grad_enabled() and not fused_S1E.requires_grad:
             # Activation recompute and the pipeline need a path for gradients even if all below is frozen.
             fused_S1E = fused_S1E.detach().requires_grad_()
+        shared = self.config.sequence_parallel
+        if extras is not None and FEATURES in extras:
+            features_F1E = cut_for_ranks(extras[FEATURES]) if shared else extras[FEATURES]
+            return fused_S1E, features_F1E, {name: value for name, value in extras.items() if name != FEATURES} or None
         if extras is None or BESIDE not in extras:
             return fused_S1E, None, extras
-        width, shared = embeddings_S1E.size(-1), self.config.sequence_parallel
+        width = embeddings_S1E.size(-1)
         beside = one_after_the_other(extras[BESIDE], width, sequence_parallel=shared)
         return fused_S1E, beside, {name: value for name, value in extras.items() if name != BESIDE} or None
 
@@ -267,12 +299,15 @@ class VisionLanguageModel(MegatronModule):
         return next(self.connector.parameters()).device
 
 
-def _streams(language: Any, levels: int, vp_stage: int | None) -> Streams:
+def _streams(language: Any, model: ModelConfig, vp_stage: int | None) -> Streams | PictureStream:
     """Return what goes beside the residual stream of a chunk."""
-    if not levels:
+    levels, crossed = model.vision.deepstack, model.language.cross_layers
+    if not levels and not crossed:
         return Streams(0, 0, 0)
     config = language.config
     first = get_transformer_layer_offset(config, vp_stage)
+    if crossed:
+        return PictureStream.of_chunk(crossed, first, len(language.decoder.layers))
     whole = get_num_layers_to_build(config, None if vp_stage is None else 0, 0)
     return Streams.of_chunk(levels, first, len(language.decoder.layers), whole)
 

@@ -54,6 +54,7 @@ def run(
             return output, take
         return output, lambda values, non_loss_data=True: take(values) if index < count else None
 
+    beside = _tell_rows(chunks, requests, learns=backward)
     data = [enumerate([*requests, *[requests[-1]] * missing]) for _ in chunks]
     with contextlib.nullcontext() if backward else torch.no_grad():
         results: list[Any] = get_forward_backward_func()(
@@ -62,7 +63,7 @@ def run(
             model=list(chunks),
             num_microbatches=count + missing,
             # Megatron-Core divides by CP, and here it is divided already, or not at all.
-            seq_length=length * mpu.get_context_parallel_world_size() * (1 + _carried(chunks[0])),
+            seq_length=length * mpu.get_context_parallel_world_size() * (1 + _carried(chunks[0])) + beside,
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,
@@ -70,11 +71,32 @@ def run(
     return results[:count]
 
 
-def _carried(chunk: Any) -> int:
-    """Return how many streams a model sends from chunk to chunk beside the residual one."""
+def _bare(chunk: Any) -> Any:
     while not hasattr(chunk, "streams") and hasattr(chunk, "module"):
         chunk = chunk.module
-    return chunk.streams.carried if hasattr(chunk, "streams") else 0
+    return chunk
+
+
+def _carried(chunk: Any) -> int:
+    """Return how many streams a model sends from chunk to chunk beside the residual one."""
+    bare = _bare(chunk)
+    return bare.streams.carried if hasattr(bare, "streams") else 0
+
+
+def _tell_rows(chunks: Sequence[Any], requests: Sequence[Any], *, learns: bool) -> int:
+    """Tell chunks how many rows of features that layers attend to go over boundaries; return them, of all ranks.
+
+    As many as the request with most has. A request is a ``Batch``, or has one as ``batch``.
+    """
+    models = [bare for chunk in chunks if getattr(bare := _bare(chunk), "crosses", False)]
+    if not models:
+        return 0
+    grids = [getattr(request, "batch", request).image_grid for request in requests]
+    rows = max(models[0].rows_beside(grid, learns=learns) for grid in grids)
+    for model in models:
+        model.streams.rows = rows
+    config = models[0].config
+    return rows * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 @contextlib.contextmanager
@@ -89,6 +111,15 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
     finally:
         for module, was in trained:
             module.training = was
+
+
+def from_first_stage(value: Any) -> Any:
+    """Hand a small value of the first stage, of any kind, to all stages; theirs is not looked at."""
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    group, box = mpu.get_pipeline_model_parallel_group(), [value]
+    dist.broadcast_object_list(box, mpu.get_pipeline_model_parallel_first_rank(), group=group)
+    return box[0]
 
 
 def from_last_stage(value: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, final_norm_kept
+from megavlm.architectures.cost import Kernels, cost_of, decoder_cost, features_of, final_norm_kept
 from megavlm.config.schema import Recipe
 from megavlm.planning.experts import kinds_of
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import Seen, share
+from megavlm.planning.shares import Seen, seen_by_layers, share
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,23 @@ def _beside_kept(recipe: Recipe, layout: Layout, chunk: Chunk, stream: int) -> i
     return recipe.model.vision.deepstack * stream * int(recipe.parallel.recompute_granularity == "full")
 
 
-def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels) -> int:
+def language_kept(
+    recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, kernels: Kernels, images: Seen = 0.0
+) -> int:
     """Return the bytes that the language layers of a chunk keep, with the recipe's recomputation."""
     language, parallel, cost = recipe.model.language, recipe.parallel, decoder_cost(recipe.model.language)
     learns, adapted = weights_learn(recipe), recipe.lora.rank is not None
     local = tokens // layout.tensor if layout.sequence_parallel else tokens
     stream = local * language.hidden_size * kernels.number_bytes
     beside = _beside_kept(recipe, layout, chunk, stream)
+    crossed = 0
+    if chunk.features_go_on:
+        features = features_of(recipe.model, seen_by_layers(recipe.model, images))
+        shared = features / layout.tensor if layout.sequence_parallel else features
+        # As they came, or went into the first layers: what those that attend to them keep of them.
+        beside += int(shared * language.hidden_size * kernels.number_bytes)
+        if chunk.crossed:
+            crossed = cost.cross_kept(language, layout, tokens, features, kernels, learns=learns)
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
         return units * stream + beside + cost.shared_kept(language, tokens)
@@ -88,6 +98,8 @@ def language_kept(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, ker
         layers -= chunk.layers * cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
         layers += chunk.layers * cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
+    # Of those that attend to pictures, what they keep instead.
+    layers += chunk.crossed * (crossed - cost.layer_kept(language, layout, tokens, kernels, learns=learns))
     return layers + beside
 
 
@@ -114,7 +126,7 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
     hidden = language.hidden_size
     local = tokens // tp if layout.sequence_parallel else tokens
     wide, stream = tokens * hidden * b, local * hidden * b
-    kept = language_kept(recipe, layout, chunk, tokens, kernels)
+    kept = language_kept(recipe, layout, chunk, tokens, kernels, images)
     vision = output = 0
     kinds = [kind for kind, _ in kinds_of(recipe, chunk)] or [language]
     passing = [cost.layer_passing(kind, lora, layout, tokens, kernels, learns=learns) for kind in kinds]

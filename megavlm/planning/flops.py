@@ -12,13 +12,24 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, attended_squares, cost_of, decoder_cost, layer_kinds
+from megavlm.architectures.cost import Pictures, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
 from megavlm.config.architecture import own_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
 
+def cross_flops(model: ModelConfig, tokens: float, images: float | Pictures) -> float:
+    """Return the forward operations of the layers that attend to pictures; 0 where there are none.
+
+    Raises:
+        NoCostError: an architecture has no cost.
+    """
+    if not model.language.cross_layers:
+        return 0
+    return len(model.language.cross_layers) * crossed_work(model, tokens, pictures_of(model, images)).total
+
+
 def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) -> int:
-    """Return the forward operations of the language model.
+    """Return the forward operations of the language model, without those of layers that attend to pictures.
 
     Args:
         language: its shape.
@@ -28,10 +39,10 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
     Raises:
         NoCostError: its architecture has no cost.
     """
-    cost = decoder_cost(language)
-    kinds = Counter(layer_kinds(language))
+    cost, crossed = decoder_cost(language), set(language.cross_layers)
+    kinds = Counter(kind for number, kind in enumerate(layer_kinds(language)) if number not in crossed)
     layers = sum(count * cost.layer_work(kind, tokens, squared_lengths).total for kind, count in kinds.items())
-    return int(layers) + 2 * tokens * language.hidden_size * language.vocab_size
+    return int(layers) + 2 * tokens * language.hidden_size * language.output_rows
 
 
 def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> int:
@@ -85,7 +96,7 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float 
     total = (
         vision * int(image_flops(model, "vision", images))
         + connector * int(image_flops(model, "connector", images))
-        + language * language_flops(model.language, tokens, squared_lengths)
+        + language * (language_flops(model.language, tokens, squared_lengths) + int(cross_flops(model, tokens, images)))
     )
     if lora.rank is not None:
         total += 3 * adapter_flops(model.language, lora, tokens)
@@ -151,7 +162,8 @@ def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: 
         total = language_flops(language, 0, squared_lengths)  # attention's
     if granularity == "full" and language_passes > 1:
         # The output layer is not among the layers.
-        total += language_flops(language, tokens, 0) - 2 * tokens * language.hidden_size * language.vocab_size
+        total += language_flops(language, tokens, 0) - 2 * tokens * language.hidden_size * language.output_rows
+        total += int(cross_flops(recipe.model, tokens, images))
         if recipe.lora.rank is not None:
             total += adapter_flops(language, recipe.lora, tokens)
     if vision > 1:

@@ -28,6 +28,10 @@ class Chunk:
     """Tower and connector lie on all ranks (``parallel.vision_placement``), and in no chunk."""
     begin: int = 0
     """Number of its first language layer."""
+    crossed: int = 0
+    """Of the layers, those that attend to pictures."""
+    features_go_on: bool = False
+    """Whether layers of it, or of later chunks, attend to pictures."""
 
     @property
     def encodes(self) -> bool:
@@ -130,7 +134,7 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
     parallel = recipe.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks, apart = stage_layers(recipe), parallel.vision_placement == "all_ranks"
-    data = gpus // (tp * pp * parallel.context_parallel_size)
+    data, crossing = gpus // (tp * pp * parallel.context_parallel_size), recipe.model.language.cross_layers
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -139,7 +143,16 @@ def layout_of(recipe: Recipe, gpus: int) -> Layout:
         microbatches=recipe.training.global_batch_size // data,
         sequence_parallel=parallel.sequence_parallel,
         chunks=tuple(
-            Chunk(index, layers, index == 0, index == len(chunks) - 1, apart, begin=sum(chunks[:index]))
+            Chunk(
+                index,
+                layers,
+                index == 0,
+                index == len(chunks) - 1,
+                apart,
+                begin=sum(chunks[:index]),
+                crossed=sum(sum(chunks[:index]) <= one < sum(chunks[: index + 1]) for one in crossing),
+                features_go_on=any(one >= sum(chunks[:index]) for one in crossing),
+            )
             for index, layers in enumerate(chunks)
         ),
         experts=parallel.expert_model_parallel_size,

@@ -107,10 +107,15 @@ def _chunk_parameters(
             own = own_of(model, part)
             shapes = cost_of(model, part).parameters(own, tensor_ranks(model, part, tp))
             found += [ChunkParameter(part, one.elements, learning and not one.fixed) for one in shapes]
-    kinds = layer_kinds(language)[layers.first : layers.first + layers.number]
+    numbered = list(enumerate(layer_kinds(language)))[layers.first : layers.first + layers.number]
+    kinds, crossed = [kind for _, kind in numbered], set(language.cross_layers)
     trained, spread = learns[2] and lora.rank is None, Layers(0, 0, layers.experts, layers.expert_tensor)
     found += [one for kind in kinds for one in _expert_parameters(kind, learns=trained, layers=spread)]
-    shapes = [one for kind in kinds for one in cost.layer_parameters(kind, tp)]
+    shapes = [
+        one
+        for number, kind in numbered
+        for one in (cost.cross_parameters(kind, tp) if number in crossed else cost.layer_parameters(kind, tp))
+    ]
     if first:
         shapes.append(table)
     if last:
@@ -175,7 +180,7 @@ def apart_elements(recipe: Recipe, layout: Layout) -> tuple[int, int, int]:
     """Return what every rank has of tower and connector where they lie on all: frozen, learning, gradient buffer."""
     if not layout.apart:
         return 0, 0, 0
-    model, _, learns, _, _, _, _, _ = _kind(recipe, layout, layout.chunks[0])
+    model, _, learns, *_ = _kind(recipe, layout, layout.chunks[0])
     whole = _chunk_parameters(
         model, LoraConfig(), learns, layout.tensor if layout.together else 1, Layers(), True, False, True
     )

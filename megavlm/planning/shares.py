@@ -21,6 +21,11 @@ def share(model: ModelConfig, part: str, layout: Layout, seen: Seen) -> tuple[in
     return ranks, _busiest(model, seen, 1 if ranks == layout.tensor else layout.tensor)
 
 
+def seen_by_layers(model: ModelConfig, seen: Seen) -> Pictures:
+    """Return the pictures that language layers attend to, all of them on each rank."""
+    return _busiest(model, seen, 1)
+
+
 def _busiest(model: ModelConfig, seen: Seen, ranks: int) -> Pictures:
     """Return what the busiest of ``ranks`` that share out the pictures runs."""
     if isinstance(seen, float | int):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import attended_squares, cost_of, decoder_cost, layer_kinds
+from megavlm.architectures.cost import Work, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
 from megavlm.config.schema import Recipe
 from megavlm.planning.layout import Chunk, Layout
-from megavlm.planning.shares import Seen, share
+from megavlm.planning.shares import Seen, seen_by_layers, share
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,26 @@ def chunk_flops(
     """
     model, tp = recipe.model, layout.tensor
     language = model.language
-    output, cost = 2 * tokens * language.hidden_size * language.vocab_size, decoder_cost(language)
+    output, cost = 2 * tokens * language.hidden_size * language.output_rows, decoder_cost(language)
+    crossed, crossing = set(language.cross_layers), Work(0)
     # Without attention.
     layers = sum(
         cost.layer_work(kind, tokens, 0).total
-        for kind in layer_kinds(language)[chunk.begin : chunk.begin + chunk.layers]
+        for number, kind in list(enumerate(layer_kinds(language)))[chunk.begin : chunk.begin + chunk.layers]
+        if number not in crossed
     )
     squares = attended_squares(language, tokens, squared_lengths)
     attention = cost.layer_work(language, tokens, squares).attention
+    if chunk.crossed:
+        crossing = crossed_work(model, tokens, seen_by_layers(model, images))
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)
     connector_ranks, seen = share(model, "connector", layout, images)
     connector = cost_of(model, "connector").work(model, seen)
     return ChunkFlops(
-        layers=layers / tp,
-        attention=chunk.layers * attention / tp,
+        layers=(layers + chunk.crossed * crossing.products) / tp,
+        attention=((chunk.layers - chunk.crossed) * attention + chunk.crossed * crossing.attention) / tp,
         output=output / tp * int(chunk.last),
         tower=tower.products / tower_ranks + tower.whole,
         tower_attention=tower.attention / tower_ranks,

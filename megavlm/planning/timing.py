@@ -223,7 +223,7 @@ class Timer:
         language, tp, b = self.recipe.model.language, self.layout.tensor, self.kernels.number_bytes
         tokens, rows = self.workload.tokens, decoder_cost(language).vocabulary(language, tp)
         learns = weights_learn(self.recipe) or self.recipe.lora.train_head
-        product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.vocab_size
+        product = self._flops(Chunk(0, 0, first=False, last=True)).output * rows / language.output_rows
         # The loss in fp32 passes over the logits some ten times forward, three times backward.
         seconds, logits = self._gemm(product, tokens, rows // tp, language.hidden_size), tokens * rows / tp
         forward = seconds + self._stream(40 * logits, 4 * logits)

@@ -19,7 +19,7 @@ from megavlm.parallel.megatron_versions import groups_known_by_kind
 from megavlm.training.chained import JoinedOptimizer, groups_of_all
 from megavlm.training.vision import groups
 
-_ABOVE = ("ln_post.", "neck.", "second_neck.", "second_scale", "halve")
+_ABOVE = ("ln_post.", "neck.", "second_neck.", "second_scale", "halve", "post_tile", "global_transformer.")
 """How names of what lies above a tower's layers begin: it learns as the last of them."""
 _GROUP_SETTINGS = ("max_lr", "min_lr", "wd_mult", "betas", "eps")
 
@@ -29,18 +29,19 @@ def learning_rate_factor(name: str, module: ModuleTraining, num_layers: int) -> 
 
     With layer-wise decay d, layer i of ``num_layers`` (from 0) gets d ** (num_layers - 1 - i), and what lies below
     the layers (patch embedding, positions, first norm) d ** num_layers (BEiT's rule, arXiv 2106.08254). The norm
-    above the layers learns like the last of them.
+    above the layers learns like the last of them, and so do the gated layers of a tower on tiles.
 
     Args:
         name: the parameter's name inside its module.
         module: the recipe's branch of the module.
         num_layers: layers of the module.
     """
+    above = name.startswith(_ABOVE)
     layer = re.search(r"\blayers\.(\d+)\.", name)
-    if layer:
+    if layer and not above:
         depth = num_layers - 1 - int(layer.group(1))
     else:
-        depth = 0 if name.startswith(_ABOVE) else num_layers
+        depth = 0 if above else num_layers
     return module.lr_multiplier * module.layer_decay**depth
 
 

@@ -220,6 +220,8 @@ class VisionPhases:
         """Return the features of a picture."""
         if grid is None:
             return self.model.tokens_per_view
+        if self.model.language.cross_layers:
+            return int(self.model.vision.rows_of(grid))
         frames, high, wide = grid
         return int(frames * self.model.connector.tokens_of((high, wide)))
 

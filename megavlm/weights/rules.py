@@ -81,6 +81,17 @@ def _ungroup(fused: Tensors, heads: Heads) -> Tensors:
     return [part.flatten(0, 1) for part in fused[0].unflatten(0, (heads.groups, -1)).split(sizes, dim=1)]
 
 
+def _pair(key_value: Tensors, heads: Heads) -> Tensors:
+    """K and v [groups * dim, ...] to [k, v] of one group after the other."""
+    parts = [part.unflatten(0, (heads.groups, -1)) for part in key_value]
+    return [_joined(parts, dim=1).flatten(0, 1)]
+
+
+def _unpair(fused: Tensors, heads: Heads) -> Tensors:
+    """Return k and v of a projection that makes both."""
+    return [part.flatten(0, 1) for part in fused[0].unflatten(0, (heads.groups, -1)).chunk(2, dim=1)]
+
+
 def _blocks(qkv: Tensor, heads: Heads) -> Tensors:
     """Split [Q; K; V]."""
     return qkv.split([heads.heads * heads.dim, heads.groups * heads.dim, heads.groups * heads.dim])
@@ -99,6 +110,7 @@ QKV_BLOCKS = Reshape(
     lambda x, heads: _group(_blocks(x[0], heads), heads),
     lambda x, heads: [_joined(_ungroup(x, heads))],
 )
+KEY_VALUE = Reshape("k, v to [k, v] per group", _pair, _unpair)
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
 POINTWISE = Reshape(
     "[out, in, 1, 1] to [out, in]", lambda x, _: [x[0][..., 0, 0]], lambda x, _: [x[0][..., None, None]]

@@ -57,6 +57,7 @@ SOURCES: dict[str, str] = {
     # Keras counts the vocabulary without the 64 rows of 2048 that Transformers' files pad it with.
     "paligemma_3b_448": _file(29273983739, "keras_hub's 2924220144, and 131072 of the padding"),
     "paligemma_3b_896": _file(29273983739, "keras_hub's 2927759088, and 131072 of the padding"),
+    "llama3_2_vision_11b": _file(12439498600, "the parameters of meta-llama/Llama-3.2-11B-Vision-Instruct, in a table"),
     "gemma3_4b": _file(70911651117, "the parameters of unsloth's copy, in a table of models"),
     "gemma3_12b": _file(59172823075, "the hub's figures of google/gemma-3-12b-it"),
     "gemma3_27b": _file(3173084990, "keras_hub's parameters of medgemma_instruct_27b, trained from it"),

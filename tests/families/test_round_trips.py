@@ -21,6 +21,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
+from mllama_models import MLLAMA
 from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -52,6 +53,7 @@ OTHERS = (
     | BLIP2
     | DEEPSEEK
     | IDEFICS3
+    | MLLAMA
 )
 CASES = {
     **FAMILY_OF,

@@ -215,9 +215,9 @@ def _once(
     model = recipe.model
     vision, language, found = model.vision, model.language, 0.0
     if last:
-        rows = padded_vocab_size(language, BuildContext(recipe.parallel)) - language.vocab_size
+        rows = padded_vocab_size(language, BuildContext(recipe.parallel)) - language.output_rows
         found += 2 * tokens * language.hidden_size * rows / tensor
-    if first and vision.packed and vision.positional_interpolation == "bicubic_antialias":  # others gather rows
+    if first and getattr(vision, "positional_interpolation", "") == "bicubic_antialias":  # others gather rows
         side, width = vision.positional_grid, vision.hidden_size
         found += sum(2 * rows * side * width * (side + columns) for rows, columns in {grid[1:] for grid in grids})
     if first and not vision.packed:

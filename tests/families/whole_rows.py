@@ -41,6 +41,7 @@ from llava_next_models import (
 )
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
+from mllama_rows import mllama_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
@@ -300,6 +301,7 @@ ROWS: dict[str, WholeFamily] = {
         planner=PLANNED,
     ),
     **gemma_rows(published("paligemma", PaliGemmaConfig, {}), _from_config("gemma3"), HEADER, LLAMA_TARGETS, PLANNED),
+    **mllama_rows(_from_config("mllama"), HEADER, PLANNED),
     **deepseek_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),

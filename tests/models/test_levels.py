@@ -161,13 +161,13 @@ def test_streams_of_all_chunks() -> None:
     hidden = torch.full((4, 1, 1), 9.0)
     sent = found[0].join(hidden, beside)
     assert sent.flatten().tolist() == [9.0] * 4 + [2.0] * 4 + [3.0] * 4 + [4.0] * 4
-    hidden, beside = found[1].split(sent)
+    hidden, beside = found[1].split(sent, 4)
     sent = found[1].join(hidden, beside)
     assert sent.flatten().tolist() == [9.0] * 4 + [4.0] * 4 + [0.0] * 8
-    hidden, beside = found[2].split(sent)
+    hidden, beside = found[2].split(sent, 4)
     assert beside.flatten().tolist() == [4.0] * 4
     assert found[2].join(hidden, beside).flatten().tolist() == [9.0] * 4 + [0.0] * 12
-    assert found[3].split(sent)[1] is None
+    assert found[3].split(sent, 4)[1] is None
     assert found[0].join(hidden, None).flatten().tolist() == [9.0] * 4 + [0.0] * 12  # no pictures
 
 

@@ -31,7 +31,7 @@ from megavlm.config.schema import ParallelConfig
 from megavlm.layers.activation import BiasActivationMLP, GeGLUMLP, gelu_tanh
 from megavlm.layers.rotary import PackRotary, TwoRotaries, pair_axes
 from megavlm.layers.scale import NormedSum
-from megavlm.layers.specs import LayerKind, block_submodules, layer_modules
+from megavlm.layers.specs import LayerKind, block_submodules, cross_modules, layer_modules
 from megavlm.parallel.device import frees_sent_outputs, has_kernels
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
@@ -74,7 +74,10 @@ def transformer_config(language: DecoderConfig, context: BuildContext) -> Transf
         activation_func=_ACTIVATIONS[language.activation],
         add_bias_linear=language.add_bias_linear,
         add_qkv_bias=language.add_qkv_bias,
-        qk_layernorm=language.qk_layernorm,
+        # With cross-attention of their layers' norms alone: Megatron-Core sums the gradients of all by their names.
+        qk_layernorm=language.qk_layernorm or bool(language.cross_attention_layers),
+        # Layers of two kinds are not stacked in checkpoints. (The name is Megatron-Core's.)
+        hetereogenous_dist_checkpoint=bool(language.cross_attention_layers),
         softmax_scale=None if language.query_pre_attn_scalar is None else language.query_pre_attn_scalar**-0.5,
         rotary_interleaved=language.rotary_interleaved,
         init_method_std=language.init_method_std,
@@ -139,7 +142,10 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
     plan = [kind if every is None or number % every else whole for number in range(1, language.num_layers + 1)]
-    return tuple(replace(kind, experts=experts) for kind, experts in zip(plan, language.expert_layers, strict=True))
+    plan = [replace(kind, experts=experts) for kind, experts in zip(plan, language.expert_layers, strict=True)]
+    for number in language.cross_attention_layers:
+        plan[number] = LayerKind("cross")
+    return tuple(plan)
 
 
 def padded_vocab_size(language: DecoderConfig, context: BuildContext) -> int:
@@ -211,8 +217,12 @@ def build(
     config = transformer_config(language, context)
     linears, levels = adapted_linears(language, context.lora), context.deepstack
     plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
+    engine = context.transformer_engine
     modules = {
-        kind: layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears) for kind in set(plan)
+        kind: cross_modules(transformer_engine=engine)
+        if kind.mixer == "cross"
+        else layer_modules(kind, transformer_engine=engine, linears=linears)
+        for kind in set(plan)
     }
     if language.post_layernorms:
         for one in modules.values():
@@ -255,7 +265,7 @@ def build(
         _multiply_embeddings(model, language.embedding_multiplier, context.dtype)
     if post_process:
         _finish_head(model, language, context)
-        _mask_padding(model, language.vocab_size)
+        _mask_padding(model, language.output_rows)
     # The routers keep their biases; they are moved behind a step that was made (training/experts.py), and not by
     # Megatron-Core before anybody knows whether it is.
     config.moe_router_enable_expert_bias = False

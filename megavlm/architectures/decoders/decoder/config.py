@@ -38,6 +38,12 @@ class DecoderConfig(ExpertsConfig):
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     max_position_embeddings: Annotated[int, Meaning.USE] = Field(gt=0, le=1_000_000_000)
     """Longest segment that the model is meant for."""
+    output_vocab_size: int | None = Field(default=None, gt=0, le=10_000_000)
+    """Rows of the output layer, where it has fewer than the embedding: the last tokens are never answered (Llama 3.2
+    Vision, whose picture's token is one of eight such); null for vocab_size."""
+    cross_attention_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that attend to features of pictures instead of to text, behind gates that begin closed
+    (Llama 3.2 Vision); a picture is then one token, and no feature stands among the tokens."""
     attention_mask: Literal["causal", "prefix", "images"] = "causal"
     """Which positions of a sample see those behind them: none (causal); all in front of the first answer see each other
     (prefix: PaliGemma); or the features of a picture see each other (images: Gemma 3, as far as a window reaches)."""
@@ -138,8 +144,20 @@ class DecoderConfig(ExpertsConfig):
         return None if self.attention_mask == "causal" else self.attention_mask
 
     @property
-    def spans(self) -> Literal["prefix", "images"] | None:
-        """What the mask opens, or the pictures."""
+    def cross_layers(self) -> tuple[int, ...]:
+        """As the key says."""
+        return self.cross_attention_layers
+
+    @property
+    def output_rows(self) -> int:
+        """As the key says."""
+        return self.vocab_size if self.output_vocab_size is None else self.output_vocab_size
+
+    @property
+    def spans(self) -> Literal["prefix", "images", "cross"] | None:
+        """What the mask opens, or the pictures, or who sees them."""
+        if self.cross_attention_layers:
+            return "cross"
         return "images" if self.visual_expert else self.two_way
 
     @property
@@ -154,8 +172,8 @@ class DecoderConfig(ExpertsConfig):
 
     @property
     def takes_deepstack(self) -> bool:
-        """It can, but for layers whose attention and MLP stand side by side, or whose weights are two: as built."""
-        return not self.use_parallel_residual and not self.visual_expert
+        """It can, but for layers side by side, whose weights are two, or that attend to features: as built."""
+        return not (self.use_parallel_residual or self.visual_expert or self.cross_attention_layers)
 
     @property
     def fused_rotary(self) -> bool:
@@ -218,6 +236,7 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
         yield f"{_OWN}.rope_local_base_freq: is for positions of one number; set {_OWN}.rotary_sections to []"
     if language.post_layernorms and language.use_parallel_residual:
         yield f"{_OWN}.post_layernorms: not with attention and MLP side by side; set it to false"
+    yield from _cross(language, tp)
     if language.lm_head_bias and language.tie_word_embeddings:
         yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
     yield from _visual_expert(language)
@@ -232,6 +251,36 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             " set that to linear or llama3, or this to 1"
         )
     yield from expert_rules(language, layout)
+
+
+def _cross(language: DecoderConfig, tp: int) -> Iterator[str]:
+    """Check the output layer's rows, and what layers that attend to pictures go with."""
+    rows = language.output_vocab_size
+    if rows is not None and rows > language.vocab_size:
+        yield f"{_OWN}.output_vocab_size: {rows} is more than {_OWN}.vocab_size ({language.vocab_size}); lower it"
+    if rows is not None and rows != language.vocab_size and language.tie_word_embeddings:
+        yield f"{_OWN}.output_vocab_size: an output layer that is the embedding has its rows; set it to null"
+    layers, last = language.cross_attention_layers, language.num_layers - 1
+    if not layers:
+        return
+    if list(layers) != sorted(set(layers)) or not 0 <= min(layers) <= max(layers) <= last:
+        yield f"{_OWN}.cross_attention_layers: {list(layers)[:20]} do not rise from 0 to {last} at most; correct them"
+    if len(layers) > last:
+        yield f"{_OWN}.cross_attention_layers: no layer is left that attends to text; leave some out"
+    if language.num_query_groups % tp:
+        yield (
+            f"{_OWN}.num_query_groups: {language.num_query_groups} is not divisible by {TP} ({tp}), and with"
+            f" {_OWN}.cross_attention_layers ranks share no key/value heads; lower {TP}"
+        )
+    plain = language.gated_linear_unit and language.activation == "silu" and not language.add_bias_linear
+    other = not plain or language.use_parallel_residual or language.post_layernorms or language.residual_multiplier != 1
+    if any(language.expert_layers):
+        yield f"{_OWN}.cross_attention_layers: do not go with experts; set it to [], or {_OWN}.num_moe_experts to null"
+    if other or language.attention_mask != "causal" or language.rotary_sections:
+        yield (
+            f"{_OWN}.cross_attention_layers: go with Llama's layers alone: a gated SiLU without biases, one norm before"
+            " each branch, a causal mask, positions of one number; set it to [], or the others to Llama's"
+        )
 
 
 def _visual_expert(language: DecoderConfig) -> Iterator[str]:

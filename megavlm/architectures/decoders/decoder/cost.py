@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
+from megavlm.architectures.decoders.decoder.cross_cost import cross_kept as cross_kept
+from megavlm.architectures.decoders.decoder.cross_cost import cross_parameters as cross_parameters
+from megavlm.architectures.decoders.decoder.cross_cost import cross_work as cross_work
 from megavlm.config.lora import targets_of
 from megavlm.config.schema import LoraConfig
 

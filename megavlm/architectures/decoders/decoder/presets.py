@@ -45,6 +45,9 @@ _STABLELM: dict[str, Any] = {
 }  # fmt: skip
 _INTERNLM2: dict[str, Any] = {**_LLAMA, "rotary_base": 1000000, "layer_names": "internlm2"}
 
+_LLAMA3_1: dict[str, Any] = {
+    **_LLAMA, "rotary_base": 500000, "rope_scaling": "llama3", "rope_scaling_factor": 8.0,
+}  # fmt: skip
 _QWEN3_MOE: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": True, "num_moe_experts": 128, "moe_router_topk": 8}
 _MIXTRAL: dict[str, Any] = {"norm_epsilon": 1e-5, "add_qkv_bias": False, "num_moe_experts": 8, "moe_router_topk": 2}
 
@@ -91,6 +94,16 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "mistral_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {"rotary_base": 1000000, **_LLAMA}),
     "yi_34b": (DecoderSize(60, 7168, 20480, 56, 8, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),
     "llama3_8b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 128256, 8192), {"rotary_base": 500000, **_LLAMA}),
+    # The language models of meta-llama/Llama-3.2-{11B,90B}-Vision-Instruct: Llama 3.1's, and layers that attend to
+    # pictures; the embedding has 8 rows more than the output layer.
+    "llama3_2_vision_11b": (
+        DecoderSize(40, 4096, 14336, 32, 8, 128, 128264, 131072),
+        {**_LLAMA3_1, "output_vocab_size": 128256, "cross_attention_layers": tuple(range(3, 40, 5))},
+    ),
+    "llama3_2_vision_90b": (
+        DecoderSize(100, 8192, 28672, 64, 8, 128, 128264, 131072),
+        {**_LLAMA3_1, "output_vocab_size": 128256, "cross_attention_layers": tuple(range(3, 100, 5))},
+    ),
     # Yi-6B; TinyLlama-1.1B; MobileLLaMA; deepseek-llm-1.3b-base, -7b-base.
     "yi_6b": (DecoderSize(32, 4096, 11008, 32, 4, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),
     "tinyllama_1_1b": (DecoderSize(22, 2048, 5632, 32, 4, 64, 32000, 2048), _LLAMA),

@@ -7,7 +7,19 @@ import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.lora import Target
-from megavlm.weights.rules import CONCAT, QKV, QKV_BLOCKS, STACKED, STACKED_INPUTS_FIRST, Aside, Row, Table, both, row
+from megavlm.weights.rules import (
+    CONCAT,
+    KEY_VALUE,
+    QKV,
+    QKV_BLOCKS,
+    STACKED,
+    STACKED_INPUTS_FIRST,
+    Aside,
+    Row,
+    Table,
+    both,
+    row,
+)
 from megavlm.weights.targets import targets_in
 
 QWEN_LANGUAGE = Table(
@@ -94,6 +106,21 @@ GEMMA3_LANGUAGE = dataclasses.replace(
     ),
 )
 """Gemma 3: Llama's, with a norm in front of each branch and one behind."""
+
+MLLAMA_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        *(one for one in LLAMA_LANGUAGE.layer if "q_layernorm" not in one.ours[0] and "k_layernorm" not in one.ours[0]),
+        row("cross_attention.linear_q.weight", "cross_attn.q_proj.weight"),
+        row("cross_attention.linear_kv.weight", "cross_attn.k_proj.weight cross_attn.v_proj.weight", KEY_VALUE),
+        row("cross_attention.q_layernorm.weight", "cross_attn.q_norm.weight"),
+        row("cross_attention.k_layernorm.weight", "cross_attn.k_norm.weight"),
+        row("cross_attention.linear_proj.weight", "cross_attn.o_proj.weight"),
+        row("cross_attn_bda.gate", "cross_attn_attn_gate"),
+        row("mlp_bda.gate", "cross_attn_mlp_gate"),
+    ),
+)
+"""Llama 3.2 Vision: Llama's, and layers that attend to pictures."""
 
 PHI3_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,
