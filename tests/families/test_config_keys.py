@@ -55,6 +55,8 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # A number that stands for a picture before features take its place; names of classes, which vision_config says too.
     "tinyllava": ("image_token_index", "vision_model_name_or_path", "vision_config/model_name_or_path2"),
     "deepseek_vl_original": ("vision_config/params/select_feature",),  # its code has "same" for every SigLIP
+    # SAM's of prompts, which the encoder has none of; mlp_dim says how wide its layers are.
+    "deepseek_vl_hybrid": tuple(f"high_res_vision_config/{key}" for key in ("mlp_ratio", "num_pos_feats", "scale")),
     "gemma3": ("text_config/_sliding_window_pattern",),  # layer_types say it
     # Docs: each slice is by itself. scale_resolution is what slices are cut by.
     "minicpm_llama3_v_2_5": ("batch_vision_input", "image_size", "slice_config/model_type"),
