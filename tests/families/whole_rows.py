@@ -7,8 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from blip2_models import FILES as BLIP2_FILES
-from blip2_models import Blip2Source, blip2
+from blip2_models import blip2_rows
 from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
@@ -304,25 +303,7 @@ ROWS: dict[str, WholeFamily] = {
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
-    "blip2": WholeFamily(
-        checkpoints=("blip2",),
-        template=Lack("no model of the class on such a language model is published with one"),
-        image={"kind": "squash"},
-        source=Blip2Source("blip2", blip2, files=BLIP2_FILES),
-        uneven=Blip2Source(
-            "blip2",
-            lambda: blip2({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
-            files=BLIP2_FILES,
-        ),
-        others=Lack("Salesforce's own stand on OPT and FLAN-T5, which are not built here"),
-        answers=Lack("convert check is not tried on it: its processor puts pictures in front of all; see `source`"),
-        lora=LLAMA_TARGETS,
-        presets=Lack("none is published on such a language model; MiniGPT-4 publishes its linear layer alone"),
-        built=Lack("there are no presets, and so no sizes"),
-        recipes=Lack("there are no presets; MiniGPT-4 comes later"),
-        headers=Lack("there are no recipes of it yet"),
-        planner=PLANNED,
-    ),
+    **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
