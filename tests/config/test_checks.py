@@ -341,7 +341,8 @@ def test_shipped_recipes_keep_the_rules(name):
     recipe = load_recipe(name, (), expand_presets)
     check_recipe(recipe)
     parallel = recipe.parallel
-    least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size * parallel.expert_tensor_ranks)
+    least = ranks * parallel.pipeline_model_parallel_size
     for copies in (1, 2):
         check_recipe(recipe, least * copies)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
 )
-from whole import Shown
+from whole import Lack, Shown, WholeFamily
 from whole_source import TransformersSource
 
 SIDE, IMAGE = 28, 119
@@ -86,3 +86,28 @@ class Blip2Source(TransformersSource):
         else:
             whole = self.model.language_model.generate(input_ids=ids, attention_mask=mask, **told)
         return list(whole[0, -tokens:].tolist())
+
+
+def blip2_rows(targets: tuple[str, ...], planner: Mapping[str, float]) -> dict[str, WholeFamily]:
+    """Return the row of ``whole_rows.py``; arguments are what rows share."""
+    return {
+        "blip2": WholeFamily(
+            checkpoints=("blip2",),
+            template=Lack("no model of the class on such a language model is published with one"),
+            image={"kind": "squash"},
+            source=Blip2Source("blip2", blip2, files=FILES),
+            uneven=Blip2Source(
+                "blip2",
+                lambda: blip2({"num_key_value_heads": 1}, {"num_attention_heads": 5, "intermediate_size": 75}),
+                files=FILES,
+            ),
+            others=Lack("Salesforce's own stand on OPT and FLAN-T5, which are not built here"),
+            answers=Lack("convert check is not tried on it: its processor puts pictures in front of all; see `source`"),
+            lora=targets,
+            presets=Lack("none is published on such a language model; MiniGPT-4 publishes its linear layer alone"),
+            built=Lack("there are no presets, and so no sizes"),
+            recipes=Lack("there are no presets; MiniGPT-4 comes later"),
+            headers=Lack("there are no recipes of it yet"),
+            planner=planner,
+        ),
+    }

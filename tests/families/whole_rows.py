@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from blip2_rows import blip2_rows
+from blip2_models import blip2_rows
 from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
