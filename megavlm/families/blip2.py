@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from megavlm.architectures.connectors.q_former.tables import BLIP2_Q_FORMER
 from megavlm.architectures.towers.vit.tables import BLIP2_VISION
 from megavlm.config.schema import ModelConfig, VisionConfig
-from megavlm.families.common import expect, need, number
+from megavlm.families.common import expect, expect_kinds, need, number
 from megavlm.families.family import Family, Tower, Tree, config_file
 from megavlm.families.preprocessor import image_branch, normalisation
 from megavlm.families.text import no_half, text_branch, text_config, text_table
@@ -52,6 +52,8 @@ class Blip2Family(Family):
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
+        kinds = {"vision_config": ("blip_2_vision_model",), "qformer_config": ("blip_2_qformer",)}
+        expect_kinds(config, where, **kinds)
         vision = _vision(need(config, "vision_config", where), where)
         vision |= normalisation(source, vision["image_size"])
         connector = _q_former(config.get("qformer_config") or {}, where)

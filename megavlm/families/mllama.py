@@ -145,6 +145,8 @@ class MllamaFamily(Family):
             )
         if language.kv_channels * language.num_attention_heads != language.hidden_size:
             return "heads are not as wide as the model divided by their number, for which its configuration has no key"
+        if language.add_qkv_bias or language.qk_layernorm:
+            return "the language model is no Llama: that has no bias on QKV, and no norm on queries and keys"
         return no_llama(language)
 
     def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree:

@@ -20,7 +20,7 @@ from megavlm.families.presets import expand_presets
 
 MLP = "model.connector={preset: mlp2x_gelu, init_method_std: 0.02}"
 WRONG = {
-    ("kind: nope",): "model.image.kind: no image plan 'nope'; there are anyres, anyres_max, crop,",
+    ("kind: nope",): "model.image.kind: no image plan 'nope'; there are anyres, anyres_max, canvas_tiles,",
     ("kind: pad", "thumbnail: false"): "model.image.thumbnail: pad does not have this key (dynamic_tiles has it)",
     (
         "kind: squash",

@@ -58,6 +58,15 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # SAM's of prompts, which the encoder has none of; mlp_dim says how wide its layers are.
     "deepseek_vl_hybrid": tuple(f"high_res_vision_config/{key}" for key in ("mlp_ratio", "num_pos_feats", "scale")),
     "gemma3": ("text_config/_sliding_window_pattern",),  # layer_types say it
+    # Of the class that compares pictures with words; words that the Q-Former is not given; the tower's width, which
+    # tensors say. A text_config that is no decoder is refused.
+    "blip2": (
+        "image_text_hidden_size",
+        "qformer_config/attention_probs_dropout_prob",
+        "qformer_config/encoder_hidden_size",
+        "qformer_config/max_position_embeddings",
+        "use_decoder_only_language_model",
+    ),
     # Docs: each slice is by itself. scale_resolution is what slices are cut by.
     "minicpm_llama3_v_2_5": ("batch_vision_input", "image_size", "slice_config/model_type"),
     "minicpm_v_2": ("image_size",),
@@ -92,8 +101,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                              "rope_scaling": None, "version": "2.5"},
 }  # fmt: skip
 """Keys of published files, as their trainers' code writes them, that the tiny ones leave out."""
-OPEN = ("blip2", "qwen3_vl_moe")
-"""Families whose keys nobody has gone through yet: of the latter mlp_only_layers is read over."""
 WHOLE = [name for name in FIRST if {"vision", "connector", "language"} <= {*FAMILIES[name].parts}]
 
 
@@ -144,7 +151,6 @@ def known(name: str, where: str) -> bool:
             marks=[
                 pytest.mark.family(name),
                 *[pytest.mark.long] * (name not in SHORT[1:5]),
-                *[pytest.mark.xfail(reason="see OPEN", strict=True)] * (name in OPEN),
             ],
         )
         for name in WHOLE
