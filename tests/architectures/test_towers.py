@@ -101,9 +101,12 @@ ELSEWHERE = (
     "minicpm_v_",
     "sam_vit_b",
     "deepseek_vl_sam",
+    "deepseek_vl_hybrid",
+    "minigemini_",
+    "mllama_",
 )
 """Towers that are counted with the whole models that they are part of (tests/families/published_totals.py), or in
-test_convolution_towers.py."""
+test_convolution_towers.py and test_pairs.py."""
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -122,7 +125,7 @@ def test_a_published_tower(name: str) -> None:
         assert len(planned) == len(sizes) and (tensor > 1 or sorted(planned) == sorted(sizes))
     if not vision.packed:  # those of the others ask for grids: tests/architectures/test_packed_vit.py
         with torch.device("meta"):
-            features = tower(torch.empty(2, 3, vision.image_size, vision.image_size))
+            features = tower(torch.empty(2, *vision.pixel_shape))
         assert features.shape == (vision.patches_per_image, 2, vision.feature_size)
     theirs = PUBLISHED.get(name) or transformers_parameters(vision)
     assert (theirs is None) == name.startswith(ELSEWHERE)
