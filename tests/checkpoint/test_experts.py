@@ -41,3 +41,8 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
     assert {key.removeprefix("optimizer.state.").partition(".")[0] for key in experts} == {
         "language", "param", "exp_avg", "exp_avg_sq"
     }  # fmt: skip
+
+
+def test_a_save_in_a_thread_has_the_biases_of_its_step(tmp_path: Path) -> None:
+    (biases,) = ranks.run("expert_checkpoint_cases:save_while_biases_move", str(tmp_path))
+    assert biases == {0.0}
