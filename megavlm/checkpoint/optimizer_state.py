@@ -201,8 +201,14 @@ def together(states: list[dict[str, Any]], *, loading: bool) -> dict[str, Any]:
         for group in groups:
             kinds.setdefault(_kind(group), {**group, "is_expert_parallel": False})
         _grouped(whole)["param_groups"] = list(kinds.values())
-    # Of them a checkpoint has no more than tensors.
-    return {**whole, _EXPERTS: {key: value for key, value in experts.items() if not isinstance(value, str)}}
+    # Of them a checkpoint has no more than tensors. The list of a first stage without experts has none, and cannot be
+    # merged with that of a stage that has some.
+    kept = {
+        key: value
+        for key, value in experts.items()
+        if not isinstance(value, str) and not (isinstance(value, list) and not any(value))
+    }
+    return {**whole, _EXPERTS: kept}
 
 
 def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]:
@@ -215,16 +221,22 @@ def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]
     saved = {_kind(group): group for group in _grouped(loaded).pop("param_groups")}
     states = [loaded, {**{key: value for key, value in loaded.items() if isinstance(value, str)}, **experts}]
     for one, state in zip(optimizer.chained_optimizers, states, strict=True):
-        if isinstance(one, DistributedOptimizer) or not isinstance(one, FP32Optimizer):
-            state.setdefault("optimizer", {})
         groups = one.optimizer.state_dict()["param_groups"]
         missing = [_kind(group) for group in groups if _kind(group) not in saved]
         if missing:
             raise UserError(f"the checkpoint has no parameter group with {_OF_A_KIND} = {missing[0]}")
         flag = "is_expert_parallel"
-        _grouped(state)["param_groups"] = [
+        # Where each kind of optimizer has them, the one that saved and this one.
+        inner = state.setdefault("optimizer", {})
+        inner["param_groups"] = state["param_groups"] = [
             {**saved[_kind(group)], flag: group[flag], "params": group["params"]} for group in groups
         ]
+        # Of a stage without experts nothing was read.
+        if isinstance(one, FP32Optimizer):
+            state.setdefault("state", {})
+        elif not isinstance(one, DistributedOptimizer):
+            inner.setdefault("state", {})
+            state.setdefault("fp32_from_fp16_params", [[] for _ in groups])
     return states
 
 
