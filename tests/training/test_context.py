@@ -150,10 +150,12 @@ KEPT: dict[str, dict[str, Any]] = {
 def kept(name: str, lengths: list[int], ranks_of: int) -> dict[str, int]:
     own = KEPT[name]
     parallel = {"transformer_impl": "torch", **own.get("parallel", {}), "context_parallel_size": ranks_of}
+    parallel["distributed_timeout_minutes"] = 7.0
     data = {"sequence_length": sum(lengths), "train": [{"path": "unused"}], "tokenizer": "unused"}
     branches = {**own, "parallel": parallel, "modules": FROZEN_FRONT, "data": data}
     found = ranks.run("context_cases:kept", branches, lengths, ranks_of, world=ranks_of)
     assert all(one == found[0] for one in found), "ranks hold unequally much"
+    assert found[0]["minutes"] == 7
     return dict(found[0])
 
 
