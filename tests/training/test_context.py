@@ -223,6 +223,10 @@ def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any
         ({"engine": {"fp8": "hybrid"}, "training": {"precision": "bf16"}}, "does not go with engine.fp8"),
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
         ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
+        (
+            {"model": MODEL | {"language": MODEL["language"] | {"cross_attention_layers": (1,)}}},
+            r"is not proven with layers that attend to pictures \(model.language.cross_attention_layers\)",
+        ),
         ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
         ({"parallel": {"cp_comm_type": "a2a"}}, "a2a is Transformer Engine's"),
         (
