@@ -46,10 +46,11 @@ def _recipe(language: dict[str, Any], layout: dict[str, Any], precision: str) ->
 
 
 def train(
-    language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None, precision: str = "bf16"
-) -> list[float]:
+    language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None, precision: str = "bf16",
+    lr: float = 1e-3,
+) -> list[float]:  # fmt: skip
     """Train two steps and save, or load and save at once; return the losses."""
-    return run_cases.train(_recipe(language, layout, precision), root, load, save_at=(2,))
+    return run_cases.train(_recipe(language, layout, precision) | {"optimizer": {"lr": lr}}, root, load, save_at=(2,))
 
 
 def save_while_biases_move(root: str) -> set[float]:

@@ -36,13 +36,14 @@ LONG = ("on the last stage", "on the first stage")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CHAINS])
 def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
-    """Weights, masters, moments, and biases; with the other optimizer too."""
+    """Weights, masters, moments, and biases; with the other optimizer, and another learning rate, too."""
     language, chain = CHAINS[name]
     first: dict[str, str] = {}
     load: str | None = None
     for number, (world, layout) in enumerate(chain):
         root = tmp_path / str(number)
-        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240)
+        rate = 1e-3 * (1 + number)
+        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240, lr=rate)
         load = str(root / "step-00000002")
         found = tensors(Path(load), VOCABULARY)
         first = first or found
