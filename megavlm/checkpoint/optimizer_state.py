@@ -220,7 +220,7 @@ def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]
         UserError: nothing was saved of a kind of groups.
     """
     experts = loaded.pop(_EXPERTS, {})
-    there = _grouped(loaded).pop("param_groups")
+    there = (loaded if "param_groups" in loaded else loaded["optimizer"]).pop("param_groups")
     saved, alike = {_kind(group): group for group in there}, {_kind(group, _KNOWN_BY): group for group in there}
     states = [loaded, {**{key: value for key, value in loaded.items() if isinstance(value, str)}, **experts}]
     for one, state in zip(optimizer.chained_optimizers, states, strict=True):
