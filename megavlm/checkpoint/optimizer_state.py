@@ -184,7 +184,7 @@ def _kind(group: dict[str, Any], keys: Iterable[str] = _OF_A_KIND) -> tuple[Any,
 
 
 def _grouped(state: dict[str, Any]) -> dict[str, Any]:
-    """Return where a described or loaded state has its parameter groups: the plain fp32 optimizer at the top."""
+    """Return where a described state has its parameter groups: the plain fp32 optimizer at the top."""
     inner = state.get("optimizer")
     return inner if isinstance(inner, dict) else state
 

@@ -67,6 +67,11 @@ def test_accepted(load, overrides, world_size):
             1,
             f"{L}moe_router_pre_softmax: has no effect with",
         ),
+        (
+            [*EXPERTS, f"{L}moe_router_bias_update_rate=0.01"],
+            1,
+            f"{L}moe_router_bias_update_rate: has no effect without {L}moe_router_enable_expert_bias",
+        ),
         ([*EXPERTS, GROUPS[0]], 1, f"{L}moe_router_num_groups: needs {L}moe_router_group_topk; set both"),
         (
             [*EXPERTS, *GROUPS, f"{L}moe_router_num_groups=3"],
