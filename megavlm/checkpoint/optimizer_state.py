@@ -173,16 +173,18 @@ def is_apart(optimizer: Any) -> bool:
 
 _EXPERTS = "experts"
 """Where the described state of the experts' own optimizer lies: it has no place of its own in a checkpoint."""
-_OF_A_KIND = ("wd_mult", "lr_mult", "is_decoupled_lr", "max_lr", "min_lr", "default_config")
+_KNOWN_BY = ("wd_mult", "lr_mult", "is_decoupled_lr")
+"""What Megatron-Core knows a saved parameter group by."""
+_OF_A_KIND = (*_KNOWN_BY, "max_lr", "min_lr", "default_config")
 """What parameter groups differ in."""
 
 
-def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(group.get(key) for key in _OF_A_KIND)
+def _kind(group: dict[str, Any], keys: Iterable[str] = _OF_A_KIND) -> tuple[Any, ...]:
+    return tuple(group.get(key) for key in keys)
 
 
 def _grouped(state: dict[str, Any]) -> dict[str, Any]:
-    """Return where a described or loaded state has its parameter groups: the plain fp32 optimizer at the top."""
+    """Return where a described state has its parameter groups: the plain fp32 optimizer at the top."""
     inner = state.get("optimizer")
     return inner if isinstance(inner, dict) else state
 
@@ -201,8 +203,14 @@ def together(states: list[dict[str, Any]], *, loading: bool) -> dict[str, Any]:
         for group in groups:
             kinds.setdefault(_kind(group), {**group, "is_expert_parallel": False})
         _grouped(whole)["param_groups"] = list(kinds.values())
-    # Of them a checkpoint has no more than tensors.
-    return {**whole, _EXPERTS: {key: value for key, value in experts.items() if not isinstance(value, str)}}
+    # Of them a checkpoint has no more than tensors. The list of a first stage without experts has none, and cannot be
+    # merged with that of a stage that has some.
+    kept = {
+        key: value
+        for key, value in experts.items()
+        if not isinstance(value, str) and not (isinstance(value, list) and not any(value))
+    }
+    return {**whole, _EXPERTS: kept}
 
 
 def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]:
@@ -212,19 +220,30 @@ def _taken_apart(loaded: dict[str, Any], optimizer: Any) -> list[dict[str, Any]]
         UserError: nothing was saved of a kind of groups.
     """
     experts = loaded.pop(_EXPERTS, {})
-    saved = {_kind(group): group for group in _grouped(loaded).pop("param_groups")}
+    there = (loaded if "param_groups" in loaded else loaded["optimizer"]).pop("param_groups")
+    saved, alike = {_kind(group): group for group in there}, {_kind(group, _KNOWN_BY): group for group in there}
     states = [loaded, {**{key: value for key, value in loaded.items() if isinstance(value, str)}, **experts}]
     for one, state in zip(optimizer.chained_optimizers, states, strict=True):
-        if isinstance(one, DistributedOptimizer) or not isinstance(one, FP32Optimizer):
-            state.setdefault("optimizer", {})
         groups = one.optimizer.state_dict()["param_groups"]
-        missing = [_kind(group) for group in groups if _kind(group) not in saved]
+        missing = [_kind(group, _KNOWN_BY) for group in groups if _kind(group, _KNOWN_BY) not in alike]
         if missing:
-            raise UserError(f"the checkpoint has no parameter group with {_OF_A_KIND} = {missing[0]}")
-        flag = "is_expert_parallel"
-        _grouped(state)["param_groups"] = [
-            {**saved[_kind(group)], flag: group[flag], "params": group["params"]} for group in groups
+            raise UserError(f"the checkpoint has no parameter group with {_KNOWN_BY} = {missing[0]}")
+        own = (*_OF_A_KIND, "is_expert_parallel", "params")  # rates too, which a run may change
+        # Where each kind of optimizer has them, the one that saved and this one.
+        inner = state.setdefault("optimizer", {})
+        inner["param_groups"] = state["param_groups"] = [
+            {
+                **saved.get(_kind(group), alike[_kind(group, _KNOWN_BY)]),
+                **{key: group[key] for key in own if key in group},
+            }
+            for group in groups
         ]
+        # Of a stage without experts nothing was read.
+        if isinstance(one, FP32Optimizer):
+            state.setdefault("state", {})
+        elif not isinstance(one, DistributedOptimizer):
+            inner.setdefault("state", {})
+            state.setdefault("fp32_from_fp16_params", [[] for _ in groups])
     return states
 
 

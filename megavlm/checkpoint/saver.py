@@ -430,8 +430,8 @@ def _whole(name: str) -> Iterator[None]:
 
 
 def _live(state: State) -> set[int]:
-    """Return where the memory lies that training changes: weights, masters and moments."""
-    tensors = [parameter for module in state.modules for parameter in module.parameters()]
+    """Return where the memory lies that training changes: weights, experts' biases, masters and moments."""
+    tensors = [one for module in state.modules for one in (*module.parameters(), *module.buffers())]
     if state.optimizer is not None:
         tensors += [one for _, _, held in optimizer_state.in_memory(state.optimizer) for one in held.values()]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}

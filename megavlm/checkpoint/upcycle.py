@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
 from megavlm.config import yaml12
+from megavlm.config.architecture import BRANCHES
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
+from megavlm.config.fields import meaning_of
 from megavlm.config.help import to_tree
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import Recipe
@@ -56,7 +59,7 @@ def upcycle(checkpoint: Path, out: Path, overrides: Sequence[str], seed: int) ->
         raise UserError(f"{checkpoint}: holds adapters; merge them first (megavlm convert merge)")
     recipe = load_recipe(checkpoint / "recipe.yaml", overrides, expand_presets)
     dense, _ = recipe_branches(checkpoint)
-    _check(checkpoint, to_tree(dense)["language"], recipe)
+    _check(checkpoint, to_tree(dense), recipe)
     check_recipe(recipe)
     reader, old = CheckpointReader(checkpoint), find_slots(dense)
     pieces, language = [], recipe.model.language
@@ -66,7 +69,9 @@ def upcycle(checkpoint: Path, out: Path, overrides: Sequence[str], seed: int) ->
             dtype = usual if name.endswith(".weight") else torch.float32
             pieces.append(ParameterToWrite(slot, dtype, _fresh(name, slot, dtype, language.init_method_std, seed)))
             continue
-        source = old[_EXPERT.sub(".mlp.", name)]
+        source = old.get(_EXPERT.sub(".mlp.", name))
+        if source is None:  # a newline vector, which image plans ask for
+            raise UserError(f"{checkpoint}: has no {name}; give keys of experts alone")
         pieces.append(
             ParameterToWrite(slot, reader.dtype(source), lambda source=source: reader.read(source))  # type: ignore[misc]
         )
@@ -83,14 +88,14 @@ def upcycle(checkpoint: Path, out: Path, overrides: Sequence[str], seed: int) ->
     return total
 
 
-def _check(checkpoint: Path, dense: dict[str, object], recipe: Recipe) -> None:
+def _check(checkpoint: Path, dense: dict[str, Any], recipe: Recipe) -> None:
     """Check that nothing but experts is new.
 
     Raises:
         UserError: something is, or there are experts already.
     """
     language, key = recipe.model.language, "model.language"
-    if dense.get("num_moe_experts") is not None:
+    if dense["language"].get("num_moe_experts") is not None:
         raise UserError(f"{checkpoint}: has experts already")
     if not any(language.expert_layers):
         raise UserError(f"{key}.num_moe_experts: missing; give the number of experts, as {key}.num_moe_experts=4")
@@ -101,9 +106,15 @@ def _check(checkpoint: Path, dense: dict[str, object], recipe: Recipe) -> None:
         )
     if language.moe_shared_expert_intermediate_size is not None:
         raise UserError(f"{key}.moe_shared_expert_intermediate_size: there are no weights for it; leave it out")
-    for name, value in to_tree(recipe.model)["language"].items():
-        if not name.startswith(("moe_", "num_moe_")) and dense.get(name, value) != value:
-            raise UserError(f"{key}.{name}: {value!r}, but {checkpoint} has {dense[name]!r}; leave it as it is")
+    tree = to_tree(recipe.model)
+    for branch in BRANCHES:
+        own, known = getattr(recipe.model, branch), dense[branch]
+        for name, value in tree[branch].items():
+            new = own is language and name.startswith(("moe_", "num_moe_"))
+            if not new and meaning_of(own, name).fixed and known.get(name, value) != value:
+                raise UserError(
+                    f"model.{branch}.{name}: {value!r}, but {checkpoint} has {known[name]!r}; leave it as it is"
+                )
 
 
 def _fresh(name: str, slot: Slot, dtype: torch.dtype, std: float, seed: int) -> Callable[[], Tensor]:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megavlm.config.schema import Recipe
 
 CP = "parallel.context_parallel_size"
-
-_UNPROVEN = {
-    "visual_expert": "weights of their own for image tokens",
-    "cross_layers": "layers that attend to pictures",
-}
-"""What a language model may have that would have to know which positions are a rank's."""
 
 
 def context_rules(recipe: Recipe) -> Iterator[str]:
@@ -36,11 +30,15 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
     ):
         if wrong:  # buffers, graphs and blocks of one length: samples are filled up, and packs differ by it
             yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
-    for name, what in _UNPROVEN.items():
-        value = getattr(recipe.model.language, name, False)
-        if any(value) if isinstance(value, Sequence) else value:
+    language = recipe.model.language
+    # These would have to know which positions are a rank's.
+    for name, what, there in (
+        ("visual_expert", "weights of their own for image tokens", not language.one_weight),
+        ("cross_attention_layers", "layers that attend to pictures", bool(language.cross_layers)),
+    ):
+        if there:
             yield f"{CP}: is not proven with {what} (model.language.{name}); set it to 1"
-    if recipe.model.language.shared_positions:
+    if language.shared_positions:
         yield f"{CP}: is not proven with model.language.image_positions shared; set it to 1"
     if engine.apply_rope_fusion == "on":
         yield f"{CP}: does not go with engine.apply_rope_fusion on; set that to auto or off, or this to 1"

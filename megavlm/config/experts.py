@@ -12,9 +12,12 @@ ETP = "parallel.expert_tensor_parallel_size"
 
 
 def experts_span_replicas(parallel: ParallelConfig) -> bool:
-    """Whether ranks of several replicas share out the experts, so that all must run the same forward passes."""
+    """Whether ranks of several replicas share out the experts, so that all must run the same forward passes.
+
+    Those that do are side by side: of 3 ranks of a stage, the last has experts together with the next replica's first.
+    """
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_ranks
-    return parallel.expert_model_parallel_size > 1 and ranks > _ranks_of_a_stage(parallel)
+    return parallel.expert_model_parallel_size > 1 and _ranks_of_a_stage(parallel) % ranks > 0
 
 
 def _ranks_of_a_stage(parallel: ParallelConfig) -> int:
@@ -40,8 +43,9 @@ def expert_rules(recipe: Recipe) -> Iterator[str]:
         yield "parallel.vision_placement: all_ranks is not proven with experts; set it to first_stage"
     if experts_span_replicas(parallel) and recipe.logging.panel_interval is not None:
         yield (
-            f"logging.panel_interval: one replica answers, and with {EP} above {_ranks_of_a_stage(parallel)}"
-            " (its ranks of a stage) others hold some of its experts; set it to null"
+            f"logging.panel_interval: one replica answers, and where {EP} x ranks of an expert"
+            f" ({parallel.expert_model_parallel_size * parallel.expert_tensor_ranks}) does not divide its ranks of a"
+            f" stage ({_ranks_of_a_stage(parallel)}), others hold some of its experts; set it to null"
         )
     yield from _adapters(recipe)
 

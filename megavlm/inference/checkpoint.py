@@ -137,7 +137,8 @@ def recipe_at_layout(path: Path, overrides: Sequence[str]) -> Recipe:
     if experts_span_replicas(recipe.parallel):
         raise UserError(
             f"{EP}: {recipe.parallel.expert_model_parallel_size} spreads a layer's experts over several replicas, which"
-            " answer apart; set it to parallel.tensor_model_parallel_size or a divisor of it, or to 1"
+            f" answer apart; set it to 1, or so that it x ranks of an expert ({recipe.parallel.expert_tensor_ranks})"
+            " divides parallel.tensor_model_parallel_size"
         )
     check_recipe(recipe, world_size)
     check_quantiser(recipe.lora.quantize)

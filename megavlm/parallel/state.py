@@ -57,7 +57,7 @@ def process_groups(parallel: ParallelConfig, seed: int) -> Iterator[None]:
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
             create_gloo_process_groups=True,
         )
-        replica_group()
+        replica_group(timeout)
         adam.install()
         multi_tensor.install()
         wgrad.install()
@@ -83,8 +83,12 @@ _replica: tuple[Any, int, Any] | None = None
 """The job's group, the number of its replicas, and the group of this rank's."""
 
 
-def replica_group() -> Any:
-    """Return the group of this data-parallel replica: all TP x CP x PP ranks. A collective over the job at CP > 1."""
+def replica_group(timeout: timedelta | None = None) -> Any:
+    """Return the group of this data-parallel replica: all TP x CP x PP ranks. A collective over the job at CP > 1.
+
+    Args:
+        timeout: of its collectives, for the call that makes it.
+    """
     global _replica
     if mpu.get_context_parallel_world_size() == 1:
         return mpu.get_model_parallel_group()
@@ -96,7 +100,9 @@ def replica_group() -> Any:
         groups = []
         for replica in range(replicas):
             firsts = [width * (replica + replicas * stage) for stage in range(stages)]
-            groups.append(dist.new_group([first + index for first in firsts for index in range(width)]))
+            groups.append(
+                dist.new_group([first + index for first in firsts for index in range(width)], timeout=timeout)
+            )
         _replica = world, replicas, groups[mpu.get_data_parallel_rank()]
     return _replica[2]
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
 import run_cases  # noqa: E402
+from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
+
+from megavlm.checkpoint import saver  # noqa: E402
+from megavlm.layers.experts import routers_of  # noqa: E402
+from megavlm.parallel.state import process_groups  # noqa: E402
+from megavlm.training.build import build_training  # noqa: E402
 
 VOCABULARY = 512
 _SIZES: dict[str, Any] = {
@@ -25,8 +34,7 @@ BIASED: dict[str, Any] = _SIZES | {
 """The first layer dense, the others with shared experts, groups and biases."""
 
 
-def train(language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None) -> list[float]:
-    """Train two steps and save, or load and save at once; return the losses."""
+def _recipe(language: dict[str, Any], layout: dict[str, Any], precision: str) -> dict[str, Any]:
     model = {
         "preset": "tiny",
         "vision": {"image_size": 32, "hidden_size": 48, "num_layers": 2, "ffn_hidden_size": 96}
@@ -34,5 +42,38 @@ def train(language: dict[str, Any], layout: dict[str, Any], root: str, load: str
         "connector": {"num_queries": 4, "head_dim": 16},
         "language": language,
     }
-    recipe = {"model": model, "parallel": {"transformer_impl": "torch", **layout}, "training": {"precision": "bf16"}}
-    return run_cases.train(recipe, root, load, save_at=(2,))
+    return {"model": model, "parallel": {"transformer_impl": "torch", **layout}, "training": {"precision": precision}}
+
+
+def train(
+    language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None, precision: str = "bf16",
+    lr: float = 1e-3,
+) -> list[float]:  # fmt: skip
+    """Train two steps and save, or load and save at once; return the losses."""
+    return run_cases.train(_recipe(language, layout, precision) | {"optimizer": {"lr": lr}}, root, load, save_at=(2,))
+
+
+def save_while_biases_move(root: str) -> set[float]:
+    """Save in a thread that writes when the experts' biases have moved; return what those of the checkpoint are."""
+    recipe = tiny_recipe(**_recipe(BIASED, {}, "bf16"))
+    moved, write = threading.Event(), saver.FileSystemWriterAsync.write_preloaded_data
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        moved.wait()
+        return write(*args, **kwargs)
+
+    with process_groups(recipe.parallel, 1):
+        training = build_training(recipe, IMAGE_TOKEN)
+        keeper = saver.Saver(Path(root), keep=1, asynchronous=True)
+        with mock.patch.object(saver.FileSystemWriterAsync, "write_preloaded_data", late), training.settled():
+            keeper.save(saver.State(training.modules, run={"step": 1}))
+            assert keeper._job is not None
+            keeper._job.claimed.wait()  # as the update does, behind which biases are moved
+            for _, router in (one for chunk in training.chunks for one in routers_of(chunk)):
+                assert router.expert_bias is not None
+                router.expert_bias += 1
+            moved.set()
+            path = keeper.finish()
+    assert path is not None
+    biases = [one for key, one in run_cases.numbers(path).items() if key.endswith(".expert_bias")]
+    return {value for one in biases for value in one.flatten().tolist()}

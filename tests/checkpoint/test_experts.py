@@ -21,18 +21,29 @@ CHAINS: dict[str, tuple[dict[str, Any], tuple[Place, ...]]] = {
         ((4, {**TP2, **EP2, "sequence_parallel": True}), (1, {}), (4, {**PP2, **EP2}), (2, {**EP2, **PLAIN})),
     ),
     "stacked": (STACKED, ((2, {**EP2, **PLAIN}), (4, {**TP2, "sequence_parallel": True}), (2, EP2), (1, PLAIN))),
+    # Of two stages one has no expert.
+    "on the last stage": (
+        {**STACKED, "moe_layer_freq": [0, 0, 1, 1]},
+        ((4, {**PP2, **EP2, **PLAIN}), (4, {**PP2, **EP2, **PLAIN}), (4, {**PP2, **EP2}), (1, {})),
+    ),
+    "on the first stage": (
+        {**STACKED, "moe_layer_freq": [1, 1, 0, 0]},
+        ((4, {**PP2, **EP2}), (4, {**PP2, **EP2, **PLAIN}), (4, {**PP2, **EP2, **PLAIN}), (4, {**PP2, **EP2})),
+    ),
 }
+LONG = ("on the last stage", "on the first stage")
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in CHAINS])
 def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
-    """Weights, masters, moments, and biases; with the other optimizer too."""
+    """Weights, masters, moments, and biases; with the other optimizer, and another learning rate, too."""
     language, chain = CHAINS[name]
     first: dict[str, str] = {}
     load: str | None = None
     for number, (world, layout) in enumerate(chain):
         root = tmp_path / str(number)
-        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240)
+        rate = 1e-3 * (1 + number)
+        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240, lr=rate)
         load = str(root / "step-00000002")
         found = tensors(Path(load), VOCABULARY)
         first = first or found
@@ -41,3 +52,21 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
     assert {key.removeprefix("optimizer.state.").partition(".")[0] for key in experts} == {
         "language", "param", "exp_avg", "exp_avg_sq"
     }  # fmt: skip
+
+
+@pytest.mark.long
+def test_the_other_optimizer_goes_on_in_fp32(tmp_path: Path) -> None:
+    """Where the plain one has no masters, and its parameter groups elsewhere."""
+    found, load = [], None
+    for number, layout in enumerate((EP2, {**EP2, **PLAIN}, {**EP2, **PLAIN}, EP2)):
+        root = tmp_path / str(number)
+        ranks.run("expert_checkpoint_cases:train", STACKED, layout, str(root), load, precision="fp32", world=2)
+        load = str(root / "step-00000002")
+        whole = tensors(Path(load), VOCABULARY)
+        found.append({key: one for key, one in whole.items() if not key.startswith("optimizer.state.param.")})
+    assert all(one == found[0] for one in found) and any(".exp_avg.language" in key for key in found[0])
+
+
+def test_a_save_in_a_thread_has_the_biases_of_its_step(tmp_path: Path) -> None:
+    (biases,) = ranks.run("expert_checkpoint_cases:save_while_biases_move", str(tmp_path))
+    assert biases == {0.0}

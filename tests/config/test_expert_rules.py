@@ -13,6 +13,7 @@ SIGMOID = [f"{L}moe_router_score_function=sigmoid", f"{L}moe_router_enable_exper
 GROUPS = [f"{L}moe_router_num_groups=4", f"{L}moe_router_group_topk=2", f"{L}moe_router_topk=4"]
 SHARED = [f"{L}moe_shared_expert_intermediate_size=48"]
 TP2 = [f"{P}tensor_model_parallel_size=2", f"{P}sequence_parallel=true"]
+CP3 = f"{P}context_parallel_size=3"
 EP2 = [f"{P}expert_model_parallel_size=2"]
 BIASES = [f"{L}add_bias_linear=true"]
 LORA = ["lora.rank=4", "checkpoint.load=unused"]
@@ -32,6 +33,7 @@ LORA = ["lora.rank=4", "checkpoint.load=unused"]
         ([*EXPERTS, *EP2, f"{P}pipeline_model_parallel_size=2"], 4),
         ([*EXPERTS, *LORA, "lora.targets=[attn.c_attn]"], 1),
         ([*EXPERTS, *TP2, *EP2, "logging.panel_interval=10"], 2),
+        ([*EXPERTS, *EP2, f"{P}context_parallel_size=4", "logging.panel_interval=10"], 4),
         ([*EXPERTS, f"{L}moe_router_topk=1", f"{L}moe_router_pre_softmax=true"], 1),
     ],
 )
@@ -64,6 +66,11 @@ def test_accepted(load, overrides, world_size):
             [*EXPERTS, SIGMOID[0], f"{L}moe_router_pre_softmax=true"],
             1,
             f"{L}moe_router_pre_softmax: has no effect with",
+        ),
+        (
+            [*EXPERTS, f"{L}moe_router_bias_update_rate=0.01"],
+            1,
+            f"{L}moe_router_bias_update_rate: has no effect without {L}moe_router_enable_expert_bias",
         ),
         ([*EXPERTS, GROUPS[0]], 1, f"{L}moe_router_num_groups: needs {L}moe_router_group_topk; set both"),
         (
@@ -103,6 +110,8 @@ def test_accepted(load, overrides, world_size):
         ([*EXPERTS, "engine.fp8=hybrid"], 1, "engine.fp8: layers with experts are not proven in FP8"),
         ([*EXPERTS, "engine.cuda_graph_impl=transformer_engine"], 1, "engine.cuda_graph_impl: how many tokens"),
         ([*EXPERTS, *EP2, "logging.panel_interval=5"], 2, "logging.panel_interval: one replica answers"),
+        # Of ranks 0 to 5, 2 and 3 share experts, and are of two replicas.
+        ([*EXPERTS, *EP2, CP3, "logging.panel_interval=5"], 6, "logging.panel_interval: one replica answers"),
         ([*EXPERTS, *LORA, "lora.targets=[all-linear]"], 1, "lora.targets: 'all-linear' means MLPs too"),
         ([*EXPERTS, *LORA, "lora.targets=[c_proj]"], 1, "lora.targets: 'c_proj' means MLPs too"),
         (

@@ -16,14 +16,17 @@ from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import context_length, make_batch  # noqa: E402
 from megavlm.models.build import build_model, unwrap  # noqa: E402
-from megavlm.parallel.state import process_groups  # noqa: E402
+from megavlm.parallel.state import process_groups, replica_group  # noqa: E402
 from megavlm.planning.activations import held_by  # noqa: E402
 from megavlm.planning.layout import layout_of  # noqa: E402
 from megavlm.planning.workload import assume_workload  # noqa: E402
 
 
 def kept(branches: dict[str, Any], lengths: list[int], gpus: int) -> dict[str, int]:
-    """Return the bytes that a forward pass of samples of such lengths keeps on this rank, really and as planned."""
+    """Return the bytes that a forward pass of samples of such lengths keeps on this rank, really and as planned.
+
+    With them, after how many minutes its replica's collectives give up.
+    """
     recipe, total = tiny_recipe(**branches), sum(lengths)
     with process_groups(recipe.parallel, recipe.training.seed):
         model = build_model(recipe, IMAGE_TOKEN)[0]
@@ -39,4 +42,6 @@ def kept(branches: dict[str, Any], lengths: list[int], gpus: int) -> dict[str, i
         layout = layout_of(recipe, gpus)
         load = assume_workload(recipe, 0, len(lengths)).of_rank(layout.context)
         held = held_by(recipe, layout, layout.chunks[0], load.tokens, 0)
-        return {"real": saved.bytes, "planned": held.kept, "tokens": batch.length}
+        patience = replica_group()._get_backend(torch.device("cpu")).options._timeout
+        minutes = round(patience.total_seconds() / 60)
+        return {"real": saved.bytes, "planned": held.kept, "tokens": batch.length, "minutes": minutes}

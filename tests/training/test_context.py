@@ -150,10 +150,12 @@ KEPT: dict[str, dict[str, Any]] = {
 def kept(name: str, lengths: list[int], ranks_of: int) -> dict[str, int]:
     own = KEPT[name]
     parallel = {"transformer_impl": "torch", **own.get("parallel", {}), "context_parallel_size": ranks_of}
+    parallel["distributed_timeout_minutes"] = 7.0
     data = {"sequence_length": sum(lengths), "train": [{"path": "unused"}], "tokenizer": "unused"}
     branches = {**own, "parallel": parallel, "modules": FROZEN_FRONT, "data": data}
     found = ranks.run("context_cases:kept", branches, lengths, ranks_of, world=ranks_of)
     assert all(one == found[0] for one in found), "ranks hold unequally much"
+    assert found[0]["minutes"] == 7
     return dict(found[0])
 
 
@@ -221,6 +223,10 @@ def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any
         ({"engine": {"fp8": "hybrid"}, "training": {"precision": "bf16"}}, "does not go with engine.fp8"),
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
         ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
+        (
+            {"model": MODEL | {"language": MODEL["language"] | {"cross_attention_layers": (1,)}}},
+            r"is not proven with layers that attend to pictures \(model.language.cross_attention_layers\)",
+        ),
         ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
         ({"parallel": {"cp_comm_type": "a2a"}}, "a2a is Transformer Engine's"),
         (

@@ -67,6 +67,7 @@ def test_upcycling_copies_mlps_and_changes_no_logits(tmp_path: Path) -> None:
             f"{L}moe_shared_expert_intermediate_size: there",
         ),
         ([EXPERTS[0], f"{L}hidden_size=32"], f"{L}hidden_size: 32, but"),
+        ([EXPERTS[0], "model.vision.num_layers=9"], "model.vision.num_layers: 9, but"),
     ):
         done = ranks.megavlm(["upcycle", str(tmp_path / "dense"), f"--out={tmp_path / 'no'}", *words], check=False)
         assert done.code == 2 and said in done.stdout + done.stderr, done

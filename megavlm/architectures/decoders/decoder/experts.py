@@ -131,6 +131,12 @@ def _router(language: Any, experts: int) -> Iterator[str]:
             f"{_OWN}.moe_router_enable_expert_bias: goes with {_OWN}.moe_router_score_function sigmoid; set that, or"
             " this to false"
         )
+    plain = ExpertsConfig.__pydantic_fields__["moe_router_bias_update_rate"].default  # type: ignore[attr-defined]
+    if language.moe_router_bias_update_rate != plain and not language.moe_router_enable_expert_bias:
+        yield (
+            f"{_OWN}.moe_router_bias_update_rate: has no effect without {_OWN}.moe_router_enable_expert_bias; set that,"
+            " or leave this out"
+        )
     if (groups is None) != (chosen is None):
         missing, there = ("num_groups", "group_topk") if groups is None else ("group_topk", "num_groups")
         yield f"{_OWN}.moe_router_{there}: needs {_OWN}.moe_router_{missing}; set both, or both to null"
