@@ -128,6 +128,8 @@ def pair_rules(pair: PairConfig, layout: ParallelConfig, second_rules: Any) -> I
         )
     if pair.deepstack_layers:
         yield f"{_OWN}.deepstack_layers: goes with one tower, and {pair.preset} has two; set it to []"
+    if pair.class_feature:
+        yield f"{_OWN}.class_feature: goes with one tower, and {pair.preset} has two; set it to false"
     high = pair.high
     if pair.low_from == "high" and (pair.image_mean, pair.image_std) != (high.image_mean, high.image_std):
         yield (
