@@ -83,6 +83,12 @@ def test_what_is_not_known_is_refused(
         TEXT_KINDS[ROWS[name].preset].branch({**config, **change}, "config.json")
 
 
+@pytest.mark.parametrize("name", [name for name, kind in TEXT_KINDS.items() if kind.in_transformers])
+def test_what_a_text_config_may_leave_out_is_as_its_class_has_it(name: str) -> None:
+    defaults, own = TEXT_KINDS[name].defaults, AutoConfig.for_model(name)
+    assert defaults and {key: getattr(own, key) for key in defaults} == defaults
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of_a_text_config(name: str, written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
     """Their number under either name; what it leaves out is as its class in Transformers has it."""
