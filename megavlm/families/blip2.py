@@ -58,7 +58,7 @@ class Blip2Family(Family):
         vision |= normalisation(source, vision["image_size"])
         connector = _q_former(config.get("qformer_config") or {}, where)
         connector["num_queries"] = config.get("num_query_tokens", 32)
-        text = need(config, "text_config", where)
+        text = {"model_type": "opt", **need(config, "text_config", where)}  # its class's own, which is refused
         return {
             "vision": vision,
             "connector": connector,
