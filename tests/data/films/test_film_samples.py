@@ -27,7 +27,6 @@ from megavlm.data.films.film import Film
 from megavlm.data.films.plan import FilmShape
 from megavlm.data.films.read import frames_of
 from megavlm.data.films.source import FilePart
-from megavlm.data.inspect.collect import _open
 from megavlm.data.media import ImageShape, plan_of
 from megavlm.data.patches import patches_of
 from megavlm.data.plans_native import NativePlan
@@ -73,7 +72,7 @@ def shards(root: Path, records: list[Any], media: Path) -> tuple[list[dict[str, 
     """Prepare records; return each sample's files, and the causes of what was rejected."""
     last = messages("?") if "messages" in records[0] else llava("?")  # a data set of nothing is not written
     out = prepare(root, [*records, last], name="d", images=media)
-    reader = _open(str(out))
+    reader = shard_reader.open_shards(str(out))
     samples = [{key: value for key, value in reader[i].items() if not key.startswith("__")} for i in range(len(reader))]
     rejected = [json.loads(line)["cause"] for line in (out / "rejected.jsonl").read_text().splitlines()]
     return samples[:-1], rejected
@@ -266,13 +265,13 @@ def test_large_samples_are_read_without_their_films(
     monkeypatch.setattr(shard_reader, "_LARGE", 0)
     part = small[0]["film0"]
     assert isinstance(part, FilePart)
-    large = _open(str(Path(part.path).parent))[0]
+    large = shard_reader.open_shards(str(Path(part.path).parent))[0]
     assert {key: large[key] for key in small[0]} == small[0]
     assert seen and not any(part.offset + 512 <= at < part.offset + part.size - 512 for at, _ in seen)
     with Path(part.path).open("r+b") as shard:  # the header of the film's own entry
         shard.seek(part.offset - 512)
         shard.write(b"x" * 300)
-    assert _open(str(Path(part.path).parent))[0][shard_reader.DEFECT] == shard_reader.BROKEN
+    assert shard_reader.open_shards(str(Path(part.path).parent))[0][shard_reader.DEFECT] == shard_reader.BROKEN
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
