@@ -128,6 +128,10 @@ def pair_rules(pair: PairConfig, layout: ParallelConfig, second_rules: Any) -> I
         )
     if pair.deepstack_layers:
         yield f"{_OWN}.deepstack_layers: goes with one tower, and {pair.preset} has two; set it to []"
+    if pair.class_feature:
+        yield f"{_OWN}.class_feature: goes with one tower, and {pair.preset} has two; set it to false"
+    if pair.frozen_tower == "high" and pair.high_lr_multiplier != 1:
+        yield f"{_OWN}.high_lr_multiplier: has no effect with {_OWN}.frozen_tower high; set it to 1, or that to null"
     high = pair.high
     if pair.low_from == "high" and (pair.image_mean, pair.image_std) != (high.image_mean, high.image_std):
         yield (

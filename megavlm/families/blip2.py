@@ -42,7 +42,7 @@ class Blip2Family(Family):
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",), "connector": ("q_former",), "language": ("decoder",),
     }  # fmt: skip
-    class_feature = preprocesses = True
+    class_feature = preprocesses = own_rotary = own_norms = True
     image_plan = "squash"
 
     def detect(self, source: Source) -> bool:
@@ -58,7 +58,7 @@ class Blip2Family(Family):
         vision |= normalisation(source, vision["image_size"])
         connector = _q_former(config.get("qformer_config") or {}, where)
         connector["num_queries"] = config.get("num_query_tokens", 32)
-        text = need(config, "text_config", where)
+        text = {"model_type": "opt", **need(config, "text_config", where)}  # its class's own, which is refused
         return {
             "vision": vision,
             "connector": connector,
@@ -121,7 +121,10 @@ class Blip2Family(Family):
         """Tower, connector, language model and image plan must be BLIP-2's kinds."""
         if model.image.kind != "squash":
             return f"the image plan is {model.image.kind}, BLIP-2 squashes pictures"
-        return no_blip2_tower(model.vision) or no_half(model.language)
+        # The half is a class with a head of its own, which has a bias where that of the kind alone has one.
+        if getattr(model.language, "add_bias_linear", False) and not model.language.lm_head_bias:
+            return "the output layer has no bias (model.language.lm_head_bias), which Phi's class has"
+        return no_blip2_tower(model.vision) or no_half(model.language, head_bias=True)
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``image_token_index``, or its newer name."""

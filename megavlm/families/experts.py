@@ -19,18 +19,21 @@ _PLAIN_ROUTER: Tree = {
 """What the routers of both have one value for, and DeepSeek's and GLM's another."""
 
 
-def experts_branch(config: Mapping[str, Any], where: str, *, normalised: bool | None = None) -> Tree:
+def experts_branch(
+    config: Mapping[str, Any], where: str, *, experts: int | None = None, normalised: bool | None = None
+) -> Tree:
     """Return the keys of experts of a Qwen3-MoE ``config.json``.
 
     Args:
         config: of the language model; Transformers 5 calls ``num_experts`` ``num_local_experts``.
         where: its file, for messages.
+        experts: of a layer, where it says nothing of them; None where it has to.
         normalised: whether the scores of the chosen experts add up to 1; None where ``norm_topk_prob`` says it.
 
     Raises:
         UserError: a key is missing or wrong, or no layer has experts.
     """
-    count = _number_of_experts(config, where)
+    count = _number_of_experts(config, where, experts)
     layers = need(config, "num_hidden_layers", where)
     step, dense = number(config, "decoder_sparse_step", where, 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple) or any(type(one) is not int or not 0 <= one < layers for one in dense):
@@ -54,11 +57,12 @@ def experts_branch(config: Mapping[str, Any], where: str, *, normalised: bool | 
     }
 
 
-def _number_of_experts(config: Mapping[str, Any], where: str) -> int:
+def _number_of_experts(config: Mapping[str, Any], where: str, default: int | None) -> int:
     old, new = config.get("num_experts"), config.get("num_local_experts")
     if old is not None and new is not None and old != new:
         raise UserError(f"{where}: num_experts is {old} and num_local_experts {new}; correct one of them")
-    count = need({"num_experts": new if old is None else old}, "num_experts", where)
+    said = new if old is None else old
+    count = need({"num_experts": default if said is None else said}, "num_experts", where)
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise UserError(f"{where}: num_experts is {count!r}; a mixture has at least 2")
     return count
@@ -99,7 +103,7 @@ def other_experts(language: LanguageConfig) -> str | None:
 
 def _read_qwen3_moe(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, model_type="qwen3_moe", hidden_act="silu", attention_bias=False, use_sliding_window=False)
-    return {**shape(config, where, "qwen3_moe"), **experts_branch(config, where)}
+    return {**shape(config, where, "qwen3_moe"), **experts_branch(config, where, experts=128)}
 
 
 def _write_qwen3_moe(language: LanguageConfig) -> Tree:
@@ -117,9 +121,9 @@ def _write_qwen3_moe(language: LanguageConfig) -> Tree:
 
 def _read_mixtral(config: Mapping[str, Any], where: str) -> Tree:
     expect(config, where, model_type="mixtral", hidden_act="silu", router_jitter_noise=0.0)
-    count = _number_of_experts({"num_local_experts": 8, **config}, where)
+    count = _number_of_experts(config, where, 8)
     return {
-        **shape(config, where, "mixtral"),
+        **shape({"rope_theta": 1e6, **config}, where, "mixtral"),
         "sliding_window": config.get("sliding_window"),
         "num_moe_experts": count,
         "moe_router_topk": _chosen_experts({"num_experts_per_tok": 2, **config}, count, where),
@@ -159,7 +163,7 @@ QWEN3_MOE = TextKind(
     defaults={
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 32,
         "num_key_value_heads": 4, "vocab_size": 151936, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-        "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
+        "moe_intermediate_size": 768, "num_experts_per_tok": 8,
     },
     templates=("qwen2",),
 )  # fmt: skip

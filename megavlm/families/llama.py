@@ -57,8 +57,13 @@ QWEN2 = TextKind(
 )  # fmt: skip
 QWEN3 = TextKind(
     "qwen3", "Qwen3", LLAMA_LANGUAGE, llama_language, llama_config,
-    {"qk_layernorm": True, "rotary_sections": ANY}, defaults=LLAMA_DEFAULTS,
-    templates=("llama_3", "phi_3", "vicuna_v1"),
+    {"qk_layernorm": True, "rotary_sections": ANY},
+    defaults={
+        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
+    templates=("qwen2",),
 )  # fmt: skip
 MISTRAL = TextKind(
     "mistral", "Mistral", LLAMA_LANGUAGE, _read_mistral, _write_mistral, {"sliding_window": ANY},

@@ -75,13 +75,13 @@ class MllamaFamily(Family):
     def branches(self, source: Source) -> Tree:
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
-        text = {**_TEXT, **need(config, "text_config", where)}
+        text = {**_TEXT, **_told(config, "text_config", where)}
         expect(text, where, model_type="mllama_text_model", dropout=0)
         rows, layers = text["vocab_size"], tuple(text["cross_attention_layers"])
         text["cross_attention_layers"] = layers
         language = llama_language({**text, "model_type": "llama"}, where)
         language |= {"vocab_size": rows + _MORE, "output_vocab_size": rows, "cross_attention_layers": layers}
-        vision = _tower({**_VISION, **need(config, "vision_config", where)}, where)
+        vision = _tower({**_VISION, **_told(config, "vision_config", where)}, where)
         pixels, image = normalisation(source, vision["image_size"]), _pictures(source, vision)
         return {"vision": vision | pixels, "connector": {"preset": "linear"}, "language": language, "image": image}
 
@@ -169,6 +169,11 @@ class MllamaFamily(Family):
         """``image_token_index``, or its newer name."""
         token = source.config.get("image_token_id", source.config.get("image_token_index", 128256))
         return {"image": token} if isinstance(token, int) else {}
+
+
+def _told(config: Mapping[str, Any], key: str, where: str) -> Tree:
+    """Return a part's configuration without what is null: its class then takes its own."""
+    return {name: value for name, value in need(config, key, where).items() if value is not None}
 
 
 def _tower(visual: Mapping[str, Any], where: str) -> Tree:

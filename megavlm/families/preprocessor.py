@@ -90,7 +90,7 @@ def _of_kind(tree: Mapping[str, Any], key: str) -> list[float] | None:
     kind = str(tree.get("image_processor_type", ""))
     if kind.startswith(("CLIP", "Llava", "GotOcr2", "DeepseekVL", "VLM")):
         return CLIP_MEAN if key == "image_mean" else CLIP_STD
-    return [0.5] * 3 if kind.startswith(("Siglip", "ViT", "Idefics3", "SmolVLM")) else None
+    return [0.5] * 3 if kind.startswith(("Siglip", "ViT", "Idefics3", "SmolVLM", "Mllama")) else None
 
 
 def _number(value: Any) -> bool:

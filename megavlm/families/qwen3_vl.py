@@ -63,9 +63,10 @@ class Qwen3VLFamily(Qwen2VLFamily):
         language = self._language(text, where)
         language["rotary_sections"] = language.get("rotary_sections") or _SECTIONS
         language["rotary_sections_interleaved"] = True  # whatever mrope_interleaved says: its code does not ask
-        language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
-            flag(tree, "tie_word_embeddings", where, default=False) for tree in (config, text)
-        )
+        # The outer key is asked; that of text_config, true with experts in what Transformers 5 writes, only without it.
+        tree = text if config.get("tie_word_embeddings") is None else config
+        tied = flag(tree, "tie_word_embeddings", where, default=False)
+        language["tie_word_embeddings"] = tied or "lm_head.weight" not in source
         vision = self._tower({"patch_size": 16, **visual}, language["hidden_size"], where)
         image, pixels = native_pictures(source, vision)
         connector = {"preset": "patch_merger", "merge_size": vision["spatial_merge_size"]}
@@ -200,8 +201,10 @@ class Qwen3VLMoeFamily(Qwen3VLFamily):
         return "outputs_first" if model.language.hidden_size in (width, 2 * width) else "hub"
 
     def _language(self, text: Mapping[str, Any], where: str) -> Tree:
+        heads, hidden = need(text, "num_attention_heads", where), need(text, "hidden_size", where)
+        own = {**text, "head_dim": text.get("head_dim") or hidden // heads}  # of the dense ones' class: 128
         # Its router's scores add up to 1, whatever norm_topk_prob says: its code does not ask.
-        return {**super()._language(text, where), **experts_branch(text, where, normalised=True)}
+        return {**super()._language(own, where), **experts_branch(text, where, normalised=True)}
 
     def _text_config(self, language: LanguageConfig) -> Tree:
         return {**super()._text_config(language), **experts_config(language), "norm_topk_prob": True}

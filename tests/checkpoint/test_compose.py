@@ -20,8 +20,9 @@ from family_cases import (
     visual_config,
     write,
 )
+from text_cases import ROWS
 from tokenizer_files import write_llama
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from megavlm.cli import main
 from megavlm.config import yaml12
@@ -132,6 +133,27 @@ def test_no_family_holds_an_odd_mixture_but_its_parts_go_home(
     assert main(["convert", "megatron-to-hf", *refused, "siglip"]) == 2
     assert "the vision tower is not SigLIP's" in capsys.readouterr().err
     assert main(["convert", "megatron-to-hf", *refused, "bert"]) == 2
+
+
+@pytest.mark.family("llava", "qwen3_moe", "mixtral")
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_a_language_model_with_experts_in_a_llava(name: str, tmp_path: Path) -> None:
+    """As Transformers reads it; and as it is written there, where experts are counted under a newer name."""
+    alone, clip = ROWS[name].make(), make("clip_vision", tmp_path / "clip")
+    alone.save_pretrained(tmp_path / "llm")
+    assert compose(tmp_path / "m", "--language", tmp_path / "llm", "--vision", clip) == 0
+    out = export(tmp_path / "m", tmp_path / "out", "--family", "llava")
+    whole, told = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    there = whole.model.language_model.state_dict()
+    assert all(torch.equal(value, there[key]) for key, value in alone.model.state_dict().items())
+    again = tmp_path / "again"
+    whole.save_pretrained(again)
+    (again / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    assert compose(tmp_path / "n", "--hf", again) == 0
+    home = load(export(tmp_path / "n", tmp_path / "home"))
+    own = {key: value for key, value in load(out).items() if key.startswith("language_model.")}
+    assert any("experts" in key for key in own) and all(torch.equal(home[key], value) for key, value in own.items())
 
 
 @pytest.mark.parametrize("change", ["queries", "width of heads", "rows of the table", "grouped queries"])

@@ -65,6 +65,11 @@ def test_pixels_are_those_of_its_processor() -> None:
             ["model.vision.deepstack_layers=[0]", "model.vision.post_layernorm=false"],
             "model.vision.deepstack_layers: goes with one tower",
         ),
+        (
+            ["model.vision.class_token=true", "model.vision.class_feature=true", "model.connector={preset: q_former}"],
+            "model.vision.class_feature: goes with one tower",
+        ),
+        (["model.vision.high_lr_multiplier=0.5"], "high_lr_multiplier: has no effect with model.vision.frozen_tower"),
         (["model.vision.low_from=high"], "model.vision.low_from: high takes pixels that the second tower's mean"),
         (["model.vision.high_window=3"], "did you mean model.vision.high_window_size?"),
     ],

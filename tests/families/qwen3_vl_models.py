@@ -84,7 +84,10 @@ QWEN3_VL: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "qwen3_vl_moe": ("qwen3_vl_moe", lambda directory: save_as_on_the_hub(qwen3_vl_moe(), directory)),
     "qwen3_vl_moe_outputs_first": (
         "qwen3_vl_moe",
-        lambda directory: save(qwen3_vl_moe(mlp_only_layers=[0], num_hidden_layers=3), directory),
+        # A head of its own, of which text_config says nothing that counts: as Transformers' class has it.
+        lambda directory: save(
+            qwen3_vl_moe(mlp_only_layers=[0], num_hidden_layers=3, tie_word_embeddings=True), directory
+        ),
     ),
 }
 """What makes a checkpoint, by name, and its family."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from deepseek_models import deepseek_hybrid, deepseek_vl, deepseek_vl_original
-from family_cases import load
+from family_cases import llama, load
 from idefics3_models import idefics3
 
 from megavlm.cli import main
@@ -53,6 +53,17 @@ def test_both_layouts_are_one_model(tmp_path: Path) -> None:
     assert back.keys() == original.keys() and all(torch.equal(back[name], value) for name, value in original.items())
     tree = json.loads((tmp_path / "b-home" / "config.json").read_text())
     assert tree["vision_config"]["params"]["model_name"] == "siglip_tiny_patch7_28"
+
+
+@pytest.mark.family("deepseek_vl_hybrid")
+def test_two_towers_before_another_language_model(tmp_path: Path) -> None:
+    """With the plan that makes both renderings."""
+    deepseek_hybrid().save_pretrained(tmp_path / "hf")
+    llama().save_pretrained(tmp_path / "llm")
+    parts = ["--language", str(tmp_path / "llm"), "--vision", str(tmp_path / "hf"), "--out", str(tmp_path / "m")]
+    assert main(["convert", "hf-to-megatron", *parts]) == 0
+    model = load_recipe(tmp_path / "m" / "recipe.yaml", [], expand_presets).model
+    assert (model.image.kind, model.connector.preset, len(model.vision.towers)) == ("fit_pair", "mlp2x_gelu", 2)
 
 
 Change = Callable[[Tree, Tree], None]

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mllama_models import FILES, mllama, save
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import (
+    MllamaImageProcessorPil,
     get_all_supported_aspect_ratios,
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
@@ -21,6 +23,7 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.known import FAMILIES
 from megavlm.families.presets import expand_presets
+from megavlm.weights.source import Source
 
 
 def preset() -> ModelConfig:
@@ -87,3 +90,21 @@ def test_files_that_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixtu
     pictures.write_text(json.dumps({**FILES, "max_image_tiles": 6}))
     assert "max_image_tiles is 6" in refused()
     assert mllama().config.text_config.cross_attention_layers == [1, 3, 6]
+
+
+@pytest.mark.family("mllama")
+def test_what_its_files_leave_out_is_as_its_classes_have_it(tmp_path: Path) -> None:
+    save(tmp_path)
+    config, pictures = tmp_path / "config.json", tmp_path / "preprocessor_config.json"
+    tree, left_out = json.loads(config.read_text()), ("image_mean", "image_std", "resample")
+    tree["text_config"] |= {"cross_attention_layers": None, "rope_parameters": None}
+    tree["vision_config"] |= {"intermediate_layers_indices": None, "vision_output_dim": None}
+    config.write_text(json.dumps(tree))
+    pictures.write_text(json.dumps({key: value for key, value in FILES.items() if key not in left_out}))
+    found = FAMILIES["mllama"].branches(Source(tmp_path))
+    language, vision, text = found["language"], found["vision"], MllamaTextConfig()
+    assert language["cross_attention_layers"] == tuple(text.cross_attention_layers)
+    assert language["rotary_base"] == text.rope_parameters["rope_theta"]
+    assert vision["intermediate_layers"] == tuple(MllamaVisionConfig().intermediate_layers_indices)
+    assert vision["image_mean"] == MllamaImageProcessorPil.image_mean
+    assert vision["image_std"] == MllamaImageProcessorPil.image_std

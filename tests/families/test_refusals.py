@@ -71,6 +71,23 @@ def test_a_key_is_written_or_refused(name: str) -> None:
                 assert family.config(changed, {}) != before, (key, other)
 
 
+@pytest.mark.parametrize(
+    ("language", "kind"),
+    [
+        ("phi_2", "phi"), ("phi_3_mini_4k", "phi3"), ("stablelm_2_1_6b", "stablelm"), ("glm_4_9b", "glm4"),
+        ("gemma_2b", "gemma"), ("gemma_3_1b", "gemma3_text"), ("mistral_7b_v0_1", "mistral"), ("qwen3_8b", "qwen3"),
+        ("qwen3_30b_a3b", "qwen3_moe"), ("mixtral_8x7b", "mixtral"),
+    ],
+)  # fmt: skip
+def test_blip2_is_written_on_what_it_is_read_on(language: str, kind: str) -> None:
+    """TinyGPT-V is one on Phi-2."""
+    load_presets()
+    tree = expand_presets({"model": {**WITHOUT_PRESET[0], "language": {"preset": language}}})["model"]
+    model = TypeAdapter(ModelConfig).validate_python(tree)
+    assert FAMILIES["blip2"].refusal(model) is None
+    assert FAMILIES["blip2"].config(model, {})["text_config"]["model_type"] == kind
+
+
 TOWERS: dict[str, tuple[Any, ...]] = {
     "activation": ("gelu", "gelu_tanh", "quick_gelu"), "normalization": ("LayerNorm", "RMSNorm"),
     "qk_norm": ("width", None), "rotary_base": (10000.0, None),

@@ -83,6 +83,25 @@ def test_what_is_not_known_is_refused(
         TEXT_KINDS[ROWS[name].preset].branch({**config, **change}, "config.json")
 
 
+@pytest.mark.parametrize("name", [name for name, kind in TEXT_KINDS.items() if kind.in_transformers])
+def test_what_a_text_config_may_leave_out_is_as_its_class_has_it(name: str) -> None:
+    defaults, own = TEXT_KINDS[name].defaults, AutoConfig.for_model(name)
+    assert defaults and {key: getattr(own, key) for key in defaults} == defaults
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_a_text_config(name: str, written: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """Their number under either name; what it leaves out is as its class in Transformers has it."""
+    folder, branches = written
+    kind, config = TEXT_KINDS[ROWS[name].preset], json.loads((folder / name / "config.json").read_text())
+    count, own = config.pop("num_local_experts"), AutoConfig.for_model(kind.model_type)
+    for key in ("num_experts", "num_local_experts"):
+        assert kind.branch({**kind.defaults, **config, key: count}, "config.json") == branches[name]
+    del config["rope_parameters"]
+    found = kind.branch({**kind.defaults, **config}, "config.json")
+    assert (found["num_moe_experts"], found["rotary_base"]) == (own.num_experts, own.rope_parameters["rope_theta"])
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -206,6 +206,8 @@ def test_the_planner_counts_their_parameters() -> None:
         ({"output_vocab_size": 600}, {}, "model.language.output_vocab_size: 600 is more than"),
         ({}, {"tensor_model_parallel_size": 4}, "model.language.num_query_groups: 2 is not divisible by"),
         ({"add_bias_linear": True}, {}, "model.language.cross_attention_layers: go with Llama's layers alone"),
+        ({"visual_expert": True}, {}, "model.language.visual_expert: is for features among the tokens"),
+        ({"image_positions": "shared"}, {}, "shared goes without model.language.cross_attention_layers"),
     ],
 )
 def test_what_is_refused(language: dict[str, Any], parallel: dict[str, Any], expected: str) -> None:

@@ -204,15 +204,17 @@ def _needed_plan(given: Sequence[SourceOfParts]) -> Tree:
     """Return the image plan of a source that cannot be without it; empty where pictures may be squashed.
 
     That is the one that gives the connector, where a vector of its plan is part of that or it goes with no other, or
-    the one that gives a tower which takes pictures of any size.
+    the one that gives a tower which takes pictures of any size, or two towers, which take two renderings of each.
     """
     for one in given:
         image = one.branches.get("image") or {"kind": one.family.image_plan}
         kind = plan_kinds().get(str(image.get("kind")))
         connects = "connector" in one.parts
         bound = connects and (one.family.plan_of_connector or (kind is not None and kind.plan.newline))
-        vision = one.branches.get("vision") if "vision" in one.parts else None
-        if bound or (vision and make_model({"vision": vision}, str(one.source.path)).vision.packed):
+        if not bound and "vision" in one.parts:
+            tower = make_model({"vision": one.branches["vision"]}, str(one.source.path)).vision
+            bound = tower.packed or len(tower.towers) > 1
+        if bound:
             return {"image": image}
     return {}
 

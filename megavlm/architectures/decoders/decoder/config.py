@@ -297,9 +297,17 @@ def _visual_expert(language: DecoderConfig) -> Iterator[str]:
             yield f"{key}: is for an MLP with a gate; set {_OWN}.gated_linear_unit to true, or this to false"
         if language.attention_mask != "causal":
             yield f"{key}: goes with {_OWN}.attention_mask causal; set that, or this to false"
+        if language.cross_attention_layers:
+            yield f"{key}: is for features among the tokens; set {_OWN}.cross_attention_layers to [], or this to false"
     if language.shared_positions:
-        for name, plain in (("rotary_sections", ()), ("rope_local_base_freq", None), ("use_dynamic_ntk", False)):
-            if getattr(language, name) != plain:
+        plain = {
+            "rotary_sections": (),
+            "rope_local_base_freq": None,
+            "cross_attention_layers": (),
+            "use_dynamic_ntk": False,
+        }
+        for name, value in plain.items():
+            if getattr(language, name) != value:
                 yield f"{_OWN}.image_positions: shared goes without {_OWN}.{name}; set one of them back"
         if language.use_logn_attn:
             yield f"{_OWN}.image_positions: shared goes without {_OWN}.use_logn_attn; set one of them back"
