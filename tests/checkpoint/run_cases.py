@@ -79,7 +79,7 @@ def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: t
 
 
 def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
-    """Put a pack on this rank; for a tower of pictures of any size with patches of the same numbers."""
+    """Put a pack on this rank; for a tower of pictures of any size, or for two, with pixels of the same numbers."""
     arrangement = None
     if model.vision.packed:
         vision, count, side = model.vision, len(pixels), 2 * model.vision.spatial_merge_size  # four tokens each
@@ -87,6 +87,9 @@ def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
         pixels = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
         grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))
         arrangement = Arrangement(features=4 * count, index=None, grid=grid)
+    elif pixels.shape[1:] != model.vision.pixel_shape:  # several squares of each picture
+        shape = (len(pixels), *model.vision.pixel_shape)
+        pixels = np.resize(pixels, shape) if len(pixels) else np.zeros(shape, np.uint8)
     shown = torch.from_numpy(pixels) if is_first_stage() else None
     return make_batch(pack, shown, local_device(), arrangement)
 

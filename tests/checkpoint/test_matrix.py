@@ -37,6 +37,23 @@ SMALL = {
     | {"num_query_groups": 4, "kv_channels": 16, "vocab_size": VOCABULARY, "vocab_divisor": 1}
     | {"max_position_embeddings": 2048, "init_method_std": 0.1},
 }
+_SAM = {"image_size": 32, "patch_size": 4, "hidden_size": 48, "num_layers": 2, "num_attention_heads": 4}
+_SAM |= {"ffn_hidden_size": 96, "window_size": 3, "global_layers": [1], "neck_size": 8, "output_grid": 2}
+_CONVNEXT = {"image_size": 32, "depths": [1, 1, 2], "widths": [16, 24, 48], "feature_stages": None}
+TOWERS = {
+    "sam": {**_SAM, "init_method_std": 0.1},
+    "vit_sam": SMALL["vision"] | {f"high_{key}": value for key, value in _SAM.items()},
+    "convnext": {**_CONVNEXT, "init_method_std": 0.1},
+    # The second tower's maps in twice the places that the first one's have.
+    "vit_convnext": SMALL["vision"]
+    | {f"high_{key}": value for key, value in _CONVNEXT.items()}
+    | {"high_feature_stages": [2, 3]},
+}
+"""Sizes of towers that have other keys than a ViT, by architecture."""
+OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
+"""Connectors of two towers, by the architecture of the pair."""
+ELSEWHERE = ("tiled_vit",)
+"""A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py."""
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),
@@ -64,11 +81,15 @@ def names(kind: str) -> list[str]:
     found = {"vision": registry.VISION, "connector": registry.CONNECTORS, "language": registry.LANGUAGE}[kind]
     wanted = []
     for name in found.names():
+        if "<N>" not in name and found.find(name).architecture.name in ELSEWHERE:
+            continue
+        if kind == "language" and "cross_attention_layers" in found.find(name).values:
+            continue
         wanted += [name.replace("<N>", count) for count in (("2", "3") if "<N>" in name else ("",))]
     first: dict[Any, str] = {}
     with alone():
         for name in wanted:
-            model = make_model(**{kind: name})
+            model = make_model(**{kind: name, **partner(kind, name)})
             # Connectors store the same under the same names, whatever their widths.
             stored = {
                 key: (slot.key, slot.global_shape if kind != "connector" else len(slot.global_shape))
@@ -76,6 +97,15 @@ def names(kind: str) -> list[str]:
             }
             first.setdefault((found.find(name).architecture.name, *stored.items()), name)
     return list(first.values())
+
+
+def partner(kind: str, name: str) -> dict[str, str]:
+    """Return the connector that a pair of towers asks for, or a pair that a connector does; else nothing."""
+    if kind == "vision" and (made := OF_PAIRS.get(registry.VISION.find(name).architecture.name)):
+        return {"connector": made}
+    pair = next((pair for pair, connector in OF_PAIRS.items() if (kind, name) == ("connector", connector)), None)
+    towers = registry.VISION
+    return {"vision": next(one for one in towers.names() if towers.find(one).architecture.name == pair)} if pair else {}
 
 
 def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
@@ -99,7 +129,12 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
     whole = TypeAdapter(ModelConfig).validate_python(expand_presets({"model": tree})["model"])
     # It makes one token of several patches; blocks are that large whatever becomes of them.
     if whole.tokens_per_view != SMALL["connector"]["num_queries"] or packed("vision", vision):
-        tree["vision"]["patch_size"] //= 2
+        if "depths" in tree["vision"]:
+            tree["vision"]["patch_size"] = 2
+        else:
+            tree["vision"]["patch_size"] //= 2
+        if "output_grid" in tree["vision"]:
+            tree["vision"]["output_grid"] *= 2
     return tree
 
 
@@ -111,7 +146,9 @@ def make_model(vision: str = "tiny_vit", connector: str = "linear", language: st
 def _tower(name: str) -> dict[str, Any]:
     """Return the small sizes of a tower; of one for pictures of any size, its table, windows and levels as it has
     them."""
-    preset, small = registry.VISION.find(name), dict(SMALL["vision"])
+    preset = registry.VISION.find(name)
+    assert preset.architecture is not None
+    small = dict(TOWERS.get(preset.architecture.name, SMALL["vision"]))
     if not packed("vision", name):
         return small
     if "positional_grid" not in preset.values:
@@ -150,14 +187,16 @@ def parts() -> dict[str, list[str]]:
 def fronts() -> list[tuple[str, str]]:
     """Return towers, each with a connector that takes what it gives: every tower and every connector once at least."""
     pairs = []
+    alone = [name for name in parts()["vision"] if not partner("vision", name)]
+    pairs += [(name, partner("vision", name)["connector"]) for name in parts()["vision"] if name not in alone]
     for kind in (False, True):
-        towers = [name for name in parts()["vision"] if packed("vision", name) == kind]
+        towers = [name for name in alone if packed("vision", name) == kind]
         fitting = [name for name in parts()["connector"] if packed("connector", name) == kind or any_size(name)]
-        connectors = [name for name in fitting if not dense(name)]
+        connectors = [name for name in fitting if not dense(name) and not partner("connector", name)]
         count = max(len(towers), len(connectors))
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
     # A norm behind the last layer does not go with features of others.
-    bare = next(tower for tower, _ in pairs if not make_model(vision=tower).vision.post_layernorm)
+    bare = next(tower for tower in alone if not getattr(make_model(vision=tower).vision, "post_layernorm", True))
     return pairs + [(bare, name) for name in parts()["connector"] if dense(name)]
 
 
@@ -220,7 +259,8 @@ def check(layout: str, number: int, root: Path) -> None:
     if layout == "tp4":  # more ranks than key/value heads
         model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.
-        model["vision"] |= {"num_attention_heads": 3, "ffn_hidden_size": 97}
+        uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}
+        model["vision"] |= {key: value for key, value in uneven.items() if key in model["vision"]}
         model["connector"]["tensor_parallel"] = "replicate"
     training = {"global_batch_size": 3 if "dp3" in layout else 2, "precision": "bf16" if number % 2 else "fp32"}
     shared = {"model": model, "training": training}
