@@ -117,6 +117,9 @@ class Registry:
                 raise UserError(f"{self.kind} architecture {other.name!r} is registered twice; rename one of the two")
         self._presets[name] = Preset(name, architecture, values)
 
+    def __len__(self) -> int:
+        return len(self._presets)
+
     def names(self) -> list[str]:
         """Return the registered names, sorted."""
         return sorted(self._presets)
@@ -150,7 +153,7 @@ BRANCHES: dict[str, Registry] = {"vision": VISION, "connector": CONNECTORS, "lan
 
 def load() -> None:
     """Fill the registries, once."""
-    if not MODELS.names():  # a name is looked up often
+    if not len(MODELS):  # a name is looked up often
         importlib.import_module(_ROOMS).load_presets()
 
 
