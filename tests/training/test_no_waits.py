@@ -82,6 +82,20 @@ CONNECTORS["ldpnetv2"] |= {"output_grid": 1}
 CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}
 CONNECTORS["q_former"] |= {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 CONNECTORS["dense_sti"] |= {"pool": 2}
+_HIGH = {"high_image_size": IMAGE_SIZE, "image_size": IMAGE_SIZE, "positional_grid": 2}
+PAIRS = {
+    "hybrid_split": {
+        **_HIGH, "preset": "siglip_sam", "patch_size": 16, "high_patch_size": 4, "high_hidden_size": 48,
+        "high_num_layers": 2, "high_num_attention_heads": 4, "high_ffn_hidden_size": 64, "high_window_size": 3,
+        "high_global_layers": (1,), "high_neck_size": 8, "high_output_grid": 2, "high_second_neck_layer": 1,
+    },
+    "patch_mining": {
+        **_HIGH, "preset": "clip_convnext", "patch_size": 16, "high_depths": (1, 2, 1), "high_widths": (16, 24, 40),
+        "high_feature_stages": (2, 3),
+    },
+}  # fmt: skip
+"""Towers of connectors that join two."""
+_LOW = {"hidden_size": 48, "ffn_hidden_size": 96, "num_layers": 1, "num_attention_heads": 4}
 FEATURES = {"dense_sti": (2, 0, 1), "dense_sci": (2, 0, 1), "dense_dci": (0, 1, 2)}
 BRANCHES = {
     "plain": {},
@@ -91,8 +105,8 @@ BRANCHES = {
 }
 
 
-def batch(images, slots):
-    """A pack of two samples and padding, the first with ``images`` images of ``slots`` tokens."""
+def batch(images, slots, shape):
+    """A pack of two samples and padding, the first with ``images`` images of ``slots`` tokens and a shape of pixels."""
     tokens = np.arange(SEQUENCE_LENGTH, dtype=np.int64)
     tokens[1 : 1 + images * slots] = IMAGE_TOKEN
     lengths = np.array([60, 30, SEQUENCE_LENGTH - 90])
@@ -101,7 +115,7 @@ def batch(images, slots):
         cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32), segment_sources=np.array([0, 0, -1], np.int32), images=[],
         sample_keys=[],
     )  # fmt: skip
-    pixels = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    pixels = torch.zeros(images, *shape, dtype=torch.uint8)
     return make_batch(one, pixels, torch.device("cpu"))
 
 
@@ -114,10 +128,13 @@ def test_no_wait_in_forward_and_backward(monkeypatch, connector, branches):
     model = {"connector": {**CONNECTORS[connector], "preset": preset}}
     if connector in FEATURES:
         model["vision"] = {"image_size": IMAGE_SIZE, "feature_layers": FEATURES[connector], "num_layers": 2}
+    if connector in PAIRS:
+        model["vision"] = PAIRS[connector] | _LOW
     recipe = tiny_recipe(model=model, **BRANCHES[branches])
     with process_groups(recipe.parallel, 1):
         training = build_training(recipe, IMAGE_TOKEN)
-        batches = [batch(images, recipe.model.tokens_per_view) for images in (2, 0)]
+        slots, shape = recipe.model.tokens_per_view, recipe.model.vision.pixel_shape
+        batches = [batch(images, slots, shape) for images in (2, 0)]
         run_batches(training.chunks, batches, 1)  # what is made once
         with counted_waits(monkeypatch) as places:
             run_batches(training.chunks, batches, 1)
