@@ -50,6 +50,7 @@ TOWERS = {
     | {"high_feature_stages": [2, 3]},
 }
 """Sizes of towers that have other keys than a ViT, by architecture."""
+Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
 ELSEWHERE = ("tiled_vit",)
@@ -117,6 +118,7 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         small = SMALL[kind]
         if kind == "connector":  # keys that not every connector has
             small = {key: value for key, value in small.items() if key in own.find(name).values}
+            small |= Q_FORMER if name == "q_former" else {}
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
@@ -149,6 +151,7 @@ def _tower(name: str) -> dict[str, Any]:
     preset = registry.VISION.find(name)
     assert preset.architecture is not None
     small = dict(TOWERS.get(preset.architecture.name, SMALL["vision"]))
+    small |= {key: 1 for key in ("second_neck_layer", "high_second_neck_layer") if preset.values.get(key) is not None}
     if not packed("vision", name):
         return small
     if "positional_grid" not in preset.values:

@@ -201,7 +201,9 @@ def _of_four_tokens(pack: Any, pixels: Any, model: Any) -> ReadPack:
     """Give pictures of a pack as the tower takes them: patches with a grid, where it takes pictures of any size."""
     vision, count = model.vision, len(pixels)
     if not vision.packed:
-        return ReadPack(pack, torch.from_numpy(pixels))
+        shape = (count, *vision.pixel_shape)  # of a pair, several squares of each picture
+        shown = np.resize(pixels, shape) if count else np.zeros(shape, np.uint8)
+        return ReadPack(pack, torch.from_numpy(shown))
     side, row = 2 * vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
     patches = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
     grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))

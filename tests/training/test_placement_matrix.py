@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from run_cases import numbers
-from test_matrix import branches, fronts, packed
+from test_matrix import branches, fronts, make_model, packed
 
 from megavlm.architectures import connectors, towers
 from megavlm.config.architecture import CONNECTORS
@@ -39,10 +39,16 @@ def test_every_tower_and_connector(tmp_path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def renderings(vision: str, connector: str) -> int:
+    """Return how many renderings of a picture a tower takes."""
+    return len(make_model(vision, connector).vision.sides)
+
+
 def check(vision: str, connector: str, root: Path) -> None:
     """Train a model at every placement, in one start of ranks: what they hold outlives a job."""
     model = branches(vision, connector, "llama")
-    model["image"] = {"kind": "native" if packed("vision", vision) else "squash"}
+    several = renderings(vision, connector) > 1
+    model["image"] = {"kind": "native" if packed("vision", vision) else "fit_pair" if several else "squash"}
     if packed("vision", vision) and CONNECTORS.find(connector).architecture.name == "mlp":  # a token of each patch
         model["vision"]["spatial_merge_size"] = 1
     optimizer = {"lr": 1e-3, "clip_grad": 0.5, "weight_decay": 0.1, "adam_eps": 1e-4}
