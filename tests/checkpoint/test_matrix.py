@@ -50,6 +50,7 @@ TOWERS = {
     | {"high_feature_stages": [2, 3]},
 }
 """Sizes of towers that have other keys than a ViT, by architecture."""
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
@@ -119,6 +120,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         if kind == "connector":  # keys that not every connector has
             small = {key: value for key, value in small.items() if key in own.find(name).values}
             small |= Q_FORMER if name == "q_former" else {}
+        if kind == "language" and "num_moe_experts" in own.find(name).values:
+            small = small | EXPERTS
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}
