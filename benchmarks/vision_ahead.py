@@ -13,9 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,15 +128,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    start, load = time.perf_counter(), os.getloadavg()[0]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={base.RANKS}"]
-    subprocess.run(
-        [*words, __file__, *sys.argv[1:], "--worker"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    result = json.loads(args.out.read_text(encoding="utf-8"))
-    command = shlex.join(["python", "benchmarks/vision_ahead.py", *sys.argv[1:]])
-    result |= {"command": command, "seconds": time.perf_counter() - start, "load": load}
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = base.measured(Path(__file__), args.out)
     print(table(result))
     return 0
 

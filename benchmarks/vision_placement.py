@@ -258,6 +258,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def measured(script: Path, out: Path) -> dict[str, Any]:
+    """Start the ranks of a script with this process's arguments; return what the first of them wrote to ``out``."""
+    start, load = time.perf_counter(), os.getloadavg()[0]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    subprocess.run(
+        [*words, str(script), *sys.argv[1:], "--worker"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    result = json.loads(out.read_text(encoding="utf-8"))
+    command = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
+    result |= {"command": command, "seconds": time.perf_counter() - start, "load": load}
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return dict(result)
+
+
 def main() -> int:
     """Start the ranks, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,15 +285,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    start, load = time.perf_counter(), os.getloadavg()[0]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    subprocess.run(
-        [*words, __file__, *sys.argv[1:], "--worker"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    result = json.loads(args.out.read_text(encoding="utf-8"))
-    command = shlex.join(["python", "benchmarks/vision_placement.py", *sys.argv[1:]])
-    result |= {"command": command, "seconds": time.perf_counter() - start, "load": load}
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = measured(Path(__file__), args.out)
     print(table(result))
     return 0
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from tqdm import tqdm
 
 from megavlm.architectures.adapters import adapter_of
-from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import base_of, holds_adapters
+from megavlm.checkpoint.derived import write_derived
 from megavlm.checkpoint.finite import check_finite, narrowed
-from megavlm.checkpoint.paths import read_run, read_tree
-from megavlm.checkpoint.publish import publishing
+from megavlm.checkpoint.paths import read_tree
 from megavlm.checkpoint.slots import Slot, find_slots
-from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
-from megavlm.config import yaml12
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite
 from megavlm.config.errors import UserError
 from megavlm.config.fields import from_tree
 from megavlm.config.lora import LINEARS
@@ -120,15 +116,5 @@ def merge(checkpoint: Path, out: Path, base: Path | None = None) -> int:
         ParameterToWrite(slot, reader.dtype(slot), lambda slot=slot: reader.read(slot))  # type: ignore[misc]
         for slot in find_slots(reader.model).values()
     ]
-    total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
-    tree = read_tree(checkpoint)
-    del tree["lora"]
-    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(out.absolute())}
-    with publishing(out, needed_bytes=total) as partial:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-            write_checkpoint(partial, pieces, bar.update)
-        assets.inherit(checkpoint, None, partial)
-        (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
-        (partial / "run.json").write_text(json.dumps(read_run(checkpoint), indent=2), encoding="utf-8")
-        manifest.write_manifest(partial, {})
-    return total
+    tree = {key: branch for key, branch in read_tree(checkpoint).items() if key != "lora"}
+    return write_derived(checkpoint, out, pieces, tree)

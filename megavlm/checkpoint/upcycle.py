@@ -7,7 +7,6 @@ computes what the old one did. MoE-LLaVA (arXiv 2401.15947) begins its third sta
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,16 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from megavlm.checkpoint import assets, manifest
 from megavlm.checkpoint.base import holds_adapters
+from megavlm.checkpoint.derived import write_derived
 from megavlm.checkpoint.merged import recipe_branches
-from megavlm.checkpoint.paths import read_run
-from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.slots import Slot, find_slots
-from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_checkpoint
-from megavlm.config import yaml12
+from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite
 from megavlm.config.architecture import BRANCHES
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import UserError
@@ -75,17 +70,7 @@ def upcycle(checkpoint: Path, out: Path, overrides: Sequence[str], seed: int) ->
         pieces.append(
             ParameterToWrite(slot, reader.dtype(source), lambda source=source: reader.read(source))  # type: ignore[misc]
         )
-    total = sum(torch.Size(piece.slot.shape).numel() * piece.dtype.itemsize for piece in pieces)
-    tree = to_tree(recipe)
-    tree["checkpoint"] = {**(tree.get("checkpoint") or {}), "load": str(out.absolute())}
-    with publishing(out, needed_bytes=total) as partial:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None) as bar:
-            write_checkpoint(partial, pieces, bar.update)
-        assets.inherit(checkpoint, None, partial)
-        (partial / "recipe.yaml").write_text(yaml12.dump(tree), encoding="utf-8")
-        (partial / "run.json").write_text(json.dumps(read_run(checkpoint), indent=2), encoding="utf-8")
-        manifest.write_manifest(partial, {})
-    return total
+    return write_derived(checkpoint, out, pieces, to_tree(recipe))
 
 
 def _check(checkpoint: Path, dense: dict[str, Any], recipe: Recipe) -> None:
