@@ -198,13 +198,16 @@ def _language_layers(model: Any, settings: Int4Settings) -> tuple[str, list[str]
     """Return the path of the language model's layers, and the paths of the linear layers in them.
 
     Raises:
-        UserError: one of them has no whole number of groups, or they are a mixture of experts.
+        UserError: one of them has no whole number of groups, or they are experts, or attend to pictures.
     """
     layers = model.get_decoder().layers
     blocks = next(name for name, module in model.named_modules() if module is layers)
     experts = next((name for name, one in layers.named_parameters() if one.ndim > 2 or ".experts." in name), None)
     if experts is not None:  # would stay as they are, and servers would look for 4 bits
         raise UserError(f"{settings.hf}: {blocks}.{experts}: int4 does not take mixtures of experts")
+    crossed = next((name for name, _ in layers.named_modules() if name.endswith("cross_attn")), None)
+    if crossed is not None:  # a sample without pictures would give them nothing to look at
+        raise UserError(f"{settings.hf}: {blocks}.{crossed}: int4 does not take layers that attend to pictures")
     names = []
     for name, module in layers.named_modules():
         if not isinstance(module, nn.Linear):

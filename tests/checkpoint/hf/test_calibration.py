@@ -88,5 +88,9 @@ def test_layers_that_are_no_plain_ones_are_refused(tmp_path: Path) -> None:
     for expert in (fused, nn.ModuleList([nn.Linear(64, 8)])):
         with pytest.raises(UserError, match=r"layers\.0\.experts.*mixtures of experts"):
             _language_layers(Decoder(expert), settings)
+    crossing = Decoder(None)
+    crossing.layers[0]["cross_attn"] = nn.Linear(64, 8)
+    with pytest.raises(UserError, match=r"layers\.0\.cross_attn: int4 does not take layers that attend to pictures"):
+        _language_layers(crossing, settings)
     with pytest.raises(UserError, match=r"--group-size 32: layers\.0\.proj maps 48 to 8"):
         _language_layers(Decoder(None, width=48), settings)

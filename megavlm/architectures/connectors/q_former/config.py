@@ -20,8 +20,8 @@ class QFormerConfig(ConnectorConfig):
 
     num_queries: int = Field(default=32, gt=0, le=1_000_000)
     """Learned queries: the tokens that one picture becomes (Hugging Face: num_query_tokens)."""
-    num_layers: int = Field(default=12, gt=0, le=10_000)
-    """Layers between the queries and the linear layer."""
+    num_layers: int = Field(default=12, gt=0, le=48)
+    """Layers between the queries and the linear layer; weight tables have rows for so many."""
     hidden_size: int = Field(default=768, gt=0, le=10_000_000)
     """Width of the queries."""
     num_attention_heads: int = Field(default=12, gt=0, le=100_000)
