@@ -268,6 +268,14 @@ def check(layout: str, number: int, root: Path) -> None:
         uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}
         model["vision"] |= {key: value for key, value in uneven.items() if key in model["vision"]}
         model["connector"]["tensor_parallel"] = "replicate"
+    if (
+        "num_moe_experts" in model["language"]
+    ):  # experts shared out over tensor-parallel ranks take pieces of the sequence
+        apart = [
+            {**one, "sequence_parallel": True} if "tensor_model_parallel_size" in one else one
+            for one in (first, second)
+        ]
+        first, second = apart
     training = {"global_batch_size": 3 if "dp3" in layout else 2, "precision": "bf16" if number % 2 else "fp32"}
     shared = {"model": model, "training": training}
     here, there = {**shared, "parallel": first}, {**shared, "parallel": second}
