@@ -13,7 +13,6 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megavlm.checkpoint.ahead import ReadAhead
 from megavlm.checkpoint.checksum import checksum
 from megavlm.checkpoint.lost import other_shape
 from megavlm.checkpoint.readback import ReadBack, Region
@@ -51,10 +51,6 @@ from megavlm.checkpoint.safe import behind, read_metadata
 from megavlm.checkpoint.slots import METADATA, Slot
 from megavlm.config.errors import UserError
 
-AHEAD_BYTES = 1 << 30
-"""What a parameter may have to be read while the one before it is being written: two are in memory then."""
-WAITING_BYTES = 256 << 20
-"""Several may be read ahead, while they have no more than this together: of one the writer waits for the slow ones."""
 _MANY_CHUNKS, _STACKED = 64, 2
 """From so many chunks on they are found by their place on the axes of layers and experts."""
 CHUNK_BYTES = 128 << 20
@@ -134,50 +130,6 @@ class _Watched:
         assert told == self.places, "torch's writer says another place than it wrote to"
 
 
-class _Ahead:
-    """Reads what follows a parameter on a second thread while that one is being written; never two at once.
-
-    Reading waits for a disk, puts tensors together and looks for infinities; writing does the zip's CRC and copies into
-    the page cache: one after the other they take twice as long.
-    """
-
-    def __init__(self, pieces: Sequence[ParameterToWrite]) -> None:
-        self._pieces, self._numbers = pieces, {id(piece): number for number, piece in enumerate(pieces)}
-        self._thread = ThreadPoolExecutor(1, "read ahead")
-        self._waiting: dict[int, Future[Tensor]] = {}
-
-    def read(self, piece: ParameterToWrite) -> Tensor:
-        """Return a parameter, and begin with those behind it."""
-        number = self._numbers[id(piece)]
-        waiting = self._waiting.pop(number, None)
-        found = waiting.result() if waiting is not None else None
-        if found is None:
-            self.wait()
-            found = piece.read()
-        total, following = sum(self._pieces[one].nbytes for one in self._waiting), number + 1
-        while following < len(self._pieces):
-            size = self._pieces[following].nbytes
-            if following not in self._waiting:
-                total += size
-                if size > AHEAD_BYTES or (self._waiting and total > WAITING_BYTES):
-                    break
-                self._waiting[following] = self._thread.submit(self._pieces[following].read)
-            following += 1
-        return found
-
-    def wait(self) -> None:
-        """Let what was begun and is not wanted come to its end."""
-        for one in self._waiting.values():
-            if not one.cancel():
-                one.exception()
-        self._waiting.clear()
-
-    def close(self) -> None:
-        """End the thread."""
-        self.wait()
-        self._thread.shutdown()
-
-
 class _Planner(SavePlanner):
     """Tells torch's writer what there is, and fetches it when its turn comes."""
 
@@ -186,7 +138,7 @@ class _Planner(SavePlanner):
         pieces: Sequence[ParameterToWrite],
         progress: Callable[[int], Any],
         watched: _Watched | None,
-        ahead: _Ahead,
+        ahead: ReadAhead[Tensor],
     ) -> None:
         self.progress, self.watched, self.ahead = progress, watched, ahead
         self.sources: dict[MetadataIndex, tuple[ParameterToWrite, int, int]] = {}
@@ -276,10 +228,10 @@ def write_checkpoint(
     """
     files = _OwnFiles()
     watched = _Watched(read_back, files) if read_back is not None else None
-    ahead = _Ahead(pieces)
+    ahead = ReadAhead(pieces)
     planner = _Planner(pieces, progress, watched, ahead)
     # One thread: torch's writer loses the errors of its other threads. It fetches nothing ahead: a chunk is in the file
-    # when the next one is asked for. What is read ahead is the parameter behind it (_Ahead).
+    # when the next one is asked for. What is read ahead is the parameter behind it (ReadAhead).
     writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
     writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)
@@ -435,6 +387,11 @@ class CheckpointReader:
         if not storage.nbytes():
             return fake.new_empty(fake.shape, device="cpu")
         start = info.offset + storage._checkpoint_offset
+        if hasattr(
+            mmap, "MADV_WILLNEED"
+        ):  # the disk begins with all of it; page by page it is asked for little at a time
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, page, start + storage.nbytes() - page)
         with warnings.catch_warnings(action="ignore"):  # that it cannot be written to
             count = storage.nbytes() // fake.dtype.itemsize
             numbers = torch.frombuffer(mapped, dtype=fake.dtype, count=count, offset=start)

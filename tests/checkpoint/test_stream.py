@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megavlm.checkpoint import stream
+from megavlm.checkpoint import ahead, stream
 from megavlm.checkpoint.slots import Slot
 from megavlm.config.errors import UserError
 
@@ -51,8 +51,8 @@ def test_what_is_written_is_read(
 
 @pytest.mark.parametrize("waiting", [16, 32])
 def test_no_more_is_read_ahead_than_may_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int) -> None:
-    monkeypatch.setattr(stream, "AHEAD_BYTES", 16)
-    monkeypatch.setattr(stream, "WAITING_BYTES", waiting)
+    monkeypatch.setattr(ahead, "AHEAD_BYTES", 16)
+    monkeypatch.setattr(ahead, "WAITING_BYTES", waiting)
     (tmp_path / "c").mkdir()
     alive: list[weakref.ref[Tensor]] = []
     most, readers = 0, {}

@@ -54,7 +54,7 @@ def main() -> None:
                 timing.fetched()
                 train_step(training.chunks, training.optimizer, batches, num_sources=1)
                 timing.end()
-                # Of the rank that took longest, as is the step's: on a busy machine ranks do not leave a barrier together.
+                # Of the rank that took longest, as the step's is: on a busy machine they leave a barrier apart.
                 wall = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
                 dist.all_reduce(wall, dist.ReduceOp.MAX)
                 found[name].append({**timing.collect(), "wall": wall.item()})

@@ -16,9 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megavlm.checkpoint import assets
-from megavlm.checkpoint.finite import check_finite, narrowed, vanished
+from megavlm.checkpoint.ahead import ReadAhead
+from megavlm.checkpoint.finite import narrowed
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
+from megavlm.checkpoint.hf.rule_writing import RuleToWrite, number_type, rule_entries
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
@@ -139,11 +141,11 @@ def export(
     result = Export(f"{family.name} ({family.title})")
     with alone():
         rules = make_rules(family, model, style, family_slots(family, model))
-        rules.sort(key=lambda rule: -_type(rule, reader, dtype).itemsize)  # the larger first: all stay aligned
+        rules.sort(key=lambda rule: -number_type(rule, reader, dtype).itemsize)  # the larger first: all stay aligned
         extra = _extra(checkpoint, family, model, came_with, result, kin, original=original, dtype=dtype)
         if style != came_with:
             extra = _renamed(extra, family.styles[came_with], family.styles[style])
-        entries = [e for rule in rules for e in _entries(rule, _type(rule, reader, dtype))]
+        entries = [e for rule in rules for e in rule_entries(rule, number_type(rule, reader, dtype))]
         entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
         with publishing(out, needed_bytes=result.bytes) as partial:
@@ -152,15 +154,11 @@ def export(
             early = checked and family.pickle is None
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
-                learnt = (
-                    (name, tensor)
-                    for rule in rules
-                    for name, tensor in zip(
-                        rule.row.theirs, _theirs(rule, reader, dtype, result, checked=early), strict=True
-                    )
-                )
-                _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
-            result.files = writer.files
+                pieces = [RuleToWrite(rule, reader, dtype, checked=early) for rule in rules]
+                with contextlib.closing(ReadAhead(pieces)) as ahead:
+                    learnt = (pair for piece in pieces for pair in zip(piece.names, ahead.read(piece), strict=True))
+                    _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
+            result.files, result.vanished = writer.files, sum(piece.vanished for piece in pieces)
             if family.pickle is not None:
                 _write_pickle(partial, family.pickle, result)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
@@ -246,37 +244,6 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
         + "); export its parts with --family "
         + " or ".join(f.name for f in FAMILIES.values() if len(f.parts) == 1)
     )
-
-
-def _type(rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or reader.dtype(rule.slots[0])
-
-
-def _entries(rule: Rule, dtype: torch.dtype) -> list[Entry]:
-    return [Entry(name, shape, dtype) for name, shape in zip(rule.row.theirs, rule.shapes, strict=True)]
-
-
-def _theirs(
-    rule: Rule, reader: CheckpointReader, dtype: torch.dtype | None, result: Export, *, checked: bool
-) -> list[Tensor]:
-    """Return Hugging Face's tensors of a rule; ``checked``: which turned back are the checkpoint's.
-
-    Raises:
-        RuntimeError: they are not, which is a bug.
-        UserError: a value is not finite, or ``dtype`` has no room for it.
-    """
-    ours = [reader.read(slot) for slot in rule.slots]
-    tensors = rule.to_theirs(ours)
-    for slot, back, there in zip(rule.slots, rule.to_ours(tensors) if checked else ours, ours, strict=True):
-        if not same_bits(back, there):
-            raise RuntimeError(f"{slot.key}: what is written, turned back, differs from the checkpoint")
-    for name, tensor in zip(rule.row.theirs, tensors, strict=True):
-        check_finite(tensor, f"{reader.path}: {name}")
-    if dtype is None:
-        return tensors
-    cast = [narrowed(tensor, dtype, f"--dtype: {name}") for name, tensor in zip(rule.row.theirs, tensors, strict=True)]
-    result.vanished += sum(map(vanished, tensors, cast))
-    return cast
 
 
 def _write_pickle(partial: Path, name: str, result: Export) -> None:
