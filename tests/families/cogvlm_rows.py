@@ -38,7 +38,7 @@ def cogvlm_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFam
                 "cogvlm_grounding_generalist": Published(_COUNT),
             },
             built=Lack("no class to build: the counts are those of the published definition, at published sizes"),
-            recipes={"cogvlm_base_490/sft": _sft(1288, 1227), "cogvlm_base_224/sft": _sft(400, 258)},
+            recipes={"cogvlm_base_490/sft": _sft(1288, 1227), "cogvlm_base_224/sft": _sft(320, 258)},
             headers=header,
             planner=planner,
         )

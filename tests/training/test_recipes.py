@@ -105,7 +105,7 @@ def load(name: str, *overrides: str) -> Recipe:
 def test_every_shipped_recipe_is_tested() -> None:
     # Which the rows of tests/families have.
     others = (
-        "allava", "bunny", "deepseek_vl", "dense_connector", "gemma3_", "glm4", "hpt_", "idefics3", "imp_", "internvl",
+        "allava", "bunny", "cogvlm_", "deepseek_vl", "dense_connector", "gemma3_", "glm4", "hpt_", "idefics3", "imp_", "internvl",
         "llama3_2_vision", "llava", "minicpm", "mipha", "mm1", "mobilevlm", "paligemma", "qwen2_", "qwen3_", "smolvlm",
         "tinyllava",
     )  # fmt: skip
