@@ -202,7 +202,9 @@ class Family(ABC):
             known = "goes with the others'" if self.class_feature else "is dropped, or there is none"
             return f"the class token's feature (model.vision.class_feature): in the family it {known}"
         if getattr(model.vision, "branch_norms", "before") != "before" and not self.norms_behind:
-            return "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
+            return (
+                "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
+            )
         if getattr(model.vision, "post_layernorm_epsilon", None) is not None:
             return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None

@@ -51,7 +51,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
         "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>", "<box>(0,0),(1200,10)</box>",
         '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
         "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
-        "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000, "[[1,2,3,4]]", "[[100,200,300]]", "[[100,200,500,750;" * 2000,
+        "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
+        "[[1,2,3,4]]", "[[100,200,300]]", "[[100,200,500,750;" * 2000,
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:

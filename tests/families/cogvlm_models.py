@@ -91,7 +91,9 @@ class Eyes(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, tower: int, embed: int, inner: int) -> None:
         super().__init__()
         self.patch_embedding = Embedding(width)
-        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(TowerLayer(width, heads, tower) for _ in range(layers))})
+        self.transformer = nn.ModuleDict(
+            {"layers": nn.ModuleList(TowerLayer(width, heads, tower) for _ in range(layers))}
+        )
         self.linear_proj = Projection(width, embed, inner)
         self.boi = nn.Parameter(torch.zeros(1, 1, embed))
         self.eoi = nn.Parameter(torch.zeros(1, 1, embed))

@@ -44,6 +44,7 @@ def refused(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COGVLM)
 def test_a_configuration_that_is_written_is_read_alike(name: str, tmp_path: Path) -> None:
     family = FAMILIES[COGVLM[name][0]]
@@ -58,6 +59,7 @@ def test_a_configuration_that_is_written_is_read_alike(name: str, tmp_path: Path
     assert family.branches(Source(tmp_path / "hf")) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("version", "template"), [("chat", "cogvlm"), ("vqa", "cogvlm_vqa"), ("base", "cogvlm_base")])
 def test_the_template_is_what_template_version_says(version: str, template: str, tmp_path: Path) -> None:
     """With Vicuna's tokenizer beside it, which the published directories leave to lmsys/vicuna-7b-v1.5, and without."""
