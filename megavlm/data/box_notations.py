@@ -11,6 +11,8 @@ The notations, the papers, and what of the authors' own they were held against:
 - JSON with ``bbox_2d`` and ``label``: Qwen2.5-VL (2502.13923), in pixels of the picture as its processor resizes it
   (issues 782 and 940 of Qwen3-VL's repository); Qwen3-VL, in thousandths (issue 2020); GLM-4.1V (2507.01006).
 - ``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``, thousandths, within brackets of any kind: GLM-4.1V (its README).
+- ``[[086,540,400,760]]``, thousandths in three digits, several with ``;`` between them: CogVLM's grounding models
+  (2311.03079; README of THUDM/CogVLM, "Format of coordination").
 - ``<loc0000>`` four times, then the name; top, left, bottom, right in 1024ths: PaliGemma (2407.07726).
 - ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
   (issue 606 of LLaVA's repository).
@@ -35,6 +37,7 @@ _TAGGED = re.compile(
     rf"{_NAME}(?:<box>(?P<box>[^<]{{0,4000}})</box>|<\|box_start\|>(?P<start>[^<]{{0,4000}})<\|box_end\|>)"
 )
 _GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s]{7,4000})<\|end_of_box\|>")
+_COG = re.compile(r"\[\[\d{3}(?:,\d{3}){3}(?:;\d{3}(?:,\d{3}){3}){0,199}\]\]")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _PARTS = re.compile(r"\[\s*(?:[01]?\.\d+|[01])(?:\s*,\s*(?:[01]?\.\d+|[01])){3}\s*\]")
@@ -104,8 +107,11 @@ def _raw(answer: str, json_size: tuple[int, int]) -> Iterator[_Raw]:
     for at, name, numbers in named:
         yield at, name, numbers, json_size
     if not tagged and not named:
-        for match in _GLM.finditer(answer):
+        marked = list(_GLM.finditer(answer))
+        for match in marked:
             yield match.start(), None, _numbers(match["box"]), (1000, 1000)
+        for match in _COG.finditer(answer) if not marked else ():
+            yield match.start(), None, _numbers(match[0]), (1000, 1000)
         for match in _PARTS.finditer(answer):
             yield match.start(), None, _numbers(match[0]), (1, 1)
 

@@ -117,7 +117,11 @@ def last_question(prompt: Sequence[int], tokenizer: Tokenizer) -> str:
     before, lead = (
         _ids_of(pieces, tokenizer) for pieces in (template.user[: template.user.index(TEXT)], template.lead)
     )
-    start = max(at for at in range(len(ids)) if ids[at : at + len(before)] == before) + len(before)
+    if before:
+        start = max(at for at in range(len(ids)) if ids[at : at + len(before)] == before) + len(before)
+    else:  # nothing but the beginning, and pictures
+        slots = [at for at, token in enumerate(ids) if token == tokenizer.imgpad_id]
+        start = max(len(_ids_of(template.begin, tokenizer)), *(at + 1 for at in slots[-1:]), 0)
     turn = ids[start : len(ids) - len(lead)]
     behind = _ids_of(template.user[template.user.index(TEXT) + 1 :][:1], tokenizer)
     return _shown(turn[: turn.index(behind[0])] if behind and behind[0] in turn else turn, tokenizer)

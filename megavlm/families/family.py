@@ -81,6 +81,12 @@ class Family(ABC):
     then says where."""
     class_feature: ClassVar[bool] = False
     """Whether its connector gets the feature of the tower's class token too (``model.vision.class_feature``)."""
+    norms_behind: ClassVar[bool] = False
+    """Whether its tower may have norms behind attention and MLP (``model.vision.branch_norms``): :meth:`refuses` then
+    says where."""
+    visual_expert: ClassVar[bool] = False
+    """Whether image tokens may have weights of their own, and a position that they share: :meth:`refuses` then says
+    which language models have."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     text_folder: ClassVar[str] = ""
@@ -172,9 +178,9 @@ class Family(ABC):
             return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
-        if not model.language.one_weight:
+        if not model.language.one_weight and not self.visual_expert:
             return "image tokens have weights of their own (model.language.visual_expert), which the family has not"
-        if model.language.shared_positions:
+        if model.language.shared_positions and not self.visual_expert:
             return "a picture's slots share a position (model.language.image_positions), which the family has not"
         if self.own_rotary or model.language.fused_rotary:
             return None
@@ -195,6 +201,10 @@ class Family(ABC):
         if bool(model.vision.class_features) != self.class_feature:
             known = "goes with the others'" if self.class_feature else "is dropped, or there is none"
             return f"the class token's feature (model.vision.class_feature): in the family it {known}"
+        if getattr(model.vision, "branch_norms", "before") != "before" and not self.norms_behind:
+            return (
+                "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
+            )
         if getattr(model.vision, "post_layernorm_epsilon", None) is not None:
             return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None

@@ -41,10 +41,26 @@ _DENSE = {
 }
 # HyperGAI/HPT1_5-Air-Llama-3-8B-Instruct-multimodal and HPT1_5-Edge: SigLIP's table of 27 x 27 seen at 448 pixels.
 _HPT = {"air": ("llama3_8b", "hpt_llama_3"), "edge": ("phi_3_mini_4k", "phi_3")}
+# THUDM/cogvlm-{base-224,base-490,chat,grounding-generalist}-hf: the side of pictures, the template.
+_COGVLM = {
+    "base_224": (224, "cogvlm_base"),
+    "base_490": (490, "cogvlm_base"),
+    "chat": (490, "cogvlm"),
+    "grounding_generalist": (490, "cogvlm_base"),
+}
 
 
 def register() -> None:
     """Register them."""
+    for name, (side, template) in _COGVLM.items():
+        MODELS.register(
+            f"cogvlm_{name}",
+            vision={"preset": f"eva02_clip_e_14_{side}"},
+            connector={"preset": "glu"},
+            language={"preset": "cogvlm_7b"},
+            image={"kind": "squash"},
+            template=template,
+        )
     for name, (language, projector) in _MOBILEVLM.items():
         MODELS.register(
             f"mobilevlm_{name}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state as mpu
 from numpy.typing import NDArray
-from tiny import IMAGE_TOKEN, random_packs, tiny_recipe
+from tiny import IMAGE_TOKEN, TOKENS_PER_IMAGE, random_packs, tiny_recipe
 
 from megavlm.checkpoint.distributed import load as load_checkpoint
 from megavlm.checkpoint.distributed import save_weights
@@ -23,6 +24,7 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.batch import Pack
 from megavlm.data.device_batch import Batch, make_batch
 from megavlm.data.media import Arrangement
+from megavlm.data.spans import spans_of
 from megavlm.parallel.device import local_device
 from megavlm.parallel.state import is_first_stage, process_groups
 from megavlm.training.build import build_training
@@ -80,7 +82,11 @@ def train(recipe: dict[str, Any], root: str, load: str | None = None, save_at: t
 
 def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
     """Put a pack on this rank; for a tower of pictures of any size, or for two, with pixels of the same numbers."""
-    arrangement = None
+    arrangement = four_of(model, len(pixels))
+    spans = spans_of(model, IMAGE_TOKEN)
+    if spans is not None:
+        pieces = np.split(pack.tokens, pack.cu_seqlens[1:-1])
+        pack = replace(pack, two_way_spans=spans.pack(pieces, [0] * len(pieces)))
     if model.vision.packed:
         vision, count, side = model.vision, len(pixels), 2 * model.vision.spatial_merge_size  # four tokens each
         row = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -92,6 +98,15 @@ def _batch(model: ModelConfig, pack: Pack, pixels: NDArray[np.uint8]) -> Batch:
         pixels = np.resize(pixels, shape) if len(pixels) else np.zeros(shape, np.uint8)
     shown = torch.from_numpy(pixels) if is_first_stage() else None
     return make_batch(pack, shown, local_device(), arrangement)
+
+
+def four_of(model: ModelConfig, count: int) -> Arrangement | None:
+    """Return four tokens of each of ``count`` pictures, the first and the last of them, where there are others."""
+    tokens = model.tokens_per_view
+    if model.vision.packed or tokens == TOKENS_PER_IMAGE or not count:
+        return None
+    index = np.arange(count)[:, None] * tokens + np.array([0, 1, tokens - 2, tokens - 1])
+    return Arrangement(tokens * count, index.reshape(-1, 1))
 
 
 def alike(checkpoint: Path, other: Path, vocabulary: int) -> bool:

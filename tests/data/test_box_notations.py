@@ -24,6 +24,7 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ('{"found": [{"label": "the cat", "bbox_2d": [[100, 200, 500, 750]]}]}', "the cat"),
         ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
         ("[0.1, 0.2, 0.5, 0.75]", None),
+        ("A cat [[100,200,500,750]] sits.", None),
     ],
 )
 def test_each_notation(answer: str, name: str | None) -> None:
@@ -35,6 +36,8 @@ def test_each_notation(answer: str, name: str | None) -> None:
 def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_sees() -> None:
     several = "<ref>a</ref><box>[[0, 0, 500, 500], [500, 500, 1000, 1000]]</box> <ref>b</ref><box>(1,1),(2,2)</box>"
     assert [(one.name, one.sides[0]) for one in find_boxes(several)] == [("a", 0.0), ("a", 0.5), ("b", 0.001)]
+    cog = find_boxes("two cats[[000,010,500,500;500,500,999,999]] and a dog[[001,001,002,002]]")
+    assert [one.sides[0] for one in cog] == [0.0, 0.5, 0.001]
     answer = '[{"bbox_2d": [64, 96, 320, 360], "label": "cat"}, {"bbox_2d": [0, 0, 640, 480], "label": "dog"'
     (cat,) = find_boxes(answer, pixels_of=(640, 480))  # the list was cut off within the second
     assert cat == ("cat", pytest.approx((0.1, 0.2, 0.5, 0.75)))
@@ -49,6 +52,7 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
         '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
         "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
         "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
+        "[[1,2,3,4]]", "[[100,200,300]]", "[[100,200,500,750;" * 2000,
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:

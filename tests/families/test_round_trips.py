@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blip2_models import BLIP2
+from cogvlm_models import COGVLM
 from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
 from family_cases import make as make_other
@@ -49,6 +50,7 @@ OTHERS = (
     | GEMMA3
     | LLAVA_LIKE
     | MINICPM_V
+    | COGVLM
     | TOWERS
     | BLIP2
     | DEEPSEEK

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from blip2_models import blip2_rows
+from cogvlm_rows import cogvlm_rows
 from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
@@ -307,6 +308,7 @@ ROWS: dict[str, WholeFamily] = {
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
+    **cogvlm_rows(HEADER, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",

@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 import tiles_cases  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import parallel_state as mpu  # noqa: E402
+from run_cases import four_of  # noqa: E402
 from tiny import IMAGE_TOKEN, random_packs, tiny_recipe  # noqa: E402
 
 from megavlm.config.checks import check_recipe  # noqa: E402
@@ -203,7 +204,7 @@ def _of_four_tokens(pack: Any, pixels: Any, model: Any) -> ReadPack:
     if not vision.packed:
         shape = (count, *vision.pixel_shape)  # of a pair, several squares of each picture
         shown = np.resize(pixels, shape) if count else np.zeros(shape, np.uint8)
-        return ReadPack(pack, torch.from_numpy(shown))
+        return ReadPack(pack, torch.from_numpy(shown), four_of(model, count))
     side, row = 2 * vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
     patches = np.resize(pixels, (count * side**2, row)) if count else np.zeros((0, row), np.uint8)
     grid = np.tile(np.array([[1, side, side]], np.int64), (count, 1))

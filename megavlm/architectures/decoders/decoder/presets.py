@@ -90,6 +90,11 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     # Llama-2-*-hf; Vicuna v1.5 has the same shapes.
     "llama2_7b": (DecoderSize(32, 4096, 11008, 32, 32, 128, 32000, 4096), _LLAMA),
     "llama2_13b": (DecoderSize(40, 5120, 13824, 40, 40, 128, 32000, 4096), _LLAMA),
+    # The language half of CogVLM: Vicuna-7B v1.5, and weights of their own for image tokens.
+    "cogvlm_7b": (
+        DecoderSize(32, 4096, 11008, 32, 32, 128, 32000, 2048),
+        {**_LLAMA, "visual_expert": True, "image_positions": "shared"},
+    ),
     # Mistral-7B-Instruct-v0.2, which has no window.
     "mistral_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {"rotary_base": 1000000, **_LLAMA}),
     "yi_34b": (DecoderSize(60, 7168, 20480, 56, 8, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),

@@ -1,6 +1,6 @@
 """Vision transformers on Megatron-Core layers: Qwen-VL's OpenCLIP tower (arXiv 2308.12966), CLIP, SigLIP, InternViT.
 
-And DINOv2 (2304.07193) with registers (2309.16588), EVA01 (2211.07636), EVA02 (2303.11331).
+And DINOv2 (2304.07193) with registers (2309.16588), EVA01 (2211.07636), EVA02 (2303.11331), EVA02-CLIP-E (2303.15389).
 
 Shape legend: N images, C colours, P patches of an image, W width of the tower, D width of a head, T = P and the learned
 tokens beside them (a class token, registers).
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.activations import quick_gelu
 from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -26,7 +27,7 @@ from megavlm.architectures.context import BuildContext
 from megavlm.architectures.positions import resize_table
 from megavlm.architectures.towers.vit.config import ViTConfig
 from megavlm.layers.activation import BiasActivationMLP, gelu_tanh
-from megavlm.layers.scale import LayerScale
+from megavlm.layers.scale import LayerScale, NormedSum
 from megavlm.layers.specs import LayerKind, Modules, block_submodules, layer_modules
 from megavlm.layers.width_norm import (
     QueryValueBiasSelfAttention,
@@ -68,9 +69,17 @@ def transformer_config(vision: ViTConfig, context: BuildContext) -> TransformerC
 def _layer_parts(vision: ViTConfig, context: BuildContext) -> Modules:
     """Return the parts of a layer."""
     kind = LayerKind("full", head_dim=vision.hidden_size // vision.num_attention_heads)
-    modules = layer_modules(kind, transformer_engine=context.transformer_engine)
+    behind = vision.branch_norms == "behind"
+    # Transformer Engine's linear layers have the norm in front of them inside; here there is none in front.
+    linears = {} if behind else None
+    modules = layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears)
     parts: Any = modules.layer.submodules
     attention = parts.self_attention
+    if behind:
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        config = transformer_config(vision, context)
+        normed = ModuleSpec(module=NormedSum, params={"norm": modules.norm, "config": config})
+        parts.self_attn_bda = parts.mlp_bda = normed
     if not (vision.add_qkv_bias and vision.key_bias):
         attention.submodules.linear_qkv = without_bias(attention.submodules.linear_qkv)
     if vision.add_qkv_bias and not vision.key_bias:

@@ -52,6 +52,9 @@ class ViTConfig(VisionConfig):
     """LayerNorm inside the MLP, in front of its last layer (EVA02)."""
     attention_norm: bool = False
     """LayerNorm over the results of all heads, in front of attention's last layer (EVA02-CLIP)."""
+    branch_norms: Literal["before", "behind"] = "before"
+    """Where the two norms of a layer stand: in front of attention and of the MLP, or behind them, over what each gives
+    before it is added to the stream (EVA02-CLIP-E)."""
     class_token: bool = False
     """Whether a learned class token goes through the layers beside the patches (CLIP); its output is dropped, unless
     class_feature says else."""
@@ -202,6 +205,8 @@ def _layers(vision: ViTConfig) -> Iterator[str]:
         )
     if vision.post_layernorm_epsilon is not None and not vision.post_layernorm:
         yield f"{_OWN}.post_layernorm_epsilon: there is no such norm without {_OWN}.post_layernorm; leave it out"
+    if vision.branch_norms == "behind" and vision.layer_scale:
+        yield f"{_OWN}.branch_norms: behind goes without {_OWN}.layer_scale; set that to false, or this to before"
     if not vision.key_bias and not vision.add_qkv_bias:
         yield f"{_OWN}.key_bias: nothing has a bias without {_OWN}.add_qkv_bias; leave it out"
     if not vision.key_bias and vision.qk_norm is not None:

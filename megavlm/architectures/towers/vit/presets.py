@@ -73,11 +73,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "rotary_base": 10000.0,
         "rotary_grid": 16,
     },
+    # EVA02-CLIP-E/14+ as CogVLM has it: plain layers, whose norms stand behind attention and MLP.
+    "eva02_e_vit": {
+        "class_token": True,
+        "conv_bias": True,
+        "pre_layernorm": False,
+        "layernorm_epsilon": 1e-6,
+        "branch_norms": "behind",
+    },
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes (and a CLIP's activation)."""
 
 _CLIP, _SIGLIP, _INTERN = KINDS["clip_vit"], KINDS["siglip_vit"], KINDS["intern_vit"]
 _DINOV2, _EVA01, _EVA02 = KINDS["dinov2_vit"], KINDS["eva01_vit"], KINDS["eva02_vit"]
+_EVA02_E = KINDS["eva02_e_vit"]
 _SWIGLU = {**_DINOV2, "activation": "silu", "gated_mlp": True}
 
 SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
@@ -116,6 +125,9 @@ SIZES: dict[str, tuple[ViTSize, dict[str, Any]]] = {
     "eva01_clip_g_14_448": (ViTSize(448, 14, 1408, 39, 16, 6144, 16), _EVA01),
     # timm/eva02_large_patch14_clip_336 as Bunny takes it: the last of 24 layers is left out.
     "eva02_clip_l_14_336": (ViTSize(336, 14, 1024, 23, 16, 2730, 24), _EVA02),
+    # THUDM/cogvlm-base-224-hf and -490-hf: the last of 64 layers is left out in their files; tables of either size.
+    "eva02_clip_e_14_224": (ViTSize(224, 14, 1792, 63, 16, 15360, 16), _EVA02_E),
+    "eva02_clip_e_14_490": (ViTSize(490, 14, 1792, 63, 16, 15360, 35), _EVA02_E),
     # OpenGVLab/InternViT-300M-448px-V2_5 and InternViT-6B-448px-V2_5, as InternVL 2.5, 3 and 3.5 have them; the 6B
     # without the last three of its 48 layers.
     "intern_vit_300m_448": (ViTSize(448, 14, 1024, 24, 16, 4096, 32), _INTERN),

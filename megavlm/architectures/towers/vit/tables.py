@@ -171,3 +171,24 @@ EVA02_VISION = Table(
     ),
 )  # fmt: skip
 """EVA02 as timm and as its authors write it: the words in braces."""
+
+COGVLM_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="transformer.layers.{}.",
+    layer=(
+        *both("self_attention.linear_qkv", "attention.query_key_value", QKV_BLOCKS),
+        *both("self_attention.linear_proj", "attention.dense"),
+        *both("self_attn_bda.norm", "input_layernorm"),  # behind attention, whatever it is called
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+        *both("mlp_bda.norm", "post_attention_layernorm"),
+    ),
+    rest=(
+        row("class_embedding", "patch_embedding.cls_embedding", ONE_AXIS),
+        row("positional_embedding", "patch_embedding.position_embedding.weight"),
+        *both("conv1", "patch_embedding.proj"),
+    ),
+    prefix="model.vision.",
+)
+"""EVA02-CLIP-E as CogVLM has it, without its last layer."""
