@@ -42,9 +42,32 @@ _DENSE = {
 # HyperGAI/HPT1_5-Air-Llama-3-8B-Instruct-multimodal and HPT1_5-Edge: SigLIP's table of 27 x 27 seen at 448 pixels.
 _HPT = {"air": ("llama3_8b", "hpt_llama_3"), "edge": ("phi_3_mini_4k", "phi_3")}
 
+# Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7): Vicuna v0 is of Llama's shape.
+_MINIGPT = {
+    "minigpt4_7b": ("llama2_7b", "minigpt4"),
+    "minigpt4_13b": ("llama2_13b", "minigpt4"),
+    "minigpt4_llama_2_7b": ("llama2_7b", "minigpt4_llama_2"),
+    "minigpt_v2_7b": ("llama2_7b", "minigpt_v2"),
+}
+
 
 def register() -> None:
     """Register them."""
+    for name, (language, template) in _MINIGPT.items():
+        queries = template == "minigpt4"
+        MODELS.register(
+            name,
+            vision={
+                "preset": f"eva01_clip_g_14_{448 if template == 'minigpt_v2' else 224}",
+                "post_layernorm_epsilon": 1e-5,
+                "class_feature": queries,
+            },
+            # What its code trains of the Q-Former is the layer behind it.
+            connector={"preset": "q_former", "trained": "projection"} if queries else {"preset": "concat_row"},
+            language={"preset": language},
+            image={"kind": "squash"},
+            template=template,
+        )
     for name, (language, projector) in _MOBILEVLM.items():
         MODELS.register(
             f"mobilevlm_{name}",

@@ -21,6 +21,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
+from minigpt_models import MINIGPT
 from mllama_models import MLLAMA
 from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
@@ -51,6 +52,7 @@ OTHERS = (
     | MINICPM_V
     | TOWERS
     | BLIP2
+    | MINIGPT
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA

@@ -19,6 +19,7 @@ from megavlm.checkpoint import assets
 from megavlm.checkpoint.finite import check_finite, narrowed, vanished
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
+from megavlm.checkpoint.hf.pickled import write_pickle, write_pieces
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
 from megavlm.checkpoint.hf.trained import was_trained, write_pixels, write_trained
@@ -149,7 +150,7 @@ def export(
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
             # What becomes one file of torch.save is read back as that.
-            early = checked and family.pickle is None
+            early = checked and family.pickle is None and not family.pickles
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
                 learnt = (
@@ -162,7 +163,8 @@ def export(
                 _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
             result.files = writer.files
             if family.pickle is not None:
-                _write_pickle(partial, family.pickle, result)
+                result.files = write_pickle(partial, family.pickle)
+            result.files += write_pieces(partial, family, model)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial / family.text_folder, entries, record)
@@ -277,15 +279,6 @@ def _theirs(
     cast = [narrowed(tensor, dtype, f"--dtype: {name}") for name, tensor in zip(rule.row.theirs, tensors, strict=True)]
     result.vanished += sum(map(vanished, tensors, cast))
     return cast
-
-
-def _write_pickle(partial: Path, name: str, result: Export) -> None:
-    """Put what was written into one file of ``torch.save``."""
-    source = Source(partial)
-    torch.save({key: source.get(key).clone() for key in source.tensors}, partial / name)
-    for path in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
-        path.unlink()
-    result.files = 1
 
 
 def _extra(
