@@ -13,7 +13,8 @@ The notations, the papers, and what of the authors' own they were held against:
 - ``<|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>``, thousandths, within brackets of any kind: GLM-4.1V (its README).
 - ``<loc0000>`` four times, then the name; top, left, bottom, right in 1024ths: PaliGemma (2407.07726).
 - ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
-  (issue 606 of LLaVA's repository).- ``<p>name</p>{<10><20><50><75>}``, hundredths, ``<delim>`` between several: MiniGPT-v2 (2310.09478; ``demo_v2.py`` and
+  (issue 606 of LLaVA's repository).
+- ``<p>name</p>{<10><20><50><75>}``, hundredths, ``<delim>`` between several: MiniGPT-v2 (2310.09478; ``demo_v2.py`` and
   ``minigpt4/datasets/datasets/coco_dataset.py`` of its repository).
 """
 

@@ -169,7 +169,7 @@ class MiniGPTv2Family(MiniGPT4Family):
     }  # fmt: skip
     class_feature = False
     norm = f"{PROJECTION}/ln_vision"
-    # As its data asks (minigpt4/datasets/datasets/coco_dataset.py); answers are in hundredths, see data/box_notations.py.
+    # As its data asks (minigpt4/datasets/datasets/coco_dataset.py); answers are in hundredths (data/box_notations.py).
     finds = "[refer] give me the location of {thing}"
 
     def settings(self, model: ModelConfig) -> Tree:

@@ -49,7 +49,8 @@ def _minigpt(path: Path) -> dict[str, Path]:
         files = [file for file in others if file.name.startswith("blip2_") == (name == Q_FORMER)]
         if len(files) > 1:
             raise UserError(f"{path}: both {files[0].name} and {files[1].name} may be {what}; move one elsewhere")
-        found |= {name: file for file in files}
+        if files:
+            found[name] = files[0]
     return found
 
 

@@ -24,6 +24,8 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ('{"found": [{"label": "the cat", "bbox_2d": [[100, 200, 500, 750]]}]}', "the cat"),
         ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
         ("[0.1, 0.2, 0.5, 0.75]", None),
+        ("<p>the cat</p> {<10><20><50><75>}", "the cat"),
+        ("{<10><20><50><75>}", None),
     ],
 )
 def test_each_notation(answer: str, name: str | None) -> None:
@@ -35,6 +37,8 @@ def test_each_notation(answer: str, name: str | None) -> None:
 def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_sees() -> None:
     several = "<ref>a</ref><box>[[0, 0, 500, 500], [500, 500, 1000, 1000]]</box> <ref>b</ref><box>(1,1),(2,2)</box>"
     assert [(one.name, one.sides[0]) for one in find_boxes(several)] == [("a", 0.0), ("a", 0.5), ("b", 0.001)]
+    hundredths = "a photo of <p>a</p> {<0><0><50><50>}<delim>{<50><50><100><100>} and <p>b</p>{<1><1><2><2>}{<1><2><3>}"
+    assert [(one.name, one.sides[0]) for one in find_boxes(hundredths)] == [("a", 0.0), ("a", 0.5), ("b", 0.01)]
     answer = '[{"bbox_2d": [64, 96, 320, 360], "label": "cat"}, {"bbox_2d": [0, 0, 640, 480], "label": "dog"'
     (cat,) = find_boxes(answer, pixels_of=(640, 480))  # the list was cut off within the second
     assert cat == ("cat", pytest.approx((0.1, 0.2, 0.5, 0.75)))
@@ -48,7 +52,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
         "", "nothing", "<box>(100,200)</box>", "<box>(500,200),(100,750)</box>", "<box>(0,0),(1200,10)</box>",
         '{"bbox_2d": [1, 2, 3]}', '{"bbox_2d": ["1", 2, 3, 4]}', '{"bbox_2d": [true, 2, 3, 4]}', "[1, 2, 3, 4]",
         "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
-        "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
+        "<ref>" * 3000, "{<101><0><5><5>}", "<p>a" * 3000, "{<1><1>" * 3000,
+        "<|object_ref_start|>" * 2000, "[0.1," * 3000,
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:

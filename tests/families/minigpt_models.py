@@ -1,4 +1,4 @@
-"""Tiny MiniGPT-4 and MiniGPT-v2: what their code (Vision-CAIR/MiniGPT-4 @ d94738a7, ``minigpt4/models``) makes of files.
+"""Tiny MiniGPT-4 and MiniGPT-v2: what their code (Vision-CAIR/MiniGPT-4 @ d94738a7, ``minigpt4/models``) does.
 
 The tower is written out from ``eva_vit.py`` (EVA01-g as BLIP-2 has it), the Q-Former and the language model are
 Transformers' classes, what lies between is ``encode_img`` of ``minigpt4.py`` and ``minigpt_v2.py``.
@@ -224,7 +224,7 @@ class MiniGPTSource(TransformersSource):
         layouts = [plan.plan(width, height, len(sizes)) for width, height in sizes]
         ids = with_slots(layouts, self.image, self.vocab, words)
         mean, std = (torch.tensor(one).view(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
-        squares = [one.resize((side, side), Image.Resampling.BICUBIC) for one in photographs(sizes)]
+        squares = [one.resize((side, side), Image.Resampling.BICUBIC) for one in (photographs(sizes) if sizes else ())]
         views = [(torch.from_numpy(np.array(one)).permute(2, 0, 1) / 255 - mean) / std for one in squares]
         pixels = torch.stack(views) if views else torch.zeros(0, 3, side, side)
         heights = torch.tensor([[h, w] for w, h in sizes]) if sizes else torch.zeros(0, 2, dtype=torch.long)
