@@ -161,9 +161,7 @@ def export(
                     )
                 )
                 _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
-            result.files = writer.files
-            if family.pickle is not None:
-                result.files = write_pickle(partial, family.pickle)
+            result.files = write_pickle(partial, family.pickle) if family.pickle is not None else writer.files
             result.files += write_pieces(partial, family, model)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
