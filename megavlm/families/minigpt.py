@@ -40,6 +40,8 @@ _LAYERS = 39
 """Layers of the tower that are run, of 40."""
 _EPSILON = 1e-5
 """Of the norm behind the tower (``ln_vision``)."""
+_PATCHES = 4
+"""That become one token of MiniGPT-v2."""
 _PROJ = f"{PROJECTION}/llama_proj."
 _ASIDE = (
     Aside(r"{minigpt}llama_model\..*\.rotary_emb\.inv_freq", "fixed rotary tables"),
@@ -197,22 +199,21 @@ class MiniGPTv2Family(MiniGPT4Family):
 
     def _connector(self, source: Source, vision: Mapping[str, Any], language: Mapping[str, Any]) -> Tree:
         width = vision["hidden_size"]
-        _complete_projection(source, 4 * width, language["hidden_size"])
-        patches, rest = divmod(source.shape(_PROJ + "weight")[1], width)
-        if rest or not patches:
-            seen = source.shape(_PROJ + "weight")[1]
+        _complete_projection(source, _PATCHES * width, language["hidden_size"])
+        seen = source.shape(_PROJ + "weight")[1]
+        if seen != _PATCHES * width:
             raise UserError(
-                f"{source.path}: {_PROJ}weight takes {seen} numbers, which are no patches of {width} side by side; "
-                "with MiniGPT-4's on Vicuna goes BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth)"
+                f"{source.path}: {_PROJ}weight takes {seen} numbers, and {_PATCHES} patches of its tower are "
+                f"{_PATCHES * width}; MiniGPT-4's on Vicuna goes with blip2_pretrained_flant5xxl.pth"
             )
-        return {"preset": "concat_row", "patches": patches}
+        return {"preset": "concat_row", "patches": _PATCHES}
 
     def _no_connector(self, model: ModelConfig) -> str | None:
         connector: Any = model.connector
         if (connector.merge, connector.depth, connector.normalization) != ("row", 1, None):
             return "the connector is not MiniGPT's: patches of a row side by side, and one linear layer"
-        if connector.patches != 4:
-            return f"a token is of {connector.patches} patches (model.connector.patches), in MiniGPT of 4"
+        if connector.patches != _PATCHES:
+            return f"a token is of {connector.patches} patches (model.connector.patches), in MiniGPT of {_PATCHES}"
         return None if connector.add_bias_linear else "the connector has no bias (model.connector.add_bias_linear)"
 
 

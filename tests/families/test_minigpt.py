@@ -162,7 +162,7 @@ def other_text(path: Path) -> None:
 
 BAD: dict[str, tuple[Sizes, Callable[[Path], None], tuple[str, ...]]] = {
     "two files": (V2, twice, ("pretrained_minigpt.pth", "second.pth", "move one elsewhere")),
-    "no q-former": (LLAMA_2, narrow, ("llama_proj.weight takes 256", "blip2_pretrained_flant5xxl.pth")),
+    "no q-former": (LLAMA_2, narrow, ("llama_proj.weight takes 256", "704", "blip2_pretrained_flant5xxl.pth")),
     "unknown": (V2, unknown, ("minigpt/llama_proj2.weight: unknown to the family minigpt_v2",)),
     "language": (QUERIES, other_text, ("llm/config.json", "'phi'", "'llama'")),
 }
