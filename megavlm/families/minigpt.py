@@ -57,7 +57,7 @@ class MiniGPT4Family(Family):
     """MiniGPT-4 on Vicuna: BLIP-2's Q-Former and one linear layer."""
 
     name = "minigpt4"
-    title = "MiniGPT-4 on Vicuna in its authors' files (llm/, eva_vit_g.pth, blip2_*.pth, llama_proj)"
+    title = "MiniGPT-4 on Vicuna in its authors' files (blip2_*.pth, llama_proj)"
     parts = ("vision", "connector", "language")
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",), "connector": ("q_former",), "language": ("decoder",),
@@ -165,7 +165,7 @@ class MiniGPTv2Family(MiniGPT4Family):
     """MiniGPT-v2, and MiniGPT-4 on Llama 2: four patches of a row become one token."""
 
     name = "minigpt_v2"
-    title = "MiniGPT-v2, and MiniGPT-4 on Llama 2, in their authors' files (llm/, eva_vit_g.pth, llama_proj)"
+    title = "MiniGPT-v2, and MiniGPT-4 on Llama 2, in their authors' files"
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit",), "connector": ("patch_reducer",), "language": ("decoder",),
     }  # fmt: skip
