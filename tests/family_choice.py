@@ -44,6 +44,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "paligemma": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "mllama": ("towers.tiled_vit", "connectors.mlp", "decoders.decoder"),
     "blip2": ("towers.vit", "connectors.q_former", "decoders.decoder"),
+    "minigpt4": ("towers.vit", "connectors.q_former", "decoders.decoder"),
+    "minigpt_v2": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "gemma3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "deepseek_vl": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "deepseek_vl_hybrid": (

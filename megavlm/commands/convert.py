@@ -86,8 +86,9 @@ def add_incoming(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="seed of fresh parts (default: the recipe's, or 1234)")
     parser.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="instead of weights: adapters as PEFT saves them, for --base"
-    )
+        "--adapter", type=Path, metavar="DIR", help="instead of weights: adapters as PEFT saves them, for --base; or a"
+        " file of MiniGPT-v2's trainer with some"
+    )  # fmt: skip
     parser.add_argument(
         "--base", type=Path, metavar="DIR", help="with --adapter: checkpoint (or run) of the weights that it is for"
     )

@@ -16,6 +16,8 @@ The notations, the papers, and what of the authors' own they were held against:
 - ``<loc0000>`` four times, then the name; top, left, bottom, right in 1024ths: PaliGemma (2407.07726).
 - ``[0.12, 0.3, 0.5, 0.75]``, parts of the sides: LLaVA-1.5 (2310.03744), of the square that the picture is padded to
   (issue 606 of LLaVA's repository).
+- ``<p>name</p>{<10><20><50><75>}``, hundredths, ``<delim>`` between several: MiniGPT-v2 (2310.09478; ``demo_v2.py`` and
+  ``minigpt4/datasets/datasets/coco_dataset.py`` of its repository).
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ _TAGGED = re.compile(
 _GLM = re.compile(r"<\|begin_of_box\|>(?P<box>[\[\](){}<>\d,.\s]{7,4000})<\|end_of_box\|>")
 _COG = re.compile(r"\[\[\d{3}(?:,\d{3}){3}(?:;\d{3}(?:,\d{3}){3}){0,199}\]\]")
 _LOC = re.compile(r"(?P<locs>(?:<loc\d{4}>){4})[ ]?(?P<name>[^<;\n]*)")
+_HUNDREDTHS = re.compile(
+    r"(?:<p>(?P<name>[^<]{0,300})</p>\s*)?(?P<boxes>\{(?:<\d{1,3}>){4}\}(?:\s*<delim>\s*\{(?:<\d{1,3}>){4}\})*)"
+)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _PARTS = re.compile(r"\[\s*(?:[01]?\.\d+|[01])(?:\s*,\s*(?:[01]?\.\d+|[01])){3}\s*\]")
 _JSON_START = re.compile(r"[\[{]")
@@ -103,6 +108,8 @@ def _raw(answer: str, json_size: tuple[int, int]) -> Iterator[_Raw]:
     for match in _LOC.finditer(answer):
         top, left, bottom, right = (float(place) for place in re.findall(r"\d{4}", match["locs"]))
         yield match.start(), match["name"], [left, top, right, bottom], (1024, 1024)
+    for match in _HUNDREDTHS.finditer(answer):
+        yield match.start(), match["name"], _numbers(match["boxes"]), (100, 100)
     named = list(_json_boxes(answer))
     for at, name, numbers in named:
         yield at, name, numbers, json_size

@@ -140,7 +140,11 @@ def _shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
         inside = (inside or opens) and i != end and begin is not None
         if not inside and i not in (tokenizer.imgpad_id, end):
             parts[-1].append(i)
-    return _SLICES.sub(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts))
+    text = IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
+    if begin is None and any(tokenizer.template.image):  # marks of words, around which a tokenizer may put spaces
+        before, behind = (re.escape(mark) for mark in tokenizer.template.image)
+        text = re.sub(rf"{before} ?{re.escape(IMAGE_PLACEHOLDER)} ?{behind}", IMAGE_PLACEHOLDER, text)
+    return _SLICES.sub(IMAGE_PLACEHOLDER, text)
 
 
 def answer_start(tokens: NDArray[np.int64], labels: NDArray[np.int64], tokenizer: Tokenizer) -> int | None:

@@ -122,7 +122,7 @@ class Template:
     stop_ids: tuple[int, ...] = ()
     """Ids of others, where a checkpoint says no name."""
     stop_text: str = ""
-    """Text that ends an answer, where its token is always the same; such as a newline."""
+    """Text that ends an answer, where its tokens are always the same (a newline); of several the first ends it."""
     ends: str = ""
     """Control token that the loss wants behind an answer where the template writes none, in the place of what does
     stand there."""

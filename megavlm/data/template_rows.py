@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavlm.data.template import IMAGES, SYSTEM, TEXT, ControlToken, Template, trained
+from megavlm.data.template_rows_minigpt import MINIGPT_ROWS
 
 
 def _needs(*names: str) -> tuple[ControlToken, ...]:
@@ -460,5 +461,5 @@ ROWS = (
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
     IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3,
     MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
-    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT, *MINIGPT_ROWS,
 )  # fmt: skip

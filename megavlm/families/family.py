@@ -54,6 +54,9 @@ class Family(ABC):
     """Keys of ``config.json`` by which the family's code takes the tower from the checkpoint, once it was trained."""
     pickle: ClassVar[str | None] = None
     """A file that ``torch.save`` writes, which the family's code reads instead of safetensors."""
+    pickles: ClassVar[Mapping[str, tuple[str, str | None]]] = {}
+    """Of a checkpoint in pieces: those that are files of ``torch.save``, by what they are called: the file that is
+    written, and the key that its tensors stand under; None for none."""
     own_files: ClassVar[tuple[str, ...]] = ()
     """Small files that say, beside ``config.json``, what it is in no other family."""
     with_tower_trained: ClassVar[str | None] = None
@@ -87,6 +90,8 @@ class Family(ABC):
     visual_expert: ClassVar[bool] = False
     """Whether image tokens may have weights of their own, and a position that they share: :meth:`refuses` then says
     which language models have."""
+    own_epsilon: ClassVar[bool] = False
+    """Whether the norm behind its tower may have an epsilon of its own: :meth:`refuses` then says which."""
     preprocesses: ClassVar[bool] = False
     """Whether its pictures are made pixels by Transformers, as ``preprocessor_config.json`` says."""
     text_folder: ClassVar[str] = ""
@@ -205,7 +210,7 @@ class Family(ABC):
             return (
                 "norms stand behind the tower's attention and MLP (model.vision.branch_norms), which the family has not"
             )
-        if getattr(model.vision, "post_layernorm_epsilon", None) is not None:
+        if getattr(model.vision, "post_layernorm_epsilon", None) is not None and not self.own_epsilon:
             return "the norm behind the tower has an epsilon of its own (model.vision.post_layernorm_epsilon)"
         return None
 
@@ -272,6 +277,10 @@ class Family(ABC):
             image_token: that fills an image's slots.
             known: whether the tokenizer has a token; one that it lacks would be added behind the embedding's rows.
         """
+        return {}
+
+    def settings(self, model: ModelConfig) -> Tree:
+        """Return what is written beside the weights of a file of :attr:`pickles` that has a key, as its ``config``."""
         return {}
 
     def unsaid(self, model: ModelConfig, template: str) -> list[str]:

@@ -34,6 +34,8 @@ _OURS = (
     "megavlm.families.minicpm_v:MiniCPMLlama3V25Family",
     "megavlm.families.paligemma:PaliGemmaFamily",
     "megavlm.families.blip2:Blip2Family",
+    "megavlm.families.minigpt:MiniGPT4Family",
+    "megavlm.families.minigpt:MiniGPTv2Family",
     "megavlm.families.gemma3_vl:Gemma3Family",
     "megavlm.families.mllama:MllamaFamily",
     "megavlm.families.deepseek_vl:DeepseekVLFamily",

@@ -49,6 +49,14 @@ _COGVLM = {
     "grounding_generalist": (490, "cogvlm_base"),
 }
 
+# Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7): Vicuna v0 is of Llama's shape.
+_MINIGPT = {
+    "minigpt4_7b": ("llama2_7b", "minigpt4"),
+    "minigpt4_13b": ("llama2_13b", "minigpt4"),
+    "minigpt4_llama_2_7b": ("llama2_7b", "minigpt4_llama_2"),
+    "minigpt_v2_7b": ("llama2_7b", "minigpt_v2"),
+}
+
 
 def register() -> None:
     """Register them."""
@@ -58,6 +66,21 @@ def register() -> None:
             vision={"preset": f"eva02_clip_e_14_{side}"},
             connector={"preset": "glu"},
             language={"preset": "cogvlm_7b"},
+            image={"kind": "squash"},
+            template=template,
+        )
+    for name, (language, template) in _MINIGPT.items():
+        queries = template == "minigpt4"
+        MODELS.register(
+            name,
+            vision={
+                "preset": f"eva01_clip_g_14_{448 if template == 'minigpt_v2' else 224}",
+                "post_layernorm_epsilon": 1e-5,
+                "class_feature": queries,
+            },
+            # What its code trains of the Q-Former is the layer behind it.
+            connector={"preset": "q_former", "trained": "projection"} if queries else {"preset": "concat_row"},
+            language={"preset": language},
             image={"kind": "squash"},
             template=template,
         )

@@ -56,7 +56,7 @@ class XtunerFamily(Family):
 
     def detect(self, source: Source) -> bool:
         """By its folders."""
-        return bool(source.pieces) and not self._in_folder(source)
+        return _TOWER in source.pieces and not self._in_folder(source)
 
     def probe(self, style: str) -> str:
         """Return the name of the patch embedding."""
@@ -244,7 +244,7 @@ class HPTFamily(XtunerFamily):
 
     def detect(self, source: Source) -> bool:
         """By its folders."""
-        return bool(source.pieces) and self._in_folder(source)
+        return _TOWER in source.pieces and self._in_folder(source)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """By the language model."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megavlm.config.errors import UserError
 from megavlm.config.prepared import META
 
 _HF_WEIGHTS = (
@@ -15,6 +16,9 @@ _HF_WEIGHTS = (
 LANGUAGE, OUTSIDE = "llm", "outside"
 """The folder of a language model in a checkpoint in pieces; where such a one's own small files are kept."""
 _PIECES = (LANGUAGE, "visual_encoder", "projector")
+EVA_TOWER, Q_FORMER, PROJECTION = "eva_vit_g", "blip2", "minigpt"
+"""What the pieces of a MiniGPT are called beside its language model; each is a file."""
+_EVA_FILE = "eva_vit_g.pth"
 _IN = "megavlm convert hf-to-megatron"
 
 
@@ -23,12 +27,31 @@ def _any(path: Path, *patterns: str) -> bool:
 
 
 def pieces_of(path: Path) -> dict[str, Path]:
-    """Return the folders of a checkpoint whose parts lie in folders of their own (xtuner, HPT 1.5); empty for another.
+    """Return the pieces of a checkpoint whose parts lie apart (xtuner, HPT 1.5, MiniGPT-4); empty for another.
 
     The language model, and the tokenizer, are in ``llm``, or outside of the folders.
     """
     found = {name: path / name for name in _PIECES if (path / name).is_dir()}
-    return found if {"visual_encoder", "projector"} <= found.keys() else {}
+    return found if {"visual_encoder", "projector"} <= found.keys() else _minigpt(path)
+
+
+def _minigpt(path: Path) -> dict[str, Path]:
+    """Return the pieces of a MiniGPT: the files that its code reads beside ``llm``, each as ``torch.save`` wrote it.
+
+    Raises:
+        UserError: there are several files of a kind.
+    """
+    if not (path / _EVA_FILE).is_file() or not (path / LANGUAGE).is_dir():
+        return {}
+    found = {LANGUAGE: path / LANGUAGE, EVA_TOWER: path / _EVA_FILE}
+    others = sorted(file for file in path.glob("*.pth") if file.name != _EVA_FILE)
+    for name, what in ((Q_FORMER, "BLIP-2's Q-Former (blip2_*.pth)"), (PROJECTION, "what was trained behind it")):
+        files = [file for file in others if file.name.startswith("blip2_") == (name == Q_FORMER)]
+        if len(files) > 1:
+            raise UserError(f"{path}: both {files[0].name} and {files[1].name} may be {what}; move one elsewhere")
+        if files:
+            found[name] = files[0]
+    return found
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -1,13 +1,14 @@
 """A directory of Hugging Face weights, opened without loading them.
 
 Safetensors (one file, or shards with an index), ``pytorch_model*.bin``, and the loose files that CodeFuse-VLM keeps its
-parts in (``visual.bin``, ``mm_projector.bin``). A tensor of a folder (xtuner's ``projector``) is called
-``projector/name``. Files are memory-mapped; pickles are read with ``weights_only=True``.
+parts in (``visual.bin``, ``mm_projector.bin``). A tensor of a folder (xtuner's ``projector``), or of one of
+MiniGPT-4's files, is called ``projector/name``. Files are memory-mapped; pickles are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,12 @@ class Source:
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         # Of a checkpoint in pieces: each folder of weights, by its name.
-        self.pieces = {name: Source(folder) for name, folder in (pieces_of(path) if path.is_dir() else {}).items()}
+        self.pieces = {name: Source(piece) for name, piece in (pieces_of(path) if path.is_dir() else {}).items()}
+        self.settings: dict[str, Any] = {}
+        """What a trainer's file says of its run beside the weights (``config``)."""
+        self.made: dict[str, str] = {}
+        """Tensors that no file has, and what they are instead: see :meth:`make`."""
+        self._makers: dict[str, Callable[[], Tensor]] = {}
         for file, expected in ({} if LANGUAGE in self.pieces else self._files(path)).items():
             self._add(file, expected)
         for name, piece in self.pieces.items():
@@ -83,7 +89,7 @@ class Source:
     @property
     def folders(self) -> dict[str, Path]:
         """Directories of small files, by the folder that a checkpoint of ours keeps them in: "" for the tokenizer's."""
-        own = {name: piece.directory for name, piece in self.pieces.items()}
+        own = {name: piece.path for name, piece in self.pieces.items() if piece.path.is_dir()}
         text = own.pop(LANGUAGE, self.directory)
         return {"": text, **own, **({OUTSIDE: self.directory} if text != self.directory else {})}
 
@@ -103,6 +109,8 @@ class Source:
         Raises:
             UserError: the file is damaged.
         """
+        if name in self._makers:
+            return self._makers[name]()
         folder, _, own = name.rpartition("/")
         if folder in self.pieces:
             return self.pieces[folder].get(own)
@@ -113,6 +121,26 @@ class Source:
             return handle.get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"{self.tensors[name].file}: {name} cannot be read: {error}") from None
+
+    def make(self, name: str, shape: tuple[int, ...], why: str, maker: Callable[[Tensor], Any]) -> None:
+        """Add a tensor that no file has, as the code that reads such checkpoints has it then, in fp32.
+
+        Args:
+            name: of the tensor.
+            shape: its shape.
+            why: what it is, for the report.
+            maker: fills it, when it is read first.
+        """
+        self.tensors[name] = TensorInfo(shape, torch.float32, self.path)
+        self.made[name] = why
+
+        @functools.cache
+        def made() -> Tensor:
+            tensor = torch.empty(shape)
+            maker(tensor)
+            return tensor
+
+        self._makers[name] = made
 
     def size_bytes(self) -> int:
         """Return the bytes of all tensors."""
@@ -133,7 +161,10 @@ class Source:
 
     def _add(self, file: Path, expected: list[str] | None) -> None:
         check_pointer(file)
-        handle, found = _open_pickle(file) if file.suffix in _PICKLES else _open_safetensors(file)
+        if file.suffix in _PICKLES:
+            handle, found, self.settings = _open_pickle(file)
+        else:
+            handle, found = _open_safetensors(file)
         self._open[file] = handle
         for name in expected or ():
             if name not in found:
@@ -212,10 +243,14 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
     return handle, found
 
 
-def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
+def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo], dict[str, Any]]:
     state = load_weights(file, mmap=True)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    settings = {}
+    for key in ("state_dict", "model"):  # trainers put the run beside the weights
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            settings = state["config"] if isinstance(state.get("config"), dict) else {}
+            state = state[key]
+            break
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{file}: holds no dictionary of tensors by name")
     state = {name: value.detach() for name, value in state.items()}  # some are parameters
@@ -223,4 +258,4 @@ def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo]]:
     for name, value in state.items():
         dtype = value.dtype if value.dtype in _DTYPES.values() else str(value.dtype)
         found[name] = TensorInfo(tuple(value.shape), dtype, file)
-    return state, found
+    return state, found, settings

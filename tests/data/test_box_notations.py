@@ -25,6 +25,8 @@ WHOLE = (0.1, 0.2, 0.5, 0.75)
         ("<loc0205><loc0102><loc0768><loc0512> the cat", "the cat"),
         ("[0.1, 0.2, 0.5, 0.75]", None),
         ("A cat [[100,200,500,750]] sits.", None),
+        ("<p>the cat</p> {<10><20><50><75>}", "the cat"),
+        ("{<10><20><50><75>}", None),
     ],
 )
 def test_each_notation(answer: str, name: str | None) -> None:
@@ -38,6 +40,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
     assert [(one.name, one.sides[0]) for one in find_boxes(several)] == [("a", 0.0), ("a", 0.5), ("b", 0.001)]
     cog = find_boxes("two cats[[000,010,500,500;500,500,999,999]] and a dog[[001,001,002,002]]")
     assert [one.sides[0] for one in cog] == [0.0, 0.5, 0.001]
+    hundredths = "a photo of <p>a</p> {<0><0><50><50>}<delim>{<50><50><100><100>} and <p>b</p>{<1><1><2><2>}{<1><2><3>}"
+    assert [(one.name, one.sides[0]) for one in find_boxes(hundredths)] == [("a", 0.0), ("a", 0.5), ("b", 0.01)]
     answer = '[{"bbox_2d": [64, 96, 320, 360], "label": "cat"}, {"bbox_2d": [0, 0, 640, 480], "label": "dog"'
     (cat,) = find_boxes(answer, pixels_of=(640, 480))  # the list was cut off within the second
     assert cat == ("cat", pytest.approx((0.1, 0.2, 0.5, 0.75)))
@@ -53,6 +57,8 @@ def test_several_boxes_stand_in_their_order_and_pixels_are_of_what_the_model_see
         "bbox_2d " + "[" * 300_000, '{"bbox_2d": [1' + "0" * 400 + ", 0, 1, 1]}", '{"bbox_2d": [NaN, 0, 1e999, 1]}',
         "<ref>" * 3000, "<|object_ref_start|>" * 2000, "[0.1," * 3000,
         "[[1,2,3,4]]", "[[100,200,300]]", "[[100,200,500,750;" * 2000,
+        "<ref>" * 3000, "{<101><0><5><5>}", "<p>a" * 3000, "{<1><1>" * 3000,
+        "<|object_ref_start|>" * 2000, "[0.1," * 3000,
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_left_out(answer: str) -> None:

@@ -71,7 +71,19 @@ def test_twenty_conversations_as_published(name: str) -> None:
         12  # it has one system turn, and puts every picture in front
         if name == "vicuna_v1_im_end"
         else 14
-        if name in ("zephyr", "gemma", "gemma3", "mgm_gemma", "minicpm", "minicpm_llama_3", "allava")
+        if name
+        in (
+            "zephyr",
+            "gemma",
+            "gemma3",
+            "mgm_gemma",
+            "minicpm",
+            "minicpm_llama_3",
+            "allava",
+            "minigpt4",
+            "minigpt4_llama_2",
+            "minigpt_v2",
+        )
         else 6
         if "plain" in name or name in ("paligemma", "hpt_llama_3") or name.startswith("cogvlm")
         else 20

@@ -85,10 +85,28 @@ def test_a_part_that_the_family_does_not_have(name: str, tmp_path: Path, capsys:
     assert bool(tried) != (name in NAMELESS)
 
 
-def weights(source: Path) -> Path:
-    """Return the file that has the connector's weights, which all makers but those of pieces write one of."""
-    piece = source / "projector" / "model.safetensors"
-    return piece if piece.exists() else source / "model.safetensors"
+def weights(source: Path, tensor: str | None = None) -> Path:
+    """Return the file of a tensor, or of the connector's weights, which all makers but those of pieces write one of."""
+    if tensor is not None and tensor.partition("/")[0] in Source(source).pieces:
+        return Source(source).tensors[tensor].file
+    pieces = (source / "projector" / "model.safetensors", source / "pretrained_minigpt.pth")
+    return next((piece for piece in pieces if piece.exists()), source / "model.safetensors")
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file; those of a ``.pth`` stand under a key."""
+    state: dict[str, Any] = torch.load(path)["model"] if path.suffix == ".pth" else load_file(path)
+    return state
+
+
+def save(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write them as they were."""
+    if path.suffix == ".pth":
+        torch.save({"model": state}, path)
+    elif path.suffix == ".safetensors":
+        save_file(state, path, metadata={"format": "pt"})
+    else:
+        torch.save(state, path)
 
 
 def towards_the_tower(name: str, source: Path) -> tuple[str, int]:
@@ -116,11 +134,11 @@ def test_a_tower_of_another_size_than_the_projector_expects(
 ) -> None:
     source = make(FIRST[name], tmp_path / "hf")
     tensor, axis = towards_the_tower(name, source)
-    path, own = weights(source), tensor.rpartition("/")[2]
-    state = load_file(path)
+    path, own = weights(source, tensor), tensor.rpartition("/")[2]
+    state = loaded(path)
     width = state[own].size(axis)
     state[own] = torch.cat([state[own], state[own]], axis)
-    save_file(state, path, metadata={"format": "pt"})
+    save(state, path)
     line = refused(capsys, source, tmp_path / "m")
     assert str(source) in line and str(2 * width) in line and str(width) in line, line
 
@@ -130,7 +148,9 @@ def test_what_no_row_knows_and_a_lora_beside(name: str, tmp_path: Path, capsys: 
     """A ``.bin`` with a tensor more than the table, then an adapter beside whole weights."""
     source = make(FIRST[name], tmp_path / "hf")
     path = weights(source)
-    if path.exists():
+    if path.suffix == ".pth":
+        state = loaded(path)
+    elif path.exists():
         state = load_file(path)
         path.unlink()
         path = path.with_name("pytorch_model.bin")
@@ -138,10 +158,10 @@ def test_what_no_row_knows_and_a_lora_beside(name: str, tmp_path: Path, capsys: 
         (path,) = [*source.glob("*.bin"), *source.glob("*.pt")]
         state = torch.load(path)
     extra = "of_nobody.weight"
-    torch.save({**state, extra: torch.zeros(2)}, path)
+    save({**state, extra: torch.zeros(2)}, path)
     line = refused(capsys, source, tmp_path / "m")
     assert extra in line and str(source) in line and name in line, line
-    torch.save(state, path)
+    save(state, path)
     for file, text in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "")):
         (source / file).write_text(text)
     line = refused(capsys, source, tmp_path / "m")

@@ -22,6 +22,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
+from minigpt_models import MINIGPT
 from mllama_models import MLLAMA
 from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
@@ -53,6 +54,7 @@ OTHERS = (
     | COGVLM
     | TOWERS
     | BLIP2
+    | MINIGPT
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA

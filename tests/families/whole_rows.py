@@ -41,6 +41,7 @@ from llava_next_models import (
 )
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
+from minigpt_models import minigpt_rows
 from mllama_rows import mllama_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
@@ -307,6 +308,7 @@ ROWS: dict[str, WholeFamily] = {
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
+    **minigpt_rows(HEADER, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **cogvlm_rows(HEADER, PLANNED),
     "internvl": WholeFamily(

@@ -189,6 +189,7 @@ def understand(given: Sequence[SourceOfParts], fresh: Mapping[str, Tree], home: 
         for note in [geometry(one.source)]
         if note
     ]
+    notes += [f"{name} is in no file: {why}" for one in given for name, why in one.source.made.items()]
     rows = (branches.get("language") or {}).get("vocab_size")
     if len(given) > 1 or fresh or given[0].family.slotless:
         _grow_vocabulary(branches, tokenizer, template or ModelConfig.template, grown)

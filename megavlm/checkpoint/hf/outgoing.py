@@ -20,6 +20,7 @@ from megavlm.checkpoint.ahead import ReadAhead
 from megavlm.checkpoint.finite import narrowed
 from megavlm.checkpoint.hf.given import make_model
 from megavlm.checkpoint.hf.kin import Kin, differing, kin_of, tower_learnt, without_slot
+from megavlm.checkpoint.hf.pickled import write_pickle, write_pieces
 from megavlm.checkpoint.hf.rule_writing import RuleToWrite, number_type, rule_entries
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import SHARD_BYTES, Entry, FolderedWriter
@@ -151,16 +152,16 @@ def export(
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
             # What becomes one file of torch.save is read back as that.
-            early = checked and family.pickle is None
+            early = checked and family.pickle is None and not family.pickles
             with ReadBack() if early else contextlib.nullcontext() as read_back:
                 writer = FolderedWriter(partial, entries, shard_bytes, read_back)
                 pieces = [RuleToWrite(rule, reader, dtype, checked=early) for rule in rules]
                 with contextlib.closing(ReadAhead(pieces)) as ahead:
                     learnt = (pair for piece in pieces for pair in zip(piece.names, ahead.read(piece), strict=True))
                     _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
-            result.files, result.vanished = writer.files, sum(piece.vanished for piece in pieces)
-            if family.pickle is not None:
-                _write_pickle(partial, family.pickle, result)
+            result.vanished = sum(piece.vanished for piece in pieces)
+            result.files = write_pickle(partial, family.pickle) if family.pickle is not None else writer.files
+            result.files += write_pieces(partial, family, model)
             _write_assets(checkpoint, partial, family, model, record, result, kin, original=original)
             _write_meaning(checkpoint, partial, family, model, result, original=original)
             _write_dtype(partial / family.text_folder, entries, record)
@@ -244,15 +245,6 @@ def choose_family(name: str | None, model: ModelConfig, parts: Sequence[str], *,
         + "); export its parts with --family "
         + " or ".join(f.name for f in FAMILIES.values() if len(f.parts) == 1)
     )
-
-
-def _write_pickle(partial: Path, name: str, result: Export) -> None:
-    """Put what was written into one file of ``torch.save``."""
-    source = Source(partial)
-    torch.save({key: source.get(key).clone() for key in source.tensors}, partial / name)
-    for path in (*partial.glob("*.safetensors"), *partial.glob("*.safetensors.index.json")):
-        path.unlink()
-    result.files = 1
 
 
 def _extra(

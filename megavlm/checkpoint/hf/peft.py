@@ -24,6 +24,7 @@ from megavlm.checkpoint.base import RECORD, holds_adapters, record
 from megavlm.checkpoint.finite import check_finite
 from megavlm.checkpoint.hf.outgoing import PLANS, choose_family, model_branches
 from megavlm.checkpoint.hf.peft_config import MERGE, Settings, read_settings
+from megavlm.checkpoint.hf.peft_minigpt import read_minigpt
 from megavlm.checkpoint.hf.shapes import Rule, alone, make_rules
 from megavlm.checkpoint.merged import recipe_branches
 from megavlm.checkpoint.paths import read_tree
@@ -197,7 +198,7 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     """Write PEFT's adapters as a checkpoint that trains on, answers and merges.
 
     Args:
-        directory: with PEFT's two files.
+        directory: with PEFT's two files; or a file that MiniGPT-v2's trainer wrote.
         base: the checkpoint of the weights that they are for.
         out: directory to write; it must not exist, or be empty.
 
@@ -207,18 +208,7 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     Raises:
         UserError: it is an adapter of another kind, or for another model.
     """
-    if not (directory / CONFIG).is_file():
-        there = what_is(directory)
-        raise UserError(
-            f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
-        )
-    settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
-    if (directory / _APART).is_file():
-        raise UserError(
-            f"{directory / _APART}: holds what was trained beside the adapters, which would be lost; merge both into "
-            "their base where they were made, and convert that"
-        )
-    where, tensors = _read_tensors(directory)
+    where, settings, tensors = _read(directory)
     model, trained = recipe_branches(base)
     if holds_adapters(base) or trained.rank is not None:
         raise UserError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
@@ -240,6 +230,30 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     return len(tensors)
 
 
+def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor]]:
+    """Return the file of an adapter's weights, what it computes and what it holds.
+
+    Raises:
+        UserError: it is no adapter, or one of another kind.
+    """
+    if directory.is_file():
+        settings, found = read_minigpt(directory)
+        return directory, settings, _finite(directory, found)
+    if not (directory / CONFIG).is_file():
+        there = what_is(directory)
+        raise UserError(
+            f"{directory}: has no {CONFIG}, so it is no adapter of PEFT{f'; it is {there}' if there else ''}"
+        )
+    settings = read_settings(read_json(directory / CONFIG), directory / CONFIG)
+    if (directory / _APART).is_file():
+        raise UserError(
+            f"{directory / _APART}: holds what was trained beside the adapters, which would be lost; merge both into "
+            "their base where they were made, and convert that"
+        )
+    where, tensors = _read_tensors(directory)
+    return where, settings, tensors
+
+
 def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     """Return the file of an adapter's weights and what it holds.
 
@@ -257,12 +271,21 @@ def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:
             raise UserError(f"{where}: cannot be read: {error}") from None
     if not isinstance(tensors, dict) or not tensors:
         raise UserError(f"{where}: holds no tensors by name")
+    return where, _finite(where, tensors)
+
+
+def _finite(where: Path, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Return tensors whose numbers are finite.
+
+    Raises:
+        UserError: one is none, or of another type.
+    """
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in _TYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{where}: {name} is of type {kind}; only floating point is converted")
         check_finite(value, f"{where}: {name}")
-    return where, tensors
+    return tensors
 
 
 def _named(

@@ -82,7 +82,7 @@ def row_template(tokenizer: Tokenizer, system_message: str, *, bare: bool = Fals
     begin, end = map(named, row.image)
     image = named(row.slot.name) if bare else begin + named(row.slot.name) + end
     behind = row.picture.replace("{image}", "")
-    assert behind in ("", "\n"), row.picture  # with a number: Qwen-VL's own text
+    assert behind in ("", " ", "\n"), row.picture  # with a number: Qwen-VL's own text
     gap = f"({_literal(row.gap)} if not turn.text.startswith(IMAGE) else '') + " if row.gap else ""
     folded = bool(row.user_with_system) and not row.system
     system = written(row.system, "state.system")

@@ -120,8 +120,8 @@ def load_tokenizer(path: str | Path, template: Template = QWEN_VL) -> Tokenizer:
     except ModuleNotFoundError as error:
         raise ImportError(f"tokenizer {path} needs the package {error.name}: pip install {error.name}") from None
     if template.stop_text:
-        # Text, so the id that it has behind other text; none where it would be a part of a longer piece.
+        # Text, so the id that it has behind other text, or the first; none where it would be a part of a longer piece.
         known, whole = tokenizer.encode("a"), tokenizer.encode("a" + template.stop_text)
-        if whole[:-1] == known:
-            tokenizer.stop_ids = (whole[-1], *tokenizer.stop_ids)
+        if whole[: len(known)] == known and len(whole) > len(known):
+            tokenizer.stop_ids = (whole[len(known)], *tokenizer.stop_ids)
     return tokenizer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megavlm.weights.rules import ONE_AXIS, Row, Table, both, row
+import dataclasses
+
+from megavlm.weights.rules import ONE_AXIS, Aside, Row, Table, both, row
 
 _MOST = 48
 """Layers that names are written for; BLIP-2 has 12."""
@@ -42,7 +44,15 @@ def _table(norm: str, layers: str, inside: str, projection: str) -> Table:
 BLIP2_Q_FORMER = _table("qformer.layernorm", "qformer.encoder.layer", "attention", "language_projection")
 """BLIP-2's, as Transformers calls them."""
 
-LAVIS_Q_FORMER = _table(
-    "Qformer.bert.embeddings.LayerNorm", "Qformer.bert.encoder.layer", "self", "llama_proj"
+LAVIS_Q_FORMER = dataclasses.replace(
+    _table("Qformer.bert.embeddings.LayerNorm", "Qformer.bert.encoder.layer", "self", "{projection}llama_proj"),
+    aside=(
+        Aside(r"Qformer\.bert\.embeddings\.position_ids", "position number buffer"),
+        Aside(r"Qformer\.bert\.embeddings\.(word|position)_embeddings\.weight", "text branch", carried=True),
+        Aside(r"Qformer\.bert\.encoder\.layer\.[0-9]+\.(intermediate|output)\.(dense|LayerNorm)\..*", "text branch",
+              carried=True),
+        Aside(r"Qformer\.cls\..*", "text branch", carried=True),
+        Aside(r"(t5|opt)_proj\.(weight|bias)", "projection to BLIP-2's own language model", carried=True),
+    ),
 )  # fmt: skip
-"""BLIP-2's own (LAVIS), with the layer that MiniGPT-4 puts behind it."""
+"""BLIP-2's own (LAVIS); the layer that MiniGPT-4 puts behind it lies elsewhere."""

@@ -106,6 +106,33 @@ BLIP2_VISION = Table(
 
 _BEHIND = "layer behind the one whose features are taken"
 
+EVA01_VISION = Table(
+    part="vision",
+    ours=_VIT_LAYER,
+    theirs="blocks.{}.",
+    layer=(
+        *both("input_layernorm", "norm1"),
+        row("self_attention.linear_qkv.weight", "attn.qkv.weight", QKV_BLOCKS),
+        row("self_attention.query.bias", "attn.q_bias"),
+        row("self_attention.value.bias", "attn.v_bias"),
+        *both("self_attention.linear_proj", "attn.proj"),
+        *both("pre_mlp_layernorm", "norm2"),
+        *both("mlp.linear_fc1", "mlp.fc1"),
+        *both("mlp.linear_fc2", "mlp.fc2"),
+    ),
+    rest=(
+        row("class_embedding", "cls_token", TWO_AXES),
+        row("positional_embedding", "pos_embed", ONE_AXIS),
+        *both("conv1", "patch_embed.proj"),
+        *both("ln_post", "{norm}"),
+    ),
+    aside=(
+        Aside(r"(norm|fc_norm|head)\.(weight|bias)", "last norm and head, which BLIP-2 leaves out", carried=True),
+        Aside(r"blocks\.(\d+)\..*", _BEHIND, carried=True, behind=True),
+    ),
+)
+"""EVA01-g as BLIP-2's authors (LAVIS, ``eva_vit_g.pth``) write it; the norm behind it lies elsewhere."""
+
 DINOV2_VISION = Table(
     part="vision",
     ours=_VIT_LAYER,

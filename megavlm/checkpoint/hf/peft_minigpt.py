@@ -1,0 +1,49 @@
+"""Adapters in a file of ``torch.save`` that MiniGPT-v2's trainer wrote, beside what else was trained.
+
+github.com/Vision-CAIR/MiniGPT-4 @ d94738a7: ``runners/runner_base.py`` (``_save_checkpoint``) keeps what was trained,
+under its code's names; ``models/base_model.py`` (``init_llm``) puts adapters on the language model. Alpha and dropout
+stand in its settings alone; those of ``minigpt_v2.yaml`` and ``minigpt_v2.py`` are taken where the file has none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megavlm.checkpoint.hf.peft_config import Settings
+from megavlm.config.errors import UserError
+from megavlm.weights.pickles import load_weights
+
+_ALPHA, _DROPOUT = 16, 0.05
+_NAME = re.compile(r"llama_model\.(base_model\.model\..*\.lora_[AB])\.(?:default\.)?weight")
+
+
+def read_minigpt(file: Path) -> tuple[Settings, dict[str, Any]]:
+    """Return what adapters compute, and their tensors by PEFT's names.
+
+    Raises:
+        UserError: there are none, or they are of several ranks.
+    """
+    whole = load_weights(file)
+    state = whole.get("model") if isinstance(whole, dict) else None
+    named = {name: _NAME.fullmatch(str(name)) for name in state} if isinstance(state, Mapping) else {}
+    found = {f"{match[1]}.weight": state[name] for name, match in named.items() if match}  # type: ignore[index]
+    ranks = {value.shape[0] for name, value in found.items() if ".lora_A." in name and isinstance(value, Tensor)}
+    if len(ranks) != 1:
+        what = f"adapters of the ranks {sorted(ranks)}" if ranks else "no adapters of MiniGPT-v2 (llama_model.*.lora_A)"
+        raise UserError(f"{file}: holds {what}; give such a file, or a directory that PEFT saved")
+    config = whole.get("config")
+    told = config.get("model") if isinstance(config, Mapping) else None
+    told = told if isinstance(told, Mapping) else {}
+    alpha, dropout = told.get("lora_alpha", _ALPHA), told.get("lora_dropout", _DROPOUT)
+    if not _number(alpha) or alpha <= 0 or not _number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"{file}: its config has lora_alpha {str(alpha)[:40]!r} and lora_dropout {str(dropout)[:40]!r}")
+    return Settings(ranks.pop(), float(alpha), float(dropout)), found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
