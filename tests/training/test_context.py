@@ -137,11 +137,21 @@ def test_other_layouts_and_models(case: str, results: tuple[Path, Any]) -> None:
     check_equal(results[0], case, LONG_CASES[case][0], results[1])
 
 
+NORMS = MODEL | {"language": MODEL["language"] | {"num_query_groups": 2, "qk_layernorm": True}}
+MOE = NORMS | {
+    "language": NORMS["language"]
+    | {"num_moe_experts": 8, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01}
+}
 FROZEN_FRONT = {"vision": {"freeze": True}, "connector": {"freeze": True}}
 KEPT: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"training": {"precision": "bf16"}},
     "groups": {"model": MODEL | {"language": MODEL["language"] | {"num_query_groups": 2}}},
+    # The norm of keys holds on to all that was projected, unless it has to make it fp32 first.
+    "norms": {"model": NORMS},
+    "norms, bf16": {"model": NORMS, "training": {"precision": "bf16"}},
+    "norms, selective": {"model": NORMS, "parallel": {"recompute_granularity": "selective"}},
+    "experts": {"model": MOE},
     "selective": {"parallel": {"recompute_granularity": "selective"}},
     "full": {"parallel": {"recompute_granularity": "full"}},
 }
