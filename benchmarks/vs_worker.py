@@ -70,6 +70,10 @@ class System(ABC):
     def step(self, batch: Any) -> float:
         """Train on one batch; return the loss."""
 
+    def told(self) -> dict[str, Any]:
+        """Return what else is to be said of it."""
+        return {}
+
 
 def _count(samples: list[Sample], processed: int) -> Work:
     return Work(
@@ -259,6 +263,8 @@ SYSTEMS = {
     "phi": ("vs_kinds:PhiTransformers", "vs_kinds:PhiMegavlm"),
     "paligemma": ("vs_kinds:PrefixTransformers", "vs_kinds:PrefixMegavlm"),
     "qwen2_5_vl": ("vs_native:NativeTransformers", "vs_native:NativeMegavlm"),
+    "qwen3_moe": ("moe_worker:GroupedTransformers", "moe_worker:MoeMegavlm"),
+    "qwen3_moe_eager": ("moe_worker:EagerTransformers", "moe_worker:MoeMegavlm"),
 }
 """Both systems of each shape, as "module:class"."""
 
@@ -311,7 +317,8 @@ def main() -> None:
                 work.seconds = time.perf_counter() - start
                 work.cpu_seconds = time.process_time() - cpu_start
                 total.add(work)
-            print(json.dumps({**asdict(total), "parameters": system.parameters}), file=answers, flush=True)
+            said = {**asdict(total), "parameters": system.parameters, **system.told()}
+            print(json.dumps(said), file=answers, flush=True)
 
 
 if __name__ == "__main__":

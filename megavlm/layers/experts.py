@@ -33,7 +33,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.layers.activation import swiglu
-from megavlm.parallel.megatron_versions import activation_of
+from megavlm.layers.expert_products import copies, products, summed
+from megavlm.parallel.device import has_kernels
+from megavlm.parallel.megatron_versions import activation_of, permuted
 
 
 def _mend_megatron() -> None:
@@ -50,7 +52,40 @@ def _mend_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
+def _permute_on_cpu() -> None:
+    """Have Megatron-Core's dispatchers copy, order and add up tokens as a CPU does best; on a CPU alone.
+
+    Three functions of ``moe_utils``, as the dispatchers call them, with what they give; of their options (fused
+    kernels, padding, probabilities on the way back) none is used here. With CUDA they stay Megatron-Core's own.
+    """
+    sort = token_dispatcher.sort_chunks_by_idxs
+
+    def permute(
+        tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, num_out_tokens: Any = None, **options: Any
+    ) -> Any:
+        per_expert = options.pop("tokens_per_expert", None)
+        assert not any(options.values()), options
+        experts, order = routing_map.t().nonzero(as_tuple=True)
+        weights = None if probs is None else probs[order, experts]
+        return permuted(copies(tokens, order), weights, order, per_expert)
+
+    def unpermute(permuted_tokens: Tensor, sorted_indices: Tensor, restore_shape: Any, **options: Any) -> Tensor:
+        options.pop("routing_map", None)
+        assert not any(value is not None and value is not False for value in options.values()), options
+        return summed(permuted_tokens, sorted_indices, restore_shape[0])
+
+    def sort_chunks(tokens: Tensor, split_sizes: Tensor, sorted_idxs: Tensor, *args: Any, **options: Any) -> Any:
+        if torch.equal(sorted_idxs, torch.arange(len(sorted_idxs))):
+            return tokens, args[0] if args else options.get("probs")
+        return sort(tokens, split_sizes, sorted_idxs, *args, **options)
+
+    token_dispatcher.permute, token_dispatcher.unpermute = permute, unpermute
+    token_dispatcher.sort_chunks_by_idxs = sort_chunks
+
+
 _mend_megatron()
+if not has_kernels():
+    _permute_on_cpu()
 
 TALLY = ("balance", "z", "dropped")
 """What a router's tally has behind the loads of its experts."""
@@ -98,7 +133,8 @@ class PackRouter(TopKRouter):
         padding = torch.zeros_like(logits[:, 0], dtype=torch.bool) if padding_mask is None else padding_mask.view(-1)
         counted = self.training and torch.is_grad_enabled()
         tokens = self._real_tokens(padding) if counted else None
-        z = None if tokens is None else self._z_loss(logits, padding, tokens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._learns(self.config.moe_z_loss_coeff)):
+            z = None if tokens is None else self._z_loss(logits, padding, tokens)
         if z is not None and self._learns(self.config.moe_z_loss_coeff):
             logits = MoEAuxLossAutoScaler.apply(logits, z * self.config.moe_z_loss_coeff * self.gradient_scale)
         probs, routing_map = moe_utils.topk_routing_with_score_function(
@@ -118,8 +154,11 @@ class PackRouter(TopKRouter):
             probs, routing_map = probs * taken, taken
         if tokens is None or z is None:
             return probs, routing_map
-        balance = self._balance_loss(logits, padding, tokens)
-        if self._learns(self.get_aux_loss_coeff("aux_loss")):
+        best = self.score_function == "softmax" and self.config.moe_router_num_groups is None
+        learns = self._learns(self.get_aux_loss_coeff("aux_loss"))
+        with torch.set_grad_enabled(learns):  # else a figure alone
+            balance = self._balance_loss(logits, padding, tokens, chosen if best else None)
+        if learns:
             loss = balance * self.config.moe_aux_loss_coeff * self.gradient_scale
             probs = MoEAuxLossAutoScaler.apply(probs, loss)
         self._count(chosen, taken, balance, z)
@@ -141,12 +180,18 @@ class PackRouter(TopKRouter):
         squares = torch.logsumexp(logits.float(), dim=-1).square().masked_fill(padding, 0)
         return squares.sum() / tokens
 
-    def _balance_loss(self, logits: Tensor, padding: Tensor, tokens: Tensor) -> Tensor:
-        """Return this rank's part of X * sum over experts of (part of the tokens' choices) * (mean score)."""
-        choices, scores = compute_routing_scores_for_aux_loss(
-            logits, self.topk, self.score_function, padding_mask=padding
-        )
-        counts = choices.sum(0).float()
+    def _balance_loss(self, logits: Tensor, padding: Tensor, tokens: Tensor, chosen: Tensor | None) -> Tensor:
+        """Return this rank's part of X * sum over experts of (part of the tokens' choices) * (mean score).
+
+        ``chosen``, [N, X], are the choices where they are those of the best scores; None where they are not.
+        """
+        if chosen is None:
+            chosen, scores = compute_routing_scores_for_aux_loss(
+                logits, self.topk, self.score_function, padding_mask=padding
+            )
+        else:
+            scores = torch.softmax(logits.float(), dim=-1).masked_fill(padding[:, None], 0)
+        counts = chosen.sum(0).float()
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
         return self.num_experts * (counts / (tokens * self.topk) * (scores.float().sum(0) / tokens)).sum()
@@ -178,6 +223,9 @@ class Experts(SequentialMLP):
 
     There Megatron-Core draws all weights from one stream, which is the same on all ranks of a stage: each rank's first
     expert would be the same one.
+
+    With CUDA the forward pass is Megatron-Core's own. On a CPU, gated MLPs by SiLU without biases (all families' but
+    for a composed model's) are computed by ``layers/expert_products.py``.
     """
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -186,6 +234,27 @@ class Experts(SequentialMLP):
         self._skip(before, config)
         super().__init__(num_local_experts, config, *args, **kwargs)
         self._skip(group.size() * num_local_experts - before - num_local_experts, config)
+        # What ``use_te_activation_func`` brings is the gated SiLU of experts_mlp, where there are no kernels.
+        self.in_slices = not has_kernels() and config.use_te_activation_func and not config.add_bias_linear
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Return what the experts give of their tokens, and no bias.
+
+        Args:
+            tokens: [M, H] copies of tokens, in the order of this rank's experts.
+            tokens_per_expert: [X] of them.
+            probs: [M] weight of each.
+        """
+        if not self.in_slices:
+            found: tuple[Tensor, None] = super().forward(tokens, tokens_per_expert, probs)
+            return found
+        columns = [expert.linear_fc1 for expert in self.local_experts]
+        rows = [expert.linear_fc2 for expert in self.local_experts]
+        for linear in (*columns, *rows):  # which nobody calls: their weights may still be on the way (overlap)
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
+        weights = [[linear.weight for linear in one] for one in (columns, rows)]
+        return products(tokens, probs, tokens_per_expert.tolist(), *weights), None
 
     @staticmethod
     def _skip(count: int, config: TransformerConfig) -> None:

@@ -8,6 +8,7 @@ Megatron-Core that not every process needs are imported when they are called for
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,6 +65,18 @@ def cuda_graph_field() -> str:
 
     fields = TransformerConfig.__dataclass_fields__
     return "cuda_graph_modules" if "cuda_graph_modules" in fields else "cuda_graph_scope"
+
+
+def permuted(tokens: Tensor, probs: Tensor | None, order: Tensor, tokens_per_expert: Tensor | None) -> tuple[Any, ...]:
+    """Return what ``moe_utils.permute`` gives: where it can pad (later than 0.16), two values more, of what it padded."""
+    return (tokens, probs, order, None, tokens_per_expert) if _permute_pads() else (tokens, probs, order)
+
+
+@functools.cache
+def _permute_pads() -> bool:
+    from megatron.core.transformer.moe import moe_utils  # noqa: PLC0415
+
+    return "tokens_per_expert" in inspect.signature(moe_utils.permute).parameters
 
 
 def sum_marked_gradients(modules: list[Any]) -> None:

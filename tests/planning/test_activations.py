@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from saved_tensors import quantise_random, saved_tensors
-from test_parameters import LAYERS, OTHER
+from test_parameters import EXPERTS, LAYERS, OTHER, SHARED
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.data.device_batch import make_batch
@@ -23,6 +23,14 @@ CHECKPOINTED = {**tiny_recipe().model.vision.__dict__, "gradient_checkpointing":
 BESIDE = {"vision": FROZEN, "connector": FROZEN}
 QWEN = {"rank": 8, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}
 PARTS = {"rank": 8, "targets": ("q_proj", "v_proj", "up_proj")}
+MANY = {"num_moe_experts": 16, "moe_router_topk": 4, "moe_layer_freq": 1}
+LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
+
+
+def told(model: dict[str, Any], **language: Any) -> dict[str, Any]:
+    return {**model, "language": {**model["language"], **language}}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": BF16,
@@ -49,6 +57,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-head-connector": {**BF16, "lora": {**QWEN, "train_head": True}, "modules": {"vision": FROZEN}},
     "lora-of-parts": {"model": OTHER, "lora": PARTS, "modules": BESIDE},
     "lora-of-parts-bf16": {**BF16, "model": OTHER, "lora": PARTS, "modules": BESIDE},
+    "experts": {"model": told(EXPERTS, **MANY)},
+    "experts-bf16-losses": {**BF16, "model": told(EXPERTS, **MANY, **LOSSES)},
+    "experts-shared-losses-capacity": {"model": told(SHARED, **LOSSES, moe_expert_capacity_factor=1.25)},
+    "experts-frozen": {"model": EXPERTS, "modules": {"language": FROZEN}},
     "qlora": {**BF16, "lora": {**QWEN, "quantize": "nf4"}, "modules": BESIDE},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from megavlm.parallel.device import prepare_device
@@ -22,10 +23,11 @@ from megavlm.planning.layout import layout_of  # noqa: E402
 from megavlm.planning.workload import assume_workload  # noqa: E402
 
 
-def kept(branches: dict[str, Any], lengths: list[int], gpus: int) -> dict[str, int]:
+def kept(branches: dict[str, Any], lengths: list[int], gpus: int) -> dict[str, Any]:
     """Return the bytes that a forward pass of samples of such lengths keeps on this rank, really and as planned.
 
-    With them, after how many minutes its replica's collectives give up.
+    With them, what each language layer keeps that none before it did (where none is recomputed), and after how many
+    minutes its replica's collectives give up.
     """
     recipe, total = tiny_recipe(**branches), sum(lengths)
     with process_groups(recipe.parallel, recipe.training.seed):
@@ -38,10 +40,18 @@ def kept(branches: dict[str, Any], lengths: list[int], gpus: int) -> dict[str, i
             length=context_length([pack.cu_seqlens]),
         )  # fmt: skip
         with saved_tensors(model.parameters()) as saved:
+            layers = unwrap(model).language.decoder.layers
+            seen: list[int] = []
+            for layer in layers:
+                layer.register_forward_pre_hook(lambda *_: seen.append(saved.bytes))
+            layers[-1].register_forward_hook(lambda *_: seen.append(saved.bytes))
             unwrap(model)(**batch.inputs(with_labels=True))
         layout = layout_of(recipe, gpus)
         load = assume_workload(recipe, 0, len(lengths)).of_rank(layout.context)
         held = held_by(recipe, layout, layout.chunks[0], load.tokens, 0)
         patience = replica_group()._get_backend(torch.device("cpu")).options._timeout
         minutes = round(patience.total_seconds() / 60)
-        return {"real": saved.bytes, "planned": held.kept, "tokens": batch.length, "minutes": minutes}
+        return {
+            "real": saved.bytes, "planned": held.kept, "tokens": batch.length, "minutes": minutes,
+            "layers": [after - before for before, after in pairwise(seen)],
+        }  # fmt: skip

@@ -137,17 +137,28 @@ def test_other_layouts_and_models(case: str, results: tuple[Path, Any]) -> None:
     check_equal(results[0], case, LONG_CASES[case][0], results[1])
 
 
+NORMS = MODEL | {"language": MODEL["language"] | {"num_query_groups": 2, "qk_layernorm": True}}
+MOE = NORMS | {
+    "language": NORMS["language"]
+    | {"num_moe_experts": 8, "moe_ffn_hidden_size": 32, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.01}
+    | {"num_layers": 2}
+}
 FROZEN_FRONT = {"vision": {"freeze": True}, "connector": {"freeze": True}}
 KEPT: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"training": {"precision": "bf16"}},
     "groups": {"model": MODEL | {"language": MODEL["language"] | {"num_query_groups": 2}}},
+    # The norm of keys holds on to all that was projected, unless it has to make it fp32 first.
+    "norms": {"model": NORMS},
+    "norms, bf16": {"model": NORMS, "training": {"precision": "bf16"}},
+    "norms, selective": {"model": NORMS, "parallel": {"recompute_granularity": "selective"}},
+    "experts": {"model": MOE},
     "selective": {"parallel": {"recompute_granularity": "selective"}},
     "full": {"parallel": {"recompute_granularity": "full"}},
 }
 
 
-def kept(name: str, lengths: list[int], ranks_of: int) -> dict[str, int]:
+def kept(name: str, lengths: list[int], ranks_of: int) -> dict[str, Any]:
     own = KEPT[name]
     parallel = {"transformer_impl": "torch", **own.get("parallel", {}), "context_parallel_size": ranks_of}
     parallel["distributed_timeout_minutes"] = 7.0
@@ -168,18 +179,24 @@ def test_the_planner_counts_what_a_rank_keeps(name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.dist
-def test_what_a_rank_keeps_of_32k_tokens() -> None:
-    """All at 1/CP but keys and values of the whole pack: of 4 layers with 4 heads of 16 numbers, in fp32.
+@pytest.mark.parametrize("name", ["fp32", "experts"])
+def test_what_a_rank_keeps_of_32k_tokens(name: str) -> None:
+    """All at 1/CP but keys and values of the whole pack, in each layer and in fp32.
 
-    For these, a rank does not keep what its own were made of: queries, keys and values as projected, rotated keys.
+    For these, a rank does not keep what its own were made of: queries, keys and values as projected (unless the norm of
+    keys holds on to all of it), rotated keys.
     """
-    tokens, layers, width = 32768, 4, 4 * 16 * 4
-    whole = kept("fp32", [tokens], 1)
+    tokens, norms = 32768, name != "fp32"
+    width = (2 if norms else 4) * 16 * 4  # bytes of a token's keys
+    own = tokens * width * (1 if norms else 4)
+    whole = kept(name, [tokens], 1)
     for size in (2, 4):
-        part, keys = kept("fp32", [tokens], size), 2 * layers * tokens * width
+        part, keys = kept(name, [tokens], size), 2 * tokens * width
         assert part["tokens"] == tokens // size
-        assert part["real"] == pytest.approx((whole["real"] - 2 * keys) / size + keys, rel=0.01)
-        assert part["real"] < whole["real"] / size + keys
+        layers = len(whole["layers"])
+        assert part["layers"] == pytest.approx([(one - own) / size + keys for one in whole["layers"]], rel=0.01)
+        assert part["real"] == pytest.approx((whole["real"] - layers * own) / size + layers * keys, rel=0.01)
+        assert part["real"] < whole["real"] / size + layers * keys
 
 
 def check_change(results: tuple[Path, Any], tmp_path: Path, world: int, layouts: dict[str, dict[str, Any]]) -> None:

@@ -37,6 +37,18 @@ def _gathered_width(language: DecoderConfig, tensor: int) -> int:
     return (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
 
 
+def _projected_by_norms(language: DecoderConfig, tensor: int, number_bytes: int) -> int:
+    """Return the numbers of a token, of what QKV's projection gives, that the plain norm of keys holds on to; or 0.
+
+    It reads in fp32. Where that is no conversion, keys are a part of what was projected, all of which then stays,
+    although attention of a pack that ranks share asks for none of it.
+    """
+    if not language.qk_layernorm or number_bytes != 4:
+        return 0
+    queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
+    return _gathered_width(language, tensor) or (queries + 2 * keys) * language.kv_channels
+
+
 def _norms(language: DecoderConfig) -> int:
     """Return the norms of a layer that stand before attention and MLP."""
     return 1 if language.use_parallel_residual else 2
@@ -184,7 +196,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         projected = keys + gathered * int(held_whole)
     attention = tokens * (projected + queries + keys) * b
     if shards.context > 1 and not kernels.fused:  # those of the whole pack, and not its own in what was projected
-        attention = tokens * (queries + 2 * keys * shards.context) * b
+        attention = tokens * (queries + 2 * keys * shards.context + _projected_by_norms(language, tp, b)) * b
     attention += tokens * (language.num_attention_heads // tp) * 4  # log-sum-exp of the softmax
     if (
         not kernels.fused or not language.fused_rotary or shards.context > 1
@@ -211,14 +223,27 @@ def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     local = tokens // shards.tensor if shards.sequence_parallel else tokens
     here = local * language.moe_router_topk * shards.expert_tensor
     width, gates = language.expert_width // shards.expert_tensor, _inner_width(language)
-    # What is multiplied, forward and for the weights: the tokens' copies and the activation, with its weight.
-    kept = here * (hidden + width) * b * int(learns)
-    kept += here * (gates + 1) * width * b + here * _COPY_BYTES
+    # What is multiplied, forward and for the weights: the tokens' copies and the activation, with its weight. In slices
+    # (layers/expert_products.py, on CPUs) the activation is made again of what it was made of.
+    sliced = not kernels.fused and language.gated_linear_unit and language.activation == "silu"
+    sliced = sliced and not language.add_bias_linear
+    kept = here * (hidden + (0 if sliced else width)) * b * int(learns)
+    kept += here * (gates + (0 if sliced else 1)) * width * b + here * _COPY_BYTES
     shared = (language.moe_shared_expert_intermediate_size or 0) // shards.tensor
     kept += tokens * shared * (gates + int(learns)) * b
     if shared and language.moe_shared_expert_gate:
         kept += local * (hidden * b + 8)
+    kept += local * hidden * b * int(not learns)  # a router keeps what it reads, also where it is frozen
+    if sliced:
+        return kept + local * (count * _router_bytes(language, learns=learns) + 8)
     return kept + local * (count * _ROUTER_BYTES + _TOKEN_BYTES)
+
+
+def _router_bytes(language: DecoderConfig, *, learns: bool) -> int:
+    """Return the bytes that a plain router keeps of a token and an expert: what its losses and sigmoid are made of."""
+    sigmoid, capacity = language.moe_router_score_function == "sigmoid", language.moe_expert_capacity_factor is not None
+    losses = int(bool(language.moe_z_loss_coeff)) + int(language.moe_aux_loss_coeff > 0) * (2 if sigmoid else 1)
+    return 4 * (losses * int(learns) + int(sigmoid)) + int(capacity)
 
 
 _ROUTER_BYTES = 13
@@ -271,7 +296,8 @@ def attention_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels
     kept = tokens * heads * 4 + _masks_kept(language, tokens, kernels.number_bytes)
     if shards.context > 1 and not kernels.fused:  # keys and values of the pack; what they are made of stays, as without
         queries, keys = (n * language.kv_channels for n in (heads, _local_groups(language, shards.tensor)))
-        kept += tokens * (2 * keys * shards.context - 3 * keys - queries) * kernels.number_bytes
+        held = _projected_by_norms(language, shards.tensor, kernels.number_bytes)
+        kept += tokens * (2 * keys * shards.context - 3 * keys - queries + held) * kernels.number_bytes
     # The result is still there as the input of the projection, where that keeps one.
     if not (kernels.fused and learns):
         kept += tokens * heads * language.kv_channels * kernels.number_bytes

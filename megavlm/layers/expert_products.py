@@ -1,0 +1,180 @@
+"""What experts cost on a CPU beside their products: all tokens of an expert as one slice, and no copy that is not needed.
+
+Megatron-Core's experts (``SequentialMLP``) are modules called one after the other, whose tokens are split, whose results
+are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher sorts
+chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
+products, Transformer Engine's permutations) leave nothing of that; a CPU spends half of a layer's time on it. What is
+here stands in for both on CPUs alone, and computes the same.
+
+Shape legend: N tokens, M copies of tokens, one for each expert that takes it, in the order of the experts; X experts, H
+width of the model, F of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Products(torch.autograd.Function):
+    """Gated MLPs by SiLU, each on its slice; keeps inputs and what the first products give."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MH: Tensor, probs_M: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:
+        first, second = weights[: len(sizes)], weights[len(sizes) :]
+        hidden = x_MH.new_empty(x_MH.size(0), first[0].size(0))  # [M, 2 F]
+        out_MH = torch.empty_like(x_MH)
+        slices = zip(x_MH.split(sizes), probs_M.split(sizes), hidden.split(sizes), out_MH.split(sizes), strict=True)
+        for (x, probs, both, out), w1, w2 in zip(slices, first, second, strict=True):
+            if len(x):
+                torch.mm(x, w1.t(), out=both)
+                gate, up = both.chunk(2, dim=-1)
+                torch.mm(F.silu(gate).mul_(up).mul_(probs[:, None]), w2.t(), out=out)
+        trains = any(ctx.needs_input_grad[3:])  # else inputs are not needed any more
+        ctx.save_for_backward(x_MH if trains else None, probs_M, hidden, *weights)
+        ctx.sizes = sizes
+        return out_MH
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
+        x_MH, probs_M, hidden, *weights = ctx.saved_tensors
+        sizes, count = ctx.sizes, len(ctx.sizes)
+        x_MH = grad_MH if x_MH is None else x_MH
+        needs_x, needs_probs, _, *needs = ctx.needs_input_grad
+        grad_x_MH = torch.empty_like(x_MH) if needs_x else None
+        grad_probs_M = torch.empty_like(probs_M) if needs_probs else None
+        grads: list[Tensor | None] = [None] * (2 * count)
+        columns = zip(*(one.split(sizes) for one in (x_MH, probs_M, hidden, grad_MH.contiguous())), strict=True)
+        start = 0
+        for number, (x, probs, both, grad) in enumerate(columns):
+            w1, w2 = weights[number], weights[count + number]
+            if not len(x):
+                grads[number] = _nothing(w1) if needs[number] else None
+                grads[count + number] = _nothing(w2) if needs[count + number] else None
+                continue
+            gate, up = both.chunk(2, dim=-1)
+            gated = F.silu(gate)
+            grad_inner = grad @ w2
+            times = gated * up
+            if grad_probs_M is not None:
+                here = (grad_inner.float() * times.float()).sum(-1)
+                grad_probs_M[start : start + len(x)] = here
+            start += len(x)
+            grad_inner.mul_(probs[:, None])
+            if needs[count + number]:
+                grads[count + number] = weight_gradient(w2, grad, times.mul_(probs[:, None]))
+            grad_both = torch.empty_like(both)
+            grad_gate, grad_up = grad_both.chunk(2, dim=-1)
+            torch.mul(grad_inner, gated, out=grad_up)
+            torch.mul(grad_inner, up, out=gated)
+            torch.ops.aten.silu_backward.grad_input(gated, gate, grad_input=grad_gate)
+            if needs[number]:
+                grads[number] = weight_gradient(w1, grad_both, x)
+            if grad_x_MH is not None:
+                torch.mm(grad_both, w1, out=grad_x_MH[start - len(x) : start])
+        return grad_x_MH, grad_probs_M, None, *grads
+
+
+def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor:
+    """Return the gradient of a weight for autograd; where there is a buffer for it, add it there.
+
+    Megatron-Core's DistributedDataParallel knows weights whose gradient is there already
+    (``grad_added_to_main_grad``) and looks at no number of what autograd brings, but that it brings something. Nobody
+    sees more of a gradient than the sum in the buffer.
+
+    Args:
+        weight: [out, in].
+        grad: [T, out] gradient of what the product gave.
+        inputs: [T, in].
+    """
+    if not _has_buffer(weight):
+        return grad.t() @ inputs
+    torch.addmm(weight.main_grad, grad.t(), inputs, out=weight.main_grad)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+def _has_buffer(weight: Any) -> bool:
+    buffer = getattr(weight, "main_grad", None)
+    return buffer is not None and buffer.dtype == weight.dtype and hasattr(weight, "grad_added_to_main_grad")
+
+
+def _nothing(weight: Any) -> Tensor:
+    """Return the gradient of a weight that no token met: zeros, or what says that the buffer holds it already."""
+    if not _has_buffer(weight):
+        return torch.zeros_like(weight)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Return [M, H] of gated MLPs by SiLU, times the weight of each copy.
+
+    Args:
+        x_MH: the experts' tokens, one expert's behind the other's.
+        probs_M: weight of each.
+        sizes: tokens of each expert.
+        first: [2 F, H] of each expert, gate first.
+        second: [H, F] of each.
+    """
+    found: Tensor = _Products.apply(x_MH, probs_M, list(sizes), *first, *second)
+    return found
+
+
+def _places(tokens_M: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return [M] where the copies of each token lie, token by token, and [N] where each token's begin there."""
+    copies_N = torch.bincount(tokens_M, minlength=count)
+    return tokens_M.argsort(stable=True), copies_N.cumsum(0) - copies_N
+
+
+def _added(copies_MH: Tensor, tokens_M: Tensor, count: int) -> Tensor:
+    """Return [N, H]: the sum of each token's copies."""
+    places, starts = _places(tokens_M, count)
+    found: Tensor = torch._embedding_bag_forward_only(copies_MH, places, starts)[0]  # sums; a kernel for rows
+    return found
+
+
+class _Copies(torch.autograd.Function):
+    """[M, H] copies of tokens; gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_NH: Tensor, tokens_M: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_M)
+        ctx.count = tokens_NH.size(0)
+        return tokens_NH.index_select(0, tokens_M)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor, None]:
+        return _added(grad_MH.contiguous(), ctx.saved_tensors[0], ctx.count), None
+
+
+class _Sum(torch.autograd.Function):
+    """[N, H] sum of each token's copies."""
+
+    @staticmethod
+    def forward(ctx: Any, copies_MH: Tensor, tokens_M: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(tokens_M)
+        return _added(copies_MH, tokens_M, count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
+        return grad_NH.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def copies(tokens_NH: Tensor, tokens_M: Tensor) -> Tensor:
+    """Return [M, H]: the copies of tokens whose numbers are ``tokens_M``."""
+    found: Tensor = _Copies.apply(tokens_NH, tokens_M)
+    return found
+
+
+def summed(copies_MH: Tensor, tokens_M: Tensor, count: int) -> Tensor:
+    """Return [N, H], N = ``count``: of each token the sum of its copies, whose tokens are ``tokens_M``; 0 without."""
+    found: Tensor = _Sum.apply(copies_MH, tokens_M, count)
+    return found
