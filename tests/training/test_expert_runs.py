@@ -30,6 +30,11 @@ EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 VPP2, OVERLAP = {"virtual_pipeline_model_parallel_size": 2}, {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FROZEN = {"modules": {"language": {"freeze": True}}}
 LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_proj"]}}
+# Beside each expert's gate, up and down, and the dense layer's; and beside some of them.
+ADAPTERS = {
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "experts.down_proj"]}
+}
+SOME = {"lora": {"rank": 3, "alpha": 8.0, "targets": ["up_proj"], "train_head": True}}
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
@@ -49,6 +54,11 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("all", EP2, FROZEN),
         ("mixed", EP2, LORA),
         ("mixed", TP2 | EP2, LORA),
+        ("mixed", EP2, ADAPTERS),
+        ("mixed", TP2 | EP2, ADAPTERS),
+        ("mixed", TP2, ADAPTERS),
+        ("all", EP2 | {"recompute_granularity": "full"}, SOME),
+        ("all", TP2, SOME),
     ],
     4: [
         ("all", EP4, {}),
@@ -61,6 +71,10 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2 | EP4, {}),
         ("all", PP2 | VPP2 | EP2, {}),
         ("mixed", TP2 | PP2 | EP2, {}),
+        ("mixed", TP2 | EP2, ADAPTERS),
+        ("mixed", TP2 | EP2 | {"expert_tensor_parallel_size": 2}, ADAPTERS),
+        ("mixed", TP2 | PP2 | EP2, ADAPTERS),
+        ("all", EP2 | {"use_distributed_optimizer": False}, SOME),
         ("all", TP2 | PP2 | VPP2 | EP2 | {"recompute_granularity": "full"}, {}),
     ],
 }
@@ -85,7 +99,8 @@ def check(tmp: Path, layouts: dict[int, list[tuple[str, dict[str, Any], dict[str
     """Train each in one start of ranks a size; compare with one process, which has a folder a model and branches."""
 
     def folder(model: str, branches: dict[str, Any]) -> str:
-        return str(tmp / f"{model}-{'-'.join(branches)}")
+        rank = branches.get("lora", {}).get("rank", 0)
+        return str(tmp / f"{model}-{'-'.join(branches)}-{rank}-{len(branches.get('lora', {}).get('targets', ()))}")
 
     alone: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
     for model, _, branches in (one for group in layouts.values() for one in group):
