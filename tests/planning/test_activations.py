@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from saved_tensors import quantise_random, saved_tensors
-from test_parameters import LAYERS, OTHER
+from test_parameters import EXPERTS, LAYERS, OTHER
 from tiny import IMAGE_TOKEN, SEQUENCE_LENGTH, random_packs, tiny_recipe
 
 from megavlm.data.device_batch import make_batch
@@ -23,6 +23,7 @@ CHECKPOINTED = {**tiny_recipe().model.vision.__dict__, "gradient_checkpointing":
 BESIDE = {"vision": FROZEN, "connector": FROZEN}
 QWEN = {"rank": 8, "targets": ("c_attn", "attn.c_proj", "w1", "w2")}
 PARTS = {"rank": 8, "targets": ("q_proj", "v_proj", "up_proj")}
+ALL = {"rank": 8, "targets": ("all-linear",)}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": BF16,
@@ -49,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-head-connector": {**BF16, "lora": {**QWEN, "train_head": True}, "modules": {"vision": FROZEN}},
     "lora-of-parts": {"model": OTHER, "lora": PARTS, "modules": BESIDE},
     "lora-of-parts-bf16": {**BF16, "model": OTHER, "lora": PARTS, "modules": BESIDE},
+    "lora-of-experts": {"model": EXPERTS, "lora": ALL, "modules": BESIDE},
+    "lora-of-experts-bf16": {**BF16, "model": EXPERTS, "lora": PARTS, "modules": BESIDE},
     "qlora": {**BF16, "lora": {**QWEN, "quantize": "nf4"}, "modules": BESIDE},
 }
 
