@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megavlm.config.lora import LINEARS, targets_of
+from megavlm.config.lora import EXPERT_LINEARS, LINEARS, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig
 from megavlm.layers.lora import (
     LORA,
@@ -44,24 +44,38 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
 
 
 def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, ModuleSpec] | None:
-    """Return the four linear layers of a layer, by their last names; None for a model without adapters."""
+    """Return the linear layers of a layer, by their last names; None for a model without adapters.
+
+    Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, are there if they have adapters.
+    """
     if lora.rank is None:
         return None
     found = {}
     for linear in LINEARS:
-        name = linear.rpartition(".")[2]
-        kind = FrozenColumnParallelLinear if name in ("linear_qkv", "linear_fc1") else FrozenRowParallelLinear
-        params = {"adapter": adapter_of(linear, language, lora), "quantize": lora.quantize is not None}
+        name, adapter = linear.partition(".")[2], adapter_of(linear, language, lora)
+        if linear in EXPERT_LINEARS and adapter is None:
+            continue
+        kind = FrozenColumnParallelLinear if name.endswith(("qkv", "fc1")) else FrozenRowParallelLinear
+        params = {"adapter": adapter, "quantize": lora.quantize is not None}
         found[name] = ModuleSpec(module=kind, params=params)
     return found
 
 
 def frozen_linears(language: GPTModel) -> Iterator[tuple[int, str, FrozenLinear]]:
-    """Yield number (from 0, in the whole model), name inside the layer, and layer."""
+    """Yield number (from 0, in the whole model), name inside the layer, and layer.
+
+    Of this rank's experts, with their numbers in the whole model.
+    """
     for layer in language.decoder.layers:
         modules = dict(layer.named_modules())
-        for name in LINEARS:
-            linear = modules.get(name)  # a layer with experts has no MLP of its own
+        named = [(name, modules.get(name)) for name in LINEARS]  # a layer with experts has no MLP of its own
+        experts = modules.get("mlp.experts")
+        if isinstance(experts, SequentialMLP):
+            first = experts.ep_group.rank() * len(experts.local_experts)
+            for number, expert in enumerate(experts.local_experts, start=first):
+                prefix = f"mlp.experts.local_experts.{number}."
+                named += [(prefix + name, getattr(expert, name)) for name in ("linear_fc1", "linear_fc2")]
+        for name, linear in named:
             if isinstance(linear, FrozenLinear):
                 yield layer.layer_number - 1, name, linear
 
@@ -84,9 +98,9 @@ def prepare_adapters(language: GPTModel, lora: LoraConfig, seed: int) -> None:
         )
         parameter.requires_grad_(is_adapter(name) or kept)
     if lora.dropout:
-        seed_dropout(seed)
-    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        seed_dropout(seed, experts=any(linear.is_expert for *_, linear in frozen_linears(language)))
     for number, name, linear in frozen_linears(language):
+        rank, size = linear.tp_group.rank(), linear.tp_group.size()
         if linear.adapter is None:
             continue
         shape = (linear.lora_a.shape[0], linear.input_size)

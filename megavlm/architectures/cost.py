@@ -41,6 +41,28 @@ def expert_parameters(language: LanguageConfig, experts: int, tensor: int) -> li
     return [] if own is None else list(own(language, experts, tensor))
 
 
+def expert_adapter_parameters(language: LanguageConfig, lora: LoraConfig, experts: int, tensor: int) -> list[int]:
+    """Return the elements of each adapter parameter of the experts of one layer on one rank.
+
+    A cost has a function of this name where ``expert_parameters`` may have adapters beside them.
+    """
+    own = getattr(decoder_cost(language), "expert_adapter_parameters", None)
+    return [] if own is None else list(own(language, lora, experts, tensor))
+
+
+def adapter_products(language: LanguageConfig, lora: LoraConfig, tensor: int = 1) -> list[int]:
+    """Return the elements of the adapters that each token is multiplied by in one layer, on one rank.
+
+    Of experts those that a token is sent to, shared out over the tensor-parallel ranks, as its copies are.
+    """
+    found = decoder_cost(language).adapter_parameters(language, lora, tensor)
+    count = getattr(language, "num_moe_experts", None)
+    if count is None:
+        return found
+    each = expert_adapter_parameters(language, lora, count, 1)
+    return [*found, *(elements * language.moe_router_topk // tensor for elements in each)]  # type: ignore[attr-defined]
+
+
 class NoCostError(UserError):
     """An architecture has no cost, and something needs it."""
 
@@ -256,7 +278,7 @@ class DecoderCost(Protocol):
         """Return the elements of those of them that adapters stand beside, and that Q-LoRA quantises."""
 
     def adapter_parameters(self, own: Any, lora: LoraConfig, tensor: int) -> list[int]:
-        """Return the elements of each adapter parameter of one layer on one rank."""
+        """Return the elements of each adapter parameter of one layer on one rank, but those of experts."""
 
     def adapter_widths(self, own: Any, lora: LoraConfig, tensor: int) -> tuple[int, int]:
         """Return the numbers of a token that the adapters of one layer read, and that they add to."""

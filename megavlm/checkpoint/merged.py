@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from megavlm.checkpoint.slots import Slot, find_slots
 from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite
 from megavlm.config.errors import UserError
 from megavlm.config.fields import from_tree
-from megavlm.config.lora import LINEARS
+from megavlm.config.lora import linear_of
 from megavlm.config.schema import LoraConfig, ModelConfig
 
 
@@ -69,9 +70,8 @@ class MergedReader(CheckpointReader):
         if slot.key in self.tensors():
             return narrowed(super().read(slot), self.base.dtype(slot), where)
         weight = self.base.read(slot)
-        prefix = slot.key.removesuffix(".weight")
-        linear = next((name for name in LINEARS if prefix.endswith(f".{name}")), None)
-        if linear is None or not slot.key.startswith("language.decoder.") or not slot.key.endswith(".weight"):
+        prefix, linear = slot.key.removesuffix(".weight"), linear_of(slot.key)
+        if linear is None or not slot.key.startswith("language.decoder."):
             return weight
         adapter = adapter_of(linear, self.model.language, self.lora)
         if adapter is None:
@@ -79,7 +79,7 @@ class MergedReader(CheckpointReader):
         rows, width = slot.shape
         shapes = {"lora_a": (adapter.rank * adapter.count, width), "lora_b": (adapter.b_rows(rows), adapter.rank)}
         low, up = (
-            super(MergedReader, self).read(Slot(f"{prefix}.{name}", shape, slot.layer, slot.layers)).float()
+            super(MergedReader, self).read(dataclasses.replace(slot, key=f"{prefix}.{name}", shape=shape)).float()
             for name, shape in shapes.items()
         )
         added = adapter.expand(low.t(), up, rows).t()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.lora import ALL, known_targets
+from megavlm.config.lora import ALL, EXPERT_LINEARS, known_targets, targets_of
 from megavlm.config.schema import ParallelConfig, Recipe
 
 EP = "parallel.expert_model_parallel_size"
@@ -51,18 +51,21 @@ def expert_rules(recipe: Recipe) -> Iterator[str]:
 
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
-    """Check that no adapter is wanted in an MLP: experts take none."""
-    lora = recipe.lora
+    """Check which adapters experts may have, and where they lie then."""
+    lora, parallel, language = recipe.lora, recipe.parallel, recipe.model.language
     if lora.rank is None:
         return
-    targets = known_targets(recipe.model.language)
-    attention = [target for target in targets if not target.linear.startswith("mlp.")]
-    remedy = f"name some of {', '.join(target.path for target in attention)}"
-    for name in lora.targets:
-        if name == ALL or any(target.called(name) for target in targets if target not in attention):
-            yield f"lora.targets: {name!r} means MLPs too, and experts take no adapters; {remedy}"
     if lora.quantize is not None:
         yield "lora.quantize: experts are not kept in 4 bits; set it to null"
+    if ALL in lora.targets and getattr(language, "moe_shared_expert_intermediate_size", None) is not None:
+        names = ", ".join(target.path for target in known_targets(language))
+        yield f"lora.targets: {ALL!r} means shared experts too, which take no adapters; name some of {names}"
+    tp, shards = parallel.tensor_model_parallel_size, parallel.expert_tensor_ranks
+    if shards not in (1, tp) and any(target.linear in EXPERT_LINEARS for target in targets_of(lora, language)):
+        yield (
+            f"{ETP}: {shards} ranks share an expert, which with adapters one rank has, or the"
+            f" {tp} of parallel.tensor_model_parallel_size; set it to 1{f' or {tp}' if tp > 1 else ''}"
+        )
 
 
 def expert_world(recipe: Recipe, world_size: int) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,22 +25,35 @@ class Target:
         linear: the layer here that holds it, by its name inside a layer.
         part: which of that layer's parts it is (q, k, v, or gate, up).
         parts: how many there are.
+        others: what other Hugging Face models of these layers call it.
     """
 
     path: str
     linear: str
     part: int = 0
     parts: int = 1
+    others: tuple[str, ...] = ()
 
     def called(self, name: str) -> bool:
         """Whether ``name`` is the path or an end of it, as PEFT reads ``target_modules``."""
-        return self.path == name or self.path.endswith(f".{name}")
+        return any(path == name or path.endswith(f".{name}") for path in (self.path, *self.others))
 
 
 _QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-LINEARS = (_QKV, _PROJ, _FC1, _FC2)
+EXPERT_LINEARS = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
+"""Those of each expert, whose number is left out: all experts of a layer have adapters, or none."""
+LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS)
 """The linear layers of a layer of the language model."""
+
+_NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
+"""How names say that a parameter is an expert's: in the model, in a table of weights, in a checkpoint."""
+
+
+def linear_of(weight: str) -> str | None:
+    """Return which of ``LINEARS`` a parameter is the weight of, by its name, or None."""
+    name = _NUMBER.sub(".experts.", f".{weight}")
+    return next((linear for linear in LINEARS if name.endswith(f".{linear}.weight")), None)
 
 
 def known_targets(language: LanguageConfig) -> tuple[Target, ...]:

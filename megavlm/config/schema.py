@@ -458,8 +458,8 @@ class LoraConfig:
     """Dropout on the input of the adapters."""
     targets: tuple[str, ...] = ()
     """Layers with adapters, by the ends of their Hugging Face names: of Qwen v1 c_attn, attn.c_proj, w1, w2, mlp.c_proj
-    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; or
-    all-linear, which means all of them."""
+    (c_proj: both); of Llama, Qwen2 and Qwen3 q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (of every
+    expert too; experts.gate_proj: of experts alone); or all-linear, which means all of them."""
     train_embeddings: bool = False
     """Let the embedding's own weights learn beside the adapters."""
     train_head: bool = False

@@ -15,7 +15,7 @@ Shape legend: N tokens of a pack on this rank (S, or S / TP with sequence parall
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -267,28 +267,30 @@ class Experts(SequentialMLP):
             config.output_layer_init_method(torch.empty(config.hidden_size, width))
 
 
-def experts_mlp(*, transformer_engine: bool) -> ModuleSpec:
+def experts_mlp(*, transformer_engine: bool, linears: Mapping[str, Any] | None = None) -> ModuleSpec:
     """Return the spec of an MLP that is a mixture of experts.
 
     Experts are computed one after the other. With Transformer Engine (not run on a GPU) their linear layers are its
-    own, as in Megatron-Core's specs without a grouped product.
+    own, as in Megatron-Core's specs without a grouped product; but where ``linears`` replaces those of the routed
+    experts (linear_fc1, linear_fc2).
     """
-    if transformer_engine:
+    if transformer_engine and not linears:
         from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: PLC0415
 
         spec = get_moe_module_spec(use_te=True, num_experts=1, moe_grouped_gemm=False)
         spec.submodules.router = PackRouter
         return spec
-    parts = MLPSubmodules(
-        linear_fc1=ColumnParallelLinear,
-        linear_fc2=RowParallelLinear,
-        activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
+    plain: dict[str, Any] = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
+    routed, shared = (
+        # The activation is taken only where the configuration says use_te_activation_func.
+        MLPSubmodules(**parts, activation_func=activation_of(swiglu))
+        for parts in (plain | dict(linears or {}), plain)
     )
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=Experts, submodules=parts),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=parts),
+            experts=ModuleSpec(module=Experts, submodules=routed),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
             router=PackRouter,
         ),
         metainfo={"fuse_pre_mlp_layernorm": False},

@@ -8,6 +8,10 @@ Column-parallel: A is whole on all ranks, B is cut as W is. (Where ranks share a
 some parts have no adapter, at different places.) Row-parallel: A is cut as W is, B is whole. With sequence
 parallelism what is whole sees a part of the sequence on each rank: Megatron-Core sums the gradients of parameters
 that are marked ``sequence_parallel``.
+
+Each expert has an A and a B of its own, on the ranks that have the expert. Ranks that share one (expert tensor
+parallelism) see the same tokens, and what they compute of outputs and of gradients of inputs is summed where tokens
+come from and go to: only the gradient of what is whole, of column-parallel A and row-parallel B, is summed here.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ LORA = ("lora_a", "lora_b")
 """Names of an adapter's parameters beside ``weight``."""
 
 _ALIKE, _APART = "adapter-dropout-alike", "adapter-dropout-apart"
+_EXPERT_ALIKE, _EXPERT_APART = "expert-adapter-dropout-alike", "expert-adapter-dropout-apart"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Adapter:
     present: tuple[bool, ...] = (True,)
     grouped: bool = False
     halves: bool = False
+
+    @property
+    def cut_in_halves(self) -> bool:
+        """Whether a rank has rows of B for its share of gate, and behind them those for its share of up."""
+        return self.halves and (self.count > 1 or self.sizes == (1,))
 
     @property
     def count(self) -> int:
@@ -136,6 +146,10 @@ class _Frozen:
     quantize: bool
     nf4: NF4Weight | None
     training: bool
+    is_expert: bool
+    expert_parallel: bool
+    sequence_parallel: bool
+    tp_group: Any
 
     def __init__(
         self, *args: Any, config: Any, adapter: Adapter | None = None, quantize: bool = False, **kwargs: Any
@@ -162,7 +176,24 @@ class _Frozen:
     def _add(self, a_shape: tuple[int, int], b_shape: tuple[int, int], like: Tensor) -> None:
         """Make the adapter's parameters: nothing is added until the first step, for B is zero."""
         for name, shape in zip(LORA, (a_shape, b_shape), strict=True):
-            setattr(self, name, Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
+            parameter = Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+            parameter.allreduce = not (self.is_expert and self.expert_parallel)  # type: ignore[attr-defined]
+            setattr(self, name, parameter)
+
+    def _mark_whole(self, parameter: Parameter) -> None:
+        """Mark what all ranks of the layer hold whole.
+
+        Of what has no mark Megatron-Core counts the gradient on each first tensor-parallel rank, which need not have
+        the expert: one that a rank has alone is marked as cut, into one piece.
+        """
+        if not self.is_expert:
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        elif self.tp_group.size() == 1:
+            _mark_sharded(parameter, 0)
+
+    def _summed(self, parameter: Tensor) -> Tensor:
+        """Return what an expert's ranks hold whole, so that its gradient is the sum of theirs."""
+        return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
 
     def _drop_weight(self) -> None:
         """Be without a weight until :meth:`quantise`."""
@@ -175,7 +206,8 @@ class _Frozen:
         assert self.adapter is not None
         if not (self.training and self.adapter.dropout):
             return x
-        with get_cuda_rng_tracker().fork(_ALIKE if same_on_all_ranks else _APART):
+        alike, apart = (_EXPERT_ALIKE, _EXPERT_APART) if self.is_expert else (_ALIKE, _APART)
+        with get_cuda_rng_tracker().fork(alike if same_on_all_ranks else apart):
             return F.dropout(x, self.adapter.dropout)
 
 
@@ -211,8 +243,8 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
     def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
         rows = adapter.b_rows(self.output_size) // self.tp_group.size()
         self._add((adapter.rank * adapter.count, self.input_size), (rows, adapter.rank), like)
-        self.lora_a.sequence_parallel = self.sequence_parallel
-        _mark_sharded(self.lora_b, 0)
+        self._mark_whole(self.lora_a)
+        _mark_sharded(self.lora_b, 0, 2 if adapter.cut_in_halves else 1)
         if self._shares_groups(adapter):
             self._place_b(adapter, like)
 
@@ -248,9 +280,12 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
         output, bias = super().forward(input_, *args, **kwargs)
         if self.adapter is None:
             return output, bias
-        x = self._dropped(input_, same_on_all_ranks=not self.sequence_parallel)
-        low = F.linear(x, self.lora_a)
-        if self.sequence_parallel:
+        alike = self.explicit_expert_comm or not self.sequence_parallel
+        x = self._dropped(input_, same_on_all_ranks=alike)
+        low = F.linear(x, self._summed(self.lora_a) if self.explicit_expert_comm else self.lora_a)
+        if self.explicit_expert_comm:
+            pass
+        elif self.sequence_parallel:
             low = gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
@@ -281,9 +316,8 @@ class FrozenColumnParallelLinear(_Frozen, ColumnParallelLinear):
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
-        adapter, key = self.adapter, f"{prefix}lora_b"
-        # Gate and up, as of the weight: adapters of both, or one over both.
-        if adapter is not None and adapter.halves and (adapter.count > 1 or adapter.sizes == (1,)):
+        key = f"{prefix}lora_b"
+        if self.adapter is not None and self.adapter.cut_in_halves:  # as the weight
             state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return state
 
@@ -294,7 +328,7 @@ class FrozenRowParallelLinear(_Frozen, RowParallelLinear):
     def _add_adapter(self, adapter: Adapter, like: Tensor) -> None:
         self._add((adapter.rank, self.input_size_per_partition), (self.output_size, adapter.rank), like)
         _mark_sharded(self.lora_a, 1)
-        self.lora_b.sequence_parallel = self.sequence_parallel
+        self._mark_whole(self.lora_b)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.nf4 is None:
@@ -309,6 +343,8 @@ class FrozenRowParallelLinear(_Frozen, RowParallelLinear):
             return output, bias
         x = self._dropped(input_, same_on_all_ranks=False)
         low = F.linear(x, self.lora_a)
+        if self.explicit_expert_comm:
+            return output + F.linear(low * self.adapter.scale, self._summed(self.lora_b)), bias
         if self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
@@ -335,21 +371,27 @@ def _device(layer: Any, config: Any, quantize: bool) -> Any:
     return "cpu" if config.use_cpu_initialization else local_device()
 
 
-def _mark_sharded(parameter: Parameter, dim: int) -> None:
+def _mark_sharded(parameter: Parameter, dim: int, pieces: int = 1) -> None:
     """Mark a parameter as cut over the tensor-parallel ranks: gradient norms count every piece."""
-    set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    set_tensor_model_parallel_attributes(parameter, True, dim, pieces)
 
 
-def seed_dropout(seed: int) -> None:
+def seed_dropout(seed: int, *, experts: bool = False) -> None:
     """Give the dropout of adapters random streams of its own, which recompute and checkpoints restore.
 
     Of Megatron-Core's two, one is the same on all ranks, the other on all stages and replicas. Here stages, replicas
     and context-parallel ranks draw apart, and tensor-parallel ranks alike from one stream and apart from the other.
+    With ``experts``, so do the ranks that share an expert, and others apart.
     """
     tracker = get_cuda_rng_tracker()
     replica = mpu.get_data_parallel_rank(with_context_parallel=True)
     place = f"{seed}:{mpu.get_pipeline_model_parallel_rank()}:{replica}"
-    for name, text in ((_ALIKE, place), (_APART, f"{place}:{mpu.get_tensor_model_parallel_rank()}")):
+    streams = {_ALIKE: place, _APART: f"{place}:{mpu.get_tensor_model_parallel_rank()}"}
+    if experts:
+        place = f"experts:{seed}:{mpu.get_pipeline_model_parallel_rank()}:{mpu.get_expert_model_parallel_rank()}"
+        place += f":{mpu.get_expert_data_parallel_rank()}"
+        streams |= {_EXPERT_ALIKE: place, _EXPERT_APART: f"{place}:{mpu.get_expert_tensor_parallel_rank()}"}
+    for name, text in streams.items():
         if name not in tracker.get_states():
             tracker.add(name, _hash(text))
 

@@ -101,7 +101,8 @@ class Modules:
 def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None) -> Modules:
     """Return the parts of a layer.
 
-    ``linears`` replaces the four linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2). Transformer Engine's
+    ``linears`` replaces linear layers (linear_qkv, linear_proj, linear_fc1, linear_fc2; of experts
+    experts.linear_fc1, experts.linear_fc2, if they have others than they would have). Transformer Engine's
     layers have the norm in front of them inside; with others, its norm and its attention stand alone (not run on
     a GPU).
 
@@ -175,7 +176,9 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     if kind.experts:
-        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine)
+        head = "experts."
+        own = {name.removeprefix(head): one for name, one in chosen.items() if name.startswith(head)}
+        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=own)
     return Modules(core_attention, norm, layer)
 
 
@@ -208,10 +211,12 @@ def cross_modules(*, transformer_engine: bool) -> Modules:
     return Modules(TorchAttention, norm, layer)
 
 
-def _with_experts(layer: ModuleSpec, norm: Any, *, transformer_engine: bool) -> None:
+def _with_experts(
+    layer: ModuleSpec, norm: Any, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None
+) -> None:
     """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
     parts = layer.submodules
-    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine)
+    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine, linears=linears)
     names = parts.sharded_state_dict_keys_map
     parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
 

@@ -97,7 +97,7 @@ def language_kept(
     if parallel.recompute_granularity == "selective":
         layers -= chunk.layers * cost.attention_kept(language, layout, tokens, kernels, learns=learns)
     if adapted:
-        layers += chunk.layers * cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
+        layers += sum(n * cost.adapters_kept(kind, recipe.lora, layout, tokens, kernels) for kind, n in kinds)
     # Of those that attend to pictures, what they keep instead.
     layers += chunk.crossed * (crossed - cost.layer_kept(language, layout, tokens, kernels, learns=learns))
     return layers + beside
@@ -131,9 +131,11 @@ def held_by(recipe: Recipe, layout: Layout, chunk: Chunk, tokens: int, images: S
     kinds = [kind for kind, _ in kinds_of(recipe, chunk)] or [language]
     passing = [cost.layer_passing(kind, lora, layout, tokens, kernels, learns=learns) for kind in kinds]
     forward, backward, gathered = (max(column) for column in zip(*passing, strict=True))
-    layer = max(cost.layer_kept(kind, layout, tokens, kernels, learns=learns) for kind in kinds)
-    if lora.rank is not None:
-        layer += cost.adapters_kept(language, lora, layout, tokens, kernels)
+    layer = max(
+        cost.layer_kept(kind, layout, tokens, kernels, learns=learns)
+        + (0 if lora.rank is None else cost.adapters_kept(kind, lora, layout, tokens, kernels))
+        for kind in kinds
+    )
     if recipe.parallel.recompute_granularity == "full":
         unit = min(recipe.parallel.recompute_num_layers or 1, chunk.layers)
         backward += unit * layer

@@ -12,7 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megavlm.architectures.cost import Pictures, attended_squares, cost_of, crossed_work, decoder_cost, layer_kinds
+from megavlm.architectures.cost import (
+    Pictures,
+    adapter_products,
+    attended_squares,
+    cost_of,
+    crossed_work,
+    decoder_cost,
+    layer_kinds,
+)
 from megavlm.config.architecture import own_of
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, ModuleTraining, Recipe
 
@@ -47,7 +55,7 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
 
 def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> int:
     """Return the forward operations of the adapters."""
-    return 2 * tokens * language.num_layers * sum(decoder_cost(language).adapter_parameters(language, lora, 1))
+    return 2 * tokens * sum(sum(adapter_products(kind, lora)) for kind in layer_kinds(language))
 
 
 def pictures_of(model: ModelConfig, images: float | Pictures) -> Pictures:

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megavlm.architectures.cost import cost_of, decoder_cost, expert_parameters, final_parameters, layer_kinds
+from megavlm.architectures.cost import (
+    cost_of,
+    decoder_cost,
+    expert_adapter_parameters,
+    expert_parameters,
+    final_parameters,
+    layer_kinds,
+)
 from megavlm.config.architecture import BRANCHES, own_of
 from megavlm.config.lora import NF4_BLOCK, NF4_GROUP
 from megavlm.config.schema import LanguageConfig, LoraConfig, ModelConfig, Recipe
@@ -125,7 +132,14 @@ def _chunk_parameters(
             shapes.append(table)
     if lora.rank is None:
         return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
-    return (*found, *_with_adapters(language, lora, tp, kinds, first, last))
+    return (*found, *_with_adapters(language, lora, tp, kinds, first, last), *_beside_experts(kinds, lora, spread))
+
+
+def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: Layers) -> Iterator[ChunkParameter]:
+    """Yield the adapters of a chunk's experts."""
+    for kind in kinds:
+        for elements in expert_adapter_parameters(kind, lora, layers.experts, layers.expert_tensor):
+            yield ChunkParameter("language", elements, True, spread=layers.experts > 1)
 
 
 def _with_adapters(
@@ -137,7 +151,7 @@ def _with_adapters(
     linears = cost.linear_parameters(language, tp)
     for elements in (one for kind in kinds for one in cost.layer_parameters(kind, tp)):
         yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
-    for elements in cost.adapter_parameters(language, lora, tp) * len(kinds):
+    for elements in (one for kind in kinds for one in cost.adapter_parameters(kind, lora, tp)):
         yield ChunkParameter("language", elements, True)
     if first:
         yield ChunkParameter("language", table, lora.train_embeddings)

@@ -17,6 +17,7 @@ from megavlm.architectures.cost import (
     LayerPassage,
     Passage,
     Pictures,
+    adapter_products,
     cost_of,
     decoder_cost,
     layer_kinds,
@@ -188,7 +189,7 @@ class Timer:
             linear * (1 + int(learns)) + self._attention(_FLASH_BACKWARD * attention) + 2 * stream_seconds + back_casts,
             2 * _LAUNCHES * KERNEL_SECONDS,
         )
-        more = self._adapters()
+        more = self._adapters(kind)
         forward, backward = forward + more[0] + ring, backward + more[1] + back_ring
         # The reduction of input gradients runs under the product for the weights, where there is one.
         exposed = (2 if self.layout.sequence_parallel else 0) if learns else 4
@@ -199,16 +200,17 @@ class Timer:
             backward += self._attention(attention)
         return Cost(forward + wires, backward + back_wires, wires + back_wires)
 
-    def _adapters(self) -> tuple[float, float]:
+    def _adapters(self, kind: LanguageConfig | None) -> tuple[float, float]:
         """Return the seconds, forward and backward, that adapters, and weights in 4 bits, add to a language layer."""
-        language, lora, tp = self.recipe.model.language, self.recipe.lora, self.layout.tensor
+        language = layer_kinds(self.recipe.model.language)[0] if kind is None else kind
+        lora, tp = self.recipe.lora, self.layout.tensor
         if lora.rank is None:
             return 0.0, 0.0
         cost = decoder_cost(language)
         b, tokens = self.kernels.number_bytes, self.workload.tokens
         product = sum(
             self._gemm(2 * tokens * elements, tokens, lora.rank, elements / lora.rank)
-            for elements in cost.adapter_parameters(language, lora, tp)
+            for elements in adapter_products(language, lora, tp)
         )
         # Inputs are read, and with dropout written beside a mask; what is added is written, read and summed.
         into, out = cost.adapter_widths(language, lora, tp)

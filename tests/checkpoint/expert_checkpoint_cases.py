@@ -47,10 +47,18 @@ def _recipe(language: dict[str, Any], layout: dict[str, Any], precision: str) ->
 
 def train(
     language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None, precision: str = "bf16",
-    lr: float = 1e-3,
+    lr: float = 1e-3, lora: dict[str, Any] | None = None, base: str | None = None,
 ) -> list[float]:  # fmt: skip
-    """Train two steps and save, or load and save at once; return the losses."""
-    return run_cases.train(_recipe(language, layout, precision) | {"optimizer": {"lr": lr}}, root, load, save_at=(2,))
+    """Train two steps and save, or load and save at once; return the losses. ``lora`` stands beside ``base``."""
+    recipe = _recipe(language, layout, precision) | {"optimizer": {"lr": lr}}
+    if lora is not None:
+        recipe |= {"lora": lora, "checkpoint": {"load": base}, "modules": {"vision": {"freeze": True}}}
+    return run_cases.train(recipe, root, load, save_at=(2,))
+
+
+def save_base(language: dict[str, Any], root: str) -> None:
+    """Save weights that adapters may stand beside."""
+    run_cases.train(_recipe(language, {}, "bf16"), root, save_at=(0,))
 
 
 def save_while_biases_move(root: str) -> set[float]:

@@ -55,6 +55,33 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_adapters_of_experts_change_their_layout(tmp_path: Path) -> None:
+    """Bit for bit, masters and moments too; each expert's have a place of their own."""
+    ranks.run("expert_checkpoint_cases:save_base", BIASED, str(tmp_path / "base"))
+    lora = {"rank": 4, "targets": ("attn.c_attn", "w1", "gate_proj", "experts.down_proj")}
+    first: dict[str, str] = {}
+    load: str | None = None
+    places: tuple[Place, ...] = (
+        (4, {**TP2, **EP2, "sequence_parallel": True, "expert_tensor_parallel_size": 2}),
+        (4, {**PP2, **EP2, **PLAIN}),
+        (1, {}),
+    )
+    for number, (world, layout) in enumerate(places):
+        root = tmp_path / str(number)
+        ranks.run(
+            "expert_checkpoint_cases:train", BIASED, layout, str(root), load, world=world, timeout=240, lora=lora,
+            base=str(tmp_path / "base" / "step-00000000"),
+        )  # fmt: skip
+        load = str(root / "step-00000002")
+        found = tensors(Path(load), VOCABULARY)
+        first = first or found
+        assert found == first, [key for key in found.keys() | first.keys() if found.get(key) != first.get(key)]
+    experts = [key for key in first if ".mlp.experts.experts." in key]
+    assert len(experts) == 3 * 2 * 2 * 4 and all(key.endswith((".lora_a", ".lora_b")) for key in experts)
+    assert len({first[key] for key in experts}) == len(experts)
+
+
+@pytest.mark.long
 def test_the_other_optimizer_goes_on_in_fp32(tmp_path: Path) -> None:
     """Where the plain one has no masters, and its parameter groups elsewhere."""
     found, load = [], None

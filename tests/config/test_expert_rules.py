@@ -32,6 +32,10 @@ LORA = ["lora.rank=4", "checkpoint.load=unused"]
         ([*EXPERTS, *EP2, *BIASES, *TP2], 4),
         ([*EXPERTS, *EP2, f"{P}pipeline_model_parallel_size=2"], 4),
         ([*EXPERTS, *LORA, "lora.targets=[attn.c_attn]"], 1),
+        ([*EXPERTS, *LORA, "lora.targets=[all-linear]"], 1),
+        ([*EXPERTS, *TP2, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[gate_proj]"], 4),
+        ([*EXPERTS, *SHARED, *LORA, "lora.targets=[attn.c_attn,experts.up_proj]"], 1),
+        ([*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[attn.c_attn]"], 4),
         ([*EXPERTS, *TP2, *EP2, "logging.panel_interval=10"], 2),
         ([*EXPERTS, *EP2, f"{P}context_parallel_size=4", "logging.panel_interval=10"], 4),
         ([*EXPERTS, f"{L}moe_router_topk=1", f"{L}moe_router_pre_softmax=true"], 1),
@@ -112,8 +116,19 @@ def test_accepted(load, overrides, world_size):
         ([*EXPERTS, *EP2, "logging.panel_interval=5"], 2, "logging.panel_interval: one replica answers"),
         # Of ranks 0 to 5, 2 and 3 share experts, and are of two replicas.
         ([*EXPERTS, *EP2, CP3, "logging.panel_interval=5"], 6, "logging.panel_interval: one replica answers"),
-        ([*EXPERTS, *LORA, "lora.targets=[all-linear]"], 1, "lora.targets: 'all-linear' means MLPs too"),
-        ([*EXPERTS, *LORA, "lora.targets=[c_proj]"], 1, "lora.targets: 'c_proj' means MLPs too"),
+        # Experts in all layers, and no MLP's layers; Mixtral's names are for Llamas.
+        ([*EXPERTS, *LORA, "lora.targets=[w1]"], 1, "lora.targets: 'w1' is none of the language model's layers"),
+        ([*EXPERTS, *LORA, "lora.targets=[experts.3.up_proj]"], 1, "lora.targets: 'experts.3.up_proj' is none of"),
+        (
+            [*EXPERTS, *SHARED, *LORA, "lora.targets=[all-linear]"],
+            1,
+            "lora.targets: 'all-linear' means shared experts too",
+        ),
+        (
+            [*EXPERTS, *EP2, f"{P}expert_tensor_parallel_size=2", *LORA, "lora.targets=[down_proj]"],
+            4,
+            f"{P}expert_tensor_parallel_size: 2 ranks share an expert, which with adapters one rank has",
+        ),
         (
             [*EXPERTS, *LORA, "lora.targets=[attn.c_attn]", "lora.quantize=nf4"],
             1,

@@ -31,6 +31,7 @@ def told(model: dict[str, Any], **language: Any) -> dict[str, Any]:
     return {**model, "language": {**model["language"], **language}}
 
 
+ALL = {"rank": 8, "targets": ("all-linear",)}
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": BF16,
@@ -61,6 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts-bf16-losses": {**BF16, "model": told(EXPERTS, **MANY, **LOSSES)},
     "experts-shared-losses-capacity": {"model": told(SHARED, **LOSSES, moe_expert_capacity_factor=1.25)},
     "experts-frozen": {"model": EXPERTS, "modules": {"language": FROZEN}},
+    "lora-of-experts": {"model": EXPERTS, "lora": ALL, "modules": BESIDE},
+    "lora-of-experts-bf16": {**BF16, "model": EXPERTS, "lora": PARTS, "modules": BESIDE},
     "qlora": {**BF16, "lora": {**QWEN, "quantize": "nf4"}, "modules": BESIDE},
 }
 

@@ -62,6 +62,10 @@ ADAPTERS: dict[str, Any] = {
     "lora": {"rank": 8, "targets": ("q_proj", "v_proj", "o_proj")},
     "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
 }
+EXPERT_ADAPTERS: dict[str, Any] = {
+    **ADAPTERS,
+    "lora": {"rank": 8, "targets": ("q_proj", "gate_proj", "up_proj", "experts.down_proj")},
+}
 FIVE_HEADS = {"hidden_size": 40, "num_attention_heads": 5, "ffn_hidden_size": 67}
 WHOLE: dict[str, Any] = {
     **OTHER,
@@ -173,6 +177,12 @@ CASES: dict[str, dict[str, Any]] = {
         **BF16,
         "model": SHARED,
         "parallel": {**PP2, **EP2, **TORCH, "use_distributed_optimizer": False},
+    },
+    "experts-adapters": {
+        **BF16,
+        "model": EXPERTS,
+        "parallel": {**TP2, **EP2, **TORCH, "sequence_parallel": True},
+        **EXPERT_ADAPTERS,
     },
     # Two ranks share each key/value head; with and without norms that read what is gathered, and adapters.
     "shared-heads": {**BF16, "model": OTHER, "parallel": {**TP4, **TORCH}},
@@ -292,3 +302,24 @@ def test_adapters_are_counted_as_they_are_built(quantize: str | None) -> None:
     saved = static_bytes(plain, layout, 0).weights - static_bytes(recipe, layout, 0).weights
     full = 4 * sum(a * b for a, b in shapes)
     assert saved == (0 if quantize is None else pytest.approx(full - packed, rel=0.002))
+
+
+def test_adapters_of_experts_cost_what_a_token_goes_through() -> None:
+    """Of experts, those that it is sent to; of a layer that has none, its MLP's."""
+    from megavlm.models.build import build_model, unwrap
+    from megavlm.parallel.state import process_groups
+    from megavlm.planning.flops import adapter_flops
+
+    own = tiny_recipe(
+        model=EXPERTS,
+        lora={"rank": 4, "targets": ("all-linear",)},
+        modules={"vision": {"freeze": True}, "connector": {"freeze": True}},
+    )
+    with process_groups(own.parallel, 1):
+        model = unwrap(build_model(own, 500)[0])
+    language, expected = own.model.language, 0.0
+    for name, parameter in model.named_parameters():
+        if name.endswith((".lora_a", ".lora_b")):
+            share = language.moe_router_topk / language.num_moe_experts if ".local_experts." in name else 1
+            expected += share * parameter.numel()
+    assert adapter_flops(language, own.lora, 7) == 2 * 7 * expected > 0

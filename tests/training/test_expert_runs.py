@@ -30,6 +30,11 @@ EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
 VPP2, OVERLAP = {"virtual_pipeline_model_parallel_size": 2}, {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FROZEN = {"modules": {"language": {"freeze": True}}}
 LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_proj"]}}
+# Beside each expert's gate, up and down, and the dense layer's; and beside some of them.
+ADAPTERS = {
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "experts.down_proj"]}
+}
+SOME = {"lora": {"rank": 3, "alpha": 8.0, "targets": ["up_proj"], "train_head": True}}
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
@@ -49,6 +54,10 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("all", EP2, FROZEN),
         ("mixed", EP2, LORA),
         ("mixed", TP2 | EP2, LORA),
+        ("mixed", EP2, ADAPTERS),
+        ("mixed", TP2 | EP2, ADAPTERS),
+        ("mixed", TP2, ADAPTERS),
+        ("all", EP2 | {"recompute_granularity": "full"}, SOME),
     ],
     4: [
         ("all", EP4, {}),
@@ -61,6 +70,9 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2 | EP4, {}),
         ("all", PP2 | VPP2 | EP2, {}),
         ("mixed", TP2 | PP2 | EP2, {}),
+        ("mixed", TP2 | EP2 | {"expert_tensor_parallel_size": 2}, ADAPTERS),
+        ("mixed", TP2 | PP2 | EP2, ADAPTERS),
+        ("all", EP2 | {"use_distributed_optimizer": False}, SOME),
         ("all", TP2 | PP2 | VPP2 | EP2 | {"recompute_granularity": "full"}, {}),
     ],
 }
@@ -85,7 +97,8 @@ def check(tmp: Path, layouts: dict[int, list[tuple[str, dict[str, Any], dict[str
     """Train each in one start of ranks a size; compare with one process, which has a folder a model and branches."""
 
     def folder(model: str, branches: dict[str, Any]) -> str:
-        return str(tmp / f"{model}-{'-'.join(branches)}")
+        rank = branches.get("lora", {}).get("rank", 0)
+        return str(tmp / f"{model}-{'-'.join(branches)}-{rank}-{len(branches.get('lora', {}).get('targets', ()))}")
 
     alone: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
     for model, _, branches in (one for group in layouts.values() for one in group):
@@ -197,3 +210,19 @@ def test_biases_move_towards_equal_loads_and_full_experts_take_the_best(tmp_path
 @pytest.mark.long
 def test_shared_packs_equal_one_process(tmp_path: Path) -> None:
     check(tmp_path, SHARED)
+
+
+@pytest.mark.long
+def test_dropout_before_adapters_of_experts_is_drawn_again(tmp_path: Path) -> None:
+    """Where layers are recomputed; tokens of an expert are as many each time, and drawn from a stream of its own."""
+    dropped = {"lora": {**ADAPTERS["lora"], "dropout": 0.3}}
+    folder = str(tmp_path / "run")
+    (plain,) = ranks.run(cases.train, folder, cases.MIXED, ADAPTERS)
+    jobs = [
+        (folder, cases.MIXED, {"parallel": TP2 | EP2 | more, **dropped})
+        for more in ({}, {"recompute_granularity": "full"})
+    ]
+    for kept, again in ranks.run(cases.train_all, jobs, world=2):
+        for key in ("loss", "grad_norm"):
+            assert again[key] == pytest.approx(kept[key], rel=EQUAL)
+        assert kept["loss"][0] != pytest.approx(plain["loss"][0], rel=1e-4)

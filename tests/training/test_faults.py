@@ -16,6 +16,7 @@ import torch
 from launch import under_torchrun
 from ranks import megavlm
 from run_data import RunData
+from test_expert_commands import EP2, EXPERTS
 
 from megavlm.checkpoint.manifest import check
 from megavlm.checkpoint.slots import Slot
@@ -344,6 +345,28 @@ def test_a_killed_rank_ends_the_job_and_max_restarts_brings_it_back(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert tensors(tmp_path / "run") == tensors(tmp_path / "whole")
     assert doctor(tmp_path / "run") == 0
+
+
+@pytest.mark.dist
+def test_ranks_that_share_experts_are_killed_in_a_save_and_in_a_step(run_data: RunData, tmp_path: Path) -> None:
+    """Started again twice, the run ends with losses, experts, biases and moments of one that nothing happened to."""
+
+    def start(output: str, fault: str = "") -> tuple[bool, str]:
+        words = run_data.words(tmp_path / output, *SAVES, *EXPERTS, EP2)
+        done = megavlm(words, 2, check=False, env={VARIABLE: fault}, timeout=180)
+        return done.codes[1] == -signal.SIGKILL, done.output
+
+    for output, fault, at in (
+        ("whole", "", None),
+        ("run", "checkpoint.in_shard:rank1:step4:kill", None),
+        ("run", "step.in_collective:rank1:step5:kill", 2),
+        ("run", "", 4),
+    ):
+        killed, text = start(output, fault)
+        assert killed == bool(fault), text
+        assert at is None or f"at step {at}" in text, text
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert any(key.endswith(".expert_bias") for key in tensors(tmp_path / "run"))
 
 
 @pytest.mark.dist

@@ -34,7 +34,7 @@ from megavlm.checkpoint.stream import CheckpointReader, ParameterToWrite, write_
 from megavlm.config import yaml12
 from megavlm.config.errors import UserError
 from megavlm.config.json_object import read_json
-from megavlm.config.lora import LINEARS, known_targets
+from megavlm.config.lora import EXPERT_LINEARS, known_targets, linear_of
 from megavlm.config.schema import LoraConfig, ModelConfig
 from megavlm.families.family import Family
 from megavlm.layers.lora import Adapter
@@ -68,10 +68,10 @@ class _Layer:
 
 def _layers(rules: list[Rule]) -> Iterator[_Layer]:
     for rule in rules:
-        name = rule.row.ours[0]
-        for linear in LINEARS:
-            if name.startswith("language.decoder.") and name.endswith(f".{linear}.weight"):
-                yield _Layer(rule, linear, name.removesuffix(".weight"))
+        name, *more = rule.row.ours
+        linear = linear_of(name)
+        if linear is not None and name.startswith("language.decoder.") and not more:
+            yield _Layer(rule, linear, name.removesuffix(".weight"))
 
 
 def _family(model: ModelConfig, checkpoint: Path, family_name: str | None) -> Family:
@@ -136,7 +136,9 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
         slots = find_slots(model, ["language"], lora)
         family = _family(model, checkpoint, family_name)
         rules = _rules(family, model, family.modules or next(iter(family.styles)))
-        for layer in _layers(rules):
+        layers = list(_layers(rules))
+        _check_experts(checkpoint, layers, model, lora)
+        for layer in layers:
             adapter = adapter_of(layer.linear, model.language, lora)
             if adapter is not None:
                 a, b = (reader.read(slots[f"{layer.ours}.{name}"]) for name in ("lora_a", "lora_b"))
@@ -166,6 +168,16 @@ def export_adapter(checkpoint: Path, out: Path, *, family_name: str | None = Non
     return len(tensors)
 
 
+def _check_experts(checkpoint: Path, layers: Sequence[_Layer], model: ModelConfig, lora: LoraConfig) -> None:
+    """Refuse adapters of experts that the family keeps in one tensor of all, where PEFT has another kind of them."""
+    named = {layer.linear for layer in layers}
+    if any(linear not in named and adapter_of(linear, model.language, lora) for linear in EXPERT_LINEARS):
+        raise UserError(
+            f"{checkpoint}: its experts have adapters, and the family keeps all experts of a layer in one tensor, for"
+            " which PEFT's format has no adapter of each; export whole weights, without --adapter"
+        )
+
+
 def _to_theirs(layer: _Layer, adapter: Adapter, a: Tensor, b: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield name, A and B of each of Transformers' modules that has an adapter."""
     names = layer.theirs
@@ -184,13 +196,19 @@ def _to_theirs(layer: _Layer, adapter: Adapter, a: Tensor, b: Tensor) -> Iterato
 
 
 def _pattern(names: list[str]) -> str:
-    """Return a regular expression over whole names: ends alone would also mean layers of the tower."""
+    """Return a regular expression over whole names: ends alone would also mean layers of the tower.
+
+    Of experts it is for any number, and for none: Transformers 5 holds those of a layer together, in a module that it
+    calls as it likes, and PEFT asks by a name without a number whether they are meant.
+    """
     found: dict[str, list[str]] = {}
     for name in names:
         head, tail = re.split(r"\.\d+\.", name, maxsplit=1)
+        expert = re.fullmatch(r".+\.experts\.\d+\.(.+)", tail)
+        tail = re.escape(tail) if expert is None else rf"[^.]+\.experts\.(?:\d+\.)?{re.escape(expert[1])}"
         tails = found.setdefault(re.escape(head), [])
-        if re.escape(tail) not in tails:
-            tails.append(re.escape(tail))
+        if tail not in tails:
+            tails.append(tail)
     return "|".join(rf"{head}\.\d+\.(?:{'|'.join(tails)})" for head, tails in found.items())
 
 

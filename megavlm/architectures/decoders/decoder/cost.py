@@ -11,7 +11,7 @@ from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_al
 from megavlm.architectures.decoders.decoder.cross_cost import cross_kept as cross_kept
 from megavlm.architectures.decoders.decoder.cross_cost import cross_parameters as cross_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_work as cross_work
-from megavlm.config.lora import targets_of
+from megavlm.config.lora import EXPERT_LINEARS, Target, targets_of
 from megavlm.config.schema import LoraConfig
 
 
@@ -126,15 +126,35 @@ def _active_width(language: DecoderConfig) -> int:
     return language.moe_router_topk * language.expert_width + shared
 
 
+def _beside(language: DecoderConfig, lora: LoraConfig, *, experts: bool) -> list[Target]:
+    """Return the layers of one kind's layer that have adapters: of its experts, or all others."""
+    return [target for target in targets_of(lora, language) if (target.linear in EXPERT_LINEARS) == experts]
+
+
+@with_all_keys
+def expert_adapter_parameters(language: DecoderConfig, lora: LoraConfig, experts: int, tensor: int) -> list[int]:
+    """Return the elements of each adapter parameter of the experts of one language layer on one rank."""
+    if language.num_moe_experts is None:
+        return []
+    assert lora.rank is not None
+    hidden, width, shapes = language.hidden_size, language.expert_width, []
+    for target in _beside(language, lora, experts=True):
+        if target.linear.endswith("linear_fc1"):
+            rows = _inner_width(language) * width if target.parts == 1 else width
+            shapes += [lora.rank * hidden, lora.rank * rows // tensor]
+        else:
+            shapes += [lora.rank * width // tensor, lora.rank * hidden]
+    return shapes * (language.num_moe_experts // experts)
+
+
 @with_all_keys
 def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
-    """Return the elements of each adapter parameter of one language layer on one rank."""
+    """Return the elements of each adapter parameter of one language layer on one rank, but those of experts."""
     assert lora.rank is not None
     hidden, width, ffn = language.hidden_size, language.kv_channels, language.ffn_hidden_size
     queries, keys = language.num_attention_heads * width, language.num_query_groups * width
-    found = targets_of(lora, language)
     shapes = []
-    for target in found:
+    for target in _beside(language, lora, experts=False):
         if target.linear.endswith("linear_qkv"):
             rows = (queries + 2 * keys) if target.parts == 1 else (queries, keys, keys)[target.part]
             shapes += [lora.rank * hidden, lora.rank * rows // tensor]
@@ -149,16 +169,23 @@ def adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -
 
 @with_all_keys
 def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
-    """Return the numbers of a token that the adapters of one language layer read, and that they add to."""
+    """Return the numbers of a token that the adapters of one language layer read, and that they add to.
+
+    Of experts, those of all copies that the tensor-parallel ranks have of it.
+    """
     hidden, ffn = language.hidden_size, language.ffn_hidden_size // tensor
     queries, keys = (
         n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
     )
-    linears = {target.linear.rpartition(".")[2] for target in targets_of(lora, language)}
+    linears = {target.linear.partition(".")[2] for target in targets_of(lora, language)}
     widths = {
         "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
         "linear_fc1": (hidden, _inner_width(language) * ffn), "linear_fc2": (ffn, hidden),
     }  # fmt: skip
+    if language.num_moe_experts is not None:
+        copied, inner = language.moe_router_topk * hidden // tensor, language.moe_router_topk * language.expert_width
+        widths["experts.linear_fc1"] = copied, _inner_width(language) * inner // tensor
+        widths["experts.linear_fc2"] = inner // tensor, copied
     return sum(widths[name][0] for name in linears), sum(widths[name][1] for name in linears)
 
 
@@ -182,7 +209,10 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     norms = (_norms(language) + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
     experts, inputs = language.num_moe_experts is not None, 0
     if experts:
-        ffn = 0  # counted below
+        ffn, inputs = (
+            0,
+            stream * b,
+        )  # counted below; Megatron-Core's product for the router's scores keeps what it reads
     if learns:
         # Weights of two kinds see each its own tokens, picked out of all; one weight gathers again where it needs all.
         seen = tokens * hidden if language.visual_expert else stream
@@ -266,8 +296,14 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         "linear_fc1": local * language.hidden_size, "linear_fc2": tokens * language.ffn_hidden_size // tp,
     }  # fmt: skip
     kept = 0
+    if language.num_moe_experts is not None:  # of the copies of tokens
+        copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
+        read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
+        own = _beside(language, lora, experts=True)
+        kept += sum(copies * read[name] * (b + int(lora.dropout > 0)) for name in {target.linear for target in own})
+        kept += len(own) * copies * lora.rank * b
     for name, elements in inputs.items():
-        own = [target for target in targets_of(lora, language) if target.linear.endswith(name)]
+        own = [target for target in _beside(language, lora, experts=False) if target.linear.endswith(name)]
         if not own:
             continue
         # The fused attention's result is kept as such; dropout makes another tensor, and has a mask of bytes.

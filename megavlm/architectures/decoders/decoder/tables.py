@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.config.lora import Target
+from megavlm.config.lora import EXPERT_LINEARS, Target
 from megavlm.weights.rules import (
     CONCAT,
     KEY_VALUE,
@@ -251,6 +251,31 @@ def _targets(layer_names: str) -> tuple[Target, ...]:
     return targets_in(_BY_NAMES[layer_names])
 
 
+@functools.cache
+def _expert_targets(*, gated: bool, llama: bool) -> tuple[Target, ...]:
+    """Return the linear layers of experts, as Qwen3-MoE calls them, and of a Llama as Mixtral does too."""
+    others = {
+        (target.linear, target.part): (target.path,) if llama else ()
+        for target in targets_in(MIXTRAL_LANGUAGE)
+        if target.linear in EXPERT_LINEARS
+    }
+    found = [
+        dataclasses.replace(target, others=others[target.linear, target.part])
+        for target in targets_in(QWEN3_MOE_LANGUAGE)
+        if target.linear in EXPERT_LINEARS
+    ]
+    if gated:
+        return tuple(found)
+    return tuple(
+        dataclasses.replace(target, part=0, parts=1) for target in found if target.part == target.parts - 1
+    )  # without the gate
+
+
 def targets(language: DecoderConfig) -> tuple[Target, ...]:
     """Return what ``lora.targets`` may name."""
-    return _targets(language.layer_names)
+    found, experts = _targets(language.layer_names), language.expert_layers
+    if not any(experts):
+        return found
+    if all(experts):
+        found = tuple(target for target in found if not target.linear.startswith("mlp."))
+    return found + _expert_targets(gated=language.gated_linear_unit, llama=language.layer_names == "llama")
