@@ -2,8 +2,8 @@
 
 python benchmarks/expert_balance.py [--steps 200] [--out expert_balance.json]: one process, fp32, on the CPU. What is
 learned: the next token of a chain in which each token has one usual successor, and otherwise one drawn anew; tokens are
-drawn by rank (1 / rank), as words are. The training step is that of ``megavlm train``. A line for each way: the loss,
-and the largest and smallest load of an expert over an equal share, the mean over layers, in the first and the last steps.
+drawn by rank (1 / rank), as words are. The training step is that of ``megavlm train``. A line each: the loss, and the
+largest and smallest load of an expert over an equal share, the mean over layers, in the first and the last steps.
 """
 
 from __future__ import annotations

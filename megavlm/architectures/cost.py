@@ -60,7 +60,7 @@ def adapter_products(language: LanguageConfig, lora: LoraConfig, tensor: int = 1
     if count is None:
         return found
     each = expert_adapter_parameters(language, lora, count, 1)
-    return [*found, *(elements * language.moe_router_topk // tensor for elements in each)]  # type: ignore[attr-defined]
+    return [*found, *(elements * language.moe_router_topk // tensor for elements in each)]
 
 
 class NoCostError(UserError):

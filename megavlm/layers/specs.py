@@ -176,9 +176,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     if kind.experts:
-        head = "experts."
-        own = {name.removeprefix(head): one for name, one in chosen.items() if name.startswith(head)}
-        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=own)
+        _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
 
 
@@ -215,8 +213,9 @@ def _with_experts(
     layer: ModuleSpec, norm: Any, *, transformer_engine: bool, linears: Mapping[str, Any] | None = None
 ) -> None:
     """Put experts in the place of a layer's MLP; its norm stands alone then, also with Transformer Engine."""
-    parts = layer.submodules
-    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine, linears=linears)
+    parts, head = layer.submodules, "experts."
+    own = {name.removeprefix(head): one for name, one in (linears or {}).items() if name.startswith(head)}
+    parts.pre_mlp_layernorm, parts.mlp = norm, experts_mlp(transformer_engine=transformer_engine, linears=own)
     names = parts.sharded_state_dict_keys_map
     parts.sharded_state_dict_keys_map = {old: new for old, new in names.items() if old != "pre_mlp_layernorm."}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -50,6 +51,29 @@ def test_it_names_its_commit(section: str) -> None:
         for commit in commits:
             done = subprocess.run([*git, "merge-base", "--is-ancestor", commit, "HEAD"], check=False)
             assert done.returncode == 0, f"{commit} is no commit of this history"
+
+
+def test_expert_balance() -> None:
+    """The table says what the file does: that loads drift apart, and that loss and biases keep them even."""
+    ways = json.loads((ROOT / "benchmarks" / "expert_balance.json").read_text())["ways"]
+    for name, one in ways.items():
+        figures = [str(one[part][key]) for key in ("loss", "largest", "smallest") for part in ("first", "last")]
+        assert row("expert_balance", name) == figures
+        assert one["last"]["loss"] < one["first"]["loss"] / 2
+    apart, even = ("softmax, nothing", "sigmoid, nothing"), ("softmax, loss 0.1", "sigmoid, biases 0.01")
+    assert min(ways[name]["last"]["largest"] for name in apart) > 2.5
+    assert max(ways[name]["last"]["largest"] for name in even) < 1.2
+
+
+@pytest.mark.long
+def test_expert_balance_runs(module: type[ModuleType]) -> None:
+    bench = module("expert_balance")
+    found = {
+        name: bench.train(bench.WAYS[name], 2 * bench.SPAN) for name in ("sigmoid, nothing", "sigmoid, biases 0.01")
+    }
+    assert all(one["last"]["loss"] < one["first"]["loss"] for one in found.values())
+    apart, even = (one["last"]["largest"] for one in found.values())
+    assert even < 1.2 < apart
 
 
 def test_data_path(module: type[ModuleType], tmp_path: Path) -> None:
