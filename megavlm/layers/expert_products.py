@@ -20,64 +20,86 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+BLOCK = 512
+"""Rows of neighbouring experts that are activated together: few calls, and they stay in a core's cache."""
+
+
+def _blocks(sizes: list[int]) -> list[tuple[list[int], slice]]:
+    """Return neighbouring experts, those without tokens left out, and their rows."""
+    found: list[tuple[list[int], slice]] = []
+    experts: list[int] = []
+    begin = end = 0
+    for number, size in enumerate(sizes):
+        if not size:
+            continue
+        experts.append(number)
+        end += size
+        if end - begin >= BLOCK:
+            found.append((experts, slice(begin, end)))
+            experts, begin = [], end
+    return [*found, (experts, slice(begin, end))] if experts else found
+
+
 class _Products(torch.autograd.Function):
     """Gated MLPs by SiLU, each on its slice; keeps inputs and what the first products give."""
 
     @staticmethod
-    def forward(ctx: Any, x_MH: Tensor, probs_M: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:
-        first, second = weights[: len(sizes)], weights[len(sizes) :]
-        hidden = x_MH.new_empty(x_MH.size(0), first[0].size(0))  # [M, 2 F]
+    def forward(ctx: Any, x_MH: Tensor, probs_M1: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:
+        count = len(sizes)
+        both = x_MH.new_empty(x_MH.size(0), weights[0].size(0))  # [M, 2 F]
         out_MH = torch.empty_like(x_MH)
-        slices = zip(x_MH.split(sizes), probs_M.split(sizes), hidden.split(sizes), out_MH.split(sizes), strict=True)
-        for (x, probs, both, out), w1, w2 in zip(slices, first, second, strict=True):
-            if len(x):
-                torch.mm(x, w1.t(), out=both)
-                gate, up = both.chunk(2, dim=-1)
-                torch.mm(F.silu(gate).mul_(up).mul_(probs[:, None]), w2.t(), out=out)
+        gate_MF, up_MF = both.chunk(2, dim=-1)
+        for experts, rows in _blocks(sizes):
+            parts = [sizes[number] for number in experts]
+            for number, x, here in zip(experts, x_MH[rows].split(parts), both[rows].split(parts), strict=True):
+                torch.mm(x, weights[number].t(), out=here)
+            inner = F.silu(gate_MF[rows]).mul_(up_MF[rows]).mul_(probs_M1[rows])
+            for number, x, out in zip(experts, inner.split(parts), out_MH[rows].split(parts), strict=True):
+                torch.mm(x, weights[count + number].t(), out=out)
         trains = any(ctx.needs_input_grad[3:])  # else inputs are not needed any more
-        ctx.save_for_backward(x_MH if trains else None, probs_M, hidden, *weights)
+        ctx.save_for_backward(x_MH if trains else None, probs_M1, both, *weights)
         ctx.sizes = sizes
         return out_MH
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_MH: Tensor) -> tuple[Tensor | None, ...]:
-        x_MH, probs_M, hidden, *weights = ctx.saved_tensors
-        sizes, count = ctx.sizes, len(ctx.sizes)
-        x_MH = grad_MH if x_MH is None else x_MH
+        x_MH, probs_M1, both, *weights = ctx.saved_tensors
+        sizes, count, grad_MH = ctx.sizes, len(ctx.sizes), grad_MH.contiguous()
         needs_x, needs_probs, _, *needs = ctx.needs_input_grad
-        grad_x_MH = torch.empty_like(x_MH) if needs_x else None
-        grad_probs_M = torch.empty_like(probs_M) if needs_probs else None
-        grads: list[Tensor | None] = [None] * (2 * count)
-        columns = zip(*(one.split(sizes) for one in (x_MH, probs_M, hidden, grad_MH.contiguous())), strict=True)
-        start = 0
-        for number, (x, probs, both, grad) in enumerate(columns):
-            w1, w2 = weights[number], weights[count + number]
-            if not len(x):
-                grads[number] = _nothing(w1) if needs[number] else None
-                grads[count + number] = _nothing(w2) if needs[count + number] else None
-                continue
-            gate, up = both.chunk(2, dim=-1)
+        grad_x_MH = torch.empty_like(grad_MH) if needs_x else None
+        grad_probs_M1 = torch.empty_like(probs_M1) if needs_probs else None
+        grads = [_nothing(one) if wanted and not sizes[number % count] else None
+                 for number, (one, wanted) in enumerate(zip(weights, needs, strict=True))]  # fmt: skip
+        gate_MF, up_MF = both.chunk(2, dim=-1)
+        for experts, rows in _blocks(sizes):
+            parts, gate, up, probs = [sizes[number] for number in experts], gate_MF[rows], up_MF[rows], probs_M1[rows]
+            grad_out = grad_MH[rows].split(parts)
+            grad_inner = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+            for number, grad, here in zip(experts, grad_out, grad_inner.split(parts), strict=True):
+                torch.mm(grad, weights[count + number], out=here)
             gated = F.silu(gate)
-            grad_inner = grad @ w2
-            times = gated * up
-            if grad_probs_M is not None:
-                here = (grad_inner.float() * times.float()).sum(-1)
-                grad_probs_M[start : start + len(x)] = here
-            start += len(x)
-            grad_inner.mul_(probs[:, None])
-            if needs[count + number]:
-                grads[count + number] = weight_gradient(w2, grad, times.mul_(probs[:, None]))
-            grad_both = torch.empty_like(both)
+            inner = gated * up
+            if grad_probs_M1 is not None:
+                torch.sum(grad_inner.float() * inner.float(), -1, keepdim=True, out=grad_probs_M1[rows])
+            grad_inner.mul_(probs)
+            inner.mul_(probs)
+            grad_both = torch.empty_like(both[rows])
             grad_gate, grad_up = grad_both.chunk(2, dim=-1)
             torch.mul(grad_inner, gated, out=grad_up)
             torch.mul(grad_inner, up, out=gated)
             torch.ops.aten.silu_backward.grad_input(gated, gate, grad_input=grad_gate)
-            if needs[number]:
-                grads[number] = weight_gradient(w1, grad_both, x)
-            if grad_x_MH is not None:
-                torch.mm(grad_both, w1, out=grad_x_MH[start - len(x) : start])
-        return grad_x_MH, grad_probs_M, None, *grads
+            for number, grad, x in zip(experts, grad_out, inner.split(parts), strict=True):
+                if needs[count + number]:
+                    grads[count + number] = weight_gradient(weights[count + number], grad, x)
+            inputs = grad_both.split(parts) if x_MH is None else x_MH[rows].split(parts)
+            outs = inputs if grad_x_MH is None else grad_x_MH[rows].split(parts)
+            for number, grad, x, out in zip(experts, grad_both.split(parts), inputs, outs, strict=True):
+                if needs[number]:
+                    grads[number] = weight_gradient(weights[number], grad, x)
+                if grad_x_MH is not None:
+                    torch.mm(grad, weights[number], out=out)
+        return grad_x_MH, grad_probs_M1, None, *grads
 
 
 def weight_gradient(weight: Any, grad: Tensor, inputs: Tensor) -> Tensor:
@@ -122,7 +144,7 @@ def products(x_MH: Tensor, probs_M: Tensor, sizes: Sequence[int], first: list[Te
         first: [2 F, H] of each expert, gate first.
         second: [H, F] of each.
     """
-    found: Tensor = _Products.apply(x_MH, probs_M, list(sizes), *first, *second)
+    found: Tensor = _Products.apply(x_MH, probs_M[:, None], list(sizes), *first, *second)
     return found
 
 
