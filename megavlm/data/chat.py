@@ -142,8 +142,8 @@ def _shown(ids: Sequence[int], tokenizer: Tokenizer) -> str:
             parts[-1].append(i)
     text = IMAGE_PLACEHOLDER.join(tokenizer.decode(part) for part in parts)
     if begin is None and any(tokenizer.template.image):  # marks of words, around which a tokenizer may put spaces
-        before, behind = (re.escape(mark) for mark in tokenizer.template.image)
-        text = re.sub(rf"{before} ?{re.escape(IMAGE_PLACEHOLDER)} ?{behind}", IMAGE_PLACEHOLDER, text)
+        opening, closing = (re.escape(mark) for mark in tokenizer.template.image)
+        text = re.sub(rf"{opening} ?{re.escape(IMAGE_PLACEHOLDER)} ?{closing}", IMAGE_PLACEHOLDER, text)
     return _SLICES.sub(IMAGE_PLACEHOLDER, text)
 
 

@@ -19,6 +19,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.patch_reducer.tables import MINIGPT_PROJECTION
@@ -194,7 +195,7 @@ class MiniGPTv2Family(MiniGPT4Family):
         for kind, value in (("weight", 1.0), ("bias", 0.0)):
             if f"{self.norm}.{kind}" not in source:
                 why = f"{'ones' if value else 'zeros'}, as the code that reads such files has it"
-                source.make(f"{self.norm}.{kind}", (vision["hidden_size"],), why, lambda x, value=value: x.fill_(value))
+                source.make(f"{self.norm}.{kind}", (vision["hidden_size"],), why, methodcaller("fill_", value))
         return vision
 
     def _connector(self, source: Source, vision: Mapping[str, Any], language: Mapping[str, Any]) -> Tree:
@@ -283,5 +284,5 @@ def _complete_projection(source: Source, width: int, embed: int) -> None:
     bound, why = width**-0.5, "as torch begins a linear layer, for stage 1"
     if _PROJ + "weight" in source or PROJECTION in source.pieces:
         return
-    source.make(_PROJ + "weight", (embed, width), why, lambda x: x.uniform_(-bound, bound))
-    source.make(_PROJ + "bias", (embed,), why, lambda x: x.uniform_(-bound, bound))
+    source.make(_PROJ + "weight", (embed, width), why, methodcaller("uniform_", -bound, bound))
+    source.make(_PROJ + "bias", (embed,), why, methodcaller("uniform_", -bound, bound))

@@ -245,7 +245,7 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorInfo]]:
 
 def _open_pickle(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorInfo], dict[str, Any]]:
     state = load_weights(file, mmap=True)
-    settings = {}
+    settings: dict[str, Any] = {}
     for key in ("state_dict", "model"):  # trainers put the run beside the weights
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             settings = state["config"] if isinstance(state.get("config"), dict) else {}

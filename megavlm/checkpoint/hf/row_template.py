@@ -23,7 +23,7 @@ _TURN = """\
 {%- elif part['type'] in ('image', 'image_url') -%}
 {%- set turn.images = turn.images + IMAGE -%}
 {%- if not FIRST -%}
-{%- if turn.text and not turn.text.endswith('\\n') and BEHIND -%}
+{%- if turn.text and not turn.text.endswith(('\\n', BEHIND)) and BEHIND -%}
 {%- set turn.text = turn.text + '\\n' -%}
 {%- endif -%}
 {%- set turn.text = turn.text + IMAGE + BEHIND -%}
