@@ -71,7 +71,7 @@ def _layer_parts(vision: ViTConfig, context: BuildContext) -> Modules:
     kind = LayerKind("full", head_dim=vision.hidden_size // vision.num_attention_heads)
     behind = vision.branch_norms == "behind"
     # Transformer Engine's linear layers have the norm in front of them inside; here there is none in front.
-    linears = {} if behind else None
+    linears: dict[str, Any] | None = {} if behind else None
     modules = layer_modules(kind, transformer_engine=context.transformer_engine, linears=linears)
     parts: Any = modules.layer.submodules
     attention = parts.self_attention
