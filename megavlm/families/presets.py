@@ -14,7 +14,7 @@ from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families import known, presets_small
+from megavlm.families import known, presets_glm, presets_small
 from megavlm.families.llava_like_presets import register_llava_like
 
 
@@ -389,20 +389,6 @@ def _register_qwen3_vl() -> None:
         )
 
 
-def _register_glm4v() -> None:
-    """Register GLM-4.1V."""
-    MODELS.register(
-        "glm4_1v_9b",
-        vision={"preset": "glm4v_vit_660m"},
-        connector={"preset": "downsample_merger"},
-        language={"preset": "glm_4_9b", "max_position_embeddings": 65536, "rotary_sections": [8, 12, 12]},
-        # As its preprocessor_config.json, which counts two frames: 8 to 6144 tokens.
-        image={"kind": "native", "min_pixels": 6272, "max_pixels": 4816896, "enlarge_to_block": True},
-        video={"kind": "glm4v"},
-        template="glm4v",
-    )
-
-
 # lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: Qwen3-4B-Instruct-2507 and Qwen3-8B, whose positions they keep. Both
 # are trained with a head of their own (EvolvingLMMs-Lab/LLaVA-OneVision-1.5, llavaov_1_5_config.py: untied).
 _ONEVISION_1_5 = {"4b": (262144, 5000000), "8b": (40960, 1000000)}
@@ -469,7 +455,7 @@ def register() -> None:
     _register_minicpm_v()
     _register_qwen2_vl()
     _register_qwen3_vl()
-    _register_glm4v()
+    presets_glm.register()
     _register_llava_onevision1_5()
     presets_small.register()
     for version, sizes in _INTERNVL.items():

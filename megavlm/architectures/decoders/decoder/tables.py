@@ -214,6 +214,25 @@ QWEN3_MOE_LANGUAGE = _with_experts(
 )
 """Qwen3-MoE: each expert has tensors of its own."""
 
+GLM_MOE_LANGUAGE = dataclasses.replace(
+    _with_experts(
+        row("mlp.router.weight", "mlp.gate.weight"),
+        row("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+        row(
+            "mlp.shared_experts.linear_fc1.weight",
+            "mlp.shared_experts.gate_proj.weight mlp.shared_experts.up_proj.weight",
+            CONCAT,
+        ),
+        row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
+        *QWEN3_MOE_LANGUAGE.layer[-2:],
+    ),
+    aside=(
+        *LLAMA_LANGUAGE.aside,
+        Aside(r"{model}layers\.(\d+)\..*", "layer that predicts a token further on", carried=True, behind=True),
+    ),
+)
+"""GLM-4.5, and the language model of GLM-4.5V: an expert that gets every token, and biases that choose."""
+
 MIXTRAL_LANGUAGE = _with_experts(
     row("mlp.router.weight", "block_sparse_moe.gate.weight"),
     # w1 is the gate.
