@@ -37,7 +37,11 @@ from megavlm.parallel.megatron_versions import activation_of
 
 
 def _mend_megatron() -> None:
-    """Mend two slips of Megatron-Core 0.16: a name that is there with Transformer Engine alone, and CPU tensors."""
+    """Mend slips of Megatron-Core 0.16: a name that is there with Transformer Engine alone, CPU tensors, and a scale.
+
+    The scale of the routers' losses is kept from call to call and written into; made by an answer, in inference mode,
+    it could not be written by a training behind it in the same process.
+    """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     plain = token_dispatcher.maybe_move_tensor_to_cpu
@@ -48,6 +52,13 @@ def _mend_megatron() -> None:
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+    keep = MoEAuxLossAutoScaler.set_loss_scale
+
+    def set_loss_scale(scale: Tensor) -> None:
+        if not torch.is_inference_mode_enabled():  # where there are no gradients to be scaled
+            keep(scale)
+
+    MoEAuxLossAutoScaler.set_loss_scale = staticmethod(set_loss_scale)
 
 
 _mend_megatron()

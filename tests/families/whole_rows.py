@@ -439,7 +439,7 @@ ROWS: dict[str, WholeFamily] = {
     "glm4v_moe": _qwen2_vl(
         "glm4v_moe",
         glm4v_moe,
-        {"glm4_5v_106b": Published("108B"), "glm4_6v_106b": Published("108B")},
+        {f"glm4_{version}v_106b": Published(107_710_927_360) for version in (5, 6)},
         Lack("see glm4v, whose tower has three heads there"),
         GLM4V_FILES,
         recipes={
