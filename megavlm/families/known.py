@@ -55,6 +55,7 @@ _OURS = (
     "megavlm.families.llava_like:MiphaFamily",
     "megavlm.families.llava_like:LlavaPhiFamily",
     "megavlm.families.llava_like:AllavaFamily",
+    "megavlm.families.moe_llava:MoeLlavaFamily",
     "megavlm.families.qwen:QwenFamily",
     "megavlm.families.llama:LlamaFamily",
     "megavlm.families.phi:PhiFamily",

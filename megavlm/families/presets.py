@@ -310,9 +310,17 @@ _MM1: dict[str, dict[str, Any]] = {
 }
 
 
+# MM1's with experts (arXiv 2403.09611, section 3.4, from memory): how many, and in every so manieth layer; top 2.
+_MM1_MOE = {"3b": (64, 2), "7b": (32, 4)}
+
+
 def _register_mm1() -> None:
-    """Register MM1's dense shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama."""
-    for size, language in _MM1.items():
+    """Register MM1's shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama, some with experts."""
+    experts = {
+        f"{size}_moe": {**_MM1[size], "num_moe_experts": count, "moe_layer_freq": every}
+        for size, (count, every) in _MM1_MOE.items()
+    }
+    for size, language in (_MM1 | experts).items():
         MODELS.register(
             f"mm1_{size}",
             vision={

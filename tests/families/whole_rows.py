@@ -41,6 +41,7 @@ from llava_next_models import (
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
 from mllama_rows import mllama_rows
+from moe_llava_rows import moe_llava_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
@@ -306,6 +307,7 @@ ROWS: dict[str, WholeFamily] = {
     **deepseek_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
+    **moe_llava_rows(HEADER, LLAMA_TARGETS[:4], PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),

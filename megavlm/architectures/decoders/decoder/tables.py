@@ -241,6 +241,25 @@ MIXTRAL_LANGUAGE = _with_experts(
 )
 """Mixtral."""
 
+_DEEPSPEED = "mlp.deepspeed_moe.experts.deepspeed_experts.{}."
+MOE_LLAVA_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "mlp.deepspeed_moe.gate.wg.weight"),
+    row(_FC1, f"{_DEEPSPEED}gate_proj.weight {_DEEPSPEED}up_proj.weight", CONCAT),
+    row(_FC2, f"{_DEEPSPEED}down_proj.weight"),
+)
+"""MoE-LLaVA on StableLM: DeepSpeed's names."""
+
+MOE_LLAVA_PHI_LANGUAGE = dataclasses.replace(
+    PHI_LANGUAGE,
+    layer=(
+        *PHI_LANGUAGE.layer,
+        row("mlp.router.weight", "mlp.deepspeed_moe.gate.wg.weight"),
+        *both(_FC1.removesuffix(".weight"), f"{_DEEPSPEED}fc1"),
+        *both(_FC2.removesuffix(".weight"), f"{_DEEPSPEED}fc2"),
+    ),
+)
+"""MoE-LLaVA on Phi-2."""
+
 QWEN3_VL_MOE_LANGUAGE = _with_experts(
     row("mlp.router.weight", "mlp.gate.weight"),
     row(_FC1, "mlp.experts.gate_up_proj", STACKED_INPUTS_FIRST),  # [experts, in, gate and up]
