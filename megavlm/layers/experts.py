@@ -197,6 +197,14 @@ class Experts(SequentialMLP):
         self._skip(before, config)
         super().__init__(num_local_experts, config, *args, **kwargs)
         self._skip(group.size() * num_local_experts - before - num_local_experts, config)
+        if config.add_bias_linear:
+            for expert in self.local_experts:
+                expert.linear_fc2.register_forward_hook(self._own_memory)
+
+    @staticmethod
+    def _own_memory(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Copy what Megatron-Core's MLP adds the weighed bias into: of one rank it is a view that autograd guards."""
+        return output[0].clone(), output[1]
 
     @staticmethod
     def _skip(count: int, config: TransformerConfig) -> None:
