@@ -37,7 +37,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     **dict.fromkeys(
-        ("bunny", "imp", "mipha", "llava_phi", "allava", "moe_llava"), ("towers.vit", "connectors.mlp", "decoders.decoder")
+        ("bunny", "imp", "mipha", "llava_phi", "allava", "moe_llava"),
+        ("towers.vit", "connectors.mlp", "decoders.decoder"),
     ),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),

@@ -69,6 +69,11 @@ def _number_of_experts(config: Mapping[str, Any], where: str, default: int | Non
 
 
 def chosen_experts(config: Mapping[str, Any], count: int, where: str) -> int:
+    """Return ``num_experts_per_tok``, of ``count`` experts.
+
+    Raises:
+        UserError: it is missing or wrong.
+    """
     chosen = need(config, "num_experts_per_tok", where)
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen <= count:
         raise UserError(f"{where}: num_experts_per_tok is {chosen!r}; choose 1 to {count}, the experts of a layer")

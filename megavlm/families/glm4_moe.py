@@ -59,8 +59,8 @@ def _groups(config: Mapping[str, Any], top: int, where: str) -> Tree:
         return {"moe_router_num_groups": None, "moe_router_group_topk": None}
     if top != best * _BEST_OF_GROUP:
         raise UserError(
-            f"{where}: {top} experts of {best} groups (num_experts_per_tok, topk_group): here a group's score is the sum"
-            f" of as many of its experts as are taken of each, and in GLM-4.5 of {_BEST_OF_GROUP}"
+            f"{where}: {top} experts of {best} groups (num_experts_per_tok, topk_group): here a group's score is the"
+            f" sum of as many of its experts as are taken of each, and in GLM-4.5 of {_BEST_OF_GROUP}"
         )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": best}
 

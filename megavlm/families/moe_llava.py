@@ -1,11 +1,11 @@
 """MoE-LLaVA (arXiv 2401.15947) as its authors' code and DeepSpeed write it (PKU-YuanGroup/MoE-LLaVA @ 24bcef9d).
 
-LLaVA's original layout with other names of tower and projector, and a language model whose MLPs are mixtures of experts
-in every second layer. What DeepSpeed's gate of two experts computes (``top2gating``, deepspeed/moe/sharded_moe.py @
-0c691a52): a softmax over all experts, of which the two chosen are divided by their sum, which is a softmax over the two.
-It chooses the second with Gumbel noise, in answers too, and takes tokens in their order up to a capacity; what is left
-out gives its share to the other expert. Here both are the best two, and capacity is of training alone
-(docs/experts.md).
+LLaVA's original layout with other names of tower and projector, and a language model whose MLPs are mixtures of
+experts in every second layer. What DeepSpeed's gate of two experts computes (``top2gating``,
+deepspeed/moe/sharded_moe.py @ 0c691a52): a softmax over all experts, of which the two chosen are divided by their sum,
+which is a softmax over the two. It chooses the second with Gumbel noise, in answers too, and takes tokens in their
+order up to a capacity; what is left out gives its share to the other expert. Here both are the best two, and capacity is of
+training alone (docs/experts.md).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class MoeLlavaFamily(LikeFamily):
         if language.expert_width != language.ffn_hidden_size:
             return "the language model's moe_ffn_hidden_size is not its ffn_hidden_size; MoE-LLaVA has one width"
         if language.moe_router_topk != _TOP or language.moe_router_pre_softmax:
-            return "the scores of a token's experts are not a softmax over two (moe_router_topk, moe_router_pre_softmax)"
+            return "a token's scores are not a softmax over two experts (moe_router_topk, moe_router_pre_softmax)"
         return super().refuses(dense_model(model))
 
     def _written(self, language: LanguageConfig) -> SystemLanguage:
@@ -139,7 +139,7 @@ def _experts(config: Mapping[str, Any], layers: int, where: str) -> Tree:
     if not _rising(here, layers):
         raise UserError(f"{inside}: moe_layers_idx is {here!r}; it lists numbers of layers, 0 to {layers - 1}, rising")
     if not isinstance(counts, list | tuple) or len(counts) != len(here) or len(set(map(str, counts))) != 1:
-        raise UserError(f"{inside}: num_experts is {counts!r}; only one number, once for each of moe_layers_idx, is known")
+        raise UserError(f"{inside}: num_experts is {counts!r}; one number is known, once for each of moe_layers_idx")
     if type(counts[0]) is not int or counts[0] < _TOP:
         raise UserError(f"{inside}: num_experts is {counts!r}; a mixture has at least 2")
     plan = tuple(int(layer in here) for layer in range(layers))
@@ -151,7 +151,7 @@ def _experts(config: Mapping[str, Any], layers: int, where: str) -> Tree:
 def _rising(numbers: Any, layers: int) -> bool:
     if not isinstance(numbers, list | tuple) or not numbers or any(type(one) is not int for one in numbers):
         return False
-    return list(numbers) == sorted(set(numbers)) and 0 <= numbers[0] and numbers[-1] < layers
+    return list(numbers) == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] < layers
 
 
 def dense(language: LanguageConfig) -> LanguageConfig:

@@ -90,7 +90,9 @@ class Glm4vMoeSource(NativeSource):
                 found[name] = gradient
                 continue
             for expert, one in enumerate(gradient):
-                parts = zip(("gate_proj", "up_proj"), one.chunk(2)) if kind == "gate_up_proj" else [(kind, one)]
+                both = kind == "gate_up_proj"
+                names, values = (("gate_proj", "up_proj"), one.chunk(2)) if both else ((kind,), (one,))
+                parts = zip(names, values, strict=True)
                 found |= {f"{head}{mark}{expert}.{part}.weight": value for part, value in parts}
         return found
 

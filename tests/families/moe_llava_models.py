@@ -2,7 +2,7 @@
 
 The layer is DeepSpeed's ``MoE`` with its gate of two experts (``top2gating`` of deepspeedai/DeepSpeed,
 ``deepspeed/moe/sharded_moe.py`` @ 0c691a52) without what is random or drops tokens: a softmax over all experts in fp32,
-the best two, their scores divided by their sum (at least the smallest number that fp32 tells from 0 beside 1). It stands
+the best two, their scores divided by their sum (at least what fp32 tells from 0 beside 1). It stands
 in the place of the MLP of every second layer, the first among them (``moe_mode`` sparse), of Transformers' StableLM or
 Phi; tower, projector and the rest are LLaVA's (:mod:`llava_like_models`), under the names of PKU-YuanGroup/MoE-LLaVA
 ``moellava/model/llava_arch.py`` and ``multimodal_projector/builder.py`` @ 24bcef9d.
@@ -69,7 +69,10 @@ class MoeLlava(LlavaLike):
 
     def _config(self) -> dict[str, Any]:
         told = super()._config()
-        told["mm_image_tower"], told["image_projector_type"] = told.pop("mm_vision_tower"), told.pop("mm_projector_type")
+        told["mm_image_tower"], told["image_projector_type"] = (
+            told.pop("mm_vision_tower"),
+            told.pop("mm_projector_type"),
+        )
         return told
 
 

@@ -71,7 +71,9 @@ def moe_llava_rows(header: str, targets: tuple[str, ...], planner: Mapping[str, 
         image={"kind": "pad"},
         source=SOURCES["stablelm"],
         uneven=Lack("one mechanism with bunny, whose tower has three heads there"),
-        others=Lack("on Phi, whose experts have biases and are not cut: at one process and two stages, test_moe_llava.py"),
+        others=Lack(
+            "on Phi, whose experts have biases and are not cut: at one process and two stages, test_moe_llava.py"
+        ),
         answers=Lack("convert check cannot run: Transformers has no class for it; answers: `source`"),
         lora=targets,
         presets={

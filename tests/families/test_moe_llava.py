@@ -65,8 +65,8 @@ def test_the_template_is_that_of_its_authors(tmp_path: Path) -> None:
         ({"use_residual": True}, "use_residual is True"),
         ({"moe_layers_idx": [2, 0]}, "moe_layers_idx is [2, 0]; it lists numbers of layers, 0 to 3, rising"),
         ({"moe_layers_idx": [0, 4]}, "moe_layers_idx is [0, 4]"),
-        ({"num_experts": [4, 8]}, "num_experts is [4, 8]; only one number"),
-        ({"num_experts": [4]}, "num_experts is [4]; only one number, once for each"),
+        ({"num_experts": [4, 8]}, "num_experts is [4, 8]; one number"),
+        ({"num_experts": [4]}, "num_experts is [4]; one number is known, once for each"),
         ({"num_experts": [1, 1]}, "a mixture has at least 2"),
     ],
 )
@@ -86,7 +86,7 @@ def test_families_know_their_own(tmp_path: Path) -> None:
     assert family.refusal(model) is None and family.config(model, {})["moe"]["moe_layers_idx"] == [0, 2]
     for keys, said in (
         ({"num_moe_experts": None}, "has no experts"),
-        ({"moe_router_topk": 1, "moe_router_pre_softmax": True}, "not a softmax over two"),
+        ({"moe_router_topk": 1, "moe_router_pre_softmax": True}, "not a softmax over two experts"),
         ({"moe_ffn_hidden_size": 8}, "MoE-LLaVA has one width"),
         ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function is 'sigmoid'"),
     ):

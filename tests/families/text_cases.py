@@ -45,8 +45,8 @@ from transformers import (  # noqa: E402
     StableLmForCausalLM,
 )
 
-from megavlm.checkpoint.placement import expert_biases  # noqa: E402
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules  # noqa: E402
+from megavlm.checkpoint.placement import expert_biases  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import make_batch  # noqa: E402

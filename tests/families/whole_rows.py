@@ -188,7 +188,7 @@ def _qwen2_vl(
         if glm
         else partial(publish, make=make, save=save_third if third else save_second),
         # Experts take no adapters.
-        lora={"glm4v": GLM_TARGETS, **dict.fromkeys(("qwen3_vl_moe", "glm4v_moe"), LLAMA_TARGETS[:4])}.get(family, LLAMA_TARGETS),
+        lora=LLAMA_TARGETS[:4] if family.endswith("_moe") else GLM_TARGETS if glm else LLAMA_TARGETS,
         presets=presets,
         built=_from_config(family),
         recipes=recipes,
