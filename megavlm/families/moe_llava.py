@@ -4,8 +4,8 @@ LLaVA's original layout with other names of tower and projector, and a language 
 experts in every second layer. What DeepSpeed's gate of two experts computes (``top2gating``,
 deepspeed/moe/sharded_moe.py @ 0c691a52): a softmax over all experts, of which the two chosen are divided by their sum,
 which is a softmax over the two. It chooses the second with Gumbel noise, in answers too, and takes tokens in their
-order up to a capacity; what is left out gives its share to the other expert. Here both are the best two, and capacity is of
-training alone (docs/experts.md).
+order up to a capacity; what is left out gives its share to the other expert. Here both are the best two, and capacity
+is of training alone (docs/experts.md).
 """
 
 from __future__ import annotations
