@@ -37,7 +37,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "llava_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_original_apart": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     **dict.fromkeys(
-        ("bunny", "imp", "mipha", "llava_phi", "allava"), ("towers.vit", "connectors.mlp", "decoders.decoder")
+        ("bunny", "imp", "mipha", "llava_phi", "allava", "moe_llava"),
+        ("towers.vit", "connectors.mlp", "decoders.decoder"),
     ),
     "llava_next": ("towers.vit", "connectors.mlp", "decoders.decoder"),
     "llava_onevision": ("towers.vit", "connectors.mlp", "decoders.decoder"),
@@ -69,6 +70,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "qwen3_vl": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "qwen3_vl_moe": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "glm4v": ("towers.packed_vit", "connectors.downsample_merger", "decoders.decoder"),
+    "glm4v_moe": ("towers.packed_vit", "connectors.downsample_merger", "decoders.decoder"),
     "llava_onevision1_5": ("towers.packed_vit", "connectors.patch_merger", "decoders.decoder"),
     "mobilevlm": ("towers.vit", "connectors.ldp", "decoders.decoder"),
     "dense_connector": ("towers.vit", "connectors.dense_connector", "decoders.decoder"),
@@ -87,6 +89,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "stablelm": ("decoders.decoder",),
     "qwen3_moe": ("decoders.decoder",),
     "mixtral": ("decoders.decoder",),
+    "glm4_moe": ("decoders.decoder",),
     "internlm2": ("decoders.decoder",),
     "minicpm": ("decoders.decoder",),
     "clip": ("towers.vit",),

@@ -92,6 +92,11 @@ def misplaced(modules: Sequence[nn.Module], state: dict[str, Any], only: set[str
 def _kept(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield what a checkpoint must have of a module: parameters, and the biases by which its routers choose experts."""
     yield from module.named_parameters()
+    yield from expert_biases(module)
+
+
+def expert_biases(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of the biases by which routers choose experts: fp32, and no parameters."""
     for prefix, router in module.named_modules():
         bias = getattr(router, "expert_bias", None) if isinstance(router, TopKRouter) else None
         if bias is not None:

@@ -429,6 +429,15 @@ GLM4V = Template(
     stops=("<|user|>",),
     ends="<|user|>",
 )
+# GLM-4.5's and 4.6's, asked for no thoughts (chat_template.jinja, enable_thinking false); GLM-4.5V adds pictures.
+GLM4_5V = replace(
+    GLM4V,
+    name="glm4_5v",
+    title="GLM-4.5V and GLM-4.6V, answers without thoughts",
+    user=("<|user|>", "\n", TEXT, "/nothink"),
+    assistant=("<|assistant|>", "\n", "<think>", "</think>", "\n", *trained(TEXT)),
+    last_assistant=("<|assistant|>", "\n", "<think>", "</think>", "\n", *trained(TEXT, "<|user|>")),
+)
 INTERNVL2_5 = replace(
     QWEN2,
     name="internvl2_5",
@@ -461,5 +470,5 @@ ROWS = (
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
     IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3,
     MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
-    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, INTERNVL2_5, CHATML_DIRECT, *MINIGPT_ROWS,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, *MINIGPT_ROWS,
 )  # fmt: skip

@@ -52,7 +52,7 @@ def experts_branch(
         "num_moe_experts": count,
         "moe_ffn_hidden_size": need(config, "moe_intermediate_size", where),
         "moe_layer_freq": 1 if all(plan) else plan,
-        "moe_router_topk": _chosen_experts(config, count, where),
+        "moe_router_topk": chosen_experts(config, count, where),
         "moe_router_pre_softmax": not normalised,
     }
 
@@ -68,7 +68,12 @@ def _number_of_experts(config: Mapping[str, Any], where: str, default: int | Non
     return count
 
 
-def _chosen_experts(config: Mapping[str, Any], count: int, where: str) -> int:
+def chosen_experts(config: Mapping[str, Any], count: int, where: str) -> int:
+    """Return ``num_experts_per_tok``, of ``count`` experts.
+
+    Raises:
+        UserError: it is missing or wrong.
+    """
     chosen = need(config, "num_experts_per_tok", where)
     if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 < chosen <= count:
         raise UserError(f"{where}: num_experts_per_tok is {chosen!r}; choose 1 to {count}, the experts of a layer")
@@ -126,7 +131,7 @@ def _read_mixtral(config: Mapping[str, Any], where: str) -> Tree:
         **shape({"rope_theta": 1e6, **config}, where, "mixtral"),
         "sliding_window": config.get("sliding_window"),
         "num_moe_experts": count,
-        "moe_router_topk": _chosen_experts({"num_experts_per_tok": 2, **config}, count, where),
+        "moe_router_topk": chosen_experts({"num_experts_per_tok": 2, **config}, count, where),
     }
 
 

@@ -1,4 +1,4 @@
-"""GLM-4.1V, dense (arXiv 2507.01006), as Transformers has it."""
+"""GLM-4.1V, dense, and GLM-4.5V and 4.6V with experts (arXiv 2507.01006), as Transformers has them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.downsample_merger.tables import downsample_merger
-from megavlm.architectures.decoders.decoder.tables import GLM_LANGUAGE
 from megavlm.architectures.towers.packed_vit.tables import GLM4V_VISION
 from megavlm.config.errors import UserError
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import LanguageConfig, ModelConfig
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, expect_kinds, flag, need, number
 from megavlm.families.family import Tree, config_file
 from megavlm.families.glm4 import GLM4
+from megavlm.families.glm4_moe import GLM4_MOE
 from megavlm.families.native_pictures import native_pictures, trained_native
 from megavlm.families.preprocessor import native_sizes
 from megavlm.families.qwen2_vl import Qwen2VLFamily
-from megavlm.families.text_kinds import odd_heads
+from megavlm.families.text_kinds import TextKind, odd_heads
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
@@ -50,6 +50,9 @@ class Glm4vFamily(Qwen2VLFamily):
     film_plans: ClassVar[tuple[str, ...]] = ("glm4v",)
     model_class = "Glm4vForConditionalGeneration"
     own_norms = True
+    tower_preset = "glm4v_vit"
+    kind: ClassVar[TextKind] = GLM4
+    """Of its language model."""
     tower: ClassVar[Table] = GLM4V_VISION
     fixed: ClassVar[Tree] = {
         "normalization": "RMSNorm", "activation": "silu", "gated_mlp": True, "window_size": None, "conv_bias": True,
@@ -61,7 +64,7 @@ class Glm4vFamily(Qwen2VLFamily):
         """Return all three branches, and what becomes of pictures."""
         config, where = source.config, config_file(source)
         text, visual = config.get("text_config") or config, need(config, "vision_config", where)
-        expect_kinds(config, where, text_config=(self.name, "glm4"), vision_config=(self.name,))
+        expect_kinds(config, where, text_config=(self.name, self.kind.model_type), vision_config=(self.name,))
         language = self._language(text, where)
         language["tie_word_embeddings"] = "lm_head.weight" not in source or any(
             flag(tree, "tie_word_embeddings", where, default=False) for tree in (config, text)
@@ -81,19 +84,17 @@ class Glm4vFamily(Qwen2VLFamily):
         return [
             dataclasses.replace(self.tower, prefix=names["tower"]),
             dataclasses.replace(downsample_merger(model.connector.merge_size), prefix=names["tower"]),
-            dataclasses.replace(GLM_LANGUAGE, names={"model": names["model"], "head": names["head"]}),
+            dataclasses.replace(self.kind.table, names={"model": names["model"], "head": names["head"]}),
         ]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a configuration in the form of the published ones."""
         # Of the published tokenizer, whose ids lie beside each other: the slots of films are its next one.
         image, language, vision = tokens.get("image", model.language.vocab_size - 2), model.language, model.vision
-        text = GLM4.write(language)
+        text = self._text_config(language)
         sections = {"mrope_section": list(language.rotary_sections)}
         text["rope_parameters"] |= sections
-        text |= {"model_type": "glm4v_text", "rope_scaling": {"rope_type": "default", **sections}}
-        for key in ("architectures", "head_dim"):
-            del text[key]
+        text |= {"model_type": f"{self.name}_text", "rope_scaling": {"rope_type": "default", **sections}}
         return {
             "architectures": [self.model_class],
             "image_end_token_id": image - 3,
@@ -113,7 +114,7 @@ class Glm4vFamily(Qwen2VLFamily):
                 "image_size": vision.positional_grid * vision.patch_size,
                 "in_channels": 3,
                 "intermediate_size": model.connector.ffn_hidden_size,
-                "model_type": "glm4v_vision",
+                "model_type": f"{self.name}_vision",
                 "num_heads": vision.num_attention_heads,
                 "out_hidden_size": language.hidden_size,
                 "patch_size": vision.patch_size,
@@ -142,8 +143,6 @@ class Glm4vFamily(Qwen2VLFamily):
             return "the language model's positions are not in sections (rotary_sections), as GLM-4.1V's are"
         if language.rope_scaling is not None:
             return "the language model's rotary positions are stretched (rope_scaling), for which there is no key"
-        if not language.add_qkv_bias:
-            return "the language model has no bias on queries, keys and values, which GLM-4.1V's has"
         if not model.image.enlarge_to_block:
             return "small pictures are not enlarged first (model.image.enlarge_to_block), as GLM-4.1V's are"
         try:
@@ -151,11 +150,12 @@ class Glm4vFamily(Qwen2VLFamily):
         except UserError as error:
             return str(error)
         whole: Tree = {"rotary_sections": ()}  # of a language model alone, which has none
-        return GLM4.refuses(dataclasses.replace(language, **whole)) or odd_heads(language)
+        return self.kind.refuses(dataclasses.replace(language, **whole)) or self._no_text(language)
 
     def templates(self, source: Source) -> tuple[str, ...]:
         """Its own ``chat_template``, else the form that it has."""
-        return ("checkpoint", "glm4v")
+        assert self.template is not None
+        return ("checkpoint", self.template)
 
     def _language(self, text: Mapping[str, Any], where: str) -> Tree:
         """Return ``model.language``.
@@ -172,6 +172,17 @@ class Glm4vFamily(Qwen2VLFamily):
         known = {key: value for key, value in text.items() if key not in ("model_type", "head_dim")}
         language = GLM4.branch({**own, **known, "partial_rotary_factor": part}, where)
         return {**language, "rotary_sections": language.get("rotary_sections") or _SECTIONS}
+
+    def _text_config(self, language: LanguageConfig) -> Tree:
+        """Return the ``text_config``, but what positions have of their own."""
+        text = self.kind.write(language)
+        return {key: value for key, value in text.items() if key not in ("architectures", "head_dim")}
+
+    def _no_text(self, language: LanguageConfig) -> str | None:
+        """Return why a language model of the family's kind is not the family's, or None."""
+        if not language.add_qkv_bias:
+            return "the language model has no bias on queries, keys and values, which GLM-4.1V's has"
+        return odd_heads(language)
 
     def trained_pictures(self, model: ModelConfig, old: Mapping[str, Any]) -> Tree | None:
         """Sizes are counted once for each frame of a patch, and stand under one key."""
@@ -213,3 +224,34 @@ class Glm4vFamily(Qwen2VLFamily):
                 raise UserError(f"{where}: size: {value} is no multiple of temporal_patch_size ({frames}); correct one")
             found[key] = value // frames
         return {**found, "enlarge_to_block": True}
+
+
+class Glm4vMoeFamily(Glm4vFamily):
+    """``Glm4vMoeForConditionalGeneration``: GLM-4.1V's tower and merger, GLM-4.5-Air's language model."""
+
+    name = "glm4v_moe"
+    title = "GLM-4.5V and GLM-4.6V, with experts (Glm4vMoeForConditionalGeneration)"
+    template: ClassVar[str | None] = "glm4_5v"
+    model_class = "Glm4vMoeForConditionalGeneration"
+    own_norms = False
+    kind = GLM4_MOE
+
+    def _language(self, text: Mapping[str, Any], where: str) -> Tree:
+        expect(text, where, use_qk_norm=False, qk_layernorm=False)  # its class has no such norm, whatever is said
+        # What its class has where nothing is said: heads as wide as fit, and half of each turned.
+        width = need(text, "hidden_size", where) // need(text, "num_attention_heads", where)
+        own = {
+            "head_dim": width, "rms_norm_eps": 1e-5, "max_position_embeddings": 65536, "attention_bias": True,
+            "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        }  # fmt: skip
+        language = self.kind.branch({**own, **text, "model_type": "glm4_moe"}, where)
+        return {**language, "rotary_sections": language.get("rotary_sections") or _SECTIONS}
+
+    def _text_config(self, language: LanguageConfig) -> Tree:
+        return {key: value for key, value in self.kind.write(language).items() if key != "architectures"}
+
+    def _no_text(self, language: LanguageConfig) -> str | None:
+        if language.qk_layernorm:
+            return "the language model has a norm on queries and keys, for which GLM-4.5V has no place"
+        return None

@@ -25,10 +25,10 @@ from megavlm.weights.rules import Table
 from megavlm.weights.source import CONFIG, Source
 
 # StableLM-2 as its first code has it (configuration_stablelm_epoch.py).
-_EPOCH = {"layer_norm_eps": "norm_eps", "partial_rotary_factor": "rope_pct"}
+EPOCH = {"layer_norm_eps": "norm_eps", "partial_rotary_factor": "rope_pct"}
 
 
-class _LikeFamily(LlavaOriginalFamily):
+class LikeFamily(LlavaOriginalFamily):
     """What these have in common."""
 
     others = "-"
@@ -83,7 +83,7 @@ _EVA, _EVA_FILE = "eva", "EVA02_CLIP_L_336_psz14_s6B.pt"
 _EVA_TOP = "model.vision_tower.vision_tower.model."
 
 
-class BunnyFamily(_LikeFamily):
+class BunnyFamily(LikeFamily):
     """Bunny 1.0, on SigLIP or EVA02, and 1.1, which sees each picture at three sizes (S2)."""
 
     name = "bunny"
@@ -100,7 +100,7 @@ class BunnyFamily(_LikeFamily):
         SystemLanguage(
             "phi3", ("bunny-phi3",), "BunnyPhi3ForCausalLM", ("vicuna_v1_endoftext_bos", "vicuna_v1_endoftext")
         ),
-        SystemLanguage("stablelm", ("bunny-stablelm",), "BunnyStableLMForCausalLM", ("vicuna_v1_endoftext",), _EPOCH),
+        SystemLanguage("stablelm", ("bunny-stablelm",), "BunnyStableLMForCausalLM", ("vicuna_v1_endoftext",), EPOCH),
         SystemLanguage("qwen2", ("bunny-qwen2", "bunny-qwen"), "BunnyQwen2ForCausalLM", ("vicuna_v1_endoftext",)),
         SystemLanguage("llama", ("bunny-llama",), "BunnyLlamaForCausalLM", ("vicuna_v1_end_of_text",)),
         # bunny_minicpm.py multiplies words and pictures alike.
@@ -196,7 +196,7 @@ def _is_eva(vision: VisionConfig) -> bool:
     return not vision.key_bias
 
 
-class ImpFamily(_LikeFamily):
+class ImpFamily(LikeFamily):
     """Imp v1 and v1.5; its code cuts the tower's last layer off."""
 
     name = "imp"
@@ -210,7 +210,7 @@ class ImpFamily(_LikeFamily):
     )
 
 
-class AllavaFamily(_LikeFamily):
+class AllavaFamily(LikeFamily):
     """ALLaVA and ALLaVA-Longer."""
 
     name = "allava"
@@ -221,11 +221,11 @@ class AllavaFamily(_LikeFamily):
     clips: ClassVar[tuple[bool, ...]] = (True,)
     languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage("phi", ("llava_phi",), "LlavaPhiForCausalLM", ("allava",)),
-        SystemLanguage("stablelm", ("llava_stablelm_1_6b",), "LlavaStableLM_1_6bForCausalLM", ("allava",), _EPOCH),
+        SystemLanguage("stablelm", ("llava_stablelm_1_6b",), "LlavaStableLM_1_6bForCausalLM", ("allava",), EPOCH),
     )
 
 
-class LlavaPhiFamily(_LikeFamily):
+class LlavaPhiFamily(LikeFamily):
     """LLaVA-Phi; ``vision_config`` has tower and projector, and the tower lies one name higher."""
 
     name = "llava_phi"

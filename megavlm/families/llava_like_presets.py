@@ -43,6 +43,12 @@ _MIPHA = {
 }  # fmt: skip
 
 
+# LanguageBind/MoE-LLaVA-{StableLM-1.6B,Phi2-2.7B}-4e, and -384 on SigLIP: four experts in every second layer.
+_MOE_LLAVA: dict[str, tuple[str, dict[str, Any]]] = {
+    "stablelm_1_6b": ("stablelm_2_1_6b", {}), "phi2_2_7b": ("phi_2", {"lm_head_bias": False}),
+}  # fmt: skip
+
+
 def register_llava_like() -> None:
     """Register them."""
     for name, (language, own, template) in _BUNNY.items():
@@ -94,3 +100,13 @@ def register_llava_like() -> None:
             image={"kind": "pad"},
             template="allava",
         )
+    for name, (language, own) in _MOE_LLAVA.items():
+        for tower, ending in ((CLIP, ""), (SIGLIP, "_384")):
+            MODELS.register(
+                f"moe_llava_{name}_4e{ending}",
+                vision=tower,
+                connector={"preset": "mlp2x_gelu"},
+                language={"preset": language, **own, "num_moe_experts": 4, "moe_layer_freq": 2},
+                image={"kind": "pad"},
+                template="vicuna_v1_endoftext",
+            )

@@ -38,7 +38,6 @@ from megavlm.weights.source import CONFIG, Source
 __all__ = ["TOWERS", "LlavaApartFamily", "LlavaOriginalFamily", "SystemLanguage", "pictures"]
 
 VISION_CONFIG = "vision_config.json"
-_PROJECTOR = "model.mm_projector."
 _HEAD = "lm_head."
 
 
@@ -95,6 +94,8 @@ class LlavaOriginalFamily(Family):
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
     own_multiplier = True
+    projector: ClassVar[str] = "model.mm_projector."
+    """What the names of the projector's weights begin with."""
     may_lack_tower: ClassVar[bool] = True
     """Whether a checkpoint may come without its tower, which then is of :class:`LlavaApartFamily`."""
 
@@ -214,22 +215,22 @@ class LlavaOriginalFamily(Family):
         """
         where, named = config_file(source), self.mm(source.config).get("mm_projector_type", "linear")
         if not re.fullmatch("linear|mlp[0-9]+x_gelu|identity", str(named)):
-            there = next((name for name in source.tensors if name.startswith(_PROJECTOR)), "there are none")
+            there = next((name for name in source.tensors if name.startswith(self.projector)), "there are none")
             raise UserError(
                 f"{where}: mm_projector_type is {named!r}; {self.title} has linear and mlpNx_gelu here (the weights "
-                f"under {_PROJECTOR}: {there})"
+                f"under {self.projector}: {there})"
             )
-        connector = projector_branch(source, _PROJECTOR)
+        connector = projector_branch(source, self.projector)
         if named != connector["preset"]:
             raise UserError(
-                f"{where}: mm_projector_type is {named!r}, but the weights' names under {_PROJECTOR} are those of "
+                f"{where}: mm_projector_type is {named!r}, but the weights' names under {self.projector} are those of "
                 f"{connector['preset']}; correct one"
             )
         return connector
 
     def connector_table(self, model: ModelConfig) -> Table:
         """Return the table of the projector."""
-        return projector_table(model, _PROJECTOR)
+        return projector_table(model, self.projector)
 
     def no_connector(self, model: ModelConfig) -> str | None:
         """Return why the system has no such connector, or None."""
@@ -370,7 +371,7 @@ class LlavaOriginalFamily(Family):
                 f"{where}: mm_hidden_size is {mm['mm_hidden_size']!r}, but the features of mm_vision_tower {tower!r} "
                 f"are {width} wide; correct one"
             )
-        for name in (f"{_PROJECTOR}0.weight", f"{_PROJECTOR}weight"):
+        for name in (f"{self.projector}0.weight", f"{self.projector}weight"):
             there = source.shape(name)[-1] if name in source else width
             if there != width:
                 raise UserError(

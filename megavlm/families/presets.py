@@ -14,7 +14,7 @@ from megavlm.config.architecture import BRANCHES, MODELS, Preset, Registry
 from megavlm.config.errors import UserError
 from megavlm.data.media import plan_kinds
 from megavlm.data.templates import find_template, is_checkpoint
-from megavlm.families import known, presets_small
+from megavlm.families import known, presets_glm, presets_small
 from megavlm.families.llava_like_presets import register_llava_like
 
 
@@ -310,9 +310,17 @@ _MM1: dict[str, dict[str, Any]] = {
 }
 
 
+# MM1's with experts (arXiv 2403.09611, section 3.4, from memory): how many, and in every so manieth layer; top 2.
+_MM1_MOE = {"3b": (64, 2), "7b": (32, 4)}
+
+
 def _register_mm1() -> None:
-    """Register MM1's dense shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama."""
-    for size, language in _MM1.items():
+    """Register MM1's shape: ViT-H at 378 (CLIP, DFN's), a C-Abstractor of 144 tokens, a Llama, some with experts."""
+    experts = {
+        f"{size}_moe": {**_MM1[size], "num_moe_experts": count, "moe_layer_freq": every}
+        for size, (count, every) in _MM1_MOE.items()
+    }
+    for size, language in (_MM1 | experts).items():
         MODELS.register(
             f"mm1_{size}",
             vision={
@@ -389,20 +397,6 @@ def _register_qwen3_vl() -> None:
         )
 
 
-def _register_glm4v() -> None:
-    """Register GLM-4.1V."""
-    MODELS.register(
-        "glm4_1v_9b",
-        vision={"preset": "glm4v_vit_660m"},
-        connector={"preset": "downsample_merger"},
-        language={"preset": "glm_4_9b", "max_position_embeddings": 65536, "rotary_sections": [8, 12, 12]},
-        # As its preprocessor_config.json, which counts two frames: 8 to 6144 tokens.
-        image={"kind": "native", "min_pixels": 6272, "max_pixels": 4816896, "enlarge_to_block": True},
-        video={"kind": "glm4v"},
-        template="glm4v",
-    )
-
-
 # lmms-lab/LLaVA-OneVision-1.5-{4B,8B}-Instruct: Qwen3-4B-Instruct-2507 and Qwen3-8B, whose positions they keep. Both
 # are trained with a head of their own (EvolvingLMMs-Lab/LLaVA-OneVision-1.5, llavaov_1_5_config.py: untied).
 _ONEVISION_1_5 = {"4b": (262144, 5000000), "8b": (40960, 1000000)}
@@ -469,7 +463,7 @@ def register() -> None:
     _register_minicpm_v()
     _register_qwen2_vl()
     _register_qwen3_vl()
-    _register_glm4v()
+    presets_glm.register()
     _register_llava_onevision1_5()
     presets_small.register()
     for version, sizes in _INTERNVL.items():

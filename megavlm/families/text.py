@@ -13,6 +13,7 @@ from megavlm.families.family import Tree
 from megavlm.families.gemma import GEMMA
 from megavlm.families.gemma3 import GEMMA3
 from megavlm.families.glm4 import GLM4
+from megavlm.families.glm4_moe import GLM4_MOE
 from megavlm.families.internlm2 import INTERNLM2
 from megavlm.families.llama import KINDS
 from megavlm.families.minicpm import MINICPM
@@ -22,7 +23,7 @@ from megavlm.families.text_kinds import TextKind, chosen, refused
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
 
-_OTHERS = (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2, QWEN3_MOE, MIXTRAL)
+_OTHERS = (PHI, PHI3, GEMMA, GEMMA3, GLM4, STABLELM, MINICPM, INTERNLM2, QWEN3_MOE, MIXTRAL, GLM4_MOE)
 TEXT_KINDS: dict[str, TextKind] = {
     **KINDS,
     **{kind.model_type: kind for kind in _OTHERS},

@@ -39,7 +39,11 @@ from megavlm.parallel.megatron_versions import activation_of, permuted
 
 
 def _mend_megatron() -> None:
-    """Mend two slips of Megatron-Core 0.16: a name that is there with Transformer Engine alone, and CPU tensors."""
+    """Mend slips of Megatron-Core 0.16: a name that is there with Transformer Engine alone, CPU tensors, and a scale.
+
+    The scale of the routers' losses is kept from call to call and written into; made by an answer, in inference mode,
+    it could not be written by a training behind it in the same process.
+    """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     plain = token_dispatcher.maybe_move_tensor_to_cpu
@@ -50,6 +54,13 @@ def _mend_megatron() -> None:
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
+    keep = MoEAuxLossAutoScaler.set_loss_scale
+
+    def set_loss_scale(scale: Tensor) -> None:
+        if not torch.is_inference_mode_enabled():  # where there are no gradients to be scaled
+            keep(scale)
+
+    MoEAuxLossAutoScaler.set_loss_scale = staticmethod(set_loss_scale)
 
 
 def _permute_on_cpu() -> None:
@@ -224,8 +235,8 @@ class Experts(SequentialMLP):
     There Megatron-Core draws all weights from one stream, which is the same on all ranks of a stage: each rank's first
     expert would be the same one.
 
-    With CUDA the forward pass is Megatron-Core's own. On a CPU, gated MLPs by SiLU without biases (all families' but
-    for a composed model's) are computed by ``layers/expert_products.py``.
+    With CUDA the forward pass is Megatron-Core's own. On a CPU, gated MLPs by SiLU without biases and adapters (all
+    families' but MoE-LLaVA's on Phi-2, and a composed model's) are computed by ``layers/expert_products.py``.
     """
 
     def __init__(self, num_local_experts: int, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -234,8 +245,14 @@ class Experts(SequentialMLP):
         self._skip(before, config)
         super().__init__(num_local_experts, config, *args, **kwargs)
         self._skip(group.size() * num_local_experts - before - num_local_experts, config)
+        if config.add_bias_linear:
+            for expert in self.local_experts:
+                expert.linear_fc2.register_forward_hook(self._own_memory)
+        linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+        # Not beside adapters, nor with weights in 4 bits: these are the layers' own affair.
+        plain = all({name for name, _ in linear.named_parameters()} == {"weight"} for linear in linears)
         # What ``use_te_activation_func`` brings is the gated SiLU of experts_mlp, where there are no kernels.
-        self.in_slices = not has_kernels() and config.use_te_activation_func and not config.add_bias_linear
+        self.in_slices = not has_kernels() and config.use_te_activation_func and plain
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Return what the experts give of their tokens, and no bias.
@@ -255,6 +272,11 @@ class Experts(SequentialMLP):
                 hook(linear, ())
         weights = [[linear.weight for linear in one] for one in (columns, rows)]
         return products(tokens, probs, tokens_per_expert.tolist(), *weights), None
+
+    @staticmethod
+    def _own_memory(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Copy what Megatron-Core's MLP adds the weighed bias into: of one rank it is a view that autograd guards."""
+        return output[0].clone(), output[1]
 
     @staticmethod
     def _skip(count: int, config: TransformerConfig) -> None:

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import ranks
+import torch
 from expert_checkpoint_cases import BIASED, STACKED, VOCABULARY
 from run_cases import tensors
+from tiny import tiny_recipe
+
+from megavlm.checkpoint.hf.incoming import Report, _initialise
+from megavlm.checkpoint.hf.shapes import alone
+from megavlm.checkpoint.slots import find_slots
 
 TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
 PLAIN = {"use_distributed_optimizer": False}
@@ -97,3 +103,17 @@ def test_the_other_optimizer_goes_on_in_fp32(tmp_path: Path) -> None:
 def test_a_save_in_a_thread_has_the_biases_of_its_step(tmp_path: Path) -> None:
     (biases,) = ranks.run("expert_checkpoint_cases:save_while_biases_move", str(tmp_path))
     assert biases == {0.0}
+
+
+def test_a_part_that_is_initialised_has_the_biases_that_choose_experts() -> None:
+    """Zeros of fp32, whatever type the weights have; they are no parameters, and not counted."""
+    model, report = tiny_recipe(model={"language": BIASED}).model, Report({})
+    with alone():
+        slots = find_slots(model, ["language"])
+        pieces = _initialise("language", model, slots, torch.bfloat16, report)
+    biases = [piece for piece in pieces if piece.slot.key.endswith(".expert_bias")]
+    assert len(pieces) == len(slots) and len(biases) == 3
+    assert all(piece.dtype == torch.float32 and not piece.read().any() for piece in biases)
+    assert {piece.dtype for piece in pieces if piece not in biases} == {torch.bfloat16}
+    numbers = sum(torch.Size(piece.slot.shape).numel() for piece in pieces if piece not in biases)
+    assert f"{numbers:,} parameters" in report.fresh[0]

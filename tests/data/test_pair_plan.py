@@ -104,3 +104,9 @@ def test_minigemini_sees_the_larger_rendering_alone() -> None:
     words = [tower, "model.connector={preset: patch_mining}", "model.image={kind: pad}"]
     model = load_recipe("llava_1_5_7b/sft", words, expand_presets).model
     assert (plan_of(model).side, plan_of(model).row, model.tokens_per_view) == (768, (3, 768, 768), 576)
+    # On Mixtral, as its 8x7B is.
+    words += ["model.language={preset: mixtral_8x7b}", "parallel.expert_model_parallel_size=8"]
+    words += ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "model.template=mistral"]
+    recipe = load_recipe("llava_1_5_7b/sft", words, expand_presets)
+    check_recipe(recipe)
+    assert recipe.model.language.num_moe_experts == 8 and all(recipe.model.language.expert_layers)

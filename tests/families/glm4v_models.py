@@ -1,4 +1,4 @@
-"""Tiny GLM-4.1Vs by Transformers."""
+"""Tiny GLM-4.1Vs and GLM-4.5Vs by Transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import torch
 from family_cases import made
 from qwen2_vl_models import PREPROCESSOR
 from tokenizer_files import GLM_ADDED, write_qwen2
-from transformers import Glm4vConfig, Glm4vForConditionalGeneration, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    PreTrainedModel,
+)
+from whole_source import NativeSource
 
 _TOKENS = {
     "image_start_token_id": 115, "image_end_token_id": 116, "video_start_token_id": 117, "video_end_token_id": 118,
@@ -39,12 +47,54 @@ def glm4v(*, tied: bool = False, heads: int = 4, tokens: dict[str, int] = _TOKEN
         "depth": 3, "num_heads": heads, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "hidden_size": 48, "intermediate_size": 60, "out_hidden_size": 64, "image_size": 28,
     }  # fmt: skip
-    config = Glm4vConfig(text_config=own | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
-    model = made(Glm4vForConditionalGeneration, config)
+    config_class, model_class = _CLASSES["n_routed_experts" in text]
+    config = config_class(text_config=own | text, vision_config=vision, tie_word_embeddings=tied, **tokens)
+    model = made(model_class, config)
+    with torch.no_grad():
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # 0 at first; of the order of what scores differ by
+                bias.copy_(torch.rand_like(bias) * 0.2)
+    if "n_routed_experts" in text:
+        return model
     with torch.no_grad():  # of the order of what the norms behind attention and MLP add, so that inputs matter
         model.model.language_model.embed_tokens.weight.mul_(50)
         model.model.visual.merger.down_proj.weight.mul_(50)
     return model
+
+
+_CLASSES: tuple[tuple[Any, Any], ...] = (
+    (Glm4vConfig, Glm4vForConditionalGeneration), (Glm4vMoeConfig, Glm4vMoeForConditionalGeneration),
+)  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+EXPERTS: dict[str, Any] = {
+    "head_dim": 32, "attention_bias": True, "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]},
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def glm4v_moe(**own: Any) -> PreTrainedModel:
+    """A GLM-4.5V: an MLP, then layers with experts; heads wider than the model over their number, as published."""
+    return glm4v(**{**EXPERTS, **own})
+
+
+class Glm4vMoeSource(NativeSource):
+    """Its class holds the experts of a layer in one tensor; published files do not."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return them by the published names (conversion_mapping.py of Transformers 5.23, ``qwen2_moe``)."""
+        found = dict[str, Tensor]()
+        for name, gradient in super().gradients().items():
+            head, mark, kind = name.partition(".mlp.experts.")
+            if not mark:
+                found[name] = gradient
+                continue
+            for expert, one in enumerate(gradient):
+                both = kind == "gate_up_proj"
+                names, values = (("gate_proj", "up_proj"), one.chunk(2)) if both else ((kind,), (one,))
+                parts = zip(names, values, strict=True)
+                found |= {f"{head}{mark}{expert}.{part}.weight": value for part, value in parts}
+        return found
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:
@@ -54,7 +104,7 @@ def save(model: PreTrainedModel, directory: Path) -> Path:
     return directory
 
 
-def publish(directory: Path) -> Path:
+def publish(directory: Path, make: Callable[..., PreTrainedModel] = glm4v) -> Path:
     """Write a checkpoint with a tokenizer; its chat template, which asks for thoughts, is not among the files."""
     directory.mkdir(parents=True)
     tree = json.loads(write_qwen2(directory, GLM_ADDED, ()).read_text())
@@ -65,7 +115,7 @@ def publish(directory: Path) -> Path:
         "image_token_id": "<|image|>", "video_token_id": "<|video|>",
     }  # fmt: skip
     tokens = {key: ids[name] for key, name in names.items()}
-    save(glm4v(tokens=tokens, vocab_size=-(-(1 + max(ids.values())) // 64) * 64), directory)
+    save(make(tokens=tokens, vocab_size=-(-(1 + max(ids.values())) // 64) * 64), directory)
     own = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (directory / "tokenizer_config.json").write_text(json.dumps(own))
     return directory
@@ -90,5 +140,12 @@ GLM4V: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "glm4v": ("glm4v", lambda directory: save(glm4v(), directory)),
     "glm4v_tied": ("glm4v", lambda directory: save(glm4v(tied=True), directory)),
     "glm4v_flat": ("glm4v", flat),
+    "glm4v_moe": ("glm4v_moe", lambda directory: save(glm4v_moe(), directory)),
+    "glm4v_moe_groups": (
+        "glm4v_moe",
+        lambda directory: save(
+            glm4v_moe(tied=True, n_routed_experts=8, n_group=4, topk_group=1, first_k_dense_replace=2), directory
+        ),
+    ),
 }
 """What makes a checkpoint, by name, and its family."""

@@ -66,6 +66,9 @@ SOURCES: dict[str, str] = {
     # model.safetensors.index.json of copies of the published repositories.
     "minicpm_v_2": "HwwwwwwwH/MiniCPM-V-2 @ 84ce9b0: total_size 6869931584 in bf16, 694 tensors",
     "minicpm_llama3_v_2_5": "theonlyengine/VQA_Model @ 4520826: total_size 34148369344 in fp32, 741 tensors",
+    # Without the 45 x 128 biases by which routers choose, which are no parameters.
+    "glm4_5v_106b": _file(62538297598, "107710933120 of zai-org/GLM-4.5V, counted in its files"),
+    "glm4_6v_106b": _file(70957423560, "107710933120 of zai-org/GLM-4.6V, in a table of models"),
     "glm4_1v_9b": _file(70102877713, "the hub's figures of zai-org/GLM-4.6V-Flash, of the same class and shape"),
 }  # fmt: skip
 """By preset."""

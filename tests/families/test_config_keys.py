@@ -77,6 +77,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "text_config/output_router_logits",
         "text_config/router_aux_loss_coef",
     ),
+    "glm4v_moe": ("text_config/output_router_logits", "text_config/router_aux_loss_coef"),
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.
     "internvl_chat": ("llm_config/rope_scaling/*", "template"),

@@ -24,6 +24,7 @@ from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
 from minigpt_models import MINIGPT
 from mllama_models import MLLAMA
+from moe_llava_models import MOE_LLAVA
 from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
 from qwen3_vl_models import QWEN3_VL
@@ -58,6 +59,7 @@ OTHERS = (
     | DEEPSEEK
     | IDEFICS3
     | MLLAMA
+    | MOE_LLAVA
 )
 CASES = {
     **FAMILY_OF,

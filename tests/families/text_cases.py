@@ -29,6 +29,8 @@ from transformers import (  # noqa: E402
     GemmaForCausalLM,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -44,6 +46,7 @@ from transformers import (  # noqa: E402
 )
 
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules  # noqa: E402
+from megavlm.checkpoint.placement import expert_biases  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
 from megavlm.data.batch import make_pack  # noqa: E402
 from megavlm.data.device_batch import make_batch  # noqa: E402
@@ -148,6 +151,18 @@ def mixtral() -> Any:
     return made(MixtralForCausalLM, MixtralConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2))
 
 
+def glm4_moe() -> Any:
+    """GLM-4.5 with norms on queries and keys, an MLP in its first layer, two experts of one of two groups."""
+    own = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.5}
+    own |= {"first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True}
+    model = made(Glm4MoeForCausalLM, Glm4MoeConfig(**_TEXT, **_EXPERTS, **own, head_dim=32))
+    with torch.no_grad():
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # 0 at first
+                bias.copy_(torch.rand_like(bias) * 0.2)
+    return model
+
+
 @dataclass(frozen=True)
 class Kind:
     """A row: the kind's preset, its model, and the family that its checkpoints are of."""
@@ -175,8 +190,9 @@ ROWS: dict[str, Kind] = {
     "qwen3_moe": Kind("qwen3_moe", qwen3_moe, "qwen3_moe"),
     "qwen3_moe_unnormed": Kind("qwen3_moe", qwen3_moe_unnormed, "qwen3_moe"),
     "mixtral": Kind("mixtral", mixtral, "mixtral"),
+    "glm4_moe": Kind("glm4_moe", glm4_moe, "glm4_moe"),
 }
-EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral")
+EXPERTS = ("qwen3_moe", "qwen3_moe_unnormed", "mixtral", "glm4_moe")
 """Rows with experts."""
 ELSEWHERE = {"qwen"}
 """Kinds that other tests hold: Qwen v1 (tests/models/test_reference.py)."""
@@ -224,6 +240,11 @@ def write_reference(name: str, directory: Path, path: Path) -> None:
     with alone():
         rules = make_rules(family, model_config, next(iter(family.styles)), family_slots(family, model_config))
     for rule in rules:
+        if rule.row.ours[0].endswith(".expert_bias"):  # which learns no gradient
+            (key,), (name,) = rule.row.ours, rule.row.theirs
+            weights.pop(name, None), gradients.pop(name, None)
+            found[f"bias.{key}"] = model.get_buffer(name).clone()
+            continue
         for kind, tensors in (("weight", weights), ("gradient", gradients)):
             own = [tensors.pop(key) for key in rule.row.theirs]
             for key, value in zip(rule.row.ours, rule.to_ours(own), strict=True):
@@ -267,6 +288,9 @@ def compare(recipe: Recipe, wanted: Source, name: str) -> list[str]:
             parameter.copy_(shard(wanted.get(f"weight.{key}"), parameter, key))
         for module in training.modules:
             module.language.eval()
+            first = module.decoder.layers[0].layer_number - 1
+            for key, bias in expert_biases(module):
+                bias.copy_(wanted.get(f"bias.{_of_whole(key, first)}"))
     ids = list(wanted.get("ids").split(LENGTHS))
     batch = make_batch(make_pack(ids, PACK, labels=ids), None, local_device())
     few = (
@@ -295,15 +319,22 @@ def compare(recipe: Recipe, wanted: Source, name: str) -> list[str]:
 
 def _language(module: Any) -> list[tuple[str, nn.Parameter]]:
     """Return a chunk's language parameters, with the numbers that layers have in the whole model."""
-    prefix, first, found = "language.decoder.layers.", module.decoder.layers[0].layer_number - 1, []
+    first, found = module.decoder.layers[0].layer_number - 1, []
     for key, parameter in module.named_parameters():
-        if key.startswith(prefix):
-            number, _, rest = key.removeprefix(prefix).partition(".")
-            key = f"{prefix}{int(number) + first}.{_whole_expert(rest, module)}"
+        key = _whole_expert(_of_whole(key, first), module)
         tied = key == "language.output_layer.weight" and module.share_embeddings_and_output_weights
         if key.startswith("language."):
             found.append(("language.embedding.word_embeddings.weight" if tied else key, parameter))
     return found
+
+
+def _of_whole(key: str, first: int) -> str:
+    """Return a name with the number that its layer has in the whole model; ``first``: of this chunk's first one."""
+    prefix = "language.decoder.layers."
+    if not key.startswith(prefix):
+        return key
+    number, _, rest = key.removeprefix(prefix).partition(".")
+    return f"{prefix}{int(number) + first}.{rest}"
 
 
 def _whole_expert(name: str, module: Any) -> str:

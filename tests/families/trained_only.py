@@ -22,11 +22,16 @@ TRAINED_ONLY: dict[str, WholeFamily] = {
         presets={
             "mm1_3b": Published(4_088_900_288),
             "mm1_7b": Published(7_408_298_816),
+            "mm1_3b_moe": Published(72_022_698_688),
+            "mm1_7b_moe": Published(40_955_390_784),
             "mm1_30b": Published(33_228_978_496, refused={8: f"52 {HEADS} (8)"}),
         },
         recipes={
             f"mm1_{size}/{stage}": found
-            for size, lr, least in (("3b", 5.8e-5, 5.8e-6), ("7b", 4.1e-5, 4.1e-6), ("30b", 2.2e-5, 2.2e-6))
+            for size, lr, least in (
+                ("3b", 5.8e-5, 5.8e-6), ("7b", 4.1e-5, 4.1e-6), ("30b", 2.2e-5, 2.2e-6), ("3b_moe", 5.8e-5, 5.8e-6),
+                ("7b_moe", 4.1e-5, 4.1e-6),
+            )
             for stage, found in (
                 ("pretrain", _PRETRAIN(lr=lr, least=least)), ("sft", _SFT(f"mm1_{size}/pretrain"))
             )

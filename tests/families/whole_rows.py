@@ -24,7 +24,7 @@ from family_cases import (
 )
 from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
-from glm4v_models import GLM4V, glm4v
+from glm4v_models import GLM4V, Glm4vMoeSource, glm4v, glm4v_moe
 from glm4v_models import publish as glm4v_publish
 from idefics3_rows import idefics3_rows
 from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
@@ -43,6 +43,7 @@ from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
 from minigpt_models import minigpt_rows
 from mllama_rows import mllama_rows
+from moe_llava_rows import moe_llava_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
@@ -172,22 +173,24 @@ def _qwen2_vl(
 ) -> WholeFamily:
     """Return the row of a family of pictures in their own resolution."""
     names = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL, "qwen3_vl": QWEN3_VL, "qwen3_vl_moe": QWEN3_VL,
-             "glm4v": GLM4V}[family]  # fmt: skip
+             "glm4v": GLM4V, "glm4v_moe": GLM4V}[family]  # fmt: skip
     third = family.startswith("qwen3_vl")
-    where = "test_qwen3_vl.py" if third else "test_glm4v.py" if family == "glm4v" else "test_qwen2_vl.py"
+    glm = family.startswith("glm4v")
+    where = "test_qwen3_vl.py" if third else "test_glm4v.py" if glm else "test_qwen2_vl.py"
     own = f"what is published differs in size alone; bad input, and other levels: tests/families/{where}"
     return WholeFamily(
         checkpoints=tuple(name for name, (its, _) in names.items() if its == family),
-        template=family if family == "glm4v" else "checkpoint",  # which ``answers`` has one of
-        image={"kind": "native", "min_pixels": 256, "max_pixels": 4096, "enlarge_to_block": family == "glm4v"},
-        source=NativeSource(family, make, files=files, vocab=128),
+        # Else ``answers`` has one of its own.
+        template={"glm4v": "glm4v", "glm4v_moe": "glm4_5v"}.get(family, "checkpoint"),
+        image={"kind": "native", "min_pixels": 256, "max_pixels": 4096, "enlarge_to_block": glm},
+        source=(Glm4vMoeSource if family == "glm4v_moe" else NativeSource)(family, make, files=files, vocab=128),
         uneven=uneven,
         others=Lack(own),
-        answers=glm4v_publish
-        if family == "glm4v"
+        answers=partial(glm4v_publish, make=make)
+        if glm
         else partial(publish, make=make, save=save_third if third else save_second),
         # Experts take no adapters.
-        lora={"glm4v": GLM_TARGETS, "qwen3_vl_moe": LLAMA_TARGETS[:4]}.get(family, LLAMA_TARGETS),
+        lora=LLAMA_TARGETS[:4] if family.endswith("_moe") else GLM_TARGETS if glm else LLAMA_TARGETS,
         presets=presets,
         built=_from_config(family),
         recipes=recipes,
@@ -306,6 +309,7 @@ ROWS: dict[str, WholeFamily] = {
     **deepseek_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
+    **moe_llava_rows(HEADER, LLAMA_TARGETS[:4], PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minigpt_rows(HEADER, PLANNED),
@@ -438,6 +442,19 @@ ROWS: dict[str, WholeFamily] = {
         GLM4V_FILES,
         recipes={"glm4_1v_9b/sft": Stage(("language",), 1e-5, 1000, 32, 32768, 315, warmup=100)},
     ),
+    "glm4v_moe": _qwen2_vl(
+        "glm4v_moe",
+        glm4v_moe,
+        {f"glm4_{version}v_106b": Published(107_710_927_360) for version in (5, 6)},
+        Lack("see glm4v, whose tower has three heads there"),
+        GLM4V_FILES,
+        recipes={
+            f"glm4_{version}v_106b/sft": Stage(
+                ALL, 5e-6, 1000, 32, 8192, 315, warmup=100, decay=0.1, adam=(0.9, 0.95, 1e-5, 1), least=5e-7
+            )
+            for version in (5, 6)
+        },
+    ),
     "llava_onevision1_5": replace(
         _qwen2_vl(
             "qwen3_vl",
@@ -490,7 +507,8 @@ ROWS: dict[str, WholeFamily] = {
             "a language model alone; loss, gradients and answers at two layouts: test_text_kinds.py",
         )
         for family in (
-            "phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2", "qwen3_moe", "mixtral"
+            "phi", "phi3", "gemma", "gemma3_text", "glm4", "stablelm", "minicpm", "internlm2", "qwen3_moe", "mixtral",
+            "glm4_moe",
         )
     },
     "mm_projector": part(Lack("one file: test_llava_original.py"), "a connector alone; numbers are those of llava"),

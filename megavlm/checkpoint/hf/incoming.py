@@ -23,6 +23,7 @@ from megavlm.checkpoint.hf.given import SourceOfParts, Understood, make_model, u
 from megavlm.checkpoint.hf.recipe import converted_recipe
 from megavlm.checkpoint.hf.shapes import Rule, Tree, alone, family_slots, make_rules, same_bits
 from megavlm.checkpoint.hf.sink import Entry, ShardedWriter
+from megavlm.checkpoint.placement import expert_biases
 from megavlm.checkpoint.publish import publishing
 from megavlm.checkpoint.readback import ReadBack
 from megavlm.checkpoint.slots import Slot, build_part, find_slots
@@ -219,15 +220,16 @@ def _initialise(
     """Build a part with its initial weights and return them."""
     module = build_part(part, model, BuildContext(ParallelConfig(), dtype=dtype))
     state = {f"{part}.{name}": value.detach().cpu() for name, value in module.named_parameters()}
+    count = sum(value.numel() for value in state.values())
+    state |= {f"{part}.{name}": value for name, value in expert_biases(module)}
     own = {name: slot for name, slot in slots.items() if name.split(".", 1)[0] == part}
     assert set(own) == set(state), sorted(set(own) ^ set(state))
-    count = sum(value.numel() for value in state.values())
     report.fresh.append(f"{part}: {getattr(model, part).preset}, {count:,} parameters")
 
     def reader(name: str) -> Callable[[], Tensor]:
         return lambda: state[name][: own[name].shape[0]] if own[name].vocabulary else state[name]
 
-    return [ParameterToWrite(slot, dtype, reader(name)) for name, slot in own.items()]
+    return [ParameterToWrite(slot, state[name].dtype, reader(name)) for name, slot in own.items()]
 
 
 def _write_rest(

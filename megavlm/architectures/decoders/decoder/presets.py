@@ -51,6 +51,12 @@ _LLAMA3_1: dict[str, Any] = {
 _QWEN3_MOE: dict[str, Any] = {"add_qkv_bias": False, "qk_layernorm": True, "num_moe_experts": 128, "moe_router_topk": 8}
 _MIXTRAL: dict[str, Any] = {"norm_epsilon": 1e-5, "add_qkv_bias": False, "num_moe_experts": 8, "moe_router_topk": 2}
 
+_GLM_MOE: dict[str, Any] = {
+    "norm_epsilon": 1e-5, "add_qkv_bias": True, "rotary_percent": 0.5, "rotary_base": 1000000,
+    "num_moe_experts": 128, "moe_router_topk": 8, "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+}  # fmt: skip
+
 _BY_8: dict[str, Any] = {"rope_scaling": "linear", "rope_scaling_factor": 8.0}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -76,6 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": _QWEN3_MOE,
     "mixtral": _MIXTRAL,
+    "glm4_moe": _GLM_MOE,
 }
 """What a family fixes; the recipe of a converted checkpoint gives the sizes."""
 
@@ -196,6 +203,12 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     "qwen3_235b_a22b": (
         DecoderSize(94, 4096, 12288, 64, 4, 128, 151936, 40960),
         {**_QWEN3_MOE, "moe_ffn_hidden_size": 1536, "rotary_base": 1000000},
+    ),
+    # zai-org/GLM-4.5-Air: a layer with an MLP, then experts and one that gets every token.
+    "glm_4_5_air": (
+        DecoderSize(46, 4096, 10944, 96, 8, 128, 151552, 131072),
+        {**_GLM_MOE, "moe_ffn_hidden_size": 1408, "moe_shared_expert_intermediate_size": 1408}
+        | {"moe_layer_freq": (0, *(1,) * 45)},
     ),
     # mistralai/Mixtral-8x7B-Instruct-v0.1.
     "mixtral_8x7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {**_MIXTRAL, "rotary_base": 1000000}),

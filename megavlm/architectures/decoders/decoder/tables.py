@@ -214,6 +214,25 @@ QWEN3_MOE_LANGUAGE = _with_experts(
 )
 """Qwen3-MoE: each expert has tensors of its own."""
 
+GLM_MOE_LANGUAGE = dataclasses.replace(
+    _with_experts(
+        row("mlp.router.weight", "mlp.gate.weight"),
+        row("mlp.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+        row(
+            "mlp.shared_experts.linear_fc1.weight",
+            "mlp.shared_experts.gate_proj.weight mlp.shared_experts.up_proj.weight",
+            CONCAT,
+        ),
+        row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
+        *QWEN3_MOE_LANGUAGE.layer[-2:],
+    ),
+    aside=(
+        *LLAMA_LANGUAGE.aside,
+        Aside(r"{model}layers\.(\d+)\..*", "layer that predicts a token further on", carried=True, behind=True),
+    ),
+)
+"""GLM-4.5, and the language model of GLM-4.5V: an expert that gets every token, and biases that choose."""
+
 MIXTRAL_LANGUAGE = _with_experts(
     row("mlp.router.weight", "block_sparse_moe.gate.weight"),
     # w1 is the gate.
@@ -221,6 +240,25 @@ MIXTRAL_LANGUAGE = _with_experts(
     row(_FC2, "block_sparse_moe.experts.{}.w2.weight"),
 )
 """Mixtral."""
+
+_DEEPSPEED = "mlp.deepspeed_moe.experts.deepspeed_experts.{}."
+MOE_LLAVA_LANGUAGE = _with_experts(
+    row("mlp.router.weight", "mlp.deepspeed_moe.gate.wg.weight"),
+    row(_FC1, f"{_DEEPSPEED}gate_proj.weight {_DEEPSPEED}up_proj.weight", CONCAT),
+    row(_FC2, f"{_DEEPSPEED}down_proj.weight"),
+)
+"""MoE-LLaVA on StableLM: DeepSpeed's names."""
+
+MOE_LLAVA_PHI_LANGUAGE = dataclasses.replace(
+    PHI_LANGUAGE,
+    layer=(
+        *PHI_LANGUAGE.layer,
+        row("mlp.router.weight", "mlp.deepspeed_moe.gate.wg.weight"),
+        *both(_FC1.removesuffix(".weight"), f"{_DEEPSPEED}fc1"),
+        *both(_FC2.removesuffix(".weight"), f"{_DEEPSPEED}fc2"),
+    ),
+)
+"""MoE-LLaVA on Phi-2."""
 
 QWEN3_VL_MOE_LANGUAGE = _with_experts(
     row("mlp.router.weight", "mlp.gate.weight"),
