@@ -21,6 +21,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
+from minigemini_models import MINIGEMINI
 from mllama_models import MLLAMA
 from pieces_models import PIECES
 from qwen2_vl_models import QWEN2_VL
@@ -40,6 +41,7 @@ OTHERS = (
     TINYLLAVA
     | PIECES
     | CONNECTORS
+    | MINIGEMINI
     | LLAVA_TILES
     | QWEN2_VL
     | QWEN3_VL
@@ -129,5 +131,6 @@ def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
     assert FAMILY_OF.keys() == {*MAKERS, *TRANSFORMERS}
     assert found.keys() | ALONE == FAMILIES.keys() == PARTS.keys()
     # A pair of towers is built of them, and its connector of an MLP's layers.
+    found["minigemini"] |= {"towers.vit", "towers.convnext", "connectors.mlp"}
     found["deepseek_vl_hybrid"] |= {"towers.vit", "towers.sam", "connectors.mlp"}
     assert found == {name: set(PARTS[name]) for name in found}

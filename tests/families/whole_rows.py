@@ -40,6 +40,7 @@ from llava_next_models import (
 )
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
+from minigemini_rows import minigemini_rows
 from mllama_rows import mllama_rows
 from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
@@ -305,6 +306,7 @@ ROWS: dict[str, WholeFamily] = {
     **idefics3_rows(_from_config, HEADER, LLAMA_TARGETS, PLANNED),
     **like_rows(HEADER, PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
+    **minigemini_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
     "internvl": WholeFamily(
