@@ -51,7 +51,7 @@ def minigemini_rows(header: str, llama: tuple[str, ...], planner: Mapping[str, f
             lora=llama,
             presets={
                 f"minigemini_{size}{name}": Published(count)
-                for size, count in _COUNTS.items()
+                for size, count in COUNTS.items()
                 for name in (("", "_hd") if size != "2b" else ("",))
             },
             built=COUNTED,
@@ -62,5 +62,8 @@ def minigemini_rows(header: str, llama: tuple[str, ...], planner: Mapping[str, f
     }
 
 
-_COUNTS = {"2b": 0, "7b": 0, "13b": 0, "8b": 0, "34b": 0, "8x7b": 0}
+COUNTS = {
+    "2b": 3_006_567_872, "7b": 7_253_495_232, "13b": 13_541_431_744, "8b": 8_545_340_864, "34b": 34_941_751_744,
+    "8x7b": 47_217_872_320,
+}  # fmt: skip
 """Of the parts' classes, by test_minigemini.py; layers behind the features, and ConvNeXt's head, are not built."""

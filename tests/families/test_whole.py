@@ -60,10 +60,10 @@ FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=tru
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
 SLOW = (
     "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "llava_onevision1_5", "imp", "mipha",
-    "llava_phi", "allava", "xtuner", "dense_connector",
+    "llava_phi", "allava", "xtuner", "dense_connector", "minigemini",
 )  # fmt: skip
 """Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, bunny, hpt,
-tests/architectures/test_reducers.py."""
+tests/architectures/test_{reducers,pairs}.py."""
 REPOSITORY = Path(__file__).parents[2]
 EVERY = {**ROWS, **TRAINED_ONLY}
 SIZES = (1, 2, 4, 8)
