@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.patch_mining.tables import MINING_PROJECTOR
-from megavlm.architectures.towers.convnext.tables import timm_convnext
 from megavlm.architectures.pair_tables import LOW_TRANSFORMERS_VISION
+from megavlm.architectures.towers.convnext.tables import timm_convnext
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import flag
@@ -53,7 +53,8 @@ class MiniGeminiFamily(LlavaOriginalFamily):
     read_as = None
     # Else its code takes the second tower from where mm_vision_tower_aux says.
     tower_keys: ClassVar = {"optimize_vision_tower": True, "optimize_vision_tower_aux": True}
-    # Names until April 2024 are mini_gemini's. Mixtral's code, and Gemma's, multiply words alone, or words and pictures.
+    # Until April 2024 they were called mini_gemini. Gemma's class multiplies embeddings behind the place where pictures
+    # come in.
     languages: ClassVar[tuple[SystemLanguage, ...]] = (
         SystemLanguage(
             "llama", ("mgm", "mini_gemini"), "MGMLlamaForCausalLM", ("mgm_llama_3", "vicuna_v1", "chatml_direct")

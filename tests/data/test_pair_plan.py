@@ -85,7 +85,10 @@ def test_renderings_and_towers_that_do_not_go_together_are_one_line(words: list[
     ("words", "line"),
     [
         (["model.vision.low_from=plan"], "pad makes one rendering of 1536 x 1536 pixels of a picture, and the tower"),
-        (["model.vision.low_from=plan", "model.image={kind: fit_pair}"], "low_tiles: the first tower sees tiles of the"),
+        (
+            ["model.vision.low_from=plan", "model.image={kind: fit_pair}"],
+            "low_tiles: the first tower sees tiles of the",
+        ),
         (["model.vision.low_tiles=1"], "model.vision.low_whole: the whole picture is seen without tiles"),
         (["model.vision.high_image_size=1568"], "each of the first tower's 48 x 48 (model.vision.image_size, in 2 x 2"),
         (["model.vision.high_image_size=1540"], "high_image_size: 1540 is not a multiple of 32"),

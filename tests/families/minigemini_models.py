@@ -1,9 +1,9 @@
 """Tiny MiniGeminis in their authors' layout, written out: two towers, patch-info mining, a language model.
 
 Source: dvlab-research/MGM @ 769820cb (``mgm/model/mgm_arch.py``: ``encode_images``, ``unified_resampler``;
-``mgm/model/multimodal_encoder/openclip_encoder.py``: ``backbone``; ``mgm/train/train.py``: ``_sample_item``, which makes
-the pixels). CLIP and the language models are Transformers' classes, ConvNeXt is timm's module by its published names,
-here as a plain one (arXiv 2201.03545).
+``mgm/model/multimodal_encoder/openclip_encoder.py``: ``backbone``; ``mgm/train/train.py``: ``_sample_item``, which
+makes the pixels). CLIP and the language models are Transformers' classes, ConvNeXt is timm's module by its published
+names, here as a plain one (arXiv 2201.03545).
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ class MiniGemini(Spliced):
         many, number = grid > 1, len(pixel_values)
         images = seen
         if many:  # train.py
-            images = seen.reshape(number, 3, grid, SIDE, grid, SIDE).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, SIDE, SIDE)
+            images = (
+                seen.reshape(number, 3, grid, SIDE, grid, SIDE).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, SIDE, SIDE)
+            )
         features = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
         tiles = raw
         if many:
@@ -172,9 +174,7 @@ def _smaller(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, size=[side, side], mode="bilinear", align_corners=False)
 
 
-_PLACES = Places(
-    "model.vision_tower.vision_tower", "model.mining", "", "model.vision_tower.vision_tower.vision_model."
-)
+_PLACES = Places("model.vision_tower.vision_tower", "model.mining", "", "model.vision_tower.vision_tower.vision_model.")
 _CLASSES = {
     "llama": ("MGMLlamaForCausalLM", "mgm"), "gemma": ("MGMGemmaForCausalLM", "mgm_gemma"),
     "mixtral": ("MGMMixtralForCausalLM", "mgm_mixtral"),
@@ -224,7 +224,9 @@ class MiniGeminiSource(SplicedSource):
     """One of these as a source of parity."""
 
     def __init__(self, *words: str, hd: bool = False, **keys: Any) -> None:
-        super().__init__("minigemini", partial(parts, *words, hd=hd, **keys), "pad", "published", HIGH_HD if hd else HIGH)
+        super().__init__(
+            "minigemini", partial(parts, *words, hd=hd, **keys), "pad", "published", HIGH_HD if hd else HIGH
+        )
         self._make: Any = partial(minigemini, *words, hd=hd, **keys)
 
     def shown(self, model: ModelConfig, sizes: list[tuple[int, int]], words: int) -> Shown:

@@ -53,8 +53,12 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "mobilevlm": ("mm_vision_tower", "mm_patch_merge_type"),
     # What was trained; drop_path is not in config.json.
     "minigemini": (
-        "mm_vision_tower", "mm_vision_tower_aux", "mm_patch_merge_type", "optimize_vision_tower",
-        "optimize_vision_tower_aux", "image_grid_pinpoints",
+        "mm_vision_tower",
+        "mm_vision_tower_aux",
+        "mm_patch_merge_type",
+        "optimize_vision_tower",
+        "optimize_vision_tower_aux",
+        "image_grid_pinpoints",
     ),
     "llava_original": ("unfreeze_mm_vision_tower", "mm_patch_merge_type"),
     # A number that stands for a picture before features take its place; names of classes, which vision_config says too.
