@@ -48,15 +48,15 @@ class PairConfig(ViTConfig):
     low_from: Literal["plan", "high"] = "plan"
     """Where the first tower's pixels come from: plan (model.image.kind makes a rendering of the picture for each
     tower: fit_pair), or high (the second's, normalised, and made smaller: bilinear, without a filter; MiniGemini)."""
-    frozen_tower: Annotated[Literal["low", "high"] | None, Meaning.RUN] = None
-    """Which of the two towers stays as it is while the other is trained: low (the first) or high (the second). Null
-    for none; modules.vision.freeze freezes both."""
     low_tiles: Annotated[int, Meaning.USE] = Field(default=1, gt=0, le=100)
     """With low_from high: tiles across, and down, in which the first tower sees a picture, each of image_size pixels;
     their features stand one tile after the other, row by row (2 in MiniGemini-HD)."""
     low_whole: Annotated[bool, Meaning.USE] = False
     """With low_tiles above 1: the first tower sees the whole picture too, of image_size pixels, and its features stand
     in front of the tiles'; the second's are halved for it, or made smaller by as much as there are tiles."""
+    frozen_tower: Annotated[Literal["low", "high"] | None, Meaning.RUN] = None
+    """Which of the two towers stays as it is while the other is trained: low (the first) or high (the second). Null
+    for none; modules.vision.freeze freezes both."""
     high_lr_multiplier: Annotated[float, Meaning.RUN] = Field(default=1.0, gt=0)
     """Factor on the learning rate of the second tower, beside modules.vision.lr_multiplier."""
 

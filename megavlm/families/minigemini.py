@@ -29,6 +29,8 @@ _AUX = "model.vision_tower_aux."
 _STEM, _STAGES = _AUX + "vision_stem", _AUX + "vision_stages"
 _EPSILON = 1e-6
 """Of ConvNeXt's norms in timm."""
+_PATCH = 4
+"""Side of what its stem makes a position of, in pixels."""
 _PUBLIC = {
     "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup": ((3, 3, 27, 3), (192, 384, 768, 1536)),
 }
@@ -195,6 +197,8 @@ class MiniGeminiFamily(LlavaOriginalFamily):
             return "features of several layers are taken (model.vision.feature_layers), MiniGemini takes one layer's"
         if list(high.stages) != list(range(len(high.widths))):
             return "features of some stages are taken (model.vision.high_feature_stages), MiniGemini takes all"
+        if high.patch_size != _PATCH:
+            return f"the second tower's patches are of {high.patch_size} pixels, ConvNeXt's in timm of {_PATCH}"
         if high.layernorm_epsilon != _EPSILON:
             return f"the second tower's norms have an epsilon of {high.layernorm_epsilon:g}, timm's have {_EPSILON:g}"
         colours = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}

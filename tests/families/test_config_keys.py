@@ -54,7 +54,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     # What was trained; drop_path is not in config.json.
     "minigemini": (
         "mm_vision_tower",
-        "mm_vision_tower_aux",
         "mm_patch_merge_type",
         "optimize_vision_tower",
         "optimize_vision_tower_aux",

@@ -175,6 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": ({"connector": {"layernorm_epsilon": 1e-6}}, "epsilon of 1e-06"),
     "stages": ({"vision": {"high_feature_stages": [1, 2, 4]}}, "high_feature_stages"),
     "epsilon of the tower": ({"vision": {"high_layernorm_epsilon": 1e-5}}, "timm's have"),
+    "patches": ({"vision": {"high_patch_size": 8}}, "patches are of 8 pixels"),
     "rendering": ({"vision": {"low_from": "plan"}}, "model.vision.low_from"),
     "mean": ({"vision": {"image_mean": [0.5] * 3}}, "CLIP's mean"),
     "plan": ({"image": {"kind": "squash"}}, "the image plan is squash"),
