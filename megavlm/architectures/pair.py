@@ -48,6 +48,12 @@ class PairConfig(ViTConfig):
     low_from: Literal["plan", "high"] = "plan"
     """Where the first tower's pixels come from: plan (model.image.kind makes a rendering of the picture for each
     tower: fit_pair), or high (the second's, normalised, and made smaller: bilinear, without a filter; MiniGemini)."""
+    low_tiles: Annotated[int, Meaning.USE] = Field(default=1, gt=0, le=100)
+    """With low_from high: tiles across, and down, in which the first tower sees a picture, each of image_size pixels;
+    their features stand one tile after the other, row by row (2 in MiniGemini-HD)."""
+    low_whole: Annotated[bool, Meaning.USE] = False
+    """With low_tiles above 1: the first tower sees the whole picture too, of image_size pixels, and its features stand
+    in front of the tiles'; the second's are halved for it, or made smaller by as much as there are tiles."""
     frozen_tower: Annotated[Literal["low", "high"] | None, Meaning.RUN] = None
     """Which of the two towers stays as it is while the other is trained: low (the first) or high (the second). Null
     for none; modules.vision.freeze freezes both."""
@@ -66,9 +72,20 @@ class PairConfig(ViTConfig):
         raise NotImplementedError(f"{type(self).__name__} does not say what its second tower is")
 
     @property
+    def views(self) -> int:
+        """What the first tower sees of a picture: itself, or its tiles, and itself."""
+        return self.low_tiles**2 + int(self.low_whole)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the first tower's patches: those of all views, one below the other."""
+        rows, columns = self.low.grid
+        return self.views * rows, columns
+
+    @property
     def ratio(self) -> int:
         """Rows of the second tower's features to one of the first's."""
-        return int(self.high.grid[0] // self.low.grid[0])
+        return int(self.high.grid[0] // (self.low_tiles * self.low.grid[0]))
 
     @property
     def feature_sizes(self) -> tuple[int, int]:
@@ -120,11 +137,20 @@ def pair_rules(pair: PairConfig, layout: ParallelConfig, second_rules: Any) -> I
     yield from before
     if before:
         return
-    rows, more = pair.low.grid[0], pair.high.grid[0]
+    if pair.low_tiles > 1 and pair.low_from == "plan":
+        yield (
+            f"{_OWN}.low_tiles: the first tower sees tiles of the second one's pixels, and {_OWN}.low_from is plan; set"
+            " that to high, or low_tiles to 1"
+        )
+    if pair.low_whole and pair.low_tiles == 1:
+        yield f"{_OWN}.low_whole: the whole picture is seen without tiles; set it to false, or raise {_OWN}.low_tiles"
+    rows, more = pair.low_tiles * pair.low.grid[0], pair.high.grid[0]
     if more % rows or more < rows:
         yield (
             f"{_OWN}.{_HIGH}image_size: the second tower makes {more} x {more} features of a picture, which are no"
-            f" whole number for each of the first tower's {rows} x {rows} ({_OWN}.image_size); change one of the two"
+            f" whole number for each of the first tower's {rows} x {rows} ({_OWN}.image_size"
+            + (f", in {pair.low_tiles} x {pair.low_tiles} tiles" if pair.low_tiles > 1 else "")
+            + "); change one of the two"
         )
     if pair.deepstack_layers:
         yield f"{_OWN}.deepstack_layers: goes with one tower, and {pair.preset} has two; set it to []"
@@ -160,6 +186,8 @@ class PairCost:
     def _each(self, pair: Any, pictures: Pictures) -> list[tuple[str, Any, Any, Pictures]]:
         # A picture has as many features as the first tower makes of it.
         seen = Pictures.alike(pictures.count, pair.high.grid)
+        if pair.views > 1:
+            pictures = Pictures.alike(pictures.count * pair.views, pair.low.grid)
         return [("low", self.low, pair.low, pictures), ("high", self.high, pair.high, seen)]
 
     def _learning(self, pair: Any, pictures: Pictures) -> list[tuple[Any, Any, Pictures]]:

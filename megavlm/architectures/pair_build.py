@@ -1,6 +1,7 @@
 """Two towers that see one picture, built as one (:mod:`megavlm.architectures.pair`).
 
-Shape legend: N images, P patches of the first tower, W width of both towers' features side by side.
+Shape legend: N images, V views of an image that the first tower sees, P patches of these, W width of both towers'
+features side by side.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class TowerPair(MegatronModule):
             [P, N, W]: the first tower's feature, then the second's of the same place, row by row.
         """
         low, high = self._renderings(images)
-        low_PNW = self._encode(self.low, low)
+        low_PNW, views = self._encode(self.low, low), self.settings.views
+        if views > 1:  # one below the other
+            low_PNW = low_PNW.unflatten(1, (-1, views)).permute(2, 0, 1, 3).flatten(0, 1)
         return torch.cat([low_PNW, self._placed(self._encode(self.high, high))], dim=-1)
 
     def _renderings(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +57,14 @@ class TowerPair(MegatronModule):
             low, high = images.split([3 * small**2, 3 * large**2], dim=1)
             return low.unflatten(1, (3, small, small)), high.unflatten(1, (3, large, large))
         pixels = self._normalise(images, torch.float32)
-        side = vision.image_size
-        return F.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False), pixels
+        side, tiles = vision.image_size, vision.low_tiles
+        plane = _smaller(pixels, tiles * side)
+        if tiles == 1:
+            return plane, pixels
+        seen = plane.unflatten(2, (tiles, side)).unflatten(4, (tiles, side)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        if vision.low_whole:  # of that plane, as MiniGemini's code makes it
+            seen = torch.cat([_smaller(plane, side).unsqueeze(1), seen], dim=1)
+        return seen.flatten(0, 1), pixels
 
     @staticmethod
     def _encode(tower: nn.Module, pixels: Tensor) -> Tensor:
@@ -67,8 +76,27 @@ class TowerPair(MegatronModule):
 
     def _placed(self, high_PNW: Tensor) -> Tensor:
         """Return the second tower's features [P, N, k * k * W] of each of the first's patches, row by row."""
-        k, rows = self.settings.ratio, self.settings.low.grid[0]
+        k, rows, tiles = self.settings.ratio, self.settings.low.grid[0], self.settings.low_tiles
+        if tiles > 1:
+            high_PNW = self._tiled(high_PNW)
         if k == 1:
             return high_PNW
-        x_rkckNW = high_PNW.unflatten(0, (rows, k, rows, k))
-        return x_rkckNW.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 1)
+        x_VrkckNW = high_PNW.unflatten(0, (self.settings.views, rows, k, rows, k))
+        return x_VrkckNW.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(0, 2)
+
+    def _tiled(self, high_PNW: Tensor) -> Tensor:
+        """Return the second tower's features of the first's views, one below the other: tiles of its map."""
+        tiles, side = self.settings.low_tiles, self.settings.high.grid[0]
+        map_HHNW = high_PNW.unflatten(0, (side, side))
+        each = side // tiles
+        x_ttHHNW = map_HHNW.unflatten(0, (tiles, each)).unflatten(2, (tiles, each)).transpose(1, 2)
+        found = x_ttHHNW.flatten(0, 3)
+        if not self.settings.low_whole:
+            return found
+        whole_NWHH = _smaller(map_HHNW.permute(2, 3, 0, 1).float(), each).to(high_PNW.dtype)
+        return torch.cat([whole_NWHH.permute(2, 3, 0, 1).flatten(0, 1), found])
+
+
+def _smaller(x: Tensor, side: int) -> Tensor:
+    """Return [N, C, H, W] with another side: bilinear, without a filter."""
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)

@@ -166,6 +166,9 @@ MISTRAL = replace(
     default_system="",
 )
 
+# MiniGemini's on Mixtral: every exchange begins a document, and there is no system turn unless one is given.
+MGM_MISTRAL = replace(LLAMA_2, name="mgm_mistral", title="[INST] as MiniGemini trains Mixtral", default_system="")
+
 _LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 # Llama 3's own; HPT 1.5 Air trains it.
 LLAMA_3 = Template(
@@ -468,7 +471,7 @@ CHATML_DIRECT = Template(
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
-    IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA, GEMMA3,
-    MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
+    IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, MGM_MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA,
+    GEMMA3, MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
     QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, *MINIGPT_ROWS,
 )  # fmt: skip

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megavlm.architectures.connectors.hybrid_split.tables import HYBRID_ALIGNER
+from megavlm.architectures.pair_tables import LOW_TRANSFORMERS_VISION
 from megavlm.architectures.towers.sam.tables import sam_table
-from megavlm.architectures.towers.vit_sam.tables import LOW_TRANSFORMERS_VISION
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig
 from megavlm.families.common import expect, need

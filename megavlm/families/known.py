@@ -51,6 +51,7 @@ _OURS = (
     "megavlm.families.intern_vit:InternViTFamily",
     "megavlm.families.llava_connectors:MobileVLMFamily",
     "megavlm.families.llava_connectors:DenseConnectorFamily",
+    "megavlm.families.minigemini:MiniGeminiFamily",
     "megavlm.families.llava_original:LlavaOriginalFamily",
     "megavlm.families.llava_original:LlavaApartFamily",
     "megavlm.families.llava_like:BunnyFamily",

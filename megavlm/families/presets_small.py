@@ -39,6 +39,17 @@ _DENSE = {
     "8b": (SIGLIP, "llama3_8b", "llama_3"),
     "clip_7b": (CLIP, "llama2_7b", "vicuna_v1"),
 }
+# YanweiLi/MGM-{2B,7B,13B,8B,34B,8x7B}, and -HD of all but the first: the language model, the template, and by what
+# features are multiplied. Rows of the embedding are those of the language models: its scripts add no tokens.
+_MINIGEMINI: dict[str, tuple[str, str, float]] = {
+    "2b": ("gemma_2b", "mgm_gemma", math.sqrt(2048)),
+    "7b": ("llama2_7b", "vicuna_v1", 1.0),
+    "13b": ("llama2_13b", "vicuna_v1", 1.0),
+    "8b": ("llama3_8b", "mgm_llama_3", 1.0),
+    "34b": ("yi_34b", "chatml_direct", 1.0),
+    "8x7b": ("mixtral_8x7b", "mgm_mistral", 1.0),
+}
+_HD: dict[str, Any] = {"high_image_size": 1536, "low_tiles": 2, "low_whole": True}
 # HyperGAI/HPT1_5-Air-Llama-3-8B-Instruct-multimodal and HPT1_5-Edge: SigLIP's table of 27 x 27 seen at 448 pixels.
 _HPT = {"air": ("llama3_8b", "hpt_llama_3"), "edge": ("phi_3_mini_4k", "phi_3")}
 # THUDM/cogvlm-{base-224,base-490,chat,grounding-generalist}-hf: the side of pictures, the template.
@@ -121,6 +132,16 @@ def register() -> None:
             image={"kind": "squash"},
             template=template,
         )
+    for size, (language, template, scale) in _MINIGEMINI.items():
+        for name, own in (("", {}), ("_hd", _HD)) if size != "2b" else (("", {}),):
+            MODELS.register(
+                f"minigemini_{size}{name}",
+                vision={"preset": "minigemini_clip_convnext", **own},
+                connector={"preset": "patch_mining", "output_multiplier": scale},
+                language={"preset": language},
+                image={"kind": "pad"},
+                template=template,
+            )
     for size, (language, template, scale) in _TINYLLAVA.items():
         MODELS.register(
             f"tinyllava_{size}",

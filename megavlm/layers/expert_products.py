@@ -1,8 +1,8 @@
 """What experts cost on a CPU beside their products: an expert's tokens as one slice, and no copy that is not needed.
 
 Megatron-Core's experts (``SequentialMLP``) are modules called one after the other, whose tokens are split, whose
-results are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher sorts
-chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
+results are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher
+sorts chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
 products, Transformer Engine's permutations) leave nothing of that; a CPU spends half of a layer's time on it. What is
 here stands in for both on CPUs alone, and computes the same.
 

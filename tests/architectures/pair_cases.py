@@ -120,6 +120,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = tuple(MODELS)
+MODELS["minigemini_hd"] = {  # compared whole: tests/families/minigemini_models.py
+    **MODELS["minigemini"],
+    "vision": {**MODELS["minigemini"]["vision"], "high_image_size": 2 * SIDE, "low_tiles": 2, "low_whole": True},
+}
 
 
 def made_recipe(name: str, **vision: Any) -> Recipe:

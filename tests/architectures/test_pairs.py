@@ -17,7 +17,7 @@ def test_a_pair_and_its_connector_are_what_is_published(name: str) -> None:
     cases.compare(name)
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", cases.MODELS)
 @pytest.mark.parametrize("frozen", [None, "low", "high"])
 def test_costs_are_what_torch_counts_and_keeps(name: str, frozen: str | None) -> None:
     """Operations and parameters exactly; kept bytes within 2 %; a frozen tower keeps nothing."""

@@ -80,6 +80,28 @@ def test_renderings_and_towers_that_do_not_go_together_are_one_line(words: list[
     assert line in str(error.value) and str(error.value).count("\n") <= 1, error.value
 
 
+@pytest.mark.family("minigemini")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.vision.low_from=plan"], "pad makes one rendering of 1536 x 1536 pixels of a picture, and the tower"),
+        (
+            ["model.vision.low_from=plan", "model.image={kind: fit_pair}"],
+            "low_tiles: the first tower sees tiles of the",
+        ),
+        (["model.vision.low_tiles=1"], "model.vision.low_whole: the whole picture is seen without tiles"),
+        (["model.vision.high_image_size=1568"], "each of the first tower's 48 x 48 (model.vision.image_size, in 2 x 2"),
+        (["model.vision.high_image_size=1540"], "high_image_size: 1540 is not a multiple of 32"),
+        (["model.image={kind: fit_pair}"], "fit_pair makes two renderings of a picture, and the tower"),
+        (["data.sequence_length=2048"], "one image takes 2882 positions"),
+    ],
+)
+def test_renderings_of_minigemini_hd_that_do_not_go_together(words: list[str], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe("minigemini_7b_hd/sft", words, expand_presets))
+    assert line in str(error.value), error.value
+
+
 def test_a_tower_alone_takes_no_pair_and_a_connector_of_two_no_tower_alone() -> None:
     for words, line in (
         (

@@ -51,6 +51,14 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "allava": ("mm_vision_tower", "mm_patch_merge_type"),
     "dense_connector": ("mm_vision_tower", "unfreeze_mm_vision_tower", "mm_patch_merge_type"),
     "mobilevlm": ("mm_vision_tower", "mm_patch_merge_type"),
+    # What was trained; drop_path is not in config.json.
+    "minigemini": (
+        "mm_vision_tower",
+        "mm_patch_merge_type",
+        "optimize_vision_tower",
+        "optimize_vision_tower_aux",
+        "image_grid_pinpoints",
+    ),
     "llava_original": ("unfreeze_mm_vision_tower", "mm_patch_merge_type"),
     # A number that stands for a picture before features take its place; names of classes, which vision_config says too.
     "tinyllava": ("image_token_index", "vision_model_name_or_path", "vision_config/model_name_or_path2"),
@@ -95,6 +103,7 @@ _PHI = {**_LLAVA, "embd_pdrop": 0.0, "qk_layernorm": False, "rope_scaling": None
 PUBLISHED: dict[str, dict[str, Any]] = {
     "bunny": {**_PHI, "continuous_training": False, "use_s2": False}, "imp": _PHI, "allava": _PHI,
     "mobilevlm": {**_LLAVA, "vision_tower_type": "clip"}, "dense_connector": _LLAVA,
+    "minigemini": _LLAVA,
     "llava_original": _LLAVA,
     "minicpm_v_2": {"attention_bias": False, "drop_vision_last_layer": True, "mm_use_im_start_end": True,
                     "pretraining_tp": 1, "rope_scaling": None, "_name_or_path": "openbmb/MiniCPM-V-2"},

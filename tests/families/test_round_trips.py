@@ -22,6 +22,7 @@ from llava_connectors_models import CONNECTORS
 from llava_like_models import LLAVA_LIKE
 from llava_next_models import LLAVA_TILES
 from minicpm_v_models import MINICPM_V
+from minigemini_models import MINIGEMINI
 from minigpt_models import MINIGPT
 from mllama_models import MLLAMA
 from moe_llava_models import MOE_LLAVA
@@ -43,6 +44,7 @@ OTHERS = (
     TINYLLAVA
     | PIECES
     | CONNECTORS
+    | MINIGEMINI
     | LLAVA_TILES
     | QWEN2_VL
     | QWEN3_VL
@@ -135,5 +137,6 @@ def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
     assert FAMILY_OF.keys() == {*MAKERS, *TRANSFORMERS}
     assert found.keys() | ALONE == FAMILIES.keys() == PARTS.keys()
     # A pair of towers is built of them, and its connector of an MLP's layers.
+    found["minigemini"] |= {"towers.vit", "towers.convnext", "connectors.mlp"}
     found["deepseek_vl_hybrid"] |= {"towers.vit", "towers.sam", "connectors.mlp"}
     assert found == {name: set(PARTS[name]) for name in found}

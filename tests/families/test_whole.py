@@ -59,11 +59,11 @@ FOUR = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=tru
 # Logits, features and losses are of the order of 1; gradients are compared with the largest of their part.
 ABSOLUTE, GRADIENTS = 2e-4, 5e-5
 SLOW = (
-    "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "llava_onevision1_5", "imp", "mipha", "moe_llava",
-    "llava_phi", "allava", "xtuner", "dense_connector", "minigpt4",
+    "codefuse_vlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "llava_onevision1_5",
+    "imp", "mipha", "moe_llava", "llava_phi", "allava", "xtuner", "dense_connector", "minigpt4", "minigemini",
 )  # fmt: skip
 """Families whose parts other short tests have at both layouts: test_{qwen2_vl,qwen3_vl,glm4v}.py, qwen_vl, bunny, hpt,
-blip2, tests/architectures/test_reducers.py."""
+blip2, tests/architectures/test_{reducers,pairs}.py."""
 REPOSITORY = Path(__file__).parents[2]
 EVERY = {**ROWS, **TRAINED_ONLY}
 SIZES = (1, 2, 4, 8)

@@ -221,7 +221,8 @@ def _once(
         side, width = vision.positional_grid, vision.hidden_size
         found += sum(2 * rows * side * width * (side + columns) for rows, columns in {grid[1:] for grid in grids})
     if first and not vision.packed:
-        patches, queries = vision.patches_per_image, getattr(model.connector, "num_queries", 0) or 0
+        patches = getattr(vision, "low", vision).patches_per_image  # of a pair, the one with a table
+        queries = getattr(model.connector, "num_queries", 0) or 0
         ranks, inner = tensor_ranks(model, "connector", tensor), getattr(model.connector, "hidden_size", 0)
         if queries and inner:  # they look at each other, and are projected for their first look, once
             found += (10 * queries * inner**2 + 4 * queries**2 * inner) / ranks

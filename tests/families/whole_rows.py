@@ -41,6 +41,7 @@ from llava_next_models import (
 )
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
+from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
 from mllama_rows import mllama_rows
 from moe_llava_rows import moe_llava_rows
@@ -311,6 +312,7 @@ ROWS: dict[str, WholeFamily] = {
     **like_rows(HEADER, PLANNED),
     **moe_llava_rows(HEADER, LLAMA_TARGETS[:4], PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
+    **minigemini_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **blip2_rows(LLAMA_TARGETS, PLANNED),
     **minigpt_rows(HEADER, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),

@@ -52,6 +52,8 @@ class PatchMining(MegatronModule):
             self.norms[name] = channel_norm(size, config, connector.layernorm_epsilon)
             self.linears[name] = column_linear(size, low, config=config, init_method=config.init_method)
         self.layers = linear_stack(widths(model), config)
+        # Rounded to the weights' type first, as that of embeddings is.
+        self.multiplier = torch.tensor(connector.output_multiplier, dtype=context.dtype, device="cpu").item()
 
     def forward(self, features_PNW: Tensor) -> Tensor:
         """Return [P, N, E] image tokens of the features."""
@@ -65,7 +67,8 @@ class PatchMining(MegatronModule):
             scores_PNK = copy_to_tensor_model_parallel_region(scores_PNK, self._group)
             mined_PNA = torch.matmul(scores_PNK.softmax(-1).unsqueeze(-2), value_PNKA).squeeze(-2)
             mined_PNL = gather_from_tensor_model_parallel_region(mined_PNA, self._group)
-            return run_stack(self.layers, low_PNL + mined_PNL)
+            tokens_PNE = run_stack(self.layers, low_PNL + mined_PNL)
+        return tokens_PNE if self.multiplier == 1 else tokens_PNE * self.multiplier
 
     def _made(self, name: str, x: Tensor) -> Tensor:
         # Megatron-Core's layers take three dimensions.

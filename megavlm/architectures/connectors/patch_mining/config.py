@@ -24,6 +24,9 @@ class PatchMiningConfig(ConnectorConfig):
     """Epsilon of the norms in front of queries, keys and values."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
+    output_multiplier: Annotated[float, Meaning.USE] = Field(default=1.0, gt=0)
+    """What the tokens are multiplied by, where a language model's embeddings are too (MiniGemini on Gemma); see
+    model.language.embedding_multiplier."""
 
 
 def places(model: ModelConfig) -> int:
