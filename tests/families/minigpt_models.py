@@ -254,8 +254,6 @@ MINIGPT: dict[str, tuple[str, Callable[[Path], Path]]] = {
 }
 """Checkpoints, with their family."""
 
-_TWELVE = {8: "12 is not divisible by parallel.tensor_model_parallel_size (8)"}
-"""The Q-Former's heads."""
 _ADAM = (0.9, 0.999, 1e-8, 0)
 _NO_CLASS = Lack("Transformers has no class for it: answers are held against the written-out one, in `source`")
 _COUNTED = Lack("no class to build: counted from its parts in test_minigpt.py")
@@ -292,8 +290,8 @@ def minigpt_rows(header: str, planner: Mapping[str, float]) -> dict[str, WholeFa
             uneven=MiniGPTSource("minigpt4", replace(QUERIES, heads=3, groups=1)),
             others=Lack("what is published differs in size alone"),
             presets={
-                "minigpt4_7b": Published(7_832_625_024, refused=_TWELVE),
-                "minigpt4_13b": Published(14_110_861_184, refused=_TWELVE),
+                "minigpt4_7b": Published(7_832_625_024),
+                "minigpt4_13b": Published(14_110_861_184),
             },
             recipes=_stages("minigpt4_7b", 32) | _stages("minigpt4_13b", 32),
             **shared,
