@@ -30,8 +30,9 @@ _TOKENS = (
 """Ids that the tokenizer's own files, or the template, say."""
 _TRAINING = (
     "attention_dropout", "dropout_prob", "embd_pdrop", "freeze_mm_mlp_adapter", "freeze_vision_tower",
-    "hidden_dropout_prob", "initializer_factor", "mm_projector_lr", "non_lora_lr", "pretraining_tp", "projection_dropout", "resid_pdrop",
-    "tune_mm_mlp_adapter", "use_mask_token", "use_mm_proj", "continuous_training",
+    "hidden_dropout_prob", "initializer_factor", "mm_projector_lr", "non_lora_lr", "pretraining_tp",
+    "projection_dropout", "resid_pdrop", "tune_mm_mlp_adapter", "use_mask_token", "use_mm_proj",
+    "continuous_training",
 )  # fmt: skip
 """What was trained and how; there is no dropout in training here (docs/conversion.md), and none in answers there."""
 _TOKENIZER = ("cache_dir", "mm_use_im_patch_token", "tokenizer_*", "llm_model_name_or_path")
