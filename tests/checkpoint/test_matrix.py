@@ -119,7 +119,7 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
         small = SMALL[kind]
         if kind == "connector":  # keys that not every connector has
             small = {key: value for key, value in small.items() if key in own.find(name).values}
-            small |= Q_FORMER if name == "q_former" else {}
+            small |= {"q_former": Q_FORMER, "glu": {"ffn_hidden_size": 96}}.get(name, {})
         if kind == "language" and "num_moe_experts" in own.find(name).values:
             small = small | EXPERTS
         if kind == "vision":

@@ -82,6 +82,7 @@ CONNECTORS["ldpnetv2"] |= {"output_grid": 1}
 CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}
 CONNECTORS["q_former"] |= {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 CONNECTORS["dense_sti"] |= {"pool": 2}
+CONNECTORS["glu"] |= {"ffn_hidden_size": 96}
 _HIGH = {"high_image_size": IMAGE_SIZE, "image_size": IMAGE_SIZE, "positional_grid": 2}
 PAIRS = {
     "hybrid_split": {
