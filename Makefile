@@ -15,6 +15,9 @@ DEV := $(VENV)/.dev-$(KEY)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 
 export OMP_NUM_THREADS ?= 1
+# Where the environment forbids it (images of containers do), each pytest, its ranks and its commands would compile all
+# files anew, and pytest rewrite all asserts: ten seconds of a processor for each target, two for each start of ranks.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup dev quickstart test test-312 test-te test-long test-families families-table families-record test-learning test-reliability test-slurm test-browser test-full lint typecheck gpu-check bench clean

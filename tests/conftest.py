@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mark_choice
 import proof_record
 import pytest
 from family_choice import (  # noqa: F401 - pytest finds them here
@@ -33,8 +34,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let outcomes of ``pytest.mark.proves`` be recorded."""
+    """Let outcomes of ``pytest.mark.proves`` be recorded; leave out files in which ``-m`` finds nothing."""
     config.pluginmanager.register(proof_record, "proof-record")
+    config.pluginmanager.register(mark_choice, "mark-choice")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -21,6 +21,7 @@ import gc
 import importlib
 import os
 import pickle
+import pkgutil
 import resource
 import runpy
 import select
@@ -56,6 +57,9 @@ MODULES = (
     "megavlm.commands.generate", "megavlm.commands.chat", "megavlm.inference.session", "megavlm.commands.train",
     "transformers.modeling_utils",
 )  # fmt: skip
+ROOMS = ("megavlm.architectures", "megavlm.families")
+"""All of these too: a recipe asks for the keys of every architecture, and making their classes took a rank two seconds.
+Nothing is registered by that, so that a rank still finds the packages that its own environment has."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def preload() -> None:
 
     Raises:
         ImportError: a module of ours is broken; the tests that fork are lost until it is not.
-        RuntimeError: an import has begun to use the GPU.
+        RuntimeError: an import has begun to use the GPU, or registered presets.
     """
     from megavlm.parallel.device import prepare_device
 
@@ -146,6 +150,11 @@ def preload() -> None:
         except ImportError:
             if name.startswith("megavlm."):
                 raise  # of others some are optional, and what needs them says so
+    for room in ROOMS:
+        for module in pkgutil.walk_packages(importlib.import_module(room).__path__, f"{room}."):
+            importlib.import_module(module.name)
+    if sys.modules["megavlm.config.architecture"].MODELS.names():
+        raise RuntimeError("an import has registered presets, also those of packages that a rank may not have")
     if sys.modules["torch"].cuda.is_initialized():
         raise RuntimeError("an import has begun to use the GPU, which no fork can use then")
 

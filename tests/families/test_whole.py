@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -216,7 +217,7 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
     expected = [wanted.get(f"s{number}.answer").tolist() for number in range(len(asked(28)))]
     assert len({tuple(answer) for answer in expected}) > 1
     held = not isinstance(ROWS[name].planner, Lack)
-    (one,) = ranks.run("whole_cases:prove", *where, [], world=1, planned=held)
+    one = of_one_process(*where, held)
     many: list[Proof] = ranks.run("whole_cases:prove", *where, layout, world=4, timeout=240, planned=held)
     parameters = {key.removeprefix("gradient.") for key in wanted.tensors if key.startswith("gradient.")}
     assert set(one.packed) == parameters - set(UNTRAINED.get(name, ()))
@@ -236,6 +237,13 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
     if held:
         stages = sorted({rank.stage for rank in many})
         planned(name, [[one], *([rank for rank in many if rank.stage == stage] for stage in stages)], share)
+
+
+@functools.cache
+def of_one_process(checkpoint: str, reference: str, held: bool) -> Proof:
+    """Return what one process finds, with which each layout is compared; once for a checkpoint of this module."""
+    (one,) = ranks.run("whole_cases:prove", checkpoint, reference, [], world=1, planned=held)
+    return one
 
 
 UNTRAINED = dict.fromkeys(("qwen_vl", "codefuse_vlm", "minicpm_v", "minicpm_v_2"), ("connector.pos_embed",))
