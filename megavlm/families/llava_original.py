@@ -94,6 +94,8 @@ class LlavaOriginalFamily(Family):
     # Else LLaVA's own code takes the tower from where mm_vision_tower says, and not from here.
     tower_keys: ClassVar = {"unfreeze_mm_vision_tower": True}
     own_multiplier = True
+    projector_key: ClassVar[str] = "mm_projector_type"
+    """Of ``config.json``, that names the projector."""
     projector: ClassVar[str] = "model.mm_projector."
     """What the names of the projector's weights begin with."""
     may_lack_tower: ClassVar[bool] = True
@@ -217,14 +219,14 @@ class LlavaOriginalFamily(Family):
         if not re.fullmatch("linear|mlp[0-9]+x_gelu|identity", str(named)):
             there = next((name for name in source.tensors if name.startswith(self.projector)), "there are none")
             raise UserError(
-                f"{where}: mm_projector_type is {named!r}; {self.title} has linear and mlpNx_gelu here (the weights "
+                f"{where}: {self.projector_key} is {named!r}; {self.title} has linear and mlpNx_gelu here (the weights "
                 f"under {self.projector}: {there})"
             )
         connector = projector_branch(source, self.projector)
         if named != connector["preset"]:
             raise UserError(
-                f"{where}: mm_projector_type is {named!r}, but the weights' names under {self.projector} are those of "
-                f"{connector['preset']}; correct one"
+                f"{where}: {self.projector_key} is {named!r}, but the weights' names under {self.projector} are those "
+                f"of {connector['preset']}; correct one"
             )
         return connector
 

@@ -41,6 +41,7 @@ class MoeLlavaFamily(LikeFamily):
     title = "MoE-LLaVA in its authors' layout (on StableLM-2 and Phi-2)"
     others = "moe_llava_.*"
     read_as = None
+    projector_key = "image_projector_type"
     projector: ClassVar[str] = "model.mm_projector.image_spatial_proj."
     styles: ClassVar = {
         "published": {"tower": "model.image_tower.image_tower.vision_model."},

@@ -85,6 +85,16 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "text_config/output_router_logits",
         "text_config/router_aux_loss_coef",
     ),
+    # Of a training; vision_config.json has the tower's shape, whatever it is called.
+    "moe_llava": (
+        "mm_image_tower",
+        "moe/capacity_factor",
+        "moe/ep_size",
+        "moe/eval_capacity_factor",
+        "moe/min_capacity",
+        "moe/router_aux_loss_coef",
+        "moe/train_modules",
+    ),
     "glm4v_moe": ("text_config/output_router_logits", "text_config/router_aux_loss_coef"),
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.

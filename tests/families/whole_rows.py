@@ -13,8 +13,6 @@ from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
     _VISION,
-    CLIP_MEAN,
-    CLIP_STD,
     CODEFUSE,
     QWEN_VL,
     codefuse,
@@ -27,7 +25,7 @@ from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, Glm4vMoeSource, glm4v, glm4v_moe
 from glm4v_models import publish as glm4v_publish
 from idefics3_rows import idefics3_rows
-from internvl_models import internvl, internvl_6b, internvl_answers, internvl_files, internvl_uneven
+from internvl_models import internvl, internvl_6b, internvl_answers, internvl_uneven
 from like_rows import like_rows
 from llava_next_models import (
     NEXT_PINPOINTS,
@@ -45,7 +43,7 @@ from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
 from mllama_rows import mllama_rows
 from moe_llava_rows import moe_llava_rows
-from qwen2_vl_models import PREPROCESSOR as NATIVE_FILES
+from processor_files import CROP_FILES, NATIVE_FILES, THIRD_FILES, TILE_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
 from qwen3_vl_models import QWEN3_VL, qwen3_vl, qwen3_vl_moe
@@ -102,19 +100,6 @@ def published(family: str, config: type[PretrainedConfig], layers: Mapping[int, 
     return build
 
 
-CROP_FILES: dict[str, Any] = {
-    "crop_size": {"height": 28, "width": 28}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
-    "do_rescale": True, "do_resize": True, "image_mean": CLIP_MEAN, "image_processor_type": "CLIPImageProcessor",
-    "image_std": CLIP_STD, "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": 28},
-}  # fmt: skip
-"""``preprocessor_config.json`` as llava-hf/llava-1.5-7b-hf has it, for 28 pixels."""
-# Transformers' processor cuts to tiles by its own default, whatever this file of its image processor says.
-TILE_FILES = {**internvl_files(), "crop_to_patches": True, "max_patches": 6}
-THIRD_FILES = {
-    **{key: value for key, value in NATIVE_FILES.items() if key not in ("min_pixels", "max_pixels")},
-    "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"longest_edge": 4096, "shortest_edge": 256},
-}  # fmt: skip
-"""``preprocessor_config.json`` as Qwen3-VL has it."""
 HEADER = (
     r"Layout predicted, not run: (?P<gpus>\d+) H100s of 80 GB \((?P<memory>\d+) GiB of it\), "
     r"(?P<seconds>[\d.]+) s a step, (?P<hours>\d+) GPU hours(?: for \d+ steps)?\. "
