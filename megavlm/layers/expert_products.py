@@ -1,9 +1,9 @@
-"""What experts cost on a CPU beside their products: all tokens of an expert as one slice, and no copy that is not needed.
+"""What experts cost on a CPU beside their products: an expert's tokens are one slice, and nothing is copied in vain.
 
-Megatron-Core's experts (``SequentialMLP``) are modules called one after the other, whose tokens are split, whose results
-are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher sorts
-chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
-products, Transformer Engine's permutations) leave nothing of that; a CPU spends half of a layer's time on it. What is
+Megatron-Core's experts (``SequentialMLP``) are modules called one after the other, whose tokens are split, whose
+results are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher
+sorts chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
+products, Transformer Engine's permutations) leave nothing of that; a CPU spends much of a layer's time on it. What is
 here stands in for both on CPUs alone, and computes the same.
 
 Shape legend: N tokens, M copies of tokens, one for each expert that takes it, in the order of the experts; X experts, H
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 BLOCK = 512
 """Rows of neighbouring experts that are activated together: few calls, and they stay in a core's cache."""
