@@ -240,9 +240,14 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
         attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
+<<<<<<< HEAD
         attention += (
             0 if kernels.fused else tokens * (queries + keys) // language.kv_channels * 4
         )  # a scale of each head
+=======
+        scales = (queries + keys) // language.kv_channels  # one of each head, in fp32
+        attention += tokens * scales * 4 * int(not kernels.fused)
+>>>>>>> moebench
     beside = _experts_kept(language, shards, tokens, kernels, learns=learns) if experts else 0
     return norms + inputs + attention + tokens * _inner_width(language) * ffn * b + beside
 
