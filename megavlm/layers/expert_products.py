@@ -1,17 +1,9 @@
-<<<<<<< HEAD
-"""What experts cost on a CPU beside their products: an expert's tokens as one slice, and no copy that is not needed.
-=======
 """What experts cost on a CPU beside their products: an expert's tokens are one slice, and nothing is copied in vain.
->>>>>>> moebench
 
 Megatron-Core's experts (``SequentialMLP``) are modules called one after the other, whose tokens are split, whose
 results are joined, and whose weights' gradients are made apart and then added to the gradient buffer; its dispatcher
 sorts chunks of tokens that are in order already, and adds up tokens' copies number by number. Kernels for GPUs (grouped
-<<<<<<< HEAD
-products, Transformer Engine's permutations) leave nothing of that; a CPU spends half of a layer's time on it. What is
-=======
 products, Transformer Engine's permutations) leave nothing of that; a CPU spends much of a layer's time on it. What is
->>>>>>> moebench
 here stands in for both on CPUs alone, and computes the same.
 
 Shape legend: N tokens, M copies of tokens, one for each expert that takes it, in the order of the experts; X experts, H

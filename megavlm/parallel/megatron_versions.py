@@ -68,11 +68,7 @@ def cuda_graph_field() -> str:
 
 
 def permuted(tokens: Tensor, probs: Tensor | None, order: Tensor, tokens_per_expert: Tensor | None) -> tuple[Any, ...]:
-<<<<<<< HEAD
-    """Return what ``moe_utils.permute`` gives: where it can pad (later than 0.16), two values more."""
-=======
     """Return what ``moe_utils.permute`` gives: where it can pad (after 0.16), two values more, of what it padded."""
->>>>>>> moebench
     return (tokens, probs, order, None, tokens_per_expert) if _permute_pads() else (tokens, probs, order)
 
 

@@ -209,10 +209,7 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     norms = (_norms(language) + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
     experts, inputs = language.num_moe_experts is not None, 0
     if experts:
-        ffn, inputs = (
-            0,
-            stream * b,
-        )  # counted below; Megatron-Core's product for the router's scores keeps what it reads
+        ffn = 0  # counted below
     if learns:
         # Weights of two kinds see each its own tokens, picked out of all; one weight gathers again where it needs all.
         seen = tokens * hidden if language.visual_expert else stream
@@ -240,14 +237,8 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
         multiplied = 4 if language.layernorm_zero_centered_gamma else b
         attention += tokens * (read + (queries + keys) * multiplied * int(learns and not kernels.fused))
-<<<<<<< HEAD
-        attention += (
-            0 if kernels.fused else tokens * (queries + keys) // language.kv_channels * 4
-        )  # a scale of each head
-=======
         scales = (queries + keys) // language.kv_channels  # one of each head, in fp32
         attention += tokens * scales * 4 * int(not kernels.fused)
->>>>>>> moebench
     beside = _experts_kept(language, shards, tokens, kernels, learns=learns) if experts else 0
     return norms + inputs + attention + tokens * _inner_width(language) * ffn * b + beside
 
@@ -263,8 +254,7 @@ def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     width, gates = language.expert_width // shards.expert_tensor, _inner_width(language)
     # What is multiplied, forward and for the weights: the tokens' copies and the activation, with its weight. In slices
     # (layers/expert_products.py, on CPUs) the activation is made again of what it was made of.
-    sliced = not kernels.fused and language.gated_linear_unit and language.activation == "silu"
-    sliced = sliced and not language.add_bias_linear
+    sliced = _in_slices(language, kernels)
     kept = here * (hidden + (0 if sliced else width)) * b * int(learns)
     kept += here * (gates + (0 if sliced else 1)) * width * b + here * _COPY_BYTES
     shared = (language.moe_shared_expert_intermediate_size or 0) // shards.tensor
@@ -275,6 +265,12 @@ def _experts_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     if sliced:
         return kept + local * (count * _router_bytes(language, learns=learns) + 8)
     return kept + local * (count * _ROUTER_BYTES + _TOKEN_BYTES)
+
+
+def _in_slices(language: DecoderConfig, kernels: Kernels) -> bool:
+    """Whether experts without adapters are computed by ``layers/expert_products.py``."""
+    gated = language.gated_linear_unit and language.activation == "silu"
+    return not kernels.fused and gated and not language.add_bias_linear
 
 
 def _router_bytes(language: DecoderConfig, *, learns: bool) -> int:
@@ -308,6 +304,8 @@ def adapters_kept(language: DecoderConfig, lora: LoraConfig, shards: Shards, tok
         copies, width = local * language.moe_router_topk * shards.expert_tensor, language.expert_width
         read = {EXPERT_LINEARS[0]: language.hidden_size, EXPERT_LINEARS[1]: width // shards.expert_tensor}
         own = _beside(language, lora, experts=True)
+        if own and _in_slices(language, kernels):  # which they then are not
+            kept += copies * (width // shards.expert_tensor) * b
         kept += sum(copies * read[name] * (b + int(lora.dropout > 0)) for name in {target.linear for target in own})
         kept += len(own) * copies * lora.rank * b
     for name, elements in inputs.items():
