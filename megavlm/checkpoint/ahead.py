@@ -14,7 +14,7 @@ WAITING_BYTES = 256 << 20
 Read = TypeVar("Read", covariant=True)
 
 
-class Piece(Protocol[Read]):
+class ToBeRead(Protocol[Read]):
     """What is read at once."""
 
     @property
@@ -36,12 +36,12 @@ class ReadAhead(Generic[Read]):
         pieces: in the order in which they will be asked for.
     """
 
-    def __init__(self, pieces: Sequence[Piece[Read]]) -> None:
+    def __init__(self, pieces: Sequence[ToBeRead[Read]]) -> None:
         self._pieces, self._numbers = pieces, {id(piece): number for number, piece in enumerate(pieces)}
         self._thread = ThreadPoolExecutor(1, "read ahead")
         self._waiting: dict[int, Future[Read]] = {}
 
-    def read(self, piece: Piece[Read]) -> Read:
+    def read(self, piece: ToBeRead[Read]) -> Read:
         """Return what a piece reads, or raise what it raises; and begin with those behind it."""
         number = self._numbers[id(piece)]
         waiting = self._waiting.pop(number, None)

@@ -71,30 +71,7 @@ _MINIGPT = {
 
 def register() -> None:
     """Register them."""
-    for name, (side, template) in _COGVLM.items():
-        MODELS.register(
-            f"cogvlm_{name}",
-            vision={"preset": f"eva02_clip_e_14_{side}"},
-            connector={"preset": "glu"},
-            language={"preset": "cogvlm_7b"},
-            image={"kind": "squash"},
-            template=template,
-        )
-    for name, (language, template) in _MINIGPT.items():
-        queries = template == "minigpt4"
-        MODELS.register(
-            name,
-            vision={
-                "preset": f"eva01_clip_g_14_{448 if template == 'minigpt_v2' else 224}",
-                "post_layernorm_epsilon": 1e-5,
-                "class_feature": queries,
-            },
-            # What its code trains of the Q-Former is the layer behind it.
-            connector={"preset": "q_former", "trained": "projection"} if queries else {"preset": "concat_row"},
-            language={"preset": language},
-            image={"kind": "squash"},
-            template=template,
-        )
+    _register_of_the_blip_line()
     for name, (language, projector) in _MOBILEVLM.items():
         MODELS.register(
             f"mobilevlm_{name}",
@@ -147,6 +124,34 @@ def register() -> None:
             f"tinyllava_{size}",
             vision=SIGLIP,
             connector={"preset": "mlp2x_gelu", "drop_first_feature": True, "output_multiplier": scale},
+            language={"preset": language},
+            image={"kind": "squash"},
+            template=template,
+        )
+
+
+def _register_of_the_blip_line() -> None:
+    """Register MiniGPT-4, MiniGPT-v2 and CogVLM."""
+    for name, (side, template) in _COGVLM.items():
+        MODELS.register(
+            f"cogvlm_{name}",
+            vision={"preset": f"eva02_clip_e_14_{side}"},
+            connector={"preset": "glu"},
+            language={"preset": "cogvlm_7b"},
+            image={"kind": "squash"},
+            template=template,
+        )
+    for name, (language, template) in _MINIGPT.items():
+        queries = template == "minigpt4"
+        MODELS.register(
+            name,
+            vision={
+                "preset": f"eva01_clip_g_14_{448 if template == 'minigpt_v2' else 224}",
+                "post_layernorm_epsilon": 1e-5,
+                "class_feature": queries,
+            },
+            # What its code trains of the Q-Former is the layer behind it.
+            connector={"preset": "q_former", "trained": "projection"} if queries else {"preset": "concat_row"},
             language={"preset": language},
             image={"kind": "squash"},
             template=template,

@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from blip2_models import blip2_rows
-from cogvlm_rows import cogvlm_rows
 from deepseek_rows import deepseek_rows
 from family_cases import (
     _TEXT,
@@ -20,6 +18,7 @@ from family_cases import (
     llava,
     qwen_vl,
 )
+from fused_rows import fused_rows
 from gemma_rows import gemma_rows
 from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, Glm4vMoeSource, glm4v, glm4v_moe
@@ -39,8 +38,6 @@ from llava_next_models import (
 )
 from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
-from minigemini_rows import minigemini_rows
-from minigpt_models import minigpt_rows
 from mllama_rows import mllama_rows
 from moe_llava_rows import moe_llava_rows
 from processor_files import CROP_FILES, NATIVE_FILES, THIRD_FILES, TILE_FILES
@@ -297,11 +294,8 @@ ROWS: dict[str, WholeFamily] = {
     **like_rows(HEADER, PLANNED),
     **moe_llava_rows(HEADER, LLAMA_TARGETS[:4], PLANNED),
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
-    **minigemini_rows(HEADER, LLAMA_TARGETS, PLANNED),
-    **blip2_rows(LLAMA_TARGETS, PLANNED),
-    **minigpt_rows(HEADER, PLANNED),
+    **fused_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
-    **cogvlm_rows(HEADER, PLANNED),
     "internvl": WholeFamily(
         checkpoints=("internvl", "internvl_6b", "internvl_modules"),
         template="internvl2_5",
