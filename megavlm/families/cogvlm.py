@@ -230,6 +230,9 @@ def _tower(visual: Mapping[str, Any], where: str) -> Tree:
     expect(visual, where, hidden_act="gelu", in_channels=3)
     side, patch = need(visual, "image_size", where), need(visual, "patch_size", where)
     positions = need(visual, "num_positions", where)
+    for key, value in (("image_size", side), ("patch_size", patch), ("num_positions", positions)):
+        if type(value) is not int or value < 1:
+            raise UserError(f"{where}: {key} is {str(value)[:40]!r}; it must be a whole number above 0")
     grid = math.isqrt(positions - 1)
     if grid**2 != positions - 1 or grid != side // patch:
         raise UserError(

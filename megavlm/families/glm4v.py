@@ -10,14 +10,17 @@ from typing import Any, ClassVar
 from megavlm.architectures.connectors.downsample_merger.tables import downsample_merger
 from megavlm.architectures.towers.packed_vit.tables import GLM4V_VISION
 from megavlm.config.errors import UserError
+from megavlm.config.json_object import read_json
 from megavlm.config.schema import LanguageConfig, ModelConfig
+from megavlm.data.films.plan import NO_FILMS
 from megavlm.data.media import plan_of
 from megavlm.families.common import expect, expect_kinds, flag, need, number
 from megavlm.families.family import Tree, config_file
+from megavlm.families.films import VIDEO_PREPROCESSOR
 from megavlm.families.glm4 import GLM4
 from megavlm.families.glm4_moe import GLM4_MOE
 from megavlm.families.native_pictures import native_pictures, trained_native
-from megavlm.families.preprocessor import native_sizes
+from megavlm.families.preprocessor import PREPROCESSOR, native_sizes
 from megavlm.families.qwen2_vl import Qwen2VLFamily
 from megavlm.families.text_kinds import TextKind, odd_heads
 from megavlm.weights.rules import Table
@@ -25,7 +28,8 @@ from megavlm.weights.source import Source
 
 _SECTIONS = (8, 12, 12)
 """Where a configuration does not say it, as Transformers has it."""
-_PROCESSORS = ("Glm4vImageProcessor", "Glm4vImageProcessorFast", "Glm4vImageProcessorPil")
+_PROCESSORS = tuple(f"{one}ImageProcessor{form}" for one in ("Glm4v", "Glm46V") for form in ("", "Fast", "Pil"))
+"""GLM-4.6V's makes the same pixels."""
 _EDGES = {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}
 """Pixels of the least and the largest picture, where a file does not say it."""
 _MERGER_EPSILON = 1e-5
@@ -53,6 +57,8 @@ class Glm4vFamily(Qwen2VLFamily):
     tower_preset = "glm4v_vit"
     kind: ClassVar[TextKind] = GLM4
     """Of its language model."""
+    marks_before: ClassVar[int] = 4
+    """How far the first of four marks stands before the slot of pictures, where no tokenizer says it."""
     tower: ClassVar[Table] = GLM4V_VISION
     fixed: ClassVar[Tree] = {
         "normalization": "RMSNorm", "activation": "silu", "gated_mlp": True, "window_size": None, "conv_bias": True,
@@ -89,22 +95,23 @@ class Glm4vFamily(Qwen2VLFamily):
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return a configuration in the form of the published ones."""
-        # Of the published tokenizer, whose ids lie beside each other: the slots of films are its next one.
+        # Of the published tokenizers: the slots of films are the next one, and the four marks lie beside each other.
         image, language, vision = tokens.get("image", model.language.vocab_size - 2), model.language, model.vision
+        start = tokens.get("image_start", image - self.marks_before)
         text = self._text_config(language)
         sections = {"mrope_section": list(language.rotary_sections)}
         text["rope_parameters"] |= sections
         text |= {"model_type": f"{self.name}_text", "rope_scaling": {"rope_type": "default", **sections}}
         return {
             "architectures": [self.model_class],
-            "image_end_token_id": image - 3,
-            "image_start_token_id": image - 4,
+            "image_end_token_id": start + 1,
+            "image_start_token_id": start,
             "image_token_id": image,
             "model_type": self.name,
             "text_config": text,
             "tie_word_embeddings": language.tie_word_embeddings,
-            "video_end_token_id": image - 1,
-            "video_start_token_id": image - 2,
+            "video_end_token_id": start + 3,
+            "video_start_token_id": start + 2,
             "video_token_id": image + 1,
             "vision_config": {
                 "attention_bias": vision.add_qkv_bias,
@@ -235,6 +242,15 @@ class Glm4vMoeFamily(Glm4vFamily):
     model_class = "Glm4vMoeForConditionalGeneration"
     own_norms = False
     kind = GLM4_MOE
+    marks_before = 24
+
+    def _films(self, source: Source, visual: Mapping[str, Any], vision: Tree, where: str) -> Tree:
+        """Return none for GLM-4.6V, which chooses frames and writes their times otherwise."""
+        for name, key in ((VIDEO_PREPROCESSOR, "video_processor_type"), (PREPROCESSOR, "image_processor_type")):
+            path = source.directory / name
+            if path.is_file() and str(read_json(path).get(key)).startswith("Glm46V"):
+                return {"kind": NO_FILMS}
+        return super()._films(source, visual, vision, where)
 
     def _language(self, text: Mapping[str, Any], where: str) -> Tree:
         expect(text, where, use_qk_norm=False, qk_layernorm=False)  # its class has no such norm, whatever is said

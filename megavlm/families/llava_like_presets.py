@@ -105,7 +105,7 @@ def register_llava_like() -> None:
             MODELS.register(
                 f"moe_llava_{name}_4e{ending}",
                 vision=tower,
-                connector={"preset": "mlp2x_gelu"},
+                connector={"preset": "mlp2x_gelu", "drop_first_feature": tower is SIGLIP},
                 language={"preset": language, **own, "num_moe_experts": 4, "moe_layer_freq": 2},
                 image={"kind": "pad"},
                 template="vicuna_v1_endoftext",

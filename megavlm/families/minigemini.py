@@ -18,9 +18,10 @@ from megavlm.architectures.towers.convnext.tables import timm_convnext
 from megavlm.config.errors import UserError
 from megavlm.config.schema import ModelConfig, VisionConfig
 from megavlm.families.common import flag
-from megavlm.families.family import Tree, config_file
+from megavlm.families.family import Constants, Tree, config_file
 from megavlm.families.llava_original import LlavaOriginalFamily, SystemLanguage
 from megavlm.families.preprocessor import normalisation
+from megavlm.families.public_towers import TOWERS, public_name
 from megavlm.families.towers import CLIP_MEAN, CLIP_STD, transformers_vision_config
 from megavlm.weights.rules import Table
 from megavlm.weights.source import Source
@@ -130,6 +131,25 @@ class MiniGeminiFamily(LlavaOriginalFamily):
         found = super().branches(source)
         kind = "pad" if source.config.get("image_aspect_ratio") == "pad" else "crop"
         return {**found, "image": {"kind": kind, "resample": "bicubic"}}
+
+    def constants(self, model: ModelConfig, style: str) -> Constants:
+        """Return CLIP's norm, and its layers behind the features: its code loads the tower whole."""
+        low, top = model.vision.low, self.styles[style]["tower"]
+        width, inner = low.hidden_size, low.ffn_hidden_size
+        named = public_name(self.vision_config(model.vision), -1)
+        layers = int(TOWERS[named[0]]["num_hidden_layers"]) if named else low.num_layers
+        shapes = {f"self_attn.{one}_proj": (width, width) for one in ("q", "k", "v", "out")}
+        shapes |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+        norms = [f"{top}post_layernorm."]
+        found: Constants = {}
+        for number in range(low.num_layers, layers):
+            at = f"{top}encoder.layers.{number}."
+            norms += [f"{at}layer_norm1.", f"{at}layer_norm2."]
+            found |= {f"{at}{one}.weight": (shape, 0.0) for one, shape in shapes.items()}
+            found |= {f"{at}{one}.bias": (shape[:1], 0.0) for one, shape in shapes.items()}
+        for one in norms:
+            found |= {f"{one}weight": ((width,), 1.0), f"{one}bias": ((width,), 0.0)}
+        return found
 
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the tables of both towers, connector and language model."""

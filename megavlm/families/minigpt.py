@@ -272,7 +272,7 @@ def _told(source: Source) -> Mapping[str, Any]:
 def _is_v2(source: Source) -> bool:
     """Whether it is MiniGPT-v2: it is said, or there are adapters, which MiniGPT-4 has not."""
     told = _told(source).get("arch")
-    return told == "minigpt_v2" if told is not None else any(".lora_A." in name for name in source.tensors)
+    return told == "minigpt_v2" or any(".lora_A." in name for name in source.tensors)
 
 
 def _stretched(vision: VisionConfig) -> bool:

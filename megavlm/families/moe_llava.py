@@ -6,6 +6,8 @@ deepspeed/moe/sharded_moe.py @ 0c691a52): a softmax over all experts, of which t
 which is a softmax over the two. It chooses the second with Gumbel noise, in answers too, and takes tokens in their
 order up to a capacity; what is left out gives its share to the other expert. Here both are the best two, and capacity
 is of training alone (docs/experts.md).
+
+Of SigLIP its code (``siglip_encoder.py`` @ 33afc0d) drops the first patch, as if it were CLIP's class token.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class MoeLlavaFamily(LikeFamily):
     others = "moe_llava_.*"
     read_as = None
     projector_key = "image_projector_type"
+    drops_first = True
     projector: ClassVar[str] = "model.mm_projector.image_spatial_proj."
     styles: ClassVar = {
         "published": {"tower": "model.image_tower.image_tower.vision_model."},
@@ -105,9 +108,18 @@ class MoeLlavaFamily(LikeFamily):
         }  # fmt: skip
         return {**super().config(dense_model(model), tokens), "moe": moe}
 
+    def branches(self, source: Source) -> Tree:
+        """Return the branches; of SigLIP one feature less."""
+        found = super().branches(source)
+        if "connector" in found and "vision" in found:
+            found["connector"]["drop_first_feature"] = not found["vision"]["class_token"]
+        return found
+
     def refuses(self, model: ModelConfig) -> str | None:
         """Experts must be DeepSpeed's kind, all else the system's."""
         language = model.language
+        if getattr(model.connector, "drop_first_feature", False) == bool(model.vision.class_token):
+            return "its code drops SigLIP's first patch, and of CLIP none (model.connector.drop_first_feature)"
         if reason := other_experts(language):
             return reason
         if language.expert_width != language.ffn_hidden_size:

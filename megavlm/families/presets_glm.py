@@ -33,6 +33,6 @@ def register() -> None:
             },
             # As GLM-4.1V's preprocessor_config.json.
             image={"kind": "native", "min_pixels": 6272, "max_pixels": 4816896, "enlarge_to_block": True},
-            video={"kind": "glm4v"},
+            video={"kind": "none" if name == "glm4_6v_106b" else "glm4v"},  # 4.6V's frames are chosen otherwise
             template="glm4_5v",
         )

@@ -60,12 +60,13 @@ _COGVLM = {
     "grounding_generalist": (490, "cogvlm_base"),
 }
 
-# Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7): Vicuna v0 is of Llama's shape.
-_MINIGPT = {
-    "minigpt4_7b": ("llama2_7b", "minigpt4"),
-    "minigpt4_13b": ("llama2_13b", "minigpt4"),
-    "minigpt4_llama_2_7b": ("llama2_7b", "minigpt4_llama_2"),
-    "minigpt_v2_7b": ("llama2_7b", "minigpt_v2"),
+# Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7). Vicuna v0 is LLaMA 1: Llama 2's shape, another epsilon.
+_LLAMA_1 = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}
+_MINIGPT: dict[str, tuple[dict[str, Any], str]] = {
+    "minigpt4_7b": ({"preset": "llama2_7b", **_LLAMA_1}, "minigpt4"),
+    "minigpt4_13b": ({"preset": "llama2_13b", **_LLAMA_1}, "minigpt4"),
+    "minigpt4_llama_2_7b": ({"preset": "llama2_7b"}, "minigpt4_llama_2"),
+    "minigpt_v2_7b": ({"preset": "llama2_7b"}, "minigpt_v2"),
 }
 
 
@@ -152,7 +153,7 @@ def _register_of_the_blip_line() -> None:
             },
             # What its code trains of the Q-Former is the layer behind it.
             connector={"preset": "q_former", "trained": "projection"} if queries else {"preset": "concat_row"},
-            language={"preset": language},
+            language=language,
             image={"kind": "squash"},
             template=template,
         )

@@ -20,7 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -248,6 +252,9 @@ class Experts(SequentialMLP):
         if config.add_bias_linear:
             for expert in self.local_experts:
                 expert.linear_fc2.register_forward_hook(self._own_memory)
+                # One rank has it: not summed over tensor-parallel ranks, which have other experts; counted in the norm.
+                expert.linear_fc2.bias.sequence_parallel = False
+                set_tensor_model_parallel_attributes(expert.linear_fc2.bias, True, 0, 1)
         linears = [linear for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
         # Not beside adapters, nor with weights in 4 bits: these are the layers' own affair.
         plain = all({name for name, _ in linear.named_parameters()} == {"weight"} for linear in linears)

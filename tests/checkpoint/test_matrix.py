@@ -122,6 +122,8 @@ def branches(vision: str, connector: str, language: str) -> dict[str, Any]:
             small |= {"q_former": Q_FORMER, "glu": {"ffn_hidden_size": 96}}.get(name, {})
         if kind == "language" and "num_moe_experts" in own.find(name).values:
             small = small | EXPERTS
+            if isinstance(own.find(name).values.get("moe_layer_freq"), list | tuple):  # of as many layers as it has
+                small["moe_layer_freq"] = [0, 1, 0, 1, 1, 1]
         if kind == "vision":
             small = _tower(name)
         tree[kind] = {"preset": name, **small}

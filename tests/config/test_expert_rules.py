@@ -16,6 +16,7 @@ TP2 = [f"{P}tensor_model_parallel_size=2", f"{P}sequence_parallel=true"]
 CP3 = f"{P}context_parallel_size=3"
 EP2 = [f"{P}expert_model_parallel_size=2"]
 BIASES = [f"{L}add_bias_linear=true"]
+FROZEN = ["modules.vision.freeze=true", "modules.connector.freeze=true"]
 LORA = ["lora.rank=4", "checkpoint.load=unused"]
 
 
@@ -117,6 +118,11 @@ def test_accepted(load, overrides, world_size):
         # Of ranks 0 to 5, 2 and 3 share experts, and are of two replicas.
         ([*EXPERTS, *EP2, CP3, "logging.panel_interval=5"], 6, "logging.panel_interval: one replica answers"),
         # Experts in all layers, and no MLP's layers; Mixtral's names are for Llamas.
+        (
+            [*EXPERTS, *EP2, *LORA, "lora.targets=[gate_proj]", *FROZEN],
+            2,
+            "lora.targets: with parallel.expert_model_parallel_size above 1 something beside experts must be trainable",
+        ),
         ([*EXPERTS, *LORA, "lora.targets=[w1]"], 1, "lora.targets: 'w1' is none of the language model's layers"),
         ([*EXPERTS, *LORA, "lora.targets=[experts.3.up_proj]"], 1, "lora.targets: 'experts.3.up_proj' is none of"),
         (

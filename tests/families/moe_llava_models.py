@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llava_like_models import EPOCH, LikeSource, LlavaLike, _clip, _plain, phi_text
+from llava_like_models import EPOCH, LikeSource, LlavaLike, _clip, _plain, _siglip, phi_text
 from tokenizer_files import write_qwen2
 from torch import Tensor, nn
 
@@ -58,7 +58,11 @@ class DeepspeedMoE(nn.Module):
 
 
 class MoeLlava(LlavaLike):
-    """With its names of tower and projector."""
+    """With its names of tower and projector; its ``siglip_encoder.py`` @ 33afc0d drops SigLIP's first patch."""
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        hidden: Tensor = self.tower[0](pixels, output_hidden_states=True).hidden_states[self.layer]
+        return hidden[:, 1:]
 
     def published(self, name: str) -> str:
         """Return what the public checkpoints call a parameter."""
@@ -77,7 +81,8 @@ class MoeLlava(LlavaLike):
 
 
 def moe_llava(kind: str = "stablelm", wide: Any = None) -> MoeLlava:
-    """On StableLM-2, or on Phi-2, whose experts have biases and whose head has none."""
+    """On StableLM-2 (``siglip``: with that tower), or on Phi-2, whose experts have biases and whose head has none."""
+    siglip, kind = kind == "siglip", "stablelm" if kind == "siglip" else kind
     text = phi_text(bias=False, **(wide or {})) if kind == "phi" else _plain(kind, wide)
     layers = text.model.layers
     here = list(range(0, len(layers), 2))
@@ -95,7 +100,7 @@ def moe_llava(kind: str = "stablelm", wide: Any = None) -> MoeLlava:
         "mm_use_im_patch_token": False, "mm_video_tower": None, "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False, "use_mm_proj": True,
     }  # fmt: skip
-    return MoeLlava(text, _clip(), keys, renamed=EPOCH if kind == "stablelm" else {})
+    return MoeLlava(text, _siglip() if siglip else _clip(), keys, renamed=EPOCH if kind == "stablelm" else {})
 
 
 def _saved(kind: str, directory: Path) -> Path:
@@ -104,10 +109,10 @@ def _saved(kind: str, directory: Path) -> Path:
 
 
 MOE_LLAVA: dict[str, tuple[str, Callable[[Path], Path]]] = {
-    f"moe_llava_{kind}": ("moe_llava", partial(_saved, kind)) for kind in ("stablelm", "phi")
+    f"moe_llava_{kind}": ("moe_llava", partial(_saved, kind)) for kind in ("stablelm", "phi", "siglip")
 }
 """What makes a checkpoint, by name, and its family."""
-SOURCES = {kind: LikeSource("moe_llava", partial(moe_llava, kind)) for kind in ("stablelm", "phi")}
+SOURCES = {kind: LikeSource("moe_llava", partial(moe_llava, kind)) for kind in ("stablelm", "phi", "siglip")}
 
 
 def moe_llava_answers(directory: Path) -> Path:

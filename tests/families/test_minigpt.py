@@ -226,3 +226,9 @@ def test_adapters_in_the_trainers_file(tmp_path: Path, capsys: pytest.CaptureFix
     line = refused(capsys, "hf-to-megatron", "--adapter", tmp_path / "none.pth", "--base", tmp_path / "m",
                    "--out", tmp_path / "no")  # fmt: skip
     assert "none.pth: holds no adapters of MiniGPT-v2" in line
+    other = torch.load(file, weights_only=True)
+    other["model"]["llama_proj.weight"] = other["model"]["llama_proj.weight"] + 1
+    torch.save(other, tmp_path / "other.pth")
+    line = refused(capsys, "hf-to-megatron", "--adapter", tmp_path / "other.pth", "--base", tmp_path / "m",
+                   "--out", tmp_path / "no")  # fmt: skip
+    assert "other.pth: what it holds of the projection is not what" in line

@@ -35,7 +35,7 @@ ADAPTERS = {
     "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "experts.down_proj"]}
 }
 SOME = {"lora": {"rank": 3, "alpha": 8.0, "targets": ["up_proj"], "train_head": True}}
-MODELS = {"all": cases.ALL, "mixed": cases.MIXED}
+MODELS = {"all": cases.ALL, "mixed": cases.MIXED, "biased": cases.ALL | {"add_bias_linear": True}}
 # By ranks: model, layout, other branches.
 QUICK: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
     2: [("mixed", TP2 | EP2, {})],
@@ -57,6 +57,7 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", EP2, ADAPTERS),
         ("mixed", TP2 | EP2, ADAPTERS),
         ("mixed", TP2, ADAPTERS),
+        ("biased", TP2 | EP2, {}),
         ("all", EP2 | {"recompute_granularity": "full"}, SOME),
     ],
     4: [

@@ -101,7 +101,7 @@ def digest(directory: Path) -> str:
 
 
 def _add_weights(found: hashlib._Hash, source: Source) -> None:
-    for path in sorted({info.file for info in source.tensors.values()}):
+    for path in sorted({info.file for name, info in source.tensors.items() if name not in source.made}):
         state = path.stat()
         found.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
         with path.open("rb") as file:

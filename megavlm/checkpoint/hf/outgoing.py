@@ -147,7 +147,10 @@ def export(
         if style != came_with:
             extra = _renamed(extra, family.styles[came_with], family.styles[style])
         entries = [e for rule in rules for e in rule_entries(rule, number_type(rule, reader, dtype))]
-        entries += [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
+        others = [Entry(name, tuple(t.shape), t.dtype) for name, t in extra.items()]
+        # In front: MiniGemini's code opens only the first file for its towers. All must stay aligned.
+        first = all(one.dtype.itemsize >= entries[0].dtype.itemsize for one in others) if entries else True
+        entries = others + entries if first else entries + others
         result.tensors, result.bytes = len(entries), sum(entry.nbytes for entry in entries)
         with publishing(out, needed_bytes=result.bytes) as partial:
             checked = verify and dtype is None
@@ -158,7 +161,8 @@ def export(
                 pieces = [RuleToWrite(rule, reader, dtype, checked=early) for rule in rules]
                 with contextlib.closing(ReadAhead(pieces)) as ahead:
                     learnt = (pair for piece in pieces for pair in zip(piece.names, ahead.read(piece), strict=True))
-                    _write_all(writer, itertools.chain(learnt, extra.items()), result.bytes)
+                    both = (extra.items(), learnt) if first else (learnt, extra.items())
+                    _write_all(writer, itertools.chain(*both), result.bytes)
             result.vanished = sum(piece.vanished for piece in pieces)
             result.files = write_pickle(partial, family.pickle) if family.pickle is not None else writer.files
             result.files += write_pieces(partial, family, model)

@@ -226,11 +226,12 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     Raises:
         UserError: it is an adapter of another kind, or for another model.
     """
-    where, settings, tensors = _read(directory)
+    where, settings, tensors, beside = _read(directory)
     model, trained = recipe_branches(base)
     if holds_adapters(base) or trained.rank is not None:
         raise UserError(f"{base}: holds adapters itself; name the checkpoint of whole weights")
     with alone():
+        _check_beside(where, beside, base, model)
         rules, left = _named(where, tensors, _namings(model, base))
         lora, made = _plan(where, settings, left, model, rules)
         slots = find_slots(model, ["language"], lora)
@@ -248,15 +249,33 @@ def import_adapter(directory: Path, base: Path, out: Path) -> int:
     return len(tensors)
 
 
-def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor]]:
-    """Return the file of an adapter's weights, what it computes and what it holds.
+def _check_beside(where: Path, beside: Mapping[str, Any], base: Path, model: ModelConfig) -> None:
+    """Check that what a file holds beside its adapters is what the base has.
+
+    Raises:
+        UserError: it is something else, which would be lost.
+    """
+    slots = find_slots(model, ["connector"]) if beside else {}
+    for name, value in beside.items():
+        own = CheckpointReader(base).read(slots[name]) if name in slots else None
+        if own is None or own.shape != value.shape or not torch.equal(own.float(), value.float()):
+            raise UserError(
+                f"{where}: what it holds of the projection is not what {base} has, and adapters cannot hold it; convert"
+                " the directory of the model with this file in it, and name that as --base"
+            )
+
+
+def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor], dict[str, Any]]:
+    """Return the file of an adapter's weights, what it computes, what it holds, and what was trained beside it.
 
     Raises:
         UserError: it is no adapter, or one of another kind.
     """
     if directory.is_file():
-        settings, found = read_minigpt(directory)
-        return directory, settings, _finite(directory, found)
+        if (directory.parent / CONFIG).is_file():
+            raise UserError(f"{directory}: is a file of an adapter of PEFT; give its directory, {directory.parent}")
+        settings, found, beside = read_minigpt(directory)
+        return directory, settings, _finite(directory, found), beside
     if not (directory / CONFIG).is_file():
         there = what_is(directory)
         raise UserError(
@@ -269,7 +288,7 @@ def _read(directory: Path) -> tuple[Path, Settings, dict[str, Tensor]]:
             "their base where they were made, and convert that"
         )
     where, tensors = _read_tensors(directory)
-    return where, settings, tensors
+    return where, settings, tensors, {}
 
 
 def _read_tensors(directory: Path) -> tuple[Path, dict[str, Tensor]]:

@@ -19,11 +19,13 @@ from megavlm.config.errors import UserError
 from megavlm.weights.pickles import load_weights
 
 _ALPHA, _DROPOUT = 16, 0.05
+APART = {"llama_proj.weight": "connector.layers.0.weight", "llama_proj.bias": "connector.layers.0.bias"}
+"""What is trained beside the adapters, and what it is called here."""
 _NAME = re.compile(r"llama_model\.(base_model\.model\..*\.lora_[AB])\.(?:default\.)?weight")
 
 
-def read_minigpt(file: Path) -> tuple[Settings, dict[str, Any]]:
-    """Return what adapters compute, and their tensors by PEFT's names.
+def read_minigpt(file: Path) -> tuple[Settings, dict[str, Any], dict[str, Any]]:
+    """Return what adapters compute, their tensors by PEFT's names, and by ours what was trained beside them.
 
     Raises:
         UserError: there are none, or they are of several ranks.
@@ -42,7 +44,8 @@ def read_minigpt(file: Path) -> tuple[Settings, dict[str, Any]]:
     alpha, dropout = told.get("lora_alpha", _ALPHA), told.get("lora_dropout", _DROPOUT)
     if not _number(alpha) or alpha <= 0 or not _number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"{file}: its config has lora_alpha {str(alpha)[:40]!r} and lora_dropout {str(dropout)[:40]!r}")
-    return Settings(ranks.pop(), float(alpha), float(dropout)), found
+    beside = {ours: state[theirs] for theirs, ours in APART.items() if theirs in state}  # type: ignore[index, operator]
+    return Settings(ranks.pop(), float(alpha), float(dropout)), found, beside
 
 
 def _number(value: Any) -> bool:
