@@ -94,6 +94,7 @@ PUBLISHED = {"eva02_clip_l_14_336": 304_432_832 - 12_602_024 - 2048 - 787_200}
 ELSEWHERE = (
     "tiny_vit",
     "openclip_",
+    "eva02_clip_e_",
     "intern_vit_6b",
     "qwen",
     "glm4v_",
