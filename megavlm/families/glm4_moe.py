@@ -41,6 +41,7 @@ def glm_experts_branch(config: Mapping[str, Any], where: str) -> Tree:
     top = chosen_experts(config, count, where)
     factor = float(number(config, "routed_scaling_factor", where, 1.0))
     return {
+        **_ROUTER,  # a checkpoint's record says each, also what the preset has
         "num_moe_experts": count,
         "moe_ffn_hidden_size": width,
         "moe_layer_freq": 1 if not dense else (*(0,) * dense, *(1,) * (layers - dense)),
