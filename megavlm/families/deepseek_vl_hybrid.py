@@ -124,6 +124,8 @@ class DeepseekVLHybridFamily(DeepseekVLFamily):
         vision = model.vision
         if model.image.kind != self.image_plan:
             return f"the image plan is {model.image.kind}, DeepSeek-VL-7B's is {self.image_plan}"
+        if vision.low_tiles != 1 or vision.low_whole:
+            return "the first tower sees tiles (model.vision.low_tiles, low_whole), DeepSeek-VL-7B's the whole picture"
         if vision.ratio != 1:
             return "the second tower makes several features of a place, DeepSeek-VL-7B's one (model.vision)"
         whole = vision.high_global_layers

@@ -151,8 +151,11 @@ def test_towers_before_another_language_model_are_written_anew(tmp_path: Path) -
         one, two = ({k: v for k, v in tree[part].items() if k not in ("preset", "init_method_std")} for tree in trees)
         assert one == two
     before, after = Source(source), Source(tmp_path / "hf")
+    # CLIP's own norm behind its layers, which no feature passes and its code loads all the same, is made anew.
     towers = [name for name in after.tensors if "vision_tower" in name]
-    assert towers and all(torch.equal(before.get(name), after.get(name)) for name in towers)
+    behind = [name for name in towers if ".post_layernorm." in name]
+    assert len(behind) == 2 and len(towers) > 2
+    assert all(torch.equal(before.get(name), after.get(name)) for name in towers if name not in behind)
 
 
 def test_a_training_says_what_became_of_pictures(tmp_path: Path) -> None:
