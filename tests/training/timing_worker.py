@@ -26,7 +26,7 @@ from megavlm.training.build import build_training  # noqa: E402
 from megavlm.training.step import train_step  # noqa: E402
 from megavlm.training.timing import StepTiming  # noqa: E402
 
-STEPS = 5
+STEPS = 8
 CASES = {"even-2": (2, (0.06, 0.06)), "even-8": (8, (0.06, 0.06)), "second-slow": (6, (0.02, 0.08))}
 """Micro-batches, and how long each stage sleeps in a forward pass."""
 
