@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.config.schema import EngineConfig, LoraConfig, ParallelConfig
 from megavlm.parallel.device import has_kernels
@@ -68,3 +69,19 @@ class BuildContext:
                 bf16=self.dtype is torch.bfloat16,
             ),
         }
+
+    def headless_config(self, part: Part, hidden_size: int, init_method_std: float, **own: Any) -> TransformerConfig:
+        """Return the configuration of a part without attention heads: linear layers, norms, convolutions.
+
+        Args:
+            part: whose it is.
+            hidden_size: width of what it gives.
+            init_method_std: standard deviation of its initial weights.
+            own: fields of its own, such as ``normalization``.
+        """
+        return TransformerConfig(
+            hidden_size=hidden_size,
+            num_attention_heads=self.parallel.tensor_model_parallel_size,  # there are none: any number will do
+            init_method_std=init_method_std,
+            **{"num_layers": 1, **own, **self.transformer_settings(part)},
+        )

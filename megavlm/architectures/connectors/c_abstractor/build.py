@@ -63,13 +63,7 @@ class CAbstractor(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector = own(model)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=model.language.hidden_size,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", model.language.hidden_size, connector.init_method_std)
         super().__init__(config=config)
         self.grid, self.output_grid = model.vision.grid, connector.output_grid
         self.position_embedding: nn.Parameter | None = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.connectors.dense_connector.config import layers_of, own, widths
@@ -24,13 +23,7 @@ class DenseConnector(MegatronModule):
     """[P, N, L * W] features of patches to [T, N, E] image tokens."""
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=model.language.hidden_size,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=own(model).init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", model.language.hidden_size, own(model).init_method_std)
         super().__init__(config=config)
         self.settings, self.num_layers = own(model), layers_of(model)
         self.layers = linear_stack(widths(model), config)

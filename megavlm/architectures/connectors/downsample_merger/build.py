@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.blocks import width_of
@@ -28,14 +27,7 @@ class DownsampleMerger(MegatronModule):
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, embed = model.connector, model.language.hidden_size
         assert isinstance(connector, DownsampleMergerConfig)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            normalization="LayerNorm",
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, connector.init_method_std, normalization="LayerNorm")
         super().__init__(config=config)
         self.block, ffn = connector.merge_size**2, connector.ffn_hidden_size
         init = config.init_method

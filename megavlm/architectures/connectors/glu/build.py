@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.architectures.connectors.glu.config import own
@@ -26,14 +25,7 @@ class GLUConnector(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, width, embed = own(model), model.vision.feature_size, model.language.hidden_size
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            normalization="LayerNorm",
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, connector.init_method_std, normalization="LayerNorm")
         super().__init__(config=config)
         init, ffn = config.init_method, connector.ffn_hidden_size
         # The norm is over all of it.

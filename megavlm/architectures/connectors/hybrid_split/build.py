@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.context import BuildContext
@@ -25,13 +24,7 @@ class HybridSplit(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         embed = model.language.hidden_size
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=model.connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, model.connector.init_method_std)
         super().__init__(config=config)
         self.sizes = list(model.vision.feature_sizes)
 

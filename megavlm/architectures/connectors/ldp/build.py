@@ -49,13 +49,7 @@ class LDP(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, width, embed = own(model), model.vision.feature_size, model.language.hidden_size
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, connector.init_method_std)
         super().__init__(config=config)
         self.grid, self.output_grid = model.vision.grid, connector.output_grid
         self.layers = linear_stack([width, embed, embed], config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.connectors.mlp.config import MLPConfig
@@ -27,13 +26,7 @@ class MLPConnector(MegatronModule):
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         width, embed, connector = model.vision.feature_size, model.language.hidden_size, model.connector
         assert isinstance(connector, MLPConfig)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, connector.init_method_std)
         super().__init__(config=config)
         self.first = int(connector.drop_first_feature)
         self.layers = linear_stack([width] + [embed] * connector.depth, config)

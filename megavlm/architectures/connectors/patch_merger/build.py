@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.blocks import width_of
@@ -28,13 +27,8 @@ class PatchMerger(MegatronModule):
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, embed = model.connector, model.language.hidden_size
         assert isinstance(connector, PatchMergerConfig)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            normalization=connector.normalization,
-            **context.transformer_settings("connector"),
+        config = context.headless_config(
+            "connector", embed, connector.init_method_std, normalization=connector.normalization
         )
         super().__init__(config=config)
         self.block, self.norm_after_merge = connector.merge_size**2, connector.norm_after_merge

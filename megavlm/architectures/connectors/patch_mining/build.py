@@ -15,7 +15,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megavlm.architectures.connectors.patch_mining.config import places, widths
@@ -35,13 +34,7 @@ class PatchMining(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, (low, high) = model.connector, model.vision.feature_sizes
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=model.language.hidden_size,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", model.language.hidden_size, connector.init_method_std)
         super().__init__(config=config)
         self.low, self.places = low, places(model)
         self._group = mpu.get_tensor_model_parallel_group()  # that of now: a part may be built as on one rank

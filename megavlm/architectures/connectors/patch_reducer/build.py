@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.connectors.patch_reducer.config import own, widths
@@ -29,13 +28,11 @@ class PatchReducer(MegatronModule):
 
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector = own(model)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=model.language.hidden_size,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
+        config = context.headless_config(
+            "connector",
+            model.language.hidden_size,
+            connector.init_method_std,
             normalization=connector.normalization or "LayerNorm",
-            **context.transformer_settings("connector"),
         )
         super().__init__(config=config)
         self.settings, self.grid = connector, model.vision.grid

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megavlm.architectures.connectors.pixel_shuffle.config import PixelShuffleConfig, width_of
@@ -40,13 +39,7 @@ class PixelShuffleConnector(MegatronModule):
     def __init__(self, model: ModelConfig, context: BuildContext) -> None:
         connector, embed = model.connector, model.language.hidden_size
         assert isinstance(connector, PixelShuffleConfig)
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=embed,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=connector.init_method_std,
-            **context.transformer_settings("connector"),
-        )
+        config = context.headless_config("connector", embed, connector.init_method_std)
         super().__init__(config=config)
         self.grid, self.factor = model.vision.grid, connector.factor
         width, init = width_of(model), config.init_method

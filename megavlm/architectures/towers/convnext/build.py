@@ -73,12 +73,8 @@ class ConvNext(MegatronModule):
     """
 
     def __init__(self, vision: ConvNextConfig, context: BuildContext) -> None:
-        config = TransformerConfig(
-            num_layers=vision.num_layers,
-            hidden_size=vision.hidden_size,
-            num_attention_heads=context.parallel.tensor_model_parallel_size,  # there are none: any number will do
-            init_method_std=vision.init_method_std,
-            **context.transformer_settings("vision"),
+        config = context.headless_config(
+            "vision", vision.hidden_size, vision.init_method_std, num_layers=vision.num_layers
         )
         super().__init__(config=config)
         self.settings = vision
