@@ -203,8 +203,8 @@ def test_quantised_weights_at_any_layout(name: str, results: Results) -> None:
 def test_bf16(name: str, results: Results) -> None:
     """In bf16 a layout adds in another order and rounds; so far and no further do the losses differ.
 
-    How much, the processor's own bf16 kernels decide, and Adam makes much of little: from the second step on the weights
-    differ, and their gradients' norms by twice as much as at the first (5.6 % were seen on one machine, under 5 % on another).
+    How much, the processor's own bf16 kernels decide, and Adam makes much of little: from the second step on the
+    weights differ too, and norms by more than at the first (5.6 % on one machine, under 5 % on another).
     """
     alone, spread = results[name], results[f"{name}-parallel"]
     exact = results["single" if name == "bf16" else "qlora"]

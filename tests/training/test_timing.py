@@ -53,7 +53,7 @@ def test_who_waits_in_a_pass_is_not_slow() -> None:
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """The steps of each pipeline."""
     out = tmp_path_factory.mktemp("timing") / "found.json"
-    script(WORKER, out, world=2, timeout=120)
+    script(WORKER, out, world=2, timeout=600)
     found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
     return found
 
@@ -109,7 +109,7 @@ def test_parts_add_up_to_the_step(name: str, pipelines: dict[str, list[dict[str,
 def train(data: RunData, output: Path, *overrides: str) -> str:
     """Run ``megavlm train`` at TP 2; return what it printed."""
     words = ("parallel.tensor_model_parallel_size=2", "logging.timing_interval=1", *overrides)
-    return megavlm(data.words(output, *words), world=2, timeout=120).output
+    return megavlm(data.words(output, *words), world=2, timeout=600).output
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
