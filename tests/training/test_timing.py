@@ -142,10 +142,11 @@ def test_a_slow_rank_is_named(slow_run: tuple[Path, str], capsys: pytest.Capture
     timed = [line for line in lines(output) if "slowest_rank" in line]
     assert [line["step"] for line in timed] == [1, 2, 6]  # profiled steps are not timed
     for line in timed:
-        assert line["slowest_rank"] == 1 and line["slowest_rank_ratio"] > 1.1 and line["slowest_host"]
-        assert line["slowest_rank_seconds"] > 2 * 0.05  # two micro-batches
-        assert line["communication_fraction/in_compute"] > 0.1
+        assert line["slowest_host"] and line["slowest_rank_seconds"] > 2 * 0.05  # two micro-batches
         assert line["communication_fraction/between"] < 0.02  # there is one stage
+    line = quietest(timed)
+    assert line["slowest_rank"] == 1 and line["slowest_rank_ratio"] > 1.1
+    assert line["communication_fraction/in_compute"] > 0.1
     assert all(line["memory_gib"] > 0.05 and line["memory_rank"] in (0, 1) for line in lines(output))
     assert "slowest rank 1 on " in text and "communication " in text
     assert main(["doctor", "--quick", str(output)]) == 0
