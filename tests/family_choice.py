@@ -24,10 +24,12 @@ from typing import Any
 
 import import_graph
 import pytest
+import yardstick
 from import_graph import ROOT
 
 BUDGET = 20.0
-"""Seconds of a family's tests in ``make test``: of the clock or of the processors, whichever is less, so that another
+"""Seconds of a family's tests in ``make test``, of a core such as :data:`yardstick.QUIET` is of (a slower or busier one
+has as many times longer): of the clock or of the processors, whichever is less, so that another
 program on the machine does not count."""
 
 PARTS: dict[str, tuple[str, ...]] = {
@@ -294,11 +296,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     families = families_of(item)
     if not families or item.get_closest_marker("long"):
         return (yield)
-    began = time.monotonic(), _processor_seconds()
+    slow, began = yardstick.slowness(), (time.monotonic(), _processor_seconds())
     try:
         return (yield)
     finally:
-        took = min(time.monotonic() - began[0], _processor_seconds() - began[1])
+        took = min(time.monotonic() - began[0], _processor_seconds() - began[1]) / slow
         for name in families:
             _spent[name] += took / len(families)
 

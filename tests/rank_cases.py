@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,9 @@ def raising(rank: int) -> None:
 
 
 def ending(rank: int, how: int | str) -> str:
-    """One rank kills itself by a signal, or leaves with an exit code; the others sleep."""
+    """One rank kills itself by a signal, or leaves with an exit code; the others wait for it in vain."""
     if int(os.environ["RANK"]) != rank:
-        time.sleep(60)
+        threading.Event().wait()
     elif isinstance(how, str):
         os.kill(os.getpid(), getattr(signal, how))
     else:

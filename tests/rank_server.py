@@ -222,7 +222,7 @@ def _watch(case: Case, pids: dict[int, int], wanted: Callable[[], bool]) -> Outc
                 continue  # left behind by a rank, and adopted
             outcome.codes[rank] = code
             if code and len([one for one in outcome.codes.values() if one]) == 1:
-                deadline = min(deadline, time.monotonic() + case.grace)
+                deadline = min(deadline, time.monotonic() + case.grace * _crowd())
         if not wanted():
             raise EOFError
         if running and time.monotonic() > deadline:
@@ -235,6 +235,11 @@ def _watch(case: Case, pids: dict[int, int], wanted: Callable[[], bool]) -> Outc
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     outcome.processor_seconds = used.ru_utime + used.ru_stime
     return outcome
+
+
+def _crowd() -> float:
+    """Return how many want each core: as many times longer takes what needs one, such as to see that a rank is gone."""
+    return min(8.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def _ended() -> Iterator[tuple[int, int]]:
@@ -256,7 +261,7 @@ def _end(running: dict[int, int], outcome: Outcome, *, say_where: bool) -> None:
         for pid in running:
             os.kill(pid, signal.SIGCONT)  # a stopped rank is to write, too
             os.kill(pid, number)
-        until = time.monotonic() + LAST_WORDS
+        until = time.monotonic() + LAST_WORDS * _crowd()
         while running and (time.monotonic() < until or number == signal.SIGKILL):
             for pid, code in _ended():
                 if pid in running:
@@ -268,7 +273,7 @@ def _outlived() -> list[str]:
     """Return the command lines of what the ranks left running, after a moment in which they may end."""
     import psutil
 
-    until = time.monotonic() + 1.0
+    until = time.monotonic() + 1.0 * _crowd()
     while True:
         list(_ended())
         left = []

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yardstick
 
 import megavlm
 from megavlm import cli
@@ -67,7 +68,7 @@ def fake_train(fake_module, monkeypatch):
 def start(*words, **environment):
     clean = {key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "RANK")}
     return subprocess.run(
-        [sys.executable, *words], env=clean | environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *words], env=clean | environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -147,12 +148,23 @@ def test_help_and_checks_of_every_command_come_before_torch(run_data, tmp_path):
         assert (expected or "usage: megavlm") in text, (words, text)
 
 
-@pytest.mark.parametrize("command", ["train", "quickstart"])
-def test_help_takes_less_than_a_second_of_processor_time(command):
+def processor_time(*words):
+    """Return the seconds of a processor that a Python takes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert start("-m", "megavlm", command, "--help").returncode == 0
+    assert start(*words).returncode == 0
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_help_takes_little_processor_time(command):
+    """Two to three yardsticks, half a second or so; with torch it would be six and more."""
+    took = []
+    for _ in range(3):  # the load may change in between
+        took.append(processor_time("-m", "megavlm", command, "--help") / yardstick.seconds())
+        if took[-1] < 5:
+            break
+    assert min(took) < 5, took
 
 
 def test_train_hands_over_the_checked_recipe(recipe_file, fake_train):

@@ -83,6 +83,6 @@ def test_contributing_names_every_room_and_no_test_that_is_gone() -> None:
 def test_tests_take_one_process_where_two_cannot_do_it(words: tuple[str, ...], spread: bool) -> None:
     clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PYTEST_ARGS", "WORKERS")}
     command = ["make", "-n", "test", *words]
-    said = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True, timeout=600).stdout
     (line,) = (one for one in said.splitlines() if "-m pytest tests" in one)
     assert ("-n 2 --dist loadfile" in line) is spread and "-m 'not long" in line

@@ -20,7 +20,7 @@ def test_tiny_run(tmp_path: Path) -> None:
     work.mkdir()
     options = ["--tiny", "--keep-caches", "--shard-size=0.002", f"--work={work}", f"--out={out}"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *options], cwd=ROOT, capture_output=True, text=True, timeout=280
+        [sys.executable, str(SCRIPT), *options], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -40,7 +40,7 @@ def test_tiny_run_of_a_family(tmp_path: Path) -> None:
     options += [f"--set=model.{key}" for key in ("language.num_layers=1", "vision.num_layers=1")]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "convert_family.py"), *options],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "internvl3_8b/sft as internvl, 1 + 1 layers" in done.stdout

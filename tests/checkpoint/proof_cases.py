@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,16 +253,18 @@ def trained(recipe: dict[str, Any], steps: int = 2) -> tuple[TrainingModel, Any]
     return training, tree
 
 
-def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[float, list[str]]:
-    """Take a step right after an asynchronous save whose claims are slow; return how long it waited, and what is there.
+def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[bool, list[str]]:
+    """Take a step right after an asynchronous save whose claims are slow; return whether it waited, and what is there.
 
     The claims are of what was saved, so the update must wait for them.
     """
-    slow, original = 1.5, proof.Witness.testify
+    taken, original = threading.Event(), proof.Witness.testify
 
     def testify(witness: proof.Witness) -> proof.Proof:
-        time.sleep(slow)
-        return original(witness)
+        time.sleep(1.5)
+        found = original(witness)
+        taken.set()
+        return found
 
     tree = tiny_recipe(**recipe)
     with process_groups(tree.parallel, 1):
@@ -269,11 +272,10 @@ def step_while_claims_are_taken(recipe: dict[str, Any], root: str) -> tuple[floa
         keeper = Saver(Path(root), keep=9, asynchronous=True)
         with mock.patch.object(proof.Witness, "testify", testify), training.settled():
             keeper.save(State(training.modules, training.optimizer, training.scheduler, run={"step": 2}))
-            start = time.perf_counter()
             (pack, pixels), *_ = random_packs(1)
             batch = make_batch(pack, torch.from_numpy(pixels), local_device())
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)
-            waited = time.perf_counter() - start
+            waited = taken.is_set()
             keeper.finish()
             train_step(training.chunks, training.optimizer, [batch], num_sources=1)  # waits for nobody any more
     return waited, sorted(path.name for path in Path(root).iterdir())

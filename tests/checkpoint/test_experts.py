@@ -49,7 +49,7 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
     for number, (world, layout) in enumerate(chain):
         root = tmp_path / str(number)
         rate = 1e-3 * (1 + number)
-        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=240, lr=rate)
+        ranks.run("expert_checkpoint_cases:train", language, layout, str(root), load, world=world, timeout=600, lr=rate)
         load = str(root / "step-00000002")
         found = tensors(Path(load), VOCABULARY)
         first = first or found
@@ -75,7 +75,7 @@ def test_adapters_of_experts_change_their_layout(tmp_path: Path) -> None:
     for number, (world, layout) in enumerate(places):
         root = tmp_path / str(number)
         ranks.run(
-            "expert_checkpoint_cases:train", BIASED, layout, str(root), load, world=world, timeout=240, lora=lora,
+            "expert_checkpoint_cases:train", BIASED, layout, str(root), load, world=world, timeout=600, lora=lora,
             base=str(tmp_path / "base" / "step-00000000"),
         )  # fmt: skip
         load = str(root / "step-00000002")

@@ -237,7 +237,7 @@ def test_what_a_file_becomes_is_bounded(name, tmp_path):
     started = time.monotonic()
     with pytest.raises(RecipeError) as error:
         load_recipe("quickstart", [], expand_presets, [tmp_path / "bomb.yaml"])
-    assert time.monotonic() - started < 20  # seconds; unbounded it is days
+    assert time.monotonic() - started < 300  # seconds; unbounded it is days
     assert message in str(error.value) and str(error.value).startswith(f"{tmp_path}/bomb.yaml: not valid YAML")
 
 

@@ -100,7 +100,7 @@ def test_the_state_is_exact_at_any_moment(prefetch: Callable[..., Prefetcher]) -
     for taken in range(12):
         if taken == 6:
             decoder.busy.clear()
-            decoder.busy.wait(10)  # A pack is at the decoder: neither in the queue nor in the reader.
+            decoder.busy.wait(300)  # A pack is at the decoder: neither in the queue nor in the reader.
         else:
             time.sleep(0.004 * (taken % 4))
         states.append(through_json(running.state()))
@@ -220,7 +220,7 @@ def test_taking_does_not_wait_for_the_reader(prefetch: Callable[..., Prefetcher]
             packs = super().__iter__()
             yield next(packs)
             yield next(packs)
-            hold.wait(30)
+            hold.wait(300)
             yield next(packs)
 
     hold = threading.Event()
@@ -228,7 +228,7 @@ def test_taking_does_not_wait_for_the_reader(prefetch: Callable[..., Prefetcher]
     start = time.perf_counter()
     for _ in range(2):
         prefetcher.take()
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 200
     hold.set()
     prefetcher.take()
 
@@ -296,5 +296,5 @@ def test_a_pack_on_the_device() -> None:
 
 @pytest.mark.dist
 def test_all_ranks_see_the_packs_and_the_errors() -> None:
-    output = script(WORKER, "2x2", "1x2", "2x1", world=4, timeout=180).output
+    output = script(WORKER, "2x2", "1x2", "2x1", world=4, timeout=600).output
     assert output.count("is well") == 3 * 4, output

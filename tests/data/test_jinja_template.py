@@ -276,7 +276,7 @@ def test_texts_that_mean_no_good_are_one_line(name: str, tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         template_of("checkpoint", laid(tmp_path, BAD[name]))
     message = str(caught.value)
-    assert "\n" not in message and str(tmp_path) in message and time.monotonic() - began < 30
+    assert "\n" not in message and str(tmp_path) in message and time.monotonic() - began < 300
     assert "root:" not in message
 
 

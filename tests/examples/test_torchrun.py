@@ -44,7 +44,7 @@ class Nodes:
         ]
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 600
         while max(losses(self.output), default=0) < step:
             assert time.monotonic() < deadline and all(node.poll() is None for node in self.nodes)
             time.sleep(0.05)
@@ -53,7 +53,7 @@ class Nodes:
         """Return the exit codes and all that was printed."""
         texts = []
         try:
-            texts = [node.communicate(timeout=150)[0] for node in self.nodes]
+            texts = [node.communicate(timeout=600)[0] for node in self.nodes]
         finally:
             for node in self.nodes:
                 if node.poll() is None:

@@ -92,7 +92,7 @@ def test_at_four_ranks(tmp_path: Path) -> None:
     write_film_reference(model, recipe, reference)
     _, losses = compare(str(tmp_path / "m"), str(reference), keys)
     results = ranks.run(
-        "internvl_cases:compare", str(tmp_path / "m"), str(reference), [*LAYOUT, *keys], world=4, timeout=400
+        "internvl_cases:compare", str(tmp_path / "m"), str(reference), [*LAYOUT, *keys], world=4, timeout=600
     )
     for _, there in results:
         assert there == pytest.approx(losses, rel=1e-4)

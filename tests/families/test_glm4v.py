@@ -45,7 +45,7 @@ def test_features_logits_gradients_and_steps(tmp_path: Path) -> None:
     found, losses = compare(*paths, [])
     assert sum(name.startswith("connector.") for name in found) == 8
     assert losses[0] > losses[1] > losses[2]
-    results = ranks.run("internvl_cases:compare", *paths, LAYOUT, world=4, timeout=240)
+    results = ranks.run("internvl_cases:compare", *paths, LAYOUT, world=4, timeout=600)
     assert set().union(*(there for there, _ in results)) == set(found)
     for _, there in results:
         assert there == pytest.approx(losses, rel=1e-4)

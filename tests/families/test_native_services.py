@@ -132,7 +132,7 @@ def test_it_is_served_and_scored(trained: Trained, tmp_path: Path) -> None:
     assert losses(trained.run)[-1] < 0.05
     red, blue = (trained.pictures / f"{name}.png" for name in ("red", "blue"))
     with serving(trained.run, red, tmp_path / "log") as served:
-        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600)
 
         def ask(messages: list[dict[str, Any]], **more: Any) -> str:
             said = client.chat.completions.create(model="tiny", messages=messages, temperature=0, **more)

@@ -42,7 +42,7 @@ def test_features_logits_gradients_and_steps(tmp_path: Path) -> None:
     found, losses = compare(*paths, [])
     assert sum("deepstack" in name for name in found) == 3 * 6
     assert losses[0] > losses[1] > losses[2]
-    for _, there in ranks.run("internvl_cases:compare", *paths, LAYOUT, world=4, timeout=240):
+    for _, there in ranks.run("internvl_cases:compare", *paths, LAYOUT, world=4, timeout=600):
         assert there == pytest.approx(losses, rel=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_four_stages(tmp_path: Path) -> None:
     paths = str(tmp_path / "m"), str(tmp_path / "reference.safetensors")
     _, losses = compare(*paths, [])
     layout = ["parallel.pipeline_model_parallel_size=4"]
-    for _, there in ranks.run("internvl_cases:compare", *paths, layout, world=4, timeout=240):
+    for _, there in ranks.run("internvl_cases:compare", *paths, layout, world=4, timeout=600):
         assert there == pytest.approx(losses, rel=1e-4)
 
 

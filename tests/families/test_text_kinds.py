@@ -150,7 +150,7 @@ def test_all_kinds_at_tp2_pp2_with_sequence_parallelism(written: tuple[Path, dic
     """In one start of ranks; together they compare every parameter."""
     folder, branches = written
     own = {name: branch for name, branch in branches.items() if name not in EXPERTS}
-    results = ranks.run("text_cases:compare_all", own, str(folder), TP2_PP2, world=4, timeout=240)
+    results = ranks.run("text_cases:compare_all", own, str(folder), TP2_PP2, world=4, timeout=600)
     for name in own:
         there = {key for found in results for key in found[name]}
         assert sum("layers." in key for key in there) == 4 * sum("layers.0." in key for key in there) > 0
@@ -164,7 +164,7 @@ def test_experts_at_tp2_pp2_with_sequence_and_expert_parallelism(
     folder, branches = written
     layout = {**TP2_PP2, "expert_model_parallel_size": 2}
     own = {name: branches[name] for name in EXPERTS}
-    results = ranks.run("text_cases:compare_all", own, str(folder), layout, world=4, timeout=240)
+    results = ranks.run("text_cases:compare_all", own, str(folder), layout, world=4, timeout=600)
     for name in EXPERTS:
         there = [set(found[name]) for found in results]
         kept = Source(folder / f"{name}.safetensors").tensors

@@ -218,7 +218,7 @@ def proven(name: str, directory: Path, share: float = 1.0, layout: list[str] = L
     assert len({tuple(answer) for answer in expected}) > 1
     held = not isinstance(ROWS[name].planner, Lack)
     one = of_one_process(*where, held)
-    many: list[Proof] = ranks.run("whole_cases:prove", *where, layout, world=4, timeout=240, planned=held)
+    many: list[Proof] = ranks.run("whole_cases:prove", *where, layout, world=4, timeout=600, planned=held)
     parameters = {key.removeprefix("gradient.") for key in wanted.tensors if key.startswith("gradient.")}
     assert set(one.packed) == parameters - set(UNTRAINED.get(name, ()))
     assert set().union(*(rank.packed for rank in many)) == set(one.packed)

@@ -16,6 +16,6 @@ from transformers_cases import CASES as TRANSFORMERS_CASES
 
 @pytest.mark.dist
 def test_two_tensor_parallel_ranks() -> None:
-    output = script(Path(__file__).with_name("tensor_parallel_worker.py"), world=2, timeout=180).output
+    output = script(Path(__file__).with_name("tensor_parallel_worker.py"), world=2, timeout=600).output
     for name in (*CASES, *REDUCERS, *TRANSFORMERS_CASES, *TOWERS, *CONVOLUTIONS, *PACKED, "pictures", "vocabulary"):
         assert output.count(f"<{name}>") == 2, name

@@ -60,7 +60,7 @@ def test_a_broken_transformer_engine_is_hidden_and_a_whole_one_is_not(tmp_path: 
         "print(device.transformer_engine_installed())"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == str(body is None), done.stderr
     if body is not None:
         assert "installed but cannot be imported, so torch's layers run" in done.stderr

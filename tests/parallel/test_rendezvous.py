@@ -15,7 +15,7 @@ def meet(store: dist.Store, world_size: int) -> list[str]:
     found: dict[int, str] = {}
 
     def join(rank: int) -> None:
-        found[rank] = agree(store, rank, world_size, timedelta(seconds=20))
+        found[rank] = agree(store, rank, world_size, timedelta(seconds=300))
 
     # Rank 0 comes last: the others see what is left of the start before.
     threads = [threading.Thread(target=join, args=(rank,)) for rank in reversed(range(world_size))]

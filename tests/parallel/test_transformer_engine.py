@@ -97,7 +97,7 @@ def built() -> dict[str, Any]:
     path = [str(ROOT), str(ROOT / "tests"), *filter(None, sys.path)]
     env = {**os.environ, "PYTHONPATH": ":".join(path), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [sys.executable, str(worker), json.dumps(CASES)], env=env, capture_output=True, text=True, timeout=400
+        [sys.executable, str(worker), json.dumps(CASES)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1])

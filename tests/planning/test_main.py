@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yardstick
 from PIL import Image
 
 from megavlm.cli import WRONG_INPUT, main
@@ -18,6 +20,8 @@ from megavlm.config.load import load_recipe
 from megavlm.families.presets import expand_presets
 from megavlm.planning.report import efficiency_table, gpu_table
 
+YARDSTICKS = 36
+"""Of processor time for the plan of the 14B: it takes 15 to 22 (six runs of a quiet and of a busy machine)."""
 TINY = ["plan", "quickstart", "--gpus", "8", "training.global_batch_size=16"]
 
 
@@ -152,21 +156,30 @@ def test_the_docs_have_the_figures_that_the_planner_counts_with() -> None:
 
 
 def test_it_is_light_and_quick() -> None:
-    """No torch, no process group, and under five seconds of processor time for the 14B."""
+    """No torch, no process group, and for the 14B no more than twice the processor time that it takes today.
+
+    Counted in yardsticks of the same process, before and after: the seconds differ by machine, and with its load.
+    """
     large = ["model.preset=codefuse_vl_14b", "model.language.vocab_size=152064", "data.sequence_length=2048"]
     large += ["modules.vision.freeze=true", "training.global_batch_size=512", "training.precision=bf16"]
     program = (
-        "import sys, time; from megavlm.cli import main;"
+        "import sys, time, yardstick; before = yardstick.seconds(); began = time.process_time();"
+        " from megavlm.cli import main;"
         f" code = main(['plan', 'quickstart', '--gpus', '64', '--json', *{large}]);"
         " assert 'torch' not in sys.modules, 'torch was imported';"
-        " sys.stderr.write(f'\\n{time.process_time()}'); sys.exit(code)"
+        " took = time.process_time() - began; yard = (before + yardstick.seconds()) / 2;"
+        " sys.stderr.write(f'\\n{took / yard}'); sys.exit(code)"
     )
+    path = os.pathsep.join(filter(None, [str(Path(yardstick.__file__).parent), os.environ.get("PYTHONPATH")]))
     took = []
-    for _ in range(3):  # on a busy machine caches are others', and the same work takes half as long again
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    for _ in range(3):  # the load may change between the work and its yardsticks
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+            timeout=600, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["plans"][0]["layers_per_stage"]
         took.append(float(done.stderr.splitlines()[-1]))
-        if took[-1] < 5:
+        if took[-1] < YARDSTICKS:
             break
-    assert min(took) < 5, took
+    assert min(took) < YARDSTICKS, took

@@ -204,7 +204,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[fl
     tmp = tmp_path_factory.mktemp("memory")
     job, out = tmp / "job.json", tmp / "out.json"
     job.write_text(json.dumps([{"branches": one, "count": name in COUNTED} for name, one in CASES.items()]))
-    script(WORKER, job, out, world=RANKS, timeout=180)
+    script(WORKER, job, out, world=RANKS, timeout=600)
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 

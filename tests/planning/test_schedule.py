@@ -27,7 +27,7 @@ def test_megatron_core_runs_this_order(
     job, out = tmp_path / "job.json", tmp_path / "out.json"
     keys = ("pipeline", "virtual", "microbatches", "placement")
     job.write_text(json.dumps([dict(zip(keys, case, strict=True)) for case in cases]))
-    script(WORKER, job, out, world=ranks, timeout=120)
+    script(WORKER, job, out, world=ranks, timeout=600)
     real = json.loads(out.read_text())
     for (pipeline, virtual, microbatches, placement), of_ranks in zip(cases, real, strict=True):
         apart = placement == "all_ranks"

@@ -19,7 +19,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODES = ("node1", "node2")
 _SBIN = "/usr/sbin:/sbin"
-_START_SECONDS = 30
+_START_SECONDS = 200
 
 # Two partitions: a job in "high" takes the nodes of one in "low", which is asked to stop, has GraceTime seconds, and is
 # put back into the queue. cred_expire is also how long Slurm holds a requeued job back (120 s without it).
@@ -120,7 +120,13 @@ class Cluster:
     def run(self, *words: str, check: bool = True, **variables: str) -> str:
         """Run a command of Slurm, and return what it printed."""
         done = subprocess.run(
-            words, env={**self.env, **variables}, capture_output=True, text=True, timeout=60, cwd=self.root, check=False
+            words,
+            env={**self.env, **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=self.root,
+            check=False,
         )
         assert done.returncode == 0 or not check, f"{words}: {done.stderr}"
         return done.stdout.strip()
@@ -134,7 +140,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
-    def wait_for_end(self, job: str, timeout: float = 180) -> dict[str, str]:
+    def wait_for_end(self, job: str, timeout: float = 600) -> dict[str, str]:
         """Wait until ``job`` is over; return what is said of it then."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait(lambda: self.job(job)["JobState"] in over, f"the end of job {job}", timeout)

@@ -18,7 +18,7 @@ def script(name: str, *words: str, **variables: str) -> tuple[int, list[str], st
     """Run a job script outside of a job; return its exit code, the command that it printed, and its errors."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     done = subprocess.run(
-        ["bash", str(SCRIPTS / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False,
+        ["bash", str(SCRIPTS / name), *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
         env={**kept, "DRY_RUN": "1", "PYTHON": sys.executable, "MEGAVLM_HOME": str(ROOT), **variables},
     )  # fmt: skip
     return done.returncode, shlex.split(done.stdout), done.stderr

@@ -37,10 +37,10 @@ def run(
     train = data.words(output, *SAVES, *overrides)
     if ranks == 1 or not fault.endswith(("kill", "stop", "term", "usr1")):
         world = None if ranks == 1 else ranks
-        done = megavlm(train, world, check=False, env={VARIABLE: fault}, apart=False, timeout=180)
+        done = megavlm(train, world, check=False, env={VARIABLE: fault}, apart=False, timeout=600)
         return done.code, done.output
     words = ["-m", "megavlm", *train]
-    return under_torchrun(words, ranks=ranks, restarts=restarts, env={VARIABLE: fault}, timeout=180)
+    return under_torchrun(words, ranks=ranks, restarts=restarts, env={VARIABLE: fault}, timeout=600)
 
 
 def losses(output: Path) -> dict[int, tuple[float, float]]:
@@ -353,7 +353,7 @@ def test_ranks_that_share_experts_are_killed_in_a_save_and_in_a_step(run_data: R
 
     def start(output: str, fault: str = "") -> tuple[bool, str]:
         words = run_data.words(tmp_path / output, *SAVES, *EXPERTS, EP2)
-        done = megavlm(words, 2, check=False, env={VARIABLE: fault}, timeout=180)
+        done = megavlm(words, 2, check=False, env={VARIABLE: fault}, timeout=600)
         return done.codes[1] == -signal.SIGKILL, done.output
 
     for output, fault, at in (
@@ -371,10 +371,10 @@ def test_ranks_that_share_experts_are_killed_in_a_save_and_in_a_step(run_data: R
 
 @pytest.mark.dist
 def test_a_hung_rank_costs_the_time_out_and_leaves_nothing_running(run_data: RunData, tmp_path: Path) -> None:
-    words = ("parallel.pipeline_model_parallel_size=2", "parallel.distributed_timeout_minutes=0.1")
+    words = ("parallel.pipeline_model_parallel_size=2", "parallel.distributed_timeout_minutes=0.2")
     start = time.monotonic()
     code, text = run(run_data, tmp_path / "run", *words, fault="step.in_collective:rank1:step5:stop", ranks=2)
-    assert code != 0 and time.monotonic() - start < 120
+    assert code != 0 and time.monotonic() - start < 500
     assert text.count("lost rank 1 (host ") == 1 and "step 5: lost" in text
     for path in (tmp_path / "run" / "heartbeats").glob("rank-*.json"):
         pid = json.loads(path.read_text())["pid"]

@@ -160,7 +160,7 @@ def test_commands_answer_with_adapters(
         said[checkpoint] = text
     assert said[adapted] == said[merged]
     with serving(adapted, picture, tmp_path / "log", *ALONE) as served:
-        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600)
         url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         answer = client.chat.completions.create(

@@ -120,7 +120,7 @@ def test_a_rank_that_dies_in_a_phase_is_named(point: str, run_data: RunData, tmp
     more = (*FROZEN, *AHEAD) if ahead else (ALL,)
     words = run_data.words(tmp_path / "run", *SAVES, PP2, *more, "parallel.distributed_timeout_minutes=0.2")
     code, text = under_torchrun(
-        ["-m", "megavlm", *words], ranks=2, restarts=0, env={VARIABLE: f"{point}:rank1:step3:kill"}, timeout=180
+        ["-m", "megavlm", *words], ranks=2, restarts=0, env={VARIABLE: f"{point}:rank1:step3:kill"}, timeout=600
     )
     assert code != 0
     assert "step 3: lost rank 1 (host " in text, text

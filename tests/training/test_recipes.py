@@ -273,7 +273,7 @@ def runs(run_data: RunData, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     jobs.append({"name": "again", "recipe": "belle_vl_14b/sft", "overrides": again})
     job, out = root / "job.json", root / "results.json"
     job.write_text(json.dumps({"runs": jobs}))
-    script(Path(__file__).with_name("recipe_worker.py"), job, out, world=4, timeout=300)
+    script(Path(__file__).with_name("recipe_worker.py"), job, out, world=4, timeout=600)
     return root, json.loads(out.read_text())
 
 

@@ -37,7 +37,7 @@ def alone() -> Iterator[None]:
 def two_replicas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what two data-parallel replicas make of every case; fails where they hang."""
     out = tmp_path_factory.mktemp("step") / "results.json"
-    script(Path(__file__).with_name("step_cases.py"), out, world=2, timeout=240)
+    script(Path(__file__).with_name("step_cases.py"), out, world=2, timeout=600)
     return json.loads(out.read_text())
 
 

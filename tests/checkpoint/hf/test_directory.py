@@ -223,7 +223,7 @@ def test_two_runs_that_convert_at_once(tmp_path: Path, caplog: pytest.LogCapture
     hf = made(tmp_path, "llava")
     place = converted.place_of(hf, recipe(hf, tmp_path / "run"))
     both = [converted._Conversion(hf, place, tmp_path / f"{name}.log") for name in "ab"]
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not all([one.look() for one in both]):  # noqa: C419 - both have to look
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -117,7 +117,7 @@ print(json.dumps([out.getvalue(), loaded]))
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, env=env, check=False)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600, env=env, check=False)
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -28,7 +28,7 @@ def served(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def hooked(learnt: Learnt, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with tight limits, a slow model and a made-up Internet (see ``hooked.py``)."""
     log = tmp_path_factory.mktemp("hooked") / "log"
-    words = ("--web", "--allow-remote-images", "--batch=2", "--queue=2", "--body-mib=1", "--images=4", "--seconds=2")
+    words = ("--web", "--allow-remote-images", "--batch=2", "--queue=2", "--body-mib=1", "--images=4", "--seconds=4")
     with web_server() as port:
         hooks = {"STEP_SECONDS": "0.1", "WEB_PORT": str(port)}
         with started(learnt.checkpoint, learnt.picture, log, *words, hooks=hooks) as running:

@@ -81,7 +81,7 @@ def make_up_names(port: int) -> None:
         if host not in _NAMES:
             return lookup(host, wanted, *args, **kwargs)
         if host == "slow.example":
-            time.sleep(6)
+            time.sleep(30)
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, wanted)) for address in _NAMES[host]]
         if host == "rebinding.example":
             _NAMES[host] = ["127.0.0.1"]

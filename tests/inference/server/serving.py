@@ -67,7 +67,7 @@ def serving(checkpoint: Path, picture: Path, log: Path, *words: str, ranks: int 
     with started(checkpoint, picture, log, *words, ranks=ranks) as served:
         yield served
         served.process.send_signal(signal.SIGTERM if ranks > 1 else signal.SIGINT)
-        code = served.process.wait(40)
+        code = served.process.wait(300)
         said = log.read_text()
         assert "stopped after" in said and code == 0, said[-3000:]
 
@@ -120,11 +120,11 @@ def started(
 
 
 def _address(process: Process, log: Path) -> str:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         found = re.search(r"serving tiny on (http://127\.0\.0\.1:\d+)", log.read_text())
         if found:
             return found[1]
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.1)
-    raise AssertionError(f"no server after 120 s: {log.read_text()[-3000:]}")
+    raise AssertionError(f"no server after 600 s: {log.read_text()[-3000:]}")

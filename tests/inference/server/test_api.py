@@ -39,12 +39,12 @@ def png(width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600)
 
 
 def post(served: Served, body: bytes, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
     """POST a body as it is; returns status, JSON and headers."""
-    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=600)
     sent = {"Content-Type": "application/json", **{key.replace("_", "-"): value for key, value in headers.items()}}
     connection.request("POST", "/v1/chat/completions", body, sent)
     response = connection.getresponse()
@@ -57,7 +57,7 @@ def post_json(served: Served, body: dict[str, Any]) -> tuple[int, dict[str, Any]
 
 
 def health(served: Served) -> dict[str, Any]:
-    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=600)
     connection.request("GET", "/health")
     return json.loads(connection.getresponse().read())
 
@@ -289,7 +289,7 @@ def test_other_statuses(served: Served, client: openai.OpenAI) -> None:
     assert post(served, b"{")[0] == 400 and post(served, b"[]")[0] == 400
     assert post(served, b"[" * 100_000)[0] == 400
     for method, path, wanted in (("GET", "/v1/chat/completions", 405), ("POST", "/v1/embeddings", 404)):
-        connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=600)
         connection.request(method, path, b"{}", {"Content-Type": "application/json"})
         response = connection.getresponse()
         assert response.status == wanted and "message" in json.loads(response.read())["error"]
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_frees_its_slot(served: Served, client: openai.Open
     assert said.choices[0].message.content == ANSWER
 
 
-def wait_until(true: Any, seconds: float = 15) -> None:
+def wait_until(true: Any, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not become true"

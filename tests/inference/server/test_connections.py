@@ -14,7 +14,9 @@ import uvicorn
 
 from megavlm.inference.server.connections import guarded
 
-SECONDS = 0.8
+SECONDS = 1.2
+"""Of silence. What breaks this bound ends no connection at all: Uvicorn's own limit is far beyond (``PATIENCE``)."""
+PATIENCE = 300
 MOST = 4
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 Server = tuple[tuple[str, int], set[Any]]
@@ -33,11 +35,12 @@ async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    """Its address, and the connections that it has."""
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Its address, and the connections that it has; a parameter is the bound on silence."""
     config = uvicorn.Config(
-        application, http=guarded(MOST, SECONDS), lifespan="off", log_config=None, timeout_graceful_shutdown=1
-    )
+        application, http=guarded(MOST, getattr(request, "param", SECONDS)), lifespan="off", log_config=None,
+        timeout_graceful_shutdown=1, timeout_keep_alive=PATIENCE,
+    )  # fmt: skip
     running = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=running.run, args=([listening],))
@@ -46,7 +49,7 @@ def server() -> Iterator[Server]:
             yield listening.getsockname(), running.server_state.connections
         finally:
             running.should_exit = True
-            thread.join(10)
+            thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -60,7 +63,7 @@ def answer(one: socket.socket, until: bytes = b"hello") -> bytes:
 def ends_after(one: socket.socket) -> float:
     """Seconds until the server closes."""
     began = time.monotonic()
-    one.settimeout(10)
+    one.settimeout(PATIENCE)
     try:
         while one.recv(65536):
             pass
@@ -70,43 +73,42 @@ def ends_after(one: socket.socket) -> float:
 
 
 def test_silence_ends_a_connection(server: Server) -> None:
-    with socket.create_connection(server[0], 10) as one:
-        assert SECONDS / 2 < ends_after(one) < 4 * SECONDS
+    with socket.create_connection(server[0], PATIENCE) as one:
+        assert SECONDS / 2 < ends_after(one) < PATIENCE
 
 
 def test_a_head_that_trickles_ends_a_connection(server: Server) -> None:
-    with socket.create_connection(server[0], 10) as one:
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            for byte in GET * 20:
-                one.sendall(bytes([byte]))
-                time.sleep(SECONDS / 10)
-        assert time.monotonic() - began < 5 * SECONDS
+    head = GET[:-4] + b"A" * 1000  # which would take minutes
+    with socket.create_connection(server[0], PATIENCE) as one, pytest.raises(OSError):
+        for byte in head:
+            one.sendall(bytes([byte]))
+            time.sleep(SECONDS / 10)
 
 
 def test_what_is_no_http_gets_a_reason(server: Server) -> None:
     for sent in (b"hello\r\n\r\n", GET[:-2] + b"A: " + b"a" * 100_000):
-        with socket.create_connection(server[0], 10) as one:
+        with socket.create_connection(server[0], PATIENCE) as one:
             one.sendall(sent)
             said = answer(one, b"}}")
             assert b" 400 " in said and b"invalid_request_error" in said
 
 
 def test_so_does_silence_after_an_answer_but_not_waiting_for_one(server: Server) -> None:
-    with socket.create_connection(server[0], 10) as one:
+    with socket.create_connection(server[0], PATIENCE) as one:
         for path in (b"/", b"/slow", b"/"):
             one.sendall(GET.replace(b"/ ", path + b" "))
             assert b"200 OK" in answer(one)
-            time.sleep(SECONDS / 4)
-        assert ends_after(one) < 4 * SECONDS
+            time.sleep(SECONDS / 12)
+        assert ends_after(one) < PATIENCE
 
 
+@pytest.mark.parametrize("server", [PATIENCE], indirect=True)  # none ends meanwhile
 def test_more_connections_are_refused_with_a_reason(server: Server) -> None:
-    held = [socket.create_connection(server[0], 10) for _ in range(MOST)]
+    held = [socket.create_connection(server[0], PATIENCE) for _ in range(MOST)]
     try:
         while len(server[1]) < MOST:
             time.sleep(0.01)
-        with socket.create_connection(server[0], 10) as one:
+        with socket.create_connection(server[0], PATIENCE) as one:
             said = answer(one, b"}}")
         assert b" 503 " in said and b"too_many_connections" in said and b"Retry-After" in said
     finally:
@@ -114,15 +116,15 @@ def test_more_connections_are_refused_with_a_reason(server: Server) -> None:
             one.close()
     while server[1]:
         time.sleep(0.01)
-    with socket.create_connection(server[0], 10) as one:
+    with socket.create_connection(server[0], PATIENCE) as one:
         one.sendall(GET)
         assert b"200 OK" in answer(one)
 
 
 def test_an_answer_that_is_not_read_ends_a_connection(server: Server) -> None:
-    with socket.create_connection(server[0], 10) as one:
+    with socket.create_connection(server[0], PATIENCE) as one:
         one.sendall(GET.replace(b"/ ", b"/endless "))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while not server[1] or not any(each.flow.write_paused for each in server[1]):
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -20,7 +20,7 @@ from test_api import HELLO, asking, health, post_json, wait_until
 
 
 def client_of(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=600)
 
 
 def test_a_body_that_does_not_come_gets_408(hooked: Served) -> None:
@@ -34,7 +34,7 @@ def test_a_body_that_does_not_come_gets_408(hooked: Served) -> None:
         said = b""
         while b"}" not in said and (part := one.recv(65536)):  # head and body may come one after the other
             said += part
-        assert b" 408 " in said and b"took longer than 2 s" in said
+        assert b" 408 " in said and b"took longer than 4 s" in said
         while one.recv(65536):  # and it is closed
             pass
     wait_until(lambda: health(hooked)["requests"] == 0)
@@ -45,24 +45,24 @@ def test_an_answer_that_nobody_waits_for_is_not_computed_further(stream: bool, h
     wait_until(lambda: health(hooked)["requests"] == 0)
     before = health(hooked)["tokens"]
     body = json.dumps({"model": "tiny", "messages": asking(hooked.picture), "stream": stream})
-    leaving = http.client.HTTPConnection(urlsplit(hooked.url).netloc, timeout=30)
+    leaving = http.client.HTTPConnection(urlsplit(hooked.url).netloc, timeout=600)
     leaving.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     wait_until(lambda: health(hooked)["tokens"] > before)
     leaving.close()
     wait_until(lambda: health(hooked)["requests"] == 0)
-    time.sleep(0.3)  # the token that is being made
-    made = health(hooked)["tokens"]
+    made = before
+    while (now := health(hooked)["tokens"]) != made:  # a token may be in the making; one takes a tenth of this
+        made = now
+        time.sleep(1.0)
     assert 0 < made - before < 30  # of 34
-    time.sleep(0.5)
-    assert health(hooked)["tokens"] == made
     # Its place is free at once.
     assert post_json(hooked, {"model": "tiny", "messages": HELLO, "max_tokens": 1})[0] == 200
 
 
 def test_sigterm_lets_answers_end_for_a_while(learnt: Learnt, tmp_path: Path) -> None:
-    hooks = {"STEP_SECONDS": "0.1"}
+    hooks = {"STEP_SECONDS": "0.3"}
     with (
-        started(learnt.checkpoint, learnt.picture, tmp_path / "log", "--drain=2", hooks=hooks) as ending,
+        started(learnt.checkpoint, learnt.picture, tmp_path / "log", "--drain=4", hooks=hooks) as ending,
         ThreadPoolExecutor(2) as pool,
     ):
         client, messages = client_of(ending), asking(learnt.picture)
@@ -85,6 +85,6 @@ def test_sigterm_lets_answers_end_for_a_while(learnt: Learnt, tmp_path: Path) ->
         assert short.result() and ANSWER.startswith(short.result())
         with pytest.raises(openai.APIError, match="the server stopped before the answer's end"):
             long.result()
-        assert 1.5 < time.monotonic() - began < 8
-        assert ending.process.wait(10) == 0
+        assert time.monotonic() - began > 3.5  # it had its while
+        assert ending.process.wait(300) == 0
         assert "stopped after" in ending.log.read_text()

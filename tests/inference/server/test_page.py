@@ -85,7 +85,7 @@ def opened(browser: Browser, served: Served, **options: Any) -> Iterator[Page]:
     one.on("pageerror", lambda error: said.append(str(error)))
     one.on("console", lambda message: said.append(message.text) if "Failed to load" not in message.text else None)
     try:
-        one.set_default_timeout(30_000)
+        one.set_default_timeout(300_000)
         one.goto(served.url)
         one.get_by_role("heading", name="tiny", exact=True).wait_for()
         yield one

@@ -19,7 +19,7 @@ from megavlm.inference.server.web import POLICY
 
 
 def get(served: Served, path: str, body: object = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
-    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=600)
     sent = None if body is None else json.dumps(body)
     kind = {"Content-Type": "application/json"} if body is not None else {}
     connection.request("POST" if sent else "GET", path, sent, {**kind, **headers})

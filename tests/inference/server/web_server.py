@@ -39,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(404 if self.path == "/absent" else 200)
             self.end_headers()
             if self.path == "/slow":
-                for _ in range(50):
+                for _ in range(300):
                     self.wfile.write(b"x")
                     time.sleep(0.1)
             elif self.path == "/padded":  # a picture as far as decoders look
