@@ -45,9 +45,9 @@ def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     return _sendable((yield))
 
 
-_THREADS = 150
-"""So many more than were left the last time, and what tests left is collected. A group of Gloo's has three, which wake
-a hundred times a second: what lay in circles took two fifths of a core by the end of a whole run."""
+_THREADS = 600
+"""So many more than were left the last time, and what tests left is collected. A group of Gloo's has two, which sleep;
+to search all objects takes half a second."""
 _left = [0]
 
 

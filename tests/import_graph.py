@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,18 +23,28 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 def imports(path: Path, known: Mapping[str, Path], *, named: bool = False) -> set[str]:
     """Return the modules of ``known`` that a file imports, anywhere in it; if ``named``, also in strings."""
-    found = set()
+    whole, of, targets = _said(path, path.stat().st_mtime_ns)
+    found = set(whole)
+    for module, names in of:
+        found |= {f"{module}.{name}" for name in names} & known.keys() or {module}
+    return (found | targets if named else found) & known.keys()
+
+
+@functools.cache
+def _said(path: Path, _changed: int) -> tuple[set[str], list[tuple[str, list[str]]], set[str]]:
+    """Return the modules that a file imports, what it imports from which, and modules of "module:function"."""
+    whole: set[str] = set()
+    of: list[tuple[str, list[str]]] = []
+    targets: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            whole |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: a relative import"
-            names = {f"{node.module}.{alias.name}" for alias in node.names} & known.keys()
-            found |= names or {node.module}
-        elif named and isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # "module:function"
-            found |= {match[1] for match in [re.fullmatch(r"([\w.]+):[\w.]+", node.value)] if match}
-    return found & known.keys()
+            of.append((node.module, [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            targets |= {match[1] for match in [re.fullmatch(r"([\w.]+):[\w.]+", node.value)] if match}
+    return whole, of, targets
 
 
 def graph(known: Mapping[str, Path], *, named: bool = False) -> dict[str, set[str]]:

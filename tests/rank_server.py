@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -39,7 +40,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 POLL = 0.02
-"""Seconds between two looks at the ranks of a case."""
+"""Seconds between two looks at what is about to end."""
+LOOK = 0.25
+"""Seconds after which a case is looked at, where none of its ranks has ended."""
 LAST_WORDS = 3.0
 """Seconds that a rank has to write where it hangs."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -119,6 +122,8 @@ def main(descriptor: int) -> None:
     # Only now, so that whoever waits knows that the imports went well.
     control.sendall(b"+")
     signal.signal(signal.SIGCHLD, _reap)
+    for one in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        one.atexit = False  # no fork need take down what is this process's: torch's libraries, hundreds of them
     gc.collect()
     gc.freeze()  # the children need not copy the pages of what is never freed
     while os.getppid() == parent:
@@ -179,7 +184,7 @@ def _supervise(connection: Connection) -> NoReturn:
         # Threads may be started from here on: the ranks are forked.
         store = _store(listening) if case.world else None
         connection.send(("started", {rank: pid for pid, rank in pids.items()}))
-        outcome = _watch(case, pids, lambda: os.getppid() == server and not _closed(connection))
+        outcome = _watch(case, pids, connection, lambda: os.getppid() == server and not _closed(connection))
         del store
         connection.send(("ended", outcome))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
@@ -211,10 +216,11 @@ def _closed(connection: Connection) -> bool:
     return connection.poll(0)
 
 
-def _watch(case: Case, pids: dict[int, int], wanted: Callable[[], bool]) -> Outcome:
+def _watch(case: Case, pids: dict[int, int], connection: Connection, wanted: Callable[[], bool]) -> Outcome:
     """Wait for the ranks; end those that are late, or left alone by one that failed."""
     outcome, running = Outcome(), dict(pids)
     deadline = time.monotonic() + case.timeout
+    ends = {os.pidfd_open(pid): pid for pid in pids}
     while running:
         for pid, code in _ended():
             rank = running.pop(pid, None)
@@ -230,7 +236,10 @@ def _watch(case: Case, pids: dict[int, int], wanted: Callable[[], bool]) -> Outc
             outcome.timed_out = not any(outcome.codes.values())
             _end(running, outcome, say_where=outcome.timed_out)
         if running:
-            time.sleep(POLL)
+            open_ends = [one for one, pid in ends.items() if pid in running]
+            select.select([connection, *open_ends], [], [], min(LOOK, max(0.0, deadline - time.monotonic())))
+    for one in ends:
+        os.close(one)
     outcome.outlived = _outlived()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     outcome.processor_seconds = used.ru_utime + used.ru_stime

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pickle
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -264,6 +265,16 @@ def _room(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(*sizes)
 
 
+_modes = threading.local()
+
+
+def _imagined() -> FakeTensorMode:
+    """Return this thread's mode of tensors without memory: each that is made keeps where it was made, line by line."""
+    if not hasattr(_modes, "one"):
+        _modes.one = FakeTensorMode()
+    return cast(FakeTensorMode, _modes.one)
+
+
 class CheckpointReader:
     """Reads single parameters of a checkpoint that was saved at any layout.
 
@@ -378,7 +389,7 @@ class CheckpointReader:
         if info.transform_descriptors:
             raise UserError("it is compressed, which is not supported")
         file, mapped = self._open(info.relative_path)
-        with FakeTensorMode():  # shape, strides, and where in the archive the numbers are
+        with _imagined():  # shape, strides, and where in the archive the numbers are
             view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
             fake = torch.load(view, weights_only=True)
         if not isinstance(fake, Tensor) or fake.dtype is not dtype:

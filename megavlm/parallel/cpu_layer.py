@@ -1,7 +1,7 @@
 """What Megatron-Core needs to run without CUDA: a few ``torch.cuda`` names that mean the CPU.
 
-Only names that raise without a GPU are replaced, and only in a process that has none. Each entry was found by
-running Megatron-Core 0.16 on gloo; the reasons stand beside it.
+Only names that raise without a GPU, or that are gloo's, are replaced, and only in a process that has none. Each entry
+was found by running Megatron-Core 0.16 on gloo; the reasons stand beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def install() -> None:
     keep_python_functions()
     _slips_of_megatron()
     _collectives_of_one()
+    _one_device_of_gloo()
 
 
 def _hide_cuda_packages() -> None:
@@ -203,3 +205,50 @@ def _collectives_of_one() -> None:
 
     buffers.dist_reduce_scatter_func = skipping(buffers.dist_reduce_scatter_func)
     buffers.dist_all_gather_func = skipping(buffers.dist_all_gather_func)
+
+
+def _one_device_of_gloo() -> None:
+    """Let all groups of gloo in a process share one device.
+
+    By itself each makes its own, with a thread that wakes a hundred times a second as long as the process lives where
+    something holds the group. Megatron-Core makes some twenty groups a rank: a twentieth of a core for each.
+    """
+    from torch.distributed import distributed_c10d as c10d  # noqa: PLC0415
+
+    plain: Any = c10d.ProcessGroupGloo
+    if isinstance(plain, _SharingDevice):
+        return
+
+    # Called by torch for each group, and asked for as a class.
+    c10d.ProcessGroupGloo = _SharingDevice("ProcessGroupGloo", (), {"plain": plain})  # type: ignore[assignment, misc]
+
+
+class _SharingDevice(type):
+    """Stands for gloo's class of groups, and makes them on the devices of this process."""
+
+    plain: Any
+
+    def __call__(cls, store: Any, rank: int, size: int, timeout: Any = None) -> Any:
+        """Return a group of gloo."""
+        options = cls.plain._Options()
+        # A fork has none of the threads of its parent.
+        options._devices = _devices(os.getpid(), os.environ.get("GLOO_SOCKET_IFNAME", ""), cls.plain)
+        options._threads = 2 * len(options._devices)  # as torch has it
+        if timeout is not None:
+            options._timeout = timeout
+        return cls.plain(store, rank, size, options)
+
+    def __instancecheck__(cls, one: object) -> bool:
+        """Whether it is a group of gloo."""
+        return isinstance(one, cls.plain)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.plain, name)
+
+
+@functools.cache
+def _devices(_process: int, interfaces: str, gloo: Any) -> list[Any]:
+    """Return a device for each of the interfaces of GLOO_SOCKET_IFNAME, or the default, as torch does."""
+    if not interfaces:
+        return [gloo.create_default_device()]
+    return [gloo.create_device(interface=one) for one in interfaces.split(",")]

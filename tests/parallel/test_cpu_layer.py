@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from megavlm.config.schema import ParallelConfig
 from megavlm.parallel import device
 from megavlm.parallel.device import has_cuda, local_device, prepare_device
+from megavlm.parallel.state import process_groups
 
 pytestmark = pytest.mark.skipif(has_cuda(), reason="the layer is for processes without CUDA")
 
@@ -76,3 +83,29 @@ def test_preparing_after_megatron_core_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_torch_compile_is_left_as_it_was() -> None:
     assert torch.compile.__module__ == "torch"
+
+
+def _loops() -> int:
+    """Return how many of this process's threads are gloo's that wake."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo_tcp_loop") for name in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("interfaces", ["lo", "lo,lo", ""])
+def test_all_groups_of_a_process_share_one_device(interfaces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with those of the job before, which something may still hold."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interfaces)
+    gc.collect()
+    before, held = _loops(), []
+    for minutes in (3, 4):
+        with process_groups(ParallelConfig(distributed_timeout_minutes=minutes), seed=0):
+            group = dist.group.WORLD
+            assert group is not None
+            held.append(group._get_backend(torch.device("cpu")))
+            assert isinstance(held[-1], distributed_c10d.ProcessGroupGloo)
+            assert held[-1].options._timeout == timedelta(minutes=minutes)
+            numbers = torch.ones(3)
+            dist.all_reduce(numbers)
+            assert numbers.tolist() == [1, 1, 1]
+    assert _loops() <= before + max(1, len(interfaces.split(",")))
