@@ -89,6 +89,9 @@ def language_kept(
         beside += int(shared * language.hidden_size * kernels.number_bytes)
         if chunk.crossed:
             crossed = cost.cross_kept(language, layout, tokens, features, kernels, learns=learns)
+            if adapted:
+                crossed += cost.cross_adapters_kept(language, recipe.lora, layout, tokens, features, kernels)
+                crossed -= cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
         return units * stream + beside + cost.shared_kept(language, tokens)

@@ -143,16 +143,22 @@ def test_every_layout_trains_and_answers_like_one_process(tmp_path: Path) -> Non
 
     frozen = ("vision", "connector")
     first = [*jobs({}, {"recompute_granularity": "full"}), *jobs({}, freeze=frozen)]
-    ((alone, again, still),) = ranks.run("cross_cases:train", first, world=1)
+    # Of keys, and not values: one of the two parts of that layer has none.
+    pictures = {"rank": 4, "targets": ("cross_attn.q_proj", "k_proj", "cross_attn.o_proj", "gate_proj")}
+    adapted = [{"freeze": frozen, "lora": lora} for lora in ({"rank": 4, "targets": ("all-linear",)}, pictures)]
+    first += [job for more in adapted for job in jobs({}, **more)]
+    ((alone, again, still, *beside),) = ranks.run("cross_cases:train", first, world=1)
+    assert len({one["loss"][0] for one in (alone, *beside)}) == 3  # the adapters matter
     assert again == {key: pytest.approx(value, rel=1e-6) for key, value in alone.items() if key != "gates"} | {
         "gates": again["gates"]
     }
     cut = [
         *jobs(both, {"tensor_model_parallel_size": 2}, {**pp2, **vpp}, {**both, **vpp}),
         *jobs(both, freeze=frozen),
+        *(job for more in adapted for job in jobs(both, **more)),
     ]
     for rank in ranks.run("cross_cases:train", cut, world=4):
-        for got, wanted in zip(rank, [*[alone] * 4, still], strict=True):
+        for got, wanted in zip(rank, [*[alone] * 4, still, *beside], strict=True):
             assert got["loss"] == pytest.approx(wanted["loss"], rel=FP32)
             assert got["norm"] == pytest.approx(wanted["norm"], rel=FP32)
             for name, values in got["gates"].items():
