@@ -128,10 +128,8 @@ class Transformers:
         def run() -> Tensor:
             found = self.layer(
                 hidden_states=padded(texts, longest), cross_attention_states=padded(pictures, TILES * tile),
-                cross_attention_mask=mask, attention_mask=None, full_text_row_masked_out_mask=(rows[:, 0], rows[:, 0])
-                if isinstance(rows, tuple) else rows,
+                cross_attention_mask=mask, attention_mask=None, full_text_row_masked_out_mask=rows,
             )  # fmt: skip
-            found = found[0] if isinstance(found, tuple) else found
             return torch.cat([one[: len(text)] for one, text in zip(found, texts, strict=True)])
 
         return run
@@ -159,11 +157,13 @@ def sides(sizes: Sizes) -> dict[str, Any]:
     """Return both systems, with the same weights and open gates; process groups must be up."""
     theirs, ours = Transformers(sizes), Megavlm(sizes)
     with torch.no_grad():
-        for name, parameter in theirs.layer.named_parameters():
-            parameter.fill_(0.7) if parameter.numel() == 1 else parameter.normal_(
-                float(parameter.dim() == 1), 0.1 if parameter.dim() == 1 else parameter.size(1) ** -0.5
-            )
-            assert parameter.requires_grad, name
+        for parameter in theirs.layer.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.size(1) ** -0.5)
+            elif parameter.numel() > 1:
+                parameter.normal_(1, 0.1)
+            else:
+                parameter.fill_(0.7)
         weights = mapped(dict(theirs.layer.named_parameters()), sizes.groups)
         own = dict(ours.layer.named_parameters())
         assert own.keys() == weights.keys(), own.keys() ^ weights.keys()

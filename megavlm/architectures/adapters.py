@@ -59,7 +59,11 @@ def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, Mod
         name = linear if linear in CROSS_LINEARS else linear.partition(".")[2]
         if linear in EXPERT_LINEARS and adapter is None:
             continue
-        kind = FrozenColumnParallelLinear if name.endswith(("qkv", "fc1", "linear_q", "linear_kv")) else FrozenRowParallelLinear
+        kind = (
+            FrozenColumnParallelLinear
+            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv"))
+            else FrozenRowParallelLinear
+        )
         params = {"adapter": adapter, "quantize": lora.quantize is not None}
         found[name] = ModuleSpec(module=kind, params=params)
     return found

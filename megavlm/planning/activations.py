@@ -83,7 +83,7 @@ def language_kept(
     beside = _beside_kept(recipe, layout, chunk, stream)
     crossed = 0
     if chunk.features_go_on:
-        features = features_of(recipe.model, seen_by_layers(recipe.model, images))
+        features = features_of(recipe.model, seen_by_layers(recipe.model, images, layout.context))
         shared = features / layout.tensor if layout.sequence_parallel else features
         # As they came, or went into the first layers: what those that attend to them keep of them.
         beside += int(shared * language.hidden_size * kernels.number_bytes)

@@ -48,8 +48,8 @@ def cross_kept(
     kept += (2 * stream + tokens * (queries + ffn)) * b * int(learns)  # inputs of the linear layers
     kept += (tokens * queries + 2 * features * keys) * b  # queries, keys and values that meet
     kept += tokens * queries * b + tokens * (language.num_attention_heads // shards.tensor) * 4
-    # What the gates multiply; gate and up.
-    return int(kept + 2 * stream * b + 2 * tokens * ffn * b)
+    # What gates that learn multiply; gate and up.
+    return int(kept + 2 * stream * b * int(learns) + 2 * tokens * ffn * b)
 
 
 def cross_linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
