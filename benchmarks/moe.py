@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import mixes  # noqa: E402  (imports neither torch nor Transformers)
-from vs_transformers import Answer, Worker, machine, ratios, summarise  # noqa: E402
+from turns import Answer, in_turns  # noqa: E402
+from vs_transformers import Worker, machine, ratios, summarise, working  # noqa: E402
 
 OURS = "megavlm"
 # Name in the table: system and shape of vs_worker.
@@ -51,19 +53,15 @@ def make(name: str, count: int) -> list[mixes.Sample]:
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[Answer]]]:
     """Return the answers of every round, by mix and side; the first of them is of the step that warms up."""
     with tempfile.TemporaryDirectory() as name:
-        workers = {}
+        given = {}
         for side, (system, shape) in SIDES.items():
             folder = Path(name) / side
             folder.mkdir()
             for mix in arguments.mixes:
                 mixes.save(make(mix, arguments.samples), folder / f"{mix}.npz")
-            told = argparse.Namespace(**{**vars(arguments), "model": shape})
-            workers[side] = Worker(system, folder, told)
-        try:
+            given[side] = system, folder, argparse.Namespace(**{**vars(arguments), "model": shape})
+        with working(given) as workers:
             return {mix: _rounds(mix, workers, arguments) for mix in arguments.mixes}
-        finally:
-            for worker in workers.values():
-                worker.close()
 
 
 def _rounds(mix: str, workers: dict[str, Worker], arguments: argparse.Namespace) -> dict[str, list[Answer]]:
@@ -72,13 +70,10 @@ def _rounds(mix: str, workers: dict[str, Worker], arguments: argparse.Namespace)
             return "in order"
         return "packed" if side == OURS else "random"
 
-    answers = {side: [worker.train(mix, batching(side), 1)] for side, worker in workers.items()}
-    names = list(workers)
-    for turn in range(arguments.rounds):
-        for side in [*names[turn % len(names) :], *names[: turn % len(names)]]:
-            answers[side].append(workers[side].train(mix, batching(side), arguments.steps))
-        print(f"{mix}: round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-    return answers
+    first = {side: [worker.train(mix, batching(side), 1)] for side, worker in workers.items()}
+    calls = {side: partial(worker.train, mix, batching(side), arguments.steps) for side, worker in workers.items()}
+    found = in_turns(mix, calls, arguments.rounds)
+    return {side: first[side] + found[side] for side in workers}
 
 
 def check_same(sides: dict[str, list[Answer]]) -> dict[str, Any]:

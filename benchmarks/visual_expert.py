@@ -1,70 +1,92 @@
-"""Time of a language layer with weights for image tokens against a plain one, forward and backward, in turns.
+"""A language layer with weights for image tokens (CogVLM) against a plain one, at 0, 50 and 100 % image tokens.
 
-python benchmarks/visual_expert.py [ROUNDS]: the median of ratios of neighbouring runs, at 0, 50 and 100 % image tokens.
+Forward and backward in one process, in turns; the median of ratios of neighbouring runs. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
 import sys
-import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from megavlm.parallel.device import prepare_device
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from megavlm.parallel.device import prepare_device  # noqa: E402
 
 prepare_device()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from pydantic import TypeAdapter  # noqa: E402
+from one_layer import CPU, arguments_of, llama_layer, machine, told, write  # noqa: E402
+from turns import Answer, in_turns, median, quotient, timed  # noqa: E402
 
-from megavlm.architectures.context import BuildContext  # noqa: E402
-from megavlm.architectures.decoders.decoder.config import DecoderConfig  # noqa: E402
-from megavlm.config.architecture import LANGUAGE  # noqa: E402
 from megavlm.config.schema import ParallelConfig  # noqa: E402
-from megavlm.families.presets import load_presets  # noqa: E402
 from megavlm.layers.segments import packed_segments  # noqa: E402
 from megavlm.parallel.state import process_groups  # noqa: E402
 
-LENGTH, WIDTH = 1024, 512
-CPU = torch.device("cpu")
+PLAIN, EXPERT = "plain layer", "visual expert"
+SHARES = (0.0, 0.5, 1.0)
 
 
-def layer(*, expert: bool) -> Any:
-    """Return one layer."""
-    found = LANGUAGE.find("llama")
-    keys: dict[str, Any] = {
-        **found.values, "preset": "llama", "num_layers": 1, "hidden_size": WIDTH, "ffn_hidden_size": 1376,
-        "num_attention_heads": 8, "num_query_groups": 8, "kv_channels": 64, "vocab_size": 128,
-        "max_position_embeddings": LENGTH, "visual_expert": expert,
-    }  # fmt: skip
-    model = found.build(TypeAdapter(DecoderConfig).validate_python(keys), BuildContext(ParallelConfig()))
-    return model.decoder.layers[0]
+def layer(width: int, length: int, *, expert: bool) -> Any:
+    """Return a layer of Vicuna's proportions."""
+    return llama_layer({
+        "hidden_size": width, "ffn_hidden_size": width * 11008 // 4096, "num_attention_heads": width // 64,
+        "num_query_groups": width // 64, "kv_channels": 64, "max_position_embeddings": length,
+        "visual_expert": expert,
+    })  # fmt: skip
 
 
-def run(one: Any, share: float) -> float:
+def run(one: Any, width: int, length: int, share: float) -> Answer:
     """Return the seconds of a forward and a backward pass."""
-    stop = int(LENGTH * share) + 1
-    spans = [(0, min(stop, LENGTH))] if share else []
-    packed = packed_segments(np.array([0, LENGTH], np.int32), CPU, spans=spans)
-    x = torch.randn(LENGTH, 1, WIDTH, requires_grad=True)
-    start = time.perf_counter()
-    one(hidden_states=x, attention_mask=None, packed_seq_params=packed)[0].sum().backward()
-    return time.perf_counter() - start
+    # The last slot of a picture takes text's weights.
+    spans = [(0, min(int(length * share) + 1, length))] if share else []
+    packed = packed_segments(np.array([0, length], np.int32), CPU, spans=spans)
+    x = torch.randn(length, 1, width, requires_grad=True)
+    one.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        one(hidden_states=x, attention_mask=None, packed_seq_params=packed)[0].sum().backward()
+
+    return timed(step)
+
+
+def measure(width: int, length: int, rounds: int) -> dict[str, dict[str, list[Answer]]]:
+    """Return the answers of every round, by share and layer; process groups must be up."""
+    sides = {PLAIN: layer(width, length, expert=False), EXPERT: layer(width, length, expert=True)}
+    found = {}
+    for share in SHARES:
+        calls = {name: partial(run, one, width, length, share) for name, one in sides.items()}
+        in_turns("warm-up", calls, 1)
+        found[f"{share:.0%}"] = in_turns(f"{share:.0%} image tokens", calls, rounds)
+    return found
+
+
+def table(found: dict[str, dict[str, list[Answer]]]) -> str:
+    """Return the Markdown of a result."""
+    lines = ["| image tokens | plain layer, ms | visual expert, ms | of the plain one's time | processor time |"]
+    lines.append("|---|---|---|---|---|")
+    for share, sides in found.items():
+        ms = [1000 * median(sides[name]) for name in (PLAIN, EXPERT)]
+        ratios = [quotient(sides[EXPERT], sides[PLAIN], key) for key in ("seconds", "cpu_seconds")]
+        lines.append(f"| {share} | {ms[0]:.0f} | {ms[1]:.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Print the ratios."""
-    load_presets()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=512, help="of the stream; a multiple of 64")
+    parser.add_argument("--length", type=int, default=1024, help="positions of the pack")
+    asked, where = arguments_of(parser), machine()
+    command = " ".join(["python", "benchmarks/visual_expert.py", *sys.argv[1:]])
     with process_groups(ParallelConfig(), seed=1):
-        plain, expert = layer(expert=False), layer(expert=True)
-        for share in (0.0, 0.5, 1.0):
-            run(plain, share), run(expert, share)
-            found = [(run(plain, share), run(expert, share)) for _ in range(rounds)]
-            ratio = statistics.median(own / other for other, own in found)
-            ms = statistics.median(other for other, _ in found) * 1000
-            print(f"{share:4.0%} image tokens: {ratio:.3f} of a plain layer ({ms:.0f} ms)")
+        found = measure(asked.width, asked.length, asked.rounds)
+    print("\n".join([*told(asked, where, command), "", table(found)]))
+    write(asked, {"command": command, "machine": where, "rounds": found})
 
 
 if __name__ == "__main__":

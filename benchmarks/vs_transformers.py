@@ -7,6 +7,7 @@ round after round, and medians are reported. See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import mixes  # noqa: E402  (imports neither torch nor Transformers)
+from turns import Answer, in_turns  # noqa: E402
 
-Answer = dict[str, Any]
 # Name in the table, system, batching.
 SIDES = (
     ("megavlm, packed", "megavlm", "packed"),
@@ -71,18 +74,21 @@ class Worker:
         self._errors.close()
 
 
+@contextlib.contextmanager
+def working(given: Mapping[str, tuple[str, Path, argparse.Namespace]]) -> Iterator[dict[str, Worker]]:
+    """Have a worker of such arguments under each name, up to the end of the block."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(contextlib.closing(Worker(*one))) for name, one in given.items()}
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list[Answer]]]:
     """Return the answers of every round, by mix and side."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for mix in arguments.mixes if arguments.model != "qwen2_5_vl" else ():
             mixes.save(mixes.make(mix, folder, arguments.samples), folder / f"{mix}.npz")
-        workers = {system: Worker(system, folder, arguments) for system in ("megavlm", "transformers")}
-        try:
+        with working({system: (system, folder, arguments) for system in ("megavlm", "transformers")}) as workers:
             return {mix: _rounds(mix, workers, arguments) for mix in arguments.mixes}
-        finally:
-            for worker in workers.values():
-                worker.close()
 
 
 def _rounds(mix: str, workers: dict[str, Worker], arguments: argparse.Namespace) -> dict[str, list[Answer]]:
@@ -90,13 +96,8 @@ def _rounds(mix: str, workers: dict[str, Worker], arguments: argparse.Namespace)
     sides = SIDES[:2] if mix == "equal lengths" else SIDES
     for _, system, batching in sides:
         workers[system].train(mix, batching, 1)
-    answers: dict[str, list[Answer]] = {name: [] for name, _, _ in sides}
-    for turn in range(arguments.rounds):
-        order = [*sides[turn % len(sides) :], *sides[: turn % len(sides)]]
-        for name, system, batching in order:
-            answers[name].append(workers[system].train(mix, batching, arguments.steps))
-        print(f"{mix}: round {turn + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-    return answers
+    calls = {name: partial(workers[system].train, mix, batching, arguments.steps) for name, system, batching in sides}
+    return in_turns(mix, calls, arguments.rounds)
 
 
 def summarise(answers: list[Answer]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megavlm.config.lora import EXPERT_LINEARS, LINEARS, targets_of
+from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, LINEARS, targets_of
 from megavlm.config.schema import LanguageConfig, LoraConfig
 from megavlm.layers.lora import (
     LORA,
@@ -36,6 +36,8 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
     if parts == 3:
         width = language.kv_channels
         sizes, grouped = (language.num_attention_heads // language.num_query_groups * width, width, width), True
+    elif linear in CROSS_LINEARS and parts == 2:
+        sizes, grouped = (language.kv_channels, language.kv_channels), True
     elif parts == 2:
         sizes = (1, 1)
     present = tuple(any(target.part == i for target in own) for i in range(parts))
@@ -46,16 +48,22 @@ def adapter_of(linear: str, language: LanguageConfig, lora: LoraConfig) -> Adapt
 def adapted_linears(language: LanguageConfig, lora: LoraConfig) -> dict[str, ModuleSpec] | None:
     """Return the linear layers of a layer, by their last names; None for a model without adapters.
 
-    Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, are there if they have adapters.
+    Those of experts, ``experts.linear_fc1`` and ``experts.linear_fc2``, are there if they have adapters; those of
+    attention to pictures under their whole names.
     """
     if lora.rank is None:
         return None
     found = {}
     for linear in LINEARS:
-        name, adapter = linear.partition(".")[2], adapter_of(linear, language, lora)
+        adapter = adapter_of(linear, language, lora)
+        name = linear if linear in CROSS_LINEARS else linear.partition(".")[2]
         if linear in EXPERT_LINEARS and adapter is None:
             continue
-        kind = FrozenColumnParallelLinear if name.endswith(("qkv", "fc1")) else FrozenRowParallelLinear
+        kind = (
+            FrozenColumnParallelLinear
+            if name.endswith(("qkv", "fc1", "linear_q", "linear_kv"))
+            else FrozenRowParallelLinear
+        )
         params = {"adapter": adapter, "quantize": lora.quantize is not None}
         found[name] = ModuleSpec(module=kind, params=params)
     return found

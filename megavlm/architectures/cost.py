@@ -294,6 +294,20 @@ class DecoderCost(Protocol):
     ) -> int:
         """Return the bytes that one such layer keeps, beside the features."""
 
+    def cross_linear_parameters(self, own: Any, tensor: int) -> list[int]:
+        """Return ``linear_parameters`` of one such layer."""
+
+    def cross_adapter_parameters(self, own: Any, lora: LoraConfig, tensor: int) -> list[int]:
+        """Return ``adapter_parameters`` of one such layer: of what reads the text, and of what reads features."""
+
+    def cross_adapter_work(self, own: Any, lora: LoraConfig, tokens: float, features: float) -> float:
+        """Return the operations of a forward pass through the adapters of one such layer."""
+
+    def cross_adapters_kept(
+        self, own: Any, lora: LoraConfig, shards: Shards, tokens: int, features: float, kernels: Kernels
+    ) -> int:
+        """Return the bytes that the adapters of one such layer keep."""
+
     def layer_kept(self, own: Any, shards: Shards, tokens: int, kernels: Kernels, *, learns: bool) -> int:
         """Return the bytes that one layer keeps without recomputation."""
 

@@ -77,6 +77,11 @@ class PairConfig(ViTConfig):
         return self.low_tiles**2 + int(self.low_whole)
 
     @property
+    def ungridded(self) -> str | None:
+        """Tile after tile, where the first tower sees tiles."""
+        return "low_tiles" if self.low_tiles > 1 else None
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the first tower's patches: those of all views, one below the other."""
         rows, columns = self.low.grid

@@ -47,6 +47,8 @@ def load_quantised(checkpoint: Path, module: Any) -> None:
         rank, size = linear.tp_group.rank(), linear.tp_group.size()
         shape = (linear.output_size, linear.input_size)
         slot = Slot(f"language.decoder.layers.{name}.weight", shape, number, module.config.num_layers)
+        if module.config.hetereogenous_dist_checkpoint:  # layers of several kinds are not stacked
+            slot = Slot(f"language.decoder.layers.{number}.{name}.weight", shape)
         column = isinstance(linear, FrozenColumnParallelLinear)
         parts = 2 if name.endswith("fc1") else 1  # gate and up are cut each for itself
         part = shape[0 if column else 1] // parts

@@ -31,13 +31,11 @@ def context_rules(recipe: Recipe) -> Iterator[str]:
         if wrong:  # buffers, graphs and blocks of one length: samples are filled up, and packs differ by it
             yield f"{CP}: does not go with {key}, which asks for equally long packs; set that to {remedy}, or this to 1"
     language = recipe.model.language
-    # These would have to know which positions are a rank's.
-    for name, what, there in (
-        ("visual_expert", "weights of their own for image tokens", not language.one_weight),
-        ("cross_attention_layers", "layers that attend to pictures", bool(language.cross_layers)),
-    ):
-        if there:
-            yield f"{CP}: is not proven with {what} (model.language.{name}); set it to 1"
+    if not language.one_weight:  # they would have to know which positions are a rank's
+        yield (
+            f"{CP}: is not proven with weights of their own for image tokens (model.language.visual_expert); set it"
+            " to 1"
+        )
     if language.shared_positions:
         yield f"{CP}: is not proven with model.language.image_positions shared; set it to 1"
     if engine.apply_rope_fusion == "on":

@@ -43,8 +43,10 @@ _QKV, _PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 _FC1, _FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 EXPERT_LINEARS = ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2")
 """Those of each expert, whose number is left out: all experts of a layer have adapters, or none."""
-LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS)
-"""The linear layers of a layer of the language model."""
+CROSS_LINEARS = ("cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj")
+"""Those of attention to pictures, in the layers that have it instead of attention to text."""
+LINEARS = (_QKV, _PROJ, _FC1, _FC2, *EXPERT_LINEARS, *CROSS_LINEARS)
+"""The linear layers of the layers of a language model, of all kinds."""
 
 _NUMBER = re.compile(r"\.experts\.(?:local_experts\.(?:\d+|\{\})|experts)\.")
 """How names say that a parameter is an expert's: in the model, in a table of weights, in a checkpoint."""
@@ -78,12 +80,6 @@ def lora_rules(recipe: Recipe) -> Iterator[str]:
                     f"{_KEY}{name}: has no effect without {_KEY}rank; set that, or leave this out (lora={{}} empties "
                     "the branch)"
                 )
-        return
-    if recipe.model.language.cross_layers:
-        yield (
-            f"{_KEY}rank: there are no adapters for models whose layers attend to pictures"
-            " (model.language.cross_attention_layers); set it to null, and freeze what is not to be trained"
-        )
         return
     targets = known_targets(recipe.model.language)
     if not targets:
@@ -137,8 +133,9 @@ def _quantised_shards(recipe: Recipe) -> Iterator[str]:
         return
     group = language.kv_channels * (language.num_attention_heads // language.num_query_groups + 2)
     heads = language.num_attention_heads * language.kv_channels
+    pictures = (2 * language.num_query_groups * language.kv_channels * hidden,) * bool(language.cross_layers)
     shards: dict[str, tuple[int, ...]] = {
-        "hidden_size": (language.num_query_groups * group * hidden, heads * hidden),
+        "hidden_size": (language.num_query_groups * group * hidden, heads * hidden, *pictures),
         "ffn_hidden_size": (language.ffn_hidden_size * hidden,),
     }
     for name, sizes in shards.items():

@@ -17,6 +17,11 @@ class VisionTraits:
         return 0
 
     @property
+    def ungridded(self) -> str | None:
+        """Its key, as it is set, that has features of one picture lie in no grid of rows and columns; None for none."""
+        return None
+
+    @property
     def features_per_image(self) -> int:
         """Features of one picture."""
         own: Any = self

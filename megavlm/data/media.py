@@ -380,10 +380,10 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"model.image.kind: {recipe.model.image.kind} has a newline vector, which no level of "
             "model.vision.deepstack_layers has; choose another image plan, or set that to []"
         )
-    if recipe.model.language.position_axes > 1 and getattr(vision, "low_tiles", 1) > 1:
+    if recipe.model.language.position_axes > 1 and vision.ungridded is not None:
         yield (
-            "model.vision.low_tiles: features stand tile after tile, which is no grid of rows and columns, as "
-            "model.language.rotary_sections asks for; set it to 1"
+            f"model.vision.{vision.ungridded}: features stand in no grid of rows and columns, as "
+            "model.language.rotary_sections asks for; leave it out"
         )
     elif recipe.model.language.position_axes > 1:
         try:

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from megavlm.layers.attention import TorchAttention
 from megavlm.layers.scale import GatedSum
-from megavlm.layers.segments import segment_lengths, to_device, two_way_plans, two_way_spans
+from megavlm.layers.segments import context_split, segment_lengths, to_device, two_way_plans, two_way_spans
+from megavlm.parallel.context import ContextSplit
 
 _SIGHTS, _SEEN, _CALLS = "cross sights", "cross seen", "cross calls"
 """Where a pack keeps what is made once for all layers (:func:`two_way_plans`)."""
@@ -63,6 +64,8 @@ def picture_rows(packed: PackedSeqParams) -> list[int]:
 def sights(packed: PackedSeqParams) -> list[Sight]:
     """Return who sees which pictures, ascending; positions in between see none.
 
+    Of a pack that context-parallel ranks share, they are this rank's positions, and its features those of all pictures.
+
     Raises:
         ValueError: there are not as many places in the text as pictures.
     """
@@ -70,16 +73,30 @@ def sights(packed: PackedSeqParams) -> list[Sight]:
     if _SIGHTS not in kept:
         if len(spans) != len(rows):
             raise ValueError(f"{len(spans)} places of pictures in a pack, but {len(rows)} pictures with features")
-        starts = {0, *np.cumsum(segment_lengths(packed)).tolist()}
+        split = context_split(packed)
+        lengths = segment_lengths(packed) if split is None else split.lengths
+        starts = {0, *np.cumsum(lengths).tolist()}
         found: list[Sight] = []
         for number, (start, stop) in enumerate(spans):
             before = found[-1] if found else None
             # Behind a place that is its own token alone, in one sample: pictures side by side are seen together.
             joined = before is not None and before.stop == start == before.start + 1 and start not in starts
             found.append(Sight(start, stop, before.first if joined and before else number, number + 1))
-        kept[_SIGHTS] = found
+        kept[_SIGHTS] = found if split is None else _of_rank(found, split)
     seen: list[Sight] = kept[_SIGHTS]
     return seen
+
+
+def _of_rank(seen: Sequence[Sight], split: ContextSplit) -> list[Sight]:
+    """Return what of it is this rank's: its positions ascend in the filled-up pack, so that each sight is one piece."""
+    own = np.concatenate([
+        start + np.arange(*chunk)
+        for start, length in zip(split.cu_seqlens.tolist(), split.lengths, strict=False)
+        for chunk in split.chunks(length)
+    ])  # fmt: skip
+    cut = np.searchsorted(own, [(one.start, one.stop) for one in seen]).reshape(-1, 2).tolist()
+    found = [one._replace(start=start, stop=stop) for one, (start, stop) in zip(seen, cut, strict=True)]
+    return [one for one in found if one.start < one.stop]
 
 
 def last_sights(packed: PackedSeqParams) -> list[tuple[int, int] | None]:

@@ -180,14 +180,22 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     return Modules(core_attention, norm, layer)
 
 
-def cross_modules(*, transformer_engine: bool) -> Modules:
-    """Return the parts of a layer that attends to pictures; with Transformer Engine's norms its linears are plain."""
+def cross_modules(*, transformer_engine: bool, linears: Mapping[str, Any] | None = None) -> Modules:
+    """Return the parts of a layer that attends to pictures; with Transformer Engine's norms its linears are plain.
+
+    ``linears`` replaces linear layers: linear_fc1, linear_fc2, and cross_attention.linear_q, _kv, _proj.
+    """
+    chosen = linears or {}
+    own = {name: chosen.get(f"cross_attention.{name}") for name in ("linear_q", "linear_kv", "linear_proj")}
     norm: Any = TorchNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
 
         norm = TENorm
-    attention = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, norm, norm)
+    column, row = ColumnParallelLinear, RowParallelLinear
+    attention = CrossSubmodules(
+        own["linear_q"] or column, own["linear_kv"] or column, own["linear_proj"] or row, norm, norm
+    )
     layer = ModuleSpec(
         module=PictureLayer,
         submodules=TransformerLayerSubmodules(
@@ -198,8 +206,8 @@ def cross_modules(*, transformer_engine: bool) -> Modules:
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear,
-                    linear_fc2=RowParallelLinear,
+                    linear_fc1=chosen.get("linear_fc1", column),
+                    linear_fc2=chosen.get("linear_fc2", row),
                     activation_func=activation_of(swiglu),  # only where the configuration says use_te_activation_func
                 ),
             ),

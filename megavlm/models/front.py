@@ -6,6 +6,7 @@ Each is cut over the tensor-parallel ranks, or whole on each of them (:mod:`mega
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -98,17 +99,22 @@ def encode_shared(vision: Any, connector: Any, images: Tensor, grid: Tensor | No
     features = encode(vision, connector, own, shown, **rest)
     if getattr(connector, "takes_grid", False):
         return shares.gather(features, connector.rows_of(grid))
-    each = own.size(0) // features.size(0)  # that become one row
-    return shares.gather(features, [count // each for count in counts])
+    rows_of = _rows_of(vision)
+    each = sum(map(rows_of, shown.tolist())) // features.size(0)  # that become one row
+    return shares.gather(features, [rows_of(one) // each for one in grid.tolist()])
+
+
+def _rows_of(vision: Any) -> Callable[[Sequence[int]], int]:
+    """Return what says how many features a tower makes of a picture: its patches, unless the tower says else."""
+    own: Callable[[Sequence[int]], int] = getattr(getattr(vision, "settings", None), "rows_of", math.prod)
+    return own
 
 
 def _encode_packed(
     vision: Any, connector: Any, patches_PF: Tensor, grid: Tensor, *, trains_vision: bool, replicas: frozenset[str]
 ) -> Tensor:
     """Return [Q, 1, E] features of pictures of any size; a share of them is whole pictures."""
-    # Features of each picture: its patches, unless the tower says else.
-    rows_of = getattr(getattr(vision, "settings", None), "rows_of", math.prod)
-    counts = [rows_of(one) for one in grid.tolist()]
+    counts = list(map(_rows_of(vision), grid.tolist()))
     shares = PackedShares(grid.prod(1).tolist() if "vision" in replicas else counts) if replicas else None
     shown = grid
     if shares is not None and "vision" in replicas:

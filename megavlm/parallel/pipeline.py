@@ -63,7 +63,7 @@ def run(
             model=list(chunks),
             num_microbatches=count + missing,
             # Megatron-Core divides by CP, and here it is divided already, or not at all.
-            seq_length=length * mpu.get_context_parallel_world_size() * (1 + _carried(chunks[0])) + beside,
+            seq_length=mpu.get_context_parallel_world_size() * (length * (1 + _carried(chunks[0])) + beside),
             micro_batch_size=1,
             forward_only=not backward,
             collect_non_loss_data=not backward,

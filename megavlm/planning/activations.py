@@ -83,12 +83,15 @@ def language_kept(
     beside = _beside_kept(recipe, layout, chunk, stream)
     crossed = 0
     if chunk.features_go_on:
-        features = features_of(recipe.model, seen_by_layers(recipe.model, images))
+        features = features_of(recipe.model, seen_by_layers(recipe.model, images, layout.context))
         shared = features / layout.tensor if layout.sequence_parallel else features
         # As they came, or went into the first layers: what those that attend to them keep of them.
         beside += int(shared * language.hidden_size * kernels.number_bytes)
         if chunk.crossed:
             crossed = cost.cross_kept(language, layout, tokens, features, kernels, learns=learns)
+            if adapted:
+                crossed += cost.cross_adapters_kept(language, recipe.lora, layout, tokens, features, kernels)
+                crossed -= cost.adapters_kept(language, recipe.lora, layout, tokens, kernels)
     if parallel.recompute_granularity == "full":
         units = -(-chunk.layers // (parallel.recompute_num_layers or 1))
         return units * stream + beside + cost.shared_kept(language, tokens)

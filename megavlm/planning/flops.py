@@ -19,6 +19,7 @@ from megavlm.architectures.cost import (
     cost_of,
     crossed_work,
     decoder_cost,
+    features_of,
     layer_kinds,
 )
 from megavlm.config.architecture import own_of
@@ -53,9 +54,19 @@ def language_flops(language: LanguageConfig, tokens: int, squared_lengths: int) 
     return int(layers) + 2 * tokens * language.hidden_size * language.output_rows
 
 
-def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int) -> int:
-    """Return the forward operations of the adapters."""
-    return 2 * tokens * sum(sum(adapter_products(kind, lora)) for kind in layer_kinds(language))
+def adapter_flops(language: LanguageConfig, lora: LoraConfig, tokens: int, features: float = 0.0) -> int:
+    """Return the forward operations of the adapters; ``features``: of pictures that layers attend to."""
+    crossed = set(language.cross_layers)
+    kinds = [kind for number, kind in enumerate(layer_kinds(language)) if number not in crossed]
+    total: float = 2 * tokens * sum(sum(adapter_products(kind, lora)) for kind in kinds)
+    if crossed:
+        total += len(crossed) * decoder_cost(language).cross_adapter_work(language, lora, tokens, features)
+    return int(total)
+
+
+def _seen(model: ModelConfig, images: float | Pictures) -> float:
+    """Return the features of pictures that layers attend to, where there are such layers."""
+    return features_of(model, pictures_of(model, images)) if model.language.cross_layers else 0.0
 
 
 def pictures_of(model: ModelConfig, images: float | Pictures) -> Pictures:
@@ -107,9 +118,12 @@ def step_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: float 
         + language * (language_flops(model.language, tokens, squared_lengths) + int(cross_flops(model, tokens, images)))
     )
     if lora.rank is not None:
-        total += 3 * adapter_flops(model.language, lora, tokens)
+        total += 3 * adapter_flops(model.language, lora, tokens, _seen(model, images))
         # Attention has no weights: its backward pass is that of a model that learns.
         total += language_flops(model.language, 0, squared_lengths)
+        if model.language.cross_layers:
+            crossed = crossed_work(model, tokens, pictures_of(model, images))
+            total += len(model.language.cross_layers) * int(crossed.attention)
         total += int(lora.train_head) * 2 * tokens * model.language.hidden_size * model.language.vocab_size
     return total
 
@@ -173,7 +187,7 @@ def recomputed_flops(recipe: Recipe, tokens: int, squared_lengths: int, images: 
         total += language_flops(language, tokens, 0) - 2 * tokens * language.hidden_size * language.output_rows
         total += int(cross_flops(recipe.model, tokens, images))
         if recipe.lora.rank is not None:
-            total += adapter_flops(language, recipe.lora, tokens)
+            total += adapter_flops(language, recipe.lora, tokens, _seen(recipe.model, images))
     if vision > 1:
         tower = recipe.model.vision
         total += int(cost_of(recipe.model, "vision").again(tower, pictures_of(recipe.model, images)))

@@ -132,7 +132,8 @@ def _chunk_parameters(
             shapes.append(table)
     if lora.rank is None:
         return (*found, *(ChunkParameter("language", elements, learns[2]) for elements in shapes))
-    return (*found, *_with_adapters(language, lora, tp, kinds, first, last), *_beside_experts(kinds, lora, spread))
+    own = _with_adapters(language, lora, tp, numbered, first, last)
+    return (*found, *own, *_beside_experts(kinds, lora, spread))
 
 
 def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: Layers) -> Iterator[ChunkParameter]:
@@ -143,16 +144,30 @@ def _beside_experts(kinds: Sequence[LanguageConfig], lora: LoraConfig, layers: L
 
 
 def _with_adapters(
-    language: LanguageConfig, lora: LoraConfig, tp: int, kinds: Sequence[LanguageConfig], first: bool, last: bool
+    language: LanguageConfig,
+    lora: LoraConfig,
+    tp: int,
+    numbered: Sequence[tuple[int, LanguageConfig]],
+    first: bool,
+    last: bool,
 ) -> Iterator[ChunkParameter]:
-    """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says."""
+    """Yield the language model's parameters of a chunk: adapters learn, and of the others what the recipe says.
+
+    ``numbered``: its layers with their numbers in the whole model, each as if all were of its kind.
+    """
     cost = decoder_cost(language)
-    table = cost.vocabulary(language, tp) // tp * language.hidden_size
-    linears = cost.linear_parameters(language, tp)
-    for elements in (one for kind in kinds for one in cost.layer_parameters(kind, tp)):
-        yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
-    for elements in (one for kind in kinds for one in cost.adapter_parameters(kind, lora, tp)):
-        yield ChunkParameter("language", elements, True)
+    table, crossed = cost.vocabulary(language, tp) // tp * language.hidden_size, set(language.cross_layers)
+    for number, kind in numbered:
+        if number in crossed:
+            own, beside = cost.cross_parameters(kind, tp), cost.cross_adapter_parameters(kind, lora, tp)
+            linears = cost.cross_linear_parameters(kind, tp)
+        else:
+            own, beside = cost.layer_parameters(kind, tp), cost.adapter_parameters(kind, lora, tp)
+            linears = cost.linear_parameters(language, tp)
+        for elements in own:
+            yield ChunkParameter("language", elements, False, lora.quantize is not None and elements in linears)
+        for elements in beside:
+            yield ChunkParameter("language", elements, True)
     if first:
         yield ChunkParameter("language", table, lora.train_embeddings)
     if last:

@@ -21,9 +21,15 @@ def share(model: ModelConfig, part: str, layout: Layout, seen: Seen) -> tuple[in
     return ranks, _busiest(model, seen, 1 if ranks == layout.tensor else layout.tensor)
 
 
-def seen_by_layers(model: ModelConfig, seen: Seen) -> Pictures:
-    """Return the pictures that language layers attend to, all of them on each rank."""
-    return _busiest(model, seen, 1)
+def seen_by_layers(model: ModelConfig, seen: Seen, context: int) -> Pictures:
+    """Return the pictures that language layers attend to, all of them on each rank.
+
+    Args:
+        model: the model.
+        seen: what the tower sees of a micro-batch, on one of the ranks that share it.
+        context: so many context-parallel ranks share it.
+    """
+    return _busiest(model, seen, 1).times(context)
 
 
 def _busiest(model: ModelConfig, seen: Seen, ranks: int) -> Pictures:

@@ -58,7 +58,7 @@ def chunk_flops(
     squares = attended_squares(language, tokens, squared_lengths)
     attention = cost.layer_work(language, tokens, squares).attention
     if chunk.crossed:
-        crossing = crossed_work(model, tokens, seen_by_layers(model, images))
+        crossing = crossed_work(model, tokens, seen_by_layers(model, images, layout.context))
     images = images if chunk.encodes else 0.0
     tower_ranks, seen = share(model, "vision", layout, images)
     tower = cost_of(model, "vision").work(model.vision, seen)

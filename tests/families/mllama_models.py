@@ -58,10 +58,14 @@ def mllama(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = N
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:
                 parameter.fill_(0.3 + 0.1 * (len(name) % 5))
+    _skip_all_rows(model)
+    return model
+
+
+def _skip_all_rows(model: Any) -> None:
     for layer in model.model.language_model.layers:
         if hasattr(layer, "cross_attn"):
             _skip_rows(layer)
-    return model
 
 
 def _skip_rows(layer: Any) -> None:
@@ -105,6 +109,12 @@ class MllamaSource(TransformersSource):
         patches = [_patches(one, layout.grid) for one, layout in zip(made["pixel_values"][0], layouts, strict=True)]
         given = {**made, "cross_attention_mask": torch.from_numpy(mask)}
         return Shown(ids, given, torch.cat(patches), heights, layouts)
+
+    def loaded(self, directory: Path) -> PreTrainedModel:
+        """Return the same, with the authors' line."""
+        model = super().loaded(directory)
+        _skip_all_rows(model)
+        return model
 
     def features(self, sample: Shown) -> Tensor:
         """Return those of the tiles that hold a picture."""

@@ -23,7 +23,7 @@ from test_round_trips import CASES, make
 from torch import Tensor
 from trained_only import PARTS as OTHER_PARTS
 from trained_only import TRAINED_ONLY
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from whole import Lack, Published, Shown, Source, WholeFamily
 from whole_cases import Proof
 from whole_rows import ROWS
@@ -315,7 +315,7 @@ def test_adapters_go_to_peft_and_back(name: str, folder: Path, tmp_path: Path) -
     command("megatron-to-hf", "--megatron", saved, "--adapter", "--out", tmp_path / "peft")
     plain: Any = source.model
     if isinstance(plain, PreTrainedModel):  # else it is written out, as there is no class
-        plain = AutoModelForImageTextToText.from_pretrained(hf, attn_implementation="eager", dtype=torch.float32)
+        plain = source.loaded(hf)
     both = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
     ids = sample.ids[None]
     with torch.no_grad():

@@ -17,7 +17,7 @@ from PIL import Image
 from qwen_reference import Sizes
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedModel
 from whole import Shown, Source
 
 from megavlm.checkpoint.hf.shapes import alone, family_slots, make_rules
@@ -92,6 +92,10 @@ class TransformersSource:
         if self.files is not None:
             path.write_text(json.dumps(self.files))
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+    def loaded(self, directory: Path) -> PreTrainedModel:
+        """Return the model of a directory as its class reads it, in fp32."""
+        return AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
 
     def shown(self, model: ModelConfig, sizes: list[tuple[int, int]], words: int) -> Shown:
         """Let Transformers' processor make the pixels."""

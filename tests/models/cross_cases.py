@@ -16,6 +16,7 @@ from megatron.core import parallel_state as mpu  # noqa: E402
 from tiles_cases import shared  # noqa: E402
 from tiny import IMAGE_TOKEN, tiny_recipe  # noqa: E402
 
+from megavlm.architectures.adapters import frozen_linears  # noqa: E402
 from megavlm.checkpoint import distributed as checkpoint  # noqa: E402
 from megavlm.config.help import to_yaml  # noqa: E402
 from megavlm.config.schema import Recipe  # noqa: E402
@@ -35,7 +36,12 @@ from megavlm.training.step import train_step  # noqa: E402
 STD = {"init_method_std": 0.15}
 
 
-def recipe(freeze: tuple[str, ...] = (), language: dict[str, Any] | None = None, **parallel: Any) -> Recipe:
+def recipe(
+    freeze: tuple[str, ...] = (),
+    language: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    **parallel: Any,
+) -> Recipe:
     """Return a model of 8 language layers, of which the second, fourth and seventh attend to pictures."""
     model = {
         "preset": "tiny",
@@ -53,7 +59,7 @@ def recipe(freeze: tuple[str, ...] = (), language: dict[str, Any] | None = None,
     }  # fmt: skip
     data = {"train": [{"path": "unused"}], "tokenizer": "unused", "sequence_length": LENGTH}
     modules = {part: {"freeze": True} for part in freeze}
-    return tiny_recipe(model=model, data=data, parallel=parallel, modules=modules)
+    return tiny_recipe(model=model, data=data, parallel=parallel, modules=modules, lora=lora or {})
 
 
 def sample(plan: ImagePlan, seed: int, sizes: list[tuple[int, int]], *, beside: bool = False) -> Any:
@@ -93,7 +99,7 @@ def train(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
-    made = recipe(job.get("freeze", ()), **job["parallel"])
+    made = recipe(job.get("freeze", ()), lora=job.get("lora"), **job["parallel"])
     plan = plan_of(made.model)
     with process_groups(made.parallel, made.training.seed):
         training = build_training(made, IMAGE_TOKEN)
@@ -105,6 +111,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
                         parameter.fill_(0.7)
             checkpoint.save_weights(weights.parent, training.modules, recipe_yaml=to_yaml(made))
         checkpoint.load(weights, modules=training.modules)
+        for module in training.modules:
+            fill(module)
         training.optimizer.reload_model_params()
         results = []
         for step in range(2):
@@ -120,6 +128,20 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
                     number, rest = name.removeprefix("language.decoder.layers.").split(".", 1)
                     gates[f"{int(number) + first}.{rest}"] = parameter.detach().double().flatten()[:4].tolist()
         return {"loss": [one.loss for one in results], "norm": [one.grad_norm for one in results], "gates": gates}
+
+
+@torch.no_grad()
+def fill(module: Any) -> None:
+    """Give the adapters' B values that are the same at every layout, so that all of their gradients count at once."""
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    for number, name, linear in frozen_linears(module.language):
+        if linear.adapter is None:
+            continue
+        own, cut = linear.lora_b, getattr(linear.lora_b, "tensor_model_parallel", False)
+        generator = torch.Generator().manual_seed(100 * number + len(name))
+        whole = torch.randn(own.size(0) * (size if cut else 1), own.size(1), generator=generator) * 0.1
+        halves = whole.chunk(2) if linear.adapter.cut_in_halves else [whole]
+        own.copy_(torch.cat([half.chunk(size)[rank] for half in halves]) if cut else whole)
 
 
 def prompts(made: Recipe) -> list[Prompt]:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from saved_tensors import saved_tensors
 from tiny import IMAGE_TOKEN
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
     get_cross_attention_token_mask,
 )
 
+from megavlm.architectures.adapters import frozen_linears
 from megavlm.config.checks import check_recipe
 from megavlm.config.errors import RecipeError
 from megavlm.data.batch import IGNORE_INDEX
@@ -28,6 +30,8 @@ from megavlm.layers.segments import packed_segments
 from megavlm.models.build import build_model, unwrap
 from megavlm.models.streams import PictureStream
 from megavlm.models.vlm import VisionLanguageModel
+from megavlm.planning.activations import held_by
+from megavlm.planning.flops import adapter_flops
 from megavlm.planning.layout import layout_of
 from megavlm.planning.parameters import chunk_parameters
 
@@ -143,16 +147,24 @@ def test_every_layout_trains_and_answers_like_one_process(tmp_path: Path) -> Non
 
     frozen = ("vision", "connector")
     first = [*jobs({}, {"recompute_granularity": "full"}), *jobs({}, freeze=frozen)]
-    ((alone, again, still),) = ranks.run("cross_cases:train", first, world=1)
+    # Of keys, and not values: one of the two parts of that layer has none.
+    pictures = {"rank": 4, "targets": ("cross_attn.q_proj", "k_proj", "cross_attn.o_proj", "gate_proj")}
+    adapted = [{"freeze": frozen, "lora": lora} for lora in ({"rank": 4, "targets": ("all-linear",)}, pictures)]
+    first += [job for more in adapted for job in jobs({}, **more)]
+    first += jobs({}, freeze=frozen, lora={**adapted[0]["lora"], "quantize": "nf4"})
+    ((alone, again, still, *beside, packed),) = ranks.run("cross_cases:train", first, world=1)
+    assert len({one["loss"][0] for one in (alone, *beside)}) == 3  # the adapters matter
+    assert 1e-6 < abs(packed["loss"][0] / beside[0]["loss"][0] - 1) < 0.05  # rounded, and no more than that
     assert again == {key: pytest.approx(value, rel=1e-6) for key, value in alone.items() if key != "gates"} | {
         "gates": again["gates"]
     }
     cut = [
         *jobs(both, {"tensor_model_parallel_size": 2}, {**pp2, **vpp}, {**both, **vpp}),
         *jobs(both, freeze=frozen),
+        *(job for more in adapted for job in jobs(both, **more)),
     ]
     for rank in ranks.run("cross_cases:train", cut, world=4):
-        for got, wanted in zip(rank, [*[alone] * 4, still], strict=True):
+        for got, wanted in zip(rank, [*[alone] * 4, still, *beside], strict=True):
             assert got["loss"] == pytest.approx(wanted["loss"], rel=FP32)
             assert got["norm"] == pytest.approx(wanted["norm"], rel=FP32)
             for name, values in got["gates"].items():
@@ -195,6 +207,34 @@ def test_the_planner_counts_their_parameters() -> None:
     assert counted == sum(p.numel() for p in model.parameters())
     halves = layout_of(cases.recipe(pipeline_model_parallel_size=2), 2).chunks
     assert [(chunk.crossed, chunk.features_go_on) for chunk in halves] == [(2, True), (1, True)]
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("k_proj", "cross_attn.o_proj")])
+def test_the_planner_counts_their_adapters(targets: tuple[str, ...]) -> None:
+    """Parameters, operations, and what is kept for the backward pass."""
+    lora: dict[str, Any] = {"rank": 4, "targets": targets}
+    own = cases.recipe(("vision", "connector"), lora=lora)
+    model = unwrap(build_model(own, IMAGE_TOKEN)[0])
+    layout = layout_of(own, 1)
+    counted = chunk_parameters(own, layout, layout.chunks[0])
+    found = dict(model.named_parameters())
+    assert sum(one.elements for one in counted) == sum(p.numel() for p in found.values())
+    assert sum(one.elements for one in counted if one.learns) == sum(
+        p.numel() for p in found.values() if p.requires_grad
+    )
+    quantised = chunk_parameters(cases.recipe(lora={**lora, "quantize": "nf4"}), layout, layout.chunks[0])
+    shapes = [linear.weight.numel() for *_, linear in frozen_linears(model.language)]
+    assert sorted(one.elements for one in quantised if one.quantised) == sorted(shapes)
+    adapters = {name: p.numel() for name, p in found.items() if name.endswith((".lora_a", ".lora_b"))}
+    expected = sum(number * (1000 if "linear_kv" in name else 7) for name, number in adapters.items())
+    assert adapter_flops(own.model.language, own.lora, 7, 1000) == 2 * expected > 0
+    plan = plan_of(own.model)
+    made = [cases.sample(plan, seed, [(60, 60)]) for seed in range(6)]
+    batch = batch_of(model, made, sum(len(one) for one, _ in made))
+    with saved_tensors(model.parameters()) as saved:
+        losses(model, batch)
+    seen = [grid for one, _ in made for grid in plan.of(one.shapes[0]).grids]
+    assert held_by(own, layout, layout.chunks[0], batch.length, seen).kept == pytest.approx(saved.bytes, rel=0.02)
 
 
 @pytest.mark.parametrize(

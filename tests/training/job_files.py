@@ -13,6 +13,7 @@ from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import torch  # noqa: E402
 from lora_worker import fill  # noqa: E402
 from tiny import IMAGE_TOKEN  # noqa: E402
 
@@ -32,6 +33,11 @@ def make_weights(job: Job, make: Callable[[dict[str, Any]], Recipe]) -> None:
     if "weights" in job and not Path(job["weights"]).exists():
         plain = make({name: branch for name, branch in job["recipe"].items() if name != "lora"})
         modules = [unwrap(chunk) for chunk in build_model(plain, IMAGE_TOKEN)]
+        with torch.no_grad():
+            for module in modules:
+                for name, parameter in module.named_parameters():
+                    if name.endswith("_bda.gate"):  # which begins closed: nothing behind it would learn
+                        parameter.fill_(0.7)
         checkpoint.save_weights(Path(job["weights"]).parent, modules, recipe_yaml=to_yaml(plain))
 
 

@@ -11,6 +11,7 @@ from megavlm.parallel.device import prepare_device
 
 prepare_device()
 
+import cross_cases  # noqa: E402
 import job_files  # noqa: E402
 import levels_cases  # noqa: E402
 import numpy as np  # noqa: E402
@@ -142,9 +143,13 @@ def _short(read: ReadPack, step: int) -> ReadPack:
 
 def made(branches: dict[str, Any]) -> Recipe:
     """Return the recipe of a job; its model may be that of another test."""
-    model = tiles_cases.recipe(tiles_cases.ANYRES) if branches.get("model") == "tiles" else levels_cases.recipe()
-    if branches.get("model") not in ("tiles", "levels"):
+    others = {
+        "tiles": lambda: tiles_cases.recipe(tiles_cases.ANYRES), "levels": levels_cases.recipe,
+        "pictures": cross_cases.recipe,
+    }  # fmt: skip
+    if not isinstance(branches.get("model"), str):
         return tiny_recipe(**branches)
+    model = others[branches["model"]]()
     rest = {name: branch for name, branch in branches.items() if name != "model"}
     return tiny_recipe(**rest, model=to_tree(model)["model"], data=to_tree(model)["data"])
 
@@ -156,7 +161,10 @@ def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[R
     """
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     count, plan = recipe.training.global_batch_size, plan_of(recipe.model)
-    if alike:
+    if recipe.model.language.cross_layers:
+        drawn = cross_cases.packs(recipe, count, step)
+        mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
+    elif alike:
         mine = [_of_four_tokens(pack, pixels, recipe.model) for pack, pixels in random_packs(count, step)]
     elif recipe.model.vision.packed:
         mine = [_of_any_size(pack, recipe, step * 100 + i) for i, (pack, _) in enumerate(random_packs(count, step))]
@@ -168,11 +176,11 @@ def read(recipe: Any, step: int, without: Any, *, alike: bool = False) -> list[R
     else:
         drawn = tiles_cases.packs(plan, count, step)
         mine = [ReadPack(pack, torch.from_numpy(px), arrange(plan, pack.layouts(plan) or [])) for pack, px in drawn]
-    mine = [_of_model(one, recipe, step) for one in mine]
     if step in without:
         mine = [_text(one) for one in mine]
     elif "one" in without:  # replica has some; or, in one process, what that one had of the two
         mine = [one if i % 2 else _text(one) for i, one in enumerate(mine)]
+    mine = [_of_model(one, recipe, step) for one in mine]
     return mine[rank::size]
 
 

@@ -60,6 +60,9 @@ LONG_CASES: dict[str, Case] = {
     "norms at CP 2 x TP 2 + SP": ("norms", 4, CP2 | TP2 | SP),
     "newline at CP 2 x TP 2 + SP": ("newline", 4, CP2 | TP2 | SP),
     "deepstack at CP 2 x PP 2": ("deepstack", 4, CP2 | PP2),
+    "pictures at CP 3": ("pictures", 3, CP3),
+    "pictures at CP 2 x PP 2": ("pictures", 4, CP2 | PP2),
+    "pictures at CP 2 x TP 2 + SP": ("pictures", 4, CP2 | TP2 | SP),
     "deepstack at CP 2 x TP 2 + SP": ("deepstack", 4, CP2 | TP2 | SP),
     **{
         f"{name} at CP 2 x DP 2, overlapped": (name, 4, CP2 | OVERLAP)
@@ -240,10 +243,6 @@ def test_a_change_of_context_parallelism_changes_no_bit(results: tuple[Path, Any
         ({"engine": {"fp8": "hybrid"}, "training": {"precision": "bf16"}}, "does not go with engine.fp8"),
         ({"engine": {"cuda_graph_impl": "transformer_engine"}}, "does not go with engine.cuda_graph_impl"),
         ({"engine": {"apply_rope_fusion": "on"}}, "does not go with engine.apply_rope_fusion on"),
-        (
-            {"model": MODEL | {"language": MODEL["language"] | {"cross_attention_layers": (1,)}}},
-            r"is not proven with layers that attend to pictures \(model.language.cross_attention_layers\)",
-        ),
         ({"parallel": {"cp_comm_type": "a2a", "transformer_impl": "torch"}}, "a2a is Transformer Engine's"),
         ({"parallel": {"cp_comm_type": "a2a"}}, "a2a is Transformer Engine's"),
         (

@@ -54,6 +54,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "packed": {"model": PACKED},
     "newline": {"model": "tiles"},
     "deepstack": {"model": "levels"},
+    "pictures": {"model": "pictures"},
+    "pictures on one replica": {"model": "pictures"},
     # Megatron-Core adds up gradients of norms of queries and keys by their names, the tower's too.
     "norms": {"model": {**MODEL, "vision": VISION | NORMS, "language": MODEL["language"] | {"qk_layernorm": True}}},
     "frozen tower": {"modules": {"vision": FROZEN}},
@@ -107,6 +109,9 @@ LONG_CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "DP 2 x PP 2 x VPP 2, overlapped": ("plain", 4, PP2 | VPP2 | OVERLAP),
     "DP 2 x TP 2 + SP": ("plain", 4, TP2 | SP),
     "packed at DP 2 x PP 2, overlapped": ("packed", 4, PP2 | OVERLAP),
+    "pictures at TP 2 x PP 2 + SP": ("pictures", 4, TP2 | PP2 | SP),
+    "pictures at PP 2 x VPP 2 x DP 2, overlapped": ("pictures", 4, PP2 | VPP2 | OVERLAP),
+    "pictures, balanced over DP 2 x TP 2, shards": ("pictures on one replica", 4, TP2 | SP | JOB | CUT),
     "newline at TP 2 x PP 2 + SP": ("newline", 4, TP2 | PP2 | SP),
     "newline at DP 2 x TP 2": ("newline", 4, TP2),
     "deepstack at TP 2 x PP 2 + SP": ("deepstack", 4, TP2 | PP2 | SP),

@@ -219,7 +219,7 @@ def build(
     plan = tuple(replace(kind, deepstack=number < levels) for number, kind in enumerate(layer_plan(language)))
     engine = context.transformer_engine
     modules = {
-        kind: cross_modules(transformer_engine=engine)
+        kind: cross_modules(transformer_engine=engine, linears=linears)
         if kind.mixer == "cross"
         else layer_modules(kind, transformer_engine=engine, linears=linears)
         for kind in set(plan)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from megavlm.architectures.cost import FinalParameter, Kernels, LayerPassage, LayerPassing, Shards, Work
 from megavlm.architectures.decoders.decoder.config import DecoderConfig, with_all_keys
+from megavlm.architectures.decoders.decoder.cross_cost import cross_adapter_parameters as cross_adapter_parameters
+from megavlm.architectures.decoders.decoder.cross_cost import cross_adapter_work as cross_adapter_work
+from megavlm.architectures.decoders.decoder.cross_cost import cross_adapters_kept as cross_adapters_kept
 from megavlm.architectures.decoders.decoder.cross_cost import cross_kept as cross_kept
+from megavlm.architectures.decoders.decoder.cross_cost import cross_linear_parameters as cross_linear_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_parameters as cross_parameters
 from megavlm.architectures.decoders.decoder.cross_cost import cross_work as cross_work
-from megavlm.config.lora import EXPERT_LINEARS, Target, targets_of
+from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target, targets_of
 from megavlm.config.schema import LoraConfig
 
 
@@ -127,8 +131,12 @@ def _active_width(language: DecoderConfig) -> int:
 
 
 def _beside(language: DecoderConfig, lora: LoraConfig, *, experts: bool) -> list[Target]:
-    """Return the layers of one kind's layer that have adapters: of its experts, or all others."""
-    return [target for target in targets_of(lora, language) if (target.linear in EXPERT_LINEARS) == experts]
+    """Return the layers of one kind's layer that have adapters: of its experts, or all others.
+
+    Not of attention to pictures: that layer's are in ``cross_cost.py``.
+    """
+    own = [target for target in targets_of(lora, language) if target.linear not in CROSS_LINEARS]
+    return [target for target in own if (target.linear in EXPERT_LINEARS) == experts]
 
 
 @with_all_keys
@@ -177,7 +185,8 @@ def adapter_widths(language: DecoderConfig, lora: LoraConfig, tensor: int) -> tu
     queries, keys = (
         n * language.kv_channels // tensor for n in (language.num_attention_heads, language.num_query_groups)
     )
-    linears = {target.linear.partition(".")[2] for target in targets_of(lora, language)}
+    own = [*_beside(language, lora, experts=False), *_beside(language, lora, experts=True)]
+    linears = {target.linear.partition(".")[2] for target in own}
     widths = {
         "linear_qkv": (hidden, queries + 2 * keys), "linear_proj": (queries, hidden),
         "linear_fc1": (hidden, _inner_width(language) * ffn), "linear_fc2": (ffn, hidden),

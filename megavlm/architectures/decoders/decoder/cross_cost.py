@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megavlm.architectures.cost import Kernels, Shards, Work
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
+from megavlm.config.lora import CROSS_LINEARS, targets_of
+from megavlm.config.schema import LoraConfig
 
 
 def _widths(language: DecoderConfig, tensor: int) -> tuple[int, int, int]:
@@ -46,5 +48,54 @@ def cross_kept(
     kept += (2 * stream + tokens * (queries + ffn)) * b * int(learns)  # inputs of the linear layers
     kept += (tokens * queries + 2 * features * keys) * b  # queries, keys and values that meet
     kept += tokens * queries * b + tokens * (language.num_attention_heads // shards.tensor) * 4
-    # What the gates multiply; gate and up.
-    return int(kept + 2 * stream * b + 2 * tokens * ffn * b)
+    # What gates that learn multiply; gate and up.
+    return int(kept + 2 * stream * b * int(learns) + 2 * tokens * ffn * b)
+
+
+def cross_linear_parameters(language: DecoderConfig, tensor: int) -> list[int]:
+    """Return the elements of a layer's five linear weights."""
+    return sorted(cross_parameters(language, tensor))[-5:]
+
+
+def _adapters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[tuple[str, int, int]]:
+    """Return each adapter of one such layer on one rank: its linear layer, and the elements of A and B."""
+    assert lora.rank is not None
+    hidden, (queries, keys, ffn) = language.hidden_size, _widths(language, tensor)
+    shapes = {
+        "linear_q": (hidden, queries), "linear_kv": (hidden, keys), "linear_proj": (queries, hidden),
+        "linear_fc1": (hidden, ffn), "linear_fc2": (ffn, hidden),
+    }  # fmt: skip
+    own = [target.linear for target in targets_of(lora, language)]
+    names = [one.partition(".")[2] for one in own if one in CROSS_LINEARS or one.startswith("mlp.")]
+    return [(name, lora.rank * shapes[name][0], lora.rank * shapes[name][1]) for name in names]
+
+
+def cross_adapter_parameters(language: DecoderConfig, lora: LoraConfig, tensor: int) -> list[int]:
+    """Return the elements of each adapter parameter of one such layer on one rank."""
+    return [elements for _, *both in _adapters(language, lora, tensor) for elements in both]
+
+
+def cross_adapter_work(language: DecoderConfig, lora: LoraConfig, tokens: float, features: float) -> float:
+    """Return the operations of a forward pass through the adapters of one such layer."""
+    found = _adapters(language, lora, 1)
+    return sum(2 * (features if name == "linear_kv" else tokens) * (low + up) for name, low, up in found)
+
+
+def cross_adapters_kept(
+    language: DecoderConfig, lora: LoraConfig, shards: Shards, tokens: int, features: float, kernels: Kernels
+) -> int:
+    """Return the bytes that the adapters of one such layer keep: what A and B multiply, but the features themselves."""
+    assert lora.rank is not None
+    b, (queries, keys, ffn) = kernels.number_bytes, _widths(language, shards.tensor)
+    ranks = shards.tensor if shards.sequence_parallel else 1
+    stream, dropped = tokens // ranks * language.hidden_size, int(lora.dropout > 0)
+    read = {
+        "linear_q": stream * (b + dropped), "linear_proj": tokens * queries * (b + dropped),
+        "linear_fc1": stream * (b + dropped), "linear_fc2": tokens * ffn * (b + dropped),
+        "linear_kv": features / ranks * language.hidden_size * dropped * (b + 1),
+    }  # fmt: skip
+    rows = {"linear_kv": features, "linear_q": tokens, "linear_fc1": tokens}
+    names = [name for name, *_ in _adapters(language, lora, shards.tensor)]
+    kept = sum(read[name] for name in set(names))
+    kept += sum(rows.get(name, tokens // ranks) * lora.rank * b for name in names)
+    return int(kept + names.count("linear_kv") * keys * lora.rank * b)  # the rows of each part's B, side by side

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from megavlm.architectures.decoders.decoder.config import DecoderConfig
-from megavlm.config.lora import EXPERT_LINEARS, Target
+from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target
 from megavlm.weights.rules import (
     CONCAT,
     KEY_VALUE,
@@ -290,6 +290,12 @@ def _targets(layer_names: str) -> tuple[Target, ...]:
 
 
 @functools.cache
+def _cross_targets() -> tuple[Target, ...]:
+    """Return the linear layers of attention to pictures."""
+    return tuple(target for target in targets_in(MLLAMA_LANGUAGE) if target.linear in CROSS_LINEARS)
+
+
+@functools.cache
 def _expert_targets(*, gated: bool, llama: bool) -> tuple[Target, ...]:
     """Return the linear layers of experts, as Qwen3-MoE calls them, and of a Llama as Mixtral does too."""
     others = {
@@ -312,6 +318,8 @@ def _expert_targets(*, gated: bool, llama: bool) -> tuple[Target, ...]:
 def targets(language: DecoderConfig) -> tuple[Target, ...]:
     """Return what ``lora.targets`` may name."""
     found, experts = _targets(language.layer_names), language.expert_layers
+    if language.cross_attention_layers:
+        found += _cross_targets()
     if not any(experts):
         return found
     if all(experts):
