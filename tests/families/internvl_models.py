@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 
@@ -76,6 +77,26 @@ def internvl_6b() -> PreTrainedModel:
     """InternVL of InternViT-6B's kind and Qwen3."""
     kind = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
     return internvl(Qwen3Config(**_TEXT, head_dim=32, tie_word_embeddings=False), **kind)
+
+
+def internvl_moe() -> PreTrainedModel:
+    """InternVL3.5-30B-A3B's kind: InternViT-300M's and Qwen3-MoE."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return internvl(Qwen3MoeConfig(**_TEXT, **experts, head_dim=32, tie_word_embeddings=False))
+
+
+def internvl_chat_moe(directory: Path) -> Path:
+    """The same as its authors write it: each expert by itself, as Transformers saves it too."""
+    model = internvl_moe()
+    model.save_pretrained(directory)
+    saved_names = load(directory)
+    internvl_chat(directory, model)
+    tree, state = json.loads((directory / "config.json").read_text()), load(directory)
+    state = {name: value for name, value in state.items() if ".mlp.experts." not in name}
+    state |= {name: value for name, value in saved_names.items() if ".mlp.experts." in name}
+    text = tree["llm_config"]
+    text["num_experts"] = text.pop("num_local_experts")  # as Transformers 4 does
+    return write(directory, state, tree, **{"added_tokens.json": json.dumps({"<IMG_CONTEXT>": 119})})
 
 
 def internvl_uneven() -> PreTrainedModel:
@@ -168,6 +189,7 @@ def intern_vit(directory: Path) -> Path:
 
 INTERNVL: dict[str, Callable[[Path], Path]] = {
     "internvl": saved(internvl), "internvl_6b": saved(internvl_6b), "internvl_modules": internvl_modules,
-    "internvl_chat": internvl_chat, "intern_vit": intern_vit,
+    "internvl_chat": internvl_chat, "intern_vit": intern_vit, "internvl_moe": saved(internvl_moe),
+    "internvl_chat_moe": internvl_chat_moe,
 }  # fmt: skip
 """What makes a checkpoint, by name."""
