@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from whole_source import experts_apart
 
 
 def internvl_files() -> dict[str, Any]:
@@ -87,16 +88,14 @@ def internvl_moe() -> PreTrainedModel:
 
 def internvl_chat_moe(directory: Path) -> Path:
     """The same as its authors write it: each expert by itself, as Transformers saves it too."""
-    model = internvl_moe()
-    model.save_pretrained(directory)
-    saved_names = load(directory)
-    internvl_chat(directory, model)
-    tree, state = json.loads((directory / "config.json").read_text()), load(directory)
-    state = {name: value for name, value in state.items() if ".mlp.experts." not in name}
-    state |= {name: value for name, value in saved_names.items() if ".mlp.experts." in name}
-    text = tree["llm_config"]
-    text["num_experts"] = text.pop("num_local_experts")  # as Transformers 4 does
-    return write(directory, state, tree, **{"added_tokens.json": json.dumps({"<IMG_CONTEXT>": 119})})
+    internvl_chat(directory, internvl_moe())
+    path = directory / "config.json"
+    state = {name: value.clone() for name, value in experts_apart(load(directory)).items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    tree = json.loads(path.read_text())
+    tree["llm_config"]["num_experts"] = tree["llm_config"].pop("num_local_experts")  # as Transformers 4 does
+    path.write_text(json.dumps(tree))
+    return directory
 
 
 def internvl_uneven() -> PreTrainedModel:
