@@ -472,9 +472,7 @@ def register() -> None:
             qwen3, large = version == "3_5", size in ("38b", "78b", "241b_a28b")
             MODELS.register(
                 f"internvl{version}_{size}",
-                vision={
-                    "preset": "intern_vit_6b_448" if large else "intern_vit_300m_448"
-                },
+                vision={"preset": "intern_vit_6b_448" if large else "intern_vit_300m_448"},
                 connector={"preset": "pixel_shuffle"},
                 # Its tokenizer's tokens and no more, where Qwen3's own table has room for the new ones.
                 language={
