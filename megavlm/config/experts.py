@@ -60,18 +60,6 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
     if ALL in lora.targets and getattr(language, "moe_shared_expert_intermediate_size", None) is not None:
         names = ", ".join(target.path for target in known_targets(language))
         yield f"lora.targets: {ALL!r} means shared experts too, which take no adapters; name some of {names}"
-    own, modules = targets_of(lora, language), recipe.modules
-    beside = lora.train_embeddings or lora.train_head or not (modules.vision.freeze and modules.connector.freeze)
-    if (
-        parallel.expert_model_parallel_size > 1
-        and own
-        and not beside
-        and all(target.linear in EXPERT_LINEARS for target in own)
-    ):
-        yield (
-            f"lora.targets: with {EP} above 1 something beside experts must be trainable; name one of attention's too,"
-            " or set that to 1"
-        )
     tp, shards = parallel.tensor_model_parallel_size, parallel.expert_tensor_ranks
     if shards not in (1, tp) and any(target.linear in EXPERT_LINEARS for target in targets_of(lora, language)):
         yield (

@@ -27,7 +27,7 @@ from megavlm.data.batch import IGNORE_INDEX, Pack
 from megavlm.data.media import Arrangement
 from megavlm.data.read_pack import ReadPack
 from megavlm.layers.segments import context_split, packed_segments, to_device
-from megavlm.parallel.context import filled_length, split_context
+from megavlm.parallel.context import common_length, filled_length, split_context
 from megavlm.parallel.device import local_device
 from megavlm.parallel.encoders import Encoders
 from megavlm.parallel.exchange import exchange
@@ -197,13 +197,13 @@ def make_batch(
 def context_length(cu_seqlens: Iterable[NDArray[Any]]) -> int | None:
     """Return how long packs are that context-parallel ranks share, filled up; None where there is one such rank.
 
-    They are equally long, as activations that go from stage to stage must be.
+    They are equally long, as activations that go from stage to stage must be; a collective (:func:`common_length`).
 
     Args:
         cu_seqlens: of each pack of a step.
     """
     size, tensor = mpu.get_context_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()
-    return None if size == 1 else max(filled_length(one, size, tensor) for one in cu_seqlens)
+    return None if size == 1 else common_length(max(filled_length(one, size, tensor) for one in cu_seqlens))
 
 
 def arrangement_on(arrangement: Arrangement | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:

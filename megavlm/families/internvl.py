@@ -1,4 +1,4 @@
-"""InternVL 2.5, 3 and 3.5 with a dense language model: as Transformers has them, and as their authors write them.
+"""InternVL 2.5, 3 and 3.5, dense and on Qwen3-MoE: as Transformers has them, and as their authors write them.
 
 Transformers: ``InternVLForConditionalGeneration``. The authors: ``InternVLChatModel`` of github.com/OpenGVLab/InternVL
 (``internvl_chat/internvl/model``), whose tower has q, k and v in one matrix.
@@ -19,6 +19,7 @@ from megavlm.data.media import plan_of
 from megavlm.data.templates import find_template, is_checkpoint
 from megavlm.families.common import expect, flag, need, number
 from megavlm.families.decoders import llama_config, llama_language
+from megavlm.families.experts import QWEN3_MOE
 from megavlm.families.family import Family, Tree, config_file
 from megavlm.families.films import film_branch
 from megavlm.families.intern_vit import (
@@ -39,7 +40,7 @@ from megavlm.weights.source import Source
 
 TEMPLATE = "internvl2_5"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
-_LANGUAGES = ("qwen2", "qwen3", "llama")
+_LANGUAGES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 
 
 def _names(tower: str, projector: str, model: str, head: str) -> dict[str, str]:
@@ -96,7 +97,8 @@ class InternVLFamily(Family):
     def tables(self, model: ModelConfig, style: str) -> Sequence[Table]:
         """Return the three tables."""
         names = self.styles[style]
-        return [dataclasses.replace(table, names=names) for table in (self.tower, PIXEL_SHUFFLE, LLAMA_LANGUAGE)]
+        language = LLAMA_LANGUAGE if model.language.num_moe_experts is None else QWEN3_MOE.table
+        return [dataclasses.replace(table, names=names) for table in (self.tower, PIXEL_SHUFFLE, language)]
 
     def config(self, model: ModelConfig, tokens: Mapping[str, int]) -> Tree:
         """Return the configuration of a model whose tower ends with the layer whose features are taken."""
@@ -184,7 +186,7 @@ class InternVLFamily(Family):
 
     def _branches(self, source: Source, vision: Tree, image: Tree, text: Mapping[str, Any]) -> Tree:
         config, where = source.config, config_file(source)
-        language = llama_language(_text(text, where), where)
+        language = _language(_text(text, where), where)
         # A head that is written out is one of its own, whatever Transformers' defaults say of it.
         head = self.styles[self.style_of(source)]["head"] + "weight"
         language["tie_word_embeddings"] = head not in source or (
@@ -303,7 +305,7 @@ def no_internvl(model: ModelConfig) -> str | None:
         plan_of(model)
     except UserError as error:
         return str(error)
-    return no_llama(model.language)
+    return no_llama(model.language) if model.language.num_moe_experts is None else QWEN3_MOE.refuses(model.language)
 
 
 def _factor(config: Mapping[str, Any], vision: Tree, where: str) -> int:
@@ -335,7 +337,7 @@ def _text(text: Mapping[str, Any], where: str) -> Tree:
     if kind not in _LANGUAGES:
         raise UserError(
             f"{where}: the language model is {kind or architecture!r} ({architecture}); of InternVL those on"
-            f" {', '.join(_LANGUAGES)} are supported, not those on InternLM2.5, InternLM3 or a mixture of experts"
+            f" {', '.join(_LANGUAGES)} are supported, not those on InternLM2.5, InternLM3 or GPT-OSS"
         )
     # Dynamic NTK changes nothing up to max_position_embeddings.
     tree = dict(text)
@@ -347,8 +349,15 @@ def _text(text: Mapping[str, Any], where: str) -> Tree:
     return tree
 
 
+def _language(text: Tree, where: str) -> Tree:
+    if text["model_type"] == QWEN3_MOE.model_type:
+        return QWEN3_MOE.branch({**QWEN3_MOE.defaults, **text}, where)
+    return llama_language(text, where)
+
+
 def _text_config(model: ModelConfig) -> Tree:
-    config = llama_config(model.language)
+    dense = model.language.num_moe_experts is None
+    config = llama_config(model.language) if dense else QWEN3_MOE.write(model.language)
     if model.language.rope_scaling is None:
         # Beside rope_theta they would say nothing, and take the place of a dynamic scaling that came along.
         del config["rope_scaling"], config["rope_parameters"]

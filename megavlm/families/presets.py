@@ -96,7 +96,8 @@ def _find(registry: Registry, name: str, key: str) -> Preset:
 _INTERNVL = {
     "2_5": {"1b": "0_5b", "4b": "3b", "38b": "32b", "78b": "72b"},
     "3": {"1b": "0_5b", "2b": "1_5b", "8b": "7b", "14b": "14b", "38b": "32b", "78b": "72b"},
-    "3_5": {"1b": "0_6b", "2b": "1_7b", "4b": "4b", "8b": "8b", "14b": "14b", "38b": "32b"},
+    "3_5": {"1b": "0_6b", "2b": "1_7b", "4b": "4b", "8b": "8b", "14b": "14b", "38b": "32b"}
+    | {"30b_a3b": "30b_a3b", "241b_a28b": "235b_a22b"},
 }
 
 
@@ -468,10 +469,10 @@ def register() -> None:
     presets_small.register()
     for version, sizes in _INTERNVL.items():
         for size, language in sizes.items():
-            qwen3 = version == "3_5"
+            qwen3, large = version == "3_5", size in ("38b", "78b", "241b_a28b")
             MODELS.register(
                 f"internvl{version}_{size}",
-                vision={"preset": "intern_vit_6b_448" if size in ("38b", "78b") else "intern_vit_300m_448"},
+                vision={"preset": "intern_vit_6b_448" if large else "intern_vit_300m_448"},
                 connector={"preset": "pixel_shuffle"},
                 # Its tokenizer's tokens and no more, where Qwen3's own table has room for the new ones.
                 language={

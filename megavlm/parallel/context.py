@@ -21,6 +21,8 @@ from megatron.core import parallel_state as mpu
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from megavlm.parallel.device import local_device
+
 
 @dataclass(frozen=True)
 class ContextSplit:
@@ -86,6 +88,19 @@ class ContextSplit:
             self.plans[name, device] = torch.from_numpy(make()).to(device)
         found: Tensor = self.plans[name, device]
         return found
+
+
+def common_length(length: int) -> int:
+    """Return the length that a rank's packs are filled up to: its own, or the longest of all replicas.
+
+    A collective where EP > 1 and several ranks share an expert: over gloo these gather each other's tokens, also those
+    of other replicas, and what is gathered must be equally much from each (Megatron-Core's ``allgather`` dispatcher).
+    """
+    if mpu.get_expert_model_parallel_world_size() == 1 or mpu.get_expert_tensor_parallel_world_size() == 1:
+        return length
+    longest = torch.tensor([length], device=local_device())
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=mpu.get_data_parallel_group())
+    return int(longest)
 
 
 def filled_length(cu_seqlens: NDArray[np.int32], size: int, unit: int = 1) -> int:

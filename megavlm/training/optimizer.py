@@ -134,7 +134,7 @@ def build_optimizer(
     )
     overrides = _overrides(recipe)
     if vision is None:
-        return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+        return _without_stubs(get_megatron_optimizer(config, list(chunks), config_overrides=overrides))
     with groups_of_all([*chunks, vision]):
         pipeline = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
         apart = get_megatron_optimizer(
@@ -145,6 +145,22 @@ def build_optimizer(
             pg_collection=groups(recipe.parallel),
         )
     return JoinedOptimizer([*pipeline.chained_optimizers, *apart.chained_optimizers])
+
+
+def _without_stubs(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """Return what Megatron-Core made, without the optimizer that stands for parameters that no rank has.
+
+    With expert parallelism there is one for experts and one for the rest. Where experts alone are trainable, the other
+    has no torch optimizer behind it, which Megatron-Core's state of several asks for. All ranks know the groups of all:
+    none has it or all have it. What is left is one optimizer, in a checkpoint too: like that of one process.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [])
+    real = [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
+    if real and len(real) < len(chained):
+        optimizer.chained_optimizers = real  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:  # by which a saved one is found
+            group["is_expert_parallel"] = False
+    return optimizer
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

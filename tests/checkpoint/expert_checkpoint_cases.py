@@ -47,12 +47,16 @@ def _recipe(language: dict[str, Any], layout: dict[str, Any], precision: str) ->
 
 def train(
     language: dict[str, Any], layout: dict[str, Any], root: str, load: str | None, precision: str = "bf16",
-    lr: float = 1e-3, lora: dict[str, Any] | None = None, base: str | None = None,
+    lr: float = 1e-3, lora: dict[str, Any] | None = None, base: str | None = None, alone: bool = False,
 ) -> list[float]:  # fmt: skip
-    """Train two steps and save, or load and save at once; return the losses. ``lora`` stands beside ``base``."""
+    """Train two steps and save, or load and save at once; return the losses.
+
+    ``lora`` stands beside ``base``, and is trained ``alone`` or beside the connector.
+    """
     recipe = _recipe(language, layout, precision) | {"optimizer": {"lr": lr}}
     if lora is not None:
-        recipe |= {"lora": lora, "checkpoint": {"load": base}, "modules": {"vision": {"freeze": True}}}
+        frozen = {"vision": {"freeze": True}, "connector": {"freeze": alone}}
+        recipe |= {"lora": lora, "checkpoint": {"load": base}, "modules": frozen}
     return run_cases.train(recipe, root, load, save_at=(2,))
 
 

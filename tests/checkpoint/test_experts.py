@@ -61,10 +61,12 @@ def test_a_change_of_layout_changes_no_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_adapters_of_experts_change_their_layout(tmp_path: Path) -> None:
-    """Bit for bit, masters and moments too; each expert's have a place of their own."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_adapters_of_experts_change_their_layout(alone: bool, tmp_path: Path) -> None:
+    """Bit for bit, masters and moments too; each expert's have a place of their own. Also where nothing else learns."""
     ranks.run("expert_checkpoint_cases:save_base", BIASED, str(tmp_path / "base"))
-    lora = {"rank": 4, "targets": ("attn.c_attn", "w1", "gate_proj", "experts.down_proj")}
+    beside = () if alone else ("attn.c_attn", "w1", "gate_proj")
+    lora = {"rank": 4, "targets": (*beside, "experts.gate_proj", "experts.down_proj")}
     first: dict[str, str] = {}
     load: str | None = None
     places: tuple[Place, ...] = (
@@ -76,7 +78,7 @@ def test_adapters_of_experts_change_their_layout(tmp_path: Path) -> None:
         root = tmp_path / str(number)
         ranks.run(
             "expert_checkpoint_cases:train", BIASED, layout, str(root), load, world=world, timeout=600, lora=lora,
-            base=str(tmp_path / "base" / "step-00000000"),
+            alone=alone, base=str(tmp_path / "base" / "step-00000000"),
         )  # fmt: skip
         load = str(root / "step-00000002")
         found = tensors(Path(load), VOCABULARY)

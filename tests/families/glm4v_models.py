@@ -19,7 +19,7 @@ from transformers import (
     Glm4vMoeForConditionalGeneration,
     PreTrainedModel,
 )
-from whole_source import NativeSource
+from whole_source import NativeSource, experts_apart
 
 _TOKENS = {
     "image_start_token_id": 115, "image_end_token_id": 116, "video_start_token_id": 117, "video_end_token_id": 118,
@@ -82,19 +82,8 @@ class Glm4vMoeSource(NativeSource):
     """Its class holds the experts of a layer in one tensor; published files do not."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return them by the published names (conversion_mapping.py of Transformers 5.23, ``qwen2_moe``)."""
-        found = dict[str, Tensor]()
-        for name, gradient in super().gradients().items():
-            head, mark, kind = name.partition(".mlp.experts.")
-            if not mark:
-                found[name] = gradient
-                continue
-            for expert, one in enumerate(gradient):
-                both = kind == "gate_up_proj"
-                names, values = (("gate_proj", "up_proj"), one.chunk(2)) if both else ((kind,), (one,))
-                parts = zip(names, values, strict=True)
-                found |= {f"{head}{mark}{expert}.{part}.weight": value for part, value in parts}
-        return found
+        """Return them by the published names."""
+        return experts_apart(super().gradients())
 
 
 def save(model: PreTrainedModel, directory: Path) -> Path:

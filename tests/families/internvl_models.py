@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
+from whole_source import experts_apart
 
 
 def internvl_files() -> dict[str, Any]:
@@ -76,6 +78,24 @@ def internvl_6b() -> PreTrainedModel:
     """InternVL of InternViT-6B's kind and Qwen3."""
     kind = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
     return internvl(Qwen3Config(**_TEXT, head_dim=32, tie_word_embeddings=False), **kind)
+
+
+def internvl_moe() -> PreTrainedModel:
+    """InternVL3.5-30B-A3B's kind: InternViT-300M's and Qwen3-MoE."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return internvl(Qwen3MoeConfig(**_TEXT, **experts, head_dim=32, tie_word_embeddings=False))
+
+
+def internvl_chat_moe(directory: Path) -> Path:
+    """The same as its authors write it: each expert by itself, as Transformers saves it too."""
+    internvl_chat(directory, internvl_moe())
+    path = directory / "config.json"
+    state = {name: value.clone() for name, value in experts_apart(load(directory)).items()}
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    tree = json.loads(path.read_text())
+    tree["llm_config"]["num_experts"] = tree["llm_config"].pop("num_local_experts")  # as Transformers 4 does
+    path.write_text(json.dumps(tree))
+    return directory
 
 
 def internvl_uneven() -> PreTrainedModel:
@@ -168,6 +188,7 @@ def intern_vit(directory: Path) -> Path:
 
 INTERNVL: dict[str, Callable[[Path], Path]] = {
     "internvl": saved(internvl), "internvl_6b": saved(internvl_6b), "internvl_modules": internvl_modules,
-    "internvl_chat": internvl_chat, "intern_vit": intern_vit,
+    "internvl_chat": internvl_chat, "intern_vit": intern_vit, "internvl_moe": saved(internvl_moe),
+    "internvl_chat_moe": internvl_chat_moe,
 }  # fmt: skip
 """What makes a checkpoint, by name."""

@@ -114,7 +114,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a text for a ratio": ({"downsample_ratio": "half"}, "downsample_ratio is 'half'"),
     "older order of patches": ({"ps_version": "v1"}, "ps_version is 'v1'"),
     "InternLM": ({"llm_config": {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"]}}, "InternLM2.5"),
-    "experts": ({"llm_config": {"model_type": "qwen3_moe"}}, "mixture of experts"),
+    "GPT-OSS": ({"llm_config": {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}}, "GPT-OSS"),
     "several layers": ({"select_layer": [-1, -2]}, "feature layer"),
     "tiles by a word": ({"dynamic_image_size": "false"}, "dynamic_image_size is 'false'; it must be true or false"),
     "a thumbnail by a word": ({"use_thumbnail": "no"}, "use_thumbnail is 'no'; it must be true or false"),

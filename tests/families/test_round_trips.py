@@ -66,7 +66,7 @@ OTHERS = (
 CASES = {
     **FAMILY_OF,
     **dict.fromkeys(INTERNVL, "internvl"),
-    "internvl_chat": "internvl_chat",
+    **dict.fromkeys(("internvl_chat", "internvl_chat_moe"), "internvl_chat"),
     "intern_vit": "intern_vit",
     **{name: family for name, (family, _) in OTHERS.items()},
     **{name: row.family for name, row in ROWS.items()},

@@ -24,7 +24,7 @@ from glm4v_models import FILES as GLM4V_FILES
 from glm4v_models import GLM4V, Glm4vMoeSource, glm4v, glm4v_moe
 from glm4v_models import publish as glm4v_publish
 from idefics3_rows import idefics3_rows
-from internvl_models import internvl, internvl_6b, internvl_answers, internvl_uneven
+from internvl_rows import internvl_rows
 from like_rows import like_rows
 from llava_next_models import (
     NEXT_PINPOINTS,
@@ -40,7 +40,7 @@ from llava_published import llava_answers, llava_original_answers
 from minicpm_rows import minicpm_rows
 from mllama_rows import mllama_rows
 from moe_llava_rows import moe_llava_rows
-from processor_files import CROP_FILES, NATIVE_FILES, THIRD_FILES, TILE_FILES
+from processor_files import CROP_FILES, NATIVE_FILES, THIRD_FILES
 from qwen2_vl_models import QWEN2_VL, publish, qwen2_5_vl, qwen2_vl
 from qwen2_vl_models import save as save_second
 from qwen3_vl_models import QWEN3_VL, qwen3_vl, qwen3_vl_moe
@@ -103,8 +103,6 @@ HEADER = (
     r"TP (?P<tensor>\d+)(?: x PP (?P<pipeline>\d+))?"
 )
 _ALIGN = Stage(("connector",), 1e-3, 558_000 // 256, 256, 2048, 576, template="llava_plain")
-_OF_USERS = Stage(("connector", "language"), 2e-5, 1000, 128, 16384, 3328, decay=0.05)
-_SFT_3_5 = Stage(ALL, 8e-5, 8000, 512, 32768, 3328, decay=0.05)
 
 
 def _llava(preset: str, first: Stage, second: Stage, names: tuple[str, str] = ("pretrain", "sft")) -> dict[str, Stage]:
@@ -124,12 +122,6 @@ def _onevision(preset: str) -> dict[str, Stage]:
         found[f"{preset}/{name}"] = replace(stage, after=before)
         before = f"{preset}/{name}"
     return found
-
-
-def _internvl2_5(size: str, lr: float, decay: float, steps: int) -> dict[str, Stage]:
-    first = Stage(("connector",), 2e-4, 100_000, 512, 16384, 3328, warmup=100, decay=decay)
-    second = Stage(ALL, lr, steps, 512, 16384, 3328, decay=decay)
-    return _llava(f"internvl2_5_{size}", first, second, ("stage1", "stage2"))
 
 
 def _onevision1_5(size: str) -> dict[str, Stage]:
@@ -296,50 +288,7 @@ ROWS: dict[str, WholeFamily] = {
     **spliced_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **fused_rows(HEADER, LLAMA_TARGETS, PLANNED),
     **minicpm_rows(HEADER, LLAMA_TARGETS, PLANNED),
-    "internvl": WholeFamily(
-        checkpoints=("internvl", "internvl_6b", "internvl_modules"),
-        template="internvl2_5",
-        image={"kind": "dynamic_tiles", "min_tiles": 1, "max_tiles": 6, "thumbnail": True},
-        source=TransformersSource("internvl", internvl_6b, files=TILE_FILES),
-        uneven=TransformersSource("internvl", internvl_uneven, files=TILE_FILES),
-        others={
-            "300m, tied": TransformersSource("internvl", partial(internvl, tied=True), files=TILE_FILES),
-            "300m, qwen2": TransformersSource("internvl", internvl, files=TILE_FILES),
-        },
-        answers=internvl_answers,
-        lora=LLAMA_TARGETS,
-        # OpenGVLab/InternVL2_5-1B, InternVL3-1B, .., InternVL3.5.
-        presets={
-            "internvl2_5_1b": Published(938_193_024, refused={4: f"14 {HEADS} (4)", 8: f"14 {HEADS} (8)"}),
-            "internvl2_5_4b": Published(3_712_637_952),
-            "internvl2_5_38b": Published(38_388_164_992),
-            "internvl2_5_78b": Published(78_408_318_336),
-            "internvl3_1b": Published(938_193_024, refused={4: f"14 {HEADS} (4)", 8: f"14 {HEADS} (8)"}),
-            "internvl3_2b": Published(2_088_957_440, refused={8: f"12 {HEADS} (8)"}),
-            "internvl3_8b": Published(7_944_373_760, refused={8: f"28 {HEADS} (8)"}),
-            "internvl3_14b": Published("15.12B"),
-            "internvl3_38b": Published(38_388_164_992),
-            "internvl3_78b": Published(78_408_318_336),
-            "internvl3_5_1b": Published(1_060_897_792),
-            "internvl3_5_2b": Published("2.35B"),
-            "internvl3_5_4b": Published("4.73B"),
-            "internvl3_5_8b": Published(8_528_318_464),
-            "internvl3_5_14b": Published("15.12B"),
-            "internvl3_5_38b": Published("38.4B"),
-        },
-        built=published("internvl", InternVLConfig, {}),
-        recipes={
-            **_internvl2_5("1b", 4e-5, 0.01, 22_000),
-            **_internvl2_5("4b", 4e-5, 0.01, 11_000),
-            **_internvl2_5("38b", 2e-5, 0.05, 5500),
-            **_internvl2_5("78b", 2e-5, 0.05, 5500),
-            **{f"internvl3_{size}/sft": _OF_USERS for size in ("2b", "8b", "14b", "38b", "78b")},
-            "internvl3_1b/sft": replace(_OF_USERS, lr=1e-5),
-            **{f"internvl3_5_{size}/sft": _SFT_3_5 for size in ("1b", "2b", "4b", "8b", "14b", "38b")},
-        },
-        headers=HEADER,
-        planner=PLANNED,
-    ),
+    **internvl_rows(published("internvl", InternVLConfig, {}), HEADER, LLAMA_TARGETS, PLANNED),
     "qwen_vl": WholeFamily(
         checkpoints=("qwen_vl", "qwen_vl_bf16"),
         template="qwen_vl",

@@ -177,6 +177,33 @@ class NativeSource(TransformersSource):
         return int(3 * vision.temporal_patch_size * vision.patch_size**2)
 
 
+def experts_apart(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the published names, each expert by itself, of a class that holds those of a layer in one.
+
+    As conversion_mapping.py of Transformers 5.23 has it (``qwen2_moe``).
+    """
+    found = dict[str, Tensor]()
+    for name, tensor in stacked.items():
+        head, mark, kind = name.partition(".mlp.experts.")
+        if not mark:
+            found[name] = tensor
+            continue
+        for expert, one in enumerate(tensor):
+            both = kind == "gate_up_proj"
+            names, values = (("gate_proj", "up_proj"), one.chunk(2)) if both else ((kind,), (one,))
+            parts = zip(names, values, strict=True)
+            found |= {f"{head}{mark}{expert}.{part}.weight": value for part, value in parts}
+    return found
+
+
+class ExpertsSource(TransformersSource):
+    """Its class holds the experts of a layer in one tensor; published files do not."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return them by the published names."""
+        return experts_apart(super().gradients())
+
+
 class PlainQwenSource:
     """Qwen-VL in plain torch (``qwen_reference.py``), under the names of the family.
 

@@ -34,6 +34,11 @@ LORA = {"lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "attn.c_pro
 ADAPTERS = {
     "lora": {"rank": 4, "alpha": 8.0, "targets": ["attn.c_attn", "w1", "gate_proj", "up_proj", "experts.down_proj"]}
 }
+# Nothing beside experts: Megatron-Core has an optimizer of theirs alone.
+ALONE = {
+    "lora": {"rank": 2, "alpha": 8.0, "targets": ["experts.up_proj", "experts.down_proj"]},
+    "modules": {"vision": {"freeze": True}, "connector": {"freeze": True}},
+}
 SOME = {"lora": {"rank": 3, "alpha": 8.0, "targets": ["up_proj"], "train_head": True}}
 MODELS = {"all": cases.ALL, "mixed": cases.MIXED, "biased": cases.ALL | {"add_bias_linear": True}}
 # By ranks: model, layout, other branches.
@@ -59,6 +64,7 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2, ADAPTERS),
         ("biased", TP2 | EP2, {}),
         ("all", EP2 | {"recompute_granularity": "full"}, SOME),
+        ("mixed", TP2 | EP2, ALONE),
     ],
     4: [
         ("all", EP4, {}),
@@ -74,6 +80,7 @@ LONG: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", TP2 | EP2 | {"expert_tensor_parallel_size": 2}, ADAPTERS),
         ("mixed", TP2 | PP2 | EP2, ADAPTERS),
         ("all", EP2 | {"use_distributed_optimizer": False}, SOME),
+        ("mixed", EP2, ALONE),
         ("all", TP2 | PP2 | VPP2 | EP2 | {"recompute_granularity": "full"}, {}),
     ],
 }
@@ -89,6 +96,8 @@ SHARED: dict[int, list[tuple[str, dict[str, Any], dict[str, Any]]]] = {
         ("mixed", CP2 | EP4, {}),
         ("mixed", CP2 | TP2 | EP4, {}),
         ("mixed", CP2 | PP2 | EP2, {}),
+        # Ranks of two replicas, whose packs are filled up to other lengths, share an expert.
+        ("mixed", CP2 | EP2 | {"expert_tensor_parallel_size": 2}, {}),
     ],
 }
 """Packs that context-parallel ranks share: losses and loads are of the pack, and nothing of what fills it up."""
