@@ -132,11 +132,17 @@ class VaryFamily(QwenFamily):
 
     def tokens(self, source: Source) -> dict[str, int]:
         """``<img>`` and ``<imgpad>``."""
-        marks = {key: source.config.get(key, value) for key, value in _MARKS.items()}
+        marks, where = {key: source.config.get(key, value) for key, value in _MARKS.items()}, config_file(source)
         for key, value in marks.items():
             if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"{config_file(source)}: {key} is {str(value)[:40]!r}; it must be the id of a token")
-        return {"image_start": marks["im_start_token"], "image": marks["im_patch_token"]}
+                raise UserError(f"{where}: {key} is {str(value)[:40]!r}; it must be the id of a token")
+        start, end, patch = marks.values()
+        if (end, patch) != (start + 1, start + 2):
+            raise UserError(
+                f"{where}: im_start_token, im_end_token and im_patch_token are {start}, {end} and {patch}, which do not"
+                " follow each other as <img>, </img> and <imgpad> do; correct them"
+            )
+        return {"image_start": start, "image": patch}
 
 
 def _no_pictures(model: ModelConfig) -> str | None:

@@ -207,7 +207,10 @@ def fronts() -> list[tuple[str, str]]:
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
     # A norm behind the last layer does not go with features of others.
     bare = next(tower for tower in alone if not getattr(make_model(vision=tower).vision, "post_layernorm", True))
-    return pairs + [(bare, name) for name in parts()["connector"] if dense(name)]
+    pairs += [(bare, name) for name in parts()["connector"] if dense(name)]
+    taken = {connector for _, connector in pairs}
+    others = [name for name in parts()["connector"] if partner("connector", name) and name not in taken]
+    return pairs + [(partner("connector", name)["vision"], name) for name in others]
 
 
 def model_count() -> int:

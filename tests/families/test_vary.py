@@ -118,6 +118,7 @@ BAD: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "tokens": (_keys(image_token_len=256), ("image_token_len is '256'", "16 features")),
     "marks": (_keys(use_im_start_end=False), ("use_im_start_end is False",)),
     "an id": (_keys(im_patch_token="<imgpad>"), ("im_patch_token is '<imgpad>'", "id of a token")),
+    "an order": (_keys(im_end_token=100), ("im_start_token, im_end_token and im_patch_token are 117, 100 and 119",)),
     "no layer": (_keys(vision_select_layer=None), ("has no 'vision_select_layer'",)),
     "layers": (_keys(vision_select_layer=[-2, -1]), ("vision_select_layer is '[-2, -1]'",)),
     "Vary-tiny": (_keys(architectures=["varyOPTForCausalLM"]), ("'varyOPTForCausalLM'", "varyQwenForCausalLM is")),
