@@ -243,7 +243,8 @@ def _sam(source: Source) -> Tree:
     _, side, columns, width = _four(source, table)
     if side != columns or side % 4:
         raise UserError(
-            f"{source.path}: {table} is of {side} x {columns} patches; two convolutions make a quarter of a square's side"
+            f"{source.path}: {table} is of {side} x {columns} patches, which two convolutions make no"
+            " quarter of on each side"
         )
     patch = _four(source, f"{_HIGH}patch_embed.proj.weight")[-1]
     spans = [(source.shape(f"{_HIGH}blocks.{number}.attn.rel_pos_h")[0] + 1) // 2 for number in range(layers)]

@@ -21,7 +21,7 @@ class HybridSplitConfig(ConnectorConfig):
     first: Literal["low", "high"] = "high"
     """Which tower's half stands first: low (the first tower's, Vary) or high (the second's, DeepSeek-VL-7B)."""
     output_layer: bool = True
-    """Whether GELU and a linear layer stand behind the halves (DeepSeek-VL-7B); without, these are the tokens (Vary)."""
+    """Whether GELU and a linear layer stand behind the halves (DeepSeek-VL-7B); else these are the tokens (Vary)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
