@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "decoders.decoder",
     ),
     "deepseek_vl_original": ("towers.vit", "connectors.mlp", "decoders.decoder"),
+    "vary": ("towers.vit_sam", "towers.vit", "towers.sam", "connectors.hybrid_split", "decoders.decoder"),
     "idefics3": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "smolvlm": ("towers.vit", "connectors.patch_reducer", "decoders.decoder"),
     "cogvlm": ("towers.vit", "connectors.glu", "decoders.decoder"),

@@ -1,4 +1,7 @@
-"""Image plans of one square view: squashed (Qwen-VL, SigLIP), padded (LLaVA, DeepSeek-VL) or cut out (CLIP)."""
+"""Image plans of one square view: squashed (Qwen-VL, SigLIP), padded (LLaVA, DeepSeek-VL) or cut out (CLIP).
+
+And of two that a pair of towers sees as one: DeepSeek-VL-7B's and Vary's.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,7 @@ class CropPlan(ImagePlan):
 
     def lay_out(self, shape: ImageShape) -> ImageLayout:
         """Return one view."""
-        short, long = sorted((shape.width, shape.height))
-        longer = int(self.short_side * long / short)
-        size = (self.short_side, longer) if shape.width <= shape.height else (longer, self.short_side)
-        # Half a pixel too many goes to the right and below; what a small picture lacks, above and to the left.
-        left, top = ((side - self.side) // 2 for side in size)
-        frame = Box(left, top, left + self.side, top + self.side)
-        return one_view(self, shape, Canvas(Box(0, 0, shape.width, shape.height), size, frame))
+        return one_view(self, shape, cropped(shape, self.side, self.short_side))
 
 
 @dataclass(frozen=True)
@@ -77,15 +74,13 @@ class FitPlan(ImagePlan):
 
 
 @dataclass(frozen=True)
-class FitPairPlan(FitPlan):
-    """DeepSeek-VL-7B: what ``fit`` makes, for the second of two towers; and that made smaller, for the first.
-
-    The pixels of both stand in one row, the smaller one's first.
-    """
+class PairPlan(ImagePlan):
+    """Two squares of a picture, for two towers; their pixels stand in one row, those of the first tower first."""
 
     small: int = 0
     """Side of the first tower's square, in pixels."""
 
+    fixed: ClassVar[bool] = True
     square: ClassVar[bool] = False
     joined: ClassVar[bool] = True
 
@@ -99,10 +94,8 @@ class FitPairPlan(FitPlan):
         """F: colours, rows and columns of either."""
         return (3 * (self.small**2 + self.side**2),)
 
-    def lay_out(self, shape: ImageShape) -> ImageLayout:
+    def both(self, shape: ImageShape, small: Canvas, large: Canvas) -> ImageLayout:
         """Return two views, which are one to the model."""
-        large = super().lay_out(shape).canvases[0]
-        small = dataclasses.replace(large, last=(self.small, self.small))
         views = tuple(View(number, Box(0, 0, side, side)) for number, side in enumerate(self.sides))
         return ImageLayout(shape, (small, large), views, (self.tokens_per_view,))
 
@@ -121,6 +114,36 @@ class FitPairPlan(FitPlan):
     def token_grids(self, layout: ImageLayout) -> tuple[TokenGrid, ...]:
         """Return the grid of both towers' features."""
         return super().token_grids(dataclasses.replace(layout, views=layout.views[:1]))
+
+
+@dataclass(frozen=True)
+class FitPairPlan(PairPlan, FitPlan):
+    """DeepSeek-VL-7B: what ``fit`` makes, for the second of two towers; and that made smaller, for the first."""
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return two views, which are one to the model."""
+        large = FitPlan.lay_out(self, shape).canvases[0]
+        return self.both(shape, dataclasses.replace(large, last=(self.small, self.small)), large)
+
+
+@dataclass(frozen=True)
+class CropSquashPlan(PairPlan):
+    """Vary: what ``crop`` makes, for the first of two towers; and what ``squash`` makes, for the second."""
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return two views, which are one to the model."""
+        return self.both(shape, cropped(shape, self.small, self.small), squashed(shape, self.side))
+
+
+def cropped(shape: ImageShape, side: int, short_side: int) -> Canvas:
+    """Return the square in the middle of the picture, whose shorter side is resized to ``short_side`` before."""
+    short, long = sorted((shape.width, shape.height))
+    longer = int(short_side * long / short)
+    size = (short_side, longer) if shape.width <= shape.height else (longer, short_side)
+    # Half a pixel too many goes to the right and below; what a small picture lacks, above and to the left.
+    left, top = ((length - side) // 2 for length in size)
+    frame = Box(left, top, left + side, top + side)
+    return Canvas(Box(0, 0, shape.width, shape.height), size, frame)
 
 
 def squashed(shape: ImageShape, side: int) -> Canvas:
@@ -166,14 +189,29 @@ def _fit(model: ModelConfig) -> ImagePlan:
     return FitPlan(side, model.tokens_per_view, model.image.resample, colour(model, "mean"), least)
 
 
-def _fit_pair(model: ModelConfig) -> ImagePlan:
-    sides, least = model.vision.sides, 14 if model.image.min_side is None else model.image.min_side
+def _sides(model: ModelConfig, instead: str) -> tuple[int, int]:
+    """Return the sides of the squares of two towers.
+
+    Raises:
+        UserError: the tower takes one.
+    """
+    sides = model.vision.sides
     if len(sides) != 2:
         raise UserError(
-            f"model.image.kind: fit_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
-            "takes one; set it to fit"
+            f"model.image.kind: {model.image.kind} makes two renderings of a picture, and the tower "
+            f"{model.vision.preset!r} takes one; set it to {instead}"
         )
-    small, large = sides
+    return sides[0], sides[1]
+
+
+def _crop_squash(model: ModelConfig) -> ImagePlan:
+    small, large = _sides(model, "crop or squash")
+    return CropSquashPlan(large, model.tokens_per_view, model.image.resample, small=small)
+
+
+def _fit_pair(model: ModelConfig) -> ImagePlan:
+    least = 14 if model.image.min_side is None else model.image.min_side
+    small, large = _sides(model, "fit")
     if small > large:
         raise UserError(
             f"model.vision.image_size: {small} is more than the second tower's {large} (model.vision.high_image_size), "
@@ -197,3 +235,4 @@ register_plan("pad", PadPlan, _pad, keys=("fill",))
 register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
 register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))
 register_plan("fit_pair", FitPairPlan, _fit_pair, keys=("fill", "min_side"))
+register_plan("crop_squash", CropSquashPlan, _crop_squash)

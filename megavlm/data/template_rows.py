@@ -467,11 +467,23 @@ CHATML_DIRECT = Template(
     stops=("<|im_end|>",),
     default_system="Answer the questions.",
 )
+# Vary's and Vary-toy's, of Qwen v1: "mpt" of vary/utils/conversation.py, and the marks around a picture of
+# vary/data/conversation_dataset_qwen.py (Ucas-HaoranWei/Vary-toy @ c6e40597), whose label mask it has.
+VARY = replace(
+    CHATML_DIRECT,
+    name="vary",
+    title="the same with the image marks of Qwen-VL (Vary-toy)",
+    tokens=(*_CHATML, ControlToken(("<img>",), appended=True), ControlToken(("</img>",), appended=True)),
+    slot=QWEN_VL.slot,
+    image=("<img>", "</img>"),
+    eos=("<|endoftext|>",),
+    default_system="You should follow the instructions carefully and explain your answers in detail.",
+)
 
 ROWS = (
     QWEN_VL, LLAVA_PLAIN, LLAVA_PLAIN_LLAMA_3, LLAVA_PLAIN_NO_BOS, LLAVA_PLAIN_GEMMA, VICUNA_V1,
     VICUNA_V1_ENDOFTEXT, VICUNA_V1_END_OF_TEXT, VICUNA_V1_ENDOFTEXT_BOS, VICUNA_V1_GEMMA, VICUNA_V1_IM_END, IMP_PHI2,
     IMP_PHI3, IMP_QWEN2, ALLAVA, LLAMA_2, MISTRAL, MGM_MISTRAL, LLAMA_3, MGM_LLAMA_3, HPT_LLAMA_3, PHI_3, ZEPHYR, GEMMA,
     GEMMA3, MGM_GEMMA, PALIGEMMA, DEEPSEEK, IDEFICS3, SMOLVLM, MINICPM, MLLAMA, MINICPM_LLAMA_3,
-    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, *MINIGPT_ROWS,
+    QWEN2, QWEN2_5, QWEN2_VL, QWEN3_VL, QWEN3, GLM4V, GLM4_5V, INTERNVL2_5, CHATML_DIRECT, VARY, *MINIGPT_ROWS,
 )  # fmt: skip

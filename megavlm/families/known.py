@@ -18,6 +18,7 @@ _OURS = (
     "megavlm.families.projector:ProjectorFamily",
     "megavlm.families.qwen:QwenVLFamily",
     "megavlm.families.qwen:CodeFuseFamily",
+    "megavlm.families.vary:VaryFamily",
     "megavlm.families.llava:LlavaFamily",
     "megavlm.families.llava_next:LlavaNextFamily",
     "megavlm.families.llava_next:LlavaOnevisionFamily",

@@ -120,6 +120,16 @@ def register() -> None:
                 image={"kind": "pad"},
                 template=template,
             )
+    # Haoran-megvii/Vary-toy, whose files were not read: rows are those of Qwen-VL's tokenizer, which the code's ids of
+    # marks (151857 to 151859) are of and which its trainer resizes to (Ucas-HaoranWei/Vary-toy @ c6e40597).
+    MODELS.register(
+        "vary_toy",
+        vision={"preset": "vary_clip_sam"},
+        connector={"preset": "two_linears"},
+        language={"preset": "qwen_1_8b", "vocab_size": 151860},
+        image={"kind": "crop_squash"},
+        template="vary",
+    )
     for size, (language, template, scale) in _TINYLLAVA.items():
         MODELS.register(
             f"tinyllava_{size}",

@@ -124,6 +124,14 @@ MODELS["minigemini_hd"] = {  # compared whole: tests/families/minigemini_models.
     **MODELS["minigemini"],
     "vision": {**MODELS["minigemini"]["vision"], "high_image_size": 2 * SIDE, "low_tiles": 2, "low_whole": True},
 }
+MODELS["vary"] = {  # compared whole: tests/families/vary_models.py
+    "vision": {
+        **{key: value for key, value in MODELS["deepseek_vl_hybrid"]["vision"].items() if "second_neck" not in key},
+        "preset": "clip_sam", "image_size": 14, "positional_grid": 2, "activation": "quick_gelu",
+        "high_output_grid": 2,
+    },
+    "connector": {"preset": "two_linears"}, "image": {"kind": "crop_squash"},
+}  # fmt: skip
 
 
 def made_recipe(name: str, **vision: Any) -> Recipe:

@@ -105,7 +105,9 @@ def partner(kind: str, name: str) -> dict[str, str]:
     """Return the connector that a pair of towers asks for, or a pair that a connector does; else nothing."""
     if kind == "vision" and (made := OF_PAIRS.get(registry.VISION.find(name).architecture.name)):
         return {"connector": made}
-    pair = next((pair for pair, connector in OF_PAIRS.items() if (kind, name) == ("connector", connector)), None)
+    connectors = registry.CONNECTORS
+    own = connectors.find(name).architecture if kind == "connector" else None
+    pair = next((pair for pair, made in OF_PAIRS.items() if connectors.find(made).architecture is own), None)
     towers = registry.VISION
     return {"vision": next(one for one in towers.names() if towers.find(one).architecture.name == pair)} if pair else {}
 
@@ -205,7 +207,10 @@ def fronts() -> list[tuple[str, str]]:
         pairs += [(towers[i % len(towers)], connectors[i % len(connectors)]) for i in range(count)]
     # A norm behind the last layer does not go with features of others.
     bare = next(tower for tower in alone if not getattr(make_model(vision=tower).vision, "post_layernorm", True))
-    return pairs + [(bare, name) for name in parts()["connector"] if dense(name)]
+    pairs += [(bare, name) for name in parts()["connector"] if dense(name)]
+    taken = {connector for _, connector in pairs}
+    others = [name for name in parts()["connector"] if partner("connector", name) and name not in taken]
+    return pairs + [(partner("connector", name)["vision"], name) for name in others]
 
 
 def model_count() -> int:

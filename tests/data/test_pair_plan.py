@@ -7,6 +7,7 @@ import pytest
 import torch
 from data_helpers import encode_image
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
     DeepseekVLHybridImageProcessorPil,
 )
@@ -16,7 +17,7 @@ from megavlm.config.errors import UserError
 from megavlm.config.load import load_recipe
 from megavlm.data.decoders import make_decoder
 from megavlm.data.media import plan_of
-from megavlm.data.plans_single import FitPairPlan
+from megavlm.data.plans_single import CropSquashPlan, FitPairPlan
 from megavlm.data.seen import said
 from megavlm.families.presets import expand_presets
 
@@ -48,6 +49,48 @@ def test_pixels_are_those_of_its_processor() -> None:
     assert said(PLAN, layout) == "whole at 28 x 28, padded + whole at 64 x 64, padded: 16 tokens"
     broken = make_decoder("pil").decode([b"no picture"], PLAN)
     assert broken.failed == [0] and torch.all(broken.pixels == 128)
+
+
+@pytest.mark.family("vary")
+def test_pixels_of_a_crop_and_a_squash_are_those_of_its_processors() -> None:
+    """CLIP's, and ``BlipImageEvalProcessor`` of Vary's code, which is a resize; bit for bit with PIL."""
+    plan = CropSquashPlan(LARGE, 16, small=SMALL)
+    square = {"height": SMALL, "width": SMALL}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SMALL}, crop_size=square, do_normalize=False, do_rescale=False
+    )
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for size in ((40, 30), (64, 64), (200, 31), (17, 300), (129, 65)):
+        picture = noise.resize(size)
+        large = np.array(picture.resize((LARGE, LARGE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        wanted = np.concatenate([np.array(processor(picture)["pixel_values"][0]).ravel(), large.ravel()])
+        found = make_decoder("pil").decode([encode_image(picture, "PNG")], plan)
+        assert not found.failed and found.pixels.shape == (1, *plan.row)
+        assert np.array_equal(found.pixels[0].numpy(), wanted.astype(np.uint8)), size
+        quick = make_decoder("simplejpeg").decode([encode_image(picture)] * 2, plan).pixels
+        slow = make_decoder("pil").decode([encode_image(picture)] * 2, plan).pixels
+        assert ((quick.int() - slow.int()).abs() <= 2).float().mean() > 0.99, size
+    layout = plan.plan(40, 30)
+    assert (plan.views_of(layout), plan.features_of(layout), layout.tokens) == (1, 16, 16)
+    assert said(plan, layout) == "whole at 28 x 28 + whole at 64 x 64: 16 tokens"
+
+
+@pytest.mark.family("vary")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.image={kind: crop}"], "crop makes one rendering of 1024 x 1024 pixels of a picture, and the tower"),
+        (["model.image={kind: squash}"], "of 224 x 224 and 1024 x 1024 pixels; set it to fit_pair or crop_squash"),
+        (["model.image={kind: crop_squash, min_side: 20}"], "model.image.min_side"),
+        (["model.vision={preset: clip_vit_l_14_224}"], "crop_squash makes two renderings of a picture, and the tower"),
+        (["model.vision.high_output_grid=24"], "makes 24 x 24 features of a picture, which are no whole number"),
+        (["model.connector.first=second"], "model.connector.first"),
+    ],
+)
+def test_renderings_of_vary_that_do_not_go_together(words: list[str], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_recipe(load_recipe("vary_toy/sft", words, expand_presets))
+    assert line in str(error.value), error.value
 
 
 @pytest.mark.family("deepseek_vl_hybrid")

@@ -8,6 +8,7 @@ from blip2_models import blip2_rows
 from cogvlm_rows import cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
+from vary_rows import vary_rows
 from whole import WholeFamily
 
 
@@ -18,4 +19,5 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **blip2_rows(targets, planned),
         **minigpt_rows(header, planned),
         **cogvlm_rows(header, planned),
+        **vary_rows(header, planned),
     }

@@ -99,6 +99,17 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "llava_onevision1_5": ("text_config/image_token_id", "text_config/video_token_id"),  # the outer ones are asked
     # Dynamic: no effect up to the length that it is trained for.
     "internvl_chat": ("llm_config/rope_scaling/*", "template"),
+    # Of a training, with its number type, and how its attention is computed; where CLIP is loaded from, which the
+    # checkpoint holds.
+    "vary": (
+        "attn_dropout_prob",
+        "bf16",
+        "emb_dropout_prob",
+        "fp16",
+        "fp32",
+        "use_flash_attn",
+        "vision_tower",
+    ),
     # What the published file has there was not read; the connector's tensors say it.
     "codefuse_vlm": ("mm_vision_tower", "mm_hidden_size", "visual_config.json/output_dim"),
 }

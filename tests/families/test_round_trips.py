@@ -33,6 +33,7 @@ from rice_models import RICE
 from text_cases import ROWS
 from tinyllava_models import TINYLLAVA
 from tower_models import TOWERS
+from vary_models import VARY
 
 from megavlm.cli import main
 from megavlm.config.architecture import BRANCHES
@@ -62,6 +63,7 @@ OTHERS = (
     | IDEFICS3
     | MLLAMA
     | MOE_LLAVA
+    | VARY
 )
 CASES = {
     **FAMILY_OF,
@@ -139,4 +141,5 @@ def test_every_family_is_tried_and_its_parts_are_known(tmp_path: Path) -> None:
     # A pair of towers is built of them, and its connector of an MLP's layers.
     found["minigemini"] |= {"towers.vit", "towers.convnext", "connectors.mlp"}
     found["deepseek_vl_hybrid"] |= {"towers.vit", "towers.sam", "connectors.mlp"}
+    found["vary"] |= {"towers.vit", "towers.sam"}
     assert found == {name: set(PARTS[name]) for name in found}

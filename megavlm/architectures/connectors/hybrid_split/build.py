@@ -1,5 +1,7 @@
 """DeepSeek-VL-7B's connector (``low_high_hybrid_split_mlp_gelu`` of its authors' ``projector.py``; arXiv 2403.05525).
 
+Vary's is its two first layers (``vary/model/vary_toy_qwen1_8.py`` of Ucas-HaoranWei/Vary-toy @ c6e40597).
+
 Shape legend: N images, P patches, W width of both towers' features side by side, E width of the language model.
 """
 
@@ -36,13 +38,17 @@ class HybridSplit(MegatronModule):
 
         self.low = linear(self.sizes[0], embed // 2)
         self.high = linear(self.sizes[1], embed // 2)
-        self.proj = linear(embed, embed)
+        self.low_first = model.connector.first == "low"
+        self.proj = linear(embed, embed) if model.connector.output_layer else None
 
     def forward(self, features_PNW: Tensor) -> Tensor:
-        """Return [P, N, E] image tokens of [P, N, W]; of the halves the second tower's is the first."""
+        """Return [P, N, E] image tokens of [P, N, W]."""
         low, high = (part.contiguous() for part in features_PNW.split(self.sizes, dim=-1))
         with get_fp8_context(self.config):  # nothing in bf16
-            halves_PNE = torch.cat([self.high(high)[0], self.low(low)[0]], dim=-1)
+            halves = [self.low(low)[0], self.high(high)[0]]
+            halves_PNE = torch.cat(halves if self.low_first else halves[::-1], dim=-1)
+            if self.proj is None:
+                return halves_PNE
             tokens_PNE: Tensor = self.proj(F.gelu(halves_PNE))[0]
         return tokens_PNE
 

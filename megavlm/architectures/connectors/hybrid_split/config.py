@@ -1,9 +1,9 @@
-"""Keys of DeepSeek-VL-7B's connector, and the rules between them."""
+"""Keys of a connector that joins two towers by halves, and the rules between them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ _OWN = "model.connector"
 class HybridSplitConfig(ConnectorConfig):
     """A linear layer for the features of each of two towers, half of the width each; GELU, and a linear layer."""
 
+    first: Literal["low", "high"] = "high"
+    """Which tower's half stands first: low (the first tower's, Vary) or high (the second's, DeepSeek-VL-7B)."""
+    output_layer: bool = True
+    """Whether GELU and a linear layer stand behind the halves (DeepSeek-VL-7B); else these are the tokens (Vary)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
@@ -27,7 +31,7 @@ def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
     if len(model.vision.towers) != 2:
         yield (
             f"{_OWN}.preset: {model.connector.preset} joins the features of two towers, and {model.vision.preset!r} is"
-            " one; take another connector, or a pair of towers (deepseek_vl_hybrid, siglip_sam)"
+            " one; take another connector, or a pair of towers (deepseek_vl_hybrid, vary_clip_sam)"
         )
     ranks = 2 * layout.tensor_model_parallel_size
     yield from divides("model.language.hidden_size", model.language.hidden_size, ranks, f"twice {TP}")

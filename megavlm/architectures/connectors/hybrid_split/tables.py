@@ -1,4 +1,4 @@
-"""Names of DeepSeek-VL-7B's connector in published checkpoints."""
+"""Names of connectors that join two towers by halves, in published checkpoints."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ HYBRID_ALIGNER = Table(
     prefix="model.aligner.",
 )
 """As Transformers calls its layers."""
+
+VARY_PROJECTORS = Table(
+    part="connector", rest=(*both("low", "mm_projector"), *both("high", "mm_projector_vary")), prefix="transformer."
+)
+"""Vary's."""

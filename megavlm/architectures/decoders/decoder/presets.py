@@ -94,6 +94,11 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
     # Qwen v1 (Qwen-7B, Qwen-14B; their intermediate_size is twice the width): facts page A.
     "qwen_7b": (DecoderSize(32, 4096, 11008, 32, 32, 128, 151936, 8192), {**_QWEN, **_QWEN_LONG}),
     "qwen_14b": (DecoderSize(40, 5120, 13696, 40, 40, 128, 152064, 8192), {**_QWEN, **_QWEN_LONG}),
+    # Qwen/Qwen-1_8B; its seq_length is from memory, and matters to answers past 8192 tokens alone.
+    "qwen_1_8b": (
+        DecoderSize(24, 2048, 5504, 16, 16, 128, 151936, 8192),
+        {**_QWEN, **_QWEN_LONG, "seq_length": 8192},
+    ),
     # Llama-2-*-hf; Vicuna v1.5 has the same shapes.
     "llama2_7b": (DecoderSize(32, 4096, 11008, 32, 32, 128, 32000, 4096), _LLAMA),
     "llama2_13b": (DecoderSize(40, 5120, 13824, 40, 40, 128, 32000, 4096), _LLAMA),
