@@ -60,7 +60,8 @@ class LanguageTraits:
     @property
     def picture_tokens(self) -> tuple[int, int] | None:
         """The first of the tokens that pictures are written in, and the one behind the last; None where they are
-        features."""
+        features.
+        """
         return None
 
     @property

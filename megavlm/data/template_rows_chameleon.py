@@ -15,9 +15,7 @@ CHAMELEON = Template(
     begin=("<s>",),
     user=(TEXT, "<reserved08706>"),
     assistant=trained(TEXT, "</s>"),
-    tokens=tuple(
-        ControlToken((name,)) for name in ("<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>")
-    ),
+    tokens=tuple(ControlToken((name,)) for name in ("<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>")),
     # Of the published tokenizer; a newer file calls the reserved token so.
     slot=ControlToken(("<image>",)),
     image=("<racm3:break>", "<eoss>"),

@@ -30,10 +30,15 @@ FILES: dict[str, Any] = {
 """``preprocessor_config.json`` as facebook/chameleon-7b has it, for 16 pixels."""
 
 
-def chameleon(behind: bool = False, **text: Any) -> PreTrainedModel:
-    """Return a model whose pictures have many codes, and whose norms are no ones and zeros."""
+def chameleon(behind: bool = False) -> PreTrainedModel:
+    """Return a model whose pictures have many codes, and whose norms are no ones and zeros.
+
+    Args:
+        behind: as the 34B has it: norms behind branches, and keys that queries share.
+    """
+    own = {"vocab_size": FIRST + CODES + 4, "num_key_value_heads": 2 if behind else 4}
     config = ChameleonConfig(
-        **{**_TEXT, "vocab_size": FIRST + CODES + 4, **text}, swin_norm=behind, vq_config=VQ,
+        **{**_TEXT, **own}, swin_norm=behind, vq_config=VQ,
         vocabulary_map={"<image>": IMAGE, **NAMES}, attn_implementation="eager",
     )  # fmt: skip
     model = made(ChameleonForConditionalGeneration, config)

@@ -176,9 +176,7 @@ def _mask_pictures(model: GPTModel, first: int, stop: int) -> None:
     """Take the tokens that pictures are written in out of the softmax (Chameleon in Transformers)."""
     layer = model.output_layer
     rows = layer.output_size_per_partition
-    own, end = (
-        min(max(number - mpu.get_tensor_model_parallel_rank() * rows, 0), rows) for number in (first, stop)
-    )
+    own, end = (min(max(number - mpu.get_tensor_model_parallel_rank() * rows, 0), rows) for number in (first, stop))
 
     def mask(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
         output[0][..., own:end].fill_(torch.finfo(output[0].dtype).min)  # as there, where it is no infinity

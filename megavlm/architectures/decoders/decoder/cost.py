@@ -43,9 +43,11 @@ def _projected_by_norms(language: DecoderConfig, tensor: int, number_bytes: int)
     It reads in fp32. Where that is no conversion, keys are a part of what was projected, all of which then stays,
     although attention of a pack that ranks share asks for none of it.
     """
+    queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
+    if language.head_layernorm:  # whatever the type
+        return (queries + 2 * keys) * language.kv_channels
     if not language.qk_layernorm or number_bytes != 4:
         return 0
-    queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
     return _gathered_width(language, tensor) or (queries + 2 * keys) * language.kv_channels
 
 
@@ -234,8 +236,10 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     attention += _masks_kept(language, tokens, b)
-    if language.head_layernorm:  # in front of weight and bias, and behind; mean and deviation of each head
-        attention += tokens * ((queries + keys) * b * (1 + int(learns)) + 8 * (queries + keys) // language.kv_channels)
+    if language.head_layernorm:  # keys are there already, and queries, unless several share a key
+        read = queries * int(language.num_attention_heads != language.num_query_groups)
+        scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
+        attention += tokens * ((read + (queries + keys) * int(learns)) * b + scales)
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
