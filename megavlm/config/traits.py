@@ -59,9 +59,7 @@ class LanguageTraits:
 
     @property
     def picture_tokens(self) -> tuple[int, int] | None:
-        """The first of the tokens that pictures are written in, and the one behind the last; None where they are
-        features.
-        """
+        """The first of the tokens that pictures are, and the one behind the last; None where they are features."""
         return None
 
     @property

@@ -1,7 +1,7 @@
 """The chat template of Chameleon; see :mod:`megavlm.data.template_rows`.
 
-As ``tokens_from_ui`` of ``chameleon/inference/chameleon.py`` writes a prompt (facebookresearch/chameleon @ dbbe47fd), and
-``ChameleonProcessor`` of Transformers: what the user shows and says, and the end of a turn; an answer ends with the
+As ``tokens_from_ui`` of ``chameleon/inference/chameleon.py`` writes a prompt (facebookresearch/chameleon @ dbbe47fd),
+and ``ChameleonProcessor`` of Transformers: what the user shows and says, and the end of a turn; an answer ends with the
 document (``TextDecoder`` there). How a second question stands behind an answer was published nowhere: there is none.
 """
 
@@ -16,7 +16,6 @@ CHAMELEON = Template(
     user=(TEXT, "<reserved08706>"),
     assistant=trained(TEXT, "</s>"),
     tokens=tuple(ControlToken((name,)) for name in ("<s>", "</s>", "<reserved08706>", "<racm3:break>", "<eoss>")),
-    # Of the published tokenizer; a newer file calls the reserved token so.
     slot=ControlToken(("<image>",)),
     image=("<racm3:break>", "<eoss>"),
     picture="{image}",

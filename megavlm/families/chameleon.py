@@ -211,7 +211,7 @@ def _tower(visual: Mapping[str, Any], where: str) -> Tree:
         UserError: a key has a value that the model here does not know.
     """
     own = {**_TOWER, **{key: value for key, value in visual.items() if value is not None}}
-    expect(own, where, in_channels=3, double_latent=False, attn_type="vanilla", dropout=0)
+    expect(own, where, model_type="chameleon_vqgan", in_channels=3, double_latent=False, attn_type="vanilla", dropout=0)
     if own.get("attn_resolutions"):
         raise UserError(
             f"{where}: attn_resolutions is {str(own['attn_resolutions'])[:40]}; attention between the blocks of a level"

@@ -147,7 +147,6 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         if kind.experts:
             _with_experts(layer, norm, transformer_engine=True)
         return Modules(core_attention, norm, layer)
-    head_norm = norm if kind.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=_layer_class(kind),
         submodules=TransformerLayerSubmodules(
@@ -159,8 +158,8 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
                     linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),
                     core_attention=core_attention,
                     linear_proj=chosen.get("linear_proj", RowParallelLinear),
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
+                    q_layernorm=norm if kind.qk_layernorm else IdentityOp,
+                    k_layernorm=norm if kind.qk_layernorm else IdentityOp,
                 ),
             ),
             self_attn_bda=_branch_sum(kind),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from megavlm.config.architecture import no_rules as rules
-from megavlm.config.fields import config_class
-from megavlm.config.schema import ConnectorConfig
+from collections.abc import Iterator
 
-__all__ = ["CodesConfig", "rules"]
+from megavlm.config.fields import config_class
+from megavlm.config.schema import ConnectorConfig, ModelConfig, ParallelConfig
 
 
 @config_class
@@ -17,3 +16,8 @@ class CodesConfig(ConnectorConfig):
     def takes_codes(self) -> bool:
         """Codes alone."""
         return True
+
+
+def rules(model: ModelConfig, layout: ParallelConfig) -> Iterator[str]:
+    """Yield nothing: it has no keys."""
+    yield from ()

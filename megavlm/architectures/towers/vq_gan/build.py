@@ -1,12 +1,14 @@
 """VQ-GAN's encoder and its codebook (arXiv 2012.09841), as Chameleon has them (arXiv 2405.09818).
 
-Written from ``ChameleonVQVAE`` of Transformers 5; names of parameters are those of its modules. It is whole on each rank
-that has it, and never trained.
+Written from ``ChameleonVQVAE`` of Transformers 5; names of parameters are those of its modules. It is whole on each
+rank that has it, and never trained.
 
 Shape legend: N images, C channels, H x W positions of a map, P positions of the last map, K codes, Z width of a code.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,7 @@ class Encoder(nn.Module):
         before, last = vision.base_width, len(vision.widths) - 1
         for level, width in enumerate(vision.widths):
             sizes = [before, *[width] * vision.blocks_per_level]
-            pairs = zip(sizes, sizes[1:], strict=False)
+            pairs = itertools.pairwise(sizes)
             parts = nn.ModuleDict({"block": nn.ModuleList(ResidualBlock(one, other, dtype) for one, other in pairs)})
             if level < last:
                 parts["downsample"] = Halving(width, dtype)

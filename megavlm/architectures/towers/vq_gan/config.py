@@ -22,9 +22,7 @@ _PIXELS = 1 / (255 * 0.0078)
 
 @config_class
 class VQGANConfig(VisionConfig):
-    """The vision tower: VQ-GAN's encoder and codebook. A picture is a code for each square of pixels, no feature; it is
-    never trained, as no gradient goes through the choice of a code.
-    """
+    """The vision tower: VQ-GAN's encoder and codebook, never trained. A picture is a code for each square of pixels."""
 
     image_size: Annotated[int, Meaning.USE] = Field(gt=0, le=100_000)
     """Side of the square that an image is resized to, in pixels: whole squares of the last level."""

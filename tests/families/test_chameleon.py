@@ -1,0 +1,158 @@
+"""Chameleon: its picture tokens in bad input, and what does not go with them. Parity: test_whole.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chameleon_models import CODES, FILES, FIRST, IMAGE, NAMES, SIDE, chameleon, save
+from transformers import AutoImageProcessor
+from whole_source import photographs
+
+from megavlm.architectures.cost import Kernels, Pictures
+from megavlm.architectures.towers.vq_gan import cost
+from megavlm.checkpoint.distributed import load
+from megavlm.cli import main
+from megavlm.config.checks import check_recipe
+from megavlm.config.errors import RecipeError
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import Recipe
+from megavlm.families.presets import expand_presets
+from megavlm.models.build import build_model, unwrap
+from megavlm.models.fusion import Codes
+from megavlm.parallel.state import process_groups
+
+pytestmark = pytest.mark.family("chameleon")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chameleon")
+    save(folder / "hf")
+    assert main(["convert", "hf-to-megatron", "--hf", str(folder / "hf"), "--out", str(folder / "m")]) == 0
+    return folder
+
+
+def recipe_of(folder: Path, *words: str) -> Recipe:
+    return load_recipe(
+        folder / "m" / "recipe.yaml", ["data.train.0.path=x", "data.tokenizer=x", *words], expand_presets
+    )
+
+
+def test_codes_of_pixels_are_those_of_transformers_whoever_is_beside_them(converted: Path) -> None:
+    """Of normalised pixels, and of bytes, which are normalised here; each picture alone and all together."""
+    recipe = recipe_of(converted, "training.precision=fp32")
+    processor = AutoImageProcessor.from_pretrained(converted / "hf", backend="pil")
+    made = processor(photographs([(SIDE + number, 2 * SIDE) for number in range(6)]), return_tensors="pt")
+    pixels = torch.as_tensor(made["pixel_values"])
+    levels = ((pixels + 1) / FILES["rescale_factor"]).round().to(torch.uint8)
+    with process_groups(recipe.parallel, 1), torch.no_grad():
+        (chunk,) = build_model(recipe, IMAGE)
+        load(converted / "m", modules=[unwrap(chunk)])
+        expected = chameleon().model.get_image_tokens(pixels) - FIRST
+        found = unwrap(chunk).vision(pixels)
+        assert not any(one.requires_grad for one in unwrap(chunk).vision.parameters())
+        assert torch.equal(found.squeeze(-1).T, expected) and len(expected.unique()) > 10
+        assert torch.equal(unwrap(chunk).vision(levels), found)
+        for number in range(6):
+            assert torch.equal(unwrap(chunk).vision(pixels[number : number + 1]), found[:, number : number + 1])
+
+
+def test_codes_are_written_in_their_slots_alone() -> None:
+    fusion = Codes(FIRST, IMAGE)
+    codes = fusion.arranged(torch.tensor([[[3], [1]], [[2], [0]]]), None, None)
+    tokens = torch.tensor([[7, IMAGE, IMAGE, 8, IMAGE, IMAGE]])
+    written = fusion.written(tokens, codes)
+    assert written.tolist() == [[7, FIRST + 3, FIRST + 2, 8, FIRST + 1, FIRST]]
+    assert fusion.written(tokens, None) is tokens
+    with pytest.raises(RuntimeError, match="there are not 2 image slots"):
+        fusion.written(tokens, codes[:2])
+
+
+def test_the_planner_counts_the_tower(converted: Path) -> None:
+    """Parameters one by one; operations are in test_whole.py."""
+    vision = recipe_of(converted).model.vision
+    ours = sorted(one.elements for one in cost.parameters(vision, 4))
+    theirs = chameleon().model.vqmodel.named_parameters()
+    assert ours == sorted(p.numel() for name, p in theirs if "post_quant_conv" not in name)
+    assert all(one.fixed for one in cost.parameters(vision, 1))
+    shown, kernels = Pictures.alike(3, vision.grid), Kernels(fused=False, number_bytes=4)
+    assert cost.kept(vision, 1, shown, kernels) == 0
+    assert cost.passing(vision, 1, shown, kernels, learns=True) > 3 * 3 * SIDE**2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.connector={preset: linear}"], "takes features, and pictures of the tower"),
+        (["model.language.image_tokens=[]"], "model.language.image_tokens: has 0 tokens"),
+        (["model.language.image_tokens=[4, 43]"], "has 39 tokens, and the tower 'chameleon_vq_gan' has 40 codes"),
+        (
+            ["model.language.image_tokens=[140, 180]"],
+            "are not the first of a run of tokens and the one behind its last",
+        ),
+        (["model.vision={preset: clip_vit_l_14_336}"], "takes codes, and the tower 'clip_vit_l_14_336' gives features"),
+        (["parallel.vision_placement=all_ranks"], "all_ranks sends features, and pictures of the tower"),
+        (["model.language.pre_layernorms=false"], "goes with norms behind attention and MLP"),
+        (["model.language.qk_layernorm=true"], "queries and keys have one norm"),
+        (
+            ["model.language.num_query_groups=2", "parallel.tensor_model_parallel_size=4"],
+            "ranks share no key/value heads",
+        ),
+        (["model.vision.base_width=40"], "base_width: 40 is not a multiple of 32"),
+        (["model.vision.image_size=18"], "image_size: 18 is not a multiple of 4"),
+        (
+            ["model.vision.tensor_parallel=shard", "parallel.tensor_model_parallel_size=2"],
+            "convolutions are whole on each of",
+        ),
+    ],
+)
+def test_what_does_not_go_with_codes_is_named(words: list[str], line: str, converted: Path) -> None:
+    with pytest.raises(RecipeError) as raised:
+        check_recipe(recipe_of(converted, *words))
+    assert line in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.json", {"attention_bias": True}, "attention_bias is True"),
+        ("config.json", {"vocabulary_map": [1]}, "vocabulary_map is '[1]'; it must be an object"),
+        ("config.json", {"vocabulary_map": {"<image>": IMAGE}}, "vocabulary_map has no image tokens (IMGIMGAZ, ..)"),
+        (
+            "config.json",
+            {"vocabulary_map": {**NAMES, "IMGIMGDZ": 9}},
+            "gives IMGIMGDZ, code 3 of pictures, the token 9; tokens must follow each other",
+        ),
+        (
+            "config.json",
+            {"vocabulary_map": {name: token for name, token in NAMES.items() if token < FIRST + CODES - 1}},
+            "has 39 image tokens, and vq_config 40 codes",
+        ),
+        ("config.json", {"vq_config": {"double_latent": True}}, "double_latent is True"),
+        ("config.json", {"vq_config": {"attn_resolutions": [8]}}, "attn_resolutions is [8]; attention between"),
+        ("preprocessor_config.json", {"rescale_factor": 1 / 255}, "rescale_factor is"),
+        ("preprocessor_config.json", {"image_mean": [0.5] * 3}, "image_mean is [0.5, 0.5, 0.5]"),
+        (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 20}},
+            "size is {'shortest_edge': 20}, but config.json's",
+        ),
+    ],
+)
+def test_bad_input_is_named(
+    name: str, change: dict[str, Any], words: str, tmp_path: Path, converted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    for path in (converted / "hf").iterdir():
+        (hf / path.name).hardlink_to(path) if path.name != name else None
+    tree = json.loads((converted / "hf" / name).read_text())
+    inner = {key: tree[key] | value if key == "vq_config" else value for key, value in change.items()}
+    (hf / name).write_text(json.dumps(tree | inner))
+    assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "m").exists()
