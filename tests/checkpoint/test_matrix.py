@@ -266,7 +266,8 @@ def check(layout: str, number: int, root: Path) -> None:
     if layout == "tied-pp2" and "lm_head_bias" in registry.LANGUAGE.find(model["language"]["preset"]).values:
         model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
-        model["language"]["num_query_groups"] = 2
+        if not registry.LANGUAGE.find(model["language"]["preset"]).values.get("head_layernorm"):  # which shares none
+            model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.
         uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}
         model["vision"] |= {key: value for key, value in uneven.items() if key in model["vision"]}

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from chameleon_models import CODES, FILES, FIRST, IMAGE, NAMES, SIDE, chameleon, save
-from transformers import AutoImageProcessor
+from run_cases import alike, tensors
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from whole_source import photographs
 
 from megavlm.architectures.cost import Kernels, Pictures
@@ -156,3 +159,48 @@ def test_bad_input_is_named(
     (hf / name).write_text(json.dumps(tree | inner))
     assert main(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.long
+def test_trained_saved_resumed_and_exported_at_two_layouts(tmp_path: Path) -> None:
+    """The tower stays as it was, whole on each rank; optimizer states are of the language model alone."""
+    rows, side = 600, 32
+    model = {
+        "preset": None,
+        "vision": {
+            "preset": "chameleon_vq_gan", "image_size": side, "base_width": 32, "width_multipliers": (1, 1, 2),
+            "blocks_per_level": 1, "latent_width": 16, "code_width": 8, "num_codes": 40,
+        },
+        "connector": {"preset": "codes"},
+        "language": {
+            "preset": "chameleon_34b", "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96,
+            "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "vocab_size": rows, "vocab_divisor": 1,
+            "max_position_embeddings": 2048, "init_method_std": 0.1, "image_tokens": (550, 590),
+        },
+        "image": {"kind": "crop", "resample": "lanczos"},
+    }  # fmt: skip
+    pp2 = {"pipeline_model_parallel_size": 2}
+    both = {**pp2, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    here, there = ({"model": model, "parallel": layout, "training": {"precision": "bf16"}} for layout in (both, pp2))
+    one, again, other = (tmp_path / name for name in ("one", "again", "other"))
+    first, half, last = "step-00000001", "step-00000002", "step-00000003"
+    todo = [
+        (here, str(one), None, (1, 2, 3)),
+        (here, str(again), str(one / half), (3,)),
+        (there, str(other), str(one / half), (2,)),
+    ]
+    losses, resumed, _ = ranks.run("run_cases:jobs", todo, world=4)[-1]
+    assert resumed == losses[-1:] and losses[-1] < losses[0]
+    assert alike(again / last, one / last, rows) and tensors(other / half, rows) == tensors(one / half, rows)
+    before, after = (tensors(one / step, rows) for step in (first, last))
+    own = {key for key in before if "vision." in key}
+    assert own and not any(key.startswith("optimizer") for key in own)
+    assert all((before[key] == after[key]) == (key in own) for key in before if "rng" not in key)
+    for checkpoint, out in ((one / half, "hf-one"), (other / half, "hf-other")):
+        assert main(["convert", "megatron-to-hf", "--megatron", str(checkpoint), "--out", str(tmp_path / out)]) == 0
+    found = [load_file(tmp_path / out / "model.safetensors") for out in ("hf-one", "hf-other")]
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    read = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf-one", dtype=torch.bfloat16)
+    weight = read.state_dict()["model.layers.3.self_attn.q_norm.bias"]
+    assert weight.shape == (4, 16) and torch.equal(weight, found[0]["model.layers.3.self_attn.q_norm.bias"])
