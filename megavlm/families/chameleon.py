@@ -81,7 +81,7 @@ class ChameleonFamily(Family):
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vq_gan",), "connector": ("codes",), "language": ("decoder",),
     }  # fmt: skip
-    preprocesses = own_norms = True
+    preprocesses = own_norms = own_tokens = True
     template = "chameleon"
     image_plan = "crop"
 
