@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config.architecture import BRANCHES, CONNECTORS, architecture_of
+from megavlm.config.codes import codes_rules
 from megavlm.config.context import CP, context_rules
 from megavlm.config.engine import engine_rules
 from megavlm.config.errors import RecipeError
@@ -43,7 +44,8 @@ def check_recipe(recipe: Recipe, world_size: int | None = None) -> None:
     """
     rules = (
         _architectures, _deepstack, _stages, _parallel, _data, _modules, _optimizer, _recorded, _exports, _loss,
-        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, *_MORE,
+        engine_rules, expert_rules, lora_rules, vision_rules, context_rules, codes_rules,
+        *_MORE,
     )  # fmt: skip
     lines = [line for rule in rules for line in rule(recipe)]
     if world_size is not None:

@@ -22,6 +22,11 @@ class VisionTraits:
         return None
 
     @property
+    def codes(self) -> int | None:
+        """Rows of the codebook whose numbers it gives instead of features; None of one that gives features."""
+        return None
+
+    @property
     def features_per_image(self) -> int:
         """Features of one picture."""
         own: Any = self
@@ -34,6 +39,11 @@ class ConnectorTraits:
     @property
     def takes_class_feature(self) -> bool:
         """Whether it takes a class token's feature in front of those of the patches."""
+        return False
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether it takes codes, and not features."""
         return False
 
 
@@ -51,6 +61,11 @@ class LanguageTraits:
     def cross_layers(self) -> tuple[int, ...]:
         """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
         return ()
+
+    @property
+    def picture_tokens(self) -> tuple[int, int] | None:
+        """The first of the tokens that pictures are, and the one behind the last; None where they are features."""
+        return None
 
     @property
     def output_rows(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megavlm.config.errors import UserError
-from megavlm.data import template_rows_cog
+from megavlm.data import template_rows_chameleon, template_rows_cog
 from megavlm.data.template import Template
 from megavlm.data.template_rows import QWEN_VL, ROWS
 
@@ -70,5 +70,5 @@ def find_template(name: str) -> Template:
     return _TEMPLATES[name]
 
 
-for _row in (*ROWS, *template_rows_cog.ROWS):
+for _row in (*ROWS, *template_rows_cog.ROWS, *template_rows_chameleon.ROWS):
     register(_row)

@@ -73,6 +73,8 @@ class Family(ABC):
     :meth:`refuses` then says by which."""
     own_norms: ClassVar[bool] = False
     """Whether its language model may have norms behind attention and MLP: :meth:`refuses` then says where."""
+    own_tokens: ClassVar[bool] = False
+    """Whether pictures are tokens of its language model, whose norms are Chameleon's: :meth:`refuses` then says how."""
     own_cross: ClassVar[bool] = False
     """Whether layers of its language model may attend to pictures (``LanguageConfig.cross_layers``)."""
     own_levels: ClassVar[bool] = False
@@ -183,6 +185,14 @@ class Family(ABC):
             return f"attention is {mask or 'causal'} (model.language.attention_mask), in the family it {known}"
         if getattr(model.language, "post_layernorms", False) and not self.own_norms:
             return "the language model has norms behind attention and MLP (post_layernorms), which the family has not"
+        if model.language.picture_tokens is not None and not self.own_tokens:
+            return "pictures are tokens (model.language.image_tokens), in the family they are features"
+        if getattr(model.language, "head_layernorm", False) and not self.own_tokens:
+            return "each head has a norm of its own (model.language.head_layernorm), which the family has not"
+        if not getattr(model.language, "pre_layernorms", True) and not self.own_tokens:
+            return (
+                "no norm stands in front of attention and MLP (model.language.pre_layernorms), in the family one does"
+            )
         if not model.language.one_weight and not self.visual_expert:
             return "image tokens have weights of their own (model.language.visual_expert), which the family has not"
         if model.language.shared_positions and not self.visual_expert:

@@ -142,7 +142,17 @@ def register() -> None:
 
 
 def _register_of_the_blip_line() -> None:
-    """Register MiniGPT-4, MiniGPT-v2 and CogVLM."""
+    """Register MiniGPT-4, MiniGPT-v2, CogVLM and Chameleon."""
+    # facebook/chameleon-7b and -30b: tokens 4 to 8195 are those of pictures.
+    for size in ("7b", "34b"):
+        MODELS.register(
+            f"chameleon_{size}",
+            vision={"preset": "chameleon_vq_gan"},
+            connector={"preset": "codes"},
+            language={"preset": f"chameleon_{size}", "image_tokens": (4, 8196)},
+            image={"kind": "crop", "resample": "lanczos"},
+            template="chameleon",
+        )
     for name, (side, template) in _COGVLM.items():
         MODELS.register(
             f"cogvlm_{name}",

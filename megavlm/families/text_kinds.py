@@ -27,7 +27,8 @@ PLAIN: dict[str, Any] = {
     "logits_scaling": 1.0, "sliding_window": None, "sliding_window_pattern": None,
     "rope_local_base_freq": None, "post_layernorms": False, "query_pre_attn_scalar": None,
     "rotary_interleaved": False, "rotary_sections": (), "num_moe_experts": None,
-    "visual_expert": False, "image_positions": "counted",
+    "visual_expert": False, "image_positions": "counted", "pre_layernorms": True, "head_layernorm": False,
+    "image_tokens": (),
 }  # fmt: skip
 """What Llama has, of the keys by which language models differ other than in size."""
 

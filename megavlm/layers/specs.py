@@ -23,6 +23,7 @@ from megavlm.layers.attention import CompactSelfAttention, TorchAttention
 from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.experts import experts_mlp
+from megavlm.layers.head_norm import HeadNormSelfAttention
 from megavlm.layers.norm import TorchNorm
 from megavlm.layers.parallel_layer import ParallelTransformerLayer
 from megavlm.layers.scale import GatedSum, ResidualMultiplier
@@ -82,6 +83,10 @@ class LayerKind:
     """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
     experts: bool = False
     """Its MLP is a mixture of experts."""
+    head_layernorm: bool = False
+    """Each head's queries and keys have a LayerNorm of their own (``layers/head_norm.py``)."""
+    behind: bool = False
+    """No norm stands in front of attention and MLP."""
 
 
 _MASKS = {"causal": AttnMaskType.causal, "full": AttnMaskType.no_mask, "two_way": AttnMaskType.causal}
@@ -128,11 +133,12 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         core_attention = ModuleSpec(module=TorchAttention, params={"sliding_window": kind.sliding_window})
     told = {"sliding_window": kind.sliding_window, "rotary_part": kind.rotary_part}
     attention_params |= {name: value for name, value in told.items() if value is not None}
-    if transformer_engine and linears is None and kind.parallel:
+    attention = HeadNormSelfAttention if kind.head_layernorm else CompactSelfAttention
+    if transformer_engine and linears is None and (kind.parallel or kind.behind):
         chosen = _engine_linears()
     elif transformer_engine and linears is None:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=kind.qk_layernorm)
-        layer.submodules.self_attention.module = CompactSelfAttention
+        layer.submodules.self_attention.module = attention
         layer.submodules.self_attention.params = attention_params
         layer.submodules.self_attention.submodules.core_attention = core_attention
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = _branch_sum(kind)
@@ -141,24 +147,23 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         if kind.experts:
             _with_experts(layer, norm, transformer_engine=True)
         return Modules(core_attention, norm, layer)
-    head_norm = norm if kind.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=_layer_class(kind),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=IdentityOp if kind.behind else norm,
             self_attention=ModuleSpec(
-                module=CompactSelfAttention,
+                module=attention,
                 params=attention_params,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=chosen.get("linear_qkv", ColumnParallelLinear),
                     core_attention=core_attention,
                     linear_proj=chosen.get("linear_proj", RowParallelLinear),
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
+                    q_layernorm=norm if kind.qk_layernorm else IdentityOp,
+                    k_layernorm=norm if kind.qk_layernorm else IdentityOp,
                 ),
             ),
             self_attn_bda=_branch_sum(kind),
-            pre_mlp_layernorm=IdentityOp if kind.parallel else norm,
+            pre_mlp_layernorm=IdentityOp if kind.parallel or kind.behind else norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(

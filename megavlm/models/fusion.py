@@ -2,7 +2,8 @@
 
 A :class:`Fusion` makes of embeddings and features what the decoder takes in, and extras for its layers.
 In a :class:`Splice` features stand in place of the embeddings of image slots; a :class:`Deepstack` does that, and has
-others added behind the first layers; with :class:`Cross` layers attend to them, and none stands among the tokens.
+others added behind the first layers; with :class:`Cross` layers attend to them, and none stands among the tokens. With
+:class:`Codes` there are no features: pictures are tokens themselves.
 Which feature goes where is told by the image plan
 (``megavlm.data.media.Arrangement``), on the host.
 
@@ -58,6 +59,14 @@ class Fusion(Protocol):
             weight_TK: of these; None where K is 1.
         """
 
+    def written(self, tokens: Tensor, features_TE: Tensor | None) -> Tensor:
+        """Return [1, S] the tokens that are embedded: as they are, or with pictures written among them.
+
+        Args:
+            tokens: [1, S] int64, with the image token in every slot.
+            features_TE: what :meth:`arranged` returned; None where there is none.
+        """
+
     def fuse(
         self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
     ) -> tuple[Tensor, Extras]:
@@ -77,6 +86,8 @@ def build_fusion(model: ModelConfig, connector: nn.Module, context: BuildContext
 
     The one place that chooses.
     """
+    if model.language.picture_tokens is not None:
+        return Codes(model.language.picture_tokens[0], image_token_id)
     if model.language.cross_layers:
         return Cross(connector, image_token_id)
     if model.vision.deepstack:
@@ -105,6 +116,10 @@ class Splice:
         if newline is not None and not self.learns:
             newline = newline.detach()
         return arrange_features(features_QNE, index_TK, weight_TK, newline)
+
+    def written(self, tokens: Tensor, features_TE: Tensor | None) -> Tensor:
+        """Return the tokens: features are no tokens."""
+        return tokens
 
     def fuse(
         self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
@@ -162,6 +177,40 @@ class Cross(Splice):
         if features_TE is None:
             return embeddings_S1E, None
         return embeddings_S1E, {FEATURES: features_TE.to(embeddings_S1E.dtype).unsqueeze(1)}
+
+
+class Codes:
+    """The codes of a tower are written among the tokens, before these are embedded: their embeddings learn as all do.
+
+    Args:
+        first_token: of code 0; the others follow it.
+        image_token_id: the token of an image slot.
+    """
+
+    def __init__(self, first_token: int, image_token_id: int) -> None:
+        self._first, self._image_token_id = first_token, image_token_id
+        self.learns = True
+
+    def arranged(self, features_QNE: Tensor, index_TK: Tensor | None, weight_TK: Tensor | None) -> Tensor:
+        """Return the codes [T, 1] of the image slots."""
+        assert weight_TK is None, "a code is no mean of others"
+        flat_F1 = features_QNE.transpose(0, 1).flatten(0, 1)
+        return flat_F1 if index_TK is None else flat_F1[index_TK[:, 0]]
+
+    def written(self, tokens: Tensor, features_TE: Tensor | None) -> Tensor:
+        """Return [1, S] tokens with those of the pictures in their slots."""
+        if features_TE is None:
+            return tokens
+        slots, wanted = tokens[0] == self._image_token_id, features_TE.size(0)
+        torch._assert_async(slots.sum() == wanted, f"there are not {wanted} image slots, as there are codes")
+        positions = torch.nonzero_static(slots, size=wanted).squeeze(1)
+        return tokens.index_copy(1, positions, features_TE.T.to(tokens.dtype) + self._first)
+
+    def fuse(
+        self, embeddings_S1E: Tensor, features_TE: Tensor | None, tokens: Tensor, *, stand_in: bool
+    ) -> tuple[Tensor, Extras]:
+        """Return the embeddings, among which those of pictures are."""
+        return embeddings_S1E, None
 
 
 def add_newline(connector: nn.Module, hidden_size: int, dtype: torch.dtype, *, initialize: bool) -> None:

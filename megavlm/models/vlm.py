@@ -6,6 +6,7 @@ model, V the padded vocabulary; 1 stands for the batch dimension: a micro-batch 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -217,13 +218,14 @@ class VisionLanguageModel(MegatronModule):
 
         A function of its own, so that nothing that it makes on the way is held while the layers run.
         """
-        embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         empty = image_features is None and (images is None or images.size(0) == 0)
         if (
             image_features is None
             and (features_QNE := self.encode_images(images, image_grid, shared=split is not None)) is not None
         ):
             image_features = self.arranged(features_QNE, None if empty else image_index, image_weight)
+        tokens = fusion.written(tokens, image_features)
+        embeddings_S1E = self.language.embedding(input_ids=tokens, position_ids=position_ids)
         fused_S1E, extras = fusion.fuse(embeddings_S1E, image_features, tokens, stand_in=empty)
         if split is not None:
             rows = split.own_rows(fused_S1E.device)
@@ -296,7 +298,7 @@ class VisionLanguageModel(MegatronModule):
 
     def connector_device(self) -> torch.device:
         """Return the device that images belong on."""
-        return next(self.connector.parameters()).device
+        return next(itertools.chain(self.connector.parameters(), self.vision.parameters())).device
 
 
 def _streams(language: Any, model: ModelConfig, vp_stage: int | None) -> Streams | PictureStream:

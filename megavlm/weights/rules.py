@@ -110,6 +110,11 @@ QKV_BLOCKS = Reshape(
     lambda x, heads: _group(_blocks(x[0], heads), heads),
     lambda x, heads: [_joined(_ungroup(x, heads))],
 )
+HEAD_ROWS = Reshape(
+    "a row for each head to one vector",
+    lambda x, _: [x[0].flatten()],
+    lambda x, heads: [x[0].unflatten(0, (-1, heads.dim))],
+)
 KEY_VALUE = Reshape("k, v to [k, v] per group", _pair, _unpair)
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
 POINTWISE = Reshape(

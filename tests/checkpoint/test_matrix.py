@@ -54,8 +54,9 @@ EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32
 Q_FORMER = {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 """Connectors of two towers, by the architecture of the pair."""
-ELSEWHERE = ("tiled_vit",)
-"""A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py."""
+ELSEWHERE = ("tiled_vit", "vq_gan", "codes")
+"""A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py. Or
+it is codes, of a tower that is never trained: tests/families/test_chameleon.py."""
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),
@@ -270,7 +271,8 @@ def check(layout: str, number: int, root: Path) -> None:
     if layout == "tied-pp2" and "lm_head_bias" in registry.LANGUAGE.find(model["language"]["preset"]).values:
         model["language"]["lm_head_bias"] = False  # the embedding has none
     if layout == "tp4":  # more ranks than key/value heads
-        model["language"]["num_query_groups"] = 2
+        if not registry.LANGUAGE.find(model["language"]["preset"]).values.get("head_layernorm"):  # which shares none
+            model["language"]["num_query_groups"] = 2
         # The ranks hold towers whole, which they do not divide, and connectors.
         uneven = {"num_attention_heads": 3, "ffn_hidden_size": 97}
         model["vision"] |= {key: value for key, value in uneven.items() if key in model["vision"]}

@@ -1,10 +1,11 @@
-"""Rows of families with a Q-Former, a visual expert, or a pair of towers."""
+"""Rows of families with a Q-Former, a visual expert, a pair of towers, or pictures that are tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from blip2_models import blip2_rows
+from chameleon_rows import chameleon_rows
 from cogvlm_rows import cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
@@ -20,4 +21,5 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **minigpt_rows(header, planned),
         **cogvlm_rows(header, planned),
         **vary_rows(header, planned),
+        **chameleon_rows(targets, planned),
     }

@@ -44,6 +44,8 @@ _SHAPES = (
 )  # fmt: skip
 """What the tensors' shapes, or another key beside, say, and what starts a tower that is not trained anew."""
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    # Its class takes the first from vocabulary_map, whatever is said, and the second for nothing.
+    "chameleon": ("image_token_id", "model_parallel_size"),
     # The checkpoint's own tower is taken, and vision_config.json has its shape, whatever it is called. How tiles are
     # put together, where there are some (image_aspect_ratio: anyres is refused).
     "bunny": ("mm_vision_tower", "unfreeze_vision_tower", "mm_patch_merge_type"),

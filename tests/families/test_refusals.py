@@ -21,6 +21,7 @@ OTHER: dict[str, tuple[Any, Any]] = {
     "sliding_window": (64, 32), "sliding_window_pattern": (3, 2), "rope_local_base_freq": (777, 778),
     "query_pre_attn_scalar": (99.0, 98.0), "rotary_sections": ((2, 3, 3), (4, 2, 2)), "rope_scaling": ("linear", None),
     "image_positions": ("shared", "counted"), "num_moe_experts": (8, None),
+    "image_tokens": ((4, 8196), (0, 8)),
 }  # fmt: skip
 """Two values, of which one is not the model's; any other key is a switch, and is turned."""
 

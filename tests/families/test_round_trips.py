@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from blip2_models import BLIP2
+from chameleon_models import CHAMELEON
 from cogvlm_models import COGVLM
 from deepseek_models import DEEPSEEK
 from family_cases import FAMILY_OF, MAKERS, TRANSFORMERS
@@ -56,6 +57,7 @@ OTHERS = (
     | LLAVA_LIKE
     | MINICPM_V
     | COGVLM
+    | CHAMELEON
     | TOWERS
     | BLIP2
     | MINIGPT

@@ -227,7 +227,8 @@ def _once(
         if queries and inner:  # they look at each other, and are projected for their first look, once
             found += (10 * queries * inner**2 + 4 * queries**2 * inner) / ranks
             queries = 0
-        for rows, width in ((vision.positional_grid**2, vision.hidden_size), (queries, language.hidden_size)):
+        table = getattr(vision, "positional_grid", 0)  # convolutions have none
+        for rows, width in ((table**2, vision.hidden_size), (queries, language.hidden_size)):
             found += 2 * rows * patches * width * int(rows not in (0, patches))
         found += 2 * queries * language.hidden_size**2 / ranks
     return found

@@ -324,6 +324,6 @@ def _canonical(source: Source, family_name: str, model: ModelConfig) -> dict[str
             found["gradient." + key] = gradient
     assert not theirs, sorted(theirs)
     for part in ("vision", "connector", "language"):
-        largest = max(float(value.abs().max()) for key, value in found.items() if key.startswith(f"gradient.{part}."))
-        found["largest." + part] = torch.tensor(largest)
+        own = (float(value.abs().max()) for key, value in found.items() if key.startswith(f"gradient.{part}."))
+        found["largest." + part] = torch.tensor(max(own, default=0.0))
     return found

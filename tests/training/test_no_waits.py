@@ -83,6 +83,7 @@ CONNECTORS["c_abstractor"] |= {"output_grid": 1, "hidden_size": 32}
 CONNECTORS["q_former"] |= {"num_queries": 4, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 CONNECTORS["dense_sti"] |= {"pool": 2}
 CONNECTORS["glu"] |= {"ffn_hidden_size": 96}
+del CONNECTORS["codes"]  # of a tower of codes alone
 _HIGH = {"high_image_size": IMAGE_SIZE, "image_size": IMAGE_SIZE, "positional_grid": 2}
 PAIRS = {
     "hybrid_split": {

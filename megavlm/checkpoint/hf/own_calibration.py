@@ -29,7 +29,7 @@ from megavlm.data.media import arrange, plan_of
 from megavlm.data.packing import PackableSample
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer, template_of
 from megavlm.models.front import build_front, encode
-from megavlm.models.fusion import Fusion, build_fusion
+from megavlm.models.fusion import Codes, Fusion, build_fusion
 from megavlm.parallel.device import local_device
 from megavlm.weights.source import Source
 
@@ -91,6 +91,8 @@ class OwnSamples:
             return made
         if self._front is None:
             return "with a picture, and this is a language model alone"
+        if isinstance(self._front[-1], Codes):
+            return "with a picture that is tokens, which are not tried"
         features = self._features(sample, *self._front)
         return features if isinstance(features, str) else made | {FEATURES: features[None].cpu()}
 

@@ -138,6 +138,8 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
         sliding_window=language.sliding_window,
         rotary_part=None if language.rope_local_base_freq is None else 1,
         visual_expert=language.visual_expert,
+        head_layernorm=language.head_layernorm,
+        behind=not language.pre_layernorms,
     )
     whole = replace(kind, sliding_window=None, rotary_part=None if kind.rotary_part is None else 0)
     every = language.sliding_window_pattern
@@ -167,6 +169,19 @@ def _mask_padding(model: GPTModel, vocab_size: int) -> None:
         output[0][..., real:].fill_(float("-inf"))
 
     if real < rows:
+        layer.register_forward_hook(mask)
+
+
+def _mask_pictures(model: GPTModel, first: int, stop: int) -> None:
+    """Take the tokens that pictures are written in out of the softmax (Chameleon in Transformers)."""
+    layer = model.output_layer
+    rows = layer.output_size_per_partition
+    own, end = (min(max(number - mpu.get_tensor_model_parallel_rank() * rows, 0), rows) for number in (first, stop))
+
+    def mask(_layer: Any, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        output[0][..., own:end].fill_(torch.finfo(output[0].dtype).min)  # as there, where it is no infinity
+
+    if own < end:
         layer.register_forward_hook(mask)
 
 
@@ -266,6 +281,8 @@ def build(
     if post_process:
         _finish_head(model, language, context)
         _mask_padding(model, language.output_rows)
+        if language.picture_tokens is not None:
+            _mask_pictures(model, *language.picture_tokens)
     # The routers keep their biases; they are moved behind a step that was made (training/experts.py), and not by
     # Megatron-Core before anybody knows whether it is.
     config.moe_router_enable_expert_bias = False

@@ -103,10 +103,18 @@ class DecoderConfig(ExpertsConfig):
     post_layernorms: bool = False
     """A norm also behind attention and behind the MLP, before what they give is added (Gemma 3; GLM-4, Hugging Face:
     post_self_attn_layernorm, post_mlp_layernorm)."""
+    pre_layernorms: bool = True
+    """A norm in front of attention and one in front of the MLP; false, with post_layernorms, for those behind alone
+    (Chameleon-34B; Hugging Face: swin_norm)."""
     query_pre_attn_scalar: float | None = Field(default=None, gt=0)
     """Scores of attention are divided by its root; null for the width of a head (Gemma 3 27B: 168)."""
     qk_layernorm: bool = False
     """Norm over each head's queries and keys (Qwen3)."""
+    head_layernorm: bool = False
+    """LayerNorm over each head's queries and keys, with a weight and a bias of that head's own (Chameleon)."""
+    image_tokens: tuple[int, ...] = ()
+    """The first of the tokens that pictures are written in, and the one behind the last (Chameleon: [4, 8196]). They
+    are never answered, and no part of the softmax. Empty where pictures are features."""
     tie_word_embeddings: bool = False
     """Whether embedding and output layer share their weight (Qwen v1: no)."""
     init_method_std: Annotated[float, Meaning.RUN] = Field(default=0.02, gt=0)
@@ -122,6 +130,16 @@ class DecoderConfig(ExpertsConfig):
     that have its names: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj), phi3 (qkv_proj, o_proj,
     gate_up_proj, down_proj), phi (q_proj, k_proj, v_proj, dense, fc1, fc2), internlm2 (wqkv, wo, w1, w3, w2) or glm
     (llama's with gate_up_proj). Presets set it."""
+
+    @property
+    def picture_tokens(self) -> tuple[int, int] | None:
+        """As the key says."""
+        return (self.image_tokens[0], self.image_tokens[1]) if self.image_tokens else None
+
+    @property
+    def pre_norms(self) -> int:
+        """Norms of a layer in front of its branches."""
+        return int(self.pre_layernorms) * (1 if self.use_parallel_residual else 2)
 
     @property
     def post_norms(self) -> int:
@@ -237,6 +255,8 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
     if language.post_layernorms and language.use_parallel_residual:
         yield f"{_OWN}.post_layernorms: not with attention and MLP side by side; set it to false"
     yield from _cross(language, tp)
+    yield from _norms(language, tp)
+    yield from _image_tokens(language)
     if language.lm_head_bias and language.tie_word_embeddings:
         yield f"{_OWN}.lm_head_bias: an output layer that is the embedding has no bias; set it to false"
     yield from _visual_expert(language)
@@ -251,6 +271,41 @@ def rules(language: DecoderConfig, layout: ParallelConfig) -> Iterator[str]:
             " set that to linear or llama3, or this to 1"
         )
     yield from expert_rules(language, layout)
+
+
+def _norms(language: DecoderConfig, tp: int) -> Iterator[str]:
+    """Check norms behind branches alone, and those of single heads."""
+    if not language.pre_layernorms:
+        key = f"{_OWN}.pre_layernorms: false"
+        if not language.post_layernorms:
+            yield f"{key} goes with norms behind attention and MLP; set {_OWN}.post_layernorms to true, or this to true"
+        if language.visual_expert:
+            yield f"{key} goes without {_OWN}.visual_expert; set one of them back"
+        if language.num_moe_experts is not None:
+            yield f"{key} goes without {_OWN}.num_moe_experts; set one of them back"
+    if language.head_layernorm:
+        key = f"{_OWN}.head_layernorm"
+        if language.qk_layernorm:
+            yield f"{key}: queries and keys have one norm; set this or {_OWN}.qk_layernorm to false"
+        if language.cross_attention_layers:
+            yield f"{key}: goes without {_OWN}.cross_attention_layers; set one of them back"
+        if language.num_query_groups % tp:
+            yield (
+                f"{_OWN}.num_query_groups: {language.num_query_groups} is not divisible by {TP} ({tp}), and with {key}"
+                f" ranks share no key/value heads; lower {TP}"
+            )
+
+
+def _image_tokens(language: DecoderConfig) -> Iterator[str]:
+    """Check the range of the tokens of pictures."""
+    given = language.image_tokens
+    if given and not (len(given) == 2 and 0 <= given[0] < given[1] <= language.output_rows):
+        yield (
+            f"{_OWN}.image_tokens: {list(given)[:4]} are not the first of a run of tokens and the one behind its last,"
+            f" of {language.output_rows}; correct it"
+        )
+    if given and language.cross_attention_layers:
+        yield f"{_OWN}.image_tokens: go without {_OWN}.cross_attention_layers; set one of them back"
 
 
 def _cross(language: DecoderConfig, tp: int) -> Iterator[str]:

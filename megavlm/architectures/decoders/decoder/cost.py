@@ -47,14 +47,16 @@ def _projected_by_norms(language: DecoderConfig, tensor: int, number_bytes: int)
     It reads in fp32. Where that is no conversion, keys are a part of what was projected, all of which then stays,
     although attention of a pack that ranks share asks for none of it.
     """
+    queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
+    if language.head_layernorm:  # whatever the type
+        return (queries + 2 * keys) * language.kv_channels
     if not language.qk_layernorm or number_bytes != 4:
         return 0
-    queries, keys = language.num_attention_heads // tensor, _local_groups(language, tensor)
     return _gathered_width(language, tensor) or (queries + 2 * keys) * language.kv_channels
 
 
-def _norms(language: DecoderConfig) -> int:
-    """Return the norms of a layer that stand before attention and MLP."""
+def _inputs(language: DecoderConfig) -> int:
+    """Return the tensors of the stream's width that attention and MLP of a layer read."""
     return 1 if language.use_parallel_residual else 2
 
 
@@ -92,10 +94,12 @@ def layer_parameters(language: DecoderConfig, tensor: int) -> list[int]:
     """Return the elements of each parameter of one language layer on one rank."""
     hidden, queries = language.hidden_size, language.num_attention_heads * language.kv_channels
     qkv = (queries + 2 * language.num_query_groups * language.kv_channels) // tensor
-    norms = _norms(language) + language.post_norms
+    norms = language.pre_norms + language.post_norms
     shapes = [hidden] * (norms * _norm_vectors(language)) + [hidden * qkv, queries // tensor * hidden]
     shapes += [qkv] * int(language.qkv_bias)
     shapes += [language.kv_channels] * (2 * _norm_vectors(language) * int(language.qk_layernorm))
+    if language.head_layernorm:
+        shapes += [queries // tensor] * 2 + [language.num_query_groups * language.kv_channels // tensor] * 2
     if language.num_moe_experts is not None:
         shapes += [hidden] * int(language.add_bias_linear) + [language.num_moe_experts * hidden]  # the router's
         shared = (language.moe_shared_expert_intermediate_size or 0) // tensor
@@ -215,14 +219,14 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     ffn = language.ffn_hidden_size // tp
     stream = local * hidden
     # The norms keep their input, the plain RMSNorm in fp32; what they give goes into a linear layer, or into two.
-    norms = (_norms(language) + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
+    norms = (language.pre_norms + language.post_norms) * norm_kept(language, stream, kernels, learns=learns)
     experts, inputs = language.num_moe_experts is not None, 0
     if experts:
         ffn = 0  # counted below
     if learns:
         # Weights of two kinds see each its own tokens, picked out of all; one weight gathers again where it needs all.
         seen = tokens * hidden if language.visual_expert else stream
-        inputs = (_norms(language) * seen + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
+        inputs = (_inputs(language) * seen + tokens * (queries + ffn)) * (1 if kernels.fp8 else b)
     # The value stays inside the output of the QKV projection; rotation makes new queries and keys.
     projected = queries + 2 * keys
     gathered = _gathered_width(language, tp)
@@ -241,6 +245,10 @@ def layer_kept(language: DecoderConfig, shards: Shards, tokens: int, kernels: Ke
     # Its result: that of the fused kernel is also the input of the projection behind it.
     attention += 0 if kernels.fused and learns and not kernels.fp8 else tokens * queries * b
     attention += _masks_kept(language, tokens, b)
+    if language.head_layernorm:  # keys are there already, and queries, unless several share a key
+        read = queries * int(language.num_attention_heads != language.num_query_groups)
+        scales = 8 * (queries + keys) // language.kv_channels  # mean and deviation of each head, in fp32
+        attention += tokens * ((read + (queries + keys) * int(learns)) * b + scales)
     if language.qk_layernorm:
         # The plain norm reads in fp32: keys are there already, where that is no conversion.
         read = (queries + keys) * b if kernels.fused else 4 * (queries * int(not held_whole) + keys * int(b == 2))
@@ -453,7 +461,7 @@ def layer_passage(language: DecoderConfig, shards: Shards, tokens: int, kernels:
     ffn_each, queries_each, gates = _active_width(language) / tp, width / tp, _inner_width(language)
     sent = local * language.moe_router_topk * hidden * b if language.num_moe_experts is not None else 0
     # A norm reads and writes, a sum reads two and writes one.
-    stream = 2 * (_norms(language) + language.post_norms) + 6
+    stream = 2 * (language.pre_norms + language.post_norms) + 6
     return LayerPassage(
         products=((queries + 2 * keys, hidden), (hidden, queries), (gates * ffn, hidden), (hidden, ffn)),
         heads=language.num_attention_heads,

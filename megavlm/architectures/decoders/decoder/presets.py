@@ -107,6 +107,12 @@ SIZES: dict[str, tuple[DecoderSize, dict[str, Any]]] = {
         DecoderSize(32, 4096, 11008, 32, 32, 128, 32000, 2048),
         {**_LLAMA, "visual_expert": True, "image_positions": "shared"},
     ),
+    # The language models of facebook/chameleon-7b and -30b (which the paper calls 34B).
+    "chameleon_7b": (DecoderSize(32, 4096, 11008, 32, 32, 128, 65536, 4096), {**_LLAMA, "head_layernorm": True}),
+    "chameleon_34b": (
+        DecoderSize(48, 8192, 22016, 64, 8, 128, 65536, 4096),
+        {**_LLAMA, "head_layernorm": True, "pre_layernorms": False, "post_layernorms": True},
+    ),
     # Mistral-7B-Instruct-v0.2, which has no window.
     "mistral_7b": (DecoderSize(32, 4096, 14336, 32, 8, 128, 32000, 32768), {"rotary_base": 1000000, **_LLAMA}),
     "yi_34b": (DecoderSize(60, 7168, 20480, 56, 8, 128, 64000, 4096), {"rotary_base": 5000000, **_LLAMA}),

@@ -9,6 +9,7 @@ from megavlm.architectures.decoders.decoder.config import DecoderConfig
 from megavlm.config.lora import CROSS_LINEARS, EXPERT_LINEARS, Target
 from megavlm.weights.rules import (
     CONCAT,
+    HEAD_ROWS,
     KEY_VALUE,
     QKV,
     QKV_BLOCKS,
@@ -106,6 +107,19 @@ GEMMA3_LANGUAGE = dataclasses.replace(
     ),
 )
 """Gemma 3: Llama's, with a norm in front of each branch and one behind."""
+
+CHAMELEON_LANGUAGE = dataclasses.replace(
+    LLAMA_LANGUAGE,
+    layer=(
+        *(one for one in LLAMA_LANGUAGE.layer if "q_layernorm" not in one.ours[0] and "k_layernorm" not in one.ours[0]),
+        *both("self_attention.query_norm", "self_attn.q_norm", HEAD_ROWS),
+        *both("self_attention.key_norm", "self_attn.k_norm", HEAD_ROWS),
+        # Of the 34B: the same names, for norms behind attention and MLP.
+        row("self_attn_bda.norm.weight", "input_layernorm.weight"),
+        row("mlp_bda.norm.weight", "post_attention_layernorm.weight"),
+    ),
+)
+"""Chameleon: Llama's, with norms of each head's own."""
 
 MLLAMA_LANGUAGE = dataclasses.replace(
     LLAMA_LANGUAGE,

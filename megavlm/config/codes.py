@@ -1,0 +1,40 @@
+"""Rules of pictures that are tokens: tower, connector and language model go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megavlm.config.schema import Recipe
+
+_TOKENS = "model.language.image_tokens"
+
+
+def codes_rules(recipe: Recipe) -> Iterator[str]:
+    """Yield what does not go with codes, or with no codes."""
+    model = recipe.model
+    codes, tokens = model.vision.codes, model.language.picture_tokens
+    if codes is None:
+        if model.connector.takes_codes:
+            yield (
+                f"model.connector.preset: {model.connector.preset} takes codes, and the tower {model.vision.preset!r}"
+                " gives features; name another connector, or chameleon_vq_gan as the tower"
+            )
+        if tokens is not None:
+            yield f"{_TOKENS}: pictures of the tower {model.vision.preset!r} are features; set it to []"
+        return
+    if not model.connector.takes_codes:
+        yield (
+            f"model.connector.preset: {model.connector.preset} takes features, and pictures of the tower"
+            f" {model.vision.preset!r} are codes; set it to codes"
+        )
+    if tokens is None or tokens[1] - tokens[0] != codes:
+        given = 0 if tokens is None else tokens[1] - tokens[0]
+        yield (
+            f"{_TOKENS}: has {given} tokens, and the tower {model.vision.preset!r} has {codes} codes"
+            " (model.vision.num_codes); give the first of as many, and the one behind the last"
+        )
+    if recipe.parallel.vision_placement == "all_ranks":
+        yield (
+            f"parallel.vision_placement: all_ranks sends features, and pictures of the tower {model.vision.preset!r}"
+            " are codes; set it to first_stage"
+        )
