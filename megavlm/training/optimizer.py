@@ -157,7 +157,7 @@ def _without_stubs(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     chained = getattr(optimizer, "chained_optimizers", [])
     real = [one for one in chained if not getattr(one, "is_stub_optimizer", False)]
     if real and len(real) < len(chained):
-        optimizer.chained_optimizers = real  # type: ignore[attr-defined]
+        optimizer.chained_optimizers = real
         for group in optimizer.param_groups:  # by which a saved one is found
             group["is_expert_parallel"] = False
     return optimizer
