@@ -105,7 +105,10 @@ class Encoder(nn.Module):
         """Return [N, latent_width, H, W] of the last map."""
         x_NCHW = self.conv_in(pixels_NCHW)
         for level in self.down:
-            for block in level["block"]:
+            assert isinstance(level, nn.ModuleDict)
+            blocks = level["block"]
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
                 x_NCHW = block(x_NCHW)
             if "downsample" in level:
                 x_NCHW = level["downsample"](x_NCHW)
