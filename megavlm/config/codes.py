@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import EngineConfig, Recipe
 
 _TOKENS = "model.language.image_tokens"
 
@@ -33,6 +33,19 @@ def codes_rules(recipe: Recipe) -> Iterator[str]:
             f"{_TOKENS}: has {given} tokens, and the tower {model.vision.preset!r} has {codes} codes"
             " (model.vision.num_codes); give the first of as many, and the one behind the last"
         )
+    if recipe.modules.language.freeze:
+        yield (
+            f"modules.language.freeze: pictures of the tower {model.vision.preset!r} are codes, and neither it nor the"
+            " connector ever learns, so nothing would be trained; set it to false"
+        )
+    for name in ("vision", "connector"):
+        module = getattr(recipe.modules, name)
+        for key in ("lr_multiplier", "layer_decay"):
+            if getattr(module, key) != 1.0 and (name, key) != ("connector", "layer_decay"):  # which has a rule
+                yield f"modules.{name}.{key}: has no effect, as no weight of it learns; set it to 1"
+    for name in ("fp8", "cuda_graph_impl", "tp_comm_overlap"):
+        if getattr(recipe.engine, name) != getattr(EngineConfig(), name):
+            yield f"engine.{name}: does not go with {_TOKENS}; leave it out"
     if recipe.parallel.vision_placement == "all_ranks":
         yield (
             f"parallel.vision_placement: all_ranks sends features, and pictures of the tower {model.vision.preset!r}"

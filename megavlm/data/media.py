@@ -380,6 +380,11 @@ def image_rules(recipe: Recipe) -> Iterator[str]:
             f"model.image.kind: {recipe.model.image.kind} has a newline vector, which no level of "
             "model.vision.deepstack_layers has; choose another image plan, or set that to []"
         )
+    if vision.codes is not None and plan.newline:
+        yield (
+            f"model.image.kind: {recipe.model.image.kind} has a newline vector, and pictures of the tower"
+            f" {vision.preset!r} are codes, of which none is one; choose another image plan"
+        )
     if recipe.model.language.position_axes > 1 and vision.ungridded is not None:
         yield (
             f"model.vision.{vision.ungridded}: features stand in no grid of rows and columns, as "

@@ -10,7 +10,7 @@ twice.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megavlm.architectures.cost import (
     Pictures,
@@ -200,6 +200,8 @@ def passes(recipe: Recipe) -> tuple[int, int, int]:
     Frozen weights beside adapters have gradients of their inputs only.
     """
     modules = recipe.modules
+    if recipe.model.vision.codes is not None:  # neither the tower nor what is behind it has weights that learn
+        modules = replace(modules, vision=ModuleTraining(freeze=True), connector=ModuleTraining(freeze=True))
     language = _passes(modules.language, below_learns=not (modules.vision.freeze and modules.connector.freeze))
     return (
         _passes(modules.vision, below_learns=False),

@@ -247,7 +247,7 @@ class Timer:
         forward = dense + attention + self._stream(passage.moved, passage.stream)
         forward = max(forward, passage.layers * _LAUNCHES * KERNEL_SECONDS) if images else 0.0
         backward, back_wires = 0.0, 0.0
-        if not modules.vision.freeze:
+        if not modules.vision.freeze and model.vision.codes is None:
             backward = 2 * forward + (_FLASH_BACKWARD - 2) * attention
             if cost.again(model.vision, seen):
                 backward, back_wires = backward + forward, wires

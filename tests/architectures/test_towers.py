@@ -105,6 +105,7 @@ ELSEWHERE = (
     "deepseek_vl_hybrid",
     "minigemini_",
     "mllama_",
+    "vary_clip_sam",
 )
 """Towers that are counted with the whole models that they are part of (tests/families/published_totals.py), or in
 test_convolution_towers.py and test_pairs.py."""

@@ -92,6 +92,10 @@ def test_the_planner_counts_the_tower(converted: Path) -> None:
     [
         (["model.connector={preset: linear}"], "takes features, and pictures of the tower"),
         (["model.language.image_tokens=[]"], "model.language.image_tokens: has 0 tokens"),
+        (["model.language.image_tokens=[8]"], "are not the first of a run of tokens and the one behind its last"),
+        (["modules.language.freeze=true"], "modules.language.freeze: pictures of the tower"),
+        (["modules.vision.lr_multiplier=0.1"], "modules.vision.lr_multiplier: has no effect"),
+        (["engine.fp8=hybrid"], "engine.fp8: does not go with model.language.image_tokens"),
         (["model.language.image_tokens=[4, 43]"], "has 39 tokens, and the tower 'chameleon_vq_gan' has 40 codes"),
         (
             ["model.language.image_tokens=[140, 180]"],

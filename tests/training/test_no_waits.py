@@ -96,8 +96,8 @@ PAIRS = {
         "high_feature_stages": (2, 3),
     },
 }  # fmt: skip
-PAIRS["two_linears"] = PAIRS["hybrid_split"]
 """Towers of connectors that join two."""
+PAIRS["two_linears"] = PAIRS["hybrid_split"]
 _LOW = {"hidden_size": 48, "ffn_hidden_size": 96, "num_layers": 1, "num_attention_heads": 4}
 FEATURES = {"dense_sti": (2, 0, 1), "dense_sci": (2, 0, 1), "dense_dci": (0, 1, 2)}
 BRANCHES = {

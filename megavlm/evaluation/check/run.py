@@ -129,6 +129,10 @@ def check(settings: CheckSettings) -> int:
         path = resolve(checkpoint)
         overrides = [f"training.precision={settings.precision}"]
         recipe, _, tokenizer = load_for_inference(path, overrides)
+        if recipe.model.vision.codes is not None:
+            raise UserError(
+                f"{settings.hf}: its pictures are codes, and check compares features; generate answers with it"
+            )
         films, same = _films(settings, recipe)
         if same:
             recipe, _, tokenizer = load_for_inference(path, [*overrides, *same])

@@ -133,8 +133,8 @@ class DecoderConfig(ExpertsConfig):
 
     @property
     def picture_tokens(self) -> tuple[int, int] | None:
-        """As the key says."""
-        return (self.image_tokens[0], self.image_tokens[1]) if self.image_tokens else None
+        """As the key says; None too where it says something that a rule refuses."""
+        return (self.image_tokens[0], self.image_tokens[1]) if len(self.image_tokens) == 2 else None
 
     @property
     def pre_norms(self) -> int:
