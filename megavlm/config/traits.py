@@ -23,12 +23,24 @@ class VisionTraits:
         return int(own.patches_per_image) + self.class_features
 
 
+    @property
+    def features_past(self) -> tuple[int, int]:
+        """Of each patch: features that go past the connector to language layers which attend to them, their width."""
+        return 0, 0
+
+
 class ConnectorTraits:
     """Of a connector."""
 
     @property
     def takes_class_feature(self) -> bool:
         """Whether it takes a class token's feature in front of those of the patches."""
+        return False
+
+
+    @property
+    def each_patch(self) -> bool:
+        """Whether each patch becomes a slot of its own, from its own feature; others may stand around them."""
         return False
 
 
@@ -46,6 +58,17 @@ class LanguageTraits:
     def cross_layers(self) -> tuple[int, ...]:
         """Layers, counted from 0, that attend to features of pictures, which then do not stand among the tokens."""
         return ()
+
+    @property
+    def attending_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 0, that attend to features of pictures: instead of to text, or beside it."""
+        own: Any = self
+        return tuple(range(own.num_layers)) if self.feature_width else self.cross_layers
+
+    @property
+    def feature_width(self) -> int:
+        """Width of features that every layer attends to beside text, while others stand among the tokens; 0 for none."""
+        return 0
 
     @property
     def output_rows(self) -> int:

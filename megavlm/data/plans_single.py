@@ -123,6 +123,20 @@ class FitPairPlan(FitPlan):
         return super().token_grids(dataclasses.replace(layout, views=layout.views[:1]))
 
 
+@dataclass(frozen=True)
+class SquashPairPlan(FitPairPlan):
+    """CogAgent: the whole picture, resized to a square for the first of two towers, and to a larger one for the second.
+
+    Each is made of the picture itself. The pixels of both stand in one row, the smaller one's first.
+    """
+
+    def lay_out(self, shape: ImageShape) -> ImageLayout:
+        """Return two views, which are one to the model."""
+        views = tuple(View(number, Box(0, 0, side, side)) for number, side in enumerate(self.sides))
+        canvases = squashed(shape, self.small), squashed(shape, self.side)
+        return ImageLayout(shape, canvases, views, (self.tokens_per_view,))
+
+
 def squashed(shape: ImageShape, side: int) -> Canvas:
     """Return a square that the whole picture is resized to."""
     return stretched(shape, side, side)
@@ -184,6 +198,17 @@ def _fit_pair(model: ModelConfig) -> ImagePlan:
     return FitPairPlan(large, model.tokens_per_view, model.image.resample, fill, least, small)
 
 
+def _squash_pair(model: ModelConfig) -> ImagePlan:
+    sides = model.vision.sides
+    if len(sides) != 2:
+        raise UserError(
+            f"model.image.kind: squash_pair makes two renderings of a picture, and the tower {model.vision.preset!r} "
+            "takes one; set it to squash"
+        )
+    small, large = sides
+    return SquashPairPlan(large, model.tokens_per_view, model.image.resample, small=small)
+
+
 def _check_least(least: int, side: int, key: str) -> None:
     if least > side:
         raise UserError(
@@ -197,3 +222,4 @@ register_plan("pad", PadPlan, _pad, keys=("fill",))
 register_plan("crop", CropPlan, _crop, keys=("short_side", "fill"))
 register_plan("fit", FitPlan, _fit, keys=("fill", "min_side"))
 register_plan("fit_pair", FitPairPlan, _fit_pair, keys=("fill", "min_side"))
+register_plan("squash_pair", SquashPairPlan, _squash_pair)

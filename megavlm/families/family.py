@@ -388,7 +388,10 @@ class Family(ABC):
 
 def layers(table: Table, model: ModelConfig) -> int:
     """Return the number of layers of a table's part."""
-    return int(getattr(model, table.part).num_layers) if table.layer else 0
+    own = getattr(model, table.part)
+    if table.ours.startswith("high.transformer."):  # the second one of two towers
+        own = own.high
+    return int(own.num_layers) if table.layer else 0
 
 
 def config_file(source: Source) -> str:

@@ -20,7 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megavlm.config.errors import UserError
 from megavlm.layers.activation import swiglu
 from megavlm.layers.attention import CompactSelfAttention, TorchAttention
-from megavlm.layers.cross import CrossSubmodules, PictureAttention, PictureLayer
+from megavlm.layers.cross import CrossHeads, CrossSubmodules, PictureAttention, PictureLayer
+from megavlm.layers.cross_beside import FeatureAttention, FeatureLayer
 from megavlm.layers.deepstack import DeepstackLayer
 from megavlm.layers.experts import experts_mlp
 from megavlm.layers.norm import TorchNorm
@@ -80,6 +81,8 @@ class LayerKind:
     """What the context holds is added behind it (``layers/deepstack.py``)."""
     visual_expert: bool = False
     """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
+    features: tuple[int, int, int] | None = None
+    """Behind self-attention it attends to features: heads, width of one, width of a feature (``layers/cross_beside.py``)."""
     experts: bool = False
     """Its MLP is a mixture of experts."""
 
@@ -175,6 +178,13 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
             },
         ),
     )
+    if kind.features is not None:
+        parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
+        attention = ModuleSpec(
+            module=FeatureAttention, params={"shape": CrossHeads(*kind.features)}, submodules=parts
+        )
+        layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attention = norm, attention
+        layer.submodules.cross_attn_bda = get_bias_dropout_add
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
@@ -226,7 +236,8 @@ def _layer_class(kind: LayerKind) -> type[TransformerLayer]:
     if kind.parallel:
         return ParallelTransformerLayer
     if kind.visual_expert:
-        return VisualExpertLayer
+        return VisualExpertLayer if kind.features is None else FeatureLayer
+    assert kind.features is None, "attention to features is built into a visual expert's layer"
     return DeepstackLayer if kind.deepstack else TransformerLayer
 
 

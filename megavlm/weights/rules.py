@@ -111,6 +111,11 @@ QKV_BLOCKS = Reshape(
     lambda x, heads: [_joined(_ungroup(x, heads))],
 )
 KEY_VALUE = Reshape("k, v to [k, v] per group", _pair, _unpair)
+KEY_VALUE_BLOCKS = Reshape(
+    "[K; V] to [k, v] per head",
+    lambda x, heads: _pair(x[0].chunk(2), replace(heads, groups=heads.heads)),
+    lambda x, heads: [_joined(_unpair(x, replace(heads, groups=heads.heads)))],
+)
 ONE_AXIS = Reshape("[1, ..] to [..]", lambda x, _: [x[0].squeeze(0)], lambda x, _: [x[0].unsqueeze(0)])
 POINTWISE = Reshape(
     "[out, in, 1, 1] to [out, in]", lambda x, _: [x[0][..., 0, 0]], lambda x, _: [x[0][..., None, None]]
