@@ -31,9 +31,14 @@ class Heads:
     """Width of one head."""
 
     @staticmethod
-    def of(part: str, model: ModelConfig) -> Heads:
-        """Return the heads of a part of the model; zeros for one that has no such projection."""
+    def of(part: str, model: ModelConfig, name: str = "") -> Heads:
+        """Return the heads of a part of the model; zeros for one that has no such projection.
+
+        Of a pair of towers ``name``, a parameter's, tells which.
+        """
         own = getattr(model, part)
+        if name.startswith(f"{part}.high.transformer."):
+            own = own.high
         count = getattr(own, "num_attention_heads", None)
         if count is None:
             return Heads(0, 0, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from blip2_models import blip2_rows
-from cogvlm_rows import cogvlm_rows
+from cogvlm_rows import cogagent_row, cogvlm_rows
 from minigemini_rows import minigemini_rows
 from minigpt_models import minigpt_rows
 from whole import WholeFamily
@@ -18,4 +18,5 @@ def fused_rows(header: Any, targets: Any, planned: Any) -> dict[str, WholeFamily
         **blip2_rows(targets, planned),
         **minigpt_rows(header, planned),
         **cogvlm_rows(header, planned),
+        **cogagent_row(header, planned),
     }
