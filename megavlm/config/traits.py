@@ -22,7 +22,6 @@ class VisionTraits:
         own: Any = self
         return int(own.patches_per_image) + self.class_features
 
-
     @property
     def features_past(self) -> tuple[int, int]:
         """Of each patch: features that go past the connector to language layers which attend to them, their width."""
@@ -36,7 +35,6 @@ class ConnectorTraits:
     def takes_class_feature(self) -> bool:
         """Whether it takes a class token's feature in front of those of the patches."""
         return False
-
 
     @property
     def each_patch(self) -> bool:
@@ -67,7 +65,7 @@ class LanguageTraits:
 
     @property
     def feature_width(self) -> int:
-        """Width of features that every layer attends to beside text, while others stand among the tokens; 0 for none."""
+        """Width of features that each layer attends to beside text, while others stand among the tokens; else 0."""
         return 0
 
     @property

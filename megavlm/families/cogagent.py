@@ -1,8 +1,8 @@
 """CogAgent (arXiv 2312.08914) as its authors publish it: code and weights, no class in Transformers.
 
 Facts are those of ``modeling_cogagent.py``, ``visual.py`` and ``cross_visual.py`` beside the weights of
-THUDM/cogagent-chat-hf and cogagent-vqa-hf (names and numbers also: vLLM's ``cogagent.py``, ``cogagent_vision_encoder.py``
-and ``configs/cogagent.py``). It is CogVLM at 224 pixels, with a table that is added to the tower's features, and an
+THUDM/cogagent-chat-hf and cogagent-vqa-hf (a copy: github.com/aredden/faster-cogagent-chat @ 9bdc9cb8; names and numbers
+also: vLLM's ``cogagent.py``, ``cogagent_vision_encoder.py`` and ``configs/cogagent.py``). It is CogVLM at 224 pixels, with a table that is added to the tower's features, and an
 EVA02-CLIP-L that sees the picture at 1120: of that the code runs all layers but the last, which lies in the file with
 its norm and head. ``config.json`` has no shape of that tower but its picture's side and its width.
 """
@@ -64,8 +64,6 @@ class CogAgentFamily(CogVLMFamily):
 
     name = "cogagent"
     title = "CogAgent (CogAgentForCausalLM)"
-    # "(with grounding)" of the authors' agent questions (README.md of THUDM/CogVLM); what is asked for is an action.
-    finds = "Where is {thing}? (with grounding)"
     architectures: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("vit_vit",), "connector": ("glu",), "language": ("decoder",),
     }  # fmt: skip
@@ -112,7 +110,11 @@ class CogAgentFamily(CogVLMFamily):
         vision = model.vision
         wanted = {**first_tower_keys(), "low_from": "plan", "high_to": "layers", "feature_table": True}
         wanted |= {"high_feature_table": True, "high_post_layernorm": False, "high_feature_layers": None}
-        wanted |= {"high_attention_norm": True, "high_image_mean": vision.image_mean, "high_image_std": vision.image_std}
+        wanted |= {
+            "high_attention_norm": True,
+            "high_image_mean": vision.image_mean,
+            "high_image_std": vision.image_std,
+        }
         for key, value in wanted.items():
             there = getattr(vision, key)
             if (tuple(there) if isinstance(there, list) else there) != value:

@@ -183,8 +183,8 @@ class CogVLMFamily(Family):
             return f"the tower's positional table is {vision.positional_grid} wide, for pictures of another size"
         if connector.ffn_hidden_size != model.language.ffn_hidden_size:
             return (
-                f"the connector's MLP is {connector.ffn_hidden_size} wide (model.connector.ffn_hidden_size), {title} has"
-                f" one key for it and the language model's ({model.language.ffn_hidden_size})"
+                f"the connector's MLP is {connector.ffn_hidden_size} wide (model.connector.ffn_hidden_size), {title}"
+                f" has one key for it and the language model's ({model.language.ffn_hidden_size})"
             )
         if connector.layernorm_epsilon != _EPSILON:
             return f"the connector's norm has the epsilon {connector.layernorm_epsilon}, {title}'s code {_EPSILON}"

@@ -59,8 +59,8 @@ _COGVLM = {
     "chat": (490, "cogvlm"),
     "grounding_generalist": (490, "cogvlm_base"),
 }
-# THUDM/cogagent-{chat,vqa}-hf: the template.
-_COGAGENT = {"chat": "cogagent", "vqa": "cogvlm_vqa"}
+# THUDM/cogagent-{chat,vqa}-hf: the template ("Which --version to use", README.md of THUDM/CogVLM @ f7283b2c).
+_COGAGENT = {"chat": "cogagent", "vqa": "cogvlm"}
 
 # Vision-CAIR/MiniGPT-4's checkpoints (README.md @ d94738a7). Vicuna v0 is LLaMA 1: Llama 2's shape, another epsilon.
 _LLAMA_1 = {"norm_epsilon": 1e-6, "max_position_embeddings": 2048}

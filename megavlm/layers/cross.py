@@ -157,7 +157,7 @@ class PictureAttention(MegatronModule):
         config: of the language model.
         submodules: its parts.
         layer_number: of its layer.
-        shape: of its heads and features; None for heads like those of self-attention, and features of the model's width.
+        shape: of its heads and features; None for self-attention's heads, and features of the model's width.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ are narrower than those of self-attention.
 
 Every position of a sample sees all features of the sample's pictures, those in front of the picture too, as in
 ``CrossAttention`` of THUDM/cogagent-chat-hf's modeling file, whose mask is of zeros. A sample without pictures sees
-nothing, and its positions are not changed. (There a sample has one picture; with several, all are seen from everywhere.)
+nothing, and its positions are not changed. (There a sample has one picture; of several, all are seen from everywhere.)
 
 Shape legend: S positions of a pack, F rows of features of all its pictures and what fills them up for sequence
 parallelism, C width of a feature, E width of the model.

@@ -82,7 +82,8 @@ class LayerKind:
     visual_expert: bool = False
     """Its linear layers have weights of their own for image tokens (``layers/visual_expert.py``)."""
     features: tuple[int, int, int] | None = None
-    """Behind self-attention it attends to features: heads, width of one, width of a feature (``layers/cross_beside.py``)."""
+    """Behind self-attention it attends to features: heads, width of one, width of a feature
+    (``layers/cross_beside.py``)."""
     experts: bool = False
     """Its MLP is a mixture of experts."""
 
@@ -180,9 +181,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     )
     if kind.features is not None:
         parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
-        attention = ModuleSpec(
-            module=FeatureAttention, params={"shape": CrossHeads(*kind.features)}, submodules=parts
-        )
+        attention = ModuleSpec(module=FeatureAttention, params={"shape": CrossHeads(*kind.features)}, submodules=parts)
         layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attention = norm, attention
         layer.submodules.cross_attn_bda = get_bias_dropout_add
     if kind.experts:

@@ -38,7 +38,8 @@ What is neither :data:`BESIDE` the stream nor :data:`FEATURES` reaches the layer
 """
 
 FEATURES = "features"
-"""Of the extras, [F, 1, E], or of a width of their own, that layers attend to: they travel too, and sequence parallelism cuts them as they are."""
+"""Of the extras, [F, 1, E], or of a width of their own, that layers attend to: they travel too, and sequence
+parallelism cuts them as they are."""
 
 
 class Fusion(Protocol):

@@ -39,7 +39,7 @@ def connect(connector: Any, features: Tensor, grid: Tensor | None = None) -> Ten
     """Return what a connector makes of features [.., W], or, with R levels, of [.., (1 + R) * W]: [.., (1 + R) * E].
 
     Where a tower has X more numbers of each of its patches, which layers attend to (``VisionTraits.features_past``),
-    they stand behind the connector's, [.., E + X], in the first rows; the rows that it has beyond the patches get zeros.
+    they stand behind the connector's, [.., E + X], in the first rows; those that it has beyond the patches get zeros.
 
     Args:
         connector: the connector; one that ``takes_grid`` gets the grid too.

@@ -88,9 +88,7 @@ class PictureStream:
     width: int | None = None
 
     @staticmethod
-    def of_chunk(
-        cross_layers: Sequence[int], first_layer: int, layers: int, width: int | None = None
-    ) -> PictureStream:
+    def of_chunk(cross_layers: Sequence[int], first_layer: int, layers: int, width: int | None = None) -> PictureStream:
         """Return that of a chunk, whose first layer is counted from 0."""
         return PictureStream(any(first_layer <= one < first_layer + layers for one in cross_layers), width=width)
 

@@ -49,5 +49,9 @@ def gathered_features(model: ModelConfig, layout: Layout, views: float) -> float
     if is_replicated(model, "connector", layout.tensor):
         return views * model.tokens_per_view * (model.language.hidden_size + math.prod(model.vision.features_past))
     if is_replicated(model, "vision", layout.tensor):
-        return views * model.vision.features_per_image * (model.vision.feature_size + math.prod(model.vision.features_past))
+        return (
+            views
+            * model.vision.features_per_image
+            * (model.vision.feature_size + math.prod(model.vision.features_past))
+        )
     return 0

@@ -85,7 +85,7 @@ def test_twenty_conversations_as_published(name: str) -> None:
             "minigpt_v2",
         )
         else 6
-        if "plain" in name or name in ("paligemma", "hpt_llama_3") or name.startswith("cogvlm")
+        if "plain" in name or name in ("paligemma", "hpt_llama_3") or name.startswith(("cogvlm", "cogagent"))
         else 19
         if name == "glm4_5v"
         else 20

@@ -19,8 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cogvlm_models import (
-    IMAGE, LAYERS, MEAN, PATCH, SIDE, STD, VOCAB, CogSource, CogVLM, Eyes, common_settings, eyes_settings,
-)  # fmt: skip
+    IMAGE,
+    LAYERS,
+    MEAN,
+    PATCH,
+    SIDE,
+    STD,
+    VOCAB,
+    CogSource,
+    CogVLM,
+    Eyes,
+    common_settings,
+    eyes_settings,
+)
 from expert_reference import CogLanguage, expert_mask, positions
 from PIL import Image
 from torch import Tensor, nn
@@ -229,6 +240,6 @@ def _saved(make: Callable[[], CogAgent]) -> Callable[[Path], Path]:
 
 COGAGENT: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "cogagent": ("cogagent", _saved(CogAgent)),
-    "cogagent_vqa": ("cogagent", _saved(lambda: CogAgent(version="vqa"))),
+    "cogagent_vqa": ("cogagent", _saved(lambda: CogAgent(version="chat_old"))),
 }
 """What makes a checkpoint, by name, and its family."""

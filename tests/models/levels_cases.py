@@ -58,7 +58,9 @@ GLM = {"preset": "glm4", "rotary_sections": (1, 2, 1)}
 """Half of each head turned, in neighbouring pairs; four norms a layer."""
 
 
-def recipe(levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, front: Any = None, **parallel: Any) -> Recipe:
+def recipe(
+    levels: tuple[int, ...] = (1, 2, 0), language: dict[str, Any] = QWEN3, front: Any = None, **parallel: Any
+) -> Recipe:
     """Return a model of 4 language layers whose first ones take the outputs of the tower's layers ``levels``.
 
     ``front`` is what else stands in front of them.

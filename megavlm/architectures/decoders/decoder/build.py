@@ -151,7 +151,11 @@ def layer_plan(language: DecoderConfig) -> tuple[LayerKind, ...]:
 
 def _features(language: DecoderConfig) -> tuple[int, int, int] | None:
     """Return heads, their width and that of features, of attention beside text."""
-    features, width, heads = language.cross_hidden_size, language.cross_compute_hidden_size, language.num_attention_heads
+    features, width, heads = (
+        language.cross_hidden_size,
+        language.cross_compute_hidden_size,
+        language.num_attention_heads,
+    )
     return None if features is None or width is None else (heads, width // heads, features)
 
 

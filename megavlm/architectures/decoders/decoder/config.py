@@ -88,7 +88,7 @@ class DecoderConfig(ExpertsConfig):
     self-attention while those of the first view stand among the tokens (CogAgent; a pair of towers makes both:
     model.vision.high_to layers). Null for none."""
     cross_compute_hidden_size: int | None = Field(default=None, gt=0, le=1_000_000)
-    """With cross_hidden_size: width of that attention, of all its num_attention_heads heads together (CogAgent: 1024)."""
+    """With cross_hidden_size: width of that attention, of all its num_attention_heads heads (CogAgent: 1024)."""
     image_positions: Literal["counted", "shared"] = "counted"
     """Whether each slot of a picture has its own position, or all but the first and the last share one (CogVLM)."""
     lm_head_bias: bool = False
@@ -334,9 +334,7 @@ def _features_beside(language: DecoderConfig) -> Iterator[str]:
     """Check attention to features beside text."""
     width, heads = language.cross_compute_hidden_size, language.num_attention_heads
     if (width is None) != (language.cross_hidden_size is None):
-        yield (
-            f"{_OWN}.cross_compute_hidden_size: goes with {_OWN}.cross_hidden_size; set both, or both to null"
-        )
+        yield (f"{_OWN}.cross_compute_hidden_size: goes with {_OWN}.cross_hidden_size; set both, or both to null")
     elif width is not None:
         yield from divides(f"{_OWN}.cross_compute_hidden_size", width, heads, f"{_OWN}.num_attention_heads")
         if language.residual_multiplier != 1 or language.post_layernorms or language.normalization != "RMSNorm":

@@ -14,7 +14,7 @@ def _widths(language: DecoderConfig, tensor: int) -> tuple[int, int, int]:
 
 
 def beside_parameters(language: DecoderConfig, tensor: int) -> list[int]:
-    """Return what a layer has for attention to features beside text (``megavlm/layers/cross_beside.py``), on one rank."""
+    """Return what a layer has for attention to features beside text (``layers/cross_beside.py``), on one rank."""
     if not language.feature_width:
         return []
     hidden, width = language.hidden_size, (language.cross_compute_hidden_size or 0) // tensor
