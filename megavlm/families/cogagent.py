@@ -1,10 +1,11 @@
 """CogAgent (arXiv 2312.08914) as its authors publish it: code and weights, no class in Transformers.
 
 Facts are those of ``modeling_cogagent.py``, ``visual.py`` and ``cross_visual.py`` beside the weights of
-THUDM/cogagent-chat-hf and cogagent-vqa-hf (a copy: github.com/aredden/faster-cogagent-chat @ 9bdc9cb8; names and numbers
-also: vLLM's ``cogagent.py``, ``cogagent_vision_encoder.py`` and ``configs/cogagent.py``). It is CogVLM at 224 pixels, with a table that is added to the tower's features, and an
-EVA02-CLIP-L that sees the picture at 1120: of that the code runs all layers but the last, which lies in the file with
-its norm and head. ``config.json`` has no shape of that tower but its picture's side and its width.
+THUDM/cogagent-chat-hf and cogagent-vqa-hf (a copy: github.com/aredden/faster-cogagent-chat @ 9bdc9cb8); names and
+numbers are vLLM's too (``cogagent.py``, ``cogagent_vision_encoder.py``, ``configs/cogagent.py``). It is CogVLM at 224
+pixels, with a table that is added to the tower's features, and an EVA02-CLIP-L that sees the picture at 1120: of that
+the code runs all layers but the last, which lies in the file with its norm and head. ``config.json`` has no shape of
+that tower but its picture's side and its width.
 """
 
 from __future__ import annotations

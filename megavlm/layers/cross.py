@@ -111,7 +111,7 @@ def seen_positions(packed: PackedSeqParams, length: int, device: torch.device) -
 class CrossHeads(NamedTuple):
     """Shape of :class:`PictureAttention`, where it is not the language model's."""
 
-    count: int
+    number: int
     """Query heads, and as many of keys and values."""
     width: int
     """Of one."""
@@ -167,7 +167,7 @@ class PictureAttention(MegatronModule):
         super().__init__(config=config)
         heads, groups, width, features = config.num_attention_heads, config.num_query_groups, config.kv_channels, None
         if shape is not None:
-            heads, groups, width, features = shape.count, shape.count, shape.width, shape.features
+            heads, groups, width, features = shape.number, shape.number, shape.width, shape.features
         tensor = mpu.get_tensor_model_parallel_world_size()
         assert width is not None and groups is not None
         assert groups % tensor == 0, "each rank needs whole key/value heads"
@@ -219,6 +219,8 @@ class PictureAttention(MegatronModule):
         if self.core_attention.takes_kernel(query_SND):
             return self._one_call(query_SND, key_FGD, value_FGD, packed)
         rows = picture_rows(packed)
+        if all(one.last <= two.first for one, two in pairwise(seen)):  # nobody sees what others see: no copies
+            rows, seen = _seen_together(rows, seen)
         sizes = [*rows, key_FGD.size(0) - sum(rows)]
         # Split, and not sliced: a slice's gradient is as long as the whole, and there are several of them.
         keys, values = key_FGD.split(sizes), value_FGD.split(sizes)
@@ -251,6 +253,17 @@ class PictureAttention(MegatronModule):
             query_SND[rows], key_FGD[columns], value_FGD[columns], cuts_q, cuts_k, longest, most, (-1, -1)
         )
         return (query_SND * 0.0).index_copy(0, rows, found)
+
+
+def _seen_together(rows: Sequence[int], seen: Sequence[Sight]) -> tuple[list[int], list[Sight]]:
+    """Return pictures that are seen together as one, for sights of which none sees another's."""
+    found, told, at = list[int](), list[Sight](), 0
+    for one in seen:
+        found += rows[at : one.first]
+        told.append(one._replace(first=len(found), last=len(found) + 1))
+        found.append(sum(rows[one.first : one.last]))
+        at = one.last
+    return [*found, *rows[at:]], told
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

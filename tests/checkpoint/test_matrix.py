@@ -60,7 +60,7 @@ OF_PAIRS = {"vit_sam": "hybrid_split", "vit_convnext": "patch_mining"}
 ELSEWHERE = ("tiled_vit",)
 """A picture is one token here, and layers attend to it: tests/models/test_cross.py, tests/families/test_mllama.py.
 
-Layers that attend to a second tower's features beside text: tests/models/test_cross_beside.py, and their family's row."""
+Layers that attend to a second tower's features beside text: tests/models/test_cross_beside.py, their family's row."""
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, TP2, PP2),

@@ -73,8 +73,8 @@ def _beside_kept(
     """Return the bytes that attention to features beside text keeps."""
     b, width = kernels.number_bytes, (language.cross_compute_hidden_size or 0) // shards.tensor
     stream = (tokens // shards.tensor if shards.sequence_parallel else tokens) * language.hidden_size
-    kept = stream * (b if kernels.fused else 4 + b * int(learns))  # its norm
-    kept += stream * b * int(learns and not shards.sequence_parallel)  # input of the queries' layer
+    kept = float(stream * (b if kernels.fused else 4 + b * int(learns)))  # its norm
+    kept += (stream + tokens * width) * b * int(learns)  # inputs of the linear layers
     kept += (tokens * width + 2 * features * width) * b  # queries, keys and values that meet
     kept += tokens * width * b + tokens * (language.num_attention_heads // shards.tensor) * 4
     return int(kept)
