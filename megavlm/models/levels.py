@@ -50,7 +50,7 @@ def connect(connector: Any, features: Tensor, grid: Tensor | None = None) -> Ten
     past = getattr(connector, "past", 0)
     if past:
         features, beside = features.split([features.size(-1) - past, past], dim=-1)
-        made = connector(features)
+        made = connector(features.contiguous())  # a view would hold all of them until the backward pass
         missing = made.size(0) - beside.size(0)
         assert missing >= 0, "every patch has a row"
         return torch.cat([made, F.pad(beside, (0, 0, 0, 0, 0, missing))], dim=-1)
