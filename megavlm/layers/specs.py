@@ -180,10 +180,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
         ),
     )
     if kind.features is not None:
-        parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
-        attention = ModuleSpec(module=FeatureAttention, params={"shape": CrossHeads(*kind.features)}, submodules=parts)
-        layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attention = norm, attention
-        layer.submodules.cross_attn_bda = get_bias_dropout_add
+        _with_features(layer, norm, CrossHeads(*kind.features))
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
@@ -216,6 +213,13 @@ def cross_modules(*, transformer_engine: bool) -> Modules:
         ),
     )
     return Modules(TorchAttention, norm, layer)
+
+
+def _with_features(layer: ModuleSpec, norm: Any, shape: CrossHeads) -> None:
+    """Put attention to features behind a layer's self-attention, with a norm in front."""
+    parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
+    layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attn_bda = norm, get_bias_dropout_add
+    layer.submodules.cross_attention = ModuleSpec(module=FeatureAttention, params={"shape": shape}, submodules=parts)
 
 
 def _with_experts(
