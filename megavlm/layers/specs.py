@@ -113,11 +113,10 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
     With ``kind.qk_layernorm``, every tensor-parallel rank has its own heads but the same weights: Megatron-Core sums
     their gradients, which it knows by the names q_layernorm and k_layernorm.
     """
-    mask = _MASKS[kind.mixer]
     linears = _two_kinds_linears(linears) if kind.visual_expert else linears
     core_attention: Any = TorchAttention
     norm: Any = TorchNorm
-    attention_params: dict[str, Any] = {"attn_mask_type": mask}
+    attention_params: dict[str, Any] = {"attn_mask_type": _MASKS[kind.mixer]}
     chosen = dict(linears or {})
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm  # noqa: PLC0415
@@ -179,8 +178,7 @@ def layer_modules(kind: LayerKind, *, transformer_engine: bool, linears: Mapping
             },
         ),
     )
-    if kind.features is not None:
-        _with_features(layer, norm, CrossHeads(*kind.features))
+    _with_features(layer, norm, kind)
     if kind.experts:
         _with_experts(layer, layer.submodules.pre_mlp_layernorm, transformer_engine=transformer_engine, linears=chosen)
     return Modules(core_attention, norm, layer)
@@ -215,8 +213,11 @@ def cross_modules(*, transformer_engine: bool) -> Modules:
     return Modules(TorchAttention, norm, layer)
 
 
-def _with_features(layer: ModuleSpec, norm: Any, shape: CrossHeads) -> None:
-    """Put attention to features behind a layer's self-attention, with a norm in front."""
+def _with_features(layer: ModuleSpec, norm: Any, kind: LayerKind) -> None:
+    """Put attention to features behind a layer's self-attention, with a norm in front, if it is of that kind."""
+    if kind.features is None:
+        return
+    shape = CrossHeads(*kind.features)
     parts = CrossSubmodules(ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear, IdentityOp, IdentityOp)
     layer.submodules.pre_cross_attn_layernorm, layer.submodules.cross_attn_bda = norm, get_bias_dropout_add
     layer.submodules.cross_attention = ModuleSpec(module=FeatureAttention, params={"shape": shape}, submodules=parts)
